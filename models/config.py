@@ -1,0 +1,60 @@
+"""The shape of a TarFlow: everything that decides its parameters, and nothing else."""
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class TarFlowConfig(BaseModel):
+    """Architecture of one TarFlow (arXiv 2412.06329, section 3).
+
+    The image is cut into `num_tokens` patches of `token_dim` numbers; `num_blocks` autoregressive blocks of
+    `layers_per_block` transformer layers each act on the sequence, alternately as it is and reversed.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image_size: int = Field(gt=0, description="height and width of the square image, pixels")
+    patch_size: int = Field(gt=0, description="height and width of a patch, pixels; must divide image_size")
+    in_channels: int = Field(3, description="channels of the image: 3 (colour) or 1 (grey)")
+    channels: int = Field(gt=0, description="width of the transformer; a multiple of head_channels")
+    num_blocks: int = Field(gt=0, description="flow blocks (metablocks in the paper)")
+    layers_per_block: int = Field(gt=0, description="transformer layers in each block")
+    head_channels: int = Field(64, gt=0, description="channels of an attention head")
+    expansion: int = Field(4, gt=0, description="hidden width of the MLP, in units of channels")
+    num_classes: int = Field(0, ge=0, description="classes; 0 = unconditional")
+    nvp: bool = Field(True, description="true: affine (non-volume-preserving); false: shift only, with a learned prior variance")
+    soft_clip: float = Field(0.0, ge=0, description="bound the log-scale a to c*tanh(a/c); 0 = off, as published")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "TarFlowConfig":
+        if self.in_channels not in (1, 3):
+            raise ValueError(f"model.in_channels must be 1 (grey) or 3 (colour), got {self.in_channels}")
+        if self.image_size % self.patch_size:
+            near = [p for p in range(1, self.image_size + 1) if self.image_size % p == 0]
+            raise ValueError(
+                f"model.image_size={self.image_size} is not divisible by model.patch_size={self.patch_size}; "
+                f"patch sizes that divide it: {', '.join(map(str, near))}"
+            )
+        if self.channels % self.head_channels:
+            raise ValueError(
+                f"model.channels={self.channels} is not a multiple of model.head_channels={self.head_channels}"
+            )
+        return self
+
+    @property
+    def num_tokens(self) -> int:
+        """T: tokens in the sequence."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def token_dim(self) -> int:
+        """D: numbers in a token."""
+        return self.in_channels * self.patch_size**2
+
+    @property
+    def num_heads(self) -> int:
+        return self.channels // self.head_channels
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return (self.in_channels, self.image_size, self.image_size)

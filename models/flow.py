@@ -1,0 +1,132 @@
+"""TarFlow: a stack of autoregressive affine blocks on image patches (arXiv 2412.06329, section 3).
+
+Data run through the flow in float32 (`x`, `a`, `b`, `exp`, log-determinant); only the transformer inside a block
+computes in the dtype of its weights. In bf16 `exp(a)` the flow and its inverse would disagree (numerical trap 1).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import TarFlowConfig
+from models.transformer import TransformerLayer
+
+PRIOR_MOMENTUM = 0.1  # of the learned prior variance of the volume-preserving flow, as published
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """[N, C, H, W] -> [N, T, D]: patches row by row, the numbers of a patch channel-major (C, p, p)."""
+    n, c, h, w = images.shape
+    p = patch_size
+    grid = images.reshape(n, c, h // p, p, w // p, p)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(n, (h // p) * (w // p), c * p * p)
+
+
+def unpatchify(tokens: Tensor, patch_size: int, in_channels: int) -> Tensor:
+    """[N, T, D] -> [N, C, H, W], the inverse of `patchify` for square images."""
+    n, t, _ = tokens.shape
+    p, side = patch_size, round(t**0.5)
+    grid = tokens.reshape(n, side, side, in_channels, p, p)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(n, in_channels, side * p, side * p)
+
+
+class FlowBlock(nn.Module):
+    """One autoregressive block: z = (x - b) * exp(-a), with (a, b) of a token computed from the tokens before it."""
+
+    def __init__(self, config: TarFlowConfig, reverse: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.reverse_order = reverse
+        c = config.channels
+        self.proj_in = nn.Linear(config.token_dim, c)
+        self.pos_embed = nn.Parameter(torch.zeros(config.num_tokens, c))
+        self.class_embed = nn.Parameter(torch.zeros(config.num_classes, 1, c)) if config.num_classes else None
+        self.attn_blocks = nn.ModuleList(
+            TransformerLayer(c, config.head_channels, config.expansion) for _ in range(config.layers_per_block)
+        )
+        self.proj_out = nn.Linear(c, config.token_dim * (2 if config.nvp else 1))
+
+    def order(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The sequence in this block's order; its own inverse."""
+        return x.flip(dim) if self.reverse_order else x
+
+    def label_embedding(self, y: Tensor | None, batch: int) -> Tensor | None:
+        """[N, 1, C] embedding of labels [N]; -1, or no labels at all, means "no label": the mean over the classes."""
+        if self.class_embed is None:
+            return None
+        no_label = self.class_embed.mean(0, keepdim=True)
+        if y is None:
+            return no_label.expand(batch, -1, -1)
+        return torch.where((y < 0).view(-1, 1, 1), no_label, self.class_embed[y.clamp(min=0)])
+
+    def split(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Output of the transformer -> (a, b) in float32: log-scale and shift of the *next* token."""
+        out = out.float()
+        if not self.config.nvp:
+            return torch.zeros_like(out), out
+        a, b = out.chunk(2, dim=-1)
+        clip = self.config.soft_clip
+        return (clip * torch.tanh(a / clip) if clip else a), b
+
+    def scale_and_shift(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(a, b), each [N, T, D] float32, of a sequence already in this block's order; token 0 gets zeros."""
+        h = self.proj_in(x.to(self.proj_in.weight.dtype)) + self.order(self.pos_embed, dim=0)
+        embedding = self.label_embedding(y, x.shape[0])
+        if embedding is not None:
+            h = h + embedding
+        for layer in self.attn_blocks:
+            h = layer(h)
+        # Shift right by one: what the transformer says at token t is about token t + 1, and nothing is known of token 0.
+        return self.split(F.pad(self.proj_out(h)[:, :-1], (0, 0, 1, 0)))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [N, T, D], labels y [N] -> (z [N, T, D], log-determinant per dimension [N])."""
+        x = self.order(x)
+        a, b = self.scale_and_shift(x, y)
+        z = (x - b) * torch.exp(-a)
+        return self.order(z), -a.mean(dim=(1, 2))
+
+
+class TarFlow(nn.Module):
+    """The whole flow. `forward` maps images to latents; the way back is `models.sampler.sample`."""
+
+    var: Tensor
+
+    def __init__(self, config: TarFlowConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(FlowBlock(config, reverse=bool(i % 2)) for i in range(config.num_blocks))
+        self.register_buffer("var", torch.ones(config.num_tokens, config.token_dim))
+
+    def patchify(self, images: Tensor) -> Tensor:
+        return patchify(images, self.config.patch_size)
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        return unpatchify(tokens, self.config.patch_size, self.config.in_channels)
+
+    def forward(
+        self, images: Tensor, y: Tensor | None = None, outputs: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Images [N, C, H, W] in [-1, 1], labels [N] (-1 = no label) -> (z [N, T, D], logdet [N]), float32.
+
+        `logdet` is the log-determinant per dimension (a mean, not a sum), summed over blocks. A list given as
+        `outputs` receives every block's output [N, T, D].
+        """
+        z = self.patchify(images.float())
+        logdet = z.new_zeros(z.shape[0])
+        for block in self.blocks:
+            z, block_logdet = block(z, y)
+            logdet = logdet + block_logdet
+            if outputs is not None:
+                outputs.append(z)
+        return z, logdet
+
+    @torch.no_grad()
+    def update_prior(self, mean_square: Tensor) -> None:
+        """Move the prior's variance [T, D] towards the batch's mean of z^2 (volume-preserving flow only)."""
+        self.var.lerp_(mean_square.to(self.var), PRIOR_MOMENTUM)
+
+
+def flow_loss(z: Tensor, logdet: Tensor) -> Tensor:
+    """Negative log-likelihood per image [N] in nats per dimension, without the constant (paper, equation 6)."""
+    return 0.5 * z.square().mean(dim=(1, 2)) - logdet

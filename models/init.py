@@ -1,0 +1,41 @@
+"""Initial values, one keyed draw per parameter.
+
+A parameter's values depend on (seed, its name, its shape): not on the order of construction, the device, the world
+size or the parallel backend. So a model built on the meta device can be filled shard by shard, and every way to run
+starts from the same weights.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from models.flow import TarFlow
+from models.randomness import keyed_normal, keyed_uniform
+
+EMBED_STD = 1e-2
+
+
+def initial_value(name: str, shape: tuple[int, ...], fan_in: int, seed: int) -> Tensor:
+    """Float32 values of the parameter `name`: the published initialisation (torch's defaults, zero `proj_out.weight`)."""
+    stream = f"init/{name}"
+    if name.endswith(("pos_embed", "class_embed")):
+        return EMBED_STD * keyed_normal(seed, stream, 0, [0], shape)[0]
+    if name.endswith("proj_out.weight"):
+        return torch.zeros(shape)  # every block starts as a shift by a constant: close to the identity
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    if name.endswith("norm.bias"):
+        return torch.zeros(shape)
+    bound = 1 / math.sqrt(fan_in)
+    return (2 * keyed_uniform(seed, stream, 0, [0], shape)[0] - 1) * bound
+
+
+@torch.no_grad()
+def init_weights(model: TarFlow, seed: int) -> None:
+    """Fill every parameter of a model that is not sharded, and reset the prior's variance to one."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        weight = shapes.get(name.removesuffix("bias") + "weight", shapes[name])
+        parameter.copy_(initial_value(name, shapes[name], weight[-1], seed))
+    model.var.fill_(1)

@@ -1,0 +1,82 @@
+"""The transformer inside a flow block: pre-norm causal attention and a GELU MLP.
+
+Tensor names carry shape suffixes: B batch, T tokens, C channels, H heads, K channels of a head.
+Parameter names follow the published checkpoints (`attention.qkv.weight`, `mlp.main.0.weight`, ...).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CausalAttention(nn.Module):
+    """Pre-norm multi-head attention; token t sees tokens 0..t. The mask is implied, never stored."""
+
+    def __init__(self, channels: int, head_channels: int) -> None:
+        super().__init__()
+        self.num_heads = channels // head_channels
+        self.norm = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def _heads(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        B, T, _ = x_BTC.shape
+        qkv_BTHK = self.qkv(self.norm(x_BTC)).view(B, T, 3 * self.num_heads, -1)
+        q, k, v = qkv_BTHK.transpose(1, 2).chunk(3, dim=1)
+        return q, k, v
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        q, k, v = self._heads(x_BTC)
+        out_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.proj(out_BHTK.transpose(1, 2).flatten(2))
+
+    def step(self, x_B1C: Tensor, cache_2BHTK: Tensor, position: int, inverse_temp_B111: Tensor | None) -> Tensor:
+        """The same for the one token at `position`, whose predecessors' keys and values are in the cache.
+
+        `inverse_temp_B111` multiplies the attention logits of each row of the batch (1 / attention temperature).
+        """
+        q, k, v = self._heads(x_B1C)
+        cache_2BHTK[0, :, :, position] = k[:, :, 0]
+        cache_2BHTK[1, :, :, position] = v[:, :, 0]
+        if inverse_temp_B111 is not None:
+            q = q * inverse_temp_B111
+        keys, values = cache_2BHTK[:, :, :, : position + 1]
+        out_BH1K = F.scaled_dot_product_attention(q, keys, values)
+        return self.proj(out_BH1K.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Pre-norm two-layer perceptron with GELU."""
+
+    def __init__(self, channels: int, expansion: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.main = nn.Sequential(
+            nn.Linear(channels, expansion * channels), nn.GELU(), nn.Linear(expansion * channels, channels)
+        )
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        return self.main(self.norm(x_BTC))
+
+
+class TransformerLayer(nn.Module):
+    """x + attention(x), then x + mlp(x). The unit that activation checkpointing, compile and sharding act on."""
+
+    def __init__(self, channels: int, head_channels: int, expansion: int) -> None:
+        super().__init__()
+        self.attention = CausalAttention(channels, head_channels)
+        self.mlp = MLP(channels, expansion)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        x_BTC = x_BTC + self.attention(x_BTC)
+        return x_BTC + self.mlp(x_BTC)
+
+    def step(self, x_B1C: Tensor, cache_2BHTK: Tensor, position: int, inverse_temp_B111: Tensor | None) -> Tensor:
+        """One token of the sequence, given the cache of those before it."""
+        x_B1C = x_B1C + self.attention.step(x_B1C, cache_2BHTK, position, inverse_temp_B111)
+        return x_B1C + self.mlp(x_B1C)
+
+
+def empty_cache(layers: int, batch: int, heads: int, tokens: int, head_channels: int, like: Tensor) -> Tensor:
+    """A key-value cache for one block: [layers, 2, B, H, T, K] in the dtype and on the device of `like`."""
+    return torch.empty(layers, 2, batch, heads, tokens, head_channels, dtype=like.dtype, device=like.device)

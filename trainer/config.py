@@ -1,0 +1,172 @@
+"""The whole configuration of a run, typed: every field has a type, a bound and an effect (contract 10).
+
+A run is configured by one YAML file and `section.key=value` overrides. Scalars are read as text and converted by the
+field's type, so `1e-4` is a number, `010` is ten and `on` is true wherever it stands (case K01).
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from models.config import TarFlowConfig
+
+
+def _whole_number(value: Any) -> Any:
+    """Let a count be written as 270000, 270_000, 27e4 or 256Ki: whatever it is, it must be whole."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().replace("_", "")
+    for suffix, factor in (("Ki", 2**10), ("Mi", 2**20), ("Gi", 2**30)):
+        if text.endswith(suffix):
+            return int(text.removesuffix(suffix)) * factor
+    number = float(text)
+    return int(text) if text.lstrip("+-").isdigit() else (int(number) if number == int(number) else value)
+
+
+Count = Annotated[int, BeforeValidator(_whole_number)]
+
+
+class Section(BaseModel):
+    """A group of settings: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """Where the images are and how they are read."""
+
+    train: Path = Field(description="directory of indexed shards to train on (made by `tarflow data prepare`)")
+    validation: Path | None = Field(None, description="directory of held-out images, for bits per dimension")
+    flip: bool = Field(False, description="mirror images left to right at random")
+    num_workers: Count = Field(0, ge=0, description="decoding processes per rank; 0 = a thread of the training process")
+    prefetch_batches: Count = Field(4, gt=0, description="batches that wait ready")
+    num_canonical_nodes: Count = Field(1, gt=0, description="parts of the data set that are read apart from each other")
+    shuffle_block: Count = Field(65536, gt=0, description="samples that are shuffled among each other")
+    on_error: Literal["strict", "skip"] = Field("strict", description="strict: a damaged image stops the run; skip: count and replace it")
+    max_bad_share: float = Field(0.01, ge=0, le=1, description="share of damaged images at which a run with on_error=skip stops")
+
+
+class TrainConfig(Section):
+    """What is trained, on how many images."""
+
+    seed: Count = Field(0, ge=0, description="key of all randomness")
+    global_batch_size: Count = Field(gt=0, description="images per step, over all ranks")
+    micro_batch_size: Count = Field(0, ge=0, description="images per forward pass and rank; 0 = the rank's whole share")
+    max_images: Count = Field(gt=0, description="images seen at which the run ends")
+    noise: Literal["gaussian", "uniform"] = Field("gaussian", description="noise on the images: for samples, or for the likelihood")
+    noise_std: float = Field(0.05, ge=0, description="standard deviation of gaussian noise, in model range (grey levels span 2)")
+    label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by `no label`, for guidance")
+    grad_clip: float = Field(0.0, ge=0, description="largest global norm of the gradient; 0 = no clipping")
+    param_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of the network's products; masters are float32")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule: linear warm-up, then a cosine down to final_lr at train.max_images."""
+
+    lr: float = Field(1e-4, gt=0, description="highest learning rate")
+    final_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
+    warmup_images: Count = Field(0, ge=0, description="images of the linear warm-up; 0 = one epoch")
+    weight_decay: float = Field(1e-4, ge=0)
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moment decays")
+
+
+class EMAConfig(Section):
+    """Averages of the weights: power-function profiles of these relative widths (arXiv 2312.02696)."""
+
+    relative_stds: tuple[float, ...] = Field((0.05, 0.1), description="width of each average, as a share of the run so far")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "EMAConfig":
+        for std in self.relative_stds:
+            if not 0 < std < 0.28:
+                raise ValueError(f"ema.relative_stds: a width lies between 0 and 0.28, got {std}")
+        if len({f"{s:.3f}" for s in self.relative_stds}) < len(self.relative_stds):
+            raise ValueError(f"ema.relative_stds: widths must differ in the first three decimals, got {self.relative_stds}")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        return [f"ema-{std:.3f}" for std in self.relative_stds]
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep."""
+
+    every_images: Count = Field(0, ge=0, description="images between checkpoints; 0 = only at the end")
+    every_minutes: float = Field(0, ge=0, description="save also when this much time has passed; 0 = off")
+    keep_latest: Count = Field(2, ge=-1, description="newest checkpoints to keep (2 at least; -1 = all)")
+    keep_every_images: Count = Field(0, ge=0, description="keep for ever the checkpoints at multiples of this; 0 = none")
+
+    @model_validator(mode="after")
+    def _safe(self) -> "CheckpointConfig":
+        if self.keep_latest in (0, 1):
+            raise ValueError(f"checkpoint.keep_latest={self.keep_latest}: 2 at least (the last one may be in the making), or -1 for all")
+        return self
+
+
+class LogConfig(Section):
+    """What is written while the run goes on."""
+
+    every_steps: Count = Field(50, gt=0, description="steps between lines of metrics")
+    tensorboard: bool = Field(True, description="write tensorboard/ beside metrics.jsonl")
+
+
+class SamplingConfig(Section):
+    """How images are drawn from the model: all of it goes into every result (contract 9)."""
+
+    guidance: float = Field(0.0, ge=0, description="weight w of a = a_c + w (a_c - a_u); 0 = none")
+    guide: Literal["a", "b", "ab"] = Field("ab", description="what is guided: log-scale a, shift b")
+    attn_temp: float = Field(1.0, gt=0, description="attention temperature of the unguided half")
+    annealed: bool = Field(True, description="let the weight grow over the tokens")
+    denoise: float = Field(1.0, ge=0, description="multiplier of the score-based denoising step; 0 = none")
+    batch_size: Count = Field(64, gt=0, description="images drawn at once; does not change them")
+    param_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the network's products while sampling")
+    seed: Count = Field(0, ge=0, description="key of the noise: image i depends on (seed, i) alone")
+
+
+class EvaluationConfig(Section):
+    """What the evaluation worker measures at each checkpoint."""
+
+    num_samples: Count = Field(50_000, gt=1, description="images drawn for the Frechet distance")
+    weights: str = Field("auto", description="raw, one of the averages (ema-0.050), or auto: the widest average, raw without any")
+    features: Literal["efficientnet_lite0", "mobilenet_v2"] = Field("efficientnet_lite0", description="feature network")
+    reference_images: Count = Field(0, ge=0, description="training images behind the reference statistics; 0 = all")
+    validation_images: Count = Field(0, ge=0, description="held-out images for bits per dimension; 0 = all")
+    grid: tuple[int, int] = Field((8, 10), description="rows and columns of the sample grid")
+
+
+class Config(Section):
+    """Everything about a run."""
+
+    data: DataConfig
+    model: TarFlowConfig
+    train: TrainConfig
+    optim: OptimConfig = OptimConfig()
+    ema: EMAConfig = EMAConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        weights = self.evaluation.weights
+        if weights not in ("auto", "raw", *self.ema.names):
+            raise ValueError(f"evaluation.weights={weights!r}: choose auto, raw or one of {', '.join(self.ema.names) or '(no averages are kept)'}")
+        if self.train.noise == "uniform" and self.sampling.denoise and "denoise" in self.sampling.model_fields_set:
+            raise ValueError("sampling.denoise needs train.noise=gaussian: without its noise there is nothing to take out")
+        return self
+
+    @property
+    def evaluated_weights(self) -> str:
+        """The set of weights that evaluation uses: never a silent fallback (case T06)."""
+        if self.evaluation.weights != "auto":
+            return self.evaluation.weights
+        return self.ema.names[-1] if self.ema.names else "raw"
+
+    @property
+    def denoise_multiplier(self) -> float:
+        """Denoising step of samples; a flow trained on uniform dequantisation noise has none."""
+        return self.sampling.denoise if self.train.noise == "gaussian" else 0.0
