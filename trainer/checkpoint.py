@@ -1,0 +1,276 @@
+"""Checkpoints: committed or not there at all (design contract 5).
+
+    checkpoints/step-00001000/   tensors (torch's distributed checkpoint), config.yaml
+                   COMMITTED     json, written last: step, images_seen, run, files with their sizes, ...
+    checkpoints/latest           name of the newest committed checkpoint
+    checkpoints/pins/            who is reading which checkpoint
+
+Writing: `step-N.tmp/` -> fsync -> rename -> `COMMITTED` -> `latest` -> retention. Removing goes the other way, marker
+first. So whatever moment a process is killed at, a directory with a marker is whole.
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import TrainerError
+from trainer.files import fsync_dir, fsync_tree, write_atomic
+from trainer.run_dir import run_id
+
+MARKER = "COMMITTED"
+_STEP = re.compile(r"step-(\d{8,})")
+_TORN = re.compile(r"step-\d{8,}(\.tmp)?")
+_PIN_LIFETIME_S = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint."""
+
+    path: Path
+    step: int
+    images_seen: int
+    info: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+def checkpoints_dir(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def read_marker(path: Path, owner: str | None) -> Checkpoint | str:
+    """The checkpoint in a directory, or the reason why it is none."""
+    try:
+        info = json.loads((path / MARKER).read_text())
+        step, images_seen, files = int(info["step"]), int(info["images_seen"]), dict(info["files"])
+    except FileNotFoundError:
+        return "it was never committed"
+    except (ValueError, KeyError, TypeError):
+        return f"its {MARKER} marker is damaged"
+    if owner is not None and info.get("run") != owner:
+        return "it belongs to another run"
+    for name, size in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"its file {name} is missing"
+        if file.stat().st_size != size:
+            return f"its file {name} has {file.stat().st_size} bytes instead of {size}"
+    return Checkpoint(path, step, images_seen, info)
+
+
+def scan(run_dir: Path) -> tuple[list[Checkpoint], dict[Path, str]]:
+    """Usable checkpoints of a run, by step ascending, and the directories that are none, each with the reason."""
+    usable, refused = [], {}
+    owner = run_id(run_dir)
+    folder = checkpoints_dir(run_dir)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not _TORN.fullmatch(path.name):
+            continue  # not ours: never touched (case T04)
+        found = read_marker(path, owner) if _STEP.fullmatch(path.name) else "a save was interrupted"
+        if isinstance(found, Checkpoint):
+            usable.append(found)
+        else:
+            refused[path] = found
+    return sorted(usable, key=lambda c: c.step), refused
+
+
+def committed(run_dir: str | Path) -> list[Checkpoint]:
+    """Usable checkpoints of a run, by step ascending."""
+    return scan(Path(run_dir))[0]
+
+
+def find(run_dir: str | Path, step: int | None = None) -> Checkpoint:
+    """The checkpoint of a step, or the newest; if there is none, an error that says what there is."""
+    usable, refused = scan(Path(run_dir))
+    if step is None:
+        if usable:
+            return usable[-1]
+        raise TrainerError(f"run {run_dir} has no committed checkpoint yet")
+    for checkpoint in usable:
+        if checkpoint.step == step:
+            return checkpoint
+    reasons = [why for path, why in refused.items() if path.name.startswith(f"step-{step:08d}")]
+    why = f": {reasons[0]}" if reasons else ""
+    have = ", ".join(str(c.step) for c in usable) or "none"
+    raise TrainerError(f"run {run_dir} has no usable checkpoint of step {step}{why}; usable steps: {have}")
+
+
+def sweep(run_dir: Path) -> list[str]:
+    """Remove what interrupted saves and removals left; report that, and what else cannot be used. Writer only."""
+    lines = []
+    for path, reason in sorted(scan(run_dir)[1].items()):
+        torn = not (path / MARKER).exists()
+        if torn:
+            shutil.rmtree(path)
+        lines.append(f"checkpoint {path.name} is not used: {reason}" + (" (removed)" if torn else ""))
+    return lines
+
+
+def commit(run_dir: Path, temporary: Path, step: int, images_seen: int, info: dict[str, Any]) -> Checkpoint:
+    """Turn a fully written `step-N.tmp/` into a committed checkpoint and point `latest` at it."""
+    final = temporary.with_suffix("")
+    fsync_tree(temporary)
+    if final.exists():  # a leftover that start-up found unusable, or the same step saved again after a resume
+        _remove(final)
+    os.rename(temporary, final)
+    fsync_dir(final.parent)
+    files = {str(p.relative_to(final)): p.stat().st_size for p in sorted(final.rglob("*")) if p.is_file()}
+    record = {"step": step, "images_seen": images_seen, "run": run_id(run_dir), **info, "files": files}
+    write_atomic(final / MARKER, json.dumps(record, indent=1))
+    write_atomic(final.parent / "latest", final.name + "\n")
+    return Checkpoint(final, step, images_seen, record)
+
+
+def temporary_dir(run_dir: Path, step: int) -> Path:
+    """A fresh, empty `step-N.tmp/`."""
+    path = checkpoints_dir(run_dir) / f"step-{step:08d}.tmp"
+    if path.exists():
+        shutil.rmtree(path)
+    path.mkdir(parents=True)
+    return path
+
+
+def apply_retention(run_dir: Path, keep_latest: int, keep_every_images: int) -> list[str]:
+    """Remove checkpoints that nobody needs; names of the removed. The newest `keep_latest` (-1: all) always stay."""
+    if keep_latest == -1:
+        return []
+    removed = []
+    pins = _pinned_names(run_dir)
+    for checkpoint in committed(run_dir)[: -max(keep_latest, 2)]:
+        permanent = keep_every_images and checkpoint.images_seen % keep_every_images == 0
+        if not permanent and checkpoint.name not in pins:
+            _remove(checkpoint.path)
+            removed.append(checkpoint.name)
+    return removed
+
+
+def _remove(path: Path) -> None:
+    (path / MARKER).unlink(missing_ok=True)
+    fsync_dir(path)
+    shutil.rmtree(path)
+
+
+@contextmanager
+def pinned(checkpoint: Checkpoint, owner: str) -> Iterator[None]:
+    """Keep retention away from a checkpoint while it is read. A pin of a process that died expires by itself."""
+    folder = checkpoint.path.parent / "pins"
+    folder.mkdir(exist_ok=True)
+    pin = folder / f"{checkpoint.name}.{owner.replace('/', '_')}"
+    pin.write_text(json.dumps({"host": os.uname().nodename, "pid": os.getpid()}))
+    try:
+        if not (checkpoint.path / MARKER).exists():
+            raise TrainerError(f"checkpoint {checkpoint.path} was removed by retention before it could be read")
+        yield
+    finally:
+        pin.unlink(missing_ok=True)
+
+
+def _pinned_names(run_dir: Path) -> set[str]:
+    names = set()
+    for pin in (checkpoints_dir(run_dir) / "pins").glob("step-*"):
+        if _pin_holds(pin):
+            names.add(pin.name.partition(".")[0])
+        else:
+            pin.unlink(missing_ok=True)
+    return names
+
+
+def _pin_holds(pin: Path) -> bool:
+    try:
+        holder = json.loads(pin.read_text())
+        if holder["host"] == os.uname().nodename:
+            return Path(f"/proc/{holder['pid']}").exists() or not Path("/proc").exists()
+        return time.time() - pin.stat().st_mtime < _PIN_LIFETIME_S
+    except FileNotFoundError:
+        return False
+    except (ValueError, KeyError):
+        return time.time() - pin.stat().st_mtime < _PIN_LIFETIME_S
+
+
+# --- tensors -------------------------------------------------------------------------------------------------------
+
+
+def write_tensors(path: Path, tensors: dict[str, Any]) -> None:
+    """Write tensors, sharded or not, into a directory. Every rank calls it."""
+    import torch.distributed.checkpoint as dcp
+
+    with _quiet():
+        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(path, sync_files=False))
+
+
+def read_tensors(checkpoint: Checkpoint, into: dict[str, Any]) -> None:
+    """Fill tensors in place from a checkpoint, whatever world size wrote it. Names and shapes must agree exactly."""
+    import torch.distributed.checkpoint as dcp
+
+    _check_names_and_shapes(checkpoint, {name: tuple(t.shape) for name, t in into.items()}, exact=True)
+    with _quiet():
+        dcp.load(dict(into), storage_reader=dcp.FileSystemReader(checkpoint.path))
+
+
+def stored_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a checkpoint."""
+    import torch.distributed.checkpoint as dcp
+
+    metadata = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in metadata.items() if hasattr(entry, "size")}
+
+
+def load_weights(checkpoint: Checkpoint, which: str) -> dict[str, Any]:
+    """One set of weights, "raw" or an average such as "ema-0.050": name -> float32 tensor on the CPU.
+
+    A set that the checkpoint does not hold is an error that lists those it does (case T06).
+    """
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    prefix = "model" if which == "raw" else which
+    shapes = stored_shapes(checkpoint)
+    wanted = {n: shape for n, shape in shapes.items() if n.startswith(f"{prefix}/") or n == "buffer/var"}
+    if not any(n.startswith(f"{prefix}/") for n in wanted):
+        have = sorted({n.split("/")[0] for n in shapes} - {"optim", "buffer"})
+        raise TrainerError(
+            f"checkpoint {checkpoint.path} holds no weights {which!r}; it holds: "
+            + ", ".join("raw" if n == "model" else n for n in have)
+        )
+    tensors = {name: torch.empty(shape) for name, shape in wanted.items()}
+    with _quiet():
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=True)
+    return {name.partition("/")[2]: tensor for name, tensor in tensors.items()}
+
+
+def _check_names_and_shapes(checkpoint: Checkpoint, ours: dict[str, tuple[int, ...]], exact: bool) -> None:
+    theirs = stored_shapes(checkpoint)
+    problems = [f"missing in the checkpoint: {n}" for n in ours if n not in theirs]
+    problems += [f"not in this model: {n}" for n in theirs if n not in ours and exact]
+    problems += [
+        f"{n}: {list(theirs[n])} in the checkpoint, {list(ours[n])} here" for n in ours if n in theirs and theirs[n] != ours[n]
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise TrainerError(f"checkpoint {checkpoint.path} does not fit this configuration:\n  {shown}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the note that a single process saves without a process group: it is meant."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(torch.distributed is|TypedStorage).*")
+        yield
+
+
+__all__: Sequence[str] = [
+    "Checkpoint", "apply_retention", "commit", "committed", "find", "load_weights", "pinned", "read_tensors",
+    "scan", "stored_shapes", "sweep", "temporary_dir", "write_tensors",
+]

@@ -1,0 +1,75 @@
+"""The run directory: what lies where, who may write, and how to open one.
+
+    config.yaml  run.json  log.txt  metrics.jsonl  tensorboard/  checkpoints/  evals/  evals.jsonl  report.html
+"""
+
+import fcntl
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainer.config import Config
+from trainer.config_io import config_text, load_config
+from trainer.errors import TrainerError
+from trainer.files import write_atomic
+
+
+def is_run(run_dir: str | Path) -> bool:
+    """Whether a directory was made by `tarflow train`."""
+    return (Path(run_dir) / "run.json").is_file()
+
+
+def require_run(run_dir: str | Path) -> Path:
+    """The path of an existing run; anything else is a clear error."""
+    path = Path(run_dir)
+    if not path.is_dir():
+        raise TrainerError(f"no run directory at {path}")
+    if not is_run(path):
+        raise TrainerError(f"{path} is not a run directory (no run.json in it); `tarflow train` makes one")
+    return path
+
+
+def load_run_config(run_dir: str | Path) -> Config:
+    """The configuration that a run was last started with."""
+    return load_config(require_run(run_dir) / "config.yaml")
+
+
+def run_id(run_dir: Path) -> str:
+    """The identity of a run: its checkpoints carry it, so another run's leftovers are never taken for its own."""
+    return str(json.loads((run_dir / "run.json").read_text())["run_id"])
+
+
+def create_run(run_dir: Path) -> None:
+    """Make a directory a run, or leave it as it is if it is one. A directory with other things in it is refused."""
+    if is_run(run_dir):
+        return
+    # The lock is ours; a file with the marker's temporary name is what a killed first start leaves.
+    leftovers = [p.name for p in run_dir.iterdir() if not p.name.startswith(".")] if run_dir.exists() else []
+    if leftovers:
+        raise TrainerError(f"--run {run_dir} is not empty and not a run (it holds {leftovers[0]}); give a new directory")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomic(run_dir / "run.json", json.dumps({"run_id": uuid.uuid4().hex}))
+
+
+def save_config(run_dir: Path, config: Config) -> None:
+    """Record the resolved configuration of this start."""
+    write_atomic(run_dir / "config.yaml", config_text(config))
+
+
+@contextmanager
+def writer_lock(run_dir: Path) -> Iterator[None]:
+    """Hold a run as its only writer. The lock ends with the process, however it ends (case C10)."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise TrainerError(f"run {run_dir} is in use by another process ({file.read().strip()}); two writers would garble it") from None
+        file.truncate(0)
+        file.write(f"host {os.uname().nodename}, pid {os.getpid()}")
+        file.flush()
+        yield
