@@ -1,0 +1,5 @@
+"""Images to shards and index, shards and index to batches; knows nothing of the model.
+
+The order of the samples is a pure function (`order`), the index makes any WebDataset exact (`index`), and one
+decoder serves every path (`decode`). Importing this package loads nothing heavy: import the module you need.
+"""

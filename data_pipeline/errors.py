@@ -1,0 +1,17 @@
+"""The errors of the data pipeline: each says what was wrong, where, and which setting changes it."""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """Something a user can put right: a path, a file, a label or a setting. Printed without a traceback."""
+
+    for_user = True
+
+
+class BadSample(DataError):
+    """One sample that cannot be delivered. `cause` is a short name that counters use, e.g. `undecodable`."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
