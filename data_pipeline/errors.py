@@ -9,7 +9,7 @@ class DataError(ValueError):
     for_user = True
 
 
-class BadSample(DataError):
+class BadSampleError(DataError):
     """One sample that cannot be delivered. `cause` is a short name that counters use, e.g. `undecodable`."""
 
     def __init__(self, cause: str, message: str) -> None:

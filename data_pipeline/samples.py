@@ -65,7 +65,7 @@ def group(
     label_field: str = "cls",
     classes: list[str] | None = None,
 ) -> Samples:
-    """The samples of one scanned shard. In strict mode raises DataError naming shard and member at the first problem."""
+    """The samples of one scanned shard. Strict: DataError naming shard and member at the first problem."""
     out = Samples()
     out.ignored["not_a_file"] += scan.not_files
 
@@ -127,7 +127,7 @@ def group(
         label_at = fields.get(wanted, fields.get(inner + wanted))
         if label_at is not None:
             try:
-                label = parse_label(scan.contents.get(label_at, b""), numbers)
+                label = parse_label(scan.content(label_at), numbers)
             except ValueError as err:
                 problem("malformed_label", f"member {text(scan.names[label_at])!r}: {err}")
                 continue
