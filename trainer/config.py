@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from models.config import TarFlowConfig
+from models.presets import preset
 
 
 def _whole_number(value: Any) -> Any:
@@ -137,11 +138,18 @@ class EvaluationConfig(Section):
     grid: tuple[int, int] = Field((8, 10), description="rows and columns of the sample grid")
 
 
+def _expand_preset(value: Any) -> Any:
+    """`model: {preset: NAME, num_classes: 3}` is the preset with these settings replaced."""
+    if isinstance(value, dict) and "preset" in value:
+        return preset(value["preset"]).model_dump() | {k: v for k, v in value.items() if k != "preset"}
+    return value
+
+
 class Config(Section):
     """Everything about a run."""
 
     data: DataConfig
-    model: TarFlowConfig
+    model: Annotated[TarFlowConfig, BeforeValidator(_expand_preset)]
     train: TrainConfig
     optim: OptimConfig = OptimConfig()
     ema: EMAConfig = EMAConfig()

@@ -1,0 +1,162 @@
+"""Reproduce the golden numbers: what the published implementation computes, to float32 rounding.
+
+The bars: 1e-5 relative for everything computed in one pass (float32 rounding through a few layers leaves 1e-7 to
+1e-6), 1e-4 for the training losses (twenty AdamW steps amplify the rounding).
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.common import Bar, finish, parse_args
+from models.config import TarFlowConfig
+from models.denoise import denoise
+from models.flow import TarFlow, flow_loss
+from models.likelihood import bits_per_dim
+from models.noise import dequantize
+from models.sampler import Guidance, sample
+from trainer.config import OptimConfig
+from trainer.parallel.single import SingleBackend
+
+GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
+Result = tuple[str, str, float]  # file, quantity, worst relative error
+
+
+def load(name: str) -> tuple[dict[str, Any], TarFlow]:
+    """Arrays of one golden file as tensors, and the model that they are of."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        arrays = {key: file[key] for key in file.files}
+    settings = json.loads(str(arrays.pop("config")))
+    settings["image_size"] = settings.pop("img_size")
+    tensors = {key: torch.from_numpy(value) for key, value in arrays.items()}
+    model = TarFlow(TarFlowConfig(**settings))
+    model.load_state_dict({k.removeprefix("param/"): v for k, v in tensors.items() if k.startswith("param/")})
+    return tensors, model
+
+
+def error(ours: Tensor, golden: Tensor) -> float:
+    """Largest difference, relative to the largest golden value."""
+    return float((ours.double() - golden.double()).abs().max() / golden.double().abs().max().clamp(min=1e-30))
+
+
+def settings(key: str) -> dict[str, str]:
+    """`reverse/guidance=1.5/what=ab` -> {"guidance": "1.5", "what": "ab"}."""
+    return dict(part.split("=") for part in key.split("/") if "=" in part)
+
+
+def forward(name: str) -> Iterator[Result]:
+    data, model = load(name)
+    x, outputs = data["x"].requires_grad_(), []
+    z, logdet = model(x, data.get("y"), outputs)
+    loss = flow_loss(z, logdet).mean()
+    loss.backward()
+    yield name, "z", error(z, data["z"])
+    if model.config.nvp:
+        yield name, "logdet", error(logdet, data["logdet"])
+    else:
+        yield name, "logdet is zero", float(logdet.abs().max())
+    yield name, "loss", error(loss, data["loss"])
+    blocks = [error(out, data[f"block_output/{i}"]) for i, out in enumerate(outputs) if f"block_output/{i}" in data]
+    if blocks:
+        yield name, "block outputs", max(blocks)
+    if "grad_x" in data:
+        assert x.grad is not None
+        yield name, "gradient of x", error(x.grad, data["grad_x"])
+        norms = {n: p.grad.norm() for n, p in model.named_parameters() if p.grad is not None}
+        yield name, "gradient norms", max(error(norms[n], data[f"grad_norm/{n}"]) for n in norms)
+    if "z_no_label" in data:
+        yield name, "z without labels", error(model(data["x"].detach())[0], data["z_no_label"])
+
+
+def reverse(name: str) -> Iterator[Result]:
+    data, model = load(name)
+    y = data.get("y_sample")
+    for key, golden in data.items():
+        if not key.startswith("reverse/guidance"):
+            continue
+        s = settings(key)
+        guidance = Guidance(float(s["guidance"]), s.get("what", "ab"), float(s.get("attn_temp", 1)), s.get("annealed") == "True")
+        yield name, key, error(sample(model, data["noise"], y, guidance), golden)
+    if "reverse/no_label" in data:
+        yield name, "reverse/no_label", error(sample(model, data["noise"]), data["reverse/no_label"])
+        images: list[Tensor] = []
+        sample(model, data["noise"], y, sequence=images)
+        yield name, "reverse_sequence", max(error(im, data[f"reverse_sequence/{i}"]) for i, im in enumerate(images))
+
+
+def prior() -> Iterator[Result]:
+    data, model = load("conditional_vp")
+    z, _ = model(data["x"], data["y"])
+    model.var.copy_(data["var_before"])
+    for k in (1, 2, 3):
+        model.update_prior(z.square().mean(0).detach())
+        yield "conditional_vp", f"prior variance after {k}", error(model.var, data[f"var_after/{k}"])
+
+
+def likelihood() -> Iterator[Result]:
+    data, model = load("bits_per_dim")
+    x = dequantize(data["pixels"], data["uniform"])
+    yield "bits_per_dim", "dequantized", error(x, data["dequantized"])
+    yield "bits_per_dim", "bits per dimension", error(bits_per_dim(model, x), data["bits_per_dim"])
+
+
+def denoising() -> Iterator[Result]:
+    data, model = load("denoise")
+    for key, golden in data.items():
+        if key.startswith("denoised/"):
+            s = settings(key)
+            ours = denoise(model, data["x"], data["y"], float(s["noise_std"]), float(s["multiplier"]))
+            yield "denoise", key, error(ours, golden)
+
+
+def training() -> Iterator[Result]:
+    data, model = load("training_curve")
+    backend = SingleBackend(model, OptimConfig(weight_decay=1e-4), torch.float32, torch.device("cpu"))
+    losses = []
+    for k in range(20):
+        y = torch.where(data["label_dropped"][k], -1, data["y"][k])
+        x = data["x"][k] + data["noise_std"].float() * data["gaussian"][k]
+        losses.append(backend.forward_backward(x, y, 1.0)[0])
+        backend.optimizer_step(float(data["lr_per_step"][k]), 0.0)
+    relative = (torch.stack(losses).double() - data["loss"]).abs() / data["loss"].abs()
+    yield "training_curve", "losses of 20 steps", float(relative.max())
+    final = {k.removeprefix("final_param/"): v for k, v in data.items() if k.startswith("final_param/")}
+    yield "training_curve", "final weights", max(error(t, final[n]) for n, t in model.state_dict().items())
+    z, logdet = model(data["x"][0], data["y"][0])
+    yield "training_curve", "probe z", error(z, data["probe_z"])
+    yield "training_curve", "probe logdet", error(logdet, data["probe_logdet"])
+
+
+def results() -> list[Result]:
+    """Every golden quantity with its worst relative error."""
+    found: list[Result] = []
+    for name in ("conditional_nvp", "unconditional_nvp", "conditional_vp"):
+        found += [*forward(name), *reverse(name)]
+    return [*found, *prior(), *likelihood(), *denoising(), *training()]
+
+
+def bar_of(file: str) -> float:
+    return 1e-4 if file == "training_curve" else 1e-5
+
+
+def main() -> int:
+    args = parse_args("Compare with the golden numbers of the published implementation.")
+    torch.manual_seed(0)
+    found = results()  # --quick changes nothing: it takes seconds
+    one_pass = max(e for f, _, e in found if f != "training_curve")
+    curve = max(e for f, _, e in found if f == "training_curve")
+    bars = [
+        Bar("worst relative error, one pass", one_pass, at_most=1e-5, reason="float32 rounding"),
+        Bar("worst relative error, 20 training steps", curve, at_most=1e-4, reason="rounding amplified by AdamW"),
+    ]
+    return finish(args, found, ("file", "quantity", "relative error"), bars)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

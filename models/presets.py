@@ -1,0 +1,31 @@
+"""The paper's configurations (arXiv 2412.06329, table 2 and appendix), one line each.
+
+A name reads patch-channels-blocks-layers, after the image size: `imagenet64-2-768-8-8`.
+"""
+
+from models.config import TarFlowConfig
+from models.errors import ModelError
+
+#                            image patch channels blocks layers classes
+_TABLE = {
+    "imagenet64-2-768-8-8":      (64,  2,   768,    8,     8,    1000),
+    "imagenet64-2-768-8-8-uncond": (64, 2,  768,    8,     8,       0),
+    "imagenet64-4-1024-8-8":     (64,  4,  1024,    8,     8,    1000),
+    "imagenet128-4-1024-8-8":    (128, 4,  1024,    8,     8,    1000),
+    "afhq256-8-768-8-8":         (256, 8,   768,    8,     8,       3),
+}  # fmt: skip
+
+
+def preset(name: str) -> TarFlowConfig:
+    """A configuration by name; an unknown name is an error that lists the known ones."""
+    if name not in _TABLE:
+        raise ModelError(f"unknown preset {name!r}; known: {', '.join(_TABLE)}")
+    size, patch, channels, blocks, layers, classes = _TABLE[name]
+    return TarFlowConfig(
+        image_size=size, patch_size=patch, channels=channels, num_blocks=blocks, layers_per_block=layers,
+        num_classes=classes,
+    )  # fmt: skip
+
+
+def preset_names() -> list[str]:
+    return list(_TABLE)

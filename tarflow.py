@@ -1,0 +1,62 @@
+"""The front door: one verb per thing a person does. Each hands over to a room at once.
+
+Neither torch nor any room is imported before a verb is chosen: a login node answers at once.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+__version__ = "0.1.0"
+
+# verb: (module, prefix of its build_parser and run functions, what it does)
+VERBS = {
+    "data": ("data_pipeline.cli", "", "prepare, fetch, index and inspect image data sets"),
+    "train": ("trainer.cli", "", "train a model; the same command resumes"),
+    "evaluate": ("evaluation.cli", "evaluate", "score a run's checkpoints, once or as they appear"),
+    "sample": ("evaluation.cli", "sample", "draw images from a run or a weights file"),
+    "report": ("evaluation.cli", "report", "write a run's report.html"),
+}
+
+EXAMPLES = """examples:
+  tarflow data fetch mnist5k data/mnist5k
+  tarflow train configs/demo.yaml --run runs/demo
+  tarflow evaluate runs/demo --watch
+  tarflow sample runs/demo --out samples --num 64
+  tarflow report runs/demo
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code. Errors a user can mend are one message, without a traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = next((a for a in arguments if not a.startswith("-")), None)
+    parser = argparse.ArgumentParser(
+        prog="tarflow",
+        description="Train, sample and evaluate TarFlow, a normalizing flow of causal transformers on image patches.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"tarflow {__version__}")
+    commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, (module, prefix, summary) in VERBS.items():
+        child = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
+        child.formatter_class = argparse.RawDescriptionHelpFormatter
+        if name == verb:  # only the chosen verb's room is imported
+            getattr(importlib.import_module(module), f"build_{prefix}_parser" if prefix else "build_parser")(child)
+    args = parser.parse_args(arguments)
+    module, prefix, _ = VERBS[args.verb]
+    run = getattr(importlib.import_module(module), f"run_{prefix}" if prefix else "run")
+    try:
+        return int(run(args))
+    except Exception as error:
+        if not getattr(error, "for_user", False) or os.environ.get("TARFLOW_TRACEBACK"):
+            raise
+        print(f"tarflow {args.verb}: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

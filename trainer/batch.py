@@ -1,0 +1,49 @@
+"""Batch arithmetic: one global batch, any number of ranks and micro-batches (contract 1)."""
+
+from dataclasses import dataclass
+
+from trainer.errors import TrainerError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is cut."""
+
+    global_batch_size: int
+    world_size: int
+    micro_batch_size: int
+
+    @property
+    def per_rank(self) -> int:
+        return self.global_batch_size // self.world_size
+
+    @property
+    def accumulation_steps(self) -> int:
+        return self.per_rank // self.micro_batch_size
+
+    def __str__(self) -> str:
+        return (
+            f"global batch {self.global_batch_size} = {self.world_size} ranks x {self.accumulation_steps} "
+            f"micro-batches x {self.micro_batch_size} images"
+        )
+
+
+def plan_batch(global_batch_size: int, world_size: int, micro_batch_size: int) -> BatchPlan:
+    """Derive the accumulation; what does not divide is refused with the sizes that would. micro 0 = all at once."""
+    if global_batch_size % world_size:
+        below = global_batch_size // world_size * world_size
+        options = [s for s in (below, below + world_size) if s]
+        raise TrainerError(
+            f"train.global_batch_size={global_batch_size} does not divide among {world_size} ranks; "
+            f"sizes that do: {' or '.join(map(str, options))}"
+        )
+    per_rank = global_batch_size // world_size
+    micro = micro_batch_size or per_rank
+    if per_rank % micro:
+        divisors = [d for d in range(1, per_rank + 1) if per_rank % d == 0]
+        raise TrainerError(
+            f"train.micro_batch_size={micro} does not divide the {per_rank} images per rank "
+            f"(train.global_batch_size={global_batch_size} / {world_size} ranks); sizes that do: "
+            f"{', '.join(map(str, divisors))}"
+        )
+    return BatchPlan(global_batch_size, world_size, micro)

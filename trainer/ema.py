@@ -1,0 +1,48 @@
+"""Averages of the weights with power-function profiles (Karras et al., arXiv 2312.02696, section 3 and appendix C).
+
+An average of relative width s weighs the weights of the past by a power of training time, so its memory grows with the
+run. It is tracked in `images_seen`: batch size and world size do not change it. The live model is never swapped.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def power_of_width(relative_std: float) -> float:
+    """Exponent gamma whose profile t^gamma has this relative standard deviation (equation 126 of the paper).
+
+    Solves (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) = s^2 for its positive root, s < 0.289.
+    """
+    t = relative_std**-2
+    return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
+
+
+def power_decay(relative_std: float, images_seen: int, batch: int) -> float:
+    """Decay of the step that ends at `images_seen`: (1 - batch / images_seen)^(gamma + 1)."""
+    return (1 - batch / images_seen) ** (power_of_width(relative_std) + 1)
+
+
+class EMA:
+    """Averages of named parameters; sharded parameters give averages of the same sharding."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], relative_stds: tuple[float, ...]) -> None:
+        self._sources = {name: p.detach() for name, p in parameters.items()}
+        self.averages = {
+            f"ema-{std:.3f}": {name: p.clone() for name, p in self._sources.items()} for std in relative_stds
+        }
+        self._stds = dict(zip(self.averages, relative_stds))
+
+    @torch.no_grad()
+    def update(self, images_seen: int, batch: int) -> None:
+        """Take in the weights after the step that brought the count to `images_seen`."""
+        sources = list(self._sources.values())
+        for name, average in self.averages.items():
+            weight = 1 - power_decay(self._stds[name], images_seen, batch)
+            torch._foreach_lerp_(list(average.values()), sources, weight)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every average under "ema-0.050/NAME"."""
+        return {f"{kind}/{name}": t for kind, tensors in self.averages.items() for name, t in tensors.items()}

@@ -1,0 +1,39 @@
+"""The same command resumes: what wins, what may change, and what is said about it (contract 6).
+
+The configuration given now wins over the one in the checkpoint. Every difference is printed. What the tensors or
+their meaning depend on cannot change; a changed data set must be accepted, because the order of samples changes with it.
+"""
+
+from collections.abc import Callable
+
+from trainer.checkpoint import Checkpoint
+from trainer.config import Config
+from trainer.config_io import config_diff, load_config
+from trainer.errors import TrainerError
+
+STRUCTURAL = ("model.", "ema.relative_stds")
+ORDER = ("train.seed", "data.num_canonical_nodes", "data.shuffle_block")
+
+
+def check_resume(
+    checkpoint: Checkpoint, config: Config, fingerprint: str, accept_new_data: bool, say: Callable[[str], None]
+) -> None:
+    """Compare a configuration with a checkpoint's: print every change, refuse the impossible ones before loading."""
+    changes = config_diff(load_config(checkpoint.path / "config.yaml"), config)
+    refused = {key: change for key, change in changes.items() if key.startswith(STRUCTURAL)}
+    if refused:
+        lines = "\n  ".join(f"{key}: {old} in the checkpoint, {new} now" for key, (old, new) in refused.items())
+        raise TrainerError(
+            f"checkpoint {checkpoint.path} cannot go on with this configuration:\n  {lines}\n"
+            "Set these back, or start a new run with --run (and --init-from, to begin from these weights)."
+        )
+    for key, (old, new) in changes.items():
+        note = " (the order of samples changes: some of this epoch are seen twice or not at all)" if key in ORDER else ""
+        say(f"changed: {key}: {old} -> {new}{note}")
+    stored = checkpoint.info.get("data")
+    if stored == fingerprint:
+        return
+    text = f"the data set in data.train is another one than at step {checkpoint.step} (fingerprint {stored} -> {fingerprint})"
+    if not accept_new_data:
+        raise TrainerError(f"{text}; if that is meant, add --accept-new-data")
+    say(f"changed: {text}; its order starts at position {checkpoint.images_seen}")
