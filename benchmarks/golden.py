@@ -42,7 +42,8 @@ def load(name: str) -> tuple[dict[str, Any], TarFlow]:
 
 def error(ours: Tensor, golden: Tensor) -> float:
     """Largest difference, relative to the largest golden value."""
-    return float((ours.double() - golden.double()).abs().max() / golden.double().abs().max().clamp(min=1e-30))
+    ours, golden = ours.detach().double(), golden.double()
+    return float((ours - golden).abs().max() / golden.abs().max().clamp(min=1e-30))
 
 
 def settings(key: str) -> dict[str, str]:
@@ -115,6 +116,18 @@ def denoising() -> Iterator[Result]:
             yield "denoise", key, error(ours, golden)
 
 
+def weight_error(name: str, ours: Tensor, golden: Tensor) -> float:
+    """`error`, without the biases of attention keys.
+
+    A key bias adds the same number to all logits of a query, so its gradient is zero but for rounding, and AdamW
+    divides that rounding by its own size: these biases wander by noise alone, and nothing depends on them.
+    """
+    if name.endswith("qkv.bias"):
+        (q, _, v), (golden_q, _, golden_v) = ours.chunk(3), golden.chunk(3)
+        ours, golden = torch.cat([q, v]), torch.cat([golden_q, golden_v])
+    return error(ours, golden)
+
+
 def training() -> Iterator[Result]:
     data, model = load("training_curve")
     backend = SingleBackend(model, OptimConfig(weight_decay=1e-4), torch.float32, torch.device("cpu"))
@@ -127,7 +140,7 @@ def training() -> Iterator[Result]:
     relative = (torch.stack(losses).double() - data["loss"]).abs() / data["loss"].abs()
     yield "training_curve", "losses of 20 steps", float(relative.max())
     final = {k.removeprefix("final_param/"): v for k, v in data.items() if k.startswith("final_param/")}
-    yield "training_curve", "final weights", max(error(t, final[n]) for n, t in model.state_dict().items())
+    yield "training_curve", "final weights", max(weight_error(n, t, final[n]) for n, t in model.state_dict().items())
     z, logdet = model(data["x"][0], data["y"][0])
     yield "training_curve", "probe z", error(z, data["probe_z"])
     yield "training_curve", "probe logdet", error(logdet, data["probe_logdet"])
@@ -149,8 +162,9 @@ def main() -> int:
     args = parse_args("Compare with the golden numbers of the published implementation.")
     torch.manual_seed(0)
     found = results()  # --quick changes nothing: it takes seconds
-    one_pass = max(e for f, _, e in found if f != "training_curve")
-    curve = max(e for f, _, e in found if f == "training_curve")
+    # max() would pass over a NaN
+    one_pass = float(np.max([e for f, _, e in found if f != "training_curve"]))
+    curve = float(np.max([e for f, _, e in found if f == "training_curve"]))
     bars = [
         Bar("worst relative error, one pass", one_pass, at_most=1e-5, reason="float32 rounding"),
         Bar("worst relative error, 20 training steps", curve, at_most=1e-4, reason="rounding amplified by AdamW"),

@@ -108,7 +108,10 @@ def find(run_dir: str | Path, step: int | None = None) -> Checkpoint:
 def sweep(run_dir: Path) -> list[str]:
     """Remove what interrupted saves and removals left; report that, and what else cannot be used. Writer only."""
     lines = []
-    for path, reason in sorted(scan(run_dir)[1].items()):
+    usable, refused = scan(run_dir)
+    if usable:  # a save may have been killed between its marker and the pointer
+        write_atomic(checkpoints_dir(run_dir) / "latest", usable[-1].name + "\n")
+    for path, reason in sorted(refused.items()):
         torn = not (path / MARKER).exists()
         if torn:
             shutil.rmtree(path)

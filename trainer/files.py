@@ -24,7 +24,7 @@ def fsync_tree(path: Path) -> None:
 
 def write_atomic(path: Path, text: str) -> None:
     """Replace a file's content in one step: temporary sibling, fsync, rename, fsync of the directory."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a kill leaves, the next write replaces
     try:
         with open(temporary, "w") as file:
             file.write(text)
