@@ -53,7 +53,8 @@ def settings(key: str) -> dict[str, str]:
 
 def forward(name: str) -> Iterator[Result]:
     data, model = load(name)
-    x, outputs = data["x"].requires_grad_(), []
+    x = data["x"].requires_grad_()
+    outputs: list[Tensor] = []
     z, logdet = model(x, data.get("y"), outputs)
     loss = flow_loss(z, logdet).mean()
     loss.backward()
@@ -82,7 +83,9 @@ def reverse(name: str) -> Iterator[Result]:
         if not key.startswith("reverse/guidance"):
             continue
         s = settings(key)
-        guidance = Guidance(float(s["guidance"]), s.get("what", "ab"), float(s.get("attn_temp", 1)), s.get("annealed") == "True")
+        guidance = Guidance(
+            float(s["guidance"]), s.get("what", "ab"), float(s.get("attn_temp", 1)), s.get("annealed") == "True"
+        )
         yield name, key, error(sample(model, data["noise"], y, guidance), golden)
     if "reverse/no_label" in data:
         yield name, "reverse/no_label", error(sample(model, data["noise"]), data["reverse/no_label"])

@@ -21,7 +21,9 @@ class TarFlowConfig(BaseModel):
     head_channels: int = Field(64, gt=0, description="channels of an attention head")
     expansion: int = Field(4, gt=0, description="hidden width of the MLP, in units of channels")
     num_classes: int = Field(0, ge=0, description="classes; 0 = unconditional")
-    nvp: bool = Field(True, description="true: affine (non-volume-preserving); false: shift only, with a learned prior variance")
+    nvp: bool = Field(
+        True, description="true: affine (non-volume-preserving); false: shift only, with a learned prior variance"
+    )
     soft_clip: float = Field(0.0, ge=0, description="bound the log-scale a to c*tanh(a/c); 0 = off, as published")
 
     @model_validator(mode="after")

@@ -17,7 +17,9 @@ from torch import Tensor
 def keyed_rng(seed: int, stream: str, step: int, index: int) -> np.random.Generator:
     """The generator of one draw. Its 128-bit key makes a collision between draws a thing that does not happen."""
     text = struct.pack("<qqq", seed, step, index) + stream.encode()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")))
+    return np.random.Generator(
+        np.random.Philox(key=int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little"))
+    )
 
 
 def keyed_normal(seed: int, stream: str, step: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:

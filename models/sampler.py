@@ -51,7 +51,9 @@ def check_labels(model: TarFlow, y: Tensor | None, batch: int) -> None:
     if low < -1 or high >= max(classes, 0):
         bad = low if low < -1 else high
         if not (classes == 0 and high == -1):
-            raise ModelError(f"label {bad} is outside the model's {classes} classes (0..{classes - 1}, or -1 for no label)")
+            raise ModelError(
+                f"label {bad} is outside the model's {classes} classes (0..{classes - 1}, or -1 for no label)"
+            )
 
 
 @torch.inference_mode()
@@ -88,9 +90,7 @@ def invert_block(block: FlowBlock, z: Tensor, y: Tensor | None, guidance: Guidan
     embedding, inverse_temp = _conditions(block, y, n, guidance)
     position_embedding = block.order(block.pos_embed, dim=0)
     config = block.config
-    cache = empty_cache(
-        config.layers_per_block, rows, config.num_heads, tokens, config.head_channels, block.pos_embed
-    )
+    cache = empty_cache(config.layers_per_block, rows, config.num_heads, tokens, config.head_channels, block.pos_embed)
     for i in range(tokens - 1):
         token = x[:, i : i + 1].to(block.proj_in.weight.dtype)
         h = block.proj_in(token) + position_embedding[i]
@@ -114,9 +114,7 @@ def _guide(value: Tensor, weight: float, wanted: bool) -> Tensor:
     return conditional + weight * (conditional - unconditional) if wanted else conditional
 
 
-def _conditions(
-    block: FlowBlock, y: Tensor | None, n: int, guidance: Guidance
-) -> tuple[Tensor | None, Tensor | None]:
+def _conditions(block: FlowBlock, y: Tensor | None, n: int, guidance: Guidance) -> tuple[Tensor | None, Tensor | None]:
     """Label embedding and inverse attention temperature of every row, conditional rows first."""
     embedding = block.label_embedding(y, n)
     if not guidance.active:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 # Below this many tokens two batched products beat the CPU's flash kernel in bfloat16 (forward and backward, two cores:
 # 5x at 16 tokens, 2x at 64, 1.2x at 256; at 1,024 the flash kernel wins).
 CPU_DENSE_TOKENS = 256

@@ -76,7 +76,9 @@ def _read_safetensors(path: Path) -> tuple[TarFlowConfig, dict[str, Tensor]]:
     except SafetensorError as error:
         raise ModelError(f"{path} is not a readable safetensors file: {error}") from None
     if text is None:
-        raise ModelError(f"{path} holds no TarFlow configuration (metadata {CONFIG_KEY!r}); it was written by another program")
+        raise ModelError(
+            f"{path} holds no TarFlow configuration (metadata {CONFIG_KEY!r}); it was written by another program"
+        )
     try:
         return TarFlowConfig.model_validate(json.loads(text)), weights
     except (ValidationError, json.JSONDecodeError) as error:

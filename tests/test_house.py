@@ -18,7 +18,16 @@ MAY_IMPORT = {
     "cluster": {"models", "data_pipeline", "trainer", "evaluation"},
 }
 # Of the trainer, the evaluation sees the configuration and the run directory's format, never the loop.
-TRAINER_FOR_EVALUATION = {"config", "config_io", "run_dir", "checkpoint", "tensor_store", "files", "errors", "exit_codes"}
+TRAINER_FOR_EVALUATION = {
+    "config",
+    "config_io",
+    "run_dir",
+    "checkpoint",
+    "tensor_store",
+    "files",
+    "errors",
+    "exit_codes",
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -63,7 +72,9 @@ def run_tarflow(*arguments: str) -> subprocess.CompletedProcess[str]:
 HEAVY = ("torch", "deepspeed", "streaming", "pyarrow", "numpy", "webdataset")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([v, "--help"] for v in ("data", "train", "evaluate", "sample", "report"))])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([v, "--help"] for v in ("data", "train", "evaluate", "sample", "report"))]
+)
 def test_help_loads_nothing_heavy_and_shows_an_example(arguments: list[str]) -> None:
     done = run_tarflow(*arguments)
     assert done.returncode == 0, done.stderr[-500:]

@@ -256,7 +256,9 @@ def _check_names_and_shapes(checkpoint: Checkpoint, ours: dict[str, tuple[int, .
     problems = [f"missing in the checkpoint: {n}" for n in ours if n not in theirs]
     problems += [f"not in this model: {n}" for n in theirs if n not in ours and exact]
     problems += [
-        f"{n}: {list(theirs[n])} in the checkpoint, {list(ours[n])} here" for n in ours if n in theirs and theirs[n] != ours[n]
+        f"{n}: {list(theirs[n])} in the checkpoint, {list(ours[n])} here"
+        for n in ours
+        if n in theirs and theirs[n] != ours[n]
     ]
     if problems:
         shown = "\n  ".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
@@ -274,6 +276,17 @@ def _quiet() -> Iterator[None]:
 
 
 __all__: Sequence[str] = [
-    "Checkpoint", "apply_retention", "commit", "committed", "find", "load_weights", "pinned", "read_tensors",
-    "scan", "stored_shapes", "sweep", "temporary_dir", "write_tensors",
+    "Checkpoint",
+    "apply_retention",
+    "commit",
+    "committed",
+    "find",
+    "load_weights",
+    "pinned",
+    "read_tensors",
+    "scan",
+    "stored_shapes",
+    "sweep",
+    "temporary_dir",
+    "write_tensors",
 ]

@@ -14,7 +14,9 @@ Exit codes: 0 finished, 75 stopped on request after saving (run it again), 1 fai
 def build_parser(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLE
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="configuration file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
+    )
     parser.add_argument("--run", type=Path, metavar="DIR", help="run directory (default: runs/NAME of the file)")
     parser.add_argument("--init-from", type=Path, metavar="WEIGHTS", help="start a new run from a weights file")
     parser.add_argument("--accept-new-data", action="store_true", help="resume although data.train is another data set")

@@ -44,8 +44,12 @@ class DataConfig(Section):
     prefetch_batches: Count = Field(4, gt=0, description="batches that wait ready")
     num_canonical_nodes: Count = Field(1, gt=0, description="parts of the data set that are read apart from each other")
     shuffle_block: Count = Field(65536, gt=0, description="samples that are shuffled among each other")
-    on_error: Literal["strict", "skip"] = Field("strict", description="strict: a damaged image stops the run; skip: count and replace it")
-    max_bad_share: float = Field(0.01, ge=0, le=1, description="share of damaged images at which a run with on_error=skip stops")
+    on_error: Literal["strict", "skip"] = Field(
+        "strict", description="strict: a damaged image stops the run; skip: count and replace it"
+    )
+    max_bad_share: float = Field(
+        0.01, ge=0, le=1, description="share of damaged images at which a run with on_error=skip stops"
+    )
 
 
 class TrainConfig(Section):
@@ -55,11 +59,17 @@ class TrainConfig(Section):
     global_batch_size: Count = Field(gt=0, description="images per step, over all ranks")
     micro_batch_size: Count = Field(0, ge=0, description="images per forward pass and rank; 0 = the rank's whole share")
     max_images: Count = Field(gt=0, description="images seen at which the run ends")
-    noise: Literal["gaussian", "uniform"] = Field("gaussian", description="noise on the images: for samples, or for the likelihood")
-    noise_std: float = Field(0.05, ge=0, description="standard deviation of gaussian noise, in model range (grey levels span 2)")
+    noise: Literal["gaussian", "uniform"] = Field(
+        "gaussian", description="noise on the images: for samples, or for the likelihood"
+    )
+    noise_std: float = Field(
+        0.05, ge=0, description="standard deviation of gaussian noise, in model range (grey levels span 2)"
+    )
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by `no label`, for guidance")
     grad_clip: float = Field(0.0, ge=0, description="largest global norm of the gradient; 0 = no clipping")
-    param_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of the network's products; masters are float32")
+    param_dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="dtype of the network's products; masters are float32"
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
 
 
@@ -76,7 +86,9 @@ class OptimConfig(Section):
 class EMAConfig(Section):
     """Averages of the weights: power-function profiles of these relative widths (arXiv 2312.02696)."""
 
-    relative_stds: tuple[float, ...] = Field((0.05, 0.1), description="width of each average, as a share of the run so far")
+    relative_stds: tuple[float, ...] = Field(
+        (0.05, 0.1), description="width of each average, as a share of the run so far"
+    )
 
     @model_validator(mode="after")
     def _distinct(self) -> "EMAConfig":
@@ -84,7 +96,9 @@ class EMAConfig(Section):
             if not 0 < std < 0.28:
                 raise ValueError(f"ema.relative_stds: a width lies between 0 and 0.28, got {std}")
         if len({f"{s:.3f}" for s in self.relative_stds}) < len(self.relative_stds):
-            raise ValueError(f"ema.relative_stds: widths must differ in the first three decimals, got {self.relative_stds}")
+            raise ValueError(
+                f"ema.relative_stds: widths must differ in the first three decimals, got {self.relative_stds}"
+            )
         return self
 
     @property
@@ -98,12 +112,16 @@ class CheckpointConfig(Section):
     every_images: Count = Field(0, ge=0, description="images between checkpoints; 0 = only at the end")
     every_minutes: float = Field(0, ge=0, description="save also when this much time has passed; 0 = off")
     keep_latest: Count = Field(2, ge=-1, description="newest checkpoints to keep (2 at least; -1 = all)")
-    keep_every_images: Count = Field(0, ge=0, description="keep for ever the checkpoints at multiples of this; 0 = none")
+    keep_every_images: Count = Field(
+        0, ge=0, description="keep for ever the checkpoints at multiples of this; 0 = none"
+    )
 
     @model_validator(mode="after")
     def _safe(self) -> "CheckpointConfig":
         if self.keep_latest in (0, 1):
-            raise ValueError(f"checkpoint.keep_latest={self.keep_latest}: 2 at least (the last one may be in the making), or -1 for all")
+            raise ValueError(
+                f"checkpoint.keep_latest={self.keep_latest}: 2 at least (the last one may be in the making), or -1 for all"
+            )
         return self
 
 
@@ -121,9 +139,13 @@ class SamplingConfig(Section):
     guide: Literal["a", "b", "ab"] = Field("ab", description="what is guided: log-scale a, shift b")
     attn_temp: float = Field(1.0, gt=0, description="attention temperature of the unguided half")
     annealed: bool = Field(True, description="let the weight grow over the tokens")
-    denoise: float = Field(1.0, ge=0, description="multiplier of the score-based denoising step; 0 = none")
+    denoise: float | None = Field(
+        None, ge=0, description="multiplier of the score-based denoising step; 0 = none, null = 1 after gaussian noise"
+    )
     batch_size: Count = Field(64, gt=0, description="images drawn at once; does not change them")
-    param_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the network's products while sampling")
+    param_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype of the network's products while sampling"
+    )
     seed: Count = Field(0, ge=0, description="key of the noise: image i depends on (seed, i) alone")
 
 
@@ -131,7 +153,9 @@ class EvaluationConfig(Section):
     """What the evaluation worker measures at each checkpoint."""
 
     num_samples: Count = Field(50_000, gt=1, description="images drawn for the Frechet distance")
-    weights: str = Field("auto", description="raw, one of the averages (ema-0.050), or auto: the widest average, raw without any")
+    weights: str = Field(
+        "auto", description="raw, one of the averages (ema-0.050), or auto: the widest average, raw without any"
+    )
     features: Literal["efficientnet_lite0", "mobilenet_v2"] = Field("efficientnet_lite0", description="feature network")
     reference_images: Count = Field(0, ge=0, description="training images behind the reference statistics; 0 = all")
     validation_images: Count = Field(0, ge=0, description="held-out images for bits per dimension; 0 = all")
@@ -162,9 +186,13 @@ class Config(Section):
     def _consistent(self) -> "Config":
         weights = self.evaluation.weights
         if weights not in ("auto", "raw", *self.ema.names):
-            raise ValueError(f"evaluation.weights={weights!r}: choose auto, raw or one of {', '.join(self.ema.names) or '(no averages are kept)'}")
-        if self.train.noise == "uniform" and self.sampling.denoise and "denoise" in self.sampling.model_fields_set:
-            raise ValueError("sampling.denoise needs train.noise=gaussian: without its noise there is nothing to take out")
+            raise ValueError(
+                f"evaluation.weights={weights!r}: choose auto, raw or one of {', '.join(self.ema.names) or '(none is kept)'}"
+            )
+        if self.train.noise == "uniform" and self.sampling.denoise:
+            raise ValueError(
+                "sampling.denoise needs train.noise=gaussian: without its noise there is nothing to take out"
+            )
         return self
 
     @property
@@ -177,4 +205,5 @@ class Config(Section):
     @property
     def denoise_multiplier(self) -> float:
         """Denoising step of samples; a flow trained on uniform dequantisation noise has none."""
-        return self.sampling.denoise if self.train.noise == "gaussian" else 0.0
+        default = 1.0 if self.train.noise == "gaussian" else 0.0
+        return default if self.sampling.denoise is None else self.sampling.denoise

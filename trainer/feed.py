@@ -6,7 +6,7 @@ drawn in a thread while the device computes, so the loop never waits for them.
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,9 @@ class StepInput:
     labels: Tensor  # int64 [b], -1 = no label
     images_seen: int  # before this step
 
-    def micro_batches(self, size: int, train: TrainConfig, device: torch.device) -> Iterator[tuple[Tensor, Tensor, float]]:
+    def micro_batches(
+        self, size: int, train: TrainConfig, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor, float]]:
         """(noisy images, labels, share of the rank's batch) per micro-batch, on the device."""
         total = len(self.pixels)
         for start in range(0, total, size):
@@ -53,7 +55,7 @@ def step_input(batch: "Batch", train: TrainConfig) -> StepInput:
     return StepInput(batch.images, noise, labels, batch.images_seen)
 
 
-def feed(batches: "Iterable[Batch]", train: TrainConfig, pin: bool, ahead: int = 2) -> Iterator[StepInput]:
+def feed(batches: "Iterable[Batch]", train: TrainConfig, pin: bool, ahead: int = 2) -> Generator[StepInput, None, None]:
     """Step inputs in order, prepared `ahead` of time in a thread; its errors are raised here."""
     ready: queue.Queue[StepInput | BaseException | None] = queue.Queue(maxsize=ahead)
     stopped = threading.Event()

@@ -59,7 +59,9 @@ def train(config: Config, run_dir: Path, *, init_from: Path | None = None, accep
 def check_data(config: Config, num_classes: int | None) -> None:
     """Refuse a class-conditional model on data with more classes than it has, before anything is made."""
     if config.model.num_classes and num_classes is None:
-        raise TrainerError(f"model.num_classes={config.model.num_classes}, but the data in {config.data.train} have no labels")
+        raise TrainerError(
+            f"model.num_classes={config.model.num_classes}, but the data in {config.data.train} have no labels"
+        )
     if num_classes is not None and 0 < config.model.num_classes < num_classes:
         raise TrainerError(
             f"model.num_classes={config.model.num_classes}, but the data in {config.data.train} have {num_classes} classes"
@@ -92,7 +94,9 @@ class Run:
             say(line)
         checkpoints = ckpt.committed(self.run_dir)
         parameters = sum(p.numel() for p in self.backend.parameters().values())
-        say(f"model: {parameters / 1e6:.1f}M parameters, {self.config.model.num_tokens} tokens; {self.plan}; on {self.device}")
+        say(
+            f"model: {parameters / 1e6:.1f}M parameters, {self.config.model.num_tokens} tokens; {self.plan}; on {self.device}"
+        )
         if checkpoints:
             newest = checkpoints[-1]
             check_resume(newest, self.config, fingerprint, accept_new_data, say)
@@ -111,7 +115,9 @@ class Run:
     def _load_initial(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         config, weights = load_weights_file(path, self.config.model)
         if config != self.config.model:
-            raise TrainerError(f"--init-from {path} holds another model: {config!r}; this run has {self.config.model!r}")
+            raise TrainerError(
+                f"--init-from {path} holds another model: {config!r}; this run has {self.config.model!r}"
+            )
         for name, value in weights.items():
             kinds = ["buffer"] if name == "var" else ["model", *self.ema.averages]
             for kind in kinds:
@@ -146,7 +152,9 @@ class Run:
         if self.images_seen >= total:
             self.log.say(f"finished: {self.images_seen:,} images")
             return FINISHED
-        self.log.say(f"stopped by {stop.received} at {self.images_seen:,} images, saved; the same command goes on from here")
+        self.log.say(
+            f"stopped by {stop.received} at {self.images_seen:,} images, saved; the same command goes on from here"
+        )
         return REQUEUE
 
     def step(self, batch: StepInput, window: Window) -> float:

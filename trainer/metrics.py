@@ -94,7 +94,9 @@ class MetricLog:
         else:
             eta = (total_images - images_seen) / max(rate, 1e-9)
             share = images_seen / total_images
-            self.say(f"step {step} | {images_seen:,}/{total_images:,} images ({share:.0%}) | {text} | ETA {_duration(eta)}")
+            self.say(
+                f"step {step} | {images_seen:,}/{total_images:,} images ({share:.0%}) | {text} | ETA {_duration(eta)}"
+            )
 
     def _write(self, row: Mapping[str, Any]) -> None:
         self._jsonl.write(json.dumps(row) + "\n")

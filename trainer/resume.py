@@ -28,7 +28,9 @@ def check_resume(
             "Set these back, or start a new run with --run (and --init-from, to begin from these weights)."
         )
     for key, (old, new) in changes.items():
-        note = " (the order of samples changes: some of this epoch are seen twice or not at all)" if key in ORDER else ""
+        note = (
+            " (the order of samples changes: some of this epoch are seen twice or not at all)" if key in ORDER else ""
+        )
         say(f"changed: {key}: {old} -> {new}{note}")
     stored = checkpoint.info.get("data")
     if stored == fingerprint:

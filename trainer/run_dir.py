@@ -1,6 +1,6 @@
 """The run directory: what lies where, who may write, and how to open one.
 
-    config.yaml  run.json  log.txt  metrics.jsonl  tensorboard/  checkpoints/  evals/  evals.jsonl  report.html
+config.yaml  run.json  log.txt  metrics.jsonl  tensorboard/  checkpoints/  evals/  evals.jsonl  report.html
 """
 
 import fcntl
@@ -49,7 +49,9 @@ def create_run(run_dir: Path) -> None:
     # The lock is ours; a file with the marker's temporary name is what a killed first start leaves.
     leftovers = [p.name for p in run_dir.iterdir() if not p.name.startswith(".")] if run_dir.exists() else []
     if leftovers:
-        raise TrainerError(f"--run {run_dir} is not empty and not a run (it holds {leftovers[0]}); give a new directory")
+        raise TrainerError(
+            f"--run {run_dir} is not empty and not a run (it holds {leftovers[0]}); give a new directory"
+        )
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(run_dir / "run.json", json.dumps({"run_id": uuid.uuid4().hex}))
 
@@ -68,7 +70,9 @@ def writer_lock(run_dir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise TrainerError(f"run {run_dir} is in use by another process ({file.read().strip()}); two writers would garble it") from None
+            raise TrainerError(
+                f"run {run_dir} is in use by another process ({file.read().strip()}); two writers would garble it"
+            ) from None
         file.truncate(0)
         file.write(f"host {os.uname().nodename}, pid {os.getpid()}")
         file.flush()

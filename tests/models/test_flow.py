@@ -179,7 +179,9 @@ class TestGuidance:
         self.y = torch.tensor([0, 1, 3])
 
     def test_S10_weight_zero_is_plain_conditional_sampling(self) -> None:
-        assert torch.equal(sample(self.model, self.noise, self.y, Guidance(0.0)), sample(self.model, self.noise, self.y))
+        assert torch.equal(
+            sample(self.model, self.noise, self.y, Guidance(0.0)), sample(self.model, self.noise, self.y)
+        )
 
     def test_S10_no_label_guided_by_no_label_is_no_label(self) -> None:
         none = torch.full((3,), -1)
@@ -233,9 +235,9 @@ class TestGuidance:
         assert (to_pixels(together[1]).int() - to_pixels(alone[0]).int()).abs().max() <= 1
 
     def test_wrong_settings_name_the_setting(self) -> None:
-        with pytest.raises(ValueError, match="sampling.guide must be"):
+        with pytest.raises(ValueError, match=r"sampling.guide must be"):
             Guidance(1.0, "c")
-        with pytest.raises(ValueError, match="sampling.attn_temp must be > 0"):
+        with pytest.raises(ValueError, match=r"sampling.attn_temp must be > 0"):
             Guidance(1.0, attn_temp=0)
 
 

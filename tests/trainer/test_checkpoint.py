@@ -160,9 +160,15 @@ with ckpt.pinned(ckpt.find(Path({str(run)!r}), 10), owner="reader"):
 def test_T15_missing_and_unexpected_tensors_are_listed(run: Path) -> None:
     save(run, 10)
     with pytest.raises(TrainerError) as caught:
-        ckpt.read_tensors(ckpt.find(run), {"model/w": torch.empty(4), "model/extra": torch.empty(1), "buffer/var": torch.empty(2)})
+        ckpt.read_tensors(
+            ckpt.find(run), {"model/w": torch.empty(4), "model/extra": torch.empty(1), "buffer/var": torch.empty(2)}
+        )
     text = str(caught.value)
-    for part in ("missing in the checkpoint: model/extra", "not in this model: ema-0.050/w", "model/w: [3] in the checkpoint, [4] here"):
+    for part in (
+        "missing in the checkpoint: model/extra",
+        "not in this model: ema-0.050/w",
+        "model/w: [3] in the checkpoint, [4] here",
+    ):
         assert part in text
 
 

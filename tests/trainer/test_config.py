@@ -29,7 +29,8 @@ def test_K01_floats_however_written(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1e4", 10_000), ("010", 10), ("270_000", 270_000), ("256Ki", 262_144), ("1.5e3", 1500), ("8", 8)]
+    ("text", "value"),
+    [("1e4", 10_000), ("010", 10), ("270_000", 270_000), ("256Ki", 262_144), ("1.5e3", 1500), ("8", 8)],
 )
 def test_K01_counts_however_written(tmp_path: Path, text: str, value: int) -> None:
     assert load(tmp_path, f"train.max_images={text}").train.max_images == value
@@ -100,6 +101,14 @@ def test_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
     assert config_diff(config, load(tmp_path)) == {
         "optim.lr": (1e-7, 1e-4), "optim.betas": ([0.8, 0.9], [0.9, 0.95]), "ema.relative_stds": ([0.07], [0.05, 0.1]),
     }  # fmt: skip
+
+
+def test_resolved_configuration_of_a_likelihood_run_reads_back_too(tmp_path: Path) -> None:
+    config = load(tmp_path, "train.noise=uniform")
+    assert config.denoise_multiplier == 0
+    assert load(tmp_path, text=config_text(config)) == config
+    with pytest.raises(TrainerError, match=r"sampling.denoise needs train.noise=gaussian"):
+        load(tmp_path, "train.noise=uniform", "sampling.denoise=0.9")
 
 
 def test_preset_with_changes(tmp_path: Path) -> None:

@@ -20,16 +20,16 @@ class SingleBackend:
         self.device = device
         self.model = model.to(device)
         names = [name for name, _ in model.named_parameters()]
-        self._computing = [p for _, p in model.named_parameters()]
+        self._computing = list(model.parameters())
         if param_dtype == torch.float32:
-            self._masters = self._computing
+            self._masters: list[Tensor] = list(self._computing)
         else:
             self._masters = [p.detach().clone().requires_grad_() for p in self._computing]
             for parameter in self._computing:
                 parameter.data = parameter.data.to(param_dtype)
                 parameter.register_post_accumulate_grad_hook(self._collect)
         self._master_of = dict(zip(map(id, self._computing), self._masters))
-        self._named = dict(zip(names, self._masters))
+        self._named: dict[str, Tensor] = dict(zip(names, self._masters))
         self.optimizer = torch.optim.AdamW(
             self._masters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=device.type != "mps"
         )
@@ -92,7 +92,7 @@ class SingleBackend:
 
     @torch.no_grad()
     def loaded(self) -> None:
-        if self._masters is not self._computing:
+        if self._computing[0].dtype != torch.float32:
             torch._foreach_copy_([p.data for p in self._computing], [m.detach() for m in self._masters])
         step = self.optimizer.state[self._masters[0]]["step"]
         for master in self._masters[1:]:
