@@ -218,14 +218,17 @@ def _fsync(path: Path) -> None:
 
 
 def read_classes(root: Path) -> list[str] | None:
-    """The class names in `root/classes.json`, or None without that file. Raises DataError if it is no list of names."""
+    """The class names in `root/classes.json`, or None without that file."""
     path = root / CLASSES_FILE
-    if not path.is_file():
-        return None
+    return parse_classes(path) if path.is_file() else None
+
+
+def parse_classes(path: Path) -> list[str]:
+    """The class names in a JSON file, in label order. Raises DataError if it holds no list of distinct names."""
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as err:
-        raise DataError(f"{path} is not JSON: {err}") from None
+    except (OSError, ValueError) as err:
+        raise DataError(f"cannot read class names from {path}: {err}") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{path} must hold a list of class names")
     if len(set(names)) < len(names):
