@@ -102,6 +102,7 @@ class Loader:
         self.layout = Layout(global_batch_size // world_size, image_size, channels)
         self._delivered = 0
         self._stop: Callable[[], None] = lambda: None
+        self._pids: Callable[[], list[int]] = list
         if rank == 0:
             _log_data(self.index)
 
@@ -126,10 +127,14 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers of the iteration under way; empty without workers."""
+        return list(self._pids())
+
     def close(self) -> None:
         """End the workers or the thread. Batches that were handed out stay valid."""
         self._stop()
-        self._stop = lambda: None
+        self._stop, self._pids = lambda: None, list
 
     def _plan(self) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
         """(images_seen, slots, stream positions, ids) of each batch, int64 [b]."""
@@ -160,7 +165,7 @@ class Loader:
 
     def _with_processes(self) -> Iterator[Batch]:
         pool = WorkerPool(self.spec, self.layout, self.num_workers, self.prefetch_batches)
-        self._stop = pool.close
+        self._stop, self._pids = pool.close, pool.pids
         register = _PinnedMemory(pool) if self.pin_memory else None
         plan = self._plan()
         ahead: deque[tuple[int, int, np.ndarray]] = deque()
