@@ -374,3 +374,18 @@ def test_no_shared_memory_names_are_used(make_set: Callable[..., Path]) -> None:
         iterator = iter(loader)
         next(iterator)
         assert set(os.listdir("/dev/shm")) <= before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pinned_batches_survive_copies_that_do_not_block(
+    make_set: Callable[..., Path], lab: SimpleNamespace, workers: int
+) -> None:
+    root = make_set([64])
+    options: dict[str, Any] = {"global_batch_size": 16, "num_workers": workers, "pin_memory": True}
+    with Loader(root, **ARGS, **options) as loader:
+        for batch in itertools.islice(loader, 40):
+            assert batch.images.is_pinned()
+            images = batch.images.to("cuda", non_blocking=True)
+            assert [lab.number_of(image.cpu()) for image in images] == batch.ids.tolist()
