@@ -46,7 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         child.formatter_class = argparse.RawDescriptionHelpFormatter
         if name == verb:  # only the chosen verb's room is imported
             getattr(importlib.import_module(module), f"build_{prefix}_parser" if prefix else "build_parser")(child)
-    args = parser.parse_args(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    # argparse gives up on `CONFIG --run DIR section.key=value`: overrides may stand anywhere.
+    unknown = [a for a in rest if a.startswith("-") or "=" not in a or not hasattr(args, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        args.overrides += rest
     module, prefix, _ = VERBS[args.verb]
     run = getattr(importlib.import_module(module), f"run_{prefix}" if prefix else "run")
     try:

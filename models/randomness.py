@@ -6,6 +6,7 @@ uninterrupted one bit for bit, another world size sees the same noise, and sampl
 """
 
 import hashlib
+import math
 import struct
 from collections.abc import Sequence
 
@@ -24,15 +25,15 @@ def keyed_rng(seed: int, stream: str, step: int, index: int) -> np.random.Genera
 
 def keyed_normal(seed: int, stream: str, step: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Standard normal numbers, float32 on the CPU: [len(indices), *shape], row i keyed by indices[i]."""
-    out = np.empty((len(indices), *shape), np.float32)
+    out = np.empty((len(indices), math.prod(shape)), np.float32)
     for row, index in zip(out, indices):
         keyed_rng(seed, stream, step, int(index)).standard_normal(dtype=np.float32, out=row)
-    return torch.from_numpy(out)
+    return torch.from_numpy(out).view(len(indices), *shape)
 
 
 def keyed_uniform(seed: int, stream: str, step: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Uniform numbers in [0, 1), float32 on the CPU: [len(indices), *shape], row i keyed by indices[i]."""
-    out = np.empty((len(indices), *shape), np.float32)
+    out = np.empty((len(indices), math.prod(shape)), np.float32)
     for row, index in zip(out, indices):
         keyed_rng(seed, stream, step, int(index)).random(dtype=np.float32, out=row)
-    return torch.from_numpy(out)
+    return torch.from_numpy(out).view(len(indices), *shape)

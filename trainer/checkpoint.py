@@ -1,7 +1,7 @@
 """Checkpoints: committed or not there at all (design contract 5).
 
     checkpoints/step-00001000/   tensors (torch's distributed checkpoint), config.yaml
-                   COMMITTED     json, written last: step, images_seen, run, files with their sizes, ...
+                   COMMITTED     json, written last: step, images_seen, run, files with sizes and checksums, ...
     checkpoints/latest           name of the newest committed checkpoint
     checkpoints/pins/            who is reading which checkpoint
 
@@ -14,14 +14,14 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import TrainerError
-from trainer.files import fsync_dir, fsync_tree, write_atomic
+from trainer.files import crc32, fsync_dir, fsync_tree, write_atomic
 from trainer.run_dir import run_id
 
 MARKER = "COMMITTED"
@@ -59,13 +59,43 @@ def read_marker(path: Path, owner: str | None) -> Checkpoint | str:
         return f"its {MARKER} marker is damaged"
     if owner is not None and info.get("run") != owner:
         return "it belongs to another run"
-    for name, size in files.items():
-        file = path / name
+    for name, facts in files.items():
+        file, size = path / name, facts["size"]
         if not file.is_file():
             return f"its file {name} is missing"
         if file.stat().st_size != size:
             return f"its file {name} has {file.stat().st_size} bytes instead of {size}"
     return Checkpoint(path, step, images_seen, info)
+
+
+def damage(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with the bytes of a checkpoint's files, by their checksums; None if all is well. Reads it all."""
+    for name, facts in checkpoint.info["files"].items():
+        if crc32(checkpoint.path / name) != facts["crc32"]:
+            return f"the checksum of its file {name} is wrong"
+    return None
+
+
+def newest_sound(run_dir: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint to resume from: the newest whose bytes are whole; None if none was ever committed.
+
+    Passing over a damaged one is said; if every one is damaged, that is an error: never a silent fresh start (T15).
+    """
+    usable, refused = scan(run_dir)
+    for checkpoint in reversed(usable):
+        problem = damage(checkpoint)
+        if problem is None:
+            return checkpoint
+        say(f"WARNING: checkpoint {checkpoint.name} is damaged and not used: {problem}")
+        refused[checkpoint.path] = problem
+    ours = {path: why for path, why in refused.items() if (path / MARKER).exists() and "another run" not in why}
+    if ours:
+        reasons = "; ".join(f"{path.name}: {why}" for path, why in sorted(ours.items()))
+        raise TrainerError(
+            f"run {run_dir} has checkpoints, but none can be used ({reasons}). "
+            f"Restore one, or move {checkpoints_dir(run_dir)} away to start from the beginning."
+        )
+    return None
 
 
 def scan(run_dir: Path) -> tuple[list[Checkpoint], dict[Path, str]]:
@@ -109,8 +139,9 @@ def sweep(run_dir: Path) -> list[str]:
     """Remove what interrupted saves and removals left; report that, and what else cannot be used. Writer only."""
     lines = []
     usable, refused = scan(run_dir)
-    if usable:  # a save may have been killed between its marker and the pointer
-        write_atomic(checkpoints_dir(run_dir) / "latest", usable[-1].name + "\n")
+    pointer = checkpoints_dir(run_dir) / "latest"
+    if usable and (not pointer.exists() or pointer.read_text().strip() != usable[-1].name):
+        write_atomic(pointer, usable[-1].name + "\n")  # a save was killed between its marker and the pointer
     for path, reason in sorted(refused.items()):
         torn = not (path / MARKER).exists()
         if torn:
@@ -127,7 +158,11 @@ def commit(run_dir: Path, temporary: Path, step: int, images_seen: int, info: di
         _remove(final)
     os.rename(temporary, final)
     fsync_dir(final.parent)
-    files = {str(p.relative_to(final)): p.stat().st_size for p in sorted(final.rglob("*")) if p.is_file()}
+    files = {
+        str(p.relative_to(final)): {"size": p.stat().st_size, "crc32": crc32(p)}
+        for p in sorted(final.rglob("*"))
+        if p.is_file()
+    }
     record = {"step": step, "images_seen": images_seen, "run": run_id(run_dir), **info, "files": files}
     write_atomic(final / MARKER, json.dumps(record, indent=1))
     write_atomic(final.parent / "latest", final.name + "\n")

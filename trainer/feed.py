@@ -4,15 +4,14 @@ Noise and label dropout are keyed by the position of the sample in the endless s
 drawn in a thread while the device computes, so the loop never waits for them.
 """
 
-import queue
-import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from data_pipeline.loader import Prefetched
 from models.noise import add_noise
 from models.randomness import keyed_normal, keyed_uniform
 from trainer.config import TrainConfig
@@ -55,41 +54,14 @@ def step_input(batch: "Batch", train: TrainConfig) -> StepInput:
     return StepInput(batch.images, noise, labels, batch.images_seen)
 
 
-def feed(batches: "Iterable[Batch]", train: TrainConfig, pin: bool, ahead: int = 2) -> Generator[StepInput, None, None]:
-    """Step inputs in order, prepared `ahead` of time in a thread; its errors are raised here."""
-    ready: queue.Queue[StepInput | BaseException | None] = queue.Queue(maxsize=ahead)
-    stopped = threading.Event()
+def feed(batches: "Iterable[Batch]", train: TrainConfig, pin: bool, ahead: int = 2) -> Prefetched:
+    """Step inputs in order, prepared `ahead` of time in a thread; its errors are raised where they are awaited."""
 
-    def put(item: StepInput | BaseException | None) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def produce() -> None:
-        try:
-            for batch in batches:
-                item = step_input(batch, train)
-                if pin:
-                    item.pixels, item.noise, item.labels = (
-                        t.pin_memory() for t in (item.pixels, item.noise, item.labels)
-                    )
-                if not put(item):
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=produce, name="feed", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
+    def produce() -> Iterator[StepInput]:
+        for batch in batches:
+            item = step_input(batch, train)
+            if pin:
+                item.pixels, item.noise, item.labels = (t.pin_memory() for t in (item.pixels, item.noise, item.labels))
             yield item
-    finally:
-        stopped.set()
-        thread.join(timeout=10)
+
+    return Prefetched(produce(), ahead)

@@ -92,13 +92,12 @@ class Run:
         say, tensors = self.log.say, self.tensors()
         for line in ckpt.sweep(self.run_dir):
             say(line)
-        checkpoints = ckpt.committed(self.run_dir)
+        newest = ckpt.newest_sound(self.run_dir, say)
         parameters = sum(p.numel() for p in self.backend.parameters().values())
         say(
             f"model: {parameters / 1e6:.1f}M parameters, {self.config.model.num_tokens} tokens; {self.plan}; on {self.device}"
         )
-        if checkpoints:
-            newest = checkpoints[-1]
+        if newest is not None:
             check_resume(newest, self.config, fingerprint, accept_new_data, say)
             ckpt.read_tensors(newest, tensors)
             self.backend.loaded()
@@ -132,10 +131,11 @@ class Run:
         window = Window(self.device)
         loader = self._loader()
         inputs = feed(loader, config.train, pin=self.device.type == "cuda")
+        batches = iter(inputs)
         try:
             while self.images_seen < total and stop.received is None:
                 waiting = time.monotonic()
-                batch = next(inputs)
+                batch = next(batches)
                 window.data_wait_s += time.monotonic() - waiting
                 lr = self.step(batch, window)
                 if window.steps == config.log.every_steps or self.images_seen >= total:

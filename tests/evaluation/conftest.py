@@ -43,3 +43,88 @@ def make_model():
 @pytest.fixture
 def model():
     return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def digit_like(tmp_path_factory):
+    """48 + 12 grey 8 px images in 3 classes (a bright bar at another height), as two indexed data sets."""
+    import numpy as np
+
+    from data_pipeline.prepare import Options, prepare
+    from data_pipeline.sources import open_source
+
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    images = rng.integers(0, 60, (60, 8, 8), dtype=np.uint8)
+    for image, label in zip(images, labels):
+        image[2 * label : 2 * label + 2] += 180
+    np.savez(folder / "all.npz", images=images, labels=labels)
+    prepare(open_source(folder / "all.npz"), folder / "set", Options(size=8, val_fraction=0.2))
+    return folder / "set"
+
+
+def write_checkpoint(run_dir, config, step, images_seen, seed=0, scale=0.1, averages=None):
+    """Commit a checkpoint of a moved model, through the trainer's own functions."""
+    import trainer.checkpoint as store
+    from trainer.config_io import config_text
+
+    model = tiny_model(seed, scale, **config.model.model_dump())
+    tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
+    tensors["buffer/var"] = model.var
+    for i, name in enumerate(config.ema.names if averages is None else averages):
+        tensors |= {f"{name}/{k}": p.detach() * (1 - 0.01 * (i + 1)) for k, p in model.named_parameters()}
+    temporary = store.temporary_dir(run_dir, step)
+    store.write_tensors(temporary, tensors)
+    (temporary / "config.yaml").write_text(config_text(config))
+    return store.commit(run_dir, temporary, step, images_seen, {"world_size": 1})
+
+
+@pytest.fixture
+def save_checkpoint():
+    return write_checkpoint
+
+
+@pytest.fixture
+def make_run(tmp_path, digit_like):
+    """A run directory with checkpoints at given steps (16 images each), and its configuration."""
+    from trainer.config_io import parse_config
+    from trainer.run_dir import create_run, save_config
+
+    def make(steps=(10, 20), name="run", **sections):
+        tree = {
+            "data": {"train": str(digit_like / "train"), "validation": str(digit_like / "val")},
+            "model": tiny_config().model_dump(),
+            "train": {"global_batch_size": 16, "max_images": 320, "noise_std": 0.1},
+            "sampling": {"guidance": 1.0, "batch_size": 16},
+            "evaluation": {"num_samples": 24, "grid": [3, 4]},
+        }
+        for section, values in sections.items():
+            tree[section] = tree.get(section, {}) | values
+        config = parse_config(tree, "test")
+        run_dir = tmp_path / name
+        create_run(run_dir)
+        save_config(run_dir, config)
+        for step in steps:
+            write_checkpoint(run_dir, config, step, 16 * step)
+        return run_dir, config
+
+    return make
+
+
+class FakeFeatures:
+    """Eight columns of an image in place of a network: instant, and different for different images."""
+
+    sha256, preprocessing, dim = "f00d", "none", 8
+
+    def __init__(self, name="fake", device="cpu"):
+        self.name = name
+
+    def __call__(self, images):
+        return images.float().flatten(1)[:, 1::7][:, :8]
+
+
+@pytest.fixture
+def fake_features(monkeypatch):
+    monkeypatch.setattr("evaluation.evaluate.Features", FakeFeatures)
+    return FakeFeatures

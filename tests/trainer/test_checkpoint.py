@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,30 @@ def test_T01_killed_at_any_point_of_a_save_the_newest_whole_checkpoint_wins(run:
     assert [c.step for c in ckpt.committed(run)] == steps
 
 
+def test_T15_damaged_bytes_are_found_by_checksum_and_an_older_checkpoint_is_taken_loudly(run: Path) -> None:
+    for step in (10, 20):
+        save(run, step)
+    assert ckpt.newest_sound(run, pytest.fail).step == 20  # type: ignore[arg-type, union-attr]
+    file = next((run / "checkpoints" / "step-00000020").glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    said: list[str] = []
+    assert ckpt.newest_sound(run, said.append).step == 10  # type: ignore[union-attr]
+    assert said == [
+        f"WARNING: checkpoint step-00000020 is damaged and not used: the checksum of its file {file.name} is wrong"
+    ]
+    (run / "checkpoints" / "step-00000010" / ".metadata").write_bytes(b"")
+    with pytest.raises(TrainerError, match="has checkpoints, but none can be used"):
+        ckpt.newest_sound(run, said.append)
+
+
+def test_T15_fresh_start_only_if_nothing_was_ever_committed(run: Path) -> None:
+    assert ckpt.newest_sound(run, pytest.fail) is None  # type: ignore[arg-type]
+    ckpt.temporary_dir(run, 10)
+    assert ckpt.newest_sound(run, pytest.fail) is None  # type: ignore[arg-type]
+
+
 def test_T04_retention_is_numeric_and_never_takes_the_last(run: Path) -> None:
     for step in (8000, 9000, 10000):
         save(run, step)
@@ -205,5 +230,8 @@ def test_directories_that_are_no_run(tmp_path: Path) -> None:
 def test_marker_records_files_with_sizes(run: Path) -> None:
     path = save(run, 10).path
     files = json.loads((path / "COMMITTED").read_text())["files"]
-    assert files == {p.name: p.stat().st_size for p in path.iterdir() if p.name != "COMMITTED"}
+    assert {n: f["size"] for n, f in files.items()} == {
+        p.name: p.stat().st_size for p in path.iterdir() if p.name != "COMMITTED"
+    }
+    assert files[".metadata"]["crc32"] == zlib.crc32((path / ".metadata").read_bytes())
     assert time.time() - (path / "COMMITTED").stat().st_mtime < 60
