@@ -1,0 +1,61 @@
+"""Real images as the model sees them, and what a result must say about where they come from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from data_pipeline.index import Index, open_index
+from data_pipeline.loader import eval_batches
+from models.config import TarFlowConfig
+
+CROP = "largest centred square, bicubic with antialias (data_pipeline.transform.fit)"
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A data set at the size and channels of a model; `limit` images spread evenly over the index (0 = all)."""
+
+    root: Path
+    model: TarFlowConfig
+    on_error: str = "strict"
+    limit: int = 0
+
+    @cached_property
+    def index(self) -> Index:
+        return open_index(self.root)
+
+    @property
+    def num_images(self) -> int:
+        total = self.index.num_samples
+        return min(self.limit, total) if self.limit else total
+
+    def batches(self, labelled: bool, batch_size: int = BATCH) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(pixels uint8 [n, C, H, W], labels int64 [n], ids int64 [n]); labels are -1 unless `labelled`."""
+        batches = eval_batches(
+            self.root,
+            image_size=self.model.image_size,
+            channels=self.model.in_channels,
+            batch_size=batch_size,
+            limit=self.limit or None,
+            num_classes=self.model.num_classes if labelled else 0,
+            on_error=self.on_error,
+        )
+        for batch in batches:
+            yield batch.images, batch.labels, batch.ids
+
+    def provenance(self) -> dict[str, str | int]:
+        """What statistics of these images depend on (contract 9)."""
+        return {
+            "data": str(self.root),
+            "fingerprint": self.index.fingerprint,
+            "images": self.num_images,
+            "selection": "all" if self.num_images == self.index.num_samples else "spread evenly over the index",
+            "image_size": self.model.image_size,
+            "channels": self.model.in_channels,
+            "crop": CROP,
+            "damaged images": "refused" if self.on_error == "strict" else "left out",
+        }

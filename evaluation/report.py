@@ -1,0 +1,282 @@
+"""One page about a run, `report.html`: figures, curves, pictures, every setting. It needs nothing but itself.
+
+Pictures are data: URIs, plots are inline SVG, there is no script, and the page forbids itself every request. Whatever
+comes from a run (names, settings, class names) is escaped.
+"""
+
+import base64
+import html
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from evaluation.curves import History, Result, read_history
+from evaluation.files import write_text
+from evaluation.page import PAGE
+from evaluation.plots import Curve, Plot, svg
+from trainer.config import Config
+from trainer.config_io import config_tree
+from trainer.run_dir import load_run_config, require_run
+
+MOST_GRIDS = 9  # grids over training on the page; more would make it heavy
+
+
+def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
+    """Write the report of a run, with whatever there is so far; returns its path. No run: an error."""
+    run_dir = require_run(run_dir)
+    config, history = load_run_config(run_dir), read_history(run_dir)
+    sections = [
+        _headline(config, history),
+        _section("Curves", _curves(history)),
+        _section("Samples over training", _grids(history)),
+        _newest(history),
+        _section("All results", _results_table(history)),
+        _section("Configuration", _configuration(config)),
+    ]
+    name = run_dir.resolve().name
+    page = PAGE.format(
+        title=_text(name), body="\n".join(s for s in sections if s), made=time.strftime("%Y-%m-%d %H:%M")
+    )
+    path = out or run_dir / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{_text(title)}</h2>{body}</section>" if body else ""
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def _headline(config: Config, history: History) -> str:
+    """The figures that one looks for first."""
+    cards: list[tuple[str, str, str]] = []
+    results = history.own_results
+    if results:
+        newest = results[-1].values
+        name, distance = results[-1].distance
+        if distance is not None:
+            cards.append((name, f"{distance:.2f}", f"{newest['num_samples']:,} samples of {newest['weights']}"))
+        if newest.get("bits_per_dim") is not None:
+            stderr = newest.get("bits_per_dim_stderr")
+            note = f"± {stderr:.4f}, " if stderr else ""
+            cards.append(("bits per dimension", f"{newest['bits_per_dim']:.4f}", f"{note}held-out images"))
+        if newest.get("label_agreement") is not None:
+            cards.append(("label agreement", f"{newest['label_agreement']:.1%}", "5 nearest training images vote"))
+    seen = int(history.rows[-1]["images_seen"]) if history.rows else 0
+    cards.append(("images seen", f"{seen:,}", f"of {config.train.max_images:,}"))
+    seconds = history.training_seconds
+    restarts = len(history.restarts)
+    cards.append(("training time", _duration(seconds), f"{restarts} restart{'s' if restarts != 1 else ''}"))
+    rate = history.last("throughput/images_per_sec")
+    if rate:
+        cards.append(("images per second", f"{rate:,.0f}", "newest"))
+    items = "".join(
+        f"<div class='card'><div class='label'>{_text(label)}</div><div class='value'>{_text(value)}</div>"
+        f"<div class='note'>{_text(note)}</div></div>"
+        for label, value, note in cards
+    )
+    hint = "" if results else "<p>No evaluation yet: <code>tarflow evaluate RUN --once</code> adds one.</p>"
+    return f"<section><div class='cards'>{items}</div>{hint}{_warnings(results[-1:])}</section>"
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s"
+
+
+def _warnings(results: Sequence[Result]) -> str:
+    lines = [w for result in results for w in result.values.get("warnings", [])]
+    return "".join(f"<p class='warning'>{_text(line)}</p>" for line in lines)
+
+
+def _curves(history: History) -> str:
+    results = history.own_results
+    measured = [r for r in results if r.values.get("bits_per_dim") is not None]
+    evaluated = Curve(
+        "held-out images",
+        [(r.images_seen, r.values["bits_per_dim"]) for r in measured],
+        marked=True,
+        errors=[r.values.get("bits_per_dim_stderr") for r in measured],
+    )
+    distances = [(r.images_seen, r.distance[1]) for r in results if r.distance[1] is not None]
+    agreement = [
+        (r.images_seen, r.values["label_agreement"]) for r in results if r.values.get("label_agreement") is not None
+    ]
+    name = results[-1].distance[0] if results else "Frechet distance"
+    series, restarts = history.series, history.restarts
+    plots = [
+        Plot("Loss", [Curve("training", series("train/loss"))], restarts, units="nats per dimension"),
+        Plot("Bits per dimension", [Curve("training", series("train/bits_per_dim")), evaluated], restarts),
+        Plot(f"Frechet distance ({name})", [Curve(name, distances, marked=True)], from_zero=True),
+        Plot("Label agreement", [Curve("agreement", agreement, marked=True)]),
+        Plot("Learning rate", [Curve("learning rate", series("optim/lr"))], restarts, from_zero=True),
+        Plot(
+            "Throughput",
+            [Curve("images/s", series("throughput/images_per_sec"))],
+            restarts,
+            units="images/s",
+            from_zero=True,
+        ),
+        Plot("Gradient norm", [Curve("gradient norm", series("optim/grad_norm"))], restarts, log=True),
+    ]
+    drawn = (svg(_with_points(plot), f"plot{i}") for i, plot in enumerate(plots) if not plot.empty)
+    return "".join(f"<figure class='plot'>{picture}</figure>" for picture in drawn)
+
+
+def _with_points(plot: Plot) -> Plot:
+    """The plot without curves that have no points, so that no legend names them."""
+    plot.curves = [curve for curve in plot.curves if curve.points]
+    return plot
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def _image(path: Path, caption: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f"<figure><img alt='{html.escape(caption, quote=True)}' src='data:image/png;base64,{data}'>"
+        f"<figcaption>{_text(caption)}</figcaption></figure>"
+    )
+
+
+def _grids(history: History) -> str:
+    """The grid of each evaluated checkpoint, or of some that are spread evenly."""
+    shown = [(r, path) for r in history.own_results if (path := r.picture("grid.png"))]
+    if not shown:
+        return ""
+    if len(shown) > MOST_GRIDS:
+        shown = [shown[i * (len(shown) - 1) // (MOST_GRIDS - 1)] for i in range(MOST_GRIDS)]
+    rows = shown[-1][0].values.get("grid_rows")
+    note = f"<p>Rows, from the top: {', '.join(_text(name) for name in rows)}.</p>" if rows else ""
+    figures = (_image(path, f"{r.images_seen:,} images seen{_said(r)}") for r, path in shown)
+    return f"{note}<div class='row'>{''.join(figures)}</div>"
+
+
+def _said(result: Result) -> str:
+    name, value = result.distance
+    return f", {name} {value:.2f}" if value is not None else ""
+
+
+def _newest(history: History) -> str:
+    """Comparisons from the newest result that has pictures."""
+    with_pictures = [r for r in history.own_results if r.picture("grid.png")]
+    if not with_pictures:
+        return ""
+    result = with_pictures[-1]
+    sampling = result.values["settings"]["sampling"]
+    guided = f"guidance {sampling['guidance']:g}" + (", annealed" if sampling["annealed"] else "")
+    pairs = [
+        (
+            "Noisy and denoised",
+            "The flow was trained on images with noise and samples such images; one step along the score takes it out.",
+            [("grid-noisy.png", "as sampled"), ("grid.png", f"denoised, multiplier {sampling['denoise']:g}")],
+        ),
+        (
+            "Guidance off and on",
+            "The same noise, without and with guidance.",
+            [("grid-unguided.png", "no guidance"), ("grid.png", guided)],
+        ),
+    ]
+    parts = []
+    for title, text, names in pairs:
+        paths = [(result.picture(name), caption) for name, caption in names]
+        if all(path for path, _ in paths):
+            figures = "".join(_image(path, caption) for path, caption in paths if path)
+            parts.append(_section(title, f"<p>{_text(text)}</p><div class='row'>{figures}</div>"))
+    parts += [_neighbours(result), _trajectory(result)]
+    return "".join(parts)
+
+
+def _neighbours(result: Result) -> str:
+    path, about = result.picture("neighbours.png"), result.values.get("neighbours")
+    if path is None or not about:
+        return ""
+    text = (
+        f"Samples above the training image nearest to them in pixels, of {about['training_images']:,} searched. Over "
+        f"{about['samples']:,} samples the difference to the nearest is {about['nearest_rms_median']:.1f} grey levels "
+        f"in the median and {about['nearest_rms_min']:.1f} at least: near zero would be a copy."
+    )
+    return _section(
+        "Nearest training images", f"<p>{_text(text)}</p>{_image(path, 'samples above, training images below')}"
+    )
+
+
+def _trajectory(result: Result) -> str:
+    path = result.picture("trajectory.png")
+    if path is None:
+        return ""
+    caption = (
+        "one sample a row: noise, after each block, and denoised"
+        if result.picture("grid-noisy.png")
+        else ("one sample a row: noise, and after each block")
+    )
+    return _section("From noise to image", _image(path, caption))
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    head = "".join(f"<th>{_text(name)}</th>" for name in header)
+    body = "".join("<tr>" + "".join(f"<td>{_text(value)}</td>" for value in row) + "</tr>" for row in rows)
+    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _results_table(history: History) -> str:
+    if not history.results:
+        return ""
+    rows = []
+    for result in history.results:
+        values, (name, distance) = result.values, result.distance
+        sampling = values["settings"]["sampling"]
+        rows.append(
+            (
+                result.folder.name,
+                f"{result.images_seen:,}",
+                values["weights"],
+                f"{name} {distance:.2f}" if distance is not None else values.get("problem") or "none",
+                _figure(values.get("bits_per_dim"), 4),
+                _figure(values.get("label_agreement"), 3),
+                values["num_samples"],
+                values["nonfinite"],
+                f"w={sampling['guidance']:g} on {sampling['guide']}, tau={sampling['attn_temp']:g}, "
+                f"annealed={sampling['annealed']}, denoise={sampling['denoise']:g}, {sampling['param_dtype']}, "
+                f"seed {sampling['seed']}",
+                f"{values['seconds'].get('total', 0):.0f}",
+            )
+        )
+    header = (
+        "result",
+        "images seen",
+        "weights",
+        "distance",
+        "bits/dim",
+        "agreement",
+        "samples",
+        "lost",
+        "sampling",
+        "seconds",
+    )
+    return _table(header, rows)
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _configuration(config: Config) -> str:
+    rows = []
+    for section, values in config_tree(config).items():
+        fields = type(getattr(config, section)).model_fields
+        for key, value in values.items():
+            rows.append((f"{section}.{key}", "–" if value is None else value, fields[key].description or ""))
+    return _table(("setting", "value", "meaning"), rows)

@@ -1,0 +1,126 @@
+"""Results on disk: one directory per checkpoint and settings, written once (contract 9).
+
+evals/step-00001000/              the run's own settings
+evals/step-00001000-0123456789ab/ other settings, by their hash
+evals.jsonl                       one line per result; TensorBoard has the same figures
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from evaluation.files import append_line, publish_dir, read_lines
+
+RESULT = "result.json"
+SUMMARY = ("step", "images_seen", "weights", "status", "num_samples", "nonfinite", "settings_hash", "time")
+
+
+def evals_dir(run_dir: Path) -> Path:
+    return run_dir / "evals"
+
+
+def result_name(run_dir: Path, step: int, settings_hash: str, own: bool) -> str:
+    """Name of the directory of a result: plain for the run's own settings, otherwise with the settings' hash.
+
+    If the run's own settings changed after a step was evaluated, the new result stands beside the old one.
+    """
+    plain = f"step-{step:08d}"
+    if own:
+        there = read_result(evals_dir(run_dir) / plain)
+        if there is None or there.get("settings_hash") == settings_hash:
+            return plain
+    return f"{plain}-{settings_hash}"
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The result in a directory, or None if there is none."""
+    try:
+        value = json.loads((folder / RESULT).read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_results(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """All results of a run with their directories, by images seen and name."""
+    folder = evals_dir(run_dir)
+    found = []
+    for path in sorted(folder.glob("step-*")) if folder.is_dir() else ():
+        result = read_result(path)
+        if result is not None:
+            found.append((path, result))
+    return sorted(found, key=lambda item: (item[1].get("images_seen") or 0, item[0].name))
+
+
+@contextmanager
+def building(run_dir: Path, name: str) -> Iterator[Path]:
+    """A directory to build a result in; whatever ends the block, nothing half-written stays under evals/."""
+    folder = evals_dir(run_dir)
+    folder.mkdir(exist_ok=True)
+    temporary = folder / f".{name}.{os.uname().nodename}.{os.getpid()}.{uuid.uuid4().hex[:6]}.tmp"
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(run_dir: Path) -> None:
+    """Remove what evaluations of this machine that were killed left behind."""
+    for path in evals_dir(run_dir).glob(f".step-*.{os.uname().nodename}.*.tmp"):
+        pid = path.name.split(".")[-3]
+        if pid.isdigit() and Path("/proc/self").exists() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def publish(run_dir: Path, temporary: Path, name: str, tensorboard: bool) -> bool:
+    """Put a finished result in place and announce it; False if another worker was faster."""
+    if not publish_dir(temporary, evals_dir(run_dir) / name):
+        return False
+    announce(run_dir, tensorboard)
+    return True
+
+
+def supersede(run_dir: Path, name: str, result: dict[str, Any]) -> None:
+    """Set a result aside whose checkpoint was saved again with other weights."""
+    kept = evals_dir(run_dir) / f"superseded-{name}-{str(result.get('weights_sha256'))[:8]}"
+    shutil.rmtree(kept, ignore_errors=True)
+    os.rename(evals_dir(run_dir) / name, kept)
+
+
+def announce(run_dir: Path, tensorboard: bool) -> None:
+    """Add the lines of results that evals.jsonl does not hold yet: also of one whose worker died before its line."""
+    path = run_dir / "evals.jsonl"
+    have = {(row.get("name"), row.get("weights_sha256")) for row in read_lines(path)}
+    for folder, result in read_results(run_dir):
+        if (folder.name, result.get("weights_sha256")) not in have:
+            append_line(path, summary(folder.name, result))
+            if tensorboard:
+                _write_tensorboard(run_dir, folder.name, result)
+
+
+def summary(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """The line of a result in evals.jsonl."""
+    line = {"name": name} | {key: result.get(key) for key in SUMMARY} | metrics(result)
+    return line | {"weights_sha256": result.get("weights_sha256")}
+
+
+def metrics(result: dict[str, Any]) -> dict[str, float | None]:
+    """The figures of a result: fd_<network>, bits_per_dim and its standard error, label_agreement."""
+    names = [k for k in result if k.startswith("fd_")] + ["bits_per_dim", "bits_per_dim_stderr", "label_agreement"]
+    return {name: result.get(name) for name in names}
+
+
+def _write_tensorboard(run_dir: Path, name: str, result: dict[str, Any]) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    suffix = name.removeprefix(f"step-{result['step']:08d}")  # other settings are curves of their own
+    with SummaryWriter(str(run_dir / "tensorboard")) as writer:
+        for key, value in metrics(result).items():
+            if value is not None:
+                writer.add_scalar(f"eval{suffix}/{key}", value, result["images_seen"])

@@ -1,0 +1,189 @@
+"""Follow a run: evaluate every committed checkpoint that has no result yet, once or as they appear.
+
+The worker is a process of its own and only reads checkpoints. It can be killed and started again at any time, and
+several may run: a result is published once.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluation import results
+from evaluation.errors import EvaluationError
+from evaluation.evaluate import Evaluator, headline
+from evaluation.settings import load_settings
+from evaluation.source import from_checkpoint, resolve_device
+from trainer.checkpoint import Checkpoint, committed, find, pinned
+from trainer.errors import TrainerError
+from trainer.run_dir import load_run_config, require_run
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class WorkerOptions:
+    """How a worker goes about it; nothing here changes a figure."""
+
+    newest_only: bool = False
+    step: int | None = None  # this checkpoint only
+    poll_s: float = 5.0
+    wait_for_run_s: float = 0.0  # how long the run directory may take to appear
+    idle_s: float = 0.0  # give up following after so long without a new checkpoint; 0 = never
+    device: str = "auto"
+    reference: Path | None = None
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Outcome:
+    """What a worker did: results it published, and checkpoints it could not score with the reason."""
+
+    done: list[dict[str, Any]] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def evaluate(run_dir: str | Path, watch: bool, options: WorkerOptions | None = None, say: Say = print) -> Outcome:
+    """Evaluate a run's checkpoints: those there are, or (`watch`) until the one that ends the run is evaluated.
+
+    A checkpoint that already has a result under the same settings is left alone. One that cannot be evaluated is
+    reported in `Outcome.failed` and does not stop the others.
+    """
+    options = options or WorkerOptions()
+    run_dir = Path(run_dir)
+    if watch:
+        _wait_for_run(run_dir, options.wait_for_run_s, say)
+    require_run(run_dir)
+    config, settings, own = load_settings(run_dir, options.overrides)
+    device = resolve_device(options.device if options.device != "auto" else config.train.device)
+    evaluator = Evaluator(run_dir, config, settings, own, device, options.reference, say)
+    say(f"evaluating {run_dir}: weights {settings.weights}, {settings.num_samples} samples, settings {settings.hash}")
+    results.sweep(run_dir)
+    results.announce(run_dir, config.log.tensorboard)
+    worker = _Worker(evaluator, options, say)
+    if watch or worker.todo():
+        _ = evaluator.reference  # first: what is missing or does not match should not cost a night of sampling
+    if options.step is not None:
+        worker.evaluate(find(run_dir, options.step))
+    elif watch:
+        worker.follow()
+    else:
+        worker.evaluate_all()
+        if not committed(run_dir):
+            raise EvaluationError(f"run {run_dir} has no committed checkpoint yet; follow it with --watch")
+    return worker.outcome
+
+
+def _wait_for_run(run_dir: Path, seconds: float, say: Say) -> None:
+    """Let a training that was started at the same moment make its run directory."""
+    if _has_started(run_dir) or not seconds:
+        return
+    say(f"waiting up to {seconds:.0f} s for a run at {run_dir}")
+    deadline = time.monotonic() + seconds
+    while not _has_started(run_dir) and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def _has_started(run_dir: Path) -> bool:
+    return (run_dir / "run.json").is_file() and (run_dir / "config.yaml").is_file()
+
+
+class _Worker:
+    def __init__(self, evaluator: Evaluator, options: WorkerOptions, say: Say) -> None:
+        self.evaluator, self.options, self.say = evaluator, options, say
+        self.run_dir = evaluator.run_dir
+        self.outcome = Outcome()
+        self._checked: set[str] = set()  # results compared with a checkpoint that was saved again
+
+    def todo(self) -> list[Checkpoint]:
+        """Checkpoints without a result, by step; with `newest_only` the newest or none."""
+        usable = committed(self.run_dir)
+        if self.options.newest_only:
+            usable = usable[-1:]
+        return [c for c in usable if c.name not in self.outcome.failed and not self.has_result(c)]
+
+    def has_result(self, checkpoint: Checkpoint) -> bool:
+        """Whether this very checkpoint was evaluated under these settings."""
+        settings = self.evaluator.settings
+        name = results.result_name(self.run_dir, checkpoint.step, settings.hash, self.evaluator.own_settings)
+        result = results.read_result(results.evals_dir(self.run_dir) / name)
+        if result is None or result.get("settings_hash") != settings.hash:
+            return False
+        return name in self._checked or self._still_true(checkpoint, name, result)
+
+    def _still_true(self, checkpoint: Checkpoint, name: str, result: dict[str, Any]) -> bool:
+        """A run that went back and came again saves a step a second time; with other weights its result is void."""
+        saved = (checkpoint.path / "COMMITTED").stat().st_mtime
+        if saved > float(result.get("time", 0)):
+            try:
+                with pinned(checkpoint, f"evaluate-{id(self)}"):
+                    source = from_checkpoint(
+                        self.evaluator.config, checkpoint, self.evaluator.settings.weights, torch.device("cpu")
+                    )
+            except (TrainerError, OSError):
+                return False
+            if source.sha256 != result.get("weights_sha256"):
+                self.say(f"{checkpoint.name} was saved again with other weights: its result is set aside")
+                results.supersede(self.run_dir, name, result)
+                return False
+        self._checked.add(name)
+        return True
+
+    def evaluate(self, checkpoint: Checkpoint) -> None:
+        """Evaluate one checkpoint unless it has a result; a failure is noted, not raised."""
+        if self.has_result(checkpoint):
+            self.say(f"{checkpoint.name} has a result under these settings already")
+            return
+        try:
+            result = self.evaluator.evaluate(checkpoint)
+        except TrainerError as error:
+            if not (checkpoint.path / "COMMITTED").exists():  # retention was faster: nothing to mend
+                self.say(f"{checkpoint.name} is gone: it was removed before it could be evaluated")
+                return
+            self._fail(checkpoint, str(error))
+        except ValueError as error:
+            if not getattr(error, "for_user", False):
+                raise
+            self._fail(checkpoint, str(error))
+        else:
+            if result is None:
+                self.say(f"{checkpoint.name} was evaluated by another worker meanwhile")
+                return
+            self.outcome.done.append(result)
+            self.say(headline(result))
+            if result["problem"]:
+                self.outcome.failed[checkpoint.name] = result["problem"]
+
+    def _fail(self, checkpoint: Checkpoint, reason: str) -> None:
+        self.outcome.failed[checkpoint.name] = reason
+        self.say(f"{checkpoint.name} could not be evaluated: {reason}")
+
+    def evaluate_all(self) -> int:
+        """Everything that waits, looking again after each; how many were tried."""
+        tried = 0
+        while todo := self.todo():
+            self.evaluate(todo[0])
+            tried += 1
+            if todo[0].name not in self.outcome.failed and not self.has_result(todo[0]):
+                break  # it went away; look again at the next poll
+        return tried
+
+    def follow(self) -> None:
+        """Evaluate checkpoints as they appear, until the one that ends the run is done."""
+        active = time.monotonic()
+        while True:
+            if self.evaluate_all():
+                active = time.monotonic()
+            end = load_run_config(self.run_dir).train.max_images  # a resumed run may go further than it meant to
+            usable = committed(self.run_dir)
+            if usable and usable[-1].images_seen >= end and not self.todo():
+                return
+            if self.options.idle_s and time.monotonic() - active > self.options.idle_s:
+                self.say(
+                    f"no new checkpoint for {self.options.idle_s / 60:.0f} minutes: stopped following {self.run_dir}"
+                )
+                return
+            time.sleep(self.options.poll_s)
