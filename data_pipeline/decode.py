@@ -27,6 +27,7 @@ from data_pipeline.errors import BadSampleError
 WHITE = 255
 _ORIENTATION = 0x0112
 _EXIF = b"Exif\x00\x00"
+_EXIF_WITHIN = 1 << 17
 _FACTORS = (8, 4, 2)
 
 
@@ -43,6 +44,24 @@ def decode(data: bytes, channels: int, at_least: int | None = None) -> np.ndarra
         if image is not None:
             return image
     return _decode_any(data, channels)
+
+
+def decode_into(data: bytes, out: np.ndarray) -> bool:
+    """Decode a colour JPEG of exactly the shape of `out` (contiguous uint8 [H, W, 3]) straight into it.
+
+    False where `decode` must decide: another format or size, a grey image, an orientation, any complaint. What `out`
+    holds then means nothing. True gives the pixels that `decode` gives.
+    """
+    if data[:3] != b"\xff\xd8\xff" or out.shape[2] != 3:
+        return False
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if (height, width) != out.shape[:2] or colours not in ("YCbCr", "RGB") or data.find(_EXIF, 0, _EXIF_WITHIN) >= 0:
+            return False
+        simplejpeg.decode_jpeg(data, "RGB", buffer=out)
+    except ValueError:
+        return False
+    return True
 
 
 def from_pixels(pixels: np.ndarray, channels: int) -> np.ndarray:
@@ -76,7 +95,7 @@ def _decode_jpeg(data: bytes, channels: int, at_least: int | None) -> np.ndarray
     if channels == 3 and image.shape[2] == 1:
         image = np.repeat(image, 3, axis=2)
     # The marker stands in front of the pixels; looking for its six bytes there is cheaper than walking the markers.
-    at = data.find(_EXIF, 0, 1 << 17)
+    at = data.find(_EXIF, 0, _EXIF_WITHIN)
     if at >= 0:
         return _turn(image, _exif_orientation(data[at + len(_EXIF) :]))
     return np.asarray(image)

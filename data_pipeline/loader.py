@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +14,7 @@ import torch
 from data_pipeline.errors import BadSampleError, DataError
 from data_pipeline.index import Index, open_index
 from data_pipeline.order import Order, check_world
+from data_pipeline.prefetched import Prefetched as Prefetched
 from data_pipeline.reader import SampleReader, Skipped, check_labels
 from data_pipeline.worker import Layout, Producer, Spec
 from data_pipeline.worker_pool import WorkerPool
@@ -253,56 +251,6 @@ def eval_batches(
                 yield _batch(images, np.array([label for _, label, _ in good], dtype=np.int64), ids, ids, start)
 
     return iter(Prefetched(produce(), 2))
-
-
-class Prefetched:
-    """Runs an iterator in a background thread, at most `depth` items ahead. Its errors are raised where they belong."""
-
-    def __init__(self, items: Iterator[Any], depth: int) -> None:
-        self._items = items
-        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="tarflow-data", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            for item in self._items:
-                if not self._put("item", item):
-                    return
-            self._put("end", None)
-        except BaseException as err:
-            self._put("error", err)
-
-    def _put(self, kind: str, value: Any) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._queue.put((kind, value), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __iter__(self) -> Iterator[Any]:
-        try:
-            while not self._stopped.is_set():
-                try:
-                    kind, value = self._queue.get(timeout=0.5)
-                except queue.Empty:
-                    continue
-                if kind == "error":
-                    raise value
-                if kind == "end":
-                    return
-                yield value
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        """Stop the thread after the item it is at."""
-        self._stopped.set()
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout=10)
 
 
 class _PinnedMemory:

@@ -1,102 +1,82 @@
-"""From a sample id to its bytes, its label and its pixels: positioned reads out of the tars, named by the index.
-
-Nothing is held but a bounded number of open files and the index's cache, so a killed reader leaves nothing behind.
-"""
+"""From a sample id to its label and its pixels: the index says where the bytes lie, `shard_files` reads them."""
 
 from __future__ import annotations
 
-import os
-from collections import OrderedDict
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.decode import decode
+from data_pipeline.decode import decode, decode_into
 from data_pipeline.errors import BadSampleError, DataError
 from data_pipeline.index import NO_LABEL, Index
+from data_pipeline.shard_files import LocalShards, ShardFiles
 from data_pipeline.transform import fit
-
-_OPEN_FILES = 64
 
 
 class SampleReader:
     """Reads samples of an indexed data set as squares of `image_size` pixels with `channels` channels.
 
     `num_classes` 0: labels are not wanted and come as -1. Otherwise every label must be in 0 .. num_classes-1.
+    `files`: where the bytes come from; by default the shards beside the index.
     """
 
-    def __init__(self, index: Index, image_size: int, channels: int, num_classes: int) -> None:
+    def __init__(
+        self, index: Index, image_size: int, channels: int, num_classes: int, files: ShardFiles | None = None
+    ) -> None:
         self.index = index
         self.image_size = image_size
         self.channels = channels
         self.num_classes = num_classes
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self.files: ShardFiles = files or LocalShards(index)
+        self._starts: list[int] = index.shard_starts.tolist()  # bisecting a list is quicker than an array, one by one
+        self._square = (image_size, image_size, channels)
 
     def read(self, sample: int) -> tuple[np.ndarray, int]:
         """(uint8 [image_size, image_size, channels], label). Raises BadSampleError naming shard and key."""
-        image, label = self._read(sample, at_least=self.image_size)
-        return fit(image, self.image_size), label
+        image = np.empty(self._square, dtype=np.uint8)
+        return image, self.read_into(sample, image)
+
+    def read_into(self, sample: int, out: np.ndarray) -> int:
+        """Write the image into `out`, contiguous uint8 [image_size, image_size, channels]; returns the label.
+
+        A JPEG of that size is decoded where it is wanted, without a copy. Raises BadSampleError naming shard and key;
+        what `out` then holds means nothing.
+        """
+        try:
+            data, label = self._fetch(sample)
+            if not decode_into(data, out):
+                out[...] = fit(decode(data, self.channels, at_least=self.image_size), self.image_size)
+            return label
+        except BadSampleError as err:
+            raise BadSampleError(err.cause, f"{self.index.where(sample)}: {err}") from None
 
     def read_full(self, sample: int) -> tuple[np.ndarray, int]:
         """(uint8 [H, W, channels] as stored, label). Raises BadSampleError naming shard and key."""
-        return self._read(sample, at_least=None)
-
-    def _read(self, sample: int, at_least: int | None) -> tuple[np.ndarray, int]:
-        shard, row = self.index.locate(sample)
-        rows = self.index.rows(shard)
         try:
-            label = self._label(int(rows.labels[row]))
-            data = self._bytes(shard, int(rows.offsets[row]), int(rows.sizes[row]))
-            return decode(data, self.channels, at_least=at_least), label
+            data, label = self._fetch(sample)
+            return decode(data, self.channels), label
         except BadSampleError as err:
             raise BadSampleError(err.cause, f"{self.index.where(sample)}: {err}") from None
 
     def close(self) -> None:
         """Close the shards."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self.files.close()
+
+    def _fetch(self, sample: int) -> tuple[bytes, int]:
+        shard = bisect_right(self._starts, sample) - 1
+        row = sample - self._starts[shard]
+        rows = self.index.rows(shard)
+        label = self._label(int(rows.labels[row])) if self.num_classes else -1
+        return self.files.read(shard, int(rows.offsets[row]), int(rows.sizes[row])), label
 
     def _label(self, label: int) -> int:
-        if self.num_classes == 0:
-            return -1
         if label == NO_LABEL:
             raise BadSampleError("missing_label", f"has no label, the model has {self.num_classes} classes")
         if not 0 <= label < self.num_classes:
             raise BadSampleError("label_out_of_range", f"label {label} is outside 0..{self.num_classes - 1}")
         return label
-
-    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
-        fd = self._files.get(shard)
-        if fd is None:
-            fd = self._open(shard)
-        else:
-            self._files.move_to_end(shard)
-        try:
-            data = os.pread(fd, size, offset)
-        except OSError as err:
-            raise BadSampleError("unreadable", f"cannot read {size} bytes at {offset}: {err.strerror}") from None
-        if len(data) < size:
-            raise BadSampleError("cut_short", f"only {len(data)} of {size} bytes at {offset} are there")
-        return data
-
-    def _open(self, shard: int) -> int:
-        path = self.index.shard_path(shard)
-        try:
-            fd = os.open(path, os.O_RDONLY)
-        except OSError as err:
-            raise BadSampleError("missing_shard", f"cannot open the shard: {err.strerror}") from None
-        size, expected = os.fstat(fd).st_size, int(self.index.shard_bytes[shard])
-        if size != expected:
-            os.close(fd)
-            raise DataError(
-                f"shard {path} has {size} bytes, the index says {expected}: it was changed after indexing; "
-                f"run `tarflow data index {self.index.root}`"
-            )
-        while len(self._files) >= _OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        self._files[shard] = fd
-        return fd
 
 
 @dataclass
@@ -124,28 +104,26 @@ class SkippingReader:
         self.strict = on_error == "strict"
         self._bad: dict[int, Skipped] = {}
 
-    def read(self, sample: int) -> tuple[np.ndarray, int, int, Skipped | None]:
-        """(image, label, id of the sample delivered, what was skipped or None)."""
+    def read_into(self, sample: int, out: np.ndarray) -> tuple[int, int, Skipped | None]:
+        """Fill `out` as `SampleReader.read_into`; (label, id of the sample delivered, what was skipped or None)."""
         known = self._bad.get(sample)
         if known is not None:
-            image, label = self.reader.read(known.replacement)
-            return image, label, known.replacement, known
+            return self.reader.read_into(known.replacement, out), known.replacement, known
         try:
-            image, label = self.reader.read(sample)
-            return image, label, sample, None
+            return self.reader.read_into(sample, out), sample, None
         except BadSampleError as err:
             if self.strict:
                 raise DataError(f"{err}; data.on_error=skip replaces such samples and counts them") from None
             first = err
         for candidate in self._candidates(sample):
             try:
-                image, label = self.reader.read(candidate)
+                label = self.reader.read_into(candidate, out)
             except BadSampleError:
                 continue
             skipped = Skipped(sample, first.cause, str(first), candidate)
             if len(self._bad) < 100_000:
                 self._bad[sample] = skipped
-            return image, label, candidate, skipped
+            return label, candidate, skipped
         raise DataError(f"no sample of {self.reader.index.root} can be read, last: {first}")
 
     def _candidates(self, sample: int) -> Iterator[int]:

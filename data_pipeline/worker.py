@@ -97,8 +97,10 @@ class Producer:
         skipped: list[Skipped] = []
         mirrored: Sequence[bool] = flips(self.spec.seed, positions).tolist() if self.spec.flip else [False] * len(ids)
         for row, sample in enumerate(ids.tolist()):
-            image, labels[row], delivered[row], bad = self.reader.read(sample)
-            images[row] = image[:, ::-1] if mirrored[row] else image
+            image = images[row]
+            labels[row], delivered[row], bad = self.reader.read_into(sample, image)
+            if mirrored[row]:
+                image[...] = image[:, ::-1].copy()
             if bad is not None:
                 skipped.append(bad)
         return skipped
