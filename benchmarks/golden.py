@@ -21,8 +21,8 @@ from models.flow import TarFlow, flow_loss
 from models.likelihood import bits_per_dim
 from models.noise import dequantize
 from models.sampler import Guidance, sample
-from trainer.config import OptimConfig
-from trainer.parallel.single import SingleBackend
+from trainer.config import Config
+from trainer.parallel.torch_backend import SingleBackend
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 Result = tuple[str, str, float]  # file, quantity, worst relative error
@@ -131,15 +131,28 @@ def weight_error(name: str, ours: Tensor, golden: Tensor) -> float:
     return error(ours, golden)
 
 
+def training_config(model: TarFlowConfig, **sections: dict[str, Any]) -> Config:
+    """The settings of the golden training curve: float32, AdamW (0.9, 0.95), weight decay 1e-4, no clipping."""
+    base: dict[str, Any] = {
+        "data": {"train": "unused"},
+        "model": model,
+        "train": {"global_batch_size": 8, "max_images": 160, "param_dtype": "float32", "noise_std": 0.05},
+        "optim": {"weight_decay": 1e-4, "betas": (0.9, 0.95)},
+    }
+    for name, values in sections.items():
+        base[name] = {**base.get(name, {}), **values}
+    return Config.model_validate(base)
+
+
 def training() -> Iterator[Result]:
     data, model = load("training_curve")
-    backend = SingleBackend(model, OptimConfig(weight_decay=1e-4), torch.float32, torch.device("cpu"))
+    backend = SingleBackend(model, training_config(model.config), torch.device("cpu"))
     losses = []
     for k in range(20):
         y = torch.where(data["label_dropped"][k], -1, data["y"][k])
         x = data["x"][k] + data["noise_std"].float() * data["gaussian"][k]
         losses.append(backend.forward_backward(x, y, 1.0)[0])
-        backend.optimizer_step(float(data["lr_per_step"][k]), 0.0)
+        backend.optimizer_step(float(data["lr_per_step"][k]))
     relative = (torch.stack(losses).double() - data["loss"]).abs() / data["loss"].abs()
     yield "training_curve", "losses of 20 steps", float(relative.max())
     final = {k.removeprefix("final_param/"): v for k, v in data.items() if k.startswith("final_param/")}

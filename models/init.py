@@ -6,6 +6,7 @@ starts from the same weights.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -31,11 +32,18 @@ def initial_value(name: str, shape: tuple[int, ...], fan_in: int, seed: int) -> 
     return (2 * keyed_uniform(seed, stream, 0, [0], shape)[0] - 1) * bound
 
 
+def initial_values(model: TarFlow, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, float32 values) of every parameter, whole, one at a time; only names and shapes of `model` are used."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name, shape in shapes.items():
+        weight = shapes.get(name.removesuffix("bias") + "weight", shape)
+        yield name, initial_value(name, shape, weight[-1], seed)
+
+
 @torch.no_grad()
 def init_weights(model: TarFlow, seed: int) -> None:
     """Fill every parameter of a model that is not sharded, and reset the prior's variance to one."""
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        weight = shapes.get(name.removesuffix("bias") + "weight", shapes[name])
-        parameter.copy_(initial_value(name, shapes[name], weight[-1], seed))
+    parameters = dict(model.named_parameters())
+    for name, value in initial_values(model, seed):
+        parameters[name].copy_(value)
     model.var.fill_(1)

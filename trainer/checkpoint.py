@@ -53,14 +53,15 @@ def read_marker(path: Path, owner: str | None) -> Checkpoint | str:
     try:
         info = json.loads((path / MARKER).read_text())
         step, images_seen, files = int(info["step"]), int(info["images_seen"]), dict(info["files"])
+        sizes = {name: int(facts["size"]) for name, facts in files.items()}
     except FileNotFoundError:
         return "it was never committed"
     except (ValueError, KeyError, TypeError):
         return f"its {MARKER} marker is damaged"
     if owner is not None and info.get("run") != owner:
         return "it belongs to another run"
-    for name, facts in files.items():
-        file, size = path / name, facts["size"]
+    for name, size in sizes.items():
+        file = path / name
         if not file.is_file():
             return f"its file {name} is missing"
         if file.stat().st_size != size:

@@ -66,6 +66,8 @@ class TrainConfig(Section):
         0.05, ge=0, description="standard deviation of gaussian noise, in model range (grey levels span 2)"
     )
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by `no label`, for guidance")
+    skip_spikes: bool = Field(False, description="pass over steps whose gradient norm is a 6-sigma outlier")
+    max_skipped_in_a_row: Count = Field(20, gt=0, description="bad steps in a row at which the run stops")
     grad_clip: float = Field(0.0, ge=0, description="largest global norm of the gradient; 0 = no clipping")
     param_dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="dtype of the network's products; masters are float32"
@@ -81,6 +83,47 @@ class OptimConfig(Section):
     warmup_images: Count = Field(0, ge=0, description="images of the linear warm-up; 0 = one epoch")
     weight_decay: float = Field(1e-4, ge=0)
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moment decays")
+
+
+class ParallelConfig(Section):
+    """How a step is spread over processes. None of it changes the result."""
+
+    backend: Literal["ddp", "fsdp2", "deepspeed"] = Field(
+        "ddp", description="ddp: whole copies; fsdp2, deepspeed: sharded"
+    )
+    dp_replicate: Count = Field(0, ge=0, description="copies of the model; 0 = what is left")
+    dp_shard: Count = Field(0, ge=0, description="pieces that fsdp2 cuts a copy into; 0 = what is left")
+    zero_stage: Count = Field(
+        3, ge=1, le=3, description="deepspeed: 1 shards moments, 2 also gradients, 3 also weights"
+    )
+    offload_optimizer: bool = Field(False, description="deepspeed: keep the optimizer's state in host memory")
+    reduce_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of gradients as they are summed")
+    start_timeout_s: float = Field(1800, gt=0, description="longest wait of a collective before the first step")
+    step_timeout_s: float = Field(600, gt=0, description="longest wait of a collective after it")
+
+
+class ActivationCheckpointConfig(Section):
+    """What the forward pass keeps for the backward pass. None of it changes the gradients."""
+
+    mode: Literal["none", "selective", "full"] = Field("none", description="none: all; full: each layer's input alone")
+    every_nth_layer: Count = Field(
+        0, ge=0, description="selective: checkpoint each n-th layer; 0 = keep products by policy"
+    )
+    offload: bool = Field(False, description="full: keep the inputs in host memory")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ActivationCheckpointConfig":
+        if self.offload and self.mode != "full":
+            raise ValueError(f"activation_checkpoint.offload needs mode=full, got mode={self.mode}")
+        if self.every_nth_layer and self.mode != "selective":
+            raise ValueError(f"activation_checkpoint.every_nth_layer needs mode=selective, got mode={self.mode}")
+        return self
+
+
+class CompileConfig(Section):
+    """torch.compile of the transformer layers."""
+
+    enable: bool = Field(False, description="compile each layer; one graph serves all")
 
 
 class EMAConfig(Section):
@@ -176,6 +219,9 @@ class Config(Section):
     model: Annotated[TarFlowConfig, BeforeValidator(_expand_preset)]
     train: TrainConfig
     optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    activation_checkpoint: ActivationCheckpointConfig = ActivationCheckpointConfig()
+    compile: CompileConfig = CompileConfig()
     ema: EMAConfig = EMAConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from trainer.config import Config
 from trainer.errors import TrainerError
 
-NULLS = {"", "~", "null", "Null", "NULL", "none", "None"}
+NULLS = {"", "~", "null", "Null", "NULL"}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

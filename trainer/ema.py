@@ -4,11 +4,11 @@ An average of relative width s weighs the weights of the past by a power of trai
 run. It is tracked in `images_seen`: batch size and world size do not change it. The live model is never swapped.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import Tensor
+
+from trainer.parallel.backend import Backend
 
 
 def power_of_width(relative_std: float) -> float:
@@ -26,12 +26,13 @@ def power_decay(relative_std: float, images_seen: int, batch: int) -> float:
 
 
 class EMA:
-    """Averages of named parameters; sharded parameters give averages of the same sharding."""
+    """Averages of a backend's local weights; a sharded model's averages are sharded the same way (case T06)."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], relative_stds: tuple[float, ...]) -> None:
-        self._sources = {name: p.detach() for name, p in parameters.items()}
+    def __init__(self, backend: Backend, relative_stds: tuple[float, ...]) -> None:
+        self._backend = backend
+        self._sources = backend.locals()
         self.averages = {
-            f"ema-{std:.3f}": {name: p.clone() for name, p in self._sources.items()} for std in relative_stds
+            f"ema-{std:.3f}": {name: p.detach().clone() for name, p in self._sources.items()} for std in relative_stds
         }
         self._stds = dict(zip(self.averages, relative_stds))
 
@@ -43,6 +44,22 @@ class EMA:
             weight = 1 - power_decay(self._stds[name], images_seen, batch)
             torch._foreach_lerp_(list(average.values()), sources, weight)
 
+    def reset(self) -> None:
+        """Every average becomes the weights as they are."""
+        for average in self.averages.values():
+            for name, tensor in average.items():
+                tensor.copy_(self._sources[name].detach())
+
     def state(self) -> dict[str, Tensor]:
-        """Every average under "ema-0.050/NAME"."""
-        return {f"{kind}/{name}": t for kind, tensors in self.averages.items() for name, t in tensors.items()}
+        """Every average in saved form under "ema-0.050/NAME"."""
+        return {
+            f"{kind}/{name}": self._backend.to_saved(name, t)
+            for kind, tensors in self.averages.items()
+            for name, t in tensors.items()
+        }
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take over the values of tensors that `state` gave and a checkpoint filled."""
+        for kind, tensors in self.averages.items():
+            for name, local in tensors.items():
+                self._backend.from_saved(name, state[f"{kind}/{name}"], local)

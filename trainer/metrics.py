@@ -8,9 +8,10 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+import torch.distributed as dist
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from models.likelihood import bits_from_nats
 
 
 class Window:
-    """Means over the steps since the last line."""
+    """Sums over the steps since the last line, kept on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(4, device=device)  # loss, mse_z, logdet, grad_norm
@@ -28,40 +29,82 @@ class Window:
         self._start = time.monotonic()
 
     def add(self, stats: Tensor, grad_norm: Tensor) -> None:
-        """One step's [loss, mse_z, logdet] and gradient norm, on the device."""
-        self._sums += torch.cat([stats, grad_norm.view(1).to(stats)])
+        """One step's [loss, mse_z, logdet] of this rank and the global gradient norm, on the device."""
+        self._sums[:3] += stats
+        self._sums[3] += torch.nan_to_num(grad_norm, nan=0.0, posinf=0.0)  # a step passed over is counted elsewhere
         self.steps += 1
 
-    def row(self, images: int) -> dict[str, float]:
-        """The figures of the window; reading them waits for the device."""
-        loss, mse_z, logdet, grad_norm = (self._sums / max(self.steps, 1)).tolist()
+    def close(self, skipped: Tensor, images: int) -> "Reading":
+        """End the window; its figures arrive in the background. `skipped`: [in all, in a row]."""
         seconds = time.monotonic() - self._start
+        times = {
+            "throughput/images_per_sec": images / seconds,
+            "time/step_s": seconds / max(self.steps, 1),
+            "time/data_wait_s": self.data_wait_s / max(self.steps, 1),
+            "time/checkpoint_stall_s": self.checkpoint_stall_s,
+        }
+        return Reading(torch.cat([self._sums / max(self.steps, 1), skipped]), times)
+
+
+class Reading:
+    """Figures on their way from the devices of all ranks to the host; nobody waits for them."""
+
+    def __init__(self, figures: Tensor, times: dict[str, float]) -> None:
+        self._times, self._work, self._event = times, None, None
+        self._figures = figures
+        if dist.is_initialized():
+            self._figures = figures / dist.get_world_size()
+            self._work = dist.all_reduce(self._figures, async_op=True)
+        if figures.device.type == "cuda":
+            if self._work is not None:
+                self._work.wait()  # makes the stream wait, not the host
+            self._figures = self._figures.to("cpu", non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def ready(self) -> bool:
+        if self._event is not None:
+            return bool(self._event.query())
+        return self._work is None or self._work.is_completed()
+
+    def wait(self) -> dict[str, float]:
+        """The figures by name."""
+        if self._event is not None:
+            self._event.synchronize()
+        elif self._work is not None:
+            self._work.wait()
+        loss, mse_z, logdet, grad_norm, skipped, in_a_row = self._figures.tolist()
         return {
             "train/loss": loss,
             "train/bits_per_dim": float(bits_from_nats(loss)),
             "train/mse_z": mse_z,
             "train/logdet": logdet,
             "optim/grad_norm": grad_norm,
-            "throughput/images_per_sec": images / seconds,
-            "time/step_s": seconds / max(self.steps, 1),
-            "time/data_wait_s": self.data_wait_s / max(self.steps, 1),
-            "time/checkpoint_stall_s": self.checkpoint_stall_s,
+            "optim/skipped_steps": skipped,
+            "optim/skipped_in_a_row": in_a_row,
+            **self._times,
         }
 
 
 class MetricLog:
-    """Where the figures go."""
+    """Where the figures go: rank 0 writes for all, the others only their own log."""
 
-    def __init__(self, run_dir: Path, tensorboard: bool, total_images: int) -> None:
+    def __init__(self, run_dir: Path, tensorboard: bool, total_images: int, rank: int = 0) -> None:
+        self._jsonl: TextIO | None = None
+        self._writer: Any = None
+        self._progress: Progress | None = None
+        if rank:
+            (run_dir / "logs").mkdir(exist_ok=True)
+            self._text = open(run_dir / "logs" / f"rank-{rank:04d}.log", "a", buffering=1)  # noqa: SIM115
+            return
         self._jsonl = open(run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - closed in close()
         self._text = open(run_dir / "log.txt", "a", buffering=1)  # noqa: SIM115
-        self._writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(run_dir / "tensorboard"))
-        self._progress = _progress_bar() if sys.stderr.isatty() else None
-        if self._progress is not None:
+        if sys.stderr.isatty():
+            self._progress = _progress_bar()
             self._task = self._progress.add_task("", total=total_images, figures="")
             self._progress.start()
 
@@ -70,7 +113,7 @@ class MetricLog:
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}", file=self._text)
         if self._progress is not None:
             self._progress.console.print(text, highlight=False, markup=False)
-        else:
+        elif self._jsonl is not None:
             print(text, flush=True)
 
     def event(self, name: str, **values: Any) -> None:
@@ -79,6 +122,8 @@ class MetricLog:
 
     def figures(self, step: int, images_seen: int, total_images: int, row: Mapping[str, float]) -> None:
         """One line of figures."""
+        if self._jsonl is None:
+            return
         self._write({"step": step, "images_seen": images_seen, "time": time.time(), **row})
         if self._writer is not None:
             for name, value in row.items():
@@ -99,14 +144,16 @@ class MetricLog:
             )
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        self._jsonl.write(json.dumps(row) + "\n")
+        if self._jsonl is not None:
+            self._jsonl.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
         if self._writer is not None:
             self._writer.close()
-        self._jsonl.close()
+        if self._jsonl is not None:
+            self._jsonl.close()
         self._text.close()
 
 

@@ -1,4 +1,9 @@
-"""What the loop asks of a way to run a training step."""
+"""What the loop asks of a way to run a training step.
+
+State has two forms. *Local*: plain float32 tensors of this rank, alive through the whole run; optimizer and averages
+work on them. *Saved*: what a checkpoint holds, a whole tensor or a sharded one (DTensor), under names that no engine
+owns; so any backend reads what any other wrote, at any world size.
+"""
 
 from typing import Protocol
 
@@ -7,38 +12,47 @@ from torch import Tensor
 
 
 class Backend(Protocol):
-    """One training step, and the state behind it under engine-neutral names.
+    """One training step, and the state behind it.
 
     Gradients are means over the global batch whatever the number of ranks and micro-batches; nothing here waits for
     the device.
     """
 
-    rank: int
-    world_size: int
     device: torch.device
 
-    def forward_backward(self, images: Tensor, labels: Tensor | None, share: float) -> Tensor:
+    def forward_backward(self, images: Tensor, labels: Tensor | None, share: float, last: bool) -> Tensor:
         """One micro-batch: noisy images [n, C, H, W], labels [n]; `share` = n / the rank's images in this step.
 
-        Returns [loss, mse_z, logdet], means over the micro-batch times `share`, float32, on the device.
+        `last`: the step's last micro-batch, after which gradients are summed over ranks. Returns [loss, mse_z, logdet],
+        this rank's means over the micro-batch times `share`, float32, on the device.
         """
         ...
 
-    def optimizer_step(self, lr: float, grad_clip: float) -> Tensor:
-        """Clip to the global norm (0 = off), update, clear the gradients. Returns the norm before clipping."""
+    def optimizer_step(self, lr: float) -> Tensor:
+        """Clip, update (or pass over a bad step), clear the gradients. Returns the global norm before clipping."""
         ...
 
-    def parameters(self) -> dict[str, Tensor]:
-        """Float32 master weights by the model's parameter names."""
+    def skipped(self) -> Tensor:
+        """[steps passed over in all, in a row until now], on the device."""
+        ...
+
+    def locals(self) -> dict[str, Tensor]:
+        """This rank's part of each float32 master weight, by the model's parameter names."""
+        ...
+
+    def to_saved(self, name: str, local: Tensor) -> Tensor:
+        """A local tensor that is laid out as the weight `name`, in the form a checkpoint holds. Every rank calls it."""
+        ...
+
+    def from_saved(self, name: str, saved: Tensor, local: Tensor) -> None:
+        """Put a saved tensor's values into a local one (nothing to do where they share memory). Every rank calls it."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor to save: "model/NAME", "optim/exp_avg/NAME", "optim/exp_avg_sq/NAME", "optim/step", "buffer/var".
-
-        Loading fills them in place; `loaded` follows.
-        """
+        """Saved form of everything but averages: "model/NAME", "optim/exp_avg/NAME", "optim/exp_avg_sq/NAME",
+        "optim/step", "buffer/var", "guard/...". Fill these tensors and pass them to `load` to restore."""
         ...
 
-    def loaded(self) -> None:
-        """The tensors of `state` have new values: pass them on to whatever copies there are."""
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take over the values of tensors that `state` gave and a checkpoint filled."""
         ...

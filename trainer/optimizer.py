@@ -1,0 +1,103 @@
+"""AdamW that clips to a global norm and passes over bad steps, all on the device (case T14).
+
+A step whose gradient norm is not finite, or stands more than `SIGMAS` standard deviations above the recent ones, changes
+nothing: no weight, no moment, no step count. The decision is taken from the *global* norm, which is the same number on
+every rank, so all ranks take the same one; the host learns of it only when it reads the counters.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+SIGMAS = 6.0
+WINDOW = 128  # norms remembered
+WARMUP = 32  # norms needed before a spike can be told from the beginning of training
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """Fused AdamW over this rank's plain float32 tensors.
+
+    `group`: ranks whose tensors together make up the gradient, None if each rank has all of it. `grad_clip`: largest
+    global norm, 0 = off. `skip_spikes`: whether spikes are passed over, too; non-finite steps always are.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        grad_clip: float = 0.0,
+        skip_spikes: bool = False,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        tensors = [p for p in params if p.numel()]
+        device = tensors[0].device
+        super().__init__(tensors, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        self.grad_clip, self.skip_spikes, self.group = grad_clip, skip_spikes, group
+        self.grad_norm = torch.zeros((), device=device)
+        self.skipped_steps = torch.zeros((), device=device)  # in all
+        self.skipped_in_a_row = torch.zeros((), device=device)
+        self._norms = torch.zeros(WINDOW, device=device)
+        self._remembered = torch.zeros((), dtype=torch.long, device=device)
+        self._make_moments()
+
+    def _make_moments(self) -> None:
+        """Made now instead of at the first step: a checkpoint is loaded into them."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p not in self.state:
+                    self.state[p] = {
+                        "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                        "exp_avg": torch.zeros_like(p, requires_grad=False),
+                        "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
+                    }
+
+    def guard_state(self) -> dict[str, Tensor]:
+        """What a resumed run needs to decide as the uninterrupted one."""
+        return {
+            "norms": self._norms,
+            "remembered": self._remembered,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        norm = self._global_norm()
+        bad = ~torch.isfinite(norm) | self._is_spike(norm)
+        self._remember(norm, bad)
+        self.grad_norm.copy_(norm)
+        # The fused kernel divides gradients by `grad_scale` and does nothing at all where `found_inf` is 1.
+        self.found_inf = bad.float()
+        if self.grad_clip:
+            self.grad_scale = torch.where(bad, 1.0, (norm / self.grad_clip).clamp(min=1.0))
+        super().step()
+
+    def _global_norm(self) -> Tensor:
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        squares = torch.stack(torch._foreach_norm(grads)).square().sum() if grads else self.grad_norm.new_zeros(())
+        if self.group is not None:
+            dist.all_reduce(squares, group=self.group)
+        return squares.sqrt()
+
+    def _is_spike(self, norm: Tensor) -> Tensor:
+        if not self.skip_spikes:
+            return torch.zeros_like(norm, dtype=torch.bool)
+        count = self._remembered.clamp(max=WINDOW)
+        known = torch.arange(WINDOW, device=norm.device) < count
+        mean = (self._norms * known).sum() / count.clamp(min=1)
+        std = (((self._norms - mean) * known).square().sum() / count.clamp(min=1)).sqrt()
+        return (count >= WARMUP) & (norm > mean + SIGMAS * std)
+
+    def _remember(self, norm: Tensor, bad: Tensor) -> None:
+        """Keep the last good norms in a ring; count the bad steps."""
+        place = self._remembered % WINDOW
+        self._norms[place] = torch.where(bad, self._norms[place], norm)
+        self._remembered += (~bad).long()
+        self.skipped_steps += bad.float()
+        self.skipped_in_a_row.copy_((self.skipped_in_a_row + 1) * bad.float())

@@ -1,0 +1,41 @@
+"""From a plain model to one that trains as configured, in this order: activation checkpointing, compile, shard."""
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from models.flow import FlowBlock, TarFlow
+from trainer.config import Config
+
+
+def apply_parallelism(model: TarFlow, config: Config, mesh: DeviceMesh | None) -> None:
+    """Change a model in place. `mesh` is (dp_replicate, dp_shard), None for a single process.
+
+    Layers are compiled one by one: they share their code, so one graph serves them all. Sharding by layer bounds what
+    is whole at any time to one layer. Replicas (dp_shard = 1) go the same way: the mathematics is one.
+    """
+    number = 0
+    for block in model.blocks:
+        assert isinstance(block, FlowBlock)
+        for layer in block.attn_blocks:
+            if config.activation_checkpoint.mode != "none":
+                from trainer.parallel.checkpointing import checkpoint_layer
+
+                checkpoint_layer(layer, number, config.activation_checkpoint)
+            if config.compile.enable:
+                layer.compile()
+            number += 1
+    if mesh is None:
+        return
+    policy = MixedPrecisionPolicy(
+        param_dtype=getattr(torch, config.train.param_dtype),
+        reduce_dtype=getattr(torch, config.parallel.reduce_dtype),
+        cast_forward_inputs=False,  # data stay float32, the model casts where it computes
+    )
+    sharded = mesh.size(1) > 1
+    for block in model.blocks:
+        assert isinstance(block, FlowBlock)
+        for layer in block.attn_blocks:
+            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=sharded)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=sharded)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=sharded)

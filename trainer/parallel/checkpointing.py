@@ -1,0 +1,53 @@
+"""Activation checkpointing: keep less in the forward pass, compute it again in the backward pass. The same gradients.
+
+    none        keep everything
+    selective   keep the outputs of matrix products and attention, or (every_nth_layer = n) checkpoint each n-th layer
+    full        keep only each layer's input; offload = true keeps it in host memory
+
+Layers are changed in place and keep their names: a checkpoint of a run does not depend on the mode (case T11).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from trainer.config import ActivationCheckpointConfig
+
+_aten = torch.ops.aten
+KEPT = {
+    getattr(_aten, name).default
+    for name in (
+        "mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu",
+    )
+    if hasattr(_aten, name)
+}  # fmt: skip
+
+
+def checkpoint_layer(layer: nn.Module, number: int, config: ActivationCheckpointConfig) -> None:
+    """Apply the configured mode to layer `number` (0, 1, ... through the whole flow)."""
+    if config.mode == "none" or (config.mode == "selective" and number % max(config.every_nth_layer, 1)):
+        return
+    forward: Callable[..., Any] = layer.forward
+    if config.mode == "selective" and not config.every_nth_layer:
+        contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+        layer.forward = functools.partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
+    elif config.offload:
+        layer.forward = functools.partial(_offloaded, forward)
+    else:
+        layer.forward = functools.partial(checkpoint, forward, use_reentrant=False)
+
+
+def _policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _offloaded(forward: Callable[..., Any], x: torch.Tensor) -> Any:
+    # Only the reentrant form saves its input where saved-tensor hooks can move it.
+    with save_on_cpu(pin_memory=x.device.type == "cuda"):
+        return checkpoint(forward, x, use_reentrant=True)

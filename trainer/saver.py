@@ -1,0 +1,138 @@
+"""A run's state on its way to disk and back: when to save, what a checkpoint holds, where a run resumes."""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import trainer.checkpoint as ckpt
+from models.flow import TarFlow
+from models.weights import load_weights_file
+from trainer.config import Config
+from trainer.config_io import config_hash, config_text
+from trainer.ema import EMA
+from trainer.errors import TrainerError
+from trainer.files import write_atomic
+from trainer.metrics import MetricLog
+from trainer.parallel.backend import Backend
+from trainer.parallel.world import World, barrier, broadcast
+from trainer.resume import check_resume
+
+
+class Saver:
+    """Saves and restores one run. Every rank has one and calls it at the same steps; rank 0 decides and commits."""
+
+    def __init__(self, config: Config, run_dir: Path, backend: Backend, ema: EMA, world: World, log: MetricLog) -> None:
+        self.config, self.run_dir, self.backend, self.ema = config, run_dir, backend, ema
+        self.world, self.log = world, log
+        with torch.device("meta"):
+            self.sizes = {name: math.prod(p.shape) for name, p in TarFlow(config.model).named_parameters()}
+        self.fingerprint = ""
+        self._saved_at, self._saved_time = -1, time.monotonic()
+
+    # --- when ---
+
+    def due(self, images_seen: int) -> bool:
+        """Whether the last step crossed a multiple of checkpoint.every_images."""
+        every, size = self.config.checkpoint.every_images, self.config.train.global_batch_size
+        return bool(every) and images_seen // every > (images_seen - size) // every
+
+    def overdue(self) -> bool:
+        """Whether checkpoint.every_minutes have passed since the last save, by this rank's clock."""
+        minutes = self.config.checkpoint.every_minutes
+        return bool(minutes) and time.monotonic() - self._saved_time > 60 * minutes
+
+    # --- out ---
+
+    def save(self, images_seen: int) -> float:
+        """Write and commit a checkpoint of this moment, unless there is one already; seconds it took."""
+        if images_seen == self._saved_at:
+            return 0.0
+        began = time.monotonic()
+        step = images_seen // self.config.train.global_batch_size
+        temporary = Path(str(broadcast(str(ckpt.temporary_dir(self.run_dir, step)) if self.world.first else None)))
+        ckpt.write_tensors(temporary, self.backend.state() | self.ema.state())
+        barrier()
+        if self.world.first:
+            self._commit(temporary, step, images_seen, began)
+        barrier()
+        self._saved_at, self._saved_time = images_seen, time.monotonic()
+        return time.monotonic() - began
+
+    def _commit(self, temporary: Path, step: int, images_seen: int, began: float) -> None:
+        write_atomic(temporary / "config.yaml", config_text(self.config))
+        info = {"world_size": self.world.size, "config": config_hash(self.config), "data": self.fingerprint}
+        saved = ckpt.commit(self.run_dir, temporary, step, images_seen, info)
+        policy = self.config.checkpoint
+        removed = ckpt.apply_retention(self.run_dir, policy.keep_latest, policy.keep_every_images)
+        seconds = time.monotonic() - began
+        note = f"; removed {', '.join(removed)}" if removed else ""
+        self.log.say(f"saved {saved.name} at {images_seen:,} images ({seconds:.1f} s){note}")
+        self.log.event("save", step=step, images_seen=images_seen, seconds=seconds)
+
+    def newest_name(self) -> str:
+        """Name of the newest checkpoint."""
+        return ckpt.find(self.run_dir).name
+
+    # --- in ---
+
+    def restore(self, fingerprint: str, init_from: Path | None, accept_new_data: bool) -> int:
+        """Bring back the newest sound checkpoint, or start from given or fresh weights. Returns images seen."""
+        self.fingerprint = fingerprint
+        newest = self._choose(accept_new_data)
+        if newest is not None:
+            state = self.backend.state() | self.ema.state()
+            ckpt.read_tensors(newest, state)
+            self.backend.load(state)
+            self.ema.load(state)
+            self._saved_at = newest.images_seen
+            note = "; --init-from is not used: the run has checkpoints" if init_from else ""
+            self.log.say(f"resuming at {newest.images_seen:,} images (checkpoint {newest.name}){note}")
+            self.log.event("resume", images_seen=newest.images_seen, step=newest.step)
+            return newest.images_seen
+        if init_from is not None:
+            self._start_from(init_from)
+        self.log.say(f"no checkpoint in {self.run_dir}: starting from {init_from or 'fresh weights'}")
+        self.log.event("start", images_seen=0, step=0)
+        return 0
+
+    def _choose(self, accept_new_data: bool) -> ckpt.Checkpoint | None:
+        """Rank 0 looks, sweeps and decides; all ranks follow, into the same error if it is one."""
+        answer: ckpt.Checkpoint | TrainerError | None = None
+        if self.world.first:
+            try:
+                for line in ckpt.sweep(self.run_dir):
+                    self.log.say(line)
+                answer = ckpt.newest_sound(self.run_dir, self.log.say)
+                if answer is not None:
+                    check_resume(answer, self.config, self.fingerprint, accept_new_data, self.log.say)
+            except TrainerError as error:
+                answer = error
+        answer = broadcast(answer)  # type: ignore[assignment]
+        if isinstance(answer, TrainerError):
+            raise answer
+        return answer
+
+    def _start_from(self, path: Path) -> None:
+        config, weights = load_weights_file(path, self.config.model)
+        if config != self.config.model:
+            raise TrainerError(
+                f"--init-from {path} holds another model: {config!r}; this run has {self.config.model!r}"
+            )
+        state: dict[str, Tensor] = self.backend.state()
+        for name, value in weights.items():
+            place(state["buffer/var" if name == "var" else f"model/{name}"], value)
+        self.backend.load(state)
+        self.ema.reset()
+
+
+@torch.no_grad()
+def place(saved: Tensor, whole: Tensor) -> None:
+    """Put a whole tensor's values into its saved form, sharded or not."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(saved, DTensor):
+        whole = distribute_tensor(whole.to(saved.device), saved.device_mesh, saved.placements)
+    saved.copy_(whole)
