@@ -34,7 +34,8 @@ def build_parser(parser: argparse.ArgumentParser) -> None:
     _index(_verb(
         verbs, "index", "index the shards of any WebDataset so that they can be trained on",
         "tarflow data index sets/mine\n  tarflow data index 'sets/mine/train-{0000..0127}.tar' --out sets/mine",
-        "Reads the headers of all shards once and writes OUT/index. Patterns may hold braces and wildcards.",
+        "Reads the headers of all shards once and writes OUT/index. Patterns may hold braces and wildcards. DIR may hold an "
+        "MDS set (index.json and .mds shards) instead of tars.",
     ))  # fmt: skip
     _info(_verb(
         verbs, "info", "show counts, sizes and classes of a data set, and a contact sheet",
@@ -103,7 +104,12 @@ def _index(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", metavar="DIR|PATTERN", help="folder, tar files or patterns")
     parser.add_argument("--out", type=Path, help="folder that gets the index/ (the folder that holds all shards)")
     parser.add_argument("--classes", type=Path, help="JSON file with the list of class names, in label order")
-    parser.add_argument("--label-field", default="cls", help="extension of the label members (cls)")
+    parser.add_argument("--label-field", help="extension of the label members (cls), json:NAME for a value inside the "
+                        ".json members, or the column of an MDS set (found by name)")  # fmt: skip
+    parser.add_argument(
+        "--measure", action="store_true", help="store width and height too: reads the head of every image"
+    )
+    parser.add_argument("--processes", type=int, help="processes that scan (one per core, one for small sets)")
     parser.add_argument("--on-error", choices=("strict", "skip"), default="strict",
                         help="strict stops at the first odd sample, skip leaves it out and counts it")  # fmt: skip
 
@@ -158,9 +164,16 @@ def _run_index(args: argparse.Namespace) -> int:
 
     from data_pipeline.errors import DataError
     from data_pipeline.index_build import build_index, parse_classes
+    from data_pipeline.mds import INDEX_FILE
     from data_pipeline.patterns import find_shards
 
-    shards, notes = find_shards(args.shards)
+    if args.processes is not None and args.processes < 1:
+        raise DataError(f"--processes is {args.processes}, it must be at least 1")
+    notes: list[str] = []
+    if len(args.shards) == 1 and (Path(args.shards[0]) / INDEX_FILE).is_file():
+        shards = [Path(args.shards[0])]
+    else:
+        shards, notes = find_shards(args.shards)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     root = args.out
@@ -172,6 +185,7 @@ def _run_index(args: argparse.Namespace) -> int:
     with _progress("indexing") as progress:
         index, report = build_index(
             root, shards, on_error=args.on_error, label_field=args.label_field, progress=progress,
+            measure=args.measure, processes=args.processes,
             classes=parse_classes(args.classes) if args.classes else None,
         )  # fmt: skip
     _say([*report.lines(), f"fingerprint {index.fingerprint}"], root / "index")

@@ -56,7 +56,11 @@ def decode_into(data: bytes, out: np.ndarray) -> bool:
         return False
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if (height, width) != out.shape[:2] or colours not in ("YCbCr", "RGB") or data.find(_EXIF, 0, _EXIF_WITHIN) >= 0:
+        if (
+            (height, width) != out.shape[:2]
+            or colours not in ("YCbCr", "RGB")
+            or data.find(_EXIF, 0, _EXIF_WITHIN) >= 0
+        ):
             return False
         simplejpeg.decode_jpeg(data, "RGB", buffer=out)
     except ValueError:

@@ -42,7 +42,7 @@ class Index:
     `root`: the data set's folder. `num_samples`. `shard_sizes`: samples per shard, int64. `shard_bytes`: file sizes.
     `label_min`, `label_max`: int64 per shard, NO_LABEL where it has no labels. `unlabelled`: samples without a label.
     `classes`: names or None. `num_classes`: len(classes), else 1 + the largest label, else None. `fingerprint`: hex.
-    `image_size`: (width, height) if all images share it, else None.
+    `image_size`: (width, height) if all images share it, else None. `form`: what the shards are, `tar` or `mds`.
     """
 
     def __init__(self, root: Path) -> None:
@@ -73,6 +73,7 @@ class Index:
         self.classes: list[str] | None = meta["classes"]
         self.fingerprint: str = meta["fingerprint"]
         self.image_size: tuple[int, int] | None = tuple(meta["image_size"]) if meta.get("image_size") else None
+        self.form: str = meta.get("form", "tar")
         self.num_classes = self._count_classes()
         self._part: np.ndarray = table["part"].to_numpy()
         self._row_group: np.ndarray = table["row_group"].to_numpy()
@@ -170,6 +171,6 @@ def open_index(path: str | Path) -> Index:
     splits = sorted(child.parent.parent.name for child in root.glob("*/index/shards.parquet"))
     if splits:
         raise DataError(f"{root} holds the splits {', '.join(splits)}: name one of them, e.g. {root / splits[0]}")
-    if root.is_dir() and next(root.rglob("*.tar"), None) is not None:
+    if root.is_dir() and ((root / "index.json").is_file() or next(root.rglob("*.tar"), None) is not None):
         raise DataError(f"the shards at {root} have no index yet: run `tarflow data index {root}` once")
     raise DataError(f"{root} is no data set: no index and no *.tar shards in it; `tarflow data prepare` makes one")

@@ -7,15 +7,17 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_pipeline.errors import DataError
-from data_pipeline.index import FORMAT_VERSION, META_KEY, SHARDS_PER_PART, Index
-from data_pipeline.samples import Samples, group
-from data_pipeline.tar_scan import scan_tar
+from data_pipeline.index import FORMAT_VERSION, META_KEY, NO_LABEL, SHARDS_PER_PART, Index
+from data_pipeline.samples import Samples
+from data_pipeline.scan_jobs import run_jobs, scan_jobs
 
 CLASSES_FILE = "classes.json"
 
@@ -47,15 +49,20 @@ def build_index(
     *,
     on_error: str = "strict",
     classes: list[str] | None = None,
-    label_field: str = "cls",
+    label_field: str | None = None,
     image_size: tuple[int, int] | None = None,
+    measure: bool = False,
+    processes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Index, BuildReport]:
     """Scan `shards` and write `root/index`, replacing an older one only when the new one is complete.
 
-    `classes` defaults to the names in `root/classes.json` where that file exists. `image_size` (width, height) is
-    recorded when the caller knows that all images have it. `progress(done, total)` is called after each shard.
-    Raises DataError: in strict mode for the first damaged or odd sample, always for an empty data set.
+    `shards` are tars, or one folder that holds an MDS set (`mds.INDEX_FILE`). `classes` defaults to the names in
+    `root/classes.json` where that file exists. `label_field`: the field (`cls`), `json:NAME`, or the MDS column (found
+    by name). `image_size` (width, height) is recorded when the caller knows that all images have it; `measure` reads it
+    from the head of every image instead. `processes`: how many scan at once (None: as many as there are cores, one for
+    small sets). `progress(done, total)` is called after each shard. Raises DataError: in strict mode for the first
+    damaged or odd sample, always for an empty data set.
     """
     if on_error not in ("strict", "skip"):
         raise DataError(f"on_error is {on_error!r}, it must be strict or skip")
@@ -64,23 +71,24 @@ def build_index(
     if classes is None:
         classes = read_classes(root)
     report = BuildReport()
+    jobs, form = scan_jobs(
+        shards, strict=on_error == "strict", label_field=label_field, classes=classes, measure=measure
+    )
 
-    def scanned() -> Iterable[tuple[Path, int, Samples]]:
-        for done, shard in enumerate(shards):
-            scan = scan_tar(shard)
-            samples = group(scan, str(shard), strict=on_error == "strict", label_field=label_field, classes=classes)
+    def scanned() -> Iterator[tuple[Path, int, Samples]]:
+        for done, (path, file_bytes, samples) in enumerate(run_jobs(jobs, processes)):
             report.shards += 1
             report.samples += len(samples.keys)
             report.ignored += samples.ignored
             report.problems += samples.problems
             report.examples += samples.examples[: max(0, 20 - len(report.examples))]
             if not samples.keys:
-                report.empty_shards.append(str(shard))
-            yield shard, scan.file_bytes, samples
+                report.empty_shards.append(str(path))
+            yield path, file_bytes, samples
             if progress:
-                progress(done + 1, len(shards))
+                progress(done + 1, len(jobs))
 
-    write_index(root, scanned(), classes=classes, image_size=image_size)
+    write_index(root, scanned(), classes=classes, image_size=image_size, form=form)
     return Index(root), report
 
 
@@ -90,8 +98,12 @@ def write_index(
     *,
     classes: list[str] | None,
     image_size: tuple[int, int] | None = None,
+    form: str = "tar",
 ) -> None:
-    """Write (path, file bytes, samples) of each shard as `root/index`. Raises DataError if there are no samples."""
+    """Write (path, file bytes, samples) of each shard as `root/index`. Raises DataError if there are no samples.
+
+    `form`: what the shards are, `tar` or `mds`. Paths are stored relative to `root`, addresses (`http://...`) whole.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -105,9 +117,10 @@ def write_index(
     digest_of_part = hashlib.sha256()
     whole = hashlib.sha256(json.dumps([FORMAT_VERSION, classes]).encode())
     in_part = 0
+    resolved = root.resolve()
     try:
         for number, (path, file_bytes, samples) in enumerate(shards):
-            name = os.path.relpath(path.resolve(), root.resolve())
+            name = os.path.relpath(path.resolve(), resolved)
             digest = _digest(name, file_bytes, samples)
             whole.update(digest.encode())
             labels = [label for label in samples.labels if label is not None]
@@ -127,10 +140,10 @@ def write_index(
                 pa.array(samples.keys, pa.string()),
                 pa.array(samples.offsets, pa.int64()),
                 pa.array(samples.sizes, pa.int64()),
-                pa.array(samples.extensions, pa.string()).dictionary_encode(),
+                _extensions(samples.extensions),
                 pa.array(samples.labels, pa.int64()),
-                pa.array([image_size[0] if image_size else None] * rows, pa.int32()),
-                pa.array([image_size[1] if image_size else None] * rows, pa.int32()),
+                _side(image_size[0] if image_size else samples.widths, rows),
+                _side(image_size[1] if image_size else samples.heights, rows),
             ]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=rows)
             digest_of_part.update(digest.encode())
@@ -148,6 +161,7 @@ def write_index(
             "classes": classes,
             "fingerprint": whole.hexdigest()[:32],
             "image_size": image_size,
+            "form": form,
             "part_digests": part_digests,
         }
         shard_schema = pa.schema(list(_SHARD_FIELDS.items())).with_metadata({META_KEY: json.dumps(meta).encode()})
@@ -176,6 +190,24 @@ def _sample_schema(image_size: tuple[int, int] | None) -> Any:
     return pa.schema(fields)
 
 
+def _extensions(values: list[str]) -> Any:
+    import pyarrow as pa
+
+    names = list(dict.fromkeys(values))
+    if len(names) == 1:
+        return pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(values), dtype=np.int32)), pa.array(names))
+    return pa.array(values, pa.string()).dictionary_encode()
+
+
+def _side(lengths: int | list[int | None] | None, rows: int) -> Any:
+    """A column of widths or heights in pixels: one for all, one each, or nulls where they are not known."""
+    import pyarrow as pa
+
+    if isinstance(lengths, int):
+        return pa.array(np.full(rows, lengths, dtype=np.int32))
+    return pa.nulls(rows, pa.int32()) if lengths is None else pa.array(lengths, pa.int32())
+
+
 def _part_path(folder: Path, part: int) -> Path:
     return folder / f"samples-{part:05d}.parquet"
 
@@ -191,7 +223,8 @@ def _digest(name: str, file_bytes: int, samples: Samples) -> str:
     """What the fingerprint is made of: names, places, sizes and labels, not pixels; `data verify` reads those."""
     parts = hashlib.sha256(f"{name}\0{file_bytes}\0".encode())
     parts.update("\0".join(samples.keys).encode())
-    parts.update(json.dumps([samples.offsets, samples.sizes, samples.labels]).encode())
+    labels = [NO_LABEL if label is None else label for label in samples.labels]
+    parts.update(np.array([samples.offsets, samples.sizes, labels], dtype="<i8").tobytes())
     return parts.hexdigest()[:32]
 
 

@@ -1,0 +1,124 @@
+"""Scanning shards one by one or in several processes: a job is one shard, its result the samples in it."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.mds import INDEX_FILE, MdsShard, mds_shards, scan_mds
+from data_pipeline.samples import Samples, group
+from data_pipeline.tar_scan import SMALL, scan_tar
+
+_WORTH_IT = 256 << 20  # bytes of shards below which starting processes takes longer than the scan
+_HEAD = 1 << 16  # bytes that hold the size of nearly every image; the rest is read when they do not
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to scan; everything a process must know. `first`: number of its first sample (MDS)."""
+
+    shard: Path | MdsShard
+    strict: bool
+    label_field: str | None
+    classes: list[str] | None
+    measure: bool
+    first: int = 0
+
+    def run(self) -> tuple[Path, int, Samples]:
+        """(path, bytes of the file, samples)."""
+        if isinstance(self.shard, MdsShard):
+            path = self.shard.path
+            samples = scan_mds(
+                self.shard, self.first, strict=self.strict, label_field=self.label_field, classes=self.classes
+            )
+            file_bytes = path.stat().st_size if path.exists() else 0
+        else:
+            path, field = self.shard, self.label_field or "cls"
+            scan = scan_tar(path, keep=4096 if ":" in field else SMALL)
+            samples = group(scan, str(path), strict=self.strict, label_field=field, classes=self.classes)
+            file_bytes = scan.file_bytes
+        if self.measure:
+            _measure(path, samples)
+        return path, file_bytes, samples
+
+
+def scan_jobs(
+    shards: Sequence[Path], *, strict: bool, label_field: str | None, classes: list[str] | None, measure: bool
+) -> tuple[list[Job], str]:
+    """(jobs in order, `tar` or `mds`). An MDS set is given as the one folder that holds its `index.json`."""
+    if len(shards) == 1 and (shards[0] / INDEX_FILE).is_file():
+        jobs, first = [], 0
+        for shard in mds_shards(shards[0]):
+            jobs.append(Job(shard, strict, label_field, classes, measure, first))
+            first += shard.samples
+        return jobs, "mds"
+    return [Job(path, strict, label_field, classes, measure) for path in shards], "tar"
+
+
+def run_jobs(jobs: Sequence[Job], processes: int | None) -> Iterator[tuple[Path, int, Samples]]:
+    """The results in order. Errors are raised when their turn comes, so the first bad shard is the one named."""
+    if processes is None:
+        processes = min(cores(), len(jobs))
+        if sum(map(_size, jobs)) < _WORTH_IT:
+            processes = 1
+    yield from in_processes(Job.run, jobs, processes)
+
+
+def in_processes(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int) -> Iterator[Any]:
+    """`work(job)` for every job, in order, a bounded number ahead; in this process where one is enough.
+
+    Processes are started afresh, not forked: no locks or threads are inherited.
+    """
+    if processes <= 1:
+        yield from map(work, jobs)
+        return
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        waiting = [pool.submit(work, job) for job in jobs[: 3 * processes]]
+        for number in range(len(jobs)):
+            if number + 3 * processes < len(jobs):
+                waiting.append(pool.submit(work, jobs[number + 3 * processes]))
+            yield waiting.pop(0).result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _size(job: Job) -> int:
+    if isinstance(job.shard, MdsShard):
+        return job.shard.file_bytes
+    try:
+        return job.shard.stat().st_size
+    except OSError:  # its scan will say what is wrong
+        return 0
+
+
+def _measure(path: Path, samples: Samples) -> None:
+    """Fill in width and height as stored, from the first bytes of each image; None where they cannot be told."""
+    from PIL import Image
+
+    def side(file: Any, offset: int, size: int) -> tuple[int, int] | tuple[None, None]:
+        for amount in dict.fromkeys((min(size, _HEAD), size)):
+            try:
+                file.seek(offset)
+                with Image.open(io.BytesIO(file.read(amount))) as image:
+                    return image.size
+            except Exception:  # whatever a plug-in raises for a cut head; decoding will say what is wrong
+                continue
+        return None, None
+
+    if not samples.keys:
+        return
+    with path.open("rb") as file:
+        sides = [side(file, offset, size) for offset, size in zip(samples.offsets, samples.sizes)]
+    samples.widths, samples.heights = [w for w, _ in sides], [h for _, h in sides]
