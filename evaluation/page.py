@@ -31,7 +31,8 @@ figure {{ margin: 0; }}
 figure.plot {{ display: inline-block; width: 370px; max-width: 100%; margin: 0 14px 14px 0; }}
 figure.plot svg {{ width: 100%; height: auto; font-family: inherit; }}
 .row > figure {{ flex: 0 1 360px; min-width: 220px; }}
-img {{ max-width: 100%; height: auto; image-rendering: pixelated; border-radius: 4px; }}
+.pair > figure {{ flex: 0 1 570px; min-width: 280px; }}
+img {{ max-width: 100%; height: auto; border-radius: 4px; }}
 figcaption {{ color: var(--soft); font-size: 13px; margin-top: 4px; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }}

@@ -49,7 +49,6 @@ class Plot:
     title: str
     curves: list[Curve]
     restarts: Sequence[int] = ()
-    log: bool = False
     units: str = ""
     from_zero: bool = False
 
@@ -75,9 +74,7 @@ def svg(plot: Plot, key: str) -> str:
         axes.set_ylabel(plot.units)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.15, color=_PAGE_COLOUR)
-        if plot.log:
-            axes.set_yscale("log")
-        elif plot.from_zero:
+        if plot.from_zero:
             axes.set_ylim(bottom=0)
         if len(plot.curves) + bool(plot.restarts) > 1:
             axes.legend(frameon=False, fontsize=8)

@@ -125,7 +125,7 @@ def _curves(history: History) -> str:
             units="images/s",
             from_zero=True,
         ),
-        Plot("Gradient norm", [Curve("gradient norm", series("optim/grad_norm"))], restarts, log=True),
+        Plot("Gradient norm", [Curve("gradient norm", series("optim/grad_norm"))], restarts, from_zero=True),
     ]
     drawn = (svg(_with_points(plot), f"plot{i}") for i, plot in enumerate(plots) if not plot.empty)
     return "".join(f"<figure class='plot'>{picture}</figure>" for picture in drawn)
@@ -191,7 +191,7 @@ def _newest(history: History) -> str:
         paths = [(result.picture(name), caption) for name, caption in names]
         if all(path for path, _ in paths):
             figures = "".join(_image(path, caption) for path, caption in paths if path)
-            parts.append(_section(title, f"<p>{_text(text)}</p><div class='row'>{figures}</div>"))
+            parts.append(_section(title, f"<p>{_text(text)}</p><div class='row pair'>{figures}</div>"))
     parts += [_neighbours(result), _trajectory(result)]
     return "".join(parts)
 

@@ -17,7 +17,7 @@ from evaluation.errors import EvaluationError
 from evaluation.evaluate import Evaluator, headline
 from evaluation.settings import load_settings
 from evaluation.source import from_checkpoint, resolve_device
-from trainer.checkpoint import Checkpoint, committed, find, pinned
+from trainer.checkpoint import Checkpoint, committed, find, pinned, scan
 from trainer.errors import TrainerError
 from trainer.run_dir import load_run_config, require_run
 
@@ -72,8 +72,10 @@ def evaluate(run_dir: str | Path, watch: bool, options: WorkerOptions | None = N
         worker.follow()
     else:
         worker.evaluate_all()
-        if not committed(run_dir):
-            raise EvaluationError(f"run {run_dir} has no committed checkpoint yet; follow it with --watch")
+        usable, refused = scan(run_dir)
+        if not usable:
+            reasons = "".join(f"\n  {path.name}: {why}" for path, why in sorted(refused.items()))
+            raise EvaluationError(f"run {run_dir} has no committed checkpoint yet; follow it with --watch{reasons}")
     return worker.outcome
 
 

@@ -17,7 +17,9 @@ from trainer.errors import TrainerError
 
 
 def draw(source, out, num=6, quiet=None, **options):
-    return sample_images(SampleRequest(source=source, out=out, num=num, **options), ([] if quiet is None else quiet).append)
+    return sample_images(
+        SampleRequest(source=source, out=out, num=num, **options), ([] if quiet is None else quiet).append
+    )
 
 
 def images(folder):
