@@ -196,7 +196,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _labels(text: str | None) -> tuple[int, ...] | None:
-    """ "0,1,none" -> (0, 1, -1)."""
+    """Text such as `0,1,none` -> (0, 1, -1)."""
     if text is None:
         return None
     try:

@@ -58,11 +58,6 @@ class History:
                 points.append((float(row["images_seen"]), float(value)))
         return points
 
-    def last(self, name: str) -> float | None:
-        """The newest value of a figure."""
-        points = self.series(name)
-        return points[-1][1] if points else None
-
     @property
     def training_seconds(self) -> float:
         """Time spent in the steps that count, restarts apart."""

@@ -6,6 +6,7 @@ comes from a run (names, settings, class names) is escaped.
 
 import base64
 import html
+import statistics
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -74,9 +75,9 @@ def _headline(config: Config, history: History) -> str:
     seconds = history.training_seconds
     restarts = len(history.restarts)
     cards.append(("training time", _duration(seconds), f"{restarts} restart{'s' if restarts != 1 else ''}"))
-    rate = history.last("throughput/images_per_sec")
-    if rate:
-        cards.append(("images per second", f"{rate:,.0f}", "newest"))
+    rates = [rate for _, rate in history.series("throughput/images_per_sec")]
+    if rates:
+        cards.append(("images per second", f"{statistics.median(rates):,.0f}", "median while training"))
     items = "".join(
         f"<div class='card'><div class='label'>{_text(label)}</div><div class='value'>{_text(value)}</div>"
         f"<div class='note'>{_text(note)}</div></div>"
