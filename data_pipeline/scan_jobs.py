@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.mds import INDEX_FILE, MdsShard, mds_shards, scan_mds
+from data_pipeline.processes import cores, in_processes
 from data_pipeline.samples import Samples, group
 from data_pipeline.tar_scan import SMALL, scan_tar
 
-_WORTH_IT = 256 << 20  # bytes of shards below which starting processes takes longer than the scan
+_WORTH_IT = 1 << 30  # bytes of shards below which starting processes takes longer than the scan
 _HEAD = 1 << 16  # bytes that hold the size of nearly every image; the rest is read when they do not
 
 
@@ -68,30 +66,6 @@ def run_jobs(jobs: Sequence[Job], processes: int | None) -> Iterator[tuple[Path,
         if sum(map(_size, jobs)) < _WORTH_IT:
             processes = 1
     yield from in_processes(Job.run, jobs, processes)
-
-
-def in_processes(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int) -> Iterator[Any]:
-    """`work(job)` for every job, in order, a bounded number ahead; in this process where one is enough.
-
-    Processes are started afresh, not forked: no locks or threads are inherited.
-    """
-    if processes <= 1:
-        yield from map(work, jobs)
-        return
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        waiting = [pool.submit(work, job) for job in jobs[: 3 * processes]]
-        for number in range(len(jobs)):
-            if number + 3 * processes < len(jobs):
-                waiting.append(pool.submit(work, jobs[number + 3 * processes]))
-            yield waiting.pop(0).result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _size(job: Job) -> int:
