@@ -20,7 +20,8 @@ class GuardedAdamW(torch.optim.AdamW):
     """Fused AdamW over this rank's plain float32 tensors.
 
     `group`: ranks whose tensors together make up the gradient, None if each rank has all of it. `grad_clip`: largest
-    global norm, 0 = off. `skip_spikes`: whether spikes are passed over, too; non-finite steps always are.
+    global norm, 0 = off. `skip_spikes`: whether spikes are passed over, too; non-finite steps always are. An engine that
+    puts tensors of its own in the place of `params` later says `make_moments=False` and on which `device` those live.
     """
 
     def __init__(
@@ -33,9 +34,11 @@ class GuardedAdamW(torch.optim.AdamW):
         grad_clip: float = 0.0,
         skip_spikes: bool = False,
         group: dist.ProcessGroup | None = None,
+        make_moments: bool = True,
+        device: torch.device | None = None,
     ) -> None:
-        tensors = [p for p in params if p.numel()]
-        device = tensors[0].device
+        tensors = list(params) if not make_moments else [p for p in params if p.numel()]
+        device = device or tensors[0].device
         super().__init__(tensors, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
         self.grad_clip, self.skip_spikes, self.group = grad_clip, skip_spikes, group
         self.grad_norm = torch.zeros((), device=device)
@@ -43,7 +46,8 @@ class GuardedAdamW(torch.optim.AdamW):
         self.skipped_in_a_row = torch.zeros((), device=device)
         self._norms = torch.zeros(WINDOW, device=device)
         self._remembered = torch.zeros((), dtype=torch.long, device=device)
-        self._make_moments()
+        if make_moments:
+            self._make_moments()
 
     def _make_moments(self) -> None:
         """Made now instead of at the first step: a checkpoint is loaded into them."""

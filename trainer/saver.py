@@ -17,6 +17,7 @@ from trainer.errors import TrainerError
 from trainer.files import write_atomic
 from trainer.metrics import MetricLog
 from trainer.parallel.backend import Backend
+from trainer.parallel.saved import place
 from trainer.parallel.world import World, barrier, broadcast
 from trainer.resume import check_resume
 
@@ -126,13 +127,3 @@ class Saver:
             place(state["buffer/var" if name == "var" else f"model/{name}"], value)
         self.backend.load(state)
         self.ema.reset()
-
-
-@torch.no_grad()
-def place(saved: Tensor, whole: Tensor) -> None:
-    """Put a whole tensor's values into its saved form, sharded or not."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if isinstance(saved, DTensor):
-        whole = distribute_tensor(whole.to(saved.device), saved.device_mesh, saved.placements)
-    saved.copy_(whole)

@@ -1,0 +1,136 @@
+"""Every backend computes the same run: twenty float32 steps of the golden training curve, side by side.
+
+{one process, ddp, fsdp2, hybrid, ZeRO 1-3} x {accumulation 1, 2} x {clipping off, on}, each in processes of its own over
+gloo. The bar, 1e-5 relative: the sums over ranks come in another order, and AdamW amplifies the rounding.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import Bar, finish, parse_args
+from benchmarks.golden import load, training_config, weight_error
+from trainer.batch import plan_batch
+from trainer.parallel.choose import make_backend
+from trainer.parallel.saved import place, whole
+from trainer.parallel.world import process_group, world_from_env
+
+CLIP = 0.4  # about half of the curve's gradient norms, so that every step is clipped
+
+VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "ddp x2": (2, {"backend": "ddp"}),
+    "ddp x4": (4, {"backend": "ddp"}),
+    "fsdp2 x2": (2, {"backend": "fsdp2"}),
+    "fsdp2 x4": (4, {"backend": "fsdp2"}),
+    "hsdp 2x2": (4, {"backend": "fsdp2", "dp_replicate": 2, "dp_shard": 2}),
+    "ZeRO-1 x2": (2, {"backend": "deepspeed", "zero_stage": 1}),
+    "ZeRO-2 x2": (2, {"backend": "deepspeed", "zero_stage": 2}),
+    "ZeRO-3 x2": (2, {"backend": "deepspeed", "zero_stage": 3}),
+    "ZeRO-3 x4": (4, {"backend": "deepspeed", "zero_stage": 3}),
+}
+QUICK = ("one process", "ddp x2", "fsdp2 x2", "ZeRO-2 x2", "ZeRO-3 x2")
+
+
+def train_curve(parallel: dict[str, Any], accumulation: int, grad_clip: float) -> dict[str, Any]:
+    """This process's part of the golden training curve; losses, norms and final weights (whole) of the run."""
+    world = world_from_env()
+    data, model = load("training_curve")
+    train = {"micro_batch_size": 8 // world.size // accumulation, "grad_clip": grad_clip}
+    config = training_config(model.config, train=train, parallel=parallel)
+    plan = plan_batch(8, world.size, config.train.micro_batch_size)
+    zero = config.parallel.backend == "deepspeed"
+    with process_group(world, torch.device("cpu"), 120, always=zero):
+        backend = make_backend(config, torch.device("cpu"), world, plan)
+        state = backend.state()
+        for name, value in model.state_dict().items():
+            place(state["buffer/var" if name == "var" else f"model/{name}"], value)
+        backend.load(state)
+        mine = slice(world.rank * plan.per_rank, (world.rank + 1) * plan.per_rank)
+        losses, norms = [], []
+        for k in range(20):
+            y = torch.where(data["label_dropped"][k], -1, data["y"][k])[mine]
+            x = (data["x"][k] + data["noise_std"].float() * data["gaussian"][k])[mine]
+            loss = torch.zeros(())
+            for m in range(accumulation):
+                part = slice(m * plan.micro_batch_size, (m + 1) * plan.micro_batch_size)
+                loss += backend.forward_backward(x[part], y[part], 1 / accumulation, m == accumulation - 1)[0]
+            if world.size > 1:
+                torch.distributed.all_reduce(loss)
+            losses.append(float(loss) / world.size)
+            norms.append(float(backend.optimizer_step(float(data["lr_per_step"][k]))))
+        weights = {n.removeprefix("model/"): whole(t).clone() for n, t in backend.state().items() if "model/" in n}
+    return {"losses": losses, "norms": norms, "weights": weights}
+
+
+def run_variant(name: str, accumulation: int, grad_clip: float, out: Path) -> dict[str, Any]:
+    """The same in fresh processes; rank 0's answer."""
+    size, parallel = VARIANTS[name]
+    job = json.dumps({"parallel": parallel, "accumulation": accumulation, "grad_clip": grad_clip, "out": str(out)})
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", "-m"] if size > 1 else ["-m"]
+    command = [sys.executable, *launcher, "benchmarks.parity"]
+    environment = os.environ | {"TARFLOW_PARITY_JOB": job, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise RuntimeError(f"{name}: exit {done.returncode}\n{done.stderr[-6000:]}")
+    return torch.load(out, weights_only=True)
+
+
+def compare(got: dict[str, Any], expected: dict[str, Any]) -> tuple[float, float, float]:
+    """Worst relative difference of losses, gradient norms and final weights."""
+
+    def relative(a: list[float], b: list[float]) -> float:
+        x, y = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+        return float(((x - y).abs() / y.abs()).max())
+
+    ours: dict[str, Tensor] = got["weights"]
+    weights = max(weight_error(n, ours[n], t) for n, t in expected["weights"].items())
+    return relative(got["losses"], expected["losses"]), relative(got["norms"], expected["norms"]), weights
+
+
+def matrix(names: tuple[str, ...] | list[str], folder: Path) -> list[tuple[str, int, str, float, float, float]]:
+    """Rows (variant, accumulation, clipping, worst relative differences of losses, norms, weights)."""
+    rows = []
+    golden, _ = load("training_curve")
+    for clip in (0.0, CLIP):
+        reference = run_variant("one process", 1, clip, folder / "reference.pt")
+        if not clip:  # the published implementation does not clip: compare with it directly
+            final = {k.removeprefix("final_param/"): v for k, v in golden.items() if k.startswith("final_param/")}
+            final.pop("var")
+            truth = {"losses": golden["loss"].tolist(), "norms": reference["norms"], "weights": final}
+            rows.append(("golden file", 1, "off", *compare(reference, truth)))
+        for name, accumulation in product(names, (1, 2)):
+            got = run_variant(name, accumulation, clip, folder / "got.pt")
+            rows.append((name, accumulation, f"{clip}" if clip else "off", *compare(got, reference)))
+    return rows
+
+
+def main() -> int:
+    job = os.environ.pop("TARFLOW_PARITY_JOB", None)
+    if job is not None:
+        settings = json.loads(job)
+        out = settings.pop("out")
+        torch.set_num_threads(1)
+        answer = train_curve(**settings)
+        if world_from_env().first:
+            torch.save(answer, out)
+        return 0
+    args = parse_args("Compare the parallel backends on the golden training curve.")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = matrix(list(QUICK if args.quick else VARIANTS), Path(folder))
+    header = ("variant", "accumulation", "clip", "losses", "gradient norms", "final weights")
+    worst = max(float(v) if v == v else float("inf") for row in rows for v in row[3:])
+    bars = [Bar("worst relative difference", worst, at_most=1e-5, reason="order of sums, amplified by AdamW")]
+    return finish(args, rows, header, bars, packages=("torch", "numpy", "deepspeed"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

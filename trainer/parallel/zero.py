@@ -1,0 +1,252 @@
+"""DeepSpeed ZeRO, stages 1 to 3, with the state in the same engine-neutral form as everywhere else.
+
+Settings that matter, and why: bfloat16 comes from `torch_autocast`, because DeepSpeed's own `bf16` mode starts its masters
+from values rounded to bfloat16; clipping and passing over bad steps are done by our optimizer, as in the other
+backends, on the flat float32 partitions that ZeRO hands to it.
+"""
+
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from models.flow import TarFlow, flow_loss
+from models.init import initial_values
+from trainer.batch import BatchPlan
+from trainer.config import Config
+from trainer.errors import TrainerError
+from trainer.optimizer import GuardedAdamW
+from trainer.parallel.apply import apply_parallelism
+from trainer.parallel.saved import whole
+from trainer.parallel.world import World
+from trainer.stats import batch_stats
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, told what it would otherwise guess, and kept from building a shared-memory operation it can do without."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+        import deepspeed.comm.torch
+    except ImportError as error:
+        raise TrainerError(f"parallel.backend=deepspeed needs the package deepspeed ({error})") from None
+    import logging
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its build takes most of a minute and leaves 69 MB per rank in /dev/shm; gloo does the same work.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    return deepspeed
+
+
+def zero_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
+    """DeepSpeed's configuration of a run."""
+    parallel = config.parallel
+    zero: dict[str, Any] = {
+        "stage": parallel.zero_stage,
+        "contiguous_gradients": True,
+        # One group, so that our optimizer sees the whole partition at once and can take its norm.
+        "sub_group_size": 10**15,
+        "stage3_param_persistence_threshold": 0,
+    }
+    if parallel.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.accumulation_steps,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "torch_autocast": {"enabled": config.train.param_dtype == "bfloat16", "dtype": "bfloat16"},
+        "communication_data_type": "fp32" if parallel.reduce_dtype == "float32" else "bf16",
+        "steps_per_print": 10**12,
+    }
+
+
+class ZeroBackend:
+    """A DeepSpeed engine behind the `Backend` protocol."""
+
+    def __init__(self, config: Config, device: torch.device, world: World, plan: BatchPlan) -> None:
+        deepspeed = import_deepspeed(device)
+        self.device, self.world, self.stage = device, world, config.parallel.zero_stage
+        settings = zero_config(config, plan)
+        if self.stage == 3:  # pieces from the start: no rank ever holds the whole model
+            with deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.float32):
+                model = TarFlow(config.model)
+        else:
+            model = TarFlow(config.model)
+        apply_parallelism(model, config, mesh=None)
+        model.to(device)
+        self._gathered = deepspeed.zero.GatheredParameters
+        with torch.device("meta"):  # knows the shapes, which a partitioned model does not show
+            plain = TarFlow(config.model)
+        parameters = dict(model.named_parameters())
+        for name, value in initial_values(plain, config.train.seed):
+            self._write_weight(parameters[name], value)
+        with torch.no_grad():
+            model.var.fill_(1)
+        optimizer = GuardedAdamW(
+            model.parameters(), lr=config.optim.lr, betas=config.optim.betas, weight_decay=config.optim.weight_decay,
+            grad_clip=config.train.grad_clip, skip_spikes=config.train.skip_spikes, group=dist.group.WORLD,
+            make_moments=False, device=torch.device("cpu") if config.parallel.offload_optimizer else device,
+        )  # fmt: skip
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self.model: TarFlow = self.engine.module
+        self.optimizer = optimizer
+        self._zero = self.engine.optimizer
+        self._parameters = dict(self.model.named_parameters())
+        self._shapes = {n: torch.Size(getattr(p, "ds_shape", p.shape)) for n, p in self._parameters.items()}
+        self._mesh = init_device_mesh(device.type, (world.size,), mesh_dim_names=("dp_shard",))
+        self._make_moments()
+        self._locals = {name: self._local(p) for name, p in self._parameters.items()}
+        self._step = torch.zeros((), device=device)
+        self._vp_mean_square: Tensor | None = None
+
+    # --- steps ---
+
+    def forward_backward(self, images: Tensor, labels: Tensor | None, share: float, last: bool = True) -> Tensor:
+        z, logdet = self.engine(images, labels)
+        loss = flow_loss(z, logdet).mean()
+        self.engine.backward(loss)  # divides by the number of micro-batches itself
+        if not last:
+            self.engine.step()  # only counts
+        if not self.model.config.nvp:
+            mean_square = z.detach().square().mean(0) * share
+            self._vp_mean_square = mean_square if self._vp_mean_square is None else self._vp_mean_square + mean_square
+        return batch_stats(loss * share, z, logdet, share)
+
+    def optimizer_step(self, lr: float) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        if self._vp_mean_square is not None:
+            dist.all_reduce(self._vp_mean_square)
+            self.model.update_prior(self._vp_mean_square / self.world.size)
+            self._vp_mean_square = None
+        return self.optimizer.grad_norm.to(self.device)
+
+    def skipped(self) -> Tensor:
+        return torch.stack([self.optimizer.skipped_steps, self.optimizer.skipped_in_a_row]).to(self.device)
+
+    # --- this rank's piece of a weight ---
+
+    def _local(self, parameter: Any) -> Tensor:
+        """Stage 3: ZeRO's own flat piece; else this rank's rows. Shares the weight's memory."""
+        if self.stage == 3:
+            return parameter.ds_tensor.detach()
+        return self._rows(parameter.detach())
+
+    def _rows(self, value: Tensor) -> Tensor:
+        pieces = value.chunk(self.world.size)
+        return pieces[self.world.rank] if self.world.rank < len(pieces) else value[:0]
+
+    def _flat_piece(self, value: Tensor, numel: int) -> Tensor:
+        """Stage 3: this rank's flat piece of a whole tensor, padded with zeros as ZeRO does."""
+        padded = F.pad(value.flatten(), (0, numel * self.world.size - value.numel()))
+        return padded[numel * self.world.rank : numel * (self.world.rank + 1)]
+
+    def _whole(self, name: str, flat_piece: Tensor) -> Tensor:
+        """Stage 3: the whole tensor from all ranks' flat pieces."""
+        pieces = flat_piece.new_empty(flat_piece.numel() * self.world.size)
+        dist.all_gather_into_tensor(pieces, flat_piece.contiguous())
+        shape = self._shapes[name]
+        return pieces[: shape.numel()].view(shape)
+
+    def locals(self) -> dict[str, Tensor]:
+        return self._locals
+
+    def to_saved(self, name: str, local: Tensor) -> Tensor:
+        rows = self._rows(self._whole(name, local)).clone() if self.stage == 3 else local
+        shape = self._shapes[name]
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(rows, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+    def from_saved(self, name: str, saved: Tensor, local: Tensor) -> None:
+        if self.stage == 3:
+            assert isinstance(saved, DTensor)
+            local.copy_(self._flat_piece(saved.full_tensor(), local.numel()))
+
+    # --- state ---
+
+    def _flat_masters(self) -> list[Tensor]:
+        return (
+            self._zero.fp32_partitioned_groups_flat if self.stage == 3 else self._zero.single_partition_of_fp32_groups
+        )
+
+    def _make_moments(self) -> None:
+        """Made before the first step, as places to load into; then ZeRO links them to the parameters."""
+        for flat in self._flat_masters():
+            self.optimizer.state[flat] = {
+                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+                **{moment: torch.zeros_like(flat, requires_grad=False) for moment in MOMENTS},
+            }
+        if self.stage != 3:
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def state(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        def saved(value: Tensor) -> Tensor:
+            rows = self._rows(value.detach().to(self.device)).clone()
+            stride = torch.empty(value.shape, device="meta").stride()
+            return DTensor.from_local(rows, self._mesh, [Shard(0)], run_check=False, shape=value.shape, stride=stride)
+
+        # One weight is whole at a time; what stays is a piece per rank.
+        tensors: dict[str, Tensor] = {}
+        for name, p in self._parameters.items():
+            tensors[f"model/{name}"] = saved(safe_get_full_fp32_param(p))
+            for moment in MOMENTS:
+                tensors[f"optim/{moment}/{name}"] = saved(safe_get_full_optimizer_state(p, moment))
+        self._step.copy_(self.optimizer.state[self._flat_masters()[0]]["step"])
+        guard = {f"guard/{name}": t for name, t in self.optimizer.guard_state().items()}
+        return tensors | {"optim/step": self._step, "buffer/var": self.model.var} | guard
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        for name, p in self._parameters.items():
+            value = whole(state[f"model/{name}"])
+            self._write_weight(p, value)
+            self._write_hidden(p, value, None)
+            for moment in MOMENTS:
+                self._write_hidden(p, whole(state[f"optim/{moment}/{name}"]), moment)
+        for flat in self._flat_masters():
+            self.optimizer.state[flat]["step"].copy_(self._step)
+
+    @torch.no_grad()
+    def _write_weight(self, parameter: Any, value: Tensor) -> None:
+        """The copy of a weight that computes."""
+        if self.stage != 3:
+            parameter.copy_(value)
+            return
+        with self._gathered([parameter], modifier_rank=0):
+            if self.world.first:
+                parameter.copy_(value)
+
+    def _write_hidden(self, parameter: Any, value: Tensor, moment: str | None) -> None:
+        """The float32 master of a weight (moment None), or one of its moments, in ZeRO's partitions."""
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+
+        if self.stage == 3:
+            piece = self._flat_piece(value, parameter.ds_tensor.numel())
+            if moment is None:
+                safe_set_local_fp32_param(parameter, piece)
+            else:
+                safe_set_local_optimizer_state(parameter, piece, moment)
+        elif moment is None:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, moment)
