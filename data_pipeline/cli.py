@@ -75,6 +75,8 @@ def _writing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quality", type=int, default=95, help="JPEG quality (95)")
     parser.add_argument("--channels", type=int, choices=(1, 3), help="grey or colour (as the source has it)")
     parser.add_argument("--shard-size", type=int, default=10_000, help="most samples in a shard (10000)")
+    parser.add_argument("--container", choices=("webdataset", "mds"), default="webdataset",
+                        help="tar shards, or MDS shards of mosaicml-streaming (webdataset)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle and the split (0)")
     parser.add_argument("--on-error", choices=("strict", "skip"), default="strict",
                         help="strict stops at the first damaged image, skip leaves it out and counts it")  # fmt: skip
@@ -155,7 +157,7 @@ def _options(args: argparse.Namespace, size: int) -> Options:
 
     return Options(
         size=size, format=args.format, quality=args.quality, channels=args.channels or 0, shard_size=args.shard_size,
-        seed=args.seed, val_fraction=args.val_fraction, on_error=args.on_error,
+        seed=args.seed, val_fraction=args.val_fraction, on_error=args.on_error, container=args.container,
     )  # fmt: skip
 
 

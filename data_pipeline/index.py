@@ -13,11 +13,14 @@ import json
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from data_pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    from data_pipeline.remote import Access
 
 FORMAT_VERSION = 1
 SHARDS_PER_PART = 512
@@ -36,23 +39,40 @@ class Rows:
     labels: np.ndarray
 
 
+class IndexFiles(Protocol):
+    """Where the files of an index are read from; `digest` tells one state of a file from another."""
+
+    def open(self, name: str, digest: str) -> Any:
+        """A path, or an open file. Raises OSError."""
+
+
+class _LocalFiles:
+    def __init__(self, root: Path) -> None:
+        self.folder = root / "index"
+
+    def open(self, name: str, digest: str) -> Any:
+        return self.folder / name
+
+
 class Index:
     """An open index. Sample ids count through the shards in `shard_paths` order.
 
-    `root`: the data set's folder. `num_samples`. `shard_sizes`: samples per shard, int64. `shard_bytes`: file sizes.
+    `root`: the data set's folder or address. `files`: where the index itself is read from, by default
+    `root`/index. `num_samples`. `shard_sizes`: samples per shard, int64. `shard_bytes`: file sizes.
     `label_min`, `label_max`: int64 per shard, NO_LABEL where it has no labels. `unlabelled`: samples without a label.
     `classes`: names or None. `num_classes`: len(classes), else 1 + the largest label, else None. `fingerprint`: hex.
     `image_size`: (width, height) if all images share it, else None. `form`: what the shards are, `tar` or `mds`.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path | str, files: IndexFiles | None = None) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         self.root = root
-        folder = root / "index"
+        self._source: IndexFiles = files or _LocalFiles(Path(root))
+        folder = f"{root}/index"
         try:
-            table = pq.read_table(folder / "shards.parquet", use_threads=False)
+            table = pq.read_table(self._source.open("shards.parquet", ""), use_threads=False)
             meta: dict[str, Any] = json.loads((table.schema.metadata or {})[META_KEY])
         except (OSError, KeyError, ValueError, pa.ArrowException) as err:
             raise DataError(f"cannot read {folder}: {err}; write the index anew: tarflow data index {root}") from None
@@ -73,6 +93,9 @@ class Index:
         self.classes: list[str] | None = meta["classes"]
         self.fingerprint: str = meta["fingerprint"]
         self.image_size: tuple[int, int] | None = tuple(meta["image_size"]) if meta.get("image_size") else None
+        self._digests: list[str] = table["digest"].to_pylist()
+        self._remote_root = "://" in str(root)
+        self.any_remote = self._remote_root or any("://" in path for path in self.shard_paths)
         self.form: str = meta.get("form", "tar")
         self.num_classes = self._count_classes()
         self._part: np.ndarray = table["part"].to_numpy()
@@ -81,9 +104,24 @@ class Index:
         self._cached_rows = 0
         self._parts: OrderedDict[int, Any] = OrderedDict()
 
+    def shard_place(self, shard: int) -> str:
+        """Where the shard lies: a path, or an address for remote data. For messages too."""
+        path = self.shard_paths[shard]
+        return path if "://" in path or path.startswith("/") else f"{self.root}/{path}"
+
     def shard_path(self, shard: int) -> Path:
-        """Where the shard's tar lies."""
-        return self.root / self.shard_paths[shard]
+        """Where the shard lies in the file system. Raises DataError for one that does not."""
+        if self.is_remote(shard):
+            raise DataError(f"shard {self.shard_place(shard)} is remote: this needs the data set in the file system")
+        return Path(self.shard_place(shard))
+
+    def is_remote(self, shard: int) -> bool:
+        """Whether the shard lies behind an address."""
+        return self._remote_root or "://" in self.shard_paths[shard]
+
+    def shard_digest(self, shard: int) -> str:
+        """A digest of the shard's rows: another one where anything in it moved."""
+        return self._digests[shard]
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, row in the shard) of a sample id."""
@@ -121,7 +159,7 @@ class Index:
             return file.read_row_group(int(self._row_group[shard]), columns=columns, use_threads=False)
         except (OSError, pa.ArrowException) as err:
             raise DataError(
-                f"cannot read the index rows of shard {self.shard_path(shard)}: {err}; "
+                f"cannot read the index rows of shard {self.shard_place(shard)}: {err}; "
                 f"write the index anew: tarflow data index {self.root}"
             ) from None
 
@@ -132,7 +170,7 @@ class Index:
     def where(self, sample: int) -> str:
         """`shard PATH, sample KEY`, for messages."""
         shard, row = self.locate(sample)
-        return f"shard {self.shard_path(shard)}, sample {self.key(shard, row)!r}"
+        return f"shard {self.shard_place(shard)}, sample {self.key(shard, row)!r}"
 
     def _open_part(self, part: int) -> Any:
         import pyarrow.parquet as pq
@@ -141,8 +179,8 @@ class Index:
         if file is not None:
             self._parts.move_to_end(part)
             return file
-        path = self.root / "index" / f"samples-{part:05d}.parquet"
-        file = pq.ParquetFile(path)
+        path = f"{self.root}/index/samples-{part:05d}.parquet"
+        file = pq.ParquetFile(self._source.open(f"samples-{part:05d}.parquet", self.meta["part_digests"][part]))
         digest = (file.schema_arrow.metadata or {}).get(META_KEY) or (file.metadata.metadata or {}).get(META_KEY)
         if digest is None or digest.decode() != self.meta["part_digests"][part]:
             raise OSError(f"{path} does not belong to this index: it was rewritten while in use, or only in part")
@@ -158,11 +196,19 @@ class Index:
         return largest + 1 if largest >= 0 else None
 
 
-def open_index(path: str | Path) -> Index:
-    """The index of the data set at `path` (the folder that holds `index/`).
+def open_index(path: str | Path, access: Access | None = None) -> Index:
+    """The index of the data set at `path`: the folder, or the address (`http://...`), that holds `index/`.
 
-    Raises DataError saying what to run when there is none, or which of its splits to name.
+    `access`: how remote data are reached. Raises DataError saying what to run when there is no index, or which of the
+    splits to name.
     """
+    if "://" in str(path) or ":/" in str(path):
+        from data_pipeline.remote import Access, address
+        from data_pipeline.remote_index import open_remote_index
+
+        url = address(path)
+        if url is not None:
+            return open_remote_index(url, access or Access())
     root = Path(path)
     if (root / "index" / "shards.parquet").is_file():
         return Index(root)

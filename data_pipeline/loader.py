@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,12 @@ from data_pipeline.index import Index, open_index
 from data_pipeline.order import Order, check_world
 from data_pipeline.prefetched import Prefetched as Prefetched
 from data_pipeline.reader import SampleReader, Skipped, check_labels
+from data_pipeline.readers import check_form, choose_reader
+from data_pipeline.remote import Access, address
+from data_pipeline.remote_shards import open_shards
+from data_pipeline.shard_cache import ShardCache
+from data_pipeline.stream import StreamSource, stream_shards
+from data_pipeline.transform import flips
 from data_pipeline.worker import Layout, Producer, Spec
 from data_pipeline.worker_pool import WorkerPool
 
@@ -23,6 +30,7 @@ log = logging.getLogger("tarflow.data")
 
 _SHARE_FLOOR = 1000  # the bad share is counted against at least this many images, so one early bad image does not stop
 _NAMED = 20
+_STREAM_BUFFER = 1000  # samples of a stream that are mixed; they are held as files, not as pixels
 
 
 @dataclass
@@ -48,6 +56,9 @@ class Loader:
     The stream is defined in `order`: it depends on the data, `seed`, `num_canonical_nodes` and `shuffle_block` alone;
     `rank` and `world_size` choose a share of each global batch, and `num_workers` changes nothing but the speed:
     0 decodes in a background thread, more in processes of their own, up to `prefetch_batches` ahead.
+
+    `reader`: `indexed`, `mds`, `stream` or `auto`, see `readers`; a stream promises less, see `stream`, and is read by a
+    thread. `cache_dir`, `cache_bytes`, `timeout_s`, `retries`: how remote data are reached, see `remote.Access`.
 
     `num_classes`: 0 = unconditional, labels come as -1; otherwise labels outside 0..num_classes-1 are refused. `flip`:
     mirror half of the samples, keyed by seed and position. `on_error`: `strict` raises at the first bad sample,
@@ -78,14 +89,16 @@ class Loader:
         max_bad_share: float = 0.01,
         num_classes: int = 0,
         pin_memory: bool = False,
+        reader: str = "auto",
+        cache_dir: str | None = None,
+        cache_bytes: int = 32 << 30,
+        timeout_s: float = 30.0,
+        retries: int = 5,
     ) -> None:
         check_world(global_batch_size, rank, world_size)
         _check_numbers(image_size, channels, images_seen, num_workers, prefetch_batches, max_bad_share, on_error)
-        self.index = open_index(data)
-        self.order = Order(
-            self.index.shard_sizes, seed=seed, num_canonical_nodes=num_canonical_nodes, shuffle_block=shuffle_block
-        )
-        check_labels(self.index, num_classes, on_error)
+        access = Access(cache_dir, cache_bytes, timeout_s, retries)
+        access.check()
         self.global_batch_size = global_batch_size
         self.rank, self.world_size = rank, world_size
         self.images_seen = images_seen
@@ -94,30 +107,56 @@ class Loader:
         self.pin_memory = pin_memory and torch.cuda.is_available()
         self.counters: Counter[str] = Counter()
         self.spec = Spec(
-            data=str(data), fingerprint=self.index.fingerprint, image_size=image_size, channels=channels,
-            num_classes=num_classes, on_error=on_error, seed=seed, flip=flip,
+            data=address(data) or str(data), fingerprint="", image_size=image_size, channels=channels,
+            num_classes=num_classes, on_error=on_error, seed=seed, flip=flip, access=access,
         )  # fmt: skip
         self.layout = Layout(global_batch_size // world_size, image_size, channels)
         self._delivered = 0
         self._stop: Callable[[], None] = lambda: None
         self._pids: Callable[[], list[int]] = list
+        self.reader = choose_reader(data, reader)
+        if self.reader == "stream":
+            self.shards = stream_shards(data)
+            self._buffer = min(shuffle_block, _STREAM_BUFFER)
+            if rank == 0:
+                log.warning("%d shards as streams, without an index: the order depends on the number of ranks, and a resume "
+                            "goes to the nearest shard; first %s", len(self.shards), self.shards[0])  # fmt: skip
+            return
+        self.index = open_index(data, access)
+        self.reader = check_form(self.index, reader)
+        self.spec = replace(self.spec, fingerprint=self.index.fingerprint)
+        self.order = Order(
+            self.index.shard_sizes, seed=seed, num_canonical_nodes=num_canonical_nodes, shuffle_block=shuffle_block
+        )
+        check_labels(self.index, num_classes, on_error)
+        if self.index.any_remote and access.cache_bytes:
+            ShardCache(access.folder(), access.cache_bytes).sweep()
         if rank == 0:
             _log_data(self.index)
 
     @property
     def fingerprint(self) -> str:
-        """The data set's fingerprint; a run that goes on with other data no longer follows the same order."""
+        """The data set's fingerprint; a run that goes on with other data no longer follows the same order.
+
+        For a stream nothing but the names of the shards is known, so it is made of those.
+        """
+        if self.reader == "stream":
+            return "stream-" + hashlib.sha256("\n".join(self.shards).encode()).hexdigest()[:25]
         return self.index.fingerprint
 
     @property
     def num_samples(self) -> int:
-        """Samples in the data set: the length of an epoch."""
+        """Samples in the data set: the length of an epoch. Raises DataError for a stream."""
+        if self.reader == "stream":
+            raise DataError("the number of samples in a stream is not known: data with an index have one")
         return self.order.num_samples
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
         self._delivered = 0
-        return self._with_processes() if self.num_workers else self._with_thread()
+        if self.reader == "stream":
+            return self._delivering(self._from_stream())
+        return self._with_processes() if self.num_workers else self._delivering(self._from_samples())
 
     def __enter__(self) -> Loader:
         return self
@@ -143,23 +182,47 @@ class Loader:
             yield seen, slots, positions, self.order.ids(positions)
             seen += self.global_batch_size
 
-    def _with_thread(self) -> Iterator[Batch]:
-        layout = self.layout
-        shape = (layout.rows, layout.image_size, layout.image_size, layout.channels)
-
-        def produce() -> Iterator[tuple[Batch, list[Skipped]]]:
-            producer = Producer(self.spec)
-            for seen, slots, positions, ids in self._plan():
-                images = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
-                labels, delivered = np.empty(layout.rows, dtype=np.int64), np.empty(layout.rows, dtype=np.int64)
-                skipped = producer.fill(ids, positions, images.numpy(), labels, delivered)
-                yield _batch(images, labels, delivered, slots, seen), skipped
-
-        batches = Prefetched(produce(), self.prefetch_batches)
+    def _delivering(self, produced: Iterator[tuple[Batch, list[Skipped]]]) -> Iterator[Batch]:
+        """Batches made in a background thread."""
+        batches = Prefetched(produced, self.prefetch_batches)
         self._stop = batches.close
         for batch, skipped in batches:
             self._account(skipped)
             yield batch
+
+    def _empty(self) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+        """(images uint8 [b, H, W, C], labels int64 [b], ids int64 [b]) to be filled."""
+        rows, size = self.layout.rows, self.layout.image_size
+        images = torch.empty((rows, size, size, self.layout.channels), dtype=torch.uint8, pin_memory=self.pin_memory)
+        return images, np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.int64)
+
+    def _from_samples(self) -> Iterator[tuple[Batch, list[Skipped]]]:
+        producer = Producer(self.spec)
+        for seen, slots, positions, ids in self._plan():
+            images, labels, delivered = self._empty()
+            skipped = producer.fill(ids, positions, images.numpy(), labels, delivered)
+            yield _batch(images, labels, delivered, slots, seen), skipped
+
+    def _from_stream(self) -> Iterator[tuple[Batch, list[Skipped]]]:
+        spec, share = self.spec, self.layout.rows
+        source = StreamSource(
+            self.shards, image_size=spec.image_size, channels=spec.channels, num_classes=spec.num_classes,
+            strict=spec.on_error == "strict", seed=spec.seed, rank=self.rank, world_size=self.world_size,
+            samples_seen=self.images_seen * share // self.global_batch_size, buffer=self._buffer,
+            counts_folder=spec.access.folder(),
+        )  # fmt: skip
+        slots = np.arange(self.rank * share, (self.rank + 1) * share, dtype=np.int64)
+        seen = self.images_seen
+        while True:
+            images, labels, ids = self._empty()
+            mirrored = flips(spec.seed, seen + slots) if spec.flip else np.zeros(share, dtype=bool)
+            for row, image in enumerate(images.numpy()):
+                labels[row], ids[row] = source.read_into(image)
+                if mirrored[row]:
+                    image[...] = image[:, ::-1].copy()
+            skipped, source.skipped = source.skipped, []
+            yield _batch(images, labels, ids, slots, seen), skipped
+            seen += self.global_batch_size
 
     def _with_processes(self) -> Iterator[Batch]:
         pool = WorkerPool(self.spec, self.layout, self.num_workers, self.prefetch_batches)
@@ -213,6 +276,7 @@ def eval_batches(
     limit: int | None = None,
     num_classes: int = 0,
     on_error: str = "strict",
+    access: Access | None = None,
 ) -> Iterator[Batch]:
     """Each sample once, in index order, without padding; `slots` equal `ids`, `images_seen` is the first place.
 
@@ -224,7 +288,8 @@ def eval_batches(
         raise DataError(f"batch_size {batch_size} and limit {limit} must be at least 1")
     check_world(world_size, rank, world_size)
     _check_numbers(image_size, channels, 0, 0, 1, 0.0, on_error)
-    index = open_index(data)
+    access = access or Access()
+    index = open_index(data, access)
     if index.num_samples == 0:
         raise DataError(f"the data set at {data} holds no samples")
     check_labels(index, num_classes, on_error)
@@ -232,7 +297,7 @@ def eval_batches(
     first, last = rank * total // world_size, (rank + 1) * total // world_size
 
     def produce() -> Iterator[Batch]:
-        reader = SampleReader(index, image_size, channels, num_classes)
+        reader = SampleReader(index, image_size, channels, num_classes, open_shards(index, access))
         for start in range(first, last, batch_size):
             places = np.arange(start, min(start + batch_size, last), dtype=np.int64)
             good: list[tuple[np.ndarray, int, int]] = []

@@ -1,4 +1,4 @@
-"""Write a source as WebDataset shards with an index: decoded once, cut to a square, shuffled so that classes mix.
+"""Write a source as WebDataset (or MDS) shards with an index: decoded once, cut to a square, shuffled so that classes mix.
 
 Everything is written into `OUT.partial` and renamed at the end: an interrupted or failed run leaves no data set behind,
 and the same command started again begins afresh. The result depends on the source, the options and the seed only.
@@ -24,18 +24,23 @@ from data_pipeline import keyed
 from data_pipeline.decode import decode, from_pixels
 from data_pipeline.errors import BadSampleError, DataError
 from data_pipeline.index_build import CLASSES_FILE, build_index, put_in_place
+from data_pipeline.mds import write_mds
 from data_pipeline.sources import WINDOW_BYTES, Source
 from data_pipeline.transform import fit
 
 FORMATS = ("png", "jpeg", "webp")
 _EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
+CONTAINERS = ("webdataset", "mds")
 _SHARD_BYTES = 512 << 20
+_MDS_SHARD_BYTES = 64 << 20  # streaming's own default: its readers fetch whole shards
 _CHUNK = 256  # images in flight between the threads and the writer
 
 
 @dataclass
 class Options:
-    """How to prepare. `size`: side of the square in pixels. `channels`: 1, 3, or 0 for as many as the source has.
+    """How to prepare. `container`: shards of `webdataset` (tars) or `mds` (mosaicml-streaming).
+
+    `size`: side of the square in pixels. `channels`: 1, 3, or 0 for as many as the source has.
 
     `shard_size`: most samples in a shard (a shard also ends at 512 MiB). `format`: png and webp are lossless, jpeg has
     `quality`. `val_fraction`: share of every class that goes to OUT/val, the rest to OUT/train; 0 = no split.
@@ -49,6 +54,7 @@ class Options:
     seed: int = 0
     val_fraction: float = 0.0
     on_error: str = "strict"
+    container: str = "webdataset"
 
     def check(self) -> None:
         """Raise DataError for a value out of range."""
@@ -60,6 +66,7 @@ class Options:
             ("--shard-size", self.shard_size, self.shard_size >= 1),
             ("--val-fraction", self.val_fraction, 0 <= self.val_fraction < 1),
             ("--on-error", self.on_error, self.on_error in ("strict", "skip")),
+            ("--container", self.container, self.container in CONTAINERS),
         ):
             if not right:
                 raise DataError(f"{name} cannot be {value!r}")
@@ -213,22 +220,40 @@ def _write_split(
     progress: Callable[[int], None] | None,
 ) -> int:
     """Write the images `numbers` in this order as shards plus index; returns how many were written."""
-    import webdataset as wds  # pulls torch: only here, where it is used
-
     folder.mkdir(exist_ok=True)
-    extension = _EXTENSIONS[options.format]
+
+    def images() -> Iterator[tuple[bytes, int]]:
+        for done, (number, image) in enumerate(_encoded(source, numbers, options, report)):
+            if progress and done % 64 == 63:
+                progress(done + 1)
+            if image is not None:
+                yield image, int(source.labels[number])
+
+    if options.container == "mds":
+        written, shards = write_mds(folder, images(), _MDS_SHARD_BYTES), [folder]
+    else:
+        written, shards = _write_tars(folder, images(), _EXTENSIONS[options.format], options.shard_size)
     if source.classes is not None:
         (folder / CLASSES_FILE).write_text(json.dumps(source.classes, ensure_ascii=False) + "\n", encoding="utf-8")
+    if progress:
+        progress(len(numbers))
+    if written:
+        build_index(folder, shards, classes=source.classes, image_size=(options.size, options.size))
+    return written
+
+
+def _write_tars(
+    folder: Path, images: Iterator[tuple[bytes, int]], extension: str, shard_size: int
+) -> tuple[int, list[Path]]:
+    """(samples written, shards)."""
+    import webdataset as wds  # pulls torch: only here, where it is used
+
     shards: list[Path] = []
     writer: wds.TarWriter | None = None
     in_shard = bytes_in_shard = written = 0
     try:
-        for done, (number, image) in enumerate(_encoded(source, numbers, options, report)):
-            if progress and done % 64 == 63:
-                progress(done + 1)
-            if image is None:
-                continue
-            if writer is None or in_shard >= options.shard_size or bytes_in_shard >= _SHARD_BYTES:
+        for image, label in images:
+            if writer is None or in_shard >= shard_size or bytes_in_shard >= _SHARD_BYTES:
                 if writer is not None:
                     writer.close()
                 shards.append(folder / f"shard-{len(shards):06d}.tar")
@@ -236,19 +261,15 @@ def _write_split(
                 writer = wds.TarWriter(str(shards[-1]), mtime=0)
                 in_shard = bytes_in_shard = 0
             sample: dict[str, object] = {"__key__": f"{written:08d}", extension: image}
-            if source.labels[number] >= 0:
-                sample["cls"] = str(int(source.labels[number]))
+            if label >= 0:
+                sample["cls"] = str(label)
             bytes_in_shard += writer.write(sample)
             in_shard += 1
             written += 1
     finally:
         if writer is not None:
             writer.close()
-    if progress:
-        progress(len(numbers))
-    if written:
-        build_index(folder, shards, classes=source.classes, image_size=(options.size, options.size))
-    return written
+    return written, shards
 
 
 def _encoded(

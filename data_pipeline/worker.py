@@ -30,6 +30,8 @@ import numpy as np
 from data_pipeline.errors import DataError
 from data_pipeline.index import open_index
 from data_pipeline.reader import SampleReader, Skipped, SkippingReader
+from data_pipeline.remote import Access
+from data_pipeline.remote_shards import open_shards
 from data_pipeline.transform import flips
 
 MAX_MESSAGE = 1 << 17
@@ -47,6 +49,7 @@ class Spec:
     on_error: str
     seed: int
     flip: bool
+    access: Access
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,12 @@ class Producer:
     """Fills rows of a batch from sample ids. The same code runs in workers and in the loader's own thread."""
 
     def __init__(self, spec: Spec) -> None:
-        index = open_index(spec.data)
+        index = open_index(spec.data, spec.access)
         if index.fingerprint != spec.fingerprint:
             raise DataError(f"the index at {spec.data} was rewritten while the loader was starting: start again")
         self.spec = spec
-        reader = SampleReader(index, spec.image_size, spec.channels, spec.num_classes)
+        files = open_shards(index, spec.access)
+        reader = SampleReader(index, spec.image_size, spec.channels, spec.num_classes, files)
         self.reader = SkippingReader(reader, spec.on_error)
 
     def fill(
@@ -129,7 +133,7 @@ def main(arguments: list[str]) -> None:
         slot, first, n = numbers[:3].tolist()
         reply: dict[str, object] = {"slot": slot, "rows": n}
         try:
-            producer = producer or Producer(Spec(**config["spec"]))
+            producer = producer or Producer(Spec(**config["spec"] | {"access": Access(**config["spec"]["access"])}))
             views = (view[first : first + n] for view in layout.views(memory, slot))
             skipped = producer.fill(numbers[3 : 3 + n], numbers[3 + n :], *views)
             reply["skipped"] = [asdict(bad) | {"message": bad.message[:500]} for bad in skipped]
