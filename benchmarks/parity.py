@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -47,41 +48,66 @@ def train_curve(parallel: dict[str, Any], accumulation: int, grad_clip: float) -
     train = {"micro_batch_size": 8 // world.size // accumulation, "grad_clip": grad_clip}
     config = training_config(model.config, train=train, parallel=parallel)
     plan = plan_batch(8, world.size, config.train.micro_batch_size)
-    zero = config.parallel.backend == "deepspeed"
-    with process_group(world, torch.device("cpu"), 120, always=zero):
-        backend = make_backend(config, torch.device("cpu"), world, plan)
-        state = backend.state()
-        for name, value in model.state_dict().items():
-            place(state["buffer/var" if name == "var" else f"model/{name}"], value)
-        backend.load(state)
-        mine = slice(world.rank * plan.per_rank, (world.rank + 1) * plan.per_rank)
-        losses, norms = [], []
-        for k in range(20):
-            y = torch.where(data["label_dropped"][k], -1, data["y"][k])[mine]
-            x = (data["x"][k] + data["noise_std"].float() * data["gaussian"][k])[mine]
-            loss = torch.zeros(())
-            for m in range(accumulation):
-                part = slice(m * plan.micro_batch_size, (m + 1) * plan.micro_batch_size)
-                loss += backend.forward_backward(x[part], y[part], 1 / accumulation, m == accumulation - 1)[0]
-            if world.size > 1:
-                torch.distributed.all_reduce(loss)
-            losses.append(float(loss) / world.size)
-            norms.append(float(backend.optimizer_step(float(data["lr_per_step"][k]))))
-        weights = {n.removeprefix("model/"): whole(t).clone() for n, t in backend.state().items() if "model/" in n}
+    backend = make_backend(config, torch.device("cpu"), world, plan)
+    state = backend.state()
+    for name, value in model.state_dict().items():
+        place(state["buffer/var" if name == "var" else f"model/{name}"], value)
+    backend.load(state)
+    mine = slice(world.rank * plan.per_rank, (world.rank + 1) * plan.per_rank)
+    losses, norms = [], []
+    for k in range(20):
+        y = torch.where(data["label_dropped"][k], -1, data["y"][k])[mine]
+        x = (data["x"][k] + data["noise_std"].float() * data["gaussian"][k])[mine]
+        loss = torch.zeros(())
+        for m in range(accumulation):
+            part = slice(m * plan.micro_batch_size, (m + 1) * plan.micro_batch_size)
+            loss += backend.forward_backward(x[part], y[part], 1 / accumulation, m == accumulation - 1)[0]
+        if world.size > 1:
+            torch.distributed.all_reduce(loss)
+        losses.append(float(loss) / world.size)
+        norms.append(float(backend.optimizer_step(float(data["lr_per_step"][k]))))
+    weights = {n.removeprefix("model/"): whole(t).clone() for n, t in backend.state().items() if "model/" in n}
     return {"losses": losses, "norms": norms, "weights": weights}
 
 
-def run_variant(name: str, accumulation: int, grad_clip: float, out: Path) -> dict[str, Any]:
-    """The same in fresh processes; rank 0's answer."""
-    size, parallel = VARIANTS[name]
-    job = json.dumps({"parallel": parallel, "accumulation": accumulation, "grad_clip": grad_clip, "out": str(out)})
+def worker(jobs: list[dict[str, Any]], out: str) -> None:
+    """One process of a launch: every job in turn; rank 0 keeps the answers."""
+    torch.set_num_threads(1)
+    world = world_from_env()
+    zero = any(job["parallel"].get("backend") == "deepspeed" for job in jobs)
+    with process_group(world, torch.device("cpu"), 120, always=zero):
+        answers = [train_curve(**job) for job in jobs]
+        if world.first:
+            torch.save(answers, out)
+
+
+def launch(size: int, jobs: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+    """Run jobs in `size` fresh processes; rank 0's answers."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", "-m"] if size > 1 else ["-m"]
-    command = [sys.executable, *launcher, "benchmarks.parity"]
-    environment = os.environ | {"TARFLOW_PARITY_JOB": job, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {
+        "TARFLOW_PARITY_JOB": json.dumps({"jobs": jobs, "out": str(out)}),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, *launcher, "benchmarks.parity"], env=environment, capture_output=True, text=True, timeout=600
+    )
     if done.returncode:
-        raise RuntimeError(f"{name}: exit {done.returncode}\n{done.stderr[-6000:]}")
-    return torch.load(out, weights_only=True)
+        raise RuntimeError(f"{size} processes: exit {done.returncode}\n{done.stderr[-6000:]}")
+    answers: list[dict[str, Any]] = torch.load(out, weights_only=True)
+    return answers
+
+
+def run_variants(names: Sequence[str], folder: Path) -> dict[tuple[str, int, float], dict[str, Any]]:
+    """(variant, accumulation, clipping) -> its curve. One launch per world size and engine."""
+    launches: dict[tuple[int, bool], list[tuple[str, int, float]]] = {}
+    for name, accumulation, clip in product(names, (1, 2), (0.0, CLIP)):
+        size, parallel = VARIANTS[name]
+        launches.setdefault((size, parallel.get("backend") == "deepspeed"), []).append((name, accumulation, clip))
+    results: dict[tuple[str, int, float], dict[str, Any]] = {}
+    for (size, _), keys in launches.items():
+        jobs = [{"parallel": VARIANTS[n][1], "accumulation": a, "grad_clip": c} for n, a, c in keys]
+        results.update(zip(keys, launch(size, jobs, folder / "answers.pt")))
+    return results
 
 
 def compare(got: dict[str, Any], expected: dict[str, Any]) -> tuple[float, float, float]:
@@ -96,32 +122,26 @@ def compare(got: dict[str, Any], expected: dict[str, Any]) -> tuple[float, float
     return relative(got["losses"], expected["losses"]), relative(got["norms"], expected["norms"]), weights
 
 
-def matrix(names: tuple[str, ...] | list[str], folder: Path) -> list[tuple[str, int, str, float, float, float]]:
+def matrix(names: Sequence[str], folder: Path) -> list[tuple[str, int, str, float, float, float]]:
     """Rows (variant, accumulation, clipping, worst relative differences of losses, norms, weights)."""
-    rows = []
+    results = run_variants(names, folder)
     golden, _ = load("training_curve")
-    for clip in (0.0, CLIP):
-        reference = run_variant("one process", 1, clip, folder / "reference.pt")
-        if not clip:  # the published implementation does not clip: compare with it directly
-            final = {k.removeprefix("final_param/"): v for k, v in golden.items() if k.startswith("final_param/")}
-            final.pop("var")
-            truth = {"losses": golden["loss"].tolist(), "norms": reference["norms"], "weights": final}
-            rows.append(("golden file", 1, "off", *compare(reference, truth)))
-        for name, accumulation in product(names, (1, 2)):
-            got = run_variant(name, accumulation, clip, folder / "got.pt")
-            rows.append((name, accumulation, f"{clip}" if clip else "off", *compare(got, reference)))
+    final = {k.removeprefix("final_param/"): v for k, v in golden.items() if k.startswith("final_param/")}
+    final.pop("var")
+    plain = results["one process", 1, 0.0]
+    # The golden file holds no norms, and was made without clipping.
+    truth = {"losses": golden["loss"].tolist(), "norms": plain["norms"], "weights": final}
+    rows = [("golden file", 1, "off", *compare(plain, truth))]
+    for (name, accumulation, clip), got in results.items():
+        reference = results["one process", 1, clip]
+        rows.append((name, accumulation, f"{clip}" if clip else "off", *compare(got, reference)))
     return rows
 
 
 def main() -> int:
     job = os.environ.pop("TARFLOW_PARITY_JOB", None)
     if job is not None:
-        settings = json.loads(job)
-        out = settings.pop("out")
-        torch.set_num_threads(1)
-        answer = train_curve(**settings)
-        if world_from_env().first:
-            torch.save(answer, out)
+        worker(**json.loads(job))
         return 0
     args = parse_args("Compare the parallel backends on the golden training curve.")
     with tempfile.TemporaryDirectory() as folder:

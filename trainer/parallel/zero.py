@@ -80,7 +80,8 @@ class ZeroBackend:
         self.device, self.world, self.stage = device, world, config.parallel.zero_stage
         settings = zero_config(config, plan)
         if self.stage == 3:  # pieces from the start: no rank ever holds the whole model
-            with deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.float32):
+            # The config says float32; a dtype given here would be ignored where the device has no float16 (0.19.8).
+            with deepspeed.zero.Init(config_dict_or_path=settings):
                 model = TarFlow(config.model)
         else:
             model = TarFlow(config.model)
