@@ -1,0 +1,261 @@
+"""Data behind a loopback HTTP server that is slow, busy, cuts answers or knows no ranges; and the cache of a node."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.errors import DataError
+from data_pipeline.index import open_index
+from data_pipeline.loader import Batch, Loader, eval_batches
+from data_pipeline.remote import Access, address
+from data_pipeline.shard_cache import ShardCache
+
+_spec = importlib.util.spec_from_file_location("http_server", Path(__file__).with_name("http_server.py"))
+assert _spec is not None
+assert _spec.loader is not None
+http_server: Any = importlib.util.module_from_spec(_spec)
+sys.modules["http_server"] = http_server
+_spec.loader.exec_module(http_server)
+
+REPOSITORY = Path(__file__).parents[2]
+ARGS: dict[str, Any] = {"image_size": 8, "channels": 3, "global_batch_size": 6, "num_classes": 3}
+
+
+@pytest.fixture
+def served(make_set: Callable[..., Path]) -> Iterator[tuple[Any, Path]]:
+    """(server, folder it serves)."""
+    root = make_set([30, 0, 25, 5])
+    server = http_server.BadServer(root)
+    yield server, root
+    server.close()
+
+
+def take(data: Any, count: int, **options: Any) -> list[Batch]:
+    with Loader(data, **(ARGS | options)) as loader:
+        return list(itertools.islice(loader, count))
+
+
+def same(ours: list[Batch], theirs: list[Batch]) -> None:
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+        assert torch.equal(a.ids, b.ids)
+
+
+FAULTS: list[dict[str, Any]] = [
+    {},
+    {"delay": 0.05},
+    {"busy_every": 2},
+    {"cut_every": 2},
+    {"busy_every": 5, "cut_every": 3, "delay": 0.02},
+]
+WITHOUT_RANGES: list[dict[str, Any]] = [
+    {"ranges": False, "cut_every": 2},
+    {"ranges": False, "busy_every": 2, "delay": 0.05},
+]
+CACHE = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("fault", "cache_bytes"),
+    [(fault, CACHE) for fault in FAULTS + WITHOUT_RANGES] + [(fault, 0) for fault in FAULTS],
+    ids=lambda value: str(value) if isinstance(value, int) else "+".join(value) or "healthy",
+)
+def test_batches_equal_those_from_disk_whatever_the_server_does(
+    served: tuple[Any, Path], tmp_path: Path, fault: dict[str, Any], cache_bytes: int
+) -> None:
+    server, root = served
+    server.behaviour = http_server.Behaviour(**fault)
+    cache = tmp_path / "cache"
+    options: dict[str, Any] = {"cache_dir": str(cache), "cache_bytes": cache_bytes, "prefetch_batches": 1}
+    count = 22 if cache_bytes else 2  # two epochs and a bit
+    same(take(server.url, count, **options), take(root, count))
+    shards = [path for path, _ in server.behaviour.requests if path.endswith(".tar")]
+    if cache_bytes:
+        assert len(shards) <= 3 * 4, "a shard is fetched again although it is in the cache"
+        assert not list(cache.glob("*.partial"))
+        assert not list(cache.glob("*.lock"))
+        before = len(shards)
+        same(take(server.url, 2, **options), take(root, 2))
+        assert len([path for path, _ in server.behaviour.requests if path.endswith(".tar")]) == before
+    else:
+        assert not cache.exists()
+        assert all(asked for path, asked in server.behaviour.requests if path.endswith(".tar"))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_workers_and_ranks_share_one_cache(served: tuple[Any, Path], tmp_path: Path, world: int) -> None:
+    server, root = served
+    server.behaviour = http_server.Behaviour(busy_every=4, delay=0.02)
+    for rank in range(world):
+        options: dict[str, Any] = {"rank": rank, "world_size": world}
+        ours = take(server.url, 12, num_workers=2, cache_dir=str(tmp_path / "cache"), **options)
+        same(ours, take(root, 12, **options))
+    whole = [path for path, _ in server.behaviour.requests if path.endswith(".tar")]
+    assert len(whole) <= 3 + 2, "a shard was fetched more than once"
+
+
+def test_validation_reads_over_http(served: tuple[Any, Path], tmp_path: Path) -> None:
+    server, root = served
+    options: dict[str, Any] = {"image_size": 8, "channels": 3, "batch_size": 16}
+    access = Access(cache_dir=str(tmp_path / "cache"))
+    same(list(eval_batches(server.url, access=access, **options)), list(eval_batches(root, **options)))
+
+
+@pytest.mark.parametrize("cache_bytes", [1 << 20, 0], ids=["cache", "ranges"])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [({"status": 503}, "HTTP 503"), ({"hang": True}, "Timeout"), ({"cut_every": 1}, "payload|early")],
+)
+def test_a_server_that_does_not_recover_is_given_up_with_the_settings_named(
+    served: tuple[Any, Path], tmp_path: Path, fault: dict[str, Any], message: str, cache_bytes: int
+) -> None:
+    server, _ = served
+    server.behaviour = http_server.Behaviour(**fault)
+    options: dict[str, Any] = {
+        "retries": 2,
+        "timeout_s": 0.2,
+        "cache_dir": str(tmp_path / "c"),
+        "cache_bytes": cache_bytes,
+    }
+    began = time.monotonic()
+    # The same for both policies: an outage is no bad sample, skipping would train on the rest.
+    for on_error in ("strict", "skip"):
+        with pytest.raises(DataError, match=rf"shard-000\d\.tar: 3 attempts in .*{message}.*data\.retries=2") as caught:
+            take(server.url, 1, on_error=on_error, **options)
+        assert "data.timeout_s=0.2" in str(caught.value)
+    assert time.monotonic() - began < 12
+    assert len([path for path, _ in server.behaviour.requests if path.endswith(".tar")]) == 6
+    assert not list(tmp_path.glob("c/*.partial"))
+
+
+def test_without_ranges_and_without_a_cache_the_setting_is_named(served: tuple[Any, Path]) -> None:
+    server, _ = served
+    server.behaviour = http_server.Behaviour(ranges=False)
+    with pytest.raises(DataError, match=r"ignores ranges .*data\.cache_bytes \(now 0\)"):
+        take(server.url, 1, cache_bytes=0)
+
+
+def test_a_shard_that_is_gone_or_changed_is_named(served: tuple[Any, Path], tmp_path: Path) -> None:
+    server, root = served
+    for cache_bytes in (0, 1 << 20):
+        options: dict[str, Any] = {"cache_bytes": cache_bytes, "cache_dir": str(tmp_path / "c"), "retries": 1}
+        gone = (root / "shard-0002.tar").read_bytes()
+        (root / "shard-0002.tar").unlink()
+        with pytest.raises(DataError, match=r"shard-0002\.tar, sample .*there is nothing at http"):
+            take(server.url, 10, **options)
+        (root / "shard-0002.tar").write_bytes(gone + b"more")
+        with pytest.raises(DataError, match=r"shard-0002\.tar has \d+ bytes, the index says \d+"):
+            take(server.url, 10, **options)
+        (root / "shard-0002.tar").write_bytes(gone)
+    server.behaviour = http_server.Behaviour(status=403)
+    with pytest.raises(DataError, match=r"may not be read .*credentials"):
+        take(server.url, 1, cache_dir=str(tmp_path / "other"))
+
+
+def test_an_address_without_an_index_says_what_to_do(served: tuple[Any, Path], tmp_path: Path) -> None:
+    server, _ = served
+    with pytest.raises(DataError, match=r"no index at http.*/nothing/index: run `tarflow data index`"):
+        open_index(f"{server.url}/nothing", Access(cache_dir=str(tmp_path)))
+    with pytest.raises(DataError, match=r"cannot read http://127\.0\.0\.1:9/index/shards\.parquet: 2 attempts"):
+        open_index("http://127.0.0.1:9", Access(cache_dir=str(tmp_path), retries=1, timeout_s=0.5))
+
+
+def test_an_object_store_s_file_system_is_read_through_the_same_cache(
+    make_set: Callable[..., Path], tmp_path: Path
+) -> None:
+    """fsspec's `file://` stands for every store that is no HTTP server."""
+    root = make_set([20, 11])
+    for cache_bytes in (1 << 20, 0):
+        same(take(f"file://{root}", 5, cache_dir=str(tmp_path / "c"), cache_bytes=cache_bytes), take(root, 5))
+    assert len(list((tmp_path / "c").glob("*.shard"))) == 3  # two shards and the rows of the index
+
+
+def test_addresses_and_paths_are_told_apart() -> None:
+    assert address("http://a/b") == address(Path("http://a/b")) == "http://a/b"
+    assert address("s3://bucket/x") == "s3://bucket/x"
+    assert address("file:///tmp/x") == "file:///tmp/x"
+    for path in ("/a/b", "a:b", "sets/x", "C:/x"):
+        assert address(path) is None
+
+
+@pytest.mark.parametrize("options", [{"cache_bytes": -1}, {"timeout_s": 0.0}, {"retries": -1}])
+def test_settings_out_of_range_are_named(make_set: Callable[..., Path], options: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=rf"data\.{next(iter(options))} cannot be"):
+        take(make_set([3]), 1, **options)
+
+
+def put(cache: ShardCache, name: str, size: int) -> int:
+    return cache.open(name, size, lambda file: file.write(b"x" * size))
+
+
+def test_the_cache_is_bounded_and_keeps_what_was_used_last(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "c", 1000)
+    for step, name in enumerate("abcabd"):
+        fd = put(cache, name, 300)
+        os.utime(tmp_path / "c" / f"{name}.shard", ns=(step, step))
+        os.close(fd)
+    assert sorted(path.stem for path in (tmp_path / "c").glob("*.shard")) == ["a", "b", "d"]
+    assert sum(path.stat().st_size for path in (tmp_path / "c").iterdir()) <= 1000
+
+
+def test_D12_a_half_written_cache_file_is_fetched_again(served: tuple[Any, Path], tmp_path: Path) -> None:
+    """Killed while fetching: the next run is not disturbed, fetches the shard again and leaves nothing behind."""
+    server, root = served
+    cache = tmp_path / "cache"
+    code = (
+        "import os, signal, sys; from data_pipeline import remote\n"
+        "class Killed(remote.Remote):\n"
+        "    def save(self, url, total, file):\n"
+        "        file.write(b'half'); file.flush()\n"
+        "        if url.endswith('.tar'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        super().save(url, None if total is None else total, file)\n"
+        "import data_pipeline.remote_shards as shards; shards.Remote = Killed\n"
+        "from data_pipeline.loader import Loader\n"
+        "next(iter(Loader(sys.argv[1], image_size=8, channels=3, global_batch_size=6, cache_dir=sys.argv[2])))"
+    )
+    for _ in range(2):
+        killed = subprocess.run(
+            [sys.executable, "-c", code, server.url, str(cache)], env={**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        )
+        assert killed.returncode == -9
+        assert len(list(cache.glob("*.partial"))) == 1
+    same(take(server.url, 10, cache_dir=str(cache)), take(root, 10))
+    assert not [path for path in cache.iterdir() if path.suffix != ".shard"]
+    whole = next(path for path in cache.glob("*.shard") if path.stat().st_size > 50_000)
+    whole.write_bytes(b"cut after a crash of the machine")
+    same(take(server.url, 10, cache_dir=str(cache)), take(root, 10))
+
+
+def test_D12_a_running_fetch_is_not_swept_away(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path, 1 << 20)
+    seen: list[int] = []
+
+    def fetch(file: Any) -> None:
+        file.write(b"abc")
+        seen.append(ShardCache(tmp_path, 1 << 20).sweep())  # another process starts meanwhile
+
+    os.close(cache.open("x", 3, fetch))
+    assert seen == [0]
+    assert (tmp_path / "x.shard").read_bytes() == b"abc"
+
+
+def test_a_full_disk_names_the_settings(tmp_path: Path) -> None:
+    def fetch(file: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(DataError, match=r"no room for .*data\.cache_bytes .*data\.cache_dir"):
+        ShardCache(tmp_path, 1 << 20).open("x", 3, fetch)
+    assert list(tmp_path.iterdir()) == []
