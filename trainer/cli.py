@@ -1,10 +1,12 @@
 """The verb `tarflow train`."""
 
 import argparse
+import os
 from pathlib import Path
 
 EXAMPLE = """example:
   tarflow train configs/demo.yaml --run runs/demo optim.lr=1e-3 train.max_images=100_000
+  torchrun --nproc-per-node 8 -m tarflow train configs/demo.yaml --run-dir runs/demo parallel.backend=fsdp2
 
 Run the same command again to go on from the newest committed checkpoint.
 Exit codes: 0 finished, 75 stopped on request after saving (run it again), 1 failed, 2 wrong settings.
@@ -17,7 +19,10 @@ def build_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
     )
-    parser.add_argument("--run", type=Path, metavar="DIR", help="run directory (default: runs/NAME of the file)")
+    # torchrun takes --run for one of its own flags, so it has a longer name too.
+    parser.add_argument(
+        "--run-dir", "--run", dest="run", type=Path, metavar="DIR", help="run directory (default: runs/NAME of the file)"
+    )
     parser.add_argument("--init-from", type=Path, metavar="WEIGHTS", help="start a new run from a weights file")
     parser.add_argument("--accept-new-data", action="store_true", help="resume although data.train is another data set")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
@@ -27,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
     from trainer.config_io import config_text, load_config
 
     config = load_config(args.config, args.overrides)
-    print(config_text(config))
+    if os.environ.get("RANK", "0") == "0":
+        print(config_text(config), flush=True)
     if args.dry_run:
         from trainer.plan import describe
 

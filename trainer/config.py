@@ -202,7 +202,7 @@ class EvaluationConfig(Section):
     features: Literal["efficientnet_lite0", "mobilenet_v2"] = Field("efficientnet_lite0", description="feature network")
     reference_images: Count = Field(0, ge=0, description="training images behind the reference statistics; 0 = all")
     validation_images: Count = Field(0, ge=0, description="held-out images for bits per dimension; 0 = all")
-    grid: tuple[int, int] = Field((8, 10), description="rows and columns of the sample grid")
+    grid: tuple[int, int] = Field((10, 8), description="rows (classes, if there are any) and columns of the sample grid")
 
 
 def _expand_preset(value: Any) -> Any:
