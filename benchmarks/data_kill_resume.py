@@ -1,0 +1,190 @@
+"""Kill -9 and go on, a hundred times: no id lost or repeated, no process, shared memory or half file left.
+
+A consumer reads a small set over HTTP (a slow server that knows no ranges) through a cache that holds only part of it,
+with two worker processes, and writes down each batch as a trainer commits a step. It is killed after a random number of
+batches and a random pause: while it starts, fetches, decodes or writes. The next one goes on from the last line that
+was written. In the end the lines must be exactly the stream of an uninterrupted run.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import Bar, finish, parse_args
+from benchmarks.data_images import scratch
+from data_pipeline.index import open_index
+from data_pipeline.index_build import build_index
+from data_pipeline.loader import Loader
+from data_pipeline.order import Order
+from data_pipeline.prepare import encode
+
+BATCH = 8
+SIZES = (90, 1, 47, 0, 60)
+SETTINGS: dict[str, Any] = {"global_batch_size": BATCH, "seed": 5, "shuffle_block": 32}
+
+
+class SlowHandler(SimpleHTTPRequestHandler):
+    """Whole files only, in small pieces with pauses: kills fall into the middle of them."""
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        with contextlib.suppress(ConnectionError):  # the other side was killed
+            while piece := source.read(1 << 13):
+                outputfile.write(piece)
+                time.sleep(0.004)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def serve(folder: str) -> None:
+    """Serve until this process is ended; the port goes to stdout first."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SlowHandler, directory=folder))
+    print(server.server_port, flush=True)
+    server.serve_forever()
+
+
+def write_set(root: Path) -> None:
+    root.mkdir()
+    number, shards = 0, []
+    noise = np.random.default_rng(0)
+    for shard, size in enumerate(SIZES):
+        shards.append(root / f"s{shard}.tar")
+        with tarfile.open(shards[-1], "w") as tar:
+            for _ in range(size):
+                pixels = noise.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+                pixels[0, 0] = (number & 255, number >> 8, 0)
+                content = encode(pixels, "png")
+                info = tarfile.TarInfo(f"{number:06d}.png")
+                info.size = len(content)
+                tar.addfile(info, BytesIO(content))
+                number += 1
+    build_index(root, shards)
+
+
+def consume(url: str, log: Path, cache: Path, limit: int) -> None:
+    """Go on from the last line of `log`; a line holds the position after its batch and the numbers in its pictures."""
+    seen = position(log)
+    fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    with Loader(url, image_size=24, channels=3, num_workers=2, images_seen=seen, cache_dir=str(cache),
+                cache_bytes=limit, **SETTINGS) as loader:  # fmt: skip
+        for batch in loader:
+            corner = batch.images[:, :, 0, 0].long()
+            numbers = (corner[:, 0] + 256 * corner[:, 1]).tolist()
+            os.write(fd, (json.dumps([batch.images_seen + BATCH, numbers]) + "\n").encode())
+
+
+def position(log: Path) -> int:
+    lines = log.read_bytes().splitlines() if log.exists() else []
+    return int(json.loads(lines[-1])[0]) if lines else 0
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
+    except OSError:
+        return False
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--serve"]:
+        serve(sys.argv[2])
+        return 0
+    args = parse_args(__doc__.splitlines()[0])
+    kills = 10 if args.quick else 100
+    dice = random.Random(1)
+    shared = set(os.listdir("/dev/shm"))
+    survivors = half_files = stuck = 0
+    with scratch() as where:
+        write_set(where / "set")
+        index = open_index(where / "set")
+        cache, log = where / "cache", where / "log"
+        limit = int(index.shard_bytes.max()) + 30_000  # the two largest never fit together: fetching does not end
+        server = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.data_kill_resume", "--serve", str(where / "set")], stdout=subprocess.PIPE
+        )
+        try:
+            assert server.stdout is not None
+            url = f"http://127.0.0.1:{int(server.stdout.readline())}"
+            began = time.monotonic()
+            for number in range(kills):
+                wanted = position(log) + BATCH * dice.choice([0, 0, 1, 2, 5, 9, 20])
+                # A fork of this process, which has loaded torch and has no threads: a start costs milliseconds.
+                pid = os.fork()
+                if pid == 0:
+                    try:
+                        consume(url, log, cache, limit)
+                    finally:
+                        os._exit(1)
+                patience = time.monotonic() + 60
+                while position(log) < wanted and time.monotonic() < patience and alive(pid):
+                    time.sleep(0.002)
+                stuck += position(log) < wanted
+                time.sleep(dice.uniform(0, 0.6))
+                workers = children(pid)
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                half_files += sum(path.suffix == ".partial" for path in cache.iterdir()) if cache.exists() else 0
+                patience = time.monotonic() + 10
+                while any(map(alive, workers)) and time.monotonic() < patience:
+                    time.sleep(0.01)
+                survivors += sum(map(alive, workers))
+                if number % 10 == 9:
+                    print(f"{number + 1} kills, {position(log)} images", file=sys.stderr)
+            seconds = time.monotonic() - began
+            pid = os.fork()  # the last run ends in an orderly way, after going over everything once more
+            if pid == 0:
+                wanted = position(log) + 2 * index.num_samples
+                with Loader(url, image_size=24, channels=3, num_workers=1, images_seen=position(log), cache_dir=str(cache),
+                            cache_bytes=limit, **SETTINGS) as loader:  # fmt: skip
+                    next(batch for batch in loader if batch.images_seen >= wanted)
+                os._exit(0)
+            _, status = os.waitpid(pid, 0)
+        finally:
+            server.kill()
+            server.wait()
+        lines = [json.loads(line) for line in log.read_bytes().splitlines()]
+        ids = [number for _, numbers in lines for number in numbers]
+        order = Order(index.shard_sizes, seed=SETTINGS["seed"], shuffle_block=SETTINGS["shuffle_block"])
+        wrong = sum(a != b for a, b in zip(ids, order.batch(0, len(ids)).tolist()))
+        positions = [seen for seen, _ in lines] == list(range(BATCH, len(ids) + 1, BATCH))
+        left = [path.name for path in cache.iterdir() if path.suffix != ".shard"]
+        in_cache = sum(path.stat().st_size for path in cache.iterdir())
+    new_shared = set(os.listdir("/dev/shm")) - shared
+    rows = [
+        ("kills", str(kills)), ("seconds", f"{seconds:.0f}"), ("images", str(len(ids))),
+        ("epochs", f"{len(ids) / index.num_samples:.1f}"), ("half-written files met after a kill", str(half_files)),
+        ("bytes in the cache / bound", f"{in_cache} / {limit}"),
+    ]  # fmt: skip
+    bars = [
+        Bar("ids out of order, lost or repeated", wrong + (not positions), at_most=0, reason="the stream is one"),
+        Bar("runs that made no progress", stuck + (status != 0), at_most=0),
+        Bar("workers alive 10 s after their parent", survivors, at_most=0),
+        Bar("new entries in /dev/shm", len(new_shared), at_most=0),
+        Bar("half-written or lock files in the cache at the end", len(left), at_most=0),
+        Bar("cache / bound", in_cache / limit, at_most=1),
+    ]
+    return finish(args, rows, ("what", "figure"), bars)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
