@@ -117,7 +117,7 @@ def _index(parser: argparse.ArgumentParser) -> None:
 
 
 def _info(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
+    parser.add_argument("data", metavar="DATA", help="folder or address of the data set")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet to this PNG file")
     parser.add_argument("--count", type=int, default=64, help="images on the sheet (64)")
     parser.add_argument("--tile", type=int, default=64, help="pixels of each image on the sheet (64)")
@@ -126,6 +126,7 @@ def _info(parser: argparse.ArgumentParser) -> None:
 def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
     parser.add_argument("--report", type=Path, help="write the findings to this JSON file")
+    parser.add_argument("--processes", type=int, help="processes that check (one per core, one for small sets)")
 
 
 def _run_prepare(args: argparse.Namespace) -> int:
@@ -201,7 +202,7 @@ def _run_info(args: argparse.Namespace) -> int:
 
     index = open_index(args.data)
     sizes = index.shard_sizes
-    print(f"{index.root}")
+    print(f"{index.root} ({index.form} shards)")
     print(f"samples      {index.num_samples:,}")
     print(f"shards       {len(sizes):,} ({int(sizes.min())} to {int(sizes.max())} samples, "
           f"{index.shard_bytes.sum() / 2**20:,.1f} MiB)")  # fmt: skip
@@ -221,7 +222,7 @@ def _run_info(args: argparse.Namespace) -> int:
     if args.sheet:
         from PIL import Image
 
-        from data_pipeline.verify import contact_sheet
+        from data_pipeline.contact_sheet import contact_sheet
 
         Image.fromarray(contact_sheet(index, args.count, args.tile)).save(args.sheet, "PNG")
         print(f"contact sheet written to {args.sheet}")
@@ -229,12 +230,15 @@ def _run_info(args: argparse.Namespace) -> int:
 
 
 def _run_verify(args: argparse.Namespace) -> int:
+    from data_pipeline.errors import DataError
     from data_pipeline.index import open_index
     from data_pipeline.verify import verify
 
+    if args.processes is not None and args.processes < 1:
+        raise DataError(f"--processes is {args.processes}, it must be at least 1")
     index = open_index(args.data)
     with _progress("verifying") as progress:
-        report = verify(index, progress=progress)
+        report = verify(index, processes=args.processes, progress=progress)
     for line in report.lines():
         print(line)
     if args.report:

@@ -88,7 +88,7 @@ def build_index(
             if progress:
                 progress(done + 1, len(jobs))
 
-    write_index(root, scanned(), classes=classes, image_size=image_size, form=form)
+    write_index(root, scanned(), classes=classes, image_size=image_size, form=form, label_field=label_field)
     return Index(root), report
 
 
@@ -99,10 +99,11 @@ def write_index(
     classes: list[str] | None,
     image_size: tuple[int, int] | None = None,
     form: str = "tar",
+    label_field: str | None = None,
 ) -> None:
     """Write (path, file bytes, samples) of each shard as `root/index`. Raises DataError if there are no samples.
 
-    `form`: what the shards are, `tar` or `mds`. Paths are stored relative to `root`, addresses (`http://...`) whole.
+    `form`: what the shards are, `tar` or `mds`. `label_field`: where the labels came from, for `data verify`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -162,6 +163,7 @@ def write_index(
             "fingerprint": whole.hexdigest()[:32],
             "image_size": image_size,
             "form": form,
+            "label_field": label_field,
             "part_digests": part_digests,
         }
         shard_schema = pa.schema(list(_SHARD_FIELDS.items())).with_metadata({META_KEY: json.dumps(meta).encode()})

@@ -1,45 +1,64 @@
-"""Look at every sample of an indexed data set: does it decode, is its label in range, does the tar match the index."""
+"""Look at every sample of an indexed data set: does it decode, is its label in range, does the shard match the index.
+
+Shards are checked in processes of their own, a bounded number at a time. Keys and contents are compared over the whole
+set without being held: 16 bytes of each go to files by their first bits, and one such file at a time is sorted.
+"""
 
 from __future__ import annotations
 
-import os
+import hashlib
+import tempfile
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_pipeline.decode import decode
 from data_pipeline.errors import BadSampleError, DataError
 from data_pipeline.index import NO_LABEL, Index
-from data_pipeline.reader import SampleReader
-from data_pipeline.samples import group
-from data_pipeline.tar_scan import scan_tar
+from data_pipeline.mds import mds_shards
+from data_pipeline.processes import cores, in_processes
+from data_pipeline.scan_jobs import Job
+from data_pipeline.shard_files import LocalShards
 
 _NAMED = 50
+_BUCKETS = 256  # files; each holds one 256th of the samples, which is what is held in memory at a time
+_MARK = np.dtype([("hash", "<u8"), ("sample", "<u8")])
 
 
 @dataclass
 class VerifyReport:
-    """What was found. `problems`: count by cause; `examples`: the first messages, each naming shard and sample."""
+    """What was found. `problems`: count by cause; `examples`: the first messages, each naming shard and sample.
+
+    `identical`: images whose bytes occur before in the set. That is no problem by itself, and often one for a split.
+    """
 
     shards: int = 0
     samples: int = 0
     labels: Counter[int] = field(default_factory=Counter)
     problems: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
+    identical: int = 0
+    smallest: tuple[int, int] | None = None
+    largest: tuple[int, int] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For a JSON file."""
         return {
             "shards": self.shards, "samples": self.samples, "problems": dict(self.problems), "examples": self.examples,
             "labels": {str(label): count for label, count in sorted(self.labels.items())},
+            "identical_images": self.identical, "smallest_image": self.smallest, "largest_image": self.largest,
         }  # fmt: skip
 
     def lines(self) -> list[str]:
         """The report as plain lines."""
         out = [f"{self.shards} shards, {self.samples} samples looked at"]
+        if self.smallest and self.largest:
+            small, large = ("x".join(map(str, size)) for size in (self.smallest, self.largest))
+            out.append(f"images from {small} to {large} pixels, {self.identical} of them identical to another one")
         if self.problems:
             out.append("problems: " + ", ".join(f"{cause} {n}" for cause, n in sorted(self.problems.items())))
             return out + self.examples
@@ -51,87 +70,139 @@ class VerifyReport:
         if len(self.examples) < _NAMED:
             self.examples.append(message)
 
+    def saw(self, width: int, height: int) -> None:
+        """Note the size of an image, in pixels."""
+        size = (width, height)
+        self.smallest = min(self.smallest or size, size, key=lambda s: s[0] * s[1])
+        self.largest = max(self.largest or size, size, key=lambda s: s[0] * s[1])
+
+    def merge(self, other: VerifyReport) -> None:
+        """Add what was found elsewhere."""
+        self.shards += other.shards
+        self.samples += other.samples
+        self.labels += other.labels
+        self.problems += other.problems
+        self.examples += other.examples[: max(0, _NAMED - len(self.examples))]
+        for size in (other.smallest, other.largest):
+            if size:
+                self.saw(*size)
+
 
 def verify(
-    index: Index, *, threads: int | None = None, progress: Callable[[int, int], None] | None = None
+    index: Index, *, processes: int | None = None, progress: Callable[[int, int], None] | None = None
 ) -> VerifyReport:
-    """Check every shard of `index`, several at a time. `progress(samples done, samples in all)` after each shard."""
+    """Check every shard of `index`, several at a time. `progress(samples done, samples in all)` after each shard.
+
+    Raises DataError for remote data: every byte is read, so it belongs where the shards are in the file system.
+    """
+    if index.any_remote:
+        index.shard_path(next(shard for shard in range(len(index.shard_sizes)) if index.is_remote(shard)))
     report = VerifyReport()
-    keys: set[str] = set()
-    workers = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        for shard, part in enumerate(pool.map(lambda shard: _verify_shard(index.root, shard), _shards(index))):
-            report.shards += 1
-            report.samples += part.samples
-            report.labels += part.labels
-            report.problems += part.problems
-            report.examples += part.examples[: max(0, _NAMED - len(report.examples))]
-            for key in index.read(shard, ["key"])["key"].to_pylist():
-                if key in keys:
-                    report.add("key_in_two_shards", f"shard {index.shard_path(shard)}: key {key!r} came before")
-                keys.add(key)
+    jobs = [(str(index.root), shard) for shard in range(len(index.shard_sizes))]
+    if processes is None:
+        processes = cores() if index.num_samples > 2000 else 1
+    with tempfile.TemporaryDirectory(prefix="tarflow-verify-") as folder:
+        keys, contents = _Marks(Path(folder) / "keys"), _Marks(Path(folder) / "contents")
+        for part, key_marks, content_marks in in_processes(_verify_shard, jobs, processes):
+            report.merge(part)
+            keys.add(key_marks)
+            contents.add(content_marks)
             if progress:
                 progress(report.samples, index.num_samples)
+        for first, again in keys.repeated():
+            (shard, row), (other, its_row) = index.locate(first), index.locate(again)
+            key = index.key(other, its_row)
+            if index.key(shard, row) == key:  # not only the same hash
+                report.add(
+                    "key_in_two_shards",
+                    f"shard {index.shard_place(other)}: key {key!r} is also in {index.shard_place(shard)}",
+                )
+        report.identical = sum(1 for _ in contents.repeated())
     return report
 
 
-def _shards(index: Index) -> range:
-    return range(len(index.shard_sizes))
+class _Marks:
+    """(hash, sample) of everything seen, in files by the first bits of the hash."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+
+    def add(self, marks: np.ndarray) -> None:
+        buckets = (marks["hash"] >> np.uint64(56)).astype(np.int64)
+        order = np.argsort(buckets, kind="stable")
+        for piece in np.split(marks[order], np.flatnonzero(np.diff(buckets[order])) + 1):
+            if len(piece):
+                with (self.folder / f"{int(piece['hash'][0]) >> 56:03d}").open("ab") as file:
+                    piece.tofile(file)
+
+    def repeated(self) -> Iterator[tuple[int, int]]:
+        """(first sample, later sample) for every sample whose hash came before."""
+        for path in sorted(self.folder.iterdir()):
+            marks = np.sort(np.fromfile(path, _MARK), order=["hash", "sample"])
+            first = 0
+            for at in (np.flatnonzero(np.diff(marks["hash"]) == 0) + 1).tolist():
+                if marks["hash"][first] != marks["hash"][at]:
+                    first = at - 1
+                yield int(marks["sample"][first]), int(marks["sample"][at])
 
 
-def _verify_shard(root: Any, shard: int) -> VerifyReport:
-    """One shard, with an index of its own: caches and open files are not shared between threads."""
-    index = Index(root)
-    report = VerifyReport()
-    path = index.shard_path(shard)
+def _verify_shard(job: tuple[str, int]) -> tuple[VerifyReport, np.ndarray, np.ndarray]:
+    """(what was found, marks of keys, marks of contents) of one shard, with an index of its own."""
+    root, shard = job
+    index = Index(Path(root))
+    report = VerifyReport(shards=1)
+    path, rows = index.shard_path(shard), index.rows(shard)
+    nothing = np.zeros(0, _MARK)
     try:
-        scan = scan_tar(path)
-        found = group(scan, str(path), strict=False, classes=index.classes)
+        found = _scan(index, shard)
     except DataError as err:
         report.add("unreadable_shard", str(err))
-        return report
-    for cause, count in found.problems.items():
-        report.problems[cause] += count
+        return report, nothing, nothing
+    report.problems += found.problems
     report.examples += found.examples
-    rows = index.rows(shard)
     if found.offsets != rows.offsets.tolist() or found.sizes != rows.sizes.tolist():
         report.add("index_differs", f"shard {path}: its members are not where the index says; index it anew")
-        return report
+        return report, nothing, nothing
+    if [NO_LABEL if label is None else label for label in found.labels] != rows.labels.tolist():
+        report.add("index_differs", f"shard {path}: its labels are not those of the index; index it anew")
     classes = index.num_classes or 0
-    reader = SampleReader(index, image_size=1, channels=3, num_classes=0)
-    for row, label in enumerate(rows.labels.tolist()):
-        report.samples += 1
-        if label == NO_LABEL:
-            report.labels[-1] += 1
-        else:
-            report.labels[label] += 1
-            if not 0 <= label < classes:
-                where = f"shard {path}, sample {index.key(shard, row)!r}"
+    files = LocalShards(index)
+    keys, contents = np.zeros(len(found.keys), _MARK), np.zeros(len(found.keys), _MARK)
+    try:
+        for row, label in enumerate(rows.labels.tolist()):
+            report.samples += 1
+            where = f"shard {path}, sample {found.keys[row]!r}"
+            report.labels[-1 if label == NO_LABEL else label] += 1
+            if label != NO_LABEL and not 0 <= label < classes:
                 report.add("label_out_of_range", f"{where}: label {label} is outside 0..{classes - 1}")
-        try:
-            reader.read_full(int(index.shard_starts[shard]) + row)
-        except BadSampleError as err:
-            report.add(err.cause, str(err))
-        except DataError as err:
-            report.add("unreadable_shard", str(err))
-            break
-    reader.close()
-    return report
+            sample = int(index.shard_starts[shard]) + row
+            keys[row] = (_hash(found.keys[row].encode()), sample)
+            try:
+                data = files.read(shard, found.offsets[row], found.sizes[row])
+                contents[row] = (_hash(data), sample)
+                image = decode(data, 3)
+                report.saw(image.shape[1], image.shape[0])
+            except BadSampleError as err:
+                contents[row] = (_hash(where.encode()), sample)
+                report.add(err.cause, f"{where}: {err}")
+    except DataError as err:
+        report.add("unreadable_shard", str(err))
+        return report, keys[: report.samples], nothing
+    finally:
+        files.close()
+    return report, keys, contents
 
 
-def contact_sheet(index: Index, count: int, tile: int) -> np.ndarray:
-    """uint8 [H, W, 3]: `count` samples spread evenly over the data set as tiles of `tile` pixels, in rows."""
-    reader = SampleReader(index, image_size=tile, channels=3, num_classes=0)
-    count = min(count, index.num_samples)
-    columns = int(np.ceil(np.sqrt(count)))
-    rows = -(-count // columns)
-    sheet = np.full((rows * (tile + 2), columns * (tile + 2), 3), 255, dtype=np.uint8)
-    for place in range(count):
-        try:
-            image, _ = reader.read(place * index.num_samples // count)
-        except BadSampleError:
-            image = np.full((tile, tile, 3), 128, dtype=np.uint8)
-        y, x = place // columns * (tile + 2), place % columns * (tile + 2)
-        sheet[y : y + tile, x : x + tile] = image
-    reader.close()
-    return sheet
+def _scan(index: Index, shard: int) -> Any:
+    """What the shard holds now, by the rules that the index was made with."""
+    place: Any = index.shard_path(shard)
+    if index.form == "mds":
+        place = next(entry for entry in mds_shards(place.parent) if entry.path.name == place.name)
+    first = int(index.shard_starts[shard])
+    _, _, samples = Job(place, False, index.meta.get("label_field"), index.classes, False, first).run()
+    return samples
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

@@ -14,12 +14,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import webdataset as wds
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from data_pipeline import samples
 from data_pipeline.errors import DataError
 from data_pipeline.index import NO_LABEL, open_index
 from data_pipeline.index_build import build_index
 from data_pipeline.patterns import expand_braces, find_shards
 from data_pipeline.samples import split_name
+from data_pipeline.tar_scan import TarScan
 
 
 def index_of(root: Path, shards: list[Path], **options: object) -> list[tuple[str, str, int]]:
@@ -314,3 +318,79 @@ def test_the_row_cache_is_bounded(make_set: Callable[..., Path], monkeypatch: py
         for shard in range(5):
             assert np.diff(index.rows(shard).offsets).min() > 0
     assert len(index._rows) == 1
+
+
+member_names = st.one_of(
+    st.builds(lambda n, e: f"{n:03d}.{e}", st.integers(0, 6), st.sampled_from(["jpg", "cls", "json", "JPG", "a.jpg"])),
+    st.sampled_from([".h.jpg", "d/1.jpg", "d.1/2.cls", "noext", "__m__.jpg", "__x__", "1..jpg", ".", "é.png"]),
+)
+
+
+@given(
+    st.lists(st.tuples(member_names, st.sampled_from([b"", b"1", b"cat", b"x" * 300])), max_size=10)
+    | st.builds(
+        lambda n, fields: [(f"{i:03d}.{e}", b"1") for i in range(n) for e in fields],
+        st.integers(1, 5), st.lists(st.sampled_from(["jpg", "cls", "json", "png"]), min_size=1, max_size=3),
+    )
+)  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_D05_the_quick_way_for_regular_shards_gives_what_the_general_way_gives(
+    members: list[tuple[str, bytes]],
+) -> None:
+    scan = TarScan(Path("s.tar"), 0, [name.encode() for name, _ in members], list(range(len(members))),
+                   [len(content) for _, content in members], {i: content for i, (_, content) in enumerate(members)})  # fmt: skip
+    quick = samples.group(scan, "s.tar", strict=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples, "_regular", lambda *_: False)
+        assert quick == samples.group(scan, "s.tar", strict=False)
+
+
+def test_D06_labels_inside_json_members(tmp_path: Path, lab: SimpleNamespace) -> None:
+    """img2dataset writes key.jpg, key.json and key.txt."""
+    fields = [{"label": 3}, {"label": "2"}, {"other": 1}, {"label": None}, {"label": 7, "caption": "x" * 5000}]
+    members: list[tuple[str, bytes]] = []
+    for i, content in enumerate(fields):
+        members += [(f"{i:09d}.jpg", b"x"), (f"{i:09d}.json", json.dumps(content).encode()), (f"{i:09d}.txt", b"a")]
+    lab.write_tar(tmp_path / "a.tar", members)
+    shards = [tmp_path / "a.tar"]
+    assert [label for _, _, label in index_of(tmp_path, shards, label_field="json:label")] == [
+        3,
+        2,
+        NO_LABEL,
+        NO_LABEL,
+        7,
+    ]
+    assert {label for _, _, label in index_of(tmp_path, shards)} == {NO_LABEL}
+    for bad, message in (
+        (b'{"label": "cat"}', r"the label is 'cat', expected an integer .*--classes"),
+        (b'{"label": 1.5}', "'label' is 1.5"),
+        (b'{"label": true}', "'label' is True"),
+        (b"[1]", "no JSON object"),
+        (b"{", "is no JSON"),
+    ):
+        lab.write_tar(tmp_path / "a.tar", [*members, ("x.jpg", b"x"), ("x.json", bad)])
+        with pytest.raises(DataError, match=rf"a\.tar: member 'x\.json': .*{message}"):
+            index_of(tmp_path, shards, label_field="json:label")
+    names = [("x.jpg", b"x"), ("x.json", b'{"meta": {"class": "cat"}}')]
+    lab.write_tar(tmp_path / "a.tar", names)
+    found = index_of(tmp_path, shards, label_field="json:meta.class", classes=["dog", "cat"])
+    assert [label for _, _, label in found] == [1]
+
+
+def test_image_sizes_are_stored_when_asked_for(tmp_path: Path, lab: SimpleNamespace) -> None:
+    lab.write_tar(
+        tmp_path / "a.tar",
+        [("0.png", lab.image_bytes(0, 9)), ("1.png", b"broken"), ("2.jpg", lab.image_bytes(0, 5, "JPEG"))],
+    )
+    for measure, expected in ((False, [None] * 3), (True, [9, None, 5])):
+        index, _ = build_index(tmp_path, [tmp_path / "a.tar"], measure=measure)
+        assert index.read(0, ["width", "height"]).to_pydict() == {"width": expected, "height": expected}
+
+
+def test_several_processes_write_the_index_of_one(tmp_path: Path, lab: SimpleNamespace) -> None:
+    shards = lab.write_shards(tmp_path, [3, 0, 5, 2])
+    one = build_index(tmp_path, shards, processes=1)[0].fingerprint
+    assert build_index(tmp_path, shards, processes=2)[0].fingerprint == one
+    shards[2].write_bytes(b"no tar" * 300)
+    with pytest.raises(DataError, match=r"shard-0002\.tar"):
+        build_index(tmp_path, shards, processes=2)

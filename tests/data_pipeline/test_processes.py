@@ -1,0 +1,44 @@
+"""Jobs in fresh processes: in order, errors at their turn, nothing left when the caller stops."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import DataError
+from data_pipeline.processes import in_processes
+
+
+def children() -> list[str]:
+    return Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split() + [
+        child for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+
+
+def test_results_come_in_order_from_other_processes() -> None:
+    found = list(in_processes(os.path.getsize, ["/proc", "/", "/tmp"] * 4, 2))
+    assert found == [os.path.getsize(path) for path in ["/proc", "/", "/tmp"] * 4]
+    assert children() == []
+    assert list(in_processes(abs, [-1, 2, -3], 1)) == [1, 2, 3]
+
+
+def test_errors_are_raised_when_their_turn_comes() -> None:
+    results = in_processes(int, ["1", "2", "x", "4"], 2)
+    assert [next(results), next(results)] == [1, 2]
+    with pytest.raises(RuntimeError, match=r"ValueError while working on 'x'"):
+        next(results)
+    assert children() == []
+
+
+def test_a_process_that_dies_is_an_error_and_stopping_early_ends_them() -> None:
+    with pytest.raises(DataError, match=r"worked on 7 ended with exit code 7"):
+        list(in_processes(os._exit, [7, 7], 2))
+    results = in_processes(time.sleep, [0.01] * 3 + [20.0] * 20, 2)
+    next(results)
+    began = time.monotonic()
+    results.close()
+    assert time.monotonic() - began < 5
+    assert children() == []
