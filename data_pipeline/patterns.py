@@ -56,6 +56,11 @@ def find_shards(patterns: str | Path | Sequence[str | Path]) -> tuple[list[Path]
     notes: list[str] = []
     missing: list[str] = []
     for pattern in map(str, patterns):
+        if "://" in pattern:
+            raise DataError(
+                f"{pattern!r} is an address: index the shards where they lie in a file system and put the folder index/ "
+                "beside them; training then reads both from the address"
+            )
         for path in _one_pattern(pattern, missing):
             real = path.resolve()
             if real in found:

@@ -214,6 +214,7 @@ def test_D09_globs_braces_and_lists_mean_the_same(tmp_path: Path, lab: SimpleNam
         ("{root}/train_{{2..0}}.tar", "runs backwards"),
         ("{root}/train_{{abc}}.tar", "cannot read {abc}"),
         ("{root}/a{{1..3}} {root}/b{{1..3}}", "2 patterns in one string"),
+        ("https://host/a-{{0..3}}.tar", r"is an address: index the shards where they lie in a file system"),
         ("{root}/missing.tar", r"no file, folder or match for .*missing\.tar"),
         ("{root}/empty", r"empty' holds no \*\.tar"),
     ],

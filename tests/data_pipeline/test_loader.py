@@ -307,6 +307,43 @@ def test_a_shard_changed_after_indexing_is_refused(
         batches(root, 2, global_batch_size=4, on_error=on_error)
 
 
+@pytest.mark.parametrize("size", [0, 700])
+def test_spare_a_shard_that_is_empty_or_cut_on_this_machine_is_refused(
+    make_set: Callable[..., Path], size: int
+) -> None:
+    """A file system that shows a zero-byte file of another host's shard must not pass for a short epoch."""
+    root = make_set([4, 4])
+    with (root / "shard-0000.tar").open("r+b") as file:
+        file.truncate(size)
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=rf"shard-0000\.tar has {size} bytes, the index says \d+"):
+            batches(root, 2, global_batch_size=4, on_error="skip", num_workers=workers)
+
+
+def test_spare_the_end_of_an_epoch_needs_no_meeting_of_ranks_and_workers(make_set: Callable[..., Path]) -> None:
+    """One rank goes on for epochs while the other has not begun: nothing waits for the other."""
+    root = make_set([5, 3])
+    options: dict[str, Any] = {"global_batch_size": 4, "world_size": 2, "num_workers": 1}
+    ahead = batches(root, 20, rank=0, **options)
+    behind = batches(root, 20, rank=1, **options)
+    for epoch in range(5):
+        ids = [
+            i
+            for batch in ahead[2 * epoch : 2 * epoch + 2] + behind[2 * epoch : 2 * epoch + 2]
+            for i in batch.ids.tolist()
+        ]
+        assert sorted(ids) == list(range(8))
+
+
+def test_spare_samples_are_drawn_without_replacement_across_folders(tmp_path: Path, lab: SimpleNamespace) -> None:
+    """Resampling with replacement misses whole folders in an epoch; here every folder is in every epoch."""
+    shards = [path for name in ("a", "b", "c") for path in lab.write_shards(tmp_path / name, [3])]
+    build_index(tmp_path, shards)
+    ids = flat(global_ids(tmp_path, 9, 1, global_batch_size=3))
+    for epoch in range(3):
+        assert {i // 3 for i in ids[9 * epoch : 9 * epoch + 9]} == {0, 1, 2}
+
+
 def test_a_shard_that_is_gone_is_named(make_set: Callable[..., Path]) -> None:
     root = make_set([4, 4])
     (root / "shard-0001.tar").unlink()

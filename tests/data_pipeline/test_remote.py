@@ -239,6 +239,39 @@ def test_D12_a_half_written_cache_file_is_fetched_again(served: tuple[Any, Path]
     same(take(server.url, 10, cache_dir=str(cache)), take(root, 10))
 
 
+def test_D12_two_jobs_at_once_on_one_cache(
+    served: tuple[Any, Path], make_set: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The same data twice and other data of the same names, all at once through one cache that is too small for them."""
+    server, root = served
+    other_root = make_set([30, 0, 25, 5], name="other", classes=2)
+    other = http_server.BadServer(other_root)
+    server.behaviour = http_server.Behaviour(delay=0.02)
+    options: dict[str, Any] = {
+        "cache_dir": str(tmp_path / "c"),
+        "cache_bytes": 120_000,
+        "num_workers": 1,
+        "num_classes": 3,
+    }
+    loaders = [Loader(url, **(ARGS | options)) for url in (server.url, other.url, server.url)]
+    found: list[list[Batch]] = [[], [], []]
+    try:
+        iterators = [iter(loader) for loader in loaders]
+        for _ in range(15):
+            for batches, iterator in zip(found, iterators):
+                batches.append(next(iterator))
+    finally:
+        for loader in loaders:
+            loader.close()
+        other.close()
+    same(found[0], take(root, 15))
+    same(found[2], found[0])
+    same(found[1], take(other_root, 15))
+    files = list((tmp_path / "c").iterdir())
+    assert {path.suffix for path in files} == {".shard"}
+    assert sum(path.stat().st_size for path in files) <= 120_000
+
+
 def test_D12_a_running_fetch_is_not_swept_away(tmp_path: Path) -> None:
     cache = ShardCache(tmp_path, 1 << 20)
     seen: list[int] = []
