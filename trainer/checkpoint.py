@@ -14,13 +14,14 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import TrainerError
+from trainer.faults import fault_point
 from trainer.files import crc32, fsync_dir, fsync_tree, write_atomic
 from trainer.run_dir import run_id
 
@@ -151,22 +152,36 @@ def sweep(run_dir: Path) -> list[str]:
     return lines
 
 
-def commit(run_dir: Path, temporary: Path, step: int, images_seen: int, info: dict[str, Any]) -> Checkpoint:
-    """Turn a fully written `step-N.tmp/` into a committed checkpoint and point `latest` at it."""
+def commit(
+    run_dir: Path,
+    temporary: Path,
+    step: int,
+    images_seen: int,
+    info: dict[str, Any],
+    sums: Mapping[str, int] | None = None,
+) -> Checkpoint:
+    """Turn a fully written `step-N.tmp/` into a committed checkpoint and point `latest` at it.
+
+    `sums`: checksums of files that their writers know already; the others are read for theirs.
+    """
+    sums = sums or {}
     final = temporary.with_suffix("")
     fsync_tree(temporary)
     if final.exists():  # a leftover that start-up found unusable, or the same step saved again after a resume
         _remove(final)
     os.rename(temporary, final)
     fsync_dir(final.parent)
+    fault_point("save.renamed")
     files = {
-        str(p.relative_to(final)): {"size": p.stat().st_size, "crc32": crc32(p)}
-        for p in sorted(final.rglob("*"))
+        p.name: {"size": p.stat().st_size, "crc32": sums[p.name] if p.name in sums else crc32(p)}
+        for p in sorted(final.iterdir())
         if p.is_file()
     }
     record = {"step": step, "images_seen": images_seen, "run": run_id(run_dir), **info, "files": files}
     write_atomic(final / MARKER, json.dumps(record, indent=1))
+    fault_point("save.marked")
     write_atomic(final.parent / "latest", final.name + "\n")
+    fault_point("save.pointed")
     return Checkpoint(final, step, images_seen, record)
 
 
@@ -239,12 +254,12 @@ def _pin_holds(pin: Path) -> bool:
 # --- tensors -------------------------------------------------------------------------------------------------------
 
 
-def write_tensors(path: Path, tensors: dict[str, Any]) -> None:
-    """Write tensors, sharded or not, into a directory. Every rank calls it."""
+def write_tensors(path: Path, tensors: dict[str, Any], group: Any = None) -> None:
+    """Write tensors, sharded or not, durably into a directory. Every rank of the group calls it."""
     import torch.distributed.checkpoint as dcp
 
     with _quiet():
-        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(path, sync_files=False))
+        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(path, sync_files=True), process_group=group)
 
 
 def read_tensors(checkpoint: Checkpoint, into: dict[str, Any]) -> None:

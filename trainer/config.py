@@ -154,6 +154,8 @@ class CheckpointConfig(Section):
 
     every_images: Count = Field(0, ge=0, description="images between checkpoints; 0 = only at the end")
     every_minutes: float = Field(0, ge=0, description="save also when this much time has passed; 0 = off")
+    asynchronous: bool = Field(True, description="write beside the training, which waits only for a copy in host memory")
+    max_failures: Count = Field(3, gt=0, description="saves that fail in a row at which the run stops")
     keep_latest: Count = Field(2, ge=-1, description="newest checkpoints to keep (2 at least; -1 = all)")
     keep_every_images: Count = Field(
         0, ge=0, description="keep for ever the checkpoints at multiples of this; 0 = none"

@@ -13,6 +13,7 @@ from trainer.config import Config
 from trainer.ema import EMA
 from trainer.errors import TrainerError
 from trainer.exit_codes import FINISHED, REQUEUE
+from trainer.faults import fault_point
 from trainer.feed import StepInput, feed
 from trainer.metrics import MetricLog, Reading, Window
 from trainer.parallel.choose import make_backend, pick_device
@@ -102,6 +103,7 @@ class Run:
                 wish = vote.cast(self._wish(stop))
                 if wish >= STOP:
                     break
+                fault_point("step")
                 if wish == SAVE:
                     window.checkpoint_stall_s += self.saver.save(self.images_seen)
                 waiting = time.monotonic()
@@ -125,14 +127,20 @@ class Run:
 
     def _wish(self, stop: StopRequest) -> int:
         """What this rank asks of all ranks before the next step."""
-        if self._failing:
+        self.saver.collect()
+        if self._failing or self.saver.failures >= self.config.checkpoint.max_failures:
             return FAIL
         if stop.received is not None:
             return STOP
         return SAVE if self.saver.overdue() else GO_ON
 
     def _end(self, wish: int, stop: StopRequest) -> int:
-        self.saver.save(self.images_seen)
+        self.saver.save(self.images_seen, last=True)
+        if wish == FAIL and not self._failing:
+            raise TrainerError(
+                f"{self.config.checkpoint.max_failures} saves in a row failed, the last one at step {self.step_count} did "
+                "not; see the warnings above, and set checkpoint.max_failures higher to go on regardless"
+            )
         if wish == FAIL or self._failing:
             last = self.saver.newest_name()
             raise TrainerError(

@@ -10,15 +10,16 @@ from torch import Tensor
 import trainer.checkpoint as ckpt
 from models.flow import TarFlow
 from models.weights import load_weights_file
+from trainer.async_save import Save, Staging, Writer
 from trainer.config import Config
 from trainer.config_io import config_hash, config_text
 from trainer.ema import EMA
 from trainer.errors import TrainerError
-from trainer.files import write_atomic
+from trainer.faults import fault_point
 from trainer.metrics import MetricLog
 from trainer.parallel.backend import Backend
 from trainer.parallel.saved import place
-from trainer.parallel.world import World, barrier, broadcast
+from trainer.parallel.world import World, broadcast
 from trainer.resume import check_resume
 
 
@@ -31,6 +32,8 @@ class Saver:
         with torch.device("meta"):
             self.sizes = {name: math.prod(p.shape) for name, p in TarFlow(config.model).named_parameters()}
         self.fingerprint = ""
+        self.failures = 0  # saves that failed in a row
+        self._staging, self._writer = Staging(), Writer(run_dir, config.checkpoint)
         self._saved_at, self._saved_time = -1, time.monotonic()
 
     # --- when ---
@@ -47,31 +50,60 @@ class Saver:
 
     # --- out ---
 
-    def save(self, images_seen: int) -> float:
-        """Write and commit a checkpoint of this moment, unless there is one already; seconds it took."""
-        if images_seen == self._saved_at:
-            return 0.0
+    def save(self, images_seen: int, last: bool = False) -> float:
+        """Save this moment, unless that is done or under way; seconds that the training stood still.
+
+        A save that is still under way is waited for: there is one at a time. `last`: the process ends after this one, so
+        it is waited for, and its failure is an error; any other failure is counted (`failures`) and the run goes on.
+        """
         began = time.monotonic()
-        step = images_seen // self.config.train.global_batch_size
-        temporary = Path(str(broadcast(str(ckpt.temporary_dir(self.run_dir, step)) if self.world.first else None)))
-        ckpt.write_tensors(temporary, self.backend.state() | self.ema.state())
-        barrier()
-        if self.world.first:
-            self._commit(temporary, step, images_seen, began)
-        barrier()
-        self._saved_at, self._saved_time = images_seen, time.monotonic()
+        self.collect(wait=True)
+        if images_seen != self._saved_at:
+            self._saved_at, self._saved_time = images_seen, time.monotonic()
+            save = Save(images_seen // self.config.train.global_batch_size, images_seen, began)
+            if self.config.checkpoint.asynchronous and not last:
+                staged = self._staging.copy(self._state())
+                save.stall_s = time.monotonic() - began
+                fault_point("save.staged")
+                self._writer.start(save, staged, self._description)
+            else:
+                self._writer.write(save, self._state(), self._description)
+                save.stall_s = save.seconds
+                self._take_note(save)
+                if last and save.error:
+                    raise TrainerError(f"the last checkpoint could not be saved: {save.error}")
         return time.monotonic() - began
 
-    def _commit(self, temporary: Path, step: int, images_seen: int, began: float) -> None:
-        write_atomic(temporary / "config.yaml", config_text(self.config))
-        info = {"world_size": self.world.size, "config": config_hash(self.config), "data": self.fingerprint}
-        saved = ckpt.commit(self.run_dir, temporary, step, images_seen, info)
-        policy = self.config.checkpoint
-        removed = ckpt.apply_retention(self.run_dir, policy.keep_latest, policy.keep_every_images)
-        seconds = time.monotonic() - began
-        note = f"; removed {', '.join(removed)}" if removed else ""
-        self.log.say(f"saved {saved.name} at {images_seen:,} images ({seconds:.1f} s){note}")
-        self.log.event("save", step=step, images_seen=images_seen, seconds=seconds)
+    def collect(self, wait: bool = False) -> None:
+        """Take note of a save that ended in the background: the log says how."""
+        save = self._writer.collect(wait)
+        if save is not None:
+            self._take_note(save)
+
+    def _state(self) -> dict[str, Tensor]:
+        return self.backend.state() | self.ema.state()
+
+    def _description(self) -> tuple[str, dict[str, object]]:
+        facts = {"world_size": self.world.size, "config": config_hash(self.config), "data": self.fingerprint}
+        return config_text(self.config), facts
+
+    def _take_note(self, save: Save) -> None:
+        if save.error:
+            self.failures += 1
+            self._saved_at = -1  # the same moment may be tried again
+            self.log.say(
+                f"WARNING: saving step {save.step} failed ({self.failures} in a row; the run stops after "
+                f"checkpoint.max_failures={self.config.checkpoint.max_failures}): {save.error}"
+            )
+            self.log.event("save_failed", step=save.step, images_seen=save.images_seen, error=save.error)
+            return
+        self.failures = 0
+        note = f"; removed {', '.join(save.removed)}" if save.removed else ""
+        self.log.say(
+            f"saved {save.name} at {save.images_seen:,} images ({save.seconds:.1f} s, "
+            f"training stood still for {save.stall_s:.2f} s){note}"
+        )
+        self.log.event("save", step=save.step, images_seen=save.images_seen, seconds=save.seconds, stall_s=save.stall_s)
 
     def newest_name(self) -> str:
         """Name of the newest checkpoint."""
