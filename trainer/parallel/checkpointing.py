@@ -36,7 +36,10 @@ def checkpoint_layer(layer: nn.Module, number: int, config: ActivationCheckpoint
     forward: Callable[..., Any] = layer.forward
     if config.mode == "selective" and not config.every_nth_layer:
         contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
-        layer.forward = functools.partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
+        # The kept outputs go through saved-tensor hooks like all others, so that they can be counted and moved.
+        layer.forward = functools.partial(
+            checkpoint, forward, use_reentrant=False, context_fn=contexts, respect_saved_tensors_hooks=True
+        )
     elif config.offload:
         layer.forward = functools.partial(_offloaded, forward)
     else:

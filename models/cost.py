@@ -1,0 +1,85 @@
+"""What a TarFlow costs: parameters, floating-point operations, activation memory; and what accelerators can do.
+
+Formulas, not measurements; `benchmarks/activation_checkpointing.py` holds the activation bytes against measured ones.
+Per token: T tokens of D numbers, C channels, L layers in all.
+"""
+
+from typing import Literal
+
+from models.config import TarFlowConfig
+
+Mode = Literal["none", "selective", "full"]
+
+# Dense bfloat16 matrix products with float32 sums, FLOP/s, from the makers' data sheets.
+PEAK_BF16 = {
+    "V100": 125e12,  # NVIDIA V100 data sheet (float16: it has no bfloat16 units)
+    "A100": 312e12,  # NVIDIA A100 data sheet
+    "L40S": 362e12,  # NVIDIA L40S data sheet
+    "H100 PCIe": 756e12,  # NVIDIA H100 data sheet, PCIe column
+    "H100": 989e12,  # NVIDIA H100 data sheet, SXM column
+    "H200": 989e12,  # NVIDIA H200 data sheet
+    "B200": 2250e12,  # NVIDIA HGX B200 data sheet
+    "MI300X": 1307e12,  # AMD Instinct MI300X data sheet
+}
+
+
+def peak_rate(device_name: str) -> float | None:
+    """Peak FLOP/s in bfloat16 of a device by its name as the driver gives it; None if it is not in the table."""
+    name = device_name.replace("-", " ").lower()
+    known = [key for key in PEAK_BF16 if all(word in name for word in key.lower().split())]
+    return PEAK_BF16[max(known, key=len)] if known else None
+
+
+def parameters_per_layer(config: TarFlowConfig) -> int:
+    """Of one transformer layer: about 12 C^2 at expansion 4."""
+    c, e = config.channels, config.expansion
+    attention = 2 * c + (c * 3 * c + 3 * c) + (c * c + c)
+    mlp = 2 * c + (c * e * c + e * c) + (e * c * c + c)
+    return attention + mlp
+
+
+def parameters(config: TarFlowConfig) -> int:
+    """Of the whole model."""
+    c, d = config.channels, config.token_dim
+    out = d * (2 if config.nvp else 1)
+    ends = (d * c + c) + (c * out + out) + config.num_tokens * c + config.num_classes * c
+    return config.num_blocks * (config.layers_per_block * parameters_per_layer(config) + ends)
+
+
+def flops_per_image(config: TarFlowConfig, training: bool = True) -> float:
+    """Multiplications and additions of matrix products for one image; a training step does three forward passes' worth.
+
+    Causal attention counts once: the half of the T x T logits that is used. Recomputation does not count.
+    """
+    c, d, t, e = config.channels, config.token_dim, config.num_tokens, config.expansion
+    layer = 2 * (4 + 2 * e) * c * c + 2 * t * c  # products with weights; logits and their product with values, halved
+    ends = 2 * d * c + 2 * c * d * (2 if config.nvp else 1)
+    forward = config.num_blocks * (config.layers_per_block * layer + ends) * t
+    return (3.0 if training else 1.0) * forward
+
+
+def activation_bytes(config: TarFlowConfig, mode: Mode = "none", element: int = 2, every_nth_layer: int = 0) -> float:
+    """Bytes per image that autograd keeps between forward and backward.
+
+    `element`: bytes of a number inside the transformer (2 in bfloat16, 4 in float32); data and statistics are float32.
+    `every_nth_layer`: with mode selective, checkpoint each n-th layer and keep the others whole.
+    """
+    c, d, t = config.channels, config.token_dim, config.num_tokens
+    layers = config.num_blocks * config.layers_per_block
+    statistics = 4 * config.num_heads + 4 * element  # attention's log-sums; mean and width of two norms
+    # Inputs of the two norms, their outputs, q, k, v, attention's output; the MLP's hidden values around the GELU.
+    whole = (8 + 2 * config.expansion) * c * element + statistics
+    # Input; outputs of the four products and of attention.
+    products = (7 + config.expansion) * c * element + 4 * config.num_heads
+    kept_input = c * element
+    if mode == "none":
+        per_layer = float(whole)
+    elif mode == "full":
+        per_layer = float(kept_input)
+    elif every_nth_layer:
+        per_layer = (kept_input + (every_nth_layer - 1) * whole) / every_nth_layer
+    else:
+        per_layer = float(products)
+    # Around a block's layers: input and output of the projections, x - b and exp(-a).
+    block = (d + c) * element + 2 * 4 * d
+    return t * (layers * per_layer + config.num_blocks * block)
