@@ -1,0 +1,82 @@
+"""How long training stands still for a save: synchronous and asynchronous, alternating in one run.
+
+A model whose state (weights, two moments, two averages, float32) is 400 MB is saved again and again with the run's own
+saver; between the saves its weights change, as in training. The asynchronous save is waited for outside the measured
+time, so both kinds meet an idle disk.
+"""
+
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.common import Bar, finish, parse_args
+from benchmarks.data_images import scratch
+from trainer.batch import plan_batch
+from trainer.checkpoint import find
+from trainer.config import Config
+from trainer.ema import EMA
+from trainer.metrics import MetricLog
+from trainer.parallel.choose import make_backend
+from trainer.parallel.world import World
+from trainer.run_dir import create_run
+from trainer.saver import Saver
+
+
+def make_saver(folder: Any, quick: bool) -> tuple[Saver, int]:
+    """A saver over a fresh training state, and the state's bytes."""
+    config = Config.model_validate(
+        {
+            "data": {"train": "unused"},
+            "model": {"image_size": 32, "patch_size": 4, "in_channels": 3, "channels": 128 if quick else 320,
+                      "num_blocks": 4, "layers_per_block": 4},
+            "train": {"global_batch_size": 1, "max_images": 10**6, "param_dtype": "float32", "device": "cpu"},
+            "log": {"tensorboard": False},
+        }
+    )  # fmt: skip
+    create_run(folder / "run")
+    world = World()
+    backend = make_backend(config, torch.device("cpu"), world, plan_batch(1, 1, 1))
+    ema = EMA(backend, config.ema.relative_stds)
+    log = MetricLog(folder / "run", False, 10**6)
+    saver = Saver(config, folder / "run", backend, ema, world, log)
+    size = sum(t.numel() * t.element_size() for t in (backend.state() | ema.state()).values())
+    return saver, size
+
+
+def main() -> int:
+    args = parse_args("Measure the stall of synchronous and asynchronous saves.")
+    rounds = 3 if args.quick else 8
+    times: dict[str, list[float]] = {"synchronous": [], "asynchronous": []}
+    whole: list[float] = []
+    with scratch() as folder:
+        saver, size = make_saver(folder, args.quick)
+        for number in range(2 * (rounds + 1)):  # the first pair allocates buffers and is not counted
+            for tensor in saver.backend.locals().values():
+                tensor.data.add_(1e-3)
+            kind = "asynchronous" if number % 2 else "synchronous"
+            began = time.monotonic()
+            stall = saver.save(number + 1, last=kind == "synchronous")
+            saver.collect(wait=True)
+            if number >= 2:
+                times[kind].append(stall)
+                whole += [time.monotonic() - began] if number % 2 else []
+            saved = find(saver.run_dir)
+            assert saved.step == number + 1, "the save failed"
+    sync, stall = (statistics.median(times[kind]) for kind in ("synchronous", "asynchronous"))
+    rows = [
+        (kind, len(values), statistics.median(values), min(values), max(values)) for kind, values in times.items()
+    ] + [("asynchronous, until committed", len(whole), statistics.median(whole), min(whole), max(whole))]
+    print(f"state: {size / 1e6:.0f} MB in {len(saver.sizes)} weights, two moments and two averages of each")
+    bars = [
+        Bar(
+            "stall / synchronous save", stall / sync, at_most=0.25, reason="only the copy to host memory is waited for"
+        ),
+    ]
+    return finish(args, rows, ("save", "times", "median s", "least s", "most s"), bars)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
