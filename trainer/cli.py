@@ -26,6 +26,7 @@ def build_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init-from", type=Path, metavar="WEIGHTS", help="start a new run from a weights file")
     parser.add_argument("--accept-new-data", action="store_true", help="resume although data.train is another data set")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    parser.add_argument("--world-size", type=int, metavar="N", help="dry run for so many processes")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         from trainer.plan import describe
 
-        print(describe(config))
+        print(describe(config, args.world_size))
         return 0
     from trainer.loop import train
 

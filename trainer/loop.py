@@ -8,6 +8,7 @@ import torch
 
 from data_pipeline.index import open_index
 from data_pipeline.loader import Loader
+from models.cost import flops_per_image, peak_rate
 from trainer.batch import BatchPlan, plan_batch
 from trainer.config import Config
 from trainer.ema import EMA
@@ -80,6 +81,7 @@ class Run:
         self.images_seen = 0
         self._reading: tuple[Reading, int, int, float] | None = None
         self._failing = False
+        self._peak = peak_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
     def start(self, fingerprint: str, init_from: Path | None, accept_new_data: bool) -> None:
         """Resume, or start from given or fresh weights; the log says which."""
@@ -88,6 +90,9 @@ class Run:
             f"model: {total / 1e6:.1f}M parameters, {self.config.model.num_tokens} tokens; {self.plan}; "
             f"{self.config.parallel.backend if self.world.size > 1 else 'one process'} on {self.device.type}"
         )
+        wanted = self.config.parallel.world_size
+        if wanted not in (0, self.world.size):
+            self.log.say(f"note: made for parallel.world_size={wanted} processes, running on {self.world.size}")
         self.images_seen = self.saver.restore(fingerprint, init_from, accept_new_data)
 
     def loop(self, stop: StopRequest) -> int:
@@ -181,6 +186,9 @@ class Run:
         reading, step, images_seen, lr = self._reading
         self._reading = None
         row = reading.wait()
+        if self._peak:
+            flops = row["throughput/images_per_sec"] * flops_per_image(self.config.model)
+            row["throughput/mfu"] = flops / (self._peak * self.world.size)
         self._failing = row["optim/skipped_in_a_row"] >= self.config.train.max_skipped_in_a_row
         self.log.figures(step, images_seen, self.config.train.max_images, row | {"optim/lr": lr})
 

@@ -1,26 +1,82 @@
-"""What a configuration amounts to, without allocating it: sizes, batch arithmetic, memory for the training state."""
+"""What a configuration amounts to, without allocating it: sizes, batch arithmetic, memory per rank, arithmetic per image."""
 
-import torch
+from dataclasses import dataclass
 
-from models.flow import TarFlow
+from models.cost import activation_bytes, flops_per_image, parameters, parameters_per_layer
 from trainer.batch import plan_batch
 from trainer.config import Config
+from trainer.parallel.mesh import mesh_shape
+
+GIB = 2**30
 
 
-def describe(config: Config, world_size: int = 1) -> str:
-    """The dry run's text."""
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes that one rank holds through the run, by what they are for."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    averages: float
+    gathered: float  # one layer's weights, whole, while it computes
+    activations: float
+
+    @property
+    def state(self) -> float:
+        """Weights, gradients and optimizer: what sharding divides."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> float:
+        return self.state + self.averages + self.gathered + self.activations
+
+
+def rank_memory(config: Config, world_size: int) -> RankMemory:
+    """Estimate for one of `world_size` ranks.
+
+    Masters and moments are float32. A single process keeps a bfloat16 copy of all weights, a sharded one only of the
+    layer at work. ZeRO cuts moments from stage 1, gradients from 2, weights from 3; average pieces always.
+    """
+    n, element = parameters(config.model), 2 if config.train.param_dtype == "bfloat16" else 4
+    zero = config.parallel.zero_stage if config.parallel.backend == "deepspeed" else None
+    shard = world_size if zero else mesh_shape(config.parallel, world_size)[1]
     plan = plan_batch(config.train.global_batch_size, world_size, config.train.micro_batch_size)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in TarFlow(config.model).parameters())
-    computing = 2 if config.train.param_dtype == "bfloat16" else 0  # a copy beside the float32 masters
-    per_parameter = {
-        "weights": 4 + computing, "gradients": 4, "optimizer": 8, "averages": 4 * len(config.ema.relative_stds),
-    }  # fmt: skip
-    state = ", ".join(f"{name} {parameters * size / 2**30:.2f}" for name, size in per_parameter.items())
+    checkpointing = config.activation_checkpoint
+    activations = activation_bytes(config.model, checkpointing.mode, element, checkpointing.every_nth_layer)
+    sharded = world_size > 1 or zero is not None
+    copies = 4 * n + (0 if sharded or element == 4 else element * n)
+    if zero is not None and zero < 3:
+        weights = 4 * n + 4 * n / shard  # whole weights, and a piece of float32 masters
+    else:
+        weights = copies / shard * (2 if zero == 3 else 1)  # stage 3 has masters beside the pieces that compute
+    return RankMemory(
+        weights=weights,
+        gradients=4 * n / (1 if zero == 1 else shard),
+        optimizer=0.0 if config.parallel.offload_optimizer else 8 * n / shard,
+        averages=4 * n * len(config.ema.relative_stds) / shard,
+        gathered=element * parameters_per_layer(config.model) if sharded else 0.0,
+        activations=plan.micro_batch_size * activations,
+    )
+
+
+def describe(config: Config, world_size: int | None = None) -> str:
+    """The dry run's text, for the stated number of ranks or `parallel.world_size`."""
+    ranks = world_size or config.parallel.world_size or 1
+    plan = plan_batch(config.train.global_batch_size, ranks, config.train.micro_batch_size)
+    replicate, shard = mesh_shape(config.parallel, ranks)
+    memory = rank_memory(config, ranks)
     model, train = config.model, config.train
+    engine = config.parallel.backend if ranks > 1 or config.parallel.backend == "deepspeed" else "one process"
+    grid = f"ZeRO-{config.parallel.zero_stage}" if engine == "deepspeed" else f"dp_replicate {replicate} x dp_shard {shard}"
+    parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in vars(memory).items())
+    flops = flops_per_image(model)
     return (
-        f"model       {parameters / 1e6:.1f}M parameters, {model.num_tokens} tokens of {model.token_dim} numbers\n"
+        f"model       {parameters(model) / 1e6:.1f}M parameters, {model.num_tokens} tokens of {model.token_dim} numbers\n"
+        f"parallel    {ranks} ranks, {engine}, {grid}; activation checkpointing {config.activation_checkpoint.mode}; "
+        f"compile {'on' if config.compile.enable else 'off'}\n"
         f"batch       {plan}\n"
         f"length      {train.max_images:,} images = {train.max_images // train.global_batch_size:,} steps\n"
-        f"state, GiB  {state}; {parameters * sum(per_parameter.values()) / 2**30:.2f} in all, activations apart"
+        f"memory      {memory.total / GIB:.2f} GiB per rank: {parts}\n"
+        f"arithmetic  {flops / 1e12:.2f} TFLOP per image (forward and backward); "
+        f"{flops * train.max_images / 1e21:.2f} ZFLOP in all; 1 PFLOP/s does {1e15 / flops:.0f} images/s"
     )
