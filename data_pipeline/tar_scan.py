@@ -23,6 +23,8 @@ _WINDOWS = 256  # windows whose headers are checked together; a megabyte stays i
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"LKxg"
 _LOW = np.uint64(0x00FF00FF00FF00FF)
+_REGULAR = np.frombuffer(b"0\x007", dtype=np.uint8)
+_GUESSES = 2  # times that guessing may come to an end in one shard before it is given up
 _NO_CONTENT = b"123456"  # links, devices, folders, pipes: whatever their size field says, no content follows
 
 
@@ -113,6 +115,7 @@ def _walk(fd: int, scan: TarScan, keep: int) -> None:
     position = start = used = base = filled = 0  # the newest window: buffer[base:used] holds the file from `start` on
     long_name: bytes | None = None
     long_size: int | None = None
+    guesses = _GUESSES
     while True:
         inside = base + position - start
         content = inside + BLOCK
@@ -123,9 +126,17 @@ def _walk(fd: int, scan: TarScan, keep: int) -> None:
             if filled == _WINDOWS:
                 if not _take(batch, scan, fd, keep):
                     return
+                if long_name is None and long_size is None and guesses > 0:
+                    layout = [place % _WINDOW for place in at if place // _WINDOW == _WINDOWS - 1]
+                    while (further := _leap(fd, scan, keep, position, layout, buffer, windows)) > position:
+                        position = further
+                    guesses -= 1  # it came to an end: right for the last few of a shard, no use where layouts vary
                 batch = _Batch(buffer)
                 at, positions, sizes = batch.at, batch.positions, batch.sizes
                 filled = 0
+                if position >= end:
+                    start, used, base = position, 0, 0
+                    break
             base = inside = filled * _WINDOW
             start, content = position, inside + BLOCK
             used = base + os.preadv(fd, [windows[filled]], position)
@@ -195,6 +206,53 @@ def _walk(fd: int, scan: TarScan, keep: int) -> None:
         scan.damage = f"the file ends at byte {end} without an end-of-archive marker: it may be cut"
 
 
+def _leap(
+    fd: int, scan: TarScan, keep: int, position: int, layout: list[int], buffer: bytearray, windows: list[memoryview]
+) -> int:
+    """Take a batch of windows on the guess that each has its headers where the one before had them; the next position.
+
+    Writers repeat themselves: a label, an image, a label, an image. Then only the size of the last member of a window
+    has to be known to go on, and everything else is checked for all windows at once. Whatever is not as guessed leaves
+    the scan as it was and gives `position` back: the careful way does it again.
+    """
+    first, last = position, layout[-1]
+    starts = []
+    for number in range(_WINDOWS):
+        if os.preadv(fd, [windows[number]], position) < _WINDOW:
+            break
+        size_at = number * _WINDOW + last + 124
+        try:
+            size = int(buffer[size_at : size_at + 11], 8)
+        except ValueError:
+            break
+        if size < 0:
+            break
+        starts.append(position)
+        position += last + BLOCK + (size + BLOCK - 1 & -BLOCK)
+    if not starts:
+        return first
+    places = np.array(layout)
+    at = (np.arange(len(starts))[:, None] * _WINDOW + places).ravel()
+    table = np.frombuffer(buffer, dtype=np.uint8).reshape(-1, BLOCK)[at // BLOCK]
+    digits = table[:, 124:135].astype(np.int64) - 48
+    sizes = digits @ (8 ** np.arange(10, -1, -1))
+    extended = table[:, 156] == _PAX  # usually a time stamp with fractions, which says nothing of names and sizes
+    right = ((digits & ~7) == 0).all() and (np.isin(table[:, 156], _REGULAR) | extended).all()
+    if extended.any():
+        records = np.frombuffer(buffer, dtype=np.uint8).reshape(-1, BLOCK)[at[extended] // BLOCK + 1].tobytes()
+        right &= (sizes[extended] <= BLOCK).all() and not (b"path=" in records or b"size=" in records)
+        right &= not extended[len(layout) - 1 :: len(layout)].any()
+    ends = places + BLOCK + -(-sizes.reshape(-1, len(layout)) // BLOCK) * BLOCK
+    right &= _checksums_right(table).all()
+    if not right or (ends[:, :-1] != places[1:]).any() or position > scan.file_bytes:
+        return first
+    batch = _Batch(buffer)
+    batch.at, batch.sizes, batch.not_files = at.tolist(), sizes.tolist(), set(np.flatnonzero(extended).tolist())
+    batch.positions = (np.array(starts)[:, None] + places).ravel().tolist()
+    _take(batch, scan, fd, keep, table)
+    return position
+
+
 def _fill(fd: int, window: memoryview, position: int) -> int:
     """Read into the window, again after a short read; the bytes that came: all of it but at the end of the file."""
     got = os.preadv(fd, [window], position)
@@ -206,14 +264,20 @@ def _fill(fd: int, window: memoryview, position: int) -> int:
     return got
 
 
-def _take(batch: _Batch, scan: TarScan, fd: int, keep: int) -> bool:
-    """Check the batch's headers and add its files to the scan. False, with `scan.damage` set, at a bad header."""
+def _take(batch: _Batch, scan: TarScan, fd: int, keep: int, checked: np.ndarray | None = None) -> bool:
+    """Check the batch's headers and add its files to the scan. False, with `scan.damage` set, at a bad header.
+
+    `checked`: the headers, uint8 [n, 512], where all of them were found right before.
+    """
     if not batch.at:
         return True
-    rows = np.array(batch.at) // BLOCK
-    table = np.frombuffer(batch.buffer, dtype=np.uint8).reshape(-1, BLOCK)[rows]
-    count = good = len(rows)
-    for i in np.flatnonzero(~_checksums_right(table)).tolist():
+    count = good = len(batch.at)
+    if checked is None:
+        table = np.frombuffer(batch.buffer, dtype=np.uint8).reshape(-1, BLOCK)[np.array(batch.at) // BLOCK]
+        wrong: list[int] = np.flatnonzero(~_checksums_right(table)).tolist()
+    else:
+        table, wrong = checked, []
+    for i in wrong:
         if not _checksum_right(batch.header(i)):
             good = i
             scan.damage = f"no valid member header at byte {batch.positions[i]}"
