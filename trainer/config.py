@@ -68,11 +68,26 @@ class TrainConfig(Section):
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by `no label`, for guidance")
     skip_spikes: bool = Field(False, description="pass over steps whose gradient norm is a 6-sigma outlier")
     max_skipped_in_a_row: Count = Field(20, gt=0, description="bad steps in a row at which the run stops")
+    skip_images: tuple[tuple[Count, Count], ...] = Field(
+        (), description="ranges [first, end) of images_seen that are passed over without training, e.g. [[1000, 2000]]"
+    )
+    max_restarts_without_progress: Count = Field(
+        5, ge=0, description="restarts that commit no new checkpoint after which the run refuses to start; 0 = no limit"
+    )
     grad_clip: float = Field(0.0, ge=0, description="largest global norm of the gradient; 0 = no clipping")
     param_dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="dtype of the network's products; masters are float32"
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "TrainConfig":
+        for first, end in self.skip_images:
+            if not 0 <= first < end:
+                raise ValueError(
+                    f"train.skip_images: a range is [first, end) with 0 <= first < end, got [{first}, {end}]"
+                )
+        return self
 
 
 class OptimConfig(Section):
@@ -99,8 +114,8 @@ class ParallelConfig(Section):
     )
     offload_optimizer: bool = Field(False, description="deepspeed: keep the optimizer's state in host memory")
     reduce_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of gradients as they are summed")
-    start_timeout_s: float = Field(1800, gt=0, description="longest wait of a collective before the first step")
-    step_timeout_s: float = Field(600, gt=0, description="longest wait of a collective after it")
+    start_timeout_s: float = Field(1800, gt=0, description="longest start, save or end")
+    step_timeout_s: float = Field(600, gt=0, description="longest step, the first one apart")
 
 
 class ActivationCheckpointConfig(Section):
@@ -155,7 +170,9 @@ class CheckpointConfig(Section):
 
     every_images: Count = Field(0, ge=0, description="images between checkpoints; 0 = only at the end")
     every_minutes: float = Field(0, ge=0, description="save also when this much time has passed; 0 = off")
-    asynchronous: bool = Field(True, description="write beside the training, which waits only for a copy in host memory")
+    asynchronous: bool = Field(
+        True, description="write beside the training, which waits only for a copy in host memory"
+    )
     max_failures: Count = Field(3, gt=0, description="saves that fail in a row at which the run stops")
     keep_latest: Count = Field(2, ge=-1, description="newest checkpoints to keep (2 at least; -1 = all)")
     keep_every_images: Count = Field(
@@ -205,7 +222,9 @@ class EvaluationConfig(Section):
     features: Literal["efficientnet_lite0", "mobilenet_v2"] = Field("efficientnet_lite0", description="feature network")
     reference_images: Count = Field(0, ge=0, description="training images behind the reference statistics; 0 = all")
     validation_images: Count = Field(0, ge=0, description="held-out images for bits per dimension; 0 = all")
-    grid: tuple[int, int] = Field((10, 8), description="rows (classes, if there are any) and columns of the sample grid")
+    grid: tuple[int, int] = Field(
+        (10, 8), description="rows (classes, if there are any) and columns of the sample grid"
+    )
 
 
 def _expand_preset(value: Any) -> Any:

@@ -13,16 +13,19 @@ from trainer.batch import BatchPlan, plan_batch
 from trainer.config import Config
 from trainer.ema import EMA
 from trainer.errors import TrainerError
-from trainer.exit_codes import FINISHED, REQUEUE
+from trainer.exit_codes import FINISHED, NO_PROGRESS, REQUEUE
 from trainer.faults import fault_point
 from trainer.feed import StepInput, feed
+from trainer.last_words import last_words
 from trainer.metrics import MetricLog, Reading, Window
 from trainer.parallel.choose import make_backend, pick_device
-from trainer.parallel.world import Vote, World, barrier, process_group, world_from_env
+from trainer.parallel.world import Vote, World, barrier, broadcast, process_group, world_from_env
+from trainer.resume import count_restart
 from trainer.run_dir import create_run, save_config, writer_lock
 from trainer.saver import Saver
 from trainer.schedule import learning_rate
 from trainer.signals import StopRequest
+from trainer.watchdog import Watchdog, tighten_timeouts
 
 # What a rank may ask of all ranks at a step; the largest answer counts.
 GO_ON, SAVE, STOP, FAIL = range(4)
@@ -34,24 +37,33 @@ def train(config: Config, run_dir: Path, *, init_from: Path | None = None, accep
     Runs alone, or as one rank of the world that the environment describes.
     """
     world = world_from_env()
+    with StopRequest() as stop, last_words(world, run_dir):
+        return _train(config, run_dir, world, stop, init_from, accept_new_data)
+
+
+def _train(
+    config: Config, run_dir: Path, world: World, stop: StopRequest, init_from: Path | None, accept_new_data: bool
+) -> int:
     index = open_index(config.data.train)
     check_data(config, index.num_classes)
     plan = plan_batch(config.train.global_batch_size, world.size, config.train.micro_batch_size)
     device = pick_device(config.train.device, world.local_rank)
     zero = config.parallel.backend == "deepspeed"
     with ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
         stack.enter_context(process_group(world, device, config.parallel.start_timeout_s, always=zero))
         if world.first:
             stack.enter_context(writer_lock(run_dir))
             create_run(run_dir)
         barrier()
+        watchdog = stack.enter_context(Watchdog(run_dir, world.rank, world.size, config.parallel))
+        fault_point("start")
         log = MetricLog(run_dir, config.log.tensorboard, config.train.max_images, world.rank)
         stack.callback(log.close)
-        run = Run(
-            config, run_dir, plan, log, world, device, warmup_images=config.optim.warmup_images or index.num_samples
-        )
+        warmup = config.optim.warmup_images or index.num_samples
+        run = Run(config, run_dir, plan, log, world, device, watchdog, warmup)
         run.start(index.fingerprint, init_from, accept_new_data)
+        if not run.may_go_on(run_dir):
+            return NO_PROGRESS
         if world.first:
             save_config(run_dir, config)
         return run.loop(stop)
@@ -71,8 +83,9 @@ class Run:
 
     def __init__(
         self, config: Config, run_dir: Path, plan: BatchPlan, log: MetricLog, world: World, device: torch.device,
-        warmup_images: int,
+        watchdog: Watchdog, warmup_images: int,
     ) -> None:  # fmt: skip
+        self.watchdog = watchdog
         self.config, self.plan, self.log, self.world, self.device = config, plan, log, world, device
         self.warmup_images = warmup_images
         self.backend = make_backend(config, device, world, plan)
@@ -95,6 +108,15 @@ class Run:
             self.log.say(f"note: made for parallel.world_size={wanted} processes, running on {self.world.size}")
         self.images_seen = self.saver.restore(fingerprint, init_from, accept_new_data)
 
+    def may_go_on(self, run_dir: Path) -> bool:
+        """False, with a last line in the log, if restarts keep coming back to this position."""
+        most, done = self.config.train.max_restarts_without_progress, self.images_seen >= self.config.train.max_images
+        reason = count_restart(run_dir, self.images_seen, most) if self.world.first and not done else None
+        reason = broadcast(reason)  # type: ignore[assignment]
+        if reason is not None:
+            self.log.say(reason)
+        return reason is None
+
     def loop(self, stop: StopRequest) -> int:
         """Steps until the end, or until any rank asks to stop."""
         config, total = self.config, self.config.train.max_images
@@ -102,19 +124,32 @@ class Run:
         loader = self._loader()
         inputs = feed(loader, config.train, pin=self.device.type == "cuda")
         batches = iter(inputs)
-        wish = GO_ON
+        wish, first = GO_ON, True
         try:
             while self.images_seen < total:
                 wish = vote.cast(self._wish(stop))
                 if wish >= STOP:
                     break
+                began = time.monotonic()
                 fault_point("step")
                 if wish == SAVE:
-                    window.checkpoint_stall_s += self.saver.save(self.images_seen)
+                    window.checkpoint_stall_s += self._save()
                 waiting = time.monotonic()
+                if not first:
+                    self.watchdog.phase("data")
                 batch = next(batches)
                 window.data_wait_s += time.monotonic() - waiting
+                if self._left_out(batch):
+                    continue
+                if not first:
+                    self.watchdog.phase("step")
+                own = time.monotonic() - began - time.thread_time()
                 lr = self.step(batch, window)
+                # Computing counts by the CPU time of this thread: waiting for other ranks takes none.
+                self.watchdog.step_done(self.step_count, own + time.thread_time())
+                if first:
+                    tighten_timeouts(config.parallel.step_timeout_s, spare=self.saver.group)
+                    first = False
                 self._report(block=False)
                 if window.steps == config.log.every_steps or self.images_seen >= total:
                     self._report(block=True)
@@ -123,12 +158,25 @@ class Run:
                     self._reading = (reading, self.step_count, self.images_seen, lr)
                     window = Window(self.device)
                 if self.saver.due(self.images_seen):
-                    window.checkpoint_stall_s += self.saver.save(self.images_seen)
+                    window.checkpoint_stall_s += self._save()
             self._report(block=True)
         finally:
             inputs.close()
             loader.close()
         return self._end(wish, stop)
+
+    def _save(self) -> float:
+        self.watchdog.phase("save")
+        return self.saver.save(self.images_seen)
+
+    def _left_out(self, batch: StepInput) -> bool:
+        """Pass over a batch that `train.skip_images` names: only the counter moves on."""
+        begin, end = batch.images_seen, batch.images_seen + self.plan.global_batch_size
+        if not any(begin < last and first < end for first, last in self.config.train.skip_images):
+            return False
+        self.images_seen = end
+        self.log.say(f"passed over images {begin:,} to {end:,}: train.skip_images")
+        return True
 
     def _wish(self, stop: StopRequest) -> int:
         """What this rank asks of all ranks before the next step."""
@@ -140,6 +188,7 @@ class Run:
         return SAVE if self.saver.overdue() else GO_ON
 
     def _end(self, wish: int, stop: StopRequest) -> int:
+        self.watchdog.phase("end")
         self.saver.save(self.images_seen, last=True)
         if wish == FAIL and not self._failing:
             raise TrainerError(

@@ -4,12 +4,15 @@ The configuration given now wins over the one in the checkpoint. Every differenc
 their meaning depend on cannot change; a changed data set must be accepted, because the order of samples changes with it.
 """
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
 from trainer.config_io import config_diff, load_config
 from trainer.errors import TrainerError
+from trainer.files import write_atomic
 
 STRUCTURAL = ("model.", "ema.relative_stds")
 ORDER = ("train.seed", "data.num_canonical_nodes", "data.shuffle_block")
@@ -39,3 +42,25 @@ def check_resume(
     if not accept_new_data:
         raise TrainerError(f"{text}; if that is meant, add --accept-new-data")
     say(f"changed: {text}; its order starts at position {checkpoint.images_seen}")
+
+
+def count_restart(run_dir: Path, images_seen: int, most: int) -> str | None:
+    """Count starts from the same position; the reason to stop if there were more than `most` restarts without progress.
+
+    A chain of requeued jobs that dies before its first save, or in it, would else burn its allocation for ever.
+    """
+    path = run_dir / "restarts.json"
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):
+        before = {}
+    restarts = int(before.get("restarts", 0)) + 1 if before.get("images_seen") == images_seen else 0
+    if most and restarts > most:
+        return (
+            f"no progress: {most} restarts from {images_seen:,} images have committed no new checkpoint "
+            f"(train.max_restarts_without_progress={most}). Look above for how they ended; to leave out images that "
+            f"break the run set train.skip_images, to save sooner lower checkpoint.every_images; then remove {path} and "
+            "start again"
+        )
+    write_atomic(path, json.dumps({"images_seen": images_seen, "restarts": restarts}))
+    return None

@@ -1,11 +1,13 @@
 """The run directory: what lies where, who may write, and how to open one.
 
-config.yaml  run.json  log.txt  metrics.jsonl  tensorboard/  checkpoints/  evals/  evals.jsonl  report.html
+config.yaml  run.json  restarts.json  log.txt  logs/  metrics.jsonl  tensorboard/  heartbeats/  checkpoints/  evals/
+evals.jsonl  report.html
 """
 
 import fcntl
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +56,21 @@ def create_run(run_dir: Path) -> None:
         )
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(run_dir / "run.json", json.dumps({"run_id": uuid.uuid4().hex}))
+
+
+def rank_log(run_dir: Path, rank: int) -> Path:
+    """Where a rank writes for people."""
+    return run_dir / "log.txt" if rank == 0 else run_dir / "logs" / f"rank-{rank:04d}.log"
+
+
+def note(run_dir: Path, text: str) -> None:
+    """Append a line to log.txt, from any rank, thread or supervisor: one write, so lines do not mix."""
+    line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n".encode()
+    descriptor = os.open(run_dir / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line)
+    finally:
+        os.close(descriptor)
 
 
 def save_config(run_dir: Path, config: Config) -> None:

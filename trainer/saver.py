@@ -105,6 +105,11 @@ class Saver:
         )
         self.log.event("save", step=save.step, images_seen=save.images_seen, seconds=save.seconds, stall_s=save.stall_s)
 
+    @property
+    def group(self) -> object:
+        """The process group of its messages: a save may take longer than a step."""
+        return self._writer.channel.group
+
     def newest_name(self) -> str:
         """Name of the newest checkpoint."""
         return ckpt.find(self.run_dir).name
