@@ -45,10 +45,8 @@ def rank_memory(config: Config, world_size: int) -> RankMemory:
     activations = activation_bytes(config.model, checkpointing.mode, element, checkpointing.every_nth_layer)
     sharded = world_size > 1 or zero is not None
     copies = 4 * n + (0 if sharded or element == 4 else element * n)
-    if zero is not None and zero < 3:
-        weights = 4 * n + 4 * n / shard  # whole weights, and a piece of float32 masters
-    else:
-        weights = copies / shard * (2 if zero == 3 else 1)  # stage 3 has masters beside the pieces that compute
+    # ZeRO-1 and 2: whole weights, and a piece of float32 masters.
+    weights = 4 * n + 4 * n / shard if zero in (1, 2) else copies / shard
     return RankMemory(
         weights=weights,
         gradients=4 * n / (1 if zero == 1 else shard),
@@ -67,7 +65,11 @@ def describe(config: Config, world_size: int | None = None) -> str:
     memory = rank_memory(config, ranks)
     model, train = config.model, config.train
     engine = config.parallel.backend if ranks > 1 or config.parallel.backend == "deepspeed" else "one process"
-    grid = f"ZeRO-{config.parallel.zero_stage}" if engine == "deepspeed" else f"dp_replicate {replicate} x dp_shard {shard}"
+    grid = (
+        f"ZeRO-{config.parallel.zero_stage}"
+        if engine == "deepspeed"
+        else f"dp_replicate {replicate} x dp_shard {shard}"
+    )
     parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in vars(memory).items())
     flops = flops_per_image(model)
     return (

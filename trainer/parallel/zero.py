@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from models.cost import parameters_per_layer
 from models.flow import TarFlow, flow_loss
 from models.init import initial_values
 from trainer.batch import BatchPlan
@@ -56,6 +57,8 @@ def zero_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
         # One group, so that our optimizer sees the whole partition at once and can take its norm.
         "sub_group_size": 10**15,
         "stage3_param_persistence_threshold": 0,
+        # Allocated whole at the start; the default of 500 million numbers would dwarf a small model's shards.
+        "reduce_bucket_size": max(parameters_per_layer(config.model), config.model.num_tokens * config.model.channels),
     }
     if parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -107,6 +110,7 @@ class ZeroBackend:
         self._parameters = dict(self.model.named_parameters())
         self._shapes = {n: torch.Size(getattr(p, "ds_shape", p.shape)) for n, p in self._parameters.items()}
         self._mesh = init_device_mesh(device.type, (world.size,), mesh_dim_names=("dp_shard",))
+        self._share_masters()
         self._make_moments()
         self._locals = {name: self._local(p) for name, p in self._parameters.items()}
         self._step = torch.zeros((), device=device)
@@ -182,6 +186,14 @@ class ZeroBackend:
         return (
             self._zero.fp32_partitioned_groups_flat if self.stage == 3 else self._zero.single_partition_of_fp32_groups
         )
+
+    def _share_masters(self) -> None:
+        """Stage 3 in float32 keeps the same numbers twice, as pieces that compute and as masters: let them be one."""
+        if self.stage != 3:
+            return
+        for master, computing in zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_partitioned_groups_flat):
+            if computing is not None and computing.dtype == master.dtype and computing.device == master.device:
+                master.data = computing.data
 
     def _make_moments(self) -> None:
         """Made before the first step, as places to load into; then ZeRO links them to the parameters."""
