@@ -1,0 +1,264 @@
+"""What runs in each task of a job: start the work as a child, hand on signals, and let the chain go on or end.
+
+The job is pickled by submitit. Its own signal handling replaces submitit's as soon as it is called: submitit calls every
+signal of a short job a time-out, loses the race against Slurm's own requeue, and takes its error for the job's result.
+"""
+
+import fcntl
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import slurm
+from cluster.chain import Chain, Limits, Outcome, decide
+from cluster.child import Child, Signals
+from cluster.environment import Place, find_place, job_id, restart_count, scrubbed
+from cluster.errors import ClusterError
+from cluster.exit_codes import CANNOT_REQUEUE, FAILED, FINISHED, NO_PROGRESS, REQUEUE
+from cluster.preflight import BadNodeError, all_reduce_command, check_node, check_shared
+from cluster.rendezvous import meet
+from trainer.files import write_atomic
+
+FORMAT = 1  # of the pickled job
+PATIENCE_S = 20.0  # between the first rank's failure and the end of the others
+
+
+@dataclass
+class Job:
+    """One run's training, or the evaluation beside it. Holds plain values only: it is pickled."""
+
+    kind: str  # train | evaluate
+    run_dir: str
+    code: str  # the snapshot that it runs
+    arguments: list[str]  # of `python -m tarflow`
+    resubmit: str  # the command that goes on by hand
+    limits: Limits
+    gpus: int = 0
+    min_free_gb: float = 0.0
+    preflight: str = "full"
+    follows: str | None = None  # evaluate: the training job whose end ends it
+    format: int = FORMAT
+
+    def __call__(self) -> int:
+        return Task(self).run()
+
+    def checkpoint(self) -> Any:
+        """For submitit, should a signal come before the call: the same job again."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+class Task:
+    """This process's part in a start of a job."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.place: Place = find_place({k: v for k, v in os.environ.items() if k.startswith("SLURM_")})
+        self.run_dir, self.slurm_dir = Path(job.run_dir), Path(job.run_dir) / "slurm"
+        self.id, self.restart = job_id(os.environ), restart_count(os.environ)
+        self.node = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
+        self.folder = self.slurm_dir / "starts" / f"{self.id}-{self.restart}"
+        self.chain = Chain.load(self.slurm_dir, self.id)
+
+    @property
+    def first(self) -> bool:
+        return self.place.rank == 0
+
+    def say(self, text: str) -> None:
+        print(f"[job {self.id}, rank {self.place.rank}, node {self.node}] {text}", flush=True)
+
+    def run(self) -> int:
+        """Work until it ends, then see to what follows. Returns 0, or leaves with another exit code."""
+        with Signals() as signals:
+            try:
+                self.begin()
+                outcome = self.work(signals)
+            except BadNodeError as error:
+                outcome = Outcome(FAILED, str(error), error.node)
+            except (ClusterError, OSError) as error:
+                outcome = Outcome(FAILED, str(error))
+            return self.end_first(outcome) if self.first else self.end_other(outcome, signals)
+
+    def begin(self) -> None:
+        check_code(self.job)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.first:
+            nodes = os.environ.get("SLURM_JOB_NODELIST", self.node)
+            self.chain.begin(self.restart, progress(self.job), nodes)
+            self.say(f"start {self.restart}: {self.job.kind} on {nodes} at step {self.chain.starts[-1]['step']}")
+            if self.job.kind == "train":
+                wait_for_writer(self.run_dir, self.say)
+
+    def work(self, signals: Signals) -> Outcome:
+        """Preflight, then the child."""
+        job, place = self.job, self.place
+        env = {**scrubbed(os.environ), "PYTHONPATH": job.code, "PYTHONSAFEPATH": "1"}
+        if job.preflight != "off":
+            check_node(self.run_dir, self.node, job.gpus if job.preflight == "full" else 0, job.min_free_gb)
+            if place.size > 1:
+                check_shared(self.folder, place, self.node, stopped=signals.stopped)
+        if place.size > 1:
+            meeting = meet(self.folder, place, stopped=signals.stopped)
+            if meeting is None or signals.stopped():
+                return Outcome(REQUEUE, f"stopped by {signals.received} before the start", stopped=True)
+            if job.preflight == "full":
+                checked = self.watch(
+                    Child(all_reduce_command(), env | meeting.variables(place, meeting.check_port)), signals
+                )
+                if checked.code:
+                    text = f"preflight: {checked.text} (all-reduce between all ranks)"
+                    return Outcome(checked.code, text, checked.node, checked.stopped)
+            env |= meeting.variables(place)
+        return self.watch(Child([sys.executable, "-u", "-m", "tarflow", *job.arguments], env), signals)
+
+    def watch(self, child: Child, signals: Signals) -> Outcome:
+        """Wait for a child. Rank 0 also watches for other ranks' failures, an evaluation for the training's end."""
+        signals.child = child
+        try:
+            while (code := child.wait(0.5)) is None:
+                if self.first and (other := self.failure_of_others()) is not None:
+                    end = time.monotonic() + PATIENCE_S
+                    while child.wait(0.5) is None and time.monotonic() < end:
+                        pass
+                    child.end(5)
+                    return other
+                if self.job.follows and (text := training_failed(self.slurm_dir, self.job.follows)):
+                    child.end(10)
+                    return Outcome(FINISHED, text)
+        finally:
+            signals.child = None
+        if code == FINISHED:
+            return Outcome(FINISHED)
+        if code == NO_PROGRESS:
+            return Outcome(NO_PROGRESS, child.last_line)
+        if signals.stopped():
+            # Whatever it made of the signal (it may have been too young to catch it), what counts is committed.
+            return Outcome(REQUEUE, f"stopped by {signals.received}", stopped=True)
+        if code == REQUEUE:
+            return Outcome(REQUEUE, "stopped on request", stopped=True)
+        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        return Outcome(
+            code if code > 0 else 128 - code, f"rank {self.place.rank} on {self.node}: {how}: {child.last_line}"
+        )
+
+    def failure_of_others(self) -> Outcome | None:
+        """The first failure that another rank has noted."""
+        files = sorted(self.folder.glob("failed-*.json"), key=lambda p: p.stat().st_mtime)
+        return Outcome(**json.loads(files[0].read_text())) if files else None
+
+    def end_other(self, outcome: Outcome, signals: Signals) -> int:
+        """Ranks but the first: note a failure and leave the decision to rank 0."""
+        if outcome.code == FINISHED:
+            return FINISHED
+        if outcome.code == REQUEUE:
+            sys.exit(FINISHED)  # no result for submitit, and no bad exit that would kill rank 0 while it requeues
+        self.say(f"failed: {outcome.text}")
+        write_atomic(self.folder / f"failed-{self.place.rank}.json", json.dumps(vars(outcome)))
+        time.sleep(PATIENCE_S + 25)  # rank 0 ends the job, with or without a restart; this is if it cannot
+        sys.exit(outcome.code)
+
+    def end_first(self, outcome: Outcome) -> int:
+        """Rank 0: requeue, exactly once and only after everything is saved, or end the chain."""
+        newest = Chain.load(self.slurm_dir, self.id)
+        if newest.restarts > self.restart:  # a start that outlived its requeue decides nothing any more
+            self.say("a newer start of this job is under way; leaving")
+            sys.exit(REQUEUE)
+        other = self.failure_of_others()
+        if other is not None and (outcome.code not in (FINISHED, NO_PROGRESS) and not outcome.stopped):
+            outcome = other
+        if outcome.node:
+            self.chain.bad_nodes[outcome.node] = outcome.text
+            self.chain.save()
+        cancelled = (self.slurm_dir / f"cancel-{self.id}").exists()
+        decision = decide(outcome, self.chain, progress(self.job), self.job.limits, cancelled)
+        if decision.requeue:
+            problem = slurm.requeue(self.id)
+            if problem is None:
+                self.say(decision.text)
+                if self.chain.bad_nodes:
+                    bad = ",".join(sorted(self.chain.bad_nodes))
+                    kept = slurm.exclude_nodes(self.id, bad)
+                    self.say(f"bad nodes {bad} are {'excluded' if kept else 'NOT excluded (scontrol update failed)'}")
+                sys.exit(REQUEUE)
+            text = (
+                f"{decision.text}\nbut it could not be requeued: {problem}. Go on by hand with:\n  {self.job.resubmit}"
+            )
+            self.finish(CANNOT_REQUEUE, text)
+        self.finish(decision.code, decision.text)
+        return FINISHED
+
+    def finish(self, code: int, text: str) -> None:
+        self.chain.end(code, text)
+        self.say(text)
+        if code != FINISHED:
+            sys.exit(code)
+
+
+def check_code(job: Job) -> None:
+    """Refuse to run a job with other code than it was submitted with."""
+    here = Path(__file__).resolve().parent.parent
+    if job.format != FORMAT or here != Path(job.code).resolve():
+        raise ClusterError(
+            f"this job was submitted with the code in {job.code}, but {here} is what runs: its snapshot was moved or "
+            f"removed; submit again with `{job.resubmit}`"
+        )
+
+
+def progress(job: Job) -> int:
+    """What must grow from start to start: the newest committed step, or the number of evaluated checkpoints."""
+    run_dir = Path(job.run_dir)
+    if job.kind == "evaluate":
+        return len(list(run_dir.glob("evals/*/result.json")))
+    from trainer.checkpoint import committed
+
+    found = committed(run_dir)
+    return found[-1].step if found else 0
+
+
+def training_failed(slurm_dir: Path, job: str) -> str:
+    """The last line of a training whose chain ended before its end; empty while it may still go on, or when finished."""
+    ended = Chain.load(slurm_dir, job).ended
+    if ended is None or ended["text"].startswith("finished"):
+        return ""
+    return f"training job {job} has ended: {ended['text']}"
+
+
+def wait_for_writer(run_dir: Path, say: Any, patience_s: float = 120.0) -> None:
+    """Let an old start of the run die: Slurm may start a job again while the processes of a lost node live on."""
+    end = time.monotonic() + patience_s
+    told = False
+    while True:
+        with open(run_dir / ".lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                file.seek(0)
+                holder = file.read().strip()
+        if time.monotonic() > end:
+            raise ClusterError(f"run {run_dir} is still in use by another process after {patience_s:.0f} s ({holder})")
+        if not told:
+            say(f"waiting for the process that still holds the run ({holder})")
+            told = True
+        time.sleep(0.5)
+
+
+def shield_submitit() -> None:
+    """Give submitit our way to requeue, for a signal that comes before the job is called."""
+    from submitit.slurm.slurm import SlurmJobEnvironment
+
+    def requeue(self: Any, countdown: int) -> None:
+        problem = slurm.requeue(self.job_id)
+        if problem:
+            raise ClusterError(problem)
+
+    SlurmJobEnvironment._requeue = requeue
+
+
+if "SUBMITIT_FOLDER" in os.environ:  # inside a job, where submitit is about to set its handlers
+    shield_submitit()

@@ -1,0 +1,104 @@
+"""Slurm's commands as the product uses them: bounded in time, and what they say is kept."""
+
+import re
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.errors import ClusterError
+
+# A preempted step is sent SIGTERM, and so is a command that it has just started to requeue itself.
+SHIELD = ("env", "--ignore-signal=TERM", "--ignore-signal=USR1", "--ignore-signal=USR2")
+
+
+def ask(command: Sequence[str], timeout_s: float = 30) -> str | None:
+    """What a command prints; None if it is missing, fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def requeue(job: str, timeout_s: float = 40) -> str | None:
+    """Ask Slurm to start a job again, once. Returns None, or why it could not be done.
+
+    "pending execution" is success: Slurm was already requeueing the job that it preempted.
+    """
+    command = [*SHIELD, "scontrol", "requeue", job]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, start_new_session=True)
+    except subprocess.TimeoutExpired:
+        return f"`scontrol requeue {job}` did not answer within {timeout_s:.0f} s"
+    except OSError as error:
+        return f"`scontrol requeue {job}` could not be run: {error}"
+    said = (done.stderr + done.stdout).strip()
+    if done.returncode == 0 or "pending execution" in said.lower():
+        return None
+    if done.returncode == 127:
+        return "scontrol was not found on this node"
+    return f"`scontrol requeue {job}` failed with {done.returncode}: {said or 'it said nothing'}"
+
+
+def exclude_nodes(job: str, nodes: str) -> bool:
+    """Keep a waiting job off some nodes."""
+    command = [*SHIELD, "scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}"]
+    return any(ask(command, 10) is not None or time.sleep(0.5) for _ in range(5))  # type: ignore[func-returns-value]
+
+
+def largest_array() -> int | None:
+    """How many elements an array may have here (the limit is on the index: case C12); None if unknown."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask(["scontrol", "show", "config"]) or "", re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What Slurm knows about a job."""
+
+    state: str
+    reason: str = ""
+    nodes: str = ""
+    live: bool = False  # in the queue: whatever its state, it is not over
+
+
+def states(jobs: Sequence[str]) -> dict[str, JobState]:
+    """States of jobs: the queue first, accounting for what has left it.
+
+    Accounting alone would call a job over that a failed node or a preemption has sent back to the queue.
+    """
+    if not jobs:
+        return {}
+    found: dict[str, JobState] = {}
+    queue = ask(["squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N"])
+    for line in (queue or "").splitlines():
+        job, state, reason, nodes = ([*line.split("|"), "", "", ""])[:4]
+        if job in jobs and state in LIVE:
+            found[job] = JobState(state, reason if reason != "None" else "", nodes, live=True)
+    rest = [job for job in jobs if job not in found]
+    if rest:
+        records = ask(["sacct", "-n", "-P", "-X", "-o", "jobid,state,exitcode,nodelist", "-j", ",".join(rest)])
+        for line in (records or "").splitlines():
+            job, state, code, nodes = ([*line.split("|"), "", "", ""])[:4]
+            if job in rest and state:
+                found[job] = JobState(state.split()[0], f"exit {code.split(':')[0]}", nodes)
+    return found
+
+
+LIVE = {
+    "PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT", "RESIZING",
+    "SIGNALING", "SPECIAL_EXIT", "STOPPED", "REQUEUE_FED", "RESV_DEL_HOLD",
+}  # fmt: skip
+
+
+def command(*words: str) -> None:
+    """Run one of Slurm's commands; if it fails, an error with what it said."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        raise ClusterError(f"{words[0]} is not on PATH: this machine has no Slurm") from None
+    except subprocess.TimeoutExpired:
+        raise ClusterError(f"`{' '.join(words)}` did not answer within a minute") from None
+    if done.returncode:
+        raise ClusterError(f"`{' '.join(words)}` failed: {done.stderr.strip() or done.stdout.strip()}")
