@@ -2,7 +2,6 @@
 
 from trainer.exit_codes import FAILED, FINISHED, NO_PROGRESS, REQUEUE
 
-
 REQUEUE_LIMIT = 78  # as many restarts as the profile allows
 CANNOT_REQUEUE = 79  # saved, but Slurm did not take the request to start again
 

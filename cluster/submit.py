@@ -166,7 +166,7 @@ def _executor(profile: Profile, run_dir: Path, name: str, nodes: int, tasks: int
     """submitit's executor with the profile's settings."""
     from submitit.slurm.slurm import SlurmExecutor
 
-    class Executor(SlurmExecutor):  # type: ignore[misc]
+    class Executor(SlurmExecutor):
         """Texts can be made on a machine without Slurm."""
 
         @classmethod
@@ -189,7 +189,7 @@ def _executor(profile: Profile, run_dir: Path, name: str, nodes: int, tasks: int
         "partition": profile.partition, "account": profile.account, "qos": profile.qos,
         "constraint": profile.constraint, "exclude": profile.exclude, "cpus_per_task": profile.cpus, "mem": profile.mem,
         "gpus_per_node": profile.gpus or None, "signal_delay_s": profile.signal_before,
-        "array_parallelism": profile.array_parallelism, 
+        "array_parallelism": profile.array_parallelism,
         "srun_args": ["--kill-on-bad-exit=1", "--open-mode=append", *cpus, *profile.srun],
         "additional_parameters": {"requeue": True, **profile.sbatch},
         "setup": [*profile.setup, "export PYTHONSAFEPATH=1"],
