@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 def build_parser(parser: argparse.ArgumentParser) -> None:
     """Add the verbs of the data room to `parser`."""
+    parser.epilog = "example:\n  tarflow data prepare photos/ sets/photos --size 64 --val-fraction 0.1"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     verbs = parser.add_subparsers(dest="data_verb", metavar="VERB", required=True)
     _prepare(_verb(
         verbs, "prepare", "turn images into WebDataset shards with an index",
