@@ -1,0 +1,118 @@
+"""The ranks of a fault campaign: forks of a process that has loaded torch, told how to die, and watched until they do."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import trainer.loop
+from trainer.config import Config
+from trainer.faults import VARIABLE
+
+RANKS = 2
+
+
+def rank_main(config: Config, run_dir: Path, rank: int, port: int, fault: str) -> None:
+    """One rank, in a fork; never returns. After every step it writes down which samples that step trained on."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), VARIABLE: fault}  # fmt: skip
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    notes, out = (os.open(beside(run_dir, name), flags) for name in ("trained.jsonl", "output.txt"))
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    ids: dict[int, list[int]] = {}
+    feed, step = trainer.loop.feed, trainer.loop.Run.step
+
+    def noting_feed(loader: Any, *args: Any, **kwargs: Any) -> Any:
+        def batches() -> Iterator[Any]:
+            for batch in loader:
+                ids[batch.images_seen] = batch.ids.tolist()
+                yield batch
+
+        return feed(batches(), *args, **kwargs)
+
+    def noting_step(run: Any, batch: Any, window: Any) -> float:
+        lr = step(run, batch, window)
+        os.write(notes, (json.dumps([batch.images_seen, rank, ids.pop(batch.images_seen)]) + "\n").encode())
+        return lr
+
+    trainer.loop.feed, trainer.loop.Run.step = noting_feed, noting_step  # type: ignore[assignment, method-assign]
+    code = 1
+    try:
+        code = trainer.loop.train(config, run_dir)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def beside(run_dir: Path, name: str) -> Path:
+    """A file that belongs to a run but lies outside of it, where its disk may be full."""
+    return run_dir.parent.parent / f"{run_dir.name}-{name}"
+
+
+class Life:
+    """The ranks of one start, until they are all gone."""
+
+    def __init__(self, config: Config, run_dir: Path, fault: str = "") -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.codes: dict[int, int] = {}
+        self.notes = beside(run_dir, "trained.jsonl")
+        self.begin = self.notes.stat().st_size if self.notes.exists() else 0
+        self.pids = {}
+        for rank in range(RANKS):
+            pid = os.fork()
+            if pid == 0:
+                rank_main(config, run_dir, rank, port, fault)
+            self.pids[rank] = pid
+
+    def poll(self) -> bool:
+        """Whether any rank has ended."""
+        for rank, pid in self.pids.items():
+            if rank not in self.codes:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    self.codes[rank] = os.waitstatus_to_exitcode(status)
+        return bool(self.codes)
+
+    def send(self, number: signal.Signals, ranks: Sequence[int]) -> None:
+        for rank in ranks:
+            if rank not in self.codes:
+                os.kill(self.pids[rank], number)
+
+    def lines(self) -> list[list[Any]]:
+        """What this start has trained on until now."""
+        if not self.notes.exists():
+            return []
+        with open(self.notes, "rb") as file:
+            file.seek(self.begin)
+            return [json.loads(line) for line in file.read().splitlines() if line.endswith(b"]")]
+
+    def wait_for(self, steps: int, patience_s: float = 60) -> None:
+        """Until rank 0 has trained so many steps, or a rank has ended."""
+        end = time.monotonic() + patience_s
+        while not self.poll() and time.monotonic() < end:
+            if sum(line[1] == 0 for line in self.lines()) >= steps:
+                return
+            time.sleep(0.004)
+
+    def end(self, grace_s: float) -> float:
+        """Wait until all are gone, as a supervisor would; the seconds from the first death to the last."""
+        while not self.poll():
+            time.sleep(0.004)
+        began = time.monotonic()
+        while len(self.codes) < RANKS:
+            if time.monotonic() - began > grace_s:
+                self.send(signal.SIGKILL, range(RANKS))
+            time.sleep(0.004)
+            self.poll()
+        return time.monotonic() - began
