@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from data_pipeline.errors import BadSampleError, DataError
+from data_pipeline.fetch_ahead import FetchAhead
 from data_pipeline.index import Index, open_index
 from data_pipeline.order import Order, check_world
 from data_pipeline.prefetched import Prefetched as Prefetched
@@ -114,6 +115,7 @@ class Loader:
         self._delivered = 0
         self._stop: Callable[[], None] = lambda: None
         self._pids: Callable[[], list[int]] = list
+        self._ahead: FetchAhead | None = None
         self.reader = choose_reader(data, reader)
         if self.reader == "stream":
             self.shards = stream_shards(data)
@@ -156,6 +158,10 @@ class Loader:
         self._delivered = 0
         if self.reader == "stream":
             return self._delivering(self._from_stream())
+        if self.index.any_remote and self.spec.access.cache_bytes:
+            self._ahead = FetchAhead(
+                self.index, self.spec.access, self.global_batch_size, self.images_seen, self._share_of_order()
+            )
         return self._with_processes() if self.num_workers else self._delivering(self._from_samples())
 
     def __enter__(self) -> Loader:
@@ -172,6 +178,9 @@ class Loader:
         """End the workers or the thread. Batches that were handed out stay valid."""
         self._stop()
         self._stop, self._pids = lambda: None, list
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def _plan(self) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
         """(images_seen, slots, stream positions, ids) of each batch, int64 [b]."""
@@ -181,6 +190,19 @@ class Loader:
             positions = seen + slots
             yield seen, slots, positions, self.order.ids(positions)
             seen += self.global_batch_size
+
+    def _share_of_order(self) -> Callable[[int, int], np.ndarray]:
+        """(position, batches) -> ids of this rank's samples there; an order of its own, since the caches of one are not
+        to be shared between threads."""
+        order, size = self.order.copy(), self.global_batch_size
+
+        def ids(position: int, batches: int) -> np.ndarray:
+            starts = range(position, position + batches * size, size)
+            return order.ids(
+                np.concatenate([seen + order.slots(seen, size, self.rank, self.world_size) for seen in starts])
+            )
+
+        return ids
 
     def _delivering(self, produced: Iterator[tuple[Batch, list[Skipped]]]) -> Iterator[Batch]:
         """Batches made in a background thread."""
@@ -249,6 +271,8 @@ class Loader:
     def _account(self, skipped: list[Skipped]) -> None:
         """Count replaced samples of a batch that is handed out; stop the run above the allowed share."""
         self._delivered += self.layout.rows
+        if self._ahead is not None:
+            self._ahead.reached(self.images_seen + self._delivered * self.world_size)
         for bad in skipped:
             self.counters[bad.cause] += 1
             if self.counters.total() <= _NAMED:

@@ -56,6 +56,12 @@ class Order:
         self._blocks: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
         self._block_bytes = 0
 
+    def copy(self) -> Order:
+        """The same order with caches of its own, for another thread."""
+        return Order(
+            self.shard_sizes, seed=self.seed, num_canonical_nodes=self.num_canonical_nodes, shuffle_block=self.shuffle_block
+        )  # fmt: skip
+
     def ids(self, positions: np.ndarray) -> np.ndarray:
         """Sample ids, int64 of the same shape, at these stream positions (int64 [n], >= 0, any order)."""
         positions = np.asarray(positions, dtype=np.int64)

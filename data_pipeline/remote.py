@@ -80,6 +80,7 @@ class Remote:
 
     def __init__(self, access: Access) -> None:
         self.access = access
+        self.stopped: Callable[[], bool] = lambda: False  # asked between attempts and pieces: True gives up at once
         self._systems: dict[str, Any] = {}
 
     def read(self, url: str, offset: int, size: int, total: int) -> bytes:
@@ -137,6 +138,7 @@ class Remote:
     def _persist(self, url: str, attempt: Callable[[], Any]) -> Any:
         began = time.monotonic()
         for number in range(self.access.retries + 1):
+            self._go_on()
             try:
                 return attempt()
             except (DataError, NoRangesError):
@@ -156,6 +158,10 @@ class Remote:
             f"cannot read {url}: {self.access.retries + 1} attempts in {time.monotonic() - began:.1f} s, the last: "
             f"{_say(last)} (settings data.retries={self.access.retries}, data.timeout_s={self.access.timeout_s:g})"
         )
+
+    def _go_on(self) -> None:
+        if self.stopped():
+            raise DataError("given up: what it was for is over")
 
     def _get(
         self, url: str, offset: int | None, size: int | None, total: int | None, sink: Callable[[bytes], object]
@@ -203,6 +209,7 @@ class Remote:
                     raise NoRangesError
                 self._check_range(answer.headers.get("Content-Range", ""), url, offset, total)
             async for piece in answer.content.iter_any():
+                self._go_on()
                 sink(piece)
 
     def _check_status(self, status: int, url: str, total: int | None) -> None:

@@ -35,15 +35,23 @@ class RemoteShards:
             return self._range(shard, offset, size, total)
         fd = self._files.get(shard)
         if fd is None:
-            url = self.index.shard_place(shard)
-            name = cache_name(url, self.index.shard_digest(shard))
-            fd = self.cache.open(name, total, lambda file: self.remote.save(url, total, file))
-            self._files[shard] = fd
+            fd = self._files[shard] = self._open(shard)
             while len(self._files) > _OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
         else:
             self._files.move_to_end(shard)
         return read_at(fd, offset, size)
+
+    def fetch(self, shard: int) -> None:
+        """Put a shard into the cache unless it is there, or there is none for it."""
+        if self.cache is not None and int(self.index.shard_bytes[shard]) <= self.access.cache_bytes:
+            os.close(self._open(shard))
+
+    def _open(self, shard: int) -> int:
+        assert self.cache is not None
+        url, total = self.index.shard_place(shard), int(self.index.shard_bytes[shard])
+        name = cache_name(url, self.index.shard_digest(shard))
+        return self.cache.open(name, total, lambda file: self.remote.save(url, total, file))
 
     def close(self) -> None:
         """Close the cached files."""

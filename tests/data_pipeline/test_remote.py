@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -136,8 +137,9 @@ def test_a_server_that_does_not_recover_is_given_up_with_the_settings_named(
         with pytest.raises(DataError, match=rf"shard-000\d\.tar: 3 attempts in .*{message}.*data\.retries=2") as caught:
             take(server.url, 1, on_error=on_error, **options)
         assert "data.timeout_s=0.2" in str(caught.value)
-    assert time.monotonic() - began < 12
-    assert len([path for path, _ in server.behaviour.requests if path.endswith(".tar")]) == 6
+    assert time.monotonic() - began < 40
+    # Three attempts for the reader and, with a cache, three for the thread that fetches ahead; twice.
+    assert len([path for path, _ in server.behaviour.requests if path.endswith(".tar")]) <= (12 if cache_bytes else 6)
     assert not list(tmp_path.glob("c/*.partial"))
 
 
@@ -291,3 +293,45 @@ def test_a_full_disk_names_the_settings(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no room for .*data\.cache_bytes .*data\.cache_dir"):
         ShardCache(tmp_path, 1 << 20).open("x", 3, fetch)
     assert list(tmp_path.iterdir()) == []
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_are_fetched_before_they_are_wanted(make_set: Callable[..., Path], tmp_path: Path, workers: int) -> None:
+    """As far as half the cache reaches, and further as the consumer goes on."""
+    root = make_set([40] * 12)
+    server = http_server.BadServer(root)
+    size = (root / "shard-0000.tar").stat().st_size
+    options: dict[str, Any] = {"cache_dir": str(tmp_path / "c"), "cache_bytes": 10 * size, "num_workers": workers}
+    order: dict[str, Any] = {"shuffle_block": 40, "global_batch_size": 8, "prefetch_batches": 1}
+    asked = lambda: len({path for path, _ in server.behaviour.requests if path.endswith(".tar")})  # noqa: E731
+    try:
+        with Loader(server.url, **(ARGS | options | order)) as loader:
+            iterator = iter(loader)
+            first = [next(iterator)]
+            assert wait_until(lambda: asked() >= 5), "the consumer needs one shard, half of the cache holds five"
+            time.sleep(0.2)
+            assert asked() <= 7, "more was fetched than half of the cache holds"
+            first += [next(iterator) for _ in range(30)]  # six shards on
+            assert wait_until(lambda: asked() >= 10)
+        same(first, take(root, 31, **order))
+    finally:
+        server.close()
+    assert {path.suffix for path in (tmp_path / "c").iterdir()} == {".shard"}
+
+
+def test_a_fetch_under_way_ends_with_the_loader(served: tuple[Any, Path], tmp_path: Path) -> None:
+    server, _ = served
+    options: dict[str, Any] = {"cache_dir": str(tmp_path / "c"), "timeout_s": 5.0}
+    with Loader(server.url, **(ARGS | options)) as loader:
+        next(iter(loader))
+        began = time.monotonic()
+    assert time.monotonic() - began < 10
+    assert not [thread for thread in threading.enumerate() if thread.name == "tarflow-fetch"]
+    assert {path.suffix for path in (tmp_path / "c").iterdir()} == {".shard"}
