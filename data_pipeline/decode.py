@@ -27,7 +27,6 @@ from data_pipeline.errors import BadSampleError
 WHITE = 255
 _ORIENTATION = 0x0112
 _EXIF = b"Exif\x00\x00"
-_EXIF_WITHIN = 1 << 17
 _FACTORS = (8, 4, 2)
 
 
@@ -56,11 +55,7 @@ def decode_into(data: bytes, out: np.ndarray) -> bool:
         return False
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if (
-            (height, width) != out.shape[:2]
-            or colours not in ("YCbCr", "RGB")
-            or data.find(_EXIF, 0, _EXIF_WITHIN) >= 0
-        ):
+        if (height, width) != out.shape[:2] or colours not in ("YCbCr", "RGB") or _exif_at(data) >= 0:
             return False
         simplejpeg.decode_jpeg(data, "RGB", buffer=out)
     except ValueError:
@@ -98,11 +93,24 @@ def _decode_jpeg(data: bytes, channels: int, at_least: int | None) -> np.ndarray
         return None
     if channels == 3 and image.shape[2] == 1:
         image = np.repeat(image, 3, axis=2)
-    # The marker stands in front of the pixels; looking for its six bytes there is cheaper than walking the markers.
-    at = data.find(_EXIF, 0, _EXIF_WITHIN)
+    at = _exif_at(data)
     if at >= 0:
-        return _turn(image, _exif_orientation(data[at + len(_EXIF) :]))
+        return _turn(image, _exif_orientation(data[at:]))
     return np.asarray(image)
+
+
+def _exif_at(jpeg: bytes) -> int:
+    """Where the EXIF block of a JPEG starts, -1 without one. Goes from marker to marker up to the pixels."""
+    at, end = 2, len(jpeg) - 10
+    while at < end and jpeg[at] == 0xFF:
+        marker = jpeg[at + 1]
+        if marker == 0xE1 and jpeg[at + 4 : at + 10] == _EXIF:
+            return at + 10
+        if marker == 0xDA:
+            return -1
+        # Fill bytes (0xFF once more) may stand before a marker; a segment's length counts itself.
+        at += 1 if marker == 0xFF else 2 + (jpeg[at + 2] << 8) + jpeg[at + 3]
+    return -1
 
 
 def _exif_orientation(tiff: bytes) -> int:

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before the imports below, which take a moment
     for _number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(_number, signal.SIG_IGN)
 
+import gc
 import json
 import mmap
 import os
@@ -116,7 +117,9 @@ def main(arguments: list[str]) -> None:
     layout = Layout(**config["layout"])
     tasks = socket.socket(fileno=config["tasks"])
     results = socket.socket(fileno=config["results"])
-    memory = mmap.mmap(config["memory"], config["memory_bytes"])
+    # All pages at once: a fault for each, while decoding, would cost more.
+    memory = mmap.mmap(config["memory"], config["memory_bytes"], mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+    gc.freeze()  # what was imported stays: no need to look through it again and again
     parent = config["parent"]
     tasks.settimeout(5.0)
     producer: Producer | None = None

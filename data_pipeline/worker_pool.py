@@ -86,7 +86,8 @@ class WorkerPool:
 
     def submit(self, ids: np.ndarray, positions: np.ndarray) -> int:
         """Start a batch (int64 [rows] each); returns its slot."""
-        slot, ready = self.free.popleft()
+        # The slot that was freed last is still in the caches; where a copy must be waited for, the one freed first.
+        slot, ready = self.free.pop() if self.free[-1][1] is None else self.free.popleft()
         if ready is not None:
             ready()
         self._missing[slot] = len(ids)

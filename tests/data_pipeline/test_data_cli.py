@@ -16,6 +16,7 @@ from PIL import Image
 from data_pipeline import cli
 from data_pipeline.errors import DataError
 from data_pipeline.index import open_index
+from data_pipeline.loader import eval_batches
 
 VERBS = ["prepare", "fetch", "index", "info", "verify"]
 
@@ -130,3 +131,29 @@ def test_the_worker_does_not_load_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )
     assert done.stdout == "False\n"
+
+
+def test_prepare_into_mds_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same images, labels and order of writing as in tars; info and verify know what they look at."""
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(30) % 3)
+    for container in ("mds", "webdataset"):
+        words = ["prepare", tmp_path / "a.npz", tmp_path / container, "--size", 8, "--container", container]
+        assert tarflow_data(*words, "--val-fraction", 0.2) == 0
+    for split, count in (("train", 24), ("val", 6)):
+        options = {"image_size": 8, "channels": 3, "batch_size": 30, "num_classes": 3}
+        (ours,), (theirs,) = (list(eval_batches(tmp_path / form / split, **options)) for form in ("mds", "webdataset"))
+        assert len(ours.ids) == count
+        assert (ours.images == theirs.images).all()
+        assert (ours.labels == theirs.labels).all()
+    capsys.readouterr()
+    assert tarflow_data("info", tmp_path / "mds" / "train") == 0
+    assert "(mds shards)" in capsys.readouterr().out
+    before = open_index(tmp_path / "mds" / "train").fingerprint
+    assert tarflow_data("index", tmp_path / "mds" / "train") == 0
+    assert open_index(tmp_path / "mds" / "train").fingerprint == before
+    assert tarflow_data("verify", tmp_path / "mds" / "train") == 0
+    np.savez(tmp_path / "b.npz", images=images, labels=np.arange(30) - 1)
+    with pytest.raises(DataError):
+        tarflow_data("prepare", tmp_path / "b.npz", tmp_path / "b", "--size", 8, "--container", "mds")
+    assert not (tmp_path / "b").exists()

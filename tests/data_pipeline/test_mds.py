@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,3 +202,14 @@ def test_D12_nothing_of_mds_lands_in_shared_memory(tmp_path: Path, lab: SimpleNa
     with Loader(tmp_path / "mds", **ARGS, num_workers=1) as loader:
         next(iter(loader))
         assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_what_mds_cannot_hold_and_a_missing_package_are_named(
+    tmp_path: Path, lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataError, match="some images have labels and some have none"):
+        write_mds(tmp_path / "a", iter([(lab.image_bytes(0), 1), (lab.image_bytes(1), -1)]), 1500)
+    assert write_mds(tmp_path / "b", iter([]), 1500) == 0
+    monkeypatch.setitem(sys.modules, "streaming", None)
+    with pytest.raises(DataError, match=r"needs the package mosaicml-streaming .*pip install 'tarflow\[mds\]'"):
+        write_mds(tmp_path / "c", iter([(lab.image_bytes(0), 1)]), 1500)
