@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline import tar_scan
 from data_pipeline.errors import DataError
 from data_pipeline.tar_scan import scan_tar
 
@@ -116,3 +117,73 @@ def test_what_is_no_tar_is_said(tmp_path: Path) -> None:
         scan_tar(path)
     with pytest.raises(DataError, match=r"none\.tar: No such file"):
         scan_tar(tmp_path / "none.tar")
+
+
+@given(
+    st.lists(st.integers(0, 9000), min_size=30, max_size=60),
+    st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+    st.booleans(),
+    st.lists(st.tuples(st.integers(0, 59), st.sampled_from(["long", "folder", "odd", "big label"])), max_size=2),
+    st.none() | st.tuples(st.integers(0, 59), st.sampled_from([5, 126, 150, 156])),
+)
+@settings(max_examples=150, deadline=None)
+def test_leaps_over_regular_members_find_what_going_one_by_one_finds(
+    sizes: list[int], format: int, fractions: bool, odd: list[tuple[int, str]], damage: tuple[int, int] | None
+) -> None:
+    """Writers repeat themselves, and the scan leaps on that guess; what breaks the rhythm must not be missed."""
+    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"leap-{os.getpid()}.tar"
+    try:
+        with tarfile.open(path, "w", format=format) as tar:
+            for number, size in enumerate(sizes):
+                kinds = {kind for place, kind in odd if place == number}
+                label = b"7" * (700 if "big label" in kinds else 2)
+                stem = f"{number:04d}" if "long" not in kinds else f"{number:04d}{'x' * 90}/{'y' * 90}"
+                members = [(f"{stem}.cls", label), (f"{stem}.jpg", os.urandom(size))]
+                for name, content in members + ([("odd.txt", b"?")] if "odd" in kinds else []):
+                    info = tarfile.TarInfo(name)
+                    info.size, info.mtime = len(content), 1_700_000_000 + 0.25 * fractions
+                    tar.addfile(info, io.BytesIO(content))
+                if "folder" in kinds:
+                    info = tarfile.TarInfo(f"{number}-folder")
+                    info.type = tarfile.DIRTYPE
+                    tar.addfile(info)
+        with tarfile.open(path) as tar:
+            expected = [(m.name, m.offset_data, m.size) for m in tar.getmembers() if m.isfile()]
+        hit = None
+        if damage is not None and 2 * damage[0] < len(expected):
+            hit = 2 * damage[0]
+            with path.open("r+b") as file:
+                file.seek(expected[hit][1] - 512 + damage[1])
+                before = file.read(1)
+                file.seek(-1, os.SEEK_CUR)
+                file.write(bytes([before[0] ^ 1]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("data_pipeline.tar_scan._WINDOWS", 4)
+            leaping = scan_tar(path)
+            patch.setattr("data_pipeline.tar_scan._GUESSES", 0)
+            careful = scan_tar(path)
+        assert leaping == careful
+        found = [(n.decode(), o, s) for n, o, s in zip(leaping.names, leaping.offsets, leaping.sizes)]
+        assert found == expected[: len(expected) if hit is None else hit]
+        assert (leaping.damage is None) == (hit is None)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_leaps_are_made(tmp_path: Path, lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the test above would compare one way with itself."""
+    lab.write_tar(
+        tmp_path / "a.tar", [(f"{i}.{e}", b"x" * n) for i in range(99) for e, n in (("cls", 1), ("jpg", 5000))]
+    )
+    leaps: list[bool] = []
+    leap = tar_scan._leap
+
+    def counted(fd: int, scan: tar_scan.TarScan, keep: int, position: int, *rest: object) -> int:
+        further = leap(fd, scan, keep, position, *rest)  # type: ignore[arg-type]
+        leaps.append(further > position)
+        return further
+
+    monkeypatch.setattr(tar_scan, "_WINDOWS", 8)
+    monkeypatch.setattr(tar_scan, "_leap", counted)
+    assert len(scan_tar(tmp_path / "a.tar").names) == 198
+    assert sum(leaps) >= 10
