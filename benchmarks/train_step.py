@@ -1,0 +1,134 @@
+"""A training step of ours against the published way of doing it: same model, same batch, one run, alternating.
+
+Patch 4, width 256, 4 x 4 layers (2 x 2 at 4,096 tokens), float32 and bfloat16. Bars: images/s over the baseline's at least
+1.05 / 1.2 (float32 / bfloat16) at 256 tokens, where products dominate; 1.15 / 1.3 at 1,024; 1.7 / 1.9 at 4,096, where the
+masked half of the dense attention is most of the work. Also: the share of this machine's matrix-product rate that each
+step reaches, measured in the same run, and where our time goes.
+"""
+
+import sys
+import time
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.common import Bar, finish, parse_args
+from benchmarks.golden import training_config
+from benchmarks.published_style import DenseTrainer
+from models.config import TarFlowConfig
+from models.cost import flops_per_image
+from models.flow import TarFlow
+from models.init import init_weights
+from trainer.parallel.torch_backend import SingleBackend
+
+BARS = {256: (1.05, 1.2), 1024: (1.15, 1.3), 4096: (1.7, 1.9)}
+LR = 1e-4
+GROUPS = {
+    "products": ("mm", "addmm", "bmm", "baddbmm"),
+    "attention": ("_scaled_dot_product",),
+    "optimizer": ("_fused_adamw", "_foreach"),
+}
+
+
+def shape(tokens: int) -> TarFlowConfig:
+    depth = 2 if tokens == 4096 else 4
+    return TarFlowConfig(
+        image_size=round(tokens**0.5) * 4, patch_size=4, channels=256, num_blocks=depth, layers_per_block=depth,
+        num_classes=10,
+    )  # fmt: skip
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a 1,024^3 product on this machine, best of several."""
+    a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+    times = []
+    for _ in range(12):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(times)
+
+
+class Ours:
+    """Our step, with its metrics read at the end of the window, as the loop does."""
+
+    def __init__(self, config: TarFlowConfig, weights: dict[str, Tensor], dtype: str) -> None:
+        model = TarFlow(config)
+        model.load_state_dict(weights)
+        settings = training_config(config, train={"param_dtype": dtype, "global_batch_size": 8})
+        self.backend = SingleBackend(model, settings, torch.device("cpu"))
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        stats = self.backend.forward_backward(x, y, 1.0)
+        self.backend.optimizer_step(LR)
+        return stats
+
+
+def compare(tokens: int, dtype: str, rounds: int) -> dict[str, float]:
+    """Median seconds of both, alternating; and how far their first losses are apart."""
+    config = shape(tokens)
+    model = TarFlow(config)
+    init_weights(model, 0)
+    weights = model.state_dict()
+    batch = max(1, 4096 // tokens)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, *config.image_shape, generator=generator)
+    y = torch.arange(batch) % 10 - (torch.arange(batch) == 0).long()  # the first label is dropped
+    baseline = DenseTrainer(config, weights, getattr(torch, dtype), LR)
+    ours = Ours(config, weights, dtype)
+    first = abs(baseline.step(x, y)["loss"] - float(ours.step(x, y)[0]))
+    seconds: dict[str, list[float]] = {"baseline": [], "ours": []}
+    cpu: dict[str, list[float]] = {"baseline": [], "ours": []}
+    for _ in range(rounds):
+        for name, runner in (("baseline", baseline), ("ours", ours)):
+            wall, used = time.perf_counter(), time.process_time()
+            runner.step(x, y)
+            seconds[name].append(time.perf_counter() - wall)
+            cpu[name].append(time.process_time() - used)
+    work = flops_per_image(config) * batch
+    rate = matmul_rate(getattr(torch, dtype))
+    return {
+        "images/s": batch / median(seconds["ours"]),
+        "ratio": median(seconds["baseline"]) / median(seconds["ours"]),
+        "cpu ratio": median(cpu["baseline"]) / median(cpu["ours"]),
+        "share, baseline": work / median(seconds["baseline"]) / rate,
+        "share, ours": work / median(seconds["ours"]) / rate,
+        "first loss apart": first,
+        **where_time_goes(ours, x, y),
+    }
+
+
+def where_time_goes(ours: Ours, x: Tensor, y: Tensor) -> dict[str, float]:
+    """Share of our step by kind of operation."""
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        ours.step(x, y)
+    times = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in record.key_averages()}
+    total = sum(times.values())
+    shares = {
+        kind: sum(t for key, t in times.items() if key.startswith(prefixes) and not key.startswith("mse")) / total
+        for kind, prefixes in GROUPS.items()
+    }
+    return shares | {"rest": 1 - sum(shares.values())}
+
+
+def main() -> int:
+    args = parse_args("Compare a training step with the published way of doing it.")
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    rows, bars = [], []
+    for tokens, minima in BARS.items():
+        for dtype, least in zip(("float32", "bfloat16"), minima):
+            r = compare(tokens, dtype, rounds=3 if args.quick else 9)
+            rows.append((tokens, dtype, *r.values()))
+            bars.append(Bar(f"images/s over the baseline, {tokens} tokens, {dtype}", r["ratio"], at_least=least))
+            close = 1e-4 if dtype == "float32" else 0.05
+            bars.append(Bar(f"first losses apart, {tokens} tokens, {dtype}", r["first loss apart"], at_most=close,
+                            reason="the same mathematics"))  # fmt: skip
+    dist.destroy_process_group()
+    return finish(args, rows, ("tokens", "dtype", *r), bars)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

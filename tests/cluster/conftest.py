@@ -1,0 +1,120 @@
+"""Tiny data, a profile, the verbs as functions, and the live cluster of tests marked `slurm`."""
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import yaml
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 grey 8 px images in 2 classes, as indexed shards of 32."""
+    from data_pipeline.prepare import Options, prepare
+    from data_pipeline.sources import open_source
+
+    folder = tmp_path_factory.mktemp("tiny")
+    images = np.random.default_rng(0).integers(0, 90, (64, 8, 8, 1), dtype=np.uint8)
+    images[::2, :4] += 150
+    np.savez(folder / "images.npz", images=images, labels=np.arange(64) % 2)
+    prepare(open_source(folder / "images.npz"), folder / "set", Options(size=8, shard_size=32))
+    return folder / "set"
+
+
+@pytest.fixture
+def config_file(tiny_data: Path, tmp_path: Path) -> Path:
+    """200 steps of 16 images; a checkpoint every 50."""
+    return write_config(tmp_path / "tiny.yaml", tiny_data)
+
+
+def write_config(path: Path, data: Path) -> Path:
+    tree = {
+        "data": {"train": str(data)},
+        "model": {
+            "image_size": 8, "patch_size": 2, "in_channels": 1, "channels": 32, "num_blocks": 2, "layers_per_block": 1,
+            "head_channels": 16, "num_classes": 2,
+        },
+        "train": {"global_batch_size": 16, "max_images": 3200, "noise_std": 0.1},
+        "optim": {"lr": 1e-3, "warmup_images": 320},
+        "checkpoint": {"every_images": 800},
+        "evaluation": {"num_samples": 16, "grid": [2, 2]},
+        "log": {"every_steps": 5, "tensorboard": False},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture
+def verb():
+    """`verb("submit", "config.yaml", "--run", ...)`: a verb of this room, called as the front door does."""
+    from cluster import cli
+
+    def call(name: str, *words: object) -> int:
+        parser = argparse.ArgumentParser()
+        getattr(cli, f"build_{name.replace('-', '_')}_parser")(parser)
+        args, rest = parser.parse_known_args([str(word) for word in words])
+        assert not [r for r in rest if r.startswith("-") or "=" not in r], rest
+        if rest:
+            args.overrides += rest
+        return getattr(cli, f"run_{name.replace('-', '_')}")(args)
+
+    return call
+
+
+@pytest.fixture
+def fake_bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Put a shell script in the place of one of Slurm's commands; returns the file in which its arguments are noted."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def make(name: str, script: str = "exit 0") -> Path:
+        calls = tmp_path / f"{name}.calls"
+        path = folder / name
+        path.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>"{calls}"\n{script}\n')
+        path.chmod(0o755)
+        return calls
+
+    return make
+
+
+def live_slurm_conf() -> str | None:
+    """The configuration of a Slurm that answers: from TARFLOW_SLURM_ENV (a file that start.sh wrote), or of this machine."""
+    conf = os.environ.get("SLURM_CONF")
+    if file := os.environ.get("TARFLOW_SLURM_ENV"):
+        found = re.search(r"^export SLURM_CONF=(.+)$", Path(file).read_text(), re.MULTILINE)
+        assert found, f"{file} sets no SLURM_CONF"
+        conf = found[1]
+    if shutil.which("sinfo") is None:
+        return None
+    env = {**os.environ, "SLURM_CONF": conf} if conf else None
+    answered = subprocess.run(["sinfo", "-h"], capture_output=True, env=env, timeout=30).returncode == 0
+    return (conf or "") if answered else None
+
+
+@pytest.fixture
+def slurm_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """A live Slurm. Without one a test is skipped, but in CI (or with TARFLOW_REQUIRE_SLURM=1) that is a failure."""
+    conf = live_slurm_conf()
+    if conf is None:
+        reason = "no Slurm answers (tests/cluster/slurm/start.sh DIR starts one; then TARFLOW_SLURM_ENV=DIR/env.sh)"
+        if os.environ.get("CI") == "true" or os.environ.get("TARFLOW_REQUIRE_SLURM") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    if conf:
+        monkeypatch.setenv("SLURM_CONF", conf)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    spec = importlib.util.spec_from_file_location("cluster_live", Path(__file__).with_name("live.py"))
+    assert spec is not None and spec.loader is not None
+    live = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(live)
+    yield live
+    subprocess.run(["sh", "-c", "squeue -h -o %A | sort -u | xargs -r scancel"], check=False)

@@ -1,0 +1,110 @@
+"""What the tests on a live Slurm do and look at, beside the product's own verbs."""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WAIT_S = 150.0
+
+
+def run(*words: str) -> str:
+    """One of Slurm's commands."""
+    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+
+
+def until(what: str, look: Callable[[], Any], wait_s: float = WAIT_S) -> Any:
+    """Wait for something to be true; its value."""
+    end = time.monotonic() + wait_s
+    while not (value := look()):
+        assert time.monotonic() < end, f"waited {wait_s:.0f} s for {what}"
+        time.sleep(0.2)
+    return value
+
+
+def job_of(run_dir: Path, kind: str = "train") -> str:
+    """The newest job of a run."""
+    lines = (run_dir / "slurm" / "jobs.jsonl").read_text().splitlines()
+    return [e["job"] for e in map(json.loads, lines) if e["kind"] == kind][-1]
+
+
+def log(run_dir: Path, kind: str = "train", rank: int = 0) -> str:
+    """What a rank of the newest job has printed."""
+    from cluster.status import log_text
+
+    try:
+        return log_text(run_dir, rank, kind)
+    except ValueError:
+        return ""
+
+
+def at_step(run_dir: Path, step: int) -> None:
+    """Wait until training has passed a step."""
+
+    def there() -> bool:
+        file = run_dir / "metrics.jsonl"
+        steps = [json.loads(line).get("step", 0) for line in file.read_text().splitlines()] if file.exists() else []
+        return bool(steps) and max(steps) >= step
+
+    until(f"step {step} of {run_dir}\n{log(run_dir)[-2000:]}", there)
+
+
+def ended(run_dir: Path, kind: str = "train", wait_s: float = WAIT_S) -> dict[str, Any]:
+    """Wait until a job's chain has ended and Slurm has let go of the job; the chain's record."""
+    job = job_of(run_dir, kind)
+    chain = run_dir / "slurm" / f"chain-{job}.json"
+    until(
+        f"the end of job {job}",
+        lambda: chain.exists() and json.loads(chain.read_text())["ended"] and not run("squeue", "-h", "-j", job)
+        if run("squeue", "-h", "-o", "%i") else chain.exists() and json.loads(chain.read_text())["ended"],
+        wait_s,
+    )  # fmt: skip
+    return dict(json.loads(chain.read_text()))
+
+
+def accounted(job: str) -> str:
+    """Accounting's final word: STATE exit:signal."""
+
+    def final() -> str:
+        record = run("sacct", "-n", "-P", "-X", "-o", "state,exitcode", "-j", job).splitlines()
+        return record[-1] if record and not record[-1].startswith(("RUNNING", "PENDING", "REQUEUED")) else ""
+
+    return str(until(f"the record of job {job}", final, 30))
+
+
+def final_tensors(run_dir: Path) -> dict[str, Any]:
+    """Everything in the newest checkpoint: weights, averages, moments."""
+    import torch
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from trainer.checkpoint import find, read_tensors
+
+    checkpoint = find(run_dir)
+    stored = FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
+    into = {
+        name: torch.empty(facts.size, dtype=facts.properties.dtype)
+        for name, facts in stored.items()
+        if isinstance(facts, TensorStorageMetadata)
+    }
+    read_tensors(checkpoint, into)
+    return into
+
+
+def assert_same_run(run_dir: Path, reference: Path) -> None:
+    """Bitwise the same state after the same number of images."""
+    import torch
+
+    ours, theirs = final_tensors(run_dir), final_tensors(reference)
+    assert len(ours) > 10
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different, f"{len(different)} of {len(ours)} tensors differ, e.g. {different[0]}"
+
+
+def step_losses(run_dir: Path) -> dict[int, float]:
+    """Training loss by step; what a restart repeats counts once."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
