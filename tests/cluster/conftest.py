@@ -113,7 +113,8 @@ def slurm_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         monkeypatch.setenv("SLURM_CONF", conf)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     spec = importlib.util.spec_from_file_location("cluster_live", Path(__file__).with_name("live.py"))
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     live = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(live)
     yield live

@@ -70,7 +70,7 @@ def test_loss_falls_and_every_weight_moves(tiny_config: Path, whole: dict[str, P
     curve = losses(run)
     assert list(curve) == [5, 10, 15, 20, 25, 30]
     assert curve[30] < curve[5] - 0.2
-    row = [r for r in rows(run) if r.get("step") == 30 and "train/loss" in r][0]
+    row = next(r for r in rows(run) if r.get("step") == 30 and "train/loss" in r)
     assert row["images_seen"] == 480
     assert row["train/loss"] == pytest.approx(0.5 * row["train/mse_z"] - row["train/logdet"], abs=1e-4)
     assert row["train/bits_per_dim"] == pytest.approx(row["train/loss"] / 0.6931472 + 8.32575, abs=1e-4)
