@@ -106,13 +106,17 @@ class Life:
             time.sleep(0.004)
 
     def end(self, grace_s: float) -> float:
-        """Wait until all are gone, as a supervisor would; the seconds from the first death to the last."""
+        """Wait until all are gone; the seconds from the first death to the last.
+
+        A rank that is still there after `grace_s` is killed, and the answer is infinite: it did not leave by itself.
+        """
         while not self.poll():
             time.sleep(0.004)
-        began = time.monotonic()
+        began, stayed = time.monotonic(), False
         while len(self.codes) < RANKS:
             if time.monotonic() - began > grace_s:
                 self.send(signal.SIGKILL, range(RANKS))
+                stayed = True
             time.sleep(0.004)
             self.poll()
-        return time.monotonic() - began
+        return float("inf") if stayed else time.monotonic() - began
