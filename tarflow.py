@@ -18,6 +18,11 @@ VERBS = {
     "evaluate": ("evaluation.cli", "evaluate", "score a run's checkpoints, once or as they appear"),
     "sample": ("evaluation.cli", "sample", "draw images from a run or a weights file"),
     "report": ("evaluation.cli", "report", "write a run's report.html"),
+    "submit": ("cluster.cli", "submit", "submit a run, a sweep and its evaluation to Slurm"),
+    "submit-eval": ("cluster.cli", "submit_eval", "submit the evaluation of a run to Slurm"),
+    "status": ("cluster.cli", "status", "table of runs: Slurm state, progress, scores"),
+    "cancel": ("cluster.cli", "cancel", "have a submitted run save and end"),
+    "logs": ("cluster.cli", "logs", "show what a rank of a submitted run printed"),
 }
 
 EXAMPLES = """examples:

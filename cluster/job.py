@@ -85,14 +85,14 @@ class Task:
             return self.end_first(outcome) if self.first else self.end_other(outcome, signals)
 
     def begin(self) -> None:
-        check_code(self.job)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.first:
+        if self.first:  # counted before anything can fail: else a job that always fails here would restart for ever
             nodes = os.environ.get("SLURM_JOB_NODELIST", self.node)
             self.chain.begin(self.restart, progress(self.job), nodes)
             self.say(f"start {self.restart}: {self.job.kind} on {nodes} at step {self.chain.starts[-1]['step']}")
-            if self.job.kind == "train":
-                wait_for_writer(self.run_dir, self.say)
+        check_code(self.job)
+        if self.first and self.job.kind == "train":
+            wait_for_writer(self.run_dir, self.say)
 
     def work(self, signals: Signals) -> Outcome:
         """Preflight, then the child."""
@@ -174,6 +174,8 @@ class Task:
         if outcome.node:
             self.chain.bad_nodes[outcome.node] = outcome.text
             self.chain.save()
+        if not self.chain.starts or self.chain.restarts < self.restart:  # it could not be noted, but it counts
+            self.chain.starts.append({"restart": self.restart, "step": progress(self.job), "nodes": self.node})
         cancelled = (self.slurm_dir / f"cancel-{self.id}").exists()
         decision = decide(outcome, self.chain, progress(self.job), self.job.limits, cancelled)
         if decision.requeue:

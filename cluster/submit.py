@@ -57,7 +57,7 @@ def submit(request: Submission) -> list[str]:
             text.append(sbatch_text(_eval_executor(request, run_dir, "after:TRAINING"), len(plans)))
         return text
     for (path, config), plan in zip(runs, plans):
-        prepare(path, config, plan)
+        prepare(path, config, plan, run_dir / "slurm")
     ids = _send(train, plans)
     lines = [_record(path, "train", job, request) for (path, _), job in zip(runs, ids)]
     if request.evaluate:
@@ -147,13 +147,15 @@ def evaluation_job(
     )  # fmt: skip
 
 
-def prepare(run_dir: Path, config: Config, job: Job) -> None:
-    """Make the run directory and put the code and the resolved configuration into it, before Slurm opens a log there."""
+def prepare(run_dir: Path, config: Config, job: Job, shared: Path) -> None:
+    """Make the run directory and put the resolved configuration into it, before Slurm opens a log there. The code goes
+    to `shared`: the elements of a sweep have one batch script, so they must have one snapshot."""
     try:
         create_run(run_dir)
         folder = run_dir / "slurm"
         folder.mkdir(exist_ok=True)
-        job.code = str(snapshot.take(folder))
+        shared.mkdir(exist_ok=True)
+        job.code = str(snapshot.take(shared))
         text = config_text(config)
         path = folder / f"config-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.yaml"
         write_atomic(path, text)

@@ -72,9 +72,16 @@ def run_tarflow(*arguments: str) -> subprocess.CompletedProcess[str]:
 HEAVY = ("torch", "deepspeed", "streaming", "pyarrow", "numpy", "webdataset")
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], *([v, "--help"] for v in ("data", "train", "evaluate", "sample", "report"))]
-)
+VERBS = ("data", "train", "evaluate", "sample", "report", "submit", "submit-eval", "status", "cancel", "logs")
+
+
+def test_every_verb_is_checked_here() -> None:
+    import tarflow
+
+    assert set(VERBS) == set(tarflow.VERBS)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in VERBS)])
 def test_help_loads_nothing_heavy_and_shows_an_example(arguments: list[str]) -> None:
     done = run_tarflow(*arguments)
     assert done.returncode == 0, done.stderr[-500:]

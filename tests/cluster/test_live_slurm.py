@@ -149,9 +149,9 @@ def test_time_limit_shorter_than_the_run(slurm_cluster, verb, config_file, profi
     """One task, a limit of one minute: signalled 16 to 30 s after each start, as Slurm's clock ticks."""
     run, local = tmp_path / "limited", tmp_path / "local"
     profile.write_text(PROFILE.replace("time: 30", "time: 1") + "signal_before: 15\n")
-    settings = ["train.max_images=40000", "checkpoint.every_images=0", "log.every_steps=50"]
+    settings = ["train.max_images=120000", "checkpoint.every_images=0", "log.every_steps=50"]
     assert verb("submit", config_file, *settings, "--run", run, "--profile", profile) == 0
-    chain = slurm_cluster.ended(run, wait_s=400)
+    chain = slurm_cluster.ended(run, wait_s=300)
     assert chain["ended"]["code"] == 0, chain
     steps = [s["step"] for s in chain["starts"]]
     assert len(steps) >= 2
