@@ -123,8 +123,12 @@ class TarFlow(nn.Module):
 
     @torch.no_grad()
     def update_prior(self, mean_square: Tensor) -> None:
-        """Move the prior's variance [T, D] towards the batch's mean of z^2 (volume-preserving flow only)."""
-        self.var.lerp_(mean_square.to(self.var), PRIOR_MOMENTUM)
+        """Move the prior's variance [T, D] towards the batch's mean of z^2 (volume-preserving flow only).
+
+        A batch with numbers that are not finite changes nothing (case T14); nothing here waits for the device.
+        """
+        good = torch.isfinite(mean_square).all()
+        self.var.lerp_(torch.where(good, mean_square.to(self.var), self.var), PRIOR_MOMENTUM)
 
 
 def flow_loss(z: Tensor, logdet: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ class GuardedAdamW(torch.optim.AdamW):
         device = device or tensors[0].device
         super().__init__(tensors, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
         self.grad_clip, self.skip_spikes, self.group = grad_clip, skip_spikes, group
+        self.calls = 0  # of step(): an engine may leave one out
         self.grad_norm = torch.zeros((), device=device)
         self.skipped_steps = torch.zeros((), device=device)  # in all
         self.skipped_in_a_row = torch.zeros((), device=device)
@@ -72,6 +73,7 @@ class GuardedAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None
+        self.calls += 1
         norm = self._global_norm()
         bad = ~torch.isfinite(norm) | self._is_spike(norm)
         self._remember(norm, bad)
@@ -81,6 +83,14 @@ class GuardedAdamW(torch.optim.AdamW):
         if self.grad_clip:
             self.grad_scale = torch.where(bad, 1.0, (norm / self.grad_clip).clamp(min=1.0))
         super().step()
+
+    @torch.no_grad()
+    def note_left_out(self) -> None:
+        """Count a step that an engine left out by itself, because it saw that the gradient was not finite."""
+        self.calls += 1
+        self.grad_norm.fill_(float("nan"))
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
 
     def _global_norm(self) -> Tensor:
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]

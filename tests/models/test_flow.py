@@ -265,3 +265,14 @@ def test_initial_values_depend_on_seed_and_name_alone() -> None:
     init_weights(b, 8)
     assert not torch.equal(a.blocks[0].proj_in.weight, b.blocks[0].proj_in.weight)
     assert all(block.proj_out.weight.abs().max() == 0 for block in a.blocks)
+
+
+def test_T14_a_batch_that_is_not_finite_leaves_the_prior_alone() -> None:
+    model = TarFlow(config(nvp=False))
+    model.update_prior(torch.full((16, 12), 3.0))
+    before = model.var.clone()
+    assert before[0, 0] == pytest.approx(1.2)
+    broken = torch.full((16, 12), 3.0)
+    broken[3, 4] = float("nan")
+    model.update_prior(broken)
+    assert torch.equal(model.var, before)

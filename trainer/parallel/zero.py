@@ -132,7 +132,10 @@ class ZeroBackend:
     def optimizer_step(self, lr: float) -> Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        calls = self.optimizer.calls
         self.engine.step()
+        if self.optimizer.calls == calls:  # ZeRO looks for gradients that are not finite too, on all ranks together
+            self.optimizer.note_left_out()
         if self._vp_mean_square is not None:
             dist.all_reduce(self._vp_mean_square)
             self.model.update_prior(self._vp_mean_square / self.world.size)
