@@ -45,10 +45,7 @@ class ShardCache:
             fd = _open_whole(path, size)  # another process may have been quicker
             if fd is None:
                 self._make_room(size or 0)
-                self._fetch(path, fetch)
-                fd = _open_whole(path, size)
-        if fd is None:
-            raise DataError(f"{path} vanished while it was fetched: something else cleans {self.folder}")
+                fd = self._fetch(path, fetch)
         return fd
 
     def sweep(self) -> int:
@@ -65,14 +62,20 @@ class ShardCache:
                     pass
         return removed
 
-    def _fetch(self, path: Path, fetch: Callable[[Any], None]) -> None:
+    def _fetch(self, path: Path, fetch: Callable[[Any], None]) -> int:
+        """Write the file and give it its name; a descriptor to read it by.
+
+        Opened before it has its name: from then on another process, short of room, may remove it at any moment.
+        """
         partial = path.with_suffix(".partial")
         try:
             with partial.open("wb") as file:
                 fetch(file)
                 file.flush()
                 os.fsync(file.fileno())
+            fd = os.open(partial, os.O_RDONLY)
             partial.rename(path)
+            return fd
         except OSError as err:
             if err.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DataError(

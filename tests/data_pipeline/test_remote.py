@@ -256,11 +256,13 @@ def test_D12_two_jobs_at_once_on_one_cache(
     }
     loaders = [Loader(url, **(ARGS | options)) for url in (server.url, other.url, server.url)]
     found: list[list[Batch]] = [[], [], []]
+    cached: set[str] = set()
     try:
         iterators = [iter(loader) for loader in loaders]
         for _ in range(15):
             for batches, iterator in zip(found, iterators):
                 batches.append(next(iterator))
+            cached |= {path.name for path in (tmp_path / "c").glob("*.shard")}
     finally:
         for loader in loaders:
             loader.close()
@@ -268,8 +270,10 @@ def test_D12_two_jobs_at_once_on_one_cache(
     same(found[0], take(root, 15))
     same(found[2], found[0])
     same(found[1], take(other_root, 15))
+    assert len(cached) >= 2  # it was used
     files = list((tmp_path / "c").iterdir())
-    assert {path.suffix for path in files} == {".shard"}
+    # Nothing half-written; nothing at all, if the last fetch had made room for itself when the loaders were closed.
+    assert {path.suffix for path in files} <= {".shard"}
     assert sum(path.stat().st_size for path in files) <= 120_000
 
 
