@@ -155,7 +155,11 @@ def run_report(args: argparse.Namespace) -> int:
     """Write the report and say where it is."""
     from evaluation.report import write_report
 
-    _say(f"report: {write_report(args.run, args.out)}")
+    report = write_report(args.run, args.out)
+    grids = sorted((args.run / "evals").glob("step-*/grid.png"))
+    if grids:
+        _say(f"samples: {grids[-1]}")
+    _say(f"report: {report}")
     return OK
 
 

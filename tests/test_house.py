@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,18 @@ def test_unknown_verb_and_user_errors_are_one_message_without_a_traceback(tmp_pa
     assert done.returncode == 2
     assert "no configuration file at" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_pages_that_the_readme_points_to_exist_and_every_setting_is_described() -> None:
+    from pydantic import BaseModel
+
+    from trainer.config import Config
+
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / target).exists(), target
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    for section, field in Config.model_fields.items():
+        assert isinstance(field.annotation, type)
+        assert issubclass(field.annotation, BaseModel)
+        for name in field.annotation.model_fields:
+            assert f"`{section}.{name}`" in page, f"docs/configuration.md does not describe {section}.{name}"

@@ -190,7 +190,7 @@ class Run:
     def _end(self, wish: int, stop: StopRequest) -> int:
         self.watchdog.phase("end")
         self.saver.save(self.images_seen, last=True)
-        if wish == FAIL and not self._failing:
+        if wish == FAIL and int(self.backend.skipped()[1]) < self.config.train.max_skipped_in_a_row:
             raise TrainerError(
                 f"{self.config.checkpoint.max_failures} saves in a row failed, the last one at step {self.step_count} did "
                 "not; see the warnings above, and set checkpoint.max_failures higher to go on regardless"

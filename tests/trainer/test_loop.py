@@ -80,6 +80,20 @@ def test_loss_falls_and_every_weight_moves(tiny_config: Path, whole: dict[str, P
     assert [c.step for c in committed(run)] == [25, 30]  # keep_latest = 2
 
 
+def test_S11_a_trained_model_inverts(tiny_config: Path, whole: dict[str, Path]) -> None:
+    from models.sampler import sample
+    from models.weights import load_model
+
+    run = uninterrupted(whole, tiny_config)
+    model = load_model(load_config(run / "config.yaml").model, load_weights(find(run), "raw"))
+    x = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    y = torch.arange(16) % 4 - 1
+    with torch.no_grad():
+        z, logdet = model(x, y)
+        assert (sample(model, z / model.var.sqrt(), y) - x).abs().max() <= 1e-4
+    assert logdet.abs().min() > 0.1  # trained: not the identity
+
+
 def test_D10_killed_mid_way_and_started_again_equals_the_uninterrupted_run(
     tiny_config: Path, whole: dict[str, Path], tmp_path: Path
 ) -> None:
