@@ -12,6 +12,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 [ "$(id -u)" = 0 ] || die "must run as root (it gives each node a host name of its own)"
 mkdir -p "$1"
 DIR=$(cd "$1" && pwd -P)
+chmod a+x "$DIR" # munged's socket must be reachable by every user
 case "$DIR" in *[!A-Za-z0-9_./-]*) die "DIR may hold only letters, digits and _./- : $DIR" ;; esac
 [ ${#DIR} -le 60 ] || die "DIR is too long for unix sockets (60 characters at most): $DIR"
 NODES="node1 node2 node3 node4"
