@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from data_pipeline.readers import check_form, choose_reader
 from data_pipeline.remote import Access, address
 from data_pipeline.remote_shards import open_shards
 from data_pipeline.shard_cache import ShardCache
-from data_pipeline.stream import StreamSource, stream_shards
+from data_pipeline.stream import StreamSource, stream_fingerprint, stream_shards
 from data_pipeline.transform import flips
 from data_pipeline.worker import Layout, Producer, Spec
 from data_pipeline.worker_pool import WorkerPool
@@ -143,7 +142,7 @@ class Loader:
         For a stream nothing but the names of the shards is known, so it is made of those.
         """
         if self.reader == "stream":
-            return "stream-" + hashlib.sha256("\n".join(self.shards).encode()).hexdigest()[:25]
+            return stream_fingerprint(self.shards)
         return self.index.fingerprint
 
     @property

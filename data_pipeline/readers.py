@@ -9,11 +9,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import DataError
-from data_pipeline.index import Index
-from data_pipeline.remote import address
+from data_pipeline.index import Index, open_index
+from data_pipeline.remote import Access, address
+from data_pipeline.stream import stream_fingerprint, stream_shards
 
 READERS = ("auto", "indexed", "mds", "stream")
 
@@ -50,3 +52,21 @@ def check_form(index: Index, reader: str) -> str:
             f"the data set at {index.root} consists of {index.form} shards: data.reader={have} or auto, not {reader}"
         )
     return have
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What is known of a data set before it is read; a stream knows neither its length nor its classes."""
+
+    fingerprint: str
+    num_samples: int | None
+    num_classes: int | None
+
+
+def data_facts(data: str | Path, reader: str, access: Access) -> DataFacts:
+    """Open the index, or list the stream's shards; nothing else is read or written. Raises DataError."""
+    if choose_reader(data, reader) == "stream":
+        return DataFacts(stream_fingerprint(stream_shards(data)), None, None)
+    index = open_index(data, access)
+    check_form(index, reader)
+    return DataFacts(index.fingerprint, index.num_samples, index.num_classes)

@@ -46,6 +46,11 @@ def stream_shards(data: str | Path) -> list[str]:
     return expand_braces(url) if url else [str(path) for path in find_shards(text)[0]]
 
 
+def stream_fingerprint(shards: list[str]) -> str:
+    """Nothing but the names of the shards is known before they are read, so a stream's fingerprint is made of those."""
+    return "stream-" + hashlib.sha256("\n".join(shards).encode()).hexdigest()[:25]
+
+
 class StreamSource:
     """This rank's endless stream of samples, from the beginning of the shard nearest to `samples_seen` (of this rank).
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from data_pipeline.index import Index, open_index
 from data_pipeline.loader import eval_batches
+from data_pipeline.remote import Access
 from models.config import TarFlowConfig
 
 CROP = "largest centred square, bicubic with antialias (data_pipeline.transform.fit)"
@@ -19,14 +20,15 @@ BATCH = 64
 class ImageSet:
     """A data set at the size and channels of a model; `limit` images spread evenly over the index (0 = all)."""
 
-    root: Path
+    root: str | Path
     model: TarFlowConfig
     on_error: str = "strict"
     limit: int = 0
+    access: Access | None = None  # how remote data are reached
 
     @cached_property
     def index(self) -> Index:
-        return open_index(self.root)
+        return open_index(self.root, self.access)
 
     @property
     def num_images(self) -> int:
@@ -43,6 +45,7 @@ class ImageSet:
             limit=self.limit or None,
             num_classes=self.model.num_classes if labelled else 0,
             on_error=self.on_error,
+            access=self.access,
         )
         for batch in batches:
             yield batch.images, batch.labels, batch.ids

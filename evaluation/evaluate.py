@@ -71,7 +71,7 @@ class Evaluator:
     def training_images(self) -> ImageSet:
         """What the reference is made of."""
         data = self.config.data
-        return ImageSet(data.train, self.config.model, data.on_error, self.settings.reference_images)
+        return ImageSet(data.train, self.config.model, data.on_error, self.settings.reference_images, data.access)
 
     @cached_property
     def reference(self) -> Reference:
@@ -175,7 +175,7 @@ class Evaluator:
         if data.validation is None:
             note = "not measured: data.validation is not set, and training images would flatter"
             return {"bits_per_dim": None, "bits_per_dim_stderr": None, "likelihood": {"note": note}}
-        held_out = ImageSet(data.validation, self.config.model, data.on_error, self.settings.validation_images)
+        held_out = ImageSet(data.validation, self.config.model, data.on_error, self.settings.validation_images, data.access)
         found = measure_bits_per_dim(source.model, held_out.batches(labelled=True), self.settings.likelihood)
         about = held_out.provenance() | {key: found[key] for key in ("images", "nonfinite", "noise")}
         return {"bits_per_dim": found["bits_per_dim"], "bits_per_dim_stderr": found["stderr"], "likelihood": about}
@@ -184,7 +184,7 @@ class Evaluator:
         if not len(samples):
             return {"label_agreement": None}
         data = self.config.data
-        training = ImageSet(data.train, self.config.model, data.on_error, self.settings.neighbour_images)
+        training = ImageSet(data.train, self.config.model, data.on_error, self.settings.neighbour_images, data.access)
         found = nearest_neighbours(samples, training.batches(labelled=self.config.model.num_classes > 0))
         pictures.save_neighbours(folder / "neighbours.png", samples, found)
         nearest = found.distances[:, 0]

@@ -54,8 +54,8 @@ class EvaluationSettings:
             validation_images=e.validation_images,
             likelihood=NoiseSettings(config.train.noise, config.train.noise_std, config.sampling.seed),
             grid=e.grid,
-            train_fingerprint=open_index(config.data.train).fingerprint,
-            validation_fingerprint=open_index(held_out).fingerprint if held_out else None,
+            train_fingerprint=open_index(config.data.train, config.data.access).fingerprint,
+            validation_fingerprint=open_index(held_out, config.data.access).fingerprint if held_out else None,
         )
 
     def describe(self) -> dict[str, Any]:

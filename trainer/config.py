@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from data_pipeline.remote import Access, address
 from models.config import TarFlowConfig
 from models.presets import preset
 
@@ -28,6 +29,17 @@ def _whole_number(value: Any) -> Any:
 Count = Annotated[int, BeforeValidator(_whole_number)]
 
 
+def _place(value: Any) -> Any:
+    """A path in its plain form; addresses and pipes as they are."""
+    text = str(value) if isinstance(value, Path) else value
+    if not isinstance(text, str) or text.startswith("pipe:"):
+        return text
+    return address(text) or str(Path(text))
+
+
+Place = Annotated[str, BeforeValidator(_place)]
+
+
 class Section(BaseModel):
     """A group of settings: unknown keys are refused."""
 
@@ -37,8 +49,23 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where the images are and how they are read."""
 
-    train: Path = Field(description="directory of indexed shards to train on (made by `tarflow data prepare`)")
-    validation: Path | None = Field(None, description="directory of held-out images, for bits per dimension")
+    train: Place = Field(
+        description="indexed shards to train on (made by `tarflow data prepare`): a folder or an address; "
+        "or `pipe:` and addresses of tars without an index, as streams"
+    )
+    validation: Place | None = Field(None, description="indexed shards of held-out images, for bits per dimension")
+    reader: Literal["auto", "indexed", "mds", "stream"] = Field(
+        "auto",
+        description="how data.train is read: auto goes by what lies there; stream needs no index, and promises less",
+    )
+    cache_dir: str | None = Field(
+        None, description="folder of a node's cache of remote shards; null = in the system's temporary folder"
+    )
+    cache_bytes: Count = Field(
+        32 << 30, ge=0, description="bound of that cache; 0 = none, every sample is a request for its range"
+    )
+    timeout_s: float = Field(30.0, gt=0, description="seconds without a byte after which a remote request is given up")
+    retries: Count = Field(5, ge=0, description="attempts after the first at a remote request")
     flip: bool = Field(False, description="mirror images left to right at random")
     num_workers: Count = Field(0, ge=0, description="decoding processes per rank; 0 = a thread of the training process")
     prefetch_batches: Count = Field(4, gt=0, description="batches that wait ready")
@@ -50,6 +77,11 @@ class DataConfig(Section):
     max_bad_share: float = Field(
         0.01, ge=0, le=1, description="share of damaged images at which a run with on_error=skip stops"
     )
+
+    @property
+    def access(self) -> Access:
+        """How remote data are reached."""
+        return Access(self.cache_dir, self.cache_bytes, self.timeout_s, self.retries)
 
 
 class TrainConfig(Section):
@@ -96,7 +128,7 @@ class OptimConfig(Section):
     lr: float = Field(1e-4, gt=0, description="highest learning rate")
     final_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
     warmup_images: Count = Field(0, ge=0, description="images of the linear warm-up; 0 = one epoch")
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW's decoupled decay")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moment decays")
 
 

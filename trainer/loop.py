@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.index import open_index
 from data_pipeline.loader import Loader
+from data_pipeline.readers import DataFacts, data_facts
 from models.cost import flops_per_image, peak_rate
 from trainer.batch import BatchPlan, plan_batch
 from trainer.config import Config
@@ -44,8 +44,8 @@ def train(config: Config, run_dir: Path, *, init_from: Path | None = None, accep
 def _train(
     config: Config, run_dir: Path, world: World, stop: StopRequest, init_from: Path | None, accept_new_data: bool
 ) -> int:
-    index = open_index(config.data.train)
-    check_data(config, index.num_classes)
+    facts = data_facts(config.data.train, config.data.reader, config.data.access)
+    warmup = check_data(config, facts)
     plan = plan_batch(config.train.global_batch_size, world.size, config.train.micro_batch_size)
     device = pick_device(config.train.device, world.local_rank)
     zero = config.parallel.backend == "deepspeed"
@@ -59,9 +59,8 @@ def _train(
         fault_point("start")
         log = MetricLog(run_dir, config.log.tensorboard, config.train.max_images, world.rank)
         stack.callback(log.close)
-        warmup = config.optim.warmup_images or index.num_samples
         run = Run(config, run_dir, plan, log, world, device, watchdog, warmup)
-        run.start(index.fingerprint, init_from, accept_new_data)
+        run.start(facts.fingerprint, init_from, accept_new_data)
         if not run.may_go_on(run_dir):
             return NO_PROGRESS
         if world.first:
@@ -69,13 +68,21 @@ def _train(
         return run.loop(stop)
 
 
-def check_data(config: Config, num_classes: int | None) -> None:
-    """Refuse a class-conditional model on data with more classes than it has, before anything is made."""
+def check_data(config: Config, facts: DataFacts) -> int:
+    """Refuse data that the model or the schedule cannot go with, before anything is made. Returns the warm-up in images."""
     wanted, path = config.model.num_classes, config.data.train
-    if wanted and num_classes is None:
+    if facts.num_samples is None:  # a stream: its labels are checked as they come
+        if not config.optim.warmup_images:
+            raise TrainerError(
+                f"optim.warmup_images=0 stands for one epoch, but {path} is read as a stream, whose length is not known: "
+                "set optim.warmup_images, or give the data an index with `tarflow data index`"
+            )
+        return config.optim.warmup_images
+    if wanted and facts.num_classes is None:
         raise TrainerError(f"model.num_classes={wanted}, but the data in {path} have no labels")
-    if num_classes is not None and 0 < wanted < num_classes:
-        raise TrainerError(f"model.num_classes={wanted}, but the data in {path} have {num_classes} classes")
+    if facts.num_classes is not None and 0 < wanted < facts.num_classes:
+        raise TrainerError(f"model.num_classes={wanted}, but the data in {path} have {facts.num_classes} classes")
+    return config.optim.warmup_images or facts.num_samples
 
 
 class Run:
@@ -249,4 +256,6 @@ class Run:
             seed=self.config.train.seed, images_seen=self.images_seen, num_workers=data.num_workers,
             prefetch_batches=data.prefetch_batches, num_canonical_nodes=data.num_canonical_nodes,
             shuffle_block=data.shuffle_block, flip=data.flip, on_error=data.on_error, max_bad_share=data.max_bad_share,
+            reader=data.reader, cache_dir=data.cache_dir, cache_bytes=data.cache_bytes, timeout_s=data.timeout_s,
+            retries=data.retries,
         )  # fmt: skip

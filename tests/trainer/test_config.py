@@ -51,7 +51,7 @@ def test_K01_booleans_in_every_spelling(tmp_path: Path, text: str, value: bool) 
 
 
 def test_K01_text_stays_text_and_null_is_nothing(tmp_path: Path) -> None:
-    assert load(tmp_path, "data.train=010").data.train == Path("010")
+    assert load(tmp_path, "data.train=010").data.train == "010"
     assert load(tmp_path, "data.validation=null").data.validation is None
 
 
