@@ -59,7 +59,7 @@ class SharedWork:
         while waiting := [name for name in names if not self.done(name)]:
             if over() or not self.folder.is_dir():
                 return False
-            if any([self._try(name, compute) for name in waiting if not over()]):
+            if any(self._try(name, compute) for name in waiting):
                 wait = 0.05
                 continue
             time.sleep(wait)

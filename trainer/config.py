@@ -7,7 +7,7 @@ field's type, so `1e-4` is a number, `010` is ten and `on` is true wherever it s
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from data_pipeline.remote import Access, address
 from models.config import TarFlowConfig
@@ -242,6 +242,9 @@ class SamplingConfig(Section):
         "float32", description="dtype of the network's products while sampling"
     )
     seed: Count = Field(0, ge=0, description="key of the noise: image i depends on (seed, i) alone")
+    labels: Literal["balanced", "training"] = Field(
+        "balanced", description="classes of the samples: each as often, or as often as in data.train"
+    )
 
 
 class EvaluationConfig(Section):
@@ -251,9 +254,37 @@ class EvaluationConfig(Section):
     weights: str = Field(
         "auto", description="raw, one of the averages (ema-0.050), or auto: the widest average, raw without any"
     )
+    variants: tuple[dict[str, Any], ...] = Field(
+        (),
+        description="what is evaluated besides: each entry replaces weights or settings of the section sampling, e.g. "
+        "[{weights: raw}, {guidance: 2.0, denoise: 0}]",
+    )
+    order: Literal["in_order", "newest_first"] = Field(
+        "in_order", description="which checkpoint comes first of several that wait"
+    )
+    chunk_samples: Count = Field(
+        1000,
+        gt=0,
+        description="samples or held-out images that a worker takes at a time; a killed worker loses as many",
+    )
+    lease_s: float = Field(120.0, gt=0, description="seconds without a sign of life after which a chunk is taken over")
     features: Literal["efficientnet_lite0", "mobilenet_v2"] = Field("efficientnet_lite0", description="feature network")
+    keep_features: Count = Field(
+        10_000,
+        ge=0,
+        description="samples whose features are kept, for measures that need more than mean and covariance",
+    )
+    reference: Path | None = Field(
+        None, description="stored reference statistics (.npz), checked; null = made once from data.train"
+    )
     reference_images: Count = Field(0, ge=0, description="training images behind the reference statistics; 0 = all")
     validation_images: Count = Field(0, ge=0, description="held-out images for bits per dimension; 0 = all")
+    likelihood_draws: Count = Field(4, gt=0, description="draws of the noise per held-out image")
+    max_nonfinite_share: float = Field(
+        0.05, ge=0, le=1, description="share of samples that may be lost as not finite; beyond it there is no distance"
+    )
+    neighbour_samples: Count = Field(1000, ge=0, description="samples that are compared with training images; 0 = none")
+    neighbour_images: Count = Field(10_000, ge=0, description="training images that they are compared with; 0 = all")
     grid: tuple[int, int] = Field(
         (10, 8), description="rows (classes, if there are any) and columns of the sample grid"
     )
@@ -293,7 +324,24 @@ class Config(Section):
             raise ValueError(
                 "sampling.denoise needs train.noise=gaussian: without its noise there is nothing to take out"
             )
+        for variant in self.evaluation.variants:
+            try:
+                self.with_variant(variant)
+            except ValidationError as error:
+                known = "weights, " + ", ".join(SamplingConfig.model_fields)
+                first = error.errors()[0]
+                where = ".".join(map(str, first["loc"]))
+                raise ValueError(
+                    f"evaluation.variants: {variant}: {where} {first['msg']}; a variant takes {known}"
+                ) from None
         return self
+
+    def with_variant(self, variant: dict[str, Any]) -> "Config":
+        """The configuration with one entry of `evaluation.variants` in place of the run's own settings."""
+        tree = self.model_dump()
+        tree["sampling"] |= {key: value for key, value in variant.items() if key != "weights"}
+        tree["evaluation"] |= {"variants": (), "weights": variant.get("weights", self.evaluation.weights)}
+        return Config.model_validate(tree)
 
     @property
     def evaluated_weights(self) -> str:
