@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from data_pipeline.index import Index, open_index
 from data_pipeline.loader import eval_batches
 from data_pipeline.remote import Access
+from evaluation.errors import EvaluationError
 from models.config import TarFlowConfig
 
 CROP = "largest centred square, bicubic with antialias (data_pipeline.transform.fit)"
@@ -35,13 +37,20 @@ class ImageSet:
         total = self.index.num_samples
         return min(self.limit, total) if self.limit else total
 
-    def batches(self, labelled: bool, batch_size: int = BATCH) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(pixels uint8 [n, C, H, W], labels int64 [n], ids int64 [n]); labels are -1 unless `labelled`."""
+    def batches(
+        self, labelled: bool, batch_size: int = BATCH, part: int = 0, parts: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(pixels uint8 [n, C, H, W], labels int64 [n], ids int64 [n]); labels are -1 unless `labelled`.
+
+        `part` of `parts`: one stretch of the images; together the stretches hold every image once.
+        """
         batches = eval_batches(
             self.root,
             image_size=self.model.image_size,
             channels=self.model.in_channels,
             batch_size=batch_size,
+            rank=part,
+            world_size=parts,
             limit=self.limit or None,
             num_classes=self.model.num_classes if labelled else 0,
             on_error=self.on_error,
@@ -49,6 +58,16 @@ class ImageSet:
         )
         for batch in batches:
             yield batch.images, batch.labels, batch.ids
+
+    def class_counts(self) -> tuple[int, ...]:
+        """How many images each class has, from the index."""
+        counts = np.zeros(self.model.num_classes, dtype=np.int64)
+        for shard in range(len(self.index.shard_sizes)):
+            labels = self.index.rows(shard).labels
+            counts += np.bincount(labels[labels >= 0], minlength=len(counts))[: len(counts)]
+        if not counts.any():
+            raise EvaluationError(f"sampling.labels=training: {self.root} has no labels; set sampling.labels=balanced")
+        return tuple(counts.tolist())
 
     def provenance(self) -> dict[str, str | int]:
         """What statistics of these images depend on (contract 9)."""

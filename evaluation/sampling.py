@@ -7,17 +7,19 @@ left out, never turned into pixels (case S03).
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.data import ImageSet
 from evaluation.errors import EvaluationError
 from models.denoise import denoise
 from models.flow import TarFlow
 from models.noise import to_pixels
-from models.randomness import keyed_normal
+from models.randomness import keyed_normal, keyed_uniform
 from models.sampler import Guidance, sample
 from trainer.config import Config
 
@@ -38,19 +40,32 @@ class SamplingSettings:
     param_dtype: str = "float32"
     seed: int = 0
     labels: tuple[int, ...] = ()  # sample i has labels[i % len]; empty = balanced over all classes; -1 = no label
+    class_counts: tuple[int, ...] = ()  # draw the label with these frequencies, where `labels` is empty
 
     @classmethod
     def of_run(cls, config: Config) -> "SamplingSettings":
-        """The settings in the sampling section of a run's configuration."""
-        s = config.sampling
+        """The settings in the sampling section of a run's configuration. Frequencies are counted in data.train."""
+        s, data = config.sampling, config.data
+        counts: tuple[int, ...] = ()
+        if s.labels == "training" and config.model.num_classes:
+            counts = ImageSet(data.train, config.model, access=data.access).class_counts()
         return cls(
             s.guidance, s.guide, s.attn_temp, s.annealed, config.denoise_multiplier, config.train.noise_std,
-            s.param_dtype, s.seed,
+            s.param_dtype, s.seed, (), counts,
         )  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
         """Plain values, for result files; `labels` is spelt out."""
-        return asdict(self) | {"labels": list(self.labels) or "balanced: i % num_classes"}
+        described = asdict(self)
+        counts = list(described.pop("class_counts"))
+        if self.labels or not counts:
+            return described | {"labels": list(self.labels) or "balanced: i % num_classes"}
+        return described | {"labels": "drawn by the frequencies in the training data", "class_counts": counts}
+
+    @property
+    def balanced(self) -> "SamplingSettings":
+        """The same with every class as often: for pictures that show the classes in rows."""
+        return replace(self, labels=(), class_counts=())
 
 
 @dataclass
@@ -94,9 +109,13 @@ class Sampler:
         return fast
 
     def label_of(self, index: int) -> int:
-        """The label of sample i: balanced over the classes, or as `settings.labels` says; -1 without classes."""
+        """The label of sample i: by the settings' labels or frequencies, or balanced; -1 without classes."""
         if self.settings.labels:
             return self.settings.labels[index % len(self.settings.labels)]
+        if self.settings.class_counts:
+            place = float(keyed_uniform(self.settings.seed, f"{STREAM}/label", 0, [index], ()))
+            shares = np.cumsum(self.settings.class_counts) / sum(self.settings.class_counts)
+            return int(np.searchsorted(shares, place, side="right"))
         classes = self.model.config.num_classes
         return index % classes if classes else NO_LABEL
 

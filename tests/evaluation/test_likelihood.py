@@ -87,3 +87,34 @@ def test_an_empty_or_repeating_set_is_an_error(model):
         measure_bits_per_dim(model, [], noise)
     with pytest.raises(EvaluationError, match="sample 100 of the held-out images came twice"):
         measure_bits_per_dim(model, [*batches(data(), 20), *batches(data(), 20)], noise)
+
+
+def test_S11_a_uniform_density_has_eight_bits_under_every_draw_and_bound(model, monkeypatch):
+    """Whatever the noise, the density of a uniform distribution on [-1, 1] is 1/2 per value."""
+    monkeypatch.setattr("evaluation.likelihood.bits_per_dim", lambda model, x, y: torch.full((len(x),), 8.0))
+    result = measure_bits_per_dim(model, batches(data(6), 4), NoiseSettings("uniform", 0, draws=3))
+    assert (result["bits_per_dim"], result["importance_weighted"], result["stderr"]) == (8.0, 8.0, 0.0)
+
+
+def test_draws_are_averaged_and_weighted_as_the_formula_says(model):
+    noise = NoiseSettings("uniform", 0.0, seed=2, draws=5)
+    pixels, labels, ids = data(4)
+    found = measure_bits_per_dim(model, [(pixels, labels, ids)], noise)
+    with torch.no_grad():
+        nats = torch.stack(
+            [
+                -flow_loss(*model(noise.apply(pixels, ids.tolist(), k), labels)) * 64 - 32 * math.log(2 * math.pi)
+                for k in range(5)
+            ]
+        ).double()  # log p(x + u_k), in model range
+    bits = 7 - nats / (64 * math.log(2))
+    weighted = 7 - (nats.logsumexp(0) - math.log(5)) / (64 * math.log(2))
+    assert found["bits_per_dim"] == pytest.approx(float(bits.mean()), abs=1e-5)
+    assert found["importance_weighted"] == pytest.approx(float(weighted.mean()), abs=1e-5)
+    assert found["importance_weighted"] < found["bits_per_dim"]
+    assert found["stderr"] == pytest.approx(float(bits.mean(0).std() / 2), rel=1e-3)
+    assert found["noise"] == "uniform dequantisation, seed 2, 5 draws"
+    assert len({tuple(noise.apply(pixels, ids.tolist(), k).flatten().tolist()) for k in range(5)}) == 5
+    gaussian = measure_bits_per_dim(model, [(pixels, labels, ids)], NoiseSettings("gaussian", 0.1, draws=2))
+    assert gaussian["importance_weighted"] is None
+    assert gaussian["draws"] == 2

@@ -180,3 +180,23 @@ def test_S10_weight_zero_is_plain_sampling_and_no_dropout_happens_in_training_mo
     torch.testing.assert_close(Sampler(model, SamplingSettings(guide="a", attn_temp=0.5)).draw(range(4)).images, plain)
     sampler = Sampler(model.train(), SamplingSettings())
     assert torch.equal(sampler.draw(range(4)).images, plain)
+
+
+def test_labels_by_the_frequencies_of_the_training_data(make_model):
+    counts = (10, 60, 30)
+    sampler = Sampler(make_model(), SamplingSettings(class_counts=counts))
+    drawn = sampler.labels(range(2000))
+    assert drawn.bincount(minlength=3).tolist() == pytest.approx([200, 1200, 600], rel=0.15)
+    assert sampler.labels([1999, 3]).tolist() == [drawn[1999], drawn[3]], "by index alone"
+    other = Sampler(make_model(), SamplingSettings(class_counts=counts, seed=1)).labels(range(2000))
+    assert (other != drawn).any()
+    assert Sampler(make_model(), SamplingSettings(class_counts=(0, 5, 0))).labels(range(50)).unique().tolist() == [1]
+
+
+def test_frequencies_are_counted_in_the_training_data(make_run):
+    _, config = make_run(steps=(), sampling={"labels": "training"})
+    settings = SamplingSettings.of_run(config)
+    assert sum(settings.class_counts) == 48
+    said = settings.describe()
+    assert said["class_counts"] == list(settings.class_counts)
+    assert settings.balanced == SamplingSettings.of_run(make_run(steps=(), name="other")[1])
