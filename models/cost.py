@@ -4,6 +4,7 @@ Formulas, not measurements; `benchmarks/activation_checkpointing.py` holds the a
 Per token: T tokens of D numbers, C channels, L layers in all.
 """
 
+import math
 from typing import Literal
 
 from models.config import TarFlowConfig
@@ -30,20 +31,42 @@ def peak_rate(device_name: str) -> float | None:
     return PEAK_BF16[max(known, key=len)] if known else None
 
 
+Shapes = list[tuple[int, ...]]
+
+
+def layer_shapes(config: TarFlowConfig) -> Shapes:
+    """Shapes of the parameters of one transformer layer."""
+    c, hidden = config.channels, config.expansion * config.channels
+    attention: Shapes = [(c,), (c,), (3 * c, c), (3 * c,), (c, c), (c,)]
+    mlp: Shapes = [(c,), (c,), (hidden, c), (hidden,), (c, hidden), (c,)]
+    return attention + mlp
+
+
+def end_shapes(config: TarFlowConfig) -> Shapes:
+    """Shapes of a block's parameters around its layers."""
+    c, d = config.channels, config.token_dim
+    out = d * (2 if config.nvp else 1)
+    return [(c, d), (c,), (out, c), (out,), (config.num_tokens, c), (config.num_classes, 1, c)]
+
+
 def parameters_per_layer(config: TarFlowConfig) -> int:
     """Of one transformer layer: about 12 C^2 at expansion 4."""
-    c, e = config.channels, config.expansion
-    attention = 2 * c + (c * 3 * c + 3 * c) + (c * c + c)
-    mlp = 2 * c + (c * e * c + e * c) + (e * c * c + c)
-    return attention + mlp
+    return sum(map(math.prod, layer_shapes(config)))
 
 
 def parameters(config: TarFlowConfig) -> int:
     """Of the whole model."""
-    c, d = config.channels, config.token_dim
-    out = d * (2 if config.nvp else 1)
-    ends = (d * c + c) + (c * out + out) + config.num_tokens * c + config.num_classes * c
-    return config.num_blocks * (config.layers_per_block * parameters_per_layer(config) + ends)
+    return largest_piece(config, 1)
+
+
+def largest_piece(config: TarFlowConfig, pieces: int) -> int:
+    """Parameters of the fullest of `pieces` ranks when each tensor is cut along its rows, as fully_shard does.
+
+    1,280 rows among 1,024 ranks are two each for 640 of them: 1.6 times an even share. The other ranks pad to as much.
+    """
+    layers, ends = layer_shapes(config), end_shapes(config)
+    shapes = config.num_blocks * (config.layers_per_block * layers + ends)
+    return sum(math.ceil(rows / pieces) * math.prod(row) for rows, *row in shapes)
 
 
 def flops_per_image(config: TarFlowConfig, training: bool = True) -> float:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from models.cost import activation_bytes, flops_per_image, parameters, parameters_per_layer
+from models.cost import activation_bytes, flops_per_image, largest_piece, parameters, parameters_per_layer
 from trainer.batch import plan_batch
 from trainer.config import Config
 from trainer.parallel.mesh import mesh_shape
@@ -35,7 +35,8 @@ def rank_memory(config: Config, world_size: int) -> RankMemory:
     """Estimate for one of `world_size` ranks.
 
     Masters and moments are float32. A single process keeps a bfloat16 copy of all weights, a sharded one only of the
-    layer at work. ZeRO cuts moments from stage 1, gradients from 2, weights from 3; average pieces always.
+    layer at work. ZeRO cuts moments from stage 1, gradients from 2, weights from 3; average pieces always. It cuts
+    evenly; fully_shard cuts rows, so that many ranks hold more than an even share (`largest_piece`).
     """
     n, element = parameters(config.model), 2 if config.train.param_dtype == "bfloat16" else 4
     zero = config.parallel.zero_stage if config.parallel.backend == "deepspeed" else None
@@ -44,14 +45,14 @@ def rank_memory(config: Config, world_size: int) -> RankMemory:
     checkpointing = config.activation_checkpoint
     activations = activation_bytes(config.model, checkpointing.mode, element, checkpointing.every_nth_layer)
     sharded = world_size > 1 or zero is not None
-    copies = 4 * n + (0 if sharded or element == 4 else element * n)
+    piece = n / shard if zero else largest_piece(config.model, shard)
     # ZeRO-1 and 2: whole weights, and a piece of float32 masters.
-    weights = 4 * n + 4 * n / shard if zero in (1, 2) else copies / shard
+    weights = 4 * piece + (4 * n if zero in (1, 2) else 0) + (0 if sharded or element == 4 else element * n)
     return RankMemory(
         weights=weights,
-        gradients=4 * n / (1 if zero == 1 else shard),
-        optimizer=0.0 if config.parallel.offload_optimizer else 8 * n / shard,
-        averages=4 * n * len(config.ema.relative_stds) / shard,
+        gradients=4 * (n if zero == 1 else piece),
+        optimizer=0.0 if config.parallel.offload_optimizer else 8 * piece,
+        averages=4 * piece * len(config.ema.names),
         gathered=element * parameters_per_layer(config.model) if sharded else 0.0,
         activations=plan.micro_batch_size * activations,
     )
