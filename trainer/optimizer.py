@@ -114,8 +114,9 @@ class GuardedAdamW(torch.optim.AdamW):
 
     def _remember(self, norm: Tensor, bad: Tensor) -> None:
         """Keep the last good norms in a ring; count the bad steps."""
-        place = self._remembered % WINDOW
-        self._norms[place] = torch.where(bad, self._norms[place], norm)
+        # Not by `self._norms[place]`: a tensor of no dimensions as an index waits for the device to read it.
+        here = torch.arange(WINDOW, device=norm.device) == self._remembered % WINDOW
+        self._norms.copy_(torch.where(here & ~bad, norm, self._norms))
         self._remembered += (~bad).long()
         self.skipped_steps += bad.float()
         self.skipped_in_a_row.copy_((self.skipped_in_a_row + 1) * bad.float())
