@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,18 @@ class SharedWork:
 
     def __init__(self, folder: Path, plan: dict[str, Any], lease_s: float) -> None:
         self.folder, self.claims = folder, folder / "claims"
-        self.claims.mkdir(parents=True, exist_ok=True)
-        self._name = f"{os.uname().nodename}.{os.getpid()}.{uuid.uuid4().hex[:6]}"
+        while not self.claims.is_dir():
+            with suppress(FileNotFoundError):  # the parent was empty and cleared away by another at this moment
+                self.claims.mkdir(parents=True, exist_ok=True)
+        self._name = self.unique()
         self.plan = self._agree(plan | {"lease_s": lease_s})
         self.lease_s = float(self.plan["lease_s"])
         self.computed: list[str] = []  # units that this process did
+
+    @staticmethod
+    def unique() -> str:
+        """A name that no other process of any machine has, for temporary files."""
+        return f"{os.uname().nodename}.{os.getpid()}.{uuid.uuid4().hex[:6]}"
 
     def path(self, name: str) -> Path:
         """Where the result of a unit lies or will lie."""
@@ -74,7 +81,7 @@ class SharedWork:
             temporary = self.folder / f".{name}.{self._name}.tmp"
             try:
                 compute(name, temporary)
-                _put_once(temporary, self.path(name))
+                put_once(temporary, self.path(name))
             except FileNotFoundError:
                 if self.folder.is_dir():
                     raise
@@ -92,12 +99,14 @@ class SharedWork:
         except FileNotFoundError:
             return
         shutil.rmtree(gone, ignore_errors=True)
+        with suppress(OSError):  # others work beside it
+            self.folder.parent.rmdir()
 
     def _agree(self, plan: dict[str, Any]) -> dict[str, Any]:
         path, temporary = self.folder / "plan.json", self.folder / f".plan.{self._name}.tmp"
         if not path.exists():
             temporary.write_text(json.dumps(plan, indent=1))
-            _put_once(temporary, path)
+            put_once(temporary, path)
         agreed: dict[str, Any] = json.loads(path.read_text())
         return agreed
 
@@ -167,7 +176,7 @@ class SharedWork:
                 return  # given up or cleared away: the unit's result is right all the same
 
 
-def _put_once(temporary: Path, final: Path) -> None:
+def put_once(temporary: Path, final: Path) -> None:
     """Put a finished file in place unless there is one."""
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())

@@ -13,7 +13,9 @@ OK, FAILED = 0, 1
 EVALUATE_EXAMPLE = """example:
   tarflow evaluate runs/demo --watch --nice 10
   tarflow evaluate runs/demo sampling.guidance=1.5 evaluation.num_samples=1000 --once
+  tarflow evaluate model.safetensors --out scores data.train=data/mnist5k/train train.noise_std=0.1
 
+Start as many as you like, on any machines that see RUN: they share the samples, and a killed one loses a chunk at most.
 Results: RUN/evals/step-NNNNNNNN/ (result.json and pictures), RUN/evals.jsonl, TensorBoard.
 A checkpoint that has a result under the same settings is left alone; other settings get a directory of their own.
 Exit codes: 0 all evaluated, 1 some could not be (the text says why), 2 wrong settings.
@@ -37,8 +39,10 @@ Writes one page that needs nothing but itself: RUN/report.html.
 def build_evaluate_parser(parser: argparse.ArgumentParser) -> None:
     """Arguments of `tarflow evaluate`."""
     _describe(parser, EVALUATE_EXAMPLE)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or a weights file (.safetensors)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of sampling and evaluation")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="of a weights file: where its results go")
+    parser.add_argument("--save", choices=("shards", "png"), help="keep the samples: WebDataset shards, or PNGs")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--once", action="store_true", help="evaluate the checkpoints there are, then stop (default)")
     mode.add_argument("--watch", action="store_true", help="follow the run until its last checkpoint is evaluated")
@@ -67,8 +71,15 @@ def run_evaluate(args: argparse.Namespace) -> int:
     """Evaluate a run's checkpoints; 1 if one of them could not be."""
     if args.watch and args.step is not None:
         raise EvaluationError("--step is one checkpoint, --watch follows a run: give one of them")
+    is_file = args.run.suffix in (".safetensors", ".pth")
+    if is_file and (args.watch or args.newest or args.step is not None):
+        raise EvaluationError(
+            f"--watch, --newest and --step choose among a run's checkpoints; {args.run} is a weights file"
+        )
+    if is_file != (args.out is not None):
+        raise EvaluationError("--out DIR goes with a weights file (.safetensors), and a weights file needs it")
     _prepare(args)
-    from evaluation.worker import WorkerOptions, evaluate
+    from evaluation.worker import WorkerOptions, evaluate, evaluate_file
 
     options = WorkerOptions(
         newest_only=args.newest,
@@ -78,8 +89,12 @@ def run_evaluate(args: argparse.Namespace) -> int:
         idle_s=args.idle_limit * 60,
         device=args.device,
         reference=args.reference,
+        save=args.save or "",
         overrides=args.overrides,
     )
+    if is_file:
+        result = evaluate_file(args.run, args.out, options, _say)
+        return FAILED if result and result["problem"] else OK
     outcome = evaluate(args.run, args.watch, options, _say)
     for name, reason in outcome.failed.items():
         _say(f"not scored: {name}: {reason}")

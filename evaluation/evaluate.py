@@ -1,4 +1,8 @@
-"""Evaluate one committed checkpoint: sample, score, likelihood, neighbours, pictures, `result.json`."""
+"""Evaluate one set of weights: chunks of samples and held-out images, shared among workers, then `result.json`.
+
+Every figure comes from the chunks' files, merged in their order, also when one worker did them all: so the result is the
+same to the last bit whoever did what. How long it took and who did it lies beside it, in `work.json`.
+"""
 
 import os
 import platform
@@ -6,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +17,23 @@ import torch
 from torch import Tensor
 
 from evaluation import pictures, results
+from evaluation.chunks import SharedWork, stretches
 from evaluation.data import ImageSet
-from evaluation.features import Features
 from evaluation.files import write_json
 from evaluation.frechet import FeatureStatistics, frechet_distance
 from evaluation.label_agreement import label_agreement, nearest_neighbours
-from evaluation.likelihood import measure_bits_per_dim
-from evaluation.reference import Reference, cache_path, full_provenance, reference_statistics
-from evaluation.sampling import SampleCount, Sampler, check_guidance
-from evaluation.settings import EvaluationSettings
+from evaluation.likelihood import BitsPerDim
+from evaluation.partial import Keep, MergedLikelihood, SamplesPart, save_likelihood
+from evaluation.real_side import RealSide
+from evaluation.reference import Reference
+from evaluation.sampling import Sampler, check_guidance
+from evaluation.save import SampleSaver
+from evaluation.settings import Recipe
 from evaluation.source import Source, from_checkpoint
 from trainer.checkpoint import Checkpoint, pinned
-from trainer.config import Config
-from trainer.run_dir import run_id
+from trainer.run_dir import is_run, run_id
 
-FORMAT = 1
+FORMAT = 2
 Say = Callable[[str], None]
 
 
@@ -44,119 +49,197 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 3)
+            self.add({name: time.monotonic() - start})
+
+    def add(self, seconds: dict[str, float]) -> None:
+        """Take in what another one measured."""
+        for name, value in seconds.items():
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + value, 3)
 
 
 @dataclass
 class Evaluator:
-    """One run under one group of settings; holds what all its checkpoints share (features, reference statistics)."""
+    """A run, or a folder of results, under one recipe; what does not depend on the recipe lies in `real`."""
 
-    run_dir: Path
-    config: Config
-    settings: EvaluationSettings
-    own_settings: bool  # the run's own, not overridden
-    device: torch.device
-    reference_path: Path | None = None  # stored statistics to use; None = computed once from data.train
+    root: Path  # run directory, or whatever holds evals/
+    recipe: Recipe
+    real: RealSide
     say: Say = print
+    save: str = ""  # "shards" or "png": keep the samples too
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     def __post_init__(self) -> None:
+        self.config, self.settings = self.recipe.config, self.recipe.settings
         check_guidance(self.settings.sampling, self.config.model.num_classes, self.config.train.label_dropout)
 
-    @cached_property
-    def features(self) -> Features:
-        return Features(self.settings.features, self.device)
-
-    @cached_property
-    def training_images(self) -> ImageSet:
-        """What the reference is made of."""
-        data = self.config.data
-        return ImageSet(data.train, self.config.model, data.on_error, self.settings.reference_images, data.access)
-
-    @cached_property
-    def reference(self) -> Reference:
-        """Reference statistics, from the file if there is one."""
-        provenance = full_provenance(self.training_images.provenance(), self.features)
-        path = self.reference_path or cache_path(results.evals_dir(self.run_dir), provenance)
-        if not path.is_file():
-            self.say(
-                f"reference statistics of {self.training_images.num_images} images with {self.features.name}, once"
-            )
-        return reference_statistics(
-            path, provenance, self.features, lambda: (pixels for pixels, _, _ in self.training_images.batches(False))
-        )
-
     def evaluate(self, checkpoint: Checkpoint) -> dict[str, Any] | None:
-        """Evaluate a checkpoint and publish the result; None if another worker published it first.
+        """Evaluate a checkpoint, with whoever else is at it; None if another worker published the result.
 
-        The checkpoint is pinned while it is read. Raises for a set of weights that is not there or does not fit; a
-        distance that cannot be had because samples are not finite is a result of status "failed".
+        The checkpoint is pinned all the while. Raises for a set of weights that is not there or does not fit; a distance
+        that cannot be had because samples are not finite is a result of status "failed".
         """
+        with pinned(checkpoint, f"evaluate-{os.uname().nodename}-{os.getpid()}"):
+            source = from_checkpoint(self.config, checkpoint, self.settings.weights, self.real.device)
+            return Job(self, source).run()
+
+    def name_of(self, step: int | None, sha256: str) -> str:
+        """Directory of the result of a checkpoint or a weights file."""
+        if step is None:
+            return f"weights-{sha256[:12]}-{self.settings.hash}"
+        return results.result_name(self.root, step, self.settings.hash, self.recipe.own)
+
+
+class Job:
+    """One set of weights under one recipe."""
+
+    def __init__(self, evaluator: Evaluator, source: Source) -> None:
+        self.evaluator, self.source = evaluator, source
+        self.config, self.settings, self.real = evaluator.config, evaluator.settings, evaluator.real
+        self.name = evaluator.name_of(source.step, source.sha256)
+        self.sampler = Sampler(source.model, self.settings.sampling)
         self.watch = Stopwatch()
-        start = time.monotonic()
-        with self.watch.phase("load"), pinned(checkpoint, f"evaluate-{os.uname().nodename}-{os.getpid()}"):
-            source = from_checkpoint(self.config, checkpoint, self.settings.weights, self.device)
-        name = results.result_name(self.run_dir, checkpoint.step, self.settings.hash, self.own_settings)
-        with results.building(self.run_dir, name) as folder:
-            measured = self._measure(source, folder)
-            self.watch.seconds["total"] = round(time.monotonic() - start, 3)
-            result = self._result(name, source, measured)
-            write_json(folder / results.RESULT, result)
-            if not results.publish(self.run_dir, folder, name, self.config.log.tensorboard):
-                return None
-        return result
+        self.published: dict[str, Any] | None = None
 
-    def _measure(self, source: Source, folder: Path) -> dict[str, Any]:
-        settings, model_config = self.settings, self.config.model
-        with self.watch.phase("reference"):  # first: a mismatch must not cost a night of sampling
-            reference = self.reference
-        sampler = Sampler(source.model, settings.sampling)
-        grid = pictures.GridImages(*settings.grid, model_config.num_classes)
-        count, statistics, kept, kept_labels = self._sample(sampler, grid)
-        problem = count.problem(settings.max_nonfinite_share)
-        out: dict[str, Any] = {"status": "failed" if problem else "ok", "problem": problem, "samples": count.describe()}
-        with self.watch.phase("distance"):
-            out |= self._distance(statistics, reference, problem)
-        with self.watch.phase("likelihood"):
-            out |= self._likelihood(source)
-        with self.watch.phase("neighbours"):
-            out |= self._neighbours(kept, kept_labels, folder)
-        with self.watch.phase("pictures"):
-            batch_size = self.config.sampling.batch_size
-            pictures.save_grids(folder, grid, sampler, settings.grid[0], batch_size)
-            pictures.save_trajectory(folder / "trajectory.png", sampler, range(pictures.TRAJECTORY_ROWS))
-        return out
+    def run(self) -> dict[str, Any] | None:
+        """Help until the result is there; the result if it was this worker that published it."""
+        _ = self.real.reference  # first: what is missing or does not match must not cost a night of sampling
+        root, evaluation = self.evaluator.root, self.config.evaluation
+        num = self.settings.num_samples
+        self.saver = SampleSaver.of(self.evaluator.save, root, self.source, self.sampler, num)
+        plan = {"batch_size": self.config.sampling.batch_size, "chunk_samples": evaluation.chunk_samples}
+        folder = results.work_dir(root, f"{self.name}-{self.settings.hash}-{self.source.sha256[:12]}")
+        self.work = SharedWork(folder, plan, evaluation.lease_s)
+        self.batch_size, size = int(self.work.plan["batch_size"]), int(self.work.plan["chunk_samples"])
+        self.sample_chunks = {f"samples-{k:05d}": r for k, r in enumerate(stretches(num, size))}
+        held_out = self.held_out.num_images if self.held_out else 0
+        self.likelihood_chunks = {f"likelihood-{k:05d}": k for k in range(len(stretches(held_out, size)))}
+        chunks = [*self.sample_chunks, *self.likelihood_chunks]
+        if self.work.work_through(chunks, self._compute, self._is_published):
+            self.work.work_through(["published"], self._finish, self._is_published)
+        if self.saver:
+            self.saver.complete(self.sampler, self.batch_size, size, self.work.lease_s)
+        if self._is_published():
+            self.work.remove()
+        return self.published
 
-    def _sample(
-        self, sampler: Sampler, grid: pictures.GridImages
-    ) -> tuple[SampleCount, FeatureStatistics, Tensor, Tensor]:
-        """Draw and score all samples; keeps the first ones for the comparison with training images."""
-        count, statistics = SampleCount(), FeatureStatistics(self.features.dim)
-        kept: list[Tensor] = []
-        kept_labels: list[Tensor] = []
-        batches = sampler.draw_all(range(self.settings.num_samples), self.config.sampling.batch_size)
-        said = time.monotonic()
+    def _is_published(self) -> bool:
+        there = results.read_result(results.evals_dir(self.evaluator.root) / self.name)
+        return bool(there) and self._same(there or {})
+
+    def _same(self, result: dict[str, Any]) -> bool:
+        ours = (self.settings.hash, self.source.sha256)
+        return (result.get("settings_hash"), result.get("weights_sha256")) == ours
+
+    @property
+    def held_out(self) -> ImageSet | None:
+        """Images for bits per dimension."""
+        data = self.config.data
+        if data.validation is None:
+            return None
+        return ImageSet(data.validation, self.config.model, data.on_error, self.settings.validation_images, data.access)
+
+    # --- chunks ----------------------------------------------------------------------------------------------------
+
+    def _compute(self, name: str, path: Path) -> None:
+        watch = Stopwatch()
+        begun = time.monotonic()
+        if name in self.sample_chunks:
+            part, indices = SamplesPart(self.real.features.dim, self._keep()), self.sample_chunks[name]
+            self._sample(part, indices, watch)
+            part.save(path, self._about(watch))
+            done = f"samples {indices.start}..{indices.stop - 1} of {self.settings.num_samples}"
+        else:
+            with watch.phase("likelihood"):
+                bits = self._likelihood(self.likelihood_chunks[name])
+            save_likelihood(path, bits, self._about(watch))
+            done = f"{len(bits.values)} held-out images"
+        if time.monotonic() - begun > 10:
+            self.evaluator.say(f"  {done}: {time.monotonic() - begun:.0f} s")
+
+    def _keep(self) -> Keep:
+        grid = self._grid() if self.settings.sampling == self.settings.sampling.balanced else self._grid(0, 0)
+        return Keep(self.settings.keep_features, self.settings.neighbour_samples, grid)
+
+    def _grid(self, *size: int) -> pictures.GridImages:
+        rows, columns = size or self.settings.grid
+        return pictures.GridImages(rows, columns, self.config.model.num_classes)
+
+    def _sample(self, part: SamplesPart, indices: range, watch: Stopwatch) -> None:
+        batches = self.sampler.draw_all(indices, self.batch_size)
         while True:
-            with self.watch.phase("sampling"):
+            with watch.phase("sampling"):
                 drawn = next(batches, None)
             if drawn is None:
                 break
-            count.add(drawn)
-            grid.add(drawn)
             pixels = drawn.pixels()
-            with self.watch.phase("features"):
-                statistics.add(self.features(pixels))
-            room = self.settings.neighbour_samples - sum(map(len, kept))
-            if room > 0:
-                kept.append(pixels[:room])
-                kept_labels.append(drawn.labels[drawn.finite][:room])
-            if time.monotonic() - said > 30:
-                said = time.monotonic()
-                self.say(f"  {count.asked}/{self.settings.num_samples} samples")
-        return count, statistics, torch.cat(kept), torch.cat(kept_labels)
+            with watch.phase("features"):
+                features = self.real.features(pixels)
+            with watch.phase("statistics"):
+                part.add(drawn, pixels, features)
+            if self.saver:
+                with watch.phase("saving"):
+                    self.saver.add(drawn)
+        if self.saver:
+            self.saver.flush(indices)
+
+    def _likelihood(self, chunk: int) -> BitsPerDim:
+        bits = BitsPerDim(self.settings.likelihood)
+        held_out = self.held_out
+        assert held_out is not None
+        for batch in held_out.batches(True, self.batch_size, chunk, len(self.likelihood_chunks)):
+            bits.add(self.source.model, *batch)
+        return bits
+
+    def _about(self, watch: Stopwatch) -> dict[str, Any]:
+        return {"by": f"{platform.node()}:{os.getpid()}", "seconds": watch.seconds}
+
+    # --- the result ------------------------------------------------------------------------------------------------
+
+    def _finish(self, name: str, path: Path) -> None:
+        """Merge and publish; whoever claims this unit does it for all."""
+        root = self.evaluator.root
+        samples = SamplesPart(self.real.features.dim, self._keep())
+        likelihood = MergedLikelihood(self.settings.likelihood)
+        done_by: dict[str, list[str]] = {}
+        for chunks, merged in ((self.sample_chunks, samples), (self.likelihood_chunks, likelihood)):
+            for chunk in chunks:
+                about = merged.merge(self.work.path(chunk))
+                self.watch.add(about["seconds"])
+                done_by.setdefault(about["by"], []).append(chunk)
+        with results.building(root, self.name) as folder:
+            measured = self._measure(samples, likelihood, folder)
+            result = self._result(measured)
+            write_json(folder / results.RESULT, result)
+            write_json(folder / results.WORK, self._work_done(done_by))
+            if results.publish(root, folder, self.name, self.config.log.tensorboard):
+                self.published = results.read_result(results.evals_dir(root) / self.name)
+        path.write_text(self.name)
+
+    def _measure(self, samples: SamplesPart, likelihood: MergedLikelihood, folder: Path) -> dict[str, Any]:
+        problem = samples.count.problem(self.settings.max_nonfinite_share)
+        out: dict[str, Any] = {
+            "status": "failed" if problem else "ok",
+            "problem": problem,
+            "samples": samples.count.describe(),
+        }
+        with self.watch.phase("distance"):
+            out |= self._distance(samples.statistics, self.real.reference, problem)
+        out |= self._bits_per_dim(likelihood)
+        with self.watch.phase("neighbours"):
+            out |= self._neighbours(samples.pixels, samples.labels, folder)
+        with self.watch.phase("pictures"):
+            self._pictures(samples.keep.grid, folder)
+        return out
+
+    def _pictures(self, grid: pictures.GridImages, folder: Path) -> None:
+        balanced = Sampler(self.source.model, self.settings.sampling.balanced)
+        if self.settings.sampling != self.settings.sampling.balanced:
+            grid = self._grid()
+        pictures.save_grids(folder, grid, balanced, self.settings.grid[0], self.batch_size)
+        pictures.save_trajectory(folder / "trajectory.png", self.sampler, range(pictures.TRAJECTORY_ROWS))
 
     def _distance(self, statistics: FeatureStatistics, reference: Reference, problem: str | None) -> dict[str, Any]:
-        key = f"fd_{self.features.name}"
+        key = f"fd_{self.real.features.name}"
         about = {
             "reference": {
                 "file": reference.path.name,
@@ -170,21 +253,20 @@ class Evaluator:
         terms = {"mean_term": found.mean_term, "covariance_term": found.covariance_term}
         return {key: found.distance, "distance_terms": terms, "warnings": found.warnings, **about}
 
-    def _likelihood(self, source: Source) -> dict[str, Any]:
-        data = self.config.data
-        if data.validation is None:
+    def _bits_per_dim(self, likelihood: MergedLikelihood) -> dict[str, Any]:
+        held_out = self.held_out
+        if held_out is None:
             note = "not measured: data.validation is not set, and training images would flatter"
             return {"bits_per_dim": None, "bits_per_dim_stderr": None, "likelihood": {"note": note}}
-        held_out = ImageSet(data.validation, self.config.model, data.on_error, self.settings.validation_images, data.access)
-        found = measure_bits_per_dim(source.model, held_out.batches(labelled=True), self.settings.likelihood)
-        about = held_out.provenance() | {key: found[key] for key in ("images", "nonfinite", "noise")}
+        found = likelihood.bits.result()
+        about = held_out.provenance() | {key: found[key] for key in ("images", "nonfinite", "noise", "draws")}
+        about["importance_weighted_bits_per_dim"] = found["importance_weighted"]
         return {"bits_per_dim": found["bits_per_dim"], "bits_per_dim_stderr": found["stderr"], "likelihood": about}
 
     def _neighbours(self, samples: Tensor, labels: Tensor, folder: Path) -> dict[str, Any]:
         if not len(samples):
             return {"label_agreement": None}
-        data = self.config.data
-        training = ImageSet(data.train, self.config.model, data.on_error, self.settings.neighbour_images, data.access)
+        training = self.real.images(self.settings.neighbour_images)
         found = nearest_neighbours(samples, training.batches(labelled=self.config.model.num_classes > 0))
         pictures.save_neighbours(folder / "neighbours.png", samples, found)
         nearest = found.distances[:, 0]
@@ -202,29 +284,37 @@ class Evaluator:
         number = self.config.model.num_classes
         if not number:
             return None
-        names = self.training_images.index.classes or []
+        names = self.real.images(0).index.classes or []
         classes = [row % number for row in range(self.settings.grid[0])]
         return [names[c] if c < len(names) else str(c) for c in classes]
 
-    def _result(self, name: str, source: Source, measured: dict[str, Any]) -> dict[str, Any]:
+    def _result(self, measured: dict[str, Any]) -> dict[str, Any]:
+        features, root = self.real.features, self.evaluator.root
         return {
             "format": FORMAT,
-            "name": name,
-            "run": run_id(self.run_dir),
-            **source.describe(),
+            "name": self.name,
+            "run": run_id(root) if is_run(root) else None,
+            **self.source.describe(),
             **measured,
             "grid_rows": self._row_names(),
             "num_samples": measured["samples"]["used"],
             "nonfinite": measured["samples"]["nonfinite"],
             "features": {
-                "name": self.features.name,
-                "sha256": self.features.sha256,
-                "preprocessing": self.features.preprocessing,
+                "name": features.name,
+                "sha256": features.sha256,
+                "preprocessing": features.preprocessing,
             },
             "settings": self.settings.describe(),
             "settings_hash": self.settings.hash,
-            "seconds": self.watch.seconds,
-            "machine": machine(self.device) | {"sampling_batch_size": self.config.sampling.batch_size},
+        }
+
+    def _work_done(self, done_by: dict[str, list[str]]) -> dict[str, Any]:
+        """Who did what and how long it took, all workers together; nothing in it decides a figure."""
+        total = round(sum(self.watch.seconds.values()), 3)
+        return {
+            "seconds": self.watch.seconds | {"total": total},
+            "workers": done_by,
+            "machine": machine(self.real.device) | {"sampling_batch_size": self.batch_size},
             "time": time.time(),
         }
 

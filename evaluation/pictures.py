@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +44,21 @@ class GridImages:
                 if good:
                     self._images[index] = to_pixels(drawn.images[row])
                     self._noisy[index] = to_pixels(drawn.noisy[row])
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What was kept, as arrays, for the file of a chunk."""
+        there = sorted(self._images)
+        pictures = {"images": self._images, "noisy": self._noisy}
+        stacked = {name: np.stack([kept[i].numpy() for i in there]) for name, kept in pictures.items() if there}
+        seen = np.array(sorted(self._seen), dtype=np.int64)
+        return {"seen": seen, "index": np.array(there, dtype=np.int64), **stacked}
+
+    def merge(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take in another chunk's `arrays`."""
+        self._seen |= set(arrays["seen"].tolist())
+        for row, index in enumerate(arrays["index"].tolist()):
+            self._images[index] = torch.from_numpy(arrays["images"][row])
+            self._noisy[index] = torch.from_numpy(arrays["noisy"][row])
 
     def complete(self, sampler: Sampler, batch_size: int) -> None:
         """Draw what no batch brought."""

@@ -2,6 +2,10 @@
 
 evals/step-00001000/              the run's own settings
 evals/step-00001000-0123456789ab/ other settings, by their hash
+    result.json  every figure and every setting; the same bytes whoever did the work
+    work.json    who did it, when, how long it took
+evals/weights-0123456789ab-.../   of a weights file
+evals/work/                       chunks of results in the making
 evals.jsonl                       one line per result; TensorBoard has the same figures
 """
 
@@ -17,11 +21,17 @@ from typing import Any
 from evaluation.files import append_line, publish_dir, read_lines
 
 RESULT = "result.json"
+WORK = "work.json"  # who did it and how long it took: apart, so that equal settings give equal result files
 SUMMARY = ("step", "images_seen", "weights", "status", "num_samples", "nonfinite", "settings_hash", "time")
 
 
 def evals_dir(run_dir: Path) -> Path:
     return run_dir / "evals"
+
+
+def work_dir(run_dir: Path, key: str) -> Path:
+    """Where the chunks of a result in the making lie."""
+    return evals_dir(run_dir) / "work" / key
 
 
 def result_name(run_dir: Path, step: int, settings_hash: str, own: bool) -> str:
@@ -38,9 +48,14 @@ def result_name(run_dir: Path, step: int, settings_hash: str, own: bool) -> str:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """The result in a directory, or None if there is none."""
+    """The result in a directory with what is said about the work, or None if there is none."""
+    value = _read_object(folder / RESULT)
+    return None if value is None else {"seconds": {}, **(_read_object(folder / WORK) or {}), **value}
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads((folder / RESULT).read_text())
+        value = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
@@ -50,7 +65,7 @@ def read_results(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
     """All results of a run with their directories, by images seen and name."""
     folder = evals_dir(run_dir)
     found = []
-    for path in sorted(folder.glob("step-*")) if folder.is_dir() else ():
+    for path in sorted([*folder.glob("step-*"), *folder.glob("weights-*")]) if folder.is_dir() else ():
         result = read_result(path)
         if result is not None:
             found.append((path, result))
@@ -61,7 +76,7 @@ def read_results(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
 def building(run_dir: Path, name: str) -> Iterator[Path]:
     """A directory to build a result in; whatever ends the block, nothing half-written stays under evals/."""
     folder = evals_dir(run_dir)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{name}.{os.uname().nodename}.{os.getpid()}.{uuid.uuid4().hex[:6]}.tmp"
     temporary.mkdir()
     try:
@@ -72,9 +87,15 @@ def building(run_dir: Path, name: str) -> Iterator[Path]:
 
 def sweep(run_dir: Path) -> None:
     """Remove what evaluations of this machine that were killed left behind."""
-    for path in evals_dir(run_dir).glob(f".step-*.{os.uname().nodename}.*.tmp"):
+    for path in evals_dir(run_dir).glob(f".*.{os.uname().nodename}.*.tmp"):
         pid = path.name.split(".")[-3]
         if pid.isdigit() and Path("/proc/self").exists() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(path, ignore_errors=True)
+    for path in [*work_dir(run_dir, "").glob("*"), *work_dir(run_dir, "").glob(".*.gone")]:
+        name = path.name.rsplit("-", 2)[0]
+        result = read_result(evals_dir(run_dir) / name)
+        published = result and path.name == f"{name}-{result['settings_hash']}-{result['weights_sha256'][:12]}"
+        if published or path.name.endswith(".gone"):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -100,7 +121,7 @@ def announce(run_dir: Path, tensorboard: bool) -> None:
     for folder, result in read_results(run_dir):
         if (folder.name, result.get("weights_sha256")) not in have:
             append_line(path, summary(folder.name, result))
-            if tensorboard:
+            if tensorboard and result.get("step") is not None:
                 _write_tensorboard(run_dir, folder.name, result)
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from evaluation.defaults import run_config
 from evaluation.errors import EvaluationError
 from evaluation.grid import make_grid
 from evaluation.image_files import SampleFolder, load_png, save_png
 from evaluation.sampling import NO_LABEL, SampleCount, Sampler, SamplingSettings, check_guidance
 from evaluation.source import Source, from_checkpoint, from_file, resolve_device
 from trainer.checkpoint import find, pinned
-from trainer.run_dir import load_run_config
 
 GRID_IMAGES = 100
 
@@ -39,7 +39,7 @@ def sample_images(request: SampleRequest, say: Callable[[str], None] = print) ->
 
     Raises EvaluationError for settings that mean nothing and for a directory that holds something else.
     """
-    source, settings, batch_size = _open(request)
+    source, settings, batch_size = _open(request, say)
     model = source.model.config
     sampler = Sampler(source.model, settings)
     about = source.describe() | {"source": source.origin, "sampling": settings.describe()}
@@ -77,12 +77,12 @@ def _columns(sampler: Sampler, num: int) -> int:
     return math.ceil(math.sqrt(num))
 
 
-def _open(request: SampleRequest) -> tuple[Source, SamplingSettings, int]:
+def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[Source, SamplingSettings, int]:
     """(model, settings, batch size) of a request."""
     device = resolve_device(request.device)
     if request.source.is_file() or request.source.suffix in (".safetensors", ".pth"):
         return _open_file(request, device)
-    config = load_run_config(request.source)
+    config = run_config(request.source, say=say, given=request.settings)
     if "noise_std" in request.settings:
         raise EvaluationError(
             f"--noise-std belongs to weights files; {request.source} was trained with {config.train.noise_std}"

@@ -175,6 +175,21 @@ class SampleCount:
         self.values += good_images.numel()
         self.values_out_of_range += int((good_images.abs() > 1).sum())
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Itself as arrays, for the file of a chunk."""
+        sums = [self.asked, self.used, self.retried_in_float32, self.values, self.values_out_of_range]
+        return {"sums": np.array(sums, dtype=np.int64), "nonfinite": np.array(self.nonfinite, dtype=np.int64)}
+
+    def merge(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take in another chunk's `arrays`."""
+        asked, used, retried, values, out_of_range = arrays["sums"].tolist()
+        self.asked += asked
+        self.used += used
+        self.retried_in_float32 += retried
+        self.values += values
+        self.values_out_of_range += out_of_range
+        self.nonfinite += arrays["nonfinite"].tolist()
+
     @property
     def nonfinite_share(self) -> float:
         return len(self.nonfinite) / max(self.asked, 1)

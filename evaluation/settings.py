@@ -2,24 +2,23 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from data_pipeline.errors import DataError
 from data_pipeline.index import open_index
+from evaluation.defaults import run_config
 from evaluation.errors import EvaluationError
+from evaluation.files import write_text
 from evaluation.likelihood import NoiseSettings
 from evaluation.sampling import SamplingSettings
+from models.weights import load_weights_file
 from trainer.config import Config
 from trainer.config_io import load_config
-from trainer.run_dir import load_run_config
-
-# Bounds on what the comparison with training images looks at; they keep it a small part of an evaluation.
-NEIGHBOUR_SAMPLES = 1000
-NEIGHBOUR_IMAGES = 10_000
-# Share of samples that may be lost as not finite; above it a result has no distance.
-MAX_NONFINITE_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,10 @@ class EvaluationSettings:
     grid: tuple[int, int]
     train_fingerprint: str
     validation_fingerprint: str | None
-    neighbour_samples: int = NEIGHBOUR_SAMPLES
-    neighbour_images: int = NEIGHBOUR_IMAGES
-    max_nonfinite_share: float = MAX_NONFINITE_SHARE
+    neighbour_samples: int
+    neighbour_images: int
+    keep_features: int
+    max_nonfinite_share: float
 
     @classmethod
     def of_run(cls, config: Config) -> "EvaluationSettings":
@@ -52,10 +52,16 @@ class EvaluationSettings:
             features=e.features,
             reference_images=e.reference_images,
             validation_images=e.validation_images,
-            likelihood=NoiseSettings(config.train.noise, config.train.noise_std, config.sampling.seed),
+            likelihood=NoiseSettings(
+                config.train.noise, config.train.noise_std, config.sampling.seed, e.likelihood_draws
+            ),
             grid=e.grid,
             train_fingerprint=open_index(config.data.train, config.data.access).fingerprint,
             validation_fingerprint=open_index(held_out, config.data.access).fingerprint if held_out else None,
+            neighbour_samples=e.neighbour_samples,
+            neighbour_images=e.neighbour_images,
+            keep_features=e.keep_features,
+            max_nonfinite_share=e.max_nonfinite_share,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -69,24 +75,82 @@ class EvaluationSettings:
         return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def load_settings(run_dir: Path, overrides: list[str]) -> tuple[Config, EvaluationSettings, bool]:
-    """(configuration, settings, whether they are the run's own) of a run under `section.key=value` overrides.
+OVERRIDABLE = ("sampling.", "evaluation.", "data.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way of evaluating a checkpoint: the run's own settings, or one of its variants."""
+
+    config: Config
+    settings: EvaluationSettings
+    own: bool  # the run's own settings, not overridden and no variant
+
+
+def load_recipes(run_dir: Path, overrides: list[str], say: Callable[[str], None] = print) -> list[Recipe]:
+    """The run's own settings under `section.key=value` overrides, then each of `evaluation.variants`.
 
     Only what evaluation decides can be overridden: the sections sampling and evaluation, and where the data lie.
     """
-    own_config = load_run_config(run_dir)
-    if not overrides:
-        return own_config, EvaluationSettings.of_run(own_config), True
     for override in overrides:
-        if not override.startswith(("sampling.", "evaluation.", "data.train=", "data.validation=")):
+        if not override.startswith(OVERRIDABLE):
             raise EvaluationError(
                 f"override {override!r}: an evaluation takes settings of the sections sampling and evaluation, and "
-                "data.train and data.validation; everything else belongs to the run as it was trained"
+                "data; everything else belongs to the run as it was trained"
             )
-    config = load_config(run_dir / "config.yaml", overrides)
+    own_config = run_config(run_dir)
+    config = run_config(run_dir, overrides, say)
     settings = EvaluationSettings.of_run(config)
-    try:
-        own = settings == EvaluationSettings.of_run(own_config)
-    except DataError:  # the run's own data sets are not where they were: that is what the override mends
-        own = False
-    return config, settings, own
+    own = not overrides
+    if overrides:
+        try:
+            own = settings == EvaluationSettings.of_run(own_config)
+        except DataError:  # the run's own data sets are not where they were: that is what the override mends
+            own = False
+    recipes = [Recipe(config, settings, own)]
+    for variant in config.evaluation.variants:
+        other = config.with_variant(variant)
+        changed = EvaluationSettings.of_run(other)
+        if changed not in (recipe.settings for recipe in recipes):
+            recipes.append(Recipe(other, changed, False))
+    return recipes
+
+
+FILE_OVERRIDABLE = (*OVERRIDABLE, "train.noise=", "train.noise_std=", "train.label_dropout=")
+
+
+def file_recipe(path: Path, out: Path, overrides: list[str]) -> Recipe:
+    """How a weights file is evaluated. Its model is its own; data, noise and all else come from the overrides.
+
+    OUT/config.yaml records the model for later calls.
+    """
+    for override in overrides:
+        if not override.startswith(FILE_OVERRIDABLE):
+            raise EvaluationError(
+                f"override {override!r}: the evaluation of a weights file takes settings of the sections data, sampling "
+                "and evaluation, train.noise, train.noise_std and train.label_dropout"
+            )
+    given = {override.partition("=")[0] for override in overrides}
+    if "data.train" not in given:
+        raise EvaluationError(f"{path} does not say what it was trained on: give data.train=FOLDER")
+    if not given & {"train.noise=uniform", "train.noise_std", "train.noise"}:
+        raise EvaluationError(f"{path} does not say its noise: give train.noise_std=S, or train.noise=uniform")
+    model, _ = load_weights_file(path)
+    tree = {
+        "data": {"train": ""},
+        "model": model.model_dump(mode="json"),
+        "train": {"global_batch_size": 1, "max_images": 1},
+        "ema": {"relative_stds": []},
+        "log": {"tensorboard": False},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "config.yaml", yaml.safe_dump(tree, sort_keys=False))
+    config = load_config(out / "config.yaml", overrides)
+    settings = replace(EvaluationSettings.of_run(config), weights="file")
+    return Recipe(config, settings, own=False)
+
+
+def load_settings(run_dir: Path, overrides: list[str]) -> tuple[Config, EvaluationSettings, bool]:
+    """(configuration, settings, whether they are the run's own), without the variants."""
+    recipe = load_recipes(run_dir, overrides)[0]
+    return recipe.config, recipe.settings, recipe.own

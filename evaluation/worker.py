@@ -1,7 +1,7 @@
 """Follow a run: evaluate every committed checkpoint that has no result yet, once or as they appear.
 
 The worker is a process of its own and only reads checkpoints. It can be killed and started again at any time, and
-several may run: a result is published once.
+any number may run: they share the chunks of each result, which is published once.
 """
 
 import time
@@ -14,9 +14,11 @@ import torch
 
 from evaluation import results
 from evaluation.errors import EvaluationError
-from evaluation.evaluate import Evaluator, headline
-from evaluation.settings import load_settings
-from evaluation.source import from_checkpoint, resolve_device
+from evaluation.evaluate import Evaluator, Job, headline
+from evaluation.real_side import RealSide
+from evaluation.save import SampleSaver
+from evaluation.settings import Recipe, file_recipe, load_recipes
+from evaluation.source import from_checkpoint, from_file, resolve_device
 from trainer.checkpoint import Checkpoint, committed, find, pinned, scan
 from trainer.errors import TrainerError
 from trainer.run_dir import load_run_config, require_run
@@ -35,6 +37,7 @@ class WorkerOptions:
     idle_s: float = 0.0  # give up following after so long without a new checkpoint; 0 = never
     device: str = "auto"
     reference: Path | None = None
+    save: str = ""  # "shards" or "png": keep the samples
     overrides: list[str] = field(default_factory=list)
 
 
@@ -57,17 +60,20 @@ def evaluate(run_dir: str | Path, watch: bool, options: WorkerOptions | None = N
     if watch:
         _wait_for_run(run_dir, options.wait_for_run_s, say)
     require_run(run_dir)
-    config, settings, own = load_settings(run_dir, options.overrides)
-    device = resolve_device(options.device if options.device != "auto" else config.train.device)
-    evaluator = Evaluator(run_dir, config, settings, own, device, options.reference, say)
-    say(f"evaluating {run_dir}: weights {settings.weights}, {settings.num_samples} samples, settings {settings.hash}")
+    recipes = load_recipes(run_dir, options.overrides, say)
+    worker = _Worker(_evaluators(run_dir, recipes, options, say), options, say)
+    for recipe in recipes:
+        settings = recipe.settings
+        say(
+            f"evaluating {run_dir}: weights {settings.weights}, {settings.num_samples} samples, settings {settings.hash}"
+        )
     results.sweep(run_dir)
-    results.announce(run_dir, config.log.tensorboard)
-    worker = _Worker(evaluator, options, say)
+    results.announce(run_dir, recipes[0].config.log.tensorboard)
     if watch or worker.todo():
-        _ = evaluator.reference  # first: what is missing or does not match should not cost a night of sampling
+        _ = worker.evaluators[0].real.reference  # first: a mismatch should not cost a night of sampling
     if options.step is not None:
-        worker.evaluate(find(run_dir, options.step))
+        for evaluator in worker.evaluators:
+            worker.evaluate(find(run_dir, options.step), evaluator)
     elif watch:
         worker.follow()
     else:
@@ -77,6 +83,31 @@ def evaluate(run_dir: str | Path, watch: bool, options: WorkerOptions | None = N
             reasons = "".join(f"\n  {path.name}: {why}" for path, why in sorted(refused.items()))
             raise EvaluationError(f"run {run_dir} has no committed checkpoint yet; follow it with --watch{reasons}")
     return worker.outcome
+
+
+def evaluate_file(
+    path: Path, out: Path, options: WorkerOptions | None = None, say: Say = print
+) -> dict[str, Any] | None:
+    """Evaluate a weights file; the result under OUT/evals, None if it was there or another worker published it.
+
+    The overrides name the data sets and, after gaussian noise, its standard deviation: a weights file knows neither.
+    """
+    options = options or WorkerOptions()
+    recipe = file_recipe(path, out, options.overrides)
+    (evaluator,) = _evaluators(out, [recipe], options, say)
+    source = from_file(path, evaluator.real.device)
+    results.sweep(out)
+    result = Job(evaluator, source).run()
+    say(headline(result) if result else f"{path} has a result under these settings already")
+    return result
+
+
+def _evaluators(root: Path, recipes: list[Recipe], options: WorkerOptions, say: Say) -> list[Evaluator]:
+    config, settings = recipes[0].config, recipes[0].settings
+    device = resolve_device(options.device if options.device != "auto" else config.train.device)
+    path = options.reference or config.evaluation.reference
+    real = RealSide(results.evals_dir(root), config, settings, device, path, say)
+    return [Evaluator(root, recipe, real, say, options.save) for recipe in recipes]
 
 
 def _wait_for_run(run_dir: Path, seconds: float, say: Say) -> None:
@@ -94,37 +125,46 @@ def _has_started(run_dir: Path) -> bool:
 
 
 class _Worker:
-    def __init__(self, evaluator: Evaluator, options: WorkerOptions, say: Say) -> None:
-        self.evaluator, self.options, self.say = evaluator, options, say
-        self.run_dir = evaluator.run_dir
+    def __init__(self, evaluators: list[Evaluator], options: WorkerOptions, say: Say) -> None:
+        self.evaluators, self.options, self.say = evaluators, options, say
+        self.run_dir = evaluators[0].root
+        self.newest_first = evaluators[0].config.evaluation.order == "newest_first"
         self.outcome = Outcome()
         self._checked: set[str] = set()  # results compared with a checkpoint that was saved again
+        self._failed: set[tuple[str, str]] = set()
 
-    def todo(self) -> list[Checkpoint]:
-        """Checkpoints without a result, by step; with `newest_only` the newest or none."""
+    def todo(self) -> list[tuple[Checkpoint, Evaluator]]:
+        """Checkpoints without a result, each with every recipe; with `newest_only` the newest or none."""
         usable = committed(self.run_dir)
         if self.options.newest_only:
             usable = usable[-1:]
-        return [c for c in usable if c.name not in self.outcome.failed and not self.has_result(c)]
+        return [
+            (checkpoint, evaluator)
+            for checkpoint in (reversed(usable) if self.newest_first else usable)
+            for evaluator in self.evaluators
+            if (checkpoint.name, evaluator.settings.hash) not in self._failed
+            and not self.has_result(checkpoint, evaluator)
+        ]
 
-    def has_result(self, checkpoint: Checkpoint) -> bool:
-        """Whether this very checkpoint was evaluated under these settings."""
-        settings = self.evaluator.settings
-        name = results.result_name(self.run_dir, checkpoint.step, settings.hash, self.evaluator.own_settings)
+    def has_result(self, checkpoint: Checkpoint, evaluator: Evaluator) -> bool:
+        """Whether this very checkpoint was evaluated under these settings, and its samples are kept if they are to be."""
+        settings = evaluator.settings
+        name = results.result_name(self.run_dir, checkpoint.step, settings.hash, evaluator.recipe.own)
         result = results.read_result(results.evals_dir(self.run_dir) / name)
         if result is None or result.get("settings_hash") != settings.hash:
             return False
-        return name in self._checked or self._still_true(checkpoint, name, result)
+        if self.options.save and not SampleSaver.complete_for(self.options.save, self.run_dir, result):
+            return False
+        return name in self._checked or self._still_true(checkpoint, evaluator, name, result)
 
-    def _still_true(self, checkpoint: Checkpoint, name: str, result: dict[str, Any]) -> bool:
+    def _still_true(self, checkpoint: Checkpoint, evaluator: Evaluator, name: str, result: dict[str, Any]) -> bool:
         """A run that went back and came again saves a step a second time; with other weights its result is void."""
         saved = (checkpoint.path / "COMMITTED").stat().st_mtime
         if saved > float(result.get("time", 0)):
             try:
                 with pinned(checkpoint, f"evaluate-{id(self)}"):
-                    source = from_checkpoint(
-                        self.evaluator.config, checkpoint, self.evaluator.settings.weights, torch.device("cpu")
-                    )
+                    weights, cpu = evaluator.settings.weights, torch.device("cpu")
+                    source = from_checkpoint(evaluator.config, checkpoint, weights, cpu)
             except (TrainerError, OSError):
                 return False
             if source.sha256 != result.get("weights_sha256"):
@@ -134,42 +174,49 @@ class _Worker:
         self._checked.add(name)
         return True
 
-    def evaluate(self, checkpoint: Checkpoint) -> None:
+    def evaluate(self, checkpoint: Checkpoint, evaluator: Evaluator) -> None:
         """Evaluate one checkpoint unless it has a result; a failure is noted, not raised."""
-        if self.has_result(checkpoint):
+        if self.has_result(checkpoint, evaluator):
             self.say(f"{checkpoint.name} has a result under these settings already")
             return
         try:
-            result = self.evaluator.evaluate(checkpoint)
+            result = evaluator.evaluate(checkpoint)
         except TrainerError as error:
             if not (checkpoint.path / "COMMITTED").exists():  # retention was faster: nothing to mend
                 self.say(f"{checkpoint.name} is gone: it was removed before it could be evaluated")
                 return
-            self._fail(checkpoint, str(error))
+            self._fail(checkpoint, evaluator, str(error))
         except ValueError as error:
             if not getattr(error, "for_user", False):
                 raise
-            self._fail(checkpoint, str(error))
+            self._fail(checkpoint, evaluator, str(error))
         else:
             if result is None:
-                self.say(f"{checkpoint.name} was evaluated by another worker meanwhile")
+                self.say(f"{checkpoint.name} has its result from another worker")
                 return
             self.outcome.done.append(result)
             self.say(headline(result))
             if result["problem"]:
-                self.outcome.failed[checkpoint.name] = result["problem"]
+                self._note(result["name"], result["problem"])
 
-    def _fail(self, checkpoint: Checkpoint, reason: str) -> None:
-        self.outcome.failed[checkpoint.name] = reason
+    def _fail(self, checkpoint: Checkpoint, evaluator: Evaluator, reason: str) -> None:
+        self._failed.add((checkpoint.name, evaluator.settings.hash))
+        recipe = evaluator.recipe
+        self._note(checkpoint.name if recipe.own else f"{checkpoint.name} ({evaluator.settings.hash})", reason)
         self.say(f"{checkpoint.name} could not be evaluated: {reason}")
+
+    def _note(self, name: str, reason: str) -> None:
+        self.outcome.failed[name] = reason
 
     def evaluate_all(self) -> int:
         """Everything that waits, looking again after each; how many were tried."""
         tried = 0
         while todo := self.todo():
-            self.evaluate(todo[0])
+            checkpoint, evaluator = todo[0]
+            self.evaluate(checkpoint, evaluator)
             tried += 1
-            if todo[0].name not in self.outcome.failed and not self.has_result(todo[0]):
+            failed = (checkpoint.name, evaluator.settings.hash) in self._failed
+            if not failed and not self.has_result(checkpoint, evaluator):
                 break  # it went away; look again at the next poll
         return tried
 

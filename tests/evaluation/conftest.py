@@ -126,5 +126,5 @@ class FakeFeatures:
 
 @pytest.fixture
 def fake_features(monkeypatch):
-    monkeypatch.setattr("evaluation.evaluate.Features", FakeFeatures)
+    monkeypatch.setattr("evaluation.real_side.Features", FakeFeatures)
     return FakeFeatures

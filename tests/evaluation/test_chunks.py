@@ -161,7 +161,8 @@ def test_who_comes_first_decides_the_plan(tmp_path):
 
 
 def test_work_that_is_over_or_was_cleared_away_ends_without_an_error(tmp_path):
-    work, other = SharedWork(tmp_path / "work", {}, 60), SharedWork(tmp_path / "work", {}, 60)
+    folder = tmp_path / "all" / "work"
+    work, other = SharedWork(folder, {}, 60), SharedWork(folder, {}, 60)
 
     def cleared(name, path):
         other.remove()
@@ -169,7 +170,7 @@ def test_work_that_is_over_or_was_cleared_away_ends_without_an_error(tmp_path):
 
     assert not work.work_through(UNITS, cleared)
     assert list(tmp_path.iterdir()) == []
-    again = SharedWork(tmp_path / "work", {}, 60)
+    again = SharedWork(folder, {}, 60)
     assert not again.work_through(UNITS, write, over=lambda: bool(again.computed))
     assert again.computed == UNITS[:1]
 

@@ -11,8 +11,9 @@ import yaml
 
 from evaluation import results
 from evaluation.errors import EvaluationError
-from evaluation.evaluate import Evaluator
-from evaluation.settings import load_settings
+from evaluation.evaluate import Evaluator, Job
+from evaluation.real_side import RealSide
+from evaluation.settings import load_recipes
 from evaluation.worker import WorkerOptions, evaluate
 from trainer.errors import TrainerError
 
@@ -73,8 +74,10 @@ def test_S11_the_result_holds_every_option(make_run):
     assert result["reference"]["fingerprint"] != result["likelihood"]["fingerprint"]
     assert result["features"]["sha256"] == "f00d"
     assert len(result["weights_sha256"]) == 64
-    assert {"load", "reference", "sampling", "features", "likelihood", "total"} <= set(result["seconds"])
-    assert result["machine"]["torch"] == torch.__version__
+    assert not {"seconds", "machine", "time"} & set(result), "what differs from worker to worker lies apart"
+    work = json.loads((run_dir / "evals/step-00000020/work.json").read_text())
+    assert {"sampling", "features", "likelihood", "total"} <= set(work["seconds"])
+    assert work["machine"]["torch"] == torch.__version__
     pictures = {p.name for p in (run_dir / "evals/step-00000020").glob("*.png")}
     assert pictures == {"grid.png", "grid-noisy.png", "grid-unguided.png", "neighbours.png", "trajectory.png"}
 
@@ -138,7 +141,7 @@ def test_a_killed_evaluation_leaves_no_half_result(make_run, monkeypatch):
         raise SystemExit(143)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Evaluator, "_likelihood", killed)
+        patch.setattr(Job, "_measure", killed)
         with pytest.raises(SystemExit):
             run_once(run_dir)
     assert not (run_dir / "evals/step-00000020").exists()
@@ -151,15 +154,19 @@ def test_a_killed_evaluation_leaves_no_half_result(make_run, monkeypatch):
 
 
 def test_two_workers_publish_a_result_once(make_run):
+    """Both start before there is a result; the second finds everything done."""
     run_dir, _ = make_run(steps=(20,))
-    config, settings, own = load_settings(run_dir, [])
     from trainer.checkpoint import find
 
-    workers = [Evaluator(run_dir, config, settings, own, torch.device("cpu"), say=lambda _: None) for _ in range(2)]
+    (recipe,) = load_recipes(run_dir, [])
+    quiet = {"say": lambda _: None}
+    real = RealSide(results.evals_dir(run_dir), recipe.config, recipe.settings, torch.device("cpu"), **quiet)
+    workers = [Evaluator(run_dir, recipe, real, **quiet) for _ in range(2)]
     published = [worker.evaluate(find(run_dir, 20)) for worker in workers]
     assert published[0] is not None
     assert published[1] is None
     assert len(evals_lines(run_dir)) == 1
+    assert not (run_dir / "evals/work").exists()
 
 
 def test_a_step_saved_again_with_other_weights_is_evaluated_again(make_run, save_checkpoint):
