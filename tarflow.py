@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 VERBS = {
     "data": ("data_pipeline.cli", "", "prepare, fetch, index and inspect image data sets"),
     "train": ("trainer.cli", "", "train a model; the same command resumes"),
+    "ema": ("trainer.ema_cli", "", "make an average of the weights of any width, after the training"),
     "evaluate": ("evaluation.cli", "evaluate", "score a run's checkpoints, once or as they appear"),
     "sample": ("evaluation.cli", "sample", "draw images from a run or a weights file"),
     "report": ("evaluation.cli", "report", "write a run's report.html"),

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import trainer.checkpoint as ckpt
+import trainer.snapshots as snapshots
 from trainer.config import CheckpointConfig
 from trainer.errors import TrainerError
 from trainer.faults import fault_point
@@ -91,6 +92,7 @@ class Save:
     step: int
     images_seen: int
     began: float = field(default_factory=time.monotonic)
+    snapshot: bool = False  # whether the averages are kept for ever besides
     stall_s: float = 0.0  # time that the training stood still for it
     seconds: float = 0.0
     error: str | None = None  # the same on every rank
@@ -134,9 +136,23 @@ class Writer:
     def _write(
         self, save: Save, state: dict[str, Tensor], describe: Callable[[], tuple[str, dict[str, Any]]]
     ) -> str | None:
-        temporary = self.channel.broadcast(self._attempt(lambda: self._make_room(save.step, state)))
+        if save.snapshot:
+            outcome = self._write_into(True, save, snapshots.contents(state), describe)
+            if isinstance(outcome, Failure):
+                return f"snapshot of the averages: {outcome.reason}"
+        outcome = self._write_into(False, save, state, describe)
+        if isinstance(outcome, Failure):
+            return outcome.reason
+        save.name, save.removed = outcome
+        return None
+
+    def _write_into(
+        self, snapshot: bool, save: Save, state: dict[str, Tensor], describe: Callable[[], tuple[str, dict[str, Any]]]
+    ) -> Any:
+        """Write and commit a checkpoint, or a snapshot; its name and what retention removed, or the failure."""
+        temporary = self.channel.broadcast(self._attempt(lambda: self._make_room(snapshot, save.step, state)))
         if isinstance(temporary, Failure):
-            return temporary.reason
+            return temporary
         mine = self._attempt(lambda: self._write_mine(temporary, state))
         parts = self.channel.gather(mine)
         failures = {f"rank {rank}: {part.reason}" for rank, part in enumerate(parts) if isinstance(part, Failure)}
@@ -144,14 +160,10 @@ class Writer:
         if self.channel.first:
             if outcome is None:
                 sums = {name: value for part in parts for name, value in part.items()}
-                outcome = self._attempt(lambda: self._commit(temporary, save, sums, describe()))
+                outcome = self._attempt(lambda: self._commit(snapshot, temporary, save, sums, describe()))
             if isinstance(outcome, Failure):  # it holds space that the next save needs
                 shutil.rmtree(temporary, ignore_errors=True)
-        outcome = self.channel.broadcast(outcome)
-        if isinstance(outcome, Failure):
-            return outcome.reason
-        save.name, save.removed = outcome
-        return None
+        return self.channel.broadcast(outcome)
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
         """The action's value, or its failure as a value that can be sent to the other ranks."""
@@ -160,13 +172,14 @@ class Writer:
         except BaseException as error:
             return Failure(_reason(error))
 
-    def _make_room(self, step: int, state: dict[str, Tensor]) -> Path | None:
+    def _make_room(self, snapshot: bool, step: int, state: dict[str, Tensor]) -> Path | None:
         if not self.channel.first:
             return None
         fault_point("save.begin")
-        folder = ckpt.checkpoints_dir(self.run_dir)
+        home = snapshots.prepare(self.run_dir) if snapshot else self.run_dir
+        folder = ckpt.checkpoints_dir(home)
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = ckpt.temporary_dir(self.run_dir, step)  # first, because it frees what an interrupted save left
+        temporary = ckpt.temporary_dir(home, step)  # first, because it frees what an interrupted save left
         needed = int(sum(t.numel() * t.element_size() for t in state.values()) * SPARE) + SPARE_BYTES
         free = shutil.disk_usage(folder).free
         if free < needed:
@@ -188,10 +201,13 @@ class Writer:
         return {p.name: crc32(p) for p in mine}
 
     def _commit(
-        self, temporary: Path, save: Save, sums: dict[str, int], description: tuple[str, dict[str, Any]]
+        self, snapshot: bool, temporary: Path, save: Save, sums: dict[str, int], description: tuple[str, dict[str, Any]]
     ) -> tuple[str, list[str]]:
         text, info = description
         write_atomic(temporary / "config.yaml", text)
+        if snapshot:
+            home = snapshots.snapshots_dir(self.run_dir)
+            return ckpt.commit(home, temporary, save.step, save.images_seen, info, sums).name, []
         saved = ckpt.commit(self.run_dir, temporary, save.step, save.images_seen, info, sums)
         removed = ckpt.apply_retention(self.run_dir, self.policy.keep_latest, self.policy.keep_every_images)
         return saved.name, removed

@@ -1,13 +1,17 @@
-"""Averages of the weights with power-function profiles (Karras et al., arXiv 2312.02696, section 3 and appendix C).
+"""Averages of the weights: power-function profiles (Karras et al., arXiv 2312.02696, section 3 and appendix C), or a
+constant decay.
 
-An average of relative width s weighs the weights of the past by a power of training time, so its memory grows with the
-run. It is tracked in `images_seen`: batch size and world size do not change it. The live model is never swapped.
+A power average of relative width s weighs the weights of the past by a power of training time, so its memory grows with
+the run. It is tracked in `images_seen`: batch size and world size do not change it. The live model is never swapped.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.config import decay_name, power_name
 from trainer.parallel.backend import Backend
 
 
@@ -26,22 +30,28 @@ def power_decay(relative_std: float, images_seen: int, batch: int) -> float:
 
 
 class EMA:
-    """Averages of a backend's local weights; a sharded model's averages are sharded the same way (case T06)."""
+    """Averages of a backend's local weights; a sharded model's averages are sharded the same way (case T06).
 
-    def __init__(self, backend: Backend, relative_stds: tuple[float, ...]) -> None:
+    `relative_stds`: widths of power averages. `decays`: what ordinary averages keep of themselves at each step.
+    """
+
+    def __init__(self, backend: Backend, relative_stds: tuple[float, ...], decays: tuple[float, ...] = ()) -> None:
         self._backend = backend
         self._sources = backend.locals()
-        self.averages = {
-            f"ema-{std:.3f}": {name: p.detach().clone() for name, p in self._sources.items()} for std in relative_stds
-        }
-        self._stds = dict(zip(self.averages, relative_stds))
+        # Name of an average -> its decay at the step that ends at (images seen, images of the step).
+        self._decays: dict[str, Callable[[int, int], float]] = {}
+        for std in relative_stds:
+            self._decays[power_name(std)] = lambda seen, batch, std=std: power_decay(std, seen, batch)  # type: ignore[misc]
+        for decay in decays:
+            self._decays[decay_name(decay)] = lambda *_, decay=decay: decay
+        self.averages = {name: {n: p.detach().clone() for n, p in self._sources.items()} for name in self._decays}
 
     @torch.no_grad()
     def update(self, images_seen: int, batch: int) -> None:
         """Take in the weights after the step that brought the count to `images_seen`."""
         sources = list(self._sources.values())
         for name, average in self.averages.items():
-            weight = 1 - power_decay(self._stds[name], images_seen, batch)
+            weight = 1 - self._decays[name](images_seen, batch)
             torch._foreach_lerp_(list(average.values()), sources, weight)
 
     def reset(self) -> None:

@@ -96,7 +96,7 @@ class Run:
         self.config, self.plan, self.log, self.world, self.device = config, plan, log, world, device
         self.warmup_images = warmup_images
         self.backend = make_backend(config, device, world, plan)
-        self.ema = EMA(self.backend, config.ema.relative_stds)
+        self.ema = EMA(self.backend, config.ema.relative_stds, config.ema.decays)
         self.saver = Saver(config, run_dir, self.backend, self.ema, world, log)
         self.images_seen = 0
         self._reading: tuple[Reading, int, int, float] | None = None

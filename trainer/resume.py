@@ -14,7 +14,7 @@ from trainer.config_io import config_diff, load_config
 from trainer.errors import TrainerError
 from trainer.files import write_atomic
 
-STRUCTURAL = ("model.", "ema.relative_stds")
+STRUCTURAL = ("model.", "ema.relative_stds", "ema.decays")
 ORDER = ("train.seed", "data.num_canonical_nodes", "data.shuffle_block")
 
 

@@ -1,7 +1,7 @@
 """The run directory: what lies where, who may write, and how to open one.
 
-config.yaml  run.json  restarts.json  log.txt  logs/  metrics.jsonl  tensorboard/  heartbeats/  checkpoints/  evals/
-evals.jsonl  report.html
+config.yaml  run.json  restarts.json  log.txt  logs/  metrics.jsonl  tensorboard/  heartbeats/  checkpoints/  ema/
+evals/  evals.jsonl  report.html
 """
 
 import fcntl

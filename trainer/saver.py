@@ -21,6 +21,7 @@ from trainer.parallel.backend import Backend
 from trainer.parallel.saved import place
 from trainer.parallel.world import World, broadcast
 from trainer.resume import check_resume
+from trainer.snapshots import forget_after
 
 
 class Saver:
@@ -39,9 +40,14 @@ class Saver:
     # --- when ---
 
     def due(self, images_seen: int) -> bool:
-        """Whether the last step crossed a multiple of checkpoint.every_images."""
-        every, size = self.config.checkpoint.every_images, self.config.train.global_batch_size
-        return bool(every) and images_seen // every > (images_seen - size) // every
+        """Whether the last step crossed a multiple of checkpoint.every_images or ema.snapshot_every_images."""
+        return self._crossed(self.config.checkpoint.every_images, images_seen) or self._snapshot_due(images_seen)
+
+    def _snapshot_due(self, images_seen: int) -> bool:
+        return self._crossed(self.config.ema.snapshot_every_images, images_seen)
+
+    def _crossed(self, every: int, images_seen: int) -> bool:
+        return bool(every) and images_seen // every > (images_seen - self.config.train.global_batch_size) // every
 
     def overdue(self) -> bool:
         """Whether checkpoint.every_minutes have passed since the last save, by this rank's clock."""
@@ -60,7 +66,8 @@ class Saver:
         self.collect(wait=True)
         if images_seen != self._saved_at:
             self._saved_at, self._saved_time = images_seen, time.monotonic()
-            save = Save(images_seen // self.config.train.global_batch_size, images_seen, began)
+            step = images_seen // self.config.train.global_batch_size
+            save = Save(step, images_seen, began, snapshot=self._snapshot_due(images_seen))
             if self.config.checkpoint.asynchronous and not last:
                 staged = self._staging.copy(self._state())
                 save.stall_s = time.monotonic() - began
@@ -146,6 +153,8 @@ class Saver:
                 answer = ckpt.newest_sound(self.run_dir, self.log.say)
                 if answer is not None:
                     check_resume(answer, self.config, self.fingerprint, accept_new_data, self.log.say)
+                for line in forget_after(self.run_dir, answer.images_seen if answer is not None else 0):
+                    self.log.say(line)
             except TrainerError as error:
                 answer = error
         answer = broadcast(answer)  # type: ignore[assignment]
