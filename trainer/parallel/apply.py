@@ -18,11 +18,15 @@ def apply_parallelism(model: TarFlow, config: Config, mesh: DeviceMesh | None) -
     for block in model.blocks:
         assert isinstance(block, FlowBlock)
         for layer in block.attn_blocks:
+            # Moving tensors to the host and back cannot be traced: the graph is inside that.
+            offload = config.activation_checkpoint.offload
+            if config.compile.enable and offload:
+                layer.forward = torch.compile(layer.forward)
             if config.activation_checkpoint.mode != "none":
                 from trainer.parallel.checkpointing import checkpoint_layer
 
                 checkpoint_layer(layer, number, config.activation_checkpoint)
-            if config.compile.enable:
+            if config.compile.enable and not offload:
                 layer.compile()
             number += 1
     if mesh is None:

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trainer.config import ActivationCheckpointConfig
+
+Forward = Callable[[Tensor], Any]
 
 _aten = torch.ops.aten
 KEPT = {
@@ -33,24 +35,43 @@ def checkpoint_layer(layer: nn.Module, number: int, config: ActivationCheckpoint
     """Apply the configured mode to layer `number` (0, 1, ... through the whole flow)."""
     if config.mode == "none" or (config.mode == "selective" and number % max(config.every_nth_layer, 1)):
         return
-    forward: Callable[..., Any] = layer.forward
     if config.mode == "selective" and not config.every_nth_layer:
-        contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
-        # The kept outputs go through saved-tensor hooks like all others, so that they can be counted and moved.
-        layer.forward = functools.partial(
-            checkpoint, forward, use_reentrant=False, context_fn=contexts, respect_saved_tensors_hooks=True
-        )
+        layer.forward = _selective(layer.forward)
     elif config.offload:
-        layer.forward = functools.partial(_offloaded, forward)
+        layer.forward = _offloaded(layer.forward)
     else:
-        layer.forward = functools.partial(checkpoint, forward, use_reentrant=False)
+        layer.forward = _full(layer.forward)
+
+
+# Functions of this file, not partial(checkpoint, ...): torch.compile skips frames of torch's own and, since
+# `checkpoint` is closed to it from outside, would compile nothing at all, without a word.
+
+
+def _full(forward: Forward) -> Forward:
+    def checkpointed(x: Tensor) -> Any:
+        return checkpoint(forward, x, use_reentrant=False)
+
+    return checkpointed
+
+
+def _selective(forward: Forward) -> Forward:
+    contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+
+    def checkpointed(x: Tensor) -> Any:
+        # The kept outputs go through saved-tensor hooks like all others, so that they can be counted and moved.
+        return checkpoint(forward, x, use_reentrant=False, context_fn=contexts, respect_saved_tensors_hooks=True)
+
+    return checkpointed
+
+
+def _offloaded(forward: Forward) -> Forward:
+    def checkpointed(x: Tensor) -> Any:
+        # Only the reentrant form saves its input where saved-tensor hooks can move it.
+        with save_on_cpu(pin_memory=x.device.type == "cuda"):
+            return checkpoint(forward, x, use_reentrant=True)
+
+    return checkpointed
 
 
 def _policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _offloaded(forward: Callable[..., Any], x: torch.Tensor) -> Any:
-    # Only the reentrant form saves its input where saved-tensor hooks can move it.
-    with save_on_cpu(pin_memory=x.device.type == "cuda"):
-        return checkpoint(forward, x, use_reentrant=True)
