@@ -16,6 +16,7 @@ VERBS = {
     "data": ("data_pipeline.cli", "", "prepare, fetch, index and inspect image data sets"),
     "train": ("trainer.cli", "", "train a model; the same command resumes"),
     "ema": ("trainer.ema_cli", "", "make an average of the weights of any width, after the training"),
+    "checkpoint": ("trainer.checkpoint_cli", "", "list, verify, export and prune a run's checkpoints"),
     "evaluate": ("evaluation.cli", "evaluate", "score a run's checkpoints, once or as they appear"),
     "sample": ("evaluation.cli", "sample", "draw images from a run or a weights file"),
     "report": ("evaluation.cli", "report", "write a run's report.html"),

@@ -75,12 +75,15 @@ class Tally:
     """What the campaign counts."""
 
     kinds: Counter[str] = field(default_factory=Counter)
-    points: Counter[str] = field(default_factory=Counter)
+    points: Counter[str] = field(default_factory=Counter)  # where a save was really killed
+    codes: Counter[int] = field(default_factory=Counter)  # how ranks ended
     deaths: int = 0
     slowest_s: float = 0.0
     wrong_codes: int = 0
     wrong_starts: int = 0  # starts that did not begin at the newest whole checkpoint
     pointer_ahead: int = 0
+    pointer_damaged: int = 0  # it names a checkpoint that was damaged after it was committed
+    damaged: dict[str, int] = field(default_factory=dict)  # name -> inode of its marker, of those damaged here
     torn: int = 0  # directories without a marker that were left behind, and never used
     refused_saves: int = 0  # by a full disk
     repeated: list[int] = field(default_factory=list)  # steps, per start
@@ -99,14 +102,21 @@ def look(run_dir: Path, tally: Tally) -> None:
         return
     usable, refused = ckpt.scan(run_dir)
     pointer = folder / "latest"
-    if pointer.exists() and pointer.read_text().strip() not in {c.name for c in usable}:
-        tally.pointer_ahead += 1
+    if pointer.exists() and (name := pointer.read_text().strip()) not in {c.name for c in usable}:
+        # Excused if that very checkpoint was whole until it was damaged here, and no start has come to look at it since.
+        marker = folder / name / "COMMITTED"
+        excused = marker.exists() and tally.damaged.get(name) == marker.stat().st_ino
+        tally.pointer_damaged += excused
+        tally.pointer_ahead += not excused
     tally.torn += len(refused)
 
 
-def damage(run_dir: Path, dice: random.Random) -> None:
+def damage(run_dir: Path, dice: random.Random, tally: Tally) -> None:
     """Flip a bit of the newest checkpoint, cut a file short, or lose one."""
+    for old in (run_dir / "checkpoints").glob("*.damaged"):  # looked at, as it were: the disk is small
+        shutil.rmtree(old)
     victim = ckpt.committed(run_dir)[-1].path
+    tally.damaged[victim.name] = (victim / "COMMITTED").stat().st_ino
     file = dice.choice(sorted(p for p in victim.iterdir() if p.suffix == ".distcp"))
     how = dice.choice(["flip", "cut", "lose"])
     if how == "flip":
@@ -119,13 +129,13 @@ def damage(run_dir: Path, dice: random.Random) -> None:
         file.unlink()
 
 
-def disaster(kind: str, config: Config, run_dir: Path, dice: random.Random, tally: Tally, small_disk: bool) -> Life:
-    """One start and its end."""
+def disaster(
+    kind: str, point: str, config: Config, run_dir: Path, dice: random.Random, tally: Tally, small_disk: bool
+) -> Life:
+    """One start and its end. `point`: of a save, where it is to be killed."""
     fault = ""
     victims = dice.choice([[0], [1], [0, 1]])
     if kind == "kill inside a save":
-        point = dice.choice(POINTS)
-        tally.points[point] += 1
         rank = dice.choice(["/0", "/1", ""]) if point in ("save.staged", "save.written") else ""
         fault = f"{point}@{dice.choice([1, 1, 2])}{rank}=kill"
     elif kind == "full disk" and not small_disk:
@@ -145,11 +155,14 @@ def disaster(kind: str, config: Config, run_dir: Path, dice: random.Random, tall
         else:
             life.send(signal.SIGKILL, [dice.choice([0, 1])] if kind == "kill one rank" else [0, 1])
     tally.slowest_s = max(tally.slowest_s, life.end(grace_s=60))
+    tally.codes.update(life.codes.values())
+    if kind == "kill inside a save":
+        tally.points[point] += -signal.SIGKILL in life.codes.values()
     if kind in ("SIGTERM", "SIGUSR2", "full disk"):
         tally.wrong_codes += set(life.codes.values()) not in ({REQUEUE}, {FINISHED})
     look(run_dir, tally)
     if kind == "damaged newest checkpoint" and len(ckpt.committed(run_dir)) > 1:
-        damage(run_dir, dice)
+        damage(run_dir, dice, tally)
     return life
 
 
@@ -200,17 +213,22 @@ def campaign(config: Config, run_dir: Path, kills: int, small_disk: bool) -> Tal
     """All the disasters, then one start that is left alone."""
     dice, tally = random.Random(1), Tally()
     most = config.train.max_images - 12 * BATCH
-    deck: list[str] = []
+    deck: list[tuple[str, str]] = []
     frontier = 0  # the farthest position that was ever trained to
     while tally.deaths < kills:
         if newest(run_dir) >= most:
             break
         expected = newest(run_dir)
-        if not deck:  # every twenty deaths hold every kind
-            deck = [kind for kind, weight in zip(KINDS, WEIGHTS) for _ in range(weight)]
+        if not deck:  # every twenty deaths hold every kind, and every point of a save
+            points = iter(POINTS)
+            deck = [
+                (kind, next(points) if kind == "kill inside a save" else "")
+                for kind, weight in zip(KINDS, WEIGHTS)
+                for _ in range(weight)
+            ]
             dice.shuffle(deck)
-        kind = deck.pop()
-        life = disaster(kind, config, run_dir, dice, tally, small_disk)
+        kind, point = deck.pop()
+        life = disaster(kind, point, config, run_dir, dice, tally, small_disk)
         tally.deaths += 1
         tally.kinds[kind] += 1
         lines = life.lines()
@@ -283,11 +301,13 @@ def main() -> int:
     rows += [(f"  at {point}", str(tally.points[point])) for point in POINTS]
     rows += [
         ("deaths in all", str(tally.deaths)),
+        ("exit codes of ranks", ", ".join(f"{code}: {count}" for code, count in sorted(tally.codes.items()))),
         ("steps of the run", f"{steps} ({steps * BATCH // IMAGES} epochs)"),
         ("steps repeated per start, mean / most", f"{np.mean(tally.repeated):.1f} / {max(tally.repeated)}"),
         ("torn directories met, never used", str(tally.torn)),
         ("saves refused by a full disk", f"{tally.refused_saves} ({'a real one' if small_disk else 'injected'})"),
         ("damaged checkpoints passed over", str(log.count("is damaged and not used") + log.count("is not used: its file"))),
+        ("pointer found at one damaged here", str(tally.pointer_damaged)),
         ("seconds, with deaths / left alone", f"{seconds:.0f} / {alone:.0f}"),
     ]  # fmt: skip
     bars = [
@@ -302,9 +322,13 @@ def main() -> int:
         Bar("pointer ahead of the data", tally.pointer_ahead, at_most=0),
         Bar("stops with another exit code than asked for", tally.wrong_codes, at_most=0),
         Bar(
-            "seconds until all ranks were gone", tally.slowest_s, at_most=60, reason="by themselves, none was killed for it"
+            "seconds until all ranks were gone",
+            tally.slowest_s,
+            at_most=60,
+            reason="by themselves, none was killed for it",
         ),
         Bar("deaths", tally.deaths, at_least=kills),
+        Bar("least kills at a point of a save", min(tally.points[p] for p in POINTS), at_least=kills // 20),
     ]
     return finish(args, rows, ("what", "count"), bars)
 

@@ -1,5 +1,10 @@
-"""The ranks of a fault campaign: forks of a process that has loaded torch, told how to die, and watched until they do."""
+"""Ranks that are told how to die: forks of a process that has loaded torch, watched until they are gone.
 
+As a program it does so on request: each line of its input is one start, in json (see `serve`), each line of its output how
+that start ended. A start costs milliseconds that way, not the seconds of loading torch.
+"""
+
+import contextlib
 import json
 import os
 import signal
@@ -11,16 +16,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch._dynamo
+import torch.distributed.checkpoint
+import torch.distributed.fsdp  # all of it here, once, and not in every rank: it takes seconds
+
 import trainer.loop
 from trainer.config import Config
+from trainer.config_io import load_config
 from trainer.faults import VARIABLE
 
 RANKS = 2
 
 
-def rank_main(config: Config, run_dir: Path, rank: int, port: int, fault: str) -> None:
+def rank_main(config: Config, run_dir: Path, rank: int, ranks: int, port: int, fault: str) -> None:
     """One rank, in a fork; never returns. After every step it writes down which samples that step trained on."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1",
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), VARIABLE: fault}  # fmt: skip
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     notes, out = (os.open(beside(run_dir, name), flags) for name in ("trained.jsonl", "output.txt"))
@@ -61,18 +72,19 @@ def beside(run_dir: Path, name: str) -> Path:
 class Life:
     """The ranks of one start, until they are all gone."""
 
-    def __init__(self, config: Config, run_dir: Path, fault: str = "") -> None:
+    def __init__(self, config: Config, run_dir: Path, fault: str = "", ranks: int = RANKS) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.codes: dict[int, int] = {}
+        self.port = port
         self.notes = beside(run_dir, "trained.jsonl")
         self.begin = self.notes.stat().st_size if self.notes.exists() else 0
         self.pids = {}
-        for rank in range(RANKS):
+        for rank in range(ranks):
             pid = os.fork()
             if pid == 0:
-                rank_main(config, run_dir, rank, port, fault)
+                rank_main(config, run_dir, rank, ranks, port, fault)
             self.pids[rank] = pid
 
     def poll(self) -> bool:
@@ -105,18 +117,63 @@ class Life:
                 return
             time.sleep(0.004)
 
-    def end(self, grace_s: float) -> float:
+    def end(self, grace_s: float, patience_s: float = 300) -> float:
         """Wait until all are gone; the seconds from the first death to the last.
 
-        A rank that is still there after `grace_s` is killed, and the answer is infinite: it did not leave by itself.
+        A rank that is still there after `grace_s` is killed, and the answer is infinite: it did not leave by itself. The
+        same if none has ended after `patience_s`.
         """
-        while not self.poll():
-            time.sleep(0.004)
         began, stayed = time.monotonic(), False
-        while len(self.codes) < RANKS:
+        while not self.poll():
+            if time.monotonic() - began > patience_s:
+                self.send(signal.SIGKILL, list(self.pids))
+                stayed = True
+            time.sleep(0.004)
+        began = time.monotonic()
+        while len(self.codes) < len(self.pids):
             if time.monotonic() - began > grace_s:
-                self.send(signal.SIGKILL, range(RANKS))
+                self.send(signal.SIGKILL, list(self.pids))
                 stayed = True
             time.sleep(0.004)
             self.poll()
         return float("inf") if stayed else time.monotonic() - began
+
+
+def serve(order: dict[str, Any]) -> dict[str, Any]:
+    """One start. `config`: file; `overrides`; `run`; `ranks`; `fault`; `send`: [steps of rank 0, signal, ranks], ...
+
+    Answers with each rank's exit code and whether all left by themselves within `grace_s` of the first that did.
+    """
+    config = load_config(Path(order["config"]), order.get("overrides", []))
+    life = Life(config, Path(order["run"]), order.get("fault", ""), order.get("ranks", RANKS))
+    for steps, name, ranks in order.get("send", []):
+        life.wait_for(steps)
+        life.send(signal.Signals[name], ranks)
+    seconds = life.end(grace_s=60, patience_s=60)
+    codes = [life.codes[rank] for rank in sorted(life.codes)]
+    return {"codes": codes, "by_themselves": seconds != float("inf"), "leftovers": helpers(life.port, patience_s=10)}
+
+
+def helpers(port: int, patience_s: float) -> list[int]:
+    """Process ids of programs that these ranks have started and that outlive them (Linux only)."""
+    mark, end = f"MASTER_PORT={port}\0".encode(), time.monotonic() + patience_s
+    while True:
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mark in path.read_bytes():
+                    found.append(int(path.parent.name))
+        if not found or time.monotonic() > end:
+            return found
+        time.sleep(0.05)
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(json.dumps(serve(json.loads(line))), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

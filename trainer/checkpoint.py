@@ -5,8 +5,9 @@
     checkpoints/latest           name of the newest committed checkpoint
     checkpoints/pins/            who is reading which checkpoint
 
-Writing: `step-N.tmp/` -> fsync -> rename -> `COMMITTED` -> `latest` -> retention. Removing goes the other way, marker
-first. So whatever moment a process is killed at, a directory with a marker is whole.
+Writing: `step-N.tmp/` -> fsync -> rename -> `COMMITTED` -> `latest` -> retention. Removing goes the other way: first the
+pointer, if it names what goes, then the marker. So whatever moment a process is killed at, a directory with a marker is
+whole, and the pointer names one with a marker.
 """
 
 import json
@@ -14,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from trainer.run_dir import run_id
 MARKER = "COMMITTED"
 _STEP = re.compile(r"step-(\d{8,})")
 _TORN = re.compile(r"step-\d{8,}(\.tmp)?")
+DAMAGED = ".damaged"  # ending of a checkpoint that was set aside
 _PIN_LIFETIME_S = 24 * 3600
 
 
@@ -132,6 +134,8 @@ def find(run_dir: str | Path, step: int | None = None) -> Checkpoint:
         if checkpoint.step == step:
             return checkpoint
     reasons = [why for path, why in refused.items() if path.name.startswith(f"step-{step:08d}")]
+    if (checkpoints_dir(Path(run_dir)) / f"step-{step:08d}{DAMAGED}").exists():
+        reasons.append(f"it was damaged and set aside as step-{step:08d}{DAMAGED}")
     why = f": {reasons[0]}" if reasons else ""
     have = ", ".join(str(c.step) for c in usable) or "none"
     raise TrainerError(f"run {run_dir} has no usable checkpoint of step {step}{why}; usable steps: {have}")
@@ -142,7 +146,7 @@ def sweep(run_dir: Path) -> list[str]:
     lines = []
     usable, refused = scan(run_dir)
     pointer = checkpoints_dir(run_dir) / "latest"
-    if usable and (not pointer.exists() or pointer.read_text().strip() != usable[-1].name):
+    if usable and _named(pointer) != usable[-1].name:
         write_atomic(pointer, usable[-1].name + "\n")  # a save was killed between its marker and the pointer
     for path, reason in sorted(refused.items()):
         torn = not (path / MARKER).exists()
@@ -150,6 +154,52 @@ def sweep(run_dir: Path) -> list[str]:
             shutil.rmtree(path)
         lines.append(f"checkpoint {path.name} is not used: {reason}" + (" (removed)" if torn else ""))
     return lines
+
+
+def set_aside(run_dir: Path, chosen: Checkpoint) -> list[str]:
+    """Rename this run's checkpoints that are newer than the one it goes on from, which are all damaged. Writer only.
+
+    Where they are they would count as the newest to retention, to readers and to `latest`, and the run, once it comes by
+    their step again, would have to remove them. Renamed, they stay for a person to look at. Returns what is to be said.
+    """
+    usable, refused = scan(run_dir)
+    newer = [c.path for c in usable if c.step > chosen.step]
+    newer += [path for path in refused if _is_newer_of_ours(path, chosen)]
+    if newer:
+        write_atomic(checkpoints_dir(run_dir) / "latest", chosen.name + "\n")
+    for path in newer:
+        aside = path.with_name(path.name + DAMAGED)
+        if aside.exists():
+            shutil.rmtree(aside)
+        os.rename(path, aside)
+    return [
+        f"checkpoint {path.name} is set aside as {path.name}{DAMAGED}; `tarflow checkpoint prune --damaged` removes it"
+        for path in sorted(newer)
+    ]
+
+
+def remove_set_aside(run_dir: Path) -> list[str]:
+    """Remove what `set_aside` has left; names of the removed."""
+    paths = sorted(checkpoints_dir(run_dir).glob(f"step-*{DAMAGED}"))
+    for path in paths:
+        _remove(path)
+    return [path.name for path in paths]
+
+
+def _is_newer_of_ours(path: Path, chosen: Checkpoint) -> bool:
+    """Whether a directory holds a newer checkpoint of the same run, by what can be read of its marker."""
+    name = _STEP.fullmatch(path.name)
+    if name is None or int(name[1]) <= chosen.step or not (path / MARKER).exists():
+        return False
+    try:
+        return bool(json.loads((path / MARKER).read_text())["run"] == chosen.info["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+
+
+def _named(pointer: Path) -> str:
+    """Name in the pointer; empty without one."""
+    return pointer.read_text().strip() if pointer.exists() else ""
 
 
 def commit(
@@ -167,7 +217,7 @@ def commit(
     sums = sums or {}
     final = temporary.with_suffix("")
     fsync_tree(temporary)
-    if final.exists():  # a leftover that start-up found unusable, or the same step saved again after a resume
+    if final.exists():  # a leftover of another run, or the same step saved again
         _remove(final)
     os.rename(temporary, final)
     fsync_dir(final.parent)
@@ -199,7 +249,7 @@ def apply_retention(run_dir: Path, keep_latest: int, keep_every_images: int) -> 
     if keep_latest == -1:
         return []
     removed = []
-    pins = _pinned_names(run_dir)
+    pins = pinned_names(run_dir)
     for checkpoint in committed(run_dir)[: -max(keep_latest, 2)]:
         permanent = keep_every_images and checkpoint.images_seen % keep_every_images == 0
         if not permanent and checkpoint.name not in pins:
@@ -209,6 +259,10 @@ def apply_retention(run_dir: Path, keep_latest: int, keep_every_images: int) -> 
 
 
 def _remove(path: Path) -> None:
+    pointer = path.parent / "latest"
+    if _named(pointer) == path.name:
+        pointer.unlink()  # no pointer is better than one to what is not there; the next start and save make it again
+        fsync_dir(path.parent)
     (path / MARKER).unlink(missing_ok=True)
     fsync_dir(path)
     shutil.rmtree(path)
@@ -229,7 +283,8 @@ def pinned(checkpoint: Checkpoint, owner: str) -> Iterator[None]:
         pin.unlink(missing_ok=True)
 
 
-def _pinned_names(run_dir: Path) -> set[str]:
+def pinned_names(run_dir: Path) -> set[str]:
+    """Checkpoints that someone reads now."""
     names = set()
     for pin in (checkpoints_dir(run_dir) / "pins").glob("step-*"):
         if _pin_holds(pin):
@@ -290,8 +345,8 @@ def load_weights(checkpoint: Checkpoint, which: str) -> dict[str, Any]:
     prefix = "model" if which == "raw" else which
     shapes = stored_shapes(checkpoint)
     wanted = {n: shape for n, shape in shapes.items() if n.startswith(f"{prefix}/") or n == "buffer/var"}
-    if not any(n.startswith(f"{prefix}/") for n in wanted):
-        have = sorted({n.split("/")[0] for n in shapes} - {"optim", "buffer"})
+    have = sorted(s for s in {n.split("/")[0] for n in shapes} if s == "model" or s.startswith("ema-"))
+    if prefix not in have:
         raise TrainerError(
             f"checkpoint {checkpoint.path} holds no weights {which!r}; it holds: "
             + ", ".join("raw" if n == "model" else n for n in have)
@@ -324,20 +379,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(torch.distributed is|TypedStorage).*")
         yield
-
-
-__all__: Sequence[str] = [
-    "Checkpoint",
-    "apply_retention",
-    "commit",
-    "committed",
-    "find",
-    "load_weights",
-    "pinned",
-    "read_tensors",
-    "scan",
-    "stored_shapes",
-    "sweep",
-    "temporary_dir",
-    "write_tensors",
-]

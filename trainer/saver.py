@@ -153,6 +153,8 @@ class Saver:
                 answer = ckpt.newest_sound(self.run_dir, self.log.say)
                 if answer is not None:
                     check_resume(answer, self.config, self.fingerprint, accept_new_data, self.log.say)
+                    for line in ckpt.set_aside(self.run_dir, answer):
+                        self.log.say(line)
                 for line in forget_after(self.run_dir, answer.images_seen if answer is not None else 0):
                     self.log.say(line)
             except TrainerError as error:

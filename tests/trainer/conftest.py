@@ -1,6 +1,12 @@
-"""A tiny labelled data set in indexed shards, and a configuration that trains on it in seconds."""
+"""A tiny labelled data set in indexed shards, a configuration that trains on it in seconds, and cheap real ranks."""
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,3 +47,30 @@ def tiny_config(tiny_data: Path, tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+Start = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def start() -> Iterator[Start]:
+    """Start real ranks and wait for their end: see `benchmarks.fault_ranks.serve`. They print into RUN-output.txt."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.fault_ranks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert server.stdin is not None
+    assert server.stdout is not None
+    sent, heard = server.stdin, server.stdout
+
+    def ask(config: Path, run: Path, *overrides: str, **order: Any) -> dict[str, Any]:
+        whole = order | {"config": str(config), "run": str(run), "overrides": overrides}
+        sent.write(json.dumps(whole) + "\n")
+        sent.flush()
+        answer = heard.readline()
+        assert answer, "the server of ranks is gone"
+        return dict(json.loads(answer))
+
+    yield ask
+    sent.close()
+    server.wait(10)
