@@ -4,6 +4,8 @@ import datetime
 import os
 import sys
 
+DEVICE_FAILED = 90  # this rank's own device does not work: its node is to blame, whatever the others report
+
 
 def main() -> int:
     """Sum the ranks; 0 if the sum is right. Runs in every task at once, with torchrun's variables set."""
@@ -13,7 +15,12 @@ def main() -> int:
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        try:
+            torch.cuda.set_device(device)
+            assert torch.ones(1024, device=device).sum().item() == 1024
+        except (RuntimeError, AssertionError) as error:
+            print(f"{device} does not work: {error}", file=sys.stderr, flush=True)
+            os._exit(DEVICE_FAILED)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=120))
     value = torch.full((1024,), float(rank + 1), device=device)

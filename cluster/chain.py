@@ -119,3 +119,19 @@ def decide(outcome: Outcome, chain: Chain, step: int, limits: Limits, cancelled:
             f"stopped: requeue limit: {times} (max_restarts={limits.max_restarts}), at step {step}; last: {why}",
         )
     return Decision(True, REQUEUE, f"requeued at step {step}, restart {restarts + 1}: {why}")
+
+
+def exhausted(chain: Chain, limits: Limits) -> Decision | None:
+    """At a start: whether starts that were killed before they could decide have used up the limits."""
+    restarts, step = chain.restarts, int(chain.starts[-1]["step"]) if chain.starts else 0
+    wasted = fruitless(chain.starts, step)
+    if restarts > limits.max_restarts:
+        text = f"stopped: requeue limit: {restarts} restarts (max_restarts={limits.max_restarts}), at step {step}"
+        return Decision(False, REQUEUE_LIMIT, text)
+    if wasted > limits.max_no_progress:
+        text = (
+            f"stopped: no progress: the newest checkpoint is still that of step {step} after {wasted} restarts without a "
+            f"newer one (max_no_progress={limits.max_no_progress}); the starts before were killed"
+        )
+        return Decision(False, NO_PROGRESS, text)
+    return None

@@ -4,11 +4,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
+from cluster.exit_codes import FINISHED, NO_PROGRESS, REQUEUE
+
+PATIENCE_S = 20.0  # between the first process's failure and the end of the others
 HANDED_ON = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
@@ -17,7 +21,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self.child: Child | None = None
+        self.child: Children | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -71,14 +75,66 @@ class Child:
         self._reader.join(5)
         return code
 
-    def end(self, patience_s: float) -> None:
-        """Have it stop, then make it stop."""
-        self.send(signal.SIGTERM)
-        if self.wait(patience_s) is None:
+    def kill(self) -> None:
+        """End it at once."""
+        if self._process.poll() is None:
             self._process.kill()
-            self.wait(10)
+        self.wait(10)
 
     @property
     def last_line(self) -> str:
         """The last thing it said on its error output that is not a frame of a traceback."""
         return next((line for line in reversed(self._lines) if not line.startswith((" ", "Traceback"))), "")
+
+
+class Children:
+    """The processes of one task: one for each environment. When one fails, the others have some time to notice."""
+
+    def __init__(self, command: Sequence[str], envs: Sequence[Mapping[str, str]]) -> None:
+        self._all = [Child(command, env) for env in envs]
+        self._bad: tuple[int, int] | None = None  # (index, code) of the first failure
+        self._deadline = float("inf")
+
+    def send(self, number: signal.Signals) -> None:
+        """Signal all."""
+        for child in self._all:
+            child.send(number)
+
+    def wait(self, timeout_s: float) -> tuple[int, int, str] | None:
+        """Once all are gone: the exit code that counts, the index of the process it is from, and its last words."""
+        end = time.monotonic() + timeout_s
+        while True:
+            codes = [child.wait(0) for child in self._all]
+            bad = [(i, c) for i, c in enumerate(codes) if c not in (None, FINISHED, REQUEUE)]
+            if bad and self._bad is None:
+                # Seen at once: a signal's code is negative and is the cause of the others.
+                self._bad = min(bad, key=lambda one: one[1] or 0)  # type: ignore[assignment]
+                self._deadline = time.monotonic() + PATIENCE_S
+            if None not in codes:
+                return self._verdict([c for c in codes if c is not None])
+            if time.monotonic() > self._deadline:
+                self._kill()
+            elif time.monotonic() >= end:
+                return None
+            else:
+                time.sleep(0.05)
+
+    def _verdict(self, codes: list[int]) -> tuple[int, int, str]:
+        index, code = self._bad or max(enumerate(codes), key=lambda one: one[1])
+        if NO_PROGRESS in codes:
+            index, code = codes.index(NO_PROGRESS), NO_PROGRESS
+        return code, index, self._all[index].last_line
+
+    def end(self, patience_s: float) -> None:
+        """Have them stop, then make them stop."""
+        self.send(signal.SIGTERM)
+        self.end_within(patience_s)
+
+    def end_within(self, patience_s: float) -> None:
+        """Let them end by themselves for some time, then make them stop."""
+        if self.wait(patience_s) is None:
+            self._kill()
+
+    def _kill(self) -> None:
+        for child in self._all:
+            child.kill()

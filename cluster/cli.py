@@ -48,6 +48,9 @@ def build_submit_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks-per-node", type=int, metavar="M", help="processes per node (default: one per GPU, or 1)"
     )
+    parser.add_argument(
+        "--one-task-per-node", action="store_true", help="one Slurm task per node, which starts the node's processes"
+    )
     parser.add_argument("--array", metavar="KEY=A,B,C", help="one run for each value, as one job array")
     parser.add_argument("--evaluate", action="store_true", help="submit a worker that evaluates every checkpoint too")
     parser.add_argument("--eval-profile", type=Path, metavar="FILE", help="profile of that worker (default: --profile)")
@@ -69,6 +72,7 @@ def run_submit(args: argparse.Namespace) -> int:
         raise ClusterError("--eval-profile has no effect without --evaluate")
     request = Submission(
         config=args.config, run_dir=args.run, profile=profile, nodes=args.nodes, tasks_per_node=tasks,
+        one_task_per_node=args.one_task_per_node,
         overrides=list(args.overrides), sweep=args.array, evaluate=args.evaluate,
         eval_profile=load_profile(args.eval_profile) if args.eval_profile else None, dry_run=args.dry_run,
         arguments=_words_after("submit"),

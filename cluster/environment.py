@@ -24,6 +24,19 @@ class Place:
     source: str = "alone"
     note: str = ""
 
+    def divided(self, ranks: int) -> "list[Place]":
+        """The places of the processes that this task starts, one of so many per task."""
+        return [
+            Place(
+                self.rank * ranks + i,
+                self.size * ranks,
+                self.local_rank * ranks + i,
+                self.local_size * ranks,
+                self.source,
+            )
+            for i in range(ranks)
+        ]
+
 
 def find_place(env: Mapping[str, str]) -> Place:
     """The place that an environment describes; a partial or contradictory one is an error with the values in it."""

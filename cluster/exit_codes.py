@@ -1,8 +1,8 @@
 """How a job ends, for Slurm's accounting and for whoever looks (contract 7)."""
 
-from trainer.exit_codes import FAILED, FINISHED, NO_PROGRESS, REQUEUE
+from trainer.exit_codes import FAILED, FINISHED, HUNG, NO_PROGRESS, REQUEUE, USAGE
 
 REQUEUE_LIMIT = 78  # as many restarts as the profile allows
 CANNOT_REQUEUE = 79  # saved, but Slurm did not take the request to start again
 
-__all__ = ["CANNOT_REQUEUE", "FAILED", "FINISHED", "NO_PROGRESS", "REQUEUE", "REQUEUE_LIMIT"]
+__all__ = ["CANNOT_REQUEUE", "FAILED", "FINISHED", "HUNG", "NO_PROGRESS", "REQUEUE", "REQUEUE_LIMIT", "USAGE"]

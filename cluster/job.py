@@ -6,25 +6,28 @@ signal of a short job a time-out, loses the race against Slurm's own requeue, an
 
 import fcntl
 import json
+import logging
 import os
+import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster import slurm
-from cluster.chain import Chain, Limits, Outcome, decide
-from cluster.child import Child, Signals
+from cluster.all_reduce import DEVICE_FAILED
+from cluster.chain import Chain, Limits, Outcome, decide, exhausted
+from cluster.child import PATIENCE_S, Children, Signals
 from cluster.environment import Place, find_place, job_id, restart_count, scrubbed
 from cluster.errors import ClusterError
-from cluster.exit_codes import CANNOT_REQUEUE, FAILED, FINISHED, NO_PROGRESS, REQUEUE
+from cluster.exit_codes import CANNOT_REQUEUE, FAILED, FINISHED, HUNG, NO_PROGRESS, REQUEUE, USAGE
 from cluster.preflight import BadNodeError, all_reduce_command, check_node, check_shared
 from cluster.rendezvous import meet
 from trainer.files import write_atomic
 
-FORMAT = 1  # of the pickled job
-PATIENCE_S = 20.0  # between the first rank's failure and the end of the others
+FORMAT = 2  # of the pickled job
 
 
 @dataclass
@@ -41,9 +44,12 @@ class Job:
     min_free_gb: float = 0.0
     preflight: str = "full"
     follows: str | None = None  # evaluate: the training job whose end ends it
+    ranks_per_task: int = 1  # processes that each Slurm task starts
+    restarts_in_place: int = 0  # after a failed process: all start again, and the allocation is kept
     format: int = FORMAT
 
     def __call__(self) -> int:
+        logging.getLogger("submitit").setLevel(logging.WARNING)  # the last line of the log is ours
         return Task(self).run()
 
     def checkpoint(self) -> Any:
@@ -63,6 +69,7 @@ class Task:
         self.id, self.restart = job_id(os.environ), restart_count(os.environ)
         self.node = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
         self.folder = self.slurm_dir / "starts" / f"{self.id}-{self.restart}"
+        self.round = self.folder  # where tasks meet and note failures: another one after a restart in place
         self.chain = Chain.load(self.slurm_dir, self.id)
 
     @property
@@ -71,6 +78,10 @@ class Task:
 
     def say(self, text: str) -> None:
         print(f"[job {self.id}, rank {self.place.rank}, node {self.node}] {text}", flush=True)
+
+    def environment(self) -> dict[str, str]:
+        """What a process gets that this task starts."""
+        return {**scrubbed(os.environ), "PYTHONPATH": self.job.code, "PYTHONSAFEPATH": "1"}
 
     def run(self) -> int:
         """Work until it ends, then see to what follows. Returns 0, or leaves with another exit code."""
@@ -82,7 +93,7 @@ class Task:
                 outcome = Outcome(FAILED, str(error), error.node)
             except (ClusterError, OSError) as error:
                 outcome = Outcome(FAILED, str(error))
-            return self.end_first(outcome) if self.first else self.end_other(outcome, signals)
+            return self.end_first(outcome) if self.first else self.end_other(outcome)
 
     def begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -90,76 +101,129 @@ class Task:
             nodes = os.environ.get("SLURM_JOB_NODELIST", self.node)
             self.chain.begin(self.restart, progress(self.job), nodes)
             self.say(f"start {self.restart}: {self.job.kind} on {nodes} at step {self.chain.starts[-1]['step']}")
+            if over := exhausted(self.chain, self.job.limits):  # starts that were killed before they could decide
+                self.finish(over.code, over.text)
         check_code(self.job)
         if self.first and self.job.kind == "train":
             wait_for_writer(self.run_dir, self.say)
 
     def work(self, signals: Signals) -> Outcome:
-        """Preflight, then the child."""
+        """Preflight, then the processes; again on the same nodes as often as the profile allows."""
         job, place = self.job, self.place
-        env = {**scrubbed(os.environ), "PYTHONPATH": job.code, "PYTHONSAFEPATH": "1"}
         if job.preflight != "off":
             check_node(self.run_dir, self.node, job.gpus if job.preflight == "full" else 0, job.min_free_gb)
             if place.size > 1:
-                check_shared(self.folder, place, self.node, stopped=signals.stopped)
-        if place.size > 1:
-            meeting = meet(self.folder, place, stopped=signals.stopped)
-            if meeting is None or signals.stopped():
-                return Outcome(REQUEUE, f"stopped by {signals.received} before the start", stopped=True)
-            if job.preflight == "full":
+                check_shared(self.folder, place, self.node, stopped=lambda: self.in_vain(signals))
+        outcome = self.attempt(signals)
+        for again in range(1, job.restarts_in_place + 1):
+            if outcome.stopped or outcome.code in (FINISHED, REQUEUE, NO_PROGRESS, USAGE) or self.anyone_finished():
+                break
+            self.say(f"{outcome.text}; restart {again} of {job.restarts_in_place} in place")
+            self.round = self.folder / f"again-{again}"
+            self.round.mkdir(exist_ok=True)
+            outcome = self.attempt(signals)
+        return outcome
+
+    def attempt(self, signals: Signals) -> Outcome:
+        """Meet, start this task's processes and wait for their end; a failure is noted where every task looks."""
+        job, places = self.job, self.place.divided(self.job.ranks_per_task)
+        env = self.environment()
+        envs = [env for _ in places]
+        if places[0].size > 1:
+            meeting = meet(self.round, self.place, stopped=lambda: self.in_vain(signals))
+            if meeting is None or self.in_vain(signals):
+                stopped = Outcome(REQUEUE, f"stopped by {signals.received} before the start", stopped=True)
+                return stopped if signals.stopped() else self.failure() or stopped
+            if job.preflight == "full" and self.round == self.folder:
+                variables = [meeting.variables(one, meeting.check_port) for one in places]
                 checked = self.watch(
-                    Child(all_reduce_command(), env | meeting.variables(place, meeting.check_port)), signals
+                    Children(all_reduce_command(), [env | more for more in variables]), places, signals
                 )
                 if checked.code:
+                    node = self.node if checked.code == DEVICE_FAILED else checked.node
                     text = f"preflight: {checked.text} (all-reduce between all ranks)"
-                    return Outcome(checked.code, text, checked.node, checked.stopped)
-            env |= meeting.variables(place)
-        return self.watch(Child([sys.executable, "-u", "-m", "tarflow", *job.arguments], env), signals)
+                    return self.noted(Outcome(checked.code, text, node, checked.stopped))
+            envs = [env | meeting.variables(one) for one in places]
+        command = [sys.executable, "-u", "-m", "tarflow", *job.arguments]
+        return self.noted(self.watch(Children(command, envs), places, signals))
 
-    def watch(self, child: Child, signals: Signals) -> Outcome:
-        """Wait for a child. Rank 0 also watches for other ranks' failures, an evaluation for the training's end."""
-        signals.child = child
+    def watch(self, children: Children, places: Sequence[Place], signals: Signals) -> Outcome:
+        """Wait for the processes. Rank 0 also watches for other tasks' failures (and so does everyone who may start
+        again in place), an evaluation for the training's end."""
+        signals.child = children
+        looks, every = self.first or self.job.restarts_in_place > 0, 0.5 if self.first else 2.0
         try:
-            while (code := child.wait(0.5)) is None:
-                if self.first and (other := self.failure_of_others()) is not None:
-                    end = time.monotonic() + PATIENCE_S
-                    while child.wait(0.5) is None and time.monotonic() < end:
-                        pass
-                    child.end(5)
+            while (ended := children.wait(every)) is None:
+                if looks and (other := self.failure()) is not None:
+                    children.end_within(PATIENCE_S)
                     return other
                 if self.job.follows and (text := training_failed(self.slurm_dir, self.job.follows)):
-                    child.end(10)
-                    return Outcome(FINISHED, text)
+                    children.end(10)
+                    return self.evaluate_the_rest(text, signals)
         finally:
             signals.child = None
+        code, index, said = ended
         if code == FINISHED:
             return Outcome(FINISHED)
         if code == NO_PROGRESS:
-            return Outcome(NO_PROGRESS, child.last_line)
+            return Outcome(NO_PROGRESS, said)
         if signals.stopped():
             # Whatever it made of the signal (it may have been too young to catch it), what counts is committed.
             return Outcome(REQUEUE, f"stopped by {signals.received}", stopped=True)
         if code == REQUEUE:
             return Outcome(REQUEUE, "stopped on request", stopped=True)
-        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        return Outcome(
-            code if code > 0 else 128 - code, f"rank {self.place.rank} on {self.node}: {how}: {child.last_line}"
-        )
+        how = "hung" if code == HUNG else f"killed by {_signal(-code)}" if code < 0 else f"exit code {code}"
+        return Outcome(code if code > 0 else 128 - code, f"rank {places[index].rank} on {self.node}: {how}: {said}")
 
-    def failure_of_others(self) -> Outcome | None:
-        """The first failure that another rank has noted."""
-        files = sorted(self.folder.glob("failed-*.json"), key=lambda p: p.stat().st_mtime)
+    def evaluate_the_rest(self, text: str, signals: Signals) -> Outcome:
+        """A training that ended before its end leaves checkpoints that nobody has scored: once through them."""
+        words = self.job.arguments
+        once = [*words[: words.index("--watch")], "--once", *words[words.index("--wait-for-run") + 2 :]]
+        command = [sys.executable, "-u", "-m", "tarflow", *once]
+        signals.child = last = Children(command, [self.environment()])
+        while last.wait(0.5) is None:
+            pass
+        if signals.stopped():
+            return Outcome(REQUEUE, f"stopped by {signals.received}", stopped=True)
+        return Outcome(FINISHED, text)
+
+    def in_vain(self, signals: Signals) -> bool:
+        """Whether waiting for the other tasks makes no sense any more."""
+        return signals.stopped() or self.failure() is not None
+
+    def noted(self, outcome: Outcome) -> Outcome:
+        """Let the other tasks know of a failure, or of the end."""
+        if outcome.code == FINISHED:
+            (self.round / f"finished-{self.place.rank}").touch()
+        elif not outcome.stopped and self.place.size > 1:
+            note = self.round / f"failed-{self.place.rank}.json"
+            if not note.exists():
+                write_atomic(note, json.dumps(vars(outcome)))
+        return outcome
+
+    def anyone_finished(self) -> bool:
+        return any(self.round.glob("finished-*"))
+
+    def failure(self) -> Outcome | None:
+        """The first failure that a task has noted."""
+        files = sorted(self.round.glob("failed-*.json"), key=lambda p: (p.stat().st_mtime, p.name))
         return Outcome(**json.loads(files[0].read_text())) if files else None
 
-    def end_other(self, outcome: Outcome, signals: Signals) -> int:
+    def end_other(self, outcome: Outcome) -> int:
         """Ranks but the first: note a failure and leave the decision to rank 0."""
         if outcome.code == FINISHED:
             return FINISHED
         if outcome.code == REQUEUE:
             sys.exit(FINISHED)  # no result for submitit, and no bad exit that would kill rank 0 while it requeues
         self.say(f"failed: {outcome.text}")
-        write_atomic(self.folder / f"failed-{self.place.rank}.json", json.dumps(vars(outcome)))
-        time.sleep(PATIENCE_S + 25)  # rank 0 ends the job, with or without a restart; this is if it cannot
+        self.noted(outcome)
+        # Rank 0 ends the job, with or without a restart; a bad exit here is for when it cannot.
+        end = time.monotonic() + PATIENCE_S + 25
+        while time.monotonic() < end:
+            ended = Chain.load(self.slurm_dir, self.id).ended
+            if ended is not None:
+                sys.exit(ended["code"])
+            time.sleep(0.5)
         sys.exit(outcome.code)
 
     def end_first(self, outcome: Outcome) -> int:
@@ -168,37 +232,47 @@ class Task:
         if newest.restarts > self.restart:  # a start that outlived its requeue decides nothing any more
             self.say("a newer start of this job is under way; leaving")
             sys.exit(REQUEUE)
-        other = self.failure_of_others()
-        if other is not None and (outcome.code not in (FINISHED, NO_PROGRESS) and not outcome.stopped):
+        other = self.failure()
+        if other is not None and outcome.code not in (FINISHED, NO_PROGRESS) and not outcome.stopped:
             outcome = other
-        if outcome.node:
-            self.chain.bad_nodes[outcome.node] = outcome.text
-            self.chain.save()
+        for failed in (outcome, other):
+            if failed is not None and failed.node:
+                self.chain.bad_nodes[failed.node] = failed.text
         if not self.chain.starts or self.chain.restarts < self.restart:  # it could not be noted, but it counts
             self.chain.starts.append({"restart": self.restart, "step": progress(self.job), "nodes": self.node})
+        self.chain.save()
         cancelled = (self.slurm_dir / f"cancel-{self.id}").exists()
         decision = decide(outcome, self.chain, progress(self.job), self.job.limits, cancelled)
-        if decision.requeue:
-            problem = slurm.requeue(self.id)
-            if problem is None:
-                self.say(decision.text)
-                if self.chain.bad_nodes:
-                    bad = ",".join(sorted(self.chain.bad_nodes))
-                    kept = slurm.exclude_nodes(self.id, bad)
-                    self.say(f"bad nodes {bad} are {'excluded' if kept else 'NOT excluded (scontrol update failed)'}")
-                sys.exit(REQUEUE)
-            text = (
-                f"{decision.text}\nbut it could not be requeued: {problem}. Go on by hand with:\n  {self.job.resubmit}"
-            )
-            self.finish(CANNOT_REQUEUE, text)
-        self.finish(decision.code, decision.text)
-        return FINISHED
+        if not decision.requeue:
+            self.finish(decision.code, decision.text)
+            return FINISHED
+        bad = sorted(self.chain.bad_nodes)
+        kept = slurm.exclude_nodes(self.id, bad)
+        problem = slurm.requeue(self.id)
+        if problem is None:
+            self.say(decision.text)
+            if bad:
+                kept = kept or slurm.exclude_nodes(self.id, bad)  # some versions change only a job that waits
+                self.say(
+                    f"bad nodes {','.join(bad)} are {'excluded' if kept else 'NOT excluded (scontrol update failed)'}"
+                )
+            sys.exit(REQUEUE)
+        text = f"{decision.text}\nbut it could not be requeued: {problem}. Go on by hand with:\n  {self.job.resubmit}"
+        self.finish(CANNOT_REQUEUE, text)
+        return CANNOT_REQUEUE
 
     def finish(self, code: int, text: str) -> None:
         self.chain.end(code, text)
         self.say(text)
         if code != FINISHED:
             sys.exit(code)
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def check_code(job: Job) -> None:

@@ -22,7 +22,7 @@ class Profile(BaseModel):
     constraint: str | None = Field(None, description="features a node must have")
     exclude: str | None = Field(None, description="nodes never to use")
     gpus: int = Field(0, ge=0, description="GPUs per node")
-    cpus: int | None = Field(None, gt=0, description="CPUs per task")
+    cpus: int | None = Field(None, gt=0, description="CPUs per process")
     mem: str | None = Field(None, pattern=r"^\d+[KMGT]?B?$", description="memory per node, e.g. 64G")
     time: int = Field(60, description="time limit: minutes, H:MM:SS or D-HH:MM:SS")
     signal_before: int = Field(
@@ -38,6 +38,9 @@ class Profile(BaseModel):
     array_parallelism: int = Field(256, gt=0, description="elements of a sweep that run at once")
     max_restarts: int = Field(100, ge=0, description="restarts at which a chain of jobs stops")
     max_no_progress: int = Field(3, ge=0, description="restarts without a newer checkpoint at which it stops")
+    restarts_in_place: int = Field(
+        0, ge=0, description="restarts after a failed process that keep the allocation, before the job is requeued"
+    )
     preflight: Literal["off", "files", "full"] = Field(
         "full", description="checks before the first step: files = the run directory; full = also devices, all-reduce"
     )

@@ -2,11 +2,11 @@
 
 import re
 import subprocess
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.errors import ClusterError
+from cluster.hosts import expand
 
 # A preempted step is sent SIGTERM, and so is a command that it has just started to requeue itself.
 SHIELD = ("env", "--ignore-signal=TERM", "--ignore-signal=USR1", "--ignore-signal=USR2")
@@ -41,10 +41,17 @@ def requeue(job: str, timeout_s: float = 40) -> str | None:
     return f"`scontrol requeue {job}` failed with {done.returncode}: {said or 'it said nothing'}"
 
 
-def exclude_nodes(job: str, nodes: str) -> bool:
-    """Keep a waiting job off some nodes."""
-    command = [*SHIELD, "scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}"]
-    return any(ask(command, 10) is not None or time.sleep(0.5) for _ in range(5))  # type: ignore[func-returns-value]
+def exclude_nodes(job: str, nodes: Sequence[str], timeout_s: float = 10) -> bool:
+    """Keep a job off some nodes when it starts again, beside those that it avoids already."""
+    if not nodes:
+        return True
+    shown = ask([*SHIELD, "scontrol", "show", "job", job, "-o"], timeout_s)
+    if shown is None:
+        return False
+    found = re.search(r"\bExcNodeList=(\S+)", shown)
+    before = expand(found[1]) if found and found[1] != "(null)" else []
+    excluded = ",".join(dict.fromkeys([*before, *nodes]))
+    return ask([*SHIELD, "scontrol", "update", f"JobId={job}", f"ExcNodeList={excluded}"], timeout_s) is not None
 
 
 def largest_array() -> int | None:

@@ -17,6 +17,7 @@ from cluster.environment import scrubbed
 from cluster.errors import ClusterError
 from cluster.job import Job
 from cluster.profile import Profile
+from trainer.batch import plan_batch
 from trainer.config import Config
 from trainer.config_io import config_text, load_config
 from trainer.files import write_atomic
@@ -34,12 +35,18 @@ class Submission:
     profile: Profile
     nodes: int = 1
     tasks_per_node: int = 1
+    one_task_per_node: bool = False  # Slurm starts one task per node, and that starts the node's processes
     overrides: list[str] = field(default_factory=list)
     sweep: str | None = None  # key=value,value,...
     evaluate: bool = False
     eval_profile: Profile | None = None
     dry_run: bool = False
     arguments: list[str] = field(default_factory=list)  # of the command line, to say how to go on by hand
+
+    @property
+    def tasks(self) -> tuple[int, int]:
+        """(Slurm's tasks per node, processes that each starts)."""
+        return (1, self.tasks_per_node) if self.one_task_per_node else (self.tasks_per_node, 1)
 
 
 def submit(request: Submission) -> list[str]:
@@ -50,7 +57,11 @@ def submit(request: Submission) -> list[str]:
     if len(runs) > 1 and not request.dry_run:
         check_array(len(runs))
     plans = [_train_job(request, path, config) for path, config in runs]
-    train = _executor(request.profile, run_dir, run_dir.name, request.nodes, request.tasks_per_node, request.dry_run)
+    for _, config in runs:  # a world that the batch does not divide among is refused here, not in a job
+        plan_batch(
+            config.train.global_batch_size, request.nodes * request.tasks_per_node, config.train.micro_batch_size
+        )
+    train = _executor(request.profile, run_dir, run_dir.name, request.nodes, *request.tasks, request.dry_run)
     if request.dry_run:
         text = [sbatch_text(train, len(plans))]
         if request.evaluate:
@@ -59,13 +70,18 @@ def submit(request: Submission) -> list[str]:
     for (path, config), plan in zip(runs, plans):
         prepare(path, config, plan, run_dir / "slurm")
     ids = _send(train, plans)
-    lines = [_record(path, "train", job, request) for (path, _), job in zip(runs, ids)]
+    lines = [_record(path, "train", job, train.folder, request) for (path, _), job in zip(runs, ids)]
     if request.evaluate:
         jobs = [evaluation_job(path, plan.code, request.eval_profile or request.profile, job)
                 for (path, _), plan, job in zip(runs, plans, ids)]  # fmt: skip
-        after = "after:" + ids[0].partition("_")[0]
-        eval_ids = _send(_eval_executor(request, run_dir, after), jobs)
-        lines += [_record(path, "evaluate", job, request) for (path, _), job in zip(runs, eval_ids)]
+        executor = _eval_executor(request, run_dir, "after:" + ids[0].partition("_")[0])
+        try:
+            eval_ids = _send(executor, jobs)
+        except ClusterError as error:
+            raise ClusterError(
+                "\n".join(lines) + f"\nbut not its evaluation: {error}; `tarflow submit-eval RUN` tries again"
+            ) from None
+        lines += [_record(path, "evaluate", job, executor.folder) for (path, _), job in zip(runs, eval_ids)]
     return lines
 
 
@@ -75,14 +91,14 @@ def submit_evaluation(run_dir: Path, profile: Profile, overrides: Sequence[str],
     check_path(run_dir)
     if not is_run(run_dir):
         raise ClusterError(f"{run_dir} is not a run directory; `tarflow submit` or `tarflow train` makes one")
-    executor = _executor(profile, run_dir, f"{run_dir.name}-eval", 1, 1, dry_run)
+    executor = _executor(profile, run_dir, f"{run_dir.name}-eval", 1, 1, 1, dry_run)
     if dry_run:
         return [sbatch_text(executor, 1)]
     (run_dir / "slurm").mkdir(exist_ok=True)
     code = snapshot.take(run_dir / "slurm")
     trainings = [entry["job"] for entry in submissions(run_dir) if entry["kind"] == "train"]
     job = evaluation_job(run_dir, str(code), profile, trainings[-1] if trainings else None, overrides)
-    return [_record(run_dir, "evaluate", _send(executor, [job])[0], None)]
+    return [_record(run_dir, "evaluate", _send(executor, [job])[0], executor.folder)]
 
 
 def check_path(run_dir: Path) -> None:
@@ -128,9 +144,10 @@ def _train_job(request: Submission, run_dir: Path, config: Config) -> Job:
     profile = request.profile
     return Job(
         kind="train", run_dir=str(run_dir), code="", arguments=["train", "", "--run-dir", str(run_dir)],
-        resubmit=shlex.join(["tarflow", "submit", *request.arguments]),
+        resubmit=f"cd {shlex.quote(os.getcwd())} && {shlex.join(['tarflow', 'submit', *request.arguments])}",
         limits=Limits(profile.max_restarts, profile.max_no_progress), gpus=profile.gpus,
         min_free_gb=profile.min_free_gb, preflight=profile.preflight,
+        ranks_per_task=request.tasks[1], restarts_in_place=profile.restarts_in_place,
     )  # fmt: skip
 
 
@@ -164,7 +181,9 @@ def prepare(run_dir: Path, config: Config, job: Job, shared: Path) -> None:
     job.arguments[1] = str(path)
 
 
-def _executor(profile: Profile, run_dir: Path, name: str, nodes: int, tasks: int, dry_run: bool) -> Any:
+def _executor(
+    profile: Profile, run_dir: Path, name: str, nodes: int, tasks: int, ranks_per_task: int, dry_run: bool
+) -> Any:
     """submitit's executor with the profile's settings."""
     from submitit.slurm.slurm import SlurmExecutor
 
@@ -185,11 +204,12 @@ def _executor(profile: Profile, run_dir: Path, name: str, nodes: int, tasks: int
             "this machine has no Slurm (srun is not on PATH); --dry-run shows the batch script"
         ) from None
     # srun no longer takes --cpus-per-task from the batch script (Slurm 22.05 and later).
-    cpus = [f"--cpus-per-task={profile.cpus}"] if profile.cpus else []
+    cpus_per_task = profile.cpus * ranks_per_task if profile.cpus else None
+    cpus = [f"--cpus-per-task={cpus_per_task}"] if cpus_per_task else []
     given = {
         "job_name": f"tarflow-{name}", "time": profile.time, "nodes": nodes, "ntasks_per_node": tasks,
         "partition": profile.partition, "account": profile.account, "qos": profile.qos,
-        "constraint": profile.constraint, "exclude": profile.exclude, "cpus_per_task": profile.cpus, "mem": profile.mem,
+        "constraint": profile.constraint, "exclude": profile.exclude, "cpus_per_task": cpus_per_task, "mem": profile.mem,
         "gpus_per_node": profile.gpus or None, "signal_delay_s": profile.signal_before,
         "array_parallelism": profile.array_parallelism,
         "srun_args": ["--kill-on-bad-exit=1", "--open-mode=append", *cpus, *profile.srun],
@@ -203,7 +223,7 @@ def _executor(profile: Profile, run_dir: Path, name: str, nodes: int, tasks: int
 
 def _eval_executor(request: Submission, run_dir: Path, dependency: str) -> Any:
     profile = request.eval_profile or request.profile
-    executor = _executor(profile, run_dir, f"{run_dir.name}-eval", 1, 1, request.dry_run)
+    executor = _executor(profile, run_dir, f"{run_dir.name}-eval", 1, 1, 1, request.dry_run)
     executor.parameters["dependency"] = dependency
     return executor
 
@@ -257,16 +277,12 @@ def submissions(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.strip()]
 
 
-def _record(run_dir: Path, kind: str, job: str, request: Submission | None) -> str:
-    logs = _jobs_folder(run_dir, job)
+def _record(run_dir: Path, kind: str, job: str, logs: Path, request: Submission | None = None) -> str:
+    """Note a job in its run. `logs`: submitit's folder; a sweep's elements share one."""
     entry: dict[str, Any] = {"job": job, "kind": kind, "time": time.time(), "logs": str(logs)}
-    if request is not None and kind == "train":
-        entry |= {"nodes": request.nodes, "tasks_per_node": request.tasks_per_node}
+    if request is not None:
+        tasks, ranks = request.tasks
+        entry |= {"nodes": request.nodes, "tasks_per_node": tasks, "ranks_per_task": ranks}
     with open(run_dir / "slurm" / "jobs.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
     return f"submitted {kind} job {job} for {run_dir}; logs: {logs}/{job}_*_log.out"
-
-
-def _jobs_folder(run_dir: Path, job: str) -> Path:
-    """Where submitit keeps a job's logs: an array's lie in the sweep's directory."""
-    return (run_dir.parent if "_" in job else run_dir) / "slurm" / "jobs"

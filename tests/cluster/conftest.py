@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,21 +70,38 @@ def verb():
     return call
 
 
+def load_module(name: str) -> ModuleType:
+    """A file beside this one, as a module."""
+    spec = importlib.util.spec_from_file_location(f"cluster_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def fake() -> ModuleType:
+    """What tests with a mocked Slurm look at."""
+    return load_module("fake_slurm")
+
+
 @pytest.fixture
-def fake_bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Put a shell script in the place of one of Slurm's commands; returns the file in which its arguments are noted."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+def fake_slurm(fake: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Slurm of scripts on PATH, in the place of a real one."""
+    made = fake.FakeSlurm(tmp_path / "fake", os.environ["PATH"])
+    monkeypatch.setenv("PATH", made.path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield made
+    made.end()
 
-    def make(name: str, script: str = "exit 0") -> Path:
-        calls = tmp_path / f"{name}.calls"
-        path = folder / name
-        path.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>"{calls}"\n{script}\n')
-        path.chmod(0o755)
-        return calls
 
-    return make
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """A profile without the checks before the first step."""
+    path = tmp_path / "plain.yaml"
+    path.write_text("preflight: 'off'\n")
+    return path
 
 
 def live_slurm_conf() -> str | None:
@@ -112,10 +130,6 @@ def slurm_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     if conf:
         monkeypatch.setenv("SLURM_CONF", conf)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    spec = importlib.util.spec_from_file_location("cluster_live", Path(__file__).with_name("live.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    live = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(live)
+    live = load_module("live")
     yield live
     subprocess.run(["sh", "-c", "squeue -h -o %A | sort -u | xargs -r scancel"], check=False)

@@ -1,0 +1,113 @@
+"""A Slurm made of a few scripts: sbatch keeps the script, srun starts the tasks, scontrol notes what it is asked."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+class FakeSlurm:
+    """What a test does with it: submit as a user would, then start the job's script as slurmd would."""
+
+    def __init__(self, folder: Path, old_path: str) -> None:
+        self.folder, self.bin = folder, folder / "bin"
+        self.bin.mkdir(parents=True)
+        self.path = f"{self.bin}:{old_path}"
+        self.started: list[subprocess.Popen[bytes]] = []
+        self.command("sbatch", f'cp "$1" "{folder}/script"; echo "Submitted batch job ${{FAKE_JOB:-107}}"')
+        self.command("srun", f'exec "{sys.executable}" "{HERE / "fake_srun.py"}" "$@"')
+        self.command("scontrol", "exit 0")
+
+    def command(self, name: str, script: str) -> None:
+        """Let one of Slurm's commands be a shell script; what it is called with is noted."""
+        path = self.bin / name
+        path.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>"{self.folder}/{name}.calls"\n{script}\n')
+        path.chmod(0o755)
+
+    def calls(self, name: str) -> list[str]:
+        """What a command was called with, a line for each call."""
+        file = self.folder / f"{name}.calls"
+        return file.read_text().splitlines() if file.exists() else []
+
+    def requeues(self) -> list[str]:
+        return [call for call in self.calls("scontrol") if call.startswith("requeue")]
+
+    @property
+    def script(self) -> Path:
+        return self.folder / "script"
+
+    def start(
+        self, tasks: int = 1, restart: int = 0, element: int | None = None, **env: str
+    ) -> subprocess.Popen[bytes]:
+        """Run the submitted script as slurmd does."""
+        place = {"SLURM_JOB_ID": "107", "SLURM_RESTART_COUNT": str(restart), "SLURM_JOB_NUM_NODES": str(tasks)}
+        if element is not None:
+            place |= {
+                "SLURM_ARRAY_JOB_ID": "107",
+                "SLURM_ARRAY_TASK_ID": str(element),
+                "SLURM_JOB_ID": str(108 + element),
+            }
+        base = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+        fakes = {"PATH": self.path, "FAKE_TASKS": str(tasks), "FAKE_SRUN_CALLS": str(self.folder / "srun.json")}
+        process = subprocess.Popen(
+            ["bash", str(self.script)], env={**base, "MASTER_ADDR": "127.0.0.1", **fakes, **place, **env},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        self.started.append(process)
+        return process
+
+    def run(self, tasks: int = 1, restart: int = 0, element: int | None = None, wait_s: float = 90, **env: str) -> int:
+        """Run it to its end; the exit code."""
+        return self.start(tasks, restart, element, **env).wait(wait_s)
+
+    def srun(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "srun.json").read_text().splitlines()]
+
+    def task_pids(self) -> list[int]:
+        """Process ids of the tasks' launchers in the newest step."""
+        return list(json.loads((self.folder / "srun.json.pids").read_text()))
+
+    def end(self) -> None:
+        """End what still runs, each with everything in its session."""
+        for process in self.started:
+            if process.poll() is None:
+                os.killpg(process.pid, 9)
+            process.wait(10)
+
+
+def use_stub(run_dir: Path) -> None:
+    """Put the stub in the place of `tarflow` in a run's snapshots of the code."""
+    for snapshot in [*(run_dir / "slurm").glob("code-*"), *(run_dir.parent / "slurm").glob("code-*")]:
+        (snapshot / "tarflow.py").write_text((HERE / "stub_tarflow.py").read_text())
+
+
+def stub_calls(run_dir: Path, rank: int = 0) -> list[dict]:
+    """How often the stub was started as a rank, with its arguments and its place."""
+    file = run_dir / f"stub-{rank}.calls"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def chain(run_dir: Path, job: str = "107") -> dict:
+    """The record of a job's chain."""
+    return dict(json.loads((run_dir / "slurm" / f"chain-{job}.json").read_text()))
+
+
+def said(run_dir: Path, job: str = "107", rank: int = 0) -> str:
+    """What a task of a job has printed."""
+    for folder in (run_dir / "slurm" / "jobs", run_dir.parent / "slurm" / "jobs"):
+        if (file := folder / f"{job}_{rank}_log.out").exists():
+            return file.read_text()
+    return ""
+
+
+def until(what: str, look, wait_s: float = 60):
+    """Wait for something to be true."""
+    end = time.monotonic() + wait_s
+    while not (value := look()):
+        assert time.monotonic() < end, f"waited {wait_s:.0f} s for {what}"
+        time.sleep(0.05)
+    return value
