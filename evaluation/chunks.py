@@ -93,14 +93,19 @@ class SharedWork:
 
     def remove(self) -> None:
         """Clear the folder away; it is gone for all in one step, then its files are removed."""
-        gone = self.folder.with_name(f".{self.folder.name}.{self._name}.gone")
+        self.clear(self.folder)
+
+    @classmethod
+    def clear(cls, folder: Path) -> None:
+        """The same for a folder of shared work that is not open here."""
+        gone = folder.with_name(f".{folder.name}.{cls.unique()}.gone")
         try:
-            os.rename(self.folder, gone)
+            os.rename(folder, gone)
         except FileNotFoundError:
             return
         shutil.rmtree(gone, ignore_errors=True)
         with suppress(OSError):  # others work beside it
-            self.folder.parent.rmdir()
+            folder.parent.rmdir()
 
     def _agree(self, plan: dict[str, Any]) -> dict[str, Any]:
         path, temporary = self.folder / "plan.json", self.folder / f".plan.{self._name}.tmp"

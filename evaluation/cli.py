@@ -1,4 +1,4 @@
-"""The verbs `tarflow evaluate`, `tarflow sample` and `tarflow report`. Nothing heavy is imported before one runs."""
+"""The verbs `tarflow evaluate`, `sample`, `sweep-guidance` and `report`. Nothing heavy is imported before one runs."""
 
 import argparse
 import os
@@ -27,6 +27,14 @@ SAMPLE_EXAMPLE = """example:
 
 Writes DIR/images/000000.png ..., DIR/grid.png and DIR/settings.json. Sample i depends on the seed and i alone; the same
 command adds only what is missing, other settings are refused.
+"""
+
+SWEEP_EXAMPLE = """example:
+  tarflow sweep-guidance runs/demo --guidance 0,0.5,1,2 --denoise 0.5,1 --start 500 --final 5000
+
+Every setting is scored on --start samples, the better half on more, the last two on --final. Start as many processes as
+you like: they share the work. The choice is written to RUN/sampling.json, which `sample` and `evaluate` go by from then on;
+rounds and plot lie in RUN/sweeps/.
 """
 
 REPORT_EXAMPLE = """example:
@@ -157,6 +165,58 @@ def run_sample(args: argparse.Namespace) -> int:
         settings={key: value for key, value in given.items() if value is not None},
     )
     return OK if sample_images(request, _say) else FAILED
+
+
+def build_sweep_guidance_parser(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `tarflow sweep-guidance`."""
+    _describe(parser, SWEEP_EXAMPLE)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of sampling and evaluation")
+    parser.add_argument(
+        "--guidance", default="0,0.5,1,1.5,2,3", metavar="W,W,...", help="weights (default %(default)s)"
+    )
+    parser.add_argument("--denoise", metavar="M,M,...", help="multipliers (default: the run's)")
+    parser.add_argument("--attn-temp", metavar="T,T,...", help="attention temperatures (default: the run's)")
+    parser.add_argument("--start", type=int, default=500, metavar="N", help="samples of the first round (default 500)")
+    parser.add_argument(
+        "--final", type=int, default=0, metavar="N", help="samples of the last round (default: the run's)"
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the newest)")
+    parser.add_argument("--no-default", action="store_true", help="leave the run's default as it is")
+    _add_machine(parser)
+
+
+def run_sweep_guidance(args: argparse.Namespace) -> int:
+    """Sweep, say what is best, make it the run's default."""
+    numbers = {name: _numbers(f"--{name}", getattr(args, name.replace("-", "_"))) for name in SWEPT}
+    _prepare(args)
+    from evaluation.sweep import SweepRequest, sweep_guidance
+
+    request = SweepRequest(
+        run=args.run,
+        guidance=numbers["guidance"],
+        denoise=numbers["denoise"],
+        attn_temp=numbers["attn-temp"],
+        start=args.start,
+        final=args.final,
+        step=args.step,
+        set_default=not args.no_default,
+        device=args.device,
+        overrides=args.overrides,
+    )
+    sweep_guidance(request, _say)
+    return OK
+
+
+SWEPT = ("guidance", "denoise", "attn-temp")
+
+
+def _numbers(option: str, text: str | None) -> list[float]:
+    """Text such as `0,0.5,1` -> numbers, each once."""
+    try:
+        return list(dict.fromkeys(float(part) for part in (text or "").split(",") if part.strip()))
+    except ValueError:
+        raise EvaluationError(f"{option} {text!r} must be numbers with commas between, e.g. 0,0.5,1") from None
 
 
 def build_report_parser(parser: argparse.ArgumentParser) -> None:

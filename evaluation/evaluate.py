@@ -145,7 +145,7 @@ class Job:
         begun = time.monotonic()
         if name in self.sample_chunks:
             part, indices = SamplesPart(self.real.features.dim, self._keep()), self.sample_chunks[name]
-            self._sample(part, indices, watch)
+            draw_chunk(part, self.sampler, self.real.features, indices, self.batch_size, watch, self.saver)
             part.save(path, self._about(watch))
             done = f"samples {indices.start}..{indices.stop - 1} of {self.settings.num_samples}"
         else:
@@ -163,24 +163,6 @@ class Job:
     def _grid(self, *size: int) -> pictures.GridImages:
         rows, columns = size or self.settings.grid
         return pictures.GridImages(rows, columns, self.config.model.num_classes)
-
-    def _sample(self, part: SamplesPart, indices: range, watch: Stopwatch) -> None:
-        batches = self.sampler.draw_all(indices, self.batch_size)
-        while True:
-            with watch.phase("sampling"):
-                drawn = next(batches, None)
-            if drawn is None:
-                break
-            pixels = drawn.pixels()
-            with watch.phase("features"):
-                features = self.real.features(pixels)
-            with watch.phase("statistics"):
-                part.add(drawn, pixels, features)
-            if self.saver:
-                with watch.phase("saving"):
-                    self.saver.add(drawn)
-        if self.saver:
-            self.saver.flush(indices)
 
     def _likelihood(self, chunk: int) -> BitsPerDim:
         bits = BitsPerDim(self.settings.likelihood)
@@ -319,6 +301,34 @@ class Job:
         }
 
 
+def draw_chunk(
+    part: SamplesPart,
+    sampler: Sampler,
+    features: Callable[[Tensor], Tensor],
+    indices: range,
+    batch_size: int,
+    watch: Stopwatch,
+    saver: SampleSaver | None = None,
+) -> None:
+    """Draw the samples of a chunk batch by batch, and take them in."""
+    batches = sampler.draw_all(indices, batch_size)
+    while True:
+        with watch.phase("sampling"):
+            drawn = next(batches, None)
+        if drawn is None:
+            break
+        pixels = drawn.pixels()
+        with watch.phase("features"):
+            rows = features(pixels)
+        with watch.phase("statistics"):
+            part.add(drawn, pixels, rows)
+        if saver:
+            with watch.phase("saving"):
+                saver.add(drawn)
+    if saver:
+        saver.flush(indices)
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """Where and with what a result was computed."""
     import torchvision
@@ -348,4 +358,7 @@ def headline(result: dict[str, Any]) -> str:
         parts.append(f"label agreement {result['label_agreement']:.1%}")
     parts.append(f"{result['num_samples']} samples of {result['weights']}, {result['seconds']['total']:.0f} s")
     lost = f" | {result['problem']}" if result["problem"] else ""
-    return f"step {result['step']} ({result['images_seen']:,} images): {' | '.join(parts)}{lost}"
+    what = result["name"]
+    if result["step"] is not None:
+        what = f"step {result['step']} ({result['images_seen']:,} images)"
+    return f"{what}: {' | '.join(parts)}{lost}"

@@ -27,7 +27,7 @@ from evaluation.source import Source
 
 KINDS = {"shards": "tar", "png": "json"}
 _NAME = re.compile(r"samples-(\d{8,})-(\d{8,})\.(tar|json)")
-_OURS = re.compile(r"settings\.json|images|\..*")
+_OURS = re.compile(r"settings\.json|images|index|\..*")  # an index of the shards is welcome
 
 
 class SampleSaver:

@@ -73,7 +73,21 @@ def run_tarflow(*arguments: str) -> subprocess.CompletedProcess[str]:
 HEAVY = ("torch", "deepspeed", "streaming", "pyarrow", "numpy", "webdataset")
 
 
-VERBS = ("data", "train", "ema", "checkpoint", "evaluate", "sample", "report", "submit", "submit-eval", "status", "cancel", "logs")
+VERBS = (
+    "data",
+    "train",
+    "ema",
+    "checkpoint",
+    "evaluate",
+    "sample",
+    "sweep-guidance",
+    "report",
+    "submit",
+    "submit-eval",
+    "status",
+    "cancel",
+    "logs",
+)
 
 
 def test_every_verb_is_checked_here() -> None:

@@ -8,7 +8,7 @@ import pytest
 import tarflow
 from evaluation import cli
 
-VERBS = ("evaluate", "sample", "report")
+VERBS = ("evaluate", "sample", "sweep-guidance", "report")
 
 
 def run(*arguments):
