@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 
 from evaluation.errors import EvaluationError
-from evaluation.frechet import FeatureStatistics, frechet_distance
+from evaluation.frechet import FeatureStatistics, FrechetInfluence, frechet_distance
 
 
 def statistics_of(rows, batch=64):
@@ -49,6 +49,32 @@ def test_agrees_with_the_matrix_square_root_of_scipy():
     assert frechet_distance(statistics_of(a), statistics_of(b)).distance == pytest.approx(wanted, rel=1e-9)
 
 
+@pytest.mark.parametrize(("low", "high"), [(1, 1), (1e-3, 1e3), (1e-7, 1e7), (1e-11, 1e11)])
+def test_badly_conditioned_covariances_keep_their_digits(low, high):
+    q, rng = rotation(40), np.random.default_rng(8)
+    first, second = np.geomspace(low, high, 40), rng.permutation(np.geomspace(low, high, 40))
+    wanted = ((np.sqrt(first) - np.sqrt(second)) ** 2).sum()
+    sides = [with_moments(10_000, np.zeros(40), q @ np.diag(values) @ q.T) for values in (first, second)]
+    # Entries of q diag q^T hold the smallest eigenvalues to one rounding of the largest only.
+    assert frechet_distance(*sides).distance == pytest.approx(wanted, rel=1e-8, abs=1e-8)
+
+
+def test_the_bars_of_one_dimension_follow_the_closed_form():
+    one, two = with_moments(10_000, [0.0], [[4.0]]), with_moments(10_000, [3.0], [[0.25]])
+    assert frechet_distance(one, two).distance == pytest.approx(3.0**2 + (2 - 0.5) ** 2, rel=1e-14)
+
+
+def test_agrees_with_torch_fidelity_on_the_same_features():
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    rng = np.random.default_rng(12)
+    real = rng.standard_normal((900, 48)) @ rng.standard_normal((48, 48))
+    fake = rng.standard_normal((700, 48)) @ rng.standard_normal((48, 48)) + 0.2
+    theirs = [fid_features_to_statistics(torch.from_numpy(rows)) for rows in (real, fake)]
+    wanted = fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
+    assert frechet_distance(statistics_of(real), statistics_of(fake)).distance == pytest.approx(wanted, rel=1e-6)
+
+
 def test_agrees_with_torchmetrics_on_the_same_features():
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -76,7 +102,16 @@ def test_S06_few_images_give_a_finite_value_and_a_warning(count):
     result = frechet_distance(statistics_of(rows), statistics_of(others), names=("sampled", "reference"))
     assert np.isfinite(result.distance)
     assert result.distance >= 0
-    assert [f"{count} sampled images for 64 features" in w for w in result.warnings] == ([True] if count <= 64 else [])
+    ours, theirs = result.warnings
+    assert (f"{count} sampled images for 64 features" in ours) == (count <= 64)
+    assert (f"{count:,} sampled images, fewer than 10,000" in ours) == (count > 64)
+    assert "500 reference images, fewer than 10,000" in theirs
+
+
+def test_S06_ten_thousand_images_are_enough_for_no_warning():
+    enough = with_moments(10_000, np.zeros(8), np.eye(8))
+    assert frechet_distance(enough, enough).warnings == []
+    assert len(frechet_distance(with_moments(9_999, np.zeros(8), np.eye(8)), enough).warnings) == 1
 
 
 def test_S06_one_image_is_a_plain_error():
@@ -134,6 +169,56 @@ def test_merged_parts_equal_the_whole_also_with_an_empty_part():
     assert merged.count == 900
     np.testing.assert_allclose(merged.parts()[2] / 899, np.cov(rows, rowvar=False), rtol=1e-9, atol=1e-10)
     assert frechet_distance(merged, statistics_of(rows)).distance < 1e-6
+
+
+def drawn(count, dim, seed, change=0.0):
+    rng = torch.Generator().manual_seed(seed)
+    shape = torch.randn(dim, dim, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    return torch.randn(count, dim, generator=rng, dtype=torch.float64) @ (shape + change * torch.eye(dim)) + change
+
+
+def test_S06_the_error_bar_is_the_spread_over_independent_draws():
+    reference = statistics_of(drawn(20_000, 12, 1))
+    distances, bars, bars_of_parts = [], [], []
+    for seed in range(100, 160):
+        rows = drawn(800, 12, seed, change=0.5)
+        sampled = statistics_of(rows)
+        distances.append(frechet_distance(sampled, reference).distance)
+        influence = FrechetInfluence(sampled, reference)
+        bars.append(influence.stderr(rows))
+        bars_of_parts.append(influence.stderr_of_parts([statistics_of(part) for part in rows.split(40)]))
+    assert np.mean(bars) == pytest.approx(np.std(distances, ddof=1), rel=0.25)
+    assert np.mean(bars_of_parts) == pytest.approx(np.mean(bars), rel=0.1)
+
+
+@pytest.mark.parametrize("count", [400, 10])  # ten images of twelve features: a singular covariance
+def test_the_influence_of_a_row_is_what_leaving_it_out_changes(count):
+    reference, rows = statistics_of(drawn(3000, 12, 1)), drawn(count, 12, 2, change=0.5)
+    whole = frechet_distance(statistics_of(rows), reference).distance
+    influence = FrechetInfluence(statistics_of(rows), reference).of_rows(rows)
+    left_out = [
+        frechet_distance(statistics_of(torch.cat([rows[:i], rows[i + 1 :]])), reference).distance for i in range(8)
+    ]
+    changes = (count - 1) * (whole - torch.tensor(left_out, dtype=torch.float64))
+    # Both are known up to a constant; with ten rows each is far from small, so the order is all that agrees.
+    agreement = torch.corrcoef(torch.stack([changes, influence[:8]]))[0, 1]
+    assert agreement > (0.99 if count > 12 else 0.6)
+    assert torch.isfinite(influence).all()
+
+
+def test_an_error_bar_needs_parts():
+    rows = drawn(30, 4, 1)
+    with pytest.raises(EvaluationError, match="at least two parts"):
+        FrechetInfluence(statistics_of(rows), statistics_of(rows)).stderr_of_parts([statistics_of(rows)])
+
+
+def test_the_bits_of_the_statistics_do_not_depend_on_threads():
+    rows = torch.randn(2000, 256, generator=torch.Generator().manual_seed(3))
+    one = statistics_of(rows).parts()
+    torch.set_num_threads(2)
+    two = statistics_of(rows, batch=500).parts()
+    assert torch.get_num_threads() == 2
+    assert all(torch.equal(a, b) for a, b in zip(one[1:], two[1:]))
 
 
 def test_a_row_that_is_not_finite_is_refused():
