@@ -11,23 +11,32 @@ from models.config import TarFlowConfig
 
 Mode = Literal["none", "selective", "full"]
 
-# Dense bfloat16 matrix products with float32 sums, FLOP/s, from the makers' data sheets.
+# Dense bfloat16 matrix products with float32 sums, FLOP/s, from the makers' data sheets (half of what those say "with
+# sparsity"). A key is the words of the driver's name that tell the device from its relatives.
 PEAK_BF16 = {
     "V100": 125e12,  # NVIDIA V100 data sheet (float16: it has no bfloat16 units)
     "A100": 312e12,  # NVIDIA A100 data sheet
+    "A40": 150e12,  # NVIDIA A40 data sheet
+    "A10": 125e12,  # NVIDIA A10 data sheet
+    "L4": 121e12,  # NVIDIA L4 data sheet
+    "L40": 181e12,  # NVIDIA L40 data sheet
     "L40S": 362e12,  # NVIDIA L40S data sheet
     "H100 PCIe": 756e12,  # NVIDIA H100 data sheet, PCIe column
+    "H100 NVL": 835e12,  # NVIDIA H100 data sheet, NVL column
     "H100": 989e12,  # NVIDIA H100 data sheet, SXM column
-    "H200": 989e12,  # NVIDIA H200 data sheet
+    "GH200": 989e12,  # NVIDIA GH200 data sheet
+    "H200 NVL": 835e12,  # NVIDIA H200 data sheet, NVL column
+    "H200": 989e12,  # NVIDIA H200 data sheet, SXM column
     "B200": 2250e12,  # NVIDIA HGX B200 data sheet
+    "MI250X": 383e12,  # AMD Instinct MI250X data sheet, both dies
     "MI300X": 1307e12,  # AMD Instinct MI300X data sheet
 }
 
 
 def peak_rate(device_name: str) -> float | None:
     """Peak FLOP/s in bfloat16 of a device by its name as the driver gives it; None if it is not in the table."""
-    name = device_name.replace("-", " ").lower()
-    known = [key for key in PEAK_BF16 if all(word in name for word in key.lower().split())]
+    words = set(device_name.replace("-", " ").lower().split())
+    known = [key for key in PEAK_BF16 if words.issuperset(key.lower().split())]
     return PEAK_BF16[max(known, key=len)] if known else None
 
 
@@ -81,11 +90,14 @@ def flops_per_image(config: TarFlowConfig, training: bool = True) -> float:
     return (3.0 if training else 1.0) * forward
 
 
-def activation_bytes(config: TarFlowConfig, mode: Mode = "none", element: int = 2, every_nth_layer: int = 0) -> float:
+def activation_bytes(
+    config: TarFlowConfig, mode: Mode = "none", element: int = 2, every_nth_layer: int = 0, offload: bool = False
+) -> float:
     """Bytes per image that autograd keeps between forward and backward.
 
     `element`: bytes of a number inside the transformer (2 in bfloat16, 4 in float32); data and statistics are float32.
-    `every_nth_layer`: with mode selective, checkpoint each n-th layer and keep the others whole.
+    `every_nth_layer`: with mode selective, checkpoint each n-th layer and keep the others whole. `offload`: with mode
+    full, the layers' inputs are in host memory and do not count.
     """
     c, d, t = config.channels, config.token_dim, config.num_tokens
     layers = config.num_blocks * config.layers_per_block
@@ -98,7 +110,7 @@ def activation_bytes(config: TarFlowConfig, mode: Mode = "none", element: int = 
     if mode == "none":
         per_layer = float(whole)
     elif mode == "full":
-        per_layer = float(kept_input)
+        per_layer = 0.0 if offload else float(kept_input)
     elif every_nth_layer:
         per_layer = (kept_input + (every_nth_layer - 1) * whole) / every_nth_layer
     else:

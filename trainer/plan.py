@@ -43,7 +43,9 @@ def rank_memory(config: Config, world_size: int) -> RankMemory:
     shard = world_size if zero else mesh_shape(config.parallel, world_size)[1]
     plan = plan_batch(config.train.global_batch_size, world_size, config.train.micro_batch_size)
     checkpointing = config.activation_checkpoint
-    activations = activation_bytes(config.model, checkpointing.mode, element, checkpointing.every_nth_layer)
+    activations = activation_bytes(
+        config.model, checkpointing.mode, element, checkpointing.every_nth_layer, checkpointing.offload
+    )
     sharded = world_size > 1 or zero is not None
     piece = n / shard if zero else largest_piece(config.model, shard)
     # ZeRO-1 and 2: whole weights, and a piece of float32 masters.

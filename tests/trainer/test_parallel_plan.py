@@ -9,9 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+import trainer.config as settings
+from benchmarks.golden import training_config
 from models.config import TarFlowConfig
-from models.cost import largest_piece, parameters
+from models.cost import largest_piece, parameters, peak_rate
 from models.flow import TarFlow
+from trainer.batch import plan_batch
+from trainer.config_io import load_config
+from trainer.exit_codes import FINISHED
+from trainer.loop import train
+from trainer.parallel.mesh import mesh_shape
+from trainer.parallel.zero import zero_config
+from trainer.plan import describe, rank_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,3 +47,70 @@ def test_largest_piece_counts_rows_as_torch_cuts_them(pieces: int) -> None:
     assert largest_piece(shape, pieces) == sum(p.chunk(pieces)[0].numel() for p in whole)
     assert largest_piece(shape, 1) == parameters(shape)
     assert largest_piece(shape, pieces) >= parameters(shape) / pieces
+
+
+def test_offloaded_inputs_leave_the_estimate_of_the_device() -> None:
+    shape = TarFlowConfig(image_size=32, patch_size=2, channels=128, num_blocks=4, layers_per_block=4)
+    kept, moved = (
+        rank_memory(training_config(shape, activation_checkpoint={"mode": "full", "offload": o}), 1)
+        for o in (False, True)
+    )
+    inputs = 8 * 16 * shape.num_tokens * shape.channels * 4  # images x layers x tokens x channels x float32
+    assert kept.activations - moved.activations == inputs
+    assert moved.activations > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),  # not an A10
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("AMD Instinct MI300X", 1307e12),
+        ("NVIDIA GeForce RTX 2080 Ti", None),
+    ],
+)
+def test_peak_rates_by_the_name_that_the_driver_gives(name: str, rate: float | None) -> None:
+    assert peak_rate(name) == rate
+
+
+SECTIONS = {
+    "train": settings.TrainConfig, "optim": settings.OptimConfig, "parallel": settings.ParallelConfig,
+    "activation_checkpoint": settings.ActivationCheckpointConfig, "compile": settings.CompileConfig,
+    "ema": settings.EMAConfig, "checkpoint": settings.CheckpointConfig, "log": settings.LogConfig,
+}  # fmt: skip
+
+
+def test_every_setting_of_training_is_read_when_a_run_is_planned_and_made(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by its name somewhere in the text, but by the code that runs: each is looked at."""
+    read: set[str] = set()
+
+    def noting(section: str) -> object:
+        def look(self: object, name: str) -> object:
+            read.add(f"{section}.{name}")
+            return object.__getattribute__(self, name)
+
+        return look
+
+    wanted = {f"{section}.{name}" for section, kind in SECTIONS.items() for name in kind.model_fields}
+    config = load_config(
+        tiny_config,
+        ["train.max_images=64", "optim.warmup_images=16", "activation_checkpoint.mode=selective", "checkpoint.asynchronous=false",
+         "train.skip_images=[[16, 32]]"],
+    )  # fmt: skip
+    for section, kind in SECTIONS.items():
+        monkeypatch.setattr(kind, "__getattribute__", noting(section), raising=False)
+    config.model_dump(mode="json")
+    assert not wanted & read  # writing a configuration down does not count
+    assert train(config, tmp_path / "run") == FINISHED
+    describe(config)
+    mesh_shape(config.parallel, 1)
+    zero_config(config, plan_batch(16, 1, 0))
+    assert sorted(wanted - read) == []
