@@ -108,7 +108,7 @@ class Children:
             bad = [(i, c) for i, c in enumerate(codes) if c not in (None, FINISHED, REQUEUE)]
             if bad and self._bad is None:
                 # Seen at once: a signal's code is negative and is the cause of the others.
-                self._bad = min(bad, key=lambda one: one[1] or 0)  # type: ignore[assignment]
+                self._bad = min(bad, key=lambda one: one[1] or 0)
                 self._deadline = time.monotonic() + PATIENCE_S
             if None not in codes:
                 return self._verdict([c for c in codes if c is not None])

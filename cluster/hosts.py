@@ -14,7 +14,7 @@ def expand(nodes: str) -> list[str]:
     text = nodes.strip()
     if not text:
         raise ClusterError("SLURM_JOB_NODELIST is empty: there is no host to meet at")
-    if text.count("[") != text.count("]") or re.search(r"\[[^\[\]]*(?:\[|$)", text):
+    if text.count("[") != text.count("]") or "[]" in text or re.search(r"\[[^\[\]]*(?:\[|$)", text):
         raise ClusterError(f"SLURM_JOB_NODELIST={nodes!r} is not a list of hosts: its brackets do not match")
     try:
         names = list(_parse_node_list(text))

@@ -93,7 +93,7 @@ class Task:
                 outcome = Outcome(FAILED, str(error), error.node)
             except (ClusterError, OSError) as error:
                 outcome = Outcome(FAILED, str(error))
-            return self.end_first(outcome) if self.first else self.end_other(outcome)
+            return self.end_first(outcome) if self.first else self.end_other(outcome, signals)
 
     def begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ class Task:
         files = sorted(self.round.glob("failed-*.json"), key=lambda p: (p.stat().st_mtime, p.name))
         return Outcome(**json.loads(files[0].read_text())) if files else None
 
-    def end_other(self, outcome: Outcome) -> int:
+    def end_other(self, outcome: Outcome, signals: Signals) -> int:
         """Ranks but the first: note a failure and leave the decision to rank 0."""
         if outcome.code == FINISHED:
             return FINISHED
@@ -223,6 +223,8 @@ class Task:
             ended = Chain.load(self.slurm_dir, self.id).ended
             if ended is not None:
                 sys.exit(ended["code"])
+            if signals.stopped():  # srun ends the step: rank 0 has left
+                sys.exit(FINISHED)
             time.sleep(0.5)
         sys.exit(outcome.code)
 

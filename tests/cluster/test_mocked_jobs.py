@@ -278,6 +278,7 @@ def test_a_dead_process_is_restarted_in_place_on_all_nodes_and_the_allocation_ke
     run = submitted(
         "--nodes", 2, "--tasks-per-node", 2, "--one-task-per-node", profile="restarts_in_place: 2\nmax_restarts: 0\n"
     )  # fmt: skip
+    impatient(run)
     assert fake_slurm.run(tasks=2, STUB="finish", STUB_0="wait,finish", STUB_1="wait,finish", STUB_2="wait,finish",
                           STUB_3="die,finish") == 0  # fmt: skip
     assert [len(fake.stub_calls(run, rank)) for rank in range(4)] == [2] * 4
