@@ -63,7 +63,7 @@ def make_config(data: Path, steps: int) -> Config:
             "train": {"global_batch_size": BATCH, "max_images": steps * BATCH, "param_dtype": "float32", "device": "cpu",
                       "max_restarts_without_progress": 0},
             "optim": {"warmup_images": 64},
-            "parallel": {"backend": "fsdp2", "start_timeout_s": 20, "step_timeout_s": 20},
+            "parallel": {"backend": "fsdp2", "start_timeout_s": 15, "step_timeout_s": 15},
             "checkpoint": {"every_images": EVERY_STEPS * BATCH, "keep_latest": 3},
             "log": {"every_steps": 5, "tensorboard": False},
         }
@@ -272,7 +272,7 @@ def main() -> int:
         ],
     )
     kills = 20 if args.quick else args.kills
-    steps = -(-5 * kills // 12) * 12 + 24  # whole epochs
+    steps = -(-4 * kills // 12) * 12 + 24  # whole epochs
     torch.set_num_threads(1)
     with scratch() as where:
         pid = os.fork()  # preparing starts threads, and this process must have none

@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +111,12 @@ class Life:
 
     def wait_for(self, steps: int, patience_s: float = 60) -> None:
         """Until rank 0 has trained so many steps, or a rank has ended."""
+        self.wait_until(lambda: sum(line[1] == 0 for line in self.lines()) >= steps, patience_s)
+
+    def wait_until(self, ready: Callable[[], bool], patience_s: float = 60) -> None:
+        """Until something is so, or a rank has ended."""
         end = time.monotonic() + patience_s
-        while not self.poll() and time.monotonic() < end:
-            if sum(line[1] == 0 for line in self.lines()) >= steps:
-                return
+        while not self.poll() and time.monotonic() < end and not ready():
             time.sleep(0.004)
 
     def end(self, grace_s: float, patience_s: float = 300) -> float:
@@ -141,11 +143,14 @@ class Life:
 
 def serve(order: dict[str, Any]) -> dict[str, Any]:
     """One start. `config`: file; `overrides`; `run`; `ranks`; `fault`; `send`: [steps of rank 0, signal, ranks], ...
+    `wait_for_file`: in the run directory, before the first of these.
 
     Answers with each rank's exit code and whether all left by themselves within `grace_s` of the first that did.
     """
     config = load_config(Path(order["config"]), order.get("overrides", []))
     life = Life(config, Path(order["run"]), order.get("fault", ""), order.get("ranks", RANKS))
+    if "wait_for_file" in order:  # in the run directory
+        life.wait_until((Path(order["run"]) / order["wait_for_file"]).exists)
     for steps, name, ranks in order.get("send", []):
         life.wait_for(steps)
         life.send(signal.Signals[name], ranks)

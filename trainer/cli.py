@@ -3,13 +3,20 @@
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer.signals import StopRequest
 
 EXAMPLE = """example:
   tarflow train configs/demo.yaml --run runs/demo optim.lr=1e-3 train.max_images=100_000
+  tarflow train configs/demo.yaml --run runs/demo --ranks 8 --max-restarts 3 parallel.backend=fsdp2
   torchrun --nproc-per-node 8 -m tarflow train configs/demo.yaml --run-dir runs/demo parallel.backend=fsdp2
 
 Run the same command again to go on from the newest committed checkpoint.
-Exit codes: 0 finished, 75 stopped on request after saving (run it again), 1 failed, 2 wrong settings.
+Exit codes: 0 finished, 75 stopped on request after saving (run it again), 76 no progress: restarts keep coming back to the
+same checkpoint (look before running it again), 77 hung (the rank's log has the stacks), 1 failed, 2 wrong settings.
+SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 stop a run after a save; a second SIGINT leaves at once. See docs/failures.md.
 """
 
 
@@ -21,26 +28,77 @@ def build_parser(parser: argparse.ArgumentParser) -> None:
     )
     # torchrun takes --run for one of its own flags, so it has a longer name too.
     parser.add_argument(
-        "--run-dir", "--run", dest="run", type=Path, metavar="DIR", help="run directory (default: runs/NAME of the file)"
+        "--run-dir",
+        "--run",
+        dest="run",
+        type=Path,
+        metavar="DIR",
+        help="run directory (default: runs/NAME of the file)",
     )
     parser.add_argument("--init-from", type=Path, metavar="WEIGHTS", help="start a new run from a weights file")
     parser.add_argument("--accept-new-data", action="store_true", help="resume although data.train is another data set")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="start N processes on this machine (instead of torchrun)"
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        metavar="N",
+        help="start all processes again when one is lost, N times at most (default 0)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
     parser.add_argument("--world-size", type=int, metavar="N", help="dry run for so many processes")
 
 
 def run(args: argparse.Namespace) -> int:
+    from trainer.signals import StopRequest
+
+    with StopRequest() as stop:  # before torch is loaded, which takes seconds: a signal counts from here on
+        return _run(args, stop)
+
+
+def _run(args: argparse.Namespace, stop: "StopRequest") -> int:
     from trainer.config_io import config_text, load_config
 
     config = load_config(args.config, args.overrides)
-    if os.environ.get("RANK", "0") == "0":
+    run_dir = args.run or Path("runs") / args.config.stem
+    supervised = not args.dry_run and (args.ranks is not None or args.max_restarts is not None)
+    if supervised:
+        _check_supervision(args)
+    if os.environ.get("RANK", "0") == "0" and not supervised:
         print(config_text(config), flush=True)
     if args.dry_run:
         from trainer.plan import describe
 
-        print(describe(config, args.world_size))
+        print(describe(config, args.world_size or args.ranks))
         return 0
+    if supervised:
+        from trainer.supervisor import supervise
+
+        return supervise(own_arguments(args, run_dir), args.ranks or 1, run_dir, args.max_restarts or 0)
     from trainer.loop import train
 
-    run_dir = args.run or Path("runs") / args.config.stem
-    return train(config, run_dir, init_from=args.init_from, accept_new_data=args.accept_new_data)
+    return train(config, run_dir, init_from=args.init_from, accept_new_data=args.accept_new_data, stop=stop)
+
+
+def _check_supervision(args: argparse.Namespace) -> None:
+    """Refuse numbers that make no sense, and to start ranks from within a rank."""
+    from trainer.errors import TrainerError
+
+    if args.ranks is not None and args.ranks < 1:
+        raise TrainerError(f"--ranks {args.ranks}: 1 at least")
+    if args.max_restarts is not None and args.max_restarts < 0:
+        raise TrainerError(f"--max-restarts {args.max_restarts}: 0 at least")
+    if "RANK" in os.environ:
+        raise TrainerError(
+            f"--ranks and --max-restarts start processes, but this is already one of several (RANK={os.environ['RANK']}): "
+            "leave them away under torchrun and Slurm, or unset RANK and WORLD_SIZE"
+        )
+
+
+def own_arguments(args: argparse.Namespace, run_dir: Path) -> list[str]:
+    """The arguments of `tarflow train` for one rank of a supervised run."""
+    arguments = [str(args.config), "--run-dir", str(run_dir)]
+    arguments += ["--init-from", str(args.init_from)] if args.init_from else []
+    arguments += ["--accept-new-data"] if args.accept_new_data else []
+    return arguments + list(args.overrides)

@@ -16,6 +16,7 @@ import time
 
 VARIABLE = "TARFLOW_FAULT"
 POINTS = (
+    "join",  # nothing is there yet, not even the process group
     "start",  # the process group is up, nothing is restored yet
     "step",  # before a step
     "save.begin",  # a save starts, nothing is written

@@ -1,7 +1,7 @@
 """The training loop. One counter, `images_seen`, drives data, rate, averages, saves and the end (contract 1)."""
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -25,19 +25,22 @@ from trainer.run_dir import create_run, save_config, writer_lock
 from trainer.saver import Saver
 from trainer.schedule import learning_rate
 from trainer.signals import StopRequest
-from trainer.watchdog import Watchdog, tighten_timeouts
+from trainer.watchdog import Watchdog, deadline, tighten_timeouts
 
 # What a rank may ask of all ranks at a step; the largest answer counts.
 GO_ON, SAVE, STOP, FAIL = range(4)
 
 
-def train(config: Config, run_dir: Path, *, init_from: Path | None = None, accept_new_data: bool = False) -> int:
+def train(
+    config: Config, run_dir: Path, *, init_from: Path | None = None, accept_new_data: bool = False,
+    stop: StopRequest | None = None,
+) -> int:  # fmt: skip
     """Train until `train.max_images`, from the newest sound checkpoint if there is one. Returns an exit code.
 
-    Runs alone, or as one rank of the world that the environment describes.
+    Runs alone, or as one rank of the world that the environment describes. `stop`: a request that is listened to already.
     """
     world = world_from_env()
-    with StopRequest() as stop, last_words(world, run_dir):
+    with nullcontext(stop) if stop else StopRequest() as stop, last_words(world, run_dir):
         return _train(config, run_dir, world, stop, init_from, accept_new_data)
 
 
@@ -50,7 +53,10 @@ def _train(
     device = pick_device(config.train.device, world.local_rank)
     zero = config.parallel.backend == "deepspeed"
     with ExitStack() as stack:
-        stack.enter_context(process_group(world, device, config.parallel.start_timeout_s, always=zero))
+        fault_point("join")
+        limit = config.parallel.start_timeout_s
+        with deadline(limit + 2, run_dir, world.rank, "joining the other ranks"):  # torch's own error comes first
+            stack.enter_context(process_group(world, device, limit, always=zero))
         if world.first:
             stack.enter_context(writer_lock(run_dir))
             create_run(run_dir)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import threading
 from types import FrameType
 from typing import Any
 
@@ -9,22 +11,40 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """While entered, catches the stop signals. A second SIGINT leaves at once, as an impatient user expects."""
+    """While entered, catches the stop signals. A second SIGINT leaves at once, as an impatient user expects.
+
+    A handler runs when the main thread next comes by the interpreter, which is never while it waits for other ranks inside
+    a library. So a thread counts the SIGINTs, told of each signal through a socket.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
+        self._heard, self._told = socket.socketpair()
+        self._told.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
+        self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._listener.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        self._told.close()
+        self._listener.join()
+        self._heard.close()
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == "SIGINT":
-            os._exit(128 + signal.SIGINT)
         self.received = signal.Signals(number).name
+
+    def _listen(self) -> None:
+        interrupts = 0
+        while numbers := self._heard.recv(64):
+            interrupts += numbers.count(signal.SIGINT)
+            if interrupts > 1:
+                os._exit(128 + signal.SIGINT)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from trainer.exit_codes import FAILED, FINISHED, NO_PROGRESS, REQUEUE, USAGE
+from trainer.exit_codes import FAILED, FINISHED, HUNG, NO_PROGRESS, REQUEUE, USAGE
 from trainer.run_dir import is_run, note
 from trainer.signals import STOP_SIGNALS
 
@@ -27,12 +27,13 @@ class Supervisor:
 
     def __init__(self, command: Sequence[str], ranks: int, run_dir: Path, max_restarts: int) -> None:
         self.command, self.ranks, self.run_dir, self.max_restarts = list(command), ranks, run_dir, max_restarts
-        self._stop_asked = False
+        self._stop_asked = self._interrupted = False
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def run(self) -> int:
         """Returns the exit code of the run as a whole."""
         before = {number: signal.signal(number, self._forward) for number in STOP_SIGNALS}
+        code = FAILED
         try:
             for restart in range(self.max_restarts + 1):
                 self._start()
@@ -48,7 +49,7 @@ class Supervisor:
                         else "no restarts are left (--max-restarts)"
                     )
                 )
-            return FAILED
+            return code
         finally:
             self._end_all()
             for number, handler in before.items():
@@ -89,14 +90,20 @@ class Supervisor:
             first = next(((r, code) for r, code in enumerate(codes) if code not in (FINISHED, REQUEUE)), None)
         if first is None:
             return max(codes), ""
-        final = [code for code in codes if code in FINAL]
-        return (final[0] if final else FAILED), f"rank {first[0]} {_how(first[1])} first"
+        known = [code for code in (*FINAL, HUNG) if code in codes]
+        return (known[0] if known else FAILED), f"rank {first[0]} {_how(first[1])} first"
 
     def _forward(self, number: int, _: object) -> None:
-        self._stop_asked = True
+        """Hand a stop signal on. A SIGINT from a keyboard reaches the ranks by itself, and two would end them unsaved, so
+        it goes on as a SIGTERM; a second one ends them, since that is what it means."""
+        interrupts = number == signal.SIGINT
+        if interrupts and self._interrupted:
+            for process in self._processes:
+                process.kill()
+        self._stop_asked, self._interrupted = True, self._interrupted or interrupts
         for process in self._processes:
-            if process.poll() is None:
-                process.send_signal(number)
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM if interrupts else number)
 
     def _end_all(self) -> None:
         for process in self._processes:

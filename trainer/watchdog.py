@@ -11,9 +11,12 @@ import faulthandler
 import json
 import os
 import statistics
+import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +24,7 @@ import torch.distributed as dist
 
 from trainer.config import ParallelConfig
 from trainer.exit_codes import HUNG
-from trainer.run_dir import note, rank_log
+from trainer.run_dir import is_run, note, rank_log
 
 QUICK = ("data", "step")  # phases within a step; all others are allowed to be long
 STRAGGLER = 1.5  # own time per step, relative to the median rank, from which a rank is named
@@ -131,6 +134,34 @@ class Watchdog:
                 f"({own / median:.1f} times); all ranks wait for it",
             )
         self._named = found[0] if found else None
+
+
+@contextmanager
+def deadline(seconds: float, run_dir: Path, rank: int, doing: str) -> Iterator[None]:
+    """End this process, with its stacks on the error output, if what is inside takes too long.
+
+    For waits before there is a run directory to watch over. Joining the others is one: torch tries to connect again after
+    its time is over, so that a rank whose peer died before it could listen would stay for up to three times as long.
+    """
+
+    def end() -> None:
+        text = (
+            f"HUNG: rank {rank} (host {os.uname().nodename}) was still {doing} after {seconds:g} s "
+            f"(parallel.start_timeout_s); it ends with exit code {HUNG}"
+        )
+        if is_run(run_dir):
+            note(run_dir, text)
+        print(text, file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        os._exit(HUNG)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def straggler(beats: list[dict[str, Any]]) -> tuple[int, float, float] | None:
