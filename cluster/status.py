@@ -197,11 +197,11 @@ def log_text(run: Path, rank: int, kind: str) -> str:
     if not jobs:
         raise ClusterError(f"{run} has no submitted {kind} job (see {run / 'slurm' / 'jobs.jsonl'})")
     job, folder = jobs[-1]["job"], Path(jobs[-1]["logs"])
-    rank //= jobs[-1].get("ranks_per_task", 1)  # the processes of a task share its log
-    out, err = (folder / f"{job}_{rank}_log.{kind_}" for kind_ in ("out", "err"))
+    each = jobs[-1].get("ranks_per_task", 1)  # the processes of a task share its log
+    out, err = (folder / f"{job}_{rank // each}_log.{name}" for name in ("out", "err"))
     if not out.exists() and not err.exists():
-        ranks = sorted(int(p.name.removeprefix(f"{job}_").split("_")[0]) for p in folder.glob(f"{job}_*_log.out"))
-        have = f"there are ranks {ranks}" if ranks else "the job has not started"
+        tasks = [int(p.name.removeprefix(f"{job}_").split("_")[0]) for p in folder.glob(f"{job}_*_log.out")]
+        have = f"there are ranks 0 to {max(tasks) * each + each - 1}" if tasks else "the job has not started"
         raise ClusterError(f"job {job} has no log of rank {rank} in {folder}: {have}")
     text = out.read_text(errors="replace") if out.exists() else ""
     errors = err.read_text(errors="replace") if err.exists() else ""

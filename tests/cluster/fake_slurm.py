@@ -22,7 +22,7 @@ class FakeSlurm:
         self.command("srun", f'exec "{sys.executable}" "{HERE / "fake_srun.py"}" "$@"')
         self.command("scontrol", "exit 0")
 
-    def command(self, name: str, script: str) -> None:
+    def command(self, name: str, script: str = "exit 0") -> None:
         """Let one of Slurm's commands be a shell script; what it is called with is noted."""
         path = self.bin / name
         path.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>"{self.folder}/{name}.calls"\n{script}\n')
