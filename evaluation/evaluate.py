@@ -103,8 +103,19 @@ class Job:
     def run(self) -> dict[str, Any] | None:
         """Help until the result is there; the result if it was this worker that published it."""
         _ = self.real.reference  # first: what is missing or does not match must not cost a night of sampling
-        root, evaluation = self.evaluator.root, self.config.evaluation
-        num = self.settings.num_samples
+        self.open()
+        if self.compute_chunks():
+            self.work.work_through(["published"], self._finish, self._is_published)
+        if self.saver:
+            size = int(self.work.plan["chunk_samples"])
+            self.saver.complete(self.sampler, self.batch_size, size, self.work.lease_s)
+        if self._is_published():
+            self.work.remove()
+        return self.published
+
+    def open(self) -> None:
+        """Join the work on this result, or begin it: what the first worker's plan says holds for all."""
+        root, evaluation, num = self.evaluator.root, self.config.evaluation, self.settings.num_samples
         self.saver = SampleSaver.of(self.evaluator.save, root, self.source, self.sampler, num)
         plan = {"batch_size": self.config.sampling.batch_size, "chunk_samples": evaluation.chunk_samples}
         folder = results.work_dir(root, f"{self.name}-{self.settings.hash}-{self.source.sha256[:12]}")
@@ -113,14 +124,10 @@ class Job:
         self.sample_chunks = {f"samples-{k:05d}": r for k, r in enumerate(stretches(num, size))}
         held_out = self.held_out.num_images if self.held_out else 0
         self.likelihood_chunks = {f"likelihood-{k:05d}": k for k in range(len(stretches(held_out, size)))}
-        chunks = [*self.sample_chunks, *self.likelihood_chunks]
-        if self.work.work_through(chunks, self._compute, self._is_published):
-            self.work.work_through(["published"], self._finish, self._is_published)
-        if self.saver:
-            self.saver.complete(self.sampler, self.batch_size, size, self.work.lease_s)
-        if self._is_published():
-            self.work.remove()
-        return self.published
+
+    def compute_chunks(self) -> bool:
+        """Help until every chunk is there; False if the result is already."""
+        return self.work.work_through([*self.sample_chunks, *self.likelihood_chunks], self._compute, self._is_published)
 
     def _is_published(self) -> bool:
         there = results.read_result(results.evals_dir(self.evaluator.root) / self.name)

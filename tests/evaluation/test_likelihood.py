@@ -23,11 +23,11 @@ def batches(tensors, size):
 
 def test_the_figure_does_not_depend_on_batches_order_or_workers(model):
     noise = NoiseSettings("gaussian", 0.1, seed=5)
-    results = [measure_bits_per_dim(model, batches(data(), size), noise) for size in (1, 7, 20)]
-    shuffle = torch.randperm(20, generator=torch.Generator().manual_seed(1))
-    results.append(measure_bits_per_dim(model, batches([t[shuffle] for t in data()], 6), noise))
+    results = [measure_bits_per_dim(model, batches(data(130), size), noise) for size in (1, 7, 64)]
+    shuffle = torch.randperm(130, generator=torch.Generator().manual_seed(1))
+    results.append(measure_bits_per_dim(model, batches([t[shuffle] for t in data(130)], 6), noise))
     parts = [BitsPerDim(noise), BitsPerDim(noise)]
-    for i, batch in enumerate(batches(data(), 3)):
+    for i, batch in enumerate(batches(data(130), 3)):
         parts[i % 2].add(model, *batch)
     parts[1].merge(parts[0])
     results.append(parts[1].result())
