@@ -2,6 +2,7 @@
 
 import os
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -35,6 +36,23 @@ def write_atomic(path: Path, text: str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_dir(path.parent)
+
+
+class Lines:
+    """Appends lines to a file, each in one write. A full disk costs lines, never the run that writes them."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._whole = True  # the last line came to its end
+
+    def write(self, line: str) -> None:
+        data = ("" if self._whole else "\n").encode() + line.encode() + b"\n"
+        with suppress(OSError):
+            written = os.write(self._descriptor, data)
+            self._whole = written == len(data) or (self._whole and not written)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
 
 
 def crc32(path: Path) -> int:

@@ -7,8 +7,9 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 
 from models.likelihood import bits_from_nats
+from trainer.files import Lines
 
 
 class Window:
@@ -90,15 +92,15 @@ class MetricLog:
     """Where the figures go: rank 0 writes for all, the others only their own log."""
 
     def __init__(self, run_dir: Path, tensorboard: bool, total_images: int, rank: int = 0) -> None:
-        self._jsonl: TextIO | None = None
+        self._jsonl: Lines | None = None
         self._writer: Any = None
         self._progress: Progress | None = None
         if rank:
             (run_dir / "logs").mkdir(exist_ok=True)
-            self._text = open(run_dir / "logs" / f"rank-{rank:04d}.log", "a", buffering=1)  # noqa: SIM115
+            self._text = Lines(run_dir / "logs" / f"rank-{rank:04d}.log")
             return
-        self._jsonl = open(run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - closed in close()
-        self._text = open(run_dir / "log.txt", "a", buffering=1)  # noqa: SIM115
+        self._jsonl = Lines(run_dir / "metrics.jsonl")
+        self._text = Lines(run_dir / "log.txt")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -110,11 +112,12 @@ class MetricLog:
 
     def say(self, text: str) -> None:
         """A line for people: log.txt and the screen."""
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}", file=self._text)
+        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
         if self._progress is not None:
             self._progress.console.print(text, highlight=False, markup=False)
         elif self._jsonl is not None:
-            print(text, flush=True)
+            with suppress(OSError):
+                print(text, flush=True)
 
     def event(self, name: str, **values: Any) -> None:
         """A thing that happened (start, resume, save), among the figures."""
@@ -126,8 +129,9 @@ class MetricLog:
             return
         self._write({"step": step, "images_seen": images_seen, "time": time.time(), **row})
         if self._writer is not None:
-            for name, value in row.items():
-                self._writer.add_scalar(name, value, images_seen)
+            with suppress(OSError):  # a full disk; the figures are in metrics.jsonl when there is room again
+                for name, value in row.items():
+                    self._writer.add_scalar(name, value, images_seen)
         rate = row["throughput/images_per_sec"]
         text = (
             f"loss {row['train/loss']:.4f} | {row['train/bits_per_dim']:.3f} bits/dim | "
@@ -135,7 +139,7 @@ class MetricLog:
         )
         if self._progress is not None:
             self._progress.update(self._task, completed=images_seen, figures=text)
-            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  step {step} | {text}", file=self._text)
+            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  step {step} | {text}")
         else:
             eta = (total_images - images_seen) / max(rate, 1e-9)
             share = images_seen / total_images
@@ -145,13 +149,14 @@ class MetricLog:
 
     def _write(self, row: Mapping[str, Any]) -> None:
         if self._jsonl is not None:
-            self._jsonl.write(json.dumps(row) + "\n")
+            self._jsonl.write(json.dumps(row))
 
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):
+                self._writer.close()
         if self._jsonl is not None:
             self._jsonl.close()
         self._text.close()

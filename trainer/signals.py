@@ -27,6 +27,7 @@ class StopRequest:
         self._wakeup = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a launcher holds them back until here
         self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._listener.start()
         return self

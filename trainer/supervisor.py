@@ -65,10 +65,12 @@ class Supervisor:
             subprocess.Popen(
                 self.command,
                 env={"OMP_NUM_THREADS": threads, **os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                preexec_fn=_die_with_parent,
+                preexec_fn=_before_the_rank,
             )
             for rank in range(self.ranks)
         ]
+        if self._stop_asked:  # while they were started
+            self._send(signal.SIGTERM)
 
     def _wait(self) -> tuple[int, str]:
         """(exit code, who ended first and how) once all ranks are gone."""
@@ -101,9 +103,12 @@ class Supervisor:
             for process in self._processes:
                 process.kill()
         self._stop_asked, self._interrupted = True, self._interrupted or interrupts
+        self._send(signal.SIGTERM if interrupts else number)
+
+    def _send(self, number: int) -> None:
         for process in self._processes:
             if process.returncode is None:
-                process.send_signal(signal.SIGTERM if interrupts else number)
+                process.send_signal(number)
 
     def _end_all(self) -> None:
         for process in self._processes:
@@ -127,8 +132,10 @@ def _how(code: int) -> str:
     )
 
 
-def _die_with_parent() -> None:
-    """A rank whose supervisor is killed is asked to stop: nobody else would (Linux only)."""
+def _before_the_rank() -> None:
+    """In the new process. A rank whose supervisor is killed is asked to stop: nobody else would (Linux only). And stop
+    signals wait until it listens to them, or a signal while it starts would be a plain kill."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 

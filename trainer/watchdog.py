@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -94,7 +94,8 @@ class Watchdog:
             faulthandler.dump_traceback_later(self.limit_s + 4 * self._interval, exit=True, file=self._file)
             if self.rank == 0 and self.world_size > 1 and now - looked > min(LOOK_S, self.limits.step_timeout_s):
                 looked = now
-                self._name_straggler()
+                with suppress(OSError):
+                    self._name_straggler()
 
     def _end(self) -> None:
         """The last act of a rank that hangs."""
@@ -104,12 +105,14 @@ class Watchdog:
             f"{self.name!r} of step {self.step + 1} (parallel.{limit}_timeout_s={self.limit_s:g}); it ends with exit code "
             f"{HUNG}, the stacks of its threads are in {rank_log(self.run_dir, self.rank)}"
         )
-        note(self.run_dir, text)
-        assert self._file is not None
-        self._file.write(f"stacks of rank {self.rank}, {text}\n")
-        self._file.flush()
-        faulthandler.dump_traceback(self._file, all_threads=True)
-        os._exit(HUNG)
+        try:
+            note(self.run_dir, text)
+            assert self._file is not None
+            self._file.write(f"stacks of rank {self.rank}, {text}\n")
+            self._file.flush()
+            faulthandler.dump_traceback(self._file, all_threads=True)
+        finally:  # on a full disk, too
+            os._exit(HUNG)
 
     def _write(self) -> None:
         facts: dict[str, Any] = {
@@ -149,11 +152,13 @@ def deadline(seconds: float, run_dir: Path, rank: int, doing: str) -> Iterator[N
             f"HUNG: rank {rank} (host {os.uname().nodename}) was still {doing} after {seconds:g} s "
             f"(parallel.start_timeout_s); it ends with exit code {HUNG}"
         )
-        if is_run(run_dir):
-            note(run_dir, text)
-        print(text, file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        os._exit(HUNG)
+        try:
+            print(text, file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            if is_run(run_dir):
+                note(run_dir, text)
+        finally:
+            os._exit(HUNG)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True

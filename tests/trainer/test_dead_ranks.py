@@ -152,6 +152,19 @@ def test_full_disk_costs_saves_and_after_max_failures_the_run_stops(start, tiny_
     assert not list((run / "checkpoints").glob("*.tmp"))
 
 
+def test_full_disk_costs_log_lines_but_not_the_run(start, tiny_config, run) -> None:  # type: ignore[no-untyped-def]
+    run.mkdir(parents=True)
+    (run / "run.json").write_text('{"run_id": "full"}')
+    (run / "logs").mkdir()
+    for name in ("log.txt", "metrics.jsonl", "logs/rank-0001.log"):
+        (run / name).symlink_to("/dev/full")  # every write to it fails for want of space
+    end = start(tiny_config, run, *SETTINGS, ranks=2)
+    assert end["codes"] == [FINISHED, FINISHED]
+    assert find(run).step == 12
+    hung = start(tiny_config, run, *SETTINGS, "train.max_images=288", ranks=2, fault="step@3/1=hang")
+    assert hung["codes"][1] == HUNG  # the watchdog does not need the disk, either
+
+
 def test_T01_pointer_is_never_ahead_of_the_data(start, tiny_config, run) -> None:  # type: ignore[no-untyped-def]
     """A slow disk, and SIGKILL while it writes: the pointer names a checkpoint whose every byte is there."""
     for number, point in enumerate(("save.written", "save.renamed"), 1):

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,7 @@ def stop(number, frame):
     sys.exit(75)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, stop)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2))
 (folder / f"began-{rank}-{life}").touch()
 """
 
@@ -108,6 +110,18 @@ def test_C07_signal_to_the_launcher_reaches_every_rank_once(folder: Path, sent: 
     # A SIGINT from a keyboard reaches the ranks by itself; two of them would end them unsaved.
     assert [(folder / "notes" / f"signal-{rank}").read_text() for rank in (0, 1)] == [arrives] * 2
     assert starts(folder, 0) == 1
+
+
+def test_C07_signal_while_the_ranks_are_started_is_not_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = subprocess.Popen
+
+    def signalled(*arguments: Any, **settings: Any) -> "subprocess.Popen[bytes]":
+        os.kill(os.getpid(), signal.SIGUSR1)  # before there is a process to hand it to
+        return start(*arguments, **settings)
+
+    monkeypatch.setattr(trainer.supervisor.subprocess, "Popen", signalled)
+    assert supervise(folder, "time.sleep(30)", restarts=5) == REQUEUE
+    assert [(folder / "notes" / f"signal-{rank}").read_text() for rank in (0, 1)] == ["SIGTERM"] * 2
 
 
 def test_second_interrupt_ends_ranks_that_do_not_listen(folder: Path) -> None:
