@@ -95,7 +95,9 @@ def sweep(run_dir: Path) -> None:
         name = path.name.rsplit("-", 2)[0]
         result = read_result(evals_dir(run_dir) / name)
         published = result and path.name == f"{name}-{result['settings_hash']}-{result['weights_sha256'][:12]}"
-        if published or path.name.endswith(".gone"):
+        step = name[: len("step-00000000")]
+        forgotten = step.startswith("step-") and not (run_dir / "checkpoints" / step).exists()
+        if published or forgotten or path.name.endswith(".gone"):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -193,11 +193,18 @@ class _Worker:
         else:
             if result is None:
                 self.say(f"{checkpoint.name} has its result from another worker")
+                self._note_problem(checkpoint, evaluator)
                 return
             self.outcome.done.append(result)
             self.say(headline(result))
-            if result["problem"]:
-                self._note(result["name"], result["problem"])
+            self._note_problem(checkpoint, evaluator)
+
+    def _note_problem(self, checkpoint: Checkpoint, evaluator: Evaluator) -> None:
+        """A result without a distance is a failure for every worker that had a part in it."""
+        name = results.result_name(self.run_dir, checkpoint.step, evaluator.settings.hash, evaluator.recipe.own)
+        result = results.read_result(results.evals_dir(self.run_dir) / name)
+        if result and result.get("problem"):
+            self._note(name, result["problem"])
 
     def _fail(self, checkpoint: Checkpoint, evaluator: Evaluator, reason: str) -> None:
         self._failed.add((checkpoint.name, evaluator.settings.hash))

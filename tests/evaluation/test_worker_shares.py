@@ -227,3 +227,25 @@ def test_a_chunks_file_says_who_did_it(run_of_2000):
         assert stored["scatter"].dtype == np.float64
     assert about["by"].endswith(f":{os.getpid()}")
     assert {"sampling", "features", "statistics"} <= set(about["seconds"])
+
+
+def test_labels_by_frequency_leave_the_grid_in_rows_of_classes(make_run):
+    run_dir, _ = make_run(steps=(20,), sampling={"labels": "training"}, evaluation={"num_samples": 40})
+    (result,) = evaluate(run_dir, False, WorkerOptions(), lambda _: None).done
+    assert result["settings"]["sampling"]["labels"] == "drawn by the frequencies in the training data"
+    assert sum(result["settings"]["sampling"]["class_counts"]) == 48
+    plain, _ = make_run(steps=(20,), name="plain", evaluation={"num_samples": 40})
+    (other,) = evaluate(plain, False, WorkerOptions(), lambda _: None).done
+    assert files(run_dir)["grid.png"] == files(plain)["grid.png"]
+    assert result["fd_efficientnet_lite0"] != other["fd_efficientnet_lite0"]
+
+
+def test_chunks_that_nobody_needs_any_more_are_cleared_away(make_run):
+    run_dir, _ = make_run(steps=(20,))
+    gone = run_dir / "evals/work/step-00000010-aaaaaaaaaaaa-bbbbbbbbbbbb"
+    wanted = run_dir / "evals/work/step-00000020-aaaaaaaaaaaa-bbbbbbbbbbbb"
+    for folder in (gone, wanted):
+        folder.mkdir(parents=True)
+    evaluate(run_dir, False, WorkerOptions(), lambda _: None)
+    assert not gone.exists(), "its checkpoint was removed"
+    assert wanted.exists(), "another worker with other settings may be at it"
