@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -133,3 +134,72 @@ def slurm_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     live = load_module("live")
     yield live
     subprocess.run(["sh", "-c", "squeue -h -o %A | sort -u | xargs -r scancel"], check=False)
+
+
+PROFILE = """
+cpus: 1
+mem: 2G
+time: 30
+preflight: files
+max_no_progress: 3
+"""
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    """The profile of jobs on the live cluster."""
+    path = tmp_path / "profile.yaml"
+    path.write_text(PROFILE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where runs are kept that several tests compare with."""
+    return tmp_path_factory.mktemp("reference")
+
+
+@pytest.fixture
+def two_tasks(verb) -> Callable[..., None]:
+    """Submit a run of two nodes with a task each."""
+
+    def submit(config: Path, run: Path, profile: Path, *more: object) -> None:
+        words = ["--run", run, "--nodes", 2, "--tasks-per-node", 1, "--profile", profile]
+        assert verb("submit", config, *more, *words) == 0
+
+    return submit
+
+
+@pytest.fixture
+def uninterrupted(slurm_cluster, two_tasks, config_file, profile, shared: Path) -> Path:
+    """The run that every interrupted one must equal; made once."""
+    run = shared / "uninterrupted"
+    if not run.exists():
+        two_tasks(config_file, run, profile)
+        assert slurm_cluster.ended(run)["ended"]["text"] == "finished at step 200 after 0 restarts"
+    return run
+
+
+FOUR_RANKS = ["parallel.backend=fsdp2", "train.max_images=1600"]
+
+
+@pytest.fixture
+def local_four(config_file, shared: Path) -> Path:
+    """The same training by four processes under torchrun, without Slurm; made once."""
+    run = shared / "local-four"
+    if not run.exists():
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+        words = [*torchrun, "-m", "tarflow", "train", str(config_file), "--run-dir", str(run), *FOUR_RANKS]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, capture_output=True, text=True, timeout=200, env=env)
+        assert done.returncode == 0, done.stderr[-2000:]
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How long the live cases took: in CI they have ten minutes."""
+    reports = [r for rs in terminalreporter.stats.values() for r in rs if "slurm" in getattr(r, "keywords", ())]
+    calls = [r for r in reports if getattr(r, "when", "") == "call"]
+    if calls:
+        seconds = sum(r.duration for r in reports)
+        terminalreporter.write_line(f"live Slurm: {len(calls)} cases in {seconds:.0f} s (of 600)")

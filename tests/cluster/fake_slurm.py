@@ -18,7 +18,9 @@ class FakeSlurm:
         self.bin.mkdir(parents=True)
         self.path = f"{self.bin}:{old_path}"
         self.started: list[subprocess.Popen[bytes]] = []
-        self.command("sbatch", f'cp "$1" "{folder}/script"; echo "Submitted batch job ${{FAKE_JOB:-107}}"')
+        # The first job is 107, the next 108.
+        count = f'n=$(($(ls "{folder}" | grep -c "^script-") + 107)); cp "$1" "{folder}/script-$n"; '
+        self.command("sbatch", count + 'echo "Submitted batch job $n"')
         self.command("srun", f'exec "{sys.executable}" "{HERE / "fake_srun.py"}" "$@"')
         self.command("scontrol", "exit 0")
 
@@ -38,13 +40,14 @@ class FakeSlurm:
 
     @property
     def script(self) -> Path:
-        return self.folder / "script"
+        """The newest job's."""
+        return max(self.folder.glob("script-*"))
 
     def start(
-        self, tasks: int = 1, restart: int = 0, element: int | None = None, **env: str
+        self, tasks: int = 1, restart: int = 0, element: int | None = None, job: int = 107, **env: str
     ) -> subprocess.Popen[bytes]:
-        """Run the submitted script as slurmd does."""
-        place = {"SLURM_JOB_ID": "107", "SLURM_RESTART_COUNT": str(restart), "SLURM_JOB_NUM_NODES": str(tasks)}
+        """Run a submitted script as slurmd does."""
+        place = {"SLURM_JOB_ID": str(job), "SLURM_RESTART_COUNT": str(restart), "SLURM_JOB_NUM_NODES": str(tasks)}
         if element is not None:
             place |= {
                 "SLURM_ARRAY_JOB_ID": "107",
@@ -54,15 +57,15 @@ class FakeSlurm:
         base = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
         fakes = {"PATH": self.path, "FAKE_TASKS": str(tasks), "FAKE_SRUN_CALLS": str(self.folder / "srun.json")}
         process = subprocess.Popen(
-            ["bash", str(self.script)], env={**base, "MASTER_ADDR": "127.0.0.1", **fakes, **place, **env},
+            ["bash", str(self.folder / f"script-{job}")], env={**base, "MASTER_ADDR": "127.0.0.1", **fakes, **place, **env},
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         self.started.append(process)
         return process
 
-    def run(self, tasks: int = 1, restart: int = 0, element: int | None = None, wait_s: float = 90, **env: str) -> int:
+    def run(self, tasks: int = 1, restart: int = 0, element: int | None = None, job: int = 107, **env: str) -> int:
         """Run it to its end; the exit code."""
-        return self.start(tasks, restart, element, **env).wait(wait_s)
+        return self.start(tasks, restart, element, job, **env).wait(90)
 
     def srun(self) -> list[dict]:
         return [json.loads(line) for line in (self.folder / "srun.json").read_text().splitlines()]

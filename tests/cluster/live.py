@@ -40,6 +40,13 @@ def log(run_dir: Path, kind: str = "train", rank: int = 0) -> str:
         return ""
 
 
+def last_line(run_dir: Path, kind: str = "train") -> str:
+    """The last line of the first task's log."""
+    job = job_of(run_dir, kind)
+    (file,) = [p for f in (run_dir, run_dir.parent) for p in f.glob(f"slurm/jobs/{job}_0_log.out")]
+    return file.read_text().splitlines()[-1]
+
+
 def at_step(run_dir: Path, step: int) -> None:
     """Wait until training has passed a step."""
 
@@ -72,6 +79,13 @@ def accounted(job: str) -> str:
         return record[-1] if record and not record[-1].startswith(("RUNNING", "PENDING", "REQUEUED")) else ""
 
     return str(until(f"the record of job {job}", final, 30))
+
+
+def committed_steps(run_dir: Path) -> list[int]:
+    """Steps of the checkpoints that are there."""
+    from trainer.checkpoint import committed
+
+    return [checkpoint.step for checkpoint in committed(run_dir)]
 
 
 def final_tensors(run_dir: Path) -> dict[str, Any]:

@@ -4,90 +4,37 @@ tests/cluster/slurm/start.sh starts a small cluster; see docs/slurm.md.
 """
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.slurm
 
-PROFILE = """
-cpus: 1
-mem: 2G
-time: 30
-preflight: files
-max_no_progress: 3
-"""
-
-
-@pytest.fixture
-def profile(tmp_path: Path) -> Path:
-    path = tmp_path / "profile.yaml"
-    path.write_text(PROFILE)
-    return path
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("reference")
-
-
-def two_tasks(verb, config: Path, run: Path, profile: Path, *more: object) -> None:
-    assert verb("submit", config, *more, "--run", run, "--nodes", 2, "--tasks-per-node", 1, "--profile", profile) == 0
-
-
-@pytest.fixture
-def uninterrupted(slurm_cluster, verb, config_file, profile, shared: Path) -> Path:
-    """The run that every interrupted one must equal; made once."""
-    run = shared / "uninterrupted"
-    if not run.exists():
-        two_tasks(verb, config_file, run, profile)
-        assert slurm_cluster.ended(run)["ended"]["text"] == "finished at step 200 after 0 restarts"
-    return run
+FOUR_RANKS = ["parallel.backend=fsdp2", "train.max_images=1600"]  # as local_four has them
 
 
 def test_two_nodes_with_two_tasks_each_equal_four_local_processes(
-    slurm_cluster, verb, config_file, profile, tmp_path
+    slurm_cluster, verb, config_file, profile, tmp_path, local_four
 ) -> None:
-    profile.write_text(PROFILE.replace("preflight: files", "preflight: full"))
-    run, local = tmp_path / "it's a=run (1)", tmp_path / "local"
-    settings = ["parallel.backend=fsdp2", "train.max_images=480"]
-    assert (
-        verb("submit", config_file, *settings, "--run", run, "--nodes", 2, "--tasks-per-node", 2, "--profile", profile)
-        == 0
-    )
+    profile.write_text(profile.read_text().replace("preflight: files", "preflight: full"))
+    run = tmp_path / "it's a=run (1)"
+    words = ["--run", run, "--nodes", 2, "--tasks-per-node", 2, "--profile", profile]
+    assert verb("submit", config_file, *FOUR_RANKS, *words) == 0
     chain = slurm_cluster.ended(run)
     assert chain["ended"]["code"] == 0
     assert slurm_cluster.accounted(slurm_cluster.job_of(run)) == "COMPLETED|0:0"
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "4",
-        "-m",
-        "tarflow",
-        "train",
-    ]
-    done = subprocess.run(
-        [*words, str(config_file), "--run-dir", str(local), *settings], capture_output=True, text=True, timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
     losses = slurm_cluster.step_losses(run)
-    assert max(losses) == 30
-    assert losses == pytest.approx(slurm_cluster.step_losses(local), rel=1e-6)
-    slurm_cluster.assert_same_run(run, local)
+    assert max(losses) == 100
+    assert losses == pytest.approx(slurm_cluster.step_losses(local_four), rel=1e-6)
+    slurm_cluster.assert_same_run(run, local_four)
 
 
 def test_signal_saves_requeues_once_and_goes_on_bitwise(
-    slurm_cluster, verb, config_file, profile, tmp_path, uninterrupted
+    slurm_cluster, two_tasks, config_file, profile, tmp_path, uninterrupted
 ) -> None:
     run = tmp_path / "signal"
-    two_tasks(verb, config_file, run, profile)
+    two_tasks(config_file, run, profile)
     slurm_cluster.at_step(run, 20)
     slurm_cluster.run("scancel", "--signal=USR2", slurm_cluster.job_of(run))
     chain = slurm_cluster.ended(run)
@@ -100,10 +47,10 @@ def test_signal_saves_requeues_once_and_goes_on_bitwise(
 
 
 def test_scontrol_requeue_in_the_middle_of_a_step(
-    slurm_cluster, verb, config_file, profile, tmp_path, uninterrupted
+    slurm_cluster, two_tasks, config_file, profile, tmp_path, uninterrupted
 ) -> None:
     run = tmp_path / "requeue"
-    two_tasks(verb, config_file, run, profile)
+    two_tasks(config_file, run, profile)
     slurm_cluster.at_step(run, 60)
     slurm_cluster.run("scontrol", "requeue", slurm_cluster.job_of(run))
     chain = slurm_cluster.ended(run)
@@ -113,11 +60,11 @@ def test_scontrol_requeue_in_the_middle_of_a_step(
 
 
 def test_preemption_without_grace_time_is_not_taken_for_a_failure(
-    slurm_cluster, verb, config_file, profile, tmp_path, uninterrupted
+    slurm_cluster, two_tasks, config_file, profile, tmp_path, uninterrupted
 ) -> None:
     """Slurm sends USR2 and TERM together and is already requeueing: the job's own request then comes second."""
     run = tmp_path / "preempted"
-    two_tasks(verb, config_file, run, profile, "--partition", "low")
+    two_tasks(config_file, run, profile, "--partition", "low")
     slurm_cluster.at_step(run, 60)
     slurm_cluster.run("sbatch", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "srun sleep 1")
     chain = slurm_cluster.ended(run)
@@ -127,10 +74,10 @@ def test_preemption_without_grace_time_is_not_taken_for_a_failure(
 
 
 def test_a_node_set_down_is_left_and_the_run_goes_on_elsewhere(
-    slurm_cluster, verb, config_file, profile, tmp_path, uninterrupted
+    slurm_cluster, two_tasks, config_file, profile, tmp_path, uninterrupted
 ) -> None:
     run = tmp_path / "down"
-    two_tasks(verb, config_file, run, profile)
+    two_tasks(config_file, run, profile)
     slurm_cluster.at_step(run, 60)
     nodes = slurm_cluster.run("squeue", "-h", "-o", "%N", "-j", slurm_cluster.job_of(run))
     lost = slurm_cluster.run("scontrol", "show", "hostnames", nodes).split()[-1]
@@ -148,19 +95,22 @@ def test_a_node_set_down_is_left_and_the_run_goes_on_elsewhere(
 def test_time_limit_shorter_than_the_run(slurm_cluster, verb, config_file, profile, tmp_path) -> None:
     """One task, a limit of one minute: signalled 16 to 30 s after each start, as Slurm's clock ticks."""
     run, local = tmp_path / "limited", tmp_path / "local"
-    profile.write_text(PROFILE.replace("time: 30", "time: 1") + "signal_before: 15\n")
-    settings = ["train.max_images=120000", "checkpoint.every_images=0", "log.every_steps=50"]
+    profile.write_text(profile.read_text().replace("time: 30", "time: 1") + "signal_before: 15\n")
+    settings = ["train.max_images=100000", "checkpoint.every_images=0", "log.every_steps=50"]
     assert verb("submit", config_file, *settings, "--run", run, "--profile", profile) == 0
-    chain = slurm_cluster.ended(run, wait_s=300)
+    words = [sys.executable, "-m", "tarflow", "train", str(config_file), "--run-dir", str(local), *settings]
+    with open(tmp_path / "local.err", "w") as errors:  # beside the job: it is the longest case
+        beside = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=errors)
+    try:
+        chain = slurm_cluster.ended(run, wait_s=300)
+        assert beside.wait(300) == 0, (tmp_path / "local.err").read_text()[-2000:]
+    finally:
+        beside.kill()
+        beside.wait(10)
     assert chain["ended"]["code"] == 0, chain
     steps = [s["step"] for s in chain["starts"]]
     assert len(steps) >= 2
     assert steps == sorted(set(steps)), "every start goes on from where the one before was signalled"
-    done = subprocess.run(
-        [sys.executable, "-m", "tarflow", "train", str(config_file), "--run-dir", str(local), *settings],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
     slurm_cluster.assert_same_run(run, local)
 
 
@@ -179,6 +129,8 @@ def test_evaluation_beside_training_scores_each_checkpoint_once_and_ends_with_it
     assert len(chain["starts"]) == 2, "the worker was itself requeued in the middle"
     lines = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
     assert sorted(line["step"] for line in lines) == [50, 100, 150, 200]
+    assert len(list(results.glob("step-*/result.json"))) == 4
+    assert chain["ended"]["time"] >= slurm_cluster.ended(run)["ended"]["time"], "it followed the training to its end"
 
 
 def test_a_run_that_cannot_progress_stops_with_its_own_exit_code(
@@ -186,7 +138,7 @@ def test_a_run_that_cannot_progress_stops_with_its_own_exit_code(
 ) -> None:
     import shutil
 
-    profile.write_text(PROFILE.replace("max_no_progress: 3", "max_no_progress: 1"))
+    profile.write_text(profile.read_text().replace("max_no_progress: 3", "max_no_progress: 1"))
     broken = tmp_path / "broken"
     shutil.copytree(tiny_data, broken)
     for shard in broken.rglob("*.tar"):
@@ -201,6 +153,7 @@ def test_a_run_that_cannot_progress_stops_with_its_own_exit_code(
     assert chain["ended"]["code"] == 76
     assert "no progress" in chain["ended"]["text"]
     assert str(broken) in chain["ended"]["text"], "the last line names the cause"
+    assert "stopped: no progress" in slurm_cluster.last_line(run)
     assert slurm_cluster.accounted(slurm_cluster.job_of(run)) == "FAILED|76:0"
 
 
@@ -208,11 +161,12 @@ def test_a_sweep_is_one_array_whose_elements_are_requeued_alone(
     slurm_cluster, verb, config_file, profile, tmp_path
 ) -> None:
     sweep = tmp_path / "seeds"
-    profile.write_text(PROFILE.replace("cpus: 1", "cpus: 4"))  # a node for each element
-    assert (
-        verb("submit", config_file, "--array", "seed=1,2,3", "--run", sweep, "--profile", profile, "--partition", "low")
-        == 0
-    )
+    cheap = tmp_path / "cheap.yaml"
+    cheap.write_text(profile.read_text())
+    profile.write_text(profile.read_text().replace("cpus: 1", "cpus: 4"))  # a node for each element
+    settings = ["checkpoint.every_images=0", "evaluation.reference_images=32"]
+    words = ["--array", "seed=1,2,3", "--run", sweep, "--profile", profile, "--partition", "low"]
+    assert verb("submit", config_file, *settings, *words, "--evaluate", "--eval-profile", cheap) == 0
     runs = [sweep / f"seed-{seed}" for seed in (1, 2, 3)]
     slurm_cluster.at_step(runs[1], 20)
     job = slurm_cluster.job_of(runs[1])
@@ -224,6 +178,13 @@ def test_a_sweep_is_one_array_whose_elements_are_requeued_alone(
     assert len({slurm_cluster.job_of(run).partition("_")[0] for run in runs}) == 1
     final = [slurm_cluster.step_losses(run)[200] for run in runs]
     assert len(set(final)) == 3, "three seeds, three results"
+    for run in runs:
+        assert slurm_cluster.ended(run, "evaluate")["ended"]["code"] == 0
+        results = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
+        # The preempted element was also saved on the way.
+        assert [r["step"] for r in results][-1] == 200
+        assert len({r["step"] for r in results}) == len(results) == len(slurm_cluster.committed_steps(run))
+    assert len({slurm_cluster.job_of(run, "evaluate").partition("_")[0] for run in runs}) == 1
 
 
 def test_cancel_saves_first(slurm_cluster, verb, config_file, profile, tmp_path, capsys) -> None:

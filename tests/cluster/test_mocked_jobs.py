@@ -249,9 +249,9 @@ def test_a_signal_before_the_job_is_called_counts_for_no_time_out(submitted, fak
     from submitit.core.utils import DelayedSubmission, JobPaths
     from submitit.slurm.slurm import SlurmJobEnvironment
 
-    for limit in ("2", "1:30:00", "2-00:00:00"):
+    for number, limit in enumerate(("2", "1:30:00", "2-00:00:00")):
         run = submitted("--time", limit)
-        pickled = run / "slurm" / "jobs" / "107_submitted.pkl"
+        pickled = run / "slurm" / "jobs" / f"{107 + number}_submitted.pkl"
         delayed = DelayedSubmission.load(pickled)
         assert isinstance(delayed._timeout_min, int)
         handler = SignalHandler(SlurmJobEnvironment(), JobPaths(run / "slurm" / "jobs", "107"), delayed)
@@ -306,3 +306,24 @@ def test_a_job_whose_snapshot_is_gone_says_so(submitted, fake, fake_slurm) -> No
     fake_slurm.script.write_text(text.replace(f"PYTHONPATH={code}", f"PYTHONPATH={other}"))
     assert fake_slurm.run() == 76
     assert f"submitted with the code in {code}" in fake.said(run).splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("end", "last"),
+    [("stopped: requeue limit: 9 restarts", "--once"), ("finished at step 9 after 0 restarts", "--watch")],
+)
+def test_the_evaluation_scores_what_a_training_left_that_ended_before_its_end(
+    submitted, fake, fake_slurm, end, last
+) -> None:
+    from cluster.chain import Chain
+
+    run = submitted("--evaluate")
+    job = fake_slurm.start(job=108, STUB="wait,finish" if last == "--once" else "finish")
+    fake.until("the worker", lambda: fake.stub_calls(run))
+    Chain.load(run / "slurm", "107").end(78, end)
+    assert job.wait(60) == 0
+    calls = [call["argv"] for call in fake.stub_calls(run)]
+    assert calls[0] == ["evaluate", str(run), "--watch", "--wait-for-run", "86400"]
+    assert last in calls[-1]
+    assert len(calls) == (2 if last == "--once" else 1)
+    assert fake.chain(run, "108")["ended"]["code"] == 0

@@ -19,7 +19,7 @@ NODES="node1 node2 node3 node4"
 
 install_packages() {
     local command missing="" policy=/usr/sbin/policy-rc.d added=
-    for command in munged slurmctld slurmd sbatch slurmdbd mariadbd mariadb mariadb-install-db; do
+    for command in munged slurmctld slurmd sbatch sacct slurmdbd mariadbd mariadb mariadb-install-db unshare hostname; do
         command -v $command >/dev/null || missing+=" $command"
     done
     [ -n "$missing" ] || return 0
@@ -27,8 +27,8 @@ install_packages() {
     # Keep the packages' own services from starting.
     if [ ! -e $policy ]; then printf '#!/bin/sh\nexit 101\n' >$policy && chmod +x $policy && added=1; fi
     local code=0
-    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends munge slurmctld slurmd \
-        slurm-client slurmdbd mariadb-server-core mariadb-client-core; } >"$DIR/apt.log" 2>&1 </dev/null || code=$?
+    { apt-get -o Acquire::Retries=3 update && DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=3 install -y --no-install-recommends munge slurmctld slurmd \
+        slurm-client slurmdbd mariadb-server-core mariadb-client-core util-linux hostname; } >"$DIR/apt.log" 2>&1 </dev/null || code=$?
     [ -z "$added" ] || rm -f $policy
     [ $code = 0 ] || { tail -n 20 "$DIR/apt.log" >&2; die "apt-get failed"; }
 }
@@ -52,6 +52,10 @@ configure() {
     echo "$base" >"$DIR/run/port"
     sed -e "s|@DIR@|$DIR|g; s|@PORT@|$base|; s|@DBDPORT@|$((base + 2))|; s|@PORT1@|$((base + 5))|; s|@PORT4@|$((base + 8))|" \
         "$HERE/slurm.conf.in" >"$DIR/slurm.conf.new"
+    mkdir -p "$DIR/gpu"
+    ln -sf /dev/null "$DIR/gpu/gpu0"
+    ln -sf /dev/null "$DIR/gpu/gpu1"
+    sed -e "s|@DIR@|$DIR|g" "$HERE/gres.conf.in" >"$DIR/gres.conf"
     mv "$DIR/slurm.conf.new" "$DIR/slurm.conf"
     echo "export SLURM_CONF=$DIR/slurm.conf" >"$DIR/env.sh"
     { cat /etc/hosts; for node in $NODES; do echo "127.0.0.1 $node"; done; } >"$DIR/hosts"
