@@ -288,10 +288,11 @@ def check_code(job: Job) -> None:
 
 
 def progress(job: Job) -> int:
-    """What must grow from start to start: the newest committed step, or the number of evaluated checkpoints."""
+    """What must grow from start to start: the newest committed step; of an evaluation its results, then its chunks."""
     run_dir = Path(job.run_dir)
     if job.kind == "evaluate":
-        return len(list(run_dir.glob("evals/*/result.json")))
+        chunks = len(list(run_dir.glob("evals/work/*/*-[0-9]*[0-9]")))  # of a result that takes longer than a start
+        return 1_000_000 * len(list(run_dir.glob("evals/*/result.json"))) + chunks
     from trainer.checkpoint import committed
 
     found = committed(run_dir)

@@ -249,3 +249,24 @@ def test_chunks_that_nobody_needs_any_more_are_cleared_away(make_run):
     evaluate(run_dir, False, WorkerOptions(), lambda _: None)
     assert not gone.exists(), "its checkpoint was removed"
     assert wanted.exists(), "another worker with other settings may be at it"
+
+
+def test_chunks_count_as_progress_of_a_requeued_job(run_of_2000):
+    """A result that takes longer than one allocation must not look like a job that gets nowhere."""
+    from types import SimpleNamespace
+
+    from cluster.job import progress
+
+    job = SimpleNamespace(kind="evaluate", run_dir=str(run_of_2000))
+    seen = [progress(job)]
+    compute = evaluate_module.Job._compute
+
+    def counting(self, name, path):
+        compute(self, name, path)
+        seen.append(progress(job))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_module.Job, "_compute", counting)
+        evaluate(run_of_2000, False, WorkerOptions(), lambda _: None)
+    seen.append(progress(job))
+    assert seen == [0, *range(CHUNKS + 1), 1_000_000]
