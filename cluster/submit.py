@@ -17,10 +17,10 @@ from cluster.environment import scrubbed
 from cluster.errors import ClusterError
 from cluster.job import Job
 from cluster.profile import Profile
-from trainer.batch import plan_batch
 from trainer.config import Config
 from trainer.config_io import config_text, load_config
 from trainer.files import write_atomic
+from trainer.plan import describe
 from trainer.run_dir import create_run, is_run
 
 FOREVER = 10**6  # submitit's count of time-outs: ours is the chain's
@@ -57,16 +57,18 @@ def submit(request: Submission) -> list[str]:
     if len(runs) > 1 and not request.dry_run:
         check_array(len(runs))
     plans = [_train_job(request, path, config) for path, config in runs]
-    for _, config in runs:  # a world that the batch does not divide among is refused here, not in a job
-        plan_batch(
-            config.train.global_batch_size, request.nodes * request.tasks_per_node, config.train.micro_batch_size
-        )
+    # A world that the batch or the mesh does not divide among is refused here, not in a job.
+    outlines = [describe(config, request.nodes * request.tasks_per_node) for _, config in runs]
     train = _executor(request.profile, run_dir, run_dir.name, request.nodes, *request.tasks, request.dry_run)
     if request.dry_run:
         text = [sbatch_text(train, len(plans))]
         if request.evaluate:
             text.append(sbatch_text(_eval_executor(request, run_dir, "after:TRAINING"), len(plans)))
-        return text
+        return [
+            *text,
+            _comment("the configuration as resolved", config_text(runs[0][1])),
+            _comment("the plan", outlines[0]),
+        ]
     for (path, config), plan in zip(runs, plans):
         prepare(path, config, plan, run_dir / "slurm")
     ids = _send(train, plans)
@@ -99,6 +101,11 @@ def submit_evaluation(run_dir: Path, profile: Profile, overrides: Sequence[str],
     trainings = [entry["job"] for entry in submissions(run_dir) if entry["kind"] == "train"]
     job = evaluation_job(run_dir, str(code), profile, trainings[-1] if trainings else None, overrides)
     return [_record(run_dir, "evaluate", _send(executor, [job])[0], executor.folder)]
+
+
+def _comment(title: str, text: str) -> str:
+    """What a dry run adds to a batch script must leave it one."""
+    return "\n".join(f"# {line}".rstrip() for line in [f"--- {title}", *text.rstrip().splitlines(), ""])
 
 
 def check_path(run_dir: Path) -> None:

@@ -186,10 +186,16 @@ def test_dry_run_prints_the_batch_script_on_a_machine_without_slurm(
         assert verb("submit-eval", run, "--profile", cheap, "--dry-run") == 0
     else:
         assert verb(*words, *more[case]) == 0
-    text = capsys.readouterr().out.replace(str(tmp_path), "/scratch")
+    text, *more_text = capsys.readouterr().out.replace(str(tmp_path), "/scratch").partition("# --- the configuration")
     golden = GOLDEN / f"{case}.txt"
     assert text == golden.read_text(), f"if this is meant, write it to {golden}"
-    assert subprocess.run(["/bin/bash", "-n"], input=text, capture_output=True, text=True).stderr == ""
+    if case != "submit-eval":
+        for said in ("global_batch_size: 16\n", "# batch       global batch 16 = ", "GiB per rank"):
+            assert said in more_text[1]
+    assert (
+        subprocess.run(["/bin/bash", "-n"], input="".join([text, *more_text]), capture_output=True, text=True).stderr
+        == ""
+    )
     assert sorted(tmp_path.rglob("*")) == before, "nothing is made"
 
 
