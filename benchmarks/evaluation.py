@@ -60,7 +60,7 @@ def make_run(folder: Path, samples: int, chunk: int) -> Path:
     rng_weights = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=rng_weights)
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=rng_weights))
     temporary = store.temporary_dir(run, 10)
     tensors: dict[str, Any] = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
     tensors["buffer/var"] = model.var

@@ -2,6 +2,8 @@
 
 import io
 import json
+import multiprocessing
+import os
 
 import numpy as np
 import pytest
@@ -142,3 +144,25 @@ def test_an_evaluation_keeps_its_samples_also_when_it_is_told_so_afterwards(make
     build_index(ours, sorted(ours.glob("*.tar")), processes=1)
     assert open_index(ours).num_samples == 24
     evaluate(run_dir, False, WorkerOptions(save="shards"), lambda _: None)
+
+
+@pytest.mark.parametrize("num", [10, 2])
+@pytest.mark.parametrize("kind", ["shards", "png"])
+def test_S02_four_processes_keep_exactly_what_was_asked_for(saver, sampler, num, kind):
+    def work():
+        torch.set_num_threads(1)
+        saver(num, kind=kind).complete(sampler, batch_size=3, chunk=2, lease_s=60)
+        os._exit(0)
+
+    processes = [multiprocessing.get_context("fork").Process(target=work) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    there = saver(num, kind=kind)
+    assert there.missing() == []
+    assert sorted(there._indices()) == list(range(num))
+    kept = "samples-*.tar" if kind == "shards" else "samples-*.json"
+    assert len(list(there.folder.glob(kept))) == -(-num // 2)
+    assert not list(there.folder.glob(".*"))
