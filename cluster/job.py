@@ -129,11 +129,13 @@ class Task:
         job, places = self.job, self.place.divided(self.job.ranks_per_task)
         env = self.environment()
         envs = [env for _ in places]
+        if signals.stopped():
+            return stopped_by(signals)
         if places[0].size > 1:
             meeting = meet(self.round, self.place, stopped=lambda: self.in_vain(signals))
             if meeting is None or self.in_vain(signals):
-                stopped = Outcome(REQUEUE, f"stopped by {signals.received} before the start", stopped=True)
-                return stopped if signals.stopped() else self.failure() or stopped
+                failed = None if signals.stopped() else self.failure()
+                return failed or stopped_by(signals)
             if job.preflight == "full" and self.round == self.folder:
                 variables = [meeting.variables(one, meeting.check_port) for one in places]
                 checked = self.watch(
@@ -151,6 +153,8 @@ class Task:
         """Wait for the processes. Rank 0 also watches for other tasks' failures (and so does everyone who may start
         again in place), an evaluation for the training's end."""
         signals.child = children
+        if signals.stopped():  # while they were started: nobody has told them
+            children.send(signal.SIGTERM)
         looks, every = self.first or self.job.restarts_in_place > 0, 0.5 if self.first else 2.0
         try:
             while (ended := children.wait(every)) is None:
@@ -169,7 +173,7 @@ class Task:
             return Outcome(NO_PROGRESS, said)
         if signals.stopped():
             # Whatever it made of the signal (it may have been too young to catch it), what counts is committed.
-            return Outcome(REQUEUE, f"stopped by {signals.received}", stopped=True)
+            return stopped_by(signals)
         if code == REQUEUE:
             return Outcome(REQUEUE, "stopped on request", stopped=True)
         how = "hung" if code == HUNG else f"killed by {_signal(-code)}" if code < 0 else f"exit code {code}"
@@ -184,7 +188,7 @@ class Task:
         while last.wait(0.5) is None:
             pass
         if signals.stopped():
-            return Outcome(REQUEUE, f"stopped by {signals.received}", stopped=True)
+            return stopped_by(signals)
         return Outcome(FINISHED, text)
 
     def in_vain(self, signals: Signals) -> bool:
@@ -268,6 +272,11 @@ class Task:
         self.say(text)
         if code != FINISHED:
             sys.exit(code)
+
+
+def stopped_by(signals: Signals) -> Outcome:
+    """The end on request: to be started again."""
+    return Outcome(REQUEUE, f"stopped by {signals.received}", stopped=True)
 
 
 def _signal(number: int) -> str:

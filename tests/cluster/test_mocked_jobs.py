@@ -1,5 +1,6 @@
 """Jobs under a Slurm of scripts, a stub in the place of training: who requeues, once and when, and how a chain ends."""
 
+import fcntl
 import os
 import pickle
 import signal
@@ -108,6 +109,20 @@ def test_C07_a_signal_to_one_task_alone_ends_in_one_save_of_all_ranks_and_one_re
     (saved,) = [p.name for p in (run / "checkpoints").glob("step-*")]
     assert f"requeued at step {int(saved.removeprefix('step-'))}, restart 1" in fake.said(run)
     assert fake.chain(run)["ended"] is None
+
+
+def test_C07_a_signal_before_the_training_is_started_is_not_lost(submitted, fake, fake_slurm) -> None:
+    """Here while the job waits for an old writer of the run to die."""
+    run = submitted()
+    with open(run / ".lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        job = fake_slurm.start(STUB="deaf")
+        fake.until("the wait", lambda: "waiting for the process that still holds the run" in fake.said(run))
+        os.kill(fake_slurm.task_pids()[0], signal.SIGUSR2)
+        time.sleep(0.3)
+    assert job.wait(30) == 75
+    assert fake.stub_calls(run) == []
+    assert fake_slurm.requeues() == ["requeue 107"]
 
 
 def test_C07_the_script_has_slurm_signal_the_steps_and_not_only_the_shell(submitted, fake_slurm) -> None:
