@@ -137,7 +137,7 @@ def overhead(run: Path) -> tuple[float, float]:
         return run_call
 
     originals = sampling.sample, sampling.denoise
-    network = job.real.features._network
+    network: torch.nn.Module = job.real.features._module
     network.forward = clocked(network.forward)
     sampling.sample, sampling.denoise = clocked(sampling.sample), clocked(sampling.denoise)
     try:
@@ -173,34 +173,39 @@ def workers_take(run: Path, number: int) -> float:
     return max(end for _, end in times) - min(begun for begun, _ in times)
 
 
-def _merge(folder: Path, chunks: int, grown: Any) -> None:
+def _part(keep: int) -> Any:
     from evaluation.partial import Keep, SamplesPart
     from evaluation.pictures import GridImages
+
+    return SamplesPart(LARGE_DIM, Keep(keep, 0, GridImages(0, 0, 0)))
+
+
+def _write_chunk(folder: Path, keep: int) -> None:
     from evaluation.sampling import Drawn
 
-    def part(keep: int) -> SamplesPart:
-        return SamplesPart(LARGE_DIM, Keep(keep, 0, GridImages(0, 0, 0)))
-
-    torch.set_num_threads(1)
-    one, n = part(1000), 1000
+    n, one = 1000, _part(keep)
     image = torch.zeros(n, 1, 2, 2)
     drawn = Drawn(list(range(n)), torch.zeros(n, dtype=torch.int64), image, image, torch.ones(n, dtype=torch.bool), 0)
     one.add(drawn, drawn.pixels(), torch.randn(n, LARGE_DIM))
-    one.save(folder / "kept", {})
-    one.keep.features, one._features = 0, []
-    one.save(folder / "summed", {})
-    del one
+    one.save(folder / f"chunk-{keep}", {})
+
+
+def _merge(folder: Path, chunks: int, grown: Any) -> None:
+    torch.set_num_threads(1)
+    merged = _part(10_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    merged = part(10_000)
     for k in range(chunks):
-        merged.merge(folder / ("kept" if k < 10 else "summed"))
+        merged.merge(folder / f"chunk-{1000 if k < 10 else 0}")
     assert merged.statistics.count == 1000 * chunks
     assert len(merged.features) == 1000 * min(chunks, 10)
     grown.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 def merging_grows(folder: Path, chunks: int) -> float:
-    """Megabytes that merging adds to the most that a process held before."""
+    """Megabytes that merging adds to a fresh process. The chunks are written by this one."""
+    for keep in (0, 1000):
+        if not (folder / f"chunk-{keep}").exists():
+            _write_chunk(folder, keep)
     spawn = multiprocessing.get_context("spawn")
     grown = spawn.Queue()
     process = spawn.Process(target=_merge, args=(folder, chunks, grown))

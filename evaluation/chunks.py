@@ -161,8 +161,8 @@ class SharedWork:
             holder = json.loads(text)
         except ValueError:
             return True  # just made
-        here = holder["host"] == os.uname().nodename and Path("/proc/self").exists()
-        return not here or Path(f"/proc/{holder['pid']}").exists()
+        here = holder.get("host") == os.uname().nodename and Path("/proc/self").exists()
+        return not here or Path(f"/proc/{holder.get('pid')}").exists()
 
     def _now(self) -> float:
         """The file server's time."""
