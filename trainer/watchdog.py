@@ -81,6 +81,8 @@ class Watchdog:
         assert self._file is not None
         looked = last = time.monotonic()
         while True:
+            # For a hang that does not let this thread run: a clock that needs no interpreter. It ends with code 1.
+            faulthandler.dump_traceback_later(self.limit_s + 4 * self._interval, exit=True, file=self._file)
             self._write()
             if self._stop.wait(self._interval):
                 return
@@ -90,8 +92,6 @@ class Watchdog:
             last = now
             if self._still_s > self.limit_s:
                 self._end()
-            # For a hang that does not let this thread run: a clock that needs no interpreter. It ends with code 1.
-            faulthandler.dump_traceback_later(self.limit_s + 4 * self._interval, exit=True, file=self._file)
             if self.rank == 0 and self.world_size > 1 and now - looked > min(LOOK_S, self.limits.step_timeout_s):
                 looked = now
                 with suppress(OSError):

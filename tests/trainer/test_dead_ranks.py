@@ -95,8 +95,10 @@ def test_C11_rank_that_dies_before_it_could_join_does_not_keep_the_other(
         assert "1/2 clients joined" in said
 
 
-def test_hang_that_lets_no_other_thread_run_is_ended_too(start, tiny_config, run) -> None:  # type: ignore[no-untyped-def]
-    end = start(tiny_config, run, *SETTINGS, ranks=2, fault="step@5/1=spin")
+@pytest.mark.parametrize("step", [1, 5], ids=["first thing", "later"])  # before and after the watchdog's first look
+def test_hang_that_lets_no_other_thread_run_is_ended_too(start, tiny_config, run, step) -> None:  # type: ignore[no-untyped-def]
+    settings = (*SETTINGS, "parallel.start_timeout_s=5")
+    end = start(tiny_config, run, *settings, ranks=2, fault=f"step@{step}/1=spin")
     assert end["by_themselves"]
     assert end["codes"][1] == FAILED  # the clock without an interpreter knows no other code
     assert "in fault_point" in (run / "logs" / "rank-0001.log").read_text()
