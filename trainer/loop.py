@@ -19,6 +19,7 @@ from trainer.feed import StepInput, feed
 from trainer.last_words import last_words
 from trainer.metrics import MetricLog, Reading, Window
 from trainer.parallel.choose import make_backend, pick_device
+from trainer.parallel.shared import check_shared
 from trainer.parallel.world import Vote, World, barrier, broadcast, process_group, world_from_env
 from trainer.resume import count_restart
 from trainer.run_dir import create_run, save_config, writer_lock
@@ -61,6 +62,7 @@ def _train(
             stack.enter_context(writer_lock(run_dir))
             create_run(run_dir)
         barrier()
+        check_shared(run_dir)
         watchdog = stack.enter_context(Watchdog(run_dir, world.rank, world.size, config.parallel))
         fault_point("start")
         log = MetricLog(run_dir, config.log.tensorboard, config.train.max_images, world.rank)

@@ -40,7 +40,8 @@ import trainer.loop as loop
 from trainer.config_io import load_config
 from trainer.errors import TrainerError
 torch.set_num_threads(1)
-feed = loop.feed
+feed, check_shared = loop.feed, loop.check_shared
+loop.check_shared = lambda run_dir: check_shared(run_dir, patience_s=1)
 def poisoned(loader, *a, **k):
     for item in feed(loader, *a, **k):
         if os.environ.get("RANK", "0") == bad_rank and item.images_seen >= int(bad_from):
@@ -60,6 +61,9 @@ for legs in json.loads(sys.argv[3]):
                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             if bad_rank:
                 loop.feed = poisoned
+            if bad_rank == "apart":
+                os.makedirs(place := f"{os.path.dirname(sys.argv[1])}/node{rank}", exist_ok=True)
+                os.chdir(place)
             code = 1
             try:
                 code = loop.train(load_config(Path(sys.argv[1]), overrides), Path(sys.argv[2]))
@@ -160,6 +164,17 @@ def test_T14_a_run_that_goes_bad_on_one_rank_stops_all_and_saves_nothing_that_is
         assert float(found["optim/step"]) == min(checkpoint.step, 6)
     codes, said = run_ranks(config_file, run, (2, settings, "", 0))  # whatever it was is over
     assert codes == [[FINISHED] * 2], said[-2000:]
+
+
+def test_T13_a_run_directory_that_the_ranks_do_not_share_is_refused_before_training(
+    config_file: Path, tmp_path: Path
+) -> None:
+    codes, said = run_ranks(config_file, Path("run"), (2, [], "apart", 0))  # each rank in a directory of its own
+    assert codes == [[2, 2]], said[-2000:]
+    assert "is not the same place for all ranks: rank 1" in said
+    assert "give --run-dir a path on storage that every node shares" in said
+    assert committed(tmp_path / "node0" / "run") == []
+    assert not (tmp_path / "node1" / "run" / "run.json").exists()
 
 
 def noise_of(config: Config, world: int, seen: int) -> list[StepInput]:
