@@ -77,7 +77,7 @@ class Task:
         return self.place.rank == 0
 
     def say(self, text: str) -> None:
-        print(f"[job {self.id}, rank {self.place.rank}, node {self.node}] {text}", flush=True)
+        print(f"[job {self.id}, task {self.place.rank}, node {self.node}] {text}", flush=True)
 
     def environment(self) -> dict[str, str]:
         """What a process gets that this task starts."""
@@ -118,7 +118,7 @@ class Task:
         for again in range(1, job.restarts_in_place + 1):
             if outcome.stopped or outcome.code in (FINISHED, REQUEUE, NO_PROGRESS, USAGE) or self.anyone_finished():
                 break
-            self.say(f"{outcome.text}; restart {again} of {job.restarts_in_place} in place")
+            self.say(f"{(self.failure() or outcome).text}; restart {again} of {job.restarts_in_place} in place")
             self.round = self.folder / f"again-{again}"
             self.round.mkdir(exist_ok=True)
             outcome = self.attempt(signals)
@@ -209,9 +209,10 @@ class Task:
         return any(self.round.glob("finished-*"))
 
     def failure(self) -> Outcome | None:
-        """The first failure that a task has noted."""
+        """What a task has noted that most likely was the cause: a bad node, a killed process, then whoever was first."""
         files = sorted(self.round.glob("failed-*.json"), key=lambda p: (p.stat().st_mtime, p.name))
-        return Outcome(**json.loads(files[0].read_text())) if files else None
+        noted = [Outcome(**json.loads(file.read_text())) for file in files]
+        return min(noted, key=lambda one: (not one.node, one.code < 128), default=None)
 
     def end_other(self, outcome: Outcome, signals: Signals) -> int:
         """Ranks but the first: note a failure and leave the decision to rank 0."""
@@ -252,13 +253,11 @@ class Task:
         if not decision.requeue:
             self.finish(decision.code, decision.text)
             return FINISHED
-        bad = sorted(self.chain.bad_nodes)
-        kept = slurm.exclude_nodes(self.id, bad)
         problem = slurm.requeue(self.id)
         if problem is None:
             self.say(decision.text)
-            if bad:
-                kept = kept or slurm.exclude_nodes(self.id, bad)  # some versions change only a job that waits
+            if bad := sorted(self.chain.bad_nodes):
+                kept = slurm.exclude_nodes(self.id, bad)
                 self.say(
                     f"bad nodes {','.join(bad)} are {'excluded' if kept else 'NOT excluded (scontrol update failed)'}"
                 )

@@ -1,21 +1,43 @@
 """Slurm's commands as the product uses them: bounded in time, and what they say is kept."""
 
 import re
+import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.errors import ClusterError
 from cluster.hosts import expand
 
-# A preempted step is sent SIGTERM, and so is a command that it has just started to requeue itself.
-SHIELD = ("env", "--ignore-signal=TERM", "--ignore-signal=USR1", "--ignore-signal=USR2")
+# What a step is sent when it is preempted, requeued or near its limit.
+END_SIGNALS = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def ask(command: Sequence[str], timeout_s: float = 30) -> str | None:
+def run_shielded(command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """Run a command that the signals which end the step around it do not reach, from its first instruction on: they are
+    blocked until it ignores them. (`env --ignore-signal` leaves a gap before it, in which Slurm does hit.)"""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout_s, start_new_session=True, preexec_fn=_ignore
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _ignore() -> None:
+    for number in END_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def ask(command: Sequence[str], timeout_s: float = 30, shielded: bool = False) -> str | None:
     """What a command prints; None if it is missing, fails or hangs."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+        if shielded:
+            done = run_shielded(command, timeout_s)
+        else:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout if done.returncode == 0 else None
@@ -26,32 +48,34 @@ def requeue(job: str, timeout_s: float = 40) -> str | None:
 
     "pending execution" is success: Slurm was already requeueing the job that it preempted.
     """
-    command = [*SHIELD, "scontrol", "requeue", job]
+    command = ["scontrol", "requeue", job]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, start_new_session=True)
+        done = run_shielded(command, timeout_s)
     except subprocess.TimeoutExpired:
         return f"`scontrol requeue {job}` did not answer within {timeout_s:.0f} s"
+    except FileNotFoundError:
+        return "scontrol was not found on this node"
     except OSError as error:
         return f"`scontrol requeue {job}` could not be run: {error}"
     said = (done.stderr + done.stdout).strip()
     if done.returncode == 0 or "pending execution" in said.lower():
         return None
-    if done.returncode == 127:
-        return "scontrol was not found on this node"
     return f"`scontrol requeue {job}` failed with {done.returncode}: {said or 'it said nothing'}"
 
 
-def exclude_nodes(job: str, nodes: Sequence[str], timeout_s: float = 10) -> bool:
-    """Keep a job off some nodes when it starts again, beside those that it avoids already."""
-    if not nodes:
-        return True
-    shown = ask([*SHIELD, "scontrol", "show", "job", job, "-o"], timeout_s)
-    if shown is None:
-        return False
-    found = re.search(r"\bExcNodeList=(\S+)", shown)
-    before = expand(found[1]) if found and found[1] != "(null)" else []
-    excluded = ",".join(dict.fromkeys([*before, *nodes]))
-    return ask([*SHIELD, "scontrol", "update", f"JobId={job}", f"ExcNodeList={excluded}"], timeout_s) is not None
+def exclude_nodes(job: str, nodes: Sequence[str], timeout_s: float = 10, tries: int = 3) -> bool:
+    """Keep a job that waits to start again off some nodes, beside those that it avoids already. A job that runs cannot
+    be changed: so this comes after the request to requeue, while Slurm gives the step its last seconds."""
+    for left in reversed(range(tries)):
+        shown = ask(["scontrol", "show", "job", job, "-o"], timeout_s, shielded=True)
+        found = re.search(r"\bExcNodeList=(\S+)", shown or "")
+        before = expand(found[1]) if found and found[1] != "(null)" else []
+        excluded = ",".join(dict.fromkeys([*before, *nodes]))
+        change = ["scontrol", "update", f"JobId={job}", f"ExcNodeList={excluded}"]
+        if shown is not None and ask(change, timeout_s, shielded=True) is not None:
+            return True
+        time.sleep(0.5 if left else 0)
+    return False
 
 
 def largest_array() -> int | None:

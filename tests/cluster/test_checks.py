@@ -165,7 +165,8 @@ def test_an_exclusion_that_cannot_be_made_is_told_soon(fake_slurm, script: str) 
     from cluster.slurm import exclude_nodes
 
     fake_slurm.command("scontrol", script)
-    assert not exclude_nodes("5", ["node2"], timeout_s=0.5)
+    assert not exclude_nodes("5", ["node2"], timeout_s=0.3)
+    assert len(fake_slurm.calls("scontrol")) == 3
 
 
 def test_a_node_that_a_later_rank_finds_bad_is_excluded_at_once(fake, fake_slurm, verb, config_file, tmp_path) -> None:
@@ -179,7 +180,7 @@ def test_a_node_that_a_later_rank_finds_bad_is_excluded_at_once(fake, fake_slurm
     assert fake_slurm.run(tasks=2) == 75
     assert time.monotonic() - began < 60
     assert [c for c in fake_slurm.calls("scontrol") if not c.startswith("show node")] == [
-        "show job 107 -o", "update JobId=107 ExcNodeList=fake2", "requeue 107",
+        "requeue 107", "show job 107 -o", "update JobId=107 ExcNodeList=fake2",
     ]  # fmt: skip
     assert "node fake2: no of its 1 GPUs answer" in fake.said(run)
     assert "bad nodes fake2 are excluded" in fake.said(run).splitlines()[-1]

@@ -70,10 +70,10 @@ def test_one_task_per_node_and_a_killed_rank_is_restarted_in_place(
     os.kill(pids[3], signal.SIGKILL)
     chain = slurm_cluster.ended(run)
     assert chain["ended"]["text"] == "finished at step 100 after 0 restarts", "the allocation was kept"
-    said = slurm_cluster.log(run, rank=0)
+    said = slurm_cluster.log(run, rank=3)
     assert "rank 3 on node" in said
     assert "killed by SIGKILL" in said
-    assert "restart 1 of 1 in place" in said
+    assert "restart 1 of 1 in place" in slurm_cluster.log(run, rank=0)
     assert len(set(rank_pids(run))) == 0
     slurm_cluster.assert_same_run(run, local_four)
 
