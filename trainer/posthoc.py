@@ -61,10 +61,13 @@ def reconstruct(
 ) -> Path:
     """Write the average of a width at a step (None: the newest stored moment) as a weights file; returns its path.
 
-    Errors: a width out of range, no such step, no power averages stored, or too few of them for a fit within WORST_FIT.
+    Errors: a width out of range, a file that cannot be written, no such step, no power averages stored, or too few of
+    them for a fit within WORST_FIT.
     """
     if not 0 < relative_std < 0.28:
         raise TrainerError(f"--relative-std {relative_std:g}: a width lies between 0 and 0.28 of the run so far")
+    if out is not None and (out.suffix not in (".safetensors", ".pth") or not out.parent.is_dir()):
+        raise TrainerError(f"--out {out}: give a .safetensors or .pth file in a directory that exists")
     moments = sources(run_dir)
     chosen = [c for c in moments if step is None or c.step == step]
     if not chosen:

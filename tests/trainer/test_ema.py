@@ -152,6 +152,10 @@ def test_what_cannot_be_made_is_an_error_and_leaves_no_file(run: Path, tmp_path:
     ):
         with pytest.raises(TrainerError, match=message):
             reconstruct(run, std, step, out, lambda _: None)
+    for wrong in (tmp_path / "weights.bin", tmp_path / "nowhere" / "weights.pth"):
+        with pytest.raises(TrainerError, match=r"give a \.safetensors or \.pth file in a directory that exists"):
+            reconstruct(run, 0.1, None, wrong, lambda _: None)
+        assert not wrong.exists()
     assert not out.exists()
     bare = tmp_path / "bare"
     bare.mkdir()
