@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,11 @@ class Task:
                 if looks and (other := self.failure()) is not None:
                     children.end_within(PATIENCE_S)
                     return other
+                if not self.first and (self.round / "finished-0").exists():  # what is left here holds the allocation
+                    if children.wait(PATIENCE_S) is None:
+                        self.say("rank 0 has finished, but not the processes here: ending them")
+                        children.end(5)
+                    return Outcome(FINISHED)
                 if self.job.follows and (text := training_failed(self.slurm_dir, self.job.follows)):
                     children.end(10)
                     return self.evaluate_the_rest(text, signals)
@@ -247,7 +253,8 @@ class Task:
                 self.chain.bad_nodes[failed.node] = failed.text
         if not self.chain.starts or self.chain.restarts < self.restart:  # it could not be noted, but it counts
             self.chain.starts.append({"restart": self.restart, "step": progress(self.job), "nodes": self.node})
-        self.chain.save()
+        with suppress(OSError):  # a full disk must not keep a job from going on
+            self.chain.save()
         cancelled = (self.slurm_dir / f"cancel-{self.id}").exists()
         decision = decide(outcome, self.chain, progress(self.job), self.job.limits, cancelled)
         if not decision.requeue:
@@ -267,7 +274,10 @@ class Task:
         return CANNOT_REQUEUE
 
     def finish(self, code: int, text: str) -> None:
-        self.chain.end(code, text)
+        try:
+            self.chain.end(code, text)
+        except OSError as error:
+            self.say(f"{self.chain.path} cannot be written: {error}")
         self.say(text)
         if code != FINISHED:
             sys.exit(code)

@@ -170,6 +170,14 @@ def test_C11_a_failing_rank_takes_the_others_with_it_and_is_named_last(submitted
         assert not Path(f"/proc/{pid}").exists()
 
 
+def test_C11_a_finished_rank_0_does_not_leave_the_job_to_a_rank_that_hangs(submitted, fake, fake_slurm) -> None:
+    run = submitted("--nodes", 2)
+    impatient(run)
+    assert fake_slurm.run(tasks=2, STUB="finish", STUB_1="deaf") == 0
+    assert fake.chain(run)["ended"]["code"] == 0
+    assert "rank 0 has finished, but not the processes here" in fake.said(run, rank=1)
+
+
 def test_kill_on_bad_exit_is_asked_of_srun_for_whatever_happens_outside_of_us(submitted, fake_slurm) -> None:
     """submitit's default leaves the other ranks running until the time limit."""
     submitted("--nodes", 2)

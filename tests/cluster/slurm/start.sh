@@ -19,7 +19,7 @@ NODES="node1 node2 node3 node4"
 
 install_packages() {
     local command missing="" policy=/usr/sbin/policy-rc.d added=
-    for command in munged slurmctld slurmd sbatch sacct slurmdbd mariadbd mariadb mariadb-install-db unshare hostname; do
+    for command in munged slurmctld slurmd sbatch sacct slurmdbd mariadbd mariadb mariadb-install-db unshare mount hostname; do
         command -v $command >/dev/null || missing+=" $command"
     done
     [ -n "$missing" ] || return 0
@@ -28,7 +28,7 @@ install_packages() {
     if [ ! -e $policy ]; then printf '#!/bin/sh\nexit 101\n' >$policy && chmod +x $policy && added=1; fi
     local code=0
     { apt-get -o Acquire::Retries=3 update && DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=3 install -y --no-install-recommends munge slurmctld slurmd \
-        slurm-client slurmdbd mariadb-server-core mariadb-client-core util-linux hostname; } >"$DIR/apt.log" 2>&1 </dev/null || code=$?
+        slurm-client slurmdbd mariadb-server-core mariadb-client-core util-linux mount hostname; } >"$DIR/apt.log" 2>&1 </dev/null || code=$?
     [ -z "$added" ] || rm -f $policy
     [ $code = 0 ] || { tail -n 20 "$DIR/apt.log" >&2; die "apt-get failed"; }
 }
