@@ -7,6 +7,7 @@ from typing import Any
 
 from evaluation.files import read_lines
 from evaluation.results import read_results
+from evaluation.score_names import is_distance
 
 Point = tuple[float, float]
 
@@ -31,7 +32,7 @@ class Result:
     def distance(self) -> tuple[str, float | None]:
         """(name, value) of the Frechet distance."""
         for key, value in self.values.items():
-            if key.startswith("fd_"):
+            if is_distance(key):
                 return key, value
         return "fd", None
 

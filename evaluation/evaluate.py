@@ -20,7 +20,6 @@ from evaluation import pictures, results
 from evaluation.chunks import SharedWork, stretches
 from evaluation.data import ImageSet
 from evaluation.files import write_json
-from evaluation.frechet import FeatureStatistics, frechet_distance
 from evaluation.label_agreement import label_agreement, nearest_neighbours
 from evaluation.likelihood import BitsPerDim
 from evaluation.partial import Keep, MergedLikelihood, SamplesPart, save_likelihood
@@ -28,6 +27,8 @@ from evaluation.real_side import RealSide
 from evaluation.reference import Reference
 from evaluation.sampling import Sampler, check_guidance
 from evaluation.save import SampleSaver
+from evaluation.score_names import distance_key, is_distance
+from evaluation.scores import feature_scores
 from evaluation.settings import Recipe
 from evaluation.source import Source, from_checkpoint
 from trainer.checkpoint import Checkpoint, pinned
@@ -212,7 +213,7 @@ class Job:
             "samples": samples.count.describe(),
         }
         with self.watch.phase("distance"):
-            out |= self._distance(samples.statistics, self.real.reference, problem)
+            out |= self._distance(samples, self.real.reference, problem)
         out |= self._bits_per_dim(likelihood)
         with self.watch.phase("neighbours"):
             out |= self._neighbours(samples.pixels, samples.labels, folder)
@@ -227,8 +228,7 @@ class Job:
         pictures.save_grids(folder, grid, balanced, self.settings.grid[0], self.batch_size)
         pictures.save_trajectory(folder / "trajectory.png", self.sampler, range(pictures.TRAJECTORY_ROWS))
 
-    def _distance(self, statistics: FeatureStatistics, reference: Reference, problem: str | None) -> dict[str, Any]:
-        key = f"fd_{self.real.features.name}"
+    def _distance(self, samples: SamplesPart, reference: Reference, problem: str | None) -> dict[str, Any]:
         about = {
             "reference": {
                 "file": reference.path.name,
@@ -236,11 +236,11 @@ class Job:
                 **reference.provenance,
             }
         }
-        if problem or statistics.count < 2:
-            return {key: None, "warnings": [problem] if problem else [], **about}
-        found = frechet_distance(statistics, reference.statistics, names=("sampled", "reference"))
-        terms = {"mean_term": found.mean_term, "covariance_term": found.covariance_term}
-        return {key: found.distance, "distance_terms": terms, "warnings": found.warnings, **about}
+        network = self.real.features
+        if problem or samples.statistics.count < 2:
+            return {distance_key(network.name): None, "warnings": [problem] if problem else [], **about}
+        found = feature_scores(network, samples.statistics, samples.features, reference.statistics, reference.rows)
+        return found | about
 
     def _bits_per_dim(self, likelihood: MergedLikelihood) -> dict[str, Any]:
         held_out = self.held_out
@@ -354,9 +354,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def headline(result: dict[str, Any]) -> str:
     """A result in one line."""
     parts = [
-        f"{key} {value:.2f}"
-        for key, value in results.metrics(result).items()
-        if key.startswith("fd_") and value is not None
+        f"{key} {value:.2f}" for key, value in results.metrics(result).items() if is_distance(key) and value is not None
     ]
     if result.get("bits_per_dim") is not None:
         stderr = result.get("bits_per_dim_stderr")

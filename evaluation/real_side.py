@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 
-from evaluation.chunks import SharedWork
 from evaluation.data import ImageSet
 from evaluation.features import Features
-from evaluation.reference import Provenance, Reference, cache_path, full_provenance, reference_statistics
+from evaluation.reference import Reference, cache_path, full_provenance, load_reference, reference_statistics
 from evaluation.settings import EvaluationSettings
 from trainer.config import Config
 
@@ -31,7 +30,7 @@ class RealSide:
 
     @cached_property
     def features(self) -> Features:
-        return Features(self.settings.features, self.device)
+        return Features(self.settings.features, self.device, self.settings.features_file)
 
     def images(self, limit: int) -> ImageSet:
         """Training images; `limit` of them, spread evenly (0 = all)."""
@@ -40,27 +39,11 @@ class RealSide:
 
     @cached_property
     def reference(self) -> Reference:
-        """Reference statistics, from the file if there is one."""
+        """Reference statistics: from the file given, from beside the data, or of this run; made if there are none."""
         images = self.images(self.settings.reference_images)
         provenance = full_provenance(images.provenance(), self.features)
-        path = self.path or cache_path(self.evals, provenance)
-        if self.path is None and not path.is_file():
-            self.say(f"reference statistics of {images.num_images} images with {self.features.name}, once")
-            self._share(path, lambda: self._measure(images, path, provenance))
-        return self._measure(images, path, provenance)
-
-    def _measure(self, images: ImageSet, path: Path, provenance: Provenance) -> Reference:
-        return reference_statistics(
-            path, provenance, self.features, lambda: (pixels for pixels, _, _ in images.batches(False))
-        )
-
-    def _share(self, path: Path, measure: Callable[[], object]) -> None:
-        """Let one of the workers that start together do it; the others wait."""
-        work = SharedWork(self.evals / "work" / path.stem, {}, self.config.evaluation.lease_s)
-
-        def compute(name: str, temporary: Path) -> None:
-            measure()
-            temporary.touch()
-
-        work.work_through(["measured"], compute, over=path.is_file)
-        work.remove()
+        if self.path is not None:
+            return load_reference(self.path, provenance)
+        beside = cache_path(Path(images.root), provenance)  # where `tarflow reference` leaves them
+        path = beside if beside.is_file() else cache_path(self.evals, provenance)
+        return reference_statistics(path, images, self.features, self.config.evaluation.lease_s, self.say)

@@ -19,9 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.files import append_line, publish_dir, read_lines
+from evaluation.score_names import is_distance, is_kernel
 
 RESULT = "result.json"
 WORK = "work.json"  # who did it and how long it took: apart, so that equal settings give equal result files
+SCORES = (
+    "distance_stderr", "kernel_stderr", "precision", "recall", "density", "coverage", "inception_score",
+)  # fmt: skip
 SUMMARY = ("step", "images_seen", "weights", "status", "num_samples", "nonfinite", "settings_hash", "time")
 
 
@@ -134,9 +138,14 @@ def summary(name: str, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def metrics(result: dict[str, Any]) -> dict[str, float | None]:
-    """The figures of a result: fd_<network>, bits_per_dim and its standard error, label_agreement."""
-    names = [k for k in result if k.startswith("fd_")] + ["bits_per_dim", "bits_per_dim_stderr", "label_agreement"]
-    return {name: result.get(name) for name in names}
+    """The figures of a result by name (see `scores`), bits_per_dim and its standard error, label_agreement."""
+    names = [k for k in result if is_distance(k) or is_kernel(k)] + [
+        "bits_per_dim",
+        "bits_per_dim_stderr",
+        "label_agreement",
+    ]
+    there = [k for k in SCORES if k in result]
+    return {name: result.get(name) for name in names + there}
 
 
 def _write_tensorboard(run_dir: Path, name: str, result: dict[str, Any]) -> None:

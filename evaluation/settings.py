@@ -29,6 +29,7 @@ class EvaluationSettings:
     sampling: SamplingSettings
     num_samples: int
     features: str
+    features_file: str | None
     reference_images: int
     validation_images: int
     likelihood: NoiseSettings
@@ -50,6 +51,7 @@ class EvaluationSettings:
             sampling=SamplingSettings.of_run(config),
             num_samples=e.num_samples,
             features=e.features,
+            features_file=str(e.features_file) if e.features_file else None,
             reference_images=e.reference_images,
             validation_images=e.validation_images,
             likelihood=NoiseSettings(

@@ -31,6 +31,7 @@ from evaluation.partial import Keep, SamplesPart
 from evaluation.pictures import GridImages
 from evaluation.real_side import RealSide
 from evaluation.sampling import NO_LABEL, Sampler, SamplingSettings, check_guidance
+from evaluation.score_names import distance_key
 from evaluation.settings import load_recipes
 from evaluation.source import Source, from_checkpoint, resolve_device
 from evaluation.sweep_plot import plot_rounds
@@ -251,7 +252,7 @@ def _record(rounds: list[dict[str, Any]], best: Point, source: Source, real: Rea
     return {
         "name": folder.name,
         **source.describe(),
-        "metric": f"fd_{real.features.name}",
+        "metric": distance_key(real.features.name),
         "rounds": plain,
         "chosen": best.settings,
         "distance": best.distance,

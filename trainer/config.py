@@ -293,7 +293,12 @@ class EvaluationConfig(Section):
         description="samples or held-out images that a worker takes at a time; a killed worker loses as many",
     )
     lease_s: float = Field(120.0, gt=0, description="seconds without a sign of life after which a chunk is taken over")
-    features: Literal["efficientnet_lite0", "mobilenet_v2"] = Field("efficientnet_lite0", description="feature network")
+    features: Literal["efficientnet_lite0", "mobilenet_v2", "fid_inception", "torchvision_inception", "dinov2"] = Field(
+        "efficientnet_lite0", description="feature network; the last three need evaluation.features_file"
+    )
+    features_file: Path | None = Field(
+        None, description="weights of a feature network that no package brings; scores of unknown weights say so"
+    )
     keep_features: Count = Field(
         10_000,
         ge=0,

@@ -117,8 +117,10 @@ class FakeFeatures:
 
     sha256, preprocessing, dim = "f00d", "none", 8
 
-    def __init__(self, name="fake", device="cpu"):
-        self.name = name
+    num_classes = 0
+
+    def __init__(self, name="fake", device="cpu", file=None):
+        self.name, self.warnings = name, []
 
     def __call__(self, images):
         return images.float().flatten(1)[:, 1::7][:, :8]

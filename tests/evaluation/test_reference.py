@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from evaluation import reference
 from evaluation.errors import EvaluationError
 from evaluation.frechet import frechet_distance
 from evaluation.reference import cache_path, full_provenance, load_reference, reference_statistics
@@ -21,40 +22,106 @@ class FakeFeatures:
 DATA = {"fingerprint": "aa11", "images": 30, "image_size": 8, "channels": 1, "crop": "centre"}
 
 
-def batches(n=30, size=7):
-    pixels = torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return pixels.split(size)
+class Images:
+    """Images in memory that announce 30 of them."""
+
+    def __init__(self, data=DATA, there=30):
+        self.data = data
+        rng = torch.Generator().manual_seed(0)
+        self.pixels = torch.randint(0, 256, (there, 1, 8, 8), dtype=torch.uint8, generator=rng)
+        self.read = []
+
+    @property
+    def num_images(self):
+        return self.data["images"]
+
+    def provenance(self):
+        return dict(self.data)
+
+    def batches(self, labelled, batch_size=7, part=0, parts=1):
+        self.read.append(part)
+        n = len(self.pixels)
+        for rows in self.pixels[part * n // parts : (part + 1) * n // parts].split(7):
+            yield rows, None, None
 
 
-def make(folder, data=DATA, source=batches):
-    provenance = full_provenance(data, FakeFeatures())
-    return reference_statistics(cache_path(folder, provenance), provenance, FakeFeatures(), source)
+def make(folder, data=DATA, **options):
+    images = Images(data, **options)
+    path = cache_path(folder, full_provenance(data, FakeFeatures()))
+    return reference_statistics(path, images, FakeFeatures()), images
 
 
 def test_statistics_are_computed_once_and_read_back_exactly(tmp_path):
-    first = make(tmp_path)
-
-    def never():
-        raise AssertionError("computed twice")
-
-    second = make(tmp_path, source=never)
+    first, images = make(tmp_path)
+    second, others = make(tmp_path)
+    assert (images.read, others.read) == ([0], [])
     assert second.provenance == first.provenance
     for a, b in zip(first.statistics.parts(), second.statistics.parts()):
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
     assert frechet_distance(first.statistics, second.statistics).distance < 1e-9
     assert re.fullmatch(r"reference-fake-[0-9a-f]{12}\.npz", first.path.name)
     assert [p.name for p in tmp_path.iterdir()] == [first.path.name]
+    assert torch.equal(first.rows, second.rows)
+    assert len(first.rows) == 30
+
+
+def test_chunks_in_any_hands_make_the_same_bits(tmp_path, monkeypatch):
+    """Nine chunks: one process, and one that finds four of them done by another that was killed."""
+    monkeypatch.setattr(reference, "CHUNK", 4)
+    monkeypatch.setattr(reference, "KEEP", 11)
+    whole, _ = make(tmp_path / "a")
+
+    class Killed(Images):
+        def batches(self, labelled, batch_size=7, part=0, parts=1):
+            if part == 4:
+                raise KeyboardInterrupt
+            return super().batches(labelled, batch_size, part, parts)
+
+    path = tmp_path / "b" / whole.path.name
+    with pytest.raises(KeyboardInterrupt):
+        reference_statistics(path, Killed(), FakeFeatures())
+    assert not path.exists()
+    rest = Images()
+    again = reference_statistics(path, rest, FakeFeatures())
+    assert rest.read == [4, 5, 6, 7]
+    assert path.read_bytes() == whole.path.read_bytes()
+    assert len(again.rows) == 11
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_S08_uneven_and_empty_parts_weigh_by_their_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "CHUNK", 7)  # 30 images: chunks of six
+    found, _ = make(tmp_path)
+    pixels = Images().pixels.double().flatten(1)[:, :4]
+    count, mean, scatter = found.statistics.parts()
+    assert count == 30
+    torch.testing.assert_close(mean, pixels.mean(0))
+    torch.testing.assert_close(scatter, torch.cov(pixels.T) * 29)
+
+
+def test_the_kept_features_are_spread_over_the_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "KEEP", 3)
+    found, images = make(tmp_path)
+    wanted = images.pixels.float().flatten(1)[[9, 19, 29], :4]
+    assert torch.equal(found.rows, wanted)
+
+
+def test_S04_the_same_data_elsewhere_is_the_same_data(tmp_path):
+    first, _ = make(tmp_path, DATA | {"data": "/here"})
+    again, images = make(tmp_path, DATA | {"data": "/there"})
+    assert again.path == first.path
+    assert images.read == []
 
 
 def test_S04_other_data_size_or_network_has_a_file_of_its_own(tmp_path):
-    names = {make(tmp_path).path.name}
+    names = {make(tmp_path)[0].path.name}
     for change in ({"fingerprint": "bb22"}, {"image_size": 16}, {"crop": "stretched"}):
-        names.add(make(tmp_path, DATA | change).path.name)
+        names.add(make(tmp_path, DATA | change)[0].path.name)
     assert len(names) == 4
 
 
 def test_S04_a_mismatch_is_refused_naming_both_values(tmp_path):
-    path = make(tmp_path).path
+    path = make(tmp_path)[0].path
     expected = full_provenance(DATA | {"fingerprint": "bb22", "image_size": 64}, FakeFeatures())
     with pytest.raises(EvaluationError) as error:
         load_reference(path, expected)
@@ -64,7 +131,7 @@ def test_S04_a_mismatch_is_refused_naming_both_values(tmp_path):
 
 
 def test_S06_weights_of_the_network_are_part_of_the_provenance(tmp_path):
-    path = make(tmp_path).path
+    path = make(tmp_path)[0].path
     other = FakeFeatures()
     other.sha256 = "beef"
     with pytest.raises(EvaluationError, match="features_sha256: 'f00d' in the file, 'beef' here"):
@@ -73,8 +140,8 @@ def test_S06_weights_of_the_network_are_part_of_the_provenance(tmp_path):
 
 def test_S02_a_data_set_with_another_number_of_images_is_an_error(tmp_path):
     with pytest.raises(EvaluationError, match="the reference has 20 images, 30 were announced"):
-        make(tmp_path, source=lambda: batches(20))
-    assert list(tmp_path.iterdir()) == []
+        make(tmp_path, there=20)
+    assert not list(tmp_path.rglob("*.npz"))
 
 
 def test_files_that_hold_something_else_are_refused(tmp_path):

@@ -1,0 +1,63 @@
+"""All scores of one set of images against reference statistics: what a result and `tarflow score` say of them.
+
+The Frechet distance uses the sums of all images; kernel distance, precision, recall, density, coverage, the Inception
+score and the distance's error bar use the features that were kept (10,000 a side, unless set otherwise).
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from evaluation.frechet import FeatureStatistics, FrechetInfluence, frechet_distance
+from evaluation.inception_score import InceptionScore
+from evaluation.kernel import kernel_distance
+from evaluation.manifold import K_COVERAGE, manifold_scores
+from evaluation.score_names import distance_key, kernel_key
+
+
+class Network(Protocol):
+    """What is asked of a feature network here."""
+
+    name: str
+    warnings: list[str]
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def probabilities(self, features: Tensor) -> Tensor: ...
+
+
+def feature_scores(
+    network: Network,
+    statistics: FeatureStatistics,
+    rows: Tensor,
+    reference: FeatureStatistics,
+    reference_rows: Tensor,
+    names: tuple[str, str] = ("sampled", "reference"),
+) -> dict[str, Any]:
+    """Scores by name. `rows` [n, d] and `reference_rows` [m, d] are the features kept of each side, possibly none.
+
+    Raises EvaluationError under two images on a side. What cannot be had from so few rows is left out.
+    """
+    found = frechet_distance(statistics, reference, names)
+    out: dict[str, Any] = {
+        distance_key(network.name): found.distance,
+        "distance_terms": {"mean_term": found.mean_term, "covariance_term": found.covariance_term},
+        "distance_stderr": None,
+        "warnings": [*network.warnings, *found.warnings],
+    }
+    if len(rows) >= 2:
+        out["distance_stderr"] = FrechetInfluence(statistics, reference).stderr(rows)
+    fewer = min(len(rows), len(reference_rows))
+    if fewer >= 2:
+        kernel = kernel_distance(rows, reference_rows)
+        out |= {kernel_key(network.name): kernel.distance, "kernel_stderr": kernel.stderr}
+    if fewer > K_COVERAGE:
+        out |= vars(manifold_scores(rows, reference_rows))
+    if network.num_classes and len(rows):
+        score = InceptionScore(network.num_classes, len(rows))
+        for positions in torch.arange(len(rows)).split(1000):
+            score.add(positions, network.probabilities(rows[positions]))
+        out["inception_score"], out["inception_score_std"] = score.result()
+    return out | {"kept_features": [len(rows), len(reference_rows)]}
