@@ -158,10 +158,10 @@ def test_C10_elements_of_a_sweep_have_directories_of_their_own(submitted, fake, 
 
 
 def test_C11_a_failing_rank_takes_the_others_with_it_and_is_named_last(submitted, fake, fake_slurm) -> None:
-    run = submitted("--nodes", 4, profile="max_no_progress: 0\n")
+    run = submitted("--nodes", 2, profile="max_no_progress: 0\n")
     impatient(run)
     began = time.monotonic()
-    assert fake_slurm.run(tasks=4, STUB="deaf", STUB_1="die") != 0
+    assert fake_slurm.run(tasks=2, STUB="deaf", STUB_1="die") != 0
     assert time.monotonic() - began < 60
     last = fake.said(run).splitlines()[-1]
     assert "rank 1 on fake2: killed by SIGKILL" in last
