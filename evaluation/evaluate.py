@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,6 @@ class Evaluator:
     real: RealSide
     say: Say = print
     save: str = ""  # "shards" or "png": keep the samples too
-    watch: Stopwatch = field(default_factory=Stopwatch)
 
     def __post_init__(self) -> None:
         self.config, self.settings = self.recipe.config, self.recipe.settings

@@ -12,6 +12,7 @@ evals.jsonl                       one line per result; TensorBoard has the same 
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,12 +121,16 @@ def supersede(run_dir: Path, name: str, result: dict[str, Any]) -> None:
     os.rename(evals_dir(run_dir) / name, kept)
 
 
-def announce(run_dir: Path, tensorboard: bool) -> None:
-    """Add the lines of results that evals.jsonl does not hold yet: also of one whose worker died before its line."""
+def announce(run_dir: Path, tensorboard: bool, older_than_s: float = 0.0) -> None:
+    """Add the lines of results that evals.jsonl does not hold yet: also of one whose worker died before its line.
+
+    `older_than_s`: leave out younger results, whose own worker is just about to announce them.
+    """
     path = run_dir / "evals.jsonl"
     have = {(row.get("name"), row.get("weights_sha256")) for row in read_lines(path)}
     for folder, result in read_results(run_dir):
-        if (folder.name, result.get("weights_sha256")) not in have:
+        settled = time.time() - float(result.get("time", 0)) >= older_than_s
+        if settled and (folder.name, result.get("weights_sha256")) not in have:
             append_line(path, summary(folder.name, result))
             if tensorboard and result.get("step") is not None:
                 _write_tensorboard(run_dir, folder.name, result)

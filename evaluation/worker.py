@@ -24,6 +24,7 @@ from trainer.errors import TrainerError
 from trainer.run_dir import load_run_config, require_run
 
 Say = Callable[[str], None]
+ANNOUNCED_WITHIN_S = 30.0  # a worker that lives announces its result long before
 
 
 @dataclass
@@ -68,7 +69,7 @@ def evaluate(run_dir: str | Path, watch: bool, options: WorkerOptions | None = N
             f"evaluating {run_dir}: weights {settings.weights}, {settings.num_samples} samples, settings {settings.hash}"
         )
     results.sweep(run_dir)
-    results.announce(run_dir, recipes[0].config.log.tensorboard)
+    results.announce(run_dir, recipes[0].config.log.tensorboard, older_than_s=ANNOUNCED_WITHIN_S)
     if watch or worker.todo():
         _ = worker.evaluators[0].real.reference  # first: a mismatch should not cost a night of sampling
     if options.step is not None:

@@ -129,6 +129,10 @@ def test_a_worker_killed_before_its_line_is_announced_by_the_next(make_run):
     run_once(run_dir)
     (run_dir / "evals.jsonl").write_text('{"name": "step-0000')  # torn
     run_once(run_dir)
+    assert len((run_dir / "evals.jsonl").read_text().splitlines()) == 1, "its own worker may be about to do it"
+    work = run_dir / "evals/step-00000020/work.json"
+    work.write_text(json.dumps(json.loads(work.read_text()) | {"time": time.time() - 60}))
+    run_once(run_dir)
     lines = (run_dir / "evals.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["name"] == "step-00000020"
     assert len(lines) == 2
