@@ -94,7 +94,7 @@ def fake_slurm(fake: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", made.path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield made
-    made.end()
+    made.kill()
 
 
 @pytest.fixture

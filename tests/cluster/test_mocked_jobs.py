@@ -218,10 +218,9 @@ def test_the_limit_of_restarts_holds_for_starts_that_were_killed_before_they_cou
 ) -> None:
     run = submitted(profile="max_restarts: 1\n")
     for restart in (0, 1):
-        job = fake_slurm.start(restart=restart, STUB="deaf")
+        fake_slurm.start(restart=restart, STUB="deaf")
         fake.until("the start", lambda n=restart: len(fake.stub_calls(run)) > n)
-        os.killpg(job.pid, signal.SIGKILL)
-        job.wait(10)
+        fake_slurm.kill()
     assert fake_slurm.run(restart=2, STUB="deaf") == 78
     assert len(fake.stub_calls(run)) == 2, "nothing is started any more"
     assert "requeue limit: 2 restarts (max_restarts=1)" in fake.said(run).splitlines()[-1]
