@@ -8,20 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Below this many tokens two batched products beat the CPU's flash kernel in bfloat16 (forward and backward, two cores:
-# 5x at 16 tokens, 2x at 64, 1.2x at 256; at 1,024 the flash kernel wins).
-CPU_DENSE_TOKENS = 256
-
-
-def causal_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v with token t seeing tokens 0..t; [B, H, T, K] as the inputs."""
-    B, H, T, K = q_BHTK.shape
-    if q_BHTK.device.type != "cpu" or q_BHTK.dtype != torch.bfloat16 or T > CPU_DENSE_TOKENS:
-        return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
-    future = torch.full((T, T), float("-inf"), dtype=q_BHTK.dtype, device=q_BHTK.device).triu(1)
-    q, k, v = (t.reshape(B * H, T, K) for t in (q_BHTK, k_BHTK, v_BHTK))
-    logits = torch.baddbmm(future.expand(B * H, T, T), q, k.transpose(1, 2), alpha=K**-0.5)
-    return torch.bmm(logits.softmax(-1), v).view(B, H, T, K)
+from models.attention import causal_attention
 
 
 class CausalAttention(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import models.attention  # noqa: F401  (registers tarflow::causal_attention)
 from trainer.config import ActivationCheckpointConfig
 
 Forward = Callable[[Tensor], Any]
@@ -28,7 +29,7 @@ KEPT = {
         "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu",
     )
     if hasattr(_aten, name)
-}  # fmt: skip
+} | {torch.ops.tarflow.causal_attention.default}  # fmt: skip
 
 
 def checkpoint_layer(layer: nn.Module, number: int, config: ActivationCheckpointConfig) -> None:
