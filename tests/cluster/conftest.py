@@ -198,8 +198,9 @@ def local_four(config_file, shared: Path) -> Path:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """How long the live cases took: in CI they have ten minutes."""
-    reports = [r for rs in terminalreporter.stats.values() for r in rs if "slurm" in getattr(r, "keywords", ())]
-    calls = [r for r in reports if getattr(r, "when", "") == "call"]
+    entries = [entry for entries in terminalreporter.stats.values() for entry in entries]
+    reports = [e for e in entries if hasattr(e, "duration") and "slurm" in e.keywords]
+    calls = [r for r in reports if r.when == "call"]
     if calls:
         seconds = sum(r.duration for r in reports)
         terminalreporter.write_line(f"live Slurm: {len(calls)} cases in {seconds:.0f} s (of 600)")
