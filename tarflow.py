@@ -20,6 +20,8 @@ VERBS = {
     "evaluate": ("evaluation.cli", "evaluate", "score a run's checkpoints, once or as they appear"),
     "sample": ("evaluation.cli", "sample", "draw images from a run or a weights file"),
     "sweep-guidance": ("evaluation.cli", "sweep_guidance", "find the guidance of the smallest distance"),
+    "reference": ("evaluation.cli", "reference", "make the reference statistics of a data set"),
+    "score": ("evaluation.cli", "score", "score a folder of images"),
     "report": ("evaluation.cli", "report", "write a run's report.html"),
     "submit": ("cluster.cli", "submit", "submit a run, a sweep and its evaluation to Slurm"),
     "submit-eval": ("cluster.cli", "submit_eval", "submit the evaluation of a run to Slurm"),

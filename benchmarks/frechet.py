@@ -47,10 +47,10 @@ def main() -> int:
     dim, rounds = (512, 2) if args.quick else (2048, 3)
     sides = [moments(dim, seed) for seed in (1, 2)]
     ours = [FeatureStatistics.from_parts(50_000, mean, covariance * 49_999) for mean, covariance in sides]
-    frechet_distance(*ours)  # the first call of a library costs more
+    frechet_distance(ours[0], ours[1])  # the first call of a library costs more
     scipy_s, our_s, bar_s = [], [], []
     for _ in range(rounds):
-        found, seconds = timed(lambda: frechet_distance(*ours).distance)
+        found, seconds = timed(lambda: frechet_distance(ours[0], ours[1]).distance)
         our_s.append(seconds)
         wanted, seconds = timed(lambda: by_square_root(*sides))
         scipy_s.append(seconds)

@@ -1,4 +1,7 @@
-"""The verbs `tarflow evaluate`, `sample`, `sweep-guidance` and `report`. Nothing heavy is imported before one runs."""
+"""The verbs that evaluate, sample, sweep, make reference statistics, score folders and report.
+
+Nothing heavy is imported before one runs.
+"""
 
 import argparse
 import os
@@ -35,6 +38,22 @@ SWEEP_EXAMPLE = """example:
 Every setting is scored on --start samples, the better half on more, the last two on --final. Start as many processes as
 you like: they share the work. The choice is written to RUN/sampling.json, which `sample` and `evaluate` go by from then on;
 rounds and plot lie in RUN/sweeps/.
+"""
+
+REFERENCE_EXAMPLE = """example:
+  tarflow reference data/mnist5k/train --size 28 --channels 1
+  tarflow reference data/photos/train --size 256 --features fid_inception --features-file inception.pth
+
+Once per data set: by itself the file goes beside the shards, where every evaluation of a run on them looks for it. Start
+as many as you like, on any machines that see the folder: they share the images, and the bits do not depend on how many.
+"""
+
+SCORE_EXAMPLE = """example:
+  tarflow score samples/images --reference data/mnist5k/train/reference-efficientnet_lite0-0123456789ab.npz
+  tarflow score samples/images --against other/images --size 64 --out scores.json
+
+Every image of the folder and its subfolders counts once, at the size of the reference (largest centred square). Broken
+files are an error, or are listed with --on-error skip; files that are no images are listed.
 """
 
 REPORT_EXAMPLE = """example:
@@ -219,6 +238,72 @@ def _numbers(option: str, text: str | None) -> list[float]:
         raise EvaluationError(f"{option} {text!r} must be numbers with commas between, e.g. 0,0.5,1") from None
 
 
+def build_reference_parser(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `tarflow reference`."""
+    _describe(parser, REFERENCE_EXAMPLE)
+    parser.add_argument("data", metavar="DATA", help="folder of indexed shards")
+    parser.add_argument("--size", type=int, required=True, metavar="N", help="pixels that models of this data see")
+    parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1 for grey (default 3)")
+    parser.add_argument("--images", type=int, default=0, metavar="N", help="so many, spread evenly (default: all)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write it (default: beside the shards)")
+    _add_features(parser)
+    _add_machine(parser)
+
+
+def run_reference(args: argparse.Namespace) -> int:
+    """Make reference statistics."""
+    _prepare(args)
+    from evaluation.score_command import ReferenceRequest, make_reference
+
+    make_reference(
+        ReferenceRequest(
+            args.data, args.size, args.channels, args.images, args.features, args.features_file, args.out,
+            args.on_error, args.device,
+        ),
+        _say,
+    )  # fmt: skip
+    return OK
+
+
+def build_score_parser(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `tarflow score`."""
+    _describe(parser, SCORE_EXAMPLE)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="images to score")
+    parser.add_argument(
+        "--reference", type=Path, metavar="FILE", help="statistics made by `tarflow reference`, checked"
+    )
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="compare with the images of another folder")
+    parser.add_argument("--size", type=int, metavar="N", help="pixels (default: the reference's, or the images' own)")
+    parser.add_argument("--channels", type=int, choices=(1, 3), help="1 for grey (default: the reference's, or 3)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all scores and counts there (JSON)")
+    _add_features(parser)
+    _add_machine(parser)
+
+
+def run_score(args: argparse.Namespace) -> int:
+    """Score a folder of images."""
+    _prepare(args)
+    from evaluation.score_command import ScoreRequest, score_folder
+
+    score_folder(
+        ScoreRequest(
+            args.folder, args.reference, args.against, args.size, args.channels, args.features, args.features_file,
+            args.on_error, args.out, args.device,
+        ),
+        _say,
+    )  # fmt: skip
+    return OK
+
+
+def _add_features(parser: argparse.ArgumentParser) -> None:
+    names = "efficientnet_lite0 (default), mobilenet_v2, fid_inception, torchvision_inception, dinov2"
+    parser.add_argument("--features", default="efficientnet_lite0", metavar="NAME", help=f"feature network: {names}")
+    parser.add_argument("--features-file", type=Path, metavar="FILE", help="weights of one that no package brings")
+    parser.add_argument(
+        "--on-error", choices=("strict", "skip"), default="strict", help="damaged images: an error, or left out"
+    )
+
+
 def build_report_parser(parser: argparse.ArgumentParser) -> None:
     """Arguments of `tarflow report`."""
     _describe(parser, REPORT_EXAMPLE)
@@ -256,6 +341,8 @@ def _prepare(args: argparse.Namespace) -> None:
         ("--threads", args.threads, 1),
         ("--nice", args.nice, 0),
         ("--num", getattr(args, "num", None), 1),
+        ("--size", getattr(args, "size", None), 1),
+        ("--images", getattr(args, "images", None), 0),
         ("--batch-size", getattr(args, "batch_size", None), 1),
         ("--columns", getattr(args, "columns", None), 1),
     ):

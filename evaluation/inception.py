@@ -33,7 +33,8 @@ class Conv(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
     def fold(self) -> None:
-        self.conv, self.bn = fuse_conv_bn_eval(self.conv, self.bn), nn.Identity()  # type: ignore[type-var]
+        assert isinstance(self.bn, nn.BatchNorm2d), "folded twice"
+        self.conv, self.bn = fuse_conv_bn_eval(self.conv, self.bn), nn.Identity()
 
 
 class Mixed(nn.Module):

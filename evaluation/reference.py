@@ -118,7 +118,7 @@ def _compute(
         for pixels, _, _ in images.batches(False, 64, part, parts):
             rows = features(pixels)
             statistics.add(rows)
-            kept.append(rows[_spread(first + seen + torch.arange(len(rows)), total, KEEP)])
+            kept.append(rows[spread(first + seen + torch.arange(len(rows)), total, KEEP)])
             seen += len(rows)
         _write(temporary, statistics, torch.cat(kept), provenance)
         if parts > 1:
@@ -143,7 +143,7 @@ def _compute(
     work.remove()
 
 
-def _spread(positions: Tensor, total: int, keep: int) -> Tensor:
+def spread(positions: Tensor, total: int, keep: int) -> Tensor:
     """Which of `positions` are among `keep` spread evenly over 0..total-1: bool of the same shape."""
     if total <= keep:
         return torch.ones(len(positions), dtype=torch.bool)

@@ -8,7 +8,7 @@ import pytest
 import tarflow
 from evaluation import cli
 
-VERBS = ("evaluate", "sample", "sweep-guidance", "report")
+VERBS = ("evaluate", "sample", "sweep-guidance", "report", "reference", "score")
 
 
 def run(*arguments):

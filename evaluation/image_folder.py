@@ -1,0 +1,152 @@
+"""A folder of images to be scored: each decodable file once, in the order of names, under the one rule for pixels.
+
+Subfolders count, files and folders whose names begin with a dot do not. An image is told by its ending, in any case
+(png, jpg, jpeg, webp, bmp, gif, tif, tiff); other files are counted and named, never silently passed over. What does not
+decode is an error, or, with `on_error="skip"`, left out and listed. Everything is converted as training data is
+(`data_pipeline.decode`): grey, palette, 16-bit, transparency on white, orientation. JPEGs are counted by their content:
+their losses move every score, so the result says how many there are (case S04).
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.decode import decode
+from data_pipeline.errors import BadSampleError
+from data_pipeline.transform import fit
+from evaluation.errors import EvaluationError
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_NAMED = 20  # files named in a result
+_JPEG = b"\xff\xd8\xff"
+
+
+@dataclass
+class ImageFolder:
+    """The images of a folder at one size; the counts are complete once `batches` has ended."""
+
+    root: Path
+    channels: int
+    size: int | None  # of the square that is scored; None = every image must have one size already
+    on_error: str = "strict"
+    files: list[Path] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)  # files that are no images
+    broken: list[str] = field(default_factory=list)
+    jpegs: int = 0
+    resized: int = 0
+    used: int = 0
+    sha256: str = ""  # of all pixels scored, in their order
+
+    def __post_init__(self) -> None:
+        if not self.root.is_dir():
+            raise EvaluationError(f"{self.root} is no folder of images")
+        for folder, below, names in os.walk(self.root):
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            for name in names:
+                if name.startswith("."):
+                    continue
+                path = Path(folder) / name
+                if path.suffix.lower() in ENDINGS:
+                    self.files.append(path)
+                else:
+                    self.others.append(str(path.relative_to(self.root)))
+        self._first_decides = self.size is None
+        self.files.sort(key=lambda path: path.relative_to(self.root).as_posix())
+        self.others.sort()
+        if not self.files:
+            raise EvaluationError(f"{self.root} holds no image ({', '.join(ENDINGS)}); {len(self.others)} other files")
+
+    def batches(self, batch_size: int = 64) -> Iterator[Tensor]:
+        """uint8 [n, C, size, size]"""
+        self.broken, self.jpegs, self.resized, self.used = [], 0, 0, 0
+        digest = hashlib.sha256()
+        waiting: list[np.ndarray] = []
+        for path in self.files:
+            image = self._read(path, digest)
+            if image is None:
+                continue
+            waiting.append(image)
+            self.used += 1
+            if len(waiting) == batch_size:
+                yield _stack(waiting)
+                waiting = []
+        if waiting:
+            yield _stack(waiting)
+        self.sha256 = digest.hexdigest()
+        if not self.used:
+            raise EvaluationError(
+                f"none of the {len(self.files)} images in {self.root} can be decoded: {self.broken[0]}"
+            )
+
+    def _read(self, path: Path, digest: Any) -> np.ndarray | None:
+        name = path.relative_to(self.root).as_posix()
+        try:
+            data = path.read_bytes()
+            image = decode(data, self.channels)
+        except (BadSampleError, OSError) as error:
+            if self.on_error == "strict":
+                raise EvaluationError(
+                    f"{path}: {error}; remove it, or leave such files out with --on-error skip"
+                ) from None
+            self.broken.append(f"{name}: {error}")
+            return None
+        self.jpegs += data.startswith(_JPEG)
+        height, width = image.shape[:2]
+        if self.size is None:
+            if height != width:
+                raise EvaluationError(f"{path} is {width} x {height}, not square; give --size to crop and resize to")
+            self.size = height
+        if (height, width) != (self.size, self.size):
+            if self._first_decides:
+                raise EvaluationError(
+                    f"{path} is {width} x {height}, images before it are {self.size} x {self.size}; give --size to crop "
+                    "and resize all to"
+                )
+            self.resized += 1
+        image = fit(image, self.size)
+        digest.update(np.ascontiguousarray(image))
+        return image
+
+    def describe(self) -> dict[str, Any]:
+        """What was scored and what was not, for results."""
+        return {
+            "folder": str(self.root),
+            "images": self.used,
+            "pixels_sha256": self.sha256,
+            "image_size": self.size,
+            "channels": self.channels,
+            "crop": "largest centred square, bicubic with antialias (data_pipeline.transform.fit)",
+            "cropped_or_resized": self.resized,
+            "jpeg_files": self.jpegs,
+            "broken_files": len(self.broken),
+            "broken": self.broken[:_NAMED],
+            "other_files": len(self.others),
+            "others": self.others[:_NAMED],
+        }
+
+    def warnings(self) -> list[str]:
+        """What to know before believing a score of this folder."""
+        lines = []
+        if self.jpegs:
+            lines.append(
+                f"{self.jpegs} of {self.used} images in {self.root} are JPEGs: their losses move every score; keep samples "
+                "as PNG"
+            )
+        if self.resized:
+            lines.append(
+                f"{self.resized} of {self.used} images in {self.root} were cropped or resized to {self.size} pixels"
+            )
+        if self.broken:
+            lines.append(f"{len(self.broken)} files in {self.root} cannot be decoded and were left out")
+        return lines
+
+
+def _stack(images: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
