@@ -1,5 +1,6 @@
 """The history of a run, read back: metrics.jsonl as one line through all restarts, and the results."""
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,11 @@ class Result:
         return self.folder.name.count("-") == 1
 
     @property
+    def step_known(self) -> bool:
+        """Whether it belongs to a checkpoint of the run."""
+        return self.values.get("step") is not None
+
+    @property
     def distance(self) -> tuple[str, float | None]:
         """(name, value) of the Frechet distance."""
         for key, value in self.values.items():
@@ -40,6 +46,13 @@ class Result:
         """A picture of the result, if it has one."""
         path = self.folder / name
         return path if path.is_file() else None
+
+
+def _apart_from(settings: dict[str, Any], key: str) -> dict[str, Any]:
+    """Settings of a result without the weights, or without one setting of the section sampling."""
+    if key == "weights":
+        return {k: v for k, v in settings.items() if k != "weights"}
+    return settings | {"sampling": {k: v for k, v in settings["sampling"].items() if k != key}}
 
 
 @dataclass
@@ -72,6 +85,46 @@ class History:
     def own_results(self) -> list[Result]:
         """Results under the run's own settings, by images seen."""
         return [result for result in self.results if result.own]
+
+    def by_weights(self) -> dict[str, list[Result]]:
+        """Results that differ from the run's own in nothing but the set of weights: one curve for each, by images seen."""
+        own = self.own_results
+        if not own:
+            return {}
+        wanted = _apart_from(own[-1].values["settings"], "weights")
+        found: dict[str, list[Result]] = {own[-1].values["weights"]: []}
+        for result in self.results:
+            if result.step_known and _apart_from(result.values["settings"], "weights") == wanted:
+                found.setdefault(result.values["weights"], []).append(result)
+        return found
+
+    def over(self, setting: str) -> dict[str, list[tuple[float, Result]]]:
+        """Results that differ in one setting of the section sampling, by step and weights; only where there are several."""
+        groups: dict[str, list[tuple[float, Result]]] = {}
+        for result in self.results:
+            rest = _apart_from(result.values["settings"], setting)
+            key = json.dumps([result.values.get("step"), rest], sort_keys=True)
+            groups.setdefault(key, []).append((float(result.values["settings"]["sampling"][setting]), result))
+        curves: dict[str, list[tuple[float, Result]]] = {}
+        for group in groups.values():
+            if len({value for value, _ in group}) > 1:
+                first = group[0][1]
+                name = f"{first.values['weights']} at {first.images_seen:,}"
+                curves[f"{name} ({len(curves) + 1})" if name in curves else name] = sorted(group, key=lambda p: p[0])
+        return curves
+
+
+def read_sweeps(run_dir: Path) -> list[dict[str, Any]]:
+    """What `tarflow sweep-guidance` recorded, by name; a file that is not readable is left out."""
+    found = []
+    for path in sorted((run_dir / "sweeps").glob("*/sweep.json")):
+        try:
+            value = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(value, dict) and isinstance(value.get("rounds"), list):
+            found.append(value | {"name": path.parent.name})
+    return found
 
 
 def read_history(run_dir: Path) -> History:

@@ -21,6 +21,7 @@ _PAGE_COLOUR = "#010203"  # stands for currentColor until the SVG is written
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "tarflow",
+    "text.parse_math": False,  # a name with dollars in it is a name
     "font.size": 9,
     "text.color": _PAGE_COLOUR,
     "axes.edgecolor": _PAGE_COLOUR,
@@ -44,13 +45,14 @@ class Curve:
 
 @dataclass
 class Plot:
-    """A plot over images seen."""
+    """A plot over images seen, or over `x`."""
 
     title: str
     curves: list[Curve]
     restarts: Sequence[int] = ()
     units: str = ""
     from_zero: bool = False
+    x: str = "images seen"
 
     @property
     def empty(self) -> bool:
@@ -70,7 +72,7 @@ def svg(plot: Plot, key: str) -> str:
         for i, images in enumerate(plot.restarts):
             axes.axvline(images, color=_PAGE_COLOUR, alpha=0.4, lw=0.8, ls=":", label="restart" if i == 0 else None)
         axes.set_title(plot.title, loc="left", fontsize=10, fontweight="bold")
-        axes.set_xlabel("images seen")
+        axes.set_xlabel(plot.x)
         axes.set_ylabel(plot.units)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.15, color=_PAGE_COLOUR)

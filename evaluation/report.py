@@ -12,14 +12,26 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.curves import History, Result, read_history
+from evaluation.curves import History, Result, read_history, read_sweeps
 from evaluation.files import write_text
 from evaluation.page import PAGE
 from evaluation.plots import Curve, Plot, svg
+from evaluation.score_names import is_kernel
 from trainer.config import Config
 from trainer.config_io import config_tree
 from trainer.run_dir import load_run_config, require_run
 
+# Scores besides the distance, as far as a result has them: key, name, digits.
+_SCORES = (
+    ("kernel", "kernel distance", 4), ("precision", "precision", 3), ("recall", "recall", 3), ("density", "density", 3),
+    ("coverage", "coverage", 3), ("inception_score", "Inception score", 2),
+)  # fmt: skip
+_SCORE_NOTES = {
+    "precision": "samples like real ones",
+    "recall": "real ones like samples",
+    "density": "real neighbours, 1 = as many",
+    "coverage": "real ones with a sample near",
+}
 MOST_GRIDS = 9  # grids over training on the page; more would make it heavy
 
 
@@ -30,6 +42,7 @@ def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
     sections = [
         _headline(config, history),
         _section("Curves", _curves(history)),
+        _section("Guidance and denoising", _sampling_curves(history, read_sweeps(run_dir))),
         _section("Samples over training", _grids(history)),
         _newest(history),
         _section("All results", _results_table(history)),
@@ -63,7 +76,13 @@ def _headline(config: Config, history: History) -> str:
         newest = results[-1].values
         name, distance = results[-1].distance
         if distance is not None:
-            cards.append((name, f"{distance:.2f}", f"{newest['num_samples']:,} samples of {newest['weights']}"))
+            stderr = newest.get("distance_stderr")
+            error = f"± {stderr:.2f}, " if stderr else ""
+            cards.append((name, f"{distance:.2f}", f"{error}{newest['num_samples']:,} samples of {newest['weights']}"))
+        for key, label, digits in _SCORES:
+            value = next((v for k, v in newest.items() if is_kernel(k)), None) if key == "kernel" else newest.get(key)
+            if value is not None:
+                cards.append((label, f"{value:.{digits}f}", _SCORE_NOTES.get(key, "kept samples")))
         if newest.get("bits_per_dim") is not None:
             stderr = newest.get("bits_per_dim_stderr")
             note = f"± {stderr:.4f}, " if stderr else ""
@@ -99,24 +118,21 @@ def _warnings(results: Sequence[Result]) -> str:
 
 
 def _curves(history: History) -> str:
-    results = history.own_results
-    measured = [r for r in results if r.values.get("bits_per_dim") is not None]
-    evaluated = Curve(
-        "held-out images",
-        [(r.images_seen, r.values["bits_per_dim"]) for r in measured],
-        marked=True,
-        errors=[r.values.get("bits_per_dim_stderr") for r in measured],
-    )
-    distances = [(r.images_seen, r.distance[1]) for r in results if r.distance[1] is not None]
+    results, by_weights = history.own_results, history.by_weights()
+    name = results[-1].distance[0] if results else "Frechet distance"
     agreement = [
         (r.images_seen, r.values["label_agreement"]) for r in results if r.values.get("label_agreement") is not None
     ]
-    name = results[-1].distance[0] if results else "Frechet distance"
+    bits = [_over_images(f"held-out, {w}", rs, "bits_per_dim", "bits_per_dim_stderr") for w, rs in by_weights.items()]
     series, restarts = history.series, history.restarts
     plots = [
         Plot("Loss", [Curve("training", series("train/loss"))], restarts, units="nats per dimension"),
-        Plot("Bits per dimension", [Curve("training", series("train/bits_per_dim")), evaluated], restarts),
-        Plot(f"Frechet distance ({name})", [Curve(name, distances, marked=True)], from_zero=True),
+        Plot("Bits per dimension", [Curve("training", series("train/bits_per_dim")), *bits], restarts),
+        Plot(
+            f"Frechet distance ({name})",
+            [_over_images(w, rs, name, "distance_stderr") for w, rs in by_weights.items()],
+            from_zero=True,
+        ),
         Plot("Label agreement", [Curve("agreement", agreement, marked=True)]),
         Plot("Learning rate", [Curve("learning rate", series("optim/lr"))], restarts, from_zero=True),
         Plot(
@@ -128,8 +144,46 @@ def _curves(history: History) -> str:
         ),
         Plot("Gradient norm", [Curve("gradient norm", series("optim/grad_norm"))], restarts, from_zero=True),
     ]
-    drawn = (svg(_with_points(plot), f"plot{i}") for i, plot in enumerate(plots) if not plot.empty)
+    note = ""
+    if restarts:
+        places = ", ".join(f"{images:,}" for images in restarts)
+        note = f"<p>Restarted at {places} images seen.</p>"
+    return note + _drawn(plots, "plot")
+
+
+def _over_images(label: str, results: Sequence[Result], key: str, error: str) -> Curve:
+    """A figure of results over images seen, with its standard error."""
+    shown = [r for r in results if r.values.get(key) is not None]
+    points = [(float(r.images_seen), float(r.values[key])) for r in shown]
+    return Curve(label, points, marked=True, errors=[r.values.get(error) for r in shown])
+
+
+def _drawn(plots: Sequence[Plot], key: str) -> str:
+    drawn = (svg(_with_points(plot), f"{key}{i}") for i, plot in enumerate(plots) if not plot.empty)
     return "".join(f"<figure class='plot'>{picture}</figure>" for picture in drawn)
+
+
+def _sampling_curves(history: History, sweeps: Sequence[dict[str, Any]]) -> str:
+    """Distance over guidance, denoising and temperature: of results that differ in one of them, and of sweeps."""
+    plots = []
+    for setting, label in (("guidance", "guidance"), ("denoise", "denoising"), ("attn_temp", "attention temperature")):
+        curves = []
+        for name, group in history.over(setting).items():
+            scored = [(value, result) for value, result in group if result.distance[1] is not None]
+            errors = [result.values.get("distance_stderr") for _, result in scored]
+            points = [(value, float(result.distance[1] or 0.0)) for value, result in scored]
+            curves.append(Curve(name, points, marked=True, errors=errors))
+        plots.append(Plot(f"Distance over {label}", curves, x=label))
+    for sweep in sweeps:
+        for part in sweep["rounds"]:
+            lines: dict[str, list[tuple[float, float]]] = {}
+            for point in part["points"]:
+                if point["distance"] is not None:
+                    key = f"denoise {point['denoise']:g}, temperature {point['attn_temp']:g}"
+                    lines.setdefault(key, []).append((point["guidance"], point["distance"]))
+            curves = [Curve(key, sorted(points), marked=True) for key, points in sorted(lines.items())]
+            plots.append(Plot(f"{sweep['name'][:13]}: {part['num_samples']:,} samples", curves, x="guidance"))
+    return _drawn(plots, "sampling")
 
 
 def _with_points(plot: Plot) -> Plot:
@@ -244,7 +298,9 @@ def _results_table(history: History) -> str:
                 result.folder.name,
                 f"{result.images_seen:,}",
                 values["weights"],
-                f"{name} {distance:.2f}" if distance is not None else values.get("problem") or "none",
+                _distance_text(name, distance, values),
+                _figure(values.get("precision"), 3),
+                _figure(values.get("recall"), 3),
                 _figure(values.get("bits_per_dim"), 4),
                 _figure(values.get("label_agreement"), 3),
                 values["num_samples"],
@@ -260,6 +316,8 @@ def _results_table(history: History) -> str:
         "images seen",
         "weights",
         "distance",
+        "precision",
+        "recall",
         "bits/dim",
         "agreement",
         "samples",
@@ -268,6 +326,13 @@ def _results_table(history: History) -> str:
         "seconds",
     )
     return _table(header, rows)
+
+
+def _distance_text(name: str, distance: float | None, values: dict[str, Any]) -> str:
+    if distance is None:
+        return values.get("problem") or "none"
+    error = values.get("distance_stderr")
+    return f"{name} {distance:.2f}" + (f" ± {error:.2f}" if error else "")
 
 
 def _figure(value: float | None, digits: int) -> str:

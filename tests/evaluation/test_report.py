@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -164,6 +166,106 @@ def test_results_of_other_settings_are_listed_but_not_on_the_curves(finished):
     assert len(history.results) == 3
     assert len(history.own_results) == 2
     assert "w=3 on ab" in write_report(run_dir).read_text()
+
+
+def test_every_width_of_average_has_its_curve_and_its_error_bar(finished):
+    run_dir, _ = finished
+    for weights in ("raw", "ema-0.050"):
+        evaluate(run_dir, False, WorkerOptions(overrides=[f"evaluation.weights={weights}"]), lambda _: None)
+    evaluate(run_dir, False, WorkerOptions(overrides=["evaluation.weights=raw", "sampling.seed=7"]), lambda _: None)
+    groups = read_history(run_dir).by_weights()
+    assert {name: [r.images_seen for r in results] for name, results in groups.items()} == {
+        "ema-0.100": [160, 320], "raw": [160, 320], "ema-0.050": [160, 320],
+    }  # fmt: skip
+    assert all(r.values["distance_stderr"] > 0 for results in groups.values() for r in results)
+    text = write_report(run_dir).read_text()
+    for title in ("Frechet distance (fd_efficientnet_lite0)", ">Bits per dimension<"):
+        picture = next(part for part in text.split("<svg")[1:] if title in part)
+        for name in groups:
+            assert f"{name}<" in picture
+
+
+def test_guidance_curves_come_from_results_and_from_sweeps(finished):
+    run_dir, _ = finished
+    for guidance in (0, 3):
+        evaluate(
+            run_dir, False, WorkerOptions(newest_only=True, overrides=[f"sampling.guidance={guidance}"]), lambda _: None
+        )
+    (curve,) = read_history(run_dir).over("guidance").values()
+    assert [value for value, _ in curve] == [0, 1, 3]
+    folder = run_dir / "sweeps/step-00000020-abc"
+    folder.mkdir(parents=True)
+    points = [
+        {"guidance": g, "denoise": 1.0, "attn_temp": 1.0, "distance": d} for g, d in ((0, 9.0), (1, 5.0), (2, None))
+    ]
+    (folder / "sweep.json").write_text(json.dumps({"rounds": [{"num_samples": 500, "points": points}]}))
+    (run_dir / "sweeps/step-00000020-torn").mkdir()
+    (run_dir / "sweeps/step-00000020-torn/sweep.json").write_text("{")
+    text = write_report(run_dir).read_text()
+    Page(text)
+    assert "Distance over guidance" in text
+    assert "step-00000020: 500 samples" in text
+    assert "denoise 1, temperature 1" not in text  # a single curve needs no legend
+    assert "Distance over denoising" not in text
+
+
+def test_the_scores_of_a_result_are_on_the_page(finished):
+    run_dir, _ = finished
+    text = write_report(run_dir).read_text()
+    result = json.loads((run_dir / "evals/step-00000020/result.json").read_text())
+    for key in ("precision", "recall", "density", "coverage"):
+        assert f">{key}</div><div class='value'>{result[key]:.3f}<" in text
+    assert f"{result['kd_efficientnet_lite0']:.4f}" in text
+
+
+def test_restarts_are_named(finished):
+    run_dir, _ = finished
+    log_rows(run_dir, [{"event": "resume", "images_seen": 160, "step": 10}, row(176)])
+    assert "Restarted at 160 images seen." in write_report(run_dir).read_text()
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on this machine")
+def test_a_browser_finds_nothing_wrong_and_asks_for_nothing(make_run, tmp_path):
+    """Headless Chromium logs the page's console and every connection that it opens."""
+    run_dir, _ = make_run(steps=(20,), name="<img src=x onerror=console.error(1)>&'$x$")
+    log_rows(run_dir, [START, *[row(16 * s, 3 - s / 20) for s in range(1, 21)]])
+    evaluate(run_dir, False, WorkerOptions(), lambda _: None)
+    path = run_dir / "evals/step-00000020/result.json"
+    result = json.loads(path.read_text())
+    result["grid_rows"] = ["<script>console.error('class')</script>", "<img src='http://127.0.0.1:9/y'>", "$x$"]
+    path.write_text(json.dumps(result))
+    shutil.copy(write_report(run_dir), tmp_path / "page.html")
+    netlog, shot = tmp_path / "net.json", tmp_path / "shot.png"
+    done = subprocess.run(
+        ["chromium", "--no-sandbox", "--headless", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr",
+         "--v=0", "--disable-background-networking", "--disable-component-update", "--no-first-run",
+         f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={netlog}", "--window-size=1200,1600",
+         f"--screenshot={shot}", (tmp_path / "page.html").as_uri()],
+        capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert shot.stat().st_size > 20_000
+    assert "CONSOLE" not in done.stderr
+    # Whatever the browser fetches for itself, no request comes from the page.
+    asked = set(re.findall(r'"url":"([^"]*)"', netlog.read_text()))
+    assert not [url for url in asked if "127.0.0.1" in url], asked
+
+
+def test_the_watch_on_the_browser_would_see_a_request_and_a_message(tmp_path):
+    """The page forbids both by its policy; without the policy they would happen."""
+    text = "<img src='http://127.0.0.1:9/x'><script>console.error('heard')</script>"
+    (tmp_path / "bad.html").write_text(text)
+    if not shutil.which("chromium"):
+        pytest.skip("no chromium on this machine")
+    netlog = tmp_path / "net.json"
+    done = subprocess.run(
+        ["chromium", "--no-sandbox", "--headless", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr",
+         f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={netlog}", f"--screenshot={tmp_path / 's.png'}",
+         (tmp_path / "bad.html").as_uri()],
+        capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert "heard" in done.stderr
+    assert "127.0.0.1:9/x" in netlog.read_text()
 
 
 def test_long_curves_are_thinned():
