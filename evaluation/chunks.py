@@ -34,11 +34,8 @@ class SharedWork:
 
     def __init__(self, folder: Path, plan: dict[str, Any], lease_s: float) -> None:
         self.folder, self.claims = folder, folder / "claims"
-        while not self.claims.is_dir():
-            with suppress(FileNotFoundError):  # the parent was empty and cleared away by another at this moment
-                self.claims.mkdir(parents=True, exist_ok=True)
         self._name = self.unique()
-        self.plan = self._agree(plan | {"lease_s": lease_s})
+        self.plan = self._join(plan | {"lease_s": lease_s})
         self.lease_s = float(self.plan["lease_s"])
         self.computed: list[str] = []  # units that this process did
 
@@ -106,6 +103,14 @@ class SharedWork:
         shutil.rmtree(gone, ignore_errors=True)
         with suppress(OSError):  # others work beside it
             folder.parent.rmdir()
+
+    def _join(self, plan: dict[str, Any]) -> dict[str, Any]:
+        while True:
+            try:
+                self.claims.mkdir(parents=True, exist_ok=True)
+                return self._agree(plan)
+            except FileNotFoundError:
+                continue  # another finished the work and cleared the folder away at this very moment
 
     def _agree(self, plan: dict[str, Any]) -> dict[str, Any]:
         path, temporary = self.folder / "plan.json", self.folder / f".plan.{self._name}.tmp"

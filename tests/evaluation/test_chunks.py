@@ -178,3 +178,18 @@ def test_work_that_is_over_or_was_cleared_away_ends_without_an_error(tmp_path):
 def test_S02_stretches_hold_every_index_once():
     for total, size in ((10, 3), (9, 3), (2, 5), (1, 1)):
         assert [i for part in stretches(total, size) for i in part] == list(range(total))
+
+
+def test_joining_work_that_is_cleared_away_at_this_moment_begins_it_anew(tmp_path, monkeypatch):
+    folder, agree, calls = tmp_path / "all" / "work", SharedWork._agree, []
+
+    def unlucky(self, plan):
+        calls.append(1)
+        if len(calls) < 3:
+            SharedWork.clear(folder)
+        return agree(self, plan)
+
+    monkeypatch.setattr(SharedWork, "_agree", unlucky)
+    work = SharedWork(folder, {"batch": 4}, 60)
+    assert len(calls) == 3
+    assert work.work_through(UNITS, write)
