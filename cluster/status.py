@@ -131,8 +131,9 @@ def last_score(run: Path) -> str | None:
             continue
         flat = entry | entry.get("metrics", {})
         for key, value in flat.items():
-            if (key.removeprefix("eval/").startswith("fd_") or key.endswith("/fid")) and isinstance(value, int | float):
-                return f"{key.removeprefix('eval/')} {value:.2f}" + (f" @ {entry['step']}" if "step" in entry else "")
+            name = key.removeprefix("eval/")
+            if (name == "fid" or name.startswith("fd_")) and isinstance(value, int | float):
+                return f"{name} {value:.2f}" + (f" @ {entry['step']}" if "step" in entry else "")
     return None
 
 

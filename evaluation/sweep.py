@@ -32,7 +32,6 @@ from evaluation.pictures import GridImages
 from evaluation.real_side import RealSide
 from evaluation.sampling import NO_LABEL, Sampler, SamplingSettings, check_guidance
 from evaluation.score_names import distance_key
-from evaluation.score_names import distance_key
 from evaluation.settings import load_recipes
 from evaluation.source import Source, from_checkpoint, resolve_device
 from evaluation.sweep_plot import plot_rounds
