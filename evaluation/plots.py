@@ -74,7 +74,8 @@ def svg(plot: Plot, key: str) -> str:
         axes.set_title(plot.title, loc="left", fontsize=10, fontweight="bold")
         axes.set_xlabel(plot.x)
         axes.set_ylabel(plot.units)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if plot.x == "images seen":
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.15, color=_PAGE_COLOUR)
         if plot.from_zero:
             axes.set_ylim(bottom=0)

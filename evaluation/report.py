@@ -46,6 +46,7 @@ def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
         _section("Samples over training", _grids(history)),
         _newest(history),
         _section("All results", _results_table(history)),
+        _section("What the newest result depends on", _in_full(history)),
         _section("Configuration", _configuration(config)),
     ]
     name = run_dir.resolve().name
@@ -337,6 +338,27 @@ def _distance_text(name: str, distance: float | None, values: dict[str, Any]) ->
 
 def _figure(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _in_full(history: History) -> str:
+    """Every setting, hash and provenance that the newest result holds."""
+    results = history.own_results or history.results
+    if not results:
+        return ""
+    values = results[-1].values
+    rows = [
+        ("result", results[-1].folder.name),
+        ("weights", f"{values['weights']}, SHA-256 {values['weights_sha256']}"),
+    ]
+    for part in ("features", "reference", "likelihood", "samples", "settings"):
+        rows += _flat(part, values.get(part) or {})
+    return _table(("what", "value"), rows)
+
+
+def _flat(name: str, value: Any) -> list[tuple[str, str]]:
+    if isinstance(value, dict):
+        return [row for key, part in value.items() for row in _flat(f"{name}.{key}", part)]
+    return [(name, "–" if value is None else str(value))]
 
 
 def _configuration(config: Config) -> str:

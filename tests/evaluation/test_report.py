@@ -218,6 +218,19 @@ def test_the_scores_of_a_result_are_on_the_page(finished):
     assert f"{result['kd_efficientnet_lite0']:.4f}" in text
 
 
+def test_S06_S11_the_page_identifies_network_weights_noise_and_every_sampling_setting(finished):
+    run_dir, _ = finished
+    text = write_report(run_dir).read_text()
+    result = json.loads((run_dir / "evals/step-00000020/result.json").read_text())
+    assert result["weights_sha256"] in text
+    for key, value in (
+        ("features.sha256", "f00d"), ("reference.fingerprint", result["reference"]["fingerprint"]),
+        ("settings.sampling.noise_std", "0.1"), ("settings.sampling.denoise", "1.0"), ("settings.num_samples", "24"),
+        ("settings.sampling.guidance", "1.0"),
+    ):  # fmt: skip
+        assert f"<td>{key}</td><td>{value}</td>" in text
+
+
 def test_restarts_are_named(finished):
     run_dir, _ = finished
     log_rows(run_dir, [{"event": "resume", "images_seen": 160, "step": 10}, row(176)])
