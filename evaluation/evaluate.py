@@ -22,7 +22,7 @@ from evaluation.data import ImageSet
 from evaluation.files import write_json
 from evaluation.label_agreement import label_agreement, nearest_neighbours
 from evaluation.likelihood import BitsPerDim
-from evaluation.partial import Keep, MergedLikelihood, SamplesPart, save_likelihood
+from evaluation.partial import Keep, MergedLikelihood, SamplesPart, chunk_statistics, save_likelihood
 from evaluation.real_side import RealSide
 from evaluation.reference import Reference
 from evaluation.sampling import Sampler, check_guidance
@@ -238,7 +238,10 @@ class Job:
         network = self.real.features
         if problem or samples.statistics.count < 2:
             return {distance_key(network.name): None, "warnings": [problem] if problem else [], **about}
-        found = feature_scores(network, samples.statistics, samples.features, reference.statistics, reference.rows)
+        chunks = chunk_statistics(self.work.path(chunk) for chunk in self.sample_chunks)
+        found = feature_scores(
+            network, samples.statistics, samples.features, reference.statistics, reference.rows, parts=chunks
+        )
         return found | about
 
     def _bits_per_dim(self, likelihood: MergedLikelihood) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Everything is float64. Statistics are streamed in blocks of fixed size, so feedi
 the same bits, and they are centred as they go, so a mean of 1e4 costs no digits (case S06). Two streams can be merged.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -207,7 +207,7 @@ class FrechetInfluence:
         """Standard error of the distance, from some rows of the first side (1,000 or more give it to a few percent)."""
         return float(self.of_rows(rows).std()) / self.count**0.5
 
-    def stderr_of_parts(self, parts: Sequence[FeatureStatistics]) -> float:
+    def stderr_of_parts(self, parts: Iterable[FeatureStatistics]) -> float:
         """The same from the statistics of disjoint parts that make up the first side (ten or more), without rows."""
         sums = []
         for count, mean, scatter in (part.parts() for part in parts if part.count):

@@ -108,7 +108,8 @@ def _compute(
         raise EvaluationError("reference statistics need at least 2 images: set evaluation.reference_images=0 for all")
     parts = -(-total // CHUNK)
     say(f"reference statistics of {total:,} images with {features.name}, once")
-    work = SharedWork(path.parent / "work" / path.stem, {"chunks": parts}, lease_s)
+    # Named after what is computed, not after `path`: what a killed process left for other data must not be taken in.
+    work = SharedWork(path.parent / "work" / cache_path(path, provenance).stem, {"chunks": parts}, lease_s)
     chunks = {f"reference-{k:05d}": k for k in range(parts)}
 
     def measure(name: str, temporary: Path) -> None:
@@ -127,9 +128,9 @@ def _compute(
     def merge(name: str, temporary: Path) -> None:
         statistics, kept = FeatureStatistics(features.dim), []
         for chunk in chunks:
-            part, rows = _read(work.path(chunk))[1:]
-            statistics.merge(part)
-            kept.append(rows)
+            part = load_reference(work.path(chunk), provenance)
+            statistics.merge(part.statistics)
+            kept.append(part.rows)
         _check_count(statistics.count, provenance)
         save_reference(path, statistics, provenance, torch.cat(kept))
         temporary.touch()

@@ -4,6 +4,8 @@ The Frechet distance uses the sums of all images; kernel distance, precision, re
 score and the distance's error bar use the features that were kept (10,000 a side, unless set otherwise).
 """
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -35,8 +37,10 @@ def feature_scores(
     reference: FeatureStatistics,
     reference_rows: Tensor,
     names: tuple[str, str] = ("sampled", "reference"),
+    parts: Iterable[FeatureStatistics] = (),
 ) -> dict[str, Any]:
-    """Scores by name. `rows` [n, d] and `reference_rows` [m, d] are the features kept of each side, possibly none.
+    """Scores by name. `rows` [n, d] and `reference_rows` [m, d] are the features kept of each side, possibly none;
+    `parts`: statistics of disjoint parts of the first side, for the error bar where no features were kept.
 
     Raises EvaluationError under two images on a side. What cannot be had from so few rows is left out.
     """
@@ -49,6 +53,8 @@ def feature_scores(
     }
     if len(rows) >= 2:
         out["distance_stderr"] = FrechetInfluence(statistics, reference).stderr(rows)
+    elif (first := next(rest := iter(parts), None)) is not None and first.count < statistics.count:
+        out["distance_stderr"] = FrechetInfluence(statistics, reference).stderr_of_parts(chain([first], rest))
     fewer = min(len(rows), len(reference_rows))
     if fewer >= 2:
         kernel = kernel_distance(rows, reference_rows)

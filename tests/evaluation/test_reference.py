@@ -128,12 +128,31 @@ def test_S08_processes_of_any_number_and_a_killed_one_make_the_same_file(tmp_pat
         time.sleep(0.01)
     victim.kill()  # between two chunks or within one
     victim.communicate(timeout=30)
-    others = [start(shared), start(shared, threads=2)]
-    for process in (first, *others):
+    second = start(shared, threads=2)
+    for process in (first, second):
         errors = process.communicate(timeout=90)[1]
         assert process.returncode == 0, errors
     assert shared.read_bytes() == alone.read_bytes()
     assert [path.name for path in shared.parent.iterdir()] == ["ref.npz"]
+
+
+def test_S04_what_a_killed_process_left_for_other_data_is_not_taken_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "CHUNK", 10)
+
+    class Killed(Images):
+        def batches(self, labelled, batch_size=7, part=0, parts=1):
+            if part == 2:
+                raise KeyboardInterrupt
+            return super().batches(labelled, batch_size, part, parts)
+
+    out = tmp_path / "ref.npz"
+    with pytest.raises(KeyboardInterrupt):
+        reference_statistics(out, Killed(), FakeFeatures())
+    other = Images(DATA | {"fingerprint": "bb22"})
+    other.pixels = 255 - other.pixels
+    found = reference_statistics(out, other, FakeFeatures())
+    assert other.read == [0, 1, 2]
+    torch.testing.assert_close(found.statistics.parts()[1], other.pixels.double().flatten(1)[:, :4].mean(0))
 
 
 def test_S08_uneven_and_empty_parts_weigh_by_their_images(tmp_path, monkeypatch):

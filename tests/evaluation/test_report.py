@@ -231,6 +231,17 @@ def test_S06_S11_the_page_identifies_network_weights_noise_and_every_sampling_se
         assert f"<td>{key}</td><td>{value}</td>" in text
 
 
+def test_without_kept_features_the_error_bar_comes_from_the_chunks(make_run):
+    run_dir, _ = make_run(steps=(20,), evaluation={"chunk_samples": 6, "keep_features": 0, "num_samples": 150})
+    evaluate(run_dir, False, WorkerOptions(), lambda _: None)
+    plain = json.loads((run_dir / "evals/step-00000020/result.json").read_text())
+    evaluate(run_dir, False, WorkerOptions(overrides=["evaluation.keep_features=150"]), lambda _: None)
+    (other,) = (r.values for r in read_history(run_dir).results if not r.own)
+    assert "kd_efficientnet_lite0" not in plain
+    assert plain["fd_efficientnet_lite0"] == other["fd_efficientnet_lite0"]
+    assert plain["distance_stderr"] == pytest.approx(other["distance_stderr"], rel=0.4)
+
+
 def test_restarts_are_named(finished):
     run_dir, _ = finished
     log_rows(run_dir, [{"event": "resume", "images_seen": 160, "step": 10}, row(176)])
