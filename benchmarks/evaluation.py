@@ -158,18 +158,31 @@ def _worker(run: Path, gate: Any, ends: Any) -> None:
     ends.put((begun, time.monotonic()))
 
 
-def workers_take(run: Path, number: int) -> float:
-    """Seconds that so many workers need for all chunks of a run, once they are loaded."""
+def workers_take(*runs: Path) -> float:
+    """Seconds that a worker for each of `runs` needs for all their chunks, once all are loaded. Equal runs are shared."""
     spawn = multiprocessing.get_context("spawn")
-    gate, ends = spawn.Barrier(number), spawn.Queue()
-    shutil.rmtree(run / "evals", ignore_errors=True)
-    processes = [spawn.Process(target=_worker, args=(run, gate, ends)) for _ in range(number)]
+    gate, ends = spawn.Barrier(len(runs)), spawn.Queue()
+    for run in runs:
+        shutil.rmtree(run / "evals", ignore_errors=True)
+    processes = [spawn.Process(target=_worker, args=(run, gate, ends)) for run in runs]
     for process in processes:
         process.start()
     times = [ends.get(timeout=500) for _ in processes]
     for process in processes:
         process.join(60)
     return max(end for _, end in times) - min(begun for begun, _ in times)
+
+
+def worker_times(run: Path, rounds: int) -> dict[str, float]:
+    """Median seconds of one worker, two that share the run, and two that each do all of it: what the machine can give."""
+    other = run.with_name(f"{run.name}-copy")
+    shutil.copytree(run, other, dirs_exist_ok=True)
+    ways = {"one": [run], "two, sharing": [run, run], "two, each its own": [run, other]}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, runs in ways.items():
+            seconds[name].append(workers_take(*runs))
+    return {name: median(values) for name, values in seconds.items()}
 
 
 def _part(keep: int) -> Any:
@@ -230,17 +243,16 @@ def main() -> int:
         rates = parts(single, 3 if args.quick else 7)
         whole, extra = overhead(single)
         shared = make_run(folder, *((96, 8) if args.quick else (320, 16)))
-        seconds: dict[int, list[float]] = {1: [], 2: []}
-        for _ in range(1 if args.quick else 3):
-            for number in seconds:
-                seconds[number].append(workers_take(shared, number))
+        scaling = worker_times(shared, 1 if args.quick else 3)
         grown = [merging_grows(folder, chunks) for chunks in ((10, 20) if args.quick else (10, 50))]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    speedup = median(seconds[1]) / median(seconds[2])
+    speedup = scaling["one"] / scaling["two, sharing"]
+    machine = 2 * scaling["one"] / scaling["two, each its own"]
     rows = [(f"{name}, images/s, one thread", rate) for name, rate in rates.items()]
     rows += [("a chunk, seconds", whole), ("overhead beyond the networks, %", 100 * extra)]
-    rows += [(f"{n} worker(s), seconds for all chunks", median(s)) for n, s in seconds.items()]
+    rows += [(f"workers: {name}, seconds", value) for name, value in scaling.items()]
+    rows += [("what the machine gives two that share nothing, over one", machine)]
     rows += [("merging 10 chunks, MB added", grown[0]), ("merging all chunks, MB added", grown[1])]
     bars = [
         Bar("overhead beyond the networks' own calls", extra, at_most=0.05, reason="scores should cost what they must"),
