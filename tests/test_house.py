@@ -81,6 +81,8 @@ VERBS = (
     "evaluate",
     "sample",
     "sweep-guidance",
+    "reference",
+    "score",
     "report",
     "submit",
     "submit-eval",
