@@ -83,6 +83,8 @@ VERBS = (
     "sweep-guidance",
     "reference",
     "score",
+    "reference",
+    "score",
     "report",
     "submit",
     "submit-eval",
