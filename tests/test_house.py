@@ -83,8 +83,6 @@ VERBS = (
     "sweep-guidance",
     "reference",
     "score",
-    "reference",
-    "score",
     "report",
     "submit",
     "submit-eval",
