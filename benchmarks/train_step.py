@@ -55,10 +55,11 @@ def matmul_rate(dtype: torch.dtype) -> float:
 class Ours:
     """Our step, with its metrics read at the end of the window, as the loop does."""
 
-    def __init__(self, config: TarFlowConfig, weights: dict[str, Tensor], dtype: str) -> None:
+    def __init__(self, config: TarFlowConfig, weights: dict[str, Tensor], dtype: str, compiled: bool) -> None:
         model = TarFlow(config)
         model.load_state_dict(weights)
-        settings = training_config(config, train={"param_dtype": dtype, "global_batch_size": 8})
+        settings = training_config(config, train={"param_dtype": dtype, "global_batch_size": 8},
+                                   compile={"enable": compiled})
         self.backend = SingleBackend(model, settings, torch.device("cpu"))
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ class Ours:
         return stats
 
 
-def compare(tokens: int, dtype: str, rounds: int) -> dict[str, float]:
+def compare(tokens: int, dtype: str, rounds: int, compiled: bool = False) -> dict[str, float]:
     """Median seconds of both, alternating; and how far their first losses are apart."""
     config = shape(tokens)
     model = TarFlow(config)
@@ -78,7 +79,7 @@ def compare(tokens: int, dtype: str, rounds: int) -> dict[str, float]:
     x = torch.randn(batch, *config.image_shape, generator=generator)
     y = torch.arange(batch) % 10 - (torch.arange(batch) == 0).long()  # the first label is dropped
     baseline = DenseTrainer(config, weights, getattr(torch, dtype), LR)
-    ours = Ours(config, weights, dtype)
+    ours = Ours(config, weights, dtype, compiled)
     first = abs(baseline.step(x, y)["loss"] - float(ours.step(x, y)[0]))
     seconds: dict[str, list[float]] = {"baseline": [], "ours": []}
     cpu: dict[str, list[float]] = {"baseline": [], "ours": []}

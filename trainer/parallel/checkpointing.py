@@ -29,7 +29,10 @@ KEPT = {
         "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu",
     )
     if hasattr(_aten, name)
-} | {torch.ops.tarflow.causal_attention.default}  # fmt: skip
+}  # fmt: skip
+KEPT |= {torch.ops.tarflow.causal_attention.default}
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    KEPT |= {torch.ops.mkldnn._linear_pointwise.default}  # models.linear
 
 
 def checkpoint_layer(layer: nn.Module, number: int, config: ActivationCheckpointConfig) -> None:
