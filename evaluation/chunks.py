@@ -145,12 +145,25 @@ class SharedWork:
             number = max(numbers, default=-1)
             if number >= 0 and self._holds(self.claims / f"{name}.{number}"):
                 return None
-            path = self.claims / f"{name}.{number + 1}"
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            return self._claim(self.claims / f"{name}.{number + 1}")
         except (FileExistsError, FileNotFoundError):
             return None  # another was faster, or the folder was cleared away
-        with os.fdopen(descriptor, "w") as file:
-            json.dump({"host": os.uname().nodename, "pid": os.getpid()}, file)
+
+    def _claim(self, path: Path) -> Path:
+        """Create a claim with its holder in it: an empty one, left by a process killed between the two, names nobody whose
+        death could be seen, and would hold for a whole lease."""
+        holder = json.dumps({"host": os.uname().nodename, "pid": os.getpid()})
+        temporary = self.claims / f".{path.name}.{self._name}.tmp"
+        temporary.write_text(holder)
+        try:
+            os.link(temporary, path)
+        except (FileExistsError, FileNotFoundError):
+            raise
+        except OSError:  # a file system without hard links
+            with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), "w") as file:
+                file.write(holder)
+        finally:
+            temporary.unlink(missing_ok=True)
         return path
 
     def _holds(self, claim: Path) -> bool:

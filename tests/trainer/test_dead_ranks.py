@@ -79,20 +79,19 @@ def test_C11_killed_rank_does_not_leave_its_workers_behind(start, tiny_config, r
     assert end["leftovers"] == []
 
 
-@pytest.mark.parametrize(("dead", "alive", "code"), [(0, 1, HUNG), (1, 0, FAILED)])
-def test_C11_rank_that_dies_before_it_could_join_does_not_keep_the_other(
-    start, tiny_config, run, dead, alive, code
-) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(("dead", "alive"), [(0, 1), (1, 0)])
+def test_C11_rank_that_dies_before_it_could_join_does_not_keep_the_other(start, tiny_config, run, dead, alive) -> None:  # type: ignore[no-untyped-def]
     end = start(tiny_config, run, *SETTINGS, "parallel.start_timeout_s=2", ranks=2, fault=f"join/{dead}=kill")
     assert end["by_themselves"]
-    assert end["codes"][alive] == code
     said = (run.parent.parent / "run-output.txt").read_text()
-    if code == HUNG:
+    if end["codes"][alive] == HUNG:  # torch tries to connect again after its time is over; the deadline cut that short
+        assert alive == 1
         assert "HUNG: rank 1" in said
         assert "was still joining the other ranks after 4 s (parallel.start_timeout_s)" in said
         assert "in init_process_group" in said
-    else:
-        assert "1/2 clients joined" in said
+    else:  # torch's own error came first
+        assert end["codes"][alive] == FAILED
+        assert "1/2 clients joined" in said if alive == 0 else "DistNetworkError" in said
 
 
 @pytest.mark.parametrize("step", [1, 5], ids=["first thing", "later"])  # before and after the watchdog's first look
