@@ -213,7 +213,9 @@ def open_index(path: str | Path, access: Access | None = None) -> Index:
     if (root / "index" / "shards.parquet").is_file():
         return Index(root)
     if not root.exists():
-        raise DataError(f"there is no data set at {root}: the path does not exist (setting data.path)")
+        raise DataError(
+            f"there is no data set at {root}: the path does not exist (settings data.train, data.validation)"
+        )
     splits = sorted(child.parent.parent.name for child in root.glob("*/index/shards.parquet"))
     if splits:
         raise DataError(f"{root} holds the splits {', '.join(splits)}: name one of them, e.g. {root / splits[0]}")

@@ -316,7 +316,8 @@ def run_report(args: argparse.Namespace) -> int:
     from evaluation.report import write_report
 
     report = write_report(args.run, args.out)
-    grids = sorted((args.run / "evals").glob("step-*/grid.png"))
+    # Results under other settings lie in directories with their hash behind the step.
+    grids = sorted((args.run / "evals").glob(f"step-{'[0-9]' * 8}/grid.png"))
     if grids:
         _say(f"samples: {grids[-1]}")
     _say(f"report: {report}")

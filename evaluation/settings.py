@@ -7,18 +7,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data_pipeline.errors import DataError
 from data_pipeline.index import open_index
 from evaluation.defaults import run_config
 from evaluation.errors import EvaluationError
-from evaluation.files import write_text
 from evaluation.likelihood import NoiseSettings
 from evaluation.sampling import SamplingSettings
 from models.weights import load_weights_file
 from trainer.config import Config
-from trainer.config_io import load_config
+from trainer.config_io import build_config
 
 
 @dataclass(frozen=True)
@@ -121,11 +118,8 @@ def load_recipes(run_dir: Path, overrides: list[str], say: Callable[[str], None]
 FILE_OVERRIDABLE = (*OVERRIDABLE, "train.noise=", "train.noise_std=", "train.label_dropout=")
 
 
-def file_recipe(path: Path, out: Path, overrides: list[str]) -> Recipe:
-    """How a weights file is evaluated. Its model is its own; data, noise and all else come from the overrides.
-
-    OUT/config.yaml records the model for later calls.
-    """
+def file_recipe(path: Path, overrides: list[str]) -> Recipe:
+    """How a weights file is evaluated. Its model is its own; data, noise and all else come from the overrides."""
     for override in overrides:
         if not override.startswith(FILE_OVERRIDABLE):
             raise EvaluationError(
@@ -145,9 +139,7 @@ def file_recipe(path: Path, out: Path, overrides: list[str]) -> Recipe:
         "ema": {"relative_stds": []},
         "log": {"tensorboard": False},
     }
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "config.yaml", yaml.safe_dump(tree, sort_keys=False))
-    config = load_config(out / "config.yaml", overrides)
+    config = build_config(tree, str(path), overrides)
     settings = replace(EvaluationSettings.of_run(config), weights="file")
     return Recipe(config, settings, own=False)
 

@@ -21,7 +21,7 @@ from evaluation.settings import Recipe, file_recipe, load_recipes
 from evaluation.source import from_checkpoint, from_file, resolve_device
 from trainer.checkpoint import Checkpoint, committed, find, pinned, scan
 from trainer.errors import TrainerError
-from trainer.run_dir import load_run_config, require_run
+from trainer.run_dir import is_run, load_run_config, require_run
 
 Say = Callable[[str], None]
 ANNOUNCED_WITHIN_S = 30.0  # a worker that lives announces its result long before
@@ -94,7 +94,9 @@ def evaluate_file(
     The overrides name the data sets and, after gaussian noise, its standard deviation: a weights file knows neither.
     """
     options = options or WorkerOptions()
-    recipe = file_recipe(path, out, options.overrides)
+    if is_run(out):
+        raise EvaluationError(f"--out {out} is a run directory, whose results are its own; give another directory")
+    recipe = file_recipe(path, options.overrides)
     (evaluator,) = _evaluators(out, [recipe], options, say)
     source = from_file(path, evaluator.real.device)
     results.sweep(out)

@@ -31,6 +31,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise TrainerError(f"{path} is not readable YAML: {error}") from None
     if not isinstance(tree, dict):
         raise TrainerError(f"{path} must hold sections (data:, model:, train:, ...), not {type(tree).__name__}")
+    return build_config(tree, str(path), overrides)
+
+
+def build_config(tree: dict[str, Any], source: str, overrides: Sequence[str]) -> Config:
+    """A `Config` from nested mappings, which are changed in place, and overrides; `source` appears in errors."""
     origin: dict[str, str] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -41,7 +46,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             _assign(tree, key.split("."), yaml.load(value, Loader=yaml.BaseLoader))
         except yaml.YAMLError:
             raise TrainerError(f"the value of override {override!r} is not readable") from None
-    return parse_config(tree, str(path), origin)
+    return parse_config(tree, source, origin)
 
 
 def _assign(tree: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -66,3 +66,13 @@ def test_wrong_arguments_are_one_message_and_exit_code_2(arguments, message, cap
     assert message in captured.err
     assert "Traceback" not in captured.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_report_names_the_grid_of_the_runs_own_settings(make_run, capsys):
+    run_dir, _ = make_run()
+    for name in ("step-00000010", "step-00000020", "step-00000020-0123456789ab"):
+        folder = run_dir / "evals" / name
+        folder.mkdir(parents=True)
+        (folder / "grid.png").touch()
+    assert run("report", run_dir) == 0
+    assert f"samples: {run_dir}/evals/step-00000020/grid.png" in capsys.readouterr().out

@@ -213,6 +213,26 @@ def test_a_weights_file_is_evaluated_like_a_checkpoint(make_run, make_model, dig
         assert tarflow.main(wrong) == 2
 
 
+def test_a_refused_weights_file_writes_nothing_and_leaves_a_run_as_it_is(make_run, make_model, digit_like, tmp_path):
+    from data_pipeline.errors import DataError
+    from evaluation.errors import EvaluationError
+    from evaluation.worker import WorkerOptions, evaluate_file
+    from models.weights import save_weights_file
+
+    run_dir, _ = make_run()
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    model = make_model()
+    save_weights_file(tmp_path / "m.safetensors", model.config, model.state_dict())
+    given = [f"data.train={digit_like / 'train'}", "train.noise_std=0.1"]
+    with pytest.raises(EvaluationError, match="is a run directory"):
+        evaluate_file(tmp_path / "m.safetensors", run_dir, WorkerOptions(overrides=given))
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+    nowhere = WorkerOptions(overrides=["data.train=/nowhere", "train.noise_std=0.1"])
+    with pytest.raises(DataError, match=r"no data set at /nowhere.*data\.train"):
+        evaluate_file(tmp_path / "m.safetensors", tmp_path / "out", nowhere)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_chunks_file_says_who_did_it(run_of_2000):
     """Stopped before the result: the chunks stay, with their owner and nothing that is not an array."""
     with pytest.MonkeyPatch.context() as patch:
