@@ -6,9 +6,9 @@
 
 A unit's result is a pure function of the plan, and putting it in place is one step that only the first can do. So nothing
 depends on claims but the time that two would waste on one unit, and no lock is needed, which a network file system might
-not keep. A claim is made by creating a file that must not exist, and renewed by touching it. One that was not renewed for
-a lease, or whose process on this machine is dead, is void: the next number may be taken, again by one process only.
-Ages are differences of times that the file server set itself, so clocks of machines need not agree.
+not keep. A claim is a file that must not exist before, with its holder inside, and is renewed by touching it. One that was
+not renewed for a lease, or whose process on this machine is dead, is void: the next number may be taken, again by one
+process only. Ages are differences of times that the file server set itself, so clocks of machines need not agree.
 """
 
 import json
@@ -178,7 +178,7 @@ class SharedWork:
         try:
             holder = json.loads(text)
         except ValueError:
-            return True  # just made
+            return True  # just made, where there are no hard links
         here = holder.get("host") == os.uname().nodename and Path("/proc/self").exists()
         return not here or Path(f"/proc/{holder.get('pid')}").exists()
 

@@ -193,3 +193,21 @@ def test_joining_work_that_is_cleared_away_at_this_moment_begins_it_anew(tmp_pat
     work = SharedWork(folder, {"batch": 4}, 60)
     assert len(calls) == 3
     assert work.work_through(UNITS, write)
+
+
+def dies_while_it_claims(folder):
+    work = SharedWork(folder, {}, 3600)
+    die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    Path.write_text = os.fdopen = die  # whichever way the holder is about to be written
+    work.work_through(["unit-00"], write)
+
+
+def test_S02_a_process_killed_while_it_claims_holds_nothing(tmp_path):
+    process = spawn.Process(target=dies_while_it_claims, args=(tmp_path / "work",))
+    process.start()
+    process.join(20)
+    assert process.exitcode == -signal.SIGKILL
+    work = SharedWork(tmp_path / "work", {}, 3600)
+    limit = time.monotonic() + 10  # far below the lease
+    assert work.work_through(["unit-00"], write, over=lambda: time.monotonic() > limit)
+    assert work.computed == ["unit-00"]
