@@ -27,8 +27,8 @@ from trainer.parallel.torch_backend import SingleBackend
 BARS = {256: (1.05, 1.2), 1024: (1.15, 1.3), 4096: (1.7, 1.9)}
 LR = 1e-4
 GROUPS = {
-    "products": ("mm", "addmm", "bmm", "baddbmm"),
-    "attention": ("_scaled_dot_product",),
+    "products": ("mm", "addmm", "mkldnn::_linear_pointwise"),
+    "attention": ("_scaled_dot_product", "tarflow::causal_attention", "bmm", "baddbmm", "_softmax"),
     "optimizer": ("_fused_adamw", "_foreach"),
 }
 
@@ -55,11 +55,10 @@ def matmul_rate(dtype: torch.dtype) -> float:
 class Ours:
     """Our step, with its metrics read at the end of the window, as the loop does."""
 
-    def __init__(self, config: TarFlowConfig, weights: dict[str, Tensor], dtype: str, compiled: bool) -> None:
+    def __init__(self, config: TarFlowConfig, weights: dict[str, Tensor], dtype: str) -> None:
         model = TarFlow(config)
         model.load_state_dict(weights)
-        settings = training_config(config, train={"param_dtype": dtype, "global_batch_size": 8},
-                                   compile={"enable": compiled})
+        settings = training_config(config, train={"param_dtype": dtype, "global_batch_size": 8})
         self.backend = SingleBackend(model, settings, torch.device("cpu"))
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
@@ -68,7 +67,7 @@ class Ours:
         return stats
 
 
-def compare(tokens: int, dtype: str, rounds: int, compiled: bool = False) -> dict[str, float]:
+def compare(tokens: int, dtype: str, rounds: int) -> dict[str, float]:
     """Median seconds of both, alternating; and how far their first losses are apart."""
     config = shape(tokens)
     model = TarFlow(config)
@@ -79,7 +78,7 @@ def compare(tokens: int, dtype: str, rounds: int, compiled: bool = False) -> dic
     x = torch.randn(batch, *config.image_shape, generator=generator)
     y = torch.arange(batch) % 10 - (torch.arange(batch) == 0).long()  # the first label is dropped
     baseline = DenseTrainer(config, weights, getattr(torch, dtype), LR)
-    ours = Ours(config, weights, dtype, compiled)
+    ours = Ours(config, weights, dtype)
     first = abs(baseline.step(x, y)["loss"] - float(ours.step(x, y)[0]))
     seconds: dict[str, list[float]] = {"baseline": [], "ours": []}
     cpu: dict[str, list[float]] = {"baseline": [], "ours": []}

@@ -71,7 +71,7 @@ class _Network:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     logits: Callable[[Tensor], Tensor] | None = None
-    known: bool = True
+    num_classes: int = 0  # that `logits` tells apart
 
 
 def _packaged(name: str) -> _Network:
@@ -87,7 +87,15 @@ def _fid_inception(path: Path) -> _Network:
     fill(network, read_tensors(path), str(path))
     text = "grey repeated to RGB; bilinear to 299 without antialias as in TensorFlow 1; (x - 128) / 128; last pooling"
     return _Network(
-        network.fold(), sha256_of(path), inception.DIM, to_fid_input, text, (128.0,) * 3, (128.0,) * 3, network.logits
+        network.fold(),
+        sha256_of(path),
+        inception.DIM,
+        to_fid_input,
+        text,
+        (128.0,) * 3,
+        (128.0,) * 3,
+        network.logits,
+        num_classes=network.fc.out_features,
     )
 
 
@@ -100,7 +108,15 @@ def _torchvision_inception(path: Path) -> _Network:
         return to_network_input(images, inception.SIZE)
 
     return _Network(
-        network.fold(), sha256_of(path), inception.DIM, prepare, text, (127.5,) * 3, (127.5,) * 3, network.logits
+        network.fold(),
+        sha256_of(path),
+        inception.DIM,
+        prepare,
+        text,
+        (127.5,) * 3,
+        (127.5,) * 3,
+        network.logits,
+        num_classes=network.fc.out_features,
     )
 
 
@@ -182,7 +198,7 @@ class Features:
     @property
     def num_classes(self) -> int:
         """Classes that the network tells apart; 0 if it only has features."""
-        return self._network.module.fc.out_features if self._network.logits else 0  # type: ignore[union-attr,return-value]
+        return self._network.num_classes
 
     def __call__(self, images: Tensor) -> Tensor:
         if not len(images):

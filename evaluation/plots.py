@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -86,16 +87,14 @@ def svg(plot: Plot, key: str) -> str:
     return _inline(buffer.getvalue(), key, plot.title)
 
 
-def _draw(axes: object, curve: Curve, colour: str) -> None:
+def _draw(axes: Any, curve: Curve, colour: str) -> None:
     points = list(curve.points) if curve.marked else thin(list(curve.points))
     x, y = [p[0] for p in points], [p[1] for p in points]
     if curve.marked:
         errors = [e or 0.0 for e in curve.errors] if curve.errors else None
-        axes.errorbar(  # type: ignore[attr-defined]
-            x, y, yerr=errors, color=colour, lw=1.2, marker="o", ms=4, capsize=2, label=curve.label
-        )
+        axes.errorbar(x, y, yerr=errors, color=colour, lw=1.2, marker="o", ms=4, capsize=2, label=curve.label)
     else:
-        axes.plot(x, y, color=colour, lw=1.2, label=curve.label)  # type: ignore[attr-defined]
+        axes.plot(x, y, color=colour, lw=1.2, label=curve.label)
 
 
 def _inline(text: str, key: str, title: str) -> str:

@@ -12,6 +12,7 @@ Shapes: N = batch x heads, T tokens, K channels of a head.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,15 +118,15 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> tuple[Tens
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor, bool],
-           output: tuple[Tensor, Tensor]) -> None:  # fmt: skip
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, _ = inputs
     ctx.save_for_backward(q, k, v, output[1])
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, kept = ctx.saved_tensors  # type: ignore[attr-defined]
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, kept = ctx.saved_tensors
     return (*_attend_backward(grad.contiguous(), q, k, v, kept), None)
 
 
 torch.library.register_autograd("tarflow::causal_attention", _backward, setup_context=_setup)
+OPERATOR = torch.ops.tarflow.causal_attention.default

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # absent from builds without oneDNN
+_packet = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # absent from builds without oneDNN
+OPERATOR = _packet.default if _packet else None
 
 
 class Linear(nn.Linear):
     """x W^T + b; [..., in] -> [..., out]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        ours = _PRODUCT is not None and x.dtype == torch.float32 == self.weight.dtype and x.device.type == "cpu"
+        ours = OPERATOR is not None and x.dtype == torch.float32 == self.weight.dtype and x.device.type == "cpu"
         if ours and x.numel() and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
             return _Product.apply(x, self.weight, self.bias)
         return super().forward(x)
@@ -26,8 +27,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        assert _PRODUCT is not None
-        return _PRODUCT(x, weight, bias, "none", [], "")  # no activation fused
+        assert OPERATOR is not None
+        return OPERATOR(x, weight, bias, "none", [], "")  # no activation fused
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:

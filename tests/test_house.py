@@ -137,6 +137,6 @@ def test_pages_that_the_readme_points_to_exist_and_every_setting_is_described() 
     text = (ROOT / "docs" / "configuration.md").read_text()
     assert text == page(), "run `python -m trainer.config_page > docs/configuration.md`"
     for section, field in Config.model_fields.items():
-        for name, value in field.annotation.model_fields.items():  # type: ignore[union-attr]
+        for name, value in field.annotation.model_fields.items():
             assert f"`{section}.{name}`" in text
             assert value.description, f"{section}.{name} has no description"

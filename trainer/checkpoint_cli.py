@@ -141,8 +141,7 @@ def export(args: argparse.Namespace) -> int:
                 "verify`)"
             )
         config = load_config(checkpoint.path / "config.yaml")
-        names = config.ema.names
-        which = args.weights if args.weights != "auto" else (names[-1] if names else "raw")
+        which = args.weights if args.weights != "auto" else config.ema.preferred
         weights = load_weights(checkpoint, which)
     from models.weights import save_weights_file
 

@@ -218,8 +218,13 @@ class EMAConfig(Section):
 
     @property
     def names(self) -> list[str]:
-        """Names of all averages; the last one is what evaluation takes by itself: the widest as listed, if any."""
+        """Names of all averages, the widest as listed last."""
         return [*map(decay_name, self.decays), *map(power_name, self.relative_stds)]
+
+    @property
+    def preferred(self) -> str:
+        """What `auto` stands for: the last of the averages, or the raw weights where none is kept."""
+        return self.names[-1] if self.names else "raw"
 
 
 class CheckpointConfig(Section):
@@ -378,7 +383,7 @@ class Config(Section):
         """The set of weights that evaluation uses: never a silent fallback (case T06)."""
         if self.evaluation.weights != "auto":
             return self.evaluation.weights
-        return self.ema.names[-1] if self.ema.names else "raw"
+        return self.ema.preferred
 
     @property
     def denoise_multiplier(self) -> float:

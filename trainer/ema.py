@@ -6,6 +6,7 @@ the run. It is tracked in `images_seen`: batch size and world size do not change
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ class EMA:
         # Name of an average -> its decay at the step that ends at (images seen, images of the step).
         self._decays: dict[str, Callable[[int, int], float]] = {}
         for std in relative_stds:
-            self._decays[power_name(std)] = lambda seen, batch, std=std: power_decay(std, seen, batch)  # type: ignore[misc]
+            self._decays[power_name(std)] = partial(power_decay, std)
         for decay in decays:
             self._decays[decay_name(decay)] = lambda *_, decay=decay: decay
         self.averages = {name: {n: p.detach().clone() for n, p in self._sources.items()} for name in self._decays}

@@ -28,7 +28,7 @@ from data_pipeline.tar_scan import TarScan
 
 def index_of(root: Path, shards: list[Path], **options: object) -> list[tuple[str, str, int]]:
     """(key, field, label) of every sample, after indexing."""
-    index, _ = build_index(root, shards, **options)  # type: ignore[arg-type]
+    index, _ = build_index(root, shards, **options)
     rows = []
     for shard in range(len(index.shard_sizes)):
         table = index.read(shard).to_pydict()

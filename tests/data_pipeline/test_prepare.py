@@ -194,7 +194,7 @@ def test_a_folder_without_subfolders_has_no_labels(tmp_path: Path) -> None:
     ],
 )
 def test_bad_folders_are_named(tmp_path: Path, make: object, message: str) -> None:
-    make(tmp_path / "in")  # type: ignore[operator]
+    make(tmp_path / "in")
     with pytest.raises(DataError, match=message):
         open_source(tmp_path / "in")
 
@@ -245,7 +245,7 @@ def test_bad_options_are_named_and_nothing_is_written(
     folder: Path, tmp_path: Path, options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        prepare(open_source(folder), tmp_path / "out", Options(**{"size": 8} | options))  # type: ignore[arg-type]
+        prepare(open_source(folder), tmp_path / "out", Options(**{"size": 8} | options))
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 

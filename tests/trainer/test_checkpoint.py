@@ -57,7 +57,7 @@ def test_committed_checkpoint_reads_back_bit_for_bit(run: Path) -> None:
         (lambda p: os.rename(p, p.with_name(p.name + ".tmp")), "a save was interrupted"),
     ],
 )
-def test_T01_partial_checkpoint_is_not_the_newest(run: Path, damage, reason: str) -> None:  # type: ignore[no-untyped-def]
+def test_T01_partial_checkpoint_is_not_the_newest(run: Path, damage, reason: str) -> None:
     save(run, 10)
     damage(save(run, 20).path)
     assert ckpt.find(run).step == 10
@@ -116,13 +116,13 @@ def test_T01_killed_at_any_point_of_a_save_the_newest_whole_checkpoint_wins(run:
 def test_T15_damaged_bytes_are_found_by_checksum_and_an_older_checkpoint_is_taken_loudly(run: Path) -> None:
     for step in (10, 20):
         save(run, step)
-    assert ckpt.newest_sound(run, pytest.fail).step == 20  # type: ignore[arg-type, union-attr]
+    assert ckpt.newest_sound(run, pytest.fail).step == 20
     file = next((run / "checkpoints" / "step-00000020").glob("*.distcp"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     said: list[str] = []
-    assert ckpt.newest_sound(run, said.append).step == 10  # type: ignore[union-attr]
+    assert ckpt.newest_sound(run, said.append).step == 10
     assert said == [
         f"WARNING: checkpoint step-00000020 is damaged and not used: the checksum of its file {file.name} is wrong"
     ]
@@ -132,9 +132,9 @@ def test_T15_damaged_bytes_are_found_by_checksum_and_an_older_checkpoint_is_take
 
 
 def test_T15_fresh_start_only_if_nothing_was_ever_committed(run: Path) -> None:
-    assert ckpt.newest_sound(run, pytest.fail) is None  # type: ignore[arg-type]
+    assert ckpt.newest_sound(run, pytest.fail) is None
     ckpt.temporary_dir(run, 10)
-    assert ckpt.newest_sound(run, pytest.fail) is None  # type: ignore[arg-type]
+    assert ckpt.newest_sound(run, pytest.fail) is None
 
 
 def test_T04_retention_is_numeric_and_never_takes_the_last(run: Path) -> None:

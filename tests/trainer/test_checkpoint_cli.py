@@ -14,7 +14,7 @@ from trainer.run_dir import writer_lock
 
 
 @pytest.fixture(scope="module")
-def trained(start, tiny_data, tmp_path_factory) -> Path:  # type: ignore[no-untyped-def]
+def trained(start, tiny_data, tmp_path_factory) -> Path:
     """A run with five checkpoints, steps 1 to 5."""
     import yaml
 
@@ -47,7 +47,7 @@ def flip(file: Path, at: int) -> None:
     file.write_bytes(content)
 
 
-def test_list_shows_what_is_there_and_what_is_not_used(run: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_list_shows_what_is_there_and_what_is_not_used(run: Path, capsys) -> None:
     (run / "checkpoints" / "step-00000009.tmp").mkdir()
     (run / "checkpoints" / "step-00000004.damaged").mkdir()
     with pinned(find(run, 2), owner="evaluation"):
@@ -60,7 +60,7 @@ def test_list_shows_what_is_there_and_what_is_not_used(run: Path, capsys) -> Non
     assert any(line.startswith("step-00000004.damaged: set aside") for line in lines)
 
 
-def test_verify_reads_every_byte_of_every_file(run: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_verify_reads_every_byte_of_every_file(run: Path, capsys) -> None:
     assert tarflow.main(["checkpoint", "verify", str(run)]) == 0
     assert capsys.readouterr().out.count("sound: ") == 5
     victim = find(run, 3)
@@ -83,7 +83,7 @@ def test_verify_reads_every_byte_of_every_file(run: Path, capsys) -> None:  # ty
 @pytest.mark.parametrize(("asked", "meant"), [("auto", "ema-0.100"), ("raw", "raw"), ("ema-0.050", "ema-0.050")])
 def test_T06_export_writes_the_set_that_was_asked_for_and_names_it(
     trained: Path, tmp_path: Path, capsys, suffix: str, asked: str, meant: str
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
     out = tmp_path / f"weights{suffix}"
     assert tarflow.main(["checkpoint", "export", str(trained), "--out", str(out), "--weights", asked]) == 0
     assert f"weights {meant} of step-00000005" in capsys.readouterr().out
@@ -96,7 +96,7 @@ def test_T06_export_writes_the_set_that_was_asked_for_and_names_it(
     assert not list((trained / "checkpoints" / "pins").iterdir())
 
 
-def test_T06_export_refuses_and_writes_nothing(run: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_T06_export_refuses_and_writes_nothing(run: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "old.pth").write_text("mine")
 
     def refused(*arguments: str) -> str:
@@ -115,7 +115,7 @@ def test_T06_export_refuses_and_writes_nothing(run: Path, tmp_path: Path, capsys
     assert sorted(p.name for p in tmp_path.iterdir()) == ["old.pth", "run"]
 
 
-def test_T04_prune_follows_retention_and_keeps_the_newest_and_the_pinned(run: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_T04_prune_follows_retention_and_keeps_the_newest_and_the_pinned(run: Path, capsys) -> None:
     prune = ["checkpoint", "prune", str(run)]
     assert tarflow.main(prune) == 0  # the run keeps all
     assert steps(run) == [1, 2, 3, 4, 5]
@@ -131,7 +131,7 @@ def test_T04_prune_follows_retention_and_keeps_the_newest_and_the_pinned(run: Pa
     assert (run / "checkpoints" / "latest").read_text().strip() == "step-00000005"
 
 
-def test_T04_prune_never_removes_the_last_whole_one_nor_works_beside_a_writer(run: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_T04_prune_never_removes_the_last_whole_one_nor_works_beside_a_writer(run: Path, capsys) -> None:
     prune = ["checkpoint", "prune", str(run), "--keep-latest", "2"]
     for step in (4, 5):
         flip(next(find(run, step).path.glob("*.distcp")), 7)
@@ -154,6 +154,6 @@ def test_prune_removes_what_was_set_aside_only_when_asked(run: Path) -> None:
     assert not aside.exists()
 
 
-def test_what_is_no_run_is_said(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_what_is_no_run_is_said(tmp_path: Path, capsys) -> None:
     assert tarflow.main(["checkpoint", "list", str(tmp_path / "none")]) == 2
     assert "no run directory at" in capsys.readouterr().err

@@ -61,7 +61,7 @@ def build(mode: str, width: int, compiled: bool) -> TarFlow:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for block in model.blocks:
-            block.proj_out.weight.normal_(0, 0.02, generator=generator)  # type: ignore[union-attr, operator]
+            block.proj_out.weight.normal_(0, 0.02, generator=generator)
     settings = {"activation_checkpoint": MODES[mode], "compile": {"enable": compiled}}
     apply_parallelism(model, training_config(shape, **settings), mesh=None)
     return model

@@ -121,7 +121,7 @@ def leaves(model: type, prefix: str = "") -> list[str]:
     from pydantic import BaseModel
 
     found = []
-    for name, field in model.model_fields.items():  # type: ignore[attr-defined]
+    for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             found += leaves(kind, f"{prefix}{name}.")

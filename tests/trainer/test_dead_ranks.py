@@ -29,7 +29,7 @@ def log(run: Path) -> str:
 
 @pytest.mark.parametrize("how", CODE)
 @pytest.mark.parametrize("where", ["step@8", "save.written@2"], ids=["at a step", "during a save"])
-def test_C11_one_dead_rank_takes_all_with_it_and_the_log_says_why(start, tiny_config, run, where, how) -> None:  # type: ignore[no-untyped-def]
+def test_C11_one_dead_rank_takes_all_with_it_and_the_log_says_why(start, tiny_config, run, where, how) -> None:
     end = start(tiny_config, run, *SETTINGS, ranks=3, fault=f"{where}/1={how}")
     assert end["by_themselves"]
     assert end["leftovers"] == []
@@ -56,7 +56,7 @@ def test_C11_one_dead_rank_takes_all_with_it_and_the_log_says_why(start, tiny_co
     assert find(run).step in ((3, 6) if where == "step@8" else (3,))  # a save under way may or may not have been done
 
 
-def test_C11_restart_after_a_death_forms_a_clean_world_of_another_size(start, tiny_config, run) -> None:  # type: ignore[no-untyped-def]
+def test_C11_restart_after_a_death_forms_a_clean_world_of_another_size(start, tiny_config, run) -> None:
     end = start(tiny_config, run, *SETTINGS, ranks=3, fault="save.written@2/2=kill")
     assert end["codes"][2] == -9
     assert (run / "heartbeats" / "rank-0002.json").exists()  # what the dead left: heartbeats, a torn save, a lock
@@ -68,19 +68,19 @@ def test_C11_restart_after_a_death_forms_a_clean_world_of_another_size(start, ti
     assert find(run).step == 12
 
 
-def test_C11_normal_end_with_workers_leaves_nothing_behind(start, tiny_config, run) -> None:  # type: ignore[no-untyped-def]
+def test_C11_normal_end_with_workers_leaves_nothing_behind(start, tiny_config, run) -> None:
     end = start(tiny_config, run, *SETTINGS, "data.num_workers=2", ranks=2)
     assert end == {"codes": [FINISHED, FINISHED], "by_themselves": True, "leftovers": []}
 
 
-def test_C11_killed_rank_does_not_leave_its_workers_behind(start, tiny_config, run) -> None:  # type: ignore[no-untyped-def]
+def test_C11_killed_rank_does_not_leave_its_workers_behind(start, tiny_config, run) -> None:
     end = start(tiny_config, run, *SETTINGS, "data.num_workers=2", ranks=2, fault="step@4=kill")
     assert end["codes"] == [-9, -9]
     assert end["leftovers"] == []
 
 
 @pytest.mark.parametrize(("dead", "alive"), [(0, 1), (1, 0)])
-def test_C11_rank_that_dies_before_it_could_join_does_not_keep_the_other(start, tiny_config, run, dead, alive) -> None:  # type: ignore[no-untyped-def]
+def test_C11_rank_that_dies_before_it_could_join_does_not_keep_the_other(start, tiny_config, run, dead, alive) -> None:
     end = start(tiny_config, run, *SETTINGS, "parallel.start_timeout_s=2", ranks=2, fault=f"join/{dead}=kill")
     assert end["by_themselves"]
     said = (run.parent.parent / "run-output.txt").read_text()
@@ -95,7 +95,7 @@ def test_C11_rank_that_dies_before_it_could_join_does_not_keep_the_other(start, 
 
 
 @pytest.mark.parametrize("step", [1, 5], ids=["first thing", "later"])  # before and after the watchdog's first look
-def test_hang_that_lets_no_other_thread_run_is_ended_too(start, tiny_config, run, step) -> None:  # type: ignore[no-untyped-def]
+def test_hang_that_lets_no_other_thread_run_is_ended_too(start, tiny_config, run, step) -> None:
     settings = (*SETTINGS, "parallel.start_timeout_s=5")
     end = start(tiny_config, run, *settings, ranks=2, fault=f"step@{step}/1=spin")
     assert end["by_themselves"]
@@ -103,7 +103,7 @@ def test_hang_that_lets_no_other_thread_run_is_ended_too(start, tiny_config, run
     assert "in fault_point" in (run / "logs" / "rank-0001.log").read_text()
 
 
-def test_straggler_is_named_with_its_times(start, tiny_config, run) -> None:  # type: ignore[no-untyped-def]
+def test_straggler_is_named_with_its_times(start, tiny_config, run) -> None:
     settings = (*SETTINGS, "parallel.step_timeout_s=2", "train.max_images=240")
     end = start(tiny_config, run, *settings, ranks=2, fault="step@1/1=slow:0.25")
     assert end["codes"] == [FINISHED, FINISHED]
@@ -112,7 +112,7 @@ def test_straggler_is_named_with_its_times(start, tiny_config, run) -> None:  # 
     assert all("all ranks wait for it" in line for line in lines)
 
 
-def test_restarts_without_progress_end_with_a_reason_and_a_way_out(start, tiny_config, run) -> None:  # type: ignore[no-untyped-def]
+def test_restarts_without_progress_end_with_a_reason_and_a_way_out(start, tiny_config, run) -> None:
     settings = (*SETTINGS, "train.max_restarts_without_progress=2")
     for _ in range(3):  # the first start and two restarts
         assert start(tiny_config, run, *settings, ranks=1, fault="step@5=kill,step@2=kill")["codes"] == [-9]
@@ -129,14 +129,14 @@ def test_restarts_without_progress_end_with_a_reason_and_a_way_out(start, tiny_c
     assert trained[-10:] == [p for p in range(0, 144, 12) if p not in (12, 24)]
 
 
-def test_progress_sets_the_count_of_restarts_back(start, tiny_config, run) -> None:  # type: ignore[no-untyped-def]
+def test_progress_sets_the_count_of_restarts_back(start, tiny_config, run) -> None:
     settings = (*SETTINGS, "train.max_restarts_without_progress=1", "checkpoint.asynchronous=false")
     for _ in range(3):  # each commits one checkpoint and dies
         assert start(tiny_config, run, *settings, ranks=1, fault="save.begin@2=kill")["codes"] == [-9]
     assert start(tiny_config, run, *settings, ranks=1)["codes"] == [FINISHED]
 
 
-def test_full_disk_costs_saves_and_after_max_failures_the_run_stops(start, tiny_config, run) -> None:  # type: ignore[no-untyped-def]
+def test_full_disk_costs_saves_and_after_max_failures_the_run_stops(start, tiny_config, run) -> None:
     fault = "save.written@2/1=nospace,save.written@3/1=nospace"
     settings = (*SETTINGS, "checkpoint.max_failures=2", "checkpoint.keep_latest=-1", "train.max_images=240")
     end = start(tiny_config, run, *settings, ranks=2, fault=fault)
@@ -153,7 +153,7 @@ def test_full_disk_costs_saves_and_after_max_failures_the_run_stops(start, tiny_
     assert not list((run / "checkpoints").glob("*.tmp"))
 
 
-def test_full_disk_costs_log_lines_but_not_the_run(start, tiny_config, run) -> None:  # type: ignore[no-untyped-def]
+def test_full_disk_costs_log_lines_but_not_the_run(start, tiny_config, run) -> None:
     run.mkdir(parents=True)
     (run / "run.json").write_text('{"run_id": "full"}')
     (run / "logs").mkdir()
@@ -166,7 +166,7 @@ def test_full_disk_costs_log_lines_but_not_the_run(start, tiny_config, run) -> N
     assert hung["codes"][1] == HUNG  # the watchdog does not need the disk, either
 
 
-def test_T01_pointer_is_never_ahead_of_the_data(start, tiny_config, run) -> None:  # type: ignore[no-untyped-def]
+def test_T01_pointer_is_never_ahead_of_the_data(start, tiny_config, run) -> None:
     """A slow disk, and SIGKILL while it writes: the pointer names a checkpoint whose every byte is there."""
     for number, point in enumerate(("save.written", "save.renamed"), 1):
         slow = "save.begin@2=slow:0.2,save.written@2=slow:0.2,save.renamed@2=slow:0.2"
@@ -179,7 +179,7 @@ def test_T01_pointer_is_never_ahead_of_the_data(start, tiny_config, run) -> None
         assert damage(whole[named]) is None
 
 
-def test_T15_damaged_newest_checkpoint_is_set_aside_and_the_one_before_goes_on(start, tiny_config, run) -> None:  # type: ignore[no-untyped-def]
+def test_T15_damaged_newest_checkpoint_is_set_aside_and_the_one_before_goes_on(start, tiny_config, run) -> None:
     settings = (*SETTINGS, "train.max_images=72")
     assert start(tiny_config, run, *settings, ranks=1)["codes"] == [FINISHED]
     file = next((run / "checkpoints" / "step-00000006").glob("*.distcp"))
@@ -196,7 +196,7 @@ def test_T15_damaged_newest_checkpoint_is_set_aside_and_the_one_before_goes_on(s
     assert [c.step for c in committed(run)] == [3, 6]
 
 
-def test_K03_changes_are_printed_and_those_of_the_order_are_flagged(start, tiny_config, run) -> None:  # type: ignore[no-untyped-def]
+def test_K03_changes_are_printed_and_those_of_the_order_are_flagged(start, tiny_config, run) -> None:
     assert start(tiny_config, run, *SETTINGS, "train.max_images=48", ranks=1)["codes"] == [FINISHED]
     changed = ("train.max_images=96", "train.global_batch_size=8", "train.seed=7", "optim.lr=2e-3")
     assert start(tiny_config, run, *SETTINGS, *changed, ranks=1)["codes"] == [FINISHED]

@@ -30,7 +30,7 @@ def fake_backend(p: torch.Tensor) -> SimpleNamespace:
 
 def test_constant_decay_is_the_ordinary_recursion_beside_the_power_averages() -> None:
     p = torch.nn.Parameter(torch.zeros(3))
-    ema = EMA(fake_backend(p), (0.1,), (0.9, 0.99))  # type: ignore[arg-type]
+    ema = EMA(fake_backend(p), (0.1,), (0.9, 0.99))
     expected = {0.9: torch.zeros(3, dtype=torch.float64), 0.99: torch.zeros(3, dtype=torch.float64)}
     for k, value in enumerate(torch.rand(50, 3, generator=torch.Generator().manual_seed(0)), 1):
         p.data.copy_(value)

@@ -32,4 +32,4 @@ def test_settings_on_the_failures_page_exist() -> None:
     from trainer.config import Config
 
     for section, name in re.findall(r"`(train|data|parallel|checkpoint|optim)\.([a-z_]+)\b[^`]*`", PAGE.read_text()):
-        assert name in Config.model_fields[section].annotation.model_fields, f"{section}.{name}"  # type: ignore[union-attr]
+        assert name in Config.model_fields[section].annotation.model_fields, f"{section}.{name}"

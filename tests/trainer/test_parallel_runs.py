@@ -188,7 +188,7 @@ def noise_of(config: Config, world: int, seen: int) -> list[StepInput]:
         batch = SimpleNamespace(
             images=torch.zeros(per_rank, 1, 8, 8, dtype=torch.uint8), labels=slots % 3, slots=slots, images_seen=seen
         )
-        found.append(step_input(batch, config.train))  # type: ignore[arg-type]
+        found.append(step_input(batch, config.train))
     return found
 
 
@@ -197,7 +197,7 @@ def test_T09_noise_belongs_to_the_sample_not_to_a_rank_its_history_or_its_restar
     torch.manual_seed(5)
     before = torch.get_rng_state()
     step_input(SimpleNamespace(images=torch.zeros(2, 1, 8, 8), labels=torch.zeros(2, dtype=torch.long),
-                               slots=torch.arange(2), images_seen=0), config.train)  # type: ignore[arg-type]  # fmt: skip
+                               slots=torch.arange(2), images_seen=0), config.train)  # fmt: skip
     assert torch.equal(torch.get_rng_state(), before)  # nor does it move anybody else's randomness
     drawn = []
     for seen in (0, BATCH, 2 * BATCH):

@@ -130,7 +130,7 @@ def test_T12_accumulation_in_bfloat16_sums_in_float32_also_where_a_micro_batch_u
     data, model = load("training_curve")
     with torch.no_grad():
         for number, block in enumerate(model.blocks):  # as in the script
-            block.proj_out.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(number))  # type: ignore[union-attr, operator]
+            block.proj_out.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(number))
     config = training_config(model.config, train={"param_dtype": "bfloat16", "micro_batch_size": 2})
     backend = SingleBackend(model, config, torch.device("cpu"))
     threads = torch.get_num_threads()

@@ -27,7 +27,7 @@ SETTINGS = ("train.max_images=16_000", "checkpoint.every_images=48", "log.every_
     ],
     ids=["USR2 to rank 1", "TERM to rank 0", "several to both", "during a save", "at the start"],
 )
-def test_C07_all_ranks_save_the_same_step_once(start, tiny_config, tmp_path, send, fault) -> None:  # type: ignore[no-untyped-def]
+def test_C07_all_ranks_save_the_same_step_once(start, tiny_config, tmp_path, send, fault) -> None:
     run = tmp_path / "runs" / "run"
     end = start(tiny_config, run, *SETTINGS, ranks=2, send=send, fault=fault, wait_for_file="heartbeats/rank-0001.json")
     assert end == {"codes": [REQUEUE, REQUEUE], "by_themselves": True, "leftovers": []}
@@ -40,7 +40,7 @@ def test_C07_all_ranks_save_the_same_step_once(start, tiny_config, tmp_path, sen
     assert "WARNING" not in text
 
 
-def test_C07_stopped_run_goes_on_to_the_same_end(start, tiny_config, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_C07_stopped_run_goes_on_to_the_same_end(start, tiny_config, tmp_path) -> None:
     run = tmp_path / "runs" / "run"
     settings = (*SETTINGS, "train.max_images=480")
     assert start(tiny_config, run, *settings, ranks=2, send=[[4, "SIGUSR2", [1]]])["codes"] == [REQUEUE] * 2

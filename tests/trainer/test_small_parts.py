@@ -46,7 +46,7 @@ def test_power_profile_has_its_width(std: float) -> None:
 
 def test_average_weighs_the_past_by_the_power_profile() -> None:
     p = torch.nn.Parameter(torch.zeros(3))
-    ema = EMA(SimpleNamespace(locals=lambda: {"p": p}), (0.1,))  # type: ignore[arg-type]
+    ema = EMA(SimpleNamespace(locals=lambda: {"p": p}), (0.1,))
     values = torch.rand(200, 3, generator=torch.Generator().manual_seed(0))
     for k, value in enumerate(values, 1):
         p.data.copy_(value)

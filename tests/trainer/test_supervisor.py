@@ -206,7 +206,7 @@ def test_C07_ranks_of_a_killed_launcher_save_and_leave(tiny_config: Path, tmp_pa
 
 def test_wrong_numbers_and_ranks_within_ranks_are_refused(
     tiny_config: Path, tmp_path: Path, monkeypatch, capsys
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
     command = ["train", str(tiny_config), "--run", str(tmp_path / "run")]
     assert tarflow.main([*command, "--ranks", "0"]) == USAGE
     assert "--ranks 0: 1 at least" in capsys.readouterr().err

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import models.attention  # noqa: F401  (registers tarflow::causal_attention)
+import models.attention
+import models.linear
 from trainer.config import ActivationCheckpointConfig
 
 Forward = Callable[[Tensor], Any]
@@ -30,9 +31,7 @@ KEPT = {
     )
     if hasattr(_aten, name)
 }  # fmt: skip
-KEPT |= {torch.ops.tarflow.causal_attention.default}
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-    KEPT |= {torch.ops.mkldnn._linear_pointwise.default}  # models.linear
+KEPT |= {models.attention.OPERATOR, models.linear.OPERATOR}  # ours, on the CPU
 
 
 def checkpoint_layer(layer: nn.Module, number: int, config: ActivationCheckpointConfig) -> None:
