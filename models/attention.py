@@ -1,9 +1,9 @@
-"""Causal attention: torch's flash kernel, or on the CPU, where it pays, blocks of queries against the keys they may see.
+"""Causal attention: torch's flash kernel, or in bfloat16 on the CPU blocks of queries against the keys they may see.
 
-The CPU's flash kernel reaches a fifth of the machine's bfloat16 product rate, and two thirds of the float32 one at short
-sequences. Plain batched products over blocks of queries do better: a block sees only the keys up to its own end, so the
-masked half is not computed, and no T x T mask is stored. For the backward pass the probabilities are kept while a row
-of them is short, and computed anew otherwise, so what a layer keeps stays linear in T.
+The CPU's flash kernel makes poor use of its bfloat16 products. Plain batched products over blocks of queries do better
+(`benchmarks/train_step.py`): a block sees only the keys up to its own end, so the masked half is not computed, and no T x T
+mask is stored. For the backward pass the probabilities are kept while a row of them is short, and computed anew otherwise,
+so what a layer keeps stays linear in T.
 
 An operator of its own (`tarflow::causal_attention`), so that compilation sees one node, and selective activation
 checkpointing can keep its output.
@@ -18,26 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Measured on two cores, forward and backward, against the flash kernel. float32: 0.83 of its time at 256 tokens, 0.92
-# at 1,024, 1.15 at 4,096; bfloat16: 0.43, 0.58, 0.80.
-FLOAT32_TOKENS = 1024
 KEPT_ROW_BYTES = 2048  # up to here the kept probabilities take less than what else a layer keeps for a token
 
 
 def causal_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) v with token t seeing tokens 0..t; [B, H, T, K] as the inputs."""
-    B, H, T, K = q_BHTK.shape
-    if not uses_blocks(q_BHTK.device, q_BHTK.dtype, T):
+    if q_BHTK.device.type != "cpu" or q_BHTK.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
+    return attention_in_blocks(q_BHTK, k_BHTK, v_BHTK)
+
+
+def attention_in_blocks(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
+    """The same by blocks of queries, in any float dtype."""
+    B, H, T, K = q_BHTK.shape
     q, k, v = (t.reshape(B * H, T, K) for t in (q_BHTK, k_BHTK, v_BHTK))
     keep = torch.is_grad_enabled() and keeps_probabilities(q.dtype, T)
     return _attend(q, k, v, keep)[0].view(B, H, T, K)
-
-
-def uses_blocks(device: torch.device, dtype: torch.dtype, tokens: int) -> bool:
-    """Whether blocks of products are the faster way here."""
-    short = dtype == torch.float32 and tokens <= FLOAT32_TOKENS
-    return device.type == "cpu" and (short or dtype == torch.bfloat16)
 
 
 def keeps_probabilities(dtype: torch.dtype, tokens: int) -> bool:

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import TarFlowConfig
-from models.linear import Linear
 from models.transformer import TransformerLayer
 
 PRIOR_MOMENTUM = 0.1  # of the learned prior variance of the volume-preserving flow, as published
@@ -39,13 +38,13 @@ class FlowBlock(nn.Module):
         self.config = config
         self.reverse_order = reverse
         c = config.channels
-        self.proj_in = Linear(config.token_dim, c)
+        self.proj_in = nn.Linear(config.token_dim, c)
         self.pos_embed = nn.Parameter(torch.zeros(config.num_tokens, c))
         self.class_embed = nn.Parameter(torch.zeros(config.num_classes, 1, c)) if config.num_classes else None
         self.attn_blocks = nn.ModuleList(
             TransformerLayer(c, config.head_channels, config.expansion) for _ in range(config.layers_per_block)
         )
-        self.proj_out = Linear(c, config.token_dim * (2 if config.nvp else 1))
+        self.proj_out = nn.Linear(c, config.token_dim * (2 if config.nvp else 1))
 
     def order(self, x: Tensor, dim: int = 1) -> Tensor:
         """The sequence in this block's order; its own inverse."""

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import models.attention
-import models.linear
+from models.attention import OPERATOR
 from trainer.config import ActivationCheckpointConfig
 
 Forward = Callable[[Tensor], Any]
@@ -31,7 +30,7 @@ KEPT = {
     )
     if hasattr(_aten, name)
 }  # fmt: skip
-KEPT |= {models.attention.OPERATOR, models.linear.OPERATOR}  # ours, on the CPU
+KEPT.add(OPERATOR)  # attention of the CPU
 
 
 def checkpoint_layer(layer: nn.Module, number: int, config: ActivationCheckpointConfig) -> None:
