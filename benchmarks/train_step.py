@@ -27,7 +27,7 @@ from trainer.parallel.torch_backend import SingleBackend
 BARS = {256: (1.05, 1.2), 1024: (1.15, 1.3), 4096: (1.7, 1.9)}
 LR = 1e-4
 GROUPS = {
-    "products": ("mm", "addmm"),
+    "products": ("mm", "addmm", "mkldnn_convolution", "convolution"),
     "attention": ("_scaled_dot_product", "tarflow::causal_attention", "bmm", "baddbmm", "_softmax"),
     "optimizer": ("_fused_adamw", "_foreach"),
 }

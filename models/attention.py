@@ -18,11 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LONG = 2048  # tokens from which it pays on the CPU to lay the rows of a head side by side first
 KEPT_ROW_BYTES = 2048  # up to here the kept probabilities take less than what else a layer keeps for a token
 
 
 def causal_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) v with token t seeing tokens 0..t; [B, H, T, K] as the inputs."""
+    if q_BHTK.device.type == "cpu" and q_BHTK.shape[2] >= LONG:
+        q_BHTK, k_BHTK, v_BHTK = (t.contiguous() for t in (q_BHTK, k_BHTK, v_BHTK))
     if q_BHTK.device.type != "cpu" or q_BHTK.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
     return attention_in_blocks(q_BHTK, k_BHTK, v_BHTK)
@@ -47,8 +50,8 @@ def kept_numbers(tokens: int) -> int:
 
 
 def _blocks(tokens: int) -> Iterator[tuple[int, int]]:
-    """[start, end) of the queries of each block: an eighth of the sequence, within 64 and 512."""
-    size = min(max(tokens // 8, 64), 512)
+    """[start, end) of the queries of each block: an eighth of the sequence, within 64 and 256."""
+    size = min(max(tokens // 8, 64), 256)
     for start in range(0, tokens, size):
         yield start, min(start + size, tokens)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import causal_attention
+from models.linear import Linear
 
 
 class CausalAttention(nn.Module):
@@ -18,8 +19,8 @@ class CausalAttention(nn.Module):
         super().__init__()
         self.num_heads = channels // head_channels
         self.norm = nn.LayerNorm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
+        self.qkv = Linear(channels, 3 * channels)
+        self.proj = Linear(channels, channels)
 
     def _heads(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         B, T, _ = x_BTC.shape
@@ -54,7 +55,7 @@ class MLP(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
         self.main = nn.Sequential(
-            nn.Linear(channels, expansion * channels), nn.GELU(), nn.Linear(expansion * channels, channels)
+            Linear(channels, expansion * channels), nn.GELU(), Linear(expansion * channels, channels)
         )
 
     def forward(self, x_BTC: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 
 from benchmarks import activation_checkpointing as modes
 from benchmarks import parity
+from models import linear
 from models.config import TarFlowConfig
 from models.cost import activation_bytes, parameters, peak_rate
 from models.flow import TarFlow
@@ -56,8 +57,12 @@ def test_T13_zero_3_gives_whole_weights(tmp_path: Path) -> None:
     assert {name: t.shape for name, t in answer["weights"].items()} == shapes
 
 
+@pytest.mark.parametrize("products", ["linear", "convolution"])
 @pytest.mark.parametrize("mode", [m for m in modes.MODES if m != "none"])
-def test_checkpointing_modes_keep_gradients_bitwise_and_bytes_as_the_cost_model_says(mode: str) -> None:
+def test_checkpointing_modes_keep_gradients_bitwise_and_bytes_as_the_cost_model_says(
+    monkeypatch: pytest.MonkeyPatch, mode: str, products: str
+) -> None:
+    monkeypatch.setattr(linear, "_by_convolution", lambda x: products == "convolution")
     shape = TarFlowConfig(image_size=16, patch_size=2, channels=64, num_blocks=2, layers_per_block=2)
     plain = modes.gradients(shape, "none")
     assert all(torch.equal(a, b) for a, b in zip(plain, modes.gradients(shape, mode)))

@@ -25,7 +25,8 @@ _aten = torch.ops.aten
 KEPT = {
     getattr(_aten, name).default
     for name in (
-        "mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+        "mm", "addmm", "bmm", "baddbmm", "convolution",  # the last: products of the CPU
+        "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu",
     )
     if hasattr(_aten, name)
