@@ -28,7 +28,7 @@ PEAK_BF16 = {
     "H200 NVL": 835e12,  # NVIDIA H200 data sheet, NVL column
     "H200": 989e12,  # NVIDIA H200 data sheet, SXM column
     "B200": 2250e12,  # NVIDIA HGX B200 data sheet
-    "MI250X": 383e12,  # AMD Instinct MI250X data sheet, both dies
+    "MI250X": 191.5e12,  # AMD Instinct MI250X data sheet, halved: torch sees each of the two dies as a device
     "MI300X": 1307e12,  # AMD Instinct MI300X data sheet
 }
 
