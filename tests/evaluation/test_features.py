@@ -13,14 +13,6 @@ from evaluation.errors import EvaluationError
 from evaluation.features import Features, to_network_input
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def lite0():
     return Features("efficientnet_lite0")
