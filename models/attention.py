@@ -24,9 +24,10 @@ KEPT_ROW_BYTES = 2048  # up to here the kept probabilities take less than what e
 
 def causal_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) v with token t seeing tokens 0..t; [B, H, T, K] as the inputs."""
-    if q_BHTK.device.type == "cpu" and q_BHTK.shape[2] >= LONG:
+    on_cpu = q_BHTK.device.type == "cpu"
+    if on_cpu and q_BHTK.shape[2] >= LONG:
         q_BHTK, k_BHTK, v_BHTK = (t.contiguous() for t in (q_BHTK, k_BHTK, v_BHTK))
-    if q_BHTK.device.type != "cpu" or q_BHTK.dtype != torch.bfloat16:
+    if not on_cpu or q_BHTK.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
     return attention_in_blocks(q_BHTK, k_BHTK, v_BHTK)
 

@@ -1,7 +1,7 @@
 """The linear layer of the transformer: torch's own, or for many rows on the CPU the same product as a 1 x 1 convolution.
 
-torch hands float32 products on the CPU to MKL, and convolutions to oneDNN, which is a tenth to a quarter faster at the
-long narrow products of training and adds the bias on the way (`benchmarks/train_step.py`). Rows become the pixels of one
+torch hands float32 products on the CPU to MKL and convolutions to oneDNN, which may be the faster of the two and adds the
+bias on the way (`benchmarks/linear.py`; `benchmarks/train_step.py` for the whole step). Rows become the pixels of one
 image with its channels last, so nothing is copied but the weights' gradient, and autograd does the rest.
 """
 
@@ -22,12 +22,13 @@ class Linear(nn.Linear):
 
 
 def _by_convolution(x: Tensor) -> bool:
-    """Compiled code is left to the compiler, and on one thread torch does not call oneDNN.
+    """Compiled code is left to the compiler; on one thread, and for other types, torch does not call oneDNN.
 
     Whether gradients are wanted plays no part: a layer computed again in the backward pass must go the same way.
     """
     return (
         x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
         and not torch.compiler.is_compiling()
         and x.numel() >= MANY_ROWS * x.shape[-1]
         and torch.get_num_threads() > 1

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models import attention
 from models.attention import OPERATOR, attention_in_blocks, causal_attention, keeps_probabilities, kept_numbers
 
 
@@ -68,3 +69,18 @@ def test_blocks_serve_bfloat16_on_the_cpu_and_nothing_else() -> None:
     low, full = inputs(70, torch.bfloat16), inputs(70)
     assert torch.equal(causal_attention(*low), attention_in_blocks(*low))
     assert torch.equal(causal_attention(*full), F.scaled_dot_product_attention(*full, is_causal=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_of_long_sequences_are_laid_side_by_side(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    tensors = [t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in inputs(70, dtype)]
+    short = causal_attention(*tensors)
+    monkeypatch.setattr(attention, "LONG", 70)
+    seen: list[bool] = []
+    name, place = ("attention_in_blocks", attention) if dtype == torch.bfloat16 else ("scaled_dot_product_attention", F)
+    real = getattr(place, name)
+    monkeypatch.setattr(place, name, lambda *a, **k: seen.extend(t.is_contiguous() for t in a) or real(*a, **k))
+    long = causal_attention(*tensors)
+    assert seen == [True] * 3
+    for ours, theirs in zip([long, *gradients(long, tensors)], [short, *gradients(short, tensors)]):
+        torch.testing.assert_close(ours, theirs)

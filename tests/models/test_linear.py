@@ -58,6 +58,8 @@ def test_only_long_products_go_that_way_with_gradients_or_without() -> None:
     assert operations(layer, x[:, 1:]) == {"aten::linear"}  # too few rows
     with torch.no_grad():
         assert operations(layer, x) == {"aten::conv2d"}  # a layer is computed the same way the second time
+    assert operations(layer.double(), x.double()) == {"aten::linear"}  # a type that oneDNN does not know
+    layer.float()
     torch.set_num_threads(1)
     assert operations(layer, x) == {"aten::linear"}  # there torch would use another library
 
@@ -68,3 +70,13 @@ def test_nothing_is_kept_for_the_backward_pass_but_the_input() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer(x)
     assert {t.untyped_storage().data_ptr() for t in kept} == {t.untyped_storage().data_ptr() for t in (x, layer.weight)}
+
+
+def test_compiled_code_is_left_to_the_compiler() -> None:
+    x, layer = inputs(MANY_ROWS)
+    graphs: list[str] = []
+    compiled = torch.compile(layer, backend=lambda graph, _: graphs.append(graph.code) or graph.forward, fullgraph=True)
+    torch.testing.assert_close(compiled(x), F.linear(x, layer.weight, layer.bias))
+    assert len(graphs) == 1
+    assert "linear" in graphs[0]
+    assert "conv2d" not in graphs[0]
