@@ -48,7 +48,7 @@ PLANS = {
     "1 copy of 1,024 pieces, first rank": (1024, "full", 0),
     "1 copy of 1,024 pieces, last rank": (1024, "full", RANKS - 1),
 }
-QUICK = ("128 copies of 8 pieces, full",)
+QUICK = ("128 copies of 8 pieces, full", "128 copies of 8 pieces, none")
 KINDS = ("weights", "gradients", "optimizer", "averages", "activations")
 
 

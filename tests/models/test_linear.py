@@ -9,11 +9,8 @@ from models.linear import MANY_ROWS, Linear, linear_by_convolution
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Linear]:
@@ -52,7 +49,7 @@ def test_in_bfloat16_it_is_as_near_to_float32() -> None:
     )
 
 
-def test_only_long_products_go_that_way_with_gradients_or_without() -> None:
+def test_only_long_products_go_that_way_with_gradients_or_without(monkeypatch: pytest.MonkeyPatch) -> None:
     x, layer = inputs(2, MANY_ROWS // 2)
     assert operations(layer, x) == {"aten::conv2d"}
     assert operations(layer, x[:, 1:]) == {"aten::linear"}  # too few rows
@@ -60,7 +57,7 @@ def test_only_long_products_go_that_way_with_gradients_or_without() -> None:
         assert operations(layer, x) == {"aten::conv2d"}  # a layer is computed the same way the second time
     assert operations(layer.double(), x.double()) == {"aten::linear"}  # a type that oneDNN does not know
     layer.float()
-    torch.set_num_threads(1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert operations(layer, x) == {"aten::linear"}  # there torch would use another library
 
 

@@ -32,11 +32,15 @@ def test_one_of_1024_ranks_of_the_largest_model_holds_what_the_cost_model_says(t
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    rows = {row[1]: row[2:4] for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
-    assert rows.keys() == {"weights", "gradients", "optimizer", "averages", "activations"}
-    for kind, (allocated, expected) in rows.items():
-        assert allocated == pytest.approx(expected, rel=0.1), kind
-    assert rows["weights"][0] * 2**20 * 8 / 4 > 1.2e9  # eight pieces of 1.3 billion numbers
+    plans: dict[str, dict[str, list[float]]] = {}
+    for plan, kind, *numbers in json.loads((tmp_path / "out.json").read_text())["rows"]:
+        plans.setdefault(plan, {})[kind] = numbers
+    assert [plan.split()[-1] for plan in plans] == ["full", "none"]
+    for plan, rows in plans.items():
+        assert rows.keys() == {"weights", "gradients", "optimizer", "averages", "activations"}
+        for kind, (allocated, expected, *_) in rows.items():
+            assert allocated == pytest.approx(expected, rel=0.1), (plan, kind)
+        assert rows["weights"][0] * 2**20 * 8 / 4 > 1.2e9  # eight pieces of 1.3 billion numbers
 
 
 @pytest.mark.parametrize("pieces", [1, 3, 8, 1000])
