@@ -61,7 +61,7 @@ def start(code: str, *arguments: object) -> subprocess.Popen[str]:
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
-    except FileNotFoundError:
+    except OSError:  # gone before it was opened, or before it was read
         return False
 
 
