@@ -115,7 +115,9 @@ def test_runs_are_found_in_folders_and_sweeps(run: Path, tmp_path: Path) -> None
 def test_watch_looks_again_until_it_is_interrupted(run: Path, fake_slurm) -> None:
     fake_slurm.command("squeue", 'echo "107|RUNNING|None|n1"')
     words = [sys.executable, "-m", "tarflow", "status", str(run), "--watch", "--every", "0.2"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell lets what it starts in the background ignore interrupts, this suite perhaps, and its children with it.
+    heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     end = time.monotonic() + 40
     while len(fake_slurm.calls("squeue")) < 3:
         assert process.poll() is None, process.communicate()

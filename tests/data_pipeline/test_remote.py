@@ -127,7 +127,7 @@ def test_a_server_that_does_not_recover_is_given_up_with_the_settings_named(
     server.behaviour = http_server.Behaviour(**fault)
     options: dict[str, Any] = {
         "retries": 2,
-        "timeout_s": 0.2,
+        "timeout_s": 0.4,
         "cache_dir": str(tmp_path / "c"),
         "cache_bytes": cache_bytes,
     }
@@ -136,7 +136,7 @@ def test_a_server_that_does_not_recover_is_given_up_with_the_settings_named(
     for on_error in ("strict", "skip"):
         with pytest.raises(DataError, match=rf"shard-000\d\.tar: 3 attempts in .*{message}.*data\.retries=2") as caught:
             take(server.url, 1, on_error=on_error, **options)
-        assert "data.timeout_s=0.2" in str(caught.value)
+        assert "data.timeout_s=0.4" in str(caught.value)
     assert time.monotonic() - began < 40
     # Three attempts for the reader and, with a cache, three for the thread that fetches ahead; twice.
     assert len([path for path, _ in server.behaviour.requests if path.endswith(".tar")]) <= (12 if cache_bytes else 6)

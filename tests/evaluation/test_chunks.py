@@ -13,15 +13,17 @@ import pytest
 from evaluation.chunks import SharedWork, stretches
 
 UNITS = [f"unit-{i:02d}" for i in range(12)]
-spawn = multiprocessing.get_context("fork")
+fork = multiprocessing.get_context("fork")
 
 
 def write(name, path):
     path.write_text(f"result of {name}")
 
 
-def worker(folder, lease_s, delay_s, done_by):
+def worker(folder, lease_s, delay_s, done_by, gate=None):
     work = SharedWork(folder, {"batch": 4}, lease_s)
+    if gate is not None:
+        gate.wait(20)
 
     def compute(name, path):
         time.sleep(delay_s)
@@ -31,8 +33,8 @@ def worker(folder, lease_s, delay_s, done_by):
     Path(done_by, str(os.getpid())).write_text(json.dumps(work.computed))
 
 
-def start(folder, lease_s, delay_s, done_by):
-    process = spawn.Process(target=worker, args=(folder, lease_s, delay_s, done_by))
+def start(folder, lease_s, delay_s, done_by, gate=None):
+    process = fork.Process(target=worker, args=(folder, lease_s, delay_s, done_by, gate))
     process.start()
     return process
 
@@ -56,7 +58,8 @@ def claimed_by(folder, pid):
 def test_S02_three_processes_do_every_unit_once(tmp_path):
     done_by = tmp_path / "done"
     done_by.mkdir()
-    workers = [start(tmp_path / "work", 60, 0.03, done_by) for _ in range(3)]
+    gate = fork.Barrier(3)  # none is done before the others have begun, however busy the machine
+    workers = [start(tmp_path / "work", 60, 0.03, done_by, gate) for _ in range(3)]
     for process in workers:
         end(process)
     lists = [json.loads(p.read_text()) for p in done_by.iterdir()]
@@ -91,10 +94,10 @@ def test_a_claim_of_another_machine_is_void_after_its_lease_and_not_before(tmp_p
 
 
 def test_a_holder_that_lives_renews_its_claim(tmp_path):
-    first, second = SharedWork(tmp_path, {}, 0.5), SharedWork(tmp_path, {}, 0.5)
+    first, second = SharedWork(tmp_path, {}, 1), SharedWork(tmp_path, {}, 1)
 
     def slowly(name, path):
-        time.sleep(1.5)
+        time.sleep(2.5)
         write(name, path)
 
     thread = threading.Thread(target=first.work_through, args=(["unit-00"], slowly))
@@ -203,7 +206,7 @@ def dies_while_it_claims(folder):
 
 
 def test_S02_a_process_killed_while_it_claims_holds_nothing(tmp_path):
-    process = spawn.Process(target=dies_while_it_claims, args=(tmp_path / "work",))
+    process = fork.Process(target=dies_while_it_claims, args=(tmp_path / "work",))
     process.start()
     process.join(20)
     assert process.exitcode == -signal.SIGKILL

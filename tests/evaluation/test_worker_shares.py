@@ -84,7 +84,7 @@ def test_S01_S08_three_workers_one_killed_one_late_write_the_bytes_of_one(run_of
     one = start(alone)
     victim = start(run_of_2000, first_delay_s=600)
     until(lambda: claims_of(run_of_2000, victim))
-    other = start(run_of_2000, delay_s=0.1)
+    other = start(run_of_2000, delay_s=0.3)  # the late one finds something to do
     until(lambda: len(chunks_done(run_of_2000)) >= 2)
     kill(victim)
     late = start(run_of_2000)
