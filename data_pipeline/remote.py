@@ -108,7 +108,10 @@ class Remote:
         return self._persist(url, attempt)
 
     def save(self, url: str, total: int | None, file: Any) -> None:
-        """A whole file into the open, empty, seekable `file`: in ranges, or in one piece where the server has none."""
+        """A whole file into the open, seekable `file` from its begin on: in ranges, or in one piece from a server without.
+
+        The position is behind the last byte then; what `file` had beyond it is still there.
+        """
         if total is None:
             file.write(self.load(url))
             return
@@ -126,7 +129,6 @@ class Remote:
                     except NoRangesError:
                         ranges = False
                 file.seek(0)
-                file.truncate()
                 self._get(url, None, None, total, file.write)
                 if file.tell() != total:
                     raise OSError(f"{file.tell()} bytes came where the index says {total}")

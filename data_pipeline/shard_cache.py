@@ -1,11 +1,13 @@
 """A bounded folder of fetched files that the processes of a node share, and that survives being killed at any moment.
 
     NAME.shard          whole: it got its name only when everything was written
-    NAME.partial        being fetched by whoever holds the lock; left over by a killed process, it is fetched again
+    NAME.partial        being fetched by whoever holds the lock, and as large from the start as it will be, so that others who
+                        fetch at the same time count it; left over by a killed process, it is fetched again
     NAME.lock, .lock    held with flock, so they are free the moment their process is gone
 
-Room is made by removing what was opened longest ago. A removed file stays readable for those who have it open, so the
-disk may hold a few files more than the bound for a while.
+Room is made by removing what was opened longest ago, before a fetch and once more after it: fetches at the same time may
+be larger than the bound together. A removed file stays readable for those who have it open. So the disk may hold a few
+files more than the bound for a while.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ class ShardCache:
     def open(self, name: str, size: int | None, fetch: Callable[[Any], None]) -> int:
         """A file descriptor of the cached file; `fetch(file)` writes it first where it is not there or has another size.
 
+        `fetch` leaves the position of `file` at the end of what it wrote.
+
         Several processes that want the same file fetch it once. Raises what `fetch` raises, DataError on a full disk.
         """
         path = self.folder / f"{name}.shard"
@@ -44,8 +48,8 @@ class ShardCache:
         with _locked(self.folder / f"{name}.lock"):
             fd = _open_whole(path, size)  # another process may have been quicker
             if fd is None:
-                self._make_room(size or 0)
-                fd = self._fetch(path, fetch)
+                self.sweep()
+                fd = self._fetch(path, size or 0, fetch)
         return fd
 
     def sweep(self) -> int:
@@ -62,19 +66,27 @@ class ShardCache:
                     pass
         return removed
 
-    def _fetch(self, path: Path, fetch: Callable[[Any], None]) -> int:
+    def _fetch(self, path: Path, size: int, fetch: Callable[[Any], None]) -> int:
         """Write the file and give it its name; a descriptor to read it by.
 
         Opened before it has its name: from then on another process, short of room, may remove it at any moment.
         """
         partial = path.with_suffix(".partial")
         try:
-            with partial.open("wb") as file:
+            with self._counting():
+                partial.unlink(missing_ok=True)
+                self._make_room(size)
+                with partial.open("wb") as file:
+                    file.truncate(size)
+            with partial.open("r+b") as file:
                 fetch(file)
+                file.truncate()
                 file.flush()
                 os.fsync(file.fileno())
             fd = os.open(partial, os.O_RDONLY)
             partial.rename(path)
+            with self._counting():
+                self._make_room(0)
             return fd
         except OSError as err:
             if err.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -86,23 +98,26 @@ class ShardCache:
         finally:
             partial.unlink(missing_ok=True)
 
+    def _counting(self) -> contextlib.AbstractContextManager[bool]:
+        """Nobody else counts files, makes room or takes it meanwhile."""
+        return _locked(self.folder / ".lock")
+
     def _make_room(self, size: int) -> None:
-        self.sweep()
-        with _locked(self.folder / ".lock"):
-            files = []
-            for path in self.folder.iterdir():
-                with contextlib.suppress(FileNotFoundError):
-                    status = path.stat()
-                    if path.suffix == ".partial":
-                        size += status.st_size
-                    elif path.suffix == ".shard":
-                        files.append((status.st_mtime_ns, status.st_size, path))
-            held = sum(size for _, size, _ in files)
-            for _, bytes_of_it, path in sorted(files):
-                if held + size <= self.limit:
-                    return
-                path.unlink(missing_ok=True)
-                held -= bytes_of_it
+        """Remove whole files until there is room for `size` bytes more, or none are left."""
+        files = []
+        held = size
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                if path.suffix in (".shard", ".partial"):
+                    held += status.st_size
+                if path.suffix == ".shard":
+                    files.append((status.st_mtime_ns, status.st_size, path))
+        for _, bytes_of_it, path in sorted(files):
+            if held <= self.limit:
+                return
+            path.unlink(missing_ok=True)
+            held -= bytes_of_it
 
 
 def _open_whole(path: Path, size: int | None) -> int | None:
