@@ -109,7 +109,8 @@ def test_signals_for_the_trainer_do_not_end_the_workers(make_set: Callable[..., 
     with Loader(root, image_size=8, channels=3, global_batch_size=4, num_workers=2) as loader:
         iterator = iter(loader)
         next(iterator)
-        for worker in children(os.getpid()):
+        assert len(loader.worker_pids()) == 2
+        for worker in loader.worker_pids():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
                 os.kill(worker, number)
         ids = [i for batch in itertools.islice(iterator, 9) for i in batch.ids.tolist()]
@@ -121,7 +122,7 @@ def test_a_killed_worker_is_an_error_with_its_signal(make_set: Callable[..., Pat
     with Loader(root, image_size=8, channels=3, global_batch_size=4, num_workers=1) as loader:
         iterator = iter(loader)
         next(iterator)
-        (worker,) = children(os.getpid())
+        (worker,) = loader.worker_pids()
         os.kill(worker, signal.SIGKILL)
         with pytest.raises(DataError, match=rf"data worker 0 \(process {worker}\) was killed by signal 9"):
             list(itertools.islice(iterator, 50))
@@ -129,11 +130,13 @@ def test_a_killed_worker_is_an_error_with_its_signal(make_set: Callable[..., Pat
 
 def test_close_and_the_end_of_the_interpreter_end_the_workers(make_set: Callable[..., Path]) -> None:
     root = make_set([40])
+    before = children(os.getpid())
     loader = Loader(root, image_size=8, channels=3, global_batch_size=4, num_workers=2)
     batch = next(iter(loader))
-    assert len(children(os.getpid())) == 2
+    assert sorted(children(os.getpid())) == sorted([*before, *loader.worker_pids()])
+    assert len(loader.worker_pids()) == 2
     loader.close()
-    assert children(os.getpid()) == []
+    assert children(os.getpid()) == before
     assert batch.images.sum() > 0, "a batch stays valid after close"
     code = CONSUMER.replace("time.sleep(0.02)", "print(*loader.worker_pids()); break")
     process = start(code, root, 0)

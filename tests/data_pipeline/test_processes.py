@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,19 +14,25 @@ from data_pipeline.errors import DataError
 from data_pipeline.processes import in_processes
 
 
-def children() -> list[str]:
+def children() -> set[str]:
     """Processes that a thread of this one has started."""
-    found = []
+    found: set[str] = set()
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):  # threads of earlier tests may end while we look
-            found += (task / "children").read_text().split()
+            found.update((task / "children").read_text().split())
     return found
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    before = children()
+    yield
+    assert children() <= before
 
 
 def test_results_come_in_order_from_other_processes() -> None:
     found = list(in_processes(os.path.getsize, ["/proc", "/", "/tmp"] * 4, 2))
     assert found == [os.path.getsize(path) for path in ["/proc", "/", "/tmp"] * 4]
-    assert children() == []
     assert list(in_processes(abs, [-1, 2, -3], 1)) == [1, 2, 3]
 
 
@@ -34,7 +41,6 @@ def test_errors_are_raised_when_their_turn_comes() -> None:
     assert [next(results), next(results)] == [1, 2]
     with pytest.raises(RuntimeError, match=r"ValueError while working on 'x'"):
         next(results)
-    assert children() == []
 
 
 def test_a_process_that_dies_is_an_error_and_stopping_early_ends_them() -> None:
@@ -45,4 +51,3 @@ def test_a_process_that_dies_is_an_error_and_stopping_early_ends_them() -> None:
     began = time.monotonic()
     results.close()
     assert time.monotonic() - began < 5
-    assert children() == []
