@@ -73,12 +73,10 @@ class ShardCache:
         """
         partial = path.with_suffix(".partial")
         try:
-            with self._counting():
-                partial.unlink(missing_ok=True)
-                self._make_room(size)
-                with partial.open("wb") as file:
+            with partial.open("wb") as file:
+                with self._counting():
+                    self._make_room(size)
                     file.truncate(size)
-            with partial.open("r+b") as file:
                 fetch(file)
                 file.truncate()
                 file.flush()

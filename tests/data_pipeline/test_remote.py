@@ -232,7 +232,7 @@ def test_D12_a_half_written_cache_file_is_fetched_again(served: tuple[Any, Path]
         [sys.executable, "-c", code, server.url, str(cache)], env={**os.environ, "PYTHONPATH": str(REPOSITORY)}
     )
     assert killed.returncode == -9
-    assert list(cache.glob("*.partial"))  # the reader's, and maybe that of the thread that fetches ahead
+    assert len(list(cache.glob("*.partial"))) in (1, 2)  # the reader's, and maybe that of the thread that fetches ahead
     same(take(server.url, 10, cache_dir=str(cache)), take(root, 10))
     assert not [path for path in cache.iterdir() if path.suffix != ".shard"]
     whole = next(path for path in cache.glob("*.shard") if path.stat().st_size > 50_000)
