@@ -286,11 +286,18 @@ def test_D12_fetches_at_the_same_time_count_each_other(tmp_path: Path, limit: in
     cache = ShardCache(tmp_path, limit)
     os.close(put(cache, "old", 400))
 
+    def held() -> dict[str, int]:
+        return {path.name: path.stat().st_size for path in tmp_path.iterdir() if path.suffix != ".lock"}
+
+    def fetch_b(file: Any) -> None:
+        assert held() == {"a.partial": 400, "b.partial": 400}, "both have taken their room, and none is left"
+        file.write(b"x" * 400)
+
     def fetch(file: Any) -> None:
-        fd = put(ShardCache(tmp_path, limit), "b", 400)  # by another process, meanwhile
+        fd = ShardCache(tmp_path, limit).open("b", 400, fetch_b)  # by another process, meanwhile
         assert os.pread(fd, 500, 0) == b"x" * 400
         os.close(fd)
-        assert sum(path.stat().st_size for path in tmp_path.iterdir()) == 400 * len(left)
+        assert held() == {"a.partial": 400} | ({"b.shard": 400} if "b" in left else {})
         file.write(b"x" * 400)
 
     fd = cache.open("a", 400, fetch)
