@@ -8,6 +8,7 @@ Layers are changed in place and keep their names: a checkpoint of a run does not
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,15 @@ def checkpoint_layer(layer: nn.Module, number: int, config: ActivationCheckpoint
         layer.forward = _full(layer.forward)
 
 
+# Kept outputs then go through saved-tensor hooks like all others, so that they can be counted and moved. Older torch
+# does not know the word, and keeps them out of the hooks' sight; gradients and memory are the same.
+_HOOKS = (
+    {"respect_saved_tensors_hooks": True}
+    if "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters
+    else {}
+)
+
+
 # Functions of this file, not partial(checkpoint, ...): torch.compile skips frames of torch's own and, since
 # `checkpoint` is closed to it from outside, would compile nothing at all, without a word.
 
@@ -61,8 +71,7 @@ def _selective(forward: Forward) -> Forward:
     contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
 
     def checkpointed(x: Tensor) -> Any:
-        # The kept outputs go through saved-tensor hooks like all others, so that they can be counted and moved.
-        return checkpoint(forward, x, use_reentrant=False, context_fn=contexts, respect_saved_tensors_hooks=True)
+        return checkpoint(forward, x, use_reentrant=False, context_fn=contexts, **_HOOKS)
 
     return checkpointed
 
