@@ -17,12 +17,12 @@ import torch
 
 from benchmarks.common import Bar, finish, parse_args
 from benchmarks.golden import training_config
-from models.config import TarFlowConfig
-from models.cost import activation_bytes
-from models.flow import TarFlow, flow_loss
-from models.init import init_weights
-from trainer.config import Config
-from trainer.parallel.apply import apply_parallelism
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.cost import activation_bytes
+from tarflow.models.flow import TarFlow, flow_loss
+from tarflow.models.init import init_weights
+from tarflow.trainer.config.schema import Config
+from tarflow.trainer.parallel.apply import apply_parallelism
 
 MODES: dict[str, dict[str, Any]] = {
     "none": {"mode": "none"},

@@ -14,15 +14,15 @@ import torch
 
 from benchmarks.common import Bar, finish, parse_args
 from benchmarks.data_images import scratch
-from trainer.batch import plan_batch
-from trainer.checkpoint import find
-from trainer.config import Config
-from trainer.ema import EMA
-from trainer.metrics import MetricLog
-from trainer.parallel.choose import make_backend
-from trainer.parallel.world import World
-from trainer.run_dir import create_run
-from trainer.saver import Saver
+from tarflow.trainer.batch import plan_batch
+from tarflow.trainer.checkpoint.commit import find
+from tarflow.trainer.config.schema import Config
+from tarflow.trainer.ema.ema import EMA
+from tarflow.trainer.metrics import MetricLog
+from tarflow.trainer.parallel.choose import make_backend
+from tarflow.trainer.parallel.world import World
+from tarflow.trainer.run_dir import create_run
+from tarflow.trainer.saving.saver import Saver
 
 
 def make_saver(folder: Any, quick: bool) -> tuple[Saver, int]:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.errors import DataError
-from data_pipeline.fetch import fetch
-from data_pipeline.index import open_index
-from data_pipeline.prepare import Options, prepare
-from data_pipeline.reader import SampleReader
-from data_pipeline.sources import Source
+from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.loading.sample_reader import SampleReader
+from tarflow.data_pipeline.prepare.fetch import fetch
+from tarflow.data_pipeline.prepare.sources import Source
+from tarflow.data_pipeline.prepare.write import Options, prepare
+from tarflow.data_pipeline.storage.open_index import open_index
 
 SIZE = 256
 SHARD = 500

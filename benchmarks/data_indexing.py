@@ -20,9 +20,9 @@ import numpy as np
 
 from benchmarks.common import Bar, finish, parse_args
 from benchmarks.data_images import scratch
-from data_pipeline.index_build import build_index
-from data_pipeline.loader import Loader
-from data_pipeline.prepare import encode
+from tarflow.data_pipeline.index.build import build_index
+from tarflow.data_pipeline.loading.loader import Loader
+from tarflow.data_pipeline.prepare.write import encode
 
 PER_SHARD = 10_000
 IMAGE_BYTES = 1500  # of no importance to the scan

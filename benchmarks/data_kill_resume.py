@@ -26,11 +26,11 @@ import numpy as np
 
 from benchmarks.common import Bar, finish, parse_args
 from benchmarks.data_images import scratch
-from data_pipeline.index import open_index
-from data_pipeline.index_build import build_index
-from data_pipeline.loader import Loader
-from data_pipeline.order import Order
-from data_pipeline.prepare import encode
+from tarflow.data_pipeline.index.build import build_index
+from tarflow.data_pipeline.loading.loader import Loader
+from tarflow.data_pipeline.loading.order import Order
+from tarflow.data_pipeline.prepare.write import encode
+from tarflow.data_pipeline.storage.open_index import open_index
 
 logging.getLogger("tarflow.data").setLevel(logging.ERROR)  # each of a hundred runs would name the empty shard
 BATCH = 8

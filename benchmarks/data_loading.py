@@ -21,8 +21,8 @@ import torch
 
 from benchmarks.common import Bar, finish, parse_args
 from benchmarks.data_images import SIZE, files_of, scratch, write_images
-from data_pipeline.index_build import build_index
-from data_pipeline.loader import Loader
+from tarflow.data_pipeline.index.build import build_index
+from tarflow.data_pipeline.loading.loader import Loader
 
 BATCH = 64
 AHEAD = 4  # batches that each loader may prepare ahead

@@ -24,7 +24,7 @@ def peak_bytes() -> int:
 def measure(batches: int) -> dict[str, float]:
     import numpy as np
 
-    from data_pipeline.order import Order
+    from tarflow.data_pipeline.loading.order import Order
 
     np.argsort(np.random.default_rng(0).permutation(1000))
     before = peak_bytes()

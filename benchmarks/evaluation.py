@@ -29,13 +29,14 @@ DIM, LARGE_DIM = 1280, 2048
 
 def make_run(folder: Path, samples: int, chunk: int) -> Path:
     """A run with one checkpoint of a model that is not the identity, on 128 images of noise."""
-    import trainer.checkpoint as store
-    from data_pipeline.prepare import Options, prepare
-    from data_pipeline.sources import open_source
-    from models.flow import TarFlow
-    from models.init import init_weights
-    from trainer.config_io import config_text, parse_config
-    from trainer.run_dir import create_run, save_config
+    import tarflow.trainer.checkpoint.commit as store
+    from tarflow.data_pipeline.prepare.sources import open_source
+    from tarflow.data_pipeline.prepare.write import Options, prepare
+    from tarflow.models.flow import TarFlow
+    from tarflow.models.init import init_weights
+    from tarflow.trainer.checkpoint.tensors import write_tensors
+    from tarflow.trainer.config.files import config_text, parse_config
+    from tarflow.trainer.run_dir import create_run, save_config
 
     if not (folder / "set").exists():
         rng = np.random.default_rng(0)
@@ -63,7 +64,7 @@ def make_run(folder: Path, samples: int, chunk: int) -> Path:
     temporary = store.temporary_dir(run, 10)
     tensors: dict[str, Any] = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
     tensors["buffer/var"] = model.var
-    store.write_tensors(temporary, tensors)
+    write_tensors(temporary, tensors)
     (temporary / "config.yaml").write_text(config_text(config))
     store.commit(run, temporary, 10, 160, {"world_size": 1})
     return run
@@ -71,12 +72,12 @@ def make_run(folder: Path, samples: int, chunk: int) -> Path:
 
 def open_job(run: Path) -> Any:
     """A worker as `tarflow evaluate` makes it, loaded, with its network warm."""
-    from evaluation import results
-    from evaluation.evaluate import Evaluator, Job
-    from evaluation.real_side import RealSide
-    from evaluation.settings import load_recipes
-    from evaluation.source import from_checkpoint
-    from trainer.checkpoint import find
+    from tarflow.evaluation import results
+    from tarflow.evaluation.samples.weights_source import from_checkpoint
+    from tarflow.evaluation.worker.evaluate import Evaluator, Job
+    from tarflow.evaluation.worker.real_images import RealSide
+    from tarflow.evaluation.worker.recipe import load_recipes
+    from tarflow.trainer.checkpoint.commit import find
 
     (recipe,) = load_recipes(run, [])
     real = RealSide(results.evals_dir(run), recipe.config, recipe.settings, torch.device("cpu"), say=lambda _: None)
@@ -99,9 +100,9 @@ def timed(call: Callable[[], Any], rounds: int) -> float:
 
 def parts(run: Path, rounds: int) -> dict[str, float]:
     """Images per second of each part alone, in batches of 64."""
-    from evaluation.frechet import FeatureStatistics
-    from models.denoise import denoise
-    from models.sampler import sample
+    from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics
+    from tarflow.models.denoise import denoise
+    from tarflow.models.sampling.sequential import sample
 
     job = open_job(run)
     sampler = job.sampler
@@ -120,7 +121,7 @@ def parts(run: Path, rounds: int) -> dict[str, float]:
 
 def overhead(run: Path) -> tuple[float, float]:
     """(seconds of a chunk, share beyond the networks' own calls)."""
-    from evaluation import sampling
+    from tarflow.evaluation.samples import draw as sampling
 
     job = open_job(run)
     inside = [0.0]
@@ -186,14 +187,14 @@ def worker_times(run: Path, rounds: int) -> dict[str, float]:
 
 
 def _part(keep: int) -> Any:
-    from evaluation.partial import Keep, SamplesPart
-    from evaluation.pictures import GridImages
+    from tarflow.evaluation.worker.chunk_results import Keep, SamplesPart
+    from tarflow.evaluation.worker.pictures import GridImages
 
     return SamplesPart(LARGE_DIM, Keep(keep, 0, GridImages(0, 0, 0)))
 
 
 def _write_chunk(folder: Path, keep: int) -> None:
-    from evaluation.sampling import Drawn
+    from tarflow.evaluation.samples.draw import Drawn
 
     n, one = 1000, _part(keep)
     image = torch.zeros(n, 1, 2, 2)

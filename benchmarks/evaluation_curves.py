@@ -13,8 +13,8 @@ from typing import Any
 import matplotlib
 
 from benchmarks.common import Bar, finish, parse_args
-from evaluation.score_names import is_distance
-from evaluation.worker import WorkerOptions, evaluate
+from tarflow.evaluation.metrics.names import is_distance
+from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 
 matplotlib.use("svg")
 
@@ -25,7 +25,7 @@ PLAIN = {"sampling.guidance": 0, "sampling.denoise": 1, "evaluation.weights": "a
 
 def results_of(run: Path, newest: bool, samples: int, **changes: Any) -> list[dict[str, Any]]:
     """Results of the newest checkpoint, or of all, under changed settings, by images seen."""
-    from evaluation.results import read_results
+    from tarflow.evaluation.results import read_results
 
     settings = PLAIN | {
         "evaluation.num_samples": samples, "evaluation.reference_images": 2 * samples, "evaluation.validation_images": 8,
@@ -35,7 +35,7 @@ def results_of(run: Path, newest: bool, samples: int, **changes: Any) -> list[di
     outcome = evaluate(run, False, WorkerOptions(newest_only=newest, overrides=overrides), print)
     if outcome.failed:
         raise SystemExit(f"not scored: {outcome.failed}")
-    from evaluation.settings import load_settings
+    from tarflow.evaluation.worker.recipe import load_settings
 
     wanted = load_settings(run, overrides)[1].hash
     return [values for _, values in read_results(run) if values["settings_hash"] == wanted]

@@ -2,8 +2,8 @@
 
 The rank really builds the backend, takes a training step and keeps averages, through the code that a cluster runs; its
 tensors have shapes and storages but no numbers, and its process group answers at once. Counted are the bytes of the
-storages alive, by what they are for, against `trainer.plan.rank_memory`. Bar: within 10% of the cost model. It speaks of
-the fullest rank: one with fewer rows pads weights and gradients to as much, but not moments and averages.
+storages alive, by what they are for, against `tarflow.trainer.plan.rank_memory`. Bar: within 10% of the cost model. It speaks
+of the fullest rank: one with fewer rows pads weights and gradients to as much, but not moments and averages.
 
 The fake tensors say that they are on the CPU, and the plan is for accelerators: attention is called as it is there.
 
@@ -29,14 +29,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import trainer.parallel.torch_backend as torch_backend
+import tarflow.trainer.parallel.torch_backend as torch_backend
 from benchmarks.common import Bar, finish, parse_args
 from benchmarks.golden import training_config
-from models.presets import preset
-from trainer.config import Config
-from trainer.ema import EMA
-from trainer.parallel.world import World
-from trainer.plan import RankMemory, rank_memory
+from tarflow.models.presets import preset
+from tarflow.trainer.config.schema import Config
+from tarflow.trainer.ema.ema import EMA
+from tarflow.trainer.parallel.world import World
+from tarflow.trainer.plan import RankMemory, rank_memory
 
 RANKS = 1024
 PRESET = "imagenet256-8-1280-8-8"
@@ -111,7 +111,7 @@ def fake_world(rank: int) -> Any:
         names = ("init_device_mesh", "TarFlow", "apply_parallelism")
         patches: dict[str, Any] = {name: _really(getattr(torch_backend, name)) for name in names}
         patches["initial_values"] = lambda *_: ()  # fake tensors take no values
-        accelerator = mock.patch("models.transformer.causal_attention", partial(attend, is_causal=True))
+        accelerator = mock.patch("tarflow.models.transformer.causal_attention", partial(attend, is_causal=True))
         with mock.patch.multiple(torch_backend, **patches), accelerator:
             yield World(rank, RANKS, 0)
     finally:

@@ -29,13 +29,13 @@ import torch
 from benchmarks.common import Bar, finish, parse_args
 from benchmarks.data_images import scratch
 from benchmarks.fault_ranks import Life, beside
-from data_pipeline.index import open_index
-from data_pipeline.order import Order
-from data_pipeline.prepare import Options, prepare
-from data_pipeline.sources import open_source
-from trainer import checkpoint as ckpt
-from trainer.config import Config
-from trainer.exit_codes import FINISHED, REQUEUE
+from tarflow.data_pipeline.loading.order import Order
+from tarflow.data_pipeline.prepare.sources import open_source
+from tarflow.data_pipeline.prepare.write import Options, prepare
+from tarflow.data_pipeline.storage.open_index import open_index
+from tarflow.trainer.checkpoint import commit as ckpt
+from tarflow.trainer.config.schema import Config
+from tarflow.trainer.resilience.exit_codes import FINISHED, REQUEUE
 
 BATCH, IMAGES, EVERY_STEPS = 8, 96, 3
 KINDS = (

@@ -21,10 +21,10 @@ import torch._dynamo
 import torch.distributed.checkpoint
 import torch.distributed.fsdp  # all of it here, once, and not in every rank: it takes seconds
 
-import trainer.loop
-from trainer.config import Config
-from trainer.config_io import load_config
-from trainer.faults import VARIABLE
+import tarflow.trainer.loop
+from tarflow.trainer.config.files import load_config
+from tarflow.trainer.config.schema import Config
+from tarflow.trainer.resilience.fault_injection import VARIABLE
 
 RANKS = 2
 
@@ -38,7 +38,7 @@ def rank_main(config: Config, run_dir: Path, rank: int, ranks: int, port: int, f
     os.dup2(out, 1)
     os.dup2(out, 2)
     ids: dict[int, list[int]] = {}
-    feed, step = trainer.loop.feed, trainer.loop.Run.step
+    feed, step = tarflow.trainer.loop.feed, tarflow.trainer.loop.Run.step
 
     def noting_feed(loader: Any, *args: Any, **kwargs: Any) -> Any:
         def batches() -> Iterator[Any]:
@@ -53,10 +53,10 @@ def rank_main(config: Config, run_dir: Path, rank: int, ranks: int, port: int, f
         os.write(notes, (json.dumps([batch.images_seen, rank, ids.pop(batch.images_seen)]) + "\n").encode())
         return lr
 
-    trainer.loop.feed, trainer.loop.Run.step = noting_feed, noting_step  # type: ignore[assignment, method-assign]
+    tarflow.trainer.loop.feed, tarflow.trainer.loop.Run.step = noting_feed, noting_step  # type: ignore[assignment, method-assign]
     code = 1
     try:
-        code = trainer.loop.train(config, run_dir)
+        code = tarflow.trainer.loop.train(config, run_dir)
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()

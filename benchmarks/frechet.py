@@ -15,7 +15,7 @@ import numpy as np
 import scipy.linalg
 
 from benchmarks.common import Bar, finish, parse_args
-from evaluation.frechet import FeatureStatistics, FrechetInfluence, frechet_distance
+from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics, FrechetInfluence, frechet_distance
 
 FASTER = 4.0
 AGREE = 1e-6

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Bar, finish, parse_args
-from models.config import TarFlowConfig
-from models.denoise import denoise
-from models.flow import TarFlow, flow_loss
-from models.likelihood import bits_per_dim
-from models.noise import dequantize
-from models.sampler import Guidance, sample
-from trainer.config import Config
-from trainer.parallel.torch_backend import SingleBackend
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.denoise import denoise
+from tarflow.models.flow import TarFlow, flow_loss
+from tarflow.models.likelihood import bits_per_dim
+from tarflow.models.noise import dequantize
+from tarflow.models.sampling.guidance import Guidance
+from tarflow.models.sampling.sequential import sample
+from tarflow.trainer.config.schema import Config
+from tarflow.trainer.parallel.torch_backend import SingleBackend
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 Result = tuple[str, str, float]  # file, quantity, worst relative error

@@ -1,4 +1,4 @@
-"""A linear layer's product on the CPU, forward and backward: torch's own against the 1 x 1 convolution of `models.linear`.
+"""A linear layer's product on the CPU, forward and backward: torch's own against the 1 x 1 convolution of `tarflow.models.linear`.
 
 The four shapes of a transformer layer of width 256 at several numbers of rows, both ways alternating. What is compared is
 the sum over the shapes. Bar: from `MANY_ROWS` on, float32 products by convolution take no longer.
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import Bar, finish, parse_args
-from models.linear import MANY_ROWS, linear_by_convolution
+from tarflow.models.linear import MANY_ROWS, linear_by_convolution
 
 WIDTH = 256
 SHAPES = [(WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)]  # qkv, proj, the two of the MLP

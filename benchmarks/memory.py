@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.common import Bar, finish, parse_args
 from benchmarks.golden import training_config
-from models.config import TarFlowConfig
-from models.cost import parameters
-from trainer.batch import plan_batch
-from trainer.parallel.choose import make_backend
-from trainer.parallel.world import process_group, world_from_env
-from trainer.plan import rank_memory
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.cost import parameters
+from tarflow.trainer.batch import plan_batch
+from tarflow.trainer.parallel.choose import make_backend
+from tarflow.trainer.parallel.world import process_group, world_from_env
+from tarflow.trainer.plan import rank_memory
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "ddp x4": {"backend": "ddp"},

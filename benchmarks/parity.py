@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import models.linear
+import tarflow.models.linear
 from benchmarks.common import Bar, finish, parse_args
 from benchmarks.golden import load, training_config, weight_error
-from trainer.batch import plan_batch
-from trainer.parallel.choose import make_backend
-from trainer.parallel.saved import place, whole
-from trainer.parallel.world import process_group, world_from_env
+from tarflow.trainer.batch import plan_batch
+from tarflow.trainer.parallel.choose import make_backend
+from tarflow.trainer.parallel.saved import place, whole
+from tarflow.trainer.parallel.world import process_group, world_from_env
 
 CLIP = 0.4  # about half of the curve's gradient norms, so that every step is clipped
 
@@ -47,10 +47,10 @@ def train_curve(
 ) -> dict[str, Any]:
     """This process's part of the golden training curve; losses, norms and final weights (whole) of the run.
 
-    `convolution`: the layers' products as `models.linear` computes long ones, which these are too short for.
+    `convolution`: the layers' products as `tarflow.models.linear` computes long ones, which these are too short for.
     """
     torch.set_num_threads(2 if convolution else 1)
-    models.linear.MANY_ROWS = 1 if convolution else sys.maxsize
+    tarflow.models.linear.MANY_ROWS = 1 if convolution else sys.maxsize
     world = world_from_env()
     data, model = load("training_curve")
     train = {"micro_batch_size": 8 // world.size // accumulation, "grad_clip": grad_clip}

@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import TarFlowConfig
-from models.flow import patchify
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.flow import patchify
 
 
 class DenseAttention(nn.Module):

@@ -18,11 +18,11 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.common import Bar, finish, parse_args
 from benchmarks.golden import training_config
 from benchmarks.published_style import DenseTrainer
-from models.config import TarFlowConfig
-from models.cost import flops_per_image
-from models.flow import TarFlow
-from models.init import init_weights
-from trainer.parallel.torch_backend import SingleBackend
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.cost import flops_per_image
+from tarflow.models.flow import TarFlow
+from tarflow.models.init import init_weights
+from tarflow.trainer.parallel.torch_backend import SingleBackend
 
 BARS = {256: (1.05, 1.2), 1024: (1.15, 1.3), 4096: (1.7, 1.9)}
 LR = 1e-4

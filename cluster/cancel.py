@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster import slurm
-from cluster.errors import ClusterError
-from cluster.submit import submissions
+from tarflow.cluster import slurm
+from tarflow.cluster.errors import ClusterError
+from tarflow.cluster.submission.submit import submissions
 
 
 def cancel(run_dir: Path, wait_s: float, say: Callable[[str], None]) -> int:

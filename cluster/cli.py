@@ -59,9 +59,9 @@ def build_submit_parser(parser: argparse.ArgumentParser) -> None:
 
 def run_submit(args: argparse.Namespace) -> int:
     """Submit; print the jobs, or with --dry-run the batch scripts."""
-    from cluster.errors import ClusterError
-    from cluster.profile import load_profile
-    from cluster.submit import Submission, submit
+    from tarflow.cluster.errors import ClusterError
+    from tarflow.cluster.submission.profile import load_profile
+    from tarflow.cluster.submission.submit import Submission, submit
 
     profile = load_profile(args.profile, _changes(args))
     tasks = args.tasks_per_node if args.tasks_per_node is not None else max(profile.gpus, 1)
@@ -91,8 +91,8 @@ def build_submit_eval_parser(parser: argparse.ArgumentParser) -> None:
 
 def run_submit_eval(args: argparse.Namespace) -> int:
     """Submit the evaluation of a run."""
-    from cluster.profile import load_profile
-    from cluster.submit import submit_evaluation
+    from tarflow.cluster.submission.profile import load_profile
+    from tarflow.cluster.submission.submit import submit_evaluation
 
     profile = load_profile(args.profile, _changes(args))
     _say("\n".join(submit_evaluation(args.run, profile, args.overrides, args.dry_run)))
@@ -109,7 +109,7 @@ def build_status_parser(parser: argparse.ArgumentParser) -> None:
 
 def run_status(args: argparse.Namespace) -> int:
     """Print the table of runs."""
-    from cluster.status import show
+    from tarflow.cluster.status import show
 
     return show(args.runs or [Path("runs")], args.every if args.watch else None)
 
@@ -125,7 +125,7 @@ def build_cancel_parser(parser: argparse.ArgumentParser) -> None:
 
 def run_cancel(args: argparse.Namespace) -> int:
     """Have a run save and end, and its evaluation end."""
-    from cluster.cancel import cancel
+    from tarflow.cluster.cancel import cancel
 
     return cancel(args.run, args.wait, _say)
 
@@ -140,7 +140,7 @@ def build_logs_parser(parser: argparse.ArgumentParser) -> None:
 
 def run_logs(args: argparse.Namespace) -> int:
     """Print what a rank of the newest job has said."""
-    from cluster.status import log_text
+    from tarflow.cluster.status import log_text
 
     sys.stdout.write(log_text(args.run, args.rank, "evaluate" if args.evaluation else "train"))
     return 0

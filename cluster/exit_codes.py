@@ -1,6 +1,6 @@
 """How a job ends, for Slurm's accounting and for whoever looks (contract 7)."""
 
-from trainer.exit_codes import FAILED, FINISHED, HUNG, NO_PROGRESS, REQUEUE, USAGE
+from tarflow.trainer.resilience.exit_codes import FAILED, FINISHED, HUNG, NO_PROGRESS, REQUEUE, USAGE
 
 REQUEUE_LIMIT = 78  # as many restarts as the profile allows
 CANNOT_REQUEUE = 79  # saved, but Slurm did not take the request to start again

@@ -4,7 +4,7 @@ import re
 import socket
 import subprocess
 
-from cluster.errors import ClusterError
+from tarflow.cluster.errors import ClusterError
 
 
 def expand(nodes: str) -> list[str]:

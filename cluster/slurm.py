@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.errors import ClusterError
-from cluster.hosts import expand
+from tarflow.cluster.errors import ClusterError
+from tarflow.cluster.hosts import expand
 
 # What a step is sent when it is preempted, requeued or near its limit.
 END_SIGNALS = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2)

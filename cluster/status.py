@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import slurm
-from cluster.chain import Chain
-from cluster.errors import ClusterError
-from cluster.submit import submissions
-from trainer.checkpoint import committed
-from trainer.config_io import load_config
-from trainer.errors import TrainerError
-from trainer.run_dir import is_run
+from tarflow.cluster import slurm
+from tarflow.cluster.errors import ClusterError
+from tarflow.cluster.job.chain import Chain
+from tarflow.cluster.submission.submit import submissions
+from tarflow.trainer.checkpoint.commit import committed
+from tarflow.trainer.config.files import load_config
+from tarflow.trainer.errors import TrainerError
+from tarflow.trainer.run_dir import is_run
 
 COLUMNS = ("run", "job", "Slurm", "step", "images", "img/s", "ETA", "last commit", "heartbeat", "restarts", "score")
 # Accounting's words for a start that Slurm itself puts back into the queue.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data_pipeline.prepare import Options
+    from tarflow.data_pipeline.prepare.write import Options
 
 
 def build_parser(parser: argparse.ArgumentParser) -> None:
@@ -132,8 +132,8 @@ def _verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_prepare(args: argparse.Namespace) -> int:
-    from data_pipeline.prepare import prepare
-    from data_pipeline.sources import open_source
+    from tarflow.data_pipeline.prepare.sources import open_source
+    from tarflow.data_pipeline.prepare.write import prepare
 
     options = _options(args, args.size)
     options.check()
@@ -145,7 +145,7 @@ def _run_prepare(args: argparse.Namespace) -> int:
 
 
 def _run_fetch(args: argparse.Namespace) -> int:
-    from data_pipeline.fetch import fetch
+    from tarflow.data_pipeline.prepare.fetch import fetch
 
     options = _options(args, args.size or 1)
     options.check()
@@ -156,7 +156,7 @@ def _run_fetch(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace, size: int) -> Options:
-    from data_pipeline.prepare import Options
+    from tarflow.data_pipeline.prepare.write import Options
 
     return Options(
         size=size, format=args.format, quality=args.quality, channels=args.channels or 0, shard_size=args.shard_size,
@@ -167,10 +167,10 @@ def _options(args: argparse.Namespace, size: int) -> Options:
 def _run_index(args: argparse.Namespace) -> int:
     import os
 
-    from data_pipeline.errors import DataError
-    from data_pipeline.index_build import build_index, parse_classes
-    from data_pipeline.mds import INDEX_FILE
-    from data_pipeline.patterns import find_shards
+    from tarflow.data_pipeline.errors import DataError
+    from tarflow.data_pipeline.index.build import build_index, parse_classes
+    from tarflow.data_pipeline.index.mds import INDEX_FILE
+    from tarflow.data_pipeline.index.patterns import find_shards
 
     if args.processes is not None and args.processes < 1:
         raise DataError(f"--processes is {args.processes}, it must be at least 1")
@@ -200,7 +200,8 @@ def _run_index(args: argparse.Namespace) -> int:
 def _run_info(args: argparse.Namespace) -> int:
     import numpy as np
 
-    from data_pipeline.index import NO_LABEL, open_index
+    from tarflow.data_pipeline.index.index import NO_LABEL
+    from tarflow.data_pipeline.storage.open_index import open_index
 
     index = open_index(args.data)
     sizes = index.shard_sizes
@@ -224,7 +225,7 @@ def _run_info(args: argparse.Namespace) -> int:
     if args.sheet:
         from PIL import Image
 
-        from data_pipeline.contact_sheet import contact_sheet
+        from tarflow.data_pipeline.prepare.contact_sheet import contact_sheet
 
         Image.fromarray(contact_sheet(index, args.count, args.tile)).save(args.sheet, "PNG")
         print(f"contact sheet written to {args.sheet}")
@@ -232,9 +233,9 @@ def _run_info(args: argparse.Namespace) -> int:
 
 
 def _run_verify(args: argparse.Namespace) -> int:
-    from data_pipeline.errors import DataError
-    from data_pipeline.index import open_index
-    from data_pipeline.verify import verify
+    from tarflow.data_pipeline.errors import DataError
+    from tarflow.data_pipeline.prepare.verify import verify
+    from tarflow.data_pipeline.storage.open_index import open_index
 
     if args.processes is not None and args.processes < 1:
         raise DataError(f"--processes is {args.processes}, it must be at least 1")

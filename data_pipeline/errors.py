@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from tarflow.errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError):
     """Something a user can put right: a path, a file, a label or a setting. Printed without a traceback."""
-
-    for_user = True
 
 
 class BadSampleError(DataError):

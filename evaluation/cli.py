@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from evaluation.errors import EvaluationError
+from tarflow.evaluation.errors import EvaluationError
 
 OK, FAILED = 0, 1
 
@@ -106,7 +106,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if is_file != (args.out is not None):
         raise EvaluationError("--out DIR goes with a weights file (.safetensors), and a weights file needs it")
     _prepare(args)
-    from evaluation.worker import WorkerOptions, evaluate, evaluate_file
+    from tarflow.evaluation.worker.follow import WorkerOptions, evaluate, evaluate_file
 
     options = WorkerOptions(
         newest_only=args.newest,
@@ -159,7 +159,7 @@ def build_sample_parser(parser: argparse.ArgumentParser) -> None:
 def run_sample(args: argparse.Namespace) -> int:
     """Draw images; 1 if some came out not finite and are missing."""
     _prepare(args)
-    from evaluation.sample_command import SampleRequest, sample_images
+    from tarflow.evaluation.commands.draw_samples import SampleRequest, sample_images
 
     given = {
         "guidance": args.guidance,
@@ -209,7 +209,7 @@ def run_sweep_guidance(args: argparse.Namespace) -> int:
     """Sweep, say what is best, make it the run's default."""
     numbers = {name: _numbers(f"--{name}", getattr(args, name.replace("-", "_"))) for name in SWEPT}
     _prepare(args)
-    from evaluation.sweep import SweepRequest, sweep_guidance
+    from tarflow.evaluation.worker.sweep import SweepRequest, sweep_guidance
 
     request = SweepRequest(
         run=args.run,
@@ -253,7 +253,7 @@ def build_reference_parser(parser: argparse.ArgumentParser) -> None:
 def run_reference(args: argparse.Namespace) -> int:
     """Make reference statistics."""
     _prepare(args)
-    from evaluation.score_command import ReferenceRequest, make_reference
+    from tarflow.evaluation.commands.score_folder import ReferenceRequest, make_reference
 
     make_reference(
         ReferenceRequest(
@@ -283,7 +283,7 @@ def build_score_parser(parser: argparse.ArgumentParser) -> None:
 def run_score(args: argparse.Namespace) -> int:
     """Score a folder of images."""
     _prepare(args)
-    from evaluation.score_command import ScoreRequest, score_folder
+    from tarflow.evaluation.commands.score_folder import ScoreRequest, score_folder
 
     score_folder(
         ScoreRequest(
@@ -313,7 +313,7 @@ def build_report_parser(parser: argparse.ArgumentParser) -> None:
 
 def run_report(args: argparse.Namespace) -> int:
     """Write the report and say where it is."""
-    from evaluation.report import write_report
+    from tarflow.evaluation.report.build import write_report
 
     report = write_report(args.run, args.out)
     # Results under other settings lie in directories with their hash behind the step.

@@ -1,7 +1,7 @@
-"""The error that a user of this room can cause and mend."""
+"""The error that a user of this room can cause and fix."""
+
+from tarflow.errors import UserError
 
 
-class EvaluationError(ValueError):
+class EvaluationError(UserError):
     """A run, file or setting that cannot be evaluated; the text says which, and what to change."""
-
-    for_user = True

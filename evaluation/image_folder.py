@@ -3,7 +3,7 @@
 Subfolders count, files and folders whose names begin with a dot do not. An image is told by its ending, in any case
 (png, jpg, jpeg, webp, bmp, gif, tif, tiff); other files are counted and named, never silently passed over. What does not
 decode is an error, or, with `on_error="skip"`, left out and listed. Everything is converted as training data is
-(`data_pipeline.decode`): grey, palette, 16-bit, transparency on white, orientation. JPEGs are counted by their content:
+(`images.decode` of the data pipeline): grey, palette, 16-bit, transparency on white, orientation. JPEGs are counted by content:
 their losses move every score, so the result says how many there are (case S04).
 """
 
@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.decode import decode
-from data_pipeline.errors import BadSampleError
-from data_pipeline.transform import fit
-from evaluation.errors import EvaluationError
+from tarflow.data_pipeline.errors import BadSampleError
+from tarflow.data_pipeline.images.decode import decode
+from tarflow.data_pipeline.images.transform import fit
+from tarflow.evaluation.errors import EvaluationError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _NAMED = 20  # files named in a result

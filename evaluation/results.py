@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from evaluation.files import append_line, publish_dir, read_lines
-from evaluation.score_names import is_distance, is_kernel
+from tarflow.evaluation.metrics.names import is_distance, is_kernel
+from tarflow.files import append_json_line, publish_dir, read_json_lines
 
 RESULT = "result.json"
 WORK = "work.json"  # who did it and how long it took: apart, so that equal settings give equal result files
@@ -127,11 +127,11 @@ def announce(run_dir: Path, tensorboard: bool, older_than_s: float = 0.0) -> Non
     `older_than_s`: leave out younger results, whose own worker is just about to announce them.
     """
     path = run_dir / "evals.jsonl"
-    have = {(row.get("name"), row.get("weights_sha256")) for row in read_lines(path)}
+    have = {(row.get("name"), row.get("weights_sha256")) for row in read_json_lines(path)}
     for folder, result in read_results(run_dir):
         settled = time.time() - float(result.get("time", 0)) >= older_than_s
         if settled and (folder.name, result.get("weights_sha256")) not in have:
-            append_line(path, summary(folder.name, result))
+            append_json_line(path, summary(folder.name, result))
             if tensorboard and result.get("step") is not None:
                 _write_tensorboard(run_dir, folder.name, result)
 

@@ -2,3 +2,6 @@
 
 Tensors in, tensors out: no processes, no cluster, no file but a weights file.
 """
+
+if __name__ != "tarflow.models":  # a second copy of every class would come of it
+    raise ImportError(f"this folder is imported as tarflow.models, not as {__name__}")

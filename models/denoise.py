@@ -7,8 +7,8 @@ the noise out with the flow's own score: x + sigma^2 * grad_x log p(x).
 import torch
 from torch import Tensor
 
-from models.flow import TarFlow
-from models.likelihood import log_likelihood
+from tarflow.models.flow import TarFlow
+from tarflow.models.likelihood import log_likelihood
 
 
 def denoise(model: TarFlow, images: Tensor, y: Tensor | None, noise_std: float, multiplier: float = 1.0) -> Tensor:

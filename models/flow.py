@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import TarFlowConfig
-from models.transformer import TransformerLayer
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.transformer import TransformerLayer
 
 PRIOR_MOMENTUM = 0.1  # of the learned prior variance of the volume-preserving flow, as published
 
@@ -88,7 +88,7 @@ class FlowBlock(nn.Module):
 
 
 class TarFlow(nn.Module):
-    """The whole flow. `forward` maps images to latents; the way back is `models.sampler.sample`."""
+    """The whole flow. `forward` maps images to latents; the way back is `tarflow.models.sampling.sequential.sample`."""
 
     var: Tensor
 

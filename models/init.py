@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from models.flow import TarFlow
-from models.randomness import keyed_normal, keyed_uniform
+from tarflow.models.flow import TarFlow
+from tarflow.models.randomness import keyed_normal, keyed_uniform
 
 EMBED_STD = 1e-2
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from models.flow import TarFlow
+from tarflow.models.flow import TarFlow
 
 # Of 8-bit data in [-1, 1]: the Gaussian's constant, and the width 2 / 256 = 2^-7 of a grey level.
 BITS_CONSTANT = 0.5 * math.log2(2 * math.pi) + 7

@@ -3,8 +3,8 @@
 A name reads patch-channels-blocks-layers, after the image size: `imagenet64-2-768-8-8`.
 """
 
-from models.config import TarFlowConfig
-from models.errors import ModelError
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.errors import ModelError
 
 #                            image patch channels blocks layers classes
 _TABLE = {

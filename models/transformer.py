@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import causal_attention
-from models.linear import Linear
+from tarflow.models.attention import causal_attention
+from tarflow.models.linear import Linear
 
 
 class CausalAttention(nn.Module):

@@ -6,7 +6,6 @@ as tensors (`weights_only`): a file with code in it is refused, not run.
 """
 
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.config import TarFlowConfig
-from models.errors import ModelError
-from models.flow import TarFlow
+from tarflow.files import write_atomic
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.errors import ModelError
+from tarflow.models.flow import TarFlow
 
 CONFIG_KEY = "tarflow_config"
 
@@ -32,17 +32,13 @@ def save_weights_file(path: str | Path, config: TarFlowConfig, weights: Mapping[
     path = Path(path)
     check_weights(config, weights, str(path))
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in weights.items()}
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        if path.suffix == ".safetensors":
-            save_file(tensors, temporary, metadata={CONFIG_KEY: config.model_dump_json()})
-        elif path.suffix == ".pth":
-            torch.save(tensors, temporary)
-        else:
-            raise ModelError(f"{path}: weights are written as .safetensors or .pth (published layout)")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if path.suffix == ".safetensors":
+        metadata = {CONFIG_KEY: config.model_dump_json()}
+        write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    elif path.suffix == ".pth":
+        write_atomic(path, lambda temporary: torch.save(tensors, temporary))
+    else:
+        raise ModelError(f"{path}: weights are written as .safetensors or .pth (published layout)")
 
 
 def load_weights_file(path: str | Path, config: TarFlowConfig | None = None) -> tuple[TarFlowConfig, dict[str, Tensor]]:

@@ -11,55 +11,203 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("models", "data_pipeline", "trainer", "evaluation", "cluster")
-MAY_IMPORT = {
+
+# What each part of a room may import, from the top of the drawing in docs/design.md downwards: a part sees its own files and
+# the parts in later lines, never an earlier one. A part is a sub-room or a file; the parts of one line are neighbours, which
+# do not see each other.
+LAYERS = {
+    "models": """
+        sampling denoise
+        likelihood weights init
+        flow
+        transformer cost presets
+        config
+        noise randomness errors
+    """,
+    "data_pipeline": """
+        commands
+        prepare
+        loading
+        storage
+        index
+        images
+        keyed errors
+    """,
+    "trainer": """
+        commands
+        loop
+        saving
+        ema
+        checkpoint
+        plan
+        resilience
+        parallel
+        run_dir step_inputs schedule
+        config
+        batch metrics optimizer stats
+        errors
+    """,
+    "evaluation": """
+        commands
+        worker
+        report
+        results
+        samples
+        networks
+        metrics
+        run_config image_set image_folder shared_work
+        errors
+    """,
+    "cluster": """
+        commands
+        status cancel
+        submission
+        job
+        slurm
+        hosts exit_codes
+        errors
+    """,
+}
+ROOMS_BELOW = {
     "models": set(),
     "data_pipeline": set(),
     "trainer": {"models", "data_pipeline"},
     "evaluation": {"models", "data_pipeline", "trainer"},
     "cluster": {"models", "data_pipeline", "trainer", "evaluation"},
 }
-# Of the trainer, the evaluation sees the configuration and the run directory's format, never the loop.
-TRAINER_FOR_EVALUATION = {
-    "config",
-    "config_io",
-    "run_dir",
-    "checkpoint",
-    "tensor_store",
-    "files",
-    "errors",
-    "exit_codes",
-}
+# Of the trainer, the evaluation sees the configuration and the format of a run directory, never the loop.
+TRAINER_FOR_EVALUATION = {"config", "run_dir", "checkpoint", "errors"}
+GROUND = {"errors", "files", "interpreter", "settings"}  # files of tarflow/ that every room may import
+
+
+def layers(room: str) -> dict[str, int]:
+    """Part of a room -> its line in the drawing, from the top."""
+    lines = LAYERS[room].strip().splitlines()
+    return {part: number for number, line in enumerate(lines) for part in line.split()}
+
+
+def sources() -> dict[str, Path]:
+    """Dotted name -> file, of every module of the package."""
+    found = {f"tarflow.{p.stem}": p for p in (ROOT / "tarflow").glob("*.py")}
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            found[".".join(["tarflow", *path.relative_to(ROOT).with_suffix("").parts])] = path
+    return {name.removesuffix(".__init__"): path for name, path in found.items()}
+
+
+SOURCES = sources()
 
 
 def imports(path: Path) -> set[str]:
-    """Dotted names of every module that a file imports, at any depth."""
+    """Dotted names that a file imports, at any depth, and for types only as well."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.relative_to(ROOT)}: relative import"
+            names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_imports_go_one_way(room: str) -> None:
-    for path in (ROOT / room).rglob("*.py"):
-        for name in imports(path):
-            other = name.split(".")[0]
-            if other in {*ROOMS, "tarflow"} - {room}:
-                assert other in MAY_IMPORT[room], f"{path.relative_to(ROOT)} imports {name}"
-            if room == "evaluation" and name.startswith("trainer."):
-                assert name.split(".")[1] in TRAINER_FOR_EVALUATION, f"{path.relative_to(ROOT)} imports {name}"
+def imported_modules(name: str) -> set[str]:
+    """The package's own modules that a module imports; a name in a module counts as that module."""
+    return {n for n in imports(SOURCES[name]) if n in SOURCES and n != name and n.count(".") > 0}
+
+
+def is_package(name: str) -> bool:
+    return SOURCES[name].name == "__init__.py"
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_room_says_what_lives_there_and_its_files_stay_short(room: str) -> None:
-    text = (ROOT / room / "__init__.py").read_text()
-    assert ast.get_docstring(ast.parse(text)), f"{room}/__init__.py says nothing"
-    for path in (ROOT / room).rglob("*.py"):
-        lines = len(path.read_text().splitlines())
-        assert lines <= 450, f"{path.relative_to(ROOT)} has {lines} lines"
+def test_imports_between_rooms_and_their_parts_go_downwards(room: str) -> None:
+    order = layers(room)
+    inside = {n: p for n, p in SOURCES.items() if n.startswith(f"tarflow.{room}.")}
+    assert set(order) == {n.split(".")[2] for n in inside}, "the drawing names every part, and nothing else"
+    for name in inside:
+        here = name.split(".")[2]
+        for other in imported_modules(name):
+            _, there, *rest = other.split(".")
+            if there == room and rest:
+                same = rest[0] == here
+                assert same or order[rest[0]] > order[here], f"{name} imports {other}"
+            elif there in ROOMS:
+                assert there in ROOMS_BELOW[room], f"{name} imports {other}"
+                if room == "evaluation" and there == "trainer" and rest:
+                    assert rest[0] in TRAINER_FOR_EVALUATION, f"{name} imports {other}"
+            else:
+                assert there in GROUND, f"{name} imports {other}"
+
+
+def test_the_ground_knows_no_room() -> None:
+    for name in (f"tarflow.{part}" for part in GROUND):
+        assert not {n for n in imported_modules(name) if n.split(".")[1] in ROOMS}, name
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    waiting = {name: {n for n in imported_modules(name) if not is_package(n)} for name in SOURCES}
+    while free := {name for name, needs in waiting.items() if not needs}:
+        waiting = {name: needs - free for name, needs in waiting.items() if name not in free}
+    assert not waiting, "each of these leads into a circle"
+
+
+PROJECT_FILES = [p for top in (*ROOMS, "tarflow", "benchmarks", "tests") for p in (ROOT / top).rglob("*.py")]
+
+
+def test_nothing_imports_a_room_by_its_bare_name() -> None:
+    bare = re.compile(rf"^\s*(?:from|import) (?:{'|'.join(ROOMS)})\b|[\"'](?:{'|'.join(ROOMS)})\.\w+[\"']", re.M)
+    for path in set(PROJECT_FILES) - {Path(__file__)}:
+        names = {n.split(".")[0] for n in imports(path)}
+        assert not names & set(ROOMS), f"{path.relative_to(ROOT)} imports {names & set(ROOMS)}"
+        for text in re.findall(r"^\s*(?:from|import) [\w.]+", path.read_text(), re.M):  # programs in strings too
+            assert text.split()[1].split(".")[0] not in ROOMS, f"{path.relative_to(ROOT)}: {text.strip()}"
+    assert bare.pattern
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_refuses_its_bare_name(room: str) -> None:
+    done = subprocess.run([sys.executable, "-c", f"import {room}"], cwd=ROOT, capture_output=True, text=True)
+    assert f"tarflow.{room}" in done.stderr
+    assert done.returncode == 1
+
+
+def test_no_module_is_loaded_under_two_names() -> None:
+    """After everything was imported, no file stands behind two modules."""
+    program = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+        "files = [m.__file__ for m in list(sys.modules.values()) if getattr(m, '__file__', None)]\n"
+        "import os; real = [os.path.realpath(f) for f in files]\n"
+        f"ours = [f for f in real if f.startswith({str(ROOT)!r} + os.sep) and '.venv' not in f]\n"
+        "assert len(ours) > 100 and len(ours) == len(set(ours)), sorted(f for f in ours if ours.count(f) > 1)\n"
+    )
+    names = sorted(n for n in SOURCES if not n.endswith("__main__"))
+    done = subprocess.run([sys.executable, "-c", program, *names], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-1000:]
+
+
+def test_rooms_stay_small_and_say_what_lives_there() -> None:
+    for top in (*ROOMS, "tarflow"):
+        for folder in (ROOT / top, *(p for p in (ROOT / top).rglob("*") if p.is_dir() and p.name != "__pycache__")):
+            files = [p for p in folder.glob("*.py") if p.name != "__init__.py"]
+            if folder.is_symlink() or not (files or (folder / "__init__.py").exists()):
+                continue
+            assert len(files) <= 14, f"{folder.relative_to(ROOT)} holds {len(files)} files"
+            doc = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+            assert doc, f"{folder.relative_to(ROOT)}/__init__.py says nothing"
+            assert len(doc.splitlines()) <= 12
+            for path in files:
+                lines = len(path.read_text().splitlines())
+                assert lines <= 400, f"{path.relative_to(ROOT)} has {lines} lines"
+                if folder.name == "commands":
+                    assert lines <= 150, f"{path.relative_to(ROOT)} has {lines} lines"
+
+
+def test_tests_mirror_the_tree() -> None:
+    """A folder of tests is named after the sub-room that it tests."""
+    for room in ROOMS:
+        for folder in (p for p in (ROOT / "tests" / room).rglob("*") if p.is_dir() and list(p.glob("test_*.py"))):
+            assert (ROOT / folder.relative_to(ROOT / "tests")).is_dir(), folder
 
 
 def run_tarflow(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -93,9 +241,9 @@ VERBS = (
 
 
 def test_every_verb_is_checked_here() -> None:
-    import tarflow
+    import tarflow.cli
 
-    assert set(VERBS) == set(tarflow.VERBS)
+    assert set(VERBS) == set(tarflow.cli.VERBS)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in VERBS)])
@@ -129,13 +277,13 @@ def test_unknown_verb_and_user_errors_are_one_message_without_a_traceback(tmp_pa
 
 
 def test_pages_that_the_readme_points_to_exist_and_every_setting_is_described() -> None:
-    from trainer.config import Config
-    from trainer.config_page import page
+    from tarflow.trainer.config.page import page
+    from tarflow.trainer.config.schema import Config
 
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / target).exists(), target
     text = (ROOT / "docs" / "configuration.md").read_text()
-    assert text == page(), "run `python -m trainer.config_page > docs/configuration.md`"
+    assert text == page(), "run `python -m tarflow.trainer.config.page > docs/configuration.md`"
     for section, field in Config.model_fields.items():
         for name, value in field.annotation.model_fields.items():
             assert f"`{section}.{name}`" in text

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trainer.errors import TrainerError
+from tarflow.trainer.errors import TrainerError
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trainer.signals import StopRequest
+    from tarflow.trainer.resilience.signals import StopRequest
 
 EXAMPLE = """example:
   tarflow train configs/demo.yaml --run runs/demo optim.lr=1e-3 train.max_images=100_000
@@ -51,14 +51,14 @@ def build_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from trainer.signals import StopRequest
+    from tarflow.trainer.resilience.signals import StopRequest
 
     with StopRequest() as stop:  # before torch is loaded, which takes seconds: a signal counts from here on
         return _run(args, stop)
 
 
 def _run(args: argparse.Namespace, stop: "StopRequest") -> int:
-    from trainer.config_io import config_text, load_config
+    from tarflow.trainer.config.files import config_text, load_config
 
     config = load_config(args.config, args.overrides)
     run_dir = args.run or Path("runs") / args.config.stem
@@ -68,22 +68,22 @@ def _run(args: argparse.Namespace, stop: "StopRequest") -> int:
     if os.environ.get("RANK", "0") == "0" and not supervised:
         print(config_text(config), flush=True)
     if args.dry_run:
-        from trainer.plan import describe
+        from tarflow.trainer.plan import describe
 
         print(describe(config, args.world_size or args.ranks))
         return 0
     if supervised:
-        from trainer.supervisor import supervise
+        from tarflow.trainer.resilience.supervisor import supervise
 
         return supervise(own_arguments(args, run_dir), args.ranks or 1, run_dir, args.max_restarts or 0)
-    from trainer.loop import train
+    from tarflow.trainer.loop import train
 
     return train(config, run_dir, init_from=args.init_from, accept_new_data=args.accept_new_data, stop=stop)
 
 
 def _check_supervision(args: argparse.Namespace) -> None:
     """Refuse numbers that make no sense, and to start ranks from within a rank."""
-    from trainer.errors import TrainerError
+    from tarflow.trainer.errors import TrainerError
 
     if args.ranks is not None and args.ranks < 1:
         raise TrainerError(f"--ranks {args.ranks}: 1 at least")

@@ -6,27 +6,27 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.loader import Loader
-from data_pipeline.readers import DataFacts, data_facts
-from models.cost import flops_per_image, peak_rate
-from trainer.batch import BatchPlan, plan_batch
-from trainer.config import Config
-from trainer.ema import EMA
-from trainer.errors import TrainerError
-from trainer.exit_codes import FINISHED, NO_PROGRESS, REQUEUE
-from trainer.faults import fault_point
-from trainer.feed import StepInput, feed
-from trainer.last_words import last_words
-from trainer.metrics import MetricLog, Reading, Window
-from trainer.parallel.choose import make_backend, pick_device
-from trainer.parallel.shared import check_shared
-from trainer.parallel.world import Vote, World, barrier, broadcast, process_group, world_from_env
-from trainer.resume import count_restart
-from trainer.run_dir import create_run, save_config, writer_lock
-from trainer.saver import Saver
-from trainer.schedule import learning_rate
-from trainer.signals import StopRequest
-from trainer.watchdog import Watchdog, deadline, tighten_timeouts
+from tarflow.data_pipeline.loading.choose_reader import DataFacts, data_facts
+from tarflow.data_pipeline.loading.loader import Loader
+from tarflow.models.cost import flops_per_image, peak_rate
+from tarflow.trainer.batch import BatchPlan, plan_batch
+from tarflow.trainer.config.schema import Config
+from tarflow.trainer.ema.ema import EMA
+from tarflow.trainer.errors import TrainerError
+from tarflow.trainer.metrics import MetricLog, Reading, Window
+from tarflow.trainer.parallel.choose import make_backend, pick_device
+from tarflow.trainer.parallel.shared import check_shared
+from tarflow.trainer.parallel.world import Vote, World, barrier, broadcast, process_group, world_from_env
+from tarflow.trainer.resilience.exit_codes import FINISHED, NO_PROGRESS, REQUEUE
+from tarflow.trainer.resilience.failure_exit import last_words
+from tarflow.trainer.resilience.fault_injection import fault_point
+from tarflow.trainer.resilience.signals import StopRequest
+from tarflow.trainer.resilience.watchdog import Watchdog, deadline, tighten_timeouts
+from tarflow.trainer.run_dir import create_run, save_config, writer_lock
+from tarflow.trainer.saving.resume import count_restart
+from tarflow.trainer.saving.saver import Saver
+from tarflow.trainer.schedule import learning_rate
+from tarflow.trainer.step_inputs import StepInput, feed
 
 # What a rank may ask of all ranks at a step; the largest answer counts.
 GO_ON, SAVE, STOP, FAIL = range(4)

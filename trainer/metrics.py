@@ -16,8 +16,8 @@ import torch.distributed as dist
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from models.likelihood import bits_from_nats
-from trainer.files import Lines
+from tarflow.files import LineWriter
+from tarflow.models.likelihood import bits_from_nats
 
 
 class Window:
@@ -92,15 +92,15 @@ class MetricLog:
     """Where the figures go: rank 0 writes for all, the others only their own log."""
 
     def __init__(self, run_dir: Path, tensorboard: bool, total_images: int, rank: int = 0) -> None:
-        self._jsonl: Lines | None = None
+        self._jsonl: LineWriter | None = None
         self._writer: Any = None
         self._progress: Progress | None = None
         if rank:
             (run_dir / "logs").mkdir(exist_ok=True)
-            self._text = Lines(run_dir / "logs" / f"rank-{rank:04d}.log")
+            self._text = LineWriter(run_dir / "logs" / f"rank-{rank:04d}.log")
             return
-        self._jsonl = Lines(run_dir / "metrics.jsonl")
-        self._text = Lines(run_dir / "log.txt")
+        self._jsonl = LineWriter(run_dir / "metrics.jsonl")
+        self._text = LineWriter(run_dir / "log.txt")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

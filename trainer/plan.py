@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from models.cost import activation_bytes, flops_per_image, largest_piece, parameters, parameters_per_layer
-from trainer.batch import plan_batch
-from trainer.config import Config
-from trainer.parallel.mesh import mesh_shape
+from tarflow.models.cost import activation_bytes, flops_per_image, largest_piece, parameters, parameters_per_layer
+from tarflow.trainer.batch import plan_batch
+from tarflow.trainer.config.schema import Config
+from tarflow.trainer.parallel.mesh import mesh_shape
 
 GIB = 2**30
 

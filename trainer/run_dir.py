@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainer.config import Config
-from trainer.config_io import config_text, load_config
-from trainer.errors import TrainerError
-from trainer.files import write_atomic
+from tarflow.files import write_text
+from tarflow.trainer.config.files import config_text, load_config
+from tarflow.trainer.config.schema import Config
+from tarflow.trainer.errors import TrainerError
 
 
 def is_run(run_dir: str | Path) -> bool:
@@ -55,7 +55,7 @@ def create_run(run_dir: Path) -> None:
             f"--run {run_dir} is not empty and not a run (it holds {leftovers[0]}); give a new directory"
         )
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomic(run_dir / "run.json", json.dumps({"run_id": uuid.uuid4().hex}))
+    write_text(run_dir / "run.json", json.dumps({"run_id": uuid.uuid4().hex}))
 
 
 def rank_log(run_dir: Path, rank: int) -> Path:
@@ -75,7 +75,7 @@ def note(run_dir: Path, text: str) -> None:
 
 def save_config(run_dir: Path, config: Config) -> None:
     """Record the resolved configuration of this start."""
-    write_atomic(run_dir / "config.yaml", config_text(config))
+    write_text(run_dir / "config.yaml", config_text(config))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import math
 
-from trainer.config import OptimConfig
+from tarflow.trainer.config.schema import OptimConfig
 
 
 def learning_rate(optim: OptimConfig, images_seen: int, warmup_images: int, max_images: int) -> float:

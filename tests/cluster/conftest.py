@@ -20,8 +20,8 @@ import yaml
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 grey 8 px images in 2 classes, as indexed shards of 32."""
-    from data_pipeline.prepare import Options, prepare
-    from data_pipeline.sources import open_source
+    from tarflow.data_pipeline.prepare.sources import open_source
+    from tarflow.data_pipeline.prepare.write import Options, prepare
 
     folder = tmp_path_factory.mktemp("tiny")
     images = np.random.default_rng(0).integers(0, 90, (64, 8, 8, 1), dtype=np.uint8)
@@ -57,7 +57,7 @@ def write_config(path: Path, data: Path) -> Path:
 @pytest.fixture
 def verb():
     """`verb("submit", "config.yaml", "--run", ...)`: a verb of this room, called as the front door does."""
-    from cluster import cli
+    from tarflow.cluster import cli
 
     def call(name: str, *words: object) -> int:
         parser = argparse.ArgumentParser()

@@ -91,7 +91,7 @@ class FakeSlurm:
 def use_stub(run_dir: Path) -> None:
     """Put the stub in the place of `tarflow` in a run's snapshots of the code."""
     for snapshot in [*(run_dir / "slurm").glob("code-*"), *(run_dir.parent / "slurm").glob("code-*")]:
-        (snapshot / "tarflow.py").write_text((HERE / "stub_tarflow.py").read_text())
+        (snapshot / "tarflow/cli.py").write_text((HERE / "stub_tarflow.py").read_text())
 
 
 def stub_calls(run_dir: Path, rank: int = 0) -> list[dict]:

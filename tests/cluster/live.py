@@ -32,7 +32,7 @@ def job_of(run_dir: Path, kind: str = "train") -> str:
 
 def log(run_dir: Path, kind: str = "train", rank: int = 0) -> str:
     """What a rank of the newest job has printed."""
-    from cluster.status import log_text
+    from tarflow.cluster.status import log_text
 
     try:
         return log_text(run_dir, rank, kind)
@@ -83,7 +83,7 @@ def accounted(job: str) -> str:
 
 def committed_steps(run_dir: Path) -> list[int]:
     """Steps of the checkpoints that are there."""
-    from trainer.checkpoint import committed
+    from tarflow.trainer.checkpoint.commit import committed
 
     return [checkpoint.step for checkpoint in committed(run_dir)]
 
@@ -94,7 +94,8 @@ def final_tensors(run_dir: Path) -> dict[str, Any]:
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from trainer.checkpoint import find, read_tensors
+    from tarflow.trainer.checkpoint.commit import find
+    from tarflow.trainer.checkpoint.tensors import read_tensors
 
     checkpoint = find(run_dir)
     stored = FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata

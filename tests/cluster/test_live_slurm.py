@@ -188,7 +188,7 @@ def test_a_sweep_is_one_array_whose_elements_are_requeued_alone(
 
 
 def test_cancel_saves_first(slurm_cluster, verb, config_file, profile, tmp_path, capsys) -> None:
-    from trainer.checkpoint import find
+    from tarflow.trainer.checkpoint.commit import find
 
     run = tmp_path / "cancelled"
     assert verb("submit", config_file, "checkpoint.every_images=0", "--run", run, "--profile", profile) == 0

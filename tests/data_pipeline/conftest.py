@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.index_build import build_index
+from tarflow.data_pipeline.index.build import build_index
 
 
 def image_bytes(number: int, size: int = 8, format: str = "PNG") -> bytes:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from models.config import TarFlowConfig
-from models.flow import TarFlow
-from models.init import init_weights
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.flow import TarFlow
+from tarflow.models.init import init_weights
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +50,8 @@ def digit_like(tmp_path_factory):
     """48 + 12 grey 8 px images in 3 classes (a bright bar at another height), as two indexed data sets."""
     import numpy as np
 
-    from data_pipeline.prepare import Options, prepare
-    from data_pipeline.sources import open_source
+    from tarflow.data_pipeline.prepare.sources import open_source
+    from tarflow.data_pipeline.prepare.write import Options, prepare
 
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
@@ -66,8 +66,9 @@ def digit_like(tmp_path_factory):
 
 def write_checkpoint(run_dir, config, step, images_seen, seed=0, scale=0.1, averages=None):
     """Commit a checkpoint of a moved model, through the trainer's own functions."""
-    import trainer.checkpoint as store
-    from trainer.config_io import config_text
+    import tarflow.trainer.checkpoint.commit as store
+    from tarflow.trainer.checkpoint.tensors import write_tensors
+    from tarflow.trainer.config.files import config_text
 
     model = tiny_model(seed, scale, **config.model.model_dump())
     tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
@@ -75,7 +76,7 @@ def write_checkpoint(run_dir, config, step, images_seen, seed=0, scale=0.1, aver
     for i, name in enumerate(config.ema.names if averages is None else averages):
         tensors |= {f"{name}/{k}": p.detach() * (1 - 0.01 * (i + 1)) for k, p in model.named_parameters()}
     temporary = store.temporary_dir(run_dir, step)
-    store.write_tensors(temporary, tensors)
+    write_tensors(temporary, tensors)
     (temporary / "config.yaml").write_text(config_text(config))
     return store.commit(run_dir, temporary, step, images_seen, {"world_size": 1})
 
@@ -88,8 +89,8 @@ def save_checkpoint():
 @pytest.fixture
 def make_run(tmp_path, digit_like):
     """A run directory with checkpoints at given steps (16 images each), and its configuration."""
-    from trainer.config_io import parse_config
-    from trainer.run_dir import create_run, save_config
+    from tarflow.trainer.config.files import parse_config
+    from tarflow.trainer.run_dir import create_run, save_config
 
     def make(steps=(10, 20), name="run", **sections):
         tree = {
@@ -128,5 +129,5 @@ class FakeFeatures:
 
 @pytest.fixture
 def fake_features(monkeypatch):
-    monkeypatch.setattr("evaluation.real_side.Features", FakeFeatures)
+    monkeypatch.setattr("tarflow.evaluation.worker.real_images.Features", FakeFeatures)
     return FakeFeatures

@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-import tarflow
-from evaluation import score_command
-from evaluation.errors import EvaluationError
-from evaluation.image_files import save_png
-from evaluation.image_folder import ImageFolder
-from evaluation.score_command import ReferenceRequest, ScoreRequest, make_reference, score_folder
-from models.noise import to_pixels
+import tarflow.cli
+from tarflow.evaluation.commands import score_folder as score_command
+from tarflow.evaluation.commands.score_folder import ReferenceRequest, ScoreRequest, make_reference, score_folder
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.image_folder import ImageFolder
+from tarflow.evaluation.samples.png_folder import save_png
+from tarflow.models.noise import to_pixels
 
 
 class FakeFeatures:
@@ -184,21 +184,21 @@ def test_a_folder_is_scored_against_statistics_of_a_data_set(digit_like, tmp_pat
 def test_both_verbs_as_typed(mixed, digit_like, tmp_path, capsys):
     out = tmp_path / "r.npz"
     assert (
-        tarflow.main(["reference", str(digit_like / "train"), "--size", "8", "--channels", "1", "--out", str(out)]) == 0
+        tarflow.cli.main(["reference", str(digit_like / "train"), "--size", "8", "--channels", "1", "--out", str(out)]) == 0
     )
     assert "48 images, 8 features" in capsys.readouterr().out
-    assert tarflow.main(["score", str(mixed), "--reference", str(out), "--on-error", "skip"]) == 0
+    assert tarflow.cli.main(["score", str(mixed), "--reference", str(out), "--on-error", "skip"]) == 0
     printed = capsys.readouterr().out
     assert "fd_efficientnet_lite0 " in printed
     assert "1 files in" in printed
-    assert tarflow.main(["score", str(mixed), "--reference", str(out)]) == 2
+    assert tarflow.cli.main(["score", str(mixed), "--reference", str(out)]) == 2
     assert "--on-error skip" in capsys.readouterr().err
 
 
 def test_statistics_beside_the_data_serve_every_run_on_them(make_run, digit_like, fake_features, tmp_path, monkeypatch):
     import shutil
 
-    from evaluation.worker import WorkerOptions, evaluate
+    from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 
     monkeypatch.setattr(score_command, "Features", fake_features)
     data = tmp_path / "data"

@@ -5,8 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import attention
-from models.attention import OPERATOR, attention_in_blocks, causal_attention, keeps_probabilities, kept_numbers
+from tarflow.models import attention
+from tarflow.models.attention import (
+    OPERATOR,
+    attention_in_blocks,
+    causal_attention,
+    keeps_probabilities,
+    kept_numbers,
+)
 
 
 def inputs(tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:

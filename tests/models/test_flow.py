@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 
-from models.config import TarFlowConfig
-from models.flow import TarFlow, flow_loss, patchify, unpatchify
-from models.init import init_weights
-from models.likelihood import bits_from_nats, bits_per_dim, log_likelihood
-from models.noise import dequantize, to_model_range, to_pixels
-from models.sampler import Guidance, sample
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.flow import TarFlow, flow_loss, patchify, unpatchify
+from tarflow.models.init import init_weights
+from tarflow.models.likelihood import bits_from_nats, bits_per_dim, log_likelihood
+from tarflow.models.noise import dequantize, to_model_range, to_pixels
+from tarflow.models.sampling.guidance import Guidance
+from tarflow.models.sampling.sequential import sample
 
 
 def config(**changes: object) -> TarFlowConfig:
@@ -218,7 +219,7 @@ class TestGuidance:
                 a_u, b_u = block.scale_and_shift(x, None)
                 a, b = (c + 1.5 * (c - u) for c, u in ((a_c[:, i], a_u[:, i]), (b_c[:, i], b_u[:, i])))
                 x[:, i] = self.noise[:, i] * torch.exp(a) + b
-        from models.sampler import invert_block
+        from tarflow.models.sampling.sequential import invert_block
 
         with torch.no_grad():
             assert torch.allclose(invert_block(block, self.noise, y, Guidance(1.5)), x, atol=1e-5)
@@ -242,7 +243,7 @@ class TestGuidance:
 
 
 def test_short_bfloat16_sequences_on_the_cpu_attend_as_long_ones_do() -> None:
-    from models import transformer
+    from tarflow.models import transformer
 
     q, k, v = (torch.randn(2, 2, 16, 64, generator=torch.Generator().manual_seed(s)).bfloat16() for s in range(3))
     dense = transformer.causal_attention(q, k, v)

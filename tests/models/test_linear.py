@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.linear import MANY_ROWS, Linear, linear_by_convolution
+from tarflow.models.linear import MANY_ROWS, Linear, linear_by_convolution
 
 
 @pytest.fixture(autouse=True)

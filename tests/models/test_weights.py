@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.config import TarFlowConfig
-from models.flow import TarFlow
-from models.init import init_weights
-from models.presets import preset, preset_names
-from models.weights import load_model, load_weights_file, save_weights_file
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.flow import TarFlow
+from tarflow.models.init import init_weights
+from tarflow.models.presets import preset, preset_names
+from tarflow.models.weights import load_model, load_weights_file, save_weights_file
 
 CONFIG = TarFlowConfig(image_size=8, patch_size=2, channels=64, num_blocks=2, layers_per_block=1, num_classes=3)
 
@@ -24,7 +24,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_save_load_sample_save_load_keeps_every_bit(tmp_path: Path, suffix: str) -> None:
-    from models.sampler import sample
+    from tarflow.models.sampling.sequential import sample
 
     first, second = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
     save_weights_file(first, CONFIG, weights())

@@ -16,8 +16,8 @@ import yaml
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """96 grey 8 px images in 3 classes: bright spots whose place is the class, with some noise."""
-    from data_pipeline.prepare import Options, prepare
-    from data_pipeline.sources import open_source
+    from tarflow.data_pipeline.prepare.sources import open_source
+    from tarflow.data_pipeline.prepare.write import Options, prepare
 
     folder = tmp_path_factory.mktemp("tiny")
     rng = np.random.default_rng(0)

@@ -10,11 +10,12 @@ from typing import ClassVar
 import pytest
 import torch
 
-from trainer.checkpoint import find, load_weights
-from trainer.config_io import load_config
-from trainer.errors import TrainerError
-from trainer.exit_codes import FINISHED
-from trainer.loop import train
+from tarflow.trainer.checkpoint.commit import find
+from tarflow.trainer.checkpoint.tensors import load_weights
+from tarflow.trainer.config.files import load_config
+from tarflow.trainer.errors import TrainerError
+from tarflow.trainer.loop import train
+from tarflow.trainer.resilience.exit_codes import FINISHED
 
 
 class Quiet(SimpleHTTPRequestHandler):

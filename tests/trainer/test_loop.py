@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.checkpoint import committed, find, load_weights
-from trainer.config_io import load_config
-from trainer.exit_codes import FINISHED, REQUEUE
-from trainer.schedule import learning_rate
+from tarflow.trainer.checkpoint.commit import committed, find
+from tarflow.trainer.checkpoint.tensors import load_weights
+from tarflow.trainer.config.files import load_config
+from tarflow.trainer.resilience.exit_codes import FINISHED, REQUEUE
+from tarflow.trainer.schedule import learning_rate
 
 
 def command(config: Path, run: Path, *overrides: str) -> list[str]:
@@ -81,8 +82,8 @@ def test_loss_falls_and_every_weight_moves(tiny_config: Path, whole: dict[str, P
 
 
 def test_S11_a_trained_model_inverts(tiny_config: Path, whole: dict[str, Path]) -> None:
-    from models.sampler import sample
-    from models.weights import load_model
+    from tarflow.models.sampling.sequential import sample
+    from tarflow.models.weights import load_model
 
     run = uninterrupted(whole, tiny_config)
     model = load_model(load_config(run / "config.yaml").model, load_weights(find(run), "raw"))
@@ -195,8 +196,8 @@ def test_K03_structural_changes_are_refused_before_loading(
 def test_K03_another_data_set_is_refused_unless_accepted(tiny_config: Path, tiny_data: Path, tmp_path: Path) -> None:
     import numpy as np
 
-    from data_pipeline.prepare import Options, prepare
-    from data_pipeline.sources import open_source
+    from tarflow.data_pipeline.prepare.sources import open_source
+    from tarflow.data_pipeline.prepare.write import Options, prepare
 
     np.savez(tmp_path / "o.npz", images=np.zeros((40, 8, 8, 1), np.uint8), labels=np.arange(40) % 3)
     prepare(open_source(tmp_path / "o.npz"), tmp_path / "other", Options(size=8))
@@ -228,7 +229,7 @@ def test_T15_a_checkpoint_that_does_not_load_stops_the_run_instead_of_starting_o
 def test_weights_file_starts_a_new_run_but_never_an_old_one(
     tiny_config: Path, whole: dict[str, Path], tmp_path: Path
 ) -> None:
-    from models.weights import save_weights_file
+    from tarflow.models.weights import save_weights_file
 
     source = uninterrupted(whole, tiny_config)
     config = load_config(source / "config.yaml")

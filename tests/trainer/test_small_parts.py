@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainer.batch import plan_batch
-from trainer.config import OptimConfig
-from trainer.ema import EMA, power_decay, power_of_width
-from trainer.errors import TrainerError
-from trainer.schedule import learning_rate
+from tarflow.trainer.batch import plan_batch
+from tarflow.trainer.config.schema import OptimConfig
+from tarflow.trainer.ema.ema import EMA, power_decay, power_of_width
+from tarflow.trainer.errors import TrainerError
+from tarflow.trainer.schedule import learning_rate
 
 
 def test_T08_rate_is_a_function_of_images_seen_alone() -> None:

@@ -4,8 +4,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from models.flow import FlowBlock, TarFlow
-from trainer.config import Config
+from tarflow.models.flow import FlowBlock, TarFlow
+from tarflow.trainer.config.schema import Config
 
 
 def apply_parallelism(model: TarFlow, config: Config, mesh: DeviceMesh | None) -> None:
@@ -23,7 +23,7 @@ def apply_parallelism(model: TarFlow, config: Config, mesh: DeviceMesh | None) -
             if config.compile.enable and offload:
                 layer.forward = torch.compile(layer.forward)
             if config.activation_checkpoint.mode != "none":
-                from trainer.parallel.checkpointing import checkpoint_layer
+                from tarflow.trainer.parallel.checkpointing import checkpoint_layer
 
                 checkpoint_layer(layer, number, config.activation_checkpoint)
             if config.compile.enable and not offload:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from models.attention import OPERATOR
-from trainer.config import ActivationCheckpointConfig
+from tarflow.models.attention import OPERATOR
+from tarflow.trainer.config.schema import ActivationCheckpointConfig
 
 Forward = Callable[[Tensor], Any]
 
@@ -49,7 +49,7 @@ def checkpoint_layer(layer: nn.Module, number: int, config: ActivationCheckpoint
 
 # Kept outputs then go through saved-tensor hooks like all others, so that they can be counted and moved. Older torch
 # does not know the word, and keeps them out of the hooks' sight; gradients and memory are the same.
-_HOOKS = (
+_HOOKS: dict[str, Any] = (
     {"respect_saved_tensors_hooks": True}
     if "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters
     else {}

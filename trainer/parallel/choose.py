@@ -2,15 +2,15 @@
 
 import torch
 
-from models.flow import TarFlow
-from models.init import init_weights
-from trainer.batch import BatchPlan
-from trainer.config import Config
-from trainer.errors import TrainerError
-from trainer.parallel.backend import Backend
-from trainer.parallel.mesh import mesh_shape
-from trainer.parallel.torch_backend import ShardedBackend, SingleBackend
-from trainer.parallel.world import World
+from tarflow.models.flow import TarFlow
+from tarflow.models.init import init_weights
+from tarflow.trainer.batch import BatchPlan
+from tarflow.trainer.config.schema import Config
+from tarflow.trainer.errors import TrainerError
+from tarflow.trainer.parallel.backend import Backend
+from tarflow.trainer.parallel.mesh import mesh_shape
+from tarflow.trainer.parallel.torch_backend import ShardedBackend, SingleBackend
+from tarflow.trainer.parallel.world import World
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -33,7 +33,7 @@ def make_backend(config: Config, device: torch.device, world: World, plan: Batch
     """The configured backend, with initial weights that depend on the seed alone."""
     mesh_shape(config.parallel, world.size)  # refuse a grid that does not fit, whatever the backend
     if config.parallel.backend == "deepspeed":
-        from trainer.parallel.zero import ZeroBackend
+        from tarflow.trainer.parallel.zero import ZeroBackend
 
         return ZeroBackend(config, device, world, plan)
     if world.size > 1:

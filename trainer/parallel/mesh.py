@@ -1,7 +1,7 @@
 """The ranks as a grid: `dp_replicate` copies of the model, each cut into `dp_shard` pieces."""
 
-from trainer.config import ParallelConfig
-from trainer.errors import TrainerError
+from tarflow.trainer.config.schema import ParallelConfig
+from tarflow.trainer.errors import TrainerError
 
 
 def mesh_shape(parallel: ParallelConfig, world_size: int) -> tuple[int, int]:

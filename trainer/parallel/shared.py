@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from trainer.errors import TrainerError
-from trainer.parallel.world import broadcast
-from trainer.run_dir import is_run, run_id
+from tarflow.trainer.errors import TrainerError
+from tarflow.trainer.parallel.world import broadcast
+from tarflow.trainer.run_dir import is_run, run_id
 
 PATIENCE_S = 10.0  # a network file system may show another node's new file late
 

@@ -6,14 +6,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from models.flow import TarFlow, flow_loss
-from models.init import initial_values
-from trainer.config import Config
-from trainer.optimizer import GuardedAdamW
-from trainer.parallel.apply import apply_parallelism
-from trainer.parallel.mesh import mesh_shape
-from trainer.parallel.world import World
-from trainer.stats import batch_stats
+from tarflow.models.flow import TarFlow, flow_loss
+from tarflow.models.init import initial_values
+from tarflow.trainer.config.schema import Config
+from tarflow.trainer.optimizer import GuardedAdamW
+from tarflow.trainer.parallel.apply import apply_parallelism
+from tarflow.trainer.parallel.mesh import mesh_shape
+from tarflow.trainer.parallel.world import World
+from tarflow.trainer.stats import batch_stats
 
 
 class TorchBackend:

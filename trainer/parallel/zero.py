@@ -16,17 +16,17 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from models.cost import parameters_per_layer
-from models.flow import TarFlow, flow_loss
-from models.init import initial_values
-from trainer.batch import BatchPlan
-from trainer.config import Config
-from trainer.errors import TrainerError
-from trainer.optimizer import GuardedAdamW
-from trainer.parallel.apply import apply_parallelism
-from trainer.parallel.saved import whole
-from trainer.parallel.world import World
-from trainer.stats import batch_stats
+from tarflow.models.cost import parameters_per_layer
+from tarflow.models.flow import TarFlow, flow_loss
+from tarflow.models.init import initial_values
+from tarflow.trainer.batch import BatchPlan
+from tarflow.trainer.config.schema import Config
+from tarflow.trainer.errors import TrainerError
+from tarflow.trainer.optimizer import GuardedAdamW
+from tarflow.trainer.parallel.apply import apply_parallelism
+from tarflow.trainer.parallel.saved import whole
+from tarflow.trainer.parallel.world import World
+from tarflow.trainer.stats import batch_stats
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

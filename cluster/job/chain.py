@@ -1,0 +1,137 @@
+"""The chain of starts of one job, and the rule by which it goes on or ends.
+
+RUN/slurm/chain-JOB.json: {"starts": [{"restart", "step", "nodes", "time"}], "bad_nodes": {...}, "ended": {"code", "text"}}.
+Rank 0 alone writes it.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tarflow.cluster.exit_codes import FINISHED, NO_PROGRESS, REQUEUE, REQUEUE_LIMIT
+from tarflow.files import write_text
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a chain stops by itself."""
+
+    max_restarts: int = 100
+    max_no_progress: int = 3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one start ended: the exit code of the work, and what to say of it."""
+
+    code: int
+    text: str = ""
+    node: str = ""  # the node at fault, if one is
+    stopped: bool = False  # asked to stop by a signal
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows: requeue or not, the exit code of the job, and the last line of its log."""
+
+    requeue: bool
+    code: int
+    text: str
+
+
+@dataclass
+class Chain:
+    """The record of a chain."""
+
+    path: Path
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    bad_nodes: dict[str, str] = field(default_factory=dict)
+    ended: dict[str, Any] | None = None
+
+    @classmethod
+    def load(cls, slurm_dir: Path, job: str) -> "Chain":
+        """The chain of a job; an empty one before its first start."""
+        path = slurm_dir / f"chain-{job}.json"
+        try:
+            return cls(path, **json.loads(path.read_text()))
+        except FileNotFoundError:
+            return cls(path)
+
+    def save(self) -> None:
+        tree = {"starts": self.starts, "bad_nodes": self.bad_nodes, "ended": self.ended}
+        write_text(self.path, json.dumps(tree, indent=1))
+
+    def begin(self, restart: int, step: int, nodes: str) -> None:
+        """Note a start. Slurm restarts a job by itself too (a failed node, `scontrol requeue`): all are counted here."""
+        self.starts.append({"restart": restart, "step": step, "nodes": nodes, "time": time.time()})
+        self.ended = None
+        self.save()
+
+    def end(self, code: int, text: str) -> None:
+        """Note that nothing follows."""
+        self.ended = {"code": code, "text": text, "time": time.time()}
+        self.save()
+
+    @property
+    def restarts(self) -> int:
+        return int(self.starts[-1]["restart"]) if self.starts else 0
+
+
+def fruitless(starts: Sequence[Mapping[str, Any]], step: int) -> int:
+    """Restarts so far that began at the present newest step: none of them, nor the start before, has saved anything."""
+    count = 0
+    for start in reversed(starts):
+        if start["step"] != step:
+            break
+        count += 1
+    return max(count - 1, 0)
+
+
+def decide(outcome: Outcome, chain: Chain, step: int, limits: Limits, cancelled: bool = False) -> Decision:
+    """The rule. Whatever failed may be the node's or the file system's fault and is tried again, while there is
+    progress: a chain ends by finishing, by being cancelled, by "no progress" or by the limit of restarts."""
+    restarts = chain.restarts
+    times = f"{restarts} restart{'s' if restarts != 1 else ''}"
+    why = outcome.text or ("stopped on request" if outcome.stopped else f"exit code {outcome.code}")
+    if outcome.code == FINISHED:
+        return Decision(False, FINISHED, f"finished at step {step} after {times}")
+    if cancelled:
+        return Decision(
+            False, FINISHED, f"cancelled at step {step} after {times}; the same submission goes on from there"
+        )
+    if outcome.code == NO_PROGRESS:
+        return Decision(False, NO_PROGRESS, f"stopped: no progress at step {step} after {times}: {why}")
+    wasted = fruitless(chain.starts, step)
+    if wasted >= limits.max_no_progress:
+        return Decision(
+            False,
+            NO_PROGRESS,
+            f"stopped: no progress: the newest checkpoint is still that of step {step} after {wasted} restarts without a "
+            f"newer one (max_no_progress={limits.max_no_progress}); last: {why}",
+        )
+    if restarts >= limits.max_restarts:
+        return Decision(
+            False,
+            REQUEUE_LIMIT,
+            f"stopped: requeue limit: {times} (max_restarts={limits.max_restarts}), at step {step}; last: {why}",
+        )
+    return Decision(True, REQUEUE, f"requeued at step {step}, restart {restarts + 1}: {why}")
+
+
+def exhausted(chain: Chain, limits: Limits) -> Decision | None:
+    """At a start: whether starts that were killed before they could decide have used up the limits."""
+    restarts, step = chain.restarts, int(chain.starts[-1]["step"]) if chain.starts else 0
+    wasted = fruitless(chain.starts, step)
+    if restarts > limits.max_restarts:
+        text = f"stopped: requeue limit: {restarts} restarts (max_restarts={limits.max_restarts}), at step {step}"
+        return Decision(False, REQUEUE_LIMIT, text)
+    if wasted > limits.max_no_progress:
+        text = (
+            f"stopped: no progress: the newest checkpoint is still that of step {step} after {wasted} restarts without a "
+            f"newer one (max_no_progress={limits.max_no_progress}); the starts before were killed"
+        )
+        return Decision(False, NO_PROGRESS, text)
+    return None

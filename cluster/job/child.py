@@ -1,0 +1,140 @@
+"""A command run as a child: signals handed on, the end of what it said kept, its exit told apart."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+from tarflow.cluster.exit_codes import FINISHED, NO_PROGRESS, REQUEUE
+
+PATIENCE_S = 20.0  # between the first process's failure and the end of the others
+HANDED_ON = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+
+
+class Signals:
+    """While entered, stop signals set a flag and go on to the child. Nothing else happens inside a handler (case C07)."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self.child: Children | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        for number in HANDED_ON:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def stopped(self) -> bool:
+        """Whether this task was asked to stop."""
+        return self.received is not None
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number).name
+        if self.child is not None:
+            # A second SIGINT would make training leave without saving.
+            self.child.send(signal.SIGTERM if number == signal.SIGINT else signal.Signals(number))
+
+
+class Child:
+    """A running command. Its error output goes on to ours, and the last lines are kept."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
+        self._process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, errors="replace")
+        self._lines: deque[str] = deque(maxlen=20)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            sys.stderr.write(line)
+            sys.stderr.flush()
+            if line.strip():
+                self._lines.append(line.rstrip())
+
+    def send(self, number: signal.Signals) -> None:
+        """Signal the command, if it is still there."""
+        if self._process.returncode is None:
+            self._process.send_signal(number)
+
+    def wait(self, timeout_s: float) -> int | None:
+        """The exit code (negative: the signal that ended it), or None if it still runs."""
+        try:
+            code = self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+        self._reader.join(5)
+        return code
+
+    def kill(self) -> None:
+        """End it at once."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self.wait(10)
+
+    @property
+    def last_line(self) -> str:
+        """The last thing it said on its error output that is not a frame of a traceback."""
+        return next((line for line in reversed(self._lines) if not line.startswith((" ", "Traceback"))), "")
+
+
+class Children:
+    """The processes of one task: one for each environment. When one fails, the others have some time to notice."""
+
+    def __init__(self, command: Sequence[str], envs: Sequence[Mapping[str, str]]) -> None:
+        self._all = [Child(command, env) for env in envs]
+        self._bad: tuple[int, int] | None = None  # (index, code) of the first failure
+        self._deadline = float("inf")
+
+    def send(self, number: signal.Signals) -> None:
+        """Signal all."""
+        for child in self._all:
+            child.send(number)
+
+    def wait(self, timeout_s: float) -> tuple[int, int, str] | None:
+        """Once all are gone: the exit code that counts, the index of the process it is from, and its last words."""
+        end = time.monotonic() + timeout_s
+        while True:
+            codes = [child.wait(0) for child in self._all]
+            bad = [(i, c) for i, c in enumerate(codes) if c not in (None, FINISHED, REQUEUE)]
+            if bad and self._bad is None:
+                # Seen at once: a signal's code is negative and is the cause of the others.
+                self._bad = min(bad, key=lambda one: one[1] or 0)
+                self._deadline = time.monotonic() + PATIENCE_S
+            if None not in codes:
+                return self._verdict([c for c in codes if c is not None])
+            if time.monotonic() > self._deadline:
+                self._kill()
+            elif time.monotonic() >= end:
+                return None
+            else:
+                time.sleep(0.05)
+
+    def _verdict(self, codes: list[int]) -> tuple[int, int, str]:
+        index, code = self._bad or max(enumerate(codes), key=lambda one: one[1])
+        if NO_PROGRESS in codes:
+            index, code = codes.index(NO_PROGRESS), NO_PROGRESS
+        return code, index, self._all[index].last_line
+
+    def end(self, patience_s: float) -> None:
+        """Have them stop, then make them stop."""
+        self.send(signal.SIGTERM)
+        self.end_within(patience_s)
+
+    def end_within(self, patience_s: float) -> None:
+        """Let them end by themselves for some time, then make them stop."""
+        if self.wait(patience_s) is None:
+            self._kill()
+
+    def _kill(self) -> None:
+        for child in self._all:
+            child.kill()

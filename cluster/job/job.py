@@ -1,0 +1,362 @@
+"""What runs in each task of a job: start the work as a child, hand on signals, and let the chain go on or end.
+
+The job is pickled by submitit. Its own signal handling replaces submitit's as soon as it is called: submitit calls every
+signal of a short job a time-out, loses the race against Slurm's own requeue, and takes its error for the job's result.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tarflow.cluster import slurm
+from tarflow.cluster.errors import ClusterError
+from tarflow.cluster.exit_codes import CANNOT_REQUEUE, FAILED, FINISHED, HUNG, NO_PROGRESS, REQUEUE, USAGE
+from tarflow.cluster.job.all_reduce import DEVICE_FAILED
+from tarflow.cluster.job.chain import Chain, Limits, Outcome, decide, exhausted
+from tarflow.cluster.job.child import PATIENCE_S, Children, Signals
+from tarflow.cluster.job.environment import Place, find_place, job_id, restart_count, scrubbed
+from tarflow.cluster.job.preflight import BadNodeError, all_reduce_command, check_node, check_shared
+from tarflow.cluster.job.rendezvous import meet
+from tarflow.files import write_text
+from tarflow.interpreter import HOME, module_command
+
+FORMAT = 2  # of the pickled job
+
+
+@dataclass
+class Job:
+    """One run's training, or the evaluation beside it. Holds plain values only: it is pickled."""
+
+    kind: str  # train | evaluate
+    run_dir: str
+    code: str  # the snapshot that it runs
+    arguments: list[str]  # of `python -m tarflow`
+    resubmit: str  # the command that goes on by hand
+    limits: Limits
+    gpus: int = 0
+    min_free_gb: float = 0.0
+    preflight: str = "full"
+    follows: str | None = None  # evaluate: the training job whose end ends it
+    ranks_per_task: int = 1  # processes that each Slurm task starts
+    restarts_in_place: int = 0  # after a failed process: all start again, and the allocation is kept
+    format: int = FORMAT
+
+    def __call__(self) -> int:
+        logging.getLogger("submitit").setLevel(logging.WARNING)  # the last line of the log is ours
+        return Task(self).run()
+
+    def checkpoint(self) -> Any:
+        """For submitit, should a signal come before the call: the same job again."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+class Task:
+    """This process's part in a start of a job."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.place: Place = find_place({k: v for k, v in os.environ.items() if k.startswith("SLURM_")})
+        self.run_dir, self.slurm_dir = Path(job.run_dir), Path(job.run_dir) / "slurm"
+        self.id, self.restart = job_id(os.environ), restart_count(os.environ)
+        self.node = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
+        self.folder = self.slurm_dir / "starts" / f"{self.id}-{self.restart}"
+        self.round = self.folder  # where tasks meet and note failures: another one after a restart in place
+        self.chain = Chain.load(self.slurm_dir, self.id)
+
+    @property
+    def first(self) -> bool:
+        return self.place.rank == 0
+
+    def say(self, text: str) -> None:
+        print(f"[job {self.id}, task {self.place.rank}, node {self.node}] {text}", flush=True)
+
+    def environment(self) -> dict[str, str]:
+        """What a process gets that this task starts."""
+        return {**scrubbed(os.environ), "PYTHONPATH": self.job.code, "PYTHONSAFEPATH": "1"}
+
+    def run(self) -> int:
+        """Work until it ends, then see to what follows. Returns 0, or leaves with another exit code."""
+        with Signals() as signals:
+            try:
+                self.begin()
+                outcome = self.work(signals)
+            except BadNodeError as error:
+                outcome = Outcome(FAILED, str(error), error.node)
+            except (ClusterError, OSError) as error:
+                outcome = Outcome(FAILED, str(error))
+            return self.end_first(outcome) if self.first else self.end_other(outcome, signals)
+
+    def begin(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.first:  # counted before anything can fail: else a job that always fails here would restart for ever
+            nodes = os.environ.get("SLURM_JOB_NODELIST", self.node)
+            self.chain.begin(self.restart, progress(self.job), nodes)
+            self.say(f"start {self.restart}: {self.job.kind} on {nodes} at step {self.chain.starts[-1]['step']}")
+            if over := exhausted(self.chain, self.job.limits):  # starts that were killed before they could decide
+                self.finish(over.code, over.text)
+        check_code(self.job)
+        if self.first and self.job.kind == "train":
+            wait_for_writer(self.run_dir, self.say)
+
+    def work(self, signals: Signals) -> Outcome:
+        """Preflight, then the processes; again on the same nodes as often as the profile allows."""
+        job, place = self.job, self.place
+        if job.preflight != "off":
+            check_node(self.run_dir, self.node, job.gpus if job.preflight == "full" else 0, job.min_free_gb)
+            if place.size > 1:
+                check_shared(self.folder, place, self.node, stopped=lambda: self.in_vain(signals))
+        outcome = self.attempt(signals)
+        for again in range(1, job.restarts_in_place + 1):
+            if outcome.stopped or outcome.code in (FINISHED, REQUEUE, NO_PROGRESS, USAGE) or self.anyone_finished():
+                break
+            self.say(f"{(self.failure() or outcome).text}; restart {again} of {job.restarts_in_place} in place")
+            self.round = self.folder / f"again-{again}"
+            self.round.mkdir(exist_ok=True)
+            outcome = self.attempt(signals)
+        return outcome
+
+    def attempt(self, signals: Signals) -> Outcome:
+        """Meet, start this task's processes and wait for their end; a failure is noted where every task looks."""
+        job, places = self.job, self.place.divided(self.job.ranks_per_task)
+        env = self.environment()
+        envs = [env for _ in places]
+        if signals.stopped():
+            return stopped_by(signals)
+        if places[0].size > 1:
+            meeting = meet(self.round, self.place, stopped=lambda: self.in_vain(signals))
+            if meeting is None or self.in_vain(signals):
+                failed = None if signals.stopped() else self.failure()
+                return failed or stopped_by(signals)
+            if job.preflight == "full" and self.round == self.folder:
+                variables = [meeting.variables(one, meeting.check_port) for one in places]
+                checked = self.watch(
+                    Children(all_reduce_command(), [env | more for more in variables]), places, signals
+                )
+                if checked.code:
+                    node = self.node if checked.code == DEVICE_FAILED else checked.node
+                    text = f"preflight: {checked.text} (all-reduce between all ranks)"
+                    return self.noted(Outcome(checked.code, text, node, checked.stopped))
+            envs = [env | meeting.variables(one) for one in places]
+        command = module_command("tarflow", *job.arguments, unbuffered=True)
+        return self.noted(self.watch(Children(command, envs), places, signals))
+
+    def watch(self, children: Children, places: Sequence[Place], signals: Signals) -> Outcome:
+        """Wait for the processes. Rank 0 also watches for other tasks' failures (and so does everyone who may start
+        again in place), an evaluation for the training's end."""
+        signals.child = children
+        if signals.stopped():  # while they were started: nobody has told them
+            children.send(signal.SIGTERM)
+        looks, every = self.first or self.job.restarts_in_place > 0, 0.5 if self.first else 2.0
+        try:
+            while (ended := children.wait(every)) is None:
+                if looks and (other := self.failure()) is not None:
+                    children.end_within(PATIENCE_S)
+                    return other
+                if not self.first and (self.round / "finished-0").exists():  # what is left here holds the allocation
+                    if children.wait(PATIENCE_S) is None:
+                        self.say("rank 0 has finished, but not the processes here: ending them")
+                        children.end(5)
+                    return Outcome(FINISHED)
+                if self.job.follows and (text := training_failed(self.slurm_dir, self.job.follows)):
+                    children.end(10)
+                    return self.evaluate_the_rest(text, signals)
+        finally:
+            signals.child = None
+        code, index, said = ended
+        if code == FINISHED:
+            return Outcome(FINISHED)
+        if code == NO_PROGRESS:
+            return Outcome(NO_PROGRESS, said)
+        if signals.stopped():
+            # Whatever it made of the signal (it may have been too young to catch it), what counts is committed.
+            return stopped_by(signals)
+        if code == REQUEUE:
+            return Outcome(REQUEUE, "stopped on request", stopped=True)
+        how = "hung" if code == HUNG else f"killed by {_signal(-code)}" if code < 0 else f"exit code {code}"
+        return Outcome(code if code > 0 else 128 - code, f"rank {places[index].rank} on {self.node}: {how}: {said}")
+
+    def evaluate_the_rest(self, text: str, signals: Signals) -> Outcome:
+        """A training that ended before its end leaves checkpoints that nobody has scored: once through them."""
+        words = self.job.arguments
+        once = [*words[: words.index("--watch")], "--once", *words[words.index("--wait-for-run") + 2 :]]
+        command = module_command("tarflow", *once, unbuffered=True)
+        signals.child = last = Children(command, [self.environment()])
+        while last.wait(0.5) is None:
+            pass
+        if signals.stopped():
+            return stopped_by(signals)
+        return Outcome(FINISHED, text)
+
+    def in_vain(self, signals: Signals) -> bool:
+        """Whether waiting for the other tasks makes no sense any more."""
+        return signals.stopped() or self.failure() is not None
+
+    def noted(self, outcome: Outcome) -> Outcome:
+        """Let the other tasks know of a failure, or of the end."""
+        if outcome.code == FINISHED:
+            (self.round / f"finished-{self.place.rank}").touch()
+        elif not outcome.stopped and self.place.size > 1:
+            note = self.round / f"failed-{self.place.rank}.json"
+            if not note.exists():
+                write_text(note, json.dumps(vars(outcome)))
+        return outcome
+
+    def anyone_finished(self) -> bool:
+        return any(self.round.glob("finished-*"))
+
+    def failure(self) -> Outcome | None:
+        """What a task has noted that most likely was the cause: a bad node, a killed process, then whoever was first."""
+        files = sorted(self.round.glob("failed-*.json"), key=lambda p: (p.stat().st_mtime, p.name))
+        noted = [Outcome(**json.loads(file.read_text())) for file in files]
+        return min(noted, key=lambda one: (not one.node, one.code < 128), default=None)
+
+    def end_other(self, outcome: Outcome, signals: Signals) -> int:
+        """Ranks but the first: note a failure and leave the decision to rank 0."""
+        if outcome.code == FINISHED:
+            return FINISHED
+        if outcome.code == REQUEUE:
+            sys.exit(FINISHED)  # no result for submitit, and no bad exit that would kill rank 0 while it requeues
+        self.say(f"failed: {outcome.text}")
+        self.noted(outcome)
+        # Rank 0 ends the job, with or without a restart; a bad exit here is for when it cannot.
+        end = time.monotonic() + PATIENCE_S + 25
+        while time.monotonic() < end:
+            ended = Chain.load(self.slurm_dir, self.id).ended
+            if ended is not None:
+                sys.exit(ended["code"])
+            if signals.stopped():  # srun ends the step: rank 0 has left
+                sys.exit(FINISHED)
+            time.sleep(0.5)
+        sys.exit(outcome.code)
+
+    def end_first(self, outcome: Outcome) -> int:
+        """Rank 0: requeue, exactly once and only after everything is saved, or end the chain."""
+        newest = Chain.load(self.slurm_dir, self.id)
+        if newest.restarts > self.restart:  # a start that outlived its requeue decides nothing any more
+            self.say("a newer start of this job is under way; leaving")
+            sys.exit(REQUEUE)
+        other = self.failure()
+        if other is not None and outcome.code not in (FINISHED, NO_PROGRESS) and not outcome.stopped:
+            outcome = other
+        for failed in (outcome, other):
+            if failed is not None and failed.node:
+                self.chain.bad_nodes[failed.node] = failed.text
+        if not self.chain.starts or self.chain.restarts < self.restart:  # it could not be noted, but it counts
+            self.chain.starts.append({"restart": self.restart, "step": progress(self.job), "nodes": self.node})
+        with suppress(OSError):  # a full disk must not keep a job from going on
+            self.chain.save()
+        cancelled = (self.slurm_dir / f"cancel-{self.id}").exists()
+        decision = decide(outcome, self.chain, progress(self.job), self.job.limits, cancelled)
+        if not decision.requeue:
+            self.finish(decision.code, decision.text)
+            return FINISHED
+        problem = slurm.requeue(self.id)
+        if problem is None:
+            self.say(decision.text)
+            if bad := sorted(self.chain.bad_nodes):
+                kept = slurm.exclude_nodes(self.id, bad)
+                self.say(
+                    f"bad nodes {','.join(bad)} are {'excluded' if kept else 'NOT excluded (scontrol update failed)'}"
+                )
+            sys.exit(REQUEUE)
+        text = f"{decision.text}\nbut it could not be requeued: {problem}. Go on by hand with:\n  {self.job.resubmit}"
+        self.finish(CANNOT_REQUEUE, text)
+        return CANNOT_REQUEUE
+
+    def finish(self, code: int, text: str) -> None:
+        try:
+            self.chain.end(code, text)
+        except OSError as error:
+            self.say(f"{self.chain.path} cannot be written: {error}")
+        self.say(text)
+        if code != FINISHED:
+            sys.exit(code)
+
+
+def stopped_by(signals: Signals) -> Outcome:
+    """The end on request: to be started again."""
+    return Outcome(REQUEUE, f"stopped by {signals.received}", stopped=True)
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def check_code(job: Job) -> None:
+    """Refuse to run a job with other code than it was submitted with."""
+    here = HOME.resolve()
+    if job.format != FORMAT or here != Path(job.code).resolve():
+        raise ClusterError(
+            f"this job was submitted with the code in {job.code}, but {here} is what runs: its snapshot was moved or "
+            f"removed; submit again with `{job.resubmit}`"
+        )
+
+
+def progress(job: Job) -> int:
+    """What must grow from start to start: the newest committed step; of an evaluation its results, then its chunks."""
+    run_dir = Path(job.run_dir)
+    if job.kind == "evaluate":
+        chunks = len(list(run_dir.glob("evals/work/*/*-[0-9]*[0-9]")))  # of a result that takes longer than a start
+        return 1_000_000 * len(list(run_dir.glob("evals/*/result.json"))) + chunks
+    from tarflow.trainer.checkpoint.commit import committed
+
+    found = committed(run_dir)
+    return found[-1].step if found else 0
+
+
+def training_failed(slurm_dir: Path, job: str) -> str:
+    """The last line of a training whose chain ended before its end; empty while it may still go on, or when finished."""
+    ended = Chain.load(slurm_dir, job).ended
+    if ended is None or ended["text"].startswith("finished"):
+        return ""
+    return f"training job {job} has ended: {ended['text']}"
+
+
+def wait_for_writer(run_dir: Path, say: Any, patience_s: float = 120.0) -> None:
+    """Let an old start of the run die: Slurm may start a job again while the processes of a lost node live on."""
+    end = time.monotonic() + patience_s
+    told = False
+    while True:
+        with open(run_dir / ".lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                file.seek(0)
+                holder = file.read().strip()
+        if time.monotonic() > end:
+            raise ClusterError(f"run {run_dir} is still in use by another process after {patience_s:.0f} s ({holder})")
+        if not told:
+            say(f"waiting for the process that still holds the run ({holder})")
+            told = True
+        time.sleep(0.5)
+
+
+def shield_submitit() -> None:
+    """Give submitit our way to requeue, for a signal that comes before the job is called."""
+    from submitit.slurm.slurm import SlurmJobEnvironment
+
+    def requeue(self: Any, countdown: int) -> None:
+        problem = slurm.requeue(self.job_id)
+        if problem:
+            raise ClusterError(problem)
+
+    SlurmJobEnvironment._requeue = requeue
+
+
+if "SUBMITIT_FOLDER" in os.environ:  # inside a job, where submitit is about to set its handlers
+    shield_submitit()

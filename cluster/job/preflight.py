@@ -1,0 +1,85 @@
+"""Checks before the first step: a run that cannot work should stop in seconds, and name the node (issue: bad nodes)."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tarflow.cluster.errors import ClusterError
+from tarflow.cluster.job.environment import Place
+from tarflow.files import write_text
+from tarflow.interpreter import module_command
+
+CLOCK_TOLERANCE_S = 30.0
+
+
+class BadNodeError(ClusterError):
+    """A node that cannot take part."""
+
+    def __init__(self, node: str, text: str) -> None:
+        super().__init__(f"node {node}: {text}")
+        self.node = node
+
+
+def check_node(run_dir: Path, node: str, gpus: int, min_free_gb: float) -> None:
+    """What a task can see alone: room and the right to write in the run directory, the node's devices, its clock."""
+    probe = run_dir / "slurm" / f".probe-{node}-{os.getpid()}"
+    try:
+        before = time.time()
+        probe.write_text(node)
+        skew = probe.stat().st_mtime - before
+        probe.unlink()
+    except OSError as error:
+        raise BadNodeError(node, f"the run directory {run_dir} cannot be written: {error}") from None
+    if abs(skew) > CLOCK_TOLERANCE_S:
+        raise BadNodeError(node, f"its clock is {skew:+.0f} s off that of the file system of {run_dir}")
+    free = shutil.disk_usage(run_dir).free / 1e9
+    if free < min_free_gb:
+        raise ClusterError(
+            f"{run_dir} has {free:.1f} GB free, less than min_free_gb={min_free_gb} of the profile; make room or lower it"
+        )
+    if gpus:
+        found = visible_gpus()
+        if found is None or found < gpus:
+            raise BadNodeError(node, f"{found or 'no'} of its {gpus} GPUs answer (nvidia-smi -L)")
+
+
+def visible_gpus() -> int | None:
+    """GPUs that this node's driver lists; None without a driver."""
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return sum(line.startswith("GPU ") for line in done.stdout.splitlines()) if done.returncode == 0 else None
+
+
+def check_shared(
+    folder: Path, place: Place, node: str, wait_s: float = 120.0, stopped: Callable[[], bool] = lambda: False
+) -> None:
+    """Every task sees every other's file in the run directory, and their clocks agree."""
+    write_text(folder / f"here-{place.rank}.json", json.dumps({"node": node, "time": time.time()}))
+    end = time.monotonic() + wait_s
+    missing = set(range(place.size))
+    while missing and not stopped():
+        missing = {rank for rank in missing if not (folder / f"here-{rank}.json").exists()}
+        if missing and time.monotonic() > end:
+            raise ClusterError(
+                f"rank {place.rank} on node {node} cannot see the file of rank(s) {sorted(missing)} in {folder}: those tasks "
+                "did not start, or the run directory is not shared between the nodes"
+            )
+        time.sleep(0.1 if missing else 0)
+    if stopped():
+        return
+    first = json.loads((folder / "here-0.json").read_text())
+    own = json.loads((folder / f"here-{place.rank}.json").read_text())
+    # Both were written as the tasks came in: what is left beyond the wait is the clocks' difference.
+    if abs(own["time"] - first["time"]) > CLOCK_TOLERANCE_S + wait_s:
+        raise BadNodeError(node, f"its clock is {own['time'] - first['time']:+.0f} s off that of node {first['node']}")
+
+
+def all_reduce_command() -> list[str]:
+    """The check that all ranks can sum a number together, as a process of its own: it leaves no device memory behind."""
+    return module_command("tarflow.cluster.job.all_reduce", unbuffered=True)

@@ -1,0 +1,80 @@
+"""Where the tasks of one start of a job meet: rank 0 listens and publishes the address in the run directory (case C06).
+
+The port is bound before anyone hears of it and stays bound, so two jobs on a node never share one, and the file carries
+the job and its restart count in its path, so a restart never meets the address of the start before.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from tarflow.cluster.errors import ClusterError
+from tarflow.cluster.hosts import address, expand
+from tarflow.cluster.job.environment import Place
+from tarflow.files import write_text
+
+WAIT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """The address of the stores: one for the checks before the run, one for the run."""
+
+    host: str
+    check_port: int
+    port: int
+    stores: tuple[Any, ...] = ()  # rank 0 keeps them open
+
+    def variables(self, place: Place, port: int | None = None) -> dict[str, str]:
+        """What torchrun would set for this task. The store is the launcher's: no rank opens a second one."""
+        return {
+            "RANK": str(place.rank),
+            "WORLD_SIZE": str(place.size),
+            "LOCAL_RANK": str(place.local_rank),
+            "LOCAL_WORLD_SIZE": str(place.local_size),
+            "MASTER_ADDR": self.host,
+            "MASTER_PORT": str(port or self.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+
+
+def meet(
+    folder: Path, place: Place, env: Mapping[str, str] = os.environ, wait_s: float = WAIT_S,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Meeting | None:  # fmt: skip
+    """Open the meeting point (rank 0) or wait for it (the others). None: asked to stop while waiting."""
+    file = folder / "rendezvous.json"
+    if place.rank == 0:
+        host = env.get("MASTER_ADDR") or address(expand(env["SLURM_JOB_NODELIST"])[0])
+        stores = _store(host, 0), _store(host, int(env.get("MASTER_PORT", "0")))
+        meeting = Meeting(host, stores[0].port, stores[1].port, stores)
+        write_text(file, json.dumps({"host": host, "check_port": meeting.check_port, "port": meeting.port}))
+        return meeting
+    end = time.monotonic() + wait_s
+    while not file.exists():
+        if stopped():
+            return None
+        if time.monotonic() > end:
+            raise ClusterError(
+                f"rank {place.rank} waited {wait_s:.0f} s for {file}, which rank 0 writes: rank 0 did not start, or the "
+                "run directory is not on a file system that all nodes share"
+            )
+        time.sleep(0.1)
+    return Meeting(**json.loads(file.read_text()))
+
+
+def _store(host: str, port: int) -> Any:
+    from torch.distributed import TCPStore
+
+    try:
+        return TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=WAIT_S))
+    except RuntimeError as error:
+        what = f"MASTER_PORT={port} is in use on this node" if port else f"no port can be opened on {host}"
+        raise ClusterError(
+            f"{what}; unset MASTER_PORT to have a free one chosen ({str(error).splitlines()[0]})"
+        ) from None

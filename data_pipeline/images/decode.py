@@ -1,0 +1,191 @@
+"""The one decoder: every image of every path (preparing, training, evaluation, contact sheets) goes through here.
+
+Rules, the same for all formats:
+- 16-bit grey is scaled to 8 bits with rounding (v * 255 / 65535), never clipped; wider or float images are refused.
+- Transparency is composited on white.
+- CMYK, palette, YCbCr, Lab and 1-bit images are converted to RGB. Embedded colour profiles are ignored.
+- The EXIF orientation is applied. Of an animation, the first frame counts.
+- One channel: luma of the RGB image (ITU-R 601). Three channels of a grey image: the grey three times.
+- A file that is cut short or damaged raises `BadSampleError`, never a half grey picture.
+
+JPEGs take a fast path through libjpeg-turbo with the same result as the general path. With `at_least`, a JPEG is
+decoded at 1/2, 1/4 or 1/8 of its size when its shorter side stays at least that long: a resize from there follows.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+
+import numpy as np
+import simplejpeg
+from PIL import Image, UnidentifiedImageError
+
+from tarflow.data_pipeline.errors import BadSampleError
+
+WHITE = 255
+_ORIENTATION = 0x0112
+_EXIF = b"Exif\x00\x00"
+_FACTORS = (8, 4, 2)
+
+
+def decode(data: bytes, channels: int, at_least: int | None = None) -> np.ndarray:
+    """Decode an image file to uint8 [H, W, channels], channels 1 or 3.
+
+    `at_least`: the shorter side may be reduced by decoding, but not below this many pixels. Raises BadSampleError with
+    the cause `undecodable` (damaged, cut short, no image) or `unsupported` (float or 32-bit pixels).
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"channels is {channels}, it must be 1 or 3")
+    if data[:3] == b"\xff\xd8\xff":
+        image = _decode_jpeg(data, channels, at_least)
+        if image is not None:
+            return image
+    return _decode_any(data, channels)
+
+
+def decode_into(data: bytes, out: np.ndarray) -> bool:
+    """Decode a colour JPEG of exactly the shape of `out` (contiguous uint8 [H, W, 3]) straight into it.
+
+    False where `decode` must decide: another format or size, a grey image, an orientation, any complaint. What `out`
+    holds then means nothing. True gives the pixels that `decode` gives.
+    """
+    if data[:3] != b"\xff\xd8\xff" or out.shape[2] != 3:
+        return False
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if (height, width) != out.shape[:2] or colours not in ("YCbCr", "RGB") or _exif_at(data) >= 0:
+            return False
+        simplejpeg.decode_jpeg(data, "RGB", buffer=out)
+    except ValueError:
+        return False
+    return True
+
+
+def from_pixels(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """Apply the rules to pixels that came without a file: uint8 [H, W, 1 | 3 | 4] -> uint8 [H, W, channels]."""
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else np.ascontiguousarray(pixels))
+    return _to_array(image, channels)
+
+
+def _decode_jpeg(data: bytes, channels: int, at_least: int | None) -> np.ndarray | None:
+    """The fast path; None where the general path must decide (CMYK, or anything that libjpeg-turbo complains of)."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours not in ("YCbCr", "RGB", "Gray"):
+            return None
+        least_height = least_width = 0
+        if at_least:
+            for factor in _FACTORS:
+                if min(height, width) >= at_least * factor:
+                    # Sides at 1/factor, rounded up as libjpeg does: asking for exactly these gives that factor.
+                    least_height, least_width = -(-height // factor), -(-width // factor)
+                    break
+        image = simplejpeg.decode_jpeg(
+            data,
+            "GRAY" if channels == 1 or colours == "Gray" else "RGB",
+            min_height=least_height,
+            min_width=least_width,
+            min_factor=2,
+        )
+    except ValueError:
+        return None
+    if channels == 3 and image.shape[2] == 1:
+        image = np.repeat(image, 3, axis=2)
+    at = _exif_at(data)
+    if at >= 0:
+        return _turn(image, _exif_orientation(data[at:]))
+    return np.asarray(image)
+
+
+def _exif_at(jpeg: bytes) -> int:
+    """Where the EXIF block of a JPEG starts, -1 without one. Goes from marker to marker up to the pixels."""
+    at, end = 2, len(jpeg) - 10
+    while at < end and jpeg[at] == 0xFF:
+        marker = jpeg[at + 1]
+        if marker == 0xE1 and jpeg[at + 4 : at + 10] == _EXIF:
+            return at + 10
+        if marker == 0xDA:
+            return -1
+        # Fill bytes (0xFF once more) may stand before a marker; a segment's length counts itself.
+        at += 1 if marker == 0xFF else 2 + (jpeg[at + 2] << 8) + jpeg[at + 3]
+    return -1
+
+
+def _exif_orientation(tiff: bytes) -> int:
+    """The orientation (1..8) in the first directory of an EXIF block; 1 where it is absent or malformed."""
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    try:
+        if order is None:
+            return 1
+        (offset,) = struct.unpack_from(order + "I", tiff, 4)
+        (entries,) = struct.unpack_from(order + "H", tiff, offset)
+        for i in range(entries):
+            tag, kind, _, value = struct.unpack_from(order + "HHIH", tiff, offset + 2 + 12 * i)
+            if tag == _ORIENTATION and kind == 3:
+                return value if 1 <= value <= 8 else 1
+    except struct.error:
+        pass
+    return 1
+
+
+def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Apply an EXIF orientation to [H, W, C]."""
+    if orientation >= 5:
+        image = image.transpose(1, 0, 2)
+    if orientation in (2, 3, 7, 6):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return image if orientation == 1 else np.ascontiguousarray(image)
+
+
+def _decode_any(data: bytes, channels: int) -> np.ndarray:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large or oddly tagged images warn on every read
+            with Image.open(io.BytesIO(data)) as opened:
+                opened.load()
+                return _to_array(opened, channels)
+    except BadSampleError:
+        raise
+    except UnidentifiedImageError:
+        raise BadSampleError("undecodable", f"not an image: {data[:12]!r}... ({len(data)} bytes)") from None
+    except MemoryError:
+        raise
+    except Exception as err:  # Pillow's plug-ins raise OSError, SyntaxError, ValueError, struct.error, IndexError ...
+        raise BadSampleError("undecodable", f"cannot decode: {err} ({len(data)} bytes)") from None
+
+
+def _to_array(image: Image.Image, channels: int) -> np.ndarray:
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    mode = image.mode
+    if mode.startswith("I") or mode == "F":
+        array = _wide_to_grey(image)
+        array = array if channels == 1 else np.repeat(array, 3, axis=2)
+        return _turn(array, orientation)
+    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        pixels = np.asarray(image.convert("RGBA")).astype(np.uint16)
+        alpha = pixels[..., 3:]
+        # Rounded division by 255; opaque pixels keep their value exactly.
+        blended = (pixels[..., :3] * alpha + WHITE * (255 - alpha) + 127) // 255
+        image = Image.fromarray(blended.astype(np.uint8), "RGB")
+    array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    return _turn(array.reshape(array.shape[0], array.shape[1], channels), orientation)
+
+
+def _wide_to_grey(image: Image.Image) -> np.ndarray:
+    """16-bit grey (modes I;16, I) to uint8 [H, W, 1]."""
+    if image.mode == "F":
+        raise BadSampleError("unsupported", "the pixels are floats; convert to 8 or 16 bits first")
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise BadSampleError(
+            "unsupported", f"grey values run from {values.min()} to {values.max()}; at most 16 bits are supported"
+        )
+    grey = (values * 255 + 32767) // 65535
+    see_through = image.info.get("transparency")
+    if isinstance(see_through, int):
+        grey[values == see_through] = WHITE
+    return grey.astype(np.uint8)[..., None]

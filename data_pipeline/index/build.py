@@ -1,0 +1,250 @@
+"""Write the index of a data set: scan the tars, one row group per shard, and put it in place in one step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.index.index import FORMAT_VERSION, META_KEY, NO_LABEL, SHARDS_PER_PART, Index
+from tarflow.data_pipeline.index.samples import Samples
+from tarflow.data_pipeline.index.scan_jobs import run_jobs, scan_jobs
+from tarflow.files import replace_dir
+
+CLASSES_FILE = "classes.json"
+
+
+@dataclass
+class BuildReport:
+    """What indexing met: counts by cause, and the first messages, for the log."""
+
+    shards: int = 0
+    samples: int = 0
+    empty_shards: list[str] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+    problems: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The report as plain lines."""
+        out = [f"{self.shards} shards, {self.samples} samples"]
+        out += [f"empty shard: {name}" for name in self.empty_shards[:20]]
+        for title, counts in (("ignored members", self.ignored), ("left out", self.problems)):
+            if counts:
+                out.append(f"{title}: " + ", ".join(f"{cause} {count}" for cause, count in sorted(counts.items())))
+        return out + [f"left out: {message}" for message in self.examples]
+
+
+def build_index(
+    root: Path,
+    shards: Sequence[Path],
+    *,
+    on_error: str = "strict",
+    classes: list[str] | None = None,
+    label_field: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    measure: bool = False,
+    processes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Index, BuildReport]:
+    """Scan `shards` and write `root/index`, replacing an older one only when the new one is complete.
+
+    `shards` are tars, or one folder that holds an MDS set (`mds.INDEX_FILE`). `classes` defaults to the names in
+    `root/classes.json` where that file exists. `label_field`: the field (`cls`), `json:NAME`, or the MDS column (found
+    by name). `image_size` (width, height) is recorded when the caller knows that all images have it; `measure` reads it
+    from the head of every image instead. `processes`: how many scan at once (None: as many as there are cores, one for
+    small sets). `progress(done, total)` is called after each shard. Raises DataError: in strict mode for the first
+    damaged or odd sample, always for an empty data set.
+    """
+    if on_error not in ("strict", "skip"):
+        raise DataError(f"on_error is {on_error!r}, it must be strict or skip")
+    if not shards:
+        raise DataError(f"no shards to index in {root}")
+    if classes is None:
+        classes = read_classes(root)
+    report = BuildReport()
+    jobs, form = scan_jobs(
+        shards, strict=on_error == "strict", label_field=label_field, classes=classes, measure=measure
+    )
+
+    def scanned() -> Iterator[tuple[Path, int, Samples]]:
+        for done, (path, file_bytes, samples) in enumerate(run_jobs(jobs, processes)):
+            report.shards += 1
+            report.samples += len(samples.keys)
+            report.ignored += samples.ignored
+            report.problems += samples.problems
+            report.examples += samples.examples[: max(0, 20 - len(report.examples))]
+            if not samples.keys:
+                report.empty_shards.append(str(path))
+            yield path, file_bytes, samples
+            if progress:
+                progress(done + 1, len(jobs))
+
+    write_index(root, scanned(), classes=classes, image_size=image_size, form=form, label_field=label_field)
+    return Index(root), report
+
+
+def write_index(
+    root: Path,
+    shards: Iterable[tuple[Path, int, Samples]],
+    *,
+    classes: list[str] | None,
+    image_size: tuple[int, int] | None = None,
+    form: str = "tar",
+    label_field: str | None = None,
+) -> None:
+    """Write (path, file bytes, samples) of each shard as `root/index`. Raises DataError if there are no samples.
+
+    `form`: what the shards are, `tar` or `mds`. `label_field`: where the labels came from, for `data verify`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    partial = root / "index.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    schema = _sample_schema(image_size)
+    writer: Any = None
+    table: dict[str, list[Any]] = {name: [] for name in _SHARD_FIELDS}
+    part_digests: list[str] = []
+    digest_of_part = hashlib.sha256()
+    whole = hashlib.sha256(json.dumps([FORMAT_VERSION, classes]).encode())
+    in_part = 0
+    resolved = root.resolve()
+    try:
+        for number, (path, file_bytes, samples) in enumerate(shards):
+            name = os.path.relpath(path.resolve(), resolved)
+            digest = _digest(name, file_bytes, samples)
+            whole.update(digest.encode())
+            labels = [label for label in samples.labels if label is not None]
+            rows = len(samples.keys)
+            values = (
+                name, rows, file_bytes, len(part_digests) if rows else -1, in_part if rows else -1, len(labels),
+                min(labels, default=None), max(labels, default=None), digest,
+            )  # fmt: skip
+            for column, value in zip(_SHARD_FIELDS, values):
+                table[column].append(value)
+            if not rows:
+                continue
+            if writer is None:
+                writer = pq.ParquetWriter(_part_path(partial, len(part_digests)), schema, compression="zstd")
+            columns = [
+                pa.array([number] * rows, pa.int32()),
+                pa.array(samples.keys, pa.string()),
+                pa.array(samples.offsets, pa.int64()),
+                pa.array(samples.sizes, pa.int64()),
+                _extensions(samples.extensions),
+                pa.array(samples.labels, pa.int64()),
+                _side(image_size[0] if image_size else samples.widths, rows),
+                _side(image_size[1] if image_size else samples.heights, rows),
+            ]
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=rows)
+            digest_of_part.update(digest.encode())
+            in_part += 1
+            if in_part == SHARDS_PER_PART:
+                part_digests.append(_close_part(writer, digest_of_part))
+                writer, digest_of_part, in_part = None, hashlib.sha256(), 0
+        if writer is not None:
+            part_digests.append(_close_part(writer, digest_of_part))
+            writer = None
+        if not part_digests:
+            raise DataError(f"no sample found in any of the {len(table['path'])} shards of {root}")
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "classes": classes,
+            "fingerprint": whole.hexdigest()[:32],
+            "image_size": image_size,
+            "form": form,
+            "label_field": label_field,
+            "part_digests": part_digests,
+        }
+        shard_schema = pa.schema(list(_SHARD_FIELDS.items())).with_metadata({META_KEY: json.dumps(meta).encode()})
+        pq.write_table(pa.table(table, schema=shard_schema), partial / "shards.parquet")
+        replace_dir(partial, root / "index")
+    finally:
+        if writer is not None:
+            writer.close()
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+_SHARD_FIELDS = {
+    "path": "string", "samples": "int64", "bytes": "int64", "part": "int32", "row_group": "int32",
+    "labelled": "int64", "label_min": "int64", "label_max": "int64", "digest": "string",
+}  # fmt: skip
+
+
+def _sample_schema(image_size: tuple[int, int] | None) -> Any:
+    import pyarrow as pa
+
+    fields = [
+        ("shard", pa.int32()), ("key", pa.string()), ("offset", pa.int64()), ("size", pa.int64()),
+        ("ext", pa.dictionary(pa.int32(), pa.string())), ("label", pa.int64()),
+        ("width", pa.int32()), ("height", pa.int32()),
+    ]  # fmt: skip
+    return pa.schema(fields)
+
+
+def _extensions(values: list[str]) -> Any:
+    import pyarrow as pa
+
+    names = list(dict.fromkeys(values))
+    if len(names) == 1:
+        return pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(values), dtype=np.int32)), pa.array(names))
+    return pa.array(values, pa.string()).dictionary_encode()
+
+
+def _side(lengths: int | list[int | None] | None, rows: int) -> Any:
+    """A column of widths or heights in pixels: one for all, one each, or nulls where they are not known."""
+    import pyarrow as pa
+
+    if isinstance(lengths, int):
+        return pa.array(np.full(rows, lengths, dtype=np.int32))
+    return pa.nulls(rows, pa.int32()) if lengths is None else pa.array(lengths, pa.int32())
+
+
+def _part_path(folder: Path, part: int) -> Path:
+    return folder / f"samples-{part:05d}.parquet"
+
+
+def _close_part(writer: Any, digest: Any) -> str:
+    text = digest.hexdigest()[:32]
+    writer.add_key_value_metadata({META_KEY: text.encode()})
+    writer.close()
+    return str(text)
+
+
+def _digest(name: str, file_bytes: int, samples: Samples) -> str:
+    """What the fingerprint is made of: names, places, sizes and labels, not pixels; `data verify` reads those."""
+    parts = hashlib.sha256(f"{name}\0{file_bytes}\0".encode())
+    parts.update("\0".join(samples.keys).encode())
+    labels = [NO_LABEL if label is None else label for label in samples.labels]
+    parts.update(np.array([samples.offsets, samples.sizes, labels], dtype="<i8").tobytes())
+    return parts.hexdigest()[:32]
+
+
+def read_classes(root: Path) -> list[str] | None:
+    """The class names in `root/classes.json`, or None without that file."""
+    path = root / CLASSES_FILE
+    return parse_classes(path) if path.is_file() else None
+
+
+def parse_classes(path: Path) -> list[str]:
+    """The class names in a JSON file, in label order. Raises DataError if it holds no list of distinct names."""
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise DataError(f"cannot read class names from {path}: {err}") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{path} must hold a list of class names")
+    if len(set(names)) < len(names):
+        raise DataError(f"{path} names a class twice: " + next(name for name in names if names.count(name) > 1))
+    return names

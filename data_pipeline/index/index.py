@@ -1,0 +1,193 @@
+"""The Parquet index of a data set: which sample lies where, read lazily, shard by shard.
+
+    <data set>/index/shards.parquet         one row per shard; its metadata holds version, class names, fingerprint
+    <data set>/index/samples-00000.parquet  one row group per shard, at most SHARDS_PER_PART shards a file
+
+`shards.parquet` is small and read whole. Row groups of samples are read when a shard is first touched and kept in a
+cache bounded by rows, so an index of 400 million samples opens in a moment and stays small.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from tarflow.data_pipeline.errors import DataError
+
+FORMAT_VERSION = 1
+SHARDS_PER_PART = 512
+META_KEY = b"tarflow.index"
+NO_LABEL = np.iinfo(np.int64).min  # in `Rows.labels`; distinct from every label that data can hold
+_CACHE_ROWS = 1 << 19
+_CACHE_PARTS = 8
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The samples of one shard: int64 arrays of equal length, offsets and sizes in bytes, labels NO_LABEL if absent."""
+
+    offsets: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray
+
+
+class IndexFiles(Protocol):
+    """Where the files of an index are read from; `digest` tells one state of a file from another."""
+
+    def open(self, name: str, digest: str) -> Any:
+        """A path, or an open file. Raises OSError."""
+
+
+class _LocalFiles:
+    def __init__(self, root: Path) -> None:
+        self.folder = root / "index"
+
+    def open(self, name: str, digest: str) -> Any:
+        return self.folder / name
+
+
+class Index:
+    """An open index. Sample ids count through the shards in `shard_paths` order.
+
+    `root`: the data set's folder or address. `files`: where the index itself is read from, by default
+    `root`/index. `num_samples`. `shard_sizes`: samples per shard, int64. `shard_bytes`: file sizes.
+    `label_min`, `label_max`: int64 per shard, NO_LABEL where it has no labels. `unlabelled`: samples without a label.
+    `classes`: names or None. `num_classes`: len(classes), else 1 + the largest label, else None. `fingerprint`: hex.
+    `image_size`: (width, height) if all images share it, else None. `form`: what the shards are, `tar` or `mds`.
+    """
+
+    def __init__(self, root: Path | str, files: IndexFiles | None = None) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.root = root
+        self._source: IndexFiles = files or _LocalFiles(Path(root))
+        folder = f"{root}/index"
+        try:
+            table = pq.read_table(self._source.open("shards.parquet", ""), use_threads=False)
+            meta: dict[str, Any] = json.loads((table.schema.metadata or {})[META_KEY])
+        except (OSError, KeyError, ValueError, pa.ArrowException) as err:
+            raise DataError(f"cannot read {folder}: {err}; write the index anew: tarflow data index {root}") from None
+        if meta.get("format_version") != FORMAT_VERSION:
+            raise DataError(
+                f"the index at {folder} has format {meta.get('format_version')}, this program reads {FORMAT_VERSION}: "
+                f"write it anew: tarflow data index {root}"
+            )
+        self.meta = meta
+        self.shard_paths: list[str] = table["path"].to_pylist()
+        self.shard_sizes: np.ndarray = table["samples"].to_numpy()
+        self.shard_bytes: np.ndarray = table["bytes"].to_numpy()
+        self.shard_starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        self.num_samples = int(self.shard_starts[-1])
+        self.label_min: np.ndarray = table["label_min"].fill_null(NO_LABEL).to_numpy()
+        self.label_max: np.ndarray = table["label_max"].fill_null(NO_LABEL).to_numpy()
+        self.unlabelled = self.num_samples - int(table["labelled"].to_numpy().sum())
+        self.classes: list[str] | None = meta["classes"]
+        self.fingerprint: str = meta["fingerprint"]
+        self.image_size: tuple[int, int] | None = tuple(meta["image_size"]) if meta.get("image_size") else None
+        self._digests: list[str] = table["digest"].to_pylist()
+        self._remote_root = "://" in str(root)
+        self.any_remote = self._remote_root or any("://" in path for path in self.shard_paths)
+        self.form: str = meta.get("form", "tar")
+        self.num_classes = self._count_classes()
+        self._part: np.ndarray = table["part"].to_numpy()
+        self._row_group: np.ndarray = table["row_group"].to_numpy()
+        self._rows: OrderedDict[int, Rows] = OrderedDict()
+        self._cached_rows = 0
+        self._parts: OrderedDict[int, Any] = OrderedDict()
+
+    def shard_place(self, shard: int) -> str:
+        """Where the shard lies: a path, or an address for remote data. For messages too."""
+        path = self.shard_paths[shard]
+        return path if "://" in path or path.startswith("/") else f"{self.root}/{path}"
+
+    def shard_path(self, shard: int) -> Path:
+        """Where the shard lies in the file system. Raises DataError for one that does not."""
+        if self.is_remote(shard):
+            raise DataError(f"shard {self.shard_place(shard)} is remote: this needs the data set in the file system")
+        return Path(self.shard_place(shard))
+
+    def is_remote(self, shard: int) -> bool:
+        """Whether the shard lies behind an address."""
+        return self._remote_root or "://" in self.shard_paths[shard]
+
+    def shard_digest(self, shard: int) -> str:
+        """A digest of the shard's rows: another one where anything in it moved."""
+        return self._digests[shard]
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """(shard, row in the shard) of a sample id."""
+        if not 0 <= sample < self.num_samples:
+            raise DataError(f"sample {sample} does not exist: the data set at {self.root} has {self.num_samples}")
+        shard = int(np.searchsorted(self.shard_starts, sample, side="right")) - 1
+        return shard, sample - int(self.shard_starts[shard])
+
+    def rows(self, shard: int) -> Rows:
+        """Offsets, sizes and labels of one shard, from the cache or the disk."""
+        rows = self._rows.get(shard)
+        if rows is not None:
+            self._rows.move_to_end(shard)
+            return rows
+        if self.shard_sizes[shard] == 0:
+            empty = np.zeros(0, dtype=np.int64)
+            return Rows(empty, empty, empty)
+        table = self.read(shard, ["offset", "size", "label"])
+        rows = Rows(table["offset"].to_numpy(), table["size"].to_numpy(), table["label"].fill_null(NO_LABEL).to_numpy())
+        self._rows[shard] = rows
+        self._cached_rows += len(rows.offsets)
+        while self._cached_rows > _CACHE_ROWS and len(self._rows) > 1:
+            self._cached_rows -= len(self._rows.popitem(last=False)[1].offsets)
+        return rows
+
+    def read(self, shard: int, columns: list[str] | None = None) -> Any:
+        """A pyarrow table with these columns (all if None) of one shard; an empty shard gives no rows."""
+        import pyarrow as pa
+
+        part = int(self._part[shard])
+        try:
+            file = self._open_part(max(part, 0))
+            if part < 0:
+                return file.schema_arrow.empty_table().select(columns or file.schema_arrow.names)
+            return file.read_row_group(int(self._row_group[shard]), columns=columns, use_threads=False)
+        except (OSError, pa.ArrowException) as err:
+            raise DataError(
+                f"cannot read the index rows of shard {self.shard_place(shard)}: {err}; "
+                f"write the index anew: tarflow data index {self.root}"
+            ) from None
+
+    def key(self, shard: int, row: int) -> str:
+        """The key of a sample, as in the tar."""
+        return str(self.read(shard, ["key"])["key"][row].as_py())
+
+    def where(self, sample: int) -> str:
+        """`shard PATH, sample KEY`, for messages."""
+        shard, row = self.locate(sample)
+        return f"shard {self.shard_place(shard)}, sample {self.key(shard, row)!r}"
+
+    def _open_part(self, part: int) -> Any:
+        import pyarrow.parquet as pq
+
+        file = self._parts.get(part)
+        if file is not None:
+            self._parts.move_to_end(part)
+            return file
+        path = f"{self.root}/index/samples-{part:05d}.parquet"
+        file = pq.ParquetFile(self._source.open(f"samples-{part:05d}.parquet", self.meta["part_digests"][part]))
+        digest = (file.schema_arrow.metadata or {}).get(META_KEY) or (file.metadata.metadata or {}).get(META_KEY)
+        if digest is None or digest.decode() != self.meta["part_digests"][part]:
+            raise OSError(f"{path} does not belong to this index: it was rewritten while in use, or only in part")
+        self._parts[part] = file
+        while len(self._parts) > _CACHE_PARTS:
+            self._parts.popitem(last=False)[1].close()
+        return file
+
+    def _count_classes(self) -> int | None:
+        if self.classes is not None:
+            return len(self.classes)
+        largest = int(self.label_max.max(initial=NO_LABEL))
+        return largest + 1 if largest >= 0 else None

@@ -1,0 +1,223 @@
+"""MDS shards (`mosaicml-streaming`), version 2: where the image and the label of every sample lie.
+
+An MDS shard is a table of offsets, a JSON header, and samples that each begin with the sizes of their variable columns.
+So one pass over it gives the same index rows as a tar does, and with them everything else: the exact order, resume at
+any position, any number of ranks and workers. `streaming` itself is only needed to write (`write_mds`); nothing here
+uses shared memory or barriers.
+
+What cannot be read by offset is refused by name: compressed shards, and columns that hold something else than the bytes
+of an image file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.index.samples import Samples, parse_label
+
+INDEX_FILE = "index.json"
+_IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "x")
+_IMAGE_ENCODINGS = ("bytes", "jpeg", "png")
+_LABEL_COLUMNS = ("label", "cls", "class", "target", "y")
+_INTEGERS = {"int": "<i8", **{f"{sign}int{bits}": f"<{'u' if sign else 'i'}{bits // 8}"
+                              for sign in ("", "u") for bits in (8, 16, 32, 64)}}  # fmt: skip
+_TEXTS = ("str", "str_int", "bytes")
+_KEY_COLUMNS = ("__key__", "key")
+
+
+@dataclass(frozen=True)
+class MdsShard:
+    """One shard of an `index.json`. `sizes[i]` is the bytes of column i, None where every sample says its own."""
+
+    path: Path
+    file_bytes: int
+    samples: int
+    names: list[str]
+    encodings: list[str]
+    sizes: list[int | None]
+
+
+def mds_shards(folder: Path) -> list[MdsShard]:
+    """The shards that `folder/index.json` lists. Raises DataError for what is no MDS set or cannot be read by offset."""
+    path = folder / INDEX_FILE
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))["shards"]
+        shards = [_shard(folder, entry) for entry in listed]
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise DataError(f"cannot read {path} as the index of an MDS set: {err!r}") from None
+    if not shards:
+        raise DataError(f"{path} lists no shards")
+    return shards
+
+
+def _shard(folder: Path, entry: dict[str, Any]) -> MdsShard:
+    name = entry["raw_data"]["basename"]
+    path = folder / name
+    if entry["format"] != "mds" or entry["version"] != 2:
+        raise DataError(f"shard {path} is {entry['format']} version {entry['version']}, only mds version 2 can be read")
+    if entry["compression"] and not path.is_file():
+        raise DataError(
+            f"shard {path} is compressed ({entry['compression']}): reading by offset needs plain shards; "
+            "decompress them, or write the set without compression"
+        )
+    return MdsShard(
+        path, entry["raw_data"]["bytes"], entry["samples"], entry["column_names"], entry["column_encodings"],
+        entry["column_sizes"],
+    )  # fmt: skip
+
+
+def scan_mds(
+    shard: MdsShard, first: int, *, strict: bool, label_field: str | None, classes: list[str] | None
+) -> Samples:
+    """The samples of one shard; `first` is the number of its first sample in the set, the key of those without one.
+
+    `label_field`: the column of the labels, None = found by name. Strict: DataError at the first problem; else a
+    damaged shard has no samples, malformed labels are left out, and both are counted.
+    """
+    out = Samples()
+    image = _pick(shard, None, _IMAGE_COLUMNS, _IMAGE_ENCODINGS, "the bytes of an image file")
+    label = _pick(shard, label_field, _LABEL_COLUMNS, (*_INTEGERS, *_TEXTS), "labels")
+    key = next((shard.names.index(name) for name in _KEY_COLUMNS if name in shard.names), None)
+    assert image is not None
+    try:
+        data, starts, sizes = _table(shard)
+    except (OSError, ValueError) as err:
+        out.problem("damaged_shard", f"shard {shard.path}: damaged: {err}", strict)
+        return out
+    labels = _labels(shard, label, data, starts, sizes)
+    numbers = {name: number for number, name in enumerate(classes or [])}
+    for row in range(shard.samples):
+        value: int | None = None
+        if labels is not None:
+            found = labels[row]
+            try:
+                value = found if isinstance(found, int) else parse_label(found, numbers)
+            except ValueError as err:
+                where = f"shard {shard.path}, sample {first + row}, column {shard.names[label or 0]!r}"
+                out.problem("malformed_label", f"{where}: {err}", strict)
+                continue
+        if sizes[image][row] == 0:
+            out.problem("empty_image", f"shard {shard.path}, sample {first + row}: the image has 0 bytes", strict)
+            continue
+        out.keys.append(_text(data, starts[key], sizes[key], row) if key is not None else f"{first + row:08d}")
+        out.offsets.append(int(starts[image][row]))
+        out.sizes.append(int(sizes[image][row]))
+        out.extensions.append(shard.names[image])
+        out.labels.append(value)
+    return out
+
+
+def _table(shard: MdsShard) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """(file as uint8, per column its starts, per column its sizes), int64 [samples]. Raises ValueError if damaged."""
+    have = shard.path.stat().st_size
+    if have != shard.file_bytes:
+        raise ValueError(f"it has {have} bytes, {INDEX_FILE} says {shard.file_bytes}")
+    if shard.samples == 0:
+        empty = [np.zeros(0, dtype=np.int64) for _ in shard.names]
+        return np.zeros(0, dtype=np.uint8), empty, empty
+    data = np.memmap(shard.path, dtype=np.uint8, mode="r")
+    head = np.frombuffer(data[: 4 * (shard.samples + 2)], dtype="<u4").astype(np.int64)
+    if head.size < shard.samples + 2 or head[0] != shard.samples:
+        raise ValueError(f"its header does not hold {shard.samples} samples")
+    begins, ends = head[1:-1], head[2:]
+    own = sum(size is None for size in shard.sizes)
+    if (ends - begins < 4 * own).any() or ends[-1] > have or begins[0] < 4 * (shard.samples + 2):
+        raise ValueError("its offsets run backwards or beyond its end")
+    starts, sizes = [], []
+    at, own_seen = begins + 4 * own, 0
+    for fixed in shard.sizes:
+        if fixed is None:
+            size = _gather(data, begins + 4 * own_seen, 4).view("<u4").ravel().astype(np.int64)
+            own_seen += 1
+        else:
+            size = np.full(shard.samples, fixed, dtype=np.int64)
+        starts.append(at)
+        sizes.append(size)
+        at = at + size
+    if (at != ends).any():
+        row = int(np.flatnonzero(at != ends)[0])
+        raise ValueError(f"sample {row} has columns of {at[row] - begins[row]} bytes in {ends[row] - begins[row]}")
+    return data, starts, sizes
+
+
+def _gather(data: np.ndarray, at: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [n, size]: `size` bytes from each position."""
+    return np.ascontiguousarray(data[at[:, None] + np.arange(size)])
+
+
+def _labels(
+    shard: MdsShard, column: int | None, data: np.ndarray, starts: list[np.ndarray], sizes: list[np.ndarray]
+) -> list[int] | list[bytes] | None:
+    if column is None or shard.samples == 0:
+        return None
+    kind = _INTEGERS.get(shard.encodings[column])
+    if kind:
+        numbers: list[int] = _gather(data, starts[column], np.dtype(kind).itemsize).view(kind).ravel().tolist()
+        return numbers
+    return [data[at : at + size].tobytes() for at, size in zip(starts[column].tolist(), sizes[column].tolist())]
+
+
+def _text(data: np.ndarray, starts: np.ndarray, sizes: np.ndarray, row: int) -> str:
+    return data[starts[row] : starts[row] + sizes[row]].tobytes().decode("utf-8", errors="backslashreplace")
+
+
+def _pick(
+    shard: MdsShard, asked: str | None, known: tuple[str, ...], encodings: tuple[str, ...], what: str
+) -> int | None:
+    """The column asked for, or of a known name; for images also the only one of a fitting encoding."""
+    columns = ", ".join(f"{name} ({encoding})" for name, encoding in zip(shard.names, shard.encodings))
+    if asked is not None and asked not in shard.names:
+        raise DataError(f"shard {shard.path} has no column {asked!r} (--label-field); it has {columns}")
+    named = [name for name in ((asked,) if asked else known) if name in shard.names]
+    if not named and known is _IMAGE_COLUMNS:
+        named = [name for name, encoding in zip(shard.names, shard.encodings) if encoding in encodings][:1]
+        if not named:
+            raise DataError(f"shard {shard.path} has no column that holds {what}; it has {columns}")
+    if not named:
+        return None
+    column = shard.names.index(named[0])
+    if shard.encodings[column].split(":")[0] not in encodings:
+        raise DataError(
+            f"shard {shard.path}: column {named[0]!r} is {shard.encodings[column]}, {what} must be one of "
+            f"{', '.join(encodings)}: write the set again with such a column"
+        )
+    return column
+
+
+def write_mds(folder: Path, samples: Iterable[tuple[bytes, int]], shard_bytes: int) -> int:
+    """Write (image file, label or -1) as an MDS set with `streaming`; returns how many. Labels go only if all have one.
+
+    Raises DataError where the package is missing.
+    """
+    try:
+        from streaming import MDSWriter  # takes seconds and loads torch: only where it is used
+    except ImportError as err:
+        raise DataError(
+            f"writing MDS needs the package mosaicml-streaming ({err}): pip install 'tarflow[mds]'"
+        ) from None
+    stream = iter(samples)
+    head = next(stream, None)
+    if head is None:
+        return 0
+    labelled = head[1] >= 0
+    columns = {"image": "bytes", "label": "int"} if labelled else {"image": "bytes"}
+    count = 0
+    with MDSWriter(out=str(folder), columns=columns, size_limit=shard_bytes, exist_ok=True) as writer:
+        for image, label in _chain(head, stream):
+            if (label >= 0) != labelled:
+                raise DataError("some images have labels and some have none: MDS columns hold all or none of them")
+            writer.write({"image": image, "label": label} if labelled else {"image": image})
+            count += 1
+    return count
+
+
+def _chain(head: tuple[bytes, int], rest: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
+    yield head
+    yield from rest

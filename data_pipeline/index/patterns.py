@@ -1,0 +1,103 @@
+"""Which shards a pattern means: folders, glob patterns, brace ranges and lists, always the same sorted list.
+
+`{a,b}` and `{000..012}` (zeros kept) are expanded first, then `*`, `?`, `[...]` and `**` are matched against the disk.
+A folder stands for every `*.tar` in it and below. What matches nothing, and every file that a brace range names but
+that is missing, is an error before anything is read. A file that is named twice counts once and is reported.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from tarflow.data_pipeline.errors import DataError
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """All strings that the brace groups of `pattern` stand for; text without groups gives itself."""
+    pieces: list[list[str]] = []
+    position = 0
+    for match in _BRACES.finditer(pattern):
+        pieces += [[pattern[position : match.start()]], _choices(match.group(1), pattern)]
+        position = match.end()
+    pieces.append([pattern[position:]])
+    return ["".join(parts) for parts in itertools.product(*pieces)]
+
+
+def _choices(body: str, pattern: str) -> list[str]:
+    match = _RANGE.fullmatch(body)
+    if match:
+        low, high = match.groups()
+        if int(low) > int(high):
+            raise DataError(f"the range {{{body}}} in {pattern!r} runs backwards")
+        width = len(low) if low.startswith("0") or len(low) == len(high) else 0
+        return [str(number).zfill(width) for number in range(int(low), int(high) + 1)]
+    if "," in body:
+        return body.split(",")
+    raise DataError(f"cannot read {{{body}}} in {pattern!r}: expected a range {{000..012}} or a list {{a,b}}")
+
+
+def find_shards(patterns: str | Path | Sequence[str | Path]) -> tuple[list[Path], list[str]]:
+    """(sorted shard paths, notes about duplicates). One string is one pattern; give several as a list.
+
+    Raises DataError for a pattern that matches nothing, for missing files, and for two patterns in one string.
+    """
+    if isinstance(patterns, (str, Path)):
+        patterns = [patterns]
+    if not patterns:
+        raise DataError("no shards given: name a folder, a pattern or a list of tar files")
+    found: dict[Path, str] = {}
+    notes: list[str] = []
+    missing: list[str] = []
+    for pattern in map(str, patterns):
+        if "://" in pattern:
+            raise DataError(
+                f"{pattern!r} is an address: index the shards where they lie in a file system and put the folder index/ "
+                "beside them; training then reads both from the address"
+            )
+        for path in _one_pattern(pattern, missing):
+            real = path.resolve()
+            if real in found:
+                notes.append(f"shard {path} is named twice (by {found[real]!r} and {pattern!r}): it counts once")
+            else:
+                found[real] = pattern
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise DataError(f"{len(missing)} shard files are missing: {shown}")
+    return sorted(found), notes
+
+
+def _one_pattern(pattern: str, missing: list[str]) -> list[Path]:
+    path = Path(pattern)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        tars = [p for p in path.rglob("*.tar") if p.is_file()]
+        if not tars:
+            raise DataError(f"folder {pattern!r} holds no *.tar files")
+        return tars
+    words = pattern.split()
+    if len(words) > 1 and sum(any(mark in word for mark in "{*?") for word in words) > 1:
+        raise DataError(f"{pattern!r} looks like {len(words)} patterns in one string: give them as separate arguments")
+    names = expand_braces(pattern)
+    out: list[Path] = []
+    for name in names:
+        if any(mark in name for mark in "*?[") and not Path(name).is_file():
+            matched = [Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file()]
+            if not matched:
+                raise DataError(f"pattern {pattern!r} matches no file" + (f" ({name!r})" if name != pattern else ""))
+            out += matched
+        elif Path(name).is_file():
+            out.append(Path(name))
+        else:
+            missing.append(name)
+    if len(missing) == len(names) and len(names) == 1:
+        missing.clear()
+        raise DataError(f"there is no file, folder or match for {pattern!r}")
+    return out

@@ -1,0 +1,105 @@
+"""Work on many jobs in fresh processes: results in order, a bounded number ahead, nothing outlives the caller.
+
+The processes are plain interpreters (`python -m tarflow.data_pipeline.index.processes`) that get pickled jobs through a
+pipe and end when it closes. They inherit no locks or threads as forked ones would, and do not import the caller's main program.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from tarflow.data_pipeline.errors import DataError
+from tarflow.interpreter import child_environment, module_command
+
+_AHEAD = 3  # jobs per process that may be done before their turn
+
+
+def in_processes(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int) -> Iterator[Any]:
+    """`work(job)` for every job, in order; in this process where one is enough.
+
+    `work` is a function of a module, jobs and results can be pickled. Errors are raised when their job's turn comes.
+    """
+    if processes <= 1 or len(jobs) <= 1:
+        yield from map(work, jobs)
+        return
+    own = threading.local()
+    started: list[subprocess.Popen[bytes]] = []
+
+    def ask(job: Any) -> Any:
+        if not hasattr(own, "process"):
+            own.process = _start()
+            started.append(own.process)
+        return _ask(own.process, work, job)
+
+    pool = ThreadPoolExecutor(min(processes, len(jobs)), thread_name_prefix="tarflow-jobs")
+    try:
+        waiting: deque[Future[Any]] = deque()
+        for job in jobs:
+            waiting.append(pool.submit(ask, job))
+            if len(waiting) > _AHEAD * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in started:
+            process.kill()
+            process.wait()
+        pool.shutdown(wait=True)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        module_command("tarflow.data_pipeline.index.processes"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=child_environment(OMP_NUM_THREADS="1"),
+    )  # fmt: skip
+
+
+def _ask(process: subprocess.Popen[bytes], work: Callable[[Any], Any], job: Any) -> Any:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        pickle.dump((work, job), process.stdin)
+        process.stdin.flush()
+        good, value = pickle.load(process.stdout)
+    except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+        raise DataError(f"a process that worked on {job!r:.300} ended with exit code {process.wait()}") from None
+    if not good:
+        raise value
+    return value
+
+
+def _serve() -> None:
+    """Answer jobs until the pipe closes. What work prints goes to stderr: stdout carries the answers."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    while True:
+        try:
+            work, job = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer = pickle.dumps((True, work(job)))
+        except DataError as err:
+            answer = pickle.dumps((False, DataError(str(err))))
+        except Exception as err:
+            answer = pickle.dumps((False, RuntimeError(f"{type(err).__name__} while working on {job!r:.300}: {err}")))
+        answers.write(answer)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,98 @@
+"""Scanning shards one by one or in several processes: a job is one shard, its result the samples in it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tarflow.data_pipeline.index.mds import INDEX_FILE, MdsShard, mds_shards, scan_mds
+from tarflow.data_pipeline.index.processes import cores, in_processes
+from tarflow.data_pipeline.index.samples import Samples, group
+from tarflow.data_pipeline.index.tar_scan import SMALL, scan_tar
+
+_WORTH_IT = 1 << 30  # bytes of shards below which starting processes takes longer than the scan
+_HEAD = 1 << 16  # bytes that hold the size of nearly every image; the rest is read when they do not
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to scan; everything a process must know. `first`: number of its first sample (MDS)."""
+
+    shard: Path | MdsShard
+    strict: bool
+    label_field: str | None
+    classes: list[str] | None
+    measure: bool
+    first: int = 0
+
+    def run(self) -> tuple[Path, int, Samples]:
+        """(path, bytes of the file, samples)."""
+        if isinstance(self.shard, MdsShard):
+            path = self.shard.path
+            samples = scan_mds(
+                self.shard, self.first, strict=self.strict, label_field=self.label_field, classes=self.classes
+            )
+            file_bytes = path.stat().st_size if path.exists() else 0
+        else:
+            path, field = self.shard, self.label_field or "cls"
+            scan = scan_tar(path, keep=4096 if ":" in field else SMALL)
+            samples = group(scan, str(path), strict=self.strict, label_field=field, classes=self.classes)
+            file_bytes = scan.file_bytes
+        if self.measure:
+            _measure(path, samples)
+        return path, file_bytes, samples
+
+
+def scan_jobs(
+    shards: Sequence[Path], *, strict: bool, label_field: str | None, classes: list[str] | None, measure: bool
+) -> tuple[list[Job], str]:
+    """(jobs in order, `tar` or `mds`). An MDS set is given as the one folder that holds its `index.json`."""
+    if len(shards) == 1 and (shards[0] / INDEX_FILE).is_file():
+        jobs, first = [], 0
+        for shard in mds_shards(shards[0]):
+            jobs.append(Job(shard, strict, label_field, classes, measure, first))
+            first += shard.samples
+        return jobs, "mds"
+    return [Job(path, strict, label_field, classes, measure) for path in shards], "tar"
+
+
+def run_jobs(jobs: Sequence[Job], processes: int | None) -> Iterator[tuple[Path, int, Samples]]:
+    """The results in order. Errors are raised when their turn comes, so the first bad shard is the one named."""
+    if processes is None:
+        processes = min(cores(), len(jobs))
+        if sum(map(_size, jobs)) < _WORTH_IT:
+            processes = 1
+    yield from in_processes(Job.run, jobs, processes)
+
+
+def _size(job: Job) -> int:
+    if isinstance(job.shard, MdsShard):
+        return job.shard.file_bytes
+    try:
+        return job.shard.stat().st_size
+    except OSError:  # its scan will say what is wrong
+        return 0
+
+
+def _measure(path: Path, samples: Samples) -> None:
+    """Fill in width and height as stored, from the first bytes of each image; None where they cannot be told."""
+    from PIL import Image
+
+    def side(file: Any, offset: int, size: int) -> tuple[int, int] | tuple[None, None]:
+        for amount in dict.fromkeys((min(size, _HEAD), size)):
+            try:
+                file.seek(offset)
+                with Image.open(io.BytesIO(file.read(amount))) as image:
+                    return image.size
+            except Exception:  # whatever a plug-in raises for a cut head; decoding will say what is wrong
+                continue
+        return None, None
+
+    if not samples.keys:
+        return
+    with path.open("rb") as file:
+        sides = [side(file, offset, size) for offset, size in zip(samples.offsets, samples.sizes)]
+    samples.widths, samples.heights = [w for w, _ in sides], [h for _, h in sides]

@@ -1,0 +1,172 @@
+"""From a sample id to its label and its pixels: the index says where the bytes lie, `shard_files` reads them."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from tarflow.data_pipeline.errors import BadSampleError, DataError
+from tarflow.data_pipeline.images.decode import decode, decode_into
+from tarflow.data_pipeline.images.transform import fit
+from tarflow.data_pipeline.index.index import NO_LABEL, Index
+from tarflow.data_pipeline.storage.local_shards import LocalShards, ShardFiles
+
+
+class SampleReader:
+    """Reads samples of an indexed data set as squares of `image_size` pixels with `channels` channels.
+
+    `num_classes` 0: labels are not wanted and come as -1. Otherwise every label must be in 0 .. num_classes-1.
+    `files`: where the bytes come from; by default the shards beside the index.
+    """
+
+    def __init__(
+        self, index: Index, image_size: int, channels: int, num_classes: int, files: ShardFiles | None = None
+    ) -> None:
+        self.index = index
+        self.image_size = image_size
+        self.channels = channels
+        self.num_classes = num_classes
+        self.files: ShardFiles = files or LocalShards(index)
+        self._starts: list[int] = index.shard_starts.tolist()  # bisecting a list is quicker than an array, one by one
+        self._square = (image_size, image_size, channels)
+
+    def read(self, sample: int) -> tuple[np.ndarray, int]:
+        """(uint8 [image_size, image_size, channels], label). Raises BadSampleError naming shard and key."""
+        image = np.empty(self._square, dtype=np.uint8)
+        return image, self.read_into(sample, image)
+
+    def read_into(self, sample: int, out: np.ndarray) -> int:
+        """Write the image into `out`, contiguous uint8 [image_size, image_size, channels]; returns the label.
+
+        A JPEG of that size is decoded where it is wanted, without a copy. Raises BadSampleError naming shard and key;
+        what `out` then holds means nothing.
+        """
+        try:
+            data, label = self._fetch(sample)
+            if not decode_into(data, out):
+                out[...] = fit(decode(data, self.channels, at_least=self.image_size), self.image_size)
+            return label
+        except BadSampleError as err:
+            raise BadSampleError(err.cause, f"{self.index.where(sample)}: {err}") from None
+
+    def read_full(self, sample: int) -> tuple[np.ndarray, int]:
+        """(uint8 [H, W, channels] as stored, label). Raises BadSampleError naming shard and key."""
+        try:
+            data, label = self._fetch(sample)
+            return decode(data, self.channels), label
+        except BadSampleError as err:
+            raise BadSampleError(err.cause, f"{self.index.where(sample)}: {err}") from None
+
+    def close(self) -> None:
+        """Close the shards."""
+        self.files.close()
+
+    def _fetch(self, sample: int) -> tuple[bytes, int]:
+        shard = bisect_right(self._starts, sample) - 1
+        row = sample - self._starts[shard]
+        rows = self.index.rows(shard)
+        label = self._label(int(rows.labels[row])) if self.num_classes else -1
+        return self.files.read(shard, int(rows.offsets[row]), int(rows.sizes[row])), label
+
+    def _label(self, label: int) -> int:
+        if label == NO_LABEL:
+            raise BadSampleError("missing_label", f"has no label, the model has {self.num_classes} classes")
+        if not 0 <= label < self.num_classes:
+            raise BadSampleError("label_out_of_range", f"label {label} is outside 0..{self.num_classes - 1}")
+        return label
+
+
+@dataclass
+class Skipped:
+    """One sample that was replaced: its id, the cause, what was wrong, and the id that stands in for it."""
+
+    sample: int
+    cause: str
+    message: str
+    replacement: int
+
+
+class SkippingReader:
+    """A SampleReader with the policy for bad samples.
+
+    `strict`: the first bad sample raises. `skip`: a bad sample is replaced by the next good one of its shard in index
+    order (after the last comes the first), or, where the whole shard is bad, of the following shards. The rule depends
+    on the data alone: every rank and worker takes the same number of steps and finds the same replacement.
+    """
+
+    def __init__(self, reader: SampleReader, on_error: str) -> None:
+        if on_error not in ("strict", "skip"):
+            raise DataError(f"on_error is {on_error!r}, it must be strict or skip (setting data.on_error)")
+        self.reader = reader
+        self.strict = on_error == "strict"
+        self._bad: dict[int, Skipped] = {}
+
+    def read_into(self, sample: int, out: np.ndarray) -> tuple[int, int, Skipped | None]:
+        """Fill `out` as `SampleReader.read_into`; (label, id of the sample delivered, what was skipped or None)."""
+        known = self._bad.get(sample)
+        if known is not None:
+            return self.reader.read_into(known.replacement, out), known.replacement, known
+        try:
+            return self.reader.read_into(sample, out), sample, None
+        except BadSampleError as err:
+            if self.strict:
+                raise DataError(f"{err}; data.on_error=skip replaces such samples and counts them") from None
+            first = err
+        for candidate in self._candidates(sample):
+            try:
+                label = self.reader.read_into(candidate, out)
+            except BadSampleError:
+                continue
+            skipped = Skipped(sample, first.cause, str(first), candidate)
+            if len(self._bad) < 100_000:
+                self._bad[sample] = skipped
+            return label, candidate, skipped
+        raise DataError(f"no sample of {self.reader.index.root} can be read, last: {first}")
+
+    def _candidates(self, sample: int) -> Iterator[int]:
+        index = self.reader.index
+        shard, row = index.locate(sample)
+        size = int(index.shard_sizes[shard])
+        start = int(index.shard_starts[shard])
+        for step in range(1, size):
+            yield start + (row + step) % size
+        for step in range(1, len(index.shard_sizes)):
+            other = (shard + step) % len(index.shard_sizes)
+            yield from range(int(index.shard_starts[other]), int(index.shard_starts[other + 1]))
+
+
+def check_labels(index: Index, num_classes: int, on_error: str) -> None:
+    """Before anything is read: do the labels suit a model with `num_classes`? Raises DataError naming a sample.
+
+    The index knows the smallest and largest label of each shard, so this costs nothing. With on_error=skip only a data
+    set without any usable label is refused; single samples are replaced and counted when they come up.
+    """
+    if num_classes == 0:
+        return
+    if index.unlabelled == index.num_samples:
+        raise DataError(
+            f"the data set at {index.root} has no labels, the model has {num_classes} classes: set model.num_classes=0"
+        )
+    if on_error != "strict":
+        return
+    with_labels = index.label_max != NO_LABEL
+    wrong = np.flatnonzero(with_labels & ((index.label_max >= num_classes) | (index.label_min < 0)))
+    if len(wrong):
+        shard = int(wrong[0])
+        labels = index.rows(shard).labels
+        row = int(np.flatnonzero((labels != NO_LABEL) & ((labels < 0) | (labels >= num_classes)))[0])
+        raise DataError(
+            f"shard {index.shard_path(shard)}, sample {index.key(shard, row)!r}: label {labels[row]} is outside "
+            f"0..{num_classes - 1} (model.num_classes={num_classes}; {len(wrong)} shards hold such labels)"
+        )
+    if index.unlabelled:
+        for shard in range(len(index.shard_sizes)):
+            missing = np.flatnonzero(index.rows(shard).labels == NO_LABEL)
+            if len(missing):
+                raise DataError(
+                    f"shard {index.shard_path(shard)}, sample {index.key(shard, int(missing[0]))!r} has no label "
+                    f"({index.unlabelled} such samples): data.on_error=skip replaces them, or set model.num_classes=0"
+                )

@@ -1,0 +1,211 @@
+"""Tars that can only be read from their beginning: pipes, object stores without ranges, anything `webdataset` opens.
+
+There is no index, so nothing is known of a shard before it was read, and the promises are smaller, and said so:
+- The endless sequence of shards is a pure function of the seed: epoch e holds every shard once, permuted by (seed, e).
+  Rank r of W reads number r, r + W, r + 2W, ... of it, so another W gives other batches. No rank ever runs out.
+- Samples are mixed within a buffer, and never across shards, keyed by (seed, number in the sequence).
+- Resume goes to the nearest beginning of a shard: some samples come again, or are left out. Counts of the shards read so
+  far are kept in the cache folder; where they are missing, a shard's length is taken from the others.
+- A bad sample is an error, or left out and counted: the next one takes its place, so no rank's steps change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tarflow.data_pipeline import keyed
+from tarflow.data_pipeline.errors import BadSampleError, DataError
+from tarflow.data_pipeline.images.decode import decode, decode_into
+from tarflow.data_pipeline.images.transform import fit
+from tarflow.data_pipeline.index.patterns import expand_braces, find_shards
+from tarflow.data_pipeline.index.samples import IMAGE_EXTENSIONS, parse_label
+from tarflow.data_pipeline.loading.sample_reader import Skipped
+from tarflow.data_pipeline.storage.remote import address
+
+log = logging.getLogger("tarflow.data")
+
+_HOPELESS = 10_000
+ROW_BITS = 32  # the id of a sample: number of its shard << 32 | its row
+
+
+def stream_shards(data: str | Path) -> list[str]:
+    """What webdataset is to open: one entry per shard. Braces are expanded everywhere, wildcards in the file system."""
+    text = str(data)
+    if text.startswith("pipe:"):
+        return expand_braces(text)
+    url = address(data)
+    return expand_braces(url) if url else [str(path) for path in find_shards(text)[0]]
+
+
+def stream_fingerprint(shards: list[str]) -> str:
+    """Nothing but the names of the shards is known before they are read, so a stream's fingerprint is made of those."""
+    return "stream-" + hashlib.sha256("\n".join(shards).encode()).hexdigest()[:25]
+
+
+class StreamSource:
+    """This rank's endless stream of samples, from the beginning of the shard nearest to `samples_seen` (of this rank).
+
+    `read_into(out)` fills uint8 [size, size, channels] with the next good sample. `counts_folder`: where the counts of
+    shards are kept. Raises DataError: no samples in a whole round of shards, in strict mode the first bad one.
+    """
+
+    def __init__(
+        self, shards: list[str], *, image_size: int, channels: int, num_classes: int, strict: bool, seed: int,
+        rank: int, world_size: int, samples_seen: int, buffer: int, counts_folder: Path,
+    ) -> None:  # fmt: skip
+        self.shards = shards
+        self.image_size, self.channels = image_size, channels
+        self.num_classes = num_classes
+        self.strict = strict
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.buffer = buffer
+        self.counts = ShardCounts(counts_folder, shards, f"{rank}of{world_size}")
+        self.skipped: list[Skipped] = []  # since the last look; `replacement` is -1
+        self._orders: dict[int, np.ndarray] = {}
+        self._samples = self._endless(self._nearest(samples_seen))
+
+    def read_into(self, out: np.ndarray) -> tuple[int, int]:
+        """(label, id) of the next sample, whose pixels are in `out`."""
+        while True:
+            sample, number, row = next(self._samples)
+            try:
+                label = self._label(sample)
+                name = next((name for name in sample if name.lower() in IMAGE_EXTENSIONS), None)
+                if name is None:
+                    fields = ", ".join(name for name in sample if not name.startswith("__"))
+                    raise BadSampleError("no_image", f"has no image, its fields are {fields}")
+                if not decode_into(sample[name], out):
+                    out[...] = fit(decode(sample[name], self.channels, at_least=self.image_size), self.image_size)
+                return label, number << ROW_BITS | row
+            except BadSampleError as err:
+                message = f"shard {self.shards[number]}, sample {sample['__key__']!r}: {err}"
+                if self.strict:
+                    raise DataError(f"{message}; data.on_error=skip leaves such samples out and counts them") from None
+                self.skipped.append(Skipped(number << ROW_BITS | row, err.cause, message, -1))
+                if len(self.skipped) >= _HOPELESS:
+                    raise DataError(f"{_HOPELESS} bad samples before a batch was full, the last: {message}") from None
+
+    def _label(self, sample: dict[str, Any]) -> int:
+        if self.num_classes == 0:
+            return -1
+        content = next((sample[name] for name in sample if name.lower() == "cls"), None)
+        if content is None:
+            raise BadSampleError("missing_label", f"has no label, the model has {self.num_classes} classes")
+        try:
+            label = parse_label(content, {})
+        except ValueError as err:
+            raise BadSampleError("malformed_label", str(err)) from None
+        if not 0 <= label < self.num_classes:
+            raise BadSampleError("label_out_of_range", f"label {label} is outside 0..{self.num_classes - 1}")
+        return label
+
+    def _shard_at(self, place: int) -> int:
+        """Number of the shard at a place of the endless sequence."""
+        epoch, inside = divmod(place, len(self.shards))
+        if epoch not in self._orders:
+            self._orders = {epoch: keyed.permutation(keyed.key(self.seed, "stream shards", epoch), len(self.shards))}
+        return int(self._orders[epoch][inside])
+
+    def _endless(self, place: int) -> Iterator[tuple[dict[str, Any], int, int]]:
+        empty = 0
+        while True:
+            number = self._shard_at(place)
+            mixer = random.Random(keyed.key(self.seed, "stream samples", place))
+            waiting: list[tuple[dict[str, Any], int, int]] = []
+            row = -1
+            for row, sample in enumerate(self._open(number)):
+                waiting.append((sample, number, row))
+                if len(waiting) > self.buffer:
+                    at = mixer.randrange(len(waiting))
+                    waiting[at], waiting[-1] = waiting[-1], waiting[at]
+                    yield waiting.pop()
+            self.counts.learn(number, row + 1)
+            mixer.shuffle(waiting)
+            yield from waiting
+            empty = 0 if row >= 0 else empty + 1
+            if row < 0:
+                log.warning("shard %s is empty", self.shards[number])
+            if empty >= len(self.shards):
+                raise DataError(
+                    f"no sample in any of the last {empty} shards of the stream, e.g. {self.shards[number]}"
+                )
+            place += self.world_size
+
+    def _open(self, number: int) -> Iterator[dict[str, Any]]:
+        import webdataset as wds
+
+        def handler(err: Exception) -> bool:
+            message = f"shard {self.shards[number]} is damaged or cannot be read: {str(err)[:300]}"
+            if self.strict:
+                raise DataError(f"{message}; data.on_error=skip goes on with what was read of it") from None
+            self.skipped.append(Skipped(number << ROW_BITS, "damaged_shard", message, -1))
+            return True
+
+        pipeline = wds.DataPipeline(wds.SimpleShardList([self.shards[number]]), wds.tarfile_to_samples(handler=handler))
+        yield from pipeline
+
+    def _nearest(self, samples_seen: int) -> int:
+        """The place in the sequence to begin at."""
+        if samples_seen == 0:
+            return self.rank
+        place, before = self.rank, 0
+        while True:
+            length = self.counts.of(self._shard_at(place))
+            if length is None:
+                length = self.counts.learn(self._shard_at(place), sum(1 for _ in self._open(self._shard_at(place))))
+            if before + length > samples_seen or (length == 0 and place > 2 * len(self.shards) * self.world_size):
+                break
+            before += length
+            place += self.world_size
+        repeated, omitted = samples_seen - before, before + length - samples_seen
+        if omitted < repeated:
+            place += self.world_size
+        if repeated:
+            log.warning(
+                "a stream resumes at the nearest shard: %s, so %d samples of rank %d %s. Data with an index resume exactly.",
+                self.shards[self._shard_at(place)], min(repeated, omitted), self.rank,
+                "are left out" if omitted < repeated else "come again",
+            )  # fmt: skip
+        return place
+
+
+class ShardCounts:
+    """Samples in the shards read so far, kept in a small file per rank; all ranks' files are read."""
+
+    def __init__(self, folder: Path, shards: list[str], who: str) -> None:
+        name = hashlib.sha256("\n".join(shards).encode()).hexdigest()[:24]
+        self.path = folder / f"stream-{name}-{who}.json"
+        self.counts: dict[int, int] = {}
+        for path in sorted(folder.glob(f"stream-{name}-*.json")):
+            try:
+                self.counts.update({int(shard): int(count) for shard, count in json.loads(path.read_text()).items()})
+            except (OSError, ValueError):
+                log.warning("the counts in %s cannot be read and are made anew", path)
+
+    def of(self, shard: int) -> int | None:
+        """Samples in a shard; where it is not known, the mean of the known ones; None where none is known."""
+        if shard in self.counts or not self.counts:
+            return self.counts.get(shard)
+        return max(1, round(sum(self.counts.values()) / len(self.counts)))
+
+    def learn(self, shard: int, count: int) -> int:
+        """Remember a count; returns it."""
+        if self.counts.get(shard) != count:
+            self.counts[shard] = count
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                partial = self.path.with_suffix(f".{os.getpid()}")
+                partial.write_text(json.dumps(self.counts))
+                partial.rename(self.path)
+            except OSError as err:
+                log.warning("cannot keep the counts of the shards in %s: %s", self.path, err)
+        return count

@@ -1,0 +1,154 @@
+"""A loader's worker process: takes chunks of a batch, decodes them straight into shared memory, reports back.
+
+Started by `worker_pool` as a fresh interpreter (`python -m tarflow.data_pipeline.loading.worker`), never by fork: no locks,
+CUDA state or random streams are inherited, and torch is not loaded. It talks over two sockets and ends when their other end
+does, so it cannot outlive its parent whatever happens to that. Signals meant for the training process are ignored.
+
+Task message: int64 [3 + 2n] = slot, first row, n, then n sample ids and n stream positions.
+Result message: JSON; the pixels, labels and delivered ids lie in the slot.
+"""
+
+from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__":  # before the imports below, which take a moment
+    for _number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(_number, signal.SIG_IGN)
+
+import gc
+import json
+import mmap
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.images.transform import flips
+from tarflow.data_pipeline.loading.sample_reader import SampleReader, Skipped, SkippingReader
+from tarflow.data_pipeline.storage.open_index import open_index
+from tarflow.data_pipeline.storage.remote import Access
+from tarflow.data_pipeline.storage.remote_shards import open_shards
+
+MAX_MESSAGE = 1 << 17
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a worker (or the thread that stands in for one) must know to produce samples."""
+
+    data: str
+    fingerprint: str
+    image_size: int
+    channels: int
+    num_classes: int
+    on_error: str
+    seed: int
+    flip: bool
+    access: Access
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of a batch of `rows` samples lie in a slot: pixels, then labels, then ids."""
+
+    rows: int
+    image_size: int
+    channels: int
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of all images, rounded up so that the integers after them are aligned."""
+        return -(-self.rows * self.image_size * self.image_size * self.channels // 64) * 64
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot, a whole number of pages."""
+        return -(-(self.pixel_bytes + 16 * self.rows) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+    def views(self, memory: object, slot: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(images uint8 [rows, H, W, C], labels int64 [rows], ids int64 [rows]) of a slot, as views of `memory`."""
+        start = slot * self.slot_bytes
+        shape = (self.rows, self.image_size, self.image_size, self.channels)
+        images = np.frombuffer(memory, np.uint8, int(np.prod(shape)), start).reshape(shape)  # type: ignore[call-overload]
+        integers = np.frombuffer(memory, np.int64, 2 * self.rows, start + self.pixel_bytes)  # type: ignore[call-overload]
+        return images, integers[: self.rows], integers[self.rows :]
+
+
+class Producer:
+    """Fills rows of a batch from sample ids. The same code runs in workers and in the loader's own thread."""
+
+    def __init__(self, spec: Spec) -> None:
+        index = open_index(spec.data, spec.access)
+        if index.fingerprint != spec.fingerprint:
+            raise DataError(f"the index at {spec.data} was rewritten while the loader was starting: start again")
+        self.spec = spec
+        files = open_shards(index, spec.access)
+        reader = SampleReader(index, spec.image_size, spec.channels, spec.num_classes, files)
+        self.reader = SkippingReader(reader, spec.on_error)
+
+    def fill(
+        self, ids: np.ndarray, positions: np.ndarray, images: np.ndarray, labels: np.ndarray, delivered: np.ndarray
+    ) -> list[Skipped]:
+        """Write the samples `ids` (int64 [n]) into images [n, H, W, C], labels [n] and delivered ids [n].
+
+        `positions` (int64 [n]) key the flips. Returns what was replaced; raises DataError in strict mode.
+        """
+        skipped: list[Skipped] = []
+        mirrored: Sequence[bool] = flips(self.spec.seed, positions).tolist() if self.spec.flip else [False] * len(ids)
+        for row, sample in enumerate(ids.tolist()):
+            image = images[row]
+            labels[row], delivered[row], bad = self.reader.read_into(sample, image)
+            if mirrored[row]:
+                image[...] = image[:, ::-1].copy()
+            if bad is not None:
+                skipped.append(bad)
+        return skipped
+
+
+def main(arguments: list[str]) -> None:
+    """Serve tasks until the parent's end of the socket is gone."""
+    config = json.loads(arguments[0])
+    layout = Layout(**config["layout"])
+    tasks = socket.socket(fileno=config["tasks"])
+    results = socket.socket(fileno=config["results"])
+    # All pages at once: a fault for each, while decoding, would cost more.
+    memory = mmap.mmap(config["memory"], config["memory_bytes"], mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+    gc.freeze()  # what was imported stays: no need to look through it again and again
+    parent = config["parent"]
+    tasks.settimeout(5.0)
+    producer: Producer | None = None
+    while True:
+        try:
+            message = tasks.recv(MAX_MESSAGE)
+        except TimeoutError:
+            if os.getppid() != parent:  # for systems whose sockets do not report the other end's death
+                return
+            continue
+        if not message:
+            return
+        numbers = np.frombuffer(message, dtype=np.int64)
+        slot, first, n = numbers[:3].tolist()
+        reply: dict[str, object] = {"slot": slot, "rows": n}
+        try:
+            producer = producer or Producer(Spec(**config["spec"] | {"access": Access(**config["spec"]["access"])}))
+            views = (view[first : first + n] for view in layout.views(memory, slot))
+            skipped = producer.fill(numbers[3 : 3 + n], numbers[3 + n :], *views)
+            reply["skipped"] = [asdict(bad) | {"message": bad.message[:500]} for bad in skipped]
+        except DataError as err:
+            reply["error"] = str(err)[:4000]
+        except Exception:
+            reply["crash"] = traceback.format_exc()[-8000:]
+        try:
+            results.send(json.dumps(reply).encode())
+        except OSError:  # the parent is gone
+            return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

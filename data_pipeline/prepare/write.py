@@ -1,0 +1,323 @@
+"""Write a source as WebDataset (or MDS) shards with an index: decoded once, cut to a square, shuffled so that classes mix.
+
+Everything is written into `OUT.partial` and renamed at the end: an interrupted or failed run leaves no data set behind,
+and the same command started again begins afresh. The result depends on the source, the options and the seed only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tarflow.data_pipeline import keyed
+from tarflow.data_pipeline.errors import BadSampleError, DataError
+from tarflow.data_pipeline.images.decode import decode, from_pixels
+from tarflow.data_pipeline.images.transform import fit
+from tarflow.data_pipeline.index.build import CLASSES_FILE, build_index
+from tarflow.data_pipeline.index.mds import write_mds
+from tarflow.data_pipeline.prepare.sources import WINDOW_BYTES, Source
+from tarflow.files import replace_dir
+
+FORMATS = ("png", "jpeg", "webp")
+_EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
+CONTAINERS = ("webdataset", "mds")
+_SHARD_BYTES = 512 << 20
+_MDS_SHARD_BYTES = 64 << 20  # streaming's own default: its readers fetch whole shards
+_CHUNK = 256  # images in flight between the threads and the writer
+
+
+@dataclass
+class Options:
+    """How to prepare. `container`: shards of `webdataset` (tars) or `mds` (mosaicml-streaming).
+
+    `size`: side of the square in pixels. `channels`: 1, 3, or 0 for as many as the source has.
+
+    `shard_size`: most samples in a shard (a shard also ends at 512 MiB). `format`: png and webp are lossless, jpeg has
+    `quality`. `val_fraction`: share of every class that goes to OUT/val, the rest to OUT/train; 0 = no split.
+    """
+
+    size: int
+    format: str = "png"
+    quality: int = 95
+    channels: int = 0
+    shard_size: int = 10_000
+    seed: int = 0
+    val_fraction: float = 0.0
+    on_error: str = "strict"
+    container: str = "webdataset"
+
+    def check(self) -> None:
+        """Raise DataError for a value out of range."""
+        for name, value, right in (
+            ("--size", self.size, self.size >= 1),
+            ("--format", self.format, self.format in FORMATS),
+            ("--quality", self.quality, 1 <= self.quality <= 100),
+            ("--channels", self.channels, self.channels in (0, 1, 3)),
+            ("--shard-size", self.shard_size, self.shard_size >= 1),
+            ("--val-fraction", self.val_fraction, 0 <= self.val_fraction < 1),
+            ("--on-error", self.on_error, self.on_error in ("strict", "skip")),
+            ("--container", self.container, self.container in CONTAINERS),
+        ):
+            if not right:
+                raise DataError(f"{name} cannot be {value!r}")
+
+
+@dataclass
+class Report:
+    """What was written: samples per split ('' without splits), what was left out by cause, with the first names."""
+
+    written: dict[str, int] = field(default_factory=dict)
+    classes: list[str] | None = None
+    skipped: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+    enlarged: int = 0
+
+    def lines(self) -> list[str]:
+        """The report as plain lines."""
+        out = [f"{split or 'all'}: {count} samples" for split, count in self.written.items()]
+        if self.classes:
+            out.append(
+                f"{len(self.classes)} classes: {', '.join(self.classes[:12])}" + " ..." * (len(self.classes) > 12)
+            )
+        if self.enlarged:
+            out.append(f"{self.enlarged} images are smaller than the size asked for and were enlarged")
+        for title, counts in (("ignored files", self.ignored), ("left out", self.skipped)):
+            if counts:
+                out.append(f"{title}: " + ", ".join(f"{cause} {count}" for cause, count in sorted(counts.items())))
+        return out + [f"left out: {example}" for example in self.examples]
+
+
+def prepare(
+    source: Source,
+    out: Path,
+    options: Options,
+    *,
+    val: np.ndarray | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Write `source` to the new folder `out`; returns what was written.
+
+    `val` (bool [n]) fixes the held-out split instead of `options.val_fraction`. `progress(done, total)` is called now
+    and then. Raises DataError: `out` not empty, a bad option, in strict mode the first image that cannot be decoded.
+    """
+    options.check()
+    if len(source) == 0:
+        raise DataError("the source holds no images")
+    if val is None and options.val_fraction > 0:
+        val = held_out(source.labels, options.val_fraction, options.seed)
+    report = Report(classes=source.classes, ignored=+source.ignored)
+    with partial_folder(out) as staging:
+        order = shuffled(source, options.seed)
+        splits = {"": order} if val is None else {"train": order[~val[order]], "val": order[val[order]]}
+        done = 0
+        for split, numbers in splits.items():
+            if len(numbers) == 0:
+                raise DataError(f"the split {split!r} would be empty: {len(source)} images (--val-fraction)")
+            told = _offset(progress, done, len(source)) if progress else None
+            count = _write_split(source, numbers, staging / split, options, report, told)
+            if count == 0:
+                raise DataError(f"not one of {len(numbers)} images could be decoded, first: {report.examples[0]}")
+            report.written[split] = count
+            done += len(numbers)
+        (staging / "prepare.json").write_text(
+            json.dumps({"options": asdict(options), "written": report.written, "skipped": report.skipped}, indent=1)
+            + "\n"
+        )
+    return report
+
+
+def _offset(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int], None]:
+    return lambda done: progress(before + done, total)
+
+
+def held_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """bool [n]: the same share of every class (and of the unlabelled), chosen by the seed; at least one of each."""
+    val = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = max(1, round(fraction * len(members))) if len(members) > 1 else 0
+        val[members[keyed.permutation(keyed.key(seed, "held out", int(label)), len(members))[:count]]] = True
+    return val
+
+
+def shuffled(source: Source, seed: int) -> np.ndarray:
+    """The order of writing, int64 [n]: a permutation; where reading goes by runs, within windows of about 1 GiB."""
+    runs = source.runs
+    if runs is None or sum(size for _, size in runs) <= WINDOW_BYTES:
+        return keyed.permutation(keyed.key(seed, "prepare"), len(source)).astype(np.int64)
+    starts = np.concatenate([[0], np.cumsum([rows for rows, _ in runs])])
+    pieces: list[np.ndarray] = []
+    window: list[np.ndarray] = []
+    held = 0
+    for run in [*keyed.permutation(keyed.key(seed, "prepare runs"), len(runs)).tolist(), None]:
+        if window and (run is None or held + runs[run][1] > WINDOW_BYTES):
+            together = np.concatenate(window)
+            pieces.append(together[keyed.permutation(keyed.key(seed, "prepare", len(pieces)), len(together))])
+            window, held = [], 0
+        if run is not None:
+            window.append(np.arange(starts[run], starts[run + 1]))
+            held += runs[run][1]
+    return np.concatenate(pieces)
+
+
+class partial_folder:  # noqa: N801 - used as a function: `with partial_folder(out) as staging`
+    """Context manager: a fresh folder `OUT.partial` that becomes OUT when the block ends without an error.
+
+    Raises DataError when OUT is not empty or another process is writing it. A leftover of a killed run is removed.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.partial = out.with_name(out.name + ".partial")
+        self.lock_path = out.with_name(out.name + ".lock")
+
+    def __enter__(self) -> Path:
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise DataError(f"{self.out} exists and is not empty: name a new folder, or remove it first")
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.lock = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as err:
+            raise DataError(f"cannot write to {self.out.parent}: {err.strerror}") from None
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self.lock)
+            raise DataError(f"another process is writing {self.out} at this moment") from None
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir()
+        return self.partial
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                if self.out.exists():
+                    self.out.rmdir()
+                replace_dir(self.partial, self.out)
+        finally:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.lock_path.unlink(missing_ok=True)
+            os.close(self.lock)
+
+
+def _write_split(
+    source: Source,
+    numbers: np.ndarray,
+    folder: Path,
+    options: Options,
+    report: Report,
+    progress: Callable[[int], None] | None,
+) -> int:
+    """Write the images `numbers` in this order as shards plus index; returns how many were written."""
+    folder.mkdir(exist_ok=True)
+
+    def images() -> Iterator[tuple[bytes, int]]:
+        for done, (number, image) in enumerate(_encoded(source, numbers, options, report)):
+            if progress and done % 64 == 63:
+                progress(done + 1)
+            if image is not None:
+                yield image, int(source.labels[number])
+
+    if options.container == "mds":
+        written, shards = write_mds(folder, images(), _MDS_SHARD_BYTES), [folder]
+    else:
+        written, shards = _write_tars(folder, images(), _EXTENSIONS[options.format], options.shard_size)
+    if source.classes is not None:
+        (folder / CLASSES_FILE).write_text(json.dumps(source.classes, ensure_ascii=False) + "\n", encoding="utf-8")
+    if progress:
+        progress(len(numbers))
+    if written:
+        build_index(folder, shards, classes=source.classes, image_size=(options.size, options.size))
+    return written
+
+
+def _write_tars(
+    folder: Path, images: Iterator[tuple[bytes, int]], extension: str, shard_size: int
+) -> tuple[int, list[Path]]:
+    """(samples written, shards)."""
+    import webdataset as wds  # pulls torch: only here, where it is used
+
+    shards: list[Path] = []
+    writer: wds.TarWriter | None = None
+    in_shard = bytes_in_shard = written = 0
+    try:
+        for image, label in images:
+            if writer is None or in_shard >= shard_size or bytes_in_shard >= _SHARD_BYTES:
+                if writer is not None:
+                    writer.close()
+                shards.append(folder / f"shard-{len(shards):06d}.tar")
+                # A fixed time stamp: the same source and seed give the same bytes.
+                writer = wds.TarWriter(str(shards[-1]), mtime=0)
+                in_shard = bytes_in_shard = 0
+            sample: dict[str, object] = {"__key__": f"{written:08d}", extension: image}
+            if label >= 0:
+                sample["cls"] = str(label)
+            bytes_in_shard += writer.write(sample)
+            in_shard += 1
+            written += 1
+    finally:
+        if writer is not None:
+            writer.close()
+    return written, shards
+
+
+def _encoded(
+    source: Source, numbers: np.ndarray, options: Options, report: Report
+) -> Iterator[tuple[int, bytes | None]]:
+    """(number, file bytes) in order, encoded by threads (Pillow lets go of the interpreter lock); None = left out."""
+
+    def work(number: int) -> tuple[bytes, bool] | BadSampleError:
+        try:
+            data = source.read(number)
+        except OSError as err:
+            return BadSampleError("unreadable", f"cannot read: {err.strerror}")
+        try:
+            if isinstance(data, bytes):
+                pixels = decode(data, options.channels or 3)
+            else:
+                pixels = from_pixels(data, options.channels or (1 if data.shape[2] == 1 else 3))
+        except BadSampleError as err:
+            return err
+        small = min(pixels.shape[:2]) < options.size
+        return encode(fit(pixels, options.size), options.format, options.quality), small
+
+    with ThreadPoolExecutor(max_workers=min(16, len(os.sched_getaffinity(0)))) as pool:
+        for start in range(0, len(numbers), _CHUNK):
+            chunk = numbers[start : start + _CHUNK].tolist()
+            for number, result in zip(chunk, pool.map(work, chunk)):
+                if isinstance(result, BadSampleError):
+                    message = f"{source.name(number)}: {result}"
+                    if options.on_error == "strict":
+                        raise DataError(f"{message}; --on-error skip leaves such images out and counts them")
+                    report.skipped[result.cause] += 1
+                    if len(report.examples) < 20:
+                        report.examples.append(message)
+                    yield number, None
+                else:
+                    report.enlarged += result[1]
+                    yield number, result[0]
+
+
+def encode(pixels: np.ndarray, format: str, quality: int = 95) -> bytes:
+    """uint8 [H, W, 1 | 3] as the bytes of a file. PNG and WebP are lossless; JPEG keeps full colour resolution."""
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else np.ascontiguousarray(pixels))
+    buffer = io.BytesIO()
+    if format == "jpeg":
+        image.save(buffer, "JPEG", quality=quality, subsampling=0)
+    elif format == "webp":
+        image.save(buffer, "WEBP", lossless=True)
+    else:
+        image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,35 @@
+"""Open the index of a data set, in the file system or behind an address."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.index.index import Index
+from tarflow.data_pipeline.storage.remote import Access, address
+from tarflow.data_pipeline.storage.remote_index import open_remote_index
+
+
+def open_index(path: str | Path, access: Access | None = None) -> Index:
+    """The index of the data set at `path`: the folder, or the address (`http://...`), that holds `index/`.
+
+    `access`: how remote data are reached. Raises DataError saying what to run when there is no index, or which of the
+    splits to name.
+    """
+    if "://" in str(path) or ":/" in str(path):
+        url = address(path)
+        if url is not None:
+            return open_remote_index(url, access or Access())
+    root = Path(path)
+    if (root / "index" / "shards.parquet").is_file():
+        return Index(root)
+    if not root.exists():
+        raise DataError(
+            f"there is no data set at {root}: the path does not exist (settings data.train, data.validation)"
+        )
+    splits = sorted(child.parent.parent.name for child in root.glob("*/index/shards.parquet"))
+    if splits:
+        raise DataError(f"{root} holds the splits {', '.join(splits)}: name one of them, e.g. {root / splits[0]}")
+    if root.is_dir() and ((root / "index.json").is_file() or next(root.rglob("*.tar"), None) is not None):
+        raise DataError(f"the shards at {root} have no index yet: run `tarflow data index {root}` once")
+    raise DataError(f"{root} is no data set: no index and no *.tar shards in it; `tarflow data prepare` makes one")

@@ -1,0 +1,46 @@
+"""The index of a data set behind an address: `shards.parquet` is read whole, parts of samples through the node's cache."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from tarflow.data_pipeline.errors import BadSampleError, DataError
+from tarflow.data_pipeline.index.index import Index
+from tarflow.data_pipeline.storage.remote import Access, Remote
+from tarflow.data_pipeline.storage.remote_shards import cache_name
+from tarflow.data_pipeline.storage.shard_cache import ShardCache
+
+
+class _RemoteFiles:
+    def __init__(self, url: str, access: Access) -> None:
+        self.url = url
+        self.access = access
+        self.remote = Remote(access)
+
+    def open(self, name: str, digest: str) -> Any:
+        """The list of shards is always fetched anew; parts are kept under the digest that the list gives them."""
+        url = f"{self.url}/index/{name}"
+        try:
+            if not digest or not self.access.cache_bytes:
+                return io.BytesIO(self.remote.load(url))
+            cache = ShardCache(self.access.folder(), self.access.cache_bytes)
+            fd = cache.open(cache_name(url, digest), None, lambda file: self.remote.save(url, None, file))
+            return open(fd, "rb")
+        except BadSampleError as err:
+            raise OSError(str(err)) from None
+
+
+def open_remote_index(url: str, access: Access) -> Index:
+    """The index at `url`/index. Raises DataError: not there, not reachable, damaged."""
+    access.check()
+    url = url.rstrip("/")
+    try:
+        return Index(url, _RemoteFiles(url, access))
+    except DataError as err:
+        if "there is nothing at" in str(err):
+            raise DataError(
+                f"there is no index at {url}/index: run `tarflow data index` where the shards are in the file system, "
+                "and put the folder index/ beside them"
+            ) from None
+        raise

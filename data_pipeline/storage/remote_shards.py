@@ -1,0 +1,102 @@
+"""Bytes of shards that lie behind an address: out of the node's cache, or range by range without one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+
+from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.index.index import Index
+from tarflow.data_pipeline.storage.local_shards import LocalShards, ShardFiles, read_at
+from tarflow.data_pipeline.storage.remote import Access, NoRangesError, Remote
+from tarflow.data_pipeline.storage.shard_cache import ShardCache
+
+_OPEN_FILES = 16  # few: a file that the cache removed keeps its disk space while it is open
+
+
+class RemoteShards:
+    """See `ShardFiles`. A shard goes whole into the cache when it is first wanted: its samples are wanted soon.
+
+    Without a cache (`cache_bytes` 0), and for a shard larger than all of it, each sample is a range request.
+    """
+
+    def __init__(self, index: Index, access: Access) -> None:
+        self.index = index
+        self.access = access
+        self.remote = Remote(access)
+        self.cache = ShardCache(access.folder(), access.cache_bytes) if access.cache_bytes else None
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """See `ShardFiles`."""
+        total = int(self.index.shard_bytes[shard])
+        if self.cache is None or total > self.access.cache_bytes:
+            return self._range(shard, offset, size, total)
+        fd = self._files.get(shard)
+        if fd is None:
+            fd = self._files[shard] = self._open(shard)
+            while len(self._files) > _OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+        else:
+            self._files.move_to_end(shard)
+        return read_at(fd, offset, size)
+
+    def fetch(self, shard: int) -> None:
+        """Put a shard into the cache unless it is there, or there is none for it."""
+        if self.cache is not None and int(self.index.shard_bytes[shard]) <= self.access.cache_bytes:
+            os.close(self._open(shard))
+
+    def _open(self, shard: int) -> int:
+        assert self.cache is not None
+        url, total = self.index.shard_place(shard), int(self.index.shard_bytes[shard])
+        name = cache_name(url, self.index.shard_digest(shard))
+        return self.cache.open(name, total, lambda file: self.remote.save(url, total, file))
+
+    def close(self) -> None:
+        """Close the cached files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _range(self, shard: int, offset: int, size: int, total: int) -> bytes:
+        url = self.index.shard_place(shard)
+        try:
+            return self.remote.read(url, offset, size, total)
+        except NoRangesError:
+            raise DataError(
+                f"the server of {url} ignores ranges and sends whole files: shards must go through the cache, "
+                f"set data.cache_bytes (now {self.access.cache_bytes}) to more than {total}"
+            ) from None
+
+
+class Shards:
+    """See `ShardFiles`: the shards of an index wherever they lie, in the file system and behind addresses."""
+
+    def __init__(self, index: Index, access: Access) -> None:
+        self.index = index
+        self.access = access
+        self._local = LocalShards(index)
+        self._remote: RemoteShards | None = None
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """See `ShardFiles`."""
+        if not self.index.is_remote(shard):
+            return self._local.read(shard, offset, size)
+        self._remote = self._remote or RemoteShards(self.index, self.access)
+        return self._remote.read(shard, offset, size)
+
+    def close(self) -> None:
+        """Close whatever is open."""
+        self._local.close()
+        if self._remote is not None:
+            self._remote.close()
+
+
+def open_shards(index: Index, access: Access) -> ShardFiles:
+    """What reads the shards of this index."""
+    return Shards(index, access) if index.any_remote else LocalShards(index)
+
+
+def cache_name(url: str, digest: str) -> str:
+    """The name in the cache: another data set, or another state of this one, never shares it."""
+    return hashlib.sha256(f"{url}\0{digest}".encode()).hexdigest()[:40]

@@ -1,0 +1,158 @@
+"""A bounded folder of fetched files that the processes of a node share, and that survives being killed at any moment.
+
+    NAME.shard          whole: it got its name only when everything was written
+    NAME.partial        being fetched by whoever holds the lock, and as large from the start as it will be, so that others who
+                        fetch at the same time count it; left over by a killed process, it is fetched again
+    NAME.lock, .lock    held with flock, so they are free the moment their process is gone
+
+Room is made by removing what was opened longest ago, before a fetch and once more after it: fetches at the same time may
+be larger than the bound together. A removed file stays readable for those who have it open. So the disk may hold a few
+files more than the bound for a while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tarflow.data_pipeline.errors import DataError
+
+
+class ShardCache:
+    """Files of at most `limit` bytes together in `folder`, which is made when it is first needed."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder = folder
+        self.limit = limit
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as err:
+            raise DataError(f"cannot make the cache folder {folder}: {err.strerror} (setting data.cache_dir)") from None
+
+    def open(self, name: str, size: int | None, fetch: Callable[[Any], None]) -> int:
+        """A file descriptor of the cached file; `fetch(file)` writes it first where it is not there or has another size.
+
+        `fetch` leaves the position of `file` at the end of what it wrote.
+
+        Several processes that want the same file fetch it once. Raises what `fetch` raises, DataError on a full disk.
+        """
+        path = self.folder / f"{name}.shard"
+        fd = _open_whole(path, size)
+        if fd is not None:
+            return fd
+        with _locked(self.folder / f"{name}.lock"):
+            fd = _open_whole(path, size)  # another process may have been quicker
+            if fd is None:
+                self.sweep()
+                fd = self._fetch(path, size or 0, fetch)
+        return fd
+
+    def sweep(self) -> int:
+        """Remove what killed processes left half-written; returns how many files. Others' fetches go on undisturbed."""
+        removed = 0
+        for partial in self.folder.glob("*.partial"):
+            with _locked(partial.with_suffix(".lock"), wait=False) as mine:
+                if mine:
+                    partial.unlink(missing_ok=True)
+                    removed += 1
+        for lock in self.folder.glob("*.lock"):
+            if lock.name != ".lock":
+                with _locked(lock, wait=False):  # leaving removes it
+                    pass
+        return removed
+
+    def _fetch(self, path: Path, size: int, fetch: Callable[[Any], None]) -> int:
+        """Write the file and give it its name; a descriptor to read it by.
+
+        Opened before it has its name: from then on another process, short of room, may remove it at any moment.
+        """
+        partial = path.with_suffix(".partial")
+        try:
+            with partial.open("wb") as file:
+                with self._counting():
+                    self._make_room(size)
+                    file.truncate(size)
+                fetch(file)
+                file.truncate()
+                file.flush()
+                os.fsync(file.fileno())
+            fd = os.open(partial, os.O_RDONLY)
+            partial.rename(path)
+            with self._counting():
+                self._make_room(0)
+            return fd
+        except OSError as err:
+            if err.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DataError(
+                    f"no room for {path.name} in {self.folder}: free the disk, lower data.cache_bytes "
+                    f"({self.limit} bytes) or set data.cache_dir"
+                ) from None
+            raise DataError(f"cannot write {partial}: {err.strerror or err} (setting data.cache_dir)") from None
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _counting(self) -> contextlib.AbstractContextManager[bool]:
+        """Nobody else counts files, makes room or takes it meanwhile."""
+        return _locked(self.folder / ".lock")
+
+    def _make_room(self, size: int) -> None:
+        """Remove whole files until there is room for `size` bytes more, or none are left."""
+        files = []
+        held = size
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                if path.suffix in (".shard", ".partial"):
+                    held += status.st_size
+                if path.suffix == ".shard":
+                    files.append((status.st_mtime_ns, status.st_size, path))
+        for _, bytes_of_it, path in sorted(files):
+            if held <= self.limit:
+                return
+            path.unlink(missing_ok=True)
+            held -= bytes_of_it
+
+
+def _open_whole(path: Path, size: int | None) -> int | None:
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    if size is not None and os.fstat(fd).st_size != size:
+        os.close(fd)
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(path)  # what is used stays
+    return fd
+
+
+@contextlib.contextmanager
+def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock file `path`, which is removed afterwards; without `wait` False where another process holds it."""
+    fd = -1
+    while fd < 0:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(fd)
+            yield False
+            return
+        # Another process may have removed the file between the two calls: then this lock guards nothing.
+        try:
+            same = os.stat(path).st_ino == os.fstat(fd).st_ino
+        except FileNotFoundError:
+            same = False
+        if not same:
+            os.close(fd)
+            fd = -1
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(fd)

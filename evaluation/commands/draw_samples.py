@@ -1,0 +1,111 @@
+"""`tarflow sample`: images of a run or a weights file, as PNGs with a grid and the settings that made them."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.run_config import run_config
+from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler, SamplingSettings, check_guidance
+from tarflow.evaluation.samples.grid import make_grid
+from tarflow.evaluation.samples.png_folder import SampleFolder, load_png, save_png
+from tarflow.evaluation.samples.weights_source import Source, from_checkpoint, from_file, resolve_device
+from tarflow.trainer.checkpoint.commit import find, pinned
+
+GRID_IMAGES = 100
+
+
+@dataclass
+class SampleRequest:
+    """What to draw; `settings` holds what was asked for, everything else comes from the run."""
+
+    source: Path
+    out: Path
+    num: int = 64
+    step: int | None = None
+    weights: str | None = None
+    batch_size: int | None = None
+    columns: int | None = None
+    device: str = "auto"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def sample_images(request: SampleRequest, say: Callable[[str], None] = print) -> bool:
+    """Draw what is missing in `request.out`; whether every sample asked for is there.
+
+    Raises EvaluationError for settings that mean nothing and for a directory that holds something else.
+    """
+    source, settings, batch_size = _open(request, say)
+    model = source.model.config
+    sampler = Sampler(source.model, settings)
+    about = source.describe() | {"source": source.origin, "sampling": settings.describe()}
+    folder = SampleFolder(request.out, about, request.num)
+    missing = folder.missing()
+    say(f"{request.num} images of {model.image_size} pixels from {source.origin}, weights {source.weights}")
+    if len(missing) < request.num:
+        say(f"{request.num - len(missing)} are there already")
+    count = SampleCount()
+    for drawn in sampler.draw_all(missing, batch_size):
+        for index, pixels in zip(drawn.finite_indices(), drawn.pixels()):
+            folder.save(index, pixels)
+        count.add(drawn)
+    folder.finish(count.nonfinite)
+    shown = _grid_order(sampler, min(request.num, GRID_IMAGES))
+    images = [load_png(folder.path(i)) if folder.path(i).exists() else None for i in shown]
+    if any(image is not None for image in images):
+        save_png(request.out / "grid.png", make_grid(images, request.columns or _columns(sampler, len(images))))
+        say(f"images: {folder.images}\ngrid: {request.out / 'grid.png'}")
+    if count.nonfinite:
+        say(count.problem(0.0) or "")
+    return not count.nonfinite
+
+
+def _grid_order(sampler: Sampler, num: int) -> list[int]:
+    """Samples of one class beside each other."""
+    return sorted(range(num), key=lambda i: (sampler.label_of(i), i))
+
+
+def _columns(sampler: Sampler, num: int) -> int:
+    """One row per class if that comes out even, otherwise about square."""
+    classes = len({sampler.label_of(i) for i in range(num)} - {NO_LABEL})
+    if classes > 1 and num % classes == 0 and num // classes >= 4:
+        return num // classes
+    return math.ceil(math.sqrt(num))
+
+
+def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[Source, SamplingSettings, int]:
+    """(model, settings, batch size) of a request."""
+    device = resolve_device(request.device)
+    if request.source.is_file() or request.source.suffix in (".safetensors", ".pth"):
+        return _open_file(request, device)
+    config = run_config(request.source, say=say, given=request.settings)
+    if "noise_std" in request.settings:
+        raise EvaluationError(
+            f"--noise-std belongs to weights files; {request.source} was trained with {config.train.noise_std}"
+        )
+    settings = replace(SamplingSettings.of_run(config), **request.settings)
+    if settings.denoise and config.train.noise == "uniform":
+        raise EvaluationError("--denoise needs a model trained with gaussian noise; this run has train.noise=uniform")
+    check_guidance(settings, config.model.num_classes, config.train.label_dropout)
+    checkpoint = find(request.source, request.step)
+    with pinned(checkpoint, f"sample-{id(request)}"):
+        source = from_checkpoint(config, checkpoint, request.weights or config.evaluated_weights, device)
+    return source, settings, request.batch_size or config.sampling.batch_size
+
+
+def _open_file(request: SampleRequest, device: torch.device) -> tuple[Source, SamplingSettings, int]:
+    for option, value in (("--step", request.step), ("--weights", request.weights)):
+        if value is not None:
+            raise EvaluationError(f"{option} chooses among a run's checkpoints; {request.source} is a weights file")
+    if request.settings.get("denoise") and "noise_std" not in request.settings:
+        raise EvaluationError("--denoise needs --noise-std: a weights file does not say the noise it was trained with")
+    settings = SamplingSettings(**request.settings)
+    if settings.noise_std and "denoise" not in request.settings:
+        settings = replace(settings, denoise=1.0)
+    source = from_file(request.source, device)
+    check_guidance(settings, source.model.config.num_classes, label_dropout=None)
+    return source, settings, request.batch_size or 64

@@ -1,0 +1,158 @@
+"""`tarflow reference` and `tarflow score`: statistics of a data set, and a folder of images against them."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.image_folder import ImageFolder
+from tarflow.evaluation.image_set import ImageSet
+from tarflow.evaluation.metrics.all_scores import feature_scores
+from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics
+from tarflow.evaluation.metrics.names import is_distance, is_kernel
+from tarflow.evaluation.networks.features import Features
+from tarflow.evaluation.samples.weights_source import resolve_device
+from tarflow.evaluation.worker.reference import (
+    KEEP,
+    Reference,
+    cache_path,
+    full_provenance,
+    load_reference,
+    reference_statistics,
+    spread,
+)
+from tarflow.files import write_json
+from tarflow.models.config import TarFlowConfig
+
+FORMAT = 1
+Say = Callable[[str], None]
+
+
+@dataclass
+class ReferenceRequest:
+    """Which statistics to make."""
+
+    data: str
+    size: int
+    channels: int
+    images: int  # spread evenly over the data; 0 = all
+    features: str
+    features_file: Path | None
+    out: Path | None  # None = beside the data
+    on_error: str
+    device: str
+
+
+def make_reference(request: ReferenceRequest, say: Say = print) -> Reference:
+    """Compute statistics, with whoever runs the same command, or find them there already."""
+    # Of the model only the shape of its images counts.
+    shape = TarFlowConfig(
+        image_size=request.size, patch_size=request.size, in_channels=request.channels, channels=64, num_blocks=1,
+        layers_per_block=1,
+    )  # fmt: skip
+    images = ImageSet(request.data, shape, request.on_error, request.images)
+    network = Features(request.features, resolve_device(request.device), request.features_file)
+    path = request.out or cache_path(Path(request.data), full_provenance(images.provenance(), network))
+    if path.is_file():
+        say(f"{path} is there already")
+    found = reference_statistics(path, images, network, say=say)
+    say(
+        f"{path}: {found.statistics.count:,} images, {network.dim} features of {network.name}, {len(found.rows):,} kept"
+    )
+    return found
+
+
+@dataclass
+class ScoreRequest:
+    """Which folder to score against what."""
+
+    folder: Path
+    reference: Path | None  # statistics of `tarflow reference`
+    against: Path | None  # another folder of images
+    size: int | None
+    channels: int | None
+    features: str
+    features_file: Path | None
+    on_error: str
+    out: Path | None
+    device: str
+
+
+def score_folder(request: ScoreRequest, say: Say = print) -> dict[str, Any]:
+    """Score a folder; the result, which is also written to `request.out`."""
+    if (request.reference is None) == (request.against is None):
+        raise EvaluationError("give what to compare with: either --reference FILE or --against FOLDER")
+    network = Features(request.features, resolve_device(request.device), request.features_file)
+    if request.reference is not None:
+        reference = _matching(request, network)
+        size, channels = int(reference.provenance["image_size"]), int(reference.provenance["channels"])
+        theirs = reference.statistics, reference.rows
+        about: dict[str, Any] = {"file": request.reference.name, **reference.provenance}
+        warnings = []
+    else:
+        assert request.against is not None
+        channels = request.channels or 3
+        other = ImageFolder(request.against, channels, request.size, request.on_error)
+        theirs = measure(other, network, say)
+        size, about, warnings = other.size or 0, other.describe(), other.warnings()
+    folder = ImageFolder(request.folder, channels, size, request.on_error)
+    statistics, rows = measure(folder, network, say)
+    scores = feature_scores(network, statistics, rows, *theirs, names=("scored", "reference"))
+    warnings = folder.warnings() + warnings + scores.pop("warnings")
+    result = {
+        "format": FORMAT,
+        **scores,
+        "images": folder.describe(),
+        "reference": about,
+        "features": {"name": network.name, "sha256": network.sha256, "preprocessing": network.preprocessing},
+        "warnings": warnings,
+    }
+    if request.out:
+        write_json(request.out, result)
+    for line in warnings:
+        say(f"note: {line}")
+    say(_headline(result))
+    plain: dict[str, Any] = json.loads(json.dumps(result))
+    return plain
+
+
+def _matching(request: ScoreRequest, network: Features) -> Reference:
+    """The statistics of `request.reference`; made with another network, or at another size than asked for: an error."""
+    expected: dict[str, str | int] = {
+        "features": network.name,
+        "features_sha256": network.sha256,
+        "preprocessing": network.preprocessing,
+    }
+    given = {"image_size": request.size, "channels": request.channels}
+    expected |= {key: value for key, value in given.items() if value is not None}
+    assert request.reference is not None
+    return load_reference(request.reference, expected, tuple(expected))
+
+
+def measure(folder: ImageFolder, network: Features, say: Say) -> tuple[FeatureStatistics, Tensor]:
+    """Statistics of all images, and the features of at most 10,000 of them, spread evenly."""
+    say(f"{len(folder.files):,} images in {folder.root} with {network.name}")
+    statistics, kept = FeatureStatistics(network.dim), [torch.empty(0, network.dim)]
+    seen = 0
+    for pixels in folder.batches():
+        rows = network(pixels)
+        statistics.add(rows)
+        kept.append(rows[spread(seen + torch.arange(len(rows)), len(folder.files), KEEP)])
+        seen += len(rows)
+    return statistics, torch.cat(kept)
+
+
+def _headline(result: dict[str, Any]) -> str:
+    parts = []
+    for key, value in result.items():
+        error = result.get("distance_stderr" if is_distance(key) else "kernel_stderr")
+        if is_distance(key) or is_kernel(key):
+            parts.append(f"{key} {value:.4g}" + (f" +- {error:.2g}" if error is not None else ""))
+        elif key in ("precision", "recall", "density", "coverage", "inception_score"):
+            parts.append(f"{key.replace('_', ' ')} {value:.3f}")
+    return " | ".join(parts)

@@ -1,0 +1,69 @@
+"""All scores of one set of images against reference statistics: what a result and `tarflow score` say of them.
+
+The Frechet distance uses the sums of all images; kernel distance, precision, recall, density, coverage, the Inception
+score and the distance's error bar use the features that were kept (10,000 a side, unless set otherwise).
+"""
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics, FrechetInfluence, frechet_distance
+from tarflow.evaluation.metrics.inception_score import InceptionScore
+from tarflow.evaluation.metrics.kernel_distance import kernel_distance
+from tarflow.evaluation.metrics.names import distance_key, kernel_key
+from tarflow.evaluation.metrics.precision_recall import K_COVERAGE, manifold_scores
+
+
+class Network(Protocol):
+    """What is asked of a feature network here."""
+
+    name: str
+    warnings: list[str]
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def probabilities(self, features: Tensor) -> Tensor: ...
+
+
+def feature_scores(
+    network: Network,
+    statistics: FeatureStatistics,
+    rows: Tensor,
+    reference: FeatureStatistics,
+    reference_rows: Tensor,
+    names: tuple[str, str] = ("sampled", "reference"),
+    parts: Iterable[FeatureStatistics] = (),
+) -> dict[str, Any]:
+    """Scores by name. `rows` [n, d] and `reference_rows` [m, d] are the features kept of each side, possibly none;
+    `parts`: statistics of disjoint parts of the first side, for the error bar where no features were kept.
+
+    Raises EvaluationError under two images on a side. What cannot be had from so few rows is left out.
+    """
+    found = frechet_distance(statistics, reference, names)
+    out: dict[str, Any] = {
+        distance_key(network.name): found.distance,
+        "distance_terms": {"mean_term": found.mean_term, "covariance_term": found.covariance_term},
+        "distance_stderr": None,
+        "warnings": [*network.warnings, *found.warnings],
+    }
+    if len(rows) >= 2:
+        out["distance_stderr"] = FrechetInfluence(statistics, reference).stderr(rows)
+    elif (first := next(rest := iter(parts), None)) is not None and first.count < statistics.count:
+        out["distance_stderr"] = FrechetInfluence(statistics, reference).stderr_of_parts(chain([first], rest))
+    fewer = min(len(rows), len(reference_rows))
+    if fewer >= 2:
+        kernel = kernel_distance(rows, reference_rows)
+        out |= {kernel_key(network.name): kernel.distance, "kernel_stderr": kernel.stderr}
+    if fewer > K_COVERAGE:
+        out |= vars(manifold_scores(rows, reference_rows))
+    if network.num_classes and len(rows):
+        score = InceptionScore(network.num_classes, len(rows))
+        for positions in torch.arange(len(rows)).split(1000):
+            score.add(positions, network.probabilities(rows[positions]))
+        out["inception_score"], out["inception_score_std"] = score.result()
+    return out | {"kept_features": [len(rows), len(reference_rows)]}

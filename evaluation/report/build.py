@@ -1,0 +1,370 @@
+"""One page about a run, `report.html`: figures, curves, pictures, every setting. It needs nothing but itself.
+
+Pictures are data: URIs, plots are inline SVG, there is no script, and the page forbids itself every request. Whatever
+comes from a run (names, settings, class names) is escaped.
+"""
+
+import base64
+import html
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tarflow.evaluation.metrics.names import is_kernel
+from tarflow.evaluation.report.history import History, Result, read_history, read_sweeps
+from tarflow.evaluation.report.plots import Curve, Plot, svg
+from tarflow.evaluation.report.template import PAGE
+from tarflow.files import write_text
+from tarflow.trainer.config.files import config_tree
+from tarflow.trainer.config.schema import Config
+from tarflow.trainer.run_dir import load_run_config, require_run
+
+# Scores besides the distance, as far as a result has them: key, name, digits.
+_SCORES = (
+    ("kernel", "kernel distance", 4), ("precision", "precision", 3), ("recall", "recall", 3), ("density", "density", 3),
+    ("coverage", "coverage", 3), ("inception_score", "Inception score", 2),
+)  # fmt: skip
+_SCORE_NOTES = {
+    "precision": "samples like real ones",
+    "recall": "real ones like samples",
+    "density": "real neighbours, 1 = as many",
+    "coverage": "real ones with a sample near",
+}
+MOST_GRIDS = 9  # grids over training on the page; more would make it heavy
+
+
+def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
+    """Write the report of a run, with whatever there is so far; returns its path. No run: an error."""
+    run_dir = require_run(run_dir)
+    config, history = load_run_config(run_dir), read_history(run_dir)
+    sections = [
+        _headline(config, history),
+        _section("Curves", _curves(history)),
+        _section("Guidance and denoising", _sampling_curves(history, read_sweeps(run_dir))),
+        _section("Samples over training", _grids(history)),
+        _newest(history),
+        _section("All results", _results_table(history)),
+        _section("What the newest result depends on", _in_full(history)),
+        _section("Configuration", _configuration(config)),
+    ]
+    name = run_dir.resolve().name
+    page = PAGE.format(
+        title=_text(name), body="\n".join(s for s in sections if s), made=time.strftime("%Y-%m-%d %H:%M")
+    )
+    path = out or run_dir / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{_text(title)}</h2>{body}</section>" if body else ""
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def _headline(config: Config, history: History) -> str:
+    """The figures that one looks for first."""
+    cards: list[tuple[str, str, str]] = []
+    results = history.own_results
+    if results:
+        newest = results[-1].values
+        name, distance = results[-1].distance
+        if distance is not None:
+            stderr = newest.get("distance_stderr")
+            error = f"± {stderr:.2f}, " if stderr else ""
+            cards.append((name, f"{distance:.2f}", f"{error}{newest['num_samples']:,} samples of {newest['weights']}"))
+        for key, label, digits in _SCORES:
+            value = next((v for k, v in newest.items() if is_kernel(k)), None) if key == "kernel" else newest.get(key)
+            if value is not None:
+                cards.append((label, f"{value:.{digits}f}", _SCORE_NOTES.get(key, "kept samples")))
+        if newest.get("bits_per_dim") is not None:
+            stderr = newest.get("bits_per_dim_stderr")
+            note = f"± {stderr:.4f}, " if stderr else ""
+            cards.append(("bits per dimension", f"{newest['bits_per_dim']:.4f}", f"{note}held-out images"))
+        if newest.get("label_agreement") is not None:
+            cards.append(("label agreement", f"{newest['label_agreement']:.1%}", "5 nearest training images vote"))
+    seen = int(history.rows[-1]["images_seen"]) if history.rows else 0
+    cards.append(("images seen", f"{seen:,}", f"of {config.train.max_images:,}"))
+    seconds = history.training_seconds
+    restarts = len(history.restarts)
+    cards.append(("training time", _duration(seconds), f"{restarts} restart{'s' if restarts != 1 else ''}"))
+    rates = [rate for _, rate in history.series("throughput/images_per_sec")]
+    if rates:
+        cards.append(("images per second", f"{statistics.median(rates):,.0f}", "median while training"))
+    items = "".join(
+        f"<div class='card'><div class='label'>{_text(label)}</div><div class='value'>{_text(value)}</div>"
+        f"<div class='note'>{_text(note)}</div></div>"
+        for label, value, note in cards
+    )
+    hint = "" if results else "<p>No evaluation yet: <code>tarflow evaluate RUN --once</code> adds one.</p>"
+    return f"<section><div class='cards'>{items}</div>{hint}{_warnings(results[-1:])}</section>"
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s"
+
+
+def _warnings(results: Sequence[Result]) -> str:
+    lines = [w for result in results for w in result.values.get("warnings", [])]
+    return "".join(f"<p class='warning'>{_text(line)}</p>" for line in lines)
+
+
+def _curves(history: History) -> str:
+    results, by_weights = history.own_results, history.by_weights()
+    name = results[-1].distance[0] if results else "Frechet distance"
+    agreement = [
+        (r.images_seen, r.values["label_agreement"]) for r in results if r.values.get("label_agreement") is not None
+    ]
+    bits = [_over_images(f"held-out, {w}", rs, "bits_per_dim", "bits_per_dim_stderr") for w, rs in by_weights.items()]
+    series, restarts = history.series, history.restarts
+    plots = [
+        Plot("Loss", [Curve("training", series("train/loss"))], restarts, units="nats per dimension"),
+        Plot("Bits per dimension", [Curve("training", series("train/bits_per_dim")), *bits], restarts),
+        Plot(
+            f"Frechet distance ({name})",
+            [_over_images(w, rs, name, "distance_stderr") for w, rs in by_weights.items()],
+            from_zero=True,
+        ),
+        Plot("Label agreement", [Curve("agreement", agreement, marked=True)]),
+        Plot("Learning rate", [Curve("learning rate", series("optim/lr"))], restarts, from_zero=True),
+        Plot(
+            "Throughput",
+            [Curve("images/s", series("throughput/images_per_sec"))],
+            restarts,
+            units="images/s",
+            from_zero=True,
+        ),
+        Plot("Gradient norm", [Curve("gradient norm", series("optim/grad_norm"))], restarts, from_zero=True),
+    ]
+    note = ""
+    if restarts:
+        places = ", ".join(f"{images:,}" for images in restarts)
+        note = f"<p>Restarted at {places} images seen.</p>"
+    return note + _drawn(plots, "plot")
+
+
+def _over_images(label: str, results: Sequence[Result], key: str, error: str) -> Curve:
+    """A figure of results over images seen, with its standard error."""
+    shown = [r for r in results if r.values.get(key) is not None]
+    points = [(float(r.images_seen), float(r.values[key])) for r in shown]
+    return Curve(label, points, marked=True, errors=[r.values.get(error) for r in shown])
+
+
+def _drawn(plots: Sequence[Plot], key: str) -> str:
+    drawn = (svg(_with_points(plot), f"{key}{i}") for i, plot in enumerate(plots) if not plot.empty)
+    return "".join(f"<figure class='plot'>{picture}</figure>" for picture in drawn)
+
+
+def _sampling_curves(history: History, sweeps: Sequence[dict[str, Any]]) -> str:
+    """Distance over guidance, denoising and temperature: of results that differ in one of them, and of sweeps."""
+    plots = []
+    for setting, label in (("guidance", "guidance"), ("denoise", "denoising"), ("attn_temp", "attention temperature")):
+        curves = []
+        for name, group in history.over(setting).items():
+            scored = [(value, result) for value, result in group if result.distance[1] is not None]
+            errors = [result.values.get("distance_stderr") for _, result in scored]
+            points = [(value, float(result.distance[1] or 0.0)) for value, result in scored]
+            curves.append(Curve(name, points, marked=True, errors=errors))
+        plots.append(Plot(f"Distance over {label}", curves, x=label))
+    for sweep in sweeps:
+        for part in sweep["rounds"]:
+            lines: dict[str, list[tuple[float, float]]] = {}
+            for point in part["points"]:
+                if point["distance"] is not None:
+                    key = f"denoise {point['denoise']:g}, temperature {point['attn_temp']:g}"
+                    lines.setdefault(key, []).append((point["guidance"], point["distance"]))
+            curves = [Curve(key, sorted(points), marked=True) for key, points in sorted(lines.items())]
+            plots.append(Plot(f"{sweep['name'][:13]}: {part['num_samples']:,} samples", curves, x="guidance"))
+    return _drawn(plots, "sampling")
+
+
+def _with_points(plot: Plot) -> Plot:
+    """The plot without curves that have no points, so that no legend names them."""
+    plot.curves = [curve for curve in plot.curves if curve.points]
+    return plot
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def _image(path: Path, caption: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f"<figure><img alt='{html.escape(caption, quote=True)}' src='data:image/png;base64,{data}'>"
+        f"<figcaption>{_text(caption)}</figcaption></figure>"
+    )
+
+
+def _grids(history: History) -> str:
+    """The grid of each evaluated checkpoint, or of some that are spread evenly."""
+    shown = [(r, path) for r in history.own_results if (path := r.picture("grid.png"))]
+    if not shown:
+        return ""
+    if len(shown) > MOST_GRIDS:
+        shown = [shown[i * (len(shown) - 1) // (MOST_GRIDS - 1)] for i in range(MOST_GRIDS)]
+    rows = shown[-1][0].values.get("grid_rows")
+    note = f"<p>Rows, from the top: {', '.join(_text(name) for name in rows)}.</p>" if rows else ""
+    figures = (_image(path, f"{r.images_seen:,} images seen{_said(r)}") for r, path in shown)
+    return f"{note}<div class='row'>{''.join(figures)}</div>"
+
+
+def _said(result: Result) -> str:
+    name, value = result.distance
+    return f", {name} {value:.2f}" if value is not None else ""
+
+
+def _newest(history: History) -> str:
+    """Comparisons from the newest result that has pictures."""
+    with_pictures = [r for r in history.own_results if r.picture("grid.png")]
+    if not with_pictures:
+        return ""
+    result = with_pictures[-1]
+    sampling = result.values["settings"]["sampling"]
+    guided = f"guidance {sampling['guidance']:g}" + (", annealed" if sampling["annealed"] else "")
+    pairs = [
+        (
+            "Noisy and denoised",
+            "The flow was trained on images with noise and samples such images; one step along the score takes it out.",
+            [("grid-noisy.png", "as sampled"), ("grid.png", f"denoised, multiplier {sampling['denoise']:g}")],
+        ),
+        (
+            "Guidance off and on",
+            "The same noise, without and with guidance.",
+            [("grid-unguided.png", "no guidance"), ("grid.png", guided)],
+        ),
+    ]
+    parts = []
+    for title, text, names in pairs:
+        paths = [(result.picture(name), caption) for name, caption in names]
+        if all(path for path, _ in paths):
+            figures = "".join(_image(path, caption) for path, caption in paths if path)
+            parts.append(_section(title, f"<p>{_text(text)}</p><div class='row pair'>{figures}</div>"))
+    parts += [_neighbours(result), _trajectory(result)]
+    return "".join(parts)
+
+
+def _neighbours(result: Result) -> str:
+    path, about = result.picture("neighbours.png"), result.values.get("neighbours")
+    if path is None or not about:
+        return ""
+    text = (
+        f"Samples above the training image nearest to them in pixels, of {about['training_images']:,} searched. Over "
+        f"{about['samples']:,} samples the difference to the nearest is {about['nearest_rms_median']:.1f} grey levels "
+        f"in the median and {about['nearest_rms_min']:.1f} at least: near zero would be a copy."
+    )
+    return _section(
+        "Nearest training images", f"<p>{_text(text)}</p>{_image(path, 'samples above, training images below')}"
+    )
+
+
+def _trajectory(result: Result) -> str:
+    path = result.picture("trajectory.png")
+    if path is None:
+        return ""
+    caption = (
+        "one sample a row: noise, after each block, and denoised"
+        if result.picture("grid-noisy.png")
+        else ("one sample a row: noise, and after each block")
+    )
+    return _section("From noise to image", _image(path, caption))
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    head = "".join(f"<th>{_text(name)}</th>" for name in header)
+    body = "".join("<tr>" + "".join(f"<td>{_text(value)}</td>" for value in row) + "</tr>" for row in rows)
+    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _results_table(history: History) -> str:
+    if not history.results:
+        return ""
+    rows = []
+    for result in history.results:
+        values, (name, distance) = result.values, result.distance
+        sampling = values["settings"]["sampling"]
+        rows.append(
+            (
+                result.folder.name,
+                f"{result.images_seen:,}",
+                values["weights"],
+                _distance_text(name, distance, values),
+                _figure(values.get("precision"), 3),
+                _figure(values.get("recall"), 3),
+                _figure(values.get("bits_per_dim"), 4),
+                _figure(values.get("label_agreement"), 3),
+                values["num_samples"],
+                values["nonfinite"],
+                f"w={sampling['guidance']:g} on {sampling['guide']}, tau={sampling['attn_temp']:g}, "
+                f"annealed={sampling['annealed']}, denoise={sampling['denoise']:g}, {sampling['param_dtype']}, "
+                f"seed {sampling['seed']}",
+                f"{values['seconds'].get('total', 0):.0f}",
+            )
+        )
+    header = (
+        "result",
+        "images seen",
+        "weights",
+        "distance",
+        "precision",
+        "recall",
+        "bits/dim",
+        "agreement",
+        "samples",
+        "lost",
+        "sampling",
+        "seconds",
+    )
+    return _table(header, rows)
+
+
+def _distance_text(name: str, distance: float | None, values: dict[str, Any]) -> str:
+    if distance is None:
+        return values.get("problem") or "none"
+    error = values.get("distance_stderr")
+    return f"{name} {distance:.2f}" + (f" ± {error:.2f}" if error else "")
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _in_full(history: History) -> str:
+    """Every setting, hash and provenance that the newest result holds."""
+    results = history.own_results or history.results
+    if not results:
+        return ""
+    values = results[-1].values
+    rows = [
+        ("result", results[-1].folder.name),
+        ("weights", f"{values['weights']}, SHA-256 {values['weights_sha256']}"),
+    ]
+    for part in ("features", "reference", "likelihood", "samples", "settings"):
+        rows += _flat(part, values.get(part) or {})
+    return _table(("what", "value"), rows)
+
+
+def _flat(name: str, value: Any) -> list[tuple[str, str]]:
+    if isinstance(value, dict):
+        return [row for key, part in value.items() for row in _flat(f"{name}.{key}", part)]
+    return [(name, "–" if value is None else str(value))]
+
+
+def _configuration(config: Config) -> str:
+    rows = []
+    for section, values in config_tree(config).items():
+        fields = type(getattr(config, section)).model_fields
+        for key, value in values.items():
+            rows.append((f"{section}.{key}", "–" if value is None else value, fields[key].description or ""))
+    return _table(("setting", "value", "meaning"), rows)

@@ -1,0 +1,154 @@
+"""The history of a run, read back: metrics.jsonl as one line through all restarts, and the results."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tarflow.evaluation.metrics.names import is_distance
+from tarflow.evaluation.results import read_results
+from tarflow.files import read_json_lines
+
+Point = tuple[float, float]
+
+
+@dataclass
+class Result:
+    """A result and the directory its pictures lie in."""
+
+    folder: Path
+    values: dict[str, Any]
+
+    @property
+    def images_seen(self) -> int:
+        return int(self.values.get("images_seen") or 0)
+
+    @property
+    def own(self) -> bool:
+        """Whether it was made with the run's own settings (its directory has no hash)."""
+        return self.folder.name.count("-") == 1
+
+    @property
+    def step_known(self) -> bool:
+        """Whether it belongs to a checkpoint of the run."""
+        return self.values.get("step") is not None
+
+    @property
+    def distance(self) -> tuple[str, float | None]:
+        """(name, value) of the Frechet distance."""
+        for key, value in self.values.items():
+            if is_distance(key):
+                return key, value
+        return "fd", None
+
+    def picture(self, name: str) -> Path | None:
+        """A picture of the result, if it has one."""
+        path = self.folder / name
+        return path if path.is_file() else None
+
+
+def _apart_from(settings: dict[str, Any], key: str) -> dict[str, Any]:
+    """Settings of a result without the weights, or without one setting of the section sampling."""
+    if key == "weights":
+        return {k: v for k, v in settings.items() if k != "weights"}
+    return settings | {"sampling": {k: v for k, v in settings["sampling"].items() if k != key}}
+
+
+@dataclass
+class History:
+    """What a run logged: rows of figures by images seen, where it was restarted, and its results."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    restarts: list[int] = field(default_factory=list)  # images seen at each resume
+    results: list[Result] = field(default_factory=list)
+
+    def series(self, name: str) -> list[Point]:
+        """(images seen, value) of one figure; rows without it, or with a value that is not finite, are left out."""
+        points = []
+        for row in self.rows:
+            value = row.get(name)
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                points.append((float(row["images_seen"]), float(value)))
+        return points
+
+    @property
+    def training_seconds(self) -> float:
+        """Time spent in the steps that count, restarts apart."""
+        seconds, before = 0.0, 0.0
+        for images, rate in self.series("throughput/images_per_sec"):
+            seconds += (images - before) / rate if rate > 0 else 0.0
+            before = images
+        return seconds
+
+    @property
+    def own_results(self) -> list[Result]:
+        """Results under the run's own settings, by images seen."""
+        return [result for result in self.results if result.own]
+
+    def by_weights(self) -> dict[str, list[Result]]:
+        """Results that differ from the run's own in nothing but the set of weights: one curve for each, by images seen."""
+        own = self.own_results
+        if not own:
+            return {}
+        wanted = _apart_from(own[-1].values["settings"], "weights")
+        found: dict[str, list[Result]] = {own[-1].values["weights"]: []}
+        for result in self.results:
+            if result.step_known and _apart_from(result.values["settings"], "weights") == wanted:
+                found.setdefault(result.values["weights"], []).append(result)
+        return found
+
+    def over(self, setting: str) -> dict[str, list[tuple[float, Result]]]:
+        """Results that differ in one setting of the section sampling, by step and weights; only where there are several."""
+        groups: dict[str, list[tuple[float, Result]]] = {}
+        for result in self.results:
+            rest = _apart_from(result.values["settings"], setting)
+            key = json.dumps([result.values.get("step"), rest], sort_keys=True)
+            groups.setdefault(key, []).append((float(result.values["settings"]["sampling"][setting]), result))
+        curves: dict[str, list[tuple[float, Result]]] = {}
+        for group in groups.values():
+            if len({value for value, _ in group}) > 1:
+                first = group[0][1]
+                name = f"{first.values['weights']} at {first.images_seen:,}"
+                curves[f"{name} ({len(curves) + 1})" if name in curves else name] = sorted(group, key=lambda p: p[0])
+        return curves
+
+
+def read_sweeps(run_dir: Path) -> list[dict[str, Any]]:
+    """What `tarflow sweep-guidance` recorded, by name; a file that is not readable is left out."""
+    found = []
+    for path in sorted((run_dir / "sweeps").glob("*/sweep.json")):
+        try:
+            value = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(value, dict) and isinstance(value.get("rounds"), list):
+            found.append(value | {"name": path.parent.name})
+    return found
+
+
+def read_history(run_dir: Path) -> History:
+    """The history of a run. Steps that a restart did again count once, as they were done the last time."""
+    history = History()
+    for row in read_json_lines(run_dir / "metrics.jsonl"):
+        images = row.get("images_seen")
+        if not isinstance(images, int):
+            continue
+        event = row.get("event")
+        if event in ("start", "resume"):
+            history.rows = [old for old in history.rows if old["images_seen"] <= images]
+            if event == "resume":
+                history.restarts.append(images)
+        elif event is None:
+            history.rows.append(row)
+    history.results = [Result(folder, values) for folder, values in read_results(run_dir)]
+    return history
+
+
+def thin(points: list[Point], most: int = 1000) -> list[Point]:
+    """At most about `most` points, each the mean of its neighbours: a page stays small however long a run is."""
+    size = -(-len(points) // most)
+    if size <= 1:
+        return points
+    chunks = (points[i : i + size] for i in range(0, len(points), size))
+    return [(chunk[-1][0], sum(y for _, y in chunk) / len(chunk)) for chunk in chunks]

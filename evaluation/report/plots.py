@@ -1,0 +1,111 @@
+"""Curves of a run as inline SVG: no script, no font file, readable on light and on dark pages.
+
+Text and axes take the colour of the page (`currentColor`); the curves' colours stand out on both.
+"""
+
+import html
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from tarflow.evaluation.report.history import Point, thin
+
+COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#ef4444")
+_PAGE_COLOUR = "#010203"  # stands for currentColor until the SVG is written
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tarflow",
+    "text.parse_math": False,  # a name with dollars in it is a name
+    "font.size": 9,
+    "text.color": _PAGE_COLOUR,
+    "axes.edgecolor": _PAGE_COLOUR,
+    "axes.labelcolor": _PAGE_COLOUR,
+    "xtick.color": _PAGE_COLOUR,
+    "ytick.color": _PAGE_COLOUR,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+@dataclass
+class Curve:
+    """One line of a plot; points with a marker, and error bars if given."""
+
+    label: str
+    points: Sequence[Point]
+    marked: bool = False
+    errors: Sequence[float | None] = ()
+
+
+@dataclass
+class Plot:
+    """A plot over images seen, or over `x`."""
+
+    title: str
+    curves: list[Curve]
+    restarts: Sequence[int] = ()
+    units: str = ""
+    from_zero: bool = False
+    x: str = "images seen"
+
+    @property
+    def empty(self) -> bool:
+        return not any(curve.points for curve in self.curves)
+
+
+def svg(plot: Plot, key: str) -> str:
+    """The plot as an `<svg>` element whose ids begin with `key`, so that several fit on a page."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.subplots()
+        figure.patch.set_alpha(0)
+        axes.patch.set_alpha(0)
+        for colour, curve in zip(COLOURS * (1 + len(plot.curves) // len(COLOURS)), plot.curves):
+            _draw(axes, curve, colour)
+        for i, images in enumerate(plot.restarts):
+            axes.axvline(images, color=_PAGE_COLOUR, alpha=0.4, lw=0.8, ls=":", label="restart" if i == 0 else None)
+        axes.set_title(plot.title, loc="left", fontsize=10, fontweight="bold")
+        axes.set_xlabel(plot.x)
+        axes.set_ylabel(plot.units)
+        if plot.x == "images seen":
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.grid(alpha=0.15, color=_PAGE_COLOUR)
+        if plot.from_zero:
+            axes.set_ylim(bottom=0)
+        if len(plot.curves) + bool(plot.restarts) > 1:
+            axes.legend(frameon=False, fontsize=8)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(buffer.getvalue(), key, plot.title)
+
+
+def _draw(axes: Any, curve: Curve, colour: str) -> None:
+    points = list(curve.points) if curve.marked else thin(list(curve.points))
+    x, y = [p[0] for p in points], [p[1] for p in points]
+    if curve.marked:
+        errors = [e or 0.0 for e in curve.errors] if curve.errors else None
+        axes.errorbar(x, y, yerr=errors, color=colour, lw=1.2, marker="o", ms=4, capsize=2, label=curve.label)
+    else:
+        axes.plot(x, y, color=colour, lw=1.2, label=curve.label)
+
+
+def _inline(text: str, key: str, title: str) -> str:
+    """Cut an SVG file down to an element that can stand in a page beside others."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{key}-', text)
+    text = re.sub(r'href="#', f'href="#{key}-', text)
+    text = re.sub(r"url\(#", f"url(#{key}-", text)
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # it would style the whole page
+    text = text.replace("xlink:href", "href")
+    opening = f'<svg role="img" aria-label="{html.escape(title)}" style="stroke-linejoin: round"'
+    text = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', lambda found: f"{opening} {found[1]}>", text, count=1)
+    return text.replace(_PAGE_COLOUR, "currentColor").strip()

@@ -1,0 +1,57 @@
+"""The configuration that sampling and evaluation go by: the run's, with the sampling settings that a sweep chose.
+
+`tarflow sweep-guidance` leaves its choice in RUN/sampling.json. It replaces the run's own settings, an override on the
+command line replaces it, and whoever uses it says so.
+"""
+
+import json
+from collections.abc import Callable, Container, Sequence
+from pathlib import Path
+from typing import Any
+
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.files import write_json
+from tarflow.trainer.config.files import load_config
+from tarflow.trainer.config.schema import Config, SamplingConfig
+from tarflow.trainer.run_dir import require_run
+
+CHOSEN = "sampling.json"
+
+
+def choose(run_dir: Path, sampling: dict[str, Any], where: str) -> None:
+    """Make sampling settings the run's default; `where` says which sweep chose them."""
+    write_json(run_dir / CHOSEN, {"sampling": sampling, "chosen_by": where})
+
+
+def run_config(
+    run_dir: str | Path,
+    overrides: Sequence[str] = (),
+    say: Callable[[str], None] = lambda line: None,
+    given: Container[str] = (),
+) -> Config:
+    """The configuration of a run under the sweep's choice, if there is one, and overrides.
+
+    `given`: settings of the section sampling that were asked for otherwise; the sweep's choice yields to them.
+    """
+    chosen, where = _chosen(require_run(run_dir))
+    overridden = {override.partition("=")[0] for override in overrides}
+    used = {k: v for k, v in chosen.items() if f"sampling.{k}" not in overridden and k not in given}
+    if used:
+        listed = ", ".join(f"{key}={value}" for key, value in used.items())
+        say(f"sampling with {listed}: chosen by {where} (remove {Path(run_dir) / CHOSEN} to undo)")
+    ours = [f"sampling.{key}={value}" for key, value in used.items()]
+    return load_config(Path(run_dir) / "config.yaml", [*ours, *overrides])
+
+
+def _chosen(run_dir: Path) -> tuple[dict[str, Any], str]:
+    path = run_dir / CHOSEN
+    try:
+        stored = json.loads(path.read_text())
+        chosen, where = dict(stored["sampling"]), str(stored["chosen_by"])
+    except FileNotFoundError:
+        return {}, ""
+    except (ValueError, KeyError, TypeError):
+        raise EvaluationError(f"{path} is not readable; remove it to go by the run's own settings") from None
+    if unknown := set(chosen) - set(SamplingConfig.model_fields):
+        raise EvaluationError(f"{path} holds {sorted(unknown)[0]!r}, which is no setting of the section sampling")
+    return chosen, where

@@ -1,0 +1,240 @@
+"""Images from the model: guided, denoised, checked, rounded to 8 bits.
+
+Sample i is drawn from (seed, i) alone: the same image in any batch, on any number of workers, in any order (case S01).
+A sample that is not finite is drawn again in float32 if it was drawn in bfloat16; if that fails too it is counted and
+left out, never turned into pixels (case S03).
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.image_set import ImageSet
+from tarflow.models.denoise import denoise
+from tarflow.models.flow import TarFlow
+from tarflow.models.noise import to_pixels
+from tarflow.models.randomness import keyed_normal, keyed_uniform
+from tarflow.models.sampling.guidance import Guidance
+from tarflow.models.sampling.sequential import sample
+from tarflow.trainer.config.schema import Config
+
+STREAM = "sample"
+NO_LABEL = -1
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Everything that decides what image sample i is; all of it stands in every result (contract 9)."""
+
+    guidance: float = 0.0  # weight w of a = a_c + w (a_c - a_u); 0 = none
+    guide: str = "ab"
+    attn_temp: float = 1.0
+    annealed: bool = True
+    denoise: float = 0.0  # multiplier of the denoising step; 0 = none
+    noise_std: float = 0.0  # of the training noise, in model range; the denoising step uses it
+    param_dtype: str = "float32"
+    seed: int = 0
+    labels: tuple[int, ...] = ()  # sample i has labels[i % len]; empty = balanced over all classes; -1 = no label
+    class_counts: tuple[int, ...] = ()  # draw the label with these frequencies, where `labels` is empty
+
+    @classmethod
+    def of_run(cls, config: Config) -> "SamplingSettings":
+        """The settings in the sampling section of a run's configuration. Frequencies are counted in data.train."""
+        s, data = config.sampling, config.data
+        counts: tuple[int, ...] = ()
+        if s.labels == "training" and config.model.num_classes:
+            counts = ImageSet(data.train, config.model, access=data.access).class_counts()
+        return cls(
+            s.guidance, s.guide, s.attn_temp, s.annealed, config.denoise_multiplier, config.train.noise_std,
+            s.param_dtype, s.seed, (), counts,
+        )  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values, for result files; `labels` is spelt out."""
+        described = asdict(self)
+        counts = list(described.pop("class_counts"))
+        if self.labels or not counts:
+            return described | {"labels": list(self.labels) or "balanced: i % num_classes"}
+        return described | {"labels": "drawn by the frequencies in the training data", "class_counts": counts}
+
+    @property
+    def balanced(self) -> "SamplingSettings":
+        """The same with every class as often: for pictures that show the classes in rows."""
+        return replace(self, labels=(), class_counts=())
+
+
+@dataclass
+class Drawn:
+    """A batch of samples. Images are float32 in model range on the CPU, not clipped."""
+
+    indices: list[int]
+    labels: Tensor  # [n] int64, -1 = no label
+    noisy: Tensor  # [n, C, H, W] as sampled
+    images: Tensor  # [n, C, H, W] after denoising
+    finite: Tensor  # [n] bool: fit for use
+    retried: int  # drawn again in float32
+
+    def pixels(self) -> Tensor:
+        """uint8 [m, C, H, W] of the m finite samples, as a PNG would hold them."""
+        return to_pixels(self.images[self.finite])
+
+    def finite_indices(self) -> list[int]:
+        return [index for index, good in zip(self.indices, self.finite.tolist()) if good]
+
+
+class Sampler:
+    """Draws the images of one model under one group of settings."""
+
+    def __init__(self, model: TarFlow, settings: SamplingSettings) -> None:
+        self.model = model.eval()
+        self.settings = settings
+        self.guidance = Guidance(settings.guidance, settings.guide, settings.attn_temp, settings.annealed)
+        self._fast = self._in_dtype(settings.param_dtype)
+        classes = model.config.num_classes
+        for label in settings.labels:
+            if not NO_LABEL <= label < classes:
+                known = f"0..{classes - 1}, or -1 for no label" if classes else "it has no classes: leave labels out"
+                raise EvaluationError(f"label {label} is none of the model's {classes} classes ({known})")
+
+    def _in_dtype(self, param_dtype: str) -> TarFlow:
+        if param_dtype == "float32":
+            return self.model
+        fast = copy.deepcopy(self.model).to(torch.bfloat16)
+        fast.var = self.model.var  # the prior belongs to the flow, which is float32 throughout
+        return fast
+
+    def label_of(self, index: int) -> int:
+        """The label of sample i: by the settings' labels or frequencies, or balanced; -1 without classes."""
+        if self.settings.labels:
+            return self.settings.labels[index % len(self.settings.labels)]
+        if self.settings.class_counts:
+            place = float(keyed_uniform(self.settings.seed, f"{STREAM}/label", 0, [index], ()))
+            shares = np.cumsum(self.settings.class_counts) / sum(self.settings.class_counts)
+            return int(np.searchsorted(shares, place, side="right"))
+        classes = self.model.config.num_classes
+        return index % classes if classes else NO_LABEL
+
+    def noise(self, indices: Sequence[int]) -> Tensor:
+        """Standard normal [n, T, D]; row i belongs to sample indices[i]."""
+        config = self.model.config
+        return keyed_normal(self.settings.seed, STREAM, 0, indices, (config.num_tokens, config.token_dim))
+
+    def labels(self, indices: Sequence[int]) -> Tensor:
+        """int64 [n]"""
+        return torch.tensor([self.label_of(i) for i in indices], dtype=torch.int64)
+
+    def draw(self, indices: Sequence[int], sequence: list[Tensor] | None = None) -> Drawn:
+        """The samples of these indices, in one batch. `sequence` receives the images after 0, 1, ... blocks."""
+        device = self.model.var.device
+        noise, labels = self.noise(indices).to(device), self.labels(indices)
+        y = labels.to(device) if self.model.config.num_classes else None
+        noisy = sample(self._fast, noise, y, self.guidance, sequence).clone()  # out of inference mode, for denoising
+        bad = ~_finite(noisy)
+        retried = int(bad.sum()) if self._fast is not self.model else 0
+        if retried:
+            noisy[bad] = sample(self.model, noise[bad], None if y is None else y[bad], self.guidance)
+        images = noisy
+        if self.settings.denoise:
+            images = denoise(self.model, noisy, y, self.settings.noise_std, self.settings.denoise)
+        finite = _finite(noisy) & _finite(images)
+        return Drawn(list(indices), labels, noisy.cpu(), images.detach().cpu(), finite.cpu(), retried)
+
+    def draw_all(self, indices: Sequence[int], batch_size: int) -> Iterator[Drawn]:
+        """The samples of these indices, batch by batch."""
+        for start in range(0, len(indices), batch_size):
+            yield self.draw(indices[start : start + batch_size])
+
+
+def _finite(images: Tensor) -> Tensor:
+    return torch.isfinite(images).flatten(1).all(dim=1)
+
+
+@dataclass
+class SampleCount:
+    """How many samples were asked for, used and lost; goes into the result."""
+
+    asked: int = 0
+    used: int = 0
+    retried_in_float32: int = 0
+    values: int = 0
+    values_out_of_range: int = 0
+    nonfinite: list[int] = field(default_factory=list)
+
+    def add(self, drawn: Drawn) -> None:
+        """Count a batch."""
+        self.asked += len(drawn.indices)
+        self.used += int(drawn.finite.sum())
+        self.retried_in_float32 += drawn.retried
+        self.nonfinite += [i for i, good in zip(drawn.indices, drawn.finite.tolist()) if not good]
+        good_images = drawn.images[drawn.finite]
+        self.values += good_images.numel()
+        self.values_out_of_range += int((good_images.abs() > 1).sum())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Itself as arrays, for the file of a chunk."""
+        sums = [self.asked, self.used, self.retried_in_float32, self.values, self.values_out_of_range]
+        return {"sums": np.array(sums, dtype=np.int64), "nonfinite": np.array(self.nonfinite, dtype=np.int64)}
+
+    def merge(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take in another chunk's `arrays`."""
+        asked, used, retried, values, out_of_range = arrays["sums"].tolist()
+        self.asked += asked
+        self.used += used
+        self.retried_in_float32 += retried
+        self.values += values
+        self.values_out_of_range += out_of_range
+        self.nonfinite += arrays["nonfinite"].tolist()
+
+    @property
+    def nonfinite_share(self) -> float:
+        return len(self.nonfinite) / max(self.asked, 1)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values, for result files. Rounding to 8 bits clamps values beyond [-1, 1]: their share is said."""
+        return {
+            "asked": self.asked,
+            "used": self.used,
+            "nonfinite": len(self.nonfinite),
+            "nonfinite_share": self.nonfinite_share,
+            "nonfinite_indices": self.nonfinite[:100],
+            "retried_in_float32": self.retried_in_float32,
+            "clamped_value_share": self.values_out_of_range / max(self.values, 1),
+        }
+
+    def problem(self, max_share: float) -> str | None:
+        """Why these samples must not be scored, or None."""
+        if self.nonfinite_share <= max_share:
+            return None
+        return (
+            f"{len(self.nonfinite)} of {self.asked} samples are not finite ({self.nonfinite_share:.1%}, at most "
+            f"{max_share:.1%} may be): samples {self.nonfinite[:10]}. Try sampling.param_dtype=float32, a lower "
+            "sampling.guidance, weights of another average, or train with model.soft_clip=4"
+        )
+
+
+def check_guidance(settings: SamplingSettings, num_classes: int, label_dropout: float | None) -> None:
+    """Refuse guidance that cannot mean anything (case S10). `label_dropout` None: not known.
+
+    The unguided half sees no label, or attention logits divided by `attn_temp`. A class-conditional model that never
+    trained without labels has no such half, and without labels a temperature of 1 makes both halves the same.
+    """
+    if settings.guidance == 0:
+        return
+    labelled = num_classes > 0 and set(settings.labels) != {NO_LABEL}
+    if labelled and label_dropout == 0:
+        raise EvaluationError(
+            f"sampling.guidance={settings.guidance} needs a model that was trained without labels now and then, but "
+            "train.label_dropout=0: its answer to `no label` was never trained. Set sampling.guidance=0, or train with "
+            "train.label_dropout=0.1"
+        )
+    if not labelled and settings.attn_temp == 1:
+        raise EvaluationError(
+            f"sampling.guidance={settings.guidance} has no effect without labels while sampling.attn_temp=1: guided "
+            "and unguided network are the same. Set sampling.attn_temp (for example 0.3), or sampling.guidance=0"
+        )

@@ -1,0 +1,117 @@
+"""A folder of drawn images: exactly the samples asked for, named by index, with the settings that made them (case S02).
+
+    DIR/settings.json       every setting, the weights' hash, what is missing
+    DIR/images/000000.png   sample 0; nothing but samples lies here
+    DIR/grid.png            the first ones at a glance
+
+A file appears whole or not at all, so a killed run goes on where it was: only missing samples are drawn. A folder made
+with other settings, with more samples than asked for, or holding other images is refused, never mixed.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.files import write_atomic, write_json
+
+_NAME = re.compile(r"(\d{6,})\.png")
+# What may differ between two calls that fill one folder: it does not change the images.
+_FREE = ("num", "nonfinite", "missing", "complete")
+
+
+class SampleFolder:
+    """The images 0 .. num-1 of one model under one group of settings."""
+
+    def __init__(self, root: Path, settings: dict[str, Any], num: int) -> None:
+        """Open or make the folder. Anything in it that does not belong to these settings is an error that names it."""
+        self.root, self.num, self.settings = root, num, settings
+        self.images = root / "images"
+        if root.exists() and not root.is_dir():
+            raise EvaluationError(f"--out {root} is a file; give a directory")
+        self._check_settings()
+        self._check_images()
+        self.images.mkdir(parents=True, exist_ok=True)
+        self._write_settings([], complete=False)
+
+    def path(self, index: int) -> Path:
+        """Where sample `index` lies or will lie."""
+        return self.images / f"{index:06d}.png"
+
+    def missing(self) -> list[int]:
+        """Samples that are not there yet, ascending."""
+        return [i for i in range(self.num) if not self.path(i).exists()]
+
+    def save(self, index: int, pixels: Tensor) -> None:
+        """uint8 [C, H, W] -> its PNG."""
+        save_png(self.path(index), pixels)
+
+    def finish(self, nonfinite: Sequence[int]) -> None:
+        """Record that all is drawn, and which samples could not be."""
+        self._write_settings(nonfinite, complete=True)
+
+    def _write_settings(self, nonfinite: Sequence[int], complete: bool) -> None:
+        state = {"num": self.num, "complete": complete, "nonfinite": list(nonfinite)}
+        write_json(self.root / "settings.json", self.settings | state)
+
+    def _check_settings(self) -> None:
+        path = self.root / "settings.json"
+        if not path.exists():
+            if self.root.exists() and any(self.root.iterdir()):
+                raise EvaluationError(
+                    f"--out {self.root} is not empty and no folder of samples (no settings.json); give a new directory"
+                )
+            return
+        try:
+            there = {k: v for k, v in json.loads(path.read_text()).items() if k not in _FREE}
+        except (ValueError, AttributeError):
+            raise EvaluationError(f"{path} is not readable; give a new --out directory") from None
+        asked = json.loads(json.dumps(self.settings))
+        differ = [
+            f"{k}: {there.get(k)!r} there, {asked.get(k)!r} asked"
+            for k in asked | there
+            if there.get(k) != asked.get(k)
+        ]
+        if differ:
+            raise EvaluationError(
+                f"--out {self.root} holds samples drawn with other settings ({'; '.join(differ)}); "
+                "give a new directory, or the same settings to add what is missing"
+            )
+
+    def _check_images(self) -> None:
+        for path in sorted(self.images.iterdir()) if self.images.is_dir() else ():
+            match = _NAME.fullmatch(path.name)
+            if path.name.startswith(".") and path.name.endswith(".tmp"):
+                path.unlink()  # a killed run's half-written image
+            elif match is None:
+                raise EvaluationError(f"--out {self.root} holds {path.name}, which is no sample; give a new directory")
+            elif int(match[1]) >= self.num:
+                raise EvaluationError(
+                    f"--out {self.root} already holds sample {int(match[1])}, beyond the {self.num} asked for; "
+                    f"ask for --num {int(match[1]) + 1} or more, or give a new directory"
+                )
+
+
+def save_png(path: Path, pixels: Tensor) -> None:
+    """uint8 [C, H, W], grey or RGB, or [H, W, 3] arrays by `to_picture`, losslessly and atomically."""
+    write_atomic(path, lambda temporary: to_picture(pixels).save(temporary, "PNG"))
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """uint8 [C, H, W], C = 1 or 3 -> a picture."""
+    array = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+
+
+def load_png(path: Path) -> Tensor:
+    """The uint8 [C, H, W] that `save_png` wrote."""
+    import torch
+
+    array = np.array(Image.open(path))
+    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())

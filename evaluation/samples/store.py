@@ -1,0 +1,186 @@
+"""The samples of an evaluation, kept: WebDataset shards or PNGs (case S02).
+
+    SAMPLES/settings.json                       the weights' hash and every setting that decides the images
+    SAMPLES/samples-00000000-00000999.tar       shards: 00000123.png and, with a label, 00000123.cls
+    SAMPLES/samples-00000000-00000999.json      PNGs: that this stretch is done; the images lie in SAMPLES/images/
+
+A file's name says which samples were drawn for it. So what is missing is known from names: the same command adds that and
+no more, also when more samples are asked for than there were. Samples that are not finite are in no file, and
+`settings.json` names them in the end. The number of samples asked for is exactly covered, or it is an error.
+"""
+
+import hashlib
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.samples.draw import Drawn, Sampler
+from tarflow.evaluation.samples.png_folder import to_picture
+from tarflow.evaluation.samples.weights_source import Source
+from tarflow.evaluation.shared_work import SharedWork
+from tarflow.files import put_once, write_json
+
+KINDS = {"shards": "tar", "png": "json"}
+_NAME = re.compile(r"samples-(\d{8,})-(\d{8,})\.(tar|json)")
+_OURS = re.compile(r"settings\.json|images|index|\..*")  # an index of the shards is welcome
+
+
+class SampleSaver:
+    """Keeps the samples 0 .. num-1 of one model under one group of settings, whoever draws them."""
+
+    def __init__(self, folder: Path, kind: str, about: dict[str, Any], num: int) -> None:
+        """Open or make the folder. Anything in it that does not belong there is an error that names it."""
+        self.folder, self.kind, self.num = folder, kind, num
+        self.about = json.loads(json.dumps({"kind": kind, **about}))
+        self._waiting: dict[int, tuple[bytes, int]] = {}
+        self._check()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "settings.json").exists():
+            write_json(folder / "settings.json", self.about)
+
+    @classmethod
+    def of(cls, kind: str, root: Path, source: Source, sampler: Sampler, num: int) -> "SampleSaver | None":
+        """Under ROOT/samples/, in a folder of their own for these weights and settings; None where nothing is kept."""
+        if not kind:
+            return None
+        about = source.describe() | {"sampling": sampler.settings.describe()}
+        return cls(_folder(root, kind, about), kind, about, num)
+
+    @staticmethod
+    def complete_for(kind: str, root: Path, result: dict[str, Any]) -> bool:
+        """Whether the samples of a result lie there, all of them."""
+        about = {key: result[key] for key in ("weights", "weights_sha256", "step", "images_seen")}
+        folder = _folder(root, kind, about | {"sampling": result["settings"]["sampling"]})
+        try:
+            return int(json.loads((folder / "settings.json").read_text())["num"]) >= result["samples"]["asked"]
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def missing(self, within: range | None = None) -> list[range]:
+        """Stretches of samples that no file covers, ascending."""
+        wanted = range(self.num) if within is None else within
+        gaps, start = [], wanted.start
+        for covered in self._covered():
+            if covered.start > start:
+                gaps.append(range(start, min(covered.start, wanted.stop)))
+            start = max(start, covered.stop)
+        return [gap for gap in [*gaps, range(start, wanted.stop)] if len(gap)]
+
+    def add(self, drawn: Drawn) -> None:
+        """Hold a batch until `flush`."""
+        labels = drawn.labels[drawn.finite].tolist()
+        for index, pixels, label in zip(drawn.finite_indices(), drawn.pixels(), labels):
+            buffer = io.BytesIO()
+            to_picture(pixels).save(buffer, "PNG")
+            self._waiting[index] = (buffer.getvalue(), label)
+
+    def flush(self, indices: range) -> None:
+        """Write what was held of these samples, all of which were drawn; what is there already stays as it is."""
+        for gap in self.missing(indices):
+            write = self._write_shard if self.kind == "shards" else self._write_images
+            write(gap, self.folder / f"samples-{gap.start:08d}-{gap.stop - 1:08d}.{KINDS[self.kind]}")
+        self._waiting.clear()
+
+    def complete(self, sampler: Sampler, batch_size: int, chunk: int, lease_s: float) -> None:
+        """Draw what is missing, shared with whoever else is at it, and record that all is there."""
+        work = SharedWork(self.folder / ".work", {}, lease_s)
+        pieces = {
+            f"{start}-{min(start + chunk, gap.stop)}": range(start, min(start + chunk, gap.stop))
+            for gap in self.missing()
+            for start in range(gap.start, gap.stop, chunk)
+        }
+
+        def draw(name: str, path: Path) -> None:
+            for drawn in sampler.draw_all(pieces[name], batch_size):
+                self.add(drawn)
+            self.flush(pieces[name])
+            path.touch()
+
+        work.work_through(list(pieces), draw, over=lambda: not self.missing())
+        if not self.missing():
+            there = set(self._indices())
+            lost = [i for i in range(self.num) if i not in there]
+            state = {"num": self.num, "images": len(there), "nonfinite": lost}
+            write_json(self.folder / "settings.json", self.about | state)
+            work.remove()
+
+    # --- files -----------------------------------------------------------------------------------------------------
+
+    def _write_shard(self, indices: range, path: Path) -> None:
+        temporary = path.with_name(f".{path.name}.{SharedWork.unique()}.tmp")
+        try:
+            with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as shard:
+                for index in indices:
+                    if index in self._waiting:
+                        image, label = self._waiting[index]
+                        _member(shard, f"{index:08d}.png", image)
+                        if label >= 0:
+                            _member(shard, f"{index:08d}.cls", str(label).encode())
+            put_once(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _write_images(self, indices: range, path: Path) -> None:
+        images = self.folder / "images"
+        images.mkdir(exist_ok=True)
+        for index in indices:
+            if index in self._waiting:
+                temporary = self.folder / f".{index}.{SharedWork.unique()}.tmp"
+                temporary.write_bytes(self._waiting[index][0])
+                put_once(temporary, images / f"{index:08d}.png")
+        labels = {index: self._waiting[index][1] for index in indices if index in self._waiting}
+        temporary = path.with_name(f".{path.name}.{SharedWork.unique()}.tmp")
+        write_json(temporary, {"labels": labels})
+        put_once(temporary, path)
+
+    def _covered(self) -> list[range]:
+        names = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted((range(int(n[1]), int(n[2]) + 1) for n in names if n), key=lambda r: (r.start, r.stop))
+
+    def _indices(self) -> Iterator[int]:
+        """Every sample that lies here, by reading what there is."""
+        if self.kind == "png":
+            yield from (int(path.stem) for path in (self.folder / "images").glob("*.png"))
+            return
+        for path in sorted(self.folder.glob("samples-*.tar")):
+            with tarfile.open(path) as shard:
+                yield from (int(name[:-4]) for name in shard.getnames() if name.endswith(".png"))
+
+    def _check(self) -> None:
+        if not self.folder.exists():
+            return
+        for path in sorted(self.folder.iterdir()):
+            match = _NAME.fullmatch(path.name)
+            if match is None and not _OURS.fullmatch(path.name):
+                raise EvaluationError(f"{self.folder} holds {path.name}, which no evaluation put there; move it away")
+            if match and int(match[2]) >= self.num:
+                raise EvaluationError(
+                    f"{self.folder} holds samples up to {int(match[2])}, beyond the {self.num} asked for: set "
+                    f"evaluation.num_samples={int(match[2]) + 1} or more, or move the folder away"
+                )
+        try:
+            there = json.loads((self.folder / "settings.json").read_text())
+        except FileNotFoundError:
+            return
+        except ValueError:
+            raise EvaluationError(f"{self.folder / 'settings.json'} is not readable; move the folder away") from None
+        differ = [key for key, value in self.about.items() if there.get(key) != value]
+        if differ:
+            raise EvaluationError(f"{self.folder} holds samples drawn with other {', '.join(differ)}; move it away")
+
+
+def _folder(root: Path, kind: str, about: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+    which = "weights" if about["step"] is None else f"step-{about['step']:08d}"
+    return root / "samples" / f"{which}-{digest}-{kind}"
+
+
+def _member(shard: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    shard.addfile(info, io.BytesIO(content))

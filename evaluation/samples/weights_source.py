@@ -1,0 +1,79 @@
+"""Where the evaluated weights come from: one named set of a committed checkpoint, or a weights file.
+
+Which set it was, and the hash of its tensors, stands in every result. There is no fallback: a set that is missing is an
+error (case T06).
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.models.flow import TarFlow
+from tarflow.models.weights import check_weights, load_model, load_weights_file
+from tarflow.trainer.checkpoint.commit import Checkpoint
+from tarflow.trainer.checkpoint.tensors import load_weights
+from tarflow.trainer.config.schema import Config
+
+
+@dataclass
+class Source:
+    """A model ready to evaluate (float32, evaluation mode, no gradients kept) and what it was read from."""
+
+    model: TarFlow
+    weights: str  # "raw", "ema-0.100", ... or "file"
+    sha256: str  # of names, shapes and values
+    origin: str
+    step: int | None = None
+    images_seen: int | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """What a result says about its weights."""
+        return {
+            "weights": self.weights,
+            "weights_sha256": self.sha256,
+            "step": self.step,
+            "images_seen": self.images_seen,
+        }
+
+
+def from_checkpoint(config: Config, checkpoint: Checkpoint, which: str, device: torch.device) -> Source:
+    """One set of weights of a checkpoint ("raw", "ema-0.050", ...), for the model of the run's configuration.
+
+    A missing set or tensors of another shape raise an error that names them.
+    """
+    tensors = load_weights(checkpoint, which)
+    check_weights(config.model, tensors, f"checkpoint {checkpoint.path}, weights {which}")
+    model = load_model(config.model, tensors).requires_grad_(False).to(device)
+    return Source(model, which, _digest(tensors), str(checkpoint.path), checkpoint.step, checkpoint.images_seen)
+
+
+def from_file(path: Path, device: torch.device) -> Source:
+    """A safetensors file with its configuration inside (`tarflow export` writes one)."""
+    config, tensors = load_weights_file(path)
+    model = load_model(config, tensors).requires_grad_(False).to(device)
+    return Source(model, "file", _digest(tensors), str(path))
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().float().contiguous()
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that "auto", "cpu", "cuda" or "mps" means here; one that is not there is an error."""
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not mps):
+        raise EvaluationError(f"device {name!r} is not available on this machine; use --device cpu or --device auto")
+    return torch.device(name)

@@ -1,0 +1,149 @@
+"""What a chunk contributes to a result: small arrays in a file, merged in the order of chunks and in no other.
+
+A chunk of samples leaves the count, mean and scatter matrix of its features (float64; they are the sums and sums of outer
+products, centred so that a large mean costs no digits), the features themselves as far as they are kept, how many samples
+were lost, and the pixels that later steps look at. A chunk of held-out images leaves bits per dimension per image and
+draw. Merging reads one chunk at a time: memory does not grow with their number.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tarflow.evaluation.metrics.bits_per_dim import BitsPerDim, NoiseSettings
+from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics
+from tarflow.evaluation.samples.draw import Drawn, SampleCount
+from tarflow.evaluation.worker.pictures import GridImages
+
+
+@dataclass
+class Keep:
+    """Which samples leave more than sums, by their index."""
+
+    features: int  # the first so many
+    pixels: int
+    grid: GridImages
+
+
+class SamplesPart:
+    """The samples of one chunk, as they come; or several chunks merged."""
+
+    def __init__(self, dim: int, keep: Keep) -> None:
+        self.count = SampleCount()
+        self.statistics = FeatureStatistics(dim)
+        self.keep = keep
+        self._features: list[Tensor] = []
+        self._pixels: list[Tensor] = []
+        self._labels: list[Tensor] = []
+
+    def add(self, drawn: Drawn, pixels: Tensor, features: Tensor) -> None:
+        """A batch with the pixels uint8 [m, C, H, W] and features [m, d] of its finite samples."""
+        self.count.add(drawn)
+        self.keep.grid.add(drawn)
+        self.statistics.add(features)
+        index = torch.tensor(drawn.finite_indices(), dtype=torch.int64)
+        self._features.append(features[index < self.keep.features].float().cpu())
+        self._pixels.append(pixels[index < self.keep.pixels])
+        self._labels.append(drawn.labels[drawn.finite][index < self.keep.pixels])
+
+    @property
+    def features(self) -> Tensor:
+        """float32 [m, d], by sample index."""
+        return torch.cat(self._features) if self._features else torch.empty(0, self.statistics.dim)
+
+    @property
+    def pixels(self) -> Tensor:
+        """uint8 [m, C, H, W], by sample index."""
+        return torch.cat(self._pixels) if self._pixels else torch.empty(0, 0, 0, 0, dtype=torch.uint8)
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [m]: the labels of `pixels`."""
+        return torch.cat(self._labels) if self._labels else torch.empty(0, dtype=torch.int64)
+
+    def save(self, path: Path, about: dict[str, Any]) -> None:
+        """Write the chunk; `about` says who did it and how long it took."""
+        number, mean, scatter = self.statistics.parts()
+        rows, columns = np.triu_indices(self.statistics.dim)
+        _write(
+            path,
+            about,
+            count=np.array([number]),
+            mean=mean.numpy(),
+            scatter=scatter.numpy()[rows, columns],  # it is symmetric
+            features=self.features.numpy(),
+            pixels=self.pixels.numpy(),
+            labels=self.labels.numpy(),
+            **{f"lost_{key}": value for key, value in self.count.arrays().items()},
+            **{f"grid_{key}": value for key, value in self.keep.grid.arrays().items()},
+        )
+
+    def merge(self, path: Path) -> dict[str, Any]:
+        """Take in a chunk's file; what it says about itself."""
+        arrays, about = _read(path)
+        self.statistics.merge(_statistics(arrays))
+        self.count.merge(_named(arrays, "lost_"))
+        self.keep.grid.merge(_named(arrays, "grid_"))
+        for kept, name in ((self._features, "features"), (self._pixels, "pixels"), (self._labels, "labels")):
+            if len(arrays[name]):
+                kept.append(torch.from_numpy(arrays[name]))
+        return about
+
+
+def chunk_statistics(paths: Iterable[Path]) -> Iterator[FeatureStatistics]:
+    """The statistics of each chunk of samples alone: for error bars from chunk to chunk."""
+    for path in paths:
+        yield _statistics(_read(path)[0])
+
+
+def save_likelihood(path: Path, part: BitsPerDim, about: dict[str, Any]) -> None:
+    """Write the bits per dimension of a chunk of held-out images."""
+    ids = sorted(part.values)
+    values = np.array([part.values[i] for i in ids], dtype=np.float64).reshape(len(ids), -1)
+    _write(path, about, ids=np.array(ids, dtype=np.int64), values=values, dims=np.array([part.dims]))
+
+
+@dataclass
+class MergedLikelihood:
+    """Chunks of held-out images, merged."""
+
+    noise: NoiseSettings
+    bits: BitsPerDim = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bits = BitsPerDim(self.noise)
+
+    def merge(self, path: Path) -> dict[str, Any]:
+        """Take in a chunk's file; what it says about itself."""
+        arrays, about = _read(path)
+        self.bits.put(arrays["ids"].tolist(), arrays["values"].tolist(), int(arrays["dims"][0]))
+        return about
+
+
+def _statistics(arrays: dict[str, np.ndarray]) -> FeatureStatistics:
+    mean = arrays["mean"]
+    scatter = np.zeros((len(mean), len(mean)))
+    scatter[np.triu_indices(len(mean))] = arrays["scatter"]
+    scatter += np.triu(scatter, 1).T
+    return FeatureStatistics.from_parts(int(arrays["count"][0]), mean, scatter)
+
+
+def _named(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+
+
+def _write(path: Path, about: dict[str, Any], **arrays: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.savez(file, about=np.array(json.dumps(about)), **arrays)
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    with np.load(path) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    return arrays, json.loads(str(arrays.pop("about")))

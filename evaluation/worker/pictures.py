@@ -1,0 +1,107 @@
+"""The pictures of a result: grids of samples, neighbours in the training data, the way from noise to image.
+
+grid.png           samples as configured, a row per class
+grid-noisy.png     the same before denoising           (when there is denoising)
+grid-unguided.png  the same noise without guidance     (when there is guidance)
+neighbours.png     samples above their nearest training image
+trajectory.png     one sample a row: noise, after each block, denoised
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tarflow.evaluation.metrics.nearest_neighbours import Neighbours
+from tarflow.evaluation.samples.draw import Drawn, Sampler
+from tarflow.evaluation.samples.grid import grid_indices, make_grid
+from tarflow.evaluation.samples.png_folder import save_png
+from tarflow.models.noise import to_pixels
+
+NEIGHBOUR_COLUMNS = 10
+TRAJECTORY_ROWS = 4
+
+
+class GridImages:
+    """Collects the images of a grid from the batches that are drawn anyway, and draws the rest."""
+
+    def __init__(self, rows: int, columns: int, num_classes: int) -> None:
+        self.columns = columns
+        self.indices = grid_indices(rows, columns, num_classes)
+        self._wanted = set(self.indices)
+        self._images: dict[int, Tensor] = {}
+        self._noisy: dict[int, Tensor] = {}
+        self._seen: set[int] = set()
+
+    def add(self, drawn: Drawn) -> None:
+        """Keep what the grid shows of a batch; a sample that is not finite leaves its place empty."""
+        for row, (index, good) in enumerate(zip(drawn.indices, drawn.finite.tolist())):
+            if index in self._wanted:
+                self._seen.add(index)
+                if good:
+                    self._images[index] = to_pixels(drawn.images[row])
+                    self._noisy[index] = to_pixels(drawn.noisy[row])
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What was kept, as arrays, for the file of a chunk."""
+        there = sorted(self._images)
+        pictures = {"images": self._images, "noisy": self._noisy}
+        stacked = {name: np.stack([kept[i].numpy() for i in there]) for name, kept in pictures.items() if there}
+        seen = np.array(sorted(self._seen), dtype=np.int64)
+        return {"seen": seen, "index": np.array(there, dtype=np.int64), **stacked}
+
+    def merge(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take in another chunk's `arrays`."""
+        self._seen |= set(arrays["seen"].tolist())
+        for row, index in enumerate(arrays["index"].tolist()):
+            self._images[index] = torch.from_numpy(arrays["images"][row])
+            self._noisy[index] = torch.from_numpy(arrays["noisy"][row])
+
+    def complete(self, sampler: Sampler, batch_size: int) -> None:
+        """Draw what no batch brought."""
+        rest = [index for index in self.indices if index not in self._seen]
+        for drawn in sampler.draw_all(rest, batch_size):
+            self.add(drawn)
+
+    def save(self, path: Path, noisy: bool = False) -> None:
+        """Write the grid; of nothing but empty places there is none to write."""
+        images = self._noisy if noisy else self._images
+        if images:
+            save_png(path, make_grid([images.get(index) for index in self.indices], self.columns))
+
+
+def save_grids(folder: Path, grid: GridImages, sampler: Sampler, rows: int, batch_size: int) -> None:
+    """The grid as configured, before denoising, and without guidance."""
+    settings = sampler.settings
+    grid.complete(sampler, batch_size)
+    grid.save(folder / "grid.png")
+    if settings.denoise:
+        grid.save(folder / "grid-noisy.png", noisy=True)
+    if settings.guidance:
+        unguided = Sampler(sampler.model, replace(settings, guidance=0.0))
+        plain = GridImages(rows, grid.columns, sampler.model.config.num_classes)
+        plain.complete(unguided, batch_size)
+        plain.save(folder / "grid-unguided.png")
+
+
+def save_neighbours(path: Path, samples: Tensor, neighbours: Neighbours) -> None:
+    """Samples uint8 [n, C, H, W] above their nearest training images, ten at most."""
+    shown = min(NEIGHBOUR_COLUMNS, len(samples))
+    save_png(path, make_grid([*samples[:shown], *neighbours.nearest[:shown]], columns=shown))
+
+
+def save_trajectory(path: Path, sampler: Sampler, indices: Sequence[int]) -> None:
+    """One sample a row: the noise, the image after each block, and after denoising. Clipped to the range of pixels."""
+    steps: list[Tensor] = []
+    drawn = sampler.draw(indices, steps)
+    columns = [step.cpu() for step in steps] + ([drawn.images] if sampler.settings.denoise else [])
+    images = [_shown(column[row]) for row in range(len(indices)) for column in columns]
+    if any(image is not None for image in images):
+        save_png(path, make_grid(images, columns=len(columns)))
+
+
+def _shown(image: Tensor) -> Tensor | None:
+    return to_pixels(image) if torch.isfinite(image).all() else None

@@ -1,0 +1,150 @@
+"""Everything that decides the figures of a result. Equal settings, equal result; the hash of them names it."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.storage.open_index import open_index
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
+from tarflow.evaluation.run_config import run_config
+from tarflow.evaluation.samples.draw import SamplingSettings
+from tarflow.models.weights import load_weights_file
+from tarflow.trainer.config.files import build_config
+from tarflow.trainer.config.schema import Config
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured, and how. Batch sizes and devices are not here: they do not change figures beyond rounding."""
+
+    weights: str
+    sampling: SamplingSettings
+    num_samples: int
+    features: str
+    features_file: str | None
+    reference_images: int
+    validation_images: int
+    likelihood: NoiseSettings
+    grid: tuple[int, int]
+    train_fingerprint: str
+    validation_fingerprint: str | None
+    neighbour_samples: int
+    neighbour_images: int
+    keep_features: int
+    max_nonfinite_share: float
+
+    @classmethod
+    def of_run(cls, config: Config) -> "EvaluationSettings":
+        """The settings that a run's configuration asks for. Opens the indexes of its data sets."""
+        e = config.evaluation
+        held_out = config.data.validation
+        return cls(
+            weights=config.evaluated_weights,
+            sampling=SamplingSettings.of_run(config),
+            num_samples=e.num_samples,
+            features=e.features,
+            features_file=str(e.features_file) if e.features_file else None,
+            reference_images=e.reference_images,
+            validation_images=e.validation_images,
+            likelihood=NoiseSettings(
+                config.train.noise, config.train.noise_std, config.sampling.seed, e.likelihood_draws
+            ),
+            grid=e.grid,
+            train_fingerprint=open_index(config.data.train, config.data.access).fingerprint,
+            validation_fingerprint=open_index(held_out, config.data.access).fingerprint if held_out else None,
+            neighbour_samples=e.neighbour_samples,
+            neighbour_images=e.neighbour_images,
+            keep_features=e.keep_features,
+            max_nonfinite_share=e.max_nonfinite_share,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values, for result files."""
+        described: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return described | {"sampling": self.sampling.describe(), "likelihood": self.likelihood.describe()}
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits."""
+        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+OVERRIDABLE = ("sampling.", "evaluation.", "data.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way of evaluating a checkpoint: the run's own settings, or one of its variants."""
+
+    config: Config
+    settings: EvaluationSettings
+    own: bool  # the run's own settings, not overridden and no variant
+
+
+def load_recipes(run_dir: Path, overrides: list[str], say: Callable[[str], None] = print) -> list[Recipe]:
+    """The run's own settings under `section.key=value` overrides, then each of `evaluation.variants`.
+
+    Only what evaluation decides can be overridden: the sections sampling and evaluation, and where the data lie.
+    """
+    for override in overrides:
+        if not override.startswith(OVERRIDABLE):
+            raise EvaluationError(
+                f"override {override!r}: an evaluation takes settings of the sections sampling and evaluation, and "
+                "data; everything else belongs to the run as it was trained"
+            )
+    own_config = run_config(run_dir)
+    config = run_config(run_dir, overrides, say)
+    settings = EvaluationSettings.of_run(config)
+    own = not overrides
+    if overrides:
+        try:
+            own = settings == EvaluationSettings.of_run(own_config)
+        except DataError:  # the run's own data sets are not where they were: that is what the override mends
+            own = False
+    recipes = [Recipe(config, settings, own)]
+    for variant in config.evaluation.variants:
+        other = config.with_variant(variant)
+        changed = EvaluationSettings.of_run(other)
+        if changed not in (recipe.settings for recipe in recipes):
+            recipes.append(Recipe(other, changed, False))
+    return recipes
+
+
+FILE_OVERRIDABLE = (*OVERRIDABLE, "train.noise=", "train.noise_std=", "train.label_dropout=")
+
+
+def file_recipe(path: Path, overrides: list[str]) -> Recipe:
+    """How a weights file is evaluated. Its model is its own; data, noise and all else come from the overrides."""
+    for override in overrides:
+        if not override.startswith(FILE_OVERRIDABLE):
+            raise EvaluationError(
+                f"override {override!r}: the evaluation of a weights file takes settings of the sections data, sampling "
+                "and evaluation, train.noise, train.noise_std and train.label_dropout"
+            )
+    given = {override.partition("=")[0] for override in overrides}
+    if "data.train" not in given:
+        raise EvaluationError(f"{path} does not say what it was trained on: give data.train=FOLDER")
+    if not given & {"train.noise=uniform", "train.noise_std", "train.noise"}:
+        raise EvaluationError(f"{path} does not say its noise: give train.noise_std=S, or train.noise=uniform")
+    model, _ = load_weights_file(path)
+    tree = {
+        "data": {"train": ""},
+        "model": model.model_dump(mode="json"),
+        "train": {"global_batch_size": 1, "max_images": 1},
+        "ema": {"relative_stds": []},
+        "log": {"tensorboard": False},
+    }
+    config = build_config(tree, str(path), overrides)
+    settings = replace(EvaluationSettings.of_run(config), weights="file")
+    return Recipe(config, settings, own=False)
+
+
+def load_settings(run_dir: Path, overrides: list[str]) -> tuple[Config, EvaluationSettings, bool]:
+    """(configuration, settings, whether they are the run's own), without the variants."""
+    recipe = load_recipes(run_dir, overrides)[0]
+    return recipe.config, recipe.settings, recipe.own

@@ -1,0 +1,262 @@
+"""`tarflow sweep-guidance`: which guidance, denoising and attention temperature give the smallest distance.
+
+Successive halving (Jamieson & Talwalkar, arXiv 1502.07943): every setting of the grid is scored on a small number of
+samples, the better half on more, until the last two are compared at the full number. All settings of a round are scored
+on equally many samples with the same noise, so that few samples mislead all of them alike. A round goes on from the
+samples of the one before. Any number of processes share a sweep.
+
+    RUN/sweeps/step-NNNNNNNN-0123456789ab/sweep.json    every round, the choice, all settings
+                                          guidance.svg  distance over guidance, a line per denoising and temperature
+    RUN/sampling.json                                   the choice: the default of sample and evaluate from now on
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from tarflow.evaluation import results
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.metrics.frechet_distance import frechet_distance
+from tarflow.evaluation.metrics.names import distance_key
+from tarflow.evaluation.run_config import choose
+from tarflow.evaluation.samples.draw import NO_LABEL, Sampler, SamplingSettings, check_guidance
+from tarflow.evaluation.samples.weights_source import Source, from_checkpoint, resolve_device
+from tarflow.evaluation.shared_work import SharedWork, stretches
+from tarflow.evaluation.worker.chunk_results import Keep, SamplesPart
+from tarflow.evaluation.worker.evaluate import Stopwatch, draw_chunk
+from tarflow.evaluation.worker.pictures import GridImages
+from tarflow.evaluation.worker.real_images import RealSide
+from tarflow.evaluation.worker.recipe import load_recipes
+from tarflow.evaluation.worker.sweep_plot import plot_rounds
+from tarflow.files import put_once, write_json, write_text
+from tarflow.trainer.checkpoint.commit import find, pinned
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class SweepRequest:
+    """What to try; an empty list stands for the run's own value."""
+
+    run: Path
+    guidance: Sequence[float] = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+    denoise: Sequence[float] = ()
+    attn_temp: Sequence[float] = ()
+    start: int = 500  # samples of the first round
+    final: int = 0  # samples of the last round; 0 = evaluation.num_samples
+    step: int | None = None
+    set_default: bool = True
+    device: str = "auto"
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting in one round."""
+
+    guidance: float
+    denoise: float
+    attn_temp: float
+    distance: float | None  # None where too many samples were lost
+    lost: int
+
+    @property
+    def order(self) -> tuple[float, float, float, float]:
+        """Best first; of equals the one that does least."""
+        distance = math.inf if self.distance is None else self.distance
+        return distance, self.guidance, self.denoise, self.attn_temp
+
+    @property
+    def settings(self) -> dict[str, float]:
+        return {"guidance": self.guidance, "denoise": self.denoise, "attn_temp": self.attn_temp}
+
+
+def sweep_guidance(request: SweepRequest, say: Say = print) -> dict[str, Any]:
+    """Run a sweep with whoever else is at it; the content of its `sweep.json`.
+
+    The choice becomes the run's default unless `set_default` is off. Raises for settings that mean nothing, and where
+    every setting loses too many samples.
+    """
+    (recipe, *_) = load_recipes(request.run, request.overrides, say)
+    config, settings = recipe.config, recipe.settings
+    final = request.final or settings.num_samples
+    if not 2 <= request.start <= final:
+        raise EvaluationError(f"--start {request.start} must lie between 2 and the final number of samples, {final}")
+    grid = _grid(request, settings.sampling, config.train.noise, config.model.num_classes, say)
+    for candidate in grid:
+        check_guidance(candidate, config.model.num_classes, config.train.label_dropout)
+    device = resolve_device(request.device if request.device != "auto" else config.train.device)
+    path = config.evaluation.reference
+    real = RealSide(results.evals_dir(request.run), config, settings, device, path, say)
+    checkpoint = find(request.run, request.step)
+    with pinned(checkpoint, f"sweep-{os.uname().nodename}-{os.getpid()}"):
+        source = from_checkpoint(config, checkpoint, settings.weights, device)
+        sweep = _Sweep(request, source, real, config.sampling.batch_size, say)
+        try:
+            rounds = sweep.halve(grid, final)
+            record = _write(sweep, rounds)
+        except _Finished:  # by another process, or by this command before
+            record = json.loads(sweep.record.read_text())
+    sweep.remove()
+    where = f"sweeps/{record['name']}"
+    listed = ", ".join(f"{key} {value:g}" for key, value in record["chosen"].items())
+    say(f"chosen: {listed}; distance {record['distance']:.2f} with {final} samples; {where}/guidance.svg")
+    if request.set_default:
+        choose(request.run, record["chosen"], where)
+        say(f"it is the default of this run's samples and evaluations from now on ({request.run / 'sampling.json'})")
+    return record
+
+
+class _Finished(Exception):  # noqa: N818  (no error)
+    """The sweep has its record."""
+
+
+def _write(sweep: "_Sweep", rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write the record and the plot, in this order of need: the record last, since it says that all is there."""
+    real = sweep.real
+    best = min(rounds[-1]["points"], key=lambda point: point.order)
+    if best.distance is None:
+        raise EvaluationError(
+            f"every setting of the sweep lost more than {real.settings.max_nonfinite_share:.0%} of its samples as not finite; "
+            "try less --guidance, or sampling.param_dtype=float32"
+        )
+    folder = sweep.record.parent
+    record = _record(rounds, best, sweep.source, real, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "guidance.svg", plot_rounds(record["rounds"], record["metric"]), shared=True)
+    write_json(sweep.record, record)
+    return record
+
+
+def _grid(
+    request: SweepRequest, own: SamplingSettings, noise: str, num_classes: int, say: Say
+) -> list[SamplingSettings]:
+    """Every combination that differs from the others; what has no effect is said."""
+    denoise = list(request.denoise) or [own.denoise]
+    temperatures = list(request.attn_temp) or [own.attn_temp]
+    for name, values, low in (
+        ("--guidance", request.guidance, 0.0), ("--denoise", denoise, 0.0), ("--attn-temp", temperatures, 1e-6),
+    ):  # fmt: skip
+        if bad := [v for v in values if not low <= v < math.inf]:
+            raise EvaluationError(f"{name} {bad[0]:g} must be a number of at least {low:g}")
+    if noise == "uniform" and any(denoise):
+        raise EvaluationError("--denoise needs a model trained with gaussian noise; this run has train.noise=uniform")
+    unlabelled = not num_classes or set(own.labels) == {NO_LABEL}
+    found: dict[tuple[float, float, float], SamplingSettings] = {}
+    for w, m, t in product(request.guidance, denoise, temperatures):
+        if w and unlabelled and t == 1:
+            say(f"left out: guidance {w:g} with attention temperature 1 has no effect without labels")
+            continue
+        key = (w, m, t if w else temperatures[0])  # without guidance the temperature has no effect
+        found.setdefault(key, replace(own, guidance=w, denoise=m, attn_temp=key[2]))
+    if not found:
+        raise EvaluationError("nothing is left to sweep: without labels give --attn-temp values other than 1")
+    return list(found.values())
+
+
+class _Sweep:
+    """The samples of a sweep: a folder of chunks per setting, each chunk as large as the first round."""
+
+    def __init__(self, request: SweepRequest, source: Source, real: RealSide, batch_size: int, say: Say) -> None:
+        self.source, self.real, self.say = source, real, say
+        self.size, self.batch_size = request.start, batch_size
+        about = [source.sha256, real.features.sha256, real.settings.hash, request.start, list(request.guidance)]
+        about += [list(request.denoise), list(request.attn_temp), request.final]
+        digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+        self.folder = request.run / "sweeps" / f"step-{source.step or 0:08d}-{digest}.work"
+        self.record = self.folder.with_suffix("") / "sweep.json"
+
+    def halve(self, grid: list[SamplingSettings], final: int) -> list[dict[str, Any]]:
+        """Rounds of {num_samples, points}; every second setting goes on, the last two to `final` samples."""
+        rounds = []
+        for number in self.numbers(len(grid), final):
+            points = [(self.score(candidate, number), candidate) for candidate in grid]
+            points.sort(key=lambda pair: pair[0].order)
+            rounds.append({"num_samples": number, "points": [point for point, _ in points]})
+            grid = [candidate for _, candidate in points[: math.ceil(len(points) / 2)]]
+        return rounds
+
+    def numbers(self, candidates: int, final: int) -> list[int]:
+        """Samples per round, growing by equal factors; whole chunks but for the last."""
+        rounds = max(math.ceil(math.log2(candidates)), 1)
+        if rounds == 1:
+            return [final]
+        growth = (final / self.size) ** (1 / (rounds - 1))
+        between = [round(growth**i) * self.size for i in range(rounds - 1)]
+        return [*(min(number, final) for number in between), final]
+
+    def score(self, candidate: SamplingSettings, number: int) -> Point:
+        """The distance of one setting on the samples 0 .. number-1."""
+        if self.record.exists():
+            raise _Finished
+        key = hashlib.sha256(json.dumps(candidate.describe(), sort_keys=True).encode()).hexdigest()[:12]
+        lease_s = self.real.config.evaluation.lease_s
+        work = SharedWork(self.folder / key, {"batch_size": self.batch_size}, lease_s)
+        chunks = {f"samples-{r.start:08d}-{r.stop:08d}": r for r in stretches(number, self.size)}
+        sampler = Sampler(self.source.model, candidate)
+
+        def compute(name: str, path: Path) -> None:
+            part, watch = self._part(), Stopwatch()
+            draw_chunk(part, sampler, self.real.features, chunks[name], int(work.plan["batch_size"]), watch)
+            part.save(path, {"seconds": watch.seconds})
+
+        merged = self._part()
+        figures = work.path(f"distance-{number:08d}.json")
+        if not figures.exists():
+            work.work_through(list(chunks), compute, over=lambda: figures.exists() or self.record.exists())
+        if self.record.exists():
+            raise _Finished
+        if not figures.exists():
+            for name in chunks:
+                merged.merge(work.path(name))
+            lost = len(merged.count.nonfinite)
+            distance = None
+            if merged.count.nonfinite_share <= self.real.settings.max_nonfinite_share:
+                distance = frechet_distance(merged.statistics, self.real.reference.statistics).distance
+            temporary = figures.with_name(f".{figures.name}.{SharedWork.unique()}")
+            temporary.write_text(json.dumps({"distance": distance, "lost": lost}))
+            put_once(temporary, figures)
+        found = json.loads(figures.read_text())
+        point = Point(candidate.guidance, candidate.denoise, candidate.attn_temp, found["distance"], found["lost"])
+        said = "too many samples lost" if point.distance is None else f"{point.distance:.2f}"
+        self.say(f"{number} samples, {_text(point)}: {said}")
+        return point
+
+    def _part(self) -> SamplesPart:
+        return SamplesPart(self.real.features.dim, Keep(0, 0, GridImages(0, 0, 0)))
+
+    def remove(self) -> None:
+        """Clear the chunks away."""
+        SharedWork.clear(self.folder)
+
+
+def _text(point: Point) -> str:
+    return f"guidance {point.guidance:g}, denoise {point.denoise:g}, attention temperature {point.attn_temp:g}"
+
+
+def _record(rounds: list[dict[str, Any]], best: Point, source: Source, real: RealSide, folder: Path) -> dict[str, Any]:
+    plain = [
+        {
+            "num_samples": r["num_samples"],
+            "points": [p.settings | {"distance": p.distance, "lost": p.lost} for p in r["points"]],
+        }
+        for r in rounds
+    ]
+    reference = real.reference
+    return {
+        "name": folder.name,
+        **source.describe(),
+        "metric": distance_key(real.features.name),
+        "rounds": plain,
+        "chosen": best.settings,
+        "distance": best.distance,
+        "features": {"name": real.features.name, "sha256": real.features.sha256},
+        "reference": {"images_used": reference.statistics.count, **reference.provenance},
+        "settings": real.settings.describe(),
+    }

@@ -1,0 +1,37 @@
+"""The plot of a guidance sweep: distance over guidance, a line per denoising and temperature, a panel per round."""
+
+import io
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from tarflow.evaluation.report.plots import COLOURS
+
+
+def plot_rounds(rounds: list[dict[str, Any]], metric: str) -> str:
+    """The rounds of a `sweep.json` -> an SVG file; settings without a distance have no point."""
+    keys = sorted({(p["denoise"], p["attn_temp"]) for r in rounds for p in r["points"]})
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tarflow", "font.size": 9}):
+        figure = Figure(figsize=(3.2 * len(rounds) + 0.6, 3.0), layout="constrained")
+        FigureCanvasSVG(figure)
+        for axes, part in zip(figure.subplots(1, len(rounds), squeeze=False)[0], rounds):
+            for place, key in enumerate(keys):
+                points = sorted(
+                    (p["guidance"], p["distance"])
+                    for p in part["points"]
+                    if (p["denoise"], p["attn_temp"]) == key and p["distance"] is not None
+                )
+                if points:
+                    label = f"denoise {key[0]:g}, temperature {key[1]:g}"
+                    x, y = zip(*points)
+                    axes.plot(x, y, marker="o", ms=4, lw=1.2, color=COLOURS[place % len(COLOURS)], label=label)
+            axes.set_title(f"{part['num_samples']:,} samples", loc="left", fontsize=10)
+            axes.set_xlabel("guidance")
+            axes.grid(alpha=0.2)
+        figure.axes[0].set_ylabel(metric)
+        figure.axes[0].legend(frameon=False, fontsize=8)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()

@@ -1,0 +1,163 @@
+"""Durable writes: a crash leaves the old file or the new one, never half of one. And lines that survive a torn end."""
+
+import json
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def fsync_path(path: Path) -> None:
+    """Make a file's content durable, or the names in a directory: a rename is only safe once its directory is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(path: Path) -> None:
+    """Make every file below a directory, and their names, durable."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            fsync_path(Path(folder, name))
+        fsync_path(Path(folder))
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary sibling of `path`, make it durable and put it in place in one step.
+
+    The sibling's name is drawn, so several processes, on several machines, may write the same file.
+    """
+    _replace(path, path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"), write)
+
+
+def write_text(path: Path, text: str, *, shared: bool = False) -> None:
+    """Replace a text file in one step. Unless it is `shared`, this process is its only writer: what a kill left of the
+    write before, the next one replaces."""
+    if shared:
+        write_atomic(path, lambda temporary: _write_utf8(temporary, text))
+    else:
+        _replace(path, path.with_name(f".{path.name}.tmp"), lambda temporary: _write_utf8(temporary, text))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, indented; anyone may write it."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n", shared=True)
+
+
+def _replace(path: Path, temporary: Path, write: Callable[[Path], None]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write(temporary)
+        fsync_path(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_path(path.parent)
+
+
+def _write_utf8(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def publish_dir(temporary: Path, final: Path) -> bool:
+    """Rename a finished directory into place; False if there is one already (someone was faster)."""
+    fsync_tree(temporary)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if not final.exists():
+            raise
+        shutil.rmtree(temporary)
+        return False
+    return True
+
+
+def replace_dir(temporary: Path, final: Path) -> None:
+    """Rename a finished directory into place; an older one of that name gives way last."""
+    fsync_tree(temporary)
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    temporary.rename(final)
+    fsync_path(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def put_once(temporary: Path, final: Path) -> None:
+    """Put a finished file in place unless there is one."""
+    fsync_path(temporary)
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links: the same content goes over the same
+        if not temporary.exists():
+            raise
+        os.replace(temporary, final)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class LineWriter:
+    """Appends lines to a file, each in one write. A full disk costs lines, never the run that writes them."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._whole = True  # the last line came to its end
+
+    def write(self, line: str) -> None:
+        data = ("" if self._whole else "\n").encode() + line.encode() + b"\n"
+        with suppress(OSError):
+            written = os.write(self._descriptor, data)
+            self._whole = written == len(data) or (self._whole and not written)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def append_json_line(path: Path, value: Any) -> None:
+    """Add one JSON object as a line. A torn last line, left by a crash, is closed first and spoils no other."""
+    text = json.dumps(value, allow_nan=False) + "\n"
+    with open(path, "a+b") as file:
+        if file.seek(0, os.SEEK_END) and _last_byte(file) != b"\n":
+            text = "\n" + text
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _last_byte(file: Any) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return bytes(file.read(1))
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file of lines; a missing file has none, a torn line is left out."""
+    rows: list[dict[str, Any]] = []
+    if not path.is_file():
+        return rows
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
+
+
+def crc32(path: Path) -> int:
+    """Checksum of a file's content, read in pieces."""
+    value = 0
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            value = zlib.crc32(piece, value)
+    return value

@@ -1,0 +1,188 @@
+"""Before the first step: where tasks meet, what a node must have, and which node is to blame."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tarflow.cluster.errors import ClusterError
+from tarflow.cluster.job.environment import Place
+from tarflow.cluster.job.preflight import BadNodeError, check_node, check_shared
+from tarflow.cluster.job.rendezvous import meet
+
+HERE = {"MASTER_ADDR": "127.0.0.1", "SLURM_JOB_NODELIST": "node1"}
+RANK = """
+import sys, torch
+from pathlib import Path
+from tarflow.cluster.job.environment import Place
+from tarflow.cluster.job.rendezvous import meet
+import torch.distributed as dist, os
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+place = Place(rank, 2, rank, 2)
+os.environ |= (meeting := meet(folder, place)).variables(place)
+dist.init_process_group("gloo")
+value = torch.tensor([float(sys.argv[3])])
+dist.all_reduce(value)
+print(value.item(), os.environ["MASTER_PORT"], flush=True)
+dist.barrier()
+os._exit(0)
+"""
+
+
+def test_C06_two_jobs_on_a_node_meet_apart_although_their_ids_end_alike(tmp_path: Path) -> None:
+    """Job ids 1500 and 2500 (equal modulo 1000), and a second array element: three worlds at once."""
+    jobs = {"1500-0": 1.0, "2500-0": 10.0, "1500_1-0": 100.0}
+    processes = {}
+    for job, value in jobs.items():
+        (tmp_path / job).mkdir()
+        processes[job] = [
+            subprocess.Popen(
+                [sys.executable, "-c", RANK, str(tmp_path / job), str(rank), str(value)], stdout=subprocess.PIPE, text=True,
+                env={**os.environ, **HERE, "OMP_NUM_THREADS": "1"},
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+    said = {job: [p.communicate(timeout=90)[0].split() for p in pair] for job, pair in processes.items()}
+    for job, value in jobs.items():
+        assert [float(words[0]) for words in said[job]] == [2 * value] * 2
+        assert said[job][0][1] == said[job][1][1], "both ranks agree on the port"
+    assert len({pair[0][1] for pair in said.values()}) == 3
+
+
+def test_C06_a_busy_port_set_by_hand_is_an_error_at_once_that_names_it(tmp_path: Path) -> None:
+    with socket.socket() as busy:
+        busy.bind(("0.0.0.0", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        with pytest.raises(ClusterError, match=f"MASTER_PORT={port} is in use"):
+            meet(tmp_path, Place(0, 2), {**HERE, "MASTER_PORT": str(port)})
+    assert not (tmp_path / "rendezvous.json").exists()
+    meeting = meet(tmp_path, Place(0, 2), HERE)
+    assert meeting is not None
+    assert json.loads((tmp_path / "rendezvous.json").read_text())["port"] == meeting.port
+
+
+def test_a_rank_whose_first_never_comes_says_so_and_one_that_is_stopped_leaves(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=r"rank 1 waited 0 s for .*rendezvous\.json"):
+        meet(tmp_path, Place(1, 2), HERE, wait_s=0.2)
+    assert meet(tmp_path, Place(1, 2), HERE, stopped=lambda: True) is None
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "slurm").mkdir()
+    return tmp_path
+
+
+def test_a_sound_node_passes_and_leaves_nothing_behind(run: Path) -> None:
+    check_node(run, "node1", 0, 0.0)
+    assert list((run / "slurm").iterdir()) == []
+
+
+def test_a_node_that_cannot_write_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadNodeError, match=r"node node7: the run directory .* cannot be written") as caught:
+        check_node(tmp_path / "missing", "node7", 0, 0.0)
+    assert caught.value.node == "node7"
+
+
+def test_too_little_room_is_no_nodes_fault(run: Path) -> None:
+    with pytest.raises(ClusterError, match="min_free_gb=1000000") as caught:
+        check_node(run, "node1", 0, 1e6)
+    assert not isinstance(caught.value, BadNodeError)
+
+
+@pytest.mark.parametrize(
+    ("script", "good"),
+    [('echo "GPU 0: H"; echo "GPU 1: H"', True), ('echo "GPU 0: H"', False), ("exit 9", False), ("", False)],
+)
+def test_missing_gpus_are_a_nodes_fault(run: Path, fake_slurm, script: str, good: bool) -> None:
+    fake_slurm.command("nvidia-smi", script)
+    if good:
+        check_node(run, "node1", 2, 0.0)
+        return
+    with pytest.raises(BadNodeError, match=r"node node1: (1|no) of its 2 GPUs answer"):
+        check_node(run, "node1", 2, 0.0)
+
+
+def test_a_clock_that_is_off_is_a_nodes_fault(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time
+    monkeypatch.setattr("tarflow.cluster.job.preflight.time.time", lambda: now() - 100)
+    with pytest.raises(BadNodeError, match=r"node node1: its clock is \+100 s off"):
+        check_node(run, "node1", 0, 0.0)
+
+
+def test_every_task_must_see_the_others_files(tmp_path: Path) -> None:
+    threads = [threading.Thread(target=check_shared, args=(tmp_path, Place(r, 3), f"n{r}")) for r in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    other = tmp_path / "not-shared"
+    other.mkdir()
+    with pytest.raises(ClusterError, match=r"rank 2 on node n2 cannot see the file of rank\(s\) \[0, 1\]"):
+        check_shared(other, Place(2, 3), "n2", wait_s=0.3)
+
+
+def test_all_ranks_must_be_able_to_sum_a_number(tmp_path: Path) -> None:
+    from tarflow.cluster.job.preflight import all_reduce_command
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            all_reduce_command(), cwd=Path(__file__).parents[3],
+            env={**os.environ, "RANK": str(r), "WORLD_SIZE": "2", "LOCAL_RANK": str(r), "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    assert [p.wait(60) for p in processes] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("(null)", "node2,node9"), ("bad[1-2]", "bad1,bad2,node2,node9"), ("node9", "node9,node2")]
+)
+def test_bad_nodes_are_excluded_beside_those_that_the_job_avoids_already(fake_slurm, before: str, after: str) -> None:
+    from tarflow.cluster.slurm import exclude_nodes
+
+    fake_slurm.command(
+        "scontrol", f'[ "$1" = update ] || echo "JobId=5 NodeList=x ReqNodeList=(null) ExcNodeList={before} z=1"'
+    )
+    assert exclude_nodes("5_1", ["node2", "node9"])
+    assert fake_slurm.calls("scontrol") == ["show job 5_1 -o", f"update JobId=5_1 ExcNodeList={after}"]
+
+
+@pytest.mark.parametrize("script", ["exit 1", "exec sleep 600"])
+def test_an_exclusion_that_cannot_be_made_is_told_soon(fake_slurm, script: str) -> None:
+    from tarflow.cluster.slurm import exclude_nodes
+
+    fake_slurm.command("scontrol", script)
+    assert not exclude_nodes("5", ["node2"], timeout_s=0.3)
+    assert len(fake_slurm.calls("scontrol")) == 3
+
+
+def test_a_node_that_a_later_rank_finds_bad_is_excluded_at_once(fake, fake_slurm, verb, config_file, tmp_path) -> None:
+    """Rank 0 waits for the others' files meanwhile: it must not wait in vain."""
+    profile, run = tmp_path / "p.yaml", tmp_path / "run"
+    profile.write_text("gpus: 1\npreflight: full\n")
+    fake_slurm.command("nvidia-smi", '[ "$SLURMD_NODENAME" = fake2 ] || echo "GPU 0: H"')
+    assert verb("submit", config_file, "--run", run, "--nodes", 2, "--profile", profile) == 0
+    fake.use_stub(run)
+    began = time.monotonic()
+    assert fake_slurm.run(tasks=2) == 75
+    assert time.monotonic() - began < 60
+    assert [c for c in fake_slurm.calls("scontrol") if not c.startswith("show node")] == [
+        "requeue 107", "show job 107 -o", "update JobId=107 ExcNodeList=fake2",
+    ]  # fmt: skip
+    assert "node fake2: no of its 1 GPUs answer" in fake.said(run)
+    assert "bad nodes fake2 are excluded" in fake.said(run).splitlines()[-1]
+    assert list(fake.chain(run)["bad_nodes"]) == ["fake2"]
+    assert fake.stub_calls(run) == []

@@ -1,0 +1,177 @@
+"""Time limits, host lists, and which task this is: what people and Slurm write, read right or refused by name."""
+
+from pathlib import Path
+
+import pytest
+
+from tarflow.cluster.errors import ClusterError
+from tarflow.cluster.hosts import address, expand, tasks_of_nodes
+from tarflow.cluster.job.environment import find_place, job_id, scrubbed
+from tarflow.cluster.submission.profile import load_profile
+from tarflow.cluster.submission.times import minutes
+
+THREE_DAYS = 4320
+
+
+@pytest.mark.parametrize("text", ["4320", '"4320"', "72:00:00", '"72:00:00"', "3-00:00:00", "3-00", "3-00:00"])
+def test_C01_three_days_in_every_form_reach_sbatch_as_minutes(
+    text: str, fake_slurm, verb, config_file, tmp_path: Path
+) -> None:
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(f"time: {text}\n")
+    assert verb("submit", config_file, "--run", tmp_path / "run", "--profile", profile) == 0
+    assert f"#SBATCH --time={THREE_DAYS}\n" in fake_slurm.script.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("90", 90), ("1:30:00", 90), ("2-00:00:00", 2880), ("90:00", 90), ("0:01", 1)]
+)
+def test_C01_times_of_the_command_line(text: str, expected: int) -> None:
+    assert minutes(text) == expected
+    assert load_profile(None, {"time": text}).time == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0", "0:00", "-5", "3600.0", "1e3", "soon", "", "1:99:00", "1-25:00:00", "259200", "1:2:3:4", "90 min", "99-00"],
+)
+def test_C01_nonsense_is_refused_at_submission(text: str, tmp_path: Path) -> None:
+    """259200 is what YAML makes of an unquoted 72:00:00: as minutes it would be half a year."""
+    with pytest.raises(ClusterError, match="time"):
+        load_profile(None, {"time": text})
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("node[001-003,007]", ["node001", "node002", "node003", "node007"]),
+        ("linux[1,2]", ["linux1", "linux2"]),
+        ("nodeA,nodeB[001,003],nodeC", ["nodeA", "nodeB001", "nodeB003", "nodeC"]),
+        ("b04-[09-10]", ["b04-09", "b04-10"]),
+        ("c427-032,c429-002", ["c427-032", "c429-002"]),
+        ("n", ["n"]),
+        ("gpu[1-2]-ib", ["gpu1-ib", "gpu2-ib"]),
+        ("rack[1-2]n[1-2]", ["rack1n1", "rack1n2", "rack2n1", "rack2n2"]),
+        ("node[08-11]", ["node08", "node09", "node10", "node11"]),
+    ],
+)
+def test_C03_host_lists(text: str, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")  # no scontrol is needed
+    assert expand(text) == names
+
+
+@pytest.mark.parametrize(
+    "text", ["", "  ", "node[3-1", "node3]", "node[a-b]", "node[[1]]", "a,,b", "node[3-1]", "node[]"]
+)
+def test_C03_malformed_lists_are_quoted(text: str) -> None:
+    with pytest.raises(ClusterError, match="SLURM_JOB_NODELIST") as caught:
+        expand(text)
+    assert text.strip() in str(caught.value)
+
+
+def test_C03_the_first_host_is_the_meeting_point_by_the_address_slurm_knows(fake_slurm) -> None:
+    fake_slurm.command("scontrol", 'echo "NodeName=node001 NodeAddr=127.0.0.7 NodeHostName=x"')
+    assert address(expand("node[001-003]")[0]) == "127.0.0.7"
+    assert fake_slurm.calls("scontrol") == ["show node node001 -o"]
+
+
+@pytest.mark.parametrize("script", ["exit 1", "echo nothing of use"])
+def test_C03_without_an_answer_the_name_itself_is_used_and_one_that_resolves_nowhere_is_named(
+    fake_slurm, script
+) -> None:
+    fake_slurm.command("scontrol", script)
+    assert address("localhost").startswith("127.")
+    with pytest.raises(ClusterError, match=r"no-such-host\.invalid.*MASTER_ADDR"):
+        address("no-such-host.invalid")
+
+
+def test_counts_of_tasks() -> None:
+    assert tasks_of_nodes("2(x3),1") == [2, 2, 2, 1]
+    assert tasks_of_nodes("4") == [4]
+    for text in ("", "2(x", "two", "2(3)"):
+        with pytest.raises(ClusterError, match="TASKS_PER_NODE"):
+            tasks_of_nodes(text)
+
+
+STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("env", "rank", "size", "local"),
+    [
+        ({**STEP, "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2"}, 1, 2, (1, 2)),
+        ({**STEP, "SLURM_NPROCS": "4"}, 1, 4, (1, 4)),
+        (
+            {**STEP, "SLURM_PROCID": "6", "SLURM_LOCALID": "0", "SLURM_NODEID": "3", "SLURM_STEP_NUM_TASKS": "7",
+             "SLURM_STEP_TASKS_PER_NODE": "2(x3),1"}, 6, 7, (0, 1),
+        ),
+        ({**STEP, "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", **TORCHRUN}, 3, 4, (1, 4)),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}, 3, 4, (1, 2)),
+        ({}, 0, 1, (0, 1)),
+    ],
+    ids=["step over job", "only NPROCS", "uneven nodes", "torchrun in a job", "torchrun", "nothing"],
+)  # fmt: skip
+def test_C04_which_task_this_is(env, rank, size, local) -> None:
+    place = find_place(env)
+    assert (place.rank, place.size, (place.local_rank, place.local_size)) == (rank, size, local)
+
+
+def test_C04_plain_python_in_an_allocation_is_alone_with_a_note() -> None:
+    place = find_place({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"})
+    assert (place.rank, place.size) == (0, 1)
+    assert "allocation 7 of 4 task(s) but not started by srun" in place.note
+
+
+@pytest.mark.parametrize(
+    ("env", "named"),
+    [
+        ({**STEP, "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "2"}, ["SLURM_NTASKS=1", "SLURM_NTASKS_PER_NODE=2"]),
+        (
+            {**STEP, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1"},
+            ["SLURM_STEP_NUM_TASKS=2", "SLURM_STEP_TASKS_PER_NODE=2(x3),1", "7 tasks"],
+        ),
+        ({**STEP, "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "2"}, ["SLURM_PROCID=5", "SLURM_STEP_NUM_TASKS=2"]),
+        ({**STEP, "SLURM_LOCALID": "9", "SLURM_STEP_NUM_TASKS": "2"}, ["SLURM_LOCALID=9"]),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}, ["SLURM_PROCID"]),
+        ({"RANK": "3"}, ["RANK=3", "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"]),
+        ({"WORLD_SIZE": "4", "MASTER_ADDR": "h"}, ["WORLD_SIZE=4", "MASTER_ADDR=h", "RANK"]),
+        ({**TORCHRUN, "RANK": "4"}, ["RANK=4", "WORLD_SIZE=4"]),
+        ({**TORCHRUN, "RANK": "one"}, ["RANK='one'"]),
+    ],
+)
+def test_C04_contradictions_are_refused_with_the_values(env, named) -> None:
+    with pytest.raises(ClusterError) as caught:
+        find_place(env)
+    for text in named:
+        assert text in str(caught.value)
+
+
+def test_C02_an_element_of_an_array_is_named_by_both_numbers() -> None:
+    assert job_id({"SLURM_JOB_ID": "107", "SLURM_ARRAY_JOB_ID": "100", "SLURM_ARRAY_TASK_ID": "3"}) == "100_3"
+    assert job_id({"SLURM_JOB_ID": "107"}) == "107"
+
+
+def test_a_job_submitted_from_within_a_job_inherits_nothing_of_it(
+    fake_slurm, verb, config_file, tmp_path, monkeypatch
+) -> None:
+    seen = tmp_path / "environment"
+    fake_slurm.command("sbatch", f'env >"{seen}"; echo "Submitted batch job 5"')
+    outer = {
+        **STEP,
+        **TORCHRUN,
+        "SBATCH_TIMELIMIT": "1",
+        "SUBMITIT_EXECUTOR": "slurm",
+        "SLURM_CONF": "/etc/x",
+        "KEPT": "1",
+    }
+    for name, value in outer.items():
+        monkeypatch.setenv(name, value)
+    assert verb("submit", config_file, "--run", tmp_path / "run") == 0
+    names = {line.partition("=")[0] for line in seen.read_text().splitlines()}
+    assert {"SLURM_CONF", "KEPT", "PATH"} <= names
+    assert not names & (set(outer) - {"SLURM_CONF", "KEPT"})
+    assert scrubbed(outer) == {"SLURM_CONF": "/etc/x", "KEPT": "1"}
+    import os
+
+    assert os.environ["SLURM_JOB_ID"] == "7", "and the outer job keeps its own"

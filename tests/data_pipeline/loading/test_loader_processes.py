@@ -1,0 +1,174 @@
+"""The loader's processes: nothing survives a kill, signals for the trainer do not touch them, ranks stay in step."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.loading.loader import Loader
+
+REPOSITORY = Path(__file__).parents[3]
+
+# Reads batches slowly for ever, printing the position and the ids, and first of all the workers' process ids.
+CONSUMER = """
+import sys, time
+from tarflow.data_pipeline.loading.loader import Loader
+data, seen = sys.argv[1], int(sys.argv[2])
+loader = Loader(data, image_size=8, channels=3, global_batch_size=4, num_workers=2, images_seen=seen)
+for batch in loader:
+    if batch.images_seen == seen:
+        print("start", flush=True)
+    print(batch.images_seen, *batch.ids.tolist(), flush=True)
+    time.sleep(0.02)
+"""
+
+# One rank of a gloo group that meets in a collective at every step.
+RANK = """
+import datetime, sys, torch, torch.distributed as dist
+from tarflow.data_pipeline.loading.loader import Loader
+rank, world, data, store, batch = int(sys.argv[1]), 2, sys.argv[2], sys.argv[3], int(sys.argv[4])
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=world,
+                        timeout=datetime.timedelta(seconds=30))
+with Loader(data, image_size=8, channels=3, global_batch_size=batch, rank=rank, world_size=world, num_workers=1) as loader:
+    total = torch.zeros(1, dtype=torch.int64)
+    for step, found in zip(range(2 * loader.num_samples // batch), loader):
+        both = found.ids.sum()
+        dist.all_reduce(both)
+        total += both
+if rank == 0:
+    print(int(total))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def start(code: str, *arguments: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
+    except OSError:  # gone before it was opened, or before it was read
+        return False
+
+
+def children(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in listed.read_text().split()]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return condition()
+
+
+def test_D12_kill_9_leaves_nothing_and_the_next_run_goes_on(make_set: Callable[..., Path]) -> None:
+    """Interrupted and continued runs together see each id once an epoch, with nothing left in memory or /dev/shm."""
+    root = make_set([30, 1, 29])
+    before = set(os.listdir("/dev/shm"))
+    seen, ids = 0, []
+    for _ in range(2):
+        process = start(CONSUMER, root, seen)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "start\n"
+        workers = children(process.pid)
+        assert len(workers) == 2
+        for line in itertools.islice(process.stdout, 6):
+            position, *found = map(int, line.split())
+            assert position == seen
+            seen += 4
+            ids += found
+        process.kill()
+        process.wait()
+        assert wait_until(lambda pids=workers: not any(map(alive, pids))), "workers outlive a killed trainer"
+    assert set(os.listdir("/dev/shm")) <= before
+    with Loader(root, image_size=8, channels=3, global_batch_size=12, images_seen=48) as loader:
+        ids += next(iter(loader)).ids.tolist()
+    assert sorted(ids) == list(range(60))
+
+
+def test_signals_for_the_trainer_do_not_end_the_workers(make_set: Callable[..., Path]) -> None:
+    root = make_set([40])
+    with Loader(root, image_size=8, channels=3, global_batch_size=4, num_workers=2) as loader:
+        iterator = iter(loader)
+        next(iterator)
+        assert len(loader.worker_pids()) == 2
+        for worker in loader.worker_pids():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+                os.kill(worker, number)
+        ids = [i for batch in itertools.islice(iterator, 9) for i in batch.ids.tolist()]
+        assert len(set(ids)) == 36
+
+
+def test_a_killed_worker_is_an_error_with_its_signal(make_set: Callable[..., Path]) -> None:
+    root = make_set([40])
+    with Loader(root, image_size=8, channels=3, global_batch_size=4, num_workers=1) as loader:
+        iterator = iter(loader)
+        next(iterator)
+        (worker,) = loader.worker_pids()
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(DataError, match=rf"data worker 0 \(process {worker}\) was killed by signal 9"):
+            list(itertools.islice(iterator, 50))
+
+
+def test_close_and_the_end_of_the_interpreter_end_the_workers(make_set: Callable[..., Path]) -> None:
+    root = make_set([40])
+    before = children(os.getpid())
+    loader = Loader(root, image_size=8, channels=3, global_batch_size=4, num_workers=2)
+    batch = next(iter(loader))
+    assert sorted(children(os.getpid())) == sorted([*before, *loader.worker_pids()])
+    assert len(loader.worker_pids()) == 2
+    loader.close()
+    assert children(os.getpid()) == before
+    assert batch.images.sum() > 0, "a batch stays valid after close"
+    code = CONSUMER.replace("time.sleep(0.02)", "print(*loader.worker_pids()); break")
+    process = start(code, root, 0)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert not any(alive(int(pid)) for pid in output.splitlines()[-1].split())
+
+
+def test_D12_two_jobs_at_once(make_set: Callable[..., Path]) -> None:
+    a, b = make_set([20], name="a"), make_set([25], name="b")
+    processes = [start(CONSUMER, root, 0) for root in (a, b, a)]
+    found: list[list[int]] = []
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "start\n"
+        lines = itertools.islice(process.stdout, 5)
+        found.append([int(word) for line in lines for word in line.split()[1:]])
+    for process in processes:
+        process.kill()
+        process.wait()
+    assert found[0] == found[2]
+    assert sorted(found[0]) == list(range(20))
+    assert max(found[1]) >= 20
+
+
+@pytest.mark.parametrize(("sizes", "batch"), [([10, 7, 1], 2), ([8], 4)])
+def test_D01_ranks_that_meet_at_every_step_end_together(
+    make_set: Callable[..., Path], tmp_path: Path, sizes: list[int], batch: int
+) -> None:
+    root = make_set(sizes)
+    ranks = [start(RANK, rank, root, tmp_path / "store", batch) for rank in range(2)]
+    outputs = [process.communicate(timeout=60)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0]
+    total = sum(sizes)
+    assert int(outputs[0]) == 2 * sum(range(total))

@@ -1,0 +1,140 @@
+"""`tarflow sample`: from a run or a weights file, exactly what was asked for."""
+
+import json
+
+import pytest
+import torch
+
+from tarflow.evaluation.commands.draw_samples import SampleRequest, sample_images
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.samples.draw import Sampler, SamplingSettings
+from tarflow.evaluation.samples.png_folder import load_png
+from tarflow.evaluation.samples.weights_source import from_checkpoint, resolve_device
+from tarflow.models.errors import ModelError
+from tarflow.models.weights import save_weights_file
+from tarflow.trainer.checkpoint.commit import find
+from tarflow.trainer.errors import TrainerError
+
+
+def draw(source, out, num=6, quiet=None, **options):
+    return sample_images(
+        SampleRequest(source=source, out=out, num=num, **options), ([] if quiet is None else quiet).append
+    )
+
+
+def images(folder):
+    return {p.name: load_png(p) for p in sorted((folder / "images").iterdir())}
+
+
+def settings_of(folder):
+    return json.loads((folder / "settings.json").read_text())
+
+
+def test_images_of_a_run_are_those_of_its_settings_and_weights(make_run, tmp_path):
+    run_dir, config = make_run()
+    assert draw(run_dir, tmp_path / "out")
+    source = from_checkpoint(config, find(run_dir), "ema-0.100", torch.device("cpu"))
+    wanted = Sampler(source.model, SamplingSettings.of_run(config)).draw(range(6)).pixels()
+    found = images(tmp_path / "out")
+    assert list(found) == [f"{i:06d}.png" for i in range(6)]
+    for i, image in enumerate(found.values()):
+        assert (image.int() - wanted[i].int()).abs().max() <= 1
+    said = settings_of(tmp_path / "out")
+    assert (said["weights"], said["step"], said["images_seen"], said["num"]) == ("ema-0.100", 20, 320, 6)
+    assert said["weights_sha256"] == source.sha256
+    assert said["sampling"]["guidance"] == 1.0
+    assert (tmp_path / "out/grid.png").is_file()
+
+
+def test_S01_any_batch_size_draws_the_same_images(make_run, tmp_path):
+    run_dir, _ = make_run()
+    draw(run_dir, tmp_path / "a", num=7, batch_size=7)
+    draw(run_dir, tmp_path / "b", num=7, batch_size=2)
+    for ours, theirs in zip(images(tmp_path / "a").values(), images(tmp_path / "b").values()):
+        assert (ours.int() - theirs.int()).abs().max() <= 1
+
+
+def test_S02_the_same_command_adds_only_what_is_missing(make_run, tmp_path):
+    run_dir, _ = make_run()
+    out, lines = tmp_path / "out", []
+    draw(run_dir, out)
+    before = {p.name: p.stat().st_mtime_ns for p in (out / "images").iterdir()}
+    (out / "images/000003.png").unlink()
+    draw(run_dir, out, num=8, quiet=lines)
+    assert "5 are there already" in "\n".join(lines)
+    after = {p.name: p.stat().st_mtime_ns for p in (out / "images").iterdir()}
+    assert sorted(after) == [f"{i:06d}.png" for i in range(8)]
+    assert all(after[name] == before[name] for name in before if name != "000003.png")
+    with pytest.raises(EvaluationError, match="beyond the 5 asked for"):
+        draw(run_dir, out, num=5)
+    with pytest.raises(EvaluationError, match="other settings"):
+        draw(run_dir, out, num=8, settings={"seed": 1})
+    with pytest.raises(EvaluationError, match="other settings"):
+        draw(run_dir, out, num=8, step=10)
+
+
+def test_labels_and_settings_can_be_chosen(make_run, tmp_path):
+    run_dir, _ = make_run()
+    draw(run_dir, tmp_path / "out", settings={"labels": (2, -1), "guidance": 0.5, "denoise": 0.0}, weights="raw")
+    said = settings_of(tmp_path / "out")
+    assert said["weights"] == "raw"
+    assert said["sampling"]["labels"] == [2, -1]
+    assert (said["sampling"]["guidance"], said["sampling"]["denoise"]) == (0.5, 0.0)
+
+
+def test_a_weights_file_says_its_own_model(make_model, tmp_path):
+    model = make_model()
+    save_weights_file(tmp_path / "m.safetensors", model.config, model.state_dict())
+    assert draw(tmp_path / "m.safetensors", tmp_path / "plain")
+    plain = Sampler(model, SamplingSettings()).draw(range(6)).pixels()
+    assert all((a.int() - b.int()).abs().max() <= 1 for a, b in zip(images(tmp_path / "plain").values(), plain))
+    draw(tmp_path / "m.safetensors", tmp_path / "clean", settings={"noise_std": 0.2})
+    assert settings_of(tmp_path / "clean")["sampling"]["denoise"] == 1.0
+    assert settings_of(tmp_path / "clean")["weights"] == "file"
+
+
+def test_options_that_would_have_no_effect_are_refused(make_run, make_model, tmp_path):
+    run_dir, _ = make_run()
+    model = make_model()
+    save_weights_file(tmp_path / "m.safetensors", model.config, model.state_dict())
+    file, out = tmp_path / "m.safetensors", tmp_path / "out"
+    with pytest.raises(EvaluationError, match="--noise-std belongs to weights files"):
+        draw(run_dir, out, settings={"noise_std": 0.2})
+    with pytest.raises(EvaluationError, match="--denoise needs --noise-std"):
+        draw(file, out, settings={"denoise": 1.0})
+    with pytest.raises(EvaluationError, match="--weights chooses among a run's checkpoints"):
+        draw(file, out, weights="raw")
+    with pytest.raises(EvaluationError, match=r"label 7 is none of the model's 3 classes"):
+        draw(run_dir, out, settings={"labels": (7,)})
+    assert not out.exists()
+
+
+def test_T06_a_set_of_weights_that_is_not_there_is_an_error(make_run, tmp_path):
+    run_dir, _ = make_run()
+    with pytest.raises(TrainerError, match=r"holds no weights 'ema-0.200'; it holds: ema-0.050, ema-0.100, raw"):
+        draw(run_dir, tmp_path / "out", weights="ema-0.200")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sources_that_are_none_are_clear_errors(tmp_path):
+    with pytest.raises(TrainerError, match="no run directory"):
+        draw(tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(ModelError, match="no weights file at"):
+        draw(tmp_path / "nothing.safetensors", tmp_path / "out")
+    (tmp_path / "x.safetensors").write_bytes(b"junk")
+    with pytest.raises(ModelError, match="not a readable safetensors"):
+        draw(tmp_path / "x.safetensors", tmp_path / "out")
+    with pytest.raises(EvaluationError, match="device 'mps' is not available"):
+        resolve_device("mps")
+
+
+def test_S03_lost_samples_are_missing_and_said(make_model, tmp_path):
+    model, lines = make_model(), []
+    with torch.no_grad():
+        model.blocks[0].class_embed[1] = torch.nan
+    save_weights_file(tmp_path / "m.safetensors", model.config, model.state_dict())
+    complete = draw(tmp_path / "m.safetensors", tmp_path / "out", quiet=lines)
+    assert not complete
+    assert list(images(tmp_path / "out")) == ["000000.png", "000002.png", "000003.png", "000005.png"]
+    assert settings_of(tmp_path / "out")["nonfinite"] == [1, 4]
+    assert "2 of 6 samples are not finite" in "\n".join(lines)

@@ -1,0 +1,310 @@
+"""The report: one page that needs nothing else, says what it must, and escapes what comes from a run."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from tarflow.evaluation.report.build import write_report
+from tarflow.evaluation.report.history import read_history, thin
+from tarflow.evaluation.report.plots import Curve, Plot, svg
+from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
+from tarflow.trainer.errors import TrainerError
+
+pytestmark = pytest.mark.usefixtures("fake_features")
+
+
+def log_rows(run_dir, rows):
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+
+
+def row(images, loss=1.0):
+    return {
+        "step": images // 16, "images_seen": images, "train/loss": loss, "train/bits_per_dim": loss / 0.693 + 8.3,
+        "optim/lr": 1e-3, "optim/grad_norm": 2.0, "throughput/images_per_sec": 800.0, "train/mse_z": 1.0,
+    }  # fmt: skip
+
+
+START = {"event": "start", "images_seen": 0, "step": 0}
+
+
+class Page(HTMLParser):
+    """Collects tags and attributes, and checks that what is opened is closed."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self._open = [], [], []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+
+@pytest.fixture
+def finished(make_run):
+    run_dir, config = make_run()
+    log_rows(run_dir, [START, *[row(16 * s, 3 - s / 20) for s in range(1, 21)]])
+    evaluate(run_dir, False, WorkerOptions(), lambda _: None)
+    return run_dir, config
+
+
+def test_the_page_needs_nothing_but_itself(finished):
+    run_dir, _ = finished
+    path = write_report(run_dir)
+    assert path == run_dir / "report.html"
+    text = path.read_text()
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object", "form"} & set(page.tags)
+    for name, value in page.attributes:
+        if name in ("src", "href", "xlink:href", "srcset", "action"):
+            assert value.startswith(("data:image/png;base64,", "#")), value
+        assert not name.startswith("on")
+    assert "http://" not in text.replace("http-equiv", "")
+    assert "https://" not in text
+    assert "@import" not in text
+    assert re.findall(r"url\(([^)]*)\)", text) == re.findall(r"url\((#plot\d+-[^)]*)\)", text)
+    assert "default-src 'none'" in text
+
+
+def test_the_page_says_what_it_must(finished):
+    run_dir, config = finished
+    text = write_report(run_dir).read_text()
+    result = json.loads((run_dir / "evals/step-00000020/result.json").read_text())
+    for wanted in (
+        f"{result['fd_efficientnet_lite0']:.2f}", f"{result['bits_per_dim']:.4f}", f"{result['label_agreement']:.1%}",
+        "Bits per dimension", "Frechet distance (fd_efficientnet_lite0)", "Learning rate", "Throughput", "Loss",
+        "Samples over training", "Noisy and denoised", "Guidance off and on", "Nearest training images",
+        "From noise to image", "160 images seen", "320 images seen", "Rows, from the top: 0, 1, 2",
+    ):  # fmt: skip
+        assert wanted in text, wanted
+    for section, values in config.model_dump(mode="json").items():
+        for key in values:
+            assert f"{section}.{key}<" in text
+    assert text.count("<svg") == 7
+    # both grids over training, two pairs, neighbours, trajectory
+    assert text.count("data:image/png") == 8
+    ids = re.findall(r'\bid="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+
+
+def test_names_from_a_run_are_escaped(make_run):
+    hostile = "<script>alert(1)<&script>'\" onload=x"
+    run_dir, _ = make_run(steps=(20,), name=hostile)
+    log_rows(run_dir, [START, row(320)])
+    evaluate(run_dir, False, WorkerOptions(), lambda _: None)
+    path = run_dir / "evals/step-00000020/result.json"
+    result = json.loads(path.read_text())
+    result |= {"grid_rows": ["<b>zero</b>", "one"], "weights": "<i>raw</i>", "warnings": ["<u>odd</u>"]}
+    path.write_text(json.dumps(result))
+    text = write_report(run_dir).read_text()
+    for tag in ("<script", "<b>", "<i>", "<u>"):
+        assert tag not in text
+    assert "&lt;b&gt;zero&lt;/b&gt;" in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert not any(name.startswith("on") for name, _ in Page(text).attributes)
+
+
+def test_a_run_that_has_only_begun_has_a_report_too(make_run):
+    run_dir, _ = make_run(steps=())
+    text = write_report(run_dir).read_text()
+    assert "No evaluation yet" in text
+    assert "train.max_images" in text
+    assert "<svg" not in text
+    Page(text)
+    log_rows(run_dir, [START, row(16, float("nan")), row(32)])
+    Page(write_report(run_dir, run_dir / "other.html").read_text())
+    assert (run_dir / "other.html").is_file()
+
+
+def test_no_run_no_report(tmp_path):
+    with pytest.raises(TrainerError, match="no run directory"):
+        write_report(tmp_path / "nothing")
+
+
+def test_a_failed_result_is_shown_as_such(make_run, save_checkpoint):
+    run_dir, config = make_run(steps=())
+    save_checkpoint(run_dir, config, 20, 320, scale=float("inf"))
+    evaluate(run_dir, False, WorkerOptions(), lambda _: None)
+    assert "24 of 24 samples are not finite" in write_report(run_dir).read_text()
+
+
+def test_steps_done_again_after_a_restart_count_once(make_run):
+    run_dir, _ = make_run(steps=())
+    log_rows(run_dir, [START, row(16, 5.0), row(32, 4.0), row(48, 3.0), {"event": "save", "images_seen": 32}])
+    log_rows(run_dir, [{"event": "resume", "images_seen": 32, "step": 2}, row(48, 2.5), row(64, 2.0)])
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"images_seen": 80, "train/lo')  # killed while writing
+    history = read_history(run_dir)
+    assert history.series("train/loss") == [(16, 5.0), (32, 4.0), (48, 2.5), (64, 2.0)]
+    assert history.restarts == [32]
+    assert history.training_seconds == pytest.approx(64 / 800)
+    assert "1 restart<" in write_report(run_dir).read_text()
+
+
+def test_results_of_other_settings_are_listed_but_not_on_the_curves(finished):
+    run_dir, _ = finished
+    evaluate(run_dir, False, WorkerOptions(newest_only=True, overrides=["sampling.guidance=3"]), lambda _: None)
+    history = read_history(run_dir)
+    assert len(history.results) == 3
+    assert len(history.own_results) == 2
+    assert "w=3 on ab" in write_report(run_dir).read_text()
+
+
+def test_every_width_of_average_has_its_curve_and_its_error_bar(finished):
+    run_dir, _ = finished
+    for weights in ("raw", "ema-0.050"):
+        evaluate(run_dir, False, WorkerOptions(overrides=[f"evaluation.weights={weights}"]), lambda _: None)
+    evaluate(run_dir, False, WorkerOptions(overrides=["evaluation.weights=raw", "sampling.seed=7"]), lambda _: None)
+    groups = read_history(run_dir).by_weights()
+    assert {name: [r.images_seen for r in results] for name, results in groups.items()} == {
+        "ema-0.100": [160, 320], "raw": [160, 320], "ema-0.050": [160, 320],
+    }  # fmt: skip
+    assert all(r.values["distance_stderr"] > 0 for results in groups.values() for r in results)
+    text = write_report(run_dir).read_text()
+    for title in ("Frechet distance (fd_efficientnet_lite0)", ">Bits per dimension<"):
+        picture = next(part for part in text.split("<svg")[1:] if title in part)
+        for name in groups:
+            assert f"{name}<" in picture
+
+
+def test_guidance_curves_come_from_results_and_from_sweeps(finished):
+    run_dir, _ = finished
+    for guidance in (0, 3):
+        evaluate(
+            run_dir, False, WorkerOptions(newest_only=True, overrides=[f"sampling.guidance={guidance}"]), lambda _: None
+        )
+    (curve,) = read_history(run_dir).over("guidance").values()
+    assert [value for value, _ in curve] == [0, 1, 3]
+    folder = run_dir / "sweeps/step-00000020-abc"
+    folder.mkdir(parents=True)
+    points = [
+        {"guidance": g, "denoise": 1.0, "attn_temp": 1.0, "distance": d} for g, d in ((0, 9.0), (1, 5.0), (2, None))
+    ]
+    (folder / "sweep.json").write_text(json.dumps({"rounds": [{"num_samples": 500, "points": points}]}))
+    (run_dir / "sweeps/step-00000020-torn").mkdir()
+    (run_dir / "sweeps/step-00000020-torn/sweep.json").write_text("{")
+    text = write_report(run_dir).read_text()
+    Page(text)
+    assert "Distance over guidance" in text
+    assert "step-00000020: 500 samples" in text
+    assert "denoise 1, temperature 1" not in text  # a single curve needs no legend
+    assert "Distance over denoising" not in text
+
+
+def test_the_scores_of_a_result_are_on_the_page(finished):
+    run_dir, _ = finished
+    text = write_report(run_dir).read_text()
+    result = json.loads((run_dir / "evals/step-00000020/result.json").read_text())
+    for key in ("precision", "recall", "density", "coverage"):
+        assert f">{key}</div><div class='value'>{result[key]:.3f}<" in text
+    assert f"{result['kd_efficientnet_lite0']:.4f}" in text
+
+
+def test_S06_S11_the_page_identifies_network_weights_noise_and_every_sampling_setting(finished):
+    run_dir, _ = finished
+    text = write_report(run_dir).read_text()
+    result = json.loads((run_dir / "evals/step-00000020/result.json").read_text())
+    assert result["weights_sha256"] in text
+    for key, value in (
+        ("features.sha256", "f00d"), ("reference.fingerprint", result["reference"]["fingerprint"]),
+        ("settings.sampling.noise_std", "0.1"), ("settings.sampling.denoise", "1.0"), ("settings.num_samples", "24"),
+        ("settings.sampling.guidance", "1.0"),
+    ):  # fmt: skip
+        assert f"<td>{key}</td><td>{value}</td>" in text
+
+
+def test_without_kept_features_the_error_bar_comes_from_the_chunks(make_run):
+    run_dir, _ = make_run(steps=(20,), evaluation={"chunk_samples": 6, "keep_features": 0, "num_samples": 150})
+    evaluate(run_dir, False, WorkerOptions(), lambda _: None)
+    plain = json.loads((run_dir / "evals/step-00000020/result.json").read_text())
+    evaluate(run_dir, False, WorkerOptions(overrides=["evaluation.keep_features=150"]), lambda _: None)
+    (other,) = (r.values for r in read_history(run_dir).results if not r.own)
+    assert "kd_efficientnet_lite0" not in plain
+    assert plain["fd_efficientnet_lite0"] == other["fd_efficientnet_lite0"]
+    assert plain["distance_stderr"] == pytest.approx(other["distance_stderr"], rel=0.4)
+
+
+def test_restarts_are_named(finished):
+    run_dir, _ = finished
+    log_rows(run_dir, [{"event": "resume", "images_seen": 160, "step": 10}, row(176)])
+    assert "Restarted at 160 images seen." in write_report(run_dir).read_text()
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on this machine")
+def test_a_browser_finds_nothing_wrong_and_asks_for_nothing(make_run, tmp_path):
+    """Headless Chromium logs the page's console and every connection that it opens."""
+    run_dir, _ = make_run(steps=(20,), name="<img src=x onerror=console.error(1)>&'$x$")
+    log_rows(run_dir, [START, *[row(16 * s, 3 - s / 20) for s in range(1, 21)]])
+    evaluate(run_dir, False, WorkerOptions(), lambda _: None)
+    path = run_dir / "evals/step-00000020/result.json"
+    result = json.loads(path.read_text())
+    result["grid_rows"] = ["<script>console.error('class')</script>", "<img src='http://127.0.0.1:9/y'>", "$x$"]
+    path.write_text(json.dumps(result))
+    shutil.copy(write_report(run_dir), tmp_path / "page.html")
+    netlog, shot = tmp_path / "net.json", tmp_path / "shot.png"
+    done = subprocess.run(
+        ["chromium", "--no-sandbox", "--headless", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr",
+         "--v=0", "--disable-background-networking", "--disable-component-update", "--no-first-run",
+         f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={netlog}", "--window-size=1200,1600",
+         f"--screenshot={shot}", (tmp_path / "page.html").as_uri()],
+        capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert shot.stat().st_size > 20_000
+    assert "CONSOLE" not in done.stderr
+    # Whatever the browser fetches for itself, no request comes from the page.
+    asked = set(re.findall(r'"url":"([^"]*)"', netlog.read_text()))
+    assert not [url for url in asked if "127.0.0.1" in url], asked
+
+
+def test_the_watch_on_the_browser_would_see_a_request_and_a_message(tmp_path):
+    """The page forbids both by its policy; without the policy they would happen."""
+    text = "<img src='http://127.0.0.1:9/x'><script>console.error('heard')</script>"
+    (tmp_path / "bad.html").write_text(text)
+    if not shutil.which("chromium"):
+        pytest.skip("no chromium on this machine")
+    netlog = tmp_path / "net.json"
+    done = subprocess.run(
+        ["chromium", "--no-sandbox", "--headless", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr",
+         f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={netlog}", f"--screenshot={tmp_path / 's.png'}",
+         (tmp_path / "bad.html").as_uri()],
+        capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert "heard" in done.stderr
+    assert "127.0.0.1:9/x" in netlog.read_text()
+
+
+def test_long_curves_are_thinned():
+    points = [(float(i), float(i % 2)) for i in range(10_001)]
+    thinned = thin(points, 1000)
+    assert len(thinned) <= 1000
+    assert thinned[-1][0] == 10_000
+    assert all(0.3 < y < 0.7 for _, y in thinned[:-1])
+    assert thin(points[:10], 1000) == points[:10]
+
+
+def test_a_plot_takes_the_colours_of_the_page_and_keeps_its_style_to_itself():
+    picture = svg(Plot("A & B", [Curve("x", [(0, 1), (1, 2)])], restarts=[1]), "k")
+    assert picture.startswith('<svg role="img" aria-label="A &amp; B"')
+    assert "currentColor" in picture
+    assert "#010203" not in picture
+    assert "<style" not in picture
+    assert all(name.startswith("k-") for name in re.findall(r'\bid="([^"]*)"', picture))

@@ -1,0 +1,92 @@
+"""Folders of samples: exactly as many as asked for, continued or refused, never mixed."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.samples.png_folder import SampleFolder, load_png, save_png
+
+SETTINGS = {"weights_sha256": "abc", "sampling": {"guidance": 2.0, "seed": 0}}
+
+
+def image(index, channels=1):
+    return torch.full((channels, 4, 4), index, dtype=torch.uint8)
+
+
+def fill(folder, indices=None):
+    for index in folder.missing() if indices is None else indices:
+        folder.save(index, image(index))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_S04_a_png_holds_the_pixels_exactly(tmp_path, channels):
+    pixels = torch.randint(0, 256, (channels, 9, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    save_png(tmp_path / "a.png", pixels)
+    assert torch.equal(load_png(tmp_path / "a.png"), pixels)
+    assert Image.open(tmp_path / "a.png").mode == ("L" if channels == 1 else "RGB")
+
+
+def test_S02_the_folder_holds_exactly_the_samples_asked_for(tmp_path):
+    folder = SampleFolder(tmp_path / "out", SETTINGS, 10)
+    assert folder.missing() == list(range(10))
+    fill(folder)
+    folder.finish([])
+    assert sorted(p.name for p in (tmp_path / "out/images").iterdir()) == [f"{i:06d}.png" for i in range(10)]
+    assert json.loads((tmp_path / "out/settings.json").read_text())["complete"] is True
+
+
+def test_S02_a_killed_run_goes_on_with_what_is_missing(tmp_path):
+    fill(SampleFolder(tmp_path / "out", SETTINGS, 10), [0, 1, 2, 7])
+    (tmp_path / "out/images/.000003.png.99.tmp").write_bytes(b"half")
+    again = SampleFolder(tmp_path / "out", SETTINGS, 10)
+    assert again.missing() == [3, 4, 5, 6, 8, 9]
+    assert len(list((tmp_path / "out/images").iterdir())) == 4
+    assert SampleFolder(tmp_path / "out", SETTINGS, 12).missing() == [3, 4, 5, 6, 8, 9, 10, 11]
+
+
+def test_S02_fewer_than_there_are_is_refused(tmp_path):
+    fill(SampleFolder(tmp_path / "out", SETTINGS, 10))
+    with pytest.raises(EvaluationError, match=r"holds sample 5, beyond the 5 asked for; ask for --num 6 or more"):
+        SampleFolder(tmp_path / "out", SETTINGS, 5)
+    assert len(list((tmp_path / "out/images").iterdir())) == 10
+
+
+def test_S02_samples_of_other_settings_are_refused_and_left_alone(tmp_path):
+    fill(SampleFolder(tmp_path / "out", SETTINGS, 3))
+    other = SETTINGS | {"weights_sha256": "def"}
+    with pytest.raises(EvaluationError, match=r"other settings \(weights_sha256: 'abc' there, 'def' asked\)"):
+        SampleFolder(tmp_path / "out", other, 3)
+    assert len(list((tmp_path / "out/images").iterdir())) == 3
+
+
+def test_S02_foreign_images_and_folders_are_refused(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/holiday.jpg").write_bytes(b"x")
+    with pytest.raises(EvaluationError, match="not empty and no folder of samples"):
+        SampleFolder(tmp_path / "mine", SETTINGS, 3)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["holiday.jpg"]
+    fill(SampleFolder(tmp_path / "out", SETTINGS, 3))
+    (tmp_path / "out/images/extra.png").write_bytes(b"x")
+    with pytest.raises(EvaluationError, match=r"holds extra\.png, which is no sample"):
+        SampleFolder(tmp_path / "out", SETTINGS, 3)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EvaluationError, match="is a file; give a directory"):
+        SampleFolder(tmp_path / "file", SETTINGS, 3)
+
+
+def test_damaged_settings_are_refused(tmp_path):
+    SampleFolder(tmp_path / "out", SETTINGS, 3)
+    (tmp_path / "out/settings.json").write_text("{")
+    with pytest.raises(EvaluationError, match=r"settings\.json is not readable"):
+        SampleFolder(tmp_path / "out", SETTINGS, 3)
+
+
+def test_S03_missing_samples_are_recorded(tmp_path):
+    folder = SampleFolder(tmp_path / "out", SETTINGS, 3)
+    fill(folder, [0, 2])
+    folder.finish([1])
+    assert json.loads((tmp_path / "out/settings.json").read_text())["nonfinite"] == [1]
+    assert SampleFolder(tmp_path / "out", SETTINGS, 3).missing() == [1]

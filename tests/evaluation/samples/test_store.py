@@ -1,0 +1,168 @@
+"""Samples that are kept: exactly those asked for, in shards that WebDataset and our index read, or as PNGs."""
+
+import io
+import json
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.samples.draw import Sampler, SamplingSettings
+from tarflow.evaluation.samples.png_folder import load_png
+from tarflow.evaluation.samples.store import SampleSaver
+from tarflow.evaluation.samples.weights_source import Source
+from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
+
+SETTINGS = SamplingSettings(seed=3)
+
+
+@pytest.fixture
+def sampler(model):
+    return Sampler(model, SETTINGS)
+
+
+@pytest.fixture
+def saver(tmp_path, sampler):
+    def make(num, kind="shards", **source):
+        about = {"model": sampler.model, "weights": "raw", "sha256": "ab" * 32, "origin": "x", "step": 20} | source
+        return SampleSaver.of(kind, tmp_path, Source(**about), sampler, num)
+
+    return make
+
+
+def complete(saver, sampler, chunk=4):
+    saver.complete(sampler, batch_size=3, chunk=chunk, lease_s=60)
+    return saver.folder
+
+
+def pixels_of(folder):
+    """Index -> pixels, as any reader of WebDataset sees them; and index -> label."""
+    import webdataset
+
+    shards = [str(p) for p in sorted(folder.glob("*.tar"))]
+    images, labels = {}, {}
+    for sample in webdataset.WebDataset(shards, shardshuffle=False):
+        index = int(sample["__key__"])
+        assert index not in images
+        images[index] = torch.from_numpy(np.array(Image.open(io.BytesIO(sample["png"])))[None].copy())
+        labels[index] = int(sample["cls"])
+    return images, labels
+
+
+def test_S02_the_shards_hold_exactly_the_samples_asked_for(saver, sampler):
+    folder = complete(saver(10), sampler)
+    images, labels = pixels_of(folder)
+    assert sorted(images) == list(range(10))
+    honest = sampler.draw(range(10))
+    assert labels == dict(enumerate(honest.labels.tolist()))
+    for index, pixels in enumerate(honest.pixels()):
+        assert (images[index].int() - pixels.int()).abs().max() <= 1
+    assert json.loads((folder / "settings.json").read_text())["images"] == 10
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "samples-00000000-00000003.tar", "samples-00000004-00000007.tar", "samples-00000008-00000009.tar",
+        "settings.json",
+    ]  # fmt: skip
+
+
+def test_S02_more_samples_add_only_what_is_missing(saver, sampler, monkeypatch):
+    folder = complete(saver(6), sampler)
+    (folder / "samples-00000000-00000003.tar").unlink()
+    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.glob("*.tar")}
+    drawn = []
+    draw = Sampler.draw
+    monkeypatch.setattr(Sampler, "draw", lambda self, indices: drawn.extend(indices) or draw(self, indices))
+    complete(saver(11), sampler)
+    assert drawn == [0, 1, 2, 3, 6, 7, 8, 9, 10]
+    assert {name: ((folder / name).stat().st_mtime_ns, (folder / name).read_bytes()) for name in before} == before
+    assert sorted(pixels_of(folder)[0]) == list(range(11))
+    drawn.clear()
+    complete(saver(11), sampler)
+    assert drawn == []
+
+
+def test_S02_fewer_than_there_are_and_foreign_files_are_refused(saver, sampler):
+    folder = complete(saver(6), sampler)
+    with pytest.raises(EvaluationError, match=r"samples up to 5, beyond the 4 asked for.*num_samples=6"):
+        saver(4)
+    (folder / "0001.jpg").touch()
+    with pytest.raises(EvaluationError, match=r"holds 0001\.jpg, which no evaluation put there"):
+        saver(6)
+
+
+def test_other_weights_or_settings_have_a_folder_of_their_own(saver):
+    assert len({saver(4).folder, saver(4, sha256="cd" * 32).folder, saver(4, kind="png").folder}) == 3
+    (saver(4).folder / "settings.json").write_text('{"kind": "shards", "weights": "ema"}')
+    with pytest.raises(EvaluationError, match="drawn with other weights"):
+        saver(4)
+
+
+def test_S04_pngs_hold_the_same_pixels_as_shards(saver, sampler):
+    images, _ = pixels_of(complete(saver(7), sampler))
+    folder = complete(saver(7, kind="png"), sampler)
+    found = {int(p.stem): load_png(p) for p in (folder / "images").iterdir()}
+    assert sorted(found) == list(range(7))
+    assert all(torch.equal(found[i], images[i]) for i in found)
+
+
+def test_S03_lost_samples_are_in_no_file_and_are_named(saver, sampler):
+    honest = sampler.noise
+
+    def noise(indices):
+        rows = honest(indices)
+        rows[torch.tensor([i in (2, 9) for i in indices])] = torch.nan
+        return rows
+
+    sampler.noise = noise
+    for kind in ("shards", "png"):
+        folder = complete(saver(10, kind=kind), sampler)
+        said = json.loads((folder / "settings.json").read_text())
+        assert (said["num"], said["images"], said["nonfinite"]) == (10, 8, [2, 9])
+        assert saver(10, kind=kind).missing() == [], "they are not drawn again and again"
+
+
+def test_an_evaluation_keeps_its_samples_also_when_it_is_told_so_afterwards(make_run, fake_features):
+    from tarflow.data_pipeline.index.build import build_index
+    from tarflow.data_pipeline.storage.open_index import open_index
+
+    run_dir, _ = make_run(steps=(20,), evaluation={"chunk_samples": 10})
+    other, _ = make_run(steps=(20,), name="other", evaluation={"chunk_samples": 10})
+    evaluate(run_dir, False, WorkerOptions(save="shards"), lambda _: None)
+    assert len(evaluate(other, False, WorkerOptions(), lambda _: None).done) == 1
+    assert evaluate(other, False, WorkerOptions(save="shards"), lambda _: None).done == []
+    (ours,), (theirs,) = ((r / "samples").iterdir() for r in (run_dir, other))
+    assert sorted(pixels_of(ours)[0]) == list(range(24))
+    assert {p.name: p.read_bytes() for p in ours.glob("*.tar")} == {
+        p.name: p.read_bytes() for p in theirs.glob("*.tar")
+    }
+    before = [p.stat().st_mtime_ns for p in sorted(ours.iterdir())]
+    evaluate(run_dir, False, WorkerOptions(save="shards"), lambda _: None)
+    assert [p.stat().st_mtime_ns for p in sorted(ours.iterdir())] == before
+    build_index(ours, sorted(ours.glob("*.tar")), processes=1)
+    assert open_index(ours).num_samples == 24
+    evaluate(run_dir, False, WorkerOptions(save="shards"), lambda _: None)
+
+
+@pytest.mark.parametrize("num", [10, 2])
+@pytest.mark.parametrize("kind", ["shards", "png"])
+def test_S02_four_processes_keep_exactly_what_was_asked_for(saver, sampler, num, kind):
+    def work():
+        torch.set_num_threads(1)
+        saver(num, kind=kind).complete(sampler, batch_size=3, chunk=2, lease_s=60)
+        os._exit(0)
+
+    processes = [multiprocessing.get_context("fork").Process(target=work) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    there = saver(num, kind=kind)
+    assert there.missing() == []
+    assert sorted(there._indices()) == list(range(num))
+    kept = "samples-*.tar" if kind == "shards" else "samples-*.json"
+    assert len(list(there.folder.glob(kept))) == -(-num // 2)
+    assert not list(there.folder.glob(".*"))

@@ -1,0 +1,103 @@
+"""Chunks as files: uneven and empty ones merge to what one process would have, whatever the batches."""
+
+import pytest
+import torch
+
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.metrics.bits_per_dim import BitsPerDim, NoiseSettings
+from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics, frechet_distance
+from tarflow.evaluation.samples.draw import Drawn
+from tarflow.evaluation.worker.chunk_results import (
+    Keep,
+    MergedLikelihood,
+    SamplesPart,
+    chunk_statistics,
+    save_likelihood,
+)
+from tarflow.evaluation.worker.pictures import GridImages
+
+DIM = 4
+
+
+def part(features=100, pixels=3):
+    return SamplesPart(DIM, Keep(features, pixels, GridImages(1, 4, 0)))
+
+
+def batch(indices, lost=()):
+    """Samples whose pixels say their index."""
+    indices = list(indices)
+    images = torch.tensor(indices, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 1, 2, 2) / 127.5 - 1
+    finite = torch.tensor([i not in lost for i in indices], dtype=torch.bool)
+    return Drawn(indices, torch.tensor(indices) % 3, images, images.clone(), finite, 0)
+
+
+def rows_of(indices, shift=0.0):
+    rng = torch.Generator().manual_seed(7)
+    return torch.randn(64, DIM, generator=rng)[list(indices)] + shift
+
+
+def write(folder, name, indices, size=3, lost=(), shift=0.0):
+    """A chunk of samples, in batches of `size`."""
+    indices, one = list(indices), part()
+    for start in range(0, len(indices), size):
+        drawn = batch(indices[start : start + size], lost)
+        one.add(drawn, drawn.pixels(), rows_of(drawn.finite_indices(), shift))
+    one.save(folder / name, {"by": name, "seconds": {}})
+    return folder / name
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+def test_S08_uneven_and_empty_chunks_have_the_value_of_their_union(tmp_path, shift):
+    """5, 3 and 0 samples against 12 real images."""
+    chunks = [
+        write(tmp_path, "a", range(5), shift=shift),
+        write(tmp_path, "b", range(5, 8), shift=shift),
+        write(tmp_path, "c", range(8, 10), lost=(8, 9), shift=shift),
+    ]
+    merged, whole, real = part(), FeatureStatistics(DIM), FeatureStatistics(DIM)
+    for path in chunks:
+        merged.merge(path)
+    whole.add(rows_of(range(8), shift))
+    real.add(rows_of(range(20, 32), shift))
+    ours, theirs = frechet_distance(merged.statistics, real), frechet_distance(whole, real)
+    assert ours.distance == pytest.approx(theirs.distance, rel=1e-6)
+    assert torch.equal(merged.features, rows_of(range(8), shift))
+    assert (merged.count.asked, merged.count.used, merged.count.nonfinite) == (10, 8, [8, 9])
+    assert [statistics.count for statistics in chunk_statistics(chunks)] == [5, 3, 0]
+
+
+def test_S06_a_chunk_has_the_same_bits_in_any_batches(tmp_path):
+    found = []
+    for size in (1, 7, 1000):
+        merged = part()
+        merged.merge(write(tmp_path, f"in-{size}", range(40), size, shift=1e4))
+        found.append(merged.statistics.parts())
+    for count, mean, scatter in found[1:]:
+        assert count == 40
+        assert torch.equal(mean, found[0][1])
+        assert torch.equal(scatter, found[0][2])
+
+
+def test_S01_pixels_and_grid_are_kept_by_index_wherever_the_chunks_end(tmp_path):
+    whole, pieces = part(features=6), part(features=6)
+    whole.merge(write(tmp_path, "whole", range(12), lost=(1,)))
+    for start in (0, 2, 4, 6, 8, 10):
+        pieces.merge(write(tmp_path, f"from-{start}", range(start, start + 2), lost=(1,)))
+    for merged in (whole, pieces):
+        assert merged.pixels[:, 0, 0, 0].tolist() == [0, 2]  # of the samples 0, 1, 2, of which 1 is lost
+        assert merged.labels.tolist() == [0, 2]
+        assert sorted(merged.keep.grid._images) == [0, 2, 3]
+    assert torch.equal(whole.pixels, pieces.pixels)
+
+
+def test_held_out_images_come_once(tmp_path):
+    noise = NoiseSettings("gaussian", 0.1, draws=2)
+    for name, ids in (("a", [1, 2]), ("b", [3]), ("again", [3])):
+        bits = BitsPerDim(noise)
+        bits.put(ids, [[float(i), float(i + 1)] for i in ids], 64)
+        save_likelihood(tmp_path / name, bits, {"by": name})
+    merged = MergedLikelihood(noise)
+    assert [merged.merge(tmp_path / name)["by"] for name in ("b", "a")] == ["b", "a"]
+    assert merged.bits.result()["bits_per_dim"] == 2.5
+    with pytest.raises(EvaluationError, match="sample 3 of the held-out images came twice"):
+        merged.merge(tmp_path / "again")

@@ -1,0 +1,222 @@
+"""Reference statistics: computed once, provenance inside, mismatch refused."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.metrics.frechet_distance import frechet_distance
+from tarflow.evaluation.worker import reference
+from tarflow.evaluation.worker.reference import cache_path, full_provenance, load_reference, reference_statistics
+
+
+class FakeFeatures:
+    name, sha256, preprocessing, dim = "fake", "f00d", "none", 4
+
+    def __call__(self, images):
+        return images.float().flatten(1)[:, :4]
+
+
+ROOT = Path(__file__).resolve().parents[3]
+DATA = {"fingerprint": "aa11", "images": 30, "image_size": 8, "channels": 1, "crop": "centre"}
+
+
+class Images:
+    """Images in memory that announce 30 of them."""
+
+    def __init__(self, data=DATA, there=30):
+        self.data = data
+        rng = torch.Generator().manual_seed(0)
+        self.pixels = torch.randint(0, 256, (there, 1, 8, 8), dtype=torch.uint8, generator=rng)
+        self.read = []
+
+    @property
+    def num_images(self):
+        return self.data["images"]
+
+    def provenance(self):
+        return dict(self.data)
+
+    def batches(self, labelled, batch_size=7, part=0, parts=1):
+        self.read.append(part)
+        n = len(self.pixels)
+        for rows in self.pixels[part * n // parts : (part + 1) * n // parts].split(7):
+            yield rows, None, None
+
+
+def make(folder, data=DATA, **options):
+    images = Images(data, **options)
+    path = cache_path(folder, full_provenance(data, FakeFeatures()))
+    return reference_statistics(path, images, FakeFeatures()), images
+
+
+def test_statistics_are_computed_once_and_read_back_exactly(tmp_path):
+    first, images = make(tmp_path)
+    second, others = make(tmp_path)
+    assert (images.read, others.read) == ([0], [])
+    assert second.provenance == first.provenance
+    for a, b in zip(first.statistics.parts(), second.statistics.parts()):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    assert frechet_distance(first.statistics, second.statistics).distance < 1e-9
+    assert re.fullmatch(r"reference-fake-[0-9a-f]{12}\.npz", first.path.name)
+    assert [p.name for p in tmp_path.iterdir()] == [first.path.name]
+    assert torch.equal(first.rows, second.rows)
+    assert len(first.rows) == 30
+
+
+def test_chunks_in_any_hands_make_the_same_bits(tmp_path, monkeypatch):
+    """Nine chunks: one process, and one that finds four of them done by another that was killed."""
+    monkeypatch.setattr(reference, "CHUNK", 4)
+    monkeypatch.setattr(reference, "KEEP", 11)
+    whole, _ = make(tmp_path / "a")
+
+    class Killed(Images):
+        def batches(self, labelled, batch_size=7, part=0, parts=1):
+            if part == 4:
+                raise KeyboardInterrupt
+            return super().batches(labelled, batch_size, part, parts)
+
+    path = tmp_path / "b" / whole.path.name
+    with pytest.raises(KeyboardInterrupt):
+        reference_statistics(path, Killed(), FakeFeatures())
+    assert not path.exists()
+    rest = Images()
+    again = reference_statistics(path, rest, FakeFeatures())
+    assert rest.read == [4, 5, 6, 7]
+    assert path.read_bytes() == whole.path.read_bytes()
+    assert len(again.rows) == 11
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+WORKER = """
+import sys, time
+import torch
+from tarflow.evaluation.worker import reference; from tarflow.evaluation.commands import score_folder as score_command
+from tarflow.evaluation.commands.score_folder import ReferenceRequest, make_reference
+
+class Slow:
+    name, sha256, preprocessing, dim, warnings, num_classes = "slow", "f00d", "none", 4, [], 0
+    def __init__(self, *_): pass
+    def __call__(self, images):
+        time.sleep(0.02)
+        return images.float().flatten(1)[:, :4]
+
+reference.CHUNK = 3
+score_command.Features = Slow
+torch.set_num_threads(int(sys.argv[3]))
+from pathlib import Path
+make_reference(ReferenceRequest(sys.argv[1], 8, 1, 0, "slow", None, Path(sys.argv[2]), "strict", "cpu"))
+"""
+
+
+def test_S08_processes_of_any_number_and_a_killed_one_make_the_same_file(tmp_path, digit_like):
+    def start(out, threads=1):
+        command = [sys.executable, "-c", WORKER, str(digit_like / "train"), str(out), str(threads)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+    alone, shared = tmp_path / "a" / "ref.npz", tmp_path / "b" / "ref.npz"
+    first = start(alone)
+    victim = start(shared, threads=2)
+    deadline = time.monotonic() + 60
+    while not list((shared.parent / "work").rglob("reference-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    victim.kill()  # between two chunks or within one
+    victim.communicate(timeout=30)
+    second = start(shared, threads=2)
+    for process in (first, second):
+        errors = process.communicate(timeout=90)[1]
+        assert process.returncode == 0, errors
+    assert shared.read_bytes() == alone.read_bytes()
+    assert [path.name for path in shared.parent.iterdir()] == ["ref.npz"]
+
+
+def test_S04_what_a_killed_process_left_for_other_data_is_not_taken_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "CHUNK", 10)
+
+    class Killed(Images):
+        def batches(self, labelled, batch_size=7, part=0, parts=1):
+            if part == 2:
+                raise KeyboardInterrupt
+            return super().batches(labelled, batch_size, part, parts)
+
+    out = tmp_path / "ref.npz"
+    with pytest.raises(KeyboardInterrupt):
+        reference_statistics(out, Killed(), FakeFeatures())
+    other = Images(DATA | {"fingerprint": "bb22"})
+    other.pixels = 255 - other.pixels
+    found = reference_statistics(out, other, FakeFeatures())
+    assert other.read == [0, 1, 2]
+    torch.testing.assert_close(found.statistics.parts()[1], other.pixels.double().flatten(1)[:, :4].mean(0))
+
+
+def test_S08_uneven_and_empty_parts_weigh_by_their_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "CHUNK", 7)  # 30 images: chunks of six
+    found, _ = make(tmp_path)
+    pixels = Images().pixels.double().flatten(1)[:, :4]
+    count, mean, scatter = found.statistics.parts()
+    assert count == 30
+    torch.testing.assert_close(mean, pixels.mean(0))
+    torch.testing.assert_close(scatter, torch.cov(pixels.T) * 29)
+
+
+def test_the_kept_features_are_spread_over_the_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "KEEP", 3)
+    found, images = make(tmp_path)
+    wanted = images.pixels.float().flatten(1)[[9, 19, 29], :4]
+    assert torch.equal(found.rows, wanted)
+
+
+def test_S04_the_same_data_elsewhere_is_the_same_data(tmp_path):
+    first, _ = make(tmp_path, DATA | {"data": "/here"})
+    again, images = make(tmp_path, DATA | {"data": "/there"})
+    assert again.path == first.path
+    assert images.read == []
+
+
+def test_S04_other_data_size_or_network_has_a_file_of_its_own(tmp_path):
+    names = {make(tmp_path)[0].path.name}
+    for change in ({"fingerprint": "bb22"}, {"image_size": 16}, {"crop": "stretched"}):
+        names.add(make(tmp_path, DATA | change)[0].path.name)
+    assert len(names) == 4
+
+
+def test_S04_a_mismatch_is_refused_naming_both_values(tmp_path):
+    path = make(tmp_path)[0].path
+    expected = full_provenance(DATA | {"fingerprint": "bb22", "image_size": 64}, FakeFeatures())
+    with pytest.raises(EvaluationError) as error:
+        load_reference(path, expected)
+    assert "fingerprint: 'aa11' in the file, 'bb22' here" in str(error.value)
+    assert "image_size: 8 in the file, 64 here" in str(error.value)
+    assert "channels" not in str(error.value)
+
+
+def test_S06_weights_of_the_network_are_part_of_the_provenance(tmp_path):
+    path = make(tmp_path)[0].path
+    other = FakeFeatures()
+    other.sha256 = "beef"
+    with pytest.raises(EvaluationError, match="features_sha256: 'f00d' in the file, 'beef' here"):
+        load_reference(path, full_provenance(DATA, other))
+
+
+def test_S02_a_data_set_with_another_number_of_images_is_an_error(tmp_path):
+    with pytest.raises(EvaluationError, match="the reference has 20 images, 30 were announced"):
+        make(tmp_path, there=20)
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_files_that_hold_something_else_are_refused(tmp_path):
+    text = tmp_path / "a.npz"
+    text.write_text("hello")
+    with pytest.raises(EvaluationError, match="no file of reference statistics"):
+        load_reference(text, {})
+    np.savez(tmp_path / "b.npz", mean=np.zeros(3))
+    with pytest.raises(EvaluationError, match="no file of reference statistics"):
+        load_reference(tmp_path / "b.npz", {})
+    with pytest.raises(EvaluationError, match="no reference statistics at"):
+        load_reference(tmp_path / "none.npz", {})

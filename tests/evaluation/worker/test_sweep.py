@@ -1,0 +1,151 @@
+"""The guidance sweep: halving, choice, default; shared and resumable."""
+
+import json
+import multiprocessing
+import os
+
+import pytest
+import torch
+
+import tarflow.cli
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.run_config import run_config
+from tarflow.evaluation.worker import sweep as sweep_module
+from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
+from tarflow.evaluation.worker.sweep import SweepRequest, sweep_guidance
+
+pytestmark = pytest.mark.usefixtures("fake_features")
+
+
+@pytest.fixture
+def run_dir(make_run):
+    return make_run(steps=(20,), evaluation={"num_samples": 64})[0]
+
+
+def request(run_dir, **changes):
+    plain = {"guidance": (0, 1, 2, 4), "denoise": (0.0, 1.0), "start": 8, "final": 64}
+    return SweepRequest(run_dir, **(plain | changes))
+
+
+def test_the_better_half_goes_on_to_more_samples_and_the_best_is_chosen(run_dir):
+    lines = []
+    record = sweep_guidance(request(run_dir), lines.append)
+    assert [r["num_samples"] for r in record["rounds"]] == [8, 24, 64]
+    assert [len(r["points"]) for r in record["rounds"]] == [8, 4, 2]
+    for before, after in zip(record["rounds"], record["rounds"][1:]):
+        key = lambda p: (p["guidance"], p["denoise"], p["attn_temp"])  # noqa: E731
+        better = sorted(before["points"], key=lambda p: p["distance"])[: len(after["points"])]
+        assert {key(p) for p in better} == {key(p) for p in after["points"]}
+    best = min(record["rounds"][-1]["points"], key=lambda p: p["distance"])
+    assert record["chosen"] == {k: best[k] for k in ("guidance", "denoise", "attn_temp")}
+    folder = run_dir / "sweeps" / record["name"]
+    assert json.loads((folder / "sweep.json").read_text()) == record
+    assert "<svg" in (folder / "guidance.svg").read_text()
+    assert sorted(p.name for p in (run_dir / "sweeps").iterdir()) == [record["name"]], "the chunks are cleared away"
+
+
+def test_the_distance_of_the_last_round_is_that_of_an_evaluation(run_dir):
+    record = sweep_guidance(request(run_dir), lambda _: None)
+    (result,) = evaluate(run_dir, False, WorkerOptions(), lambda _: None).done
+    assert result["fd_efficientnet_lite0"] == pytest.approx(record["distance"], rel=1e-5)
+    assert result["settings"]["sampling"]["guidance"] == record["chosen"]["guidance"]
+
+
+def test_the_choice_is_the_default_until_it_is_overridden_and_whoever_uses_it_says_so(run_dir, tmp_path, capsys):
+    before = run_config(run_dir).sampling
+    options = ["--guidance", "3,5", "--denoise", "0.25", "--start", "8", "--final", "16", "--threads", "1"]
+    assert tarflow.cli.main(["sweep-guidance", str(run_dir), *options, "--no-default"]) == 0
+    assert run_config(run_dir).sampling == before
+    assert tarflow.cli.main(["sweep-guidance", str(run_dir), *options]) == 0
+    chosen = run_config(run_dir).sampling
+    assert chosen.guidance in (3, 5)
+    assert chosen.denoise == 0.25
+    capsys.readouterr()
+    assert tarflow.cli.main(["sample", str(run_dir), "--out", str(tmp_path / "out"), "--num", "2"]) == 0
+    assert f"sampling with guidance={chosen.guidance}, denoise=0.25" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/settings.json").read_text())["sampling"]["guidance"] == chosen.guidance
+    asked = ["sample", str(run_dir), "--out", str(tmp_path / "two"), "--num", "2", "--guidance", "0.5"]
+    assert tarflow.cli.main(asked) == 0
+    assert "sampling with denoise=0.25" in capsys.readouterr().out
+    assert tarflow.cli.main(["evaluate", str(run_dir), "sampling.guidance=0.5"]) == 0
+    assert "sampling with denoise=0.25, attn_temp=1.0: chosen by sweeps/step-00000020-" in capsys.readouterr().out
+    (run_dir / "sampling.json").write_text('{"sampling": {"guidence": 1}, "chosen_by": "me"}')
+    with pytest.raises(EvaluationError, match="holds 'guidence', which is no setting"):
+        run_config(run_dir)
+
+
+def work(run_dir):
+    torch.set_num_threads(1)
+    sweep_guidance(request(run_dir), lambda _: None)
+    os._exit(0)
+
+
+def test_two_processes_share_a_sweep_and_agree_with_one(run_dir, tmp_path):
+    import shutil
+
+    alone = tmp_path / "alone"
+    shutil.copytree(run_dir, alone)
+    sweep_guidance(request(alone), lambda _: None)
+    processes = [multiprocessing.get_context("fork").Process(target=work, args=(run_dir,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    ours, theirs = ((r / "sweeps").glob("step-*/sweep.json") for r in (run_dir, alone))
+    assert next(ours).read_bytes() == next(theirs).read_bytes()
+
+
+def test_a_killed_sweep_goes_on_with_what_is_missing(run_dir, monkeypatch):
+    drawn = []
+    draw = sweep_module.draw_chunk
+
+    def dying(part, sampler, features, indices, *rest):
+        if len(drawn) == 5:
+            raise SystemExit(137)
+        drawn.append((sampler.settings, indices.start))
+        draw(part, sampler, features, indices, *rest)
+
+    monkeypatch.setattr(sweep_module, "draw_chunk", dying)
+    with pytest.raises(SystemExit):
+        sweep_guidance(request(run_dir), lambda _: None)
+    first, drawn[:] = set(drawn), [None] * 6  # never dies again
+    sweep_guidance(request(run_dir), lambda _: None)
+    again = [item for item in drawn if item]
+    assert len(first) == 5
+    assert not first & set(again)
+    assert len(again) == len(set(again)), "a round goes on from the samples of the one before"
+
+
+def test_S10_settings_that_mean_nothing_are_refused_or_said(make_run):
+    plain, _ = make_run(steps=(20,), model={"num_classes": 0}, sampling={"guidance": 0})
+    lines = []
+    record = sweep_guidance(
+        SweepRequest(plain, guidance=(0, 1), attn_temp=(1.0, 0.5), denoise=(1.0,), start=4, final=8), lines.append
+    )
+    assert "left out: guidance 1 with attention temperature 1 has no effect without labels" in lines
+    assert len(record["rounds"][0]["points"]) == 2
+    untrained, _ = make_run(steps=(20,), name="untrained", train={"label_dropout": 0}, sampling={"guidance": 0})
+    with pytest.raises(EvaluationError, match=r"train\.label_dropout=0"):
+        sweep_guidance(request(untrained))
+    with pytest.raises(EvaluationError, match="--start 100 must lie between 2 and the final number of samples, 64"):
+        sweep_guidance(request(untrained, start=100))
+    with pytest.raises(EvaluationError, match="--guidance -1 must be"):
+        sweep_guidance(request(untrained, guidance=(-1,)))
+
+
+def test_S03_a_setting_that_loses_samples_is_never_chosen(run_dir, monkeypatch):
+    from tarflow.evaluation.samples.draw import Sampler
+
+    honest = Sampler.noise
+
+    def noise(self, indices):
+        rows = honest(self, indices)
+        return rows * torch.nan if self.settings.guidance > 0 else rows
+
+    monkeypatch.setattr(Sampler, "noise", noise)
+    record = sweep_guidance(request(run_dir), lambda _: None)
+    assert record["chosen"]["guidance"] == 0
+    assert {p["lost"] for p in record["rounds"][0]["points"] if p["guidance"]} == {8}
+    with pytest.raises(EvaluationError, match="every setting of the sweep lost more than 5%"):
+        sweep_guidance(request(run_dir, guidance=(1, 2)), lambda _: None)

@@ -1,0 +1,292 @@
+"""Several workers on one result: the same bytes whoever did what, each sample once, whoever dies (real processes)."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from tarflow.evaluation.worker import evaluate as evaluate_module
+from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
+
+pytestmark = pytest.mark.usefixtures("fake_features")
+fork = multiprocessing.get_context("fork")
+CHUNKS = 10
+
+
+def work(run_dir, options, first_delay_s=0.0, delay_s=0.0):
+    """A worker; its first chunk takes longer so that others surely have time to come, or to be killed."""
+    torch.set_num_threads(1)
+    compute = evaluate_module.Job._compute
+    delays = [first_delay_s]
+
+    def slow(self, name, path):
+        time.sleep(delays.pop() if delays else delay_s)
+        compute(self, name, path)
+
+    evaluate_module.Job._compute = slow
+    evaluate(run_dir, False, options, lambda _: None)
+    os._exit(0)
+
+
+def start(run_dir, **how):
+    process = fork.Process(target=work, args=(run_dir, how.pop("options", WorkerOptions())), kwargs=how)
+    process.start()
+    return process
+
+
+def until(what, limit_s=30):
+    limit = time.monotonic() + limit_s
+    while not what():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def claims_of(run_dir, process):
+    found = (run_dir / "evals").glob("work/step-*/claims/*-*")
+    return [p.name for p in found if f'"pid": {process.pid}}}' in p.read_text()]
+
+
+def chunks_done(run_dir):
+    return sorted((run_dir / "evals").glob("work/step-*/*-0????"))
+
+
+def kill(process):
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(10)
+
+
+def files(run_dir, name="step-00000020"):
+    folder = run_dir / "evals" / name
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "work.json"}
+
+
+@pytest.fixture
+def run_of_2000(make_run):
+    run_dir, _ = make_run(
+        steps=(20,),
+        sampling={"batch_size": 50, "guidance": 0, "denoise": 0},
+        evaluation={"num_samples": 2000, "chunk_samples": 200, "neighbour_samples": 300, "lease_s": 600},
+    )
+    return run_dir
+
+
+def test_S01_S08_three_workers_one_killed_one_late_write_the_bytes_of_one(run_of_2000, tmp_path):
+    """Chunks of 200: 2,000 samples and 12 held-out images. The killed one holds a chunk, and its lease is ten minutes."""
+    alone = tmp_path / "alone"
+    shutil.copytree(run_of_2000, alone)
+    one = start(alone)
+    victim = start(run_of_2000, first_delay_s=600)
+    until(lambda: claims_of(run_of_2000, victim))
+    other = start(run_of_2000, delay_s=0.3)  # the late one finds something to do
+    until(lambda: len(chunks_done(run_of_2000)) >= 2)
+    kill(victim)
+    late = start(run_of_2000)
+    for process in (one, other, late):
+        process.join(60)
+        assert process.exitcode == 0
+    assert files(run_of_2000) == files(alone)
+    assert set(files(alone)) == {"result.json", "grid.png", "neighbours.png", "trajectory.png"}
+    result = json.loads(files(alone)["result.json"])
+    assert result["samples"]["asked"] == result["num_samples"] == 2000
+    done_by = json.loads((run_of_2000 / "evals/step-00000020/work.json").read_text())["workers"]
+    assert sorted(chunk for chunks in done_by.values() for chunk in chunks) == [
+        "likelihood-00000", *(f"samples-{k:05d}" for k in range(CHUNKS)),
+    ]  # fmt: skip
+    assert len(done_by) == 2
+    assert not any(name.endswith(f":{victim.pid}") for name in done_by)
+    for run_dir in (run_of_2000, alone):
+        assert len((run_dir / "evals.jsonl").read_text().splitlines()) == 1
+        assert not (run_dir / "evals/work").exists()
+
+
+def test_S02_all_killed_and_one_started_again_draws_only_what_is_missing(run_of_2000, tmp_path):
+    alone = tmp_path / "alone"
+    shutil.copytree(run_of_2000, alone)
+    workers = [start(run_of_2000, delay_s=0.3) for _ in range(2)]
+    until(lambda: len(chunks_done(run_of_2000)) >= 4)
+    for process in workers:
+        kill(process)
+    before = {p.name: p.read_bytes() for p in chunks_done(run_of_2000)}
+    assert 4 <= len(before) < CHUNKS
+    drawn = []
+    sample = evaluate_module.draw_chunk
+
+    def noting(part, sampler, features, indices, *rest):
+        drawn.append(indices.start)
+        sample(part, sampler, features, indices, *rest)
+
+    for run_dir in (run_of_2000, alone):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluate_module, "draw_chunk", noting if run_dir == run_of_2000 else sample)
+            assert len(evaluate(run_dir, False, WorkerOptions(), lambda _: None).done) == 1
+    done_before = [200 * int(name[-5:]) for name in before if name.startswith("samples")]
+    assert sorted(drawn + done_before) == list(range(0, 2000, 200))
+    assert files(run_of_2000) == files(alone)
+
+
+def test_the_statistics_are_those_of_all_features_at_once(run_of_2000):
+    """Merged chunks against two passes over everything; the features are kept for measures that need them."""
+    seen = {}
+    finish = evaluate_module.Job._measure
+
+    def noting(self, samples, likelihood, folder):
+        seen.update(features=samples.features, parts=samples.statistics.parts())
+        return finish(self, samples, likelihood, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_module.Job, "_measure", noting)
+        evaluate(run_of_2000, False, WorkerOptions(), lambda _: None)
+    rows = seen["features"].double()
+    assert rows.shape == (2000, 8)
+    count, mean, scatter = seen["parts"]
+    assert count == 2000
+    torch.testing.assert_close(mean, rows.mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(scatter, (rows - rows.mean(0)).T @ (rows - rows.mean(0)), rtol=1e-10, atol=1e-6)
+
+
+def test_variants_are_evaluated_beside_the_runs_own_settings(make_run):
+    run_dir, _ = make_run(
+        evaluation={"variants": [{"weights": "raw"}, {"guidance": "2.0", "denoise": "0"}, {"guidance": "1.0"}]}
+    )
+    done = evaluate(run_dir, False, WorkerOptions(), lambda _: None).done
+    of_step = [r for r in done if r["step"] == 20]
+    assert [(r["weights"], r["settings"]["sampling"]["guidance"]) for r in of_step] == [
+        ("ema-0.100", 1.0), ("raw", 1.0), ("ema-0.100", 2.0),
+    ]  # fmt: skip
+    assert of_step[0]["name"] == "step-00000020"
+    assert len({r["name"] for r in done}) == len(done) == 6, "a variant that is the run's own is not done twice"
+    assert evaluate(run_dir, False, WorkerOptions(), lambda _: None).done == []
+
+
+def test_the_order_is_a_setting(make_run):
+    run_dir, _ = make_run(evaluation={"order": "newest_first"})
+    assert [r["step"] for r in evaluate(run_dir, False, WorkerOptions(), lambda _: None).done] == [20, 10]
+
+
+def test_what_is_evaluated_is_pinned_all_the_while(make_run, monkeypatch):
+    from tarflow.trainer.checkpoint.commit import apply_retention
+
+    run_dir, _ = make_run(steps=(10, 20, 30))
+    removed = []
+    compute = evaluate_module.Job._compute
+
+    def with_retention(self, name, path):
+        removed.append(apply_retention(run_dir, 2, 0))
+        compute(self, name, path)
+
+    monkeypatch.setattr(evaluate_module.Job, "_compute", with_retention)
+    evaluate(run_dir, False, WorkerOptions(step=10), lambda _: None)
+    assert set(map(tuple, removed)) == {()}
+    assert apply_retention(run_dir, 2, 0) == ["step-00000010"]
+
+
+def test_a_weights_file_is_evaluated_like_a_checkpoint(make_run, make_model, digit_like, tmp_path):
+    import tarflow.cli
+    from tarflow.models.weights import save_weights_file
+
+    model = make_model()
+    save_weights_file(tmp_path / "m.safetensors", model.config, model.state_dict())
+    settings = [f"data.train={digit_like / 'train'}", "train.noise_std=0.1", "evaluation.num_samples=30"]
+    arguments = ["evaluate", str(tmp_path / "m.safetensors"), "--out", str(tmp_path / "out"), *settings]
+    assert tarflow.cli.main(arguments) == 0
+    (result,) = (tmp_path / "out/evals").glob("weights-*/result.json")
+    said = json.loads(result.read_text())
+    assert (said["weights"], said["step"], said["num_samples"], said["run"]) == ("file", None, 30, None)
+    assert said["fd_efficientnet_lite0"] > 0
+    assert said["settings"]["sampling"]["denoise"] == 1.0
+    before = result.stat().st_mtime_ns
+    assert tarflow.cli.main(arguments) == 0
+    assert result.stat().st_mtime_ns == before
+    for wrong in (
+        arguments[:4] + settings[1:],
+        arguments[:4] + settings[:1],
+        [*arguments, "optim.lr=1"],
+        arguments[:2],
+    ):
+        assert tarflow.cli.main(wrong) == 2
+
+
+def test_a_refused_weights_file_writes_nothing_and_leaves_a_run_as_it_is(make_run, make_model, digit_like, tmp_path):
+    from tarflow.data_pipeline.errors import DataError
+    from tarflow.evaluation.errors import EvaluationError
+    from tarflow.evaluation.worker.follow import WorkerOptions, evaluate_file
+    from tarflow.models.weights import save_weights_file
+
+    run_dir, _ = make_run()
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    model = make_model()
+    save_weights_file(tmp_path / "m.safetensors", model.config, model.state_dict())
+    given = [f"data.train={digit_like / 'train'}", "train.noise_std=0.1"]
+    with pytest.raises(EvaluationError, match="is a run directory"):
+        evaluate_file(tmp_path / "m.safetensors", run_dir, WorkerOptions(overrides=given))
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+    nowhere = WorkerOptions(overrides=["data.train=/nowhere", "train.noise_std=0.1"])
+    with pytest.raises(DataError, match=r"no data set at /nowhere.*data\.train"):
+        evaluate_file(tmp_path / "m.safetensors", tmp_path / "out", nowhere)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_chunks_file_says_who_did_it(run_of_2000):
+    """Stopped before the result: the chunks stay, with their owner and nothing that is not an array."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_module.Job, "_finish", lambda self, name, path: (_ for _ in ()).throw(SystemExit(143)))
+        with pytest.raises(SystemExit):
+            evaluate(run_of_2000, False, WorkerOptions(), lambda _: None)
+    path = chunks_done(run_of_2000)[-1]
+    assert zipfile.is_zipfile(path)
+    with np.load(path) as stored:
+        about = json.loads(str(stored["about"]))
+        assert stored["count"].tolist() == [200]
+        assert stored["scatter"].dtype == np.float64
+    assert about["by"].endswith(f":{os.getpid()}")
+    assert {"sampling", "features", "statistics"} <= set(about["seconds"])
+
+
+def test_labels_by_frequency_leave_the_grid_in_rows_of_classes(make_run):
+    run_dir, _ = make_run(steps=(20,), sampling={"labels": "training"}, evaluation={"num_samples": 40})
+    (result,) = evaluate(run_dir, False, WorkerOptions(), lambda _: None).done
+    assert result["settings"]["sampling"]["labels"] == "drawn by the frequencies in the training data"
+    assert sum(result["settings"]["sampling"]["class_counts"]) == 48
+    plain, _ = make_run(steps=(20,), name="plain", evaluation={"num_samples": 40})
+    (other,) = evaluate(plain, False, WorkerOptions(), lambda _: None).done
+    assert files(run_dir)["grid.png"] == files(plain)["grid.png"]
+    assert result["fd_efficientnet_lite0"] != other["fd_efficientnet_lite0"]
+
+
+def test_chunks_that_nobody_needs_any_more_are_cleared_away(make_run):
+    run_dir, _ = make_run(steps=(20,))
+    gone = run_dir / "evals/work/step-00000010-aaaaaaaaaaaa-bbbbbbbbbbbb"
+    wanted = run_dir / "evals/work/step-00000020-aaaaaaaaaaaa-bbbbbbbbbbbb"
+    for folder in (gone, wanted):
+        folder.mkdir(parents=True)
+    evaluate(run_dir, False, WorkerOptions(), lambda _: None)
+    assert not gone.exists(), "its checkpoint was removed"
+    assert wanted.exists(), "another worker with other settings may be at it"
+
+
+def test_chunks_count_as_progress_of_a_requeued_job(run_of_2000):
+    """A result that takes longer than one allocation must not look like a job that gets nowhere."""
+    from types import SimpleNamespace
+
+    from tarflow.cluster.job.job import progress
+
+    job = SimpleNamespace(kind="evaluate", run_dir=str(run_of_2000))
+    seen = [progress(job)]
+    compute = evaluate_module.Job._compute
+
+    def counting(self, name, path):
+        compute(self, name, path)
+        seen.append(progress(job))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_module.Job, "_compute", counting)
+        evaluate(run_of_2000, False, WorkerOptions(), lambda _: None)
+    seen.append(progress(job))
+    assert seen == [0, *range(CHUNKS + 1), 1_000_000]

@@ -1,0 +1,160 @@
+"""`tarflow checkpoint`: list, verify, export and prune, on the checkpoints of a real run. Cases T04, T06."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import tarflow.cli
+from tarflow.models.weights import load_weights_file
+from tarflow.trainer.checkpoint.commit import committed, find, pinned
+from tarflow.trainer.checkpoint.tensors import load_weights
+from tarflow.trainer.config.files import load_config
+from tarflow.trainer.run_dir import writer_lock
+
+
+@pytest.fixture(scope="module")
+def trained(start, tiny_data, tmp_path_factory) -> Path:
+    """A run with five checkpoints, steps 1 to 5."""
+    import yaml
+
+    folder = tmp_path_factory.mktemp("trained")
+    tree = {
+        "data": {"train": str(tiny_data)},
+        "model": {"image_size": 8, "patch_size": 2, "in_channels": 1, "channels": 64, "num_blocks": 2,
+                  "layers_per_block": 1, "num_classes": 3},
+        "train": {"global_batch_size": 16, "max_images": 80},
+        "checkpoint": {"every_images": 16, "keep_latest": -1},
+        "log": {"tensorboard": False},
+    }  # fmt: skip
+    (folder / "c.yaml").write_text(yaml.safe_dump(tree))
+    assert start(folder / "c.yaml", folder / "runs" / "run", ranks=1)["codes"] == [0]
+    return folder / "runs" / "run"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def steps(run: Path) -> list[int]:
+    return [c.step for c in committed(run)]
+
+
+def flip(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+def test_list_shows_what_is_there_and_what_is_not_used(run: Path, capsys) -> None:
+    (run / "checkpoints" / "step-00000009.tmp").mkdir()
+    (run / "checkpoints" / "step-00000004.damaged").mkdir()
+    with pinned(find(run, 2), owner="evaluation"):
+        assert tarflow.cli.main(["checkpoint", "list", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:6]] == ["1", "2", "3", "4", "5"]
+    assert lines[2].endswith("pinned")
+    assert lines[5].endswith("newest")
+    assert "step-00000009.tmp: not used: a save was interrupted" in lines
+    assert any(line.startswith("step-00000004.damaged: set aside") for line in lines)
+
+
+def test_verify_reads_every_byte_of_every_file(run: Path, capsys) -> None:
+    assert tarflow.cli.main(["checkpoint", "verify", str(run)]) == 0
+    assert capsys.readouterr().out.count("sound: ") == 5
+    victim = find(run, 3)
+    for name, facts in victim.info["files"].items():
+        for at in (0, facts["size"] // 2, facts["size"] - 1):  # whichever byte it is
+            flip(victim.path / name, at)
+            assert tarflow.cli.main(["checkpoint", "verify", str(run), "--step", "3"]) == 1
+            assert f"step-00000003: DAMAGED: the checksum of its file {name} is wrong" in capsys.readouterr().out
+            flip(victim.path / name, at)
+    assert tarflow.cli.main(["checkpoint", "verify", str(run)]) == 0
+    (victim.path / "config.yaml").unlink()
+    assert tarflow.cli.main(["checkpoint", "verify", str(run)]) == 1
+    out = capsys.readouterr().out
+    assert "step-00000003: DAMAGED: its file config.yaml is missing" in out
+    assert tarflow.cli.main(["checkpoint", "verify", str(run), "--step", "7"]) == 2
+    assert "usable steps: 1, 2, 4, 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize(("asked", "meant"), [("auto", "ema-0.100"), ("raw", "raw"), ("ema-0.050", "ema-0.050")])
+def test_T06_export_writes_the_set_that_was_asked_for_and_names_it(
+    trained: Path, tmp_path: Path, capsys, suffix: str, asked: str, meant: str
+) -> None:
+    out = tmp_path / f"weights{suffix}"
+    assert tarflow.cli.main(["checkpoint", "export", str(trained), "--out", str(out), "--weights", asked]) == 0
+    assert f"weights {meant} of step-00000005" in capsys.readouterr().out
+    model = load_config(trained / "config.yaml").model
+    config, weights = load_weights_file(out, model if suffix == ".pth" else None)
+    assert config == model
+    expected = load_weights(find(trained), meant)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+    assert not list((trained / "checkpoints" / "pins").iterdir())
+
+
+def test_T06_export_refuses_and_writes_nothing(run: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "old.pth").write_text("mine")
+
+    def refused(*arguments: str) -> str:
+        assert tarflow.cli.main(["checkpoint", "export", str(run), *arguments]) == 2
+        return str(capsys.readouterr().err)
+
+    assert "holds no weights 'ema-0.2'; it holds: ema-0.050, ema-0.100, raw" in refused(
+        "--out", str(tmp_path / "a.pth"), "--weights", "ema-0.2"
+    )
+    assert "ends in .safetensors or .pth" in refused("--out", str(tmp_path / "a.bin"))
+    assert "exists" in refused("--out", str(tmp_path / "old.pth"))
+    assert "there is no directory" in refused("--out", str(tmp_path / "none" / "a.pth"))
+    assert "usable steps: 1, 2, 3, 4, 5" in refused("--out", str(tmp_path / "a.pth"), "--step", "6")
+    flip(next(find(run, 5).path.glob("*.distcp")), 7)
+    assert "is damaged: the checksum of its file" in refused("--out", str(tmp_path / "a.pth"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["old.pth", "run"]
+
+
+def test_T04_prune_follows_retention_and_keeps_the_newest_and_the_pinned(run: Path, capsys) -> None:
+    prune = ["checkpoint", "prune", str(run)]
+    assert tarflow.cli.main(prune) == 0  # the run keeps all
+    assert steps(run) == [1, 2, 3, 4, 5]
+    for few in ("0", "1", "-2"):
+        assert tarflow.cli.main([*prune, "--keep-latest", few]) == 2
+        assert "2 at least, or -1 to keep all" in capsys.readouterr().err
+    with pinned(find(run, 1), owner="reader"):
+        assert tarflow.cli.main([*prune, "--keep-latest", "2", "--keep-every-images", "48"]) == 0
+    assert "removed step-00000002" in capsys.readouterr().out
+    assert steps(run) == [1, 3, 4, 5]
+    assert tarflow.cli.main([*prune, "--keep-latest", "2"]) == 0
+    assert steps(run) == [4, 5]
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step-00000005"
+
+
+def test_T04_prune_never_removes_the_last_whole_one_nor_works_beside_a_writer(run: Path, capsys) -> None:
+    prune = ["checkpoint", "prune", str(run), "--keep-latest", "2"]
+    for step in (4, 5):
+        flip(next(find(run, step).path.glob("*.distcp")), 7)
+    assert tarflow.cli.main(prune) == 2
+    assert "the newest 2 checkpoints" in capsys.readouterr().err
+    assert steps(run) == [1, 2, 3, 4, 5]
+    with writer_lock(run):
+        code = tarflow.cli.main(["checkpoint", "prune", str(run), "--keep-latest", "3"])
+    assert code == 2
+    assert "is in use by another process" in capsys.readouterr().err
+    assert steps(run) == [1, 2, 3, 4, 5]
+
+
+def test_prune_removes_what_was_set_aside_only_when_asked(run: Path) -> None:
+    aside = run / "checkpoints" / "step-00000009.damaged"
+    aside.mkdir()
+    assert tarflow.cli.main(["checkpoint", "prune", str(run)]) == 0
+    assert aside.exists()
+    assert tarflow.cli.main(["checkpoint", "prune", str(run), "--damaged"]) == 0
+    assert not aside.exists()
+
+
+def test_what_is_no_run_is_said(tmp_path: Path, capsys) -> None:
+    assert tarflow.cli.main(["checkpoint", "list", str(tmp_path / "none")]) == 2
+    assert "no run directory at" in capsys.readouterr().err

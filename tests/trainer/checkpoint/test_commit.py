@@ -1,0 +1,239 @@
+"""The commit protocol: a checkpoint is whole or it is none (cases T01, T04, T15)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from tarflow.trainer.checkpoint import commit as ckpt
+from tarflow.trainer.checkpoint.tensors import load_weights, read_tensors, write_tensors
+from tarflow.trainer.errors import TrainerError
+from tarflow.trainer.run_dir import create_run, run_id, writer_lock
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    create_run(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def save(run: Path, step: int, value: float = 0.0) -> ckpt.Checkpoint:
+    temporary = ckpt.temporary_dir(run, step)
+    tensors = {"model/w": torch.full((3,), value), "ema-0.050/w": torch.full((3,), -value), "buffer/var": torch.ones(2)}
+    write_tensors(temporary, tensors)
+    return ckpt.commit(run, temporary, step, step * 8, {"data": "f00"})
+
+
+def names(run: Path) -> list[str]:
+    return sorted(p.name for p in (run / "checkpoints").iterdir())
+
+
+def test_committed_checkpoint_reads_back_bit_for_bit(run: Path) -> None:
+    save(run, 10, 0.1)
+    found = ckpt.find(run)
+    assert (found.step, found.images_seen, found.info["run"]) == (10, 80, run_id(run))
+    into = {"model/w": torch.empty(3), "ema-0.050/w": torch.empty(3), "buffer/var": torch.empty(2)}
+    read_tensors(found, into)
+    assert torch.equal(into["model/w"], torch.full((3,), 0.1))
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step-00000010"
+    raw = load_weights(found, "raw")
+    assert raw.keys() == {"w", "var"}
+    assert torch.equal(raw["w"], -load_weights(found, "ema-0.050")["w"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda p: (p / "COMMITTED").unlink(), "never committed"),
+        (lambda p: (p / "COMMITTED").write_text(""), "marker is damaged"),
+        (lambda p: next(p.glob("*.distcp")).unlink(), "is missing"),
+        (lambda p: next(p.glob("*.distcp")).write_bytes(b""), "has 0 bytes instead of"),
+        (lambda p: os.rename(p, p.with_name(p.name + ".tmp")), "a save was interrupted"),
+    ],
+)
+def test_T01_partial_checkpoint_is_not_the_newest(run: Path, damage, reason: str) -> None:
+    save(run, 10)
+    damage(save(run, 20).path)
+    assert ckpt.find(run).step == 10
+    assert any(reason in why for why in ckpt.scan(run)[1].values())
+    with pytest.raises(TrainerError, match=r"no usable checkpoint of step 20: .*usable steps: 10"):
+        ckpt.find(run, 20)
+    lines = ckpt.sweep(run)
+    assert len(lines) == 1
+    assert reason in lines[0]
+    save(run, 20, 0.5)  # the next save of that step replaces the leftover
+    assert ckpt.find(run).step == 20
+    assert load_weights(ckpt.find(run), "raw")["w"][0] == 0.5
+
+
+KILLED = """
+import sys, os, signal, torch
+from pathlib import Path
+from tarflow.trainer.checkpoint import commit as ckpt
+from tarflow.trainer.checkpoint.tensors import write_tensors
+run, point = Path(sys.argv[1]), sys.argv[2]
+module, name = point.split(":")
+import importlib
+owner = importlib.import_module(module) if module != "os" else os
+real, count = getattr(owner, name), [int(sys.argv[3])]
+def die(*a, **k):
+    count[0] -= 1
+    if count[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*a, **k)
+setattr(owner, name, die)
+temporary = ckpt.temporary_dir(run, 20)
+write_tensors(temporary, {"model/w": torch.ones(3)})
+ckpt.commit(run, temporary, 20, 160, {})
+ckpt.apply_retention(run, 2, 0)
+"""
+
+
+@pytest.mark.parametrize("point", ["tarflow.trainer.checkpoint.commit:fsync_tree", "os:rename", "tarflow.trainer.checkpoint.commit:write_text",
+                                   "os:replace", "tarflow.trainer.checkpoint.commit:_remove"])  # fmt: skip
+@pytest.mark.parametrize("calls", [0, 1])
+def test_T01_killed_at_any_point_of_a_save_the_newest_whole_checkpoint_wins(run: Path, point: str, calls: int) -> None:
+    for step in (5, 8, 10):
+        save(run, step)
+    process = subprocess.run([sys.executable, "-c", KILLED, str(run), point, str(calls)], capture_output=True)
+    assert process.returncode in (0, -signal.SIGKILL), process.stderr[-500:]
+    steps = [c.step for c in ckpt.committed(run)]
+    assert steps[-1] in (10, 20)
+    assert len(steps) >= 2
+    for checkpoint in ckpt.committed(run):
+        assert load_weights(checkpoint, "raw")["w"].shape == (3,)
+    ckpt.sweep(run)
+    assert not [n for n in names(run) if n.startswith("step-") and n.endswith(".tmp")]
+    assert (run / "checkpoints" / "latest").read_text().strip() == f"step-{steps[-1]:08d}"
+    assert [c.step for c in ckpt.committed(run)] == steps
+
+
+def test_T15_damaged_bytes_are_found_by_checksum_and_an_older_checkpoint_is_taken_loudly(run: Path) -> None:
+    for step in (10, 20):
+        save(run, step)
+    assert ckpt.newest_sound(run, pytest.fail).step == 20
+    file = next((run / "checkpoints" / "step-00000020").glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    said: list[str] = []
+    assert ckpt.newest_sound(run, said.append).step == 10
+    assert said == [
+        f"WARNING: checkpoint step-00000020 is damaged and not used: the checksum of its file {file.name} is wrong"
+    ]
+    (run / "checkpoints" / "step-00000010" / ".metadata").write_bytes(b"")
+    with pytest.raises(TrainerError, match="has checkpoints, but none can be used"):
+        ckpt.newest_sound(run, said.append)
+
+
+def test_T15_fresh_start_only_if_nothing_was_ever_committed(run: Path) -> None:
+    assert ckpt.newest_sound(run, pytest.fail) is None
+    ckpt.temporary_dir(run, 10)
+    assert ckpt.newest_sound(run, pytest.fail) is None
+
+
+def test_T04_retention_is_numeric_and_never_takes_the_last(run: Path) -> None:
+    for step in (8000, 9000, 10000):
+        save(run, step)
+    assert ckpt.apply_retention(run, -1, 0) == []
+    assert ckpt.apply_retention(run, 2, 0) == ["step-00008000"]
+    assert [c.step for c in ckpt.committed(run)] == [9000, 10000]
+
+
+def test_T04_foreign_and_other_runs_folders_are_left_alone_and_not_used(run: Path, tmp_path: Path) -> None:
+    create_run(tmp_path / "other")
+    stale = save(tmp_path / "other", 50000)
+    save(run, 1)
+    os.rename(stale.path, run / "checkpoints" / stale.name)
+    (run / "checkpoints" / "my notes").mkdir()
+    assert ckpt.find(run).step == 1
+    assert ckpt.sweep(run) == ["checkpoint step-00050000 is not used: it belongs to another run"]
+    for step in (2, 3, 4):
+        save(run, step)
+        ckpt.apply_retention(run, 2, 0)
+    assert names(run) == ["latest", "my notes", "step-00000003", "step-00000004", "step-00050000"]
+
+
+def test_T04_permanent_and_pinned_checkpoints_stay(run: Path) -> None:
+    for step in (10, 20, 30, 40, 50):
+        save(run, step)
+    with ckpt.pinned(ckpt.find(run, 10), owner="reader"):
+        assert ckpt.apply_retention(run, 2, 160) == ["step-00000030"]  # 20 and 40 are multiples of 160 images
+    assert ckpt.apply_retention(run, 2, 160) == ["step-00000010"]
+
+
+def test_pin_of_a_dead_process_expires(run: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from tarflow.trainer.checkpoint import commit as ckpt
+with ckpt.pinned(ckpt.find(Path({str(run)!r}), 10), owner="reader"):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    for step in (10, 20, 30):
+        save(run, step)
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert list((run / "checkpoints" / "pins").iterdir())
+    assert ckpt.apply_retention(run, 2, 0) == ["step-00000010"]
+
+
+def test_T15_missing_and_unexpected_tensors_are_listed(run: Path) -> None:
+    save(run, 10)
+    with pytest.raises(TrainerError) as caught:
+        read_tensors(
+            ckpt.find(run), {"model/w": torch.empty(4), "model/extra": torch.empty(1), "buffer/var": torch.empty(2)}
+        )
+    text = str(caught.value)
+    for part in (
+        "missing in the checkpoint: model/extra",
+        "not in this model: ema-0.050/w",
+        "model/w: [3] in the checkpoint, [4] here",
+    ):
+        assert part in text
+
+
+def test_T06_missing_average_is_an_error_not_a_fallback(run: Path) -> None:
+    save(run, 10)
+    with pytest.raises(TrainerError, match=r"holds no weights 'ema-0.100'; it holds: ema-0.050, raw"):
+        load_weights(ckpt.find(run), "ema-0.100")
+
+
+def test_C10_two_writers_in_one_run_are_refused(run: Path) -> None:
+    with writer_lock(run):
+        code = f"from pathlib import Path; from tarflow.trainer.run_dir import writer_lock\nwith writer_lock(Path({str(run)!r})): pass"
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "is in use by another process" in process.stderr
+        assert f"pid {os.getpid()}" in process.stderr
+    with writer_lock(run):
+        pass
+
+
+def test_directories_that_are_no_run(tmp_path: Path) -> None:
+    from tarflow.trainer.run_dir import load_run_config
+
+    with pytest.raises(TrainerError, match="no run directory at"):
+        load_run_config(tmp_path / "nowhere")
+    with pytest.raises(TrainerError, match="is not a run directory"):
+        load_run_config(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("")
+    with pytest.raises(TrainerError, match=r"is not empty and not a run \(it holds thesis.txt\)"):
+        create_run(tmp_path / "full")
+    assert os.listdir(tmp_path / "full") == ["thesis.txt"]
+
+
+def test_marker_records_files_with_sizes(run: Path) -> None:
+    path = save(run, 10).path
+    files = json.loads((path / "COMMITTED").read_text())["files"]
+    assert {n: f["size"] for n, f in files.items()} == {
+        p.name: p.stat().st_size for p in path.iterdir() if p.name != "COMMITTED"
+    }
+    assert files[".metadata"]["crc32"] == zlib.crc32((path / ".metadata").read_bytes())
+    assert time.time() - (path / "COMMITTED").stat().st_mtime < 60

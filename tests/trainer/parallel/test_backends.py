@@ -1,0 +1,234 @@
+"""One loop, one mathematics: backends agree, checkpointing changes no gradient, bad steps are passed over by all ranks.
+
+Real processes over gloo. Cases T10, T12, T13, T14; `benchmarks.parity` runs the whole matrix, and so does this in CI.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import activation_checkpointing as modes
+from benchmarks import parity
+from tarflow.models import linear
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.cost import activation_bytes, parameters, peak_rate
+from tarflow.models.flow import TarFlow
+from tarflow.trainer.config.schema import ActivationCheckpointConfig
+from tarflow.trainer.errors import TrainerError
+from tarflow.trainer.optimizer import WARMUP, GuardedAdamW
+from tarflow.trainer.parallel.checkpointing import checkpoint_layer
+from tarflow.trainer.parallel.world import world_from_env
+
+VARIANTS = list(parity.VARIANTS) if os.environ.get("CI") else list(parity.QUICK)
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, int, str, float, float, float]]:
+    return parity.matrix(VARIANTS, tmp_path_factory.mktemp("parity"))
+
+
+def test_T12_every_backend_computes_the_golden_curve(matrix: list) -> None:
+    assert {row[0] for row in matrix} == {"golden file", *VARIANTS}
+    assert len(matrix) == 1 + 4 * len(VARIANTS)  # accumulation 1 and 2, clipping off and on
+    for name, accumulation, clip, *differences in matrix:
+        assert max(differences) <= 1e-5, (name, accumulation, clip, differences)
+    assert all(d == d for row in matrix for d in row[3:])  # max() passes over NaN
+
+
+def test_T12_products_by_convolution_are_the_same_with_sharded_weights(tmp_path: Path) -> None:
+    job = {"accumulation": 2, "grad_clip": 0.0}
+    (plain,) = parity.launch(1, [job | {"parallel": {}}], tmp_path / "out.pt")
+    for parallel in ({"backend": "fsdp2"}, {"backend": "deepspeed", "zero_stage": 3}):
+        (sharded,) = parity.launch(2, [job | {"parallel": parallel, "convolution": True}], tmp_path / "out.pt")
+        assert max(parity.compare(sharded, plain)) <= 1e-5, parallel
+
+
+def test_T12_clipping_really_clips(tmp_path: Path) -> None:
+    free, clipped = parity.launch(
+        1, [{"parallel": {}, "accumulation": 1, "grad_clip": c} for c in (0.0, parity.CLIP)], tmp_path / "out.pt"
+    )
+    assert min(free["norms"][:5]) > parity.CLIP
+    assert not torch.equal(free["weights"]["blocks.0.proj_in.weight"], clipped["weights"]["blocks.0.proj_in.weight"])
+
+
+def test_T13_zero_3_gives_whole_weights(tmp_path: Path) -> None:
+    job = {"parallel": {"backend": "deepspeed", "zero_stage": 3}, "accumulation": 1, "grad_clip": 0.0}
+    (answer,) = parity.launch(2, [job], tmp_path / "out.pt")
+    _, model = parity.load("training_curve")
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    assert {name: t.shape for name, t in answer["weights"].items()} == shapes
+
+
+@pytest.mark.parametrize("products", ["linear", "convolution"])
+@pytest.mark.parametrize("mode", [m for m in modes.MODES if m != "none"])
+def test_checkpointing_modes_keep_gradients_bitwise_and_bytes_as_the_cost_model_says(
+    monkeypatch: pytest.MonkeyPatch, mode: str, products: str
+) -> None:
+    monkeypatch.setattr(linear, "_by_convolution", lambda x: products == "convolution")
+    shape = TarFlowConfig(image_size=16, patch_size=2, channels=64, num_blocks=2, layers_per_block=2)
+    plain = modes.gradients(shape, "none")
+    assert all(torch.equal(a, b) for a, b in zip(plain, modes.gradients(shape, mode)))
+    assert sum(float(g.abs().sum()) for g in plain) > 0
+    settings = modes.MODES[mode]
+    estimate = activation_bytes(shape, settings["mode"], 4, settings.get("every_nth_layer", 0))
+    assert modes.kept_bytes(shape, mode) == pytest.approx(estimate, rel=0.1)
+    assert modes.kept_bytes(shape, mode) < 0.8 * modes.kept_bytes(shape, "none")
+
+
+class NoisyLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.linear(x) + torch.randn_like(x)
+        return x + torch.nn.functional.dropout(hidden, 0.5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"mode": "full"}, {"mode": "selective"}, {"mode": "selective", "every_nth_layer": 2},
+                 {"mode": "full", "offload": True}], ids=str
+)  # fmt: skip
+def test_T10_recomputation_sees_the_same_dropout_and_noise(settings: dict) -> None:
+    def run(config: ActivationCheckpointConfig) -> tuple[list[torch.Tensor], torch.Tensor]:
+        torch.manual_seed(0)
+        layers = [NoisyLayer() for _ in range(2)]
+        for number, layer in enumerate(layers):
+            checkpoint_layer(layer, number, config)
+        x = torch.randn(4, 8, requires_grad=True)
+        for layer in layers:
+            x = layer(x)
+        x.square().sum().backward()
+        return [p.grad for layer in layers for p in layer.parameters()], torch.rand(1)  # and where the generator is
+
+    plain, after = run(ActivationCheckpointConfig())
+    again, after_too = run(ActivationCheckpointConfig(**settings))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+    assert torch.equal(after, after_too)
+
+
+def test_T11_checkpointing_and_compile_leave_the_names_alone() -> None:
+    shape = TarFlowConfig(image_size=8, patch_size=2, channels=64, num_blocks=2, layers_per_block=2)
+    from benchmarks.golden import training_config
+    from tarflow.trainer.parallel.apply import apply_parallelism
+
+    model = TarFlow(shape)
+    names = list(model.state_dict())
+    settings = {"activation_checkpoint": {"mode": "selective"}, "compile": {"enable": True}}
+    apply_parallelism(model, training_config(shape, **settings), mesh=None)  # compiling happens at the first call
+    assert list(model.state_dict()) == names
+
+
+SCRIPT = """
+import json, os, sys, torch
+from benchmarks.golden import load, training_config
+from tarflow.trainer.batch import plan_batch
+from tarflow.trainer.parallel.choose import make_backend
+from tarflow.trainer.parallel.saved import whole
+from tarflow.trainer.parallel.world import process_group, world_from_env
+torch.set_num_threads(1)
+world = world_from_env()
+data, model = load("training_curve")
+config = training_config(model.config, parallel=json.loads(sys.argv[1]))
+plan = plan_batch(8, world.size, 0)
+zero = config.parallel.backend == "deepspeed"
+with process_group(world, torch.device("cpu"), 60, always=zero):
+    backend = make_backend(config, torch.device("cpu"), world, plan)
+    def weights():
+        return {n: whole(t).clone() for n, t in backend.state().items() if n.startswith(("model/", "optim/"))}
+    for step in range(3):
+        x = data["x"][step][world.rank * 4 : world.rank * 4 + 4].clone()
+        y = data["y"][step][world.rank * 4 : world.rank * 4 + 4]
+        if step == 1 and world.rank == 1:
+            x[0, 0, 0, 0] = float("nan")  # on one rank only
+        before = weights()
+        backend.forward_backward(x, y, 1.0, True)
+        backend.optimizer_step(1e-3)
+        after = weights()
+        moved = [n for n in after if not torch.equal(before[n], after[n])]
+        assert bool(moved) == (step != 1), (step, moved[:3])
+        assert all(torch.isfinite(t).all() for t in after.values()), step
+        assert backend.skipped().tolist() == [[0, 0], [1, 1], [1, 0]][step], backend.skipped()
+print(f"rank {world.rank} agrees\\n", end="")
+"""
+
+
+@pytest.mark.parametrize(
+    "parallel", [{"backend": "ddp"}, {"backend": "fsdp2"}, {"backend": "deepspeed", "zero_stage": 2},
+                 {"backend": "deepspeed", "zero_stage": 3}], ids=lambda p: "-".join(map(str, p.values()))
+)  # fmt: skip
+def test_T14_a_step_that_is_not_finite_on_one_rank_is_passed_over_by_all(tmp_path: Path, parallel: dict) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    root = str(Path(__file__).resolve().parents[3])
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "script.py"), json.dumps(parallel)],
+        capture_output=True, text=True, timeout=180, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "rank 0 agrees" in done.stdout
+    assert "rank 1 agrees" in done.stdout
+
+
+def test_T14_spikes_are_passed_over_and_counted_and_ordinary_steps_are_not() -> None:
+    p = torch.nn.Parameter(torch.zeros(4))
+    optimizer = GuardedAdamW([p], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0, skip_spikes=True)
+    noise = torch.Generator().manual_seed(0)
+    for step in range(WARMUP + 10):
+        p.grad = 1 + 0.05 * torch.randn(4, generator=noise)
+        optimizer.step()
+        assert optimizer.skipped_steps == 0, step
+    before = p.detach().clone()
+    for number in (1, 2):
+        p.grad = torch.full((4,), 50.0)
+        optimizer.step()
+        assert optimizer.skipped_in_a_row == number
+    assert torch.equal(p.detach(), before)
+    p.grad = torch.ones(4)
+    optimizer.step()
+    assert (optimizer.skipped_steps, optimizer.skipped_in_a_row) == (2, 0)
+    assert not torch.equal(p.detach(), before)
+
+
+def test_C04_partial_or_contradicting_environment_names_the_variables() -> None:
+    assert world_from_env({}).size == 1
+    with pytest.raises(TrainerError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"):
+        world_from_env({"RANK": "0", "WORLD_SIZE": "2"})
+    full = {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+    with pytest.raises(TrainerError, match="RANK=2, WORLD_SIZE=2"):
+        world_from_env(full)
+    with pytest.raises(TrainerError, match="RANK='two'"):
+        world_from_env(full | {"RANK": "two"})
+
+
+def test_cost_model_counts_parameters_exactly_and_knows_devices() -> None:
+    for shape in (
+        TarFlowConfig(image_size=8, patch_size=2, channels=64, num_blocks=3, layers_per_block=2, num_classes=5),
+        TarFlowConfig(
+            image_size=12, patch_size=3, in_channels=1, channels=128, num_blocks=2, layers_per_block=1, nvp=False
+        ),
+    ):
+        with torch.device("meta"):
+            assert parameters(shape) == sum(p.numel() for p in TarFlow(shape).parameters())
+    assert peak_rate("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_rate("NVIDIA H100 PCIe") == 756e12
+    assert peak_rate("Some GPU") is None
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).resolve().parents[3] / "configs").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_configuration_passes_its_dry_run_at_its_stated_size(path: Path) -> None:
+    from tarflow.trainer.config.files import load_config
+    from tarflow.trainer.plan import describe, rank_memory
+
+    config = load_config(path)
+    ranks = config.parallel.world_size or 1
+    assert f"{ranks} ranks" in describe(config)
+    assert 0 < rank_memory(config, ranks).total < 75 * 2**30

@@ -1,0 +1,186 @@
+"""Compiling the layers under every way of activation checkpointing: it really happens, once, and changes nothing (T11).
+
+Most of it runs the compiler's front half (`aot_eager`): graphs, recomputation and their guards, without the minutes that
+generating code takes. One test generates code.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config
+from torch._dynamo.utils import counters
+
+from benchmarks.activation_checkpointing import KeptBytes
+from benchmarks.golden import training_config
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.flow import TarFlow, flow_loss
+from tarflow.models.init import init_weights
+from tarflow.trainer.parallel.apply import apply_parallelism
+
+ROOT = Path(__file__).resolve().parents[3]
+MODES: dict[str, dict[str, Any]] = {
+    "none": {"mode": "none"},
+    "full": {"mode": "full"},
+    "selective": {"mode": "selective"},
+    "every 2nd": {"mode": "selective", "every_nth_layer": 2},
+    "offload": {"mode": "full", "offload": True},
+}
+# Layers of a flow share one graph; checkpointed and plain layers are two kinds; an offloaded one runs without gradients
+# first. A batch of another size adds a graph, for any size, to each.
+GRAPHS = {"none": 1, "full": 1, "selective": 1, "every 2nd": 2, "offload": 2}
+GRID = [(mode, 128) for mode in MODES] + [("selective", 256)]
+
+
+@pytest.fixture
+def front_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile with `aot_eager` whoever asks for the default."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **k: compile_(f, **{"backend": "aot_eager"} | k))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def build(mode: str, width: int, compiled: bool) -> TarFlow:
+    """Two layers in each of two blocks, with outputs that are not zero."""
+    shape = TarFlowConfig(image_size=8, patch_size=2, channels=width, num_blocks=2, layers_per_block=2)
+    model = TarFlow(shape)
+    init_weights(model, 0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.proj_out.weight.normal_(0, 0.02, generator=generator)
+    settings = {"activation_checkpoint": MODES[mode], "compile": {"enable": compiled}}
+    apply_parallelism(model, training_config(shape, **settings), mesh=None)
+    return model
+
+
+def losses(model: TarFlow, batches: tuple[int, ...]) -> list[float]:
+    """Of one forward and backward pass for each batch; gradients add up."""
+    found = []
+    for size in batches:
+        x = torch.randn(size, 3, 8, 8, generator=torch.Generator().manual_seed(size))
+        loss = flow_loss(*model(x)).mean()
+        loss.backward()
+        found.append(float(loss.detach()))
+    return found
+
+
+def compare(mode: str, width: int, batches: tuple[int, ...]) -> None:
+    plain, compiled = (build(mode, width, c) for c in (False, True))
+    assert losses(compiled, batches) == pytest.approx(losses(plain, batches), rel=1e-4)
+    for (name, p), q in zip(plain.named_parameters(), compiled.parameters()):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max()) + 1e-8), name
+    assert list(plain.state_dict()) == list(compiled.state_dict()) == list(TarFlow(plain.config).state_dict())
+
+
+@pytest.mark.parametrize(("mode", "width"), GRID)
+def test_T11_checkpointing_and_compile_agree_with_plain_and_share_one_graph(
+    front_half: None, mode: str, width: int
+) -> None:
+    compare(mode, width, (4, 4, 4))
+    assert counters["stats"]["unique_graphs"] == GRAPHS[mode]
+    assert not counters["graph_break"]
+    if width == 128:
+        compiled = build(mode, width, True)
+        compiled.load_state_dict(build(mode, width, False).state_dict())  # strict: a plain checkpoint fits
+        assert losses(compiled, (4, 3, 2)) == pytest.approx(losses(build(mode, width, False), (4, 3, 2)), rel=1e-4)
+        assert counters["stats"]["unique_graphs"] <= 2 * GRAPHS[mode]
+
+
+def test_T11_generated_code_agrees_with_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", True)  # instead of a compilation to find out
+    compare("full", 128, (4,))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_T11_compiled_layers_still_keep_their_inputs_alone(front_half: None) -> None:
+    def kept(mode: str) -> int:
+        torch._dynamo.reset()
+        model = build(mode, 128, True)
+        losses(model, (4,))
+        counter = KeptBytes(model)
+        with counter:
+            losses(model, (4,))
+        return counter.total
+
+    none = kept("none")
+    assert kept("full") < none / 3
+    assert none / 3 < kept("selective") < none
+
+
+WORLD = """
+import json, sys, torch
+from torch._dynamo.utils import counters
+from benchmarks.golden import load, training_config
+from tarflow.trainer.batch import plan_batch
+from tarflow.trainer.parallel.choose import make_backend
+from tarflow.trainer.parallel.saved import place
+from tarflow.trainer.parallel.world import process_group, world_from_env
+torch.set_num_threads(1)
+compile_ = torch.compile
+torch.compile = lambda f, **k: compile_(f, **{"backend": "aot_eager"} | k)
+world = world_from_env()
+data, model = load("training_curve")
+start = model.state_dict()
+with process_group(world, torch.device("cpu"), 60):
+    losses, states = {}, {}
+    for mode, parallel, compiled in json.loads(sys.argv[1]):
+        torch._dynamo.reset()
+        counters.clear()
+        config = training_config(model.config, parallel=parallel, activation_checkpoint=mode,
+                                 compile={"enable": compiled})
+        backend = make_backend(config, torch.device("cpu"), world, plan_batch(8, world.size, 0))
+        state = backend.state()
+        # Saved by the variant before, compiled or not; the first one starts from the golden weights.
+        for name, value in (states or {"model/" + n: t for n, t in start.items() if n != "var"}).items():
+            place(state[name], value)
+        backend.load(state)
+        mine = slice(4 * world.rank, 4 * world.rank + 4)
+        loss = []
+        for k in range(2):
+            loss.append(float(backend.forward_backward(data["x"][k][mine], data["y"][k][mine], 1.0, True)[0]))
+            backend.optimizer_step(0.0)
+        losses[f"{mode} {parallel} {compiled}"] = loss
+        assert bool(counters["stats"]["unique_graphs"]) == compiled, (mode, parallel, dict(counters["stats"]))
+        assert counters["stats"]["unique_graphs"] <= (2 if "offload" in mode else 1), (mode, parallel, dict(counters["stats"]))
+        states = {n: t.full_tensor().clone() for n, t in backend.state().items() if n.startswith("model/")}
+        assert list(states) == ["model/" + n for n in start if n != "var"]
+print(json.dumps({"rank": world.rank, "losses": losses}) + "\\n", end="")
+"""
+
+
+def test_T11_two_ranks_train_compiled_and_plain_alike_and_exchange_weights(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(WORLD)
+    variants = [
+        (MODES[mode], {"backend": backend}, compiled)
+        for mode, backend in (("none", "ddp"), ("full", "fsdp2"), ("selective", "fsdp2"), ("offload", "fsdp2"))
+        for compiled in (False, True)
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "script.py"), json.dumps(variants)],
+        capture_output=True, text=True, timeout=180, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {a["rank"] for a in answers} == {0, 1}
+    for answer in answers:
+        found = list(answer["losses"].values())
+        assert len(found) == len(variants)
+        for other in found[1:]:
+            assert other == pytest.approx(found[0], rel=1e-4)

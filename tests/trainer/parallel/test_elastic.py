@@ -1,0 +1,157 @@
+"""A run goes on at any world size and in any backend as if it had been one: case T05, T06, T08, T09.
+
+Real processes over gloo. The reference is one uninterrupted process in float32.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from torch import Tensor
+
+from tarflow.trainer.checkpoint.commit import committed, find
+from tarflow.trainer.checkpoint.tensors import load_weights
+from tarflow.trainer.resilience.exit_codes import FINISHED
+
+# (ranks, backend, steps until which it trains): every leg resumes what the one before saved.
+BATCH = 12
+WORLDS = [(4, "fsdp2", 4), (2, "fsdp2", 8), (1, "ddp", 12), (3, "fsdp2", 16)]
+BACKENDS = [(2, "ddp", 4), (2, "fsdp2", 8), (2, "deepspeed", 12), (2, "fsdp2", 16)]
+STEPS = 16
+
+# Trains as `tarflow train` does, leg after leg, and writes down which samples each rank gets. Ranks are forks of a process
+# that has loaded torch: a start costs milliseconds.
+LEGS = """
+import json, os, socket, sys, traceback
+from pathlib import Path
+import torch
+import tarflow.trainer.loop as loop
+from tarflow.trainer.config.files import load_config
+config, run, batch = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(1)
+feed = loop.feed
+def noting(loader, *a, **k):
+    def batches():
+        for batch in loader:
+            with open(run / "ids.jsonl", "a") as file:
+                file.write(json.dumps([batch.images_seen, batch.slots.tolist(), batch.ids.tolist()]) + "\\n")
+            yield batch
+    return feed(batches(), *a, **k)
+loop.feed = noting
+for ranks, backend, until in json.loads(sys.argv[4]):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            if ranks > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            code = 1
+            try:
+                settings = load_config(config, [f"parallel.backend={backend}", f"train.max_images={until * batch}"])
+                code = loop.train(settings, run)
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        children.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    if any(codes):
+        sys.exit(f"{ranks} ranks of {backend} until step {until} ended with {codes}")
+"""
+
+
+def train(config: Path, run: Path, legs: list[tuple[int, str, int]]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LEGS, str(config), str(run), str(BATCH), json.dumps(legs)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == FINISHED, done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def elastic_config(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The schedule reaches its end in the warm-up, so that it does not depend on the length of a leg."""
+    tree = {
+        "data": {"train": str(tiny_data)},
+        "model": {"image_size": 8, "patch_size": 2, "in_channels": 1, "channels": 64, "num_blocks": 2, "layers_per_block": 1, "num_classes": 3},
+        "train": {"global_batch_size": BATCH, "max_images": STEPS * BATCH, "noise_std": 0.1, "param_dtype": "float32", "grad_clip": 1.0},
+        "optim": {"lr": 1e-3, "warmup_images": 10_000},
+        "checkpoint": {"every_images": 4 * BATCH, "keep_latest": -1},
+        "log": {"every_steps": 1, "tensorboard": False},
+    }  # fmt: skip
+    path = tmp_path_factory.mktemp("elastic") / "elastic.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(elastic_config: Path) -> Path:
+    run = elastic_config.parent / "reference"
+    train(elastic_config, run, [(1, "ddp", STEPS)])
+    return run
+
+
+def losses(run: Path) -> dict[int, tuple[float, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {r["step"]: (r["train/loss"], r["optim/lr"]) for r in rows if "train/loss" in r}
+
+
+def samples(run: Path) -> dict[int, dict[int, int]]:
+    """images_seen -> slot -> id, of the positions that were trained."""
+    found: dict[int, dict[int, int]] = {}
+    for line in (run / "ids.jsonl").read_text().splitlines():
+        position, slots, ids = json.loads(line)
+        if position < STEPS * BATCH:
+            for slot, number in zip(slots, ids):
+                assert found.setdefault(position, {}).setdefault(slot, number) == number
+    return found
+
+
+def tensors(run: Path, step: int) -> dict[str, Tensor]:
+    path = find(run, step).path
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
+    dcp.load(found, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    return found
+
+
+@pytest.mark.parametrize("legs", [WORLDS, BACKENDS], ids=["4-2-1-3 ranks", "ddp-fsdp2-zero3-fsdp2"])
+def test_T05_T06_T08_T09_a_run_goes_on_in_another_world_as_if_nothing_happened(
+    elastic_config: Path, reference: Path, tmp_path: Path, legs: list[tuple[int, str, int]]
+) -> None:
+    run = tmp_path / "run"
+    train(elastic_config, run, legs)
+    assert [c.info["world_size"] for c in committed(run)] == [ranks for ranks, _, _ in legs]
+    ours, theirs = losses(run), losses(reference)
+    assert list(ours) == list(range(1, STEPS + 1))
+    for step, (loss, lr) in ours.items():
+        assert loss == pytest.approx(theirs[step][0], abs=1e-5), step
+        assert lr == pytest.approx(theirs[step][1], rel=1e-12), step
+    assert samples(run) == samples(reference)
+    for step in (4, 8, 12, 16):
+        a, b = tensors(run, step), tensors(reference, step)
+        assert a.keys() == b.keys()
+        for name in a:
+            kind = name.split("/")[0]
+            if kind == "optim" or kind.startswith("ema"):
+                assert torch.allclose(a[name], b[name], rtol=0, atol=1e-6), (step, name)
+    assert torch.equal(a["optim/step"], torch.tensor(float(STEPS)))
+
+
+def test_T06_averages_and_raw_weights_stay_apart_over_a_resume_and_an_export(reference: Path) -> None:
+    raw, narrow, wide = (load_weights(find(reference), kind) for kind in ("raw", "ema-0.050", "ema-0.100"))
+    for name in raw:
+        if name != "var":
+            assert not torch.equal(raw[name], narrow[name]), name
+            assert not torch.equal(narrow[name], wide[name]), name

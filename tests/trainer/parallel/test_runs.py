@@ -1,0 +1,214 @@
+"""Whole runs of two real ranks: averages over a change of the world, randomness, a run whose gradient goes bad.
+
+Cases T06, T09, T14.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+
+from tarflow.models.flow import TarFlow
+from tarflow.models.init import init_weights
+from tarflow.trainer.checkpoint.commit import committed, find
+from tarflow.trainer.checkpoint.tensors import load_weights
+from tarflow.trainer.config.files import load_config
+from tarflow.trainer.config.schema import Config
+from tarflow.trainer.ema.ema import power_decay
+from tarflow.trainer.ema.posthoc import reconstruct
+from tarflow.trainer.ema.snapshots import snapshots_dir
+from tarflow.trainer.resilience.exit_codes import FINISHED
+from tarflow.trainer.step_inputs import StepInput, step_input
+
+BATCH = 12
+ROOT = Path(__file__).resolve().parents[3]
+
+# Ranks are forks of one process that has loaded torch. On the rank and from the position given, noise is not finite.
+RANKS = """
+import json, os, socket, sys, traceback
+from pathlib import Path
+import torch
+import tarflow.trainer.loop as loop
+from tarflow.trainer.config.files import load_config
+from tarflow.trainer.errors import TrainerError
+torch.set_num_threads(1)
+feed, check_shared = loop.feed, loop.check_shared
+loop.check_shared = lambda run_dir: check_shared(run_dir, patience_s=1)
+def poisoned(loader, *a, **k):
+    for item in feed(loader, *a, **k):
+        if os.environ.get("RANK", "0") == bad_rank and item.images_seen >= int(bad_from):
+            item.noise[0].fill_(float("nan"))
+        yield item
+for legs in json.loads(sys.argv[3]):
+    ranks, overrides, bad_rank, bad_from = legs
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            if ranks > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            if bad_rank:
+                loop.feed = poisoned
+            if bad_rank == "apart":
+                os.makedirs(place := f"{os.path.dirname(sys.argv[1])}/node{rank}", exist_ok=True)
+                os.chdir(place)
+            code = 1
+            try:
+                code = loop.train(load_config(Path(sys.argv[1]), overrides), Path(sys.argv[2]))
+            except TrainerError as error:
+                print(f"refused on rank {rank}: {error}", file=sys.stderr)
+                code = 2
+            except BaseException:
+                traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(code)
+        children.append(pid)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]), flush=True)
+"""
+
+
+def run_ranks(config: Path, run: Path, *legs: tuple[int, list[str], str, int]) -> tuple[list[list[int]], str]:
+    """Legs (ranks, overrides, rank that goes bad or "", from which position) in turn: their exit codes, what they said."""
+    done = subprocess.run(
+        [sys.executable, "-c", RANKS, str(config), str(run), json.dumps(legs)], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=150,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")], done.stderr
+
+
+@pytest.fixture
+def config_file(tiny_data: Path, tmp_path: Path) -> Path:
+    """Three classes: an embedding whose rows do not divide among two ranks. A checkpoint after each step."""
+    tree = {
+        "data": {"train": str(tiny_data)},
+        "model": {"image_size": 8, "patch_size": 2, "in_channels": 1, "channels": 64, "num_blocks": 2, "layers_per_block": 1, "num_classes": 3},
+        "train": {"global_batch_size": BATCH, "max_images": 5 * BATCH, "noise_std": 0.1, "param_dtype": "float32"},
+        "optim": {"lr": 1e-3, "warmup_images": 12},
+        "parallel": {"backend": "fsdp2", "start_timeout_s": 60, "step_timeout_s": 60},
+        "ema": {"relative_stds": [0.1], "decays": [0.9], "snapshot_every_images": BATCH},
+        "checkpoint": {"every_images": BATCH, "keep_latest": -1},
+        "log": {"every_steps": 1, "tensorboard": False},
+    }  # fmt: skip
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_T06_sharded_averages_are_those_of_one_process_before_and_after_a_resume_on_one(
+    config_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    codes, said = run_ranks(config_file, run, (2, [], "", 0), (1, [f"train.max_images={7 * BATCH}"], "", 0))
+    assert codes == [[FINISHED] * 2, [FINISHED]], said[-2000:]
+    checkpoints = committed(run)
+    assert [(c.step, c.info["world_size"]) for c in checkpoints] == [(k, 2) for k in range(1, 6)] + [(6, 1), (7, 1)]
+    model = TarFlow(load_config(run / "config.yaml").model)
+    init_weights(model, 0)
+    constant = {name: p.detach().double() for name, p in model.named_parameters()}
+    power = dict(constant)
+    for checkpoint in checkpoints:  # the reference: one process, from the weights after each step
+        raw = {n: t.double() for n, t in load_weights(checkpoint, "raw").items() if n != "var"}
+        decay = power_decay(0.1, checkpoint.images_seen, BATCH)
+        constant = {n: 0.9 * t + 0.1 * raw[n] for n, t in constant.items()}
+        power = {n: decay * t + (1 - decay) * raw[n] for n, t in power.items()}
+        for kind, truth in (("ema-decay-0.9", constant), ("ema-0.100", power)):
+            snapshot = find(snapshots_dir(run), checkpoint.step)
+            for stored in (load_weights(checkpoint, kind), load_weights(snapshot, kind)):
+                assert stored.keys() - {"var"} == truth.keys()
+                for name, value in truth.items():
+                    assert stored[name].shape == value.shape
+                    assert float((stored[name] - value).abs().max()) < 1e-6, (checkpoint.step, kind, name)
+        assert any(not torch.equal(raw[n].float(), constant[n].float()) for n in raw)
+    assert raw["blocks.0.class_embed"].shape[0] == 3
+    made = load_weights_of(reconstruct(run, 0.1, 5, tmp_path / "made.safetensors", lambda _: None))
+    stored = load_weights(find(run, 5), "ema-0.100")
+    assert max(float((made[n] - stored[n]).abs().max()) for n in stored) < 1e-6
+
+
+def load_weights_of(path: Path) -> dict[str, torch.Tensor]:
+    from tarflow.models.weights import load_weights_file
+
+    return load_weights_file(path)[1]
+
+
+def test_T14_a_run_that_goes_bad_on_one_rank_stops_all_and_saves_nothing_that_is_not_finite(
+    config_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = [f"train.max_images={20 * BATCH}", f"checkpoint.every_images={5 * BATCH}", "train.max_skipped_in_a_row=3",
+                "ema.snapshot_every_images=0"]  # fmt: skip
+    codes, said = run_ranks(config_file, run, (2, settings, "1", 6 * BATCH))  # step 7 and all after it
+    assert codes == [[2, 2]], said[-2000:]
+    assert "3 steps in a row had a gradient that was not finite" in said
+    assert "train.max_skipped_in_a_row" in said
+    assert 5 in [c.step for c in committed(run)]
+    for checkpoint in committed(run):
+        found = {}
+        for name, entry in dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata.items():
+            found[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        dcp.load(found, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=True)
+        assert all(torch.isfinite(t).all() for t in found.values()), checkpoint.name
+        assert float(found["optim/step"]) == min(checkpoint.step, 6)
+    codes, said = run_ranks(config_file, run, (2, settings, "", 0))  # whatever it was is over
+    assert codes == [[FINISHED] * 2], said[-2000:]
+
+
+def test_T13_a_run_directory_that_the_ranks_do_not_share_is_refused_before_training(
+    config_file: Path, tmp_path: Path
+) -> None:
+    codes, said = run_ranks(config_file, Path("run"), (2, [], "apart", 0))  # each rank in a directory of its own
+    assert codes == [[2, 2]], said[-2000:]
+    assert "is not the same place for all ranks: rank 1" in said
+    assert "give --run-dir a path on storage that every node shares" in said
+    assert committed(tmp_path / "node0" / "run") == []
+    assert not (tmp_path / "node1" / "run" / "run.json").exists()
+
+
+def noise_of(config: Config, world: int, seen: int) -> list[StepInput]:
+    """What each rank of a world draws for one step, after using up as much randomness of its own as it likes."""
+    per_rank, found = BATCH // world, []
+    for rank in range(world):
+        torch.manual_seed(rank)
+        for _ in range(rank * world):  # ranks differ, and worlds
+            torch.rand(7), np.random.rand(3), random.random()
+        slots = torch.arange(rank * per_rank, (rank + 1) * per_rank)
+        batch = SimpleNamespace(
+            images=torch.zeros(per_rank, 1, 8, 8, dtype=torch.uint8), labels=slots % 3, slots=slots, images_seen=seen
+        )
+        found.append(step_input(batch, config.train))
+    return found
+
+
+def test_T09_noise_belongs_to_the_sample_not_to_a_rank_its_history_or_its_restarts(config_file: Path) -> None:
+    config = load_config(config_file, ["train.label_dropout=0.5"])
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    step_input(SimpleNamespace(images=torch.zeros(2, 1, 8, 8), labels=torch.zeros(2, dtype=torch.long),
+                               slots=torch.arange(2), images_seen=0), config.train)  # fmt: skip
+    assert torch.equal(torch.get_rng_state(), before)  # nor does it move anybody else's randomness
+    drawn = []
+    for seen in (0, BATCH, 2 * BATCH):
+        alone = noise_of(config, 1, seen)[0]
+        for world in (2, 4, 3, 2):  # the last: a restart
+            parts = noise_of(config, world, seen)
+            assert torch.equal(torch.cat([p.noise for p in parts]), alone.noise)
+            assert torch.equal(torch.cat([p.labels for p in parts]), alone.labels)
+        drawn.append(alone)
+    noise = torch.cat([d.noise.flatten(1) for d in drawn])
+    assert len(torch.unique(noise, dim=0)) == 3 * BATCH  # no two samples, ranks or steps share any
+    labels = torch.cat([d.labels for d in drawn])
+    assert 0 < int((labels < 0).sum()) < 3 * BATCH

@@ -1,0 +1,88 @@
+"""Asked to stop, in whatever phase: all ranks save the same step once and leave with the same code. Case C07."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tarflow.trainer.checkpoint.commit import committed, find
+from tarflow.trainer.resilience.exit_codes import FINISHED, REQUEUE
+
+SETTINGS = ("train.max_images=16_000", "checkpoint.every_images=48", "log.every_steps=1", "data.num_workers=1")
+
+
+@pytest.mark.parametrize(
+    ("send", "fault"),
+    [
+        ([[4, "SIGUSR2", [1]]], ""),
+        ([[4, "SIGTERM", [0]]], ""),
+        ([[4, "SIGTERM", [0]], [4, "SIGUSR2", [1]], [4, "SIGTERM", [0, 1]]], ""),
+        ([[4, "SIGUSR1", [1]], [4, "SIGTERM", [0]]], "save.written@1=slow:0.5"),
+        ([[0, "SIGTERM", [0]]], "start=slow:0.5"),
+    ],
+    ids=["USR2 to rank 1", "TERM to rank 0", "several to both", "during a save", "at the start"],
+)
+def test_C07_all_ranks_save_the_same_step_once(start, tiny_config, tmp_path, send, fault) -> None:
+    run = tmp_path / "runs" / "run"
+    end = start(tiny_config, run, *SETTINGS, ranks=2, send=send, fault=fault, wait_for_file="heartbeats/rank-0001.json")
+    assert end == {"codes": [REQUEUE, REQUEUE], "by_themselves": True, "leftovers": []}
+    text = (run / "log.txt").read_text()
+    newest = find(run)
+    assert text.count(f"saved {newest.name} ") == 1
+    assert f"at {newest.images_seen:,} images, saved; the same command goes on from here" in text
+    assert text.count("stopped by") == 1
+    assert newest.info["world_size"] == 2
+    assert "WARNING" not in text
+
+
+def test_C07_stopped_run_goes_on_to_the_same_end(start, tiny_config, tmp_path) -> None:
+    run = tmp_path / "runs" / "run"
+    settings = (*SETTINGS, "train.max_images=480")
+    assert start(tiny_config, run, *settings, ranks=2, send=[[4, "SIGUSR2", [1]]])["codes"] == [REQUEUE] * 2
+    assert start(tiny_config, run, *settings, ranks=2)["codes"] == [FINISHED] * 2
+    assert committed(run)[-1].images_seen == 480
+
+
+def launch(config: Path, run: Path, **env: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "tarflow", "train", str(config), "--run", str(run), "train.max_images=16_000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+    )  # fmt: skip
+
+
+def test_C07_signal_before_torch_is_loaded_is_a_request_too(tiny_config: Path, tmp_path: Path) -> None:
+    process = launch(tiny_config, tmp_path / "run")
+    assert process.stdout is not None
+    process.stdout.readline()  # the configuration: torch comes after it
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == REQUEUE, errors[-2000:]
+    assert "stopped by SIGTERM at 0 images" in output
+
+
+def test_C07_second_interrupt_leaves_at_once_even_while_waiting_inside_a_library(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = launch(tiny_config, tmp_path / "run", RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                     MASTER_PORT=str(port))  # fmt: skip
+    end = time.monotonic() + 60
+    while True:  # until it waits for a rank that never comes
+        with socket.socket() as other:
+            if other.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None  # one is a request
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGINT

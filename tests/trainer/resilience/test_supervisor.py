@@ -1,0 +1,228 @@
+"""Ranks on one machine: a lost process does not lose the allocation, exit codes and signals pass through. Case C11."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tarflow.cli
+import tarflow.trainer.resilience.supervisor
+from tarflow.trainer.cli import build_parser
+from tarflow.trainer.resilience import exit_codes
+from tarflow.trainer.resilience.exit_codes import FAILED, FINISHED, HUNG, NO_PROGRESS, REQUEUE, USAGE
+from tarflow.trainer.resilience.supervisor import Supervisor
+from tarflow.trainer.run_dir import create_run
+
+# A rank without torch: notes its start in the folder given, then does as told for that start.
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+life = len(list(folder.glob(f"began-{rank}-*")))
+got = []
+def stop(number, frame):
+    (folder / f"signal-{rank}").write_text(signal.Signals(number).name)
+    sys.exit(75)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, stop)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2))
+(folder / f"began-{rank}-{life}").touch()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tarflow.trainer.resilience.supervisor, "GRACE_S", 0.5)
+    create_run(tmp_path / "run")
+    (tmp_path / "notes").mkdir()
+    return tmp_path
+
+
+def supervise(folder: Path, what: str, restarts: int, ranks: int = 2) -> int:
+    command = [sys.executable, "-S", "-c", RANK + what, str(folder / "notes")]
+    return Supervisor(command, ranks, folder / "run", restarts).run()
+
+
+def starts(folder: Path, rank: int) -> int:
+    return len(list((folder / "notes").glob(f"began-{rank}-*")))
+
+
+def log(folder: Path) -> list[str]:
+    return (folder / "run" / "log.txt").read_text().splitlines() if (folder / "run" / "log.txt").exists() else []
+
+
+LOSE_RANK_1_ONCE = """
+if life == 0:
+    if rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1000)  # waits for its peer
+"""
+
+
+def test_C11_lost_process_is_named_its_peers_are_ended_and_all_start_again(folder: Path) -> None:
+    assert supervise(folder, LOSE_RANK_1_ONCE, restarts=1) == FINISHED
+    assert (starts(folder, 0), starts(folder, 1)) == (2, 2)
+    (line,) = log(folder)
+    assert line.endswith(
+        "rank 1 was killed by SIGKILL (often: out of memory) first; all ranks are gone; restart 1 of 1"
+    )
+
+
+@pytest.mark.parametrize(("code", "passed_on"), [(FAILED, FAILED), (HUNG, HUNG), (3, FAILED)])
+def test_restarts_are_counted_and_the_last_failure_is_the_exit_code(folder: Path, code: int, passed_on: int) -> None:
+    assert supervise(folder, f"sys.exit({code})", restarts=2) == passed_on
+    assert starts(folder, 0) == 3
+    assert "restart 2 of 2" in log(folder)[1]
+    assert log(folder)[-1].endswith("no restarts are left (--max-restarts)")
+    assert f"ended with exit code {code} first" in log(folder)[-1]
+
+
+@pytest.mark.parametrize("code", [NO_PROGRESS, USAGE, REQUEUE])
+def test_what_would_end_the_same_way_is_not_started_again(folder: Path, code: int) -> None:
+    assert supervise(folder, f"sys.exit({code})", restarts=5) == code
+    assert starts(folder, 0) == 1
+
+
+def when(ready: Callable[[], bool], action: Callable[[], None]) -> None:
+    """Do something from a thread, once it is time (after 20 s, in any case)."""
+
+    def wait() -> None:
+        end = time.monotonic() + 20
+        while not ready() and time.monotonic() < end:
+            time.sleep(0.01)
+        action()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@pytest.mark.parametrize(("sent", "arrives"), [("SIGTERM", "SIGTERM"), ("SIGUSR2", "SIGUSR2"), ("SIGINT", "SIGTERM")])
+def test_C07_signal_to_the_launcher_reaches_every_rank_once(folder: Path, sent: str, arrives: str) -> None:
+    ready = lambda: starts(folder, 0) + starts(folder, 1) == 2  # noqa: E731
+    when(ready, lambda: os.kill(os.getpid(), signal.Signals[sent]))
+    assert supervise(folder, "time.sleep(30)", restarts=5) == REQUEUE
+    # A SIGINT from a keyboard reaches the ranks by itself; two of them would end them unsaved.
+    assert [(folder / "notes" / f"signal-{rank}").read_text() for rank in (0, 1)] == [arrives] * 2
+    assert starts(folder, 0) == 1
+
+
+def test_C07_signal_while_the_ranks_are_started_is_not_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = subprocess.Popen
+
+    def signalled(*arguments: Any, **settings: Any) -> "subprocess.Popen[bytes]":
+        os.kill(os.getpid(), signal.SIGUSR1)  # before there is a process to hand it to
+        return start(*arguments, **settings)
+
+    monkeypatch.setattr(tarflow.trainer.resilience.supervisor.subprocess, "Popen", signalled)
+    assert supervise(folder, "time.sleep(30)", restarts=5) == REQUEUE
+    assert [(folder / "notes" / f"signal-{rank}").read_text() for rank in (0, 1)] == ["SIGTERM"] * 2
+
+
+def test_second_interrupt_ends_ranks_that_do_not_listen(folder: Path) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    deaf = "for number in (15, 2): signal.signal(number, signal.SIG_IGN)\n(folder / 'deaf').touch()\ntime.sleep(30)"
+    when(lambda: (folder / "notes" / "deaf").exists(), twice)
+    assert supervise(folder, deaf, restarts=5, ranks=1) == FAILED
+    assert starts(folder, 0) == 1
+
+
+def launch(config: Path, run: Path, *more: str, **env: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "tarflow", "train", str(config), "--run", str(run), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"} | env)  # fmt: skip
+
+
+def members(group: int) -> list[int]:
+    """Processes of a process group."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, pgrp = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(pgrp) == group and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def wait_for_log(run: Path, text: str) -> None:
+    end = time.monotonic() + 60
+    while not ((run / "log.txt").exists() and text in (run / "log.txt").read_text()):
+        assert time.monotonic() < end, f"{text!r} was never said"
+        time.sleep(0.02)
+
+
+def test_C11_killed_rank_of_a_real_run_costs_a_restart_and_no_work(tiny_config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ("train.max_images=160", "checkpoint.every_images=48", "checkpoint.asynchronous=false")
+    process = launch(tiny_config, run, *settings, "--ranks", "2", "--max-restarts", "1", TARFLOW_FAULT="step@8/1=kill")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == FINISHED, errors[-2000:]
+    said = (run / "log.txt").read_text()
+    assert "supervisor: rank 1 was killed by SIGKILL (often: out of memory) first" in errors
+    assert "rank 1 was killed by SIGKILL (often: out of memory) first; all ranks are gone; restart 1 of 1" in said
+    assert "resuming at 96 images" in said
+    assert "2 ranks x 1 micro-batches x 8 images" in said
+    assert members(process.pid) == []
+
+
+def test_C07_interrupt_of_the_whole_terminal_saves_once_and_leaves_nothing(tiny_config: Path, tmp_path: Path) -> None:
+    """As a keyboard does it: the launcher, its ranks and their workers all get the signal at once."""
+    run = tmp_path / "run"
+    process = launch(
+        tiny_config, run, "--ranks", "2", "data.num_workers=2", "train.max_images=16_000", "log.every_steps=1"
+    )
+    wait_for_log(run, "step 3 ")
+    assert len(members(process.pid)) >= 7  # the launcher, two ranks, four workers
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == REQUEUE, errors[-2000:]
+    assert (run / "log.txt").read_text().count("the same command goes on from here") == 1
+    assert members(process.pid) == []
+
+
+def test_C07_ranks_of_a_killed_launcher_save_and_leave(tiny_config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = launch(tiny_config, run, "--ranks", "1", "train.max_images=160_000", "log.every_steps=1")
+    wait_for_log(run, "step 3 ")
+    process.kill()
+    process.communicate(timeout=60)
+    wait_for_log(run, "stopped by SIGTERM")
+    end = time.monotonic() + 30
+    while members(process.pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert members(process.pid) == []
+
+
+def test_wrong_numbers_and_ranks_within_ranks_are_refused(
+    tiny_config: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    command = ["train", str(tiny_config), "--run", str(tmp_path / "run")]
+    assert tarflow.cli.main([*command, "--ranks", "0"]) == USAGE
+    assert "--ranks 0: 1 at least" in capsys.readouterr().err
+    assert tarflow.cli.main([*command, "--max-restarts", "-1"]) == USAGE
+    monkeypatch.setenv("RANK", "1")
+    assert tarflow.cli.main([*command, "--ranks", "2"]) == USAGE
+    assert "this is already one of several (RANK=1)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_names_every_exit_code() -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    build_parser(parser)
+    codes = [value for name, value in vars(exit_codes).items() if name.isupper()]
+    assert len(codes) == 6
+    words = (parser.epilog or "").replace(",", " ").replace("(", " ").split()
+    assert [code for code in codes if str(code) not in words] == []

@@ -1,0 +1,33 @@
+"""The verb `tarflow ema`."""
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = """example:
+  tarflow ema runs/demo --relative-std 0.075
+  tarflow ema runs/imagenet64 --relative-std 0.12 --step 200000 --out wide.safetensors
+  tarflow sample wide.safetensors --out samples
+
+Works from the averages that the run's checkpoints and snapshots hold; ema.snapshot_every_images sets how many there are.
+"""
+
+
+def build_parser(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLE
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument(
+        "--relative-std", type=float, required=True, metavar="X", help="width of the average, as a share of the run"
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="average at this step (default: the newest stored one)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="weights file, .safetensors or .pth (default: in the run directory)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from tarflow.trainer.ema.posthoc import reconstruct
+    from tarflow.trainer.run_dir import require_run
+
+    path = reconstruct(require_run(args.run), args.relative_std, args.step, args.out, print)
+    print(f"wrote {path}")
+    return 0

@@ -1,0 +1,111 @@
+"""An average of any width after the training, from averages that were stored on the way.
+
+Karras et al., arXiv 2312.02696, section 3.2: every stored average is an integral of the weights over training time
+against its profile, a power function that ends at the moment of the snapshot. The profile that is wanted is fitted with
+these by least squares, and the same combination of the stored averages is the average that is wanted.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import tarflow.trainer.checkpoint.commit as ckpt
+from tarflow.models.weights import save_weights_file
+from tarflow.trainer.checkpoint.tensors import load_weights
+from tarflow.trainer.config.files import load_config
+from tarflow.trainer.config.schema import power_name
+from tarflow.trainer.ema.ema import power_of_width
+from tarflow.trainer.ema.snapshots import sources
+from tarflow.trainer.errors import TrainerError
+
+WORST_FIT = 0.1  # of the profile's norm; beyond it the average would be of another shape than asked for
+
+
+@dataclass(frozen=True)
+class Profile:
+    """p(t) = (gamma + 1) t^gamma / end^(gamma + 1) for t in [0, end], in images seen: it integrates to one."""
+
+    end: int
+    relative_std: float
+
+    def dot(self, other: "Profile") -> float:
+        """Integral of p q over [0, the earlier end], in closed form; in logarithms, for powers of large numbers."""
+        a, b = power_of_width(self.relative_std), power_of_width(other.relative_std)
+        earlier = min(self.end, other.end)
+        log = a * np.log(earlier / self.end) + b * np.log(earlier / other.end)
+        return float((a + 1) * (b + 1) / (a + b + 1) * np.exp(log) * earlier / self.end / other.end)
+
+
+def fit(stored: Sequence[Profile], wanted: Profile) -> tuple[np.ndarray, float]:
+    """Coefficients of the stored profiles [n] and how far their sum is from the wanted one, as a share of its norm.
+
+    The coefficients add up to one, which plain least squares only comes near to: a weight is large beside the way it
+    goes in the time of an average, and a sum off by a thousandth would be an error of a thousandth of the weight itself.
+    """
+    norms = np.sqrt([p.dot(p) for p in stored])
+    size = np.sqrt(wanted.dot(wanted))
+    gram = np.array([[p.dot(q) for q in stored] for p in stored]) / np.outer(norms, norms)
+    target = np.array([p.dot(wanted) for p in stored]) / (norms * size)
+    ones = size / norms  # of profiles scaled to norm one, these add up to the wanted one's integral
+    system = np.block([[gram, ones[:, None]], [ones[None, :], np.zeros((1, 1))]])
+    scaled = np.linalg.lstsq(system, np.append(target, 1.0), rcond=1e-13)[0][:-1]
+    distance = scaled @ gram @ scaled - 2 * scaled @ target + 1
+    return scaled * ones, float(np.sqrt(max(distance, 0.0)))
+
+
+def reconstruct(
+    run_dir: Path, relative_std: float, step: int | None, out: Path | None, say: Callable[[str], None]
+) -> Path:
+    """Write the average of a width at a step (None: the newest stored moment) as a weights file; returns its path.
+
+    Errors: a width out of range, a file that cannot be written, no such step, no power averages stored, or too few of
+    them for a fit within WORST_FIT.
+    """
+    if not 0 < relative_std < 0.28:
+        raise TrainerError(f"--relative-std {relative_std:g}: a width lies between 0 and 0.28 of the run so far")
+    if out is not None and (out.suffix not in (".safetensors", ".pth") or not out.parent.is_dir()):
+        raise TrainerError(f"--out {out}: give a .safetensors or .pth file in a directory that exists")
+    moments = sources(run_dir)
+    chosen = [c for c in moments if step is None or c.step == step]
+    if not chosen:
+        raise TrainerError(
+            f"run {run_dir} has no averages of {'any step' if step is None else f'step {step}'}; stored are steps: "
+            f"{', '.join(str(c.step) for c in moments) or 'none'}"
+        )
+    final = chosen[-1]
+    wanted = Profile(final.images_seen, relative_std)
+    pairs = [(c, s) for c in moments if 0 < c.images_seen <= final.images_seen for s in _widths(c)]
+    if not pairs:
+        raise TrainerError(f"run {run_dir} stores no power averages: it was trained with ema.relative_stds=[]")
+    coefficients, distance = fit([Profile(c.images_seen, std) for c, std in pairs], wanted)
+    say(f"{len(pairs)} stored averages of {len({c.step for c, _ in pairs})} moments up to step {final.step}; "
+        f"the profile of width {relative_std:g} is met within {distance:.1e} of its norm")  # fmt: skip
+    if distance > WORST_FIT:
+        raise TrainerError(
+            f"the stored averages cannot make one of width {relative_std:g} (off by {distance:.0%} of its norm, "
+            f"{WORST_FIT:.0%} at most). Widths near those of ema.relative_stds can be made; for more, train with a "
+            "smaller ema.snapshot_every_images (0 = no snapshots)"
+        )
+    path = out or run_dir / f"{power_name(relative_std)}-{final.name}.safetensors"
+    model = load_config(final.path / "config.yaml").model
+    save_weights_file(path, model, _combine(pairs, coefficients))
+    return path
+
+
+def _widths(checkpoint: ckpt.Checkpoint) -> tuple[float, ...]:
+    return load_config(checkpoint.path / "config.yaml").ema.relative_stds
+
+
+def _combine(pairs: Sequence[tuple[ckpt.Checkpoint, float]], coefficients: np.ndarray) -> dict[str, Any]:
+    """Sum of stored averages, in float64 one average at a time; the prior's variance is the last moment's."""
+    total: dict[str, torch.Tensor] = {}
+    for (checkpoint, std), coefficient in zip(pairs, coefficients.tolist()):
+        weights = load_weights(checkpoint, power_name(std))
+        variance = weights.pop("var")
+        for name, tensor in weights.items():
+            total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + coefficient * tensor.double()
+    return {name: t.float() for name, t in total.items()} | {"var": variance}

@@ -1,0 +1,58 @@
+"""Snapshots of the averages alone, kept for ever: what `tarflow ema` rebuilds an average of another width from.
+
+    ema/snapshots/run.json                      the same run as the directory above
+    ema/snapshots/checkpoints/step-00001000/    the averages and the prior's variance, committed as a checkpoint is
+
+Every `ema.snapshot_every_images` the save that is due writes one, before its checkpoint: a run that is killed between
+the two comes by again and writes the same. Retention looks after `checkpoints/` and never comes here.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from torch import Tensor
+
+import tarflow.trainer.checkpoint.commit as ckpt
+from tarflow.files import write_text
+from tarflow.trainer.run_dir import is_run, run_id
+
+
+def snapshots_dir(run_dir: Path) -> Path:
+    """A run directory in the small: all that `tarflow.trainer.checkpoint.commit` does works on it."""
+    return run_dir / "ema" / "snapshots"
+
+
+def prepare(run_dir: Path) -> Path:
+    """Make the directory, as the same run's; returns it."""
+    folder = snapshots_dir(run_dir)
+    if not is_run(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "run.json", json.dumps({"run_id": run_id(run_dir)}))
+    return folder
+
+
+def contents(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a checkpoint's tensors that a snapshot holds."""
+    return {name: t for name, t in state.items() if name.startswith("ema-") or name == "buffer/var"}
+
+
+def forget_after(run_dir: Path, images_seen: int) -> list[str]:
+    """Remove snapshots of a future that a run going on from `images_seen` may not have; lines for the log. Writer only."""
+    folder = snapshots_dir(run_dir)
+    if not is_run(folder):
+        return []
+    later = [c for c in ckpt.committed(folder) if c.images_seen > images_seen]
+    for snapshot in later:
+        (snapshot.path / ckpt.MARKER).unlink()
+        shutil.rmtree(snapshot.path)
+    ckpt.sweep(folder)
+    return [f"snapshot of the averages {c.name} is removed: it is after the checkpoint resumed from" for c in later]
+
+
+def sources(run_dir: Path) -> list[ckpt.Checkpoint]:
+    """Everything that holds averages, by images seen ascending: snapshots, and checkpoints at other moments."""
+    folder = snapshots_dir(run_dir)
+    snapshots = ckpt.committed(folder) if is_run(folder) else []
+    moments = {c.images_seen: c for c in [*ckpt.committed(run_dir), *snapshots]}
+    return [moments[images_seen] for images_seen in sorted(moments)]

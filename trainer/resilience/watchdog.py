@@ -1,0 +1,200 @@
+"""A heartbeat file per rank, and an end to processes that hang.
+
+A thread beside the training writes `heartbeats/rank-0003.json` (phase, step, time in the phase) and looks at the clock. A
+phase that lasts too long means that this rank, or one that it waits for, hangs: the stacks of all threads go to the rank's
+log and the process ends with its own exit code, so that an allocation is not burnt in silence. Start, saves and the end may
+take `parallel.start_timeout_s`; a step, `parallel.step_timeout_s`.
+"""
+
+import datetime
+import faulthandler
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import torch.distributed as dist
+
+from tarflow.trainer.config.schema import ParallelConfig
+from tarflow.trainer.resilience.exit_codes import HUNG
+from tarflow.trainer.run_dir import is_run, note, rank_log
+
+QUICK = ("data", "step")  # phases within a step; all others are allowed to be long
+STRAGGLER = 1.5  # own time per step, relative to the median rank, from which a rank is named
+LOOK_S = 30.0  # between two looks at all ranks' times
+
+
+class Watchdog:
+    """Watches this rank while entered. The loop says what it does with `phase` and `step_done`."""
+
+    def __init__(self, run_dir: Path, rank: int, world_size: int, limits: ParallelConfig) -> None:
+        self.run_dir, self.rank, self.world_size, self.limits = run_dir, rank, world_size, limits
+        self.name, self.step = "start", 0
+        self._still_s = 0.0  # since the last sign of life, as far as this process was running
+        self._own: deque[float] = deque(maxlen=64)
+        self._stop = threading.Event()
+        self._interval = min(2.0, limits.step_timeout_s / 4, limits.start_timeout_s / 4)
+        self._named: int | None = None
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> "Watchdog":
+        folder = self.run_dir / "heartbeats"
+        folder.mkdir(exist_ok=True)
+        self._path = folder / f"rank-{self.rank:04d}.json"
+        log = rank_log(self.run_dir, self.rank)
+        log.parent.mkdir(exist_ok=True)
+        self._file = open(log, "a")
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        self.phase("gone")
+        self._write()
+        assert self._file is not None
+        self._file.close()
+
+    def phase(self, name: str) -> None:
+        """This rank begins something else: it is alive."""
+        self.name, self._still_s = name, 0.0
+
+    def step_done(self, step: int, own_s: float) -> None:
+        """A step is over; `own_s`: seconds of it in which this rank waited for no other."""
+        self.step, self._still_s = step, 0.0
+        self._own.append(own_s)
+
+    @property
+    def limit_s(self) -> float:
+        return self.limits.step_timeout_s if self.name in QUICK else self.limits.start_timeout_s
+
+    def _watch(self) -> None:
+        assert self._file is not None
+        looked = last = time.monotonic()
+        while True:
+            # For a hang that does not let this thread run: a clock that needs no interpreter. It ends with code 1.
+            faulthandler.dump_traceback_later(self.limit_s + 4 * self._interval, exit=True, file=self._file)
+            self._write()
+            if self._stop.wait(self._interval):
+                return
+            now = time.monotonic()
+            # A suspended machine or job stops this thread, too: such a gap is no hang.
+            self._still_s += min(now - last, 2 * self._interval)
+            last = now
+            if self._still_s > self.limit_s:
+                self._end()
+            if self.rank == 0 and self.world_size > 1 and now - looked > min(LOOK_S, self.limits.step_timeout_s):
+                looked = now
+                with suppress(OSError):
+                    self._name_straggler()
+
+    def _end(self) -> None:
+        """The last act of a rank that hangs."""
+        limit = "step" if self.name in QUICK else "start"
+        text = (
+            f"HUNG: rank {self.rank} (host {os.uname().nodename}) made no progress for {self._still_s:.0f} s in phase "
+            f"{self.name!r} of step {self.step + 1} (parallel.{limit}_timeout_s={self.limit_s:g}); it ends with exit code "
+            f"{HUNG}, the stacks of its threads are in {rank_log(self.run_dir, self.rank)}"
+        )
+        try:
+            note(self.run_dir, text)
+            assert self._file is not None
+            self._file.write(f"stacks of rank {self.rank}, {text}\n")
+            self._file.flush()
+            faulthandler.dump_traceback(self._file, all_threads=True)
+        finally:  # on a full disk, too
+            os._exit(HUNG)
+
+    def _write(self) -> None:
+        facts: dict[str, Any] = {
+            "rank": self.rank, "host": os.uname().nodename, "pid": os.getpid(), "phase": self.name, "step": self.step,
+            "still_s": round(self._still_s, 1), "own_s": statistics.median(self._own) if self._own else None,
+            "time": time.time(),
+        }  # fmt: skip
+        temporary = self._path.with_suffix(".tmp")
+        try:
+            temporary.write_text(json.dumps(facts))
+            os.replace(temporary, self._path)
+        except OSError:  # a full disk must not end the watch
+            temporary.unlink(missing_ok=True)
+
+    def _name_straggler(self) -> None:
+        found = straggler(read_heartbeats(self.run_dir)[: self.world_size])
+        if found is not None and found[0] != self._named:
+            rank, own, median = found
+            note(
+                self.run_dir,
+                f"straggler: rank {rank} needs {own:.3f} s of its own per step, the median rank {median:.3f} s "
+                f"({own / median:.1f} times); all ranks wait for it",
+            )
+        self._named = found[0] if found else None
+
+
+@contextmanager
+def deadline(seconds: float, run_dir: Path, rank: int, doing: str) -> Iterator[None]:
+    """End this process, with its stacks on the error output, if what is inside takes too long.
+
+    For waits before there is a run directory to watch over. Joining the others is one: torch tries to connect again after
+    its time is over, so that a rank whose peer died before it could listen would stay for up to three times as long.
+    """
+
+    def end() -> None:
+        text = (
+            f"HUNG: rank {rank} (host {os.uname().nodename}) was still {doing} after {seconds:g} s "
+            f"(parallel.start_timeout_s); it ends with exit code {HUNG}"
+        )
+        try:
+            print(text, file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            if is_run(run_dir):
+                note(run_dir, text)
+        finally:
+            os._exit(HUNG)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def straggler(beats: list[dict[str, Any]]) -> tuple[int, float, float] | None:
+    """(rank, its own seconds per step, the median's) if one rank is far slower than the median, from the heartbeats."""
+    times = {beat["rank"]: beat["own_s"] for beat in beats if beat.get("own_s")}
+    if len(times) < 2:
+        return None
+    rank = max(times, key=lambda r: times[r])
+    # The lower median, so that of two ranks the faster one is the measure.
+    median = statistics.median_low(list(times.values()))
+    return (rank, times[rank], median) if times[rank] > STRAGGLER * median else None
+
+
+def read_heartbeats(run_dir: Path) -> list[dict[str, Any]]:
+    """What every rank last said of itself, by rank."""
+    beats = []
+    for path in sorted((run_dir / "heartbeats").glob("rank-*.json")):
+        try:
+            beats.append(json.loads(path.read_text()))
+        except (OSError, ValueError):
+            continue
+    return beats
+
+
+def tighten_timeouts(seconds: float, spare: Any) -> None:
+    """From now on a collective may wait `seconds`, except in the group `spare` (whose ranks write checkpoints)."""
+    if not dist.is_initialized():
+        return
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not spare:
+            dist.distributed_c10d.set_timeout(datetime.timedelta(seconds=seconds), group)

@@ -1,0 +1,67 @@
+"""From the loader's batches to what a step needs: images, their noise, labels after dropout.
+
+Noise and label dropout are keyed by the position of the sample in the endless stream of samples (contract 2). They are
+drawn in a thread while the device computes, so the loop never waits for them.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tarflow.data_pipeline.loading.loader import Prefetched
+from tarflow.models.noise import add_noise
+from tarflow.models.randomness import keyed_normal, keyed_uniform
+from tarflow.trainer.config.schema import TrainConfig
+
+if TYPE_CHECKING:
+    from tarflow.data_pipeline.loading.loader import Batch
+
+
+@dataclass
+class StepInput:
+    """A rank's share of a global batch, on the CPU."""
+
+    pixels: Tensor  # uint8 [b, C, H, W]
+    noise: Tensor  # float32 [b, C, H, W], standard normal or uniform
+    labels: Tensor  # int64 [b], -1 = no label
+    images_seen: int  # before this step
+
+    def micro_batches(
+        self, size: int, train: TrainConfig, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """(noisy images, labels, share of the rank's batch) per micro-batch, on the device."""
+        total = len(self.pixels)
+        for start in range(0, total, size):
+            part = slice(start, start + size)
+            pixels, noise, labels = (
+                t[part].to(device, non_blocking=True) for t in (self.pixels, self.noise, self.labels)
+            )
+            yield add_noise(pixels, noise, train.noise, train.noise_std), labels, len(pixels) / total
+
+
+def step_input(batch: "Batch", train: TrainConfig) -> StepInput:
+    """Attach noise and label dropout to a batch."""
+    positions = (batch.slots + batch.images_seen).tolist()
+    draw = keyed_uniform if train.noise == "uniform" else keyed_normal
+    noise = draw(train.seed, "noise", 0, positions, tuple(batch.images.shape[1:]))
+    labels = batch.labels
+    if train.label_dropout:
+        dropped = keyed_uniform(train.seed, "label_dropout", 0, positions, ()) < train.label_dropout
+        labels = torch.where(dropped, -1, labels)
+    return StepInput(batch.images, noise, labels, batch.images_seen)
+
+
+def feed(batches: "Iterable[Batch]", train: TrainConfig, pin: bool, ahead: int = 2) -> Prefetched:
+    """Step inputs in order, prepared `ahead` of time in a thread; its errors are raised where they are awaited."""
+
+    def produce() -> Iterator[StepInput]:
+        for batch in batches:
+            item = step_input(batch, train)
+            if pin:
+                item.pixels, item.noise, item.labels = (t.pin_memory() for t in (item.pixels, item.noise, item.labels))
+            yield item
+
+    return Prefetched(produce(), ahead)
