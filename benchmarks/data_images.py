@@ -14,7 +14,7 @@ import numpy as np
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.sample_reader import SampleReader
 from tarflow.data_pipeline.prepare.fetch import fetch
-from tarflow.data_pipeline.prepare.sources import Source
+from tarflow.data_pipeline.prepare.sources import ImageSource
 from tarflow.data_pipeline.prepare.write import Options, prepare
 from tarflow.data_pipeline.storage.open_index import open_index
 
@@ -30,7 +30,7 @@ def write_images(folder: Path, most: int) -> tuple[Path, str]:
         return folder / "train", "photographs"
     except DataError:
         labels = np.zeros(most, dtype=np.int64)
-        source = Source(labels, None, lambda i: _natural(i), lambda i: f"image {i}")
+        source = ImageSource(labels, None, lambda i: _natural(i), lambda i: f"image {i}")
         prepare(source, folder, options)
         return folder, "made-up images (the wallpaper packages are missing)"
 

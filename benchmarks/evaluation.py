@@ -75,12 +75,12 @@ def open_job(run: Path) -> Any:
     from tarflow.evaluation import results
     from tarflow.evaluation.samples.weights_source import from_checkpoint
     from tarflow.evaluation.worker.evaluate import Evaluator, Job
-    from tarflow.evaluation.worker.real_images import RealSide
+    from tarflow.evaluation.worker.real_images import RealImages
     from tarflow.evaluation.worker.recipe import load_recipes
     from tarflow.trainer.checkpoint.commit import find
 
     (recipe,) = load_recipes(run, [])
-    real = RealSide(results.evals_dir(run), recipe.config, recipe.settings, torch.device("cpu"), say=lambda _: None)
+    real = RealImages(results.evals_dir(run), recipe.config, recipe.settings, torch.device("cpu"), say=lambda _: None)
     evaluator = Evaluator(run, recipe, real, say=lambda _: None)
     job = Job(evaluator, from_checkpoint(recipe.config, find(run), "raw", real.device))
     real.features(job.sampler.draw(range(4)).pixels())

@@ -38,7 +38,7 @@ def rank_main(config: Config, run_dir: Path, rank: int, ranks: int, port: int, f
     os.dup2(out, 1)
     os.dup2(out, 2)
     ids: dict[int, list[int]] = {}
-    feed, step = tarflow.trainer.loop.feed, tarflow.trainer.loop.Run.step
+    prefetch_inputs, step = tarflow.trainer.loop.prefetch_inputs, tarflow.trainer.loop.Run.step
 
     def noting_feed(loader: Any, *args: Any, **kwargs: Any) -> Any:
         def batches() -> Iterator[Any]:
@@ -46,14 +46,14 @@ def rank_main(config: Config, run_dir: Path, rank: int, ranks: int, port: int, f
                 ids[batch.images_seen] = batch.ids.tolist()
                 yield batch
 
-        return feed(batches(), *args, **kwargs)
+        return prefetch_inputs(batches(), *args, **kwargs)
 
     def noting_step(run: Any, batch: Any, window: Any) -> float:
         lr = step(run, batch, window)
         os.write(notes, (json.dumps([batch.images_seen, rank, ids.pop(batch.images_seen)]) + "\n").encode())
         return lr
 
-    tarflow.trainer.loop.feed, tarflow.trainer.loop.Run.step = noting_feed, noting_step  # type: ignore[assignment, method-assign]
+    tarflow.trainer.loop.prefetch_inputs, tarflow.trainer.loop.Run.step = noting_feed, noting_step  # type: ignore[assignment, method-assign]
     code = 1
     try:
         code = tarflow.trainer.loop.train(config, run_dir)

@@ -13,12 +13,12 @@ from tarflow.trainer.batch import BatchPlan, plan_batch
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.ema.ema import EMA
 from tarflow.trainer.errors import TrainerError
-from tarflow.trainer.metrics import MetricLog, Reading, Window
+from tarflow.trainer.metrics import MetricLog, PendingMetrics, Window
 from tarflow.trainer.parallel.choose import make_backend, pick_device
 from tarflow.trainer.parallel.shared import check_shared
 from tarflow.trainer.parallel.world import Vote, World, barrier, broadcast, process_group, world_from_env
 from tarflow.trainer.resilience.exit_codes import FINISHED, NO_PROGRESS, REQUEUE
-from tarflow.trainer.resilience.failure_exit import last_words
+from tarflow.trainer.resilience.failure_exit import failure_exit
 from tarflow.trainer.resilience.fault_injection import fault_point
 from tarflow.trainer.resilience.signals import StopRequest
 from tarflow.trainer.resilience.watchdog import Watchdog, deadline, tighten_timeouts
@@ -26,10 +26,10 @@ from tarflow.trainer.run_dir import create_run, save_config, writer_lock
 from tarflow.trainer.saving.resume import count_restart
 from tarflow.trainer.saving.saver import Saver
 from tarflow.trainer.schedule import learning_rate
-from tarflow.trainer.step_inputs import StepInput, feed
+from tarflow.trainer.step_inputs import StepInput, prefetch_inputs
 
 # What a rank may ask of all ranks at a step; the largest answer counts.
-GO_ON, SAVE, STOP, FAIL = range(4)
+CONTINUE, SAVE, STOP, FAIL = range(4)
 
 
 def train(
@@ -41,7 +41,7 @@ def train(
     Runs alone, or as one rank of the world that the environment describes. `stop`: a request that is listened to already.
     """
     world = world_from_env()
-    with nullcontext(stop) if stop else StopRequest() as stop, last_words(world, run_dir):
+    with nullcontext(stop) if stop else StopRequest() as stop, failure_exit(world, run_dir):
         return _train(config, run_dir, world, stop, init_from, accept_new_data)
 
 
@@ -69,7 +69,7 @@ def _train(
         stack.callback(log.close)
         run = Run(config, run_dir, plan, log, world, device, watchdog, warmup)
         run.start(facts.fingerprint, init_from, accept_new_data)
-        if not run.may_go_on(run_dir):
+        if not run.check_progress(run_dir):
             return NO_PROGRESS
         if world.first:
             save_config(run_dir, config)
@@ -107,7 +107,7 @@ class Run:
         self.ema = EMA(self.backend, config.ema.relative_stds, config.ema.decays)
         self.saver = Saver(config, run_dir, self.backend, self.ema, world, log)
         self.images_seen = 0
-        self._reading: tuple[Reading, int, int, float] | None = None
+        self._reading: tuple[PendingMetrics, int, int, float] | None = None
         self._failing = False
         self._peak = peak_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
@@ -123,7 +123,7 @@ class Run:
             self.log.say(f"note: made for parallel.world_size={wanted} processes, running on {self.world.size}")
         self.images_seen = self.saver.restore(fingerprint, init_from, accept_new_data)
 
-    def may_go_on(self, run_dir: Path) -> bool:
+    def check_progress(self, run_dir: Path) -> bool:
         """False, with a last line in the log, if restarts keep coming back to this position."""
         most, done = self.config.train.max_restarts_without_progress, self.images_seen >= self.config.train.max_images
         reason = count_restart(run_dir, self.images_seen, most) if self.world.first and not done else None
@@ -137,24 +137,24 @@ class Run:
         config, total = self.config, self.config.train.max_images
         window, vote = Window(self.device), Vote(self.world)
         loader = self._loader()
-        inputs = feed(loader, config.train, pin=self.device.type == "cuda")
+        inputs = prefetch_inputs(loader, config.train, pin=self.device.type == "cuda")
         batches = iter(inputs)
-        wish, first = GO_ON, True
+        action, first = CONTINUE, True
         try:
             while self.images_seen < total:
-                wish = vote.cast(self._wish(stop))
-                if wish >= STOP:
+                action = vote.cast(self._requested_action(stop))
+                if action >= STOP:
                     break
                 began = time.monotonic()
                 fault_point("step")
-                if wish == SAVE:
+                if action == SAVE:
                     window.checkpoint_stall_s += self._save()
                 waiting = time.monotonic()
                 if not first:
                     self.watchdog.phase("data")
                 batch = next(batches)
                 window.data_wait_s += time.monotonic() - waiting
-                if self._left_out(batch):
+                if self._skip_batch(batch):
                     continue
                 if not first:
                     self.watchdog.phase("step")
@@ -178,13 +178,13 @@ class Run:
         finally:
             inputs.close()
             loader.close()
-        return self._end(wish, stop)
+        return self._end(action, stop)
 
     def _save(self) -> float:
         self.watchdog.phase("save")
         return self.saver.save(self.images_seen)
 
-    def _left_out(self, batch: StepInput) -> bool:
+    def _skip_batch(self, batch: StepInput) -> bool:
         """Pass over a batch that `train.skip_images` names: only the counter moves on."""
         begin, end = batch.images_seen, batch.images_seen + self.plan.global_batch_size
         if not any(begin < last and first < end for first, last in self.config.train.skip_images):
@@ -193,24 +193,24 @@ class Run:
         self.log.say(f"passed over images {begin:,} to {end:,}: train.skip_images")
         return True
 
-    def _wish(self, stop: StopRequest) -> int:
+    def _requested_action(self, stop: StopRequest) -> int:
         """What this rank asks of all ranks before the next step."""
         self.saver.collect()
         if self._failing or self.saver.failures >= self.config.checkpoint.max_failures:
             return FAIL
         if stop.received is not None:
             return STOP
-        return SAVE if self.saver.overdue() else GO_ON
+        return SAVE if self.saver.overdue() else CONTINUE
 
-    def _end(self, wish: int, stop: StopRequest) -> int:
+    def _end(self, action: int, stop: StopRequest) -> int:
         self.watchdog.phase("end")
         self.saver.save(self.images_seen, last=True)
-        if wish == FAIL and int(self.backend.skipped()[1]) < self.config.train.max_skipped_in_a_row:
+        if action == FAIL and int(self.backend.skipped()[1]) < self.config.train.max_skipped_in_a_row:
             raise TrainerError(
                 f"{self.config.checkpoint.max_failures} saves in a row failed, the last one at step {self.step_count} did "
                 "not; see the warnings above, and set checkpoint.max_failures higher to go on regardless"
             )
-        if wish == FAIL or self._failing:
+        if action == FAIL or self._failing:
             last = self.saver.newest_name()
             raise TrainerError(
                 f"{self.config.train.max_skipped_in_a_row} steps in a row had a gradient that was not finite or far out "

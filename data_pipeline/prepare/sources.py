@@ -30,7 +30,7 @@ _LABEL_ARRAYS = ("labels", "label", "y", "y_train", "targets", "arr_1")
 
 
 @dataclass
-class Source:
+class ImageSource:
     """Images to prepare: `read(i)` gives a file (bytes) or pixels (uint8 [H, W, C]), `name(i)` is for messages.
 
     `labels`: int64 [n], -1 = no label. `runs`: (images, bytes) of stretches that are read as a whole, in order; None
@@ -48,7 +48,7 @@ class Source:
         return len(self.labels)
 
 
-def open_source(path: Path, *, image_column: str | None = None, label_column: str | None = None) -> Source:
+def open_source(path: Path, *, image_column: str | None = None, label_column: str | None = None) -> ImageSource:
     """Recognise what lies at `path` and open it. Raises DataError when it is none of the four, or empty."""
     if not path.exists():
         raise DataError(f"there is nothing at {path}")
@@ -74,7 +74,7 @@ def open_source(path: Path, *, image_column: str | None = None, label_column: st
     )
 
 
-def folder_source(path: Path) -> Source:
+def folder_source(path: Path) -> ImageSource:
     """One class per folder directly under `path`, named after it; folders below belong to their class.
 
     A folder without subfolders is a data set without labels. Hidden and non-image files are ignored and counted; the
@@ -108,14 +108,14 @@ def folder_source(path: Path) -> Source:
     labels = np.full(len(files), -1, dtype=np.int64)
     if classes:
         labels = np.repeat(np.arange(len(classes)), [len(by_class[name]) for name in classes])
-    return Source(labels, classes, lambda i: files[i].read_bytes(), lambda i: str(files[i]), ignored=ignored)
+    return ImageSource(labels, classes, lambda i: files[i].read_bytes(), lambda i: str(files[i]), ignored=ignored)
 
 
 def _some_extensions() -> str:
     return ".jpg, .png, .webp"
 
 
-def parquet_source(files: Sequence[Path], image_column: str | None, label_column: str | None) -> Source:
+def parquet_source(files: Sequence[Path], image_column: str | None, label_column: str | None) -> ImageSource:
     """Image bytes in a binary column, or a struct column with a `bytes` field; labels as integers or names."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -168,7 +168,7 @@ def parquet_source(files: Sequence[Path], image_column: str | None, label_column
         group = int(np.searchsorted(starts, i, side="right")) - 1
         return f"{places[group][2]} row {i}"
 
-    return Source(labels, classes, read, name, runs=runs)
+    return ImageSource(labels, classes, read, name, runs=runs)
 
 
 def _binary(kind: Any) -> bool:
@@ -177,7 +177,7 @@ def _binary(kind: Any) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def npz_source(path: Path, image_array: str | None = None, label_array: str | None = None) -> Source:
+def npz_source(path: Path, image_array: str | None = None, label_array: str | None = None) -> ImageSource:
     """uint8 images [N, H, W], [N, H, W, C] or [N, C, H, W] with C in 1, 3, 4, and optional integer or string labels."""
     try:
         arrays = np.load(path, allow_pickle=False)
@@ -197,10 +197,10 @@ def npz_source(path: Path, image_array: str | None = None, label_array: str | No
         if len(raw) != len(images):
             raise DataError(f"{path} holds {len(images)} images but {len(raw)} labels")
         labels, classes = _number_labels(raw.reshape(len(raw), -1)[:, 0].tolist(), f"array {label!r} of {path}")
-    return Source(labels, classes, lambda i: images[i], lambda i: f"{path} image {i}")
+    return ImageSource(labels, classes, lambda i: images[i], lambda i: f"{path} image {i}")
 
 
-def idx_source(path: Path, labels_path: Path | None = None) -> Source:
+def idx_source(path: Path, labels_path: Path | None = None) -> ImageSource:
     """An IDX image file (gzipped or not) with the label file beside it, if there is one (`images` -> `labels`)."""
     images = read_idx(path)
     if images.ndim not in (3, 4):
@@ -215,7 +215,7 @@ def idx_source(path: Path, labels_path: Path | None = None) -> Source:
         if raw.shape != (len(images),):
             raise DataError(f"{labels_path} holds {raw.shape} labels for {len(images)} images in {path}")
         labels, classes = _number_labels(raw.tolist(), str(labels_path))
-    return Source(labels, classes, lambda i: images[i], lambda i: f"{path} image {i}")
+    return ImageSource(labels, classes, lambda i: images[i], lambda i: f"{path} image {i}")
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -26,7 +26,7 @@ from tarflow.data_pipeline.images.decode import decode, from_pixels
 from tarflow.data_pipeline.images.transform import fit
 from tarflow.data_pipeline.index.build import CLASSES_FILE, build_index
 from tarflow.data_pipeline.index.mds import write_mds
-from tarflow.data_pipeline.prepare.sources import WINDOW_BYTES, Source
+from tarflow.data_pipeline.prepare.sources import WINDOW_BYTES, ImageSource
 from tarflow.files import replace_dir
 
 FORMATS = ("png", "jpeg", "webp")
@@ -100,7 +100,7 @@ class Report:
 
 
 def prepare(
-    source: Source,
+    source: ImageSource,
     out: Path,
     options: Options,
     *,
@@ -152,7 +152,7 @@ def held_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return val
 
 
-def shuffled(source: Source, seed: int) -> np.ndarray:
+def shuffled(source: ImageSource, seed: int) -> np.ndarray:
     """The order of writing, int64 [n]: a permutation; where reading goes by runs, within windows of about 1 GiB."""
     runs = source.runs
     if runs is None or sum(size for _, size in runs) <= WINDOW_BYTES:
@@ -213,7 +213,7 @@ class partial_folder:  # noqa: N801 - used as a function: `with partial_folder(o
 
 
 def _write_split(
-    source: Source,
+    source: ImageSource,
     numbers: np.ndarray,
     folder: Path,
     options: Options,
@@ -274,7 +274,7 @@ def _write_tars(
 
 
 def _encoded(
-    source: Source, numbers: np.ndarray, options: Options, report: Report
+    source: ImageSource, numbers: np.ndarray, options: Options, report: Report
 ) -> Iterator[tuple[int, bytes | None]]:
     """(number, file bytes) in order, encoded by threads (Pillow lets go of the interpreter lock); None = left out."""
 

@@ -13,7 +13,7 @@ from tarflow.evaluation.run_config import run_config
 from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler, SamplingSettings, check_guidance
 from tarflow.evaluation.samples.grid import make_grid
 from tarflow.evaluation.samples.png_folder import SampleFolder, load_png, save_png
-from tarflow.evaluation.samples.weights_source import Source, from_checkpoint, from_file, resolve_device
+from tarflow.evaluation.samples.weights_source import WeightsSource, from_checkpoint, from_file, resolve_device
 from tarflow.trainer.checkpoint.commit import find, pinned
 
 GRID_IMAGES = 100
@@ -77,7 +77,7 @@ def _columns(sampler: Sampler, num: int) -> int:
     return math.ceil(math.sqrt(num))
 
 
-def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[Source, SamplingSettings, int]:
+def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[WeightsSource, SamplingSettings, int]:
     """(model, settings, batch size) of a request."""
     device = resolve_device(request.device)
     if request.source.is_file() or request.source.suffix in (".safetensors", ".pth"):
@@ -97,7 +97,7 @@ def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[Source, S
     return source, settings, request.batch_size or config.sampling.batch_size
 
 
-def _open_file(request: SampleRequest, device: torch.device) -> tuple[Source, SamplingSettings, int]:
+def _open_file(request: SampleRequest, device: torch.device) -> tuple[WeightsSource, SamplingSettings, int]:
     for option, value in (("--step", request.step), ("--weights", request.weights)):
         if value is not None:
             raise EvaluationError(f"{option} chooses among a run's checkpoints; {request.source} is a weights file")

@@ -21,7 +21,7 @@ from typing import Any
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.draw import Drawn, Sampler
 from tarflow.evaluation.samples.png_folder import to_picture
-from tarflow.evaluation.samples.weights_source import Source
+from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.shared_work import SharedWork
 from tarflow.files import put_once, write_json
 
@@ -30,7 +30,7 @@ _NAME = re.compile(r"samples-(\d{8,})-(\d{8,})\.(tar|json)")
 _OURS = re.compile(r"settings\.json|images|index|\..*")  # an index of the shards is welcome
 
 
-class SampleSaver:
+class SampleStore:
     """Keeps the samples 0 .. num-1 of one model under one group of settings, whoever draws them."""
 
     def __init__(self, folder: Path, kind: str, about: dict[str, Any], num: int) -> None:
@@ -44,7 +44,7 @@ class SampleSaver:
             write_json(folder / "settings.json", self.about)
 
     @classmethod
-    def of(cls, kind: str, root: Path, source: Source, sampler: Sampler, num: int) -> "SampleSaver | None":
+    def of(cls, kind: str, root: Path, source: WeightsSource, sampler: Sampler, num: int) -> "SampleStore | None":
         """Under ROOT/samples/, in a folder of their own for these weights and settings; None where nothing is kept."""
         if not kind:
             return None

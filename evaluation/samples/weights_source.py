@@ -22,7 +22,7 @@ from tarflow.trainer.config.schema import Config
 
 
 @dataclass
-class Source:
+class WeightsSource:
     """A model ready to evaluate (float32, evaluation mode, no gradients kept) and what it was read from."""
 
     model: TarFlow
@@ -42,7 +42,7 @@ class Source:
         }
 
 
-def from_checkpoint(config: Config, checkpoint: Checkpoint, which: str, device: torch.device) -> Source:
+def from_checkpoint(config: Config, checkpoint: Checkpoint, which: str, device: torch.device) -> WeightsSource:
     """One set of weights of a checkpoint ("raw", "ema-0.050", ...), for the model of the run's configuration.
 
     A missing set or tensors of another shape raise an error that names them.
@@ -50,14 +50,14 @@ def from_checkpoint(config: Config, checkpoint: Checkpoint, which: str, device: 
     tensors = load_weights(checkpoint, which)
     check_weights(config.model, tensors, f"checkpoint {checkpoint.path}, weights {which}")
     model = load_model(config.model, tensors).requires_grad_(False).to(device)
-    return Source(model, which, _digest(tensors), str(checkpoint.path), checkpoint.step, checkpoint.images_seen)
+    return WeightsSource(model, which, _digest(tensors), str(checkpoint.path), checkpoint.step, checkpoint.images_seen)
 
 
-def from_file(path: Path, device: torch.device) -> Source:
+def from_file(path: Path, device: torch.device) -> WeightsSource:
     """A safetensors file with its configuration inside (`tarflow export` writes one)."""
     config, tensors = load_weights_file(path)
     model = load_model(config, tensors).requires_grad_(False).to(device)
-    return Source(model, "file", _digest(tensors), str(path))
+    return WeightsSource(model, "file", _digest(tensors), str(path))
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

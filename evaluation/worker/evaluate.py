@@ -23,8 +23,8 @@ from tarflow.evaluation.metrics.bits_per_dim import BitsPerDim
 from tarflow.evaluation.metrics.names import distance_key, is_distance
 from tarflow.evaluation.metrics.nearest_neighbours import label_agreement, nearest_neighbours
 from tarflow.evaluation.samples.draw import Sampler, check_guidance
-from tarflow.evaluation.samples.store import SampleSaver
-from tarflow.evaluation.samples.weights_source import Source, from_checkpoint
+from tarflow.evaluation.samples.store import SampleStore
+from tarflow.evaluation.samples.weights_source import WeightsSource, from_checkpoint
 from tarflow.evaluation.shared_work import SharedWork, stretches
 from tarflow.evaluation.worker import pictures
 from tarflow.evaluation.worker.chunk_results import (
@@ -34,7 +34,7 @@ from tarflow.evaluation.worker.chunk_results import (
     chunk_statistics,
     save_likelihood,
 )
-from tarflow.evaluation.worker.real_images import RealSide
+from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import Recipe
 from tarflow.evaluation.worker.reference import Reference
 from tarflow.files import write_json
@@ -71,7 +71,7 @@ class Evaluator:
 
     root: Path  # run directory, or whatever holds evals/
     recipe: Recipe
-    real: RealSide
+    real: RealImages
     say: Say = print
     save: str = ""  # "shards" or "png": keep the samples too
 
@@ -99,7 +99,7 @@ class Evaluator:
 class Job:
     """One set of weights under one recipe."""
 
-    def __init__(self, evaluator: Evaluator, source: Source) -> None:
+    def __init__(self, evaluator: Evaluator, source: WeightsSource) -> None:
         self.evaluator, self.source = evaluator, source
         self.config, self.settings, self.real = evaluator.config, evaluator.settings, evaluator.real
         self.name = evaluator.name_of(source.step, source.sha256)
@@ -123,7 +123,7 @@ class Job:
     def open(self) -> None:
         """Join the work on this result, or begin it: what the first worker's plan says holds for all."""
         root, evaluation, num = self.evaluator.root, self.config.evaluation, self.settings.num_samples
-        self.saver = SampleSaver.of(self.evaluator.save, root, self.source, self.sampler, num)
+        self.saver = SampleStore.of(self.evaluator.save, root, self.source, self.sampler, num)
         plan = {"batch_size": self.config.sampling.batch_size, "chunk_samples": evaluation.chunk_samples}
         folder = results.work_dir(root, f"{self.name}-{self.settings.hash}-{self.source.sha256[:12]}")
         self.work = SharedWork(folder, plan, evaluation.lease_s)
@@ -324,7 +324,7 @@ def draw_chunk(
     indices: range,
     batch_size: int,
     watch: Stopwatch,
-    saver: SampleSaver | None = None,
+    saver: SampleStore | None = None,
 ) -> None:
     """Draw the samples of a chunk batch by batch, and take them in."""
     batches = sampler.draw_all(indices, batch_size)

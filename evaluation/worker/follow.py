@@ -15,10 +15,10 @@ import torch
 from tarflow.errors import UserError
 from tarflow.evaluation import results
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.samples.store import SampleSaver
+from tarflow.evaluation.samples.store import SampleStore
 from tarflow.evaluation.samples.weights_source import from_checkpoint, from_file, resolve_device
 from tarflow.evaluation.worker.evaluate import Evaluator, Job, headline
-from tarflow.evaluation.worker.real_images import RealSide
+from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import Recipe, file_recipe, load_recipes
 from tarflow.trainer.checkpoint.commit import Checkpoint, committed, find, pinned, scan
 from tarflow.trainer.errors import TrainerError
@@ -110,7 +110,7 @@ def _evaluators(root: Path, recipes: list[Recipe], options: WorkerOptions, say: 
     config, settings = recipes[0].config, recipes[0].settings
     device = resolve_device(options.device if options.device != "auto" else config.train.device)
     path = options.reference or config.evaluation.reference
-    real = RealSide(results.evals_dir(root), config, settings, device, path, say)
+    real = RealImages(results.evals_dir(root), config, settings, device, path, say)
     return [Evaluator(root, recipe, real, say, options.save) for recipe in recipes]
 
 
@@ -157,7 +157,7 @@ class _Worker:
         result = results.read_result(results.evals_dir(self.run_dir) / name)
         if result is None or result.get("settings_hash") != settings.hash:
             return False
-        if self.options.save and not SampleSaver.complete_for(self.options.save, self.run_dir, result):
+        if self.options.save and not SampleStore.complete_for(self.options.save, self.run_dir, result):
             return False
         return name in self._checked or self._still_true(checkpoint, evaluator, name, result)
 

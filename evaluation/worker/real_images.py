@@ -24,7 +24,7 @@ from tarflow.trainer.config.schema import Config
 
 
 @dataclass
-class RealSide:
+class RealImages:
     """Made on first use and kept."""
 
     evals: Path  # where statistics are stored

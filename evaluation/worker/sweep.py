@@ -26,12 +26,12 @@ from tarflow.evaluation.metrics.frechet_distance import frechet_distance
 from tarflow.evaluation.metrics.names import distance_key
 from tarflow.evaluation.run_config import choose
 from tarflow.evaluation.samples.draw import NO_LABEL, Sampler, SamplingSettings, check_guidance
-from tarflow.evaluation.samples.weights_source import Source, from_checkpoint, resolve_device
+from tarflow.evaluation.samples.weights_source import WeightsSource, from_checkpoint, resolve_device
 from tarflow.evaluation.shared_work import SharedWork, stretches
 from tarflow.evaluation.worker.chunk_results import Keep, SamplesPart
 from tarflow.evaluation.worker.evaluate import Stopwatch, draw_chunk
 from tarflow.evaluation.worker.pictures import GridImages
-from tarflow.evaluation.worker.real_images import RealSide
+from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import load_recipes
 from tarflow.evaluation.worker.sweep_plot import plot_rounds
 from tarflow.files import put_once, write_json, write_text
@@ -93,7 +93,7 @@ def sweep_guidance(request: SweepRequest, say: Say = print) -> dict[str, Any]:
         check_guidance(candidate, config.model.num_classes, config.train.label_dropout)
     device = resolve_device(request.device if request.device != "auto" else config.train.device)
     path = config.evaluation.reference
-    real = RealSide(results.evals_dir(request.run), config, settings, device, path, say)
+    real = RealImages(results.evals_dir(request.run), config, settings, device, path, say)
     checkpoint = find(request.run, request.step)
     with pinned(checkpoint, f"sweep-{os.uname().nodename}-{os.getpid()}"):
         source = from_checkpoint(config, checkpoint, settings.weights, device)
@@ -163,7 +163,7 @@ def _grid(
 class _Sweep:
     """The samples of a sweep: a folder of chunks per setting, each chunk as large as the first round."""
 
-    def __init__(self, request: SweepRequest, source: Source, real: RealSide, batch_size: int, say: Say) -> None:
+    def __init__(self, request: SweepRequest, source: WeightsSource, real: RealImages, batch_size: int, say: Say) -> None:
         self.source, self.real, self.say = source, real, say
         self.size, self.batch_size = request.start, batch_size
         about = [source.sha256, real.features.sha256, real.settings.hash, request.start, list(request.guidance)]
@@ -240,7 +240,7 @@ def _text(point: Point) -> str:
     return f"guidance {point.guidance:g}, denoise {point.denoise:g}, attention temperature {point.attn_temp:g}"
 
 
-def _record(rounds: list[dict[str, Any]], best: Point, source: Source, real: RealSide, folder: Path) -> dict[str, Any]:
+def _record(rounds: list[dict[str, Any]], best: Point, source: WeightsSource, real: RealImages, folder: Path) -> dict[str, Any]:
     plain = [
         {
             "num_samples": r["num_samples"],

@@ -1,1 +1,4 @@
-"""TODO."""
+"""Averages of the weights: kept while training, snapshots of them, and any width afterwards.
+
+Sees checkpoints and the backend's protocol.
+"""

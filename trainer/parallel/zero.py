@@ -135,7 +135,7 @@ class ZeroBackend:
         calls = self.optimizer.calls
         self.engine.step()
         if self.optimizer.calls == calls:  # ZeRO looks for gradients that are not finite too, on all ranks together
-            self.optimizer.note_left_out()
+            self.optimizer.record_skipped_step()
         if self._vp_mean_square is not None:
             dist.all_reduce(self._vp_mean_square)
             self.model.update_prior(self._vp_mean_square / self.world.size)

@@ -1,1 +1,4 @@
-"""TODO."""
+"""Ends that are not the end of training: signals, hangs, lost ranks, exit codes, injected faults.
+
+Sees the run directory and, for last messages, the world of ranks.
+"""

@@ -14,7 +14,7 @@ from tarflow.trainer.run_dir import is_run, note
 
 
 @contextmanager
-def last_words(world: World, run_dir: Path) -> Iterator[None]:
+def failure_exit(world: World, run_dir: Path) -> Iterator[None]:
     """On an error in one of many ranks: write it down, then leave at once.
 
     The interpreter's own way out is no good then: it would run collectives' destructors while their peers are gone, and

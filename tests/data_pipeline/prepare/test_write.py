@@ -25,7 +25,7 @@ from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.loader import eval_batches
 from tarflow.data_pipeline.prepare import write as prepare_module
 from tarflow.data_pipeline.prepare.fetch import KNOWN, fetch
-from tarflow.data_pipeline.prepare.sources import Source, folder_source, open_source
+from tarflow.data_pipeline.prepare.sources import ImageSource, folder_source, open_source
 from tarflow.data_pipeline.prepare.write import Options, held_out, prepare, shuffled
 from tarflow.data_pipeline.storage.open_index import open_index
 
@@ -121,7 +121,7 @@ def test_parquet_with_image_bytes(tmp_path: Path, kind: str) -> None:
 def test_a_large_parquet_is_shuffled_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module, "WINDOW_BYTES", 250)
     runs = [(10, 100)] * 7
-    source = Source(np.zeros(70, dtype=np.int64), None, lambda i: b"", str, runs=runs)
+    source = ImageSource(np.zeros(70, dtype=np.int64), None, lambda i: b"", str, runs=runs)
     order = shuffled(source, 0)
     assert sorted(order.tolist()) == list(range(70))
     assert all(len({int(i) // 10 for i in order[start : start + 20]}) == 2 for start in (0, 20, 40))

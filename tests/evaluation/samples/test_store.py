@@ -13,8 +13,8 @@ from PIL import Image
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.draw import Sampler, SamplingSettings
 from tarflow.evaluation.samples.png_folder import load_png
-from tarflow.evaluation.samples.store import SampleSaver
-from tarflow.evaluation.samples.weights_source import Source
+from tarflow.evaluation.samples.store import SampleStore
+from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 
 SETTINGS = SamplingSettings(seed=3)
@@ -29,7 +29,7 @@ def sampler(model):
 def saver(tmp_path, sampler):
     def make(num, kind="shards", **source):
         about = {"model": sampler.model, "weights": "raw", "sha256": "ab" * 32, "origin": "x", "step": 20} | source
-        return SampleSaver.of(kind, tmp_path, Source(**about), sampler, num)
+        return SampleStore.of(kind, tmp_path, WeightsSource(**about), sampler, num)
 
     return make
 

@@ -13,7 +13,7 @@ from tarflow.evaluation import results
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.worker.evaluate import Evaluator, Job
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
-from tarflow.evaluation.worker.real_images import RealSide
+from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import load_recipes
 from tarflow.trainer.errors import TrainerError
 
@@ -164,7 +164,7 @@ def test_two_workers_publish_a_result_once(make_run):
 
     (recipe,) = load_recipes(run_dir, [])
     quiet = {"say": lambda _: None}
-    real = RealSide(results.evals_dir(run_dir), recipe.config, recipe.settings, torch.device("cpu"), **quiet)
+    real = RealImages(results.evals_dir(run_dir), recipe.config, recipe.settings, torch.device("cpu"), **quiet)
     workers = [Evaluator(run_dir, recipe, real, **quiet) for _ in range(2)]
     published = [worker.evaluate(find(run_dir, 20)) for worker in workers]
     assert published[0] is not None

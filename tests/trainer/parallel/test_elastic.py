@@ -35,15 +35,15 @@ import tarflow.trainer.loop as loop
 from tarflow.trainer.config.files import load_config
 config, run, batch = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)
-feed = loop.feed
+prefetch_inputs = loop.prefetch_inputs
 def noting(loader, *a, **k):
     def batches():
         for batch in loader:
             with open(run / "ids.jsonl", "a") as file:
                 file.write(json.dumps([batch.images_seen, batch.slots.tolist(), batch.ids.tolist()]) + "\\n")
             yield batch
-    return feed(batches(), *a, **k)
-loop.feed = noting
+    return prefetch_inputs(batches(), *a, **k)
+loop.prefetch_inputs = noting
 for ranks, backend, until in json.loads(sys.argv[4]):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

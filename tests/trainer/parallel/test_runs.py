@@ -41,10 +41,10 @@ import tarflow.trainer.loop as loop
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.errors import TrainerError
 torch.set_num_threads(1)
-feed, check_shared = loop.feed, loop.check_shared
+prefetch_inputs, check_shared = loop.prefetch_inputs, loop.check_shared
 loop.check_shared = lambda run_dir: check_shared(run_dir, patience_s=1)
 def poisoned(loader, *a, **k):
-    for item in feed(loader, *a, **k):
+    for item in prefetch_inputs(loader, *a, **k):
         if os.environ.get("RANK", "0") == bad_rank and item.images_seen >= int(bad_from):
             item.noise[0].fill_(float("nan"))
         yield item
@@ -61,7 +61,7 @@ for legs in json.loads(sys.argv[3]):
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             if bad_rank:
-                loop.feed = poisoned
+                loop.prefetch_inputs = poisoned
             if bad_rank == "apart":
                 os.makedirs(place := f"{os.path.dirname(sys.argv[1])}/node{rank}", exist_ok=True)
                 os.chdir(place)
