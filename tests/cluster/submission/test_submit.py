@@ -38,7 +38,7 @@ def test_C12_odd_names_reach_the_tasks_unchanged(
 
 @pytest.mark.parametrize("name", ["50%", "back\\slash", "two\nlines"])
 def test_C12_names_that_slurm_would_rewrite_are_refused(name: str, fake_slurm, verb, config_file, tmp_path) -> None:
-    with pytest.raises(ClusterError, match="--run"):
+    with pytest.raises(ClusterError, match="--run-dir"):
         verb("submit", config_file, "--run", tmp_path / name)
     assert not (tmp_path / name).exists()
     assert fake_slurm.calls("sbatch") == []
