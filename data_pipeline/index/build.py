@@ -38,10 +38,13 @@ class BuildReport:
         """The report as plain lines."""
         out = [f"{self.shards} shards, {self.samples} samples"]
         out += [f"empty shard: {name}" for name in self.empty_shards[:20]]
-        for title, counts in (("ignored members", self.ignored), ("left out", self.problems)):
-            if counts:
-                out.append(f"{title}: " + ", ".join(f"{cause} {count}" for cause, count in sorted(counts.items())))
+        out += by_cause("ignored members", self.ignored) + by_cause("left out", self.problems)
         return out + [f"left out: {message}" for message in self.examples]
+
+
+def by_cause(title: str, counts: Counter[str]) -> list[str]:
+    """A report's line such as "left out: empty_image 1, malformed_label 3"; none without counts."""
+    return [f"{title}: " + ", ".join(f"{cause} {count}" for cause, count in sorted(counts.items()))] if counts else []
 
 
 def build_index(

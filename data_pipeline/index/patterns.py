@@ -8,39 +8,33 @@ that is missing, is an error before anything is read. A file that is named twice
 from __future__ import annotations
 
 import glob
-import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from braceexpand import braceexpand
+
 from tarflow.data_pipeline.errors import DataError
 
-_BRACES = re.compile(r"\{([^{}]*)\}")
+_BRACES = re.compile(r"\{([^{}]*)\}")  # the innermost groups
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """All strings that the brace groups of `pattern` stand for; text without groups gives itself."""
-    pieces: list[list[str]] = []
-    position = 0
-    for match in _BRACES.finditer(pattern):
-        pieces += [[pattern[position : match.start()]], _choices(match.group(1), pattern)]
-        position = match.end()
-    pieces.append([pattern[position:]])
-    return ["".join(parts) for parts in itertools.product(*pieces)]
+    """All strings that the brace groups of `pattern` stand for, as in a shell; text without groups gives itself.
 
-
-def _choices(body: str, pattern: str) -> list[str]:
-    match = _RANGE.fullmatch(body)
-    if match:
-        low, high = match.groups()
-        if int(low) > int(high):
+    Raises DataError for what a shell would leave as it is, and for ranges that run backwards: both are typos.
+    """
+    for body in _BRACES.findall(pattern):
+        match = _RANGE.fullmatch(body)
+        if match and int(match[1]) > int(match[2]):
             raise DataError(f"the range {{{body}}} in {pattern!r} runs backwards")
-        width = len(low) if low.startswith("0") or len(low) == len(high) else 0
-        return [str(number).zfill(width) for number in range(int(low), int(high) + 1)]
-    if "," in body:
-        return body.split(",")
-    raise DataError(f"cannot read {{{body}}} in {pattern!r}: expected a range {{000..012}} or a list {{a,b}}")
+        if not match and "," not in body:
+            raise DataError(f"cannot read {{{body}}} in {pattern!r}: expected a range {{000..012}} or a list {{a,b}}")
+    try:
+        return list(braceexpand(pattern, escape=False))
+    except ValueError:
+        raise DataError(f"the braces in {pattern!r} do not match") from None
 
 
 def find_shards(patterns: str | Path | Sequence[str | Path]) -> tuple[list[Path], list[str]]:

@@ -24,7 +24,7 @@ from tarflow.data_pipeline import keyed
 from tarflow.data_pipeline.errors import BadSampleError, DataError
 from tarflow.data_pipeline.images.decode import decode, from_pixels
 from tarflow.data_pipeline.images.transform import fit
-from tarflow.data_pipeline.index.build import CLASSES_FILE, build_index
+from tarflow.data_pipeline.index.build import CLASSES_FILE, build_index, by_cause
 from tarflow.data_pipeline.index.mds import write_mds
 from tarflow.data_pipeline.prepare.sources import WINDOW_BYTES, ImageSource
 from tarflow.files import replace_dir
@@ -93,9 +93,7 @@ class Report:
             )
         if self.enlarged:
             out.append(f"{self.enlarged} images are smaller than the size asked for and were enlarged")
-        for title, counts in (("ignored files", self.ignored), ("left out", self.skipped)):
-            if counts:
-                out.append(f"{title}: " + ", ".join(f"{cause} {count}" for cause, count in sorted(counts.items())))
+        out += by_cause("ignored files", self.ignored) + by_cause("left out", self.skipped)
         return out + [f"left out: {example}" for example in self.examples]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Protocol
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
@@ -25,28 +26,44 @@ class ShardFiles(Protocol):
         """Give back what is held."""
 
 
+class OpenFiles:
+    """Descriptors of at most `most` shards, opened by `open_shard`; the one that was used longest ago is closed first."""
+
+    def __init__(self, most: int, open_shard: Callable[[int], int]) -> None:
+        self._most, self._open = most, open_shard
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def of(self, shard: int) -> int:
+        """The descriptor of a shard. Raises what opening it raises."""
+        fd = self._files.get(shard)
+        if fd is None:
+            fd = self._files[shard] = self._open(shard)
+            while len(self._files) > self._most:
+                os.close(self._files.popitem(last=False)[1])
+        else:
+            self._files.move_to_end(shard)
+        return fd
+
+    def close(self) -> None:
+        """Close them all."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+
 class LocalShards:
     """The shards of an index that lie in the file system. Not to be shared between threads."""
 
     def __init__(self, index: Index) -> None:
         self.index = index
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files = OpenFiles(OPEN_FILES, self._open)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """See `ShardFiles`. A shard whose size is not the index's is refused before anything is read from it."""
-        fd = self._files.get(shard)
-        if fd is None:
-            fd = self._files[shard] = self._open(shard)
-            while len(self._files) > OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-        else:
-            self._files.move_to_end(shard)
-        return read_at(fd, offset, size)
+        return read_at(self._files.of(shard), offset, size)
 
     def close(self) -> None:
         """Close the shards."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self._files.close()
 
     def _open(self, shard: int) -> int:
         path = self.index.shard_path(shard)

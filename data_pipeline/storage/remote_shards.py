@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import OrderedDict
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.index import Index
-from tarflow.data_pipeline.storage.local_shards import LocalShards, ShardFiles, read_at
+from tarflow.data_pipeline.storage.local_shards import LocalShards, OpenFiles, ShardFiles, read_at
 from tarflow.data_pipeline.storage.remote import Access, NoRangesError, Remote
 from tarflow.data_pipeline.storage.shard_cache import ShardCache
 
@@ -26,21 +25,14 @@ class RemoteShards:
         self.access = access
         self.remote = Remote(access)
         self.cache = ShardCache(access.folder(), access.cache_bytes) if access.cache_bytes else None
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files = OpenFiles(_OPEN_FILES, self._open)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """See `ShardFiles`."""
         total = int(self.index.shard_bytes[shard])
         if self.cache is None or total > self.access.cache_bytes:
             return self._range(shard, offset, size, total)
-        fd = self._files.get(shard)
-        if fd is None:
-            fd = self._files[shard] = self._open(shard)
-            while len(self._files) > _OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-        else:
-            self._files.move_to_end(shard)
-        return read_at(fd, offset, size)
+        return read_at(self._files.of(shard), offset, size)
 
     def fetch(self, shard: int) -> None:
         """Put a shard into the cache unless it is there, or there is none for it."""
@@ -55,8 +47,7 @@ class RemoteShards:
 
     def close(self) -> None:
         """Close the cached files."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self._files.close()
 
     def _range(self, shard: int, offset: int, size: int, total: int) -> bytes:
         url = self.index.shard_place(shard)

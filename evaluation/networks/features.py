@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.metrics.names import FID_NETWORK
-from tarflow.evaluation.networks import inception, vision_transformer
+from tarflow.evaluation.networks import vision_transformer
 from tarflow.evaluation.networks.packaged import FEATURE_DIM, PACKAGED, streamline, weights_of_package
 from tarflow.evaluation.networks.weights_file import fill, read_tensors, sha256_of
 
@@ -42,8 +42,10 @@ def to_network_input(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
 
 def to_fid_input(images: Tensor) -> Tensor:
     """The same for the network of 2015, with the resize that FID is defined by: float32 [N, 3, 299, 299] in 0..255."""
+    from tarflow.evaluation.networks.inception import resize_like_2015
+
     _check(images)
-    return inception.resize_like_2015(images).expand(-1, 3, -1, -1)
+    return resize_like_2015(images).expand(-1, 3, -1, -1)
 
 
 def _check(images: Tensor) -> None:
@@ -82,42 +84,34 @@ def _packaged(name: str) -> _Network:
     return _Network(module, source.sha256, FEATURE_DIM, to_network_input, text, source.mean, source.std)
 
 
-def _fid_inception(path: Path) -> _Network:
-    network = inception.Inception("fid").eval()
-    fill(network, read_tensors(path), str(path))
-    text = "grey repeated to RGB; bilinear to 299 without antialias as in TensorFlow 1; (x - 128) / 128; last pooling"
+def _inception(
+    path: Path, variant: str, prepare: Callable[[Tensor], Tensor], text: str, grey: float, beside: tuple[str, ...] = ()
+) -> _Network:
+    """`grey`: what is taken off the pixels, and what they are divided by then."""
+    from tarflow.evaluation.networks.inception import DIM, Inception  # loads torchvision, which takes a second
+
+    network = Inception(variant).eval()
+    fill(network, read_tensors(path), str(path), beside)
+    scale = (grey, grey, grey)
     return _Network(
-        network.fold(),
-        sha256_of(path),
-        inception.DIM,
-        to_fid_input,
-        text,
-        (128.0,) * 3,
-        (128.0,) * 3,
-        network.logits,
-        num_classes=network.fc.out_features,
+        network.fold(), sha256_of(path), DIM, prepare, text, scale, scale, network.logits, network.fc.out_features
     )
+
+
+def _fid_inception(path: Path) -> _Network:
+    text = "grey repeated to RGB; bilinear to 299 without antialias as in TensorFlow 1; (x - 128) / 128; last pooling"
+    return _inception(path, "fid", to_fid_input, text, 128.0)
 
 
 def _torchvision_inception(path: Path) -> _Network:
-    network = inception.Inception("torchvision").eval()
-    fill(network, read_tensors(path), str(path), beside=("AuxLogits.",))  # the second output served the training only
-    text = f"{_resize_text(inception.SIZE)}; (x - 127.5) / 127.5; last pooling"
+    from tarflow.evaluation.networks.inception import SIZE
 
     def prepare(images: Tensor) -> Tensor:
-        return to_network_input(images, inception.SIZE)
+        return to_network_input(images, SIZE)
 
-    return _Network(
-        network.fold(),
-        sha256_of(path),
-        inception.DIM,
-        prepare,
-        text,
-        (127.5,) * 3,
-        (127.5,) * 3,
-        network.logits,
-        num_classes=network.fc.out_features,
-    )
+    text = f"{_resize_text(SIZE)}; (x - 127.5) / 127.5; last pooling"
+    # The second output served the training only.
+    return _inception(path, "torchvision", prepare, text, 127.5, beside=("AuxLogits.",))
 
 
 def _dinov2(path: Path) -> _Network:

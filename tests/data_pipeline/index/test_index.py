@@ -236,6 +236,9 @@ def test_braces() -> None:
     assert expand_braces("a{8..11}b") == ["a8b", "a9b", "a10b", "a11b"]
     assert expand_braces("{a,b}/{0..1}") == ["a/0", "a/1", "b/0", "b/1"]
     assert expand_braces("plain") == ["plain"]
+    assert expand_braces("{a,b{1..2}}.tar") == ["a.tar", "b1.tar", "b2.tar"]
+    with pytest.raises(DataError, match=r"the braces in 'a\{1\.\.2' do not match"):
+        expand_braces("a{1..2")
 
 
 def test_the_fingerprint_follows_the_data_not_the_folder(tmp_path: Path, lab: SimpleNamespace) -> None:
