@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.image_folder import ImageFolder
 from tarflow.evaluation.image_set import ImageSet
@@ -55,7 +56,7 @@ def make_reference(request: ReferenceRequest, say: Say = print) -> Reference:
         image_size=request.size, patch_size=request.size, in_channels=request.channels, channels=64, num_blocks=1,
         layers_per_block=1,
     )  # fmt: skip
-    images = ImageSet(request.data, shape, request.on_error, request.images)
+    images = ImageSet(DataSettings.of(request.data, on_error=request.on_error), shape, request.images)
     network = Features(request.features, resolve_device(request.device), request.features_file)
     path = request.out or cache_path(Path(request.data), full_provenance(images.provenance(), network))
     if path.is_file():
