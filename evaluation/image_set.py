@@ -60,7 +60,7 @@ class ImageSet:
         return tuple(counts.tolist())
 
     def provenance(self) -> dict[str, str | int]:
-        """What statistics of these images depend on (contract 9)."""
+        """What statistics of these images depend on."""
         return {
             "data": self.data.train,
             "fingerprint": self.index.fingerprint,

@@ -8,7 +8,7 @@ from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.order import check_world
 
 
-def check(name: str, value: object, right: bool) -> None:
+def _check(name: str, value: object, right: bool) -> None:
     """Raise DataError, naming the value, unless it is right."""
     if not right:
         raise DataError(f"data.{name} cannot be {value!r}")
@@ -27,8 +27,8 @@ class ImageShape:
     num_classes: int = 0
 
     def __post_init__(self) -> None:
-        check("image_size", self.image_size, self.image_size >= 1)
-        check("channels", self.channels, self.channels in (1, 3))
+        _check("image_size", self.image_size, self.image_size >= 1)
+        _check("channels", self.channels, self.channels in (1, 3))
 
     @property
     def pixels(self) -> tuple[int, int, int]:
@@ -52,7 +52,7 @@ class BatchPlace:
 
     def __post_init__(self) -> None:
         check_world(self.global_batch_size, self.rank, self.world_size)
-        check("images_seen", self.images_seen, self.images_seen >= 0)
+        _check("images_seen", self.images_seen, self.images_seen >= 0)
 
     @property
     def share(self) -> int:

@@ -1,8 +1,8 @@
 """Images from the model: guided, denoised, checked, rounded to 8 bits.
 
-Sample i is drawn from (seed, i) alone: the same image in any batch, on any number of workers, in any order (case S01).
+Sample i is drawn from (seed, i) alone: the same image in any batch, on any number of workers, in any order.
 A sample that is not finite is drawn again in float32 if it was drawn in bfloat16; if that fails too it is counted and
-left out, never turned into pixels (case S03).
+left out, never turned into pixels.
 """
 
 import copy
@@ -177,7 +177,7 @@ class SampleCount:
 
 
 def check_guidance(sampling: ResolvedSampling, num_classes: int, label_dropout: float | None) -> None:
-    """Refuse guidance that cannot mean anything (case S10). `label_dropout` None: not known.
+    """Refuse guidance that cannot mean anything. `label_dropout` None: not known.
 
     The unguided half sees no label, or attention logits divided by `attn_temp`. A class-conditional model that never
     trained without labels has no such half, and without labels a temperature of 1 makes both halves the same.

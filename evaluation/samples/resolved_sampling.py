@@ -11,13 +11,12 @@ from tarflow.trainer.config.schema import Config
 
 @dataclass(frozen=True, eq=False)
 class ResolvedSampling:
-    """Everything that decides what image sample i is; all of it stands in every result (contract 9).
+    """Everything that decides what image sample i is; all of it stands in every result.
 
     Two are equal where they draw the same images, so the batch size does not count.
     """
 
-    settings: SamplingSettings = field(default_factory=SamplingSettings)
-    denoise_multiplier: float = 0.0  # of the denoising step, where the settings may leave it open; 0 = none
+    settings: SamplingSettings = field(default_factory=SamplingSettings)  # with a number for `denoise`; null = none
     noise_std: float = 0.0  # of the training noise, in model range; the denoising step uses it
     labels: tuple[int, ...] = ()  # sample i has labels[i % len]; empty = balanced over all classes; -1 = no label
     class_counts: tuple[int, ...] = ()  # draw the label with these frequencies, where `labels` is empty
@@ -28,14 +27,20 @@ class ResolvedSampling:
         counts: tuple[int, ...] = ()
         if config.sampling.labels == "training" and config.model.num_classes:
             counts = ImageSet(config.data, config.model).class_counts()
-        return cls(config.sampling, config.denoise_multiplier, config.train.noise_std, class_counts=counts)
+        settings = config.sampling.model_copy(update={"denoise": config.denoise_multiplier})
+        return cls(settings, config.train.noise_std, class_counts=counts)
 
     def with_changes(self, **changes: Any) -> "ResolvedSampling":
-        """The same with other values: of the section `sampling` (explicit `labels`, `denoise` as a number) or of a field."""
-        if "denoise" in changes:
-            changes["denoise_multiplier"] = changes.pop("denoise")
-        own = {key: changes.pop(key) for key in [f.name for f in fields(self)] if key in changes}
+        """The same with other values of the section `sampling`, or of a field here: `labels` are explicit ones."""
+        own = {f.name: changes.pop(f.name) for f in fields(self) if f.name in changes}
+        if unknown := set(changes) - set(SamplingSettings.model_fields):
+            raise TypeError(f"no settings of the section sampling: {', '.join(sorted(unknown))}")
         return replace(self, settings=self.settings.model_copy(update=changes), **own)
+
+    @property
+    def denoise_multiplier(self) -> float:
+        """Multiplier of the denoising step; 0 = none."""
+        return 0.0 if self.settings.denoise is None else self.settings.denoise
 
     def describe(self) -> dict[str, Any]:
         """Plain values, for result files; `labels` is spelt out."""

@@ -9,7 +9,7 @@ from tarflow.settings import Count, Section
 
 
 class SamplingSettings(Section):
-    """How images are drawn from the model: all of it goes into every result (contract 9)."""
+    """How images are drawn from the model: all of it goes into every result."""
 
     guidance: float = Field(0.0, ge=0, description="weight w of a = a_c + w (a_c - a_u); 0 = none")
     guide: Literal["a", "b", "ab"] = Field("ab", description="what is guided: log-scale a, shift b")

@@ -1,7 +1,7 @@
-"""The whole configuration of a run, typed: every field has a type, a bound and an effect (contract 10).
+"""The whole configuration of a run, typed: every field has a type, a bound and an effect.
 
 A run is configured by one YAML file and `section.key=value` overrides. Scalars are read as text and converted by the
-field's type, so `1e-4` is a number, `010` is ten and `on` is true wherever it stands (case K01).
+field's type, so `1e-4` is a number, `010` is ten and `on` is true wherever it stands.
 
 Each section stands with the code that reads it: here are those of the trainer.
 """
@@ -194,7 +194,7 @@ class Config(Section):
 
     @property
     def evaluated_weights(self) -> str:
-        """The set of weights that evaluation uses: never a silent fallback (case T06)."""
+        """The set of weights that evaluation uses: never a silent fallback."""
         if self.evaluation.weights != "auto":
             return self.evaluation.weights
         return self.ema.preferred

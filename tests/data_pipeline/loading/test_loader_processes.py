@@ -178,3 +178,10 @@ def test_D01_ranks_that_meet_at_every_step_end_together(
     assert [process.returncode for process in ranks] == [0, 0]
     total = sum(sizes)
     assert int(outputs[0]) == 2 * sum(range(total))
+
+
+def test_a_worker_loads_neither_torch_nor_pydantic() -> None:
+    """Each would cost every worker of every rank a second, or memory, for nothing."""
+    code = "import sys, tarflow.data_pipeline.loading.worker as w; print({'torch', 'pydantic'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

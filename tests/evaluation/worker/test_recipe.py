@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.worker.recipe import EvaluationSettings, load_recipes
 
 DESCRIBED = {
@@ -59,3 +60,8 @@ def test_what_does_not_change_an_image_does_not_make_other_settings(make_run):
     assert recipe.own
     assert recipe.settings == own
     assert recipe.settings.hash == own.hash
+
+
+def test_a_setting_of_sampling_that_does_not_exist_is_refused():
+    with pytest.raises(TypeError, match="guidence"):
+        ResolvedSampling().with_changes(guidence=1.0)
