@@ -261,6 +261,7 @@ class Run:
         model = self.config.model
         shape = ImageShape(model.image_size, model.in_channels, model.num_classes)
         place = BatchPlace(
-            self.plan.global_batch_size, self.images_seen, self.world.rank, self.world.size, self.config.train.seed
-        )
+            self.plan.global_batch_size, self.images_seen, rank=self.world.rank, world_size=self.world.size,
+            seed=self.config.train.seed,
+        )  # fmt: skip
         return Loader(self.config.data, shape, place)
