@@ -20,7 +20,7 @@ $(READY): requirements.lock pyproject.toml
 # from where it was.
 demo: $(READY)
 	test -d data/mnist5k || $(BIN)/tarflow data fetch mnist5k data/mnist5k
-	$(BIN)/tarflow train configs/demo.yaml --run $(RUN)
+	$(BIN)/tarflow train configs/demo.yaml --run-dir $(RUN)
 	$(BIN)/tarflow evaluate $(RUN) --once
 	$(BIN)/tarflow report $(RUN)
 

@@ -52,7 +52,7 @@ def create_run(run_dir: Path) -> None:
     leftovers = [p.name for p in run_dir.iterdir() if not p.name.startswith(".")] if run_dir.exists() else []
     if leftovers:
         raise TrainerError(
-            f"--run {run_dir} is not empty and not a run (it holds {leftovers[0]}); give a new directory"
+            f"--run-dir {run_dir} is not empty and not a run (it holds {leftovers[0]}); give a new directory"
         )
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "run.json", json.dumps({"run_id": uuid.uuid4().hex}))

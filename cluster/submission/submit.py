@@ -113,7 +113,7 @@ def check_path(run_dir: Path) -> None:
     """Refuse paths that Slurm or submitit would rewrite (case C12)."""
     if "%" in str(run_dir) or "\n" in str(run_dir) or "\\" in str(run_dir):
         raise ClusterError(
-            f"--run {str(run_dir)!r}: Slurm replaces % in the names of its log files, and a line break or backslash ends "
+            f"--run-dir {str(run_dir)!r}: Slurm replaces % in the names of its log files, and a line break or backslash ends "
             "a line of its scripts; choose a run directory without them"
         )
 
@@ -185,7 +185,7 @@ def prepare(run_dir: Path, config: Config, job: Job, shared: Path) -> None:
         path = folder / f"config-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.yaml"
         write_text(path, text)
     except OSError as error:
-        raise ClusterError(f"--run {run_dir} cannot be written: {error}") from None
+        raise ClusterError(f"--run-dir {run_dir} cannot be written: {error}") from None
     job.arguments[1] = str(path)
 
 

@@ -1,4 +1,4 @@
-"""The verbs that evaluate, sample, sweep, make references, score and report: options, examples, one call each.
+"""The verbs of the evaluation, one file each (see `tarflow/cli.py` for the pattern), and the options they share.
 
-The top of the room: it may use everything else here.
+A file here holds options and what is printed; it may import every part of the room, but only inside its `run`.
 """

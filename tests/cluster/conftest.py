@@ -1,6 +1,5 @@
 """Tiny data, a profile, the verbs as functions, and the live cluster of tests marked `slurm`."""
 
-import argparse
 import importlib.util
 import os
 import re
@@ -56,17 +55,12 @@ def write_config(path: Path, data: Path) -> Path:
 
 @pytest.fixture
 def verb():
-    """`verb("submit", "config.yaml", "--run", ...)`: a verb of this room, called as the front door does."""
-    from tarflow.cluster import cli
+    """`verb("submit", "config.yaml", "--run", ...)`: a verb of this room, called as the front door does; its errors are raised."""
+    from tarflow.cli import parse
 
     def call(name: str, *words: object) -> int:
-        parser = argparse.ArgumentParser()
-        getattr(cli, f"build_{name.replace('-', '_')}_parser")(parser)
-        args, rest = parser.parse_known_args([str(word) for word in words])
-        assert not [r for r in rest if r.startswith("-") or "=" not in r], rest
-        if rest:
-            args.overrides += rest
-        return getattr(cli, f"run_{name.replace('-', '_')}")(args)
+        args = parse([name, *(str(word) for word in words)])
+        return args.command.run(args)
 
     return call
 

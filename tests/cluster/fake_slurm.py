@@ -89,9 +89,9 @@ class FakeSlurm:
 
 
 def use_stub(run_dir: Path) -> None:
-    """Put the stub in the place of `tarflow` in a run's snapshots of the code."""
+    """Put the stub in the place of `python -m tarflow` in a run's snapshots of the code."""
     for snapshot in [*(run_dir / "slurm").glob("code-*"), *(run_dir.parent / "slurm").glob("code-*")]:
-        (snapshot / "tarflow/cli.py").write_text((HERE / "stub_tarflow.py").read_text())
+        (snapshot / "tarflow" / "__main__.py").write_text((HERE / "stub_tarflow.py").read_text())
 
 
 def stub_calls(run_dir: Path, rank: int = 0) -> list[dict]:

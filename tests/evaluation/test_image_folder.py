@@ -9,11 +9,13 @@ import torch
 from PIL import Image
 
 import tarflow.cli
-from tarflow.evaluation.commands import score_folder as score_command
-from tarflow.evaluation.commands.score_folder import ReferenceRequest, ScoreRequest, make_reference, score_folder
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.image_folder import ImageFolder
 from tarflow.evaluation.samples.png_folder import save_png
+from tarflow.evaluation.worker import make_reference as making
+from tarflow.evaluation.worker import score_folder as scoring
+from tarflow.evaluation.worker.make_reference import ReferenceRequest, make_reference
+from tarflow.evaluation.worker.score_folder import ScoreRequest, score_folder
 from tarflow.models.noise import to_pixels
 
 
@@ -32,7 +34,8 @@ class FakeFeatures:
 
 @pytest.fixture(autouse=True)
 def _fake(monkeypatch):
-    monkeypatch.setattr(score_command, "Features", FakeFeatures)
+    for module in (making, scoring):
+        monkeypatch.setattr(module, "Features", FakeFeatures)
 
 
 def noise(height, width, channels, seed=0):
@@ -200,7 +203,8 @@ def test_statistics_beside_the_data_serve_every_run_on_them(make_run, digit_like
 
     from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 
-    monkeypatch.setattr(score_command, "Features", fake_features)
+    for module in (making, scoring):
+        monkeypatch.setattr(module, "Features", fake_features)
     data = tmp_path / "data"
     shutil.copytree(digit_like, data)
     found = make_reference(

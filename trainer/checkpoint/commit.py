@@ -46,6 +46,11 @@ class Checkpoint:
     def name(self) -> str:
         return self.path.name
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of all its files together."""
+        return sum(int(facts["size"]) for facts in self.info["files"].values())
+
 
 def checkpoints_dir(run_dir: Path) -> Path:
     return run_dir / "checkpoints"

@@ -28,7 +28,7 @@ def check_resume(
         lines = "\n  ".join(f"{key}: {old} in the checkpoint, {new} now" for key, (old, new) in refused.items())
         raise TrainerError(
             f"checkpoint {checkpoint.path} cannot go on with this configuration:\n  {lines}\n"
-            "Set these back, or start a new run with --run (and --init-from, to begin from these weights)."
+            "Set these back, or start a new run with --run-dir (and --init-from, to begin from these weights)."
         )
     for key, (old, new) in changes.items():
         note = (

@@ -28,7 +28,7 @@ def submitted(fake, fake_slurm, verb, config_file, plain, tmp_path):
 
 def impatient(run: Path) -> None:
     """Shorten the time that other processes have to notice a failure."""
-    code = next((run / "slurm").glob("code-*")) / "cluster" / "child.py"
+    code = next((run / "slurm").glob("code-*")) / "tarflow/cluster/job/child.py"
     assert "PATIENCE_S = 20.0" in code.read_text()
     code.write_text(code.read_text().replace("PATIENCE_S = 20.0", "PATIENCE_S = 1.0"))
 
@@ -75,7 +75,7 @@ def test_C02_a_requeue_that_fails_leaves_the_save_and_says_how_to_go_on(
     else:
         fake_slurm.command("scontrol", script)
     if why == "did not answer":  # the real bound is below a minute; here it is shortened
-        code = next((run / "slurm").glob("code-*")) / "cluster" / "slurm.py"
+        code = next((run / "slurm").glob("code-*")) / "tarflow/cluster/slurm.py"
         assert "timeout_s: float = 40)" in code.read_text()
         code.write_text(code.read_text().replace("timeout_s: float = 40)", "timeout_s: float = 1)"))
     job = fake_slurm.start(STUB="wait")

@@ -38,14 +38,14 @@ def test_C12_odd_names_reach_the_tasks_unchanged(
 
 @pytest.mark.parametrize("name", ["50%", "back\\slash", "two\nlines"])
 def test_C12_names_that_slurm_would_rewrite_are_refused(name: str, fake_slurm, verb, config_file, tmp_path) -> None:
-    with pytest.raises(ClusterError, match="--run"):
+    with pytest.raises(ClusterError, match="--run-dir"):
         verb("submit", config_file, "--run", tmp_path / name)
     assert not (tmp_path / name).exists()
     assert fake_slurm.calls("sbatch") == []
 
 
 def test_C12_what_sbatch_says_is_shown_and_the_exit_is_not_zero(fake_slurm, config_file, tmp_path, capsys) -> None:
-    from tarflow import main
+    from tarflow.cli import main
 
     fake_slurm.command("sbatch", "echo 'sbatch: error: Invalid account vision' >&2; exit 1")
     assert main(["submit", str(config_file), "--run", str(tmp_path / "run")]) == 2
@@ -130,8 +130,8 @@ def test_the_code_that_runs_is_what_was_submitted(fake_slurm, verb, config_file,
     run = tmp_path / "run"
     assert verb("submit", config_file, "--run", run) == 0
     (code,) = (run / "slurm").glob("code-*")
-    assert (code / "tarflow/cli.py").is_file()
-    assert (code / "cluster" / "job.py").is_file()
+    assert (code / "tarflow" / "cli.py").is_file()
+    assert (code / "tarflow" / "cluster" / "job" / "job.py").is_file()
     assert f"export PYTHONPATH={code}\n" in fake_slurm.script.read_text()
     assert verb("submit", config_file, "--run", run) == 0
     assert list((run / "slurm").glob("code-*")) == [code], "the same code is kept once"
@@ -218,7 +218,7 @@ def test_wrong_profiles_are_refused_with_the_file(text: str, tmp_path) -> None:
 
 def test_every_setting_of_a_profile_is_read_and_documented() -> None:
     root = Path(__file__).parents[3]
-    code = "".join(p.read_text() for p in (root / "cluster").glob("*.py") if p.name != "profile.py")
+    code = "".join(p.read_text() for p in (root / "cluster").rglob("*.py") if p.name != "profile.py")
     page = (root / "docs" / "slurm.md").read_text()
     for name in Profile.model_fields:
         assert f"profile.{name}" in code, f"{name} has no effect"

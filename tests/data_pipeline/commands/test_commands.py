@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tarflow.data_pipeline import cli
+from tarflow.cli import parse
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.evaluation_batches import evaluation_batches
 from tarflow.data_pipeline.loading.settings import DataSettings
@@ -25,9 +24,8 @@ VERBS = ["prepare", "fetch", "index", "info", "verify"]
 
 
 def tarflow_data(*words: object) -> int:
-    parser = argparse.ArgumentParser(prog="tarflow data")
-    cli.build_parser(parser)
-    return cli.run(parser.parse_args([str(word) for word in words]))
+    args = parse(["data", *(str(word) for word in words)])
+    return args.command.run(args)
 
 
 def test_prepare_index_info_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +116,8 @@ def test_every_verb_shows_an_example(verb: str, capsys: pytest.CaptureFixture[st
 
 def test_the_parser_and_the_package_load_nothing_heavy() -> None:
     code = (
-        "import argparse, sys\nfrom tarflow.data_pipeline import cli\ncli.build_parser(argparse.ArgumentParser())\n"
+        "import argparse, importlib, sys\nfrom tarflow.data_pipeline.commands.data import VERBS\n"
+        "for module, _ in VERBS.values(): importlib.import_module(module).add_arguments(argparse.ArgumentParser())\n"
         "print([m for m in ('torch', 'numpy', 'pyarrow', 'PIL', 'webdataset') if m in sys.modules])"
     )
     done = subprocess.run(

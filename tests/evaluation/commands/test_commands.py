@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import tarflow.cli
-from tarflow.evaluation import cli
+from tarflow.evaluation.commands.options import FAILED
 
 VERBS = ("evaluate", "sample", "sweep-guidance", "report", "reference", "score")
 
@@ -44,7 +44,7 @@ def test_the_whole_way_from_a_run_to_its_report(make_run, fake_features, tmp_pat
 def test_a_checkpoint_that_cannot_be_scored_gives_exit_code_1(make_run, save_checkpoint, fake_features, capsys):
     run_dir, config = make_run(steps=())
     save_checkpoint(run_dir, config, 10, 160, averages=[])
-    assert run("evaluate", run_dir, "--once") == cli.FAILED
+    assert run("evaluate", run_dir, "--once") == FAILED
     assert "not scored: step-00000010: checkpoint" in capsys.readouterr().out
 
 

@@ -97,8 +97,8 @@ def test_chunks_in_any_hands_make_the_same_bits(tmp_path, monkeypatch):
 WORKER = """
 import sys, time
 import torch
-from tarflow.evaluation.worker import reference; from tarflow.evaluation.commands import score_folder as score_command
-from tarflow.evaluation.commands.score_folder import ReferenceRequest, make_reference
+from tarflow.evaluation.worker import make_reference as making, reference
+from tarflow.evaluation.worker.make_reference import ReferenceRequest, make_reference
 
 class Slow:
     name, sha256, preprocessing, dim, warnings, num_classes = "slow", "f00d", "none", 4, [], 0
@@ -108,7 +108,7 @@ class Slow:
         return images.float().flatten(1)[:, :4]
 
 reference.CHUNK = 3
-score_command.Features = Slow
+making.Features = Slow
 torch.set_num_threads(int(sys.argv[3]))
 from pathlib import Path
 make_reference(ReferenceRequest(sys.argv[1], 8, 1, 0, "slow", None, Path(sys.argv[2]), "strict", "cpu"))

@@ -12,10 +12,7 @@ from typing import Any
 
 import pytest
 
-import tarflow.cli
 import tarflow.trainer.resilience.supervisor
-from tarflow.trainer.cli import build_parser
-from tarflow.trainer.resilience import exit_codes
 from tarflow.trainer.resilience.exit_codes import FAILED, FINISHED, HUNG, NO_PROGRESS, REQUEUE, USAGE
 from tarflow.trainer.resilience.supervisor import Supervisor
 from tarflow.trainer.run_dir import create_run
@@ -202,27 +199,3 @@ def test_C07_ranks_of_a_killed_launcher_save_and_leave(tiny_config: Path, tmp_pa
     while members(process.pid) and time.monotonic() < end:
         time.sleep(0.05)
     assert members(process.pid) == []
-
-
-def test_wrong_numbers_and_ranks_within_ranks_are_refused(
-    tiny_config: Path, tmp_path: Path, monkeypatch, capsys
-) -> None:
-    command = ["train", str(tiny_config), "--run", str(tmp_path / "run")]
-    assert tarflow.cli.main([*command, "--ranks", "0"]) == USAGE
-    assert "--ranks 0: 1 at least" in capsys.readouterr().err
-    assert tarflow.cli.main([*command, "--max-restarts", "-1"]) == USAGE
-    monkeypatch.setenv("RANK", "1")
-    assert tarflow.cli.main([*command, "--ranks", "2"]) == USAGE
-    assert "this is already one of several (RANK=1)" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-def test_help_names_every_exit_code() -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    build_parser(parser)
-    codes = [value for name, value in vars(exit_codes).items() if name.isupper()]
-    assert len(codes) == 6
-    words = (parser.epilog or "").replace(",", " ").replace("(", " ").split()
-    assert [code for code in codes if str(code) not in words] == []

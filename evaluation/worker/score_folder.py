@@ -1,4 +1,4 @@
-"""`tarflow reference` and `tarflow score`: statistics of a data set, and a folder of images against them."""
+"""A folder of images, scored against reference statistics or another folder."""
 
 import json
 from collections.abc import Callable
@@ -9,63 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.image_folder import ImageFolder
-from tarflow.evaluation.image_set import ImageSet
 from tarflow.evaluation.metrics.all_scores import feature_scores
 from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics
 from tarflow.evaluation.metrics.names import is_distance, is_kernel
 from tarflow.evaluation.networks.features import Features
 from tarflow.evaluation.samples.weights_source import resolve_device
-from tarflow.evaluation.worker.reference import (
-    KEEP,
-    Reference,
-    cache_path,
-    full_provenance,
-    load_reference,
-    reference_statistics,
-    spread,
-)
+from tarflow.evaluation.worker.reference import KEEP, Reference, load_reference, spread
 from tarflow.files import write_json
-from tarflow.models.config import TarFlowConfig
 
 FORMAT = 1
 Say = Callable[[str], None]
-
-
-@dataclass
-class ReferenceRequest:
-    """Which statistics to make."""
-
-    data: str
-    size: int
-    channels: int
-    images: int  # spread evenly over the data; 0 = all
-    features: str
-    features_file: Path | None
-    out: Path | None  # None = beside the data
-    on_error: str
-    device: str
-
-
-def make_reference(request: ReferenceRequest, say: Say = print) -> Reference:
-    """Compute statistics, with whoever runs the same command, or find them there already."""
-    # Of the model only the shape of its images counts.
-    shape = TarFlowConfig(
-        image_size=request.size, patch_size=request.size, in_channels=request.channels, channels=64, num_blocks=1,
-        layers_per_block=1,
-    )  # fmt: skip
-    images = ImageSet(DataSettings.of(request.data, on_error=request.on_error), shape, request.images)
-    network = Features(request.features, resolve_device(request.device), request.features_file)
-    path = request.out or cache_path(Path(request.data), full_provenance(images.provenance(), network))
-    if path.is_file():
-        say(f"{path} is there already")
-    found = reference_statistics(path, images, network, say=say)
-    say(
-        f"{path}: {found.statistics.count:,} images, {network.dim} features of {network.name}, {len(found.rows):,} kept"
-    )
-    return found
 
 
 @dataclass

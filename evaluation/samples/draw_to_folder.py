@@ -1,4 +1,4 @@
-"""`tarflow sample`: images of a run or a weights file, as PNGs with a grid and the settings that made them."""
+"""Images of a run or a weights file, as PNGs with a grid and the settings that made them."""
 
 import math
 from collections.abc import Callable

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from tarflow.evaluation.commands.draw_samples import SampleRequest, sample_images
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.draw import Sampler
+from tarflow.evaluation.samples.draw_to_folder import SampleRequest, sample_images
 from tarflow.evaluation.samples.png_folder import load_png
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import from_checkpoint, resolve_device

@@ -1,4 +1,4 @@
-"""The verb `tarflow ema`."""
+"""`tarflow ema`: an average of the weights of any width, after the training."""
 
 import argparse
 from pathlib import Path
@@ -12,8 +12,7 @@ Works from the averages that the run's checkpoints and snapshots hold; ema.snaps
 """
 
 
-def build_parser(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EXAMPLE
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument(
         "--relative-std", type=float, required=True, metavar="X", help="width of the average, as a share of the run"

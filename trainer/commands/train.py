@@ -1,4 +1,4 @@
-"""The verb `tarflow train`."""
+"""`tarflow train`: train a model, here or as one rank of several; the same command resumes."""
 
 import argparse
 import os
@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from tarflow.trainer.resilience.signals import StopRequest
 
 EXAMPLE = """example:
-  tarflow train configs/demo.yaml --run runs/demo optim.lr=1e-3 train.max_images=100_000
-  tarflow train configs/demo.yaml --run runs/demo --ranks 8 --max-restarts 3 parallel.backend=fsdp2
+  tarflow train configs/demo.yaml --run-dir runs/demo optim.lr=1e-3 train.max_images=100_000
+  tarflow train configs/demo.yaml --run-dir runs/demo --ranks 8 --max-restarts 3 parallel.backend=fsdp2
   torchrun --nproc-per-node 8 -m tarflow train configs/demo.yaml --run-dir runs/demo parallel.backend=fsdp2
 
 Run the same command again to go on from the newest committed checkpoint.
@@ -20,20 +20,18 @@ SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 stop a run after a save; a second SIGINT le
 """
 
 
-def build_parser(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EXAMPLE
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="configuration file")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
     )
-    # torchrun takes --run for one of its own flags, so it has a longer name too.
     parser.add_argument(
         "--run-dir",
         "--run",
         dest="run",
         type=Path,
         metavar="DIR",
-        help="run directory (default: runs/NAME of the file)",
+        help="run directory (default: runs/NAME of the file); under torchrun write --run-dir: it refuses --run",
     )
     parser.add_argument("--init-from", type=Path, metavar="WEIGHTS", help="start a new run from a weights file")
     parser.add_argument("--accept-new-data", action="store_true", help="resume although data.train is another data set")
@@ -47,7 +45,7 @@ def build_parser(parser: argparse.ArgumentParser) -> None:
         help="start all processes again when one is lost, N times at most (default 0)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
-    parser.add_argument("--world-size", type=int, metavar="N", help="dry run for so many processes")
+    parser.add_argument("--world-size", type=int, metavar="N", help="dry run for N processes")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,7 +73,7 @@ def _run(args: argparse.Namespace, stop: "StopRequest") -> int:
     if supervised:
         from tarflow.trainer.resilience.supervisor import supervise
 
-        return supervise(own_arguments(args, run_dir), args.ranks or 1, run_dir, args.max_restarts or 0)
+        return supervise(rank_arguments(args, run_dir), args.ranks or 1, run_dir, args.max_restarts or 0)
     from tarflow.trainer.loop import train
 
     return train(config, run_dir, init_from=args.init_from, accept_new_data=args.accept_new_data, stop=stop)
@@ -92,11 +90,11 @@ def _check_supervision(args: argparse.Namespace) -> None:
     if "RANK" in os.environ:
         raise TrainerError(
             f"--ranks and --max-restarts start processes, but this is already one of several (RANK={os.environ['RANK']}): "
-            "leave them away under torchrun and Slurm, or unset RANK and WORLD_SIZE"
+            "leave them out under torchrun and Slurm, or unset RANK and WORLD_SIZE"
         )
 
 
-def own_arguments(args: argparse.Namespace, run_dir: Path) -> list[str]:
+def rank_arguments(args: argparse.Namespace, run_dir: Path) -> list[str]:
     """The arguments of `tarflow train` for one rank of a supervised run."""
     arguments = [str(args.config), "--run-dir", str(run_dir)]
     arguments += ["--init-from", str(args.init_from)] if args.init_from else []

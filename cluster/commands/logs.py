@@ -1,0 +1,22 @@
+"""`tarflow logs`: what a rank of a run's newest job has printed."""
+
+import argparse
+import sys
+from pathlib import Path
+
+EXAMPLE = """example:
+  tarflow logs runs/in64 --rank 3
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("--rank", type=int, default=0, metavar="N", help="rank whose output to show (default 0)")
+    parser.add_argument("--evaluation", action="store_true", help="the evaluation's, not the training's")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tarflow.cluster.status import log_text
+
+    sys.stdout.write(log_text(args.run, args.rank, "evaluate" if args.evaluation else "train"))
+    return 0

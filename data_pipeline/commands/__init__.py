@@ -1,0 +1,4 @@
+"""The verbs of `tarflow data`, one file each (see `tarflow/cli.py` for the pattern), and the options they share.
+
+A file here holds options and what is printed; it may import every part of the room, but only inside its `run`.
+"""

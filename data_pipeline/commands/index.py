@@ -1,0 +1,60 @@
+"""`tarflow data index`: an index for shards that are there."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from tarflow.data_pipeline.commands.options import check_processes, print_written, progress_bar
+
+EXAMPLE = """example:
+  tarflow data index sets/mine
+  tarflow data index 'sets/mine/train-{0000..0127}.tar' --out sets/mine
+
+Reads the headers of all shards once and writes OUT/index. Patterns may hold braces and wildcards. DIR may hold an MDS set
+(index.json and .mds shards) instead of tars.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", nargs="+", metavar="DIR|PATTERN", help="folder, tar files or patterns")
+    parser.add_argument("--out", type=Path, help="folder that gets the index/ (the folder that holds all shards)")
+    parser.add_argument("--classes", type=Path, help="JSON file with the list of class names, in label order")
+    parser.add_argument("--label-field", help="extension of the label members (cls), json:NAME for a value inside the "
+                        ".json members, or the column of an MDS set (found by name)")  # fmt: skip
+    parser.add_argument(
+        "--measure", action="store_true", help="store width and height too: reads the head of every image"
+    )
+    parser.add_argument("--processes", type=int, help="processes that scan (one per core, one for small sets)")
+    parser.add_argument("--on-error", choices=("strict", "skip"), default="strict",
+                        help="strict stops at the first odd sample, skip leaves it out and counts it")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    from tarflow.data_pipeline.errors import DataError
+    from tarflow.data_pipeline.index.build import build_index, parse_classes
+    from tarflow.data_pipeline.index.mds import INDEX_FILE
+    from tarflow.data_pipeline.index.patterns import find_shards
+
+    check_processes(args.processes)
+    notes: list[str] = []
+    if len(args.shards) == 1 and (Path(args.shards[0]) / INDEX_FILE).is_file():
+        shards = [Path(args.shards[0])]
+    else:
+        shards, notes = find_shards(args.shards)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    root = args.out
+    if root is None:
+        only = Path(args.shards[0])
+        root = only if len(args.shards) == 1 and only.is_dir() else Path(os.path.commonpath([p.parent for p in shards]))
+    if root.exists() and not root.is_dir():
+        raise DataError(f"--out {root} is not a folder")
+    with progress_bar("indexing") as progress:
+        index, report = build_index(
+            root, shards, on_error=args.on_error, label_field=args.label_field, progress=progress,
+            measure=args.measure, processes=args.processes,
+            classes=parse_classes(args.classes) if args.classes else None,
+        )  # fmt: skip
+    print_written([*report.lines(), f"fingerprint {index.fingerprint}"], root / "index")
+    return 0

@@ -1,0 +1,63 @@
+"""`tarflow data info`: what a data set holds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tarflow.data_pipeline.index.index import Index
+
+EXAMPLE = """example:
+  tarflow data info sets/mnist5k/train --sheet digits.png
+"""
+MOST_CLASSES = 30  # that are listed one by one
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", help="folder or address of the data set")
+    parser.add_argument("--sheet", type=Path, help="write a contact sheet to this PNG file")
+    parser.add_argument("--count", type=int, default=64, help="images on the sheet (64)")
+    parser.add_argument("--tile", type=int, default=64, help="pixels of each image on the sheet (64)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tarflow.data_pipeline.storage.open_index import open_index
+
+    index = open_index(args.data)
+    sizes = index.shard_sizes
+    print(f"{index.root} ({index.form} shards)")
+    print(f"samples      {index.num_samples:,}")
+    print(f"shards       {len(sizes):,} ({int(sizes.min())} to {int(sizes.max())} samples, "
+          f"{index.shard_bytes.sum() / 2**20:,.1f} MiB)")  # fmt: skip
+    print(f"image size   {'x'.join(map(str, index.image_size)) if index.image_size else 'not recorded'}")
+    print(f"labels       {index.num_samples - index.unlabelled:,} with, {index.unlabelled:,} without")
+    print(f"fingerprint  {index.fingerprint}")
+    if index.num_classes:
+        _print_classes(index, index.num_classes)
+    if args.sheet:
+        from PIL import Image
+
+        from tarflow.data_pipeline.prepare.contact_sheet import contact_sheet
+
+        Image.fromarray(contact_sheet(index, args.count, args.tile)).save(args.sheet, "PNG")
+        print(f"contact sheet written to {args.sheet}")
+    return 0
+
+
+def _print_classes(index: Index, num_classes: int) -> None:
+    """Samples of every class; labels outside the classes are not counted."""
+    import numpy as np
+
+    from tarflow.data_pipeline.index.index import NO_LABEL
+
+    counts = np.zeros(num_classes, dtype=np.int64)
+    for shard in range(len(index.shard_sizes)):
+        labels = index.rows(shard).labels
+        np.add.at(counts, labels[(labels != NO_LABEL) & (labels >= 0) & (labels < num_classes)], 1)
+    print(f"classes      {num_classes}")
+    for label in range(min(num_classes, MOST_CLASSES)):
+        print(f"  {label:5d}  {counts[label]:10,}  {index.classes[label] if index.classes else ''}".rstrip())
+    if num_classes > MOST_CLASSES:
+        print(f"  ... and {num_classes - MOST_CLASSES} more ({counts.min():,} to {counts.max():,} samples)")

@@ -1,0 +1,65 @@
+"""Options, checks and output that the verbs of this room share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tarflow.data_pipeline.prepare.write import Options
+
+
+def add_writing(parser: argparse.ArgumentParser) -> None:
+    """How shards are written."""
+    parser.add_argument("--format", choices=("png", "jpeg", "webp"), default="png", help="png, webp: lossless (png)")
+    parser.add_argument("--quality", type=int, default=95, help="JPEG quality (95)")
+    parser.add_argument("--channels", type=int, choices=(1, 3), help="grey or colour (as the source has it)")
+    parser.add_argument("--shard-size", type=int, default=10_000, help="most samples in a shard (10000)")
+    parser.add_argument("--container", choices=("webdataset", "mds"), default="webdataset",
+                        help="tar shards, or MDS shards of mosaicml-streaming (webdataset)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle and the split (0)")
+    parser.add_argument("--on-error", choices=("strict", "skip"), default="strict",
+                        help="strict stops at the first damaged image, skip leaves it out and counts it")  # fmt: skip
+
+
+def writing_options(args: argparse.Namespace, size: int) -> Options:
+    """What `add_writing` parsed, checked; images get a side of `size` pixels."""
+    from tarflow.data_pipeline.prepare.write import Options
+
+    options = Options(
+        size=size, format=args.format, quality=args.quality, channels=args.channels or 0, shard_size=args.shard_size,
+        seed=args.seed, val_fraction=args.val_fraction, on_error=args.on_error, container=args.container,
+    )  # fmt: skip
+    options.check()
+    return options
+
+
+def check_processes(processes: int | None) -> None:
+    from tarflow.data_pipeline.errors import DataError
+
+    if processes is not None and processes < 1:
+        raise DataError(f"--processes is {processes}, it must be at least 1")
+
+
+def print_written(lines: list[str], where: Path) -> None:
+    for line in lines:
+        print(line)
+    print(f"written to {where}")
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on a terminal, nothing elsewhere; yields a function of (done, total)."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

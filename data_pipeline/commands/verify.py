@@ -1,0 +1,34 @@
+"""`tarflow data verify`: decode every sample and check it."""
+
+import argparse
+import json
+from pathlib import Path
+
+from tarflow.data_pipeline.commands.options import check_processes, progress_bar
+
+EXAMPLE = """example:
+  tarflow data verify sets/mine --report verify.json
+
+Exit code 1 when a problem was found.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
+    parser.add_argument("--report", type=Path, help="write the findings to this JSON file")
+    parser.add_argument("--processes", type=int, help="processes that check (one per core, one for small sets)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tarflow.data_pipeline.prepare.verify import verify
+    from tarflow.data_pipeline.storage.open_index import open_index
+
+    check_processes(args.processes)
+    index = open_index(args.data)
+    with progress_bar("verifying") as progress:
+        report = verify(index, processes=args.processes, progress=progress)
+    for line in report.lines():
+        print(line)
+    if args.report:
+        args.report.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+    return 1 if report.problems else 0

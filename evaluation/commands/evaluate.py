@@ -1,0 +1,83 @@
+"""`tarflow evaluate`: score a run's checkpoints, once or as they appear."""
+
+import argparse
+from pathlib import Path
+
+from tarflow.evaluation.commands.options import FAILED, OK, add_machine, say, set_up_process
+from tarflow.evaluation.errors import EvaluationError
+
+EXAMPLE = """example:
+  tarflow evaluate runs/demo --watch --nice 10
+  tarflow evaluate runs/demo sampling.guidance=1.5 evaluation.num_samples=1000 --once
+  tarflow evaluate model.safetensors --out scores data.train=data/mnist5k/train train.noise_std=0.1
+
+Start as many as you like, on any machines that see RUN: they share the samples, and a killed one loses a chunk at most.
+Results: RUN/evals/step-NNNNNNNN/ (result.json and pictures), RUN/evals.jsonl, TensorBoard.
+A checkpoint that has a result under the same settings is left alone; other settings get a directory of their own.
+Exit codes: 0 all evaluated, 1 some could not be (the text says why), 2 wrong settings.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or a weights file (.safetensors)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of sampling and evaluation")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="of a weights file: where its results go")
+    parser.add_argument("--save", choices=("shards", "png"), help="keep the samples: WebDataset shards, or PNGs")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--once", action="store_true", help="evaluate the checkpoints there are, then stop (default)")
+    mode.add_argument("--watch", action="store_true", help="follow the run until its last checkpoint is evaluated")
+    parser.add_argument("--newest", action="store_true", help="only the newest checkpoint, not those before it")
+    parser.add_argument("--step", type=int, metavar="N", help="only the checkpoint of this step")
+    parser.add_argument("--reference", type=Path, metavar="FILE", help="reference statistics to use, checked (.npz)")
+    parser.add_argument("--poll", type=float, default=5.0, metavar="S", help="seconds between looks (default 5)")
+    parser.add_argument(
+        "--wait-for-run",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="with --watch: seconds that the run may take to appear (default 60)",
+    )
+    parser.add_argument(
+        "--idle-limit",
+        type=float,
+        default=0.0,
+        metavar="MIN",
+        help="with --watch: stop after MIN minutes without a checkpoint (default: never)",
+    )
+    add_machine(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate a run's checkpoints; 1 if one of them could not be."""
+    if args.watch and args.step is not None:
+        raise EvaluationError("--step is one checkpoint, --watch follows a run: give one of them")
+    is_file = args.run.suffix in (".safetensors", ".pth")
+    if is_file and (args.watch or args.newest or args.step is not None):
+        raise EvaluationError(
+            f"--watch, --newest and --step choose among a run's checkpoints; {args.run} is a weights file"
+        )
+    if is_file != (args.out is not None):
+        raise EvaluationError("--out DIR goes with a weights file (.safetensors), and a weights file needs it")
+    set_up_process(args)
+    from tarflow.evaluation.worker.follow import WorkerOptions, evaluate, evaluate_file
+
+    options = WorkerOptions(
+        newest_only=args.newest,
+        step=args.step,
+        poll_s=args.poll,
+        wait_for_run_s=args.wait_for_run if args.watch else 0,
+        idle_s=args.idle_limit * 60,
+        device=args.device,
+        reference=args.reference,
+        save=args.save or "",
+        overrides=args.overrides,
+    )
+    if is_file:
+        result = evaluate_file(args.run, args.out, options, say)
+        return FAILED if result and result["problem"] else OK
+    outcome = evaluate(args.run, args.watch, options, say)
+    for name, reason in outcome.failed.items():
+        say(f"not scored: {name}: {reason}")
+    if not outcome.done and not outcome.failed:
+        say("nothing to do: every checkpoint has a result under these settings")
+    return FAILED if outcome.failed else OK

@@ -1,0 +1,55 @@
+"""Options, checks and output that the verbs of this room share."""
+
+import argparse
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from tarflow.evaluation.errors import EvaluationError
+
+OK, FAILED = 0, 1
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Options of everything that computes; `set_up_process` puts them to work."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    group.add_argument("--nice", type=int, default=0, metavar="N", help="lower the priority on the CPU by N (0..19)")
+
+
+def add_features(parser: argparse.ArgumentParser) -> None:
+    """Options of what measures a folder or a data set outside a run."""
+    names = "efficientnet_lite0 (default), mobilenet_v2, fid_inception, torchvision_inception, dinov2"
+    parser.add_argument("--features", default="efficientnet_lite0", metavar="NAME", help=f"feature network: {names}")
+    parser.add_argument("--features-file", type=Path, metavar="FILE", help="weights of one that no package brings")
+    parser.add_argument(
+        "--on-error", choices=("strict", "skip"), default="strict", help="damaged images: an error, or left out"
+    )
+
+
+def set_up_process(args: argparse.Namespace, **lowest: int) -> None:
+    """Check options against their `lowest` values, then set priority, threads and an orderly end on SIGTERM.
+
+    SIGTERM raises SystemExit, so that temporary directories and pins are removed.
+    """
+    for name, low in {"threads": 1, "nice": 0, **lowest}.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise EvaluationError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+    if args.nice:
+        os.nice(args.nice)
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    def stop(signum: int, frame: Any) -> None:
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)

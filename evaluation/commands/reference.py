@@ -1,0 +1,43 @@
+"""`tarflow reference`: make the reference statistics of a data set."""
+
+import argparse
+from pathlib import Path
+
+from tarflow.evaluation.commands.options import OK, add_features, add_machine, say, set_up_process
+
+EXAMPLE = """example:
+  tarflow reference data/mnist5k/train --size 28 --channels 1
+  tarflow reference data/photos/train --size 256 --features fid_inception --features-file inception.pth
+
+Once per data set: by itself the file goes beside the shards, where every evaluation of a run on them looks for it. Start
+as many as you like, on any machines that see the folder: they share the images, and the bits do not depend on how many.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", help="folder of indexed shards")
+    parser.add_argument("--size", type=int, required=True, metavar="N", help="pixels that models of this data see")
+    parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1 for grey (default 3)")
+    parser.add_argument("--images", type=int, default=0, metavar="N", help="use N images, spread evenly (default: all)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write it (default: beside the shards)")
+    add_features(parser)
+    add_machine(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    set_up_process(args, size=1, images=0)
+    from tarflow.evaluation.worker.make_reference import ReferenceRequest, make_reference
+
+    request = ReferenceRequest(
+        data=args.data,
+        size=args.size,
+        channels=args.channels,
+        images=args.images,
+        features=args.features,
+        features_file=args.features_file,
+        out=args.out,
+        on_error=args.on_error,
+        device=args.device,
+    )
+    make_reference(request, say)
+    return OK

@@ -1,0 +1,64 @@
+"""`tarflow sweep-guidance`: find the guidance of the smallest distance."""
+
+import argparse
+from pathlib import Path
+
+from tarflow.evaluation.commands.options import OK, add_machine, say, set_up_process
+from tarflow.evaluation.errors import EvaluationError
+
+EXAMPLE = """example:
+  tarflow sweep-guidance runs/demo --guidance 0,0.5,1,2 --denoise 0.5,1 --start 500 --final 5000
+
+Every setting is scored on --start samples, the better half on more, the last two on --final. Start as many processes as
+you like: they share the work. The choice is written to RUN/sampling.json, which `sample` and `evaluate` go by from then on;
+rounds and plot lie in RUN/sweeps/.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of sampling and evaluation")
+    parser.add_argument(
+        "--guidance", default="0,0.5,1,1.5,2,3", metavar="W,W,...", help="weights (default %(default)s)"
+    )
+    parser.add_argument("--denoise", metavar="M,M,...", help="multipliers (default: the run's)")
+    parser.add_argument("--attn-temp", metavar="T,T,...", help="attention temperatures (default: the run's)")
+    parser.add_argument("--start", type=int, default=500, metavar="N", help="samples of the first round (default 500)")
+    parser.add_argument(
+        "--final", type=int, default=0, metavar="N", help="samples of the last round (default: the run's)"
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the newest)")
+    parser.add_argument("--no-default", action="store_true", help="leave the run's default as it is")
+    add_machine(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Sweep, print the best setting, make it the run's default."""
+    guidance = _numbers("--guidance", args.guidance)
+    denoise = _numbers("--denoise", args.denoise)
+    attn_temp = _numbers("--attn-temp", args.attn_temp)
+    set_up_process(args)
+    from tarflow.evaluation.worker.sweep import SweepRequest, sweep_guidance
+
+    request = SweepRequest(
+        run=args.run,
+        guidance=guidance,
+        denoise=denoise,
+        attn_temp=attn_temp,
+        start=args.start,
+        final=args.final,
+        step=args.step,
+        set_default=not args.no_default,
+        device=args.device,
+        overrides=args.overrides,
+    )
+    sweep_guidance(request, say)
+    return OK
+
+
+def _numbers(option: str, text: str | None) -> list[float]:
+    """Text such as `0,0.5,1` -> numbers, each once."""
+    try:
+        return list(dict.fromkeys(float(part) for part in (text or "").split(",") if part.strip()))
+    except ValueError:
+        raise EvaluationError(f"{option} {text!r} must be numbers with commas between, e.g. 0,0.5,1") from None

@@ -1,0 +1,69 @@
+"""`tarflow checkpoint export`: one set of a checkpoint's weights, as a file."""
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = """example:
+  tarflow checkpoint export runs/demo --out demo.safetensors --weights ema-0.050
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        required=True,
+        help="FILE.safetensors, with the model's configuration inside, or FILE.pth, the published layout",
+    )
+    parser.add_argument(
+        "--weights",
+        default="auto",
+        metavar="SET",
+        help="raw, an average such as ema-0.050, or auto: the widest average, raw without any (default)",
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the newest)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tarflow.trainer.checkpoint.commit import damage, find, pinned
+    from tarflow.trainer.checkpoint.tensors import load_weights
+    from tarflow.trainer.config.files import load_config
+    from tarflow.trainer.errors import TrainerError
+    from tarflow.trainer.run_dir import require_run
+
+    require_run(args.run)
+    _check_out(args.out)
+    checkpoint = find(args.run, args.step)
+    with pinned(checkpoint, owner="export"):
+        problem = damage(checkpoint)
+        if problem:
+            raise TrainerError(
+                f"checkpoint {checkpoint.path} is damaged: {problem}; choose another with --step (see `tarflow checkpoint "
+                "verify`)"
+            )
+        config = load_config(checkpoint.path / "config.yaml")
+        which = args.weights if args.weights != "auto" else config.ema.preferred
+        weights = load_weights(checkpoint, which)
+    from tarflow.models.weights import save_weights_file
+
+    try:
+        save_weights_file(args.out, config.model, weights)
+    except OSError as error:
+        raise TrainerError(f"--out {args.out} could not be written: {error.strerror or error}") from None
+    numbers = sum(t.numel() for t in weights.values())
+    print(f"wrote {args.out}: weights {which} of {checkpoint.name} of {args.run}, {numbers:,} numbers")
+    return 0
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a name that cannot be written, before anything is read."""
+    from tarflow.trainer.errors import TrainerError
+
+    if out.suffix not in (".safetensors", ".pth"):
+        raise TrainerError(f"--out {out}: give a name that ends in .safetensors or .pth (published layout)")
+    if out.exists():
+        raise TrainerError(f"--out {out} exists; remove it or give another name")
+    if not out.parent.is_dir():
+        raise TrainerError(f"--out {out}: there is no directory {out.parent}")

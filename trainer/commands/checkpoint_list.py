@@ -1,0 +1,36 @@
+"""`tarflow checkpoint list`: a table of a run's checkpoints."""
+
+import argparse
+import time
+from pathlib import Path
+
+EXAMPLE = """example:
+  tarflow checkpoint list runs/demo
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tarflow.trainer.checkpoint.commit import DAMAGED, checkpoints_dir, pinned_names, scan
+    from tarflow.trainer.run_dir import load_run_config, require_run
+
+    usable, refused = scan(require_run(args.run))
+    config, pins = load_run_config(args.run), pinned_names(args.run)
+    print("step        images seen        MB  saved                notes")
+    for number, checkpoint in enumerate(usable, 1):
+        every = config.checkpoint.keep_every_images
+        notes = ["newest"] * (number == len(usable)) + ["pinned"] * (checkpoint.name in pins)
+        notes += ["kept for ever"] * bool(every and checkpoint.images_seen % every == 0)
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((checkpoint.path / "COMMITTED").stat().st_mtime))
+        print(f"{checkpoint.step:<10d}  {checkpoint.images_seen:>11,}  {checkpoint.num_bytes / 1e6:>8,.1f}  {when}  "
+              + ", ".join(notes))  # fmt: skip
+    for path, reason in sorted(refused.items()):
+        print(f"{path.name}: not used: {reason}")
+    for path in sorted(checkpoints_dir(args.run).glob(f"step-*{DAMAGED}")):
+        print(f"{path.name}: set aside as damaged; `tarflow checkpoint prune --damaged` removes it")
+    if not usable:
+        print("no committed checkpoint")
+    return 0

@@ -1,0 +1,52 @@
+"""`tarflow checkpoint prune`: remove checkpoints that the retention settings do not keep."""
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = """example:
+  tarflow checkpoint prune runs/demo --keep-latest 3
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument(
+        "--keep-latest",
+        type=int,
+        metavar="N",
+        help="newest ones that stay, 2 at least (default: the run's checkpoint.keep_latest)",
+    )
+    parser.add_argument(
+        "--keep-every-images",
+        type=int,
+        metavar="N",
+        help="multiples that stay for ever, 0 = none (default: the run's checkpoint.keep_every_images)",
+    )
+    parser.add_argument("--damaged", action="store_true", help="remove damaged ones that a start has set aside, too")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tarflow.trainer.checkpoint.commit import apply_retention, committed, damage, remove_set_aside
+    from tarflow.trainer.errors import TrainerError
+    from tarflow.trainer.run_dir import load_run_config, writer_lock
+
+    settings = load_run_config(args.run).checkpoint
+    latest = settings.keep_latest if args.keep_latest is None else args.keep_latest
+    every = settings.keep_every_images if args.keep_every_images is None else args.keep_every_images
+    if latest != -1 and latest < 2:
+        raise TrainerError(f"--keep-latest {latest}: 2 at least, or -1 to keep all")
+    if every < 0:
+        raise TrainerError(f"--keep-every-images {every}: 0 at least (0 keeps none for ever)")
+    with writer_lock(args.run):  # a run under way applies its own retention
+        kept = committed(args.run)[-latest:] if latest != -1 else []
+        if kept and all(damage(c) for c in kept):  # what is removed could be the last that is whole
+            raise TrainerError(
+                f"the newest {len(kept)} checkpoints of {args.run} are all damaged, nothing is removed; see `tarflow "
+                "checkpoint verify`, or keep more with --keep-latest"
+            )
+        removed = apply_retention(args.run, latest, every)
+        removed += remove_set_aside(args.run) if args.damaged else []
+    for name in removed:
+        print(f"removed {name}")
+    print(f"{len(removed)} removed, {len(committed(args.run))} stay")
+    return 0

@@ -1,0 +1,39 @@
+"""`tarflow checkpoint verify`: is every committed checkpoint still what was committed?"""
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = """example:
+  tarflow checkpoint verify runs/demo
+
+Exit codes: 0 all sound, 1 a committed checkpoint is damaged.
+"""
+OK, DAMAGE = 0, 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("--step", type=int, metavar="N", help="only the checkpoint of this step (default: all)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tarflow.trainer.checkpoint.commit import damage, find, pinned, scan
+    from tarflow.trainer.run_dir import require_run
+
+    usable, refused = scan(require_run(args.run))
+    if args.step is not None:
+        usable, refused = [find(args.run, args.step)], {}
+    bad = 0
+    for checkpoint in usable:
+        with pinned(checkpoint, owner="verify"):  # so that the retention of a running training keeps it meanwhile
+            problem = damage(checkpoint)
+        bad += problem is not None
+        print(f"{checkpoint.name}: " + (f"DAMAGED: {problem}" if problem else
+              f"sound: {len(checkpoint.info['files'])} files, {checkpoint.num_bytes:,} bytes"), flush=True)  # fmt: skip
+    for path, reason in sorted(refused.items()):
+        was_committed = (path / "COMMITTED").exists() and "another run" not in reason
+        bad += was_committed
+        print(f"{path.name}: {'DAMAGED' if was_committed else 'not used'}: {reason}")
+    if not usable and not refused:
+        print("no committed checkpoint")
+    return DAMAGE if bad else OK
