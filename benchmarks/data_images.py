@@ -13,6 +13,7 @@ import numpy as np
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.sample_reader import SampleReader
+from tarflow.data_pipeline.loading.shape import ImageShape
 from tarflow.data_pipeline.prepare.fetch import fetch
 from tarflow.data_pipeline.prepare.sources import ImageSource
 from tarflow.data_pipeline.prepare.write import Options, prepare
@@ -38,7 +39,7 @@ def write_images(folder: Path, most: int) -> tuple[Path, str]:
 def files_of(data: Path, most: int) -> list[bytes]:
     """The JPEG files of up to `most` samples, in index order."""
     index = open_index(data)
-    reader = SampleReader(index, SIZE, 3, 0)
+    reader = SampleReader(index, ImageShape(SIZE))
     files = []
     for sample in range(min(most, index.num_samples)):
         shard, row = index.locate(sample)

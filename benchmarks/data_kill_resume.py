@@ -29,13 +29,15 @@ from benchmarks.data_images import scratch
 from tarflow.data_pipeline.index.build import build_index
 from tarflow.data_pipeline.loading.loader import Loader
 from tarflow.data_pipeline.loading.order import Order
+from tarflow.data_pipeline.loading.settings import DataSettings
+from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 from tarflow.data_pipeline.prepare.write import encode
 from tarflow.data_pipeline.storage.open_index import open_index
 
 logging.getLogger("tarflow.data").setLevel(logging.ERROR)  # each of a hundred runs would name the empty shard
 BATCH = 8
 SIZES = (90, 1, 47, 0, 60)
-SETTINGS: dict[str, Any] = {"global_batch_size": BATCH, "seed": 5, "shuffle_block": 32}
+SEED, SHUFFLE_BLOCK = 5, 32
 
 
 class SlowHandler(SimpleHTTPRequestHandler):
@@ -76,12 +78,19 @@ def write_set(root: Path) -> None:
     build_index(root, shards)
 
 
+def make_loader(url: str, images_seen: int, cache: Path, limit: int, workers: int) -> Loader:
+    """Goes on from a position, through a cache of at most `limit` bytes."""
+    data = DataSettings.of(
+        url, num_workers=workers, cache_dir=str(cache), cache_bytes=limit, shuffle_block=SHUFFLE_BLOCK
+    )
+    return Loader(data, ImageShape(24), BatchPlace(BATCH, images_seen, seed=SEED))
+
+
 def consume(url: str, log: Path, cache: Path, limit: int) -> None:
     """Go on from the last line of `log`; a line holds the position after its batch and the numbers in its pictures."""
     seen = position(log)
     fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    with Loader(url, image_size=24, channels=3, num_workers=2, images_seen=seen, cache_dir=str(cache),
-                cache_bytes=limit, **SETTINGS) as loader:  # fmt: skip
+    with make_loader(url, seen, cache, limit, workers=2) as loader:
         for batch in loader:
             corner = batch.images[:, :, 0, 0].long()
             numbers = (corner[:, 0] + 256 * corner[:, 1]).tolist()
@@ -156,8 +165,7 @@ def main() -> int:
             pid = os.fork()  # the last run ends in an orderly way, after going over everything once more
             if pid == 0:
                 wanted = position(log) + 2 * index.num_samples
-                with Loader(url, image_size=24, channels=3, num_workers=1, images_seen=position(log), cache_dir=str(cache),
-                            cache_bytes=limit, **SETTINGS) as loader:  # fmt: skip
+                with make_loader(url, position(log), cache, limit, workers=1) as loader:
                     next(batch for batch in loader if batch.images_seen >= wanted)
                 os._exit(0)
             _, status = os.waitpid(pid, 0)
@@ -166,7 +174,7 @@ def main() -> int:
             server.wait()
         lines = [json.loads(line) for line in log.read_bytes().splitlines()]
         ids = [number for _, numbers in lines for number in numbers]
-        order = Order(index.shard_sizes, seed=SETTINGS["seed"], shuffle_block=SETTINGS["shuffle_block"])
+        order = Order(index.shard_sizes, seed=SEED, shuffle_block=SHUFFLE_BLOCK)
         wrong = sum(a != b for a, b in zip(ids, order.batch(0, len(ids)).tolist()))
         positions = [seen for seen, _ in lines] == list(range(BATCH, len(ids) + 1, BATCH))
         left = [path.name for path in cache.iterdir() if path.suffix != ".shard"]

@@ -23,6 +23,8 @@ from benchmarks.common import Bar, finish, parse_args
 from benchmarks.data_images import SIZE, files_of, scratch, write_images
 from tarflow.data_pipeline.index.build import build_index
 from tarflow.data_pipeline.loading.loader import Loader
+from tarflow.data_pipeline.loading.settings import DataSettings
+from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 
 BATCH = 64
 AHEAD = 4  # batches that each loader may prepare ahead
@@ -48,8 +50,8 @@ def torch_batches(data: Any, workers: int, **options: Any) -> Any:
 def ours(data: Path) -> Contender:
     @contextmanager
     def start(workers: int) -> Iterator[Batches]:
-        with Loader(data, image_size=SIZE, channels=3, global_batch_size=BATCH, num_workers=workers,
-                    prefetch_batches=AHEAD) as loader:  # fmt: skip
+        settings = DataSettings.of(data, num_workers=workers, prefetch_batches=AHEAD)
+        with Loader(settings, ImageShape(SIZE), BatchPlace(BATCH)) as loader:
             yield (batch.images for batch in loader)
 
     return start

@@ -3,15 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from tarflow.data_pipeline.index.index import Index
-from tarflow.data_pipeline.loading.loader import eval_batches
+from tarflow.data_pipeline.loading.evaluation_batches import evaluation_batches
+from tarflow.data_pipeline.loading.settings import DataSettings
+from tarflow.data_pipeline.loading.shape import ImageShape
 from tarflow.data_pipeline.storage.open_index import open_index
-from tarflow.data_pipeline.storage.remote import Access
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.models.config import TarFlowConfig
 
@@ -23,15 +23,13 @@ BATCH = 64
 class ImageSet:
     """A data set at the size and channels of a model; `limit` images spread evenly over the index (0 = all)."""
 
-    root: str | Path
+    data: DataSettings  # its data.train, whatever that is
     model: TarFlowConfig
-    on_error: str = "strict"
     limit: int = 0
-    access: Access | None = None  # how remote data are reached
 
     @cached_property
     def index(self) -> Index:
-        return open_index(self.root, self.access)
+        return open_index(self.data.train, self.data.access)
 
     @property
     def num_images(self) -> int:
@@ -45,19 +43,10 @@ class ImageSet:
 
         `part` of `parts`: one stretch of the images; together the stretches hold every image once.
         """
-        batches = eval_batches(
-            self.root,
-            image_size=self.model.image_size,
-            channels=self.model.in_channels,
-            batch_size=batch_size,
-            rank=part,
-            world_size=parts,
-            limit=self.limit or None,
-            num_classes=self.model.num_classes if labelled else 0,
-            on_error=self.on_error,
-            access=self.access,
-        )
-        for batch in batches:
+        classes = self.model.num_classes if labelled else 0
+        shape = ImageShape(self.model.image_size, self.model.in_channels, classes)
+        limit = self.limit or None
+        for batch in evaluation_batches(self.data, shape, batch_size, limit=limit, rank=part, world_size=parts):
             yield batch.images, batch.labels, batch.ids
 
     def class_counts(self) -> tuple[int, ...]:
@@ -67,18 +56,18 @@ class ImageSet:
             labels = self.index.rows(shard).labels
             counts += np.bincount(labels[labels >= 0], minlength=len(counts))[: len(counts)]
         if not counts.any():
-            raise EvaluationError(f"sampling.labels=training: {self.root} has no labels; set sampling.labels=balanced")
+            raise EvaluationError(f"sampling.labels=training: {self.data.train} has no labels; set sampling.labels=balanced")
         return tuple(counts.tolist())
 
     def provenance(self) -> dict[str, str | int]:
-        """What statistics of these images depend on (contract 9)."""
+        """What statistics of these images depend on."""
         return {
-            "data": str(self.root),
+            "data": self.data.train,
             "fingerprint": self.index.fingerprint,
             "images": self.num_images,
             "selection": "all" if self.num_images == self.index.num_samples else "spread evenly over the index",
             "image_size": self.model.image_size,
             "channels": self.model.in_channels,
             "crop": CROP,
-            "damaged images": "refused" if self.on_error == "strict" else "left out",
+            "damaged images": "refused" if self.data.on_error == "strict" else "left out",
         }

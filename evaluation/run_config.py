@@ -11,8 +11,9 @@ from typing import Any
 
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.files import write_json
+from tarflow.models.sampling.settings import SamplingSettings
 from tarflow.trainer.config.files import load_config
-from tarflow.trainer.config.schema import Config, SamplingConfig
+from tarflow.trainer.config.schema import Config
 from tarflow.trainer.run_dir import require_run
 
 CHOSEN = "sampling.json"
@@ -52,6 +53,6 @@ def _chosen(run_dir: Path) -> tuple[dict[str, Any], str]:
         return {}, ""
     except (ValueError, KeyError, TypeError):
         raise EvaluationError(f"{path} is not readable; remove it to go by the run's own settings") from None
-    if unknown := set(chosen) - set(SamplingConfig.model_fields):
+    if unknown := set(chosen) - set(SamplingSettings.model_fields):
         raise EvaluationError(f"{path} holds {sorted(unknown)[0]!r}, which is no setting of the section sampling")
     return chosen, where

@@ -1,16 +1,16 @@
 """The shape of a TarFlow: everything that decides its parameters, and nothing else."""
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from tarflow.settings import Section
 
 
-class TarFlowConfig(BaseModel):
+class TarFlowConfig(Section):
     """Architecture of one TarFlow (arXiv 2412.06329, section 3).
 
     The image is cut into `num_tokens` patches of `token_dim` numbers; `num_blocks` autoregressive blocks of
     `layers_per_block` transformer layers each act on the sequence, alternately as it is and reversed.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     image_size: int = Field(gt=0, description="height and width of the square image, pixels")
     patch_size: int = Field(gt=0, description="height and width of a patch, pixels; must divide image_size")

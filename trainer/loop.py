@@ -8,6 +8,7 @@ import torch
 
 from tarflow.data_pipeline.loading.choose_reader import DataFacts, data_facts
 from tarflow.data_pipeline.loading.loader import Loader
+from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 from tarflow.models.cost import flops_per_image, peak_rate
 from tarflow.trainer.batch import BatchPlan, plan_batch
 from tarflow.trainer.config.schema import Config
@@ -48,7 +49,7 @@ def train(
 def _train(
     config: Config, run_dir: Path, world: World, stop: StopRequest, init_from: Path | None, accept_new_data: bool
 ) -> int:
-    facts = data_facts(config.data.train, config.data.reader, config.data.access)
+    facts = data_facts(config.data)
     warmup = check_data(config, facts)
     plan = plan_batch(config.train.global_batch_size, world.size, config.train.micro_batch_size)
     device = pick_device(config.train.device, world.local_rank)
@@ -257,13 +258,10 @@ class Run:
         self.log.figures(step, images_seen, self.config.train.max_images, row | {"optim/lr": lr})
 
     def _loader(self) -> Loader:
-        data, model = self.config.data, self.config.model
-        return Loader(
-            data.train, image_size=model.image_size, channels=model.in_channels, num_classes=model.num_classes,
-            global_batch_size=self.plan.global_batch_size, rank=self.world.rank, world_size=self.world.size,
-            seed=self.config.train.seed, images_seen=self.images_seen, num_workers=data.num_workers,
-            prefetch_batches=data.prefetch_batches, num_canonical_nodes=data.num_canonical_nodes,
-            shuffle_block=data.shuffle_block, flip=data.flip, on_error=data.on_error, max_bad_share=data.max_bad_share,
-            reader=data.reader, cache_dir=data.cache_dir, cache_bytes=data.cache_bytes, timeout_s=data.timeout_s,
-            retries=data.retries,
+        model = self.config.model
+        shape = ImageShape(model.image_size, model.in_channels, model.num_classes)
+        place = BatchPlace(
+            self.plan.global_batch_size, self.images_seen, rank=self.world.rank, world_size=self.world.size,
+            seed=self.config.train.seed,
         )  # fmt: skip
+        return Loader(self.config.data, shape, place)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tarflow.data_pipeline.loading.loader import Prefetched
+from tarflow.data_pipeline.loading.prefetch import Prefetched
 from tarflow.models.noise import add_noise
 from tarflow.models.randomness import keyed_normal, keyed_uniform
 from tarflow.trainer.config.schema import TrainConfig
 
 if TYPE_CHECKING:
-    from tarflow.data_pipeline.loading.loader import Batch
+    from tarflow.data_pipeline.loading.batch import Batch
 
 
 @dataclass

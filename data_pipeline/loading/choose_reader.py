@@ -14,18 +14,15 @@ from pathlib import Path
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.index import Index
+from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.stream import stream_fingerprint, stream_shards
 from tarflow.data_pipeline.storage.open_index import open_index
-from tarflow.data_pipeline.storage.remote import Access, address
-
-READERS = ("auto", "indexed", "mds", "stream")
+from tarflow.data_pipeline.storage.remote import address
 
 
-def choose_reader(data: str | Path, reader: str) -> str:
+def choose_reader(data: DataSettings) -> str:
     """`indexed` or `stream` (whether an index is of MDS shards shows when it is open). Raises DataError."""
-    if reader not in READERS:
-        raise DataError(f"data.reader is {reader!r}, it must be one of {', '.join(READERS)}")
-    text = str(data)
+    text, reader = data.train, data.reader
     if reader == "stream":
         return "stream"
     if text.startswith("pipe:"):
@@ -35,7 +32,7 @@ def choose_reader(data: str | Path, reader: str) -> str:
             )
         return "stream"
     names_tars = text.endswith((".tar", ".tar.gz", ".tgz")) and not Path(text).is_dir()
-    if names_tars and reader == "auto" and address(data) is not None:
+    if names_tars and reader == "auto" and address(text) is not None:
         return "stream"
     if names_tars:
         raise DataError(
@@ -64,10 +61,10 @@ class DataFacts:
     num_classes: int | None
 
 
-def data_facts(data: str | Path, reader: str, access: Access) -> DataFacts:
+def data_facts(data: DataSettings) -> DataFacts:
     """Open the index, or list the stream's shards; nothing else is read or written. Raises DataError."""
-    if choose_reader(data, reader) == "stream":
-        return DataFacts(stream_fingerprint(stream_shards(data)), None, None)
-    index = open_index(data, access)
-    check_form(index, reader)
+    if choose_reader(data) == "stream":
+        return DataFacts(stream_fingerprint(stream_shards(data.train)), None, None)
+    index = open_index(data.train, data.access)
+    check_form(index, data.reader)
     return DataFacts(index.fingerprint, index.num_samples, index.num_classes)

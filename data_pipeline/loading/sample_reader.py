@@ -12,30 +12,25 @@ from tarflow.data_pipeline.errors import BadSampleError, DataError
 from tarflow.data_pipeline.images.decode import decode, decode_into
 from tarflow.data_pipeline.images.transform import fit
 from tarflow.data_pipeline.index.index import NO_LABEL, Index
+from tarflow.data_pipeline.loading.shape import ImageShape
 from tarflow.data_pipeline.storage.local_shards import LocalShards, ShardFiles
 
 
 class SampleReader:
-    """Reads samples of an indexed data set as squares of `image_size` pixels with `channels` channels.
+    """Reads samples of an indexed data set at the shape that the model wants.
 
-    `num_classes` 0: labels are not wanted and come as -1. Otherwise every label must be in 0 .. num_classes-1.
     `files`: where the bytes come from; by default the shards beside the index.
     """
 
-    def __init__(
-        self, index: Index, image_size: int, channels: int, num_classes: int, files: ShardFiles | None = None
-    ) -> None:
+    def __init__(self, index: Index, shape: ImageShape, files: ShardFiles | None = None) -> None:
         self.index = index
-        self.image_size = image_size
-        self.channels = channels
-        self.num_classes = num_classes
+        self.shape = shape
         self.files: ShardFiles = files or LocalShards(index)
         self._starts: list[int] = index.shard_starts.tolist()  # bisecting a list is quicker than an array, one by one
-        self._square = (image_size, image_size, channels)
 
     def read(self, sample: int) -> tuple[np.ndarray, int]:
         """(uint8 [image_size, image_size, channels], label). Raises BadSampleError naming shard and key."""
-        image = np.empty(self._square, dtype=np.uint8)
+        image = np.empty(self.shape.pixels, dtype=np.uint8)
         return image, self.read_into(sample, image)
 
     def read_into(self, sample: int, out: np.ndarray) -> int:
@@ -47,7 +42,7 @@ class SampleReader:
         try:
             data, label = self._fetch(sample)
             if not decode_into(data, out):
-                out[...] = fit(decode(data, self.channels, at_least=self.image_size), self.image_size)
+                out[...] = fit(decode(data, self.shape.channels, at_least=self.shape.image_size), self.shape.image_size)
             return label
         except BadSampleError as err:
             raise BadSampleError(err.cause, f"{self.index.where(sample)}: {err}") from None
@@ -56,7 +51,7 @@ class SampleReader:
         """(uint8 [H, W, channels] as stored, label). Raises BadSampleError naming shard and key."""
         try:
             data, label = self._fetch(sample)
-            return decode(data, self.channels), label
+            return decode(data, self.shape.channels), label
         except BadSampleError as err:
             raise BadSampleError(err.cause, f"{self.index.where(sample)}: {err}") from None
 
@@ -68,14 +63,14 @@ class SampleReader:
         shard = bisect_right(self._starts, sample) - 1
         row = sample - self._starts[shard]
         rows = self.index.rows(shard)
-        label = self._label(int(rows.labels[row])) if self.num_classes else -1
+        label = self._label(int(rows.labels[row])) if self.shape.num_classes else -1
         return self.files.read(shard, int(rows.offsets[row]), int(rows.sizes[row])), label
 
     def _label(self, label: int) -> int:
         if label == NO_LABEL:
-            raise BadSampleError("missing_label", f"has no label, the model has {self.num_classes} classes")
-        if not 0 <= label < self.num_classes:
-            raise BadSampleError("label_out_of_range", f"label {label} is outside 0..{self.num_classes - 1}")
+            raise BadSampleError("missing_label", f"has no label, the model has {self.shape.num_classes} classes")
+        if not 0 <= label < self.shape.num_classes:
+            raise BadSampleError("label_out_of_range", f"label {label} is outside 0..{self.shape.num_classes - 1}")
         return label
 
 

@@ -29,6 +29,7 @@ from tarflow.data_pipeline.images.transform import fit
 from tarflow.data_pipeline.index.patterns import expand_braces, find_shards
 from tarflow.data_pipeline.index.samples import IMAGE_EXTENSIONS, parse_label
 from tarflow.data_pipeline.loading.sample_reader import Skipped
+from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 from tarflow.data_pipeline.storage.remote import address
 
 log = logging.getLogger("tarflow.data")
@@ -52,29 +53,28 @@ def stream_fingerprint(shards: list[str]) -> str:
 
 
 class StreamSource:
-    """This rank's endless stream of samples, from the beginning of the shard nearest to `samples_seen` (of this rank).
+    """This rank's endless stream of samples, from the beginning of the shard nearest to its place.
 
     `read_into(out)` fills uint8 [size, size, channels] with the next good sample. `counts_folder`: where the counts of
     shards are kept. Raises DataError: no samples in a whole round of shards, in strict mode the first bad one.
     """
 
     def __init__(
-        self, shards: list[str], *, image_size: int, channels: int, num_classes: int, strict: bool, seed: int,
-        rank: int, world_size: int, samples_seen: int, buffer: int, counts_folder: Path,
-    ) -> None:  # fmt: skip
+        self, shards: list[str], shape: ImageShape, place: BatchPlace, *, strict: bool, buffer: int, counts_folder: Path
+    ) -> None:
         self.shards = shards
-        self.image_size, self.channels = image_size, channels
-        self.num_classes = num_classes
+        self.shape = shape
         self.strict = strict
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.seed, self.rank, self.world_size = place.seed, place.rank, place.world_size
         self.buffer = buffer
-        self.counts = ShardCounts(counts_folder, shards, f"{rank}of{world_size}")
+        self.counts = ShardCounts(counts_folder, shards, f"{place.rank}of{place.world_size}")
         self.skipped: list[Skipped] = []  # since the last look; `replacement` is -1
         self._orders: dict[int, np.ndarray] = {}
-        self._samples = self._endless(self._nearest(samples_seen))
+        self._samples = self._endless(self._nearest(place.images_seen * place.share // place.global_batch_size))
 
     def read_into(self, out: np.ndarray) -> tuple[int, int]:
         """(label, id) of the next sample, whose pixels are in `out`."""
+        size = self.shape.image_size
         while True:
             sample, number, row = next(self._samples)
             try:
@@ -84,7 +84,7 @@ class StreamSource:
                     fields = ", ".join(name for name in sample if not name.startswith("__"))
                     raise BadSampleError("no_image", f"has no image, its fields are {fields}")
                 if not decode_into(sample[name], out):
-                    out[...] = fit(decode(sample[name], self.channels, at_least=self.image_size), self.image_size)
+                    out[...] = fit(decode(sample[name], self.shape.channels, at_least=size), size)
                 return label, number << ROW_BITS | row
             except BadSampleError as err:
                 message = f"shard {self.shards[number]}, sample {sample['__key__']!r}: {err}"
@@ -95,17 +95,17 @@ class StreamSource:
                     raise DataError(f"{_HOPELESS} bad samples before a batch was full, the last: {message}") from None
 
     def _label(self, sample: dict[str, Any]) -> int:
-        if self.num_classes == 0:
+        if self.shape.num_classes == 0:
             return -1
         content = next((sample[name] for name in sample if name.lower() == "cls"), None)
         if content is None:
-            raise BadSampleError("missing_label", f"has no label, the model has {self.num_classes} classes")
+            raise BadSampleError("missing_label", f"has no label, the model has {self.shape.num_classes} classes")
         try:
             label = parse_label(content, {})
         except ValueError as err:
             raise BadSampleError("malformed_label", str(err)) from None
-        if not 0 <= label < self.num_classes:
-            raise BadSampleError("label_out_of_range", f"label {label} is outside 0..{self.num_classes - 1}")
+        if not 0 <= label < self.shape.num_classes:
+            raise BadSampleError("label_out_of_range", f"label {label} is outside 0..{self.shape.num_classes - 1}")
         return label
 
     def _shard_at(self, place: int) -> int:

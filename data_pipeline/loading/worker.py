@@ -25,12 +25,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.transform import flips
 from tarflow.data_pipeline.loading.sample_reader import SampleReader, Skipped, SkippingReader
+from tarflow.data_pipeline.loading.shape import ImageShape
 from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.data_pipeline.storage.remote import Access
 from tarflow.data_pipeline.storage.remote_shards import open_shards
@@ -44,13 +46,17 @@ class Spec:
 
     data: str
     fingerprint: str
-    image_size: int
-    channels: int
-    num_classes: int
+    shape: ImageShape
     on_error: str
     seed: int
     flip: bool
     access: Access
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> Spec:
+        """From what `asdict` made of one."""
+        parts = {"shape": ImageShape(**plain["shape"]), "access": Access(**plain["access"])}
+        return cls(**plain | parts)
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class Producer:
             raise DataError(f"the index at {spec.data} was rewritten while the loader was starting: start again")
         self.spec = spec
         files = open_shards(index, spec.access)
-        reader = SampleReader(index, spec.image_size, spec.channels, spec.num_classes, files)
+        reader = SampleReader(index, spec.shape, files)
         self.reader = SkippingReader(reader, spec.on_error)
 
     def fill(
@@ -136,7 +142,7 @@ def main(arguments: list[str]) -> None:
         slot, first, n = numbers[:3].tolist()
         reply: dict[str, object] = {"slot": slot, "rows": n}
         try:
-            producer = producer or Producer(Spec(**config["spec"] | {"access": Access(**config["spec"]["access"])}))
+            producer = producer or Producer(Spec.from_json(config["spec"]))
             views = (view[first : first + n] for view in layout.views(memory, slot))
             skipped = producer.fill(numbers[3 : 3 + n], numbers[3 + n :], *views)
             reply["skipped"] = [asdict(bad) | {"message": bad.message[:500]} for bad in skipped]

@@ -7,6 +7,7 @@ import numpy as np
 from tarflow.data_pipeline.errors import BadSampleError
 from tarflow.data_pipeline.index.index import Index
 from tarflow.data_pipeline.loading.sample_reader import SampleReader
+from tarflow.data_pipeline.loading.shape import ImageShape
 from tarflow.data_pipeline.storage.remote import Access
 from tarflow.data_pipeline.storage.remote_shards import open_shards
 
@@ -19,7 +20,7 @@ def contact_sheet(index: Index, count: int, tile: int) -> np.ndarray:
 
     A sample that cannot be read is a grey tile.
     """
-    reader = SampleReader(index, tile, 3, 0, open_shards(index, Access()))
+    reader = SampleReader(index, ImageShape(tile), open_shards(index, Access()))
     count = min(count, index.num_samples)
     columns = int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)

@@ -1,13 +1,13 @@
 """Images from the model: guided, denoised, checked, rounded to 8 bits.
 
-Sample i is drawn from (seed, i) alone: the same image in any batch, on any number of workers, in any order (case S01).
+Sample i is drawn from (seed, i) alone: the same image in any batch, on any number of workers, in any order.
 A sample that is not finite is drawn again in float32 if it was drawn in bfloat16; if that fails too it is counted and
-left out, never turned into pixels (case S03).
+left out, never turned into pixels.
 """
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,58 +15,15 @@ import torch
 from torch import Tensor
 
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.image_set import ImageSet
+from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.models.denoise import denoise
 from tarflow.models.flow import TarFlow
 from tarflow.models.noise import to_pixels
 from tarflow.models.randomness import keyed_normal, keyed_uniform
-from tarflow.models.sampling.guidance import Guidance
 from tarflow.models.sampling.sequential import sample
-from tarflow.trainer.config.schema import Config
 
 STREAM = "sample"
 NO_LABEL = -1
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """Everything that decides what image sample i is; all of it stands in every result (contract 9)."""
-
-    guidance: float = 0.0  # weight w of a = a_c + w (a_c - a_u); 0 = none
-    guide: str = "ab"
-    attn_temp: float = 1.0
-    annealed: bool = True
-    denoise: float = 0.0  # multiplier of the denoising step; 0 = none
-    noise_std: float = 0.0  # of the training noise, in model range; the denoising step uses it
-    param_dtype: str = "float32"
-    seed: int = 0
-    labels: tuple[int, ...] = ()  # sample i has labels[i % len]; empty = balanced over all classes; -1 = no label
-    class_counts: tuple[int, ...] = ()  # draw the label with these frequencies, where `labels` is empty
-
-    @classmethod
-    def of_run(cls, config: Config) -> "SamplingSettings":
-        """The settings in the sampling section of a run's configuration. Frequencies are counted in data.train."""
-        s, data = config.sampling, config.data
-        counts: tuple[int, ...] = ()
-        if s.labels == "training" and config.model.num_classes:
-            counts = ImageSet(data.train, config.model, access=data.access).class_counts()
-        return cls(
-            s.guidance, s.guide, s.attn_temp, s.annealed, config.denoise_multiplier, config.train.noise_std,
-            s.param_dtype, s.seed, (), counts,
-        )  # fmt: skip
-
-    def describe(self) -> dict[str, Any]:
-        """Plain values, for result files; `labels` is spelt out."""
-        described = asdict(self)
-        counts = list(described.pop("class_counts"))
-        if self.labels or not counts:
-            return described | {"labels": list(self.labels) or "balanced: i % num_classes"}
-        return described | {"labels": "drawn by the frequencies in the training data", "class_counts": counts}
-
-    @property
-    def balanced(self) -> "SamplingSettings":
-        """The same with every class as often: for pictures that show the classes in rows."""
-        return replace(self, labels=(), class_counts=())
 
 
 @dataclass
@@ -91,13 +48,13 @@ class Drawn:
 class Sampler:
     """Draws the images of one model under one group of settings."""
 
-    def __init__(self, model: TarFlow, settings: SamplingSettings) -> None:
+    def __init__(self, model: TarFlow, sampling: ResolvedSampling) -> None:
         self.model = model.eval()
-        self.settings = settings
-        self.guidance = Guidance(settings.guidance, settings.guide, settings.attn_temp, settings.annealed)
-        self._fast = self._in_dtype(settings.param_dtype)
+        self.sampling = sampling
+        self.guidance = sampling.settings.make_guidance()
+        self._fast = self._in_dtype(sampling.settings.param_dtype)
         classes = model.config.num_classes
-        for label in settings.labels:
+        for label in sampling.labels:
             if not NO_LABEL <= label < classes:
                 known = f"0..{classes - 1}, or -1 for no label" if classes else "it has no classes: leave labels out"
                 raise EvaluationError(f"label {label} is none of the model's {classes} classes ({known})")
@@ -111,11 +68,12 @@ class Sampler:
 
     def label_of(self, index: int) -> int:
         """The label of sample i: by the settings' labels or frequencies, or balanced; -1 without classes."""
-        if self.settings.labels:
-            return self.settings.labels[index % len(self.settings.labels)]
-        if self.settings.class_counts:
-            place = float(keyed_uniform(self.settings.seed, f"{STREAM}/label", 0, [index], ()))
-            shares = np.cumsum(self.settings.class_counts) / sum(self.settings.class_counts)
+        sampling = self.sampling
+        if sampling.labels:
+            return sampling.labels[index % len(sampling.labels)]
+        if sampling.class_counts:
+            place = float(keyed_uniform(sampling.settings.seed, f"{STREAM}/label", 0, [index], ()))
+            shares = np.cumsum(sampling.class_counts) / sum(sampling.class_counts)
             return int(np.searchsorted(shares, place, side="right"))
         classes = self.model.config.num_classes
         return index % classes if classes else NO_LABEL
@@ -123,7 +81,7 @@ class Sampler:
     def noise(self, indices: Sequence[int]) -> Tensor:
         """Standard normal [n, T, D]; row i belongs to sample indices[i]."""
         config = self.model.config
-        return keyed_normal(self.settings.seed, STREAM, 0, indices, (config.num_tokens, config.token_dim))
+        return keyed_normal(self.sampling.settings.seed, STREAM, 0, indices, (config.num_tokens, config.token_dim))
 
     def labels(self, indices: Sequence[int]) -> Tensor:
         """int64 [n]"""
@@ -140,8 +98,8 @@ class Sampler:
         if retried:
             noisy[bad] = sample(self.model, noise[bad], None if y is None else y[bad], self.guidance)
         images = noisy
-        if self.settings.denoise:
-            images = denoise(self.model, noisy, y, self.settings.noise_std, self.settings.denoise)
+        if self.sampling.denoise_multiplier:
+            images = denoise(self.model, noisy, y, self.sampling.noise_std, self.sampling.denoise_multiplier)
         finite = _finite(noisy) & _finite(images)
         return Drawn(list(indices), labels, noisy.cpu(), images.detach().cpu(), finite.cpu(), retried)
 
@@ -218,15 +176,16 @@ class SampleCount:
         )
 
 
-def check_guidance(settings: SamplingSettings, num_classes: int, label_dropout: float | None) -> None:
-    """Refuse guidance that cannot mean anything (case S10). `label_dropout` None: not known.
+def check_guidance(sampling: ResolvedSampling, num_classes: int, label_dropout: float | None) -> None:
+    """Refuse guidance that cannot mean anything. `label_dropout` None: not known.
 
     The unguided half sees no label, or attention logits divided by `attn_temp`. A class-conditional model that never
     trained without labels has no such half, and without labels a temperature of 1 makes both halves the same.
     """
+    settings = sampling.settings
     if settings.guidance == 0:
         return
-    labelled = num_classes > 0 and set(settings.labels) != {NO_LABEL}
+    labelled = num_classes > 0 and set(sampling.labels) != {NO_LABEL}
     if labelled and label_dropout == 0:
         raise EvaluationError(
             f"sampling.guidance={settings.guidance} needs a model that was trained without labels now and then, but "

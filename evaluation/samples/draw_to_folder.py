@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.run_config import run_config
-from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler, SamplingSettings, check_guidance
+from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler, check_guidance
 from tarflow.evaluation.samples.grid import make_grid
 from tarflow.evaluation.samples.png_folder import SampleFolder, load_png, save_png
+from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import WeightsSource, from_checkpoint, from_file, resolve_device
 from tarflow.trainer.checkpoint.commit import find, pinned
 
@@ -77,7 +78,7 @@ def _columns(sampler: Sampler, num: int) -> int:
     return math.ceil(math.sqrt(num))
 
 
-def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[WeightsSource, SamplingSettings, int]:
+def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[WeightsSource, ResolvedSampling, int]:
     """(model, settings, batch size) of a request."""
     device = resolve_device(request.device)
     if request.source.is_file() or request.source.suffix in (".safetensors", ".pth"):
@@ -87,8 +88,8 @@ def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[WeightsSo
         raise EvaluationError(
             f"--noise-std belongs to weights files; {request.source} was trained with {config.train.noise_std}"
         )
-    settings = replace(SamplingSettings.of_run(config), **request.settings)
-    if settings.denoise and config.train.noise == "uniform":
+    settings = ResolvedSampling.of_run(config).with_changes(**request.settings)
+    if settings.denoise_multiplier and config.train.noise == "uniform":
         raise EvaluationError("--denoise needs a model trained with gaussian noise; this run has train.noise=uniform")
     check_guidance(settings, config.model.num_classes, config.train.label_dropout)
     checkpoint = find(request.source, request.step)
@@ -97,15 +98,15 @@ def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[WeightsSo
     return source, settings, request.batch_size or config.sampling.batch_size
 
 
-def _open_file(request: SampleRequest, device: torch.device) -> tuple[WeightsSource, SamplingSettings, int]:
+def _open_file(request: SampleRequest, device: torch.device) -> tuple[WeightsSource, ResolvedSampling, int]:
     for option, value in (("--step", request.step), ("--weights", request.weights)):
         if value is not None:
             raise EvaluationError(f"{option} chooses among a run's checkpoints; {request.source} is a weights file")
     if request.settings.get("denoise") and "noise_std" not in request.settings:
         raise EvaluationError("--denoise needs --noise-std: a weights file does not say the noise it was trained with")
-    settings = SamplingSettings(**request.settings)
+    settings = ResolvedSampling().with_changes(**request.settings)
     if settings.noise_std and "denoise" not in request.settings:
-        settings = replace(settings, denoise=1.0)
+        settings = settings.with_changes(denoise=1.0)
     source = from_file(request.source, device)
     check_guidance(settings, source.model.config.num_classes, label_dropout=None)
     return source, settings, request.batch_size or 64

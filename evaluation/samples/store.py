@@ -48,7 +48,7 @@ class SampleStore:
         """Under ROOT/samples/, in a folder of their own for these weights and settings; None where nothing is kept."""
         if not kind:
             return None
-        about = source.describe() | {"sampling": sampler.settings.describe()}
+        about = source.describe() | {"sampling": sampler.sampling.describe()}
         return cls(_folder(root, kind, about), kind, about, num)
 
     @staticmethod

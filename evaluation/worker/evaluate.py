@@ -147,10 +147,8 @@ class Job:
     @property
     def held_out(self) -> ImageSet | None:
         """Images for bits per dimension."""
-        data = self.config.data
-        if data.validation is None:
-            return None
-        return ImageSet(data.validation, self.config.model, data.on_error, self.settings.validation_images, data.access)
+        data = self.config.data.held_out
+        return None if data is None else ImageSet(data, self.config.model, self.settings.validation_images)
 
     # --- chunks ----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.evaluation.image_set import ImageSet
 from tarflow.evaluation.networks.features import Features
 from tarflow.evaluation.samples.weights_source import resolve_device
@@ -33,7 +34,7 @@ def make_reference(request: ReferenceRequest, say: Callable[[str], None] = print
         image_size=request.size, patch_size=request.size, in_channels=request.channels, channels=64, num_blocks=1,
         layers_per_block=1,
     )  # fmt: skip
-    images = ImageSet(request.data, shape, request.on_error, request.images)
+    images = ImageSet(DataSettings.of(request.data, on_error=request.on_error), shape, request.images)
     network = Features(request.features, resolve_device(request.device), request.features_file)
     path = request.out or cache_path(Path(request.data), full_provenance(images.provenance(), network))
     if path.is_file():

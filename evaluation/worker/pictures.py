@@ -8,7 +8,6 @@ trajectory.png     one sample a row: noise, after each block, denoised
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,13 +74,13 @@ class GridImages:
 
 def save_grids(folder: Path, grid: GridImages, sampler: Sampler, rows: int, batch_size: int) -> None:
     """The grid as configured, before denoising, and without guidance."""
-    settings = sampler.settings
+    sampling = sampler.sampling
     grid.complete(sampler, batch_size)
     grid.save(folder / "grid.png")
-    if settings.denoise:
+    if sampling.denoise_multiplier:
         grid.save(folder / "grid-noisy.png", noisy=True)
-    if settings.guidance:
-        unguided = Sampler(sampler.model, replace(settings, guidance=0.0))
+    if sampling.settings.guidance:
+        unguided = Sampler(sampler.model, sampling.with_changes(guidance=0.0))
         plain = GridImages(rows, grid.columns, sampler.model.config.num_classes)
         plain.complete(unguided, batch_size)
         plain.save(folder / "grid-unguided.png")
@@ -97,7 +96,7 @@ def save_trajectory(path: Path, sampler: Sampler, indices: Sequence[int]) -> Non
     """One sample a row: the noise, the image after each block, and after denoising. Clipped to the range of pixels."""
     steps: list[Tensor] = []
     drawn = sampler.draw(indices, steps)
-    columns = [step.cpu() for step in steps] + ([drawn.images] if sampler.settings.denoise else [])
+    columns = [step.cpu() for step in steps] + ([drawn.images] if sampler.sampling.denoise_multiplier else [])
     images = [_shown(column[row]) for row in range(len(indices)) for column in columns]
     if any(image is not None for image in images):
         save_png(path, make_grid(images, columns=len(columns)))

@@ -40,8 +40,7 @@ class RealImages:
 
     def images(self, limit: int) -> ImageSet:
         """Training images; `limit` of them, spread evenly (0 = all)."""
-        data = self.config.data
-        return ImageSet(data.train, self.config.model, data.on_error, limit, data.access)
+        return ImageSet(self.config.data, self.config.model, limit)
 
     @cached_property
     def reference(self) -> Reference:
@@ -50,6 +49,6 @@ class RealImages:
         provenance = full_provenance(images.provenance(), self.features)
         if self.path is not None:
             return load_reference(self.path, provenance)
-        beside = cache_path(Path(images.root), provenance)  # where `tarflow reference` leaves them
+        beside = cache_path(Path(images.data.train), provenance)  # where `tarflow reference` leaves them
         path = beside if beside.is_file() else cache_path(self.evals, provenance)
         return reference_statistics(path, images, self.features, self.config.evaluation.lease_s, self.say)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
 from tarflow.evaluation.run_config import run_config
-from tarflow.evaluation.samples.draw import SamplingSettings
+from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.models.weights import load_weights_file
 from tarflow.trainer.config.files import build_config
 from tarflow.trainer.config.schema import Config
@@ -23,7 +23,7 @@ class EvaluationSettings:
     """What is measured, and how. Batch sizes and devices are not here: they do not change figures beyond rounding."""
 
     weights: str
-    sampling: SamplingSettings
+    sampling: ResolvedSampling
     num_samples: int
     features: str
     features_file: str | None
@@ -42,10 +42,10 @@ class EvaluationSettings:
     def of_run(cls, config: Config) -> "EvaluationSettings":
         """The settings that a run's configuration asks for. Opens the indexes of its data sets."""
         e = config.evaluation
-        held_out = config.data.validation
+        data, held_out = config.data, config.data.held_out
         return cls(
             weights=config.evaluated_weights,
-            sampling=SamplingSettings.of_run(config),
+            sampling=ResolvedSampling.of_run(config),
             num_samples=e.num_samples,
             features=e.features,
             features_file=str(e.features_file) if e.features_file else None,
@@ -55,8 +55,8 @@ class EvaluationSettings:
                 config.train.noise, config.train.noise_std, config.sampling.seed, e.likelihood_draws
             ),
             grid=e.grid,
-            train_fingerprint=open_index(config.data.train, config.data.access).fingerprint,
-            validation_fingerprint=open_index(held_out, config.data.access).fingerprint if held_out else None,
+            train_fingerprint=open_index(data.train, data.access).fingerprint,
+            validation_fingerprint=open_index(held_out.train, data.access).fingerprint if held_out else None,
             neighbour_samples=e.neighbour_samples,
             neighbour_images=e.neighbour_images,
             keep_features=e.keep_features,
@@ -65,8 +65,9 @@ class EvaluationSettings:
 
     def describe(self) -> dict[str, Any]:
         """Plain values, for result files."""
-        described: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return described | {"sampling": self.sampling.describe(), "likelihood": self.likelihood.describe()}
+        parts = {"sampling": self.sampling.describe(), "likelihood": self.likelihood.describe()}
+        described: dict[str, Any] = json.loads(json.dumps(vars(self) | parts))
+        return described
 
     @property
     def hash(self) -> str:

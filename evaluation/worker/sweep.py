@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.metrics.frechet_distance import frechet_distance
 from tarflow.evaluation.metrics.names import distance_key
 from tarflow.evaluation.run_config import choose
-from tarflow.evaluation.samples.draw import NO_LABEL, Sampler, SamplingSettings, check_guidance
+from tarflow.evaluation.samples.draw import NO_LABEL, Sampler, check_guidance
+from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import WeightsSource, from_checkpoint, resolve_device
 from tarflow.evaluation.shared_work import SharedWork, stretches
 from tarflow.evaluation.worker.chunk_results import Keep, SamplesPart
@@ -135,11 +136,11 @@ def _write(sweep: "_Sweep", rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _grid(
-    request: SweepRequest, own: SamplingSettings, noise: str, num_classes: int, say: Say
-) -> list[SamplingSettings]:
+    request: SweepRequest, own: ResolvedSampling, noise: str, num_classes: int, say: Say
+) -> list[ResolvedSampling]:
     """Every combination that differs from the others; what has no effect is said."""
-    denoise = list(request.denoise) or [own.denoise]
-    temperatures = list(request.attn_temp) or [own.attn_temp]
+    denoise = list(request.denoise) or [own.denoise_multiplier]
+    temperatures = list(request.attn_temp) or [own.settings.attn_temp]
     for name, values, low in (
         ("--guidance", request.guidance, 0.0), ("--denoise", denoise, 0.0), ("--attn-temp", temperatures, 1e-6),
     ):  # fmt: skip
@@ -148,13 +149,13 @@ def _grid(
     if noise == "uniform" and any(denoise):
         raise EvaluationError("--denoise needs a model trained with gaussian noise; this run has train.noise=uniform")
     unlabelled = not num_classes or set(own.labels) == {NO_LABEL}
-    found: dict[tuple[float, float, float], SamplingSettings] = {}
+    found: dict[tuple[float, float, float], ResolvedSampling] = {}
     for w, m, t in product(request.guidance, denoise, temperatures):
         if w and unlabelled and t == 1:
             say(f"left out: guidance {w:g} with attention temperature 1 has no effect without labels")
             continue
         key = (w, m, t if w else temperatures[0])  # without guidance the temperature has no effect
-        found.setdefault(key, replace(own, guidance=w, denoise=m, attn_temp=key[2]))
+        found.setdefault(key, own.with_changes(guidance=w, denoise=m, attn_temp=key[2]))
     if not found:
         raise EvaluationError("nothing is left to sweep: without labels give --attn-temp values other than 1")
     return list(found.values())
@@ -172,7 +173,7 @@ class _Sweep:
         self.folder = request.run / "sweeps" / f"step-{source.step or 0:08d}-{digest}.work"
         self.record = self.folder.with_suffix("") / "sweep.json"
 
-    def halve(self, grid: list[SamplingSettings], final: int) -> list[dict[str, Any]]:
+    def halve(self, grid: list[ResolvedSampling], final: int) -> list[dict[str, Any]]:
         """Rounds of {num_samples, points}; every second setting goes on, the last two to `final` samples."""
         rounds = []
         for number in self.numbers(len(grid), final):
@@ -191,7 +192,7 @@ class _Sweep:
         between = [round(growth**i) * self.size for i in range(rounds - 1)]
         return [*(min(number, final) for number in between), final]
 
-    def score(self, candidate: SamplingSettings, number: int) -> Point:
+    def score(self, candidate: ResolvedSampling, number: int) -> Point:
         """The distance of one setting on the samples 0 .. number-1."""
         if self.record.exists():
             raise _Finished
@@ -223,7 +224,7 @@ class _Sweep:
             temporary.write_text(json.dumps({"distance": distance, "lost": lost}))
             put_once(temporary, figures)
         found = json.loads(figures.read_text())
-        point = Point(candidate.guidance, candidate.denoise, candidate.attn_temp, found["distance"], found["lost"])
+        point = _point(candidate, found["distance"], found["lost"])
         said = "too many samples lost" if point.distance is None else f"{point.distance:.2f}"
         self.say(f"{number} samples, {_text(point)}: {said}")
         return point
@@ -234,6 +235,11 @@ class _Sweep:
     def remove(self) -> None:
         """Clear the chunks away."""
         SharedWork.clear(self.folder)
+
+
+def _point(candidate: ResolvedSampling, distance: float | None, lost: int) -> Point:
+    settings = candidate.settings
+    return Point(settings.guidance, candidate.denoise_multiplier, settings.attn_temp, distance, lost)
 
 
 def _text(point: Point) -> str:

@@ -1,87 +1,22 @@
-"""The whole configuration of a run, typed: every field has a type, a bound and an effect (contract 10).
+"""The whole configuration of a run, typed: every field has a type, a bound and an effect.
 
 A run is configured by one YAML file and `section.key=value` overrides. Scalars are read as text and converted by the
-field's type, so `1e-4` is a number, `010` is ten and `on` is true wherever it stands (case K01).
+field's type, so `1e-4` is a number, `010` is ten and `on` is true wherever it stands.
+
+Each section stands with the code that reads it: here are those of the trainer.
 """
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from tarflow.data_pipeline.storage.remote import Access, address
+from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.presets import preset
-
-
-def _whole_number(value: Any) -> Any:
-    """Let a count be written as 270000, 270_000, 27e4 or 256Ki: whatever it is, it must be whole."""
-    if not isinstance(value, str):
-        return value
-    text = value.strip().replace("_", "")
-    for suffix, factor in (("Ki", 2**10), ("Mi", 2**20), ("Gi", 2**30)):
-        if text.endswith(suffix):
-            return int(text.removesuffix(suffix)) * factor
-    number = float(text)
-    return int(text) if text.lstrip("+-").isdigit() else (int(number) if number == int(number) else value)
-
-
-Count = Annotated[int, BeforeValidator(_whole_number)]
-
-
-def _place(value: Any) -> Any:
-    """A path in its plain form; addresses and pipes as they are."""
-    text = str(value) if isinstance(value, Path) else value
-    if not isinstance(text, str) or text.startswith("pipe:"):
-        return text
-    return address(text) or str(Path(text))
-
-
-Place = Annotated[str, BeforeValidator(_place)]
-
-
-class Section(BaseModel):
-    """A group of settings: unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataConfig(Section):
-    """Where the images are and how they are read."""
-
-    train: Place = Field(
-        description="indexed shards to train on (made by `tarflow data prepare`): a folder or an address; "
-        "or `pipe:` and addresses of tars without an index, as streams"
-    )
-    validation: Place | None = Field(None, description="indexed shards of held-out images, for bits per dimension")
-    reader: Literal["auto", "indexed", "mds", "stream"] = Field(
-        "auto",
-        description="how data.train is read: auto goes by what lies there; stream needs no index, and promises less",
-    )
-    cache_dir: str | None = Field(
-        None, description="folder of a node's cache of remote shards; null = in the system's temporary folder"
-    )
-    cache_bytes: Count = Field(
-        32 << 30, ge=0, description="bound of that cache; 0 = none, every sample is a request for its range"
-    )
-    timeout_s: float = Field(30.0, gt=0, description="seconds without a byte after which a remote request is given up")
-    retries: Count = Field(5, ge=0, description="attempts after the first at a remote request")
-    flip: bool = Field(False, description="mirror images left to right at random")
-    num_workers: Count = Field(0, ge=0, description="decoding processes per rank; 0 = a thread of the training process")
-    prefetch_batches: Count = Field(4, gt=0, description="batches that wait ready")
-    num_canonical_nodes: Count = Field(1, gt=0, description="parts of the data set that are read apart from each other")
-    shuffle_block: Count = Field(65536, gt=0, description="samples that are shuffled among each other")
-    on_error: Literal["strict", "skip"] = Field(
-        "strict", description="strict: a damaged image stops the run; skip: count and replace it"
-    )
-    max_bad_share: float = Field(
-        0.01, ge=0, le=1, description="share of damaged images at which a run with on_error=skip stops"
-    )
-
-    @property
-    def access(self) -> Access:
-        """How remote data are reached."""
-        return Access(self.cache_dir, self.cache_bytes, self.timeout_s, self.retries)
+from tarflow.models.sampling.settings import SamplingSettings
+from tarflow.settings import Count, Section
+from tarflow.trainer.config.ema import EMAConfig
+from tarflow.trainer.config.evaluation import EvaluationConfig
 
 
 class TrainConfig(Section):
@@ -174,59 +109,6 @@ class CompileConfig(Section):
     enable: bool = Field(False, description="compile each layer; one graph serves all")
 
 
-def power_name(relative_std: float) -> str:
-    """Name of a power-function average: its set of weights in checkpoints, settings and commands."""
-    return f"ema-{relative_std:.3f}"
-
-
-def decay_name(decay: float) -> str:
-    """Name of an average of constant decay."""
-    return f"ema-decay-{decay:g}"
-
-
-class EMAConfig(Section):
-    """Averages of the weights: power-function profiles (arXiv 2312.02696), constant decays. Sharded as the weights are."""
-
-    relative_stds: tuple[float, ...] = Field(
-        (0.05, 0.1), description="width of each power-function average, as a share of the run so far"
-    )
-    decays: tuple[float, ...] = Field((), description="decay per step of ordinary averages besides, e.g. [0.9999]")
-    snapshot_every_images: Count = Field(
-        0,
-        ge=0,
-        description="images between snapshots of the averages, kept for ever, from which `tarflow ema` makes any width; "
-        "each comes with a checkpoint; 0 = none",
-    )
-
-    @model_validator(mode="after")
-    def _distinct(self) -> "EMAConfig":
-        for std in self.relative_stds:
-            if not 0 < std < 0.28:
-                raise ValueError(f"ema.relative_stds: a width lies between 0 and 0.28, got {std}")
-        if len(set(map(power_name, self.relative_stds))) < len(self.relative_stds):
-            raise ValueError(
-                f"ema.relative_stds: widths must differ in the first three decimals, got {self.relative_stds}"
-            )
-        for decay in self.decays:
-            if not 0 < decay < 1:
-                raise ValueError(f"ema.decays: a decay lies between 0 and 1, got {decay}")
-        if len(set(map(decay_name, self.decays))) < len(self.decays):
-            raise ValueError(f"ema.decays: decays must differ in the first six digits, got {self.decays}")
-        if self.snapshot_every_images and not self.relative_stds:
-            raise ValueError("ema.snapshot_every_images needs ema.relative_stds: only power averages can be refitted")
-        return self
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all averages, the widest as listed last."""
-        return [*map(decay_name, self.decays), *map(power_name, self.relative_stds)]
-
-    @property
-    def preferred(self) -> str:
-        """What `auto` stands for: the last of the averages, or the raw weights where none is kept."""
-        return self.names[-1] if self.names else "raw"
-
-
 class CheckpointConfig(Section):
     """When to save and what to keep."""
 
@@ -257,74 +139,6 @@ class LogConfig(Section):
     tensorboard: bool = Field(True, description="write tensorboard/ beside metrics.jsonl")
 
 
-class SamplingConfig(Section):
-    """How images are drawn from the model: all of it goes into every result (contract 9)."""
-
-    guidance: float = Field(0.0, ge=0, description="weight w of a = a_c + w (a_c - a_u); 0 = none")
-    guide: Literal["a", "b", "ab"] = Field("ab", description="what is guided: log-scale a, shift b")
-    attn_temp: float = Field(1.0, gt=0, description="attention temperature of the unguided half")
-    annealed: bool = Field(True, description="let the weight grow over the tokens")
-    denoise: float | None = Field(
-        None, ge=0, description="multiplier of the score-based denoising step; 0 = none, null = 1 after gaussian noise"
-    )
-    batch_size: Count = Field(64, gt=0, description="images drawn at once; does not change them")
-    param_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="dtype of the network's products while sampling"
-    )
-    seed: Count = Field(0, ge=0, description="key of the noise: image i depends on (seed, i) alone")
-    labels: Literal["balanced", "training"] = Field(
-        "balanced", description="classes of the samples: each as often, or as often as in data.train"
-    )
-
-
-class EvaluationConfig(Section):
-    """What the evaluation worker measures at each checkpoint."""
-
-    num_samples: Count = Field(50_000, gt=1, description="images drawn for the Frechet distance")
-    weights: str = Field(
-        "auto", description="raw, one of the averages (ema-0.050), or auto: the widest average, raw without any"
-    )
-    variants: tuple[dict[str, Any], ...] = Field(
-        (),
-        description="what is evaluated besides: each entry replaces weights or settings of the section sampling, e.g. "
-        "[{weights: raw}, {guidance: 2.0, denoise: 0}]",
-    )
-    order: Literal["in_order", "newest_first"] = Field(
-        "in_order", description="which checkpoint comes first of several that wait"
-    )
-    chunk_samples: Count = Field(
-        1000,
-        gt=0,
-        description="samples or held-out images that a worker takes at a time; a killed worker loses as many",
-    )
-    lease_s: float = Field(120.0, gt=0, description="seconds without a sign of life after which a chunk is taken over")
-    features: Literal["efficientnet_lite0", "mobilenet_v2", "fid_inception", "torchvision_inception", "dinov2"] = Field(
-        "efficientnet_lite0", description="feature network; the last three need evaluation.features_file"
-    )
-    features_file: Path | None = Field(
-        None, description="weights of a feature network that no package brings; scores of unknown weights say so"
-    )
-    keep_features: Count = Field(
-        10_000,
-        ge=0,
-        description="samples whose features are kept, for measures that need more than mean and covariance",
-    )
-    reference: Path | None = Field(
-        None, description="stored reference statistics (.npz), checked; null = made once from data.train"
-    )
-    reference_images: Count = Field(0, ge=0, description="training images behind the reference statistics; 0 = all")
-    validation_images: Count = Field(0, ge=0, description="held-out images for bits per dimension; 0 = all")
-    likelihood_draws: Count = Field(4, gt=0, description="draws of the noise per held-out image")
-    max_nonfinite_share: float = Field(
-        0.05, ge=0, le=1, description="share of samples that may be lost as not finite; beyond it there is no distance"
-    )
-    neighbour_samples: Count = Field(1000, ge=0, description="samples that are compared with training images; 0 = none")
-    neighbour_images: Count = Field(10_000, ge=0, description="training images that they are compared with; 0 = all")
-    grid: tuple[int, int] = Field(
-        (10, 8), description="rows (classes, if there are any) and columns of the sample grid"
-    )
-
-
 def _expand_preset(value: Any) -> Any:
     """`model: {preset: NAME, num_classes: 3}` is the preset with these settings replaced."""
     if isinstance(value, dict) and "preset" in value:
@@ -335,7 +149,7 @@ def _expand_preset(value: Any) -> Any:
 class Config(Section):
     """Everything about a run."""
 
-    data: DataConfig
+    data: DataSettings
     model: Annotated[TarFlowConfig, BeforeValidator(_expand_preset)]
     train: TrainConfig
     optim: OptimConfig = OptimConfig()
@@ -345,7 +159,7 @@ class Config(Section):
     ema: EMAConfig = EMAConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: SamplingSettings = SamplingSettings()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
@@ -363,7 +177,7 @@ class Config(Section):
             try:
                 self.with_variant(variant)
             except ValidationError as error:
-                known = "weights, " + ", ".join(SamplingConfig.model_fields)
+                known = "weights, " + ", ".join(SamplingSettings.model_fields)
                 first = error.errors()[0]
                 where = ".".join(map(str, first["loc"]))
                 raise ValueError(
@@ -380,7 +194,7 @@ class Config(Section):
 
     @property
     def evaluated_weights(self) -> str:
-        """The set of weights that evaluation uses: never a silent fallback (case T06)."""
+        """The set of weights that evaluation uses: never a silent fallback."""
         if self.evaluation.weights != "auto":
             return self.evaluation.weights
         return self.ema.preferred

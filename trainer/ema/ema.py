@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tarflow.trainer.config.schema import decay_name, power_name
+from tarflow.trainer.config.ema import decay_name, power_name
 from tarflow.trainer.parallel.backend import Backend
 
 

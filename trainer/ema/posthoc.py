@@ -16,8 +16,8 @@ import torch
 import tarflow.trainer.checkpoint.commit as ckpt
 from tarflow.models.weights import save_weights_file
 from tarflow.trainer.checkpoint.tensors import load_weights
+from tarflow.trainer.config.ema import power_name
 from tarflow.trainer.config.files import load_config
-from tarflow.trainer.config.schema import power_name
 from tarflow.trainer.ema.ema import power_of_width
 from tarflow.trainer.ema.snapshots import sources
 from tarflow.trainer.errors import TrainerError

@@ -14,7 +14,9 @@ from PIL import Image
 
 from tarflow.cli import parse
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.loading.loader import eval_batches
+from tarflow.data_pipeline.loading.evaluation_batches import evaluation_batches
+from tarflow.data_pipeline.loading.settings import DataSettings
+from tarflow.data_pipeline.loading.shape import ImageShape
 from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.errors import UserError
 
@@ -141,8 +143,8 @@ def test_prepare_into_mds_shards(tmp_path: Path, capsys: pytest.CaptureFixture[s
         words = ["prepare", tmp_path / "a.npz", tmp_path / container, "--size", 8, "--container", container]
         assert tarflow_data(*words, "--val-fraction", 0.2) == 0
     for split, count in (("train", 24), ("val", 6)):
-        options = {"image_size": 8, "channels": 3, "batch_size": 30, "num_classes": 3}
-        (ours,), (theirs,) = (list(eval_batches(tmp_path / form / split, **options)) for form in ("mds", "webdataset"))
+        sets = [DataSettings.of(tmp_path / form / split) for form in ("mds", "webdataset")]
+        (ours,), (theirs,) = (list(evaluation_batches(data, ImageShape(8, num_classes=3), 30)) for data in sets)
         assert len(ours.ids) == count
         assert (ours.images == theirs.images).all()
         assert (ours.labels == theirs.labels).all()

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,13 +20,24 @@ from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.build import build_index
 from tarflow.data_pipeline.index.mds import mds_shards, write_mds
 from tarflow.data_pipeline.loading.loader import Batch, Loader
+from tarflow.data_pipeline.loading.settings import DataSettings
+from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 from tarflow.data_pipeline.storage.open_index import open_index
 
 ARGS: dict[str, Any] = {"image_size": 8, "channels": 3, "global_batch_size": 6}
 
 
+def make_loader(data: Any, **options: Any) -> Loader:
+    """A loader from single settings: each goes to the group that knows it."""
+    groups = [
+        group(**{f.name: options.pop(f.name) for f in fields(group) if f.name in options})
+        for group in (ImageShape, BatchPlace)
+    ]
+    return Loader(DataSettings.of(data, **options), *groups)
+
+
 def take(data: Path, count: int, **options: Any) -> list[Batch]:
-    with Loader(data, **(ARGS | options)) as loader:
+    with make_loader(data, **(ARGS | options)) as loader:
         return list(itertools.islice(loader, count))
 
 
@@ -89,7 +101,7 @@ def test_what_we_write_streaming_reads_and_so_do_we(tmp_path: Path, lab: SimpleN
     index, _ = build_index(folder, [folder])
     assert len(index.shard_sizes) == len(listed) > 1
     assert (index.form, index.num_samples, index.num_classes) == ("mds", 25, 3)
-    with Loader(folder, **ARGS, reader="mds", num_classes=3) as loader:
+    with make_loader(folder, **ARGS, reader="mds", num_classes=3) as loader:
         assert loader.reader == "mds"
         for batch in itertools.islice(loader, 4):
             assert [lab.number_of(image) for image in batch.images] == batch.ids.tolist()
@@ -188,18 +200,18 @@ def test_the_reader_that_was_asked_for_must_fit(
         open_index(tmp_path / "mds")
     build_index(tmp_path / "mds", [tmp_path / "mds"])
     with pytest.raises(DataError, match=r"tar shards: data\.reader=indexed or auto, not mds"):
-        Loader(tars, **ARGS, reader="mds")
+        make_loader(tars, **ARGS, reader="mds")
     with pytest.raises(DataError, match=r"mds shards: data\.reader=mds or auto, not indexed"):
-        Loader(tmp_path / "mds", **ARGS, reader="indexed")
-    with pytest.raises(DataError, match=r"data\.reader is 'wds', it must be one of auto, indexed, mds, stream"):
-        Loader(tars, **ARGS, reader="wds")
+        make_loader(tmp_path / "mds", **ARGS, reader="indexed")
+    with pytest.raises(DataError, match=r"data\.reader cannot be 'wds': .*'auto', 'indexed', 'mds' or 'stream'"):
+        make_loader(tars, **ARGS, reader="wds")
 
 
 def test_D12_nothing_of_mds_lands_in_shared_memory(tmp_path: Path, lab: SimpleNamespace) -> None:
     forge(tmp_path / "mds", [20], lab.image_bytes)
     build_index(tmp_path / "mds", [tmp_path / "mds"])
     before = set(os.listdir("/dev/shm"))
-    with Loader(tmp_path / "mds", **ARGS, num_workers=1) as loader:
+    with make_loader(tmp_path / "mds", **ARGS, num_workers=1) as loader:
         next(iter(loader))
         assert set(os.listdir("/dev/shm")) <= before
 

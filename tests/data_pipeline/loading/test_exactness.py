@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from tarflow.data_pipeline.index.build import build_index
 from tarflow.data_pipeline.loading.loader import Loader
+from tarflow.data_pipeline.loading.settings import DataSettings
+from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 
 # Uneven, tiny and empty shards.
 shard_sizes = st.lists(st.one_of(st.just(0), st.integers(1, 3), st.integers(4, 14)), min_size=1, max_size=6).filter(
@@ -37,12 +39,14 @@ def one_run(draw: st.DrawFn, size: int, processes: bool) -> tuple[int, int, int]
     return world, workers, draw(st.integers(0, 4))
 
 
-def run(data: Path, lab: SimpleNamespace, world: int, count: int, **options: Any) -> list[list[int]]:
+def run(
+    data: Path, lab: SimpleNamespace, world: int, count: int, *, size: int, seed: int, images_seen: int = 0, **options: Any
+) -> list[list[int]]:
     """The ids of `count` global batches as the pictures show them, put together by slot from all ranks."""
-    size = options["global_batch_size"]
     out = np.full((count, size), -1)
     for rank in range(world if count else 0):
-        with Loader(data, image_size=8, channels=3, rank=rank, world_size=world, **options) as loader:
+        place = BatchPlace(size, images_seen, rank, world, seed)
+        with Loader(DataSettings.of(data, **options), ImageShape(8), place) as loader:
             for step, batch in enumerate(itertools.islice(loader, count)):
                 shown = [lab.number_of(image) for image in batch.images]
                 assert shown == batch.ids.tolist()
@@ -58,7 +62,7 @@ def check(root: Path, lab: SimpleNamespace, data: st.DataObject, processes: bool
     runs = data.draw(st.lists(one_run(size, processes), min_size=1, max_size=2), "runs")
     last = data.draw(one_run(size, False), "the last run")
     options: dict[str, Any] = {
-        "global_batch_size": size,
+        "size": size,
         "num_canonical_nodes": data.draw(st.integers(1, 4), "canonical nodes"),
         "shuffle_block": data.draw(st.sampled_from([1, 3, 7, 65536]), "block"),
         "seed": data.draw(st.integers(0, 3), "seed"),

@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,15 +19,27 @@ from hypothesis import strategies as st
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.build import build_index
-from tarflow.data_pipeline.loading.loader import Batch, Loader, eval_batches
+from tarflow.data_pipeline.loading.evaluation_batches import evaluation_batches
+from tarflow.data_pipeline.loading.loader import Batch, Loader
+from tarflow.data_pipeline.loading.settings import DataSettings
+from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 from tarflow.data_pipeline.storage.open_index import open_index
 
 ARGS: dict[str, Any] = {"image_size": 8, "channels": 3}
 
 
+def make_loader(data: Any, **options: Any) -> Loader:
+    """A loader from single settings: each goes to the group that knows it."""
+    groups = [
+        group(**{f.name: options.pop(f.name) for f in fields(group) if f.name in options})
+        for group in (ImageShape, BatchPlace)
+    ]
+    return Loader(DataSettings.of(data, **options), *groups)
+
+
 def batches(data: Path, count: int, **options: Any) -> list[Batch]:
     """The first `count` batches of a fresh loader."""
-    with Loader(data, **(ARGS | options)) as loader:
+    with make_loader(data, **(ARGS | options)) as loader:
         return list(itertools.islice(loader, count))
 
 
@@ -142,7 +155,7 @@ def test_D10_a_resumed_run_sees_what_an_uninterrupted_one_sees(
 def test_D10_prefetched_is_not_trained_on(make_set: Callable[..., Path]) -> None:
     """The position is the consumer's: whatever was decoded ahead is not lost."""
     root = make_set([50])
-    with Loader(root, **ARGS, global_batch_size=4, prefetch_batches=8) as loader:
+    with make_loader(root, **ARGS, global_batch_size=4, prefetch_batches=8) as loader:
         taken = [next(iterator) for iterator in [iter(loader)] for _ in range(3)]
     after = batches(root, 1, global_batch_size=4, images_seen=taken[-1].images_seen + 4)[0]
     assert after.ids.tolist() == batches(root, 4, global_batch_size=4)[3].ids.tolist()
@@ -212,14 +225,14 @@ def test_D02_one_bad_image_on_one_rank_changes_no_step(
     replaced = {4: 5, 11: 6}  # the next of the shard; after the last comes the first
     assert found == [[replaced.get(i, i) for i in batch] for batch in healthy]
     assert "sample '00004'" in caplog.text
-    with Loader(root, **ARGS, **options) as loader:
+    with make_loader(root, **ARGS, **options) as loader:
         list(itertools.islice(loader, 6))
         assert loader.counters == {"undecodable": 4}
 
 
 def test_D02_a_shard_of_bad_images_is_replaced_from_the_next(tmp_path: Path, lab: SimpleNamespace) -> None:
     root = damaged_set(tmp_path, lab, [3, 4], {0, 1, 2})
-    with Loader(root, **ARGS, global_batch_size=7, on_error="skip", max_bad_share=1.0) as loader:
+    with make_loader(root, **ARGS, global_batch_size=7, on_error="skip", max_bad_share=1.0) as loader:
         batch = next(iter(loader))
     assert sorted(batch.ids.tolist()) == [3, 3, 3, 3, 4, 5, 6]
     assert [lab.number_of(image) for image in batch.images] == batch.ids.tolist()
@@ -249,22 +262,22 @@ def labelled_set(root: Path, lab: SimpleNamespace, labels: list[str | None]) -> 
 def test_D06_labels_are_checked_before_anything_is_read(tmp_path: Path, lab: SimpleNamespace) -> None:
     root = labelled_set(tmp_path, lab, ["0", "999", "1000", "5"])
     with pytest.raises(DataError, match=r"a\.tar, sample '0002': label 1000 is outside 0\.\.999"):
-        Loader(root, **ARGS, global_batch_size=2, num_classes=1000)
+        make_loader(root, **ARGS, global_batch_size=2, num_classes=1000)
     assert len(batches(root, 2, global_batch_size=2, num_classes=1001)) == 2
     for bad, message in (("-1", "label -1 is outside"), (None, "'0001' has no label")):
         root = labelled_set(tmp_path, lab, ["0", bad, "2"])
         with pytest.raises(DataError, match=message):
-            Loader(root, **ARGS, global_batch_size=2, num_classes=3)
+            make_loader(root, **ARGS, global_batch_size=2, num_classes=3)
         with pytest.raises(DataError, match=message):
-            eval_batches(root, **ARGS, batch_size=2, num_classes=3)
-        with Loader(root, **ARGS, global_batch_size=3, num_classes=3, on_error="skip") as loader:
+            evaluation_batches(DataSettings.of(root), ImageShape(8, num_classes=3), 2)
+        with make_loader(root, **ARGS, global_batch_size=3, num_classes=3, on_error="skip") as loader:
             batch = next(iter(loader))
             assert sorted(batch.labels.tolist()) == [0, 2, 2]
             assert sum(loader.counters.values()) == 1
         assert batches(root, 1, global_batch_size=3)[0].labels.tolist() == [-1, -1, -1]
     root = labelled_set(tmp_path, lab, [None, None])
     with pytest.raises(DataError, match=r"has no labels.*model\.num_classes=0"):
-        Loader(root, **ARGS, global_batch_size=2, num_classes=3)
+        make_loader(root, **ARGS, global_batch_size=2, num_classes=3)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -272,9 +285,9 @@ def test_D01_validation_covers_each_sample_once_on_any_number_of_ranks(
     make_set: Callable[..., Path], lab: SimpleNamespace, world: int
 ) -> None:
     root = make_set([10, 0, 7, 1])
-    found: list[int] = []
+    shape, found = ImageShape(8, num_classes=3), list[int]()
     for rank in range(world):
-        for batch in eval_batches(root, **ARGS, batch_size=4, rank=rank, world_size=world, num_classes=3):
+        for batch in evaluation_batches(DataSettings.of(root), shape, 4, rank=rank, world_size=world):
             assert batch.slots.tolist() == batch.ids.tolist()
             assert [lab.number_of(image) for image in batch.images] == batch.ids.tolist()
             found += batch.ids.tolist()
@@ -282,18 +295,19 @@ def test_D01_validation_covers_each_sample_once_on_any_number_of_ranks(
 
 
 def test_a_limited_validation_is_spread_over_the_set(make_set: Callable[..., Path]) -> None:
-    root = make_set([50, 50])
-    ids = [i for batch in eval_batches(root, **ARGS, batch_size=4, limit=10) for i in batch.ids.tolist()]
+    data = DataSettings.of(make_set([50, 50]))
+    ids = [i for batch in evaluation_batches(data, ImageShape(8), 4, limit=10) for i in batch.ids.tolist()]
     assert ids == list(range(0, 100, 10))
-    everything = eval_batches(root, **ARGS, batch_size=64, limit=10_000)
+    everything = evaluation_batches(data, ImageShape(8), 64, limit=10_000)
     assert sum(len(batch.ids) for batch in everything) == 100
 
 
 def test_validation_names_or_leaves_out_a_bad_image(tmp_path: Path, lab: SimpleNamespace) -> None:
     root = damaged_set(tmp_path, lab, [5], {2})
     with pytest.raises(DataError, match="sample '00002'"):
-        list(eval_batches(root, **ARGS, batch_size=2))
-    kept = [i for batch in eval_batches(root, **ARGS, batch_size=2, on_error="skip") for i in batch.ids.tolist()]
+        list(evaluation_batches(DataSettings.of(root), ImageShape(8), 2))
+    skipping = DataSettings.of(root, on_error="skip")
+    kept = [i for batch in evaluation_batches(skipping, ImageShape(8), 2) for i in batch.ids.tolist()]
     assert kept == [0, 1, 3, 4]
 
 
@@ -364,20 +378,20 @@ def test_a_shard_that_is_gone_is_named(make_set: Callable[..., Path]) -> None:
         ({"images_seen": -1}, r"data\.images_seen"),
         ({"on_error": "ignore"}, r"data\.on_error cannot be 'ignore'"),
         ({"max_bad_share": 2.0}, r"data\.max_bad_share"),
-        ({"num_canonical_nodes": 0}, "num_canonical_nodes is 0"),
+        ({"num_canonical_nodes": 0}, r"data\.num_canonical_nodes cannot be 0"),
     ],
 )
 def test_settings_out_of_range_are_named(make_set: Callable[..., Path], options: dict[str, Any], message: str) -> None:
     root = make_set([4])
     with pytest.raises(DataError, match=message):
-        Loader(root, **(ARGS | {"global_batch_size": 2} | options))
+        make_loader(root, **(ARGS | {"global_batch_size": 2} | options))
 
 
 def test_two_loaders_in_one_process_do_not_disturb_each_other(make_set: Callable[..., Path]) -> None:
     """D12: training and validation data at once, and the same data twice."""
     a, b = make_set([20], name="a"), make_set([30], name="b")
     options: dict[str, Any] = {**ARGS, "global_batch_size": 5, "num_workers": 1}
-    loaders = [Loader(a, **options), Loader(b, **options), Loader(a, **options)]
+    loaders = [make_loader(a, **options), make_loader(b, **options), make_loader(a, **options)]
     found: list[list[int]] = [[], [], []]
     iterators: list[Iterator[Batch]] = [iter(loader) for loader in loaders]
     for _ in range(6):
@@ -393,21 +407,21 @@ def test_two_loaders_in_one_process_do_not_disturb_each_other(make_set: Callable
 def test_a_second_iteration_starts_at_the_same_place(make_set: Callable[..., Path]) -> None:
     root = make_set([20])
     for workers in (0, 1):
-        with Loader(root, **ARGS, global_batch_size=5, num_workers=workers, images_seen=7) as loader:
+        with make_loader(root, **ARGS, global_batch_size=5, num_workers=workers, images_seen=7) as loader:
             first, second = ([next(iter(loader)).ids.tolist() for _ in range(1)] for _ in range(2))
         assert first == second
 
 
 def test_the_fingerprint_is_the_index_s(make_set: Callable[..., Path]) -> None:
     root = make_set([4])
-    with Loader(root, **ARGS, global_batch_size=2) as loader:
+    with make_loader(root, **ARGS, global_batch_size=2) as loader:
         assert loader.fingerprint == open_index(root).fingerprint
         assert loader.num_samples == 4
 
 
 def test_no_shared_memory_names_are_used(make_set: Callable[..., Path]) -> None:
     before = set(os.listdir("/dev/shm"))
-    with Loader(make_set([20]), **ARGS, global_batch_size=5, num_workers=2) as loader:
+    with make_loader(make_set([20]), **ARGS, global_batch_size=5, num_workers=2) as loader:
         iterator = iter(loader)
         next(iterator)
         assert set(os.listdir("/dev/shm")) <= before
@@ -420,8 +434,8 @@ def test_pinned_batches_survive_copies_that_do_not_block(
     make_set: Callable[..., Path], lab: SimpleNamespace, workers: int
 ) -> None:
     root = make_set([64])
-    options: dict[str, Any] = {"global_batch_size": 16, "num_workers": workers, "pin_memory": True}
-    with Loader(root, **ARGS, **options) as loader:
+    data = DataSettings.of(root, num_workers=workers)
+    with Loader(data, ImageShape(8), BatchPlace(16), pin_memory=True) as loader:
         for batch in itertools.islice(loader, 40):
             assert batch.images.is_pinned()
             images = batch.images.to("cuda", non_blocking=True)

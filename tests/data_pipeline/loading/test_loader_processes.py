@@ -15,6 +15,8 @@ import pytest
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.loader import Loader
+from tarflow.data_pipeline.loading.settings import DataSettings
+from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -22,8 +24,10 @@ REPOSITORY = Path(__file__).parents[3]
 CONSUMER = """
 import sys, time
 from tarflow.data_pipeline.loading.loader import Loader
+from tarflow.data_pipeline.loading.settings import DataSettings
+from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 data, seen = sys.argv[1], int(sys.argv[2])
-loader = Loader(data, image_size=8, channels=3, global_batch_size=4, num_workers=2, images_seen=seen)
+loader = Loader(DataSettings.of(data, num_workers=2), ImageShape(8), BatchPlace(4, images_seen=seen))
 for batch in loader:
     if batch.images_seen == seen:
         print("start", flush=True)
@@ -35,10 +39,12 @@ for batch in loader:
 RANK = """
 import datetime, sys, torch, torch.distributed as dist
 from tarflow.data_pipeline.loading.loader import Loader
+from tarflow.data_pipeline.loading.settings import DataSettings
+from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 rank, world, data, store, batch = int(sys.argv[1]), 2, sys.argv[2], sys.argv[3], int(sys.argv[4])
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=world,
                         timeout=datetime.timedelta(seconds=30))
-with Loader(data, image_size=8, channels=3, global_batch_size=batch, rank=rank, world_size=world, num_workers=1) as loader:
+with Loader(DataSettings.of(data, num_workers=1), ImageShape(8), BatchPlace(batch, rank=rank, world_size=world)) as loader:
     total = torch.zeros(1, dtype=torch.int64)
     for step, found in zip(range(2 * loader.num_samples // batch), loader):
         both = found.ids.sum()
@@ -99,14 +105,14 @@ def test_D12_kill_9_leaves_nothing_and_the_next_run_goes_on(make_set: Callable[.
         process.wait()
         assert wait_until(lambda pids=workers: not any(map(alive, pids))), "workers outlive a killed trainer"
     assert set(os.listdir("/dev/shm")) <= before
-    with Loader(root, image_size=8, channels=3, global_batch_size=12, images_seen=48) as loader:
+    with Loader(DataSettings.of(root), ImageShape(8), BatchPlace(12, images_seen=48)) as loader:
         ids += next(iter(loader)).ids.tolist()
     assert sorted(ids) == list(range(60))
 
 
 def test_signals_for_the_trainer_do_not_end_the_workers(make_set: Callable[..., Path]) -> None:
     root = make_set([40])
-    with Loader(root, image_size=8, channels=3, global_batch_size=4, num_workers=2) as loader:
+    with Loader(DataSettings.of(root, num_workers=2), ImageShape(8), BatchPlace(4)) as loader:
         iterator = iter(loader)
         next(iterator)
         assert len(loader.worker_pids()) == 2
@@ -119,7 +125,7 @@ def test_signals_for_the_trainer_do_not_end_the_workers(make_set: Callable[..., 
 
 def test_a_killed_worker_is_an_error_with_its_signal(make_set: Callable[..., Path]) -> None:
     root = make_set([40])
-    with Loader(root, image_size=8, channels=3, global_batch_size=4, num_workers=1) as loader:
+    with Loader(DataSettings.of(root, num_workers=1), ImageShape(8), BatchPlace(4)) as loader:
         iterator = iter(loader)
         next(iterator)
         (worker,) = loader.worker_pids()
@@ -131,7 +137,7 @@ def test_a_killed_worker_is_an_error_with_its_signal(make_set: Callable[..., Pat
 def test_close_and_the_end_of_the_interpreter_end_the_workers(make_set: Callable[..., Path]) -> None:
     root = make_set([40])
     before = children(os.getpid())
-    loader = Loader(root, image_size=8, channels=3, global_batch_size=4, num_workers=2)
+    loader = Loader(DataSettings.of(root, num_workers=2), ImageShape(8), BatchPlace(4))
     batch = next(iter(loader))
     assert sorted(children(os.getpid())) == sorted([*before, *loader.worker_pids()])
     assert len(loader.worker_pids()) == 2
@@ -172,3 +178,10 @@ def test_D01_ranks_that_meet_at_every_step_end_together(
     assert [process.returncode for process in ranks] == [0, 0]
     total = sum(sizes)
     assert int(outputs[0]) == 2 * sum(range(total))
+
+
+def test_a_worker_loads_neither_torch_nor_pydantic() -> None:
+    """Each would cost every worker of every rank a second, or memory, for nothing."""
+    code = "import sys, tarflow.data_pipeline.loading.worker as w; print({'torch', 'pydantic'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

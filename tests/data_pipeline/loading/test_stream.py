@@ -7,6 +7,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +18,21 @@ import pytest
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.transform import flips
 from tarflow.data_pipeline.loading.loader import Batch, Loader
+from tarflow.data_pipeline.loading.settings import DataSettings
+from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 from tarflow.data_pipeline.loading.stream import ROW_BITS, stream_shards
 from tarflow.data_pipeline.prepare.write import encode
 
 ARGS: dict[str, Any] = {"image_size": 8, "channels": 3, "reader": "stream"}
+
+
+def make_loader(data: Any, **options: Any) -> Loader:
+    """A loader from single settings: each goes to the group that knows it."""
+    groups = [
+        group(**{f.name: options.pop(f.name) for f in fields(group) if f.name in options})
+        for group in (ImageShape, BatchPlace)
+    ]
+    return Loader(DataSettings.of(data, **options), *groups)
 
 
 @pytest.fixture
@@ -35,7 +47,7 @@ def stream(tmp_path: Path, lab: SimpleNamespace) -> Callable[..., str]:
 
 
 def take(data: str, count: int, tmp_path: Path, **options: Any) -> list[Batch]:
-    with Loader(data, **(ARGS | {"cache_dir": str(tmp_path / "counts")} | options)) as loader:
+    with make_loader(data, **(ARGS | {"cache_dir": str(tmp_path / "counts")} | options)) as loader:
         return list(itertools.islice(loader, count))
 
 
@@ -113,7 +125,7 @@ def test_D02_bad_samples_and_cut_shards(tmp_path: Path, lab: SimpleNamespace, on
     with (tmp_path / "s" / "b.tar").open("r+b") as file:
         file.truncate(1024 + 512 + 20)
     options: dict[str, Any] = {"global_batch_size": 7, "on_error": on_error, "cache_dir": str(tmp_path / "c")}
-    with Loader(tmp_path / "s", **ARGS, **options, max_bad_share=1.0) as loader:
+    with make_loader(tmp_path / "s", **ARGS, **options, max_bad_share=1.0) as loader:
         if on_error == "strict":
             with pytest.raises(DataError, match=r"shard .*[ab]\.tar.*data\.on_error=skip"):
                 next(iter(loader))
@@ -139,10 +151,10 @@ def test_a_pipe_that_fails_is_named(tmp_path: Path) -> None:
 def test_the_reader_is_chosen_by_what_lies_there(stream: Callable[..., str], tmp_path: Path) -> None:
     data = stream([4])
     with pytest.raises(DataError, match=r"names tars, .*tarflow data index .*--out FOLDER.*data\.reader=stream"):
-        Loader(data, **(ARGS | {"reader": "auto", "global_batch_size": 2}))
+        make_loader(data, **(ARGS | {"reader": "auto", "global_batch_size": 2}))
     with pytest.raises(DataError, match=r"is a pipe: .*data\.reader=stream \(not mds\)"):
-        Loader("pipe:cat x", **(ARGS | {"reader": "mds", "global_batch_size": 2}))
-    with Loader("pipe:cat x", **(ARGS | {"reader": "auto", "global_batch_size": 2})) as loader:
+        make_loader("pipe:cat x", **(ARGS | {"reader": "mds", "global_batch_size": 2}))
+    with make_loader("pipe:cat x", **(ARGS | {"reader": "auto", "global_batch_size": 2})) as loader:
         assert loader.reader == "stream"
         assert loader.fingerprint.startswith("stream-")
         with pytest.raises(DataError, match="number of samples in a stream is not known"):

@@ -22,7 +22,9 @@ import webdataset as wds
 from PIL import Image
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.loading.loader import eval_batches
+from tarflow.data_pipeline.loading.evaluation_batches import evaluation_batches
+from tarflow.data_pipeline.loading.settings import DataSettings
+from tarflow.data_pipeline.loading.shape import ImageShape
 from tarflow.data_pipeline.prepare import write as prepare_module
 from tarflow.data_pipeline.prepare.fetch import KNOWN, fetch
 from tarflow.data_pipeline.prepare.sources import ImageSource, folder_source, open_source
@@ -87,7 +89,7 @@ def test_the_held_out_split_takes_the_same_share_of_every_class(tmp_path: Path) 
     assert train.fingerprint != val.fingerprint
     seen: list[int] = []
     for split in ("train", "val"):
-        for batch in eval_batches(out / split, image_size=4, channels=1, batch_size=64, num_classes=4):
+        for batch in evaluation_batches(DataSettings.of(out / split), ImageShape(4, 1, 4), 64):
             pixels = batch.images[:, 0, 0, 0].tolist()
             assert [pixel // 50 for pixel in pixels] == batch.labels.tolist()
             seen += pixels
@@ -113,7 +115,7 @@ def test_parquet_with_image_bytes(tmp_path: Path, kind: str) -> None:
     source = open_source(tmp_path / "set.parquet")
     assert source.classes == (["class0", "class1"] if kind == "names" else ["0", "1"])
     prepare(source, tmp_path / "out", Options(size=6))
-    for batch in eval_batches(tmp_path / "out", image_size=6, channels=3, batch_size=8, num_classes=2):
+    for batch in evaluation_batches(DataSettings.of(tmp_path / "out"), ImageShape(6, 3, 2), 8):
         assert sorted(batch.images[:, 0, 0, 0].tolist()) == list(range(6))
         assert [pixel % 2 for pixel in batch.images[:, 0, 0, 0].tolist()] == batch.labels.tolist()
 
@@ -148,7 +150,7 @@ def test_idx_files_find_their_labels(tmp_path: Path, end: str) -> None:
     write_idx(tmp_path / f"train-labels-idx1-ubyte{end}", np.array([3, 1, 2, 0], dtype=np.uint8))
     assert open_source(tmp_path).labels.tolist() == [3, 1, 2, 0]
     prepare(open_source(tmp_path / f"train-images-idx3-ubyte{end}"), tmp_path / "out", Options(size=28))
-    (batch,) = eval_batches(tmp_path / "out", image_size=28, channels=1, batch_size=9, num_classes=4)
+    (batch,) = evaluation_batches(DataSettings.of(tmp_path / "out"), ImageShape(28, 1, 4), 9)
     assert dict(zip(batch.images[:, 0, 0, 0].tolist(), batch.labels.tolist())) == {0: 3, 1: 1, 2: 2, 3: 0}
 
 
@@ -320,7 +322,7 @@ def test_fetch_photos_cuts_tiles_and_keeps_photographs_apart(tmp_path: Path) -> 
     report = fetch("photos", tmp_path / "out", source=tmp_path, size=256)
     assert report.written == {"train": 4, "val": 2}
     colours = [
-        {round(int(b) / 80) for batch in eval_batches(tmp_path / "out" / split, image_size=256, channels=3, batch_size=9)
+        {round(int(b) / 80) for batch in evaluation_batches(DataSettings.of(tmp_path / "out" / split), ImageShape(256), 9)
          for b in batch.images[:, 0, 9, 9]}
         for split in ("train", "val")
     ]  # fmt: skip

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ import pytest
 import torch
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.loading.loader import Batch, Loader, eval_batches
+from tarflow.data_pipeline.loading.evaluation_batches import evaluation_batches
+from tarflow.data_pipeline.loading.loader import Batch, Loader
+from tarflow.data_pipeline.loading.settings import DataSettings
+from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.data_pipeline.storage.remote import Access, address
 from tarflow.data_pipeline.storage.shard_cache import ShardCache
@@ -42,8 +46,17 @@ def served(make_set: Callable[..., Path]) -> Iterator[tuple[Any, Path]]:
     server.close()
 
 
+def make_loader(data: Any, **options: Any) -> Loader:
+    """A loader from single settings: each goes to the group that knows it."""
+    groups = [
+        group(**{f.name: options.pop(f.name) for f in fields(group) if f.name in options})
+        for group in (ImageShape, BatchPlace)
+    ]
+    return Loader(DataSettings.of(data, **options), *groups)
+
+
 def take(data: Any, count: int, **options: Any) -> list[Batch]:
-    with Loader(data, **(ARGS | options)) as loader:
+    with make_loader(data, **(ARGS | options)) as loader:
         return list(itertools.islice(loader, count))
 
 
@@ -110,9 +123,9 @@ def test_workers_and_ranks_share_one_cache(served: tuple[Any, Path], tmp_path: P
 
 def test_validation_reads_over_http(served: tuple[Any, Path], tmp_path: Path) -> None:
     server, root = served
-    options: dict[str, Any] = {"image_size": 8, "channels": 3, "batch_size": 16}
-    access = Access(cache_dir=str(tmp_path / "cache"))
-    same(list(eval_batches(server.url, access=access, **options)), list(eval_batches(root, **options)))
+    far, near = DataSettings.of(server.url, cache_dir=str(tmp_path / "cache")), DataSettings.of(root)
+    ours, theirs = (list(evaluation_batches(data, ImageShape(8), 16)) for data in (far, near))
+    same(ours, theirs)
 
 
 @pytest.mark.parametrize("cache_bytes", [1 << 20, 0], ids=["cache", "ranges"])
@@ -226,7 +239,10 @@ def test_D12_a_half_written_cache_file_is_fetched_again(served: tuple[Any, Path]
         "        super().save(url, None if total is None else total, file)\n"
         "import tarflow.data_pipeline.storage.remote_shards as shards; shards.Remote = Killed\n"
         "from tarflow.data_pipeline.loading.loader import Loader\n"
-        "next(iter(Loader(sys.argv[1], image_size=8, channels=3, global_batch_size=6, cache_dir=sys.argv[2])))"
+        "from tarflow.data_pipeline.loading.settings import DataSettings\n"
+        "from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape\n"
+        "data = DataSettings.of(sys.argv[1], cache_dir=sys.argv[2])\n"
+        "next(iter(Loader(data, ImageShape(8), BatchPlace(6))))"
     )
     killed = subprocess.run(
         [sys.executable, "-c", code, server.url, str(cache)], env={**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -254,7 +270,7 @@ def test_D12_two_jobs_at_once_on_one_cache(
         "num_workers": 1,
         "num_classes": 3,
     }
-    loaders = [Loader(url, **(ARGS | options)) for url in (server.url, other.url, server.url)]
+    loaders = [make_loader(url, **(ARGS | options)) for url in (server.url, other.url, server.url)]
     found: list[list[Batch]] = [[], [], []]
     try:
         iterators = [iter(loader) for loader in loaders]
@@ -350,7 +366,7 @@ def test_shards_are_fetched_before_they_are_wanted(make_set: Callable[..., Path]
     order: dict[str, Any] = {"shuffle_block": 40, "global_batch_size": 8, "prefetch_batches": 1}
     asked = lambda: len({path for path, _ in server.behaviour.requests if path.endswith(".tar")})  # noqa: E731
     try:
-        with Loader(server.url, **(ARGS | options | order)) as loader:
+        with make_loader(server.url, **(ARGS | options | order)) as loader:
             iterator = iter(loader)
             first = [next(iterator)]
             assert wait_until(lambda: asked() >= 5), "the consumer needs one shard, half of the cache holds five"
@@ -367,7 +383,7 @@ def test_shards_are_fetched_before_they_are_wanted(make_set: Callable[..., Path]
 def test_a_fetch_under_way_ends_with_the_loader(served: tuple[Any, Path], tmp_path: Path) -> None:
     server, _ = served
     options: dict[str, Any] = {"cache_dir": str(tmp_path / "c"), "timeout_s": 5.0}
-    with Loader(server.url, **(ARGS | options)) as loader:
+    with make_loader(server.url, **(ARGS | options)) as loader:
         next(iter(loader))
         began = time.monotonic()
     assert time.monotonic() - began < 10

@@ -4,13 +4,20 @@ import pytest
 import torch
 
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.samples.draw import SampleCount, Sampler, SamplingSettings, check_guidance
+from tarflow.evaluation.samples.draw import SampleCount, Sampler, check_guidance
+from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.models.denoise import denoise
 from tarflow.models.noise import to_pixels
 from tarflow.models.sampling.guidance import Guidance
 from tarflow.models.sampling.sequential import sample
 
-GUIDED = SamplingSettings(guidance=1.5, denoise=1.0, noise_std=0.2, seed=3)
+
+def sampling(**changes):
+    """The default settings with these changes."""
+    return ResolvedSampling().with_changes(**changes)
+
+
+GUIDED = sampling(guidance=1.5, denoise=1.0, noise_std=0.2, seed=3)
 
 
 def pixels_of(sampler, indices, batch_size):
@@ -19,7 +26,7 @@ def pixels_of(sampler, indices, batch_size):
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_S01_a_sample_is_the_same_in_any_batch_and_alone(model, param_dtype):
-    sampler = Sampler(model, SamplingSettings(guidance=1.5, denoise=1.0, noise_std=0.2, param_dtype=param_dtype))
+    sampler = Sampler(model, sampling(guidance=1.5, denoise=1.0, noise_std=0.2, param_dtype=param_dtype))
     batches = [pixels_of(sampler, list(range(12)), size).int() for size in (12, 6, 3, 1)]
     for other in batches[1:]:
         assert (other - batches[0]).abs().max() <= 1
@@ -34,7 +41,7 @@ def test_S01_samples_are_distinct_and_change_with_the_seed(model):
     first = Sampler(model, GUIDED).draw(range(12)).images
     distances = torch.cdist(first.flatten(1), first.flatten(1)) + torch.eye(12)
     assert distances.min() > 1e-2
-    other = Sampler(model, SamplingSettings(guidance=1.5, denoise=1.0, noise_std=0.2, seed=4)).draw(range(12)).images
+    other = Sampler(model, sampling(guidance=1.5, denoise=1.0, noise_std=0.2, seed=4)).draw(range(12)).images
     assert not torch.allclose(first, other, atol=0.1)
 
 
@@ -58,29 +65,29 @@ def test_a_sample_is_what_the_models_own_functions_make_of_its_noise(model):
 )  # fmt: skip
 def test_every_setting_has_an_effect(model, change):
     settings = {"guidance": 1.5, "denoise": 1.0, "noise_std": 0.2, "seed": 3}
-    base = Sampler(model, SamplingSettings(**settings)).draw(range(6)).images
-    changed = Sampler(model, SamplingSettings(**settings | change)).draw(range(6)).images
+    base = Sampler(model, sampling(**settings)).draw(range(6)).images
+    changed = Sampler(model, sampling(**settings | change)).draw(range(6)).images
     assert (base - changed).abs().max() > 1e-4
 
 
 def test_labels_are_balanced_or_as_asked(make_model):
     assert Sampler(make_model(), GUIDED).labels(range(7)).tolist() == [0, 1, 2, 0, 1, 2, 0]
-    asked = SamplingSettings(labels=(2, -1))
+    asked = sampling(labels=(2, -1))
     assert Sampler(make_model(), asked).labels(range(4)).tolist() == [2, -1, 2, -1]
-    assert Sampler(make_model(num_classes=0), SamplingSettings()).labels(range(3)).tolist() == [-1, -1, -1]
+    assert Sampler(make_model(num_classes=0), sampling()).labels(range(3)).tolist() == [-1, -1, -1]
 
 
 def test_labels_that_the_model_does_not_have_are_refused(make_model):
     with pytest.raises(EvaluationError, match=r"label 3 is none of the model's 3 classes \(0\.\.2"):
-        Sampler(make_model(), SamplingSettings(labels=(0, 3)))
+        Sampler(make_model(), sampling(labels=(0, 3)))
     with pytest.raises(EvaluationError, match="has no classes"):
-        Sampler(make_model(num_classes=0), SamplingSettings(labels=(0,)))
+        Sampler(make_model(num_classes=0), sampling(labels=(0,)))
 
 
 def test_drawing_leaves_the_model_as_it_was(model):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
-    Sampler(model, SamplingSettings(guidance=1.0, denoise=1.0, noise_std=0.1, param_dtype="bfloat16")).draw([0])
+    Sampler(model, sampling(guidance=1.0, denoise=1.0, noise_std=0.1, param_dtype="bfloat16")).draw([0])
     assert not model.training
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
@@ -92,7 +99,7 @@ def broken(model):
     """A sampler of which chosen samples come out not finite, in bfloat16 or always."""
 
     def make(always=(), in_bfloat16=(), param_dtype="float32"):
-        sampler = Sampler(model, SamplingSettings(param_dtype=param_dtype))
+        sampler = Sampler(model, sampling(param_dtype=param_dtype))
         honest = sampler.noise
 
         def noise(indices):
@@ -123,7 +130,7 @@ def test_S03_samples_that_are_not_finite_are_counted_and_left_out(broken):
     assert drawn.finite.tolist() == [True, False, True, True, False, True, True, True]
     assert drawn.pixels().shape[0] == 6
     assert drawn.finite_indices() == [0, 2, 3, 5, 6, 7]
-    honest = Sampler(sampler.model, sampler.settings).draw(range(8))
+    honest = Sampler(sampler.model, sampler.sampling).draw(range(8))
     assert torch.equal(drawn.images[drawn.finite], honest.images[drawn.finite])
     count = SampleCount()
     count.add(drawn)
@@ -140,13 +147,13 @@ def test_S03_a_sample_lost_in_bfloat16_is_drawn_again_in_float32(broken):
     drawn = sampler.draw(range(8))
     assert drawn.retried == 2
     assert drawn.finite.all()
-    exact = Sampler(sampler.model, SamplingSettings()).draw(range(8))
+    exact = Sampler(sampler.model, sampling()).draw(range(8))
     torch.testing.assert_close(drawn.images[[2, 5]], exact.images[[2, 5]])
     assert not torch.equal(drawn.images[0], exact.images[0])  # the others stay as bfloat16 made them
 
 
 def test_S03_values_out_of_range_are_clamped_and_their_share_is_said(model):
-    drawn = Sampler(model, SamplingSettings()).draw([0, 1])
+    drawn = Sampler(model, sampling()).draw([0, 1])
     drawn.images[0] = torch.linspace(-1.3, 1.3, 64).view(1, 8, 8)
     drawn.images[1] = 0.5
     pixels = drawn.pixels()
@@ -161,43 +168,43 @@ def test_S03_values_out_of_range_are_clamped_and_their_share_is_said(model):
 
 
 def test_S10_guiding_a_model_that_never_trained_without_labels_is_refused():
-    guided = SamplingSettings(guidance=2.0)
+    guided = sampling(guidance=2.0)
     with pytest.raises(EvaluationError, match=r"train.label_dropout=0.*never trained"):
         check_guidance(guided, num_classes=10, label_dropout=0.0)
     check_guidance(guided, num_classes=10, label_dropout=0.1)
-    check_guidance(SamplingSettings(), num_classes=10, label_dropout=0.0)
+    check_guidance(sampling(), num_classes=10, label_dropout=0.0)
 
 
 def test_S10_guidance_without_any_effect_is_refused():
     with pytest.raises(EvaluationError, match=r"no effect.*sampling.attn_temp"):
-        check_guidance(SamplingSettings(guidance=2.0), num_classes=0, label_dropout=None)
+        check_guidance(sampling(guidance=2.0), num_classes=0, label_dropout=None)
     with pytest.raises(EvaluationError, match="no effect"):
-        check_guidance(SamplingSettings(guidance=2.0, labels=(-1,)), num_classes=10, label_dropout=0.1)
-    check_guidance(SamplingSettings(guidance=0.2, attn_temp=0.3), num_classes=0, label_dropout=None)
+        check_guidance(sampling(guidance=2.0, labels=(-1,)), num_classes=10, label_dropout=0.1)
+    check_guidance(sampling(guidance=0.2, attn_temp=0.3), num_classes=0, label_dropout=None)
 
 
 def test_S10_weight_zero_is_plain_sampling_and_no_dropout_happens_in_training_mode(model):
-    plain = Sampler(model, SamplingSettings()).draw(range(4)).images
-    torch.testing.assert_close(Sampler(model, SamplingSettings(guide="a", attn_temp=0.5)).draw(range(4)).images, plain)
-    sampler = Sampler(model.train(), SamplingSettings())
+    plain = Sampler(model, sampling()).draw(range(4)).images
+    torch.testing.assert_close(Sampler(model, sampling(guide="a", attn_temp=0.5)).draw(range(4)).images, plain)
+    sampler = Sampler(model.train(), sampling())
     assert torch.equal(sampler.draw(range(4)).images, plain)
 
 
 def test_labels_by_the_frequencies_of_the_training_data(make_model):
     counts = (10, 60, 30)
-    sampler = Sampler(make_model(), SamplingSettings(class_counts=counts))
+    sampler = Sampler(make_model(), sampling(class_counts=counts))
     drawn = sampler.labels(range(2000))
     assert drawn.bincount(minlength=3).tolist() == pytest.approx([200, 1200, 600], rel=0.15)
     assert sampler.labels([1999, 3]).tolist() == [drawn[1999], drawn[3]], "by index alone"
-    other = Sampler(make_model(), SamplingSettings(class_counts=counts, seed=1)).labels(range(2000))
+    other = Sampler(make_model(), sampling(class_counts=counts, seed=1)).labels(range(2000))
     assert (other != drawn).any()
-    assert Sampler(make_model(), SamplingSettings(class_counts=(0, 5, 0))).labels(range(50)).unique().tolist() == [1]
+    assert Sampler(make_model(), sampling(class_counts=(0, 5, 0))).labels(range(50)).unique().tolist() == [1]
 
 
 def test_frequencies_are_counted_in_the_training_data(make_run):
     _, config = make_run(steps=(), sampling={"labels": "training"})
-    settings = SamplingSettings.of_run(config)
+    settings = ResolvedSampling.of_run(config)
     assert sum(settings.class_counts) == 48
     said = settings.describe()
     assert said["class_counts"] == list(settings.class_counts)
-    assert settings.balanced == SamplingSettings.of_run(make_run(steps=(), name="other")[1])
+    assert settings.balanced == ResolvedSampling.of_run(make_run(steps=(), name="other")[1])

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.samples.draw import Sampler, SamplingSettings
+from tarflow.evaluation.samples.draw import Sampler
 from tarflow.evaluation.samples.draw_to_folder import SampleRequest, sample_images
 from tarflow.evaluation.samples.png_folder import load_png
+from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import from_checkpoint, resolve_device
 from tarflow.models.errors import ModelError
 from tarflow.models.weights import save_weights_file
@@ -34,7 +35,7 @@ def test_images_of_a_run_are_those_of_its_settings_and_weights(make_run, tmp_pat
     run_dir, config = make_run()
     assert draw(run_dir, tmp_path / "out")
     source = from_checkpoint(config, find(run_dir), "ema-0.100", torch.device("cpu"))
-    wanted = Sampler(source.model, SamplingSettings.of_run(config)).draw(range(6)).pixels()
+    wanted = Sampler(source.model, ResolvedSampling.of_run(config)).draw(range(6)).pixels()
     found = images(tmp_path / "out")
     assert list(found) == [f"{i:06d}.png" for i in range(6)]
     for i, image in enumerate(found.values()):
@@ -86,7 +87,7 @@ def test_a_weights_file_says_its_own_model(make_model, tmp_path):
     model = make_model()
     save_weights_file(tmp_path / "m.safetensors", model.config, model.state_dict())
     assert draw(tmp_path / "m.safetensors", tmp_path / "plain")
-    plain = Sampler(model, SamplingSettings()).draw(range(6)).pixels()
+    plain = Sampler(model, ResolvedSampling()).draw(range(6)).pixels()
     assert all((a.int() - b.int()).abs().max() <= 1 for a, b in zip(images(tmp_path / "plain").values(), plain))
     draw(tmp_path / "m.safetensors", tmp_path / "clean", settings={"noise_std": 0.2})
     assert settings_of(tmp_path / "clean")["sampling"]["denoise"] == 1.0

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.samples.draw import Sampler, SamplingSettings
+from tarflow.evaluation.samples.draw import Sampler
 from tarflow.evaluation.samples.png_folder import load_png
+from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.store import SampleStore
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 
-SETTINGS = SamplingSettings(seed=3)
+SETTINGS = ResolvedSampling().with_changes(seed=3)
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(run_dir, monkeypatch):
     def dying(part, sampler, features, indices, *rest):
         if len(drawn) == 5:
             raise SystemExit(137)
-        drawn.append((sampler.settings, indices.start))
+        drawn.append((sampler.sampling, indices.start))
         draw(part, sampler, features, indices, *rest)
 
     monkeypatch.setattr(sweep_module, "draw_chunk", dying)
@@ -141,7 +141,7 @@ def test_S03_a_setting_that_loses_samples_is_never_chosen(run_dir, monkeypatch):
 
     def noise(self, indices):
         rows = honest(self, indices)
-        return rows * torch.nan if self.settings.guidance > 0 else rows
+        return rows * torch.nan if self.sampling.settings.guidance > 0 else rows
 
     monkeypatch.setattr(Sampler, "noise", noise)
     record = sweep_guidance(request(run_dir), lambda _: None)

@@ -1,0 +1,38 @@
+"""A batch, as the loader and the evaluation deliver it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass
+class Batch:
+    """This rank's share (b samples) of one global batch.
+
+    `images`: uint8 [b, C, H, W], laid out channels last in memory (a permuted view: use reshape, not view).
+    `labels`: int64 [b], -1 = no label. `ids`: int64 [b], index of each sample in the data set, after replacement of
+    bad samples. `slots`: int64 [b], index of each sample in the global batch (keys noise and label drop).
+    `images_seen`: images seen before this batch, by all ranks together.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    ids: torch.Tensor
+    slots: torch.Tensor
+    images_seen: int
+
+    @classmethod
+    def of(
+        cls, images: torch.Tensor, labels: np.ndarray, ids: np.ndarray, slots: np.ndarray, images_seen: int
+    ) -> Batch:
+        """From images as they are decoded, uint8 [b, H, W, C]."""
+        return cls(
+            images=images.permute(0, 3, 1, 2),
+            labels=torch.from_numpy(labels),
+            ids=torch.from_numpy(ids),
+            slots=torch.from_numpy(np.array(slots, dtype=np.int64)),
+            images_seen=images_seen,
+        )

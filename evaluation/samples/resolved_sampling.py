@@ -1,0 +1,63 @@
+"""The sampling settings of an evaluation, with everything filled in that a configuration leaves to the run and its data."""
+
+import json
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from tarflow.evaluation.image_set import ImageSet
+from tarflow.models.sampling.settings import SamplingSettings
+from tarflow.trainer.config.schema import Config
+
+
+@dataclass(frozen=True, eq=False)
+class ResolvedSampling:
+    """Everything that decides what image sample i is; all of it stands in every result.
+
+    Two are equal where they draw the same images, so the batch size does not count.
+    """
+
+    settings: SamplingSettings = field(default_factory=SamplingSettings)  # with a number for `denoise`; null = none
+    noise_std: float = 0.0  # of the training noise, in model range; the denoising step uses it
+    labels: tuple[int, ...] = ()  # sample i has labels[i % len]; empty = balanced over all classes; -1 = no label
+    class_counts: tuple[int, ...] = ()  # draw the label with these frequencies, where `labels` is empty
+
+    @classmethod
+    def of_run(cls, config: Config) -> "ResolvedSampling":
+        """The section `sampling` of a run's configuration. Frequencies are counted in data.train."""
+        counts: tuple[int, ...] = ()
+        if config.sampling.labels == "training" and config.model.num_classes:
+            counts = ImageSet(config.data, config.model).class_counts()
+        settings = config.sampling.model_copy(update={"denoise": config.denoise_multiplier})
+        return cls(settings, config.train.noise_std, class_counts=counts)
+
+    def with_changes(self, **changes: Any) -> "ResolvedSampling":
+        """The same with other values of the section `sampling`, or of a field here: `labels` are explicit ones."""
+        own = {f.name: changes.pop(f.name) for f in fields(self) if f.name in changes}
+        if unknown := set(changes) - set(SamplingSettings.model_fields):
+            raise TypeError(f"no settings of the section sampling: {', '.join(sorted(unknown))}")
+        return replace(self, settings=self.settings.model_copy(update=changes), **own)
+
+    @property
+    def denoise_multiplier(self) -> float:
+        """Multiplier of the denoising step; 0 = none."""
+        return 0.0 if self.settings.denoise is None else self.settings.denoise
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values, for result files; `labels` is spelt out."""
+        described = self.settings.model_dump(exclude={"batch_size"})
+        described |= {"denoise": self.denoise_multiplier, "noise_std": self.noise_std}
+        if self.labels or not self.class_counts:
+            return described | {"labels": list(self.labels) or "balanced: i % num_classes"}
+        counts = list(self.class_counts)
+        return described | {"labels": "drawn by the frequencies in the training data", "class_counts": counts}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ResolvedSampling) and self.describe() == other.describe()
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.describe(), sort_keys=True))
+
+    @property
+    def balanced(self) -> "ResolvedSampling":
+        """The same with every class as often: for pictures that show the classes in rows."""
+        return replace(self, labels=(), class_counts=())

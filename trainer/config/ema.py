@@ -1,0 +1,58 @@
+"""Section `ema`: which averages of the weights a run keeps, and what each is called."""
+
+from pydantic import Field, model_validator
+
+from tarflow.settings import Count, Section
+
+
+def power_name(relative_std: float) -> str:
+    """Name of a power-function average: its set of weights in checkpoints, settings and commands."""
+    return f"ema-{relative_std:.3f}"
+
+
+def decay_name(decay: float) -> str:
+    """Name of an average of constant decay."""
+    return f"ema-decay-{decay:g}"
+
+
+class EMAConfig(Section):
+    """Averages of the weights: power-function profiles (arXiv 2312.02696), constant decays. Sharded as the weights are."""
+
+    relative_stds: tuple[float, ...] = Field(
+        (0.05, 0.1), description="width of each power-function average, as a share of the run so far"
+    )
+    decays: tuple[float, ...] = Field((), description="decay per step of ordinary averages besides, e.g. [0.9999]")
+    snapshot_every_images: Count = Field(
+        0,
+        ge=0,
+        description="images between snapshots of the averages, kept for ever, from which `tarflow ema` makes any width; "
+        "each comes with a checkpoint; 0 = none",
+    )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "EMAConfig":
+        for std in self.relative_stds:
+            if not 0 < std < 0.28:
+                raise ValueError(f"ema.relative_stds: a width lies between 0 and 0.28, got {std}")
+        if len(set(map(power_name, self.relative_stds))) < len(self.relative_stds):
+            raise ValueError(
+                f"ema.relative_stds: widths must differ in the first three decimals, got {self.relative_stds}"
+            )
+        for decay in self.decays:
+            if not 0 < decay < 1:
+                raise ValueError(f"ema.decays: a decay lies between 0 and 1, got {decay}")
+        if len(set(map(decay_name, self.decays))) < len(self.decays):
+            raise ValueError(f"ema.decays: decays must differ in the first six digits, got {self.decays}")
+        if self.snapshot_every_images and not self.relative_stds:
+            raise ValueError("ema.snapshot_every_images needs ema.relative_stds: only power averages can be refitted")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all averages, the widest as listed last."""
+        return [*map(decay_name, self.decays), *map(power_name, self.relative_stds)]
+
+    @property
+    def preferred(self) -> str:
+        """What `auto` stands for: the last of the averages, or the raw weights where none is kept."""
+        return self.names[-1] if self.names else "raw"
