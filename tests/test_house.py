@@ -217,7 +217,7 @@ def run_tarflow(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-HEAVY = ("torch", "deepspeed", "streaming", "pyarrow", "numpy", "webdataset")
+HEAVY = ("torch", "pydantic", "deepspeed", "streaming", "pyarrow", "numpy", "webdataset")
 
 
 VERBS = (
