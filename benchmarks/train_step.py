@@ -134,7 +134,7 @@ def main() -> int:
     rows, bars = [], []
     for tokens in TOKENS:
         for dtype in ("float32", "bfloat16"):
-            r = compare(tokens, dtype, rounds=3 if args.quick else 9)
+            r = compare(tokens, dtype, rounds=5 if args.quick else 9)
             rows.append((tokens, dtype, *r.values()))
             bars.append(Bar(f"images/s over plain torch, {tokens} tokens, {dtype}", r["over plain"],
                             at_least=NOT_SLOWER, reason="not slower, but for noise"))  # fmt: skip
