@@ -44,10 +44,11 @@ def model_config(quick: bool) -> TarFlowConfig:
     )
 
 
-def build(shape: TarFlowConfig, mode: str) -> tuple[TarFlow, Config]:
+def build(shape: TarFlowConfig, mode: str, dtype: torch.dtype = torch.float32) -> tuple[TarFlow, Config]:
     config = training_config(shape, activation_checkpoint=MODES[mode])
     model = TarFlow(shape)
     init_weights(model, 0)
+    model.to(dtype)
     apply_parallelism(model, config, mesh=None)
     return model, config
 
@@ -72,12 +73,12 @@ class KeptBytes(torch.autograd.graph.saved_tensors_hooks):
         return sum(size for size, _ in self._kept.values())
 
 
-def kept_bytes(shape: TarFlowConfig, mode: str) -> float:
-    """Measured bytes per image, in float32.
+def kept_bytes(shape: TarFlowConfig, mode: str, dtype: torch.dtype = torch.float32) -> float:
+    """Measured bytes per image.
 
     A checkpointed layer keeps its input in a closure, which no hook sees: the inputs are counted by hooks on the layers.
     """
-    model, _ = build(shape, mode)
+    model, _ = build(shape, mode, dtype)
     inputs: dict[int, tuple[int, torch.Tensor]] = {}
     counter = KeptBytes(model)
 
@@ -98,8 +99,8 @@ def kept_bytes(shape: TarFlowConfig, mode: str) -> float:
     return counter.total
 
 
-def gradients(shape: TarFlowConfig, mode: str) -> list[torch.Tensor]:
-    model, _ = build(shape, mode)
+def gradients(shape: TarFlowConfig, mode: str, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    model, _ = build(shape, mode, dtype)
     x = torch.randn(2, *shape.image_shape, generator=torch.Generator().manual_seed(0))
     flow_loss(*model(x)).mean().backward()
     return [p.grad for p in model.parameters() if p.grad is not None]

@@ -5,7 +5,8 @@ tensors have shapes and storages but no numbers, and its process group answers a
 storages alive, by what they are for, against `tarflow.trainer.plan.rank_memory`. Bar: within 10% of the cost model. It speaks
 of the fullest rank: one with fewer rows pads weights and gradients to as much, but not moments and averages.
 
-The fake tensors say that they are on the CPU, and the plan is for accelerators: attention is called as it is there.
+The fake tensors say that they are on the CPU, and the plan is for accelerators. At the preset's 1,024 tokens attention
+is torch's own on both; the formula of short sequences would double the activations and miss the bar.
 
 A step on fake tensors has no numbers that the host could read: it fails where a real one would wait for the device.
 """
@@ -15,7 +16,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -24,7 +24,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import scaled_dot_product_attention as attend
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -111,8 +110,7 @@ def fake_world(rank: int) -> Any:
         names = ("init_device_mesh", "TarFlow", "apply_parallelism")
         patches: dict[str, Any] = {name: _really(getattr(torch_backend, name)) for name in names}
         patches["initial_values"] = lambda *_: ()  # fake tensors take no values
-        accelerator = mock.patch("tarflow.models.transformer.causal_attention", partial(attend, is_causal=True))
-        with mock.patch.multiple(torch_backend, **patches), accelerator:
+        with mock.patch.multiple(torch_backend, **patches):
             yield World(rank, RANKS, 0)
     finally:
         dist.destroy_process_group()

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import tarflow.models.linear
 from benchmarks.common import Bar, finish, parse_args
 from benchmarks.golden import load, training_config, weight_error
 from tarflow.trainer.batch import plan_batch
@@ -42,15 +41,9 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
 QUICK = ("one process", "ddp x2", "fsdp2 x2", "ZeRO-2 x2", "ZeRO-3 x2")
 
 
-def train_curve(
-    parallel: dict[str, Any], accumulation: int, grad_clip: float, convolution: bool = False
-) -> dict[str, Any]:
-    """This process's part of the golden training curve; losses, norms and final weights (whole) of the run.
-
-    `convolution`: the layers' products as `tarflow.models.linear` computes long ones, which these are too short for.
-    """
-    torch.set_num_threads(2 if convolution else 1)
-    tarflow.models.linear.MANY_ROWS = 1 if convolution else sys.maxsize
+def train_curve(parallel: dict[str, Any], accumulation: int, grad_clip: float) -> dict[str, Any]:
+    """This process's part of the golden training curve; losses, norms and final weights (whole) of the run."""
+    torch.set_num_threads(1)
     world = world_from_env()
     data, model = load("training_curve")
     train = {"micro_batch_size": 8 // world.size // accumulation, "grad_clip": grad_clip}

