@@ -45,7 +45,7 @@ def package_files() -> dict[str, Path]:
 def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
     """Run a command to its end; what it printed. It must succeed."""
     done = subprocess.run(
-        command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=180
+        command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300
     )
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
@@ -53,7 +53,8 @@ def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> s
 
 def build_wheel(source: Path, out: Path) -> Path:
     """Build the wheel of a source folder or an sdist into `out`, with the setuptools that is installed."""
-    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", out, source, cwd=out)
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet")
+    run(*pip, "--no-deps", "--no-build-isolation", "-w", out, source, cwd=out)
     (wheel,) = out.glob("*.whl")
     return wheel
 
@@ -78,20 +79,20 @@ class Installed:
     """The wheel in an environment of its own, used from a folder full of modules with tempting names."""
 
     def __init__(self, wheel: Path, folder: Path) -> None:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
+        self.environment = clean | {"OMP_NUM_THREADS": "1"}
         run(sys.executable, "-m", "venv", "--without-pip", "env", cwd=folder)
         self.bin = folder / "env" / "bin"
+        pip = (sys.executable, "-m", "pip", "--quiet", "--python", self.bin / "python")
+        run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=folder, env=self.environment)
         (self.site,) = (folder / "env" / "lib").glob("python*/site-packages")
         # The locked packages are seen, but not their .pth files: no editable install reaches in here.
         (self.site / "locked.pth").write_text(f"{LOCKED}\n")
-        pip = (sys.executable, "-m", "pip", "--quiet", "--python", self.bin / "python")
-        run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=folder)
         self.work = folder / "work"
         for name in ("models/__init__.py", "trainer/__init__.py", "evaluation.py"):
             path = self.work / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text('raise RuntimeError(f"the user\'s own {__name__} was imported")\n')
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
-        self.environment = clean | {"OMP_NUM_THREADS": "1"}
 
     def python(self, *arguments: str) -> str:
         return run(self.bin / "python", *arguments, cwd=self.work, env=self.environment)
