@@ -1,5 +1,9 @@
 # `make demo` and `make test` set up everything they need in .venv; nothing outside this folder is touched.
-PYTHON ?= python3.11
+# Python: that of an existing .venv, else the newest that runs and can make environments (a name on PATH may be a
+# version manager's stub for a version that is not selected), or PYTHON=...
+CAN_MAKE_VENV := -c 'import venv, ensurepip'
+PYTHON ?= $(shell for python in .venv/bin/python python3.13 python3.12 python3.11; do \
+	$$python $(CAN_MAKE_VENV) 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 READY := .venv/.ready
 RUN := runs/demo
@@ -9,7 +13,8 @@ RUN := runs/demo
 setup: $(READY)
 
 $(READY): requirements.lock pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed (or set PYTHON=...)"; exit 1; }
+	@$(or $(PYTHON),false) $(CAN_MAKE_VENV) || \
+		{ echo "no Python 3.11 to 3.13 with venv here: install one, or set PYTHON=... (now: $(PYTHON))"; exit 1; }
 	$(PYTHON) -m venv .venv
 	@echo "installing the locked packages into .venv (about 7 GB, some minutes) ..."
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements.lock
