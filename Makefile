@@ -7,6 +7,7 @@ PYTHON ?= $(shell for python in .venv/bin/python python3.13 python3.12 python3.1
 BIN := .venv/bin
 READY := .venv/.ready
 RUN := runs/demo
+JOBS ?= 2
 
 .PHONY: demo test lint setup clean
 
@@ -29,8 +30,9 @@ demo: $(READY)
 	$(BIN)/tarflow evaluate $(RUN) --once
 	$(BIN)/tarflow report $(RUN)
 
+# In JOBS processes at a time; each takes up to 3 GB.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 lint: $(READY)
 	$(BIN)/ruff check .

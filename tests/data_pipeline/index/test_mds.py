@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,21 +18,11 @@ import torch
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.build import build_index
 from tarflow.data_pipeline.index.mds import mds_shards, write_mds
-from tarflow.data_pipeline.loading.loader import Batch, Loader
-from tarflow.data_pipeline.loading.settings import DataSettings
-from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
+from tarflow.data_pipeline.loading.loader import Batch
 from tarflow.data_pipeline.storage.open_index import open_index
+from tests.helpers.loaders import make_loader
 
 ARGS: dict[str, Any] = {"image_size": 8, "channels": 3, "global_batch_size": 6}
-
-
-def make_loader(data: Any, **options: Any) -> Loader:
-    """A loader from single settings: each goes to the group that knows it."""
-    groups = [
-        group(**{f.name: options.pop(f.name) for f in fields(group) if f.name in options})
-        for group in (ImageShape, BatchPlace)
-    ]
-    return Loader(DataSettings.of(data, **options), *groups)
 
 
 def take(data: Path, count: int, **options: Any) -> list[Batch]:

@@ -7,7 +7,6 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,22 +16,12 @@ import pytest
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.transform import flips
-from tarflow.data_pipeline.loading.loader import Batch, Loader
-from tarflow.data_pipeline.loading.settings import DataSettings
-from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
+from tarflow.data_pipeline.loading.loader import Batch
 from tarflow.data_pipeline.loading.stream import ROW_BITS, stream_shards
 from tarflow.data_pipeline.prepare.write import encode
+from tests.helpers.loaders import make_loader
 
 ARGS: dict[str, Any] = {"image_size": 8, "channels": 3, "reader": "stream"}
-
-
-def make_loader(data: Any, **options: Any) -> Loader:
-    """A loader from single settings: each goes to the group that knows it."""
-    groups = [
-        group(**{f.name: options.pop(f.name) for f in fields(group) if f.name in options})
-        for group in (ImageShape, BatchPlace)
-    ]
-    return Loader(DataSettings.of(data, **options), *groups)
 
 
 @pytest.fixture

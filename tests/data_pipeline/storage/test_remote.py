@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,13 @@ import torch
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.evaluation_batches import evaluation_batches
-from tarflow.data_pipeline.loading.loader import Batch, Loader
+from tarflow.data_pipeline.loading.loader import Batch
 from tarflow.data_pipeline.loading.settings import DataSettings
-from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
+from tarflow.data_pipeline.loading.shape import ImageShape
 from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.data_pipeline.storage.remote import Access, address
 from tarflow.data_pipeline.storage.shard_cache import ShardCache
+from tests.helpers.loaders import make_loader
 
 _spec = importlib.util.spec_from_file_location("http_server", Path(__file__).with_name("http_server.py"))
 assert _spec is not None
@@ -44,15 +44,6 @@ def served(make_set: Callable[..., Path]) -> Iterator[tuple[Any, Path]]:
     server = http_server.BadServer(root)
     yield server, root
     server.close()
-
-
-def make_loader(data: Any, **options: Any) -> Loader:
-    """A loader from single settings: each goes to the group that knows it."""
-    groups = [
-        group(**{f.name: options.pop(f.name) for f in fields(group) if f.name in options})
-        for group in (ImageShape, BatchPlace)
-    ]
-    return Loader(DataSettings.of(data, **options), *groups)
 
 
 def take(data: Any, count: int, **options: Any) -> list[Batch]:

@@ -22,17 +22,18 @@ from tarflow.trainer.resilience.exit_codes import FINISHED
 # (ranks, backend, steps until which it trains): every leg resumes what the one before saved.
 BATCH = 12
 WORLDS = [(4, "fsdp2", 4), (2, "fsdp2", 8), (1, "ddp", 12), (3, "fsdp2", 16)]
+ROOT = Path(__file__).resolve().parents[3]
 BACKENDS = [(2, "ddp", 4), (2, "fsdp2", 8), (2, "deepspeed", 12), (2, "fsdp2", 16)]
 STEPS = 16
 
-# Trains as `tarflow train` does, leg after leg, and writes down which samples each rank gets. Ranks are forks of a process
-# that has loaded torch: a start costs milliseconds.
+# Trains as `tarflow train` does, leg after leg, and writes down which samples each rank gets.
 LEGS = """
-import json, os, socket, sys, traceback
+import json, sys
 from pathlib import Path
 import torch
 import tarflow.trainer.loop as loop
 from tarflow.trainer.config.files import load_config
+from tests.helpers.ranks import fork_ranks
 config, run, batch = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)
 prefetch_inputs = loop.prefetch_inputs
@@ -45,27 +46,8 @@ def noting(loader, *a, **k):
     return prefetch_inputs(batches(), *a, **k)
 loop.prefetch_inputs = noting
 for ranks, backend, until in json.loads(sys.argv[4]):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(ranks):
-        pid = os.fork()
-        if pid == 0:
-            if ranks > 1:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            code = 1
-            try:
-                settings = load_config(config, [f"parallel.backend={backend}", f"train.max_images={until * batch}"])
-                code = loop.train(settings, run)
-            except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        children.append(pid)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    settings = load_config(config, [f"parallel.backend={backend}", f"train.max_images={until * batch}"])
+    codes = fork_ranks(ranks, lambda rank: loop.train(settings, run))
     if any(codes):
         sys.exit(f"{ranks} ranks of {backend} until step {until} ended with {codes}")
 """
@@ -73,7 +55,7 @@ for ranks, backend, until in json.loads(sys.argv[4]):
 
 def train(config: Path, run: Path, legs: list[tuple[int, str, int]]) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", LEGS, str(config), str(run), str(BATCH), json.dumps(legs)],
+        [sys.executable, "-c", LEGS, str(config), str(run), str(BATCH), json.dumps(legs)], cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == FINISHED, done.stderr[-2000:]

@@ -32,14 +32,15 @@ from tarflow.trainer.step_inputs import StepInput, step_input
 BATCH = 12
 ROOT = Path(__file__).resolve().parents[3]
 
-# Ranks are forks of one process that has loaded torch. On the rank and from the position given, noise is not finite.
+# On the rank and from the position given, noise is not finite.
 RANKS = """
-import json, os, socket, sys, traceback
+import json, os, sys
 from pathlib import Path
 import torch
 import tarflow.trainer.loop as loop
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.errors import TrainerError
+from tests.helpers.ranks import fork_ranks
 torch.set_num_threads(1)
 prefetch_inputs, check_shared = loop.prefetch_inputs, loop.check_shared
 loop.check_shared = lambda run_dir: check_shared(run_dir, patience_s=1)
@@ -50,33 +51,18 @@ def poisoned(loader, *a, **k):
         yield item
 for legs in json.loads(sys.argv[3]):
     ranks, overrides, bad_rank, bad_from = legs
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(ranks):
-        pid = os.fork()
-        if pid == 0:
-            if ranks > 1:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            if bad_rank:
-                loop.prefetch_inputs = poisoned
-            if bad_rank == "apart":
-                os.makedirs(place := f"{os.path.dirname(sys.argv[1])}/node{rank}", exist_ok=True)
-                os.chdir(place)
-            code = 1
-            try:
-                code = loop.train(load_config(Path(sys.argv[1]), overrides), Path(sys.argv[2]))
-            except TrainerError as error:
-                print(f"refused on rank {rank}: {error}", file=sys.stderr)
-                code = 2
-            except BaseException:
-                traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(code)
-        children.append(pid)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]), flush=True)
+    def work(rank):
+        if bad_rank:
+            loop.prefetch_inputs = poisoned
+        if bad_rank == "apart":
+            os.makedirs(place := f"{os.path.dirname(sys.argv[1])}/node{rank}", exist_ok=True)
+            os.chdir(place)
+        try:
+            return loop.train(load_config(Path(sys.argv[1]), overrides), Path(sys.argv[2]))
+        except TrainerError as error:
+            print(f"refused on rank {rank}: {error}", file=sys.stderr)
+            return 2
+    print(json.dumps(fork_ranks(ranks, work)), flush=True)
 """
 
 

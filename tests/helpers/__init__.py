@@ -1,0 +1,1 @@
+"""What tests of several files use. Plain functions; fixtures live in the conftest.py of a room."""

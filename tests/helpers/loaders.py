@@ -1,0 +1,17 @@
+"""Loaders for tests."""
+
+from dataclasses import fields
+from typing import Any
+
+from tarflow.data_pipeline.loading.loader import Loader
+from tarflow.data_pipeline.loading.settings import DataSettings
+from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
+
+
+def make_loader(data: Any, **options: Any) -> Loader:
+    """A loader from single settings: each goes to the group that knows it."""
+    groups = [
+        group(**{f.name: options.pop(f.name) for f in fields(group) if f.name in options})
+        for group in (ImageShape, BatchPlace)
+    ]
+    return Loader(DataSettings.of(data, **options), *groups)
