@@ -3,7 +3,8 @@
 import json
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ def until(what: str, look: Callable[[], Any], wait_s: float = WAIT_S) -> Any:
         assert time.monotonic() < end, f"waited {wait_s:.0f} s for {what}"
         time.sleep(0.2)
     return value
+
+
+@contextmanager
+def urgent_job(*options: str) -> Iterator[None]:
+    """Submit a job that takes others' nodes. Left when it is over: late, it would take those of the next test."""
+    run("sbatch", "-J", "urgent", "-p", "high", "-o", "/dev/null", *options)
+    yield
+    until("the end of the urgent job", lambda: not run("squeue", "-h", "-n", "urgent"))
 
 
 def job_of(run_dir: Path, kind: str = "train") -> str:

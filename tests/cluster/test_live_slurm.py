@@ -66,8 +66,8 @@ def test_preemption_without_grace_time_is_not_taken_for_a_failure(
     run = tmp_path / "preempted"
     two_tasks(config_file, run, profile, "--partition", "low")
     slurm_cluster.at_step(run, 60)
-    slurm_cluster.run("sbatch", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "srun sleep 1")
-    chain = slurm_cluster.ended(run)
+    with slurm_cluster.urgent_job("-N4", "--exclusive", "--wrap", "srun sleep 1"):
+        chain = slurm_cluster.ended(run)
     assert [s["restart"] for s in chain["starts"]] == [0, 1]
     assert chain["starts"][1]["step"] >= 50
     slurm_cluster.assert_same_run(run, uninterrupted)
@@ -171,8 +171,8 @@ def test_a_sweep_is_one_array_whose_elements_are_requeued_alone(
     slurm_cluster.at_step(runs[1], 20)
     job = slurm_cluster.job_of(runs[1])
     node = slurm_cluster.run("squeue", "-h", "-o", "%N", "-j", job)
-    slurm_cluster.run("sbatch", "-p", "high", "-w", node, "-c4", "-o", "/dev/null", "--wrap", "sleep 1")
-    chains = [slurm_cluster.ended(run) for run in runs]
+    with slurm_cluster.urgent_job("-w", node, "-c4", "--wrap", "sleep 1"):
+        chains = [slurm_cluster.ended(run) for run in runs]
     assert [len(chain["starts"]) for chain in chains] == [1, 2, 1]
     assert all(chain["ended"]["code"] == 0 for chain in chains)
     assert len({slurm_cluster.job_of(run).partition("_")[0] for run in runs}) == 1

@@ -22,6 +22,7 @@ from tarflow.models.transformer import SHORT
 from tarflow.trainer.config.schema import ActivationCheckpointConfig
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.optimizer import WARMUP, GuardedAdamW
+from tarflow.trainer.parallel import checkpointing
 from tarflow.trainer.parallel.checkpointing import checkpoint_layer
 from tarflow.trainer.parallel.world import world_from_env
 
@@ -63,6 +64,7 @@ def test_checkpointing_modes_keep_gradients_bitwise_and_bytes_as_the_cost_model_
     plain = modes.gradients(shape, "none")
     assert all(torch.equal(a, b) for a, b in zip(plain, modes.gradients(shape, mode)))
     assert sum(float(g.abs().sum()) for g in plain) > 0
+    count_or_skip(mode)
     settings = modes.MODES[mode]
     estimate = activation_bytes(shape, settings["mode"], 4, settings.get("every_nth_layer", 0))
     assert modes.kept_bytes(shape, mode) == pytest.approx(estimate, rel=0.1)
@@ -79,10 +81,17 @@ def test_attention_written_out_keeps_its_pairs_besides_and_no_gradient_depends_o
     assert shape.num_tokens == SHORT
     plain = modes.gradients(shape, "none", torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(plain, modes.gradients(shape, mode, torch.bfloat16)))
+    count_or_skip(mode)
     settings = modes.MODES[mode]
     estimate = activation_bytes(shape, settings["mode"], 2, settings.get("every_nth_layer", 0))
     pairs = shape.num_blocks * keeping * shape.num_heads * SHORT**2 * 2
     assert modes.kept_bytes(shape, mode, torch.bfloat16) == pytest.approx(estimate + pairs, rel=0.1)
+
+
+def count_or_skip(mode: str) -> None:
+    """Kept bytes are counted by saved-tensor hooks; older torch keeps the outputs that `selective` keeps out of their sight."""
+    if mode == "selective" and not checkpointing._HOOKS:
+        pytest.skip(f"torch {torch.__version__} does not show saved-tensor hooks what selective checkpointing keeps")
 
 
 class NoisyLayer(nn.Module):
