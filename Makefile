@@ -32,7 +32,7 @@ demo: $(READY)
 
 # In JOBS processes at a time; each takes up to 3 GB.
 test: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
