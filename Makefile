@@ -32,7 +32,7 @@ demo: $(READY)
 
 # In JOBS processes at a time; each takes up to 3 GB.
 test: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .
