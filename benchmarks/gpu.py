@@ -31,10 +31,11 @@ from benchmarks.golden import training_config
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.cost import flops_per_image, peak_rate
 from tarflow.models.denoise import denoise
-from tarflow.models.flow import TarFlow, flow_loss
+from tarflow.models.flow import FlowBlock, TarFlow, flow_loss
 from tarflow.models.presets import preset
 from tarflow.models.sampling.guidance import Guidance
 from tarflow.models.sampling.sequential import invert_block, sample
+from tarflow.models.transformer import TransformerLayer
 from tarflow.trainer.batch import plan_batch
 from tarflow.trainer.checkpoint.commit import find
 from tarflow.trainer.checkpoint.tensors import read_tensors
@@ -167,7 +168,7 @@ def denoise_memory(bench: Bench) -> Figures:
         before = bench.peak_gb()
         plain = denoise(model, images, labels, 0.05)
         used[count] = bench.peak_gb() - before
-    for number, layer in enumerate(layer for block in model.blocks for layer in block.attn_blocks):  # type: ignore[union-attr]
+    for number, layer in enumerate(m for m in model.modules() if isinstance(m, TransformerLayer)):
         checkpoint_layer(layer, number, ActivationCheckpointConfig(mode="full"))
     bench.fresh()
     before = bench.peak_gb()
@@ -303,7 +304,8 @@ def decoding(bench: Bench) -> Figures:
     """Seconds to sample a batch with guidance, from the time of one block; hours for 50,000 images."""
     model = bench.weights(bench.model).to(torch.bfloat16)
     model.var = model.var.float()
-    config, figures = bench.model, {}
+    config, figures, block = bench.model, {}, model.blocks[0]
+    assert isinstance(block, FlowBlock)
     for count in (bench.batch,) if bench.tiny else (64, 256):
         bench.fresh()
         z = torch.randn(count, config.num_tokens, config.token_dim, device=bench.device)
@@ -311,7 +313,7 @@ def decoding(bench: Bench) -> Figures:
         with torch.inference_mode():
             bench.wait()
             began = time.perf_counter()
-            invert_block(model.blocks[0], z, y, Guidance(2.3))  # type: ignore[arg-type]
+            invert_block(block, z, y, Guidance(2.3))
             bench.wait()
         seconds = (time.perf_counter() - began) * config.num_blocks
         hours = seconds * 50_000 / count / 3600
