@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tarflow.cluster import slurm
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job.chain import Chain
 from tarflow.cluster.submission.submit import submissions
+from tarflow.files import listed
 from tarflow.trainer.checkpoint.commit import committed
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.errors import TrainerError
@@ -39,6 +41,15 @@ class Row:
     score: str = "-"
 
 
+def _times(paths: Iterable[Path]) -> list[float]:
+    """When files were last written; one that its writer replaces or removes at this moment is left out."""
+    times = []
+    for path in paths:
+        with suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime)
+    return times
+
+
 def find_runs(paths: Iterable[Path]) -> list[Path]:
     """Runs among the paths, and the runs (sweeps' too) in those that are folders of runs."""
     found: list[Path] = []
@@ -48,7 +59,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
         if is_run(path):
             found.append(path)
             continue
-        inside = [p for pattern in ("*/run.json", "*/*/run.json") for p in sorted(path.glob(pattern))]
+        inside = [p for pattern in ("*/run.json", "*/*/run.json") for p in listed(path, pattern)]
         if not inside:
             raise ClusterError(f"{path} is not a run and holds none")
         found += [p.parent for p in inside]
@@ -99,8 +110,9 @@ def _row(run: Path, jobs: list[dict[str, Any]], states: dict[str, slurm.JobState
     except (OSError, TrainerError, ValueError):
         newest = []
     for checkpoint in newest:
-        facts["commit"] = f"step {checkpoint.step}, {_ago(now - (checkpoint.path / 'COMMITTED').stat().st_mtime)}"
-    beats = [p.stat().st_mtime for p in (run / "heartbeats").glob("rank-*.json")]
+        for time_ in _times([checkpoint.path / "COMMITTED"]):
+            facts["commit"] = f"step {checkpoint.step}, {_ago(now - time_)}"
+    beats = _times(listed(run / "heartbeats", "rank-*.json"))
     if beats:
         facts["heartbeat"] = _ago(now - min(beats))  # of the rank that has been silent for longest
     if job and chain is not None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.evaluation.metrics.names import is_distance, is_kernel
-from tarflow.files import append_json_line, publish_dir, read_json_lines
+from tarflow.files import append_json_line, listed, publish_dir, read_json_lines
 
 RESULT = "result.json"
 WORK = "work.json"  # who did it and how long it took: apart, so that equal settings give equal result files
@@ -70,7 +70,7 @@ def read_results(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
     """All results of a run with their directories, by images seen and name."""
     folder = evals_dir(run_dir)
     found = []
-    for path in sorted([*folder.glob("step-*"), *folder.glob("weights-*")]) if folder.is_dir() else ():
+    for path in [*listed(folder, "step-*"), *listed(folder, "weights-*")]:
         result = read_result(path)
         if result is not None:
             found.append((path, result))
@@ -92,11 +92,11 @@ def building(run_dir: Path, name: str) -> Iterator[Path]:
 
 def sweep(run_dir: Path) -> None:
     """Remove what evaluations of this machine that were killed left behind."""
-    for path in evals_dir(run_dir).glob(f".*.{os.uname().nodename}.*.tmp"):
+    for path in listed(evals_dir(run_dir), f".*.{os.uname().nodename}.*.tmp"):
         pid = path.name.split(".")[-3]
         if pid.isdigit() and Path("/proc/self").exists() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(path, ignore_errors=True)
-    for path in [*work_dir(run_dir, "").glob("*"), *work_dir(run_dir, "").glob(".*.gone")]:
+    for path in listed(work_dir(run_dir, "")):
         name = path.name.rsplit("-", 2)[0]
         result = read_result(evals_dir(run_dir) / name)
         published = result and path.name == f"{name}-{result['settings_hash']}-{result['weights_sha256'][:12]}"

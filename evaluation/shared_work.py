@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tarflow.files import put_once
+from tarflow.files import listed, put_once
 
 HEARTBEATS = 5  # renewals of a claim within a lease
 _LONGEST_WAIT_S = 2.0  # between two looks at units that others hold
@@ -143,7 +143,7 @@ class SharedWork:
 
     def _take(self, name: str) -> Path | None:
         try:
-            numbers = [int(p.name.rpartition(".")[2]) for p in self.claims.glob(f"{name}.*")]
+            numbers = [int(p.name.rpartition(".")[2]) for p in listed(self.claims, f"{name}.*")]
             number = max(numbers, default=-1)
             if number >= 0 and self._holds(self.claims / f"{name}.{number}"):
                 return None

@@ -1,5 +1,6 @@
 """Durable writes: a crash leaves the old file or the new one, never half of one. And lines that survive a torn end."""
 
+import glob
 import json
 import os
 import shutil
@@ -26,6 +27,15 @@ def fsync_tree(path: Path) -> None:
         for name in names:
             fsync_path(Path(folder, name))
         fsync_path(Path(folder))
+
+
+def listed(folder: Path, pattern: str = "*") -> list[Path]:
+    """What matches below a folder, by name, also names that begin with a dot.
+
+    Others may remove the folder or parts of it meanwhile: what is gone is not listed. (`Path.glob` raises then, before
+    Python 3.13.)
+    """
+    return sorted(folder / name for name in glob.glob(pattern, root_dir=folder, include_hidden=True))
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:

@@ -26,7 +26,7 @@ from tarflow.cluster.job.child import PATIENCE_S, Children, Signals
 from tarflow.cluster.job.environment import Place, find_place, job_id, restart_count, scrubbed
 from tarflow.cluster.job.preflight import BadNodeError, all_reduce_command, check_node, check_shared
 from tarflow.cluster.job.rendezvous import meet
-from tarflow.files import write_text
+from tarflow.files import listed, write_text
 from tarflow.interpreter import HOME, module_command
 
 FORMAT = 2  # of the pickled job
@@ -213,11 +213,11 @@ class Task:
         return outcome
 
     def anyone_finished(self) -> bool:
-        return any(self.round.glob("finished-*"))
+        return bool(listed(self.round, "finished-*"))
 
     def failure(self) -> Outcome | None:
         """What a task has noted that most likely was the cause: a bad node, a killed process, then whoever was first."""
-        files = sorted(self.round.glob("failed-*.json"), key=lambda p: (p.stat().st_mtime, p.name))
+        files = sorted(listed(self.round, "failed-*.json"), key=lambda p: (p.stat().st_mtime, p.name))
         noted = [Outcome(**json.loads(file.read_text())) for file in files]
         return min(noted, key=lambda one: (not one.node, one.code < 128), default=None)
 
@@ -310,8 +310,8 @@ def progress(job: Job) -> int:
     """What must grow from start to start: the newest committed step; of an evaluation its results, then its chunks."""
     run_dir = Path(job.run_dir)
     if job.kind == "evaluate":
-        chunks = len(list(run_dir.glob("evals/work/*/*-[0-9]*[0-9]")))  # of a result that takes longer than a start
-        return 1_000_000 * len(list(run_dir.glob("evals/*/result.json"))) + chunks
+        chunks = len(listed(run_dir, "evals/work/*/*-[0-9]*[0-9]"))  # of a result that takes longer than a start
+        return 1_000_000 * len(listed(run_dir, "evals/*/result.json")) + chunks
     from tarflow.trainer.checkpoint.commit import committed
 
     found = committed(run_dir)

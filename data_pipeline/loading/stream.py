@@ -31,6 +31,7 @@ from tarflow.data_pipeline.index.samples import IMAGE_EXTENSIONS, parse_label
 from tarflow.data_pipeline.loading.sample_reader import Skipped
 from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 from tarflow.data_pipeline.storage.remote import address
+from tarflow.files import listed
 
 log = logging.getLogger("tarflow.data")
 
@@ -185,7 +186,7 @@ class ShardCounts:
         name = hashlib.sha256("\n".join(shards).encode()).hexdigest()[:24]
         self.path = folder / f"stream-{name}-{who}.json"
         self.counts: dict[int, int] = {}
-        for path in sorted(folder.glob(f"stream-{name}-*.json")):
+        for path in listed(folder, f"stream-{name}-*.json"):
             try:
                 self.counts.update({int(shard): int(count) for shard, count in json.loads(path.read_text()).items()})
             except (OSError, ValueError):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.data_pipeline.errors import DataError
+from tarflow.files import listed
 
 
 class ShardCache:
@@ -55,12 +56,12 @@ class ShardCache:
     def sweep(self) -> int:
         """Remove what killed processes left half-written; returns how many files. Others' fetches go on undisturbed."""
         removed = 0
-        for partial in self.folder.glob("*.partial"):
+        for partial in listed(self.folder, "*.partial"):
             with _locked(partial.with_suffix(".lock"), wait=False) as mine:
                 if mine:
                     partial.unlink(missing_ok=True)
                     removed += 1
-        for lock in self.folder.glob("*.lock"):
+        for lock in listed(self.folder, "*.lock"):
             if lock.name != ".lock":
                 with _locked(lock, wait=False):  # leaving removes it
                     pass
@@ -104,7 +105,7 @@ class ShardCache:
         """Remove whole files until there is room for `size` bytes more, or none are left."""
         files = []
         held = size
-        for path in self.folder.iterdir():
+        for path in listed(self.folder):
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
                 if path.suffix in (".shard", ".partial"):

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from tarflow.evaluation.commands.options import OK, say
+from tarflow.files import listed
 
 EXAMPLE = """example:
   tarflow report runs/demo
@@ -22,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
 
     report = write_report(args.run, args.out)
     # Results under other settings lie in directories with their hash behind the step.
-    grids = sorted((args.run / "evals").glob(f"step-{'[0-9]' * 8}/grid.png"))
+    grids = listed(args.run / "evals", f"step-{'[0-9]' * 8}/grid.png")
     if grids:
         say(f"samples: {grids[-1]}")
     say(f"report: {report}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from tarflow.evaluation.metrics.names import is_distance
 from tarflow.evaluation.results import read_results
-from tarflow.files import read_json_lines
+from tarflow.files import listed, read_json_lines
 
 Point = tuple[float, float]
 
@@ -117,7 +117,7 @@ class History:
 def read_sweeps(run_dir: Path) -> list[dict[str, Any]]:
     """What `tarflow sweep-guidance` recorded, by name; a file that is not readable is left out."""
     found = []
-    for path in sorted((run_dir / "sweeps").glob("*/sweep.json")):
+    for path in listed(run_dir / "sweeps", "*/sweep.json"):
         try:
             value = json.loads(path.read_text())
         except (OSError, ValueError):

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.files import write_atomic, write_json
+from tarflow.files import listed, write_atomic, write_json
 
 _NAME = re.compile(r"(\d{6,})\.png")
 # What may differ between two calls that fill one folder: it does not change the images.
@@ -85,7 +85,7 @@ class SampleFolder:
             )
 
     def _check_images(self) -> None:
-        for path in sorted(self.images.iterdir()) if self.images.is_dir() else ():
+        for path in listed(self.images):
             match = _NAME.fullmatch(path.name)
             if path.name.startswith(".") and path.name.endswith(".tmp"):
                 path.unlink()  # a killed run's half-written image

@@ -23,7 +23,7 @@ from tarflow.evaluation.samples.draw import Drawn, Sampler
 from tarflow.evaluation.samples.png_folder import to_picture
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.shared_work import SharedWork
-from tarflow.files import put_once, write_json
+from tarflow.files import listed, put_once, write_json
 
 KINDS = {"shards": "tar", "png": "json"}
 _NAME = re.compile(r"samples-(\d{8,})-(\d{8,})\.(tar|json)")
@@ -139,22 +139,20 @@ class SampleStore:
         put_once(temporary, path)
 
     def _covered(self) -> list[range]:
-        names = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        names = (_NAME.fullmatch(path.name) for path in listed(self.folder))
         return sorted((range(int(n[1]), int(n[2]) + 1) for n in names if n), key=lambda r: (r.start, r.stop))
 
     def _indices(self) -> Iterator[int]:
         """Every sample that lies here, by reading what there is."""
         if self.kind == "png":
-            yield from (int(path.stem) for path in (self.folder / "images").glob("*.png"))
+            yield from (int(path.stem) for path in listed(self.folder / "images", "*.png"))
             return
-        for path in sorted(self.folder.glob("samples-*.tar")):
+        for path in listed(self.folder, "samples-*.tar"):
             with tarfile.open(path) as shard:
                 yield from (int(name[:-4]) for name in shard.getnames() if name.endswith(".png"))
 
     def _check(self) -> None:
-        if not self.folder.exists():
-            return
-        for path in sorted(self.folder.iterdir()):
+        for path in listed(self.folder):
             match = _NAME.fullmatch(path.name)
             if match is None and not _OURS.fullmatch(path.name):
                 raise EvaluationError(f"{self.folder} holds {path.name}, which no evaluation put there; move it away")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tarflow.files import crc32, fsync_path, fsync_tree, write_text
+from tarflow.files import crc32, fsync_path, fsync_tree, listed, write_text
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.resilience.fault_injection import fault_point
 from tarflow.trainer.run_dir import run_id
@@ -112,7 +112,7 @@ def scan(run_dir: Path) -> tuple[list[Checkpoint], dict[Path, str]]:
     usable, refused = [], {}
     owner = run_id(run_dir)
     folder = checkpoints_dir(run_dir)
-    for path in folder.iterdir() if folder.is_dir() else ():
+    for path in listed(folder):
         if not _TORN.fullmatch(path.name):
             continue  # not ours: never touched (case T04)
         found = read_marker(path, owner) if _STEP.fullmatch(path.name) else "a save was interrupted"
@@ -185,7 +185,7 @@ def set_aside(run_dir: Path, chosen: Checkpoint) -> list[str]:
 
 def remove_set_aside(run_dir: Path) -> list[str]:
     """Remove what `set_aside` has left; names of the removed."""
-    paths = sorted(checkpoints_dir(run_dir).glob(f"step-*{DAMAGED}"))
+    paths = listed(checkpoints_dir(run_dir), f"step-*{DAMAGED}")
     for path in paths:
         _remove(path)
     return [path.name for path in paths]
@@ -291,7 +291,7 @@ def pinned(checkpoint: Checkpoint, owner: str) -> Iterator[None]:
 def pinned_names(run_dir: Path) -> set[str]:
     """Checkpoints that someone reads now."""
     names = set()
-    for pin in (checkpoints_dir(run_dir) / "pins").glob("step-*"):
+    for pin in listed(checkpoints_dir(run_dir) / "pins", "step-*"):
         if _pin_holds(pin):
             names.add(pin.name.partition(".")[0])
         else:

@@ -4,6 +4,8 @@ import argparse
 import time
 from pathlib import Path
 
+from tarflow.files import listed
+
 EXAMPLE = """example:
   tarflow checkpoint list runs/demo
 """
@@ -29,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
               + ", ".join(notes))  # fmt: skip
     for path, reason in sorted(refused.items()):
         print(f"{path.name}: not used: {reason}")
-    for path in sorted(checkpoints_dir(args.run).glob(f"step-*{DAMAGED}")):
+    for path in listed(checkpoints_dir(args.run), f"step-*{DAMAGED}"):
         print(f"{path.name}: set aside as damaged; `tarflow checkpoint prune --damaged` removes it")
     if not usable:
         print("no committed checkpoint")

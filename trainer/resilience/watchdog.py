@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import torch.distributed as dist
 
+from tarflow.files import listed
 from tarflow.trainer.config.schema import ParallelConfig
 from tarflow.trainer.resilience.exit_codes import HUNG
 from tarflow.trainer.run_dir import is_run, note, rank_log
@@ -183,7 +184,7 @@ def straggler(beats: list[dict[str, Any]]) -> tuple[int, float, float] | None:
 def read_heartbeats(run_dir: Path) -> list[dict[str, Any]]:
     """What every rank last said of itself, by rank."""
     beats = []
-    for path in sorted((run_dir / "heartbeats").glob("rank-*.json")):
+    for path in listed(run_dir / "heartbeats", "rank-*.json"):
         try:
             beats.append(json.loads(path.read_text()))
         except (OSError, ValueError):
