@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tarflow.evaluation.commands.options import OK, say
 from tarflow.files import listed
+from tarflow.trainer.checkpoint.names import is_checkpoint_name
 
 EXAMPLE = """example:
   tarflow report runs/demo
@@ -22,9 +23,10 @@ def run(args: argparse.Namespace) -> int:
     from tarflow.evaluation.report.build import write_report
 
     report = write_report(args.run, args.out)
-    # Results under other settings lie in directories with their hash behind the step.
-    grids = listed(args.run / "evals", f"step-{'[0-9]' * 8}/grid.png")
+    # Results under other settings lie in directories with their hash behind the checkpoint's name.
+    grids = [grid for grid in listed(args.run / "evals", "*/grid.png") if is_checkpoint_name(grid.parent.name)]
     if grids:
-        say(f"samples: {grids[-1]}")
+        newest = max(grids, key=lambda grid: (grid.parent.name.startswith("images-"), grid))
+        say(f"samples: {newest}")
     say(f"report: {report}")
     return OK

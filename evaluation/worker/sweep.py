@@ -5,9 +5,9 @@ samples, the better half on more, until the last two are compared at the full nu
 on equally many samples with the same noise, so that few samples mislead all of them alike. A round goes on from the
 samples of the one before. Any number of processes share a sweep.
 
-    RUN/sweeps/step-NNNNNNNN-0123456789ab/sweep.json    every round, the choice, all settings
-                                          guidance.svg  distance over guidance, a line per denoising and temperature
-    RUN/sampling.json                                   the choice: the default of sample and evaluate from now on
+    RUN/sweeps/images-NNNNNNNNNNNN-0123456789ab/sweep.json    every round, the choice, all settings
+                                                guidance.svg  distance over guidance, a line per denoising and temperature
+    RUN/sampling.json                                         the choice: the default of sample and evaluate from now on
 """
 
 import hashlib
@@ -52,6 +52,7 @@ class SweepRequest:
     start: int = 500  # samples of the first round
     final: int = 0  # samples of the last round; 0 = evaluation.num_samples
     step: int | None = None
+    images: int | None = None
     set_default: bool = True
     device: str = "auto"
     overrides: list[str] = field(default_factory=list)
@@ -95,7 +96,7 @@ def sweep_guidance(request: SweepRequest, say: Say = print) -> dict[str, Any]:
     device = resolve_device(request.device if request.device != "auto" else config.train.device)
     path = config.evaluation.reference
     real = RealImages(results.evals_dir(request.run), config, settings, device, path, say)
-    checkpoint = find(request.run, request.step)
+    checkpoint = find(request.run, request.step, request.images)
     with pinned(checkpoint, f"sweep-{os.uname().nodename}-{os.getpid()}"):
         source = from_checkpoint(config, checkpoint, settings.weights, device)
         sweep = _Sweep(request, source, real, config.sampling.batch_size, say)
@@ -170,7 +171,7 @@ class _Sweep:
         about = [source.sha256, real.features.sha256, real.settings.hash, request.start, list(request.guidance)]
         about += [list(request.denoise), list(request.attn_temp), request.final]
         digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
-        self.folder = request.run / "sweeps" / f"step-{source.step or 0:08d}-{digest}.work"
+        self.folder = request.run / "sweeps" / f"{source.checkpoint}-{digest}.work"
         self.record = self.folder.with_suffix("") / "sweep.json"
 
     def halve(self, grid: list[ResolvedSampling], final: int) -> list[dict[str, Any]]:
