@@ -23,7 +23,7 @@ from tarflow.files import listed, write_atomic, write_json
 
 _NAME = re.compile(r"(\d{6,})\.png")
 # What may differ between two calls that fill one folder: it does not change the images.
-_FREE = ("num", "nonfinite", "missing", "complete")
+_FREE = ("num", "nonfinite", "missing", "complete", "provenance", "code")
 
 
 class SampleFolder:
@@ -72,7 +72,7 @@ class SampleFolder:
             there = {k: v for k, v in json.loads(path.read_text()).items() if k not in _FREE}
         except (ValueError, AttributeError):
             raise EvaluationError(f"{path} is not readable; give a new --out directory") from None
-        asked = json.loads(json.dumps(self.settings))
+        asked = {k: v for k, v in json.loads(json.dumps(self.settings)).items() if k not in _FREE}
         differ = [
             f"{k}: {there.get(k)!r} there, {asked.get(k)!r} asked"
             for k in asked | there
