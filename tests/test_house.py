@@ -55,7 +55,7 @@ LAYERS = {
         samples
         networks
         metrics
-        run_config image_set image_folder shared_work
+        run_config image_set image_folder shared_work event_file
         errors
     """,
     "cluster": """

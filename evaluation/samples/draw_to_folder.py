@@ -51,11 +51,15 @@ def sample_images(request: SampleRequest, say: Callable[[str], None] = print) ->
     sampler = Sampler(source.model, settings)
     about = source.describe() | {"source": source.origin, "sampling": settings.describe()}
     about |= {"provenance": source.provenance.describe(), "code": code_version()}
-    folder = SampleFolder(request.out, about, request.num)
-    missing = folder.missing()
+    folder = SampleFolder(request.out, about, request.num, model.image_shape)
+    missing, damaged = folder.missing(), folder.damaged
     say(f"{request.num} images of {model.image_size} pixels from {source.origin}, weights {source.weights}")
     if len(missing) < request.num:
         say(f"{request.num - len(missing)} are there already")
+    if damaged:
+        first = next(iter(damaged))
+        say(f"{len(damaged)} damaged images are drawn again: {folder.path(first).name} is {damaged[first]}"
+            + (f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""))  # fmt: skip
     count = SampleCount()
     for drawn in sampler.draw_all(missing, batch_size):
         for index, pixels in zip(drawn.finite_indices(), drawn.pixels()):

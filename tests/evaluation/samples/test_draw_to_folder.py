@@ -139,3 +139,17 @@ def test_S03_lost_samples_are_missing_and_said(make_model, tmp_path):
     assert list(images(tmp_path / "out")) == ["000000.png", "000002.png", "000003.png", "000005.png"]
     assert settings_of(tmp_path / "out")["nonfinite"] == [1, 4]
     assert "2 of 6 samples are not finite" in "\n".join(lines)
+
+
+def test_V06_damaged_images_are_drawn_again_and_said(make_run, tmp_path):
+    run_dir, _ = make_run(steps=(20,))
+    draw(run_dir, tmp_path / "out", num=5)
+    before, lines = images(tmp_path / "out"), []
+    good = (tmp_path / "out/images/000002.png").read_bytes()
+    (tmp_path / "out/images/000002.png").write_bytes(b"")
+    (tmp_path / "out/images/000004.png").write_bytes(good[: len(good) // 2])
+    assert draw(run_dir, tmp_path / "out", num=5, quiet=lines)
+    assert "2 damaged images are drawn again: 000002.png is empty, and 1 more" in lines
+    assert "3 are there already" in lines
+    after = images(tmp_path / "out")
+    assert all((after[name].int() - before[name].int()).abs().max() <= 1 for name in before)
