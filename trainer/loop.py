@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from tarflow.code_version import code_version, describe_code
 from tarflow.data_pipeline.loading.choose_reader import DataFacts, data_facts
 from tarflow.data_pipeline.loading.loader import Loader
 from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
@@ -35,7 +36,7 @@ CONTINUE, SAVE, STOP, FAIL = range(4)
 
 def train(
     config: Config, run_dir: Path, *, init_from: Path | None = None, accept_new_data: bool = False,
-    stop: StopRequest | None = None,
+    init_partial: bool = False, stop: StopRequest | None = None,
 ) -> int:  # fmt: skip
     """Train until `train.max_images`, from the newest sound checkpoint if there is one. Returns an exit code.
 
@@ -43,12 +44,13 @@ def train(
     """
     world = world_from_env()
     with nullcontext(stop) if stop else StopRequest() as stop, failure_exit(world, run_dir):
-        return _train(config, run_dir, world, stop, init_from, accept_new_data)
+        return _train(config, run_dir, world, stop, init_from, accept_new_data, init_partial)
 
 
 def _train(
-    config: Config, run_dir: Path, world: World, stop: StopRequest, init_from: Path | None, accept_new_data: bool
-) -> int:
+    config: Config, run_dir: Path, world: World, stop: StopRequest, init_from: Path | None, accept_new_data: bool,
+    init_partial: bool,
+) -> int:  # fmt: skip
     facts = data_facts(config.data)
     warmup = check_data(config, facts)
     plan = plan_batch(config.train.global_batch_size, world.size, config.train.micro_batch_size)
@@ -69,7 +71,7 @@ def _train(
         log = MetricLog(run_dir, config.log.tensorboard, config.train.max_images, world.rank)
         stack.callback(log.close)
         run = Run(config, run_dir, plan, log, world, device, watchdog, warmup)
-        run.start(facts.fingerprint, init_from, accept_new_data)
+        run.start(facts.fingerprint, init_from, accept_new_data, init_partial)
         if not run.check_progress(run_dir):
             return NO_PROGRESS
         if world.first:
@@ -113,8 +115,12 @@ class Run:
         self._failing = False
         self._peak = peak_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
-    def start(self, fingerprint: str, init_from: Path | None, accept_new_data: bool) -> None:
+    def start(
+        self, fingerprint: str, init_from: Path | None, accept_new_data: bool, init_partial: bool = False
+    ) -> None:
         """Resume, or start from given or fresh weights; the log says which."""
+        if self.world.first:
+            self.log.say(f"code: {describe_code(code_version())}")
         total = sum(self.saver.sizes.values())
         self.log.say(
             f"model: {total / 1e6:.1f}M parameters, {self.config.model.num_tokens} tokens; {self.plan}; "
@@ -123,7 +129,7 @@ class Run:
         wanted = self.config.parallel.world_size
         if wanted not in (0, self.world.size):
             self.log.say(f"note: made for parallel.world_size={wanted} processes, running on {self.world.size}")
-        self.images_seen, self._tried = self.saver.restore(fingerprint, init_from, accept_new_data)
+        self.images_seen, self._tried = self.saver.restore(fingerprint, init_from, accept_new_data, init_partial)
         self._passed_over = int(self.backend.skipped()[0])
 
     def check_progress(self, run_dir: Path) -> bool:

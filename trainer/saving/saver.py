@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import tarflow.trainer.checkpoint.commit as ckpt
+from tarflow.code_version import code_version
 from tarflow.models.flow import TarFlow
-from tarflow.models.weights import load_weights_file
 from tarflow.trainer.checkpoint.retention import set_aside, sweep
 from tarflow.trainer.checkpoint.tensors import read_tensors
 from tarflow.trainer.config.files import config_hash, config_text
@@ -23,6 +23,7 @@ from tarflow.trainer.parallel.saved import place
 from tarflow.trainer.parallel.world import World, broadcast
 from tarflow.trainer.resilience.fault_injection import fault_point
 from tarflow.trainer.saving.background_writer import Save, Staging, Writer
+from tarflow.trainer.saving.initial_weights import initial_weights
 from tarflow.trainer.saving.resume import check_resume
 
 
@@ -95,7 +96,7 @@ class Saver:
 
     def _description(self) -> tuple[str, dict[str, object]]:
         facts = {"world_size": self.world.size, "config": config_hash(self.config), "data": self.fingerprint}
-        return config_text(self.config), facts
+        return config_text(self.config), facts | {"code": code_version()}
 
     def _take_note(self, save: Save) -> None:
         if save.error:
@@ -128,7 +129,9 @@ class Saver:
 
     # --- in ---
 
-    def restore(self, fingerprint: str, init_from: Path | None, accept_new_data: bool) -> tuple[int, int]:
+    def restore(
+        self, fingerprint: str, init_from: Path | None, accept_new_data: bool, init_partial: bool = False
+    ) -> tuple[int, int]:
         """Bring back the newest sound checkpoint, or start from given or fresh weights.
 
         Returns the images seen and the optimizer steps tried until then: those taken and those passed over.
@@ -146,7 +149,7 @@ class Saver:
             self.log.event("resume", images_seen=newest.images_seen, step=newest.step)
             return newest.images_seen, newest.step + int(self.backend.skipped()[0])
         if init_from is not None:
-            self._start_from(init_from)
+            self._start_from(init_from, init_partial)
         self.log.say(f"no checkpoint in {self.run_dir}: starting from {init_from or 'fresh weights'}")
         self.log.event("start", images_seen=0, step=0)
         return 0, 0
@@ -174,12 +177,10 @@ class Saver:
             raise answer
         return answer
 
-    def _start_from(self, path: Path) -> None:
-        config, weights = load_weights_file(path, self.config.model)
-        if config != self.config.model:
-            raise TrainerError(
-                f"--init-from {path} holds another model: {config!r}; this run has {self.config.model!r}"
-            )
+    def _start_from(self, source: Path, partial: bool) -> None:
+        weights, lines = initial_weights(source, self.config, partial)
+        for line in lines:
+            self.log.say(line)
         state: dict[str, Tensor] = self.backend.state()
         for name, value in weights.items():
             place(state["buffer/var" if name == "var" else f"model/{name}"], value)
