@@ -57,10 +57,11 @@ class RunJobs:
 
 def jobs_of(run_dirs: list[Path], kind: str | None = None) -> dict[Path, RunJobs]:
     """The jobs of each run, with one question to Slurm for all. A number means a job of the cluster that gave it."""
-    here = slurm.cluster_name()
     found = {run_dir: RunJobs(run_dir=run_dir) for run_dir in run_dirs}
     for run_dir, jobs in found.items():
         jobs.entries = [e for e in submissions(run_dir) if "job" in e and kind in (None, e.get("kind"))]
+    here = slurm.cluster_name() if any(e.get("cluster") for j in found.values() for e in j.entries) else None
+    for jobs in found.values():
         for entry in jobs.entries:
             if here and entry.get("cluster") not in (None, here):
                 jobs.elsewhere[entry["job"]] = entry["cluster"]

@@ -17,6 +17,7 @@ FRESH_S = 60.0
 # Last words of a rank: it left in good order, with an error, or because it hung. A killed rank says none of them.
 GONE, FAILED, HUNG = "gone", "failed", "hung"
 ENDED = (GONE, FAILED, HUNG)
+KILLED = "killed"
 
 
 def read_heartbeats(run_dir: Path) -> list[dict[str, Any]]:
@@ -53,12 +54,12 @@ def living_writer(run_dir: Path, now: float | None = None) -> Holder | None:
 
 
 def last_words(run_dir: Path) -> str | None:
-    """How the last start ended: GONE, FAILED or HUNG; "killed" if a rank said none of them; None before any start."""
+    """How the last start ended: GONE, FAILED, HUNG, or KILLED if a rank said none of these; None before any start."""
     phases = [beat.get("phase") for beat in read_heartbeats(run_dir)]
     if not phases:
         return None
     worst = next((phase for phase in (HUNG, FAILED) if phase in phases), None)
-    return worst or (GONE if all(phase == GONE for phase in phases) else "killed")
+    return worst or (GONE if all(phase == GONE for phase in phases) else KILLED)
 
 
 def _runs_since(pid: int, moment: float) -> bool:
