@@ -1,5 +1,6 @@
 """The report's curves: figures over training, and distances over the settings of sampling."""
 
+import html
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,7 +96,18 @@ def sampling_curves(history: History, sweeps: Sequence[dict[str, Any]]) -> str:
                 scored.sort()
                 curves.append(Curve(key, [p[:2] for p in scored], marked=True, errors=[p[2] for p in scored]))
             plots.append(Plot(f"{sweep['name'][:13]}: {part['num_samples']:,} samples", curves, x="guidance"))
-    return _drawn(plots, "sampling")
+    return "".join(f"<p>{html.escape(_outcome(sweep))}</p>" for sweep in sweeps if sweep.get("best")) + _drawn(
+        plots, "sampling"
+    )
+
+
+def _outcome(sweep: dict[str, Any]) -> str:
+    """What a sweep found, in a sentence."""
+    best = ", ".join(f"{key} {value:g}" for key, value in sweep["best"].items())
+    error = sweep.get("distance_stderr")
+    distance = f"{sweep['distance']:.2f}" + (f" ± {error:.2f}" if error is not None else "")
+    verdict = f"Not clear: {'; '.join(sweep['unclear'])}." if sweep.get("unclear") else "It is clear."
+    return f"{sweep['name']}: best is {best} with {distance}. {verdict}"
 
 
 def _with_points(plot: Plot) -> Plot:
