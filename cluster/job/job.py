@@ -19,6 +19,7 @@ from typing import Any
 from tarflow.cluster import slurm
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.exit_codes import CANNOT_REQUEUE, FAILED, FINISHED, HUNG, IN_USE, NO_PROGRESS, REQUEUE, USAGE
+from tarflow.cluster.hosts import expand, gloo_interface
 from tarflow.cluster.job.all_reduce import DEVICE_FAILED
 from tarflow.cluster.job.chain import Chain, Limits, Outcome, decide, exhausted
 from tarflow.cluster.job.child import PATIENCE_S, Children, Signals
@@ -75,6 +76,7 @@ class Task:
         self.folder = self.slurm_dir / "starts" / f"{self.id}-{self.restart}"
         self.round = self.folder  # where tasks meet and note failures: another one after a restart in place
         self.chain = Chain.load(self.slurm_dir, self.id)
+        self.network: dict[str, str] = {}  # variables of the processes, see find_network
 
     @property
     def first(self) -> bool:
@@ -86,7 +88,15 @@ class Task:
     def environment(self) -> dict[str, str]:
         """What a process gets that this task starts."""
         own = {"PYTHONPATH": self.job.code, "PYTHONSAFEPATH": "1", JOB_VARIABLE: self.id}
-        return {**scrubbed(os.environ), **own}
+        return {**scrubbed(os.environ), **own, **self.network}
+
+    def find_network(self) -> None:
+        """Tell gloo which network leads to the other nodes, where it would listen on a loopback."""
+        nodes = expand(os.environ["SLURM_JOB_NODELIST"]) if self.place.size > self.place.local_size else []
+        others = [name for name in nodes if name != self.node]
+        if others and "GLOO_SOCKET_IFNAME" not in os.environ and (found := gloo_interface(self.node, others)):
+            self.network["GLOO_SOCKET_IFNAME"] = found
+            self.say(f"this node's own name is a loopback (/etc/hosts): GLOO_SOCKET_IFNAME={found}, towards {others[0]}")
 
     def run(self) -> int:
         """Work until it ends, then see to what follows. Returns 0, or leaves with another exit code."""
@@ -117,6 +127,7 @@ class Task:
     def work(self, signals: Signals) -> Outcome:
         """Preflight, then the processes; again on the same nodes as often as the profile allows."""
         job, place = self.job, self.place
+        self.find_network()
         if job.preflight != "off":
             check_node(self.run_dir, self.node, job.gpus if job.preflight == "full" else 0, job.min_free_gb)
             if place.size > 1:
