@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tarflow.evaluation.commands.options import OK, add_machine, say, set_up_process
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.trainer.checkpoint.choice import add_choice
 
 EXAMPLE = """example:
   tarflow sweep-guidance runs/demo --guidance 0,0.5,1,2 --denoise 0.5,1 --start 500 --final 5000
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--final", type=int, default=0, metavar="N", help="samples of the last round (default: the run's)"
     )
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the newest)")
+    add_choice(parser)
     parser.add_argument(
         "--choose",
         choices=("clear", "best", "none"),
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         start=args.start,
         final=args.final,
         step=args.step,
+        images=args.images,
         choose=args.choose,
         device=args.device,
         overrides=args.overrides,

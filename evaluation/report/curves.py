@@ -7,6 +7,7 @@ from typing import Any
 from tarflow.evaluation.report.headline import Headline, alike, differences, settings_of
 from tarflow.evaluation.report.history import History, Result
 from tarflow.evaluation.report.plots import Curve, Plot, svg
+from tarflow.trainer.checkpoint.names import leading_name
 
 
 def by_settings(history: History, headline: Headline) -> dict[str, list[Result]]:
@@ -95,7 +96,7 @@ def sampling_curves(history: History, sweeps: Sequence[dict[str, Any]]) -> str:
             for key, scored in sorted(lines.items()):
                 scored.sort()
                 curves.append(Curve(key, [p[:2] for p in scored], marked=True, errors=[p[2] for p in scored]))
-            plots.append(Plot(f"{sweep['name'][:13]}: {part['num_samples']:,} samples", curves, x="guidance"))
+            plots.append(Plot(f"{leading_name(sweep['name'])}: {part['num_samples']:,} samples", curves, x="guidance"))
     return "".join(f"<p>{html.escape(_outcome(sweep))}</p>" for sweep in sweeps if sweep.get("best")) + _drawn(
         plots, "sampling"
     )

@@ -9,6 +9,7 @@ from typing import Any
 from tarflow.evaluation.metrics.names import is_distance
 from tarflow.evaluation.results import read_results
 from tarflow.files import listed, read_json_lines
+from tarflow.trainer.checkpoint.names import is_checkpoint_name
 
 Point = tuple[float, float]
 
@@ -27,7 +28,7 @@ class Result:
     @property
     def plain(self) -> bool:
         """Whether its settings were the run's own when it was made (its directory has no hash)."""
-        return self.folder.name.count("-") == 1
+        return is_checkpoint_name(self.folder.name)
 
     @property
     def published(self) -> float:

@@ -28,6 +28,7 @@ class SampleRequest:
     out: Path
     num: int = 64
     step: int | None = None
+    images: int | None = None  # seen by the checkpoint
     weights: str | None = None
     batch_size: int | None = None
     columns: int | None = None
@@ -92,14 +93,15 @@ def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[WeightsSo
     if settings.denoise_multiplier and config.train.noise == "uniform":
         raise EvaluationError("--denoise needs a model trained with gaussian noise; this run has train.noise=uniform")
     check_guidance(settings, config.model.num_classes, config.train.label_dropout)
-    checkpoint = find(request.source, request.step)
+    checkpoint = find(request.source, request.step, request.images)
     with pinned(checkpoint, f"sample-{id(request)}"):
         source = from_checkpoint(config, checkpoint, request.weights or config.evaluated_weights, device)
     return source, settings, request.batch_size or config.sampling.batch_size
 
 
 def _open_file(request: SampleRequest, device: torch.device) -> tuple[WeightsSource, ResolvedSampling, int]:
-    for option, value in (("--step", request.step), ("--weights", request.weights)):
+    chosen = (("--step", request.step), ("--images", request.images), ("--weights", request.weights))
+    for option, value in chosen:
         if value is not None:
             raise EvaluationError(f"{option} chooses among a run's checkpoints; {request.source} is a weights file")
     if request.settings.get("denoise") and "noise_std" not in request.settings:

@@ -31,6 +31,7 @@ class WeightsSource:
     origin: str
     step: int | None = None
     images_seen: int | None = None
+    checkpoint: str | None = None  # name of the checkpoint, if it is one's
 
     def describe(self) -> dict[str, Any]:
         """What a result says about its weights."""
@@ -50,7 +51,9 @@ def from_checkpoint(config: Config, checkpoint: Checkpoint, which: str, device: 
     tensors = load_weights(checkpoint, which)
     check_weights(config.model, tensors, f"checkpoint {checkpoint.path}, weights {which}")
     model = load_model(config.model, tensors).requires_grad_(False).to(device)
-    return WeightsSource(model, which, _digest(tensors), str(checkpoint.path), checkpoint.step, checkpoint.images_seen)
+    return WeightsSource(
+        model, which, _digest(tensors), str(checkpoint.path), checkpoint.step, checkpoint.images_seen, checkpoint.name
+    )
 
 
 def from_file(path: Path, device: torch.device) -> WeightsSource:

@@ -89,11 +89,11 @@ class Evaluator:
             source = from_checkpoint(self.config, checkpoint, self.settings.weights, self.real.device)
             return Job(self, source).run()
 
-    def name_of(self, step: int | None, sha256: str) -> str:
+    def name_of(self, source: WeightsSource) -> str:
         """Directory of the result of a checkpoint or a weights file."""
-        if step is None:
-            return f"weights-{sha256[:12]}-{self.settings.hash}"
-        return results.result_name(self.root, step, self.settings.hash, self.recipe.own)
+        if source.checkpoint is None:
+            return f"weights-{source.sha256[:12]}-{self.settings.hash}"
+        return results.result_name(self.root, source.checkpoint, self.settings.hash, self.recipe.own)
 
 
 class Job:
@@ -102,7 +102,7 @@ class Job:
     def __init__(self, evaluator: Evaluator, source: WeightsSource) -> None:
         self.evaluator, self.source = evaluator, source
         self.config, self.settings, self.real = evaluator.config, evaluator.settings, evaluator.real
-        self.name = evaluator.name_of(source.step, source.sha256)
+        self.name = evaluator.name_of(source)
         self.sampler = Sampler(source.model, self.settings.sampling)
         self.watch = Stopwatch()
         self.published: dict[str, Any] | None = None

@@ -8,9 +8,9 @@ samples of the one before. Any number of processes share a sweep.
 A sweep chooses by itself only what is clear: the best setting lies more than two standard errors before the next one and
 not at the end of the range tried (see `sweep_choice.py`).
 
-    RUN/sweeps/step-NNNNNNNN-0123456789ab/sweep.json    every round, the best, the choice, all settings
-                                          guidance.svg  distance over guidance, a line per denoising and temperature
-    RUN/sampling.json                                   the choice: the default of sample and evaluate from now on
+    RUN/sweeps/images-NNNNNNNNNNNN-0123456789ab/sweep.json    every round, the best, the choice, all settings
+                                                guidance.svg  distance over guidance, a line per denoising and temperature
+    RUN/sampling.json                                         the choice: the default of sample and evaluate from now on
 """
 
 import hashlib
@@ -57,6 +57,7 @@ class SweepRequest:
     start: int = 500  # samples of the first round
     final: int = 0  # samples of the last round; 0 = evaluation.num_samples
     step: int | None = None
+    images: int | None = None
     choose: Literal["clear", "best", "none"] = "clear"  # what becomes the run's default
     device: str = "auto"
     overrides: list[str] = field(default_factory=list)
@@ -79,7 +80,7 @@ def sweep_guidance(request: SweepRequest, say: Say = print) -> dict[str, Any]:
     device = resolve_device(request.device if request.device != "auto" else config.train.device)
     path = config.evaluation.reference
     real = RealImages(results.evals_dir(request.run), config, settings, device, path, say)
-    checkpoint = find(request.run, request.step)
+    checkpoint = find(request.run, request.step, request.images)
     with pinned(checkpoint, f"sweep-{os.uname().nodename}-{os.getpid()}"):
         source = from_checkpoint(config, checkpoint, settings.weights, device)
         sweep = _Sweep(request, source, real, config.sampling.batch_size, say)
@@ -167,7 +168,7 @@ class _Sweep:
         about = [source.sha256, real.features.sha256, real.settings.hash, request.start, list(request.guidance)]
         about += [list(request.denoise), list(request.attn_temp), request.final]
         digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
-        self.folder = request.run / "sweeps" / f"step-{source.step or 0:08d}-{digest}.work"
+        self.folder = request.run / "sweeps" / f"{source.checkpoint}-{digest}.work"
         self.record = self.folder.with_suffix("") / "sweep.json"
 
     def halve(self, grid: list[ResolvedSampling], final: int) -> list[dict[str, Any]]:

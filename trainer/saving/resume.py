@@ -38,7 +38,10 @@ def check_resume(
     stored = checkpoint.info.get("data")
     if stored == fingerprint:
         return
-    text = f"the data set in data.train is another one than at step {checkpoint.step} (fingerprint {stored} -> {fingerprint})"
+    text = (
+        f"the data set in data.train is another one than at {checkpoint.images_seen:,} images (fingerprint {stored} -> "
+        f"{fingerprint})"
+    )
     if not accept_new_data:
         raise TrainerError(f"{text}; if that is meant, add --accept-new-data")
     say(f"changed: {text}; its order starts at position {checkpoint.images_seen}")

@@ -91,7 +91,7 @@ def test_the_page_needs_nothing_but_itself(finished):
 def test_the_page_says_what_it_must(finished):
     run_dir, config = finished
     text = write_report(run_dir).read_text()
-    result = json.loads((run_dir / "evals/step-00000020/result.json").read_text())
+    result = json.loads((run_dir / "evals/images-000000000320/result.json").read_text())
     for wanted in (
         f"{result['fd_efficientnet_lite0']:.2f}", f"{result['bits_per_dim']:.4f}", f"{result['label_agreement']:.1%}",
         "Bits per dimension", "Frechet distance (fd_efficientnet_lite0)", "Learning rate", "Throughput", "Loss",
@@ -114,7 +114,7 @@ def test_names_from_a_run_are_escaped(make_run):
     run_dir, _ = make_run(steps=(20,), name=hostile)
     log_rows(run_dir, [START, row(320)])
     evaluate(run_dir, False, WorkerOptions(), lambda _: None)
-    path = run_dir / "evals/step-00000020/result.json"
+    path = run_dir / "evals/images-000000000320/result.json"
     result = json.loads(path.read_text())
     result |= {"grid_rows": ["<b>zero</b>", "one"], "weights": "<i>raw</i>", "warnings": ["<u>odd</u>"]}
     path.write_text(json.dumps(result))
@@ -202,18 +202,18 @@ def test_guidance_curves_come_from_results_and_from_sweeps(finished):
         )
     (curve,) = read_history(run_dir).over("guidance").values()
     assert [value for value, _ in curve] == [0, 1, 3]
-    folder = run_dir / "sweeps/step-00000020-abc"
+    folder = run_dir / "sweeps/images-000000000320-abc"
     folder.mkdir(parents=True)
     points = [
         {"guidance": g, "denoise": 1.0, "attn_temp": 1.0, "distance": d} for g, d in ((0, 9.0), (1, 5.0), (2, None))
     ]
     (folder / "sweep.json").write_text(json.dumps({"rounds": [{"num_samples": 500, "points": points}]}))
-    (run_dir / "sweeps/step-00000020-torn").mkdir()
-    (run_dir / "sweeps/step-00000020-torn/sweep.json").write_text("{")
+    (run_dir / "sweeps/images-000000000320-torn").mkdir()
+    (run_dir / "sweeps/images-000000000320-torn/sweep.json").write_text("{")
     text = write_report(run_dir).read_text()
     Page(text)
     assert "Distance over guidance" in text
-    assert "step-00000020: 500 samples" in text
+    assert "images-000000000320: 500 samples" in text
     assert "denoise 1, temperature 1" not in text  # a single curve needs no legend
     assert "Distance over denoising" not in text
 
@@ -221,7 +221,7 @@ def test_guidance_curves_come_from_results_and_from_sweeps(finished):
 def test_the_scores_of_a_result_are_on_the_page(finished):
     run_dir, _ = finished
     text = write_report(run_dir).read_text()
-    result = json.loads((run_dir / "evals/step-00000020/result.json").read_text())
+    result = json.loads((run_dir / "evals/images-000000000320/result.json").read_text())
     for key in ("precision", "recall", "density", "coverage"):
         assert f">{key}</div><div class='value'>{result[key]:.3f}<" in text
     assert f"{result['kd_efficientnet_lite0']:.4f}" in text
@@ -230,7 +230,7 @@ def test_the_scores_of_a_result_are_on_the_page(finished):
 def test_S06_S11_the_page_identifies_network_weights_noise_and_every_sampling_setting(finished):
     run_dir, _ = finished
     text = write_report(run_dir).read_text()
-    result = json.loads((run_dir / "evals/step-00000020/result.json").read_text())
+    result = json.loads((run_dir / "evals/images-000000000320/result.json").read_text())
     assert result["weights_sha256"] in text
     for key, value in (
         ("features.sha256", "f00d"), ("reference.fingerprint", result["reference"]["fingerprint"]),
@@ -243,7 +243,7 @@ def test_S06_S11_the_page_identifies_network_weights_noise_and_every_sampling_se
 def test_without_kept_features_the_error_bar_comes_from_the_chunks(make_run):
     run_dir, _ = make_run(steps=(20,), evaluation={"chunk_samples": 6, "keep_features": 0, "num_samples": 150})
     evaluate(run_dir, False, WorkerOptions(), lambda _: None)
-    plain = json.loads((run_dir / "evals/step-00000020/result.json").read_text())
+    plain = json.loads((run_dir / "evals/images-000000000320/result.json").read_text())
     evaluate(run_dir, False, WorkerOptions(overrides=["evaluation.keep_features=150"]), lambda _: None)
     (other,) = (r.values for r in read_history(run_dir).results if not r.plain)
     assert "kd_efficientnet_lite0" not in plain
@@ -285,8 +285,8 @@ def test_N12_the_headline_is_the_newest_result_under_the_runs_own_settings(finis
     evaluated(run_dir, "sampling.guidance=3")
     newest = read_history(run_dir).results
     headline = find_headline(newest, config)
-    assert (headline.result.folder.name, headline.differs) == ("step-00000020", {})
-    assert "step-00000020 (headline)</td>" in write_report(run_dir).read_text()
+    assert (headline.result.folder.name, headline.differs) == ("images-000000000320", {})
+    assert "images-000000000320 (headline)</td>" in write_report(run_dir).read_text()
 
 
 def test_N12_N11_a_sweeps_choice_moves_headline_curves_and_pictures_to_it(finished, capsys):
@@ -336,7 +336,7 @@ def test_a_browser_finds_nothing_wrong_and_asks_for_nothing(make_run, tmp_path):
     run_dir, _ = make_run(steps=(20,), name="<img src=x onerror=console.error(1)>&'$x$")
     log_rows(run_dir, [START, *[row(16 * s, 3 - s / 20) for s in range(1, 21)]])
     evaluate(run_dir, False, WorkerOptions(), lambda _: None)
-    path = run_dir / "evals/step-00000020/result.json"
+    path = run_dir / "evals/images-000000000320/result.json"
     result = json.loads(path.read_text())
     result["grid_rows"] = ["<script>console.error('class')</script>", "<img src='http://127.0.0.1:9/y'>", "$x$"]
     path.write_text(json.dumps(result))

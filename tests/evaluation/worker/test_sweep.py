@@ -69,7 +69,7 @@ def test_the_choice_is_the_default_until_it_is_overridden_and_whoever_uses_it_sa
     assert tarflow.cli.main(asked) == 0
     assert "sampling with denoise=0.25" in capsys.readouterr().out
     assert tarflow.cli.main(["evaluate", str(run_dir), "sampling.guidance=0.5"]) == 0
-    assert "sampling with denoise=0.25, attn_temp=1.0: chosen by sweeps/step-00000020-" in capsys.readouterr().out
+    assert "sampling with denoise=0.25, attn_temp=1.0: chosen by sweeps/images-000000000320-" in capsys.readouterr().out
     (run_dir / "sampling.json").write_text('{"sampling": {"guidence": 1}, "chosen_by": "me"}')
     with pytest.raises(EvaluationError, match="holds 'guidence', which is no setting"):
         run_config(run_dir)
@@ -139,7 +139,7 @@ def test_two_processes_share_a_sweep_and_agree_with_one(run_dir, tmp_path):
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    ours, theirs = ((r / "sweeps").glob("step-*/sweep.json") for r in (run_dir, alone))
+    ours, theirs = ((r / "sweeps").glob("images-*/sweep.json") for r in (run_dir, alone))
     assert next(ours).read_bytes() == next(theirs).read_bytes()
 
 
