@@ -8,9 +8,13 @@ from html.parser import HTMLParser
 
 import pytest
 
+import tarflow.cli
 from tarflow.evaluation.report.build import write_report
+from tarflow.evaluation.report.curves import by_settings
+from tarflow.evaluation.report.headline import alike, find_headline
 from tarflow.evaluation.report.history import read_history, thin
 from tarflow.evaluation.report.plots import Curve, Plot, svg
+from tarflow.evaluation.run_config import choose
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 from tarflow.trainer.errors import TrainerError
 
@@ -160,20 +164,25 @@ def test_steps_done_again_after_a_restart_count_once(make_run):
 
 
 def test_results_of_other_settings_are_listed_but_not_on_the_curves(finished):
-    run_dir, _ = finished
+    run_dir, config = finished
     evaluate(run_dir, False, WorkerOptions(newest_only=True, overrides=["sampling.guidance=3"]), lambda _: None)
     history = read_history(run_dir)
     assert len(history.results) == 3
-    assert len(history.own_results) == 2
+    headline = find_headline(history.results, config)
+    assert [(r.images_seen, r.values["settings"]["sampling"]["guidance"]) for r in alike(history.results, headline.result)] == [
+        (160, 1.0), (320, 1.0),
+    ]  # fmt: skip
+    assert list(by_settings(history, headline)) == ["ema-0.100"]
     assert "w=3 on ab" in write_report(run_dir).read_text()
 
 
 def test_every_width_of_average_has_its_curve_and_its_error_bar(finished):
-    run_dir, _ = finished
+    run_dir, config = finished
     for weights in ("raw", "ema-0.050"):
         evaluate(run_dir, False, WorkerOptions(overrides=[f"evaluation.weights={weights}"]), lambda _: None)
     evaluate(run_dir, False, WorkerOptions(overrides=["evaluation.weights=raw", "sampling.seed=7"]), lambda _: None)
-    groups = read_history(run_dir).by_weights()
+    history = read_history(run_dir)
+    groups = by_settings(history, find_headline(history.results, config))
     assert {name: [r.images_seen for r in results] for name, results in groups.items()} == {
         "ema-0.100": [160, 320], "raw": [160, 320], "ema-0.050": [160, 320],
     }  # fmt: skip
@@ -236,7 +245,7 @@ def test_without_kept_features_the_error_bar_comes_from_the_chunks(make_run):
     evaluate(run_dir, False, WorkerOptions(), lambda _: None)
     plain = json.loads((run_dir / "evals/images-000000000320/result.json").read_text())
     evaluate(run_dir, False, WorkerOptions(overrides=["evaluation.keep_features=150"]), lambda _: None)
-    (other,) = (r.values for r in read_history(run_dir).results if not r.own)
+    (other,) = (r.values for r in read_history(run_dir).results if not r.plain)
     assert "kd_efficientnet_lite0" not in plain
     assert plain["fd_efficientnet_lite0"] == other["fd_efficientnet_lite0"]
     assert plain["distance_stderr"] == pytest.approx(other["distance_stderr"], rel=0.4)
@@ -246,6 +255,79 @@ def test_restarts_are_named(finished):
     run_dir, _ = finished
     log_rows(run_dir, [{"event": "resume", "images_seen": 160, "step": 10}, row(176)])
     assert "Restarted at 160 images seen." in write_report(run_dir).read_text()
+
+
+def evaluated(run_dir, *overrides, newest=True):
+    return evaluate(run_dir, False, WorkerOptions(newest_only=newest, overrides=list(overrides)), lambda _: None).done
+
+
+def card(text, label):
+    """The value on a card."""
+    return re.search(f"<div class='label'>{label}</div><div class='value'>([^<]*)<", text)[1]
+
+
+def test_N12_a_result_of_other_settings_alone_is_shown_with_what_differs(make_run):
+    run_dir, _ = make_run()
+    (result,) = evaluated(run_dir, "sampling.guidance=3", "evaluation.num_samples=30")
+    text = write_report(run_dir).read_text()
+    Page(text)
+    assert "No evaluation yet" not in text
+    assert card(text, "fd_efficientnet_lite0") == f"{result['fd_efficientnet_lite0']:.2f}"
+    assert "no result under the run&#x27;s own settings yet" in text
+    assert "guidance 3 instead of 1" in text
+    assert "num_samples 30 instead of 24" in text
+    assert "Frechet distance (fd_efficientnet_lite0)" in text, "the curve goes with the headline"
+    assert text.count("(headline)") == 1
+
+
+def test_N12_the_headline_is_the_newest_result_under_the_runs_own_settings(finished):
+    run_dir, config = finished
+    evaluated(run_dir, "sampling.guidance=3")
+    newest = read_history(run_dir).results
+    headline = find_headline(newest, config)
+    assert (headline.result.folder.name, headline.differs) == ("images-000000000320", {})
+    assert "images-000000000320 (headline)</td>" in write_report(run_dir).read_text()
+
+
+def test_N12_N11_a_sweeps_choice_moves_headline_curves_and_pictures_to_it(finished, capsys):
+    """The results from before stay on the curves, as a line of their own that names its setting."""
+    run_dir, _ = finished
+    choose(run_dir, {"guidance": 2.0}, "sweeps/step-00000020-abc")
+    text = write_report(run_dir).read_text()
+    assert "no result under the run&#x27;s own settings yet; this one has guidance 1 instead of 2" in text
+    (result,) = evaluated(run_dir)
+    text = write_report(run_dir).read_text()
+    assert card(text, "fd_efficientnet_lite0") == f"{result['fd_efficientnet_lite0']:.2f}"
+    assert "guidance=2.0: chosen by sweeps/step-00000020-abc" in text
+    picture = next(part for part in text.split("<svg")[1:] if "Frechet distance (fd_efficientnet_lite0)" in part)
+    assert "ema-0.100<" in picture
+    assert "ema-0.100, guidance 1.0<" in picture
+    assert text.count("<figcaption>320 images seen, fd_efficientnet_lite0") == 1, (
+        "one grid: of the only result with these settings"
+    )
+    assert tarflow.cli.main(["report", str(run_dir)]) == 0
+    assert f"samples: {run_dir}/evals/{result_folder(run_dir, result)}/grid.png" in capsys.readouterr().out
+
+
+def result_folder(run_dir, result):
+    return next(
+        r.folder.name for r in read_history(run_dir).results if r.values["settings_hash"] == result["settings_hash"]
+    )
+
+
+def test_N12_images_seen_is_the_newest_that_is_known(make_run):
+    """A save after the last line of figures; a resume that goes back."""
+    run_dir, _ = make_run(steps=())
+    log_rows(run_dir, [START, row(160), {"event": "save", "images_seen": 176, "step": 11}])
+    assert card(write_report(run_dir).read_text(), "images seen") == "176"
+    log_rows(run_dir, [{"event": "resume", "images_seen": 160, "step": 10}])
+    assert card(write_report(run_dir).read_text(), "images seen") == "160"
+
+
+def test_rows_of_a_grid_carry_the_names_that_training_noted(finished):
+    run_dir, _ = finished
+    (run_dir / "data.json").write_text(json.dumps({"classes": ["smiley <3", "food"]}))
+    assert "Rows, from the top: smiley &lt;3, food, 2." in write_report(run_dir).read_text()
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on this machine")
