@@ -307,12 +307,12 @@ def test_N15_a_runs_evaluations_share_one_file_of_events_and_grids_are_in_it(mak
     (file,) = (run_dir / "tensorboard").rglob("*tfevents*")
     assert file.parent == run_dir / "tensorboard/evaluation"
     events = events_of(run_dir)
-    (other,) = (p.name for p in (run_dir / "evals").glob("step-00000020-*"))
+    (other,) = (p.name for p in (run_dir / "evals").glob("images-000000000320-*"))
     tags = events.Tags()["images"]
-    assert tags == ["eval/grid", f"eval{other.removeprefix('step-00000020')}/grid"]
+    assert tags == ["eval/grid", f"eval{other.removeprefix('images-000000000320')}/grid"]
     assert [e.step for e in events.Images("eval/grid")] == [160, 320]
     shown = Image.open(io.BytesIO(events.Images("eval/grid")[1].encoded_image_string))
-    assert np.array_equal(np.array(shown), np.array(Image.open(run_dir / "evals/step-00000020/grid.png")))
+    assert np.array_equal(np.array(shown), np.array(Image.open(run_dir / "evals/images-000000000320/grid.png")))
 
     file.write_bytes(file.read_bytes()[:-7])  # as after a crash in the middle of a write
     run_once(run_dir, overrides=["sampling.guidance=0.5"], newest_only=True)
