@@ -69,7 +69,7 @@ def _train(
         log = MetricLog(run_dir, config.log.tensorboard, config.train.max_images, world.rank)
         stack.callback(log.close)
         run = Run(config, run_dir, plan, log, world, device, watchdog, warmup)
-        run.start(facts.fingerprint, init_from, accept_new_data)
+        run.start(facts, init_from, accept_new_data)
         if not run.check_progress(run_dir):
             return NO_PROGRESS
         if world.first:
@@ -112,7 +112,7 @@ class Run:
         self._failing = False
         self._peak = peak_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
-    def start(self, fingerprint: str, init_from: Path | None, accept_new_data: bool) -> None:
+    def start(self, facts: DataFacts, init_from: Path | None, accept_new_data: bool) -> None:
         """Resume, or start from given or fresh weights; the log says which."""
         total = sum(self.saver.sizes.values())
         self.log.say(
@@ -122,7 +122,7 @@ class Run:
         wanted = self.config.parallel.world_size
         if wanted not in (0, self.world.size):
             self.log.say(f"note: made for parallel.world_size={wanted} processes, running on {self.world.size}")
-        self.images_seen = self.saver.restore(fingerprint, init_from, accept_new_data)
+        self.images_seen = self.saver.restore(facts.fingerprint, init_from, accept_new_data, facts.former_fingerprint)
 
     def check_progress(self, run_dir: Path) -> bool:
         """False, with a last line in the log, if restarts keep coming back to this position."""

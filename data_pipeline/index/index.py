@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.index.content import ShardContent
 
 FORMAT_VERSION = 1
 SHARDS_PER_PART = 512
@@ -57,7 +58,9 @@ class Index:
     `root`: the data set's folder or address. `files`: where the index itself is read from, by default
     `root`/index. `num_samples`. `shard_sizes`: samples per shard, int64. `shard_bytes`: file sizes.
     `label_min`, `label_max`: int64 per shard, NO_LABEL where it has no labels. `unlabelled`: samples without a label.
-    `classes`: names or None. `num_classes`: len(classes), else 1 + the largest label, else None. `fingerprint`: hex.
+    `classes`: names or None. `num_classes`: len(classes), else 1 + the largest label, else None. `fingerprint`: hex, of
+    names, places, labels and contents. `fingerprint_of_places`: the same without the contents, which is all that version 0.1
+    knew. `knows_content`: whether it holds checksums of the shards.
     `image_size`: (width, height) if all images share it, else None. `form`: what the shards are, `tar` or `mds`.
     """
 
@@ -90,7 +93,12 @@ class Index:
         self.classes: list[str] | None = meta["classes"]
         self.fingerprint: str = meta["fingerprint"]
         self.image_size: tuple[int, int] | None = tuple(meta["image_size"]) if meta.get("image_size") else None
+        self.fingerprint_of_places: str = meta.get("fingerprint_of_places", self.fingerprint)
         self._digests: list[str] = table["digest"].to_pylist()
+        self.knows_content = "checksum" in table.column_names  # not in indexes of version 0.1
+        self._contents: list[tuple[int, str, str]] = []
+        if self.knows_content:
+            self._contents = list(zip(*(table[name].to_pylist() for name in ("modified_ns", "checksum", "sketch"))))
         self._remote_root = "://" in str(root)
         self.any_remote = self._remote_root or any("://" in path for path in self.shard_paths)
         self.form: str = meta.get("form", "tar")
@@ -119,6 +127,12 @@ class Index:
     def shard_digest(self, shard: int) -> str:
         """A digest of the shard's rows: another one where anything in it moved."""
         return self._digests[shard]
+
+    def shard_content(self, shard: int) -> ShardContent | None:
+        """The state of the shard when it was indexed; None where the index is older than checksums."""
+        if not self.knows_content:
+            return None
+        return ShardContent(int(self.shard_bytes[shard]), *self._contents[shard])
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, row in the shard) of a sample id."""

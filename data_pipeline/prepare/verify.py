@@ -18,9 +18,11 @@ import numpy as np
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
 from tarflow.data_pipeline.images.decode import decode
+from tarflow.data_pipeline.index.content import content_of
 from tarflow.data_pipeline.index.index import NO_LABEL, Index
 from tarflow.data_pipeline.index.mds import mds_shards
 from tarflow.data_pipeline.index.processes import cores, in_processes
+from tarflow.data_pipeline.index.samples import Samples
 from tarflow.data_pipeline.index.scan_jobs import Job
 from tarflow.data_pipeline.storage.local_shards import LocalShards
 
@@ -167,7 +169,7 @@ def _verify_shard(job: tuple[str, int]) -> tuple[VerifyReport, np.ndarray, np.nd
     if [NO_LABEL if label is None else label for label in found.labels] != rows.labels.tolist():
         report.add("index_differs", f"shard {path}: its labels are not those of the index; index it anew")
     classes = index.num_classes or 0
-    files = LocalShards(index)
+    files = LocalShards(index, by_size=True)
     keys, contents = np.zeros(len(found.keys), _MARK), np.zeros(len(found.keys), _MARK)
     try:
         for row, label in enumerate(rows.labels.tolist()):
@@ -191,17 +193,19 @@ def _verify_shard(job: tuple[str, int]) -> tuple[VerifyReport, np.ndarray, np.nd
         return report, keys[: report.samples], nothing
     finally:
         files.close()
+    stored = index.shard_content(shard)
+    if stored is not None and not report.problems and content_of(path).checksum != stored.checksum:
+        report.add("content_differs", f"shard {path}: its bytes are not those that were indexed; index it anew")
     return report, keys, contents
 
 
-def _scan(index: Index, shard: int) -> Any:
+def _scan(index: Index, shard: int) -> Samples:
     """What the shard holds now, by the rules that the index was made with."""
     place: Any = index.shard_path(shard)
     if index.form == "mds":
         place = next(entry for entry in mds_shards(place.parent) if entry.path.name == place.name)
     first = int(index.shard_starts[shard])
-    _, _, samples = Job(place, False, index.meta.get("label_field"), index.classes, False, first).run()
-    return samples
+    return Job(place, False, index.meta.get("label_field"), index.classes, False, first).scan()
 
 
 def _hash(data: bytes) -> int:

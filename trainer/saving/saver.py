@@ -124,10 +124,12 @@ class Saver:
 
     # --- in ---
 
-    def restore(self, fingerprint: str, init_from: Path | None, accept_new_data: bool) -> int:
+    def restore(
+        self, fingerprint: str, init_from: Path | None, accept_new_data: bool, former_fingerprint: str | None = ""
+    ) -> int:
         """Bring back the newest sound checkpoint, or start from given or fresh weights. Returns images seen."""
         self.fingerprint = fingerprint
-        newest = self._choose(accept_new_data)
+        newest = self._choose(accept_new_data, former_fingerprint)
         if newest is not None:
             state = self.backend.state() | self.ema.state()
             read_tensors(newest, state)
@@ -144,7 +146,7 @@ class Saver:
         self.log.event("start", images_seen=0, step=0)
         return 0
 
-    def _choose(self, accept_new_data: bool) -> ckpt.Checkpoint | None:
+    def _choose(self, accept_new_data: bool, former_fingerprint: str | None) -> ckpt.Checkpoint | None:
         """Rank 0 looks, sweeps and decides; all ranks follow, into the same error if it is one."""
         answer: ckpt.Checkpoint | TrainerError | None = None
         if self.world.first:
@@ -153,7 +155,9 @@ class Saver:
                     self.log.say(line)
                 answer = ckpt.newest_sound(self.run_dir, self.log.say)
                 if answer is not None:
-                    check_resume(answer, self.config, self.fingerprint, accept_new_data, self.log.say)
+                    check_resume(
+                        answer, self.config, self.fingerprint, accept_new_data, self.log.say, former_fingerprint
+                    )
                     for line in ckpt.set_aside(self.run_dir, answer):
                         self.log.say(line)
                 for line in forget_after(self.run_dir, answer.images_seen if answer is not None else 0):
