@@ -19,7 +19,7 @@ from tarflow.data_pipeline.index.content import ShardContent
 from tarflow.data_pipeline.index.index import FORMAT_VERSION, META_KEY, NO_LABEL, SHARDS_PER_PART, Index
 from tarflow.data_pipeline.index.samples import Samples
 from tarflow.data_pipeline.index.scan_jobs import run_jobs, scan_jobs
-from tarflow.files import replace_dir
+from tarflow.files import check_writable, replace_dir
 
 CLASSES_FILE = "classes.json"
 
@@ -63,18 +63,18 @@ def build_index(
     """Scan `shards` and write `root/index`, replacing an older one only when the new one is complete.
 
     `shards` are tars, or one folder that holds an MDS set (`mds.INDEX_FILE`). `classes` defaults to the names in
-    `root/classes.json` where that file exists. `label_field`: the field (`cls`), `json:NAME`, or the MDS column (found
-    by name). `image_size` (width, height) is recorded when the caller knows that all images have it; `measure` reads it
-    from the head of every image instead. `processes`: how many scan at once (None: as many as there are cores, one for
-    small sets). `progress(done, total)` is called after each shard. Raises DataError: in strict mode for the first
-    damaged or odd sample, always for an empty data set.
+    `root/classes.json`, or beside the shards, where that file exists. `label_field`: the field (`cls`), `json:NAME`, or
+    the MDS column (found by name). `image_size` (width, height) is recorded when the caller knows that all images have
+    it; `measure` reads it from the head of every image instead. `processes`: how many scan at once (None: as many as
+    there are cores, one for small sets). `progress(done, total)` is called after each shard. Raises DataError: in
+    strict mode for the first damaged or odd sample, always for an empty data set.
     """
     if on_error not in ("strict", "skip"):
         raise DataError(f"on_error is {on_error!r}, it must be strict or skip")
     if not shards:
         raise DataError(f"no shards to index in {root}")
-    if classes is None:
-        classes = read_classes(root)
+    if classes is None:  # with --out elsewhere the names may be beside the shards
+        classes = read_classes(root) or read_classes(_folder_of(shards))
     report = BuildReport()
     jobs, form = scan_jobs(
         shards, strict=on_error == "strict", label_field=label_field, classes=classes, measure=measure
@@ -93,8 +93,18 @@ def build_index(
             if progress:
                 progress(done + 1, len(jobs))
 
-    write_index(root, scanned(), classes=classes, image_size=image_size, form=form, label_field=label_field)
+    write_index(
+        root, scanned(), classes=classes, image_size=image_size, form=form, label_field=label_field,
+        what_else=lambda: ", ".join(by_cause("ignored members", report.ignored) + by_cause("left out", report.problems)),
+    )  # fmt: skip
     return Index(root), report
+
+
+def _folder_of(shards: Sequence[Path]) -> Path:
+    """The folder that holds all shards; of an MDS set, which is given as its folder, that one."""
+    if len(shards) == 1 and shards[0].is_dir():
+        return shards[0]
+    return Path(os.path.commonpath([path.absolute().parent for path in shards]))
 
 
 def write_index(
@@ -105,14 +115,20 @@ def write_index(
     image_size: tuple[int, int] | None = None,
     form: str = "tar",
     label_field: str | None = None,
+    what_else: Callable[[], str] = str,
 ) -> None:
     """Write (path, state of the file, samples) of each shard as `root/index`. Raises DataError if there are no samples.
 
     `form`: what the shards are, `tar` or `mds`. `label_field`: where the labels came from, for `data verify`.
+    `what_else()`: what was met besides, for the error.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    try:
+        check_writable(root)
+    except OSError as err:
+        raise DataError(f"cannot write the index into {root}: {err.strerror}; --out FOLDER puts it elsewhere") from None
     partial = root / "index.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -165,7 +181,8 @@ def write_index(
             part_digests.append(_close_part(writer, digest_of_part))
             writer = None
         if not part_digests:
-            raise DataError(f"no sample found in any of the {len(table['path'])} shards of {root}")
+            seen = f" ({text})" if (text := what_else()) else ""
+            raise DataError(f"no sample found in any of the {len(table['path'])} shards of {root}{seen}")
         meta = {
             "format_version": FORMAT_VERSION,
             "classes": classes,

@@ -19,6 +19,7 @@ import numpy as np
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.content import ShardContent
+from tarflow.data_pipeline.index.labels import MAX_CLASSES
 
 FORMAT_VERSION = 1
 SHARDS_PER_PART = 512
@@ -102,12 +103,12 @@ class Index:
         self._remote_root = "://" in str(root)
         self.any_remote = self._remote_root or any("://" in path for path in self.shard_paths)
         self.form: str = meta.get("form", "tar")
-        self.num_classes = self._count_classes()
         self._part: np.ndarray = table["part"].to_numpy()
         self._row_group: np.ndarray = table["row_group"].to_numpy()
         self._rows: OrderedDict[int, Rows] = OrderedDict()
         self._cached_rows = 0
         self._parts: OrderedDict[int, Any] = OrderedDict()
+        self.num_classes = self._count_classes()
 
     def shard_place(self, shard: int) -> str:
         """Where the shard lies: a path, or an address for remote data. For messages too."""
@@ -200,8 +201,20 @@ class Index:
             self._parts.popitem(last=False)[1].close()
         return file
 
+    def _refuse_label(self, label: int) -> None:
+        """Name the sample that a label of an index by version 0.1, which had no bound, belongs to."""
+        shard = int(np.argmax(self.label_max))
+        row = int(np.argmax(self.rows(shard).labels))
+        raise DataError(
+            f"shard {self.shard_place(shard)}, sample {self.key(shard, row)!r}: the label is {label}, classes are numbered "
+            f"from 0 to at most {MAX_CLASSES - 1}; put it right and run `tarflow data index {self.root}`, where "
+            "--on-error skip leaves such samples out"
+        )
+
     def _count_classes(self) -> int | None:
         if self.classes is not None:
             return len(self.classes)
         largest = int(self.label_max.max(initial=NO_LABEL))
+        if largest >= MAX_CLASSES:
+            self._refuse_label(largest)
         return largest + 1 if largest >= 0 else None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tarflow.data_pipeline.images.opening import size_of
 from tarflow.data_pipeline.index.content import ShardContent, content_of
 from tarflow.data_pipeline.index.mds import INDEX_FILE, MdsShard, mds_shards, scan_mds
 from tarflow.data_pipeline.index.processes import cores, in_processes
@@ -89,16 +89,13 @@ def _size(job: Job) -> int:
 
 def _measure(path: Path, samples: Samples) -> None:
     """Fill in width and height as stored, from the first bytes of each image; None where they cannot be told."""
-    from PIL import Image
 
     def side(file: Any, offset: int, size: int) -> tuple[int, int] | tuple[None, None]:
         for amount in dict.fromkeys((min(size, _HEAD), size)):
-            try:
-                file.seek(offset)
-                with Image.open(io.BytesIO(file.read(amount))) as image:
-                    return image.size
-            except Exception:  # whatever a plug-in raises for a cut head; decoding will say what is wrong
-                continue
+            file.seek(offset)
+            found = size_of(file.read(amount))
+            if found:
+                return found
         return None, None
 
     if not samples.keys:

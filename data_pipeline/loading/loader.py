@@ -57,7 +57,7 @@ class Loader:
         self.counters: Counter[str] = Counter()
         self.spec = Spec(
             data=data.train, fingerprint="", shape=shape, on_error=data.on_error, seed=place.seed, flip=data.flip,
-            access=data.access,
+            access=data.access, max_pixels=data.max_image_pixels,
         )  # fmt: skip
         self.layout = Layout(place.share, shape.image_size, shape.channels)
         self._delivered = 0
@@ -180,6 +180,7 @@ class Loader:
         source = StreamSource(
             self.shards, self.spec.shape, place, strict=data.on_error == "strict",
             buffer=min(data.shuffle_block, _STREAM_BUFFER), counts_folder=data.access.folder(),
+            max_pixels=data.max_image_pixels,
         )  # fmt: skip
         slots = np.arange(place.rank * share, (place.rank + 1) * share, dtype=np.int64)
         seen = place.images_seen

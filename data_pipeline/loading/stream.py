@@ -26,11 +26,13 @@ import numpy as np
 
 from tarflow.data_pipeline import keyed
 from tarflow.data_pipeline.errors import BadSampleError, DataError
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.images.decode import decode, decode_into
+from tarflow.data_pipeline.images.formats import IMAGE_EXTENSIONS
 from tarflow.data_pipeline.images.transform import fit
 from tarflow.data_pipeline.index.content import sketch_of_file
 from tarflow.data_pipeline.index.patterns import expand_braces, find_shards
-from tarflow.data_pipeline.index.samples import IMAGE_EXTENSIONS, parse_label
+from tarflow.data_pipeline.index.samples import parse_label
 from tarflow.data_pipeline.loading.sample_reader import Skipped
 from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 from tarflow.data_pipeline.storage.remote import address
@@ -90,11 +92,13 @@ class StreamSource:
     """
 
     def __init__(
-        self, shards: list[str], shape: ImageShape, place: BatchPlace, *, strict: bool, buffer: int, counts_folder: Path
-    ) -> None:
+        self, shards: list[str], shape: ImageShape, place: BatchPlace, *, strict: bool, buffer: int, counts_folder: Path,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:  # fmt: skip
         self.shards = shards
         self.shape = shape
         self.strict = strict
+        self.max_pixels = max_pixels
         self.seed, self.rank, self.world_size = place.seed, place.rank, place.world_size
         self.buffer = buffer
         self.counts = ShardCounts(counts_folder, shards, f"{place.rank}of{place.world_size}")
@@ -114,7 +118,7 @@ class StreamSource:
                     fields = ", ".join(name for name in sample if not name.startswith("__"))
                     raise BadSampleError("no_image", f"has no image, its fields are {fields}")
                 if not decode_into(sample[name], out):
-                    out[...] = fit(decode(sample[name], self.shape.channels, at_least=size), size)
+                    out[...] = fit(decode(sample[name], self.shape.channels, size, self.max_pixels), size)
                 return label, number << ROW_BITS | row
             except BadSampleError as err:
                 message = f"shard {self.shards[number]}, sample {sample['__key__']!r}: {err}"

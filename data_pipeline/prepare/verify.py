@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.images.decode import decode
 from tarflow.data_pipeline.index.content import content_of
 from tarflow.data_pipeline.index.index import NO_LABEL, Index
@@ -91,7 +92,11 @@ class VerifyReport:
 
 
 def verify(
-    index: Index, *, processes: int | None = None, progress: Callable[[int, int], None] | None = None
+    index: Index,
+    *,
+    processes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> VerifyReport:
     """Check every shard of `index`, several at a time. `progress(samples done, samples in all)` after each shard.
 
@@ -100,7 +105,7 @@ def verify(
     if index.any_remote:
         index.shard_path(next(shard for shard in range(len(index.shard_sizes)) if index.is_remote(shard)))
     report = VerifyReport()
-    jobs = [(str(index.root), shard) for shard in range(len(index.shard_sizes))]
+    jobs = [(str(index.root), shard, max_pixels) for shard in range(len(index.shard_sizes))]
     if processes is None:
         processes = cores() if index.num_samples > 2000 else 1
     with tempfile.TemporaryDirectory(prefix="tarflow-verify-") as folder:
@@ -149,9 +154,9 @@ class _Marks:
                 yield int(marks["sample"][first]), int(marks["sample"][at])
 
 
-def _verify_shard(job: tuple[str, int]) -> tuple[VerifyReport, np.ndarray, np.ndarray]:
+def _verify_shard(job: tuple[str, int, int]) -> tuple[VerifyReport, np.ndarray, np.ndarray]:
     """(what was found, marks of keys, marks of contents) of one shard, with an index of its own."""
-    root, shard = job
+    root, shard, max_pixels = job
     index = Index(Path(root))
     report = VerifyReport(shards=1)
     path, rows = index.shard_path(shard), index.rows(shard)
@@ -183,7 +188,7 @@ def _verify_shard(job: tuple[str, int]) -> tuple[VerifyReport, np.ndarray, np.nd
             try:
                 data = files.read(shard, found.offsets[row], found.sizes[row])
                 contents[row] = (_hash(data), sample)
-                image = decode(data, 3)
+                image = decode(data, 3, None, max_pixels)
                 report.saw(image.shape[1], image.shape[0])
             except BadSampleError as err:
                 contents[row] = (_hash(where.encode()), sample)
