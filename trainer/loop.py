@@ -71,7 +71,7 @@ def _train(
         log = MetricLog(run_dir, config.log.tensorboard, config.train.max_images, world.rank)
         stack.callback(log.close)
         run = Run(config, run_dir, plan, log, world, device, watchdog, warmup)
-        run.start(facts.fingerprint, init_from, accept_new_data, init_partial)
+        run.start(facts, init_from, accept_new_data, init_partial)
         if not run.check_progress(run_dir):
             return NO_PROGRESS
         if world.first:
@@ -116,7 +116,7 @@ class Run:
         self._peak = peak_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
     def start(
-        self, fingerprint: str, init_from: Path | None, accept_new_data: bool, init_partial: bool = False
+        self, facts: DataFacts, init_from: Path | None, accept_new_data: bool, init_partial: bool = False
     ) -> None:
         """Resume, or start from given or fresh weights; the log says which."""
         if self.world.first:
@@ -129,7 +129,7 @@ class Run:
         wanted = self.config.parallel.world_size
         if wanted not in (0, self.world.size):
             self.log.say(f"note: made for parallel.world_size={wanted} processes, running on {self.world.size}")
-        self.images_seen, self._tried = self.saver.restore(fingerprint, init_from, accept_new_data, init_partial)
+        self.images_seen, self._tried = self.saver.restore(facts, init_from, accept_new_data, init_partial)
         self._passed_over = int(self.backend.skipped()[0])
 
     def check_progress(self, run_dir: Path) -> bool:

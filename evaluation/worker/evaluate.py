@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tarflow.code_version import code_version
+from tarflow.data_pipeline.images.identical import count_identical
 from tarflow.evaluation import results
 from tarflow.evaluation.image_set import ImageSet
 from tarflow.evaluation.metrics.all_scores import feature_scores
@@ -250,7 +251,14 @@ class Job:
         found = feature_scores(
             network, samples.statistics, samples.features, reference.statistics, reference.rows, parts=chunks
         )
-        return found | about
+        identical = None
+        if samples.hashes is not None and reference.hashes is not None:
+            identical = count_identical(samples.hashes, reference.hashes)
+        if identical:
+            found["warnings"].append(
+                f"{identical} of {samples.statistics.count} samples are, pixel for pixel, images of the reference"
+            )
+        return found | {"identical_images": identical} | about
 
     def _bits_per_dim(self, likelihood: MergedLikelihood) -> dict[str, Any]:
         held_out = self.held_out

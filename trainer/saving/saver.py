@@ -9,6 +9,7 @@ from torch import Tensor
 
 import tarflow.trainer.checkpoint.commit as ckpt
 from tarflow.code_version import code_version
+from tarflow.data_pipeline.loading.choose_reader import DataFacts
 from tarflow.models.flow import TarFlow
 from tarflow.trainer.checkpoint.retention import set_aside, sweep
 from tarflow.trainer.checkpoint.tensors import read_tensors
@@ -130,14 +131,14 @@ class Saver:
     # --- in ---
 
     def restore(
-        self, fingerprint: str, init_from: Path | None, accept_new_data: bool, init_partial: bool = False
+        self, facts: DataFacts, init_from: Path | None, accept_new_data: bool, init_partial: bool = False
     ) -> tuple[int, int]:
         """Bring back the newest sound checkpoint, or start from given or fresh weights.
 
         Returns the images seen and the optimizer steps tried until then: those taken and those passed over.
         """
-        self.fingerprint = fingerprint
-        newest = self._choose(accept_new_data)
+        self.fingerprint = facts.fingerprint
+        newest = self._choose(accept_new_data, facts.former_fingerprint)
         if newest is not None:
             state = self.backend.state() | self.ema.state()
             read_tensors(newest, state)
@@ -154,7 +155,7 @@ class Saver:
         self.log.event("start", images_seen=0, step=0)
         return 0, 0
 
-    def _choose(self, accept_new_data: bool) -> ckpt.Checkpoint | None:
+    def _choose(self, accept_new_data: bool, former_fingerprint: str | None) -> ckpt.Checkpoint | None:
         """Rank 0 looks, sweeps and decides; all ranks follow, into the same error if it is one."""
         answer: ckpt.Checkpoint | TrainerError | None = None
         if self.world.first:
@@ -163,7 +164,9 @@ class Saver:
                     self.log.say(line)
                 answer = ckpt.newest_sound(self.run_dir, self.log.say)
                 if answer is not None:
-                    check_resume(answer, self.config, self.fingerprint, accept_new_data, self.log.say)
+                    check_resume(
+                        answer, self.config, self.fingerprint, accept_new_data, self.log.say, former_fingerprint
+                    )
                     for line in set_aside(self.run_dir, answer):
                         self.log.say(line)
                 for line in forget_after(self.run_dir, answer.images_seen if answer is not None else 0):
