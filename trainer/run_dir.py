@@ -4,9 +4,9 @@ config.yaml  run.json  restarts.json  log.txt  logs/  metrics.jsonl  tensorboard
 evals/  evals.jsonl  report.html
 """
 
-import fcntl
 import json
 import os
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -14,9 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tarflow.files import write_text
+from tarflow.locks import holder, locked, sign
 from tarflow.trainer.config.files import config_text, load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError
+
+LOCK = ".lock"  # held by the run's only writer
 
 
 def is_run(run_dir: str | Path) -> bool:
@@ -82,15 +85,15 @@ def save_config(run_dir: Path, config: Config) -> None:
 def writer_lock(run_dir: Path) -> Iterator[None]:
     """Hold a run as its only writer. The lock ends with the process, however it ends (case C10)."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise TrainerError(
-                f"run {run_dir} is in use by another process ({file.read().strip()}); two writers would garble it"
-            ) from None
-        file.truncate(0)
-        file.write(f"host {os.uname().nodename}, pid {os.getpid()}")
-        file.flush()
+    path = run_dir / LOCK
+
+    def lost() -> None:
+        text = f"FAILED: {path} is gone or held by another process, since this one was paused for too long; it has ended"
+        print(text, file=sys.stderr, flush=True)
+        os._exit(1)  # at once: a save now would be a second writer's
+
+    with locked(path, lasting=True, lost=lost) as mine:
+        if not mine:
+            raise TrainerError(f"run {run_dir} is in use by another process ({holder(path)}); two writers would garble it")
+        sign(path)
         yield

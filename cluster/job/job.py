@@ -4,7 +4,6 @@ The job is pickled by submitit. Its own signal handling replaces submitit's as s
 signal of a short job a time-out, loses the race against Slurm's own requeue, and takes its error for the job's result.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -28,6 +27,8 @@ from tarflow.cluster.job.preflight import BadNodeError, all_reduce_command, chec
 from tarflow.cluster.job.rendezvous import meet
 from tarflow.files import listed, write_text
 from tarflow.interpreter import HOME, module_command
+from tarflow.locks import holder, locked
+from tarflow.trainer.run_dir import LOCK
 
 FORMAT = 2  # of the pickled job
 
@@ -331,17 +332,14 @@ def wait_for_writer(run_dir: Path, say: Any, patience_s: float = 120.0) -> None:
     end = time.monotonic() + patience_s
     told = False
     while True:
-        with open(run_dir / ".lock", "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with locked(run_dir / LOCK, lasting=True) as free:
+            if free:
                 return
-            except OSError:
-                file.seek(0)
-                holder = file.read().strip()
+        who = holder(run_dir / LOCK)
         if time.monotonic() > end:
-            raise ClusterError(f"run {run_dir} is still in use by another process after {patience_s:.0f} s ({holder})")
+            raise ClusterError(f"run {run_dir} is still in use by another process after {patience_s:.0f} s ({who})")
         if not told:
-            say(f"waiting for the process that still holds the run ({holder})")
+            say(f"waiting for the process that still holds the run ({who})")
             told = True
         time.sleep(0.5)
 

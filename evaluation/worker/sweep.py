@@ -36,6 +36,7 @@ from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import load_recipes
 from tarflow.evaluation.worker.sweep_plot import plot_rounds
 from tarflow.files import put_once, write_json, write_text
+from tarflow.leases import unique_name
 from tarflow.trainer.checkpoint.commit import find, pinned
 
 Say = Callable[[str], None]
@@ -220,7 +221,7 @@ class _Sweep:
             distance = None
             if merged.count.nonfinite_share <= self.real.settings.max_nonfinite_share:
                 distance = frechet_distance(merged.statistics, self.real.reference.statistics).distance
-            temporary = figures.with_name(f".{figures.name}.{SharedWork.unique()}")
+            temporary = figures.with_name(f".{figures.name}.{unique_name()}")
             temporary.write_text(json.dumps({"distance": distance, "lost": lost}))
             put_once(temporary, figures)
         found = json.loads(figures.read_text())
