@@ -2,13 +2,14 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.submission.times import minutes
+from tarflow.settings import at_home
 
 
 class Profile(BaseModel):
@@ -32,7 +33,7 @@ class Profile(BaseModel):
     container: str | None = Field(
         None, description="command that runs python in a container, e.g. apptainer exec --nv IMAGE.sif"
     )
-    python: str | None = Field(None, description="python to run (default: the one that submits)")
+    python: Annotated[str, BeforeValidator(at_home)] | None = Field(None, description="python to run (default: the one that submits)")
     sbatch: dict[str, str] = Field({}, description="further options of sbatch: name without dashes -> value")
     srun: tuple[str, ...] = Field((), description="further options of srun, with dashes")
     array_parallelism: int = Field(256, gt=0, description="elements of a sweep that run at once")

@@ -24,6 +24,7 @@ from tarflow.evaluation.samples.png_folder import to_picture
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.shared_work import SharedWork
 from tarflow.files import listed, put_once, write_json
+from tarflow.leases import unique_name
 from tarflow.trainer.checkpoint.names import leading_name
 
 KINDS = {"shards": "tar", "png": "json"}
@@ -113,7 +114,7 @@ class SampleStore:
     # --- files -----------------------------------------------------------------------------------------------------
 
     def _write_shard(self, indices: range, path: Path) -> None:
-        temporary = path.with_name(f".{path.name}.{SharedWork.unique()}.tmp")
+        temporary = path.with_name(f".{path.name}.{unique_name()}.tmp")
         try:
             with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as shard:
                 for index in indices:
@@ -131,11 +132,11 @@ class SampleStore:
         images.mkdir(exist_ok=True)
         for index in indices:
             if index in self._waiting:
-                temporary = self.folder / f".{index}.{SharedWork.unique()}.tmp"
+                temporary = self.folder / f".{index}.{unique_name()}.tmp"
                 temporary.write_bytes(self._waiting[index][0])
                 put_once(temporary, images / f"{index:08d}.png")
         labels = {index: self._waiting[index][1] for index in indices if index in self._waiting}
-        temporary = path.with_name(f".{path.name}.{SharedWork.unique()}.tmp")
+        temporary = path.with_name(f".{path.name}.{unique_name()}.tmp")
         write_json(temporary, {"labels": labels})
         put_once(temporary, path)
 

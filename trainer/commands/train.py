@@ -16,8 +16,9 @@ EXAMPLE = """example:
 Run the same command again to go on from the newest committed checkpoint.
 Exit codes: 0 finished, 75 stopped on request after saving (run it again), 76 no progress: restarts keep coming back to the
 same checkpoint (look before running it again), 77 hung (the rank's log has the stacks), 1 failed, 2 wrong settings.
-SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 stop a run after a save; a second SIGINT leaves at once. See docs/failures.md.
+SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 stop a run after a save; a second SIGINT leaves at once. See docs/failures.md.
 """
+OUTLIVES_ITS_READER = True  # of its output; the log has every line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
