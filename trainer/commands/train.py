@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tarflow.trainer.commands.start_options import add_start_options, start_arguments
+
 if TYPE_CHECKING:
     from tarflow.trainer.resilience.signals import StopRequest
 
@@ -34,8 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="run directory (default: runs/NAME of the file); under torchrun write --run-dir: it refuses --run",
     )
-    parser.add_argument("--init-from", type=Path, metavar="WEIGHTS", help="start a new run from a weights file")
-    parser.add_argument("--accept-new-data", action="store_true", help="resume although data.train is another data set")
+    add_start_options(parser)
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="start N processes on this machine (instead of torchrun)"
     )
@@ -97,7 +98,4 @@ def _check_supervision(args: argparse.Namespace) -> None:
 
 def rank_arguments(args: argparse.Namespace, run_dir: Path) -> list[str]:
     """The arguments of `tarflow train` for one rank of a supervised run."""
-    arguments = [str(args.config), "--run-dir", str(run_dir)]
-    arguments += ["--init-from", str(args.init_from)] if args.init_from else []
-    arguments += ["--accept-new-data"] if args.accept_new_data else []
-    return arguments + list(args.overrides)
+    return [str(args.config), "--run-dir", str(run_dir), *start_arguments(args), *args.overrides]
