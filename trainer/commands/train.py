@@ -65,12 +65,11 @@ def _run(args: argparse.Namespace, stop: "StopRequest") -> int:
     supervised = not args.dry_run and (args.ranks is not None or args.max_restarts is not None)
     if supervised:
         _check_supervision(args)
-    if os.environ.get("RANK", "0") == "0" and not supervised:
-        print(config_text(config), flush=True)
     if args.dry_run:
         from tarflow.trainer.plan import describe
 
-        print(describe(config, args.world_size or args.ranks))
+        plan = describe(config, args.world_size or args.ranks)  # first: an error stands alone
+        print(config_text(config), plan, sep="\n")
         return 0
     if supervised:
         from tarflow.trainer.resilience.supervisor import supervise
