@@ -170,9 +170,10 @@ def _row(run: Path, jobs: RunJobs, now: float) -> Row:
 
 def _newest_commit(run: Path) -> Checkpoint | None:
     try:
-        return (committed(run) or [None])[-1]
+        found = committed(run)
     except (OSError, TrainerError, ValueError):
         return None
+    return found[-1] if found else None
 
 
 def newest_known(run: Path, newest: Checkpoint | None) -> tuple[int, int]:

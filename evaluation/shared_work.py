@@ -6,25 +6,21 @@
 
 A unit's result is a pure function of the plan, and putting it in place is one step that only the first can do. So nothing
 depends on claims but the time that two would waste on one unit, and no lock is needed, which a network file system might
-not keep. A claim is a file that must not exist before, with its holder inside, and is renewed by touching it. One that was
-not renewed for a lease, or whose process on this machine is dead, is void: the next number may be taken, again by one
-process only. Ages are differences of times that the file server set itself, so clocks of machines need not agree.
+not keep. A claim is a lease (`tarflow/leases.py`).
 """
 
 import json
 import os
 import shutil
-import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tarflow.files import listed, put_once
+from tarflow.files import put_once
+from tarflow.leases import HEARTBEATS, leased, unique_name
 
-HEARTBEATS = 5  # renewals of a claim within a lease
 _LONGEST_WAIT_S = 2.0  # between two looks at units that others hold
 
 
@@ -36,15 +32,10 @@ class SharedWork:
 
     def __init__(self, folder: Path, plan: dict[str, Any], lease_s: float) -> None:
         self.folder, self.claims = folder, folder / "claims"
-        self._name = self.unique()
+        self._name = unique_name()
         self.plan = self._join(plan | {"lease_s": lease_s})
         self.lease_s = float(self.plan["lease_s"])
         self.computed: list[str] = []  # units that this process did
-
-    @staticmethod
-    def unique() -> str:
-        """A name that no other process of any machine has, for temporary files."""
-        return f"{os.uname().nodename}.{os.getpid()}.{uuid.uuid4().hex[:6]}"
 
     def path(self, name: str) -> Path:
         """Where the result of a unit lies or will lie."""
@@ -74,7 +65,7 @@ class SharedWork:
 
     def _try(self, name: str, compute: Callable[[str, Path], None]) -> bool:
         """Do one unit if nobody else does; whether it was done here."""
-        with self._claimed(name) as mine:
+        with leased(self.claims, name, self.lease_s) as mine:
             if not mine or self.done(name):
                 return False
             temporary = self.folder / f".{name}.{self._name}.tmp"
@@ -94,10 +85,10 @@ class SharedWork:
         """Clear the folder away; it is gone for all in one step, then its files are removed."""
         self.clear(self.folder)
 
-    @classmethod
-    def clear(cls, folder: Path) -> None:
+    @staticmethod
+    def clear(folder: Path) -> None:
         """The same for a folder of shared work that is not open here."""
-        gone = folder.with_name(f".{folder.name}.{cls.unique()}.gone")
+        gone = folder.with_name(f".{folder.name}.{unique_name()}.gone")
         try:
             os.rename(folder, gone)
         except FileNotFoundError:
@@ -121,84 +112,6 @@ class SharedWork:
             put_once(temporary, path)
         agreed: dict[str, Any] = json.loads(path.read_text())
         return agreed
-
-    # --- claims ----------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _claimed(self, name: str) -> Iterator[bool]:
-        """Hold a unit while the block runs, if it is free."""
-        claim = self._take(name)
-        if claim is None:
-            yield False
-            return
-        stop = threading.Event()
-        beat = threading.Thread(target=self._renew, args=(claim, stop), daemon=True)
-        beat.start()
-        try:
-            yield True
-        finally:
-            stop.set()
-            beat.join()
-            claim.unlink(missing_ok=True)
-
-    def _take(self, name: str) -> Path | None:
-        try:
-            numbers = [int(p.name.rpartition(".")[2]) for p in listed(self.claims, f"{name}.*")]
-            number = max(numbers, default=-1)
-            if number >= 0 and self._holds(self.claims / f"{name}.{number}"):
-                return None
-            return self._claim(self.claims / f"{name}.{number + 1}")
-        except (FileExistsError, FileNotFoundError):
-            return None  # another was faster, or the folder was cleared away
-
-    def _claim(self, path: Path) -> Path:
-        """Create a claim with its holder in it: an empty one, left by a process killed between the two, names nobody whose
-        death could be seen, and would hold for a whole lease."""
-        holder = json.dumps({"host": os.uname().nodename, "pid": os.getpid()})
-        temporary = self.claims / f".{path.name}.{self._name}.tmp"
-        temporary.write_text(holder)
-        try:
-            os.link(temporary, path)
-        except (FileExistsError, FileNotFoundError):
-            raise
-        except OSError:  # a file system without hard links
-            with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), "w") as file:
-                file.write(holder)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
-
-    def _holds(self, claim: Path) -> bool:
-        """Whether the process that made a claim may still be at it."""
-        try:
-            with open(claim) as file:  # opening it makes a network file system ask the server for its time
-                text, renewed = file.read(), os.fstat(file.fileno()).st_mtime
-        except FileNotFoundError:
-            return False
-        if self._now() - renewed > self.lease_s:
-            return False
-        try:
-            holder = json.loads(text)
-        except ValueError:
-            return True  # just made, where there are no hard links
-        here = holder.get("host") == os.uname().nodename and Path("/proc/self").exists()
-        return not here or Path(f"/proc/{holder.get('pid')}").exists()
-
-    def _now(self) -> float:
-        """The file server's time."""
-        clock = self.claims / f".clock.{self._name}"
-        clock.touch()
-        try:
-            return clock.stat().st_mtime
-        finally:
-            clock.unlink(missing_ok=True)
-
-    def _renew(self, claim: Path, stop: threading.Event) -> None:
-        while not stop.wait(self.lease_s / HEARTBEATS):
-            try:
-                os.utime(claim)
-            except OSError:
-                return  # given up or cleared away: the unit's result is right all the same
 
 
 def stretches(total: int, size: int) -> list[range]:

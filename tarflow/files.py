@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 import zlib
@@ -12,14 +13,28 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tarflow.file_systems import NOT_PROVIDED, note_once
+
 
 def fsync_path(path: Path) -> None:
     """Make a file's content durable, or the names in a directory: a rename is only safe once its directory is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        fsync_file(descriptor, path)
     finally:
         os.close(descriptor)
+
+
+def fsync_file(descriptor: int, path: Path) -> None:
+    """The same for an open file or directory. A file system that cannot is noted once; an error of writing is raised."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_PROVIDED:
+            error.filename = str(path)
+            raise
+        what = "directories" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "files"
+        note_once(path, f"fsync of {what}", error, "after a power cut the newest of them may be missing")
 
 
 def fsync_tree(path: Path) -> None:
@@ -175,7 +190,7 @@ def append_json_line(path: Path, value: Any) -> None:
             text = "\n" + text
         file.write(text.encode())
         file.flush()
-        os.fsync(file.fileno())
+        fsync_file(file.fileno(), path)
 
 
 def _last_byte(file: Any) -> bytes:

@@ -4,7 +4,10 @@ They find `tarflow` where this process found it, and nothing in the current fold
 """
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 HOME = Path(__file__).absolute().parent.parent  # not resolved: the rooms are links in a checkout
@@ -19,3 +22,14 @@ def child_environment(**changes: str) -> dict[str, str]:
     """This process' environment under which `module_command` finds the same code, with some variables changed."""
     paths = [str(HOME), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"} | changes
+
+
+@contextmanager
+def deaf_to_terminals() -> Iterator[None]:
+    """Processes that are started meanwhile never hear Ctrl-C or a closed terminal, not even in their first moments: whoever
+    started them does, and ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

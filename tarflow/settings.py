@@ -1,5 +1,7 @@
 """The ground of every section of the configuration. Each room declares the sections that it reads itself."""
 
+import os
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
@@ -18,6 +20,14 @@ def _whole_number(value: Any) -> Any:
 
 
 Count = Annotated[int, BeforeValidator(_whole_number)]
+
+
+def at_home(value: Any) -> Any:
+    """A path with the home directory in place of a leading `~`; whatever else is given as it is."""
+    return os.path.expanduser(value) if isinstance(value, str | Path) else value
+
+
+HomePath = Annotated[Path, BeforeValidator(at_home)]
 
 
 class Section(BaseModel):

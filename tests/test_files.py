@@ -1,11 +1,25 @@
-"""Files that several processes read, write and remove at once."""
+"""Files that several processes read, write and remove at once, on file systems as they are."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
 
+import pytest
+
+from tarflow import file_systems
 from tarflow.evaluation import results
-from tarflow.files import listed
+from tarflow.files import (
+    append_json_line,
+    fsync_tree,
+    listed,
+    publish_dir,
+    put_once,
+    replace_dir,
+    write_json,
+    write_text,
+)
+from tests.helpers.poor_files import lack
 
 SWEPT = "step-00000020-hash-weights"
 
@@ -44,3 +58,53 @@ def test_names_that_begin_with_a_dot_are_listed_and_in_order(tmp_path):
     assert [path.name for path in listed(tmp_path)] == [".a.gone", "b", "c[1]"]
     assert listed(tmp_path, ".*.gone") == [tmp_path / ".a.gone"]
     assert listed(tmp_path / "c[1]") == listed(tmp_path / "missing") == []
+
+
+WRITERS = {
+    "text": lambda folder: write_text(folder / "a", "1"),
+    "json": lambda folder: write_json(folder / "a", 1),
+    "lines": lambda folder: append_json_line(folder / "a", {"a": 1}),
+    "once": lambda folder: put_once(filled(folder / ".a.tmp"), folder / "a"),
+    "folder": lambda folder: replace_dir(filled(folder / "b.tmp" / "c").parent, folder / "a"),
+    "published": lambda folder: publish_dir(filled(folder / "b.tmp" / "c").parent, folder / "a"),
+    "tree": lambda folder: fsync_tree(filled(folder / "a" / "c").parent),
+}
+by_writer = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+
+
+def filled(path):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("1")
+    return path
+
+
+@by_writer
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS], ids=lambda n: errno.errorcode[n])
+@pytest.mark.parametrize("what", ["fsync_dir", "fsync_file"])
+def test_F02_a_file_system_without_fsync_is_written_and_noted_once(tmp_path, monkeypatch, capsys, write, number, what):
+    monkeypatch.setattr(file_systems, "_said", set())
+    lack(monkeypatch, **{what: number})
+    for folder in ("1", "2"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder)
+        assert [p.name for p in (tmp_path / folder).iterdir()] == ["a"]
+    kind = {"fsync_dir": "directories", "fsync_file": "files"}[what]
+    notes = [line for line in capsys.readouterr().err.splitlines() if f"has no fsync of {kind}" in line]
+    assert notes == [] if write in (WRITERS["lines"], WRITERS["once"]) and what == "fsync_dir" else len(notes) == 1
+
+
+@by_writer
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT], ids=lambda n: errno.errorcode[n])
+def test_F02_a_disk_that_could_not_write_is_an_error_that_names_the_file(tmp_path, monkeypatch, write, number):
+    lack(monkeypatch, fsync_file=number)
+    with pytest.raises(OSError) as caught:
+        write(tmp_path)
+    assert caught.value.errno == number
+    assert caught.value.filename.startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EMLINK], ids=lambda n: errno.errorcode[n])
+def test_F02_a_file_is_put_in_place_where_links_are_refused(tmp_path, monkeypatch, number):
+    lack(monkeypatch, link=number)
+    put_once(filled(tmp_path / ".a.tmp"), tmp_path / "a")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "1")]

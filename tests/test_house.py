@@ -77,7 +77,10 @@ ROOMS_BELOW = {
 }
 # Of the trainer, the evaluation sees the configuration and the format of a run directory, never the loop.
 TRAINER_FOR_EVALUATION = {"config", "run_dir", "checkpoint", "errors"}
-GROUND = {"code_version", "errors", "files", "interpreter", "settings"}  # files of tarflow/ that every room may import
+# Files of tarflow/ that every room may import.
+GROUND = {
+    "code_version", "errors", "file_systems", "files", "interpreter", "leases", "locks", "outputs", "settings",
+}  # fmt: skip
 
 
 def layers(room: str) -> dict[str, int]:

@@ -12,6 +12,7 @@ from tarflow.data_pipeline.loading.loader import Loader
 from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 from tarflow.models.cost import flops_per_image, peak_rate
 from tarflow.trainer.batch import BatchPlan, plan_batch
+from tarflow.trainer.config.files import config_text
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.ema.ema import EMA
 from tarflow.trainer.errors import TrainerError
@@ -76,6 +77,7 @@ def _train(
             return NO_PROGRESS
         if world.first:
             save_config(run_dir, config)
+            log.record(f"the configuration of this start:\n{config_text(config)}")
         return run.loop(stop)
 
 

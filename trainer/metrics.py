@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from tarflow.files import LineWriter
 from tarflow.models.likelihood import bits_from_nats
+
+WIDE = 130  # columns of a terminal that has room for all figures beside a progress bar
 
 
 class Window:
@@ -119,6 +122,10 @@ class MetricLog:
             with suppress(OSError):
                 print(text, flush=True)
 
+    def record(self, text: str) -> None:
+        """Lines for whoever reads log.txt later; not for the screen."""
+        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
+
     def event(self, name: str, **values: Any) -> None:
         """A thing that happened (start, resume, save), among the figures."""
         self._write({"event": name, "time": time.time(), **values})
@@ -132,20 +139,21 @@ class MetricLog:
             with suppress(OSError):  # a full disk; the figures are in metrics.jsonl when there is room again
                 for name, value in row.items():
                     self._writer.add_scalar(name, value, images_seen)
-        rate = row["throughput/images_per_sec"]
-        text = (
-            f"loss {row['train/loss']:.4f} | {row['train/bits_per_dim']:.3f} bits/dim | "
-            f"grad {row['optim/grad_norm']:.2f} | lr {row['optim/lr']:.2e} | {rate:.0f} img/s"
-        )
+        rate, share = row["throughput/images_per_sec"], images_seen / total_images
+        # What one looks for first comes first: the end of a line is lost in a narrow terminal.
+        text = f"{row['train/bits_per_dim']:.3f} bits/dim | {rate:.0f} img/s"
+        more = f"loss {row['train/loss']:.4f} | grad {row['optim/grad_norm']:.2f} | lr {row['optim/lr']:.2e}"
+        seen = f"{images_seen:,}/{total_images:,} images"
+        eta = _duration((total_images - images_seen) / max(rate, 1e-9))
+        line = f"step {step} | {share:.1%} | ETA {eta} | {text} | {seen} | {more}"
         if self._progress is not None:
-            self._progress.update(self._task, completed=images_seen, figures=text)
-            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  step {step} | {text}")
-        else:
-            eta = (total_images - images_seen) / max(rate, 1e-9)
-            share = images_seen / total_images
-            self.say(
-                f"step {step} | {images_seen:,}/{total_images:,} images ({share:.0%}) | {text} | ETA {_duration(eta)}"
+            wide = self._progress.console.width >= WIDE
+            self._progress.update(
+                self._task, completed=images_seen, figures=f"{text} | {more} | {seen}" if wide else text
             )
+            self.record(line)
+        else:
+            self.say(line)
 
     def _write(self, row: Mapping[str, Any]) -> None:
         if self._jsonl is not None:
@@ -162,12 +170,11 @@ class MetricLog:
         self._text.close()
 
 
-def _progress_bar() -> Progress:
-    from rich.console import Console
-
+def _progress_bar(console: Console | None = None) -> Progress:
+    """Takes the terminal's width, with a bar of what the figures leave."""
     return Progress(
-        TextColumn("images"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"), TimeElapsedColumn(),
-        TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=Console(stderr=True),
+        TextColumn("{task.percentage:5.1f}%"), BarColumn(bar_width=None), TextColumn("ETA"), TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"), console=console or Console(stderr=True), expand=True,
     )  # fmt: skip
 
 

@@ -4,21 +4,23 @@ config.yaml  run.json  restarts.json  log.txt  logs/  metrics.jsonl  tensorboard
 evals/  evals.jsonl  report.html
 """
 
-import fcntl
 import json
 import os
+import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tarflow.files import write_text
+from tarflow.locks import holder, locked
 from tarflow.trainer.config.files import config_text, load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError
 
+LOCK = ".lock"  # held by the run's only writer
 JOB_VARIABLE = "TARFLOW_JOB"  # in the environment of a training that a Slurm job started: the job's id
 
 
@@ -101,23 +103,25 @@ def save_config(run_dir: Path, config: Config) -> None:
 def writer_lock(run_dir: Path) -> Iterator[None]:
     """Hold a run as its only writer. The lock ends with the process, however it ends (case C10)."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise TrainerError(
-                f"run {run_dir} is in use by another process ({read_holder(run_dir) or 'unknown'}); "
-                "two writers would garble it"
-            ) from None
-        file.truncate(0)
-        file.write(json.dumps(asdict(Holder.of_this_process())))
-        file.flush()
+    path = run_dir / LOCK
+
+    def lost() -> None:
+        text = f"FAILED: {path} is gone or held by another process, since this one was paused for too long; it has ended"
+        print(text, file=sys.stderr, flush=True)
+        os._exit(1)  # at once: a save now would be a second writer's
+
+    with locked(path, lasting=True, lost=lost) as mine:
+        if not mine:
+            who = holder(path, str(read_holder(run_dir) or ""))
+            raise TrainerError(f"run {run_dir} is in use by another process ({who}); two writers would garble it")
+        with suppress(OSError):  # a full disk
+            path.write_text(json.dumps(asdict(Holder.of_this_process())))
         yield
 
 
 def read_holder(run_dir: Path) -> Holder | None:
     """Who took the lock of a run last; None if that is not known."""
     try:
-        return Holder(**json.loads((run_dir / ".lock").read_text()))
+        return Holder(**json.loads((run_dir / LOCK).read_text()))
     except (OSError, ValueError, TypeError):
         return None

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from tarflow.cluster.commands.options import add_profile, profile_changes, say
+from tarflow.trainer.commands.start_options import add_start_options, start_arguments
 
 EXAMPLE = """example:
   tarflow submit configs/imagenet64-cond.yaml --run-dir runs/in64 --nodes 4 --tasks-per-node 8 --profile cluster.yaml --evaluate
@@ -37,9 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--one-task-per-node", action="store_true", help="one Slurm task per node, which starts the node's processes"
     )
+    add_start_options(parser)
     parser.add_argument("--array", metavar="KEY=A,B,C", help="one run for each value, as one job array")
     parser.add_argument("--evaluate", action="store_true", help="submit a worker that evaluates every checkpoint too")
-    parser.add_argument("--eval-profile", type=Path, metavar="FILE", help="profile of that worker (default: --profile)")
+    parser.add_argument(
+        "--eval-profile", type=Path, metavar="FILE", help="profile of that worker (default: --profile, for one process)"
+    )
     parser.add_argument(
         "--after-running", action="store_true", help="let it wait for the end of the run's jobs that are in the queue"
     )
@@ -57,6 +61,14 @@ def run(args: argparse.Namespace) -> int:
     for name, value in (("--nodes", args.nodes), ("--tasks-per-node", tasks)):
         if value < 1:
             raise ClusterError(f"{name} must be at least 1, got {value}")
+    if profile.gpus and tasks > profile.gpus:
+        source = args.profile or "the profile"
+        raise ClusterError(
+            f"--tasks-per-node {tasks}, but {source} asks for gpus: {profile.gpus} a node, and a GPU takes one process: set "
+            f"gpus: {tasks} there, or --tasks-per-node {profile.gpus} (the default)"
+        )
+    if args.init_from is not None and not args.init_from.exists():
+        raise ClusterError(f"--init-from {args.init_from}: there is no such file")
     if args.eval_profile and not args.evaluate:
         raise ClusterError("--eval-profile has no effect without --evaluate")
     request = Submission(
@@ -64,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         one_task_per_node=args.one_task_per_node,
         overrides=list(args.overrides), sweep=args.array, evaluate=args.evaluate,
         eval_profile=load_profile(args.eval_profile) if args.eval_profile else None,
-        after_running=args.after_running, dry_run=args.dry_run,
+        after_running=args.after_running, options=start_arguments(args), dry_run=args.dry_run,
         arguments=_words_after("submit"),
     )  # fmt: skip
     say("\n".join(submit(request)))

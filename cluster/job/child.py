@@ -12,7 +12,7 @@ from types import FrameType
 from tarflow.cluster.exit_codes import FINISHED, NO_PROGRESS, REQUEUE
 
 PATIENCE_S = 20.0  # between the first process's failure and the end of the others
-HANDED_ON = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+HANDED_ON = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Signals:

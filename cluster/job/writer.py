@@ -1,15 +1,14 @@
 """Who else writes a run: a job leaves a run alone that another process trains."""
 
-import errno
-import fcntl
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tarflow.cluster.errors import ClusterError
+from tarflow.locks import locked
 from tarflow.trainer.resilience.alive import holder_of, is_alive, read_heartbeats
-from tarflow.trainer.run_dir import Holder, read_holder
+from tarflow.trainer.run_dir import LOCK, Holder, read_holder
 
 WATCH_S = 5.0  # a living process shows within it that it lives: its heartbeats come every two seconds
 PATIENCE_S = 120.0  # for the processes of a lost node, which live on for a while
@@ -61,13 +60,9 @@ def other_writer(run_dir: Path, job: str) -> Holder | None:
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Whether a process holds the run's lock. A file system that knows no locks cannot tell: no."""
-    with open(run_dir / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return error.errno in (errno.EWOULDBLOCK, errno.EAGAIN)
-    return False
+    """Whether a process holds the run's lock."""
+    with locked(run_dir / LOCK, lasting=True) as free:
+        return not free
 
 
 def _others(run_dir: Path, job: str) -> dict[int, dict[str, Any]]:

@@ -1,14 +1,18 @@
 """A cluster's profile: what a site wants to know about a job, in one YAML file, typed (contract 10)."""
 
 import difflib
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from tarflow.cluster.errors import ClusterError
+from tarflow.cluster.submission.sbatch_options import check_sbatch
 from tarflow.cluster.submission.times import minutes
+from tarflow.settings import at_home
 
 
 class Profile(BaseModel):
@@ -32,7 +36,9 @@ class Profile(BaseModel):
     container: str | None = Field(
         None, description="command that runs python in a container, e.g. apptainer exec --nv IMAGE.sif"
     )
-    python: str | None = Field(None, description="python to run (default: the one that submits)")
+    python: Annotated[str, BeforeValidator(at_home)] | None = Field(
+        None, description="python to run (default: the one that submits)"
+    )
     sbatch: dict[str, str] = Field({}, description="further options of sbatch: name without dashes -> value")
     srun: tuple[str, ...] = Field((), description="further options of srun, with dashes")
     array_parallelism: int = Field(256, gt=0, description="elements of a sweep that run at once")
@@ -51,13 +57,34 @@ class Profile(BaseModel):
     def _minutes(cls, value: Any) -> int:
         return minutes(value)
 
+    @property
+    def gpu_options(self) -> list[str]:
+        """Entries of `sbatch` that ask for GPUs."""
+        return [k for k, v in self.sbatch.items() if k.startswith("gpu") or (k == "gres" and v.startswith("gpu"))]
+
+    def for_one_process(self, processes: int) -> "Profile":
+        """A share of it: one GPU, if it has any, and one process's part of the memory, of so many on a node."""
+        match = re.fullmatch(r"(\d+)([KMGT]?B?)", self.mem or "")
+        mem = f"{-(-int(match[1]) // processes)}{match[2]}" if match else None
+        return self.model_copy(update={"gpus": min(self.gpus, 1), "mem": mem})
+
+    def size(self) -> str:
+        """What a process of it takes, in words."""
+        parts = ["1 GPU" if self.gpus == 1 else f"{self.gpus} GPUs"] if self.gpus else ["no GPU"]
+        parts += [f"{self.cpus} CPUs"] if self.cpus else []
+        parts += [f"{self.mem} of memory"] if self.mem else []
+        parts += ["a whole node (sbatch.exclusive)"] if "exclusive" in self.sbatch else []
+        return ", ".join(parts)
+
 
 def load_profile(path: Path | None, changes: dict[str, Any] | None = None) -> Profile:
     """A profile from its file (None: the defaults), with some fields replaced."""
     tree: Any = {}
     if path is not None:
         if not path.is_file():
-            raise ClusterError(f"no profile at {path}; copy one of configs/ or see docs/slurm.md")
+            raise ClusterError(
+                f"no profile at {path}; configs/slurm/example.yaml is one to copy, docs/slurm.md has every setting"
+            )
         try:
             # All scalars as text: YAML would read 72:00:00 as the number 259200 (case C01).
             tree = yaml.load(path.read_text(), Loader=yaml.BaseLoader) or {}
@@ -66,15 +93,20 @@ def load_profile(path: Path | None, changes: dict[str, Any] | None = None) -> Pr
         if not isinstance(tree, dict):
             raise ClusterError(f"{path} must hold settings such as `partition: gpu`, not {type(tree).__name__}")
     tree = {k: None if v in ("", "~", "null") else v for k, v in tree.items()} | (changes or {})
+    source = str(path) if path else "profile"
     try:
-        return Profile.model_validate(tree)
+        profile = Profile.model_validate(tree)
     except ValidationError as error:
-        source = str(path) if path else "profile"
-        raise ClusterError("\n".join(_explain(item, source) for item in error.errors())) from None
+        typed = {key: f"--{key}" for key in changes or {}}
+        raise ClusterError("\n".join(_explain(item, source, typed) for item in error.errors())) from None
+    check_sbatch(profile.sbatch, source)
+    return profile
 
 
-def _explain(item: Any, source: str) -> str:
+def _explain(item: Any, source: str, typed: Mapping[str, str]) -> str:
+    """One of pydantic's errors. `typed`: setting -> the option that it came from, instead of the file."""
     key = ".".join(str(part) for part in item["loc"])
+    source = typed.get(key, source)
     if item["type"] == "extra_forbidden":
         known = list(Profile.model_fields)
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)

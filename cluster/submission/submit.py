@@ -48,9 +48,37 @@ class Submission:
     arguments: list[str] = field(default_factory=list)  # of the command line, to say how to go on by hand
 
     @property
+    def evaluation_profile(self) -> Profile:
+        """The worker's own profile, or a share of the training's for one process."""
+        return self.eval_profile or self.profile.for_one_process(self.tasks_per_node)
+
+    def notes(self) -> list[str]:
+        """What is asked for that may not be meant."""
+        profile, tasks = self.profile, self.tasks_per_node
+        found = []
+        if profile.gpus > tasks:
+            found.append(
+                f"{profile.gpus - tasks} of the {profile.gpus} GPUs of each node have no process (--tasks-per-node)"
+            )
+        if not profile.gpus and (given := profile.gpu_options):
+            found.append(f"sbatch.{given[0]} asks for GPUs that tarflow does not know of: set gpus: N in the profile, for a "
+                         "process on each and checks before the first step")  # fmt: skip
+        if self.evaluate and self.eval_profile is None:
+            found.append(f"no --eval-profile: the evaluation asks for {self.evaluation_profile.size()} of --profile")
+        if self.evaluate and self.eval_profile is not None:
+            found += unused_gpus(self.eval_profile)
+        return [f"note: {text}" for text in found]
+
+    @property
     def tasks(self) -> tuple[int, int]:
         """(Slurm's tasks per node, processes that each starts)."""
         return (1, self.tasks_per_node) if self.one_task_per_node else (self.tasks_per_node, 1)
+
+
+def unused_gpus(profile: Profile) -> list[str]:
+    """A worker is one process."""
+    return [f"the evaluation is one process: {profile.gpus - 1} of its {profile.gpus} GPUs stay idle"] \
+        if profile.gpus > 1 else []  # fmt: skip
 
 
 def submit(request: Submission) -> list[str]:
@@ -74,15 +102,16 @@ def submit(request: Submission) -> list[str]:
         return [
             *text,
             _comment("the configuration as resolved", config_text(runs[0][1])),
-            _comment("the plan", outlines[0]),
+            _comment("the plan", "\n".join([outlines[0], *request.notes()])),
         ]
     for (path, config), plan in zip(runs, plans):
         prepare(path, config, plan, run_dir / "slurm")
     ids = _send(train, plans)
     lines = [_record(path, "train", job, train.folder, request) for (path, _), job in zip(runs, ids)]
     lines += [f"it waits for job {', '.join(before)} to end (--after-running)"] if before else []
+    lines += request.notes()
     if request.evaluate:
-        jobs = [evaluation_job(path, plan.code, request.eval_profile or request.profile, job)
+        jobs = [evaluation_job(path, plan.code, request.evaluation_profile, job)
                 for (path, _), plan, job in zip(runs, plans, ids)]  # fmt: skip
         executor = _eval_executor(request, run_dir, "after:" + ids[0].partition("_")[0])
         try:
@@ -110,7 +139,8 @@ def submit_evaluation(run_dir: Path, profile: Profile, overrides: Sequence[str],
     trainings = [entry["job"] for entry in submissions(run_dir) if entry["kind"] == "train"]
     job = evaluation_job(run_dir, str(code), profile, trainings[-1] if trainings else None, overrides)
     sent = _send(executor, [job])
-    return [_record(run_dir, "evaluate", sent[0], executor.folder), *_beside([run_dir], sent)]
+    notes = [f"note: {text}" for text in unused_gpus(profile)]
+    return [_record(run_dir, "evaluate", sent[0], executor.folder), *notes, *_beside([run_dir], sent)]
 
 
 def _beside(runs: Sequence[Path], sent: Sequence[str]) -> list[str]:
@@ -171,7 +201,7 @@ def _runs(request: Submission, run_dir: Path) -> list[tuple[Path, Config]]:
 def _train_job(request: Submission, run_dir: Path, config: Config) -> Job:
     profile = request.profile
     return Job(
-        kind="train", run_dir=str(run_dir), code="", arguments=["train", "", "--run-dir", str(run_dir)],
+        kind="train", run_dir=str(run_dir), code="", arguments=["train", "", "--run-dir", str(run_dir), *request.options],
         resubmit=f"cd {shlex.quote(os.getcwd())} && {shlex.join(['tarflow', 'submit', *request.arguments])}",
         limits=Limits(profile.max_restarts, profile.max_no_progress), gpus=profile.gpus,
         min_free_gb=profile.min_free_gb, preflight=profile.preflight,
@@ -250,8 +280,7 @@ def _executor(
 
 
 def _eval_executor(request: Submission, run_dir: Path, dependency: str) -> Any:
-    profile = request.eval_profile or request.profile
-    executor = _executor(profile, run_dir, f"{run_dir.name}-eval", 1, 1, 1, request.dry_run)
+    executor = _executor(request.evaluation_profile, run_dir, f"{run_dir.name}-eval", 1, 1, 1, request.dry_run)
     executor.parameters["dependency"] = dependency
     return executor
 

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.interpreter import child_environment, module_command
+from tarflow.interpreter import child_environment, deaf_to_terminals, module_command
 
 _AHEAD = 3  # jobs per process that may be done before their turn
 
@@ -62,10 +62,11 @@ def cores() -> int:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        module_command("tarflow.data_pipeline.index.processes"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env=child_environment(OMP_NUM_THREADS="1"),
-    )  # fmt: skip
+    with deaf_to_terminals():
+        return subprocess.Popen(
+            module_command("tarflow.data_pipeline.index.processes"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=child_environment(OMP_NUM_THREADS="1"),
+        )  # fmt: skip
 
 
 def _ask(process: subprocess.Popen[bytes], work: Callable[[Any], Any], job: Any) -> Any:

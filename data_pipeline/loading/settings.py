@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.storage.remote import Access, address
-from tarflow.settings import Count, Section
+from tarflow.settings import Count, Section, at_home
 
 
 def _place(value: Any) -> Any:
@@ -18,7 +18,7 @@ def _place(value: Any) -> Any:
     text = str(value) if isinstance(value, Path) else value
     if not isinstance(text, str) or text.startswith("pipe:"):
         return text
-    return address(text) or str(Path(text))
+    return address(text) or str(Path(at_home(text)))
 
 
 Place = Annotated[str, BeforeValidator(_place)]
@@ -36,7 +36,7 @@ class DataSettings(Section):
         "auto",
         description="how data.train is read: auto goes by what lies there; stream needs no index, and promises less",
     )
-    cache_dir: str | None = Field(
+    cache_dir: Annotated[str, BeforeValidator(at_home)] | None = Field(
         None, description="folder of a node's cache of remote shards; null = in the system's temporary folder"
     )
     cache_bytes: Count = Field(

@@ -27,7 +27,7 @@ import numpy as np
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.sample_reader import Skipped
 from tarflow.data_pipeline.loading.worker import Layout, Spec
-from tarflow.interpreter import child_environment, module_command
+from tarflow.interpreter import child_environment, deaf_to_terminals, module_command
 
 _KIND = socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_DGRAM
 _MAX_CHUNK = 64
@@ -201,10 +201,11 @@ def _anonymous_file(size: int) -> int:
 def _start(config: dict[str, object]) -> subprocess.Popen[bytes]:
     # Exactly these three descriptors are inherited; the workers find the package where this process found it.
     inherited = [int(str(config[name])) for name in ("memory", "tasks", "results")]
-    return subprocess.Popen(
-        module_command("tarflow.data_pipeline.loading.worker", json.dumps(config)),
-        pass_fds=inherited, stdin=subprocess.DEVNULL, env=child_environment(OMP_NUM_THREADS="1"),
-    )  # fmt: skip
+    with deaf_to_terminals():
+        return subprocess.Popen(
+            module_command("tarflow.data_pipeline.loading.worker", json.dumps(config)),
+            pass_fds=inherited, stdin=subprocess.DEVNULL, env=child_environment(OMP_NUM_THREADS="1"),
+        )  # fmt: skip
 
 
 def _how_it_ended(number: int, process: subprocess.Popen[bytes]) -> str:

@@ -6,7 +6,6 @@ and the same command started again begins afresh. The result depends on the sour
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
@@ -14,6 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from tarflow.data_pipeline.index.build import CLASSES_FILE, build_index, by_caus
 from tarflow.data_pipeline.index.mds import write_mds
 from tarflow.data_pipeline.prepare.sources import WINDOW_BYTES, ImageSource
 from tarflow.files import replace_dir
+from tarflow.locks import locked
 
 FORMATS = ("png", "jpeg", "webp")
 _EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
@@ -192,18 +193,17 @@ class partial_folder:  # noqa: N801 - used as a function: `with partial_folder(o
     def __enter__(self) -> Path:
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise DataError(f"{self.out} exists and is not empty: name a new folder, or remove it first")
-        try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.lock = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as err:
-            raise DataError(f"cannot write to {self.out.parent}: {err.strerror}") from None
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self.lock)
-            raise DataError(f"another process is writing {self.out} at this moment") from None
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir()
+        with ExitStack() as stack:
+            try:
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+                mine = stack.enter_context(locked(self.lock_path))
+            except OSError as err:
+                raise DataError(f"cannot write to {self.out.parent}: {err.strerror}") from None
+            if not mine:
+                raise DataError(f"another process is writing {self.out} at this moment")
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir()
+            self.lock = stack.pop_all()
         return self.partial
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -214,8 +214,7 @@ class partial_folder:  # noqa: N801 - used as a function: `with partial_folder(o
                 replace_dir(self.partial, self.out)
         finally:
             shutil.rmtree(self.partial, ignore_errors=True)
-            self.lock_path.unlink(missing_ok=True)
-            os.close(self.lock)
+            self.lock.close()
 
 
 def _write_split(

@@ -3,7 +3,7 @@
     NAME.shard          whole: it got its name only when everything was written
     NAME.partial        being fetched by whoever holds the lock, and as large from the start as it will be, so that others who
                         fetch at the same time count it; left over by a killed process, it is fetched again
-    NAME.lock, .lock    held with flock, so they are free the moment their process is gone
+    NAME.lock, .lock    held by a process, and free the moment it is gone
 
 Room is made by removing what was opened longest ago, before a fetch and once more after it: fetches at the same time may
 be larger than the bound together. A removed file stays readable for those who have it open. So the disk may hold a few
@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.files import listed
+from tarflow.files import fsync_file, listed
+from tarflow.locks import locked
 
 
 class ShardCache:
@@ -46,7 +46,7 @@ class ShardCache:
         fd = _open_whole(path, size)
         if fd is not None:
             return fd
-        with _locked(self.folder / f"{name}.lock"):
+        with locked(self.folder / f"{name}.lock", wait=True):
             fd = _open_whole(path, size)  # another process may have been quicker
             if fd is None:
                 self.sweep()
@@ -57,13 +57,13 @@ class ShardCache:
         """Remove what killed processes left half-written; returns how many files. Others' fetches go on undisturbed."""
         removed = 0
         for partial in listed(self.folder, "*.partial"):
-            with _locked(partial.with_suffix(".lock"), wait=False) as mine:
+            with locked(partial.with_suffix(".lock")) as mine:
                 if mine:
                     partial.unlink(missing_ok=True)
                     removed += 1
         for lock in listed(self.folder, "*.lock"):
             if lock.name != ".lock":
-                with _locked(lock, wait=False):  # leaving removes it
+                with locked(lock):  # leaving removes it
                     pass
         return removed
 
@@ -81,7 +81,7 @@ class ShardCache:
                 fetch(file)
                 file.truncate()
                 file.flush()
-                os.fsync(file.fileno())
+                fsync_file(file.fileno(), partial)
             fd = os.open(partial, os.O_RDONLY)
             partial.rename(path)
             with self._counting():
@@ -99,7 +99,7 @@ class ShardCache:
 
     def _counting(self) -> contextlib.AbstractContextManager[bool]:
         """Nobody else counts files, makes room or takes it meanwhile."""
-        return _locked(self.folder / ".lock")
+        return locked(self.folder / ".lock", wait=True)
 
     def _make_room(self, size: int) -> None:
         """Remove whole files until there is room for `size` bytes more, or none are left."""
@@ -130,30 +130,3 @@ def _open_whole(path: Path, size: int | None) -> int | None:
     with contextlib.suppress(OSError):
         os.utime(path)  # what is used stays
     return fd
-
-
-@contextlib.contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock file `path`, which is removed afterwards; without `wait` False where another process holds it."""
-    fd = -1
-    while fd < 0:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(fd)
-            yield False
-            return
-        # Another process may have removed the file between the two calls: then this lock guards nothing.
-        try:
-            same = os.stat(path).st_ino == os.fstat(fd).st_ino
-        except FileNotFoundError:
-            same = False
-        if not same:
-            os.close(fd)
-            fd = -1
-    try:
-        yield True
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(fd)

@@ -2,9 +2,7 @@
 
 import argparse
 import os
-import signal
 from pathlib import Path
-from typing import Any
 
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.evaluation.errors import EvaluationError
@@ -33,10 +31,7 @@ def add_features(parser: argparse.ArgumentParser) -> None:
 
 
 def set_up_process(args: argparse.Namespace, **lowest: int) -> None:
-    """Check options against their `lowest` values, then set priority, threads and an orderly end on SIGTERM.
-
-    SIGTERM raises SystemExit, so that temporary directories and pins are removed.
-    """
+    """Check options against their `lowest` values, then set priority and threads."""
     for name, low in {"threads": 1, "nice": 0, **lowest}.items():
         value = getattr(args, name)
         if value is not None and value < low:
@@ -47,11 +42,6 @@ def set_up_process(args: argparse.Namespace, **lowest: int) -> None:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-
-    def stop(signum: int, frame: Any) -> None:
-        raise SystemExit(128 + signum)
-
-    signal.signal(signal.SIGTERM, stop)
 
 
 def say(text: str) -> None:

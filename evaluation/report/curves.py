@@ -93,9 +93,9 @@ def sampling_curves(history: History, sweeps: Sequence[dict[str, Any]]) -> str:
                     error = point.get("distance_stderr") or 0.0
                     lines.setdefault(key, []).append((point["guidance"], point["distance"], error))
             curves = []
-            for key, scored in sorted(lines.items()):
-                scored.sort()
-                curves.append(Curve(key, [p[:2] for p in scored], marked=True, errors=[p[2] for p in scored]))
+            for key, line in sorted(lines.items()):
+                line.sort()
+                curves.append(Curve(key, [(w, d) for w, d, _ in line], marked=True, errors=[e for _, _, e in line]))
             plots.append(Plot(f"{leading_name(sweep['name'])}: {part['num_samples']:,} samples", curves, x="guidance"))
     return "".join(f"<p>{html.escape(_outcome(sweep))}</p>" for sweep in sweeps if sweep.get("best")) + _drawn(
         plots, "sampling"

@@ -72,7 +72,7 @@ def find_headline(results: Sequence[Result], config: Config) -> Headline | None:
     known = [result for result in results if result.step_known]
     if not known:
         return None
-    newest = max(known, key=lambda r: (not differences(settings_of(r), own), r.images_seen, r.published))
+    newest = max(known, key=lambda r: (not differences(settings_of(r), own), r.images_seen, r.plain, r.published))
     return Headline(newest, differences(settings_of(newest), own))
 
 

@@ -27,6 +27,7 @@ from tarflow.evaluation.samples.store_check import Shape, damaged_pictures, dama
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.shared_work import SharedWork
 from tarflow.files import listed, put_once, write_json
+from tarflow.leases import unique_name
 from tarflow.trainer.checkpoint.names import leading_name
 
 Say = Callable[[str], None]
@@ -133,7 +134,7 @@ class SampleStore:
     # --- files -----------------------------------------------------------------------------------------------------
 
     def _write_shard(self, indices: range, path: Path) -> None:
-        temporary = path.with_name(f".{path.name}.{SharedWork.unique()}.tmp")
+        temporary = path.with_name(f".{path.name}.{unique_name()}.tmp")
         try:
             with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as shard:
                 for index in indices:
@@ -151,12 +152,12 @@ class SampleStore:
         images.mkdir(exist_ok=True)
         for index in indices:
             if index in self._waiting:
-                temporary = self.folder / f".{index}.{SharedWork.unique()}.tmp"
+                temporary = self.folder / f".{index}.{unique_name()}.tmp"
                 temporary.write_bytes(self._waiting[index][0])
                 put_once(temporary, images / f"{index:08d}.png")
         labels = {index: self._waiting[index][1] for index in indices if index in self._waiting}
         sizes = {index: (images / f"{index:08d}.png").stat().st_size for index in labels}
-        temporary = path.with_name(f".{path.name}.{SharedWork.unique()}.tmp")
+        temporary = path.with_name(f".{path.name}.{unique_name()}.tmp")
         write_json(temporary, {"labels": labels, "sizes": sizes})
         put_once(temporary, path)
 

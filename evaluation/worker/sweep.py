@@ -40,6 +40,7 @@ from tarflow.evaluation.worker.recipe import load_recipes
 from tarflow.evaluation.worker.sweep_choice import Point, why_unclear, with_error
 from tarflow.evaluation.worker.sweep_plot import plot_rounds
 from tarflow.files import put_once, write_json, write_text
+from tarflow.leases import unique_name
 from tarflow.trainer.checkpoint.commit import find, pinned
 
 Say = Callable[[str], None]
@@ -214,7 +215,7 @@ class _Sweep:
         if not figures.exists():
             for name in chunks:
                 merged.merge(work.path(name))
-            temporary = figures.with_name(f".{figures.name}.{SharedWork.unique()}")
+            temporary = figures.with_name(f".{figures.name}.{unique_name()}")
             temporary.write_text(json.dumps(self._figures(merged, number)))
             put_once(temporary, figures)
         settings = candidate.settings

@@ -20,7 +20,8 @@ class FakeSlurm:
         self.path = f"{self.bin}:{old_path}"
         self.started: list[subprocess.Popen[bytes]] = []
         # The first job is 107, the next 108.
-        count = f'n=$(($(ls "{folder}" | grep -c "^script-") + 107)); cp "$1" "{folder}/script-$n"; '
+        # It does not tell its options.
+        count = f'[ "$1" != --help ] || exit 1; n=$(($(ls "{folder}" | grep -c "^script-") + 107)); cp "$1" "{folder}/script-$n"; '
         self.command("sbatch", count + 'echo "Submitted batch job $n"')
         self.command("srun", f'exec "{sys.executable}" "{HERE / "fake_srun.py"}" "$@"')
         self.command("scontrol", "exit 0")

@@ -7,12 +7,15 @@ files beside each other, and these would take each other's nodes.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tarflow.cluster.errors import ClusterError
 
 pytestmark = pytest.mark.slurm
 
@@ -218,6 +221,43 @@ def test_cancel_saves_first(slurm_cluster, verb, config_file, profile, tmp_path,
     assert slurm_cluster.ended(run)["ended"]["text"].startswith("cancelled")
     assert verb("status", run) == 0
     assert "cancelled" in capsys.readouterr().out
+
+
+def test_V12_one_living_job_per_run(slurm_cluster, verb, config_file, profile, tmp_path, capsys, monkeypatch) -> None:
+    """A second submission is refused; a job that comes by another way leaves the run alone; one that is queued behind
+    waits through a requeue of the first, and is gone when the run is cancelled."""
+    run = tmp_path / "once"
+    words = ["submit", config_file, "train.max_images=10_000_000", "--run", run, "--profile", profile]
+    assert verb(*words) == 0
+    first = slurm_cluster.job_of(run)
+    slurm_cluster.at_step(run, 5)
+    with pytest.raises(ClusterError, match=rf"train job {first} \(RUNNING on node\d, submitted .*--after-running"):
+        verb(*words)
+    with monkeypatch.context() as patch:
+        patch.setattr("tarflow.cluster.submission.submit.jobs_to_wait_for", lambda *_: [])
+        assert verb(*words) == 0
+    second = slurm_cluster.job_of(run)
+    assert slurm_cluster.accounted(second) == "FAILED|80:0"
+    last = slurm_cluster.last_line(run)
+    assert re.search(rf"being trained by another process \(host node\d, pid \d+, Slurm job {first}\)", last)
+    ended = json.loads((run / "slurm" / f"chain-{second}.json").read_text())
+    assert (len(ended["starts"]), ended["ended"]["code"]) == (1, 80), "it was not requeued"
+    assert verb(*words, "--after-running") == 0
+    third = slurm_cluster.job_of(run)
+    slurm_cluster.run("scancel", "--signal=USR2", first)
+    chain = run / "slurm" / f"chain-{first}.json"
+    slurm_cluster.until("the second start", lambda: len(json.loads(chain.read_text())["starts"]) == 2)
+    assert slurm_cluster.run("squeue", "-h", "-o", "%T %r", "-j", third) == "PENDING Dependency"
+    capsys.readouterr()
+    assert verb("status", run) == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"(running|starting).* {first} RUNNING, {third} PENDING", shown)
+    assert verb("cancel", run) == 0
+    assert slurm_cluster.ended(run)["ended"]["text"] == "cancelled while it waited in the queue"
+    assert json.loads(chain.read_text())["ended"]["text"].startswith("cancelled at step")
+    assert not (run / "slurm" / "starts" / f"{third}-0").exists()
+    assert verb("status", run) == 0
+    assert "stopped" in capsys.readouterr().out
 
 
 def test_a_bad_node_is_named_and_excluded_when_the_job_starts_again(

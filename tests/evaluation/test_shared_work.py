@@ -124,25 +124,6 @@ def test_a_holder_that_was_paused_beyond_its_lease_does_no_harm(tmp_path):
     assert list((tmp_path / "claims").iterdir()) == []
 
 
-def test_only_one_of_many_takes_over_a_void_claim(tmp_path):
-    claim = tmp_path / "claims/unit-00.0"
-    works = [SharedWork(tmp_path, {}, 60) for _ in range(8)]
-    claim.write_text("{}")
-    os.utime(claim, (0, 0))
-    gate, taken = threading.Barrier(8), []
-
-    def take(work):
-        gate.wait(10)
-        taken.append(work._take("unit-00"))
-
-    threads = [threading.Thread(target=take, args=(work,)) for work in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
-    assert [path.name for path in taken if path] == ["unit-00.1"]
-
-
 def test_an_error_gives_the_unit_back_and_leaves_nothing(tmp_path):
     work = SharedWork(tmp_path, {}, 60)
 

@@ -10,11 +10,11 @@ from tarflow.trainer.errors import TrainerError
 
 
 def write_tensors(path: Path, tensors: dict[str, Any], group: Any = None) -> None:
-    """Write tensors, sharded or not, durably into a directory. Every rank of the group calls it."""
+    """Write tensors, sharded or not, into a directory; making the files durable is the caller's. Every rank calls it."""
     import torch.distributed.checkpoint as dcp
 
     with _quiet():
-        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(path, sync_files=True), process_group=group)
+        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(path, sync_files=False), process_group=group)
 
 
 def read_tensors(checkpoint: Checkpoint, into: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tarflow.trainer.commands.start_options import add_start_options, start_arguments
+
 if TYPE_CHECKING:
     from tarflow.trainer.resilience.signals import StopRequest
 
@@ -16,8 +18,9 @@ EXAMPLE = """example:
 Run the same command again to go on from the newest committed checkpoint.
 Exit codes: 0 finished, 75 stopped on request after saving (run it again), 76 no progress: restarts keep coming back to the
 same checkpoint (look before running it again), 77 hung (the rank's log has the stacks), 1 failed, 2 wrong settings.
-SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 stop a run after a save; a second SIGINT leaves at once. See docs/failures.md.
+SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 stop a run after a save; a second SIGINT leaves at once. See docs/failures.md.
 """
+OUTLIVES_ITS_READER = True  # of its output; the log has every line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,18 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="run directory (default: runs/NAME of the file); under torchrun write --run-dir: it refuses --run",
     )
-    parser.add_argument(
-        "--init-from",
-        type=Path,
-        metavar="WEIGHTS_OR_RUN",
-        help="start a new run from a weights file, or from the newest average of another run",
-    )
-    parser.add_argument(
-        "--init-partial",
-        action="store_true",
-        help="with --init-from: keep what fits a model of other classes or another image size",
-    )
-    parser.add_argument("--accept-new-data", action="store_true", help="resume although data.train is another data set")
+    add_start_options(parser)
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="start N processes on this machine (instead of torchrun)"
     )
@@ -81,12 +73,11 @@ def _run(args: argparse.Namespace, stop: "StopRequest") -> int:
         from tarflow.trainer.saving.initial_weights import check_initial
 
         check_initial(args.init_from, config, args.init_partial)
-    if os.environ.get("RANK", "0") == "0" and not supervised:
-        print(config_text(config), flush=True)
     if args.dry_run:
         from tarflow.trainer.plan import describe
 
-        print(describe(config, args.world_size or args.ranks))
+        plan = describe(config, args.world_size or args.ranks)  # first: an error stands alone
+        print(config_text(config), plan, sep="\n")
         return 0
     if supervised:
         from tarflow.trainer.resilience.supervisor import supervise
@@ -117,8 +108,4 @@ def _check_supervision(args: argparse.Namespace) -> None:
 
 def rank_arguments(args: argparse.Namespace, run_dir: Path) -> list[str]:
     """The arguments of `tarflow train` for one rank of a supervised run."""
-    arguments = [str(args.config), "--run-dir", str(run_dir)]
-    arguments += ["--init-from", str(args.init_from)] if args.init_from else []
-    arguments += ["--init-partial"] if args.init_partial else []
-    arguments += ["--accept-new-data"] if args.accept_new_data else []
-    return arguments + list(args.overrides)
+    return [str(args.config), "--run-dir", str(run_dir), *start_arguments(args), *args.overrides]

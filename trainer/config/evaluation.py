@@ -1,11 +1,10 @@
 """Section `evaluation`. It stands with the trainer because it is part of a run, which knows nothing of the evaluation."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from tarflow.settings import Count, Section
+from tarflow.settings import Count, HomePath, Section
 
 
 class EvaluationConfig(Section):
@@ -32,7 +31,7 @@ class EvaluationConfig(Section):
     features: Literal["efficientnet_lite0", "mobilenet_v2", "fid_inception", "torchvision_inception", "dinov2"] = Field(
         "efficientnet_lite0", description="feature network; the last three need evaluation.features_file"
     )
-    features_file: Path | None = Field(
+    features_file: HomePath | None = Field(
         None, description="weights of a feature network that no package brings; scores of unknown weights say so"
     )
     keep_features: Count = Field(
@@ -40,7 +39,7 @@ class EvaluationConfig(Section):
         ge=0,
         description="samples whose features are kept, for measures that need more than mean and covariance",
     )
-    reference: Path | None = Field(
+    reference: HomePath | None = Field(
         None, description="stored reference statistics (.npz), checked; null = made once from data.train"
     )
     reference_images: Count = Field(0, ge=0, description="training images behind the reference statistics; 0 = all")

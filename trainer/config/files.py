@@ -77,7 +77,8 @@ def _nulls(value: Any) -> Any:
 def _explain(item: Any, source: str, origin: Mapping[str, str]) -> str:
     path = [str(part) for part in item["loc"]]
     key = ".".join(path)
-    where = origin.get(key, source)
+    within = [text for k, text in origin.items() if k.startswith(f"{key}.")]  # a section that only an override has
+    where = origin.get(key) or (within[0] if within and key not in Config.model_fields else source)
     if item["type"] == "extra_forbidden":
         known = _fields(path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)

@@ -41,7 +41,15 @@ def import_deepspeed(device: torch.device) -> Any:
     except ImportError as error:
         raise TrainerError(f"parallel.backend=deepspeed needs the package deepspeed ({error})") from None
     import logging
+    import warnings
 
+    # It calls collectives by their old names, and torch says so at every step. Nothing else is silenced.
+    warnings.filterwarnings(
+        "ignore",
+        message=r"`torch\.distributed\.\w+` is deprecated",
+        category=FutureWarning,
+        module=r"torch\.distributed\.c10d_logger",
+    )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Its build takes most of a minute and leaves 69 MB per rank in /dev/shm; gloo does the same work.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tarflow.errors import UserError
+from tarflow.errors import LASTING, UserError, in_words
 from tarflow.trainer.parallel.world import World
 from tarflow.trainer.resilience.exit_codes import FAILED, USAGE
 from tarflow.trainer.run_dir import is_run, note
@@ -23,8 +23,8 @@ def failure_exit(world: World, run_dir: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        meant = isinstance(error, UserError)
-        text = str(error) if meant else f"{type(error).__name__}: {error}"
+        meant = isinstance(error, UserError | OSError)
+        text = in_words(error) if isinstance(error, OSError) else str(error) if meant else f"{type(error).__name__}: {error}"
         with suppress(OSError):
             if is_run(run_dir):
                 note(run_dir, f"FAILED: rank {world.rank} of {world.size} (host {os.uname().nodename}): {text}")
@@ -36,4 +36,5 @@ def failure_exit(world: World, run_dir: Path) -> Iterator[None]:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(USAGE if meant else FAILED)
+        lasting = error.errno in LASTING if isinstance(error, OSError) else meant
+        os._exit(USAGE if lasting else FAILED)

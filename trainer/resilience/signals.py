@@ -4,10 +4,17 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
+def catch(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
+    """Handle the stop signals; returns the handlers before. SIGHUP stays ignored under `nohup`, which is what that is for."""
+    kept = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    return {number: signal.signal(number, handler) for number in STOP_SIGNALS if number not in kept}
 
 
 class StopRequest:
@@ -19,14 +26,12 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         self._heard, self._told = socket.socketpair()
         self._told.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
-        for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+        self._previous = catch(self._handle)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a launcher holds them back until here
         self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._listener.start()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tarflow.interpreter import child_environment, module_command
 from tarflow.trainer.resilience.exit_codes import FAILED, FINISHED, HUNG, NO_PROGRESS, REQUEUE, USAGE
-from tarflow.trainer.resilience.signals import STOP_SIGNALS
+from tarflow.trainer.resilience.signals import STOP_SIGNALS, catch
 from tarflow.trainer.run_dir import is_run, note
 
 GRACE_S = 20.0  # for the other ranks to notice that one is gone and to say what they saw
@@ -33,7 +33,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Returns the exit code of the run as a whole."""
-        before = {number: signal.signal(number, self._forward) for number in STOP_SIGNALS}
+        before = catch(self._forward)
         code = FAILED
         try:
             for restart in range(self.max_restarts + 1):

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 import tarflow.trainer.checkpoint.commit as ckpt
 import tarflow.trainer.checkpoint.retention as retention
 import tarflow.trainer.ema.snapshots as snapshots
-from tarflow.files import crc32, discard, write_text
+from tarflow.files import crc32, discard, fsync_path, write_text
 from tarflow.trainer.checkpoint.tensors import write_tensors
 from tarflow.trainer.config.schema import CheckpointConfig
 from tarflow.trainer.errors import TrainerError
@@ -203,6 +203,8 @@ class Writer:
         fault_point("save.written")
         rank = dist.get_rank() if self.channel.group is not None else 0
         mine = [p for p in temporary.glob(f"__{rank}_*") if p not in before]
+        for path in mine:  # from here: a network file system has this rank's pages on this machine
+            fsync_path(path)
         return {p.name: crc32(p) for p in mine}
 
     def _commit(

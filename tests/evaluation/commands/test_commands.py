@@ -68,11 +68,9 @@ def test_wrong_arguments_are_one_message_and_exit_code_2(arguments, message, cap
     assert list(tmp_path.iterdir()) == []
 
 
-def test_report_names_the_grid_of_the_runs_own_settings(make_run, capsys):
+def test_report_names_the_grid_of_the_runs_own_settings(make_run, fake_features, capsys):
     run_dir, _ = make_run()
-    for name in ("images-000000000160", "images-000000000320", "images-000000000320-0123456789ab"):
-        folder = run_dir / "evals" / name
-        folder.mkdir(parents=True)
-        (folder / "grid.png").touch()
+    assert run("evaluate", run_dir) == 0
+    assert run("evaluate", run_dir, "--newest", "sampling.guidance=3") == 0
     assert run("report", run_dir) == 0
     assert f"samples: {run_dir}/evals/images-000000000320/grid.png" in capsys.readouterr().out

@@ -1,0 +1,153 @@
+"""Leases: one process at a time holds a name, on one machine or on a shared file system, without locks of the system.
+
+    FOLDER/NAME.0 .1 ...   who holds NAME; the highest number holds
+
+A lease is a file that must not exist before, with its holder inside, and is renewed by touching it. One that was not renewed
+for its time, or whose process on this machine is dead, is void: the next number may be taken, again by one process only.
+Ages are differences of times that the file server set itself, so clocks of machines need not agree.
+"""
+
+import glob
+import json
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tarflow.files import listed
+
+HEARTBEATS = 5  # renewals within a lease
+
+
+def unique_name() -> str:
+    """A name that no other process of any machine has, for temporary files."""
+    return f"{os.uname().nodename}.{os.getpid()}.{uuid.uuid4().hex[:6]}"
+
+
+@contextmanager
+def leased(folder: Path, name: str, lease_s: float, lost: Callable[[], None] | None = None) -> Iterator[bool]:
+    """Hold a name while the block runs, if it is free; whether it is held here.
+
+    `lost`: called in a thread if another has taken the name over, since this process was paused for too long.
+    """
+    lease = _take(folder, name, lease_s)
+    if lease is None:
+        yield False
+        return
+    stop = threading.Event()
+    beat = threading.Thread(target=_renew, args=(lease, lease_s, stop, lost), name="lease", daemon=True)
+    beat.start()
+    try:
+        yield True
+    finally:
+        stop.set()
+        beat.join()
+        with suppress(OSError):  # what cannot be removed is void when its time is over
+            lease.unlink()
+
+
+def _number(path: Path) -> int:
+    return int(path.name.rpartition(".")[2])
+
+
+def _leases(folder: Path, name: str) -> list[Path]:
+    """The leases on a name, the one that may hold last."""
+    found = listed(folder, f"{glob.escape(name)}.*")
+    return sorted((p for p in found if p.stem == name and p.suffix[1:].isdigit()), key=_number)
+
+
+def held(folder: Path, name: str, lease_s: float) -> bool:
+    """Whether a process holds a lease on the name."""
+    found = _leases(folder, name)
+    return bool(found) and _holds(found[-1], lease_s)
+
+
+def _take(folder: Path, name: str, lease_s: float) -> Path | None:
+    try:
+        before = _leases(folder, name)
+        if before and _holds(before[-1], lease_s):
+            return None
+        mine = _create(folder / f"{name}.{_number(before[-1]) + 1 if before else 0}")
+    except (FileExistsError, FileNotFoundError):
+        return None  # another was faster, or the folder was cleared away
+    if _leases(folder, name)[-1:] != [mine]:  # another had taken a higher one and removed those that were void
+        mine.unlink(missing_ok=True)
+        return None
+    for void in before:
+        with suppress(OSError):
+            void.unlink()
+    return mine
+
+
+def _create(path: Path) -> Path:
+    """Make a lease with its holder in it: an empty one, left by a process killed between the two, names nobody whose
+    death could be seen, and would hold for its whole time."""
+    holder = json.dumps({"host": os.uname().nodename, "pid": os.getpid()})
+    temporary = path.with_name(f".{path.name}.{unique_name()}.tmp")
+    temporary.write_text(holder)
+    try:
+        os.link(temporary, path)
+    except FileNotFoundError:
+        raise
+    except FileExistsError:
+        if not path.samefile(temporary):  # a server's answer was lost, and the link was asked for twice
+            raise
+    except OSError:  # a file system without hard links
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), "w") as file:
+            file.write(holder)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _holds(lease: Path, lease_s: float) -> bool:
+    """Whether the process that made a lease may still be at it."""
+    try:
+        with open(lease) as file:  # opening it makes a network file system ask the server for its time
+            text, renewed = file.read(), os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return False
+    if _now(lease.parent) - renewed > lease_s:
+        return False
+    try:
+        holder = json.loads(text)
+    except ValueError:
+        return True  # just made, where there are no hard links
+    here = holder.get("host") == os.uname().nodename and Path("/proc/self").exists()
+    return not here or Path(f"/proc/{holder.get('pid')}").exists()
+
+
+def _now(folder: Path) -> float:
+    """The file server's time."""
+    clock = folder / f".clock.{unique_name()}"
+    clock.touch()
+    try:
+        return clock.stat().st_mtime
+    finally:
+        clock.unlink(missing_ok=True)
+
+
+def _renew(lease: Path, lease_s: float, stop: threading.Event, lost: Callable[[], None] | None) -> None:
+    while not stop.wait(lease_s / HEARTBEATS):
+        try:
+            _touch(lease)
+        except FileNotFoundError:  # whoever takes a name over removes the leases that were void
+            if lost is not None and not stop.is_set():
+                lost()
+            return
+        except OSError:
+            continue  # the next beat may come through
+
+
+def _touch(lease: Path) -> None:
+    try:
+        os.utime(lease)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system that lets nobody set times: writing sets them as well
+        with open(lease, "r+") as file:
+            text = file.read()
+            file.seek(0)
+            file.write(text)

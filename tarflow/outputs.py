@@ -1,0 +1,73 @@
+"""Standard output and errors, when whoever reads them goes away: `tarflow data info | head -1`, a terminal that is closed."""
+
+import errno
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_NOBODY_READS = {errno.EPIPE, errno.EIO}  # a closed pipe; a terminal that is gone
+
+
+class ReaderGoneError(BrokenPipeError):
+    """Nobody reads standard output any more."""
+
+
+class Output(io.FileIO):
+    """A descriptor that fails as its command wants it.
+
+    While `lasting`, nothing fails: once nobody reads what is written it goes nowhere, and what a full disk refuses is lost.
+    Otherwise a reader that is gone raises ReaderGoneError, and every other error names the output.
+    """
+
+    def __init__(self, descriptor: int, name: str, lasting: bool) -> None:
+        super().__init__(descriptor, "wb", closefd=False)
+        self.title, self.lasting = name, lasting
+
+    def write(self, data: "bytes | bytearray | memoryview") -> int:  # type: ignore[override]
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            gone = error.errno in _NOBODY_READS
+            if gone:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.fileno())
+                os.close(nowhere)
+            if self.lasting:
+                return memoryview(data).nbytes
+            if gone:
+                raise ReaderGoneError(error.errno, error.strerror) from None
+            raise OSError(error.errno, error.strerror, self.title) from None
+
+
+@contextmanager
+def guarded_outputs() -> Iterator["list[Output]"]:
+    """Have the process's own stdout and stderr guarded for a while; yields stdout's Output, if it is its own.
+
+    Whatever cannot be encoded is escaped: a file's name need not be text.
+    """
+    before, guards = (sys.stdout, sys.stderr), []
+    try:
+        if sys.stdout is not None and sys.stdout is sys.__stdout__:
+            guards.append(Output(sys.stdout.fileno(), "/dev/stdout", lasting=False))
+            sys.stdout = _text(sys.stdout, guards[0])
+        if sys.stderr is not None and sys.stderr is sys.__stderr__:
+            sys.stderr = _text(sys.stderr, Output(sys.stderr.fileno(), "/dev/stderr", lasting=True))
+        yield guards
+    finally:
+        for stream in {sys.stdout, sys.stderr} - {*before, None}:
+            try:
+                stream.flush()
+            except OSError:
+                pass
+        sys.stdout, sys.stderr = before
+
+
+def _text(like: io.TextIOWrapper, output: Output) -> io.TextIOWrapper:
+    like.flush()
+    binary = output if like.write_through else io.BufferedWriter(output)  # python -u
+    return io.TextIOWrapper(
+        binary, encoding=like.encoding, errors="backslashreplace", line_buffering=like.line_buffering,
+        write_through=like.write_through,
+    )  # fmt: skip

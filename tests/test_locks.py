@@ -1,0 +1,175 @@
+"""Locks: only EWOULDBLOCK means held; a file system without locks gets leases, and is named once."""
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from tarflow import file_systems, locks
+from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.prepare.write import partial_folder
+from tarflow.data_pipeline.storage.shard_cache import ShardCache
+from tarflow.locks import holder, locked
+from tarflow.trainer.errors import TrainerError
+from tarflow.trainer.run_dir import writer_lock
+from tests.helpers.poor_files import lack
+
+NO_FLOCK = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
+by_name = pytest.mark.parametrize("number", NO_FLOCK, ids=lambda n: errno.errorcode[n])
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said_yet(monkeypatch):
+    monkeypatch.setattr(file_systems, "_said", set())
+
+
+@by_name
+def test_F01_a_run_is_written_by_one_process_without_flock(tmp_path, monkeypatch, capsys, number):
+    lack(monkeypatch, flock=number)
+    run = tmp_path / "run"
+    with writer_lock(run):
+        with pytest.raises(TrainerError, match=rf"in use by another process \(host \S+, pid {os.getpid()}; free 60 s"):
+            with writer_lock(run):
+                pass
+        assert [p.name for p in run.iterdir() if p.name != ".lock"] == [".lock.0"]
+    assert [p.name for p in run.iterdir()] == [".lock"]
+    with writer_lock(run):
+        pass
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == 1
+    where = re.escape(f"{file_systems.file_system(tmp_path)}) has no locks ({errno.errorcode[number]}: ")
+    assert re.search(rf"^note: the file system \({where}", notes[0])
+    assert f"leases of 60 s stand in for them ({run}/.lock.*)" in notes[0]
+
+
+def test_F01_a_lock_that_is_held_is_held(tmp_path):
+    with writer_lock(tmp_path), pytest.raises(TrainerError, match=rf"in use .*\(host \S+, pid {os.getpid()}\); two writers"):
+        with writer_lock(tmp_path):
+            pass
+
+
+@by_name
+def test_F01_two_writers_of_one_data_set_without_flock(tmp_path, monkeypatch, number):
+    lack(monkeypatch, flock=number)
+    with partial_folder(tmp_path / "out[1]"):
+        with pytest.raises(DataError, match="another process is writing"), partial_folder(tmp_path / "out[1]"):
+            pass
+    assert [p.name for p in tmp_path.iterdir()] == ["out[1]"]
+
+
+@by_name
+def test_F01_the_shard_cache_fetches_once_without_flock(tmp_path, monkeypatch, number):
+    lack(monkeypatch, flock=number)
+    monkeypatch.setattr(locks, "_LOOK_S", 0.01)
+    fetched, began = [], threading.Barrier(4)
+
+    def fetch(file):
+        fetched.append(1)
+        time.sleep(0.2)
+        file.write(b"shard")
+
+    def read():
+        began.wait(10)
+        descriptor = ShardCache(tmp_path / "cache", 100).open("a", 5, fetch)
+        got.append(os.read(descriptor, 9))
+        os.close(descriptor)
+
+    got = []
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert got == [b"shard"] * 4
+    assert len(fetched) == 1
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["a.shard"]
+
+
+def test_F01_a_job_that_waits_for_the_last_writer_goes_on_without_flock(tmp_path, monkeypatch):
+    from tarflow.cluster.job.writer import RunInUseError, wait_for_writer
+
+    lack(monkeypatch, flock=errno.ENOLCK)
+    said = []
+    wait_for_writer(tmp_path, "7", said.append)
+    assert said == []
+    with writer_lock(tmp_path), pytest.raises(RunInUseError, match=rf"being trained by .* pid {os.getpid()}"):
+        wait_for_writer(tmp_path, "7", said.append, patience_s=0.1)
+    assert len(said) == 1
+    wait_for_writer(tmp_path, "7", said.append)
+    assert len(said) == 1
+
+
+HOLD = """
+import errno, pytest, sys, time
+from pathlib import Path
+from tests.helpers.poor_files import lack
+lack(pytest.MonkeyPatch(), flock=errno.ENOSYS)
+from tarflow.trainer.run_dir import writer_lock
+with writer_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("here", ["poor", "rich"])
+def test_F01_a_lease_is_seen_and_ends_with_its_process(tmp_path, monkeypatch, here):
+    """Also by a process whose machine can lock: mount options differ."""
+    if here == "poor":
+        lack(monkeypatch, flock=errno.ENOSYS)
+    child = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "held\n"
+    with pytest.raises(TrainerError, match=f"pid {child.pid}; free 60 s"), writer_lock(tmp_path):
+        pass
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    with writer_lock(tmp_path):
+        pass
+
+
+def test_a_lock_file_that_its_holder_removes_is_made_anew(tmp_path):
+    """Who waited for the removed file would hold what nobody else sees."""
+    path, order = tmp_path / "lock", []
+
+    def second():
+        with locked(path, wait=True) as mine:
+            order.append(("second", mine, path.exists()))
+
+    with locked(path) as mine:
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.05)
+        order.append(("first", mine, path.exists()))
+    thread.join(10)
+    assert order == [("first", True, True), ("second", True, True)]
+    assert not path.exists()
+
+
+def test_who_holds_a_lock_may_not_have_said(tmp_path):
+    assert holder(tmp_path / "none") == "it has not said which"
+
+
+MOUNTS = """\
+/dev/root / ext4 rw 0 0
+tank /data zfs rw 0 0
+10.0.0.1@tcp:/lfs /data/with\\040blank lustre rw,localflock 0 0
+fuse /database fuse.sshfs rw 0 0
+"""
+
+
+def test_a_file_system_is_named_by_the_longest_mount_above(tmp_path, monkeypatch):
+    mounts = tmp_path / "mounts"
+    mounts.write_text(MOUNTS)
+    monkeypatch.setattr(file_systems, "_MOUNTS", mounts)
+    assert file_systems.file_system("/data/x") == "zfs at /data"
+    assert file_systems.file_system("/data/with blank/run") == "lustre at /data/with blank"
+    assert file_systems.file_system("/database") == "fuse.sshfs at /database"
+    assert file_systems.file_system("/nowhere") == "ext4 at /"
+    mounts.unlink()
+    assert file_systems.file_system("/nowhere") == "that of /nowhere"

@@ -1,0 +1,134 @@
+"""Readers that go away: `| head -1` ends a command without a word, a training goes on to its log."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from tarflow.outputs import Output, ReaderGoneError
+from tests.test_poor_file_system import CONFIG
+
+ENV = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
+
+
+def start(*words: object, **options: object) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "tarflow", *map(str, words)], env=ENV, text=True,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tarflow.data_pipeline.prepare.sources import open_source
+    from tarflow.data_pipeline.prepare.write import Options, prepare
+
+    folder = tmp_path_factory.mktemp("small")
+    images = np.random.default_rng(0).integers(0, 255, (30, 8, 8, 1), dtype=np.uint8)
+    np.savez(folder / "images.npz", images=images, labels=np.arange(30) % 3)
+    prepare(open_source(folder / "images.npz"), folder / "set", Options(size=8))
+    return folder / "set"
+
+
+@pytest.mark.parametrize("words", [["data", "info", "SET"], ["data", "verify", "SET", "--processes", "1"], ["--help"]])
+def test_F19_a_reader_that_goes_ends_a_command_without_a_word(small_set: Path, words: list[str]) -> None:
+    process = start(*[str(small_set) if word == "SET" else word for word in words])
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) == (0 if words == ["--help"] else 128 + signal.SIGPIPE)
+
+
+def test_N14_a_full_disk_under_the_output_is_one_line(small_set: Path) -> None:
+    with open("/dev/full", "w") as full:
+        process = start("data", "info", small_set, stdout=full)
+        _, err = process.communicate(timeout=60)
+    assert err.startswith("tarflow data info: error: /dev/stdout: no space is left on its file system (")
+    assert err.count("\n") == 1
+    assert process.returncode == 1
+
+
+def until(what: object, limit_s: float = 60) -> None:
+    limit = time.monotonic() + limit_s
+    while not what():  # type: ignore[operator]
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def test_F19_a_training_outlives_its_reader_and_saves_when_its_terminal_is_closed(small_set: Path, tmp_path: Path) -> None:
+    """`tarflow train ... | head -1`, and then SIGHUP, as for SIGTERM."""
+    config, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(CONFIG | {"data": {"train": str(small_set), "num_workers": 1}}))
+    settings = ("train.max_images=1_600_000", "checkpoint.every_images=1_600_000", "ema.snapshot_every_images=0")
+    process = start("train", config, "--run-dir", run, *settings)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline().startswith("data:")
+    process.stdout.close()
+    until(lambda: (run / "log.txt").exists() and "step 3 " in (run / "log.txt").read_text())
+    process.send_signal(signal.SIGHUP)
+    assert process.stderr.read() == ""
+    assert process.wait(60) == 75
+    last = (run / "log.txt").read_text().splitlines()[-1]
+    assert "stopped by SIGHUP at " in last
+    assert last.endswith(" images, saved; the same command goes on from here")
+    assert len(list((run / "checkpoints").glob("*/COMMITTED"))) == 1
+
+
+CATCH = """
+import os, signal
+from tarflow.trainer.resilience.signals import StopRequest
+with StopRequest() as stop:
+    os.kill(os.getpid(), signal.SIGHUP)
+print(stop.received)
+"""
+
+
+@pytest.mark.parametrize(("ignored", "received"), [(True, "None"), (False, "SIGHUP")], ids=["nohup", "terminal"])
+def test_F19_nohup_stays_in_force(ignored: bool, received: str) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        done = subprocess.run([sys.executable, "-c", CATCH], env=ENV, capture_output=True, text=True, timeout=60)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert done.stdout.strip() == received
+
+
+RANK = "import signal, sys, time; from tarflow.trainer.resilience.signals import StopRequest\nwith StopRequest() as s:\n print('up', flush=True)\n while s.received is None: time.sleep(.01)\nsys.exit(75)"
+SUPERVISE = f"""
+import sys
+from pathlib import Path
+from tarflow.trainer.resilience.supervisor import Supervisor
+sys.exit(Supervisor([sys.executable, "-c", {RANK!r}], 2, Path("none"), 3).run())
+"""
+
+
+def test_F19_ranks_are_told_that_the_terminal_of_their_supervisor_is_closed() -> None:
+    process = subprocess.Popen([sys.executable, "-c", SUPERVISE], env=ENV, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["up\n", "up\n"]
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 75
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_an_output_goes_nowhere_once_nobody_reads_it(lasting: bool) -> None:
+    read, write = os.pipe()
+    output = Output(write, "standard output", lasting)
+    assert output.write(b"1") == 1
+    os.close(read)
+    if lasting:
+        assert output.write(b"22") == 2
+    else:
+        with pytest.raises(ReaderGoneError):
+            output.write(b"22")
+    assert os.write(write, b"333") == 3  # what a library or a child writes itself
+    os.close(write)

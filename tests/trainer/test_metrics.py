@@ -1,0 +1,67 @@
+"""What a training shows while it runs: what matters fits a narrow terminal, the rest stands in log.txt."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tarflow.trainer import metrics
+from tarflow.trainer.metrics import MetricLog
+
+ROW = {
+    "train/loss": -0.1234, "train/bits_per_dim": 4.123, "optim/grad_norm": 12.34, "optim/lr": 1e-4,
+    "throughput/images_per_sec": 1234.4,
+}  # fmt: skip
+TOTAL = 1_281_167_000
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """`terminal(80)`: the log of a run whose errors go to a terminal of so many columns."""
+    made: list[MetricLog] = []
+
+    def make(width: int) -> MetricLog:
+        console = Console(width=width, force_terminal=True, color_system=None, file=io.StringIO())
+        bar = metrics._progress_bar
+        monkeypatch.setattr("tarflow.trainer.metrics._progress_bar", lambda: bar(console))
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+        made.append(MetricLog(tmp_path, False, TOTAL))
+        return made[0]
+
+    yield make
+    for log in made:
+        log.close()
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_N13_a_progress_bar_of_any_width_has_its_bar_and_its_figures(terminal, width: int) -> None:
+    log = terminal(width)
+    log.figures(123456, TOTAL // 2, TOTAL, ROW)
+    shown = Console(width=width, color_system=None, file=io.StringIO())
+    shown.print(log._progress.get_renderable())
+    (line,) = shown.file.getvalue().splitlines()
+    assert len(line) <= width
+    assert line.startswith(" 50.0% ━━━━━"), "a bar that can be seen"
+    assert "4.123 bits/dim | 1234 img/s" in line
+    assert "ETA" in line
+    assert ("loss -0.1234 | grad 12.34 | lr 1.00e-04" in line) == (width == 200)
+
+
+def test_N13_a_line_begins_with_what_one_looks_for_first(tmp_path: Path, capsys) -> None:
+    log = MetricLog(tmp_path, False, TOTAL)
+    log.figures(123456, TOTAL // 2, TOTAL, ROW)
+    log.close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line[:80].startswith("step 123456 | 50.0% | ETA 144:09:03 | 4.123 bits/dim | 1234 img/s |")
+    assert line.endswith("| 640,583,500/1,281,167,000 images | loss -0.1234 | grad 12.34 | lr 1.00e-04")
+    assert (tmp_path / "log.txt").read_text().rstrip().endswith(line)
+
+
+def test_N13_what_is_only_recorded_is_not_on_the_screen(tmp_path: Path, capsys) -> None:
+    log = MetricLog(tmp_path, False, TOTAL)
+    log.record("the configuration of this start:\ndata:\n  train: x")
+    log.say("model: small")
+    log.close()
+    assert capsys.readouterr().out == "model: small\n"
+    assert "the configuration of this start:\ndata:\n  train: x\n" in (tmp_path / "log.txt").read_text()
