@@ -86,7 +86,9 @@ def given_names(file: Path | None, known: Sequence[str] | None, num_classes: int
         return known
     names = parse_classes(file)
     if known is not None and list(known) != names:
-        differ = next((i for i, pair in enumerate(zip(known, names)) if pair[0] != pair[1]), min(len(known), len(names)))
+        differ = next(
+            (i for i, pair in enumerate(zip(known, names)) if pair[0] != pair[1]), min(len(known), len(names))
+        )
         ours, theirs = (repr(s[differ]) if differ < len(s) else "no class" for s in (known, names))
         raise EvaluationError(
             f"--classes {file}: class {differ} is {theirs} there, and {ours} in {where}; leave the option out"

@@ -94,8 +94,8 @@ def reconstruct(
         )
     path = out or run_dir / f"{power_name(relative_std)}-{final.name}.safetensors"
     config, name = load_config(final.path / "config.yaml"), power_name(relative_std)
-    chosen, _ = chosen_sampling(run_dir)
-    provenance = provenance_of(final, config, name, chosen, ema_relative_std=relative_std)
+    sampling, _ = chosen_sampling(run_dir)
+    provenance = provenance_of(final, config, name, sampling, ema_relative_std=relative_std)
     save_weights_file(path, config.model, _combine(pairs, coefficients), provenance)
     return path
 

@@ -58,7 +58,9 @@ def initial_weights(source: Path, config: Config, partial: bool) -> tuple[dict[s
         lines.append(_change_classes(tensors, config.model, file.provenance.classes, ours))
     if "image_size" in changed:
         _resample(tensors, config.model)
-        lines.append(f"position embeddings are resampled from {file.config.image_size} to {config.model.image_size} pixels")
+        lines.append(
+            f"position embeddings are resampled from {file.config.image_size} to {config.model.image_size} pixels"
+        )
     return tensors, lines
 
 
@@ -131,7 +133,9 @@ def _change_classes(
         for row, there in rows.items():
             fitted[row] = embedding[there]
         tensors[name] = fitted
-    by_name = f"{len(rows)} of {model.num_classes} classes are known by name" if theirs and ours else "names are not compared"
+    by_name = (
+        f"{len(rows)} of {model.num_classes} classes are known by name" if theirs and ours else "names are not compared"
+    )
     return f"classes changed: {by_name}; the others start as images without a label"
 
 

@@ -13,6 +13,7 @@ from tarflow.evaluation.run_config import run_config
 from tarflow.evaluation.worker import sweep as sweep_module
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 from tarflow.evaluation.worker.sweep import SweepRequest, sweep_guidance
+from tarflow.trainer.errors import TrainerError
 
 pytestmark = pytest.mark.usefixtures("fake_features")
 
@@ -70,7 +71,7 @@ def test_the_choice_is_the_default_until_it_is_overridden_and_whoever_uses_it_sa
     assert tarflow.cli.main(["evaluate", str(run_dir), "sampling.guidance=0.5"]) == 0
     assert "sampling with denoise=0.25, attn_temp=1.0: chosen by sweeps/step-00000020-" in capsys.readouterr().out
     (run_dir / "sampling.json").write_text('{"sampling": {"guidence": 1}, "chosen_by": "me"}')
-    with pytest.raises(EvaluationError, match="holds 'guidence', which is no setting"):
+    with pytest.raises(TrainerError, match="holds 'guidence', which is no setting"):
         run_config(run_dir)
 
 

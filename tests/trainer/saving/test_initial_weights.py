@@ -45,7 +45,9 @@ def config(tiny_config: Path) -> Config:
 def save(config: Config, tmp_path: Path):
     """Write the weights of a moved model that differs from the run's; (path, model)."""
 
-    def make(name: str = "w.safetensors", classes: tuple[str, ...] | None = None, **changes: object) -> tuple[Path, TarFlow]:
+    def make(
+        name: str = "w.safetensors", classes: tuple[str, ...] | None = None, **changes: object
+    ) -> tuple[Path, TarFlow]:
         model = moved(config.model.model_copy(update=changes))
         save_weights_file(tmp_path / name, model.config, model.state_dict(), Provenance(classes=classes))
         return tmp_path / name, model
@@ -129,7 +131,9 @@ def test_N04_to_an_unconditional_model_and_back(save, config) -> None:
     new = load_model(bare.model, tensors)
     torch.testing.assert_close(latents(new, None, x), latents(old, [-1] * 3, x), rtol=1e-4, atol=1e-4)
     assert any("the classes are left out" in line for line in lines)
-    assert any("does not say the size of its attention heads: taken as model.head_channels=64" in line for line in lines)
+    assert any(
+        "does not say the size of its attention heads: taken as model.head_channels=64" in line for line in lines
+    )
     save_weights_file(path, bare.model, tensors)
     tensors, lines = initial_weights(path, config, True)
     assert not any("class_embed" in name for name in tensors), "fresh values stay"
@@ -157,9 +161,12 @@ def test_N04_positions_are_resampled(save, config, there) -> None:
 
 def test_N04_a_run_is_begun_from_the_newest_average_of_another(tiny_config, config, tmp_path, capsys) -> None:
     """Through the front door: refused before anything is made, then with --init-partial, then from the run that it made."""
+
     def main(run: str, *arguments: object) -> int:
         fast = ("train.max_images=16", "optim.lr=1e-30", "optim.final_lr=0", "train.param_dtype=float32")
-        return tarflow.cli.main([str(a) for a in ("train", tiny_config, "--run-dir", tmp_path / run, *fast, *arguments)])
+        return tarflow.cli.main(
+            [str(a) for a in ("train", tiny_config, "--run-dir", tmp_path / run, *fast, *arguments)]
+        )
 
     assert main("first") == 0
     source = tmp_path / "first"
