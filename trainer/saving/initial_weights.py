@@ -51,6 +51,9 @@ def initial_weights(source: Path, config: Config, partial: bool) -> tuple[dict[s
         lines.append(
             f"{source} does not say the size of its attention heads: taken as model.head_channels={config.model.head_channels}"
         )
+    trained, train = file.provenance, config.train
+    if trained.noise and (trained.noise, trained.noise_std) != (train.noise, _noise_std(config)):
+        lines.append(f"note: this run trains on other noise: {train.noise}, standard deviation {_noise_std(config):g}")
     tensors = dict(file.tensors)
     ours = class_names(config) if partial else None
     renamed = None not in (ours, file.provenance.classes) and list(ours or ()) != list(file.provenance.classes or ())
@@ -62,6 +65,10 @@ def initial_weights(source: Path, config: Config, partial: bool) -> tuple[dict[s
             f"position embeddings are resampled from {file.config.image_size} to {config.model.image_size} pixels"
         )
     return tensors, lines
+
+
+def _noise_std(config: Config) -> float:
+    return config.train.noise_std if config.train.noise == "gaussian" else 0.0
 
 
 def class_names(config: Config) -> Sequence[str] | None:
@@ -93,7 +100,7 @@ def _read(source: Path, like: TarFlowConfig) -> tuple[WeightsFile, list[str]]:
         which = config.ema.preferred
         header = _header(checkpoint, config)
         file = WeightsFile(header.config, header.provenance, False, load_weights(checkpoint, which))
-    return file, [f"{source}: weights {which} of its newest checkpoint, {checkpoint.name}"]
+    return file, [f"{source}, newest checkpoint {checkpoint.name}: {file.provenance}"]
 
 
 def _check_fits(source: Path, theirs: TarFlowConfig, ours: TarFlowConfig, partial: bool) -> set[str]:

@@ -174,18 +174,24 @@ def test_N04_a_run_is_begun_from_the_newest_average_of_another(tiny_config, conf
     wanted = load_weights(find(source), "ema-0.100")
     started = load_weights(find(tmp_path / "second"), "raw")
     assert all(torch.allclose(started[name], wanted[name], atol=1e-6) for name in wanted)
-    assert f"{source}: weights ema-0.100 of its newest checkpoint, " in (tmp_path / "second/log.txt").read_text()
+    log = (tmp_path / "second/log.txt").read_text()
+    assert (
+        f"{source}, newest checkpoint {find(source).name}: weights ema-0.100 of step 1 (16 images), trained on" in log
+    )
+    assert "trains on other noise" not in log
     capsys.readouterr()
     for more in ([], ["--dry-run"]):
         assert main("third", "model.num_classes=4", "--init-from", source, *more) == 2
         assert "model.num_classes: 3 there, 4 here" in capsys.readouterr().err
         assert not (tmp_path / "third").exists()
-    assert main("third", "model.num_classes=4", "--init-from", source, "--init-partial") == 0
-    assert "classes changed" in (tmp_path / "third/log.txt").read_text()
+    fitted = ("model.num_classes=4", "train.noise=uniform", "--init-from", source, "--init-partial")
+    assert main("third", *fitted) == 0
+    log = (tmp_path / "third/log.txt").read_text()
+    assert "classes changed" in log
+    assert "note: this run trains on other noise: uniform" in log
     assert load_weights(find(tmp_path / "third"), "raw")["blocks.0.class_embed"].shape[0] == 4
     shutil.rmtree(source)
-    resumed = main("third", "model.num_classes=4", "--init-from", source, "--init-partial", "train.max_images=32")
-    assert resumed == 0, "a run with checkpoints needs it no more"
+    assert main("third", *fitted, "train.max_images=32") == 0, "a run with checkpoints needs it no more"
     assert main("fourth", "--init-partial") == 2
     assert "--init-partial goes with --init-from" in capsys.readouterr().err
 
@@ -213,4 +219,8 @@ def test_V08_a_checkpoint_and_the_log_say_which_code_trained(tiny_config, tmp_pa
     from tarflow.models.weights import read_weights
 
     assert read_weights(out).provenance.code == code_version()
+    path = find(tmp_path / "run").path / "COMMITTED"
+    path.write_text(json.dumps(marker | {"code": {"version": "0.1.9"}}))
+    assert tarflow.cli.main([*arguments, "train.max_images=32"]) == 0
+    assert f"changed: code: tarflow 0.1.9 -> {describe_code(code_version())}" in (tmp_path / "run/log.txt").read_text()
     assert class_names(load_config(tiny_config)) == ["0", "1", "2"]
