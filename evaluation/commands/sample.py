@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from tarflow.evaluation.commands.options import FAILED, OK, add_machine, say, set_up_process
+from tarflow.trainer.checkpoint.choice import add_choice
 
 EXAMPLE = """example:
   tarflow sample runs/demo --out samples --num 64 --guidance 2.0
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the images")
     parser.add_argument("--num", type=int, default=64, metavar="N", help="how many images (default 64)")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the newest)")
+    add_choice(parser)
     parser.add_argument("--weights", metavar="SET", help="raw or an average such as ema-0.100")
     parser.add_argument(
         "--labels",
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         out=args.out,
         num=args.num,
         step=args.step,
+        images=args.images,
         weights=args.weights,
         batch_size=args.batch_size,
         columns=args.columns,

@@ -32,6 +32,7 @@ class SampleRequest:
     out: Path
     num: int = 64
     step: int | None = None
+    images: int | None = None  # seen by the checkpoint
     weights: str | None = None
     batch_size: int | None = None
     columns: int | None = None
@@ -99,7 +100,7 @@ def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[WeightsSo
         raise EvaluationError(
             f"--noise-std belongs to weights files; {request.source} was trained with {config.train.noise_std}"
         )
-    checkpoint = find(request.source, request.step)
+    checkpoint = find(request.source, request.step, request.images)
     given = request.settings
     if request.labels is not None or request.classes is not None:
         given = given | _labels(request, names_of_checkpoint(checkpoint, config), config.model.num_classes)
@@ -115,7 +116,8 @@ def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[WeightsSo
 def _open_file(
     request: SampleRequest, device: torch.device, say: Callable[[str], None]
 ) -> tuple[WeightsSource, ResolvedSampling, int]:
-    for option, value in (("--step", request.step), ("--weights", request.weights)):
+    chosen = (("--step", request.step), ("--images", request.images), ("--weights", request.weights))
+    for option, value in chosen:
         if value is not None:
             raise EvaluationError(f"{option} chooses among a run's checkpoints; {request.source} is a weights file")
     file = read_weights(request.source)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tarflow.code_version import code_version
+from tarflow.data_pipeline.images.identical import count_identical
 from tarflow.evaluation import results
 from tarflow.evaluation.image_set import ImageSet
 from tarflow.evaluation.metrics.all_scores import feature_scores
@@ -90,11 +91,11 @@ class Evaluator:
             source = from_checkpoint(self.config, checkpoint, self.settings.weights, self.real.device)
             return Job(self, source).run()
 
-    def name_of(self, step: int | None, sha256: str) -> str:
+    def name_of(self, source: WeightsSource) -> str:
         """Directory of the result of a checkpoint or a weights file."""
-        if step is None:
-            return f"weights-{sha256[:12]}-{self.settings.hash}"
-        return results.result_name(self.root, step, self.settings.hash, self.recipe.own)
+        if source.checkpoint is None:
+            return f"weights-{source.sha256[:12]}-{self.settings.hash}"
+        return results.result_name(self.root, source.checkpoint, self.settings.hash, self.recipe.own)
 
 
 class Job:
@@ -103,7 +104,7 @@ class Job:
     def __init__(self, evaluator: Evaluator, source: WeightsSource) -> None:
         self.evaluator, self.source = evaluator, source
         self.config, self.settings, self.real = evaluator.config, evaluator.settings, evaluator.real
-        self.name = evaluator.name_of(source.step, source.sha256)
+        self.name = evaluator.name_of(source)
         self.sampler = Sampler(source.model, self.settings.sampling)
         self.watch = Stopwatch()
         self.published: dict[str, Any] | None = None
@@ -250,7 +251,14 @@ class Job:
         found = feature_scores(
             network, samples.statistics, samples.features, reference.statistics, reference.rows, parts=chunks
         )
-        return found | about
+        identical = None
+        if samples.hashes is not None and reference.hashes is not None:
+            identical = count_identical(samples.hashes, reference.hashes)
+        if identical:
+            found["warnings"].append(
+                f"{identical} of {samples.statistics.count} samples are, pixel for pixel, images of the reference"
+            )
+        return found | {"identical_images": identical} | about
 
     def _bits_per_dim(self, likelihood: MergedLikelihood) -> dict[str, Any]:
         held_out = self.held_out

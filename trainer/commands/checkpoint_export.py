@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from tarflow.trainer.checkpoint.choice import add_choice
+
 EXAMPLE = """example:
   tarflow checkpoint export runs/demo --out demo.safetensors --weights ema-0.050
 """
@@ -23,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SET",
         help="raw, an average such as ema-0.050, or auto: the widest average, raw without any (default)",
     )
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the newest)")
+    add_choice(parser, "the one of most images")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,12 +40,12 @@ def run(args: argparse.Namespace) -> int:
 
     require_run(args.run)
     _check_out(args.out)
-    checkpoint = find(args.run, args.step)
+    checkpoint = find(args.run, args.step, args.images)
     with pinned(checkpoint, owner="export"):
         problem = damage(checkpoint)
         if problem:
             raise TrainerError(
-                f"checkpoint {checkpoint.path} is damaged: {problem}; choose another with --step (see `tarflow checkpoint "
+                f"checkpoint {checkpoint.path} is damaged: {problem}; choose another with --images (see `tarflow checkpoint "
                 "verify`)"
             )
         config = load_config(checkpoint.path / "config.yaml")

@@ -77,7 +77,7 @@ def sampled(source, out, labels, **options):
 
 
 def set_marker(run_dir, **facts):
-    marker = run_dir / "checkpoints/step-00000010/COMMITTED"
+    marker = run_dir / "checkpoints/images-000000000160/COMMITTED"
     marker.write_text(json.dumps(json.loads(marker.read_text()) | facts))
 
 
