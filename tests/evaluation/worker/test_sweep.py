@@ -122,6 +122,24 @@ def test_N11_a_record_of_an_earlier_version_is_read(run_dir):
     assert run_config(run_dir).sampling.guidance == record["best"]["guidance"]
 
 
+def test_V06_damaged_parts_of_a_sweep_are_computed_again_and_said(run_dir):
+    def stop(line):
+        if " samples, guidance" in line:  # the first setting has its distance
+            raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        sweep_guidance(request(run_dir), stop)
+    (figures,) = (run_dir / "sweeps").rglob("distance-*.json")
+    chunk = sorted(figures.parent.glob("samples-*"))[0]
+    for path in (figures, chunk):
+        os.truncate(path, path.stat().st_size // 2)
+    lines = []
+    sweep_guidance(request(run_dir), lines.append)
+    assert [line for line in lines if "damaged" in line] == [
+        f"{path} is damaged and computed again" for path in (figures, chunk)
+    ]
+
+
 def work(run_dir):
     torch.set_num_threads(1)
     sweep_guidance(request(run_dir), lambda _: None)
