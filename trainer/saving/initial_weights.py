@@ -24,9 +24,9 @@ from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import require_run
 
 ADAPTABLE = {
-    "num_classes": "class_embed",
-    "image_size": "pos_embed, which is resampled",
-    "soft_clip": "nothing, under another bound of the log-scale",
+    "num_classes": "class_embed is fitted to the classes here",
+    "image_size": "pos_embed is resampled",
+    "soft_clip": "the log-scale is bounded as here",
 }
 
 
@@ -116,8 +116,8 @@ def _check_fits(source: Path, theirs: TarFlowConfig, ours: TarFlowConfig, partia
     if others:
         advice = f"Set {', '.join(f'model.{name}' for name in here if name in others)} as there"
     else:
-        kept = ", ".join(ADAPTABLE[name] for name in here if name in differ)
-        advice = f"Set these as there, or add --init-partial to keep everything but {kept}"
+        changes = ", ".join(ADAPTABLE[name] for name in here if name in differ)
+        advice = f"Set these as there, or add --init-partial: all is kept, but {changes}"
     raise TrainerError(f"--init-from {source} holds another model:{lines}\n{advice}")
 
 

@@ -68,10 +68,11 @@ def latents(model: TarFlow, y: list[int] | None, x: torch.Tensor) -> torch.Tenso
 @pytest.mark.parametrize(
     ("changes", "lines"),
     [
-        ({"num_classes": 5}, ["model.num_classes: 5 there, 3 here", "--init-partial to keep everything but class_embed"]),
-        ({"image_size": 16}, ["model.image_size: 16 there, 8 here", "everything but pos_embed, which is resampled"]),
+        ({"num_classes": 5}, ["model.num_classes: 5 there, 3 here", "add --init-partial: all is kept, but class_embed is fitted"]),
+        ({"image_size": 16}, ["model.image_size: 16 there, 8 here", "all is kept, but pos_embed is resampled"]),
         ({"num_blocks": 3, "num_classes": 5},
          ["model.num_blocks: 3 there, 2 here\n  model.num_classes: 5 there, 3 here\nSet model.num_blocks as there"]),
+        ({"soft_clip": 4.0}, ["model.soft_clip: 4.0 there, 0.0 here", "but the log-scale is bounded as here"]),
         ({"nvp": False}, ["model.nvp: False there, True here", "Set model.nvp as there"]),
     ],
 )  # fmt: skip
