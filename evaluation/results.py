@@ -115,6 +115,24 @@ def publish(run_dir: Path, temporary: Path, name: str, tensorboard: bool) -> boo
     return True
 
 
+def set_damaged_aside(run_dir: Path, name: str) -> Path | None:
+    """Make room where a result's directory has no readable result, which published ones have; where it lies now."""
+    folder = evals_dir(run_dir) / name
+    try:
+        if not folder.is_dir() or isinstance(json.loads((folder / RESULT).read_text()), dict):
+            return None
+    except (FileNotFoundError, ValueError):
+        pass
+    except OSError:  # it may be whole for those who can read it
+        return None
+    kept = free_name(evals_dir(run_dir) / f"damaged-{name}")
+    try:
+        os.rename(folder, kept)
+    except FileNotFoundError:  # another worker saw it too
+        return None
+    return kept
+
+
 def supersede(run_dir: Path, name: str, result: dict[str, Any]) -> None:
     """Set a result aside whose checkpoint was saved again with other weights."""
     kept = evals_dir(run_dir) / f"superseded-{name}-{str(result.get('weights_sha256'))[:8]}"

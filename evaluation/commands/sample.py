@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--annealed", action=argparse.BooleanOptionalAction, help="let the guidance grow over the tokens"
     )
     parser.add_argument("--denoise", type=float, metavar="M", help="multiplier of the denoising step; 0 = none")
-    parser.add_argument("--noise-std", type=float, metavar="S", help="training noise of a weights file that does not say it")
+    parser.add_argument(
+        "--noise-std", type=float, metavar="S", help="training noise of a weights file that does not say it"
+    )
     parser.add_argument("--seed", type=int, help="key of the noise")
     parser.add_argument("--param-dtype", choices=("float32", "bfloat16"), help="dtype of the network's products")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at once; does not change them")

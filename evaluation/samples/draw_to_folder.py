@@ -14,12 +14,13 @@ from tarflow.evaluation.run_config import run_config
 from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler, check_guidance
 from tarflow.evaluation.samples.file_sampling import describe_file, sampling_of_file
 from tarflow.evaluation.samples.grid import make_grid
-from tarflow.evaluation.samples.labels import given_names, names_of_checkpoint, parse_labels
+from tarflow.evaluation.samples.labels import given_names, parse_labels
 from tarflow.evaluation.samples.png_folder import SampleFolder, load_png, save_png
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import WeightsSource, from_checkpoint, from_file, resolve_device
 from tarflow.models.weights import is_weights_file, read_weights
 from tarflow.trainer.checkpoint.commit import find, pinned
+from tarflow.trainer.checkpoint.provenance import names_of_checkpoint
 
 GRID_IMAGES = 100
 

@@ -7,6 +7,7 @@ draw. Merging reads one chunk at a time: memory does not grow with their number.
 """
 
 import json
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +106,16 @@ class SamplesPart:
             if len(arrays[name]):
                 kept.append(torch.from_numpy(arrays[name]))
         return about
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a chunk's file, or figures made of chunks (`.json`), can be read to its end; what it holds is not looked at."""
+    if path.suffix != ".json":
+        return zipfile.is_zipfile(path)  # the table of its parts stands at the end
+    try:
+        return isinstance(json.loads(path.read_text()), dict)
+    except ValueError:
+        return False
 
 
 def chunk_statistics(paths: Iterable[Path]) -> Iterator[FeatureStatistics]:

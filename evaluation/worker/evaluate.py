@@ -34,6 +34,7 @@ from tarflow.evaluation.worker.chunk_results import (
     MergedLikelihood,
     SamplesPart,
     chunk_statistics,
+    is_whole,
     save_likelihood,
 )
 from tarflow.evaluation.worker.real_images import RealImages
@@ -126,6 +127,10 @@ class Job:
         """Join the work on this result, or begin it: what the first worker's plan says holds for all."""
         root, evaluation, num = self.evaluator.root, self.config.evaluation, self.settings.num_samples
         self.saver = SampleStore.of(self.evaluator.save, root, self.source, self.sampler, num, self.evaluator.say)
+        if aside := results.set_damaged_aside(root, self.name):
+            self.evaluator.say(
+                f"{self.name} has no readable {results.RESULT}: set aside as {aside.name}, evaluated again"
+            )
         plan = {"batch_size": self.config.sampling.batch_size, "chunk_samples": evaluation.chunk_samples}
         folder = results.work_dir(root, f"{self.name}-{self.settings.hash}-{self.source.sha256[:12]}")
         self.work = SharedWork(folder, plan, evaluation.lease_s)
@@ -136,7 +141,10 @@ class Job:
 
     def compute_chunks(self) -> bool:
         """Help until every chunk is there; False if the result is already."""
-        return self.work.work_through([*self.sample_chunks, *self.likelihood_chunks], self._compute, self._is_published)
+        chunks = [*self.sample_chunks, *self.likelihood_chunks]
+        for name in self.work.give_back(chunks, is_whole):
+            self.evaluator.say(f"  {self.work.path(name)} is damaged and computed again")
+        return self.work.work_through(chunks, self._compute, self._is_published)
 
     def _is_published(self) -> bool:
         there = results.read_result(results.evals_dir(self.evaluator.root) / self.name)

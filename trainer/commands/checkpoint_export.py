@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from tarflow.models.weights import save_weights_file
     from tarflow.trainer.checkpoint.commit import damage, find, pinned
-    from tarflow.trainer.checkpoint.provenance import provenance_of
+    from tarflow.trainer.checkpoint.provenance import names_of_checkpoint, provenance_of
     from tarflow.trainer.checkpoint.tensors import load_weights
     from tarflow.trainer.config.chosen_sampling import chosen_sampling
     from tarflow.trainer.config.files import load_config
@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
         weights = load_weights(checkpoint, which)
     chosen, where = chosen_sampling(args.run)
     try:
-        save_weights_file(args.out, config.model, weights, provenance_of(checkpoint, config, which, chosen))
+        provenance = provenance_of(checkpoint, config, which, chosen, classes=names_of_checkpoint(checkpoint, config))
+        save_weights_file(args.out, config.model, weights, provenance)
     except OSError as error:
         raise TrainerError(f"--out {args.out} could not be written: {error.strerror or error}") from None
     numbers = sum(t.numel() for t in weights.values())

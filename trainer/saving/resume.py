@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from tarflow.code_version import code_version, describe_code
 from tarflow.files import write_text
 from tarflow.trainer.checkpoint.commit import Checkpoint
 from tarflow.trainer.config.files import config_diff, load_config
@@ -44,6 +45,9 @@ def check_resume(
             " (the order of samples changes: some of this epoch are seen twice or not at all)" if key in ORDER else ""
         )
         say(f"changed: {key}: {old} -> {new}{note}")
+    code = checkpoint.info.get("code")
+    if code and code != code_version():
+        say(f"changed: code: {describe_code(code)} -> {describe_code(code_version())}")
     stored = checkpoint.info.get("data")
     if stored == fingerprint:
         return

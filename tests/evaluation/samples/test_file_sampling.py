@@ -151,7 +151,9 @@ def test_I01_a_published_file_is_sampled_and_what_was_inferred_is_said(tmp_path)
     config = TarFlowConfig(image_size=8, patch_size=4, channels=64, num_blocks=2, layers_per_block=1, num_classes=3)
     model, lines = TarFlow(config), []
     init_weights(model, 1)
-    torch.save(model.state_dict() | {f"blocks.{i}.attn_mask": torch.ones(4, 4).tril() for i in range(2)}, tmp_path / "w.pth")
+    torch.save(
+        model.state_dict() | {f"blocks.{i}.attn_mask": torch.ones(4, 4).tril() for i in range(2)}, tmp_path / "w.pth"
+    )
     assert draw(tmp_path / "w.pth", tmp_path / "out", num=3, quiet=lines, settings={"noise_std": 0.1})
     assert "by its shapes 8 x 8 pixels, patches of 4, 64 channels, 2 blocks of 1 layers, 3 classes" in lines[0]
     assert "attention heads of 64 channels" in lines[0]

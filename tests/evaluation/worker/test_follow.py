@@ -326,7 +326,9 @@ def test_N15_a_large_grid_is_made_smaller_for_tensorboard(tmp_path):
     from tarflow.evaluation.event_file import append_events
 
     Image.new("RGB", (3000, 1500), "red").save(tmp_path / "grid.png")
-    append_events(tmp_path, 5, {"eval/fd": 1.5}, {"eval/grid": tmp_path / "grid.png", "eval/none": tmp_path / "no.png"}, 1.0)
+    append_events(
+        tmp_path, 5, {"eval/fd": 1.5}, {"eval/grid": tmp_path / "grid.png", "eval/none": tmp_path / "no.png"}, 1.0
+    )
     (image,) = events_of(tmp_path).Images("eval/grid")
     assert (image.width, image.height, image.step) == (1024, 512, 5)
     assert events_of(tmp_path).Tags()["images"] == ["eval/grid"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.worker import evaluate as evaluate_module
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 
@@ -317,3 +318,41 @@ def test_chunks_count_as_progress_of_a_requeued_job(run_of_2000):
         evaluate(run_of_2000, False, WorkerOptions(), lambda _: None)
     seen.append(progress(job))
     assert seen == [0, *range(CHUNKS + 1), 1_000_000]
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_V06_a_damaged_chunk_is_computed_again_and_said(run_of_2000, tmp_path, size):
+    alone, lines = tmp_path / "alone", []
+    shutil.copytree(run_of_2000, alone)
+    evaluate(alone, False, WorkerOptions(), lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_module.Job, "_finish", lambda self, name, path: (_ for _ in ()).throw(SystemExit(143)))
+        with pytest.raises(SystemExit):
+            evaluate(run_of_2000, False, WorkerOptions(), lambda _: None)
+    for chunk in (chunks_done(run_of_2000)[0], chunks_done(run_of_2000)[-1]):
+        os.truncate(chunk, size if size >= 0 else chunk.stat().st_size + size)
+    evaluate(run_of_2000, False, WorkerOptions(), lines.append)
+    assert sum("is damaged and computed again" in line for line in lines) == 2
+    assert files(run_of_2000) == files(alone)
+
+
+def test_V06_a_damaged_plan_says_what_to_remove(run_of_2000):
+    from tarflow.evaluation.shared_work import SharedWork
+
+    SharedWork(run_of_2000 / "work", {"batch_size": 3}, 60)
+    (run_of_2000 / "work/plan.json").write_text("{")
+    with pytest.raises(EvaluationError, match=r"plan\.json is damaged: remove .*/work to begin this work again"):
+        SharedWork(run_of_2000 / "work", {"batch_size": 3}, 60)
+
+
+@pytest.mark.parametrize("text", ["", "[]", None])
+def test_V06_a_result_that_cannot_be_read_is_set_aside_and_evaluated_again(make_run, text):
+    run_dir, _ = make_run(steps=(20,))
+    evaluate(run_dir, False, WorkerOptions(), lambda _: None)
+    before, lines = files(run_dir), []
+    result = run_dir / "evals/images-000000000320/result.json"
+    result.unlink() if text is None else result.write_text(text)
+    assert len(evaluate(run_dir, False, WorkerOptions(), lines.append).done) == 1
+    assert files(run_dir) == before
+    assert any("set aside as damaged-images-000000000320, evaluated again" in line for line in lines)
+    assert (run_dir / "evals/damaged-images-000000000320/grid.png").exists()
