@@ -1,14 +1,13 @@
 """A folder of images to be scored: each decodable file once, in the order of names, under the one rule for pixels.
 
-Subfolders count, files and folders whose names begin with a dot do not. An image is told by its ending, in any case
-(png, jpg, jpeg, webp, bmp, gif, tif, tiff); other files are counted and named, never silently passed over. What does not
-decode is an error, or, with `on_error="skip"`, left out and listed. Everything is converted as training data is
-(`images.decode` of the data pipeline): grey, palette, 16-bit, transparency on white, orientation. JPEGs are counted by content:
-their losses move every score, so the result says how many there are (case S04).
+Subfolders count, linked ones too and each once; files and folders whose names begin with a dot do not. An image is told by
+its ending, in any case (png, jpg, jpeg, webp, bmp, gif, tif, tiff); other files are counted and named, never silently passed
+over. What does not decode is an error, or, with `on_error="skip"`, left out and listed. Everything is converted as training
+data is (`images.decode` of the data pipeline): grey, palette, 16-bit, transparency on white, orientation. JPEGs are counted by
+content: their losses move every score, so the result says how many there are (case S04).
 """
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from tarflow.data_pipeline.errors import BadSampleError
 from tarflow.data_pipeline.images.decode import decode
 from tarflow.data_pipeline.images.transform import fit
+from tarflow.data_pipeline.layout.walk import walk
 from tarflow.evaluation.errors import EvaluationError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -42,21 +42,21 @@ class ImageFolder:
     jpegs: int = 0
     resized: int = 0
     used: int = 0
+    linked: int = 0  # folders that were entered through a link
     sha256: str = ""  # of all pixels scored, in their order
 
     def __post_init__(self) -> None:
         if not self.root.is_dir():
             raise EvaluationError(f"{self.root} is no folder of images")
-        for folder, below, names in os.walk(self.root):
-            below[:] = sorted(name for name in below if not name.startswith("."))
-            for name in names:
-                if name.startswith("."):
-                    continue
-                path = Path(folder) / name
-                if path.suffix.lower() in ENDINGS:
-                    self.files.append(path)
-                else:
-                    self.others.append(str(path.relative_to(self.root)))
+        found = walk(self.root)
+        for again, first in found.again:
+            raise EvaluationError(f"{again} and {first} are one folder, its images would count twice: remove one of the links")
+        for path in found.files:
+            if path.suffix.lower() in ENDINGS:
+                self.files.append(path)
+            else:
+                self.others.append(str(path.relative_to(self.root)))
+        self.linked = len(found.linked)
         self._first_decides = self.size is None
         self.files.sort(key=lambda path: path.relative_to(self.root).as_posix())
         self.others.sort()
@@ -125,6 +125,7 @@ class ImageFolder:
             "crop": "largest centred square, bicubic with antialias (data_pipeline.transform.fit)",
             "cropped_or_resized": self.resized,
             "jpeg_files": self.jpegs,
+            "linked_folders": self.linked,
             "broken_files": len(self.broken),
             "broken": self.broken[:_NAMED],
             "other_files": len(self.others),

@@ -1,13 +1,15 @@
 """Which shards a pattern means: folders, glob patterns, brace ranges and lists, always the same sorted list.
 
 `{a,b}` and `{000..012}` (zeros kept) are expanded first, then `*`, `?`, `[...]` and `**` are matched against the disk.
-A folder stands for every `*.tar` in it and below. What matches nothing, and every file that a brace range names but
-that is missing, is an error before anything is read. A file that is named twice counts once and is reported.
+A folder stands for every `*.tar` in it and below, links to folders followed. What matches nothing, and every file that a
+brace range names but that is missing, is an error before anything is read. A file that is named twice counts once and is
+reported.
 """
 
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +17,10 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.index.kinds import what_file, what_folder
+from tarflow.data_pipeline.layout.names import shown, storable
+from tarflow.data_pipeline.layout.splits import ALL, asked_splits, by_split
+from tarflow.data_pipeline.layout.walk import walk
 
 _BRACES = re.compile(r"\{([^{}]*)\}")  # the innermost groups
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -62,19 +68,51 @@ def find_shards(patterns: str | Path | Sequence[str | Path]) -> tuple[list[Path]
             else:
                 found[real] = pattern
     if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise DataError(f"{len(missing)} shard files are missing: {shown}")
+        named = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise DataError(f"{len(missing)} shard files are missing: {named}")
+    for path in found:
+        if not storable(path):
+            raise DataError(f"the name of the shard {shown(path)} is not UTF-8: rename it")
     return sorted(found), notes
+
+
+def of_one_split(shards: list[Path], asked: str | None) -> tuple[list[Path], list[str]]:
+    """(the shards of the split asked for, notes); all where they name one split or none.
+
+    Raises DataError where the names of the shards tell several splits and none was asked for: as one set, a training would
+    see what its figures are measured on.
+    """
+    root = Path(os.path.commonpath([path.parent for path in shards]))
+    groups = by_split(shards, root)
+    told = ", ".join(f"{name} ({len(members)} shards)" for name, members in groups.items() if name)
+    if asked is None:
+        if len(groups) == 1 or not told:
+            return shards, []
+        rest = f", and {len(groups[''])} shards name none" if "" in groups else ""
+        raise DataError(
+            f"the shards in {shown(root)} name the splits {told}{rest}: index one at a time, e.g. --split {next(iter(groups))} "
+            f"--out FOLDER, or all as one set with --split {ALL}"
+        )
+    wanted = asked_splits(asked)
+    if wanted == [ALL]:
+        return shards, [f"the splits {told} are taken as one set (--split {ALL})"] if told else []
+    if len(wanted) > 1 or wanted[0] not in groups:
+        raise DataError(f"--split {asked}: an index is of one split; the shards in {shown(root)} name: {told or 'none'}")
+    return groups[wanted[0]], [f"the split {wanted[0]}: {len(groups[wanted[0]])} of {len(shards)} shards, told by their names"]
 
 
 def _one_pattern(pattern: str, missing: list[str]) -> list[Path]:
     path = Path(pattern)
     if path.is_file():
+        what = what_file(path)
+        if what and path.suffix != ".tar":
+            raise DataError(f"{shown(path)} is no tar of samples but {what}")
         return [path]
     if path.is_dir():
-        tars = [p for p in path.rglob("*.tar") if p.is_file()]
+        tars = [file for file in walk(path).files if file.suffix == ".tar"]
         if not tars:
-            raise DataError(f"folder {pattern!r} holds no *.tar files")
+            what = what_folder(path)
+            raise DataError(f"folder {shown(pattern)!r} holds no *.tar files" + (f"; {what}" if what else ""))
         return tars
     words = pattern.split()
     if len(words) > 1 and sum(any(mark in word for mark in "{*?") for word in words) > 1:

@@ -27,19 +27,23 @@ class Job:
     classes: list[str] | None
     measure: bool
     first: int = 0
+    image_field: str | None = None
 
     def run(self) -> tuple[Path, int, Samples]:
         """(path, bytes of the file, samples)."""
         if isinstance(self.shard, MdsShard):
             path = self.shard.path
             samples = scan_mds(
-                self.shard, self.first, strict=self.strict, label_field=self.label_field, classes=self.classes
-            )
+                self.shard, self.first, strict=self.strict, label_field=self.label_field, classes=self.classes,
+                image_field=self.image_field,
+            )  # fmt: skip
             file_bytes = path.stat().st_size if path.exists() else 0
         else:
             path, field = self.shard, self.label_field or "cls"
             scan = scan_tar(path, keep=4096 if ":" in field else SMALL)
-            samples = group(scan, str(path), strict=self.strict, label_field=field, classes=self.classes)
+            samples = group(
+                scan, str(path), strict=self.strict, label_field=field, classes=self.classes, image_field=self.image_field
+            )
             file_bytes = scan.file_bytes
         if self.measure:
             _measure(path, samples)
@@ -47,16 +51,17 @@ class Job:
 
 
 def scan_jobs(
-    shards: Sequence[Path], *, strict: bool, label_field: str | None, classes: list[str] | None, measure: bool
-) -> tuple[list[Job], str]:
+    shards: Sequence[Path], *, strict: bool, label_field: str | None, classes: list[str] | None, measure: bool,
+    image_field: str | None = None,
+) -> tuple[list[Job], str]:  # fmt: skip
     """(jobs in order, `tar` or `mds`). An MDS set is given as the one folder that holds its `index.json`."""
     if len(shards) == 1 and (shards[0] / INDEX_FILE).is_file():
         jobs, first = [], 0
         for shard in mds_shards(shards[0]):
-            jobs.append(Job(shard, strict, label_field, classes, measure, first))
+            jobs.append(Job(shard, strict, label_field, classes, measure, first, image_field))
             first += shard.samples
         return jobs, "mds"
-    return [Job(path, strict, label_field, classes, measure) for path in shards], "tar"
+    return [Job(path, strict, label_field, classes, measure, 0, image_field) for path in shards], "tar"
 
 
 def run_jobs(jobs: Sequence[Job], processes: int | None) -> Iterator[tuple[Path, int, Samples]]:

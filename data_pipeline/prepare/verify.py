@@ -200,7 +200,8 @@ def _scan(index: Index, shard: int) -> Any:
     if index.form == "mds":
         place = next(entry for entry in mds_shards(place.parent) if entry.path.name == place.name)
     first = int(index.shard_starts[shard])
-    _, _, samples = Job(place, False, index.meta.get("label_field"), index.classes, False, first).run()
+    label, image = index.meta.get("label_field"), index.meta.get("image_field")
+    _, _, samples = Job(place, False, label, index.classes, False, first, image).run()
     return samples
 
 
