@@ -52,9 +52,11 @@ def print_notes(notes: Iterable[str]) -> None:
 
 
 def print_written(lines: list[str], where: Path) -> None:
+    from tarflow.data_pipeline.layout.names import shown
+
     for line in lines:
         print(line)
-    print(f"written to {where}")
+    print(f"written to {shown(where)}")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from tarflow.data_pipeline.index.index import FORMAT_VERSION, META_KEY, NO_LABEL
 from tarflow.data_pipeline.index.labels_seen import LabelsSeen
 from tarflow.data_pipeline.index.samples import Samples
 from tarflow.data_pipeline.index.scan_jobs import run_jobs, scan_jobs
-from tarflow.data_pipeline.layout.names import class_names
+from tarflow.data_pipeline.layout.names import class_names, shown, storable
 from tarflow.files import replace_dir
 
 CLASSES_FILE = "classes.json"
@@ -80,6 +80,9 @@ def build_index(
         raise DataError(f"on_error is {on_error!r}, it must be strict or skip")
     if not shards:
         raise DataError(f"no shards to index in {root}")
+    for path in (root, *shards):
+        if not storable(path):
+            raise DataError(f"the name {shown(path)} is not UTF-8, an index cannot hold it: rename it")
     if classes is None:
         classes = read_classes(root)
     report = BuildReport()

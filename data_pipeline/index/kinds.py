@@ -66,7 +66,7 @@ def what_file(path: Path) -> str | None:
 
 
 def what_folder(path: Path) -> str | None:
-    """What lies in a folder that was not what was expected of it, most frequent first, and what to do."""
+    """What lies in a folder that was not what was expected of it: tars, else what is most frequent; and what to do."""
     if (path / "index" / "shards.parquet").is_file():
         return f"{shown(path)} is a prepared and indexed data set already: train on it with data.train={shown(path)}"
     if (path / "index.json").is_file():
@@ -84,7 +84,7 @@ def what_folder(path: Path) -> str | None:
         return f"{shown(path)} holds the MDS sets {_listed(mds)}: index each, e.g. tarflow data index {shown(path / mds[0])}"
     if not counts:
         return None
-    kind, count = counts.most_common(1)[0]
+    kind, count = (".tar", counts[".tar"]) if counts[".tar"] else counts.most_common(1)[0]
     if kind == "image":
         return f"{shown(path)} holds {count} images: tarflow data prepare {shown(path)} OUT --size PIXELS makes shards of them"
     if kind == ".tar":

@@ -18,7 +18,7 @@ from braceexpand import braceexpand
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.kinds import what_file, what_folder
-from tarflow.data_pipeline.layout.names import shown, storable
+from tarflow.data_pipeline.layout.names import shown
 from tarflow.data_pipeline.layout.splits import ALL, asked_splits, by_split
 from tarflow.data_pipeline.layout.walk import walk
 
@@ -70,9 +70,6 @@ def find_shards(patterns: str | Path | Sequence[str | Path]) -> tuple[list[Path]
     if missing:
         named = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise DataError(f"{len(missing)} shard files are missing: {named}")
-    for path in found:
-        if not storable(path):
-            raise DataError(f"the name of the shard {shown(path)} is not UTF-8: rename it")
     return sorted(found), notes
 
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.tar_scan import TarScan
+from tarflow.data_pipeline.layout.names import normal
 
 IMAGE_EXTENSIONS = frozenset(
     "jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm pnm".split()  # noqa: SIM905 - one line reads better
@@ -318,8 +319,9 @@ def _json_label(content: bytes, inside: str, numbers: dict[str, int]) -> int | N
 def parse_label(content: bytes, numbers: dict[str, int]) -> int:
     """The class number in a label member. Raises ValueError saying what stands there instead."""
     word = content.decode("utf-8", errors="backslashreplace").strip()
-    if word in numbers:
-        return numbers[word]
+    number = numbers.get(word, numbers.get(normal(word)))
+    if number is not None:
+        return number
     digits = word[1:] if word[:1] in "+-" else word
     if digits.isascii() and digits.isdigit() and len(digits) < 19:
         return int(word)

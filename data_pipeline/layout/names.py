@@ -18,8 +18,8 @@ def shown(name: str | Path) -> str:
     return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") else c for c in text)
 
 
-def storable(path: Path) -> bool:
-    """Whether the index can hold this path: it is UTF-8."""
+def storable(path: str | Path) -> bool:
+    """Whether this path is UTF-8: neither files of text nor pyarrow take another one."""
     try:
         str(path).encode()
     except UnicodeEncodeError:

@@ -35,7 +35,5 @@ def _write(folder: Path, shards: dict[str, str], field: str, classes: list[str] 
         "dataset_info": {"config_name": "default", "features": features},
     }
     text = yaml.safe_dump(card, sort_keys=False, allow_unicode=True)
-    (folder / "README.md").write_text(
-        f"---\n{text}---\n\nWebDataset shards made by `tarflow data prepare`. `datasets.load_dataset` reads this folder as it is.\n",
-        encoding="utf-8",
-    )
+    about = "WebDataset shards made by `tarflow data prepare`. `datasets.load_dataset` reads this folder as it is."
+    (folder / "README.md").write_text(f"---\n{text}---\n\n{about}\n", encoding="utf-8")

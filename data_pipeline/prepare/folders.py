@@ -84,7 +84,7 @@ def _nothing(path: Path, found: Walk) -> str:
     what = what_folder(path)
     if what:
         return what
-    others = len(found.files) + sum(found.ignored.values())
+    others = sum(found.ignored.values())
     seen = f" ({others} other files)" if others else ""
     return f"folder {shown(path)} holds no images{seen}: expected class folders with .jpg, .png, .webp files"
 

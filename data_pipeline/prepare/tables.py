@@ -106,7 +106,7 @@ def _open(file: Path) -> Any:
 
     try:
         return pq.ParquetFile(file)
-    except (OSError, pa.ArrowException) as err:
+    except (OSError, ValueError, pa.ArrowException) as err:  # ValueError: a path that is not UTF-8
         raise DataError(f"cannot read {shown(file)} as Parquet: {err}") from None
 
 
