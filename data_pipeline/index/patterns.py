@@ -12,6 +12,7 @@ import glob
 import os
 import re
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -118,7 +119,7 @@ def _one_pattern(pattern: str, missing: list[str]) -> list[Path]:
     out: list[Path] = []
     for name in names:
         if any(mark in name for mark in "*?[") and not Path(name).is_file():
-            matched = [Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file()]
+            matched = [path for path in _matches(name) if path.is_file()]
             if not matched:
                 raise DataError(f"pattern {pattern!r} matches no file" + (f" ({name!r})" if name != pattern else ""))
             out += matched
@@ -130,3 +131,24 @@ def _one_pattern(pattern: str, missing: list[str]) -> list[Path]:
         missing.clear()
         raise DataError(f"there is no file, folder or match for {pattern!r}")
     return out
+
+
+def _matches(pattern: str) -> list[Path]:
+    """What matches a pattern. `**` goes through links too, but into each folder once: links may form circles."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return [Path(match) for match in glob.glob(pattern)]
+    at = parts.index("**")
+    found = []
+    for base in map(Path, glob.glob(str(Path(*parts[:at])))):
+        found += [file for file in walk(base).files if _fits(file.relative_to(base).parts, parts[at:])]
+    return found
+
+
+def _fits(names: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether names of folders and a file fit the parts of a pattern, in which `**` stands for any number of folders."""
+    if not parts or not names:
+        return not parts and not names
+    if parts[0] == "**":
+        return _fits(names, parts[1:]) or _fits(names[1:], parts)
+    return fnmatchcase(names[0], parts[0]) and _fits(names[1:], parts[1:])

@@ -120,13 +120,12 @@ def _samples(
         out.problem("damaged_shard", f"shard {shard}: damaged{where}: {scan.damage}", strict)
     elif _regular(scan, reader, wanted, out):
         return
-    counts: Counter[bytes] = Counter()
-    for key, fields in _table(scan, shard, out, strict).items():
-        for what in fields:
-            if what in counts or len(counts) < _MOST_FIELDS:
-                counts[what] += 1
-        found = _images(fields, wanted)
-        dotted = bool(found) and b"." in found[0]
+    table = _table(scan, shard, out, strict)
+    kinds = Counter(map(tuple, table.values()))  # most samples have the same fields: looked at once
+    out.fields = _counted(kinds)
+    roles = {fields: _roles(fields, wanted, reader.field) for fields in kinds}
+    for key, fields in table.items():
+        found, label_in = roles[tuple(fields)]
         if not found:
             out.ignored["no_image"] += 1
             continue
@@ -138,14 +137,13 @@ def _samples(
                 f"a key ends at the first dot of the file name; --image-field {text(found[0])} takes that one",
                 strict,
             )
-            if dotted:  # dotted names merged by the key rule: no telling which labels belong to which
+            if b"." in found[0]:  # dotted names merged by the key rule: no telling which labels belong to which
                 continue
         at = fields[found[0]]
         if scan.sizes[at] == 0:
             out.problem("empty_image", f"shard {shard}: member {text(scan.names[at])!r} has 0 bytes", strict)
             continue
         label: int | None = None
-        label_in = _label_field(fields, found[0], reader.field)
         if label_in is not None:
             label_at = fields[label_in]
             try:
@@ -159,7 +157,22 @@ def _samples(
         out.sizes.append(scan.sizes[at])
         out.extensions.append(text(found[0]))
         out.labels.append(label)
-    out.fields = Counter({text(what): count for what, count in counts.items()})
+
+
+def _counted(kinds: Counter[tuple[bytes, ...]]) -> Counter[str]:
+    """How many samples have each field, for a bounded number of fields."""
+    counts: Counter[str] = Counter()
+    for fields, count in kinds.items():
+        for what in map(text, fields):
+            if what in counts or len(counts) < _MOST_FIELDS:
+                counts[what] += count
+    return counts
+
+
+def _roles(fields: Collection[bytes], wanted: bytes | None, label: bytes) -> tuple[list[bytes], bytes | None]:
+    """(the fields that are images, the field that holds the label)."""
+    found = _images(fields, wanted)
+    return found, _label_field(fields, found[0], label) if found else None
 
 
 def _images(fields: Collection[bytes], wanted: bytes | None) -> list[bytes]:

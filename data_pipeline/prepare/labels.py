@@ -39,16 +39,18 @@ def number_labels(values: Sequence[Any], where: str) -> tuple[np.ndarray, list[s
     return np.array([-1 if value is None else numbers[value] for value in values]), classes, True
 
 
-def named_integers(values: Sequence[Any], names: list[str], where: str) -> tuple[np.ndarray, list[str]]:
-    """(int64 [n], class names) of integers whose names the source lists. None and -1 = no label, as `ClassLabel` has it."""
-    classes = class_names(names, where)
+def named_integers(values: Sequence[Any], names: list[str], where: str) -> np.ndarray:
+    """int64 [n] of integers whose names the source lists. None and -1 = no label, as `ClassLabel` has it."""
+    odd = next((value for value in values if not (value is None or isinstance(value, int))), None)
+    if odd is not None:
+        raise DataError(f"{where} holds {repr(odd)[:80]}, expected the numbers of its {len(names)} names")
     labels = np.array([-1 if value is None else value for value in values], dtype=np.int64)
     wrong = np.flatnonzero((labels < -1) | (labels >= len(names)))
     if len(wrong):
         raise DataError(
             f"{where} holds the label {labels[wrong[0]]} (row {wrong[0]}), its names end at {len(names) - 1}"
         )
-    return labels, classes
+    return labels
 
 
 def array_labels(raw: np.ndarray, where: str) -> tuple[list[Any], str | None]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
-from tarflow.data_pipeline.layout.names import shown
+from tarflow.data_pipeline.layout.names import class_names, shown
 from tarflow.data_pipeline.layout.splits import ALL, by_split, chosen, split_named
 from tarflow.data_pipeline.prepare.labels import named_integers, number_labels
 from tarflow.data_pipeline.prepare.source import (
@@ -46,6 +46,7 @@ def parquet_source(files: Sequence[Path], root: Path, choices: Choices | None = 
     runs: list[tuple[int, int]] = []
     places: list[tuple[Any, int, Path]] = []
     found: list[Any] = []
+    numbers: list[np.ndarray] = []
     rows_of: dict[Path, int] = {}
     for handle, file in zip(handles, taken):
         rows_of[file] = handle.metadata.num_rows
@@ -54,19 +55,26 @@ def parquet_source(files: Sequence[Path], root: Path, choices: Choices | None = 
             runs.append((info.num_rows, info.total_byte_size))
             places.append((handle, group, file))
         if label:
-            found += handle.read(columns=[label])[label].to_pylist()
+            values, where = handle.read(columns=[label])[label].to_pylist(), f"column {label!r} of {shown(file)}"
+            if names:
+                numbers.append(named_integers(values, names, where))
+            else:
+                number_labels(values, where)  # what is wrong is named with its own file and row
+                found += values
     total = sum(rows_of.values())
     if total == 0:
         raise DataError(f"{shown(taken[0])} holds no rows")
     _refuse_paths(handles, taken, image)
-    where = f"column {label!r} of {shown(taken[0])}"
     labels, classes, named = np.full(total, -1, dtype=np.int64), None, False
     if label and names:
-        labels, classes = named_integers(found, names, where)
-        named = True
+        labels, classes, named = (
+            np.concatenate(numbers),
+            class_names(names, f"column {label!r} of {shown(taken[0])}"),
+            True,
+        )
         notes.append(f"labels: column {label!r}, names from the schema (ClassLabel)")
     elif label and any(value is not None for value in found):
-        labels, classes, named = number_labels(found, where)
+        labels, classes, named = number_labels(found, f"column {label!r} of {shown(root)}")
         notes.append(f"labels: column {label!r}, {'names in it' if named else 'integers'}")
     elif label:
         notes.append(f"labels: none (column {label!r} is empty)")

@@ -324,6 +324,14 @@ def test_F07_files_that_do_not_belong_together_are_named(tmp_path: Path) -> None
     table(tmp_path / "columns" / "train-0.parquet", [0], [0])
     table(tmp_path / "columns" / "test-0.parquet", [1], None)
     assert "test-0.parquet has no column 'label'" in refusal(tmp_path / "columns")
+    table(tmp_path / "text.parquet", [0], ["bird"], NAMED)
+    assert "holds 'bird', expected the numbers of its 3 names" in refusal(tmp_path / "text.parquet")
+    table(tmp_path / "minus" / "train-0.parquet", [0, 1], [0, 1])
+    table(tmp_path / "minus" / "validation-0.parquet", [2, 3], [1, -1])
+    assert "of " + str(tmp_path / "minus" / "validation-0.parquet") + " holds the label -1 (row 1)" in refusal(
+        tmp_path / "minus"
+    )
+    assert open_source(tmp_path / "minus", split="train").labels.tolist() == [0, 1]
     table(tmp_path / "beyond.parquet", [0, 1], [0, 3], NAMED)
     assert "holds the label 3 (row 1), its names end at 2" in refusal(tmp_path / "beyond.parquet")
 
@@ -553,6 +561,21 @@ def test_I06_what_a_folder_holds_and_what_to_do(tmp_path: Path, names: list[str]
         with pytest.raises(DataError) as caught:  # the other way in says the same
             run_index(tmp_path / "in")
         assert message in str(caught.value) or "no images" in message
+
+
+def test_I06_a_path_for_training_that_is_no_data_set_is_named(tmp_path: Path) -> None:
+    for name, message in (
+        ("train/index.json", "holds the MDS sets train: index each"),
+        ("a.zip", "holds 1 times a zip archive"),
+    ):
+        write(name)(tmp_path / name[0])
+        with pytest.raises(DataError) as caught:
+            open_index(tmp_path / name[0])
+        assert message in str(caught.value)
+    with pytest.raises(
+        DataError, match=r"b\.npz is no data set: .*\(it is a file of arrays: tarflow data prepare reads it\)"
+    ):
+        open_index(write("b.npz")(tmp_path))
 
 
 def test_I06_index_says_what_prepare_is_for(tmp_path: Path) -> None:
