@@ -101,7 +101,7 @@ def build_index(
             report.examples += samples.examples[: max(0, 20 - len(report.examples))]
             report.seen.add(samples)
             if not samples.keys:
-                report.empty_shards.append(str(path))
+                report.empty_shards.append(shown(path))
             yield path, file_bytes, samples
             if progress:
                 progress(done + 1, len(jobs))

@@ -110,6 +110,11 @@ def _samples(
 ) -> None:
     """Fill `out` with the samples of a scan; `wanted` is the field of the image, where one was asked for."""
     for member in scan.sparse:
+        _, what = split_name(member) or (b"", b"")
+        last = what.rsplit(b".", 1)[-1]
+        if what != wanted and last not in _IMAGE_BYTES and last != reader.field.rsplit(b".", 1)[-1]:
+            out.ignored["sparse"] += 1
+            continue
         out.problem(
             "sparse_member",
             f"shard {shard}: member {text(member)!r} is stored sparse, with its holes left out: pack it without --sparse",

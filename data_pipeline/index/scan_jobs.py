@@ -12,6 +12,7 @@ from tarflow.data_pipeline.index.mds import INDEX_FILE, MdsShard, mds_shards, sc
 from tarflow.data_pipeline.index.processes import cores, in_processes
 from tarflow.data_pipeline.index.samples import Samples, group
 from tarflow.data_pipeline.index.tar_scan import SMALL, scan_tar
+from tarflow.data_pipeline.layout.names import shown
 
 _WORTH_IT = 1 << 30  # bytes of shards below which starting processes takes longer than the scan
 _HEAD = 1 << 16  # bytes that hold the size of nearly every image; the rest is read when they do not
@@ -42,7 +43,7 @@ class Job:
             path, field = self.shard, self.label_field or "cls"
             scan = scan_tar(path, keep=4096 if ":" in field else SMALL)
             samples = group(
-                scan, str(path), strict=self.strict, label_field=field, classes=self.classes, image_field=self.image_field
+                scan, shown(path), strict=self.strict, label_field=field, classes=self.classes, image_field=self.image_field
             )
             file_bytes = scan.file_bytes
         if self.measure:

@@ -74,7 +74,7 @@ def npz_source(path: Path, choices: Choices | None = None) -> ImageSource:
             "--labels none"
         )
     where = [f"{shown(path)} {image}" if split else shown(path) for split, (image, _) in pairs.items()]
-    return _of_arrays([*pairs], images, values, f"labels of {shown(path)}", where, notes, "array name")
+    return _of_arrays([*pairs], images, values, f"labels of {shown(path)}", where, notes, "array name", choices)
 
 
 def _pairs(path: Path, names: list[str], choices: Choices) -> dict[str, tuple[str, str | None]]:
@@ -154,7 +154,7 @@ def idx_source(files: Path | Sequence[Path], choices: Choices | None = None) -> 
         notes.append(f"labels of {path.name}: {beside.name}")
     notes.insert(0, files_note([*paths.values()], root))
     where = [shown(path) for path in paths.values()]
-    return _of_arrays(wanted, images, values, f"labels of {shown(root)}", where, notes, "file name")
+    return _of_arrays(wanted, images, values, f"labels of {shown(root)}", where, notes, "file name", choices)
 
 
 def _of_arrays(
@@ -165,6 +165,7 @@ def _of_arrays(
     where: list[str],
     notes: list[str],
     how: str,
+    choices: Choices,
 ) -> ImageSource:
     """A source of arrays that lie one after the other, one for each split; `where` says where each came from."""
     starts = np.concatenate([[0], np.cumsum([len(part) for part in images])])
@@ -186,7 +187,9 @@ def _of_arrays(
         labels, classes, named = number_labels(values, labels_where)
     sizes = {split: len(part) for split, part in zip(splits, images)}
     told = split_note(how, sizes) if len(sizes) > 1 else []
-    return ImageSource(labels, classes, read, called, named=named, splits=split_numbers(sizes), notes=told + notes)
+    return ImageSource(
+        labels, classes, read, called, named=named, splits=split_numbers(sizes, choices), notes=told + notes
+    )
 
 
 def read_idx(path: Path) -> np.ndarray:

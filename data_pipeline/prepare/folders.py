@@ -17,7 +17,7 @@ import numpy as np
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.kinds import what_folder
 from tarflow.data_pipeline.index.samples import IMAGE_EXTENSIONS
-from tarflow.data_pipeline.layout.names import class_names, shown
+from tarflow.data_pipeline.layout.names import class_names, normal, shown
 from tarflow.data_pipeline.layout.splits import ALL, SPLITS, chosen, split_named
 from tarflow.data_pipeline.layout.walk import Walk, walk
 from tarflow.data_pipeline.prepare.labels import number_labels
@@ -75,7 +75,7 @@ def folder_source(path: Path, choices: Choices | None = None, found: Walk | None
         labels, classes, named = number_labels(values, f"folder {shown(path)}")
     return ImageSource(
         labels, classes, lambda i: files[i].read_bytes(), lambda i: shown(files[i]),
-        ignored=+ignored, named=named, splits=split_numbers(sizes), notes=notes,
+        ignored=+ignored, named=named, splits=split_numbers(sizes, choices), notes=notes,
     )  # fmt: skip
 
 
@@ -109,17 +109,19 @@ def _parts(path: Path, images: list[Path], choices: Choices) -> dict[str, _Part]
         return whole
     wanted = chosen([*splits], choices.split, shown(path))
     if wanted == [ALL]:
+        wanted = [*splits]
+    elif choices.labels == "folders" and choices.split is None and "" in named:
         return whole
     for name in wanted:
         if len(named[name]) > 1:
             raise DataError(
                 f"{shown(path)} holds several folders for the split {name}: {', '.join(named[name])}; rename them"
             )
-    if choices.split is None and "" in named:
+    if choices.split in (None, ALL) and "" in named:
         others = [shown(top) if top else "images beside them" for top in named[""]]
         raise DataError(
             f"{shown(path)} holds the splits {', '.join(splits.values())} and also {', '.join(others[:5])}: take splits with "
-            f"--split {','.join(splits)}, or all folders as classes with --split {ALL}"
+            f"--split {','.join(splits)}, or all folders as classes with --labels folders"
         )
     return {name: _Part(path / splits[name], tops[splits[name]]) for name in wanted}
 
@@ -169,9 +171,12 @@ def _refuse_doubtful(part: _Part, folders: list[tuple[str, ...]]) -> None:
     for top, inner in below.items():
         if () not in inner and len({deeper[0] for deeper in inner}) > 1:
             example = "/".join((top, *min(inner)))
+            alone = (
+                f"; if {shown(top)} only holds the data set, prepare {shown(part.root / top)}" if len(tops) == 1 else ""
+            )
             raise DataError(
                 f"{root}: the images of {shown(top)} lie in folders below it, such as {shown(example)}: the class may be "
-                f"{shown(top)} (--labels folders) or {shown(example)} (--labels parents)"
+                f"{shown(top)} (--labels folders) or {shown(example)} (--labels parents){alone}"
             )
 
 
@@ -182,12 +187,16 @@ def _from_label_file(path: Path, part: _Part) -> tuple[list[Any], str]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         listed = table["labels"]
-        by_name = None if listed is None else {name.replace("\\", "/"): label for name, label in listed}
+        pairs = None if listed is None else [(normal(name.replace("\\", "/")), label) for name, label in listed]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
         raise DataError(f"cannot read labels from {shown(path)} ({err!r}): expected {form}; {other}") from None
-    if by_name is None:
+    if pairs is None:
         return [None] * len(part.files), f"none ({_LABEL_FILE} says null)"
-    names = [file.relative_to(part.root).as_posix() for file in part.files]
+    by_name = dict(pairs)
+    if len(by_name) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise DataError(f"{shown(path)} has two labels for {shown(twice)}; {other}")
+    names = [normal(file.relative_to(part.root).as_posix()) for file in part.files]
     without = [name for name in names if name not in by_name]
     if without:
         raise DataError(

@@ -11,6 +11,7 @@ import numpy as np
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.layout.names import shown
+from tarflow.data_pipeline.layout.splits import ALL
 
 
 @dataclass
@@ -65,8 +66,10 @@ def first_of(known: Sequence[str], names: Sequence[str]) -> str | None:
     return next((name for name in known if name in names), None)
 
 
-def split_numbers(sizes: dict[str, int]) -> dict[str, np.ndarray]:
+def split_numbers(sizes: dict[str, int], choices: Choices) -> dict[str, np.ndarray]:
     """`splits` of a source whose splits lie one after the other with these many images; one split is no split."""
+    if choices.split == ALL:
+        return {}
     starts = np.concatenate([[0], np.cumsum(list(sizes.values()))])
     return {name: np.arange(a, b) for name, a, b in zip(sizes, starts, starts[1:])} if len(sizes) > 1 else {}
 

@@ -84,7 +84,7 @@ def parquet_source(files: Sequence[Path], root: Path, choices: Choices | None = 
     notes = [files_note(taken, root), *split_note("file name", sizes), f"images: column {image!r}", *notes]
     read, name = _reader(runs, places, image)
     return ImageSource(
-        labels, classes, read, name, runs=runs, named=named, splits=split_numbers(sizes), notes=notes
+        labels, classes, read, name, runs=runs, named=named, splits=split_numbers(sizes, choices), notes=notes
     )  # fmt: skip
 
 

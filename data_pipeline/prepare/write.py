@@ -102,7 +102,7 @@ class Report:
         out = [f"{split or 'all'}: {count} samples" for split, count in self.written.items()]
         if self.classes:
             out.append(
-                f"{len(self.classes)} classes: {', '.join(self.classes[:12])}" + " ..." * (len(self.classes) > 12)
+                f"{len(self.classes)} classes: {', '.join(map(shown, self.classes[:12]))}" + " ..." * (len(self.classes) > 12)
             )
         if self.enlarged:
             out.append(f"{self.enlarged} images are smaller than the size asked for and were enlarged")

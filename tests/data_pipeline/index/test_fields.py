@@ -119,6 +119,10 @@ def test_F18_sparse_members_are_named_and_what_follows_is_read(tmp_path: Path, f
     index, report = build_index(tmp_path, [tmp_path / "a.tar"], on_error="skip")
     assert samples(index) == {"a": (b"a", None), "c": (b"c", None)}
     assert report.problems == {"sparse_member": 1}
+    (folder / "b.png").rename(folder / "b.npy")
+    subprocess.run([*tar[:-2], "b.npy", "c.png"], check=True)
+    index, report = build_index(tmp_path, [tmp_path / "a.tar"])
+    assert (list(samples(index)), report.ignored) == (["a", "c"], {"sparse": 1})
 
 
 @pytest.mark.parametrize("minor", ["0.0", "0.1", "1.0"])

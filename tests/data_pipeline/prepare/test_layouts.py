@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,6 +105,9 @@ def test_F04_single_nulls_backslashes_and_names(tmp_path: Path) -> None:
     assert prepared(edm(tmp_path / "in", labels), tmp_path / "out") == {"": {0: "1", 1: None, 2: "0", 3: "1"}}
     named = edm(tmp_path / "named", edm_labels(["dog", "cat", "dog", "eel"]))
     assert prepared(named, tmp_path / "out2") == {"": {0: "dog", 1: "cat", 2: "dog", 3: "eel"}}
+    accents = tree(tmp_path / "accents", unicodedata.normalize("NFD", "été.png"))
+    (accents / "dataset.json").write_text(json.dumps({"labels": [[unicodedata.normalize("NFC", "été.png"), 0]]}))
+    assert prepared(accents, tmp_path / "out3") == {"": {0: "0"}}
 
 
 @pytest.mark.parametrize(
@@ -116,6 +120,7 @@ def test_F04_single_nulls_backslashes_and_names(tmp_path: Path) -> None:
         ),
         (edm_labels([[0.5, 1.0]] * 4), r"holds [0.5, 1.0], expected integers or names"),
         (edm_labels([0, 1, -1, 1]), "label -1 (row 2)"),
+        (edm_labels([0, 1, 2, 3]) + edm_labels([0, 1, 3]), "two labels for 00000/img00000000.png"),
         ({"a": 1}, "cannot read labels from"),
     ],
 )
@@ -163,6 +168,8 @@ def test_nested_class_folders_are_a_question_that_two_options_answer(tmp_path: P
     source = tree(tmp_path / "in", "animal/cat/0.png", "animal/dog/1.png", "plant/oak/2.png", "plant/oak/x/3.png")
     text = refusal(source)
     assert "animal (--labels folders) or animal/cat (--labels parents)" in text
+    wrapped = refusal(tree(tmp_path / "w", "images/cat/0.png", "images/dog/1.png"))
+    assert wrapped.endswith(f"if images only holds the data set, prepare {tmp_path}/w/images")
     assert prepared(source, tmp_path / "a", labels="folders")[""] == {0: "animal", 1: "animal", 2: "plant", 3: "plant"}
     assert prepared(source, tmp_path / "b", labels="parents")[""] == {
         0: "animal/cat", 1: "animal/dog", 2: "plant/oak", 3: "plant/oak/x"
@@ -195,7 +202,7 @@ def test_F07_a_third_split_and_the_choice_of_some(tmp_path: Path) -> None:
     assert prepared(source, tmp_path / "b", split="train,test") == {"train": everything["train"], "test": {2: "cat"}}
     assert prepared(source, tmp_path / "c", split="train") == {"": {0: "cat", 3: "dog"}}
     assert prepared(source, tmp_path / "d", split="validation") == {"": {1: "cat"}}
-    assert prepared(source, tmp_path / "e", split="all", labels="parents")[""][1] == "val/cat"
+    assert prepared(source, tmp_path / "e", split="all") == {"": {0: "cat", 1: "cat", 2: "cat", 3: "dog"}}
 
 
 def test_F07_splits_that_contradict_each_other_are_named(tmp_path: Path) -> None:
@@ -208,6 +215,9 @@ def test_F07_splits_that_contradict_each_other_are_named(tmp_path: Path) -> None
     assert prepared(bare, tmp_path / "out", split="train") == {"": {0: "cat", 1: "dog"}}
     beside = tree(tmp_path / "beside", "train/cat/0.png", "val/cat/1.png", "extra/cat/2.png", "3.png")
     assert "also images beside them, extra: take splits with --split train,val" in refusal(beside)
+    assert "also images beside them" in refusal(beside, split="all")
+    (beside / "3.png").unlink()
+    assert open_source(beside, labels="folders").classes == ["extra", "train", "val"]
     twice = tree(tmp_path / "twice", "train/cat/0.png", "val/cat/1.png", "valid/cat/2.png")
     assert "several folders for the split val: val, valid" in refusal(twice)
     assert "holds no split 'test' (--split test); by name it holds: train, val" in refusal(more, split="test")
@@ -375,6 +385,8 @@ def test_F07_npz_arrays_of_several_splits(tmp_path: Path, names: str) -> None:
     assert "arrays not used: extra" in open_source(tmp_path / "set.npz").notes
     image = names.split()[2]
     assert prepared(tmp_path / "set.npz", tmp_path / "one", image_column=image) == {"": {2: "1"}}
+    merged = prepared(tmp_path / "set.npz", tmp_path / "all", split="all")
+    assert merged == {"": {0: "1", 1: "0", 2: "1"}}
     assert "--label-column names one array" in refusal(tmp_path / "set.npz", label_column=names.split()[1])
 
 
@@ -405,6 +417,7 @@ def test_F07_idx_files_of_both_splits(tmp_path: Path) -> None:
         idx(root / f"{part}-labels-idx1-ubyte", np.array(numbers))
     assert prepared(root, tmp_path / "out") == {"train": {0: "0", 1: "1"}, "test": {2: "2"}}
     assert prepared(root, tmp_path / "one", split="test") == {"": {2: "2"}}
+    assert prepared(root, tmp_path / "all", split="all") == {"": {0: "0", 1: "1", 2: "2"}}
     idx(root / "letters-train-images-idx3-ubyte", pixels(0)[..., 0])
     assert "several IDX image files" in refusal(root)
 
