@@ -54,6 +54,7 @@ _BYTES = {
     b"\x28\xb5\x2f\xfd": ".tar.zst", b"\x93NUMPY": ".npy", b"ARROW1": ".arrow", b"PAR1": ".parquet", b"Rar!": ".rar",
     b"7z\xbc\xaf": ".7z", b"\x80\x02": ".pkl", b"\x80\x03": ".pkl", b"\x80\x04": ".pkl", b"\x80\x05": ".pkl",
 }  # fmt: skip
+_BESIDE = (".json", ".jsonl", ".csv", ".tsv")  # what lies beside data of another kind tells nothing
 _LOOKED_AT = 10_000  # files of a folder that are looked at: enough to say what it holds
 
 
@@ -84,13 +85,13 @@ def what_folder(path: Path) -> str | None:
         return f"{shown(path)} holds the MDS sets {_listed(mds)}: index each, e.g. tarflow data index {shown(path / mds[0])}"
     if not counts:
         return None
-    kind, count = (".tar", counts[".tar"]) if counts[".tar"] else counts.most_common(1)[0]
+    kind, count = max(counts.items(), key=lambda found: (found[0] == ".tar", found[0] not in _BESIDE, found[1]))
     if kind == "image":
         return f"{shown(path)} holds {count} images: tarflow data prepare {shown(path)} OUT --size PIXELS makes shards of them"
     if kind == ".tar":
         return f"{shown(path)} holds {count} tars: tarflow data index {shown(path)}"
     what, advice = _ENDINGS[kind]
-    return f"{shown(path)} holds {count} times {what} ({kind}): {advice}"
+    return f"{shown(path)} holds {count} {kind} file{'s' * (count > 1)}, {'each ' * (count > 1)}{what}: {advice}"
 
 
 def _listed(names: list[str]) -> str:

@@ -82,11 +82,11 @@ def of_one_split(shards: list[Path], asked: str | None) -> tuple[list[Path], lis
     """
     root = Path(os.path.commonpath([path.parent for path in shards]))
     groups = by_split(shards, root)
-    told = ", ".join(f"{name} ({len(members)} shards)" for name, members in groups.items() if name)
+    told = ", ".join(f"{name} ({_count(members)})" for name, members in groups.items() if name)
     if asked is None:
         if len(groups) == 1 or not told:
             return shards, []
-        rest = f", and {len(groups[''])} shards name none" if "" in groups else ""
+        rest = f"; {_count(groups[''])} of them none" if "" in groups else ""
         raise DataError(
             f"the shards in {shown(root)} name the splits {told}{rest}: index one at a time, e.g. --split {next(iter(groups))} "
             f"--out FOLDER, or all as one set with --split {ALL}"
@@ -97,6 +97,10 @@ def of_one_split(shards: list[Path], asked: str | None) -> tuple[list[Path], lis
     if len(wanted) > 1 or wanted[0] not in groups:
         raise DataError(f"--split {asked}: an index is of one split; the shards in {shown(root)} name: {told or 'none'}")
     return groups[wanted[0]], [f"the split {wanted[0]}: {len(groups[wanted[0]])} of {len(shards)} shards, told by their names"]
+
+
+def _count(shards: list[Path]) -> str:
+    return f"{len(shards)} shard{'s' * (len(shards) > 1)}"
 
 
 def _one_pattern(pattern: str, missing: list[str]) -> list[Path]:

@@ -233,7 +233,7 @@ def _together(parts: dict[str, _Part], path: Path) -> list[Any]:
         if more and first == "train":
             lacking = ", ".join(shown(str(label)) for label in more[:5])
             raise DataError(
-                f"{shown(path)}: {name} has {len(more)} classes that train lacks: {lacking}; "
+                f"{shown(path)}: {name} has classes that train lacks ({len(more)}): {lacking}; "
                 f"train has {len(set(parts[first].values) - {None})}: put that right, or take one split with --split {first}"
             )
     return [value for part in parts.values() for value in part.values]

@@ -76,7 +76,7 @@ def split_numbers(sizes: dict[str, int], choices: Choices) -> dict[str, np.ndarr
 
 def split_note(how: str, sizes: dict[str, int]) -> list[str]:
     """The line about splits, none where no name told any."""
-    told = ", ".join(f"{name} ({count:,} images)" for name, count in sizes.items() if name)
+    told = ", ".join(f"{name} ({count:,} image{'s' * (count != 1)})" for name, count in sizes.items() if name)
     return [f"splits by {how}: {told}"] if told else []
 
 

@@ -207,7 +207,7 @@ def test_F07_a_third_split_and_the_choice_of_some(tmp_path: Path) -> None:
 
 def test_F07_splits_that_contradict_each_other_are_named(tmp_path: Path) -> None:
     more = tree(tmp_path / "more", "train/cat/0.png", "val/cat/1.png", "val/yak/2.png")
-    assert "val has 1 classes that train lacks: yak" in refusal(more)
+    assert "val has classes that train lacks (1): yak" in refusal(more)
     bare = tree(tmp_path / "bare", "train/cat/0.png", "train/dog/1.png", "val/2.png")
     text = refusal(bare)
     assert "labels of train: the names of the class folders; labels of val: none (no class folders)" in text
@@ -279,7 +279,7 @@ def test_F07_parquet_splits_are_made_and_names_of_the_schema_used(tmp_path: Path
     assert (
         notes[0].startswith("4 files read: test-00000-of-00001.parquet") or "train-00000-of-00002.parquet" in notes[0]
     )
-    assert "splits by file name: train (3 images), val (1 images), test (2 images)" in notes
+    assert "splits by file name: train (3 images), val (1 image), test (2 images)" in notes
     assert "labels: column 'label', names from the schema (ClassLabel)" in notes
     assert "2 of 6 images have no label" in notes
     assert prepared(source, tmp_path / "one", split="test,val").keys() == {"val", "test"}
@@ -477,7 +477,7 @@ def test_F07_imagenet_in_webdataset_form_is_indexed_split_by_split(
     imagenet(root, lab)
     for words in ([root], [f"{root}/*.tar"], [f"{root}/imagenet1k-{{train-0000,validation-00}}.tar"]):
         with pytest.raises(
-            DataError, match=r"name the splits train \(. shards\), val \(1 shards\): .*--split train --out"
+            DataError, match=r"name the splits train \(. shards?\), val \(1 shard\): .*--split train --out"
         ):
             run_index(*words)
     assert not (root / "index").exists()
@@ -553,11 +553,15 @@ def test_I06_what_a_file_is_and_what_to_do(tmp_path: Path, make: Callable[[Path]
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a.tar.gz", "b.tar.gz"], "holds 2 times a compressed tar (.tar.gz): unpack it"),
-        (["x/a.tgz"], "a compressed tar (.tgz)"),
-        (["a.zip"], "a zip archive (.zip)"),
-        (["a.csv"], "a table (.csv)"),
+        (["a.tar.gz", "b.tar.gz"], "holds 2 .tar.gz files, each a compressed tar: unpack it"),
+        (["x/a.tgz"], "holds 1 .tgz file, a compressed tar"),
+        (["a.zip"], "holds 1 .zip file, a zip archive"),
+        (["a.csv"], "holds 1 .csv file, a table"),
         (["data.mdb", "lock.mdb"], "an LMDB database"),
+        (
+            ["dataset_info.json", "state.json", "data-00000-of-00001.arrow"],
+            "holds 1 .arrow file, an Arrow file, as `save_to_disk`",
+        ),
         (["a.tfrecord-00000-of-00002"], "a TFRecord file"),
         (["train/index.json", "val/index.json"], "holds the MDS sets train, val: index each"),
         (["index.json"], "is an MDS set: tarflow data index"),
@@ -579,7 +583,7 @@ def test_I06_what_a_folder_holds_and_what_to_do(tmp_path: Path, names: list[str]
 def test_I06_a_path_for_training_that_is_no_data_set_is_named(tmp_path: Path) -> None:
     for name, message in (
         ("train/index.json", "holds the MDS sets train: index each"),
-        ("a.zip", "holds 1 times a zip archive"),
+        ("a.zip", "holds 1 .zip file, a zip archive"),
     ):
         write(name)(tmp_path / name[0])
         with pytest.raises(DataError) as caught:
