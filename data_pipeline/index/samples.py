@@ -111,8 +111,8 @@ def _samples(
     """Fill `out` with the samples of a scan; `wanted` is the field of the image, where one was asked for."""
     for member in scan.sparse:
         _, what = split_name(member) or (b"", b"")
-        last = what.rsplit(b".", 1)[-1]
-        if what != wanted and last not in _IMAGE_BYTES and last != reader.field.rsplit(b".", 1)[-1]:
+        ending = what.rsplit(b".", 1)[-1]
+        if what != wanted and ending not in _IMAGE_BYTES and ending != reader.field.rsplit(b".", 1)[-1]:
             out.ignored["sparse"] += 1
             continue
         out.problem(
