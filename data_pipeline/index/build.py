@@ -83,14 +83,15 @@ def build_index(
     for path in (root, *shards):
         if not storable(path):
             raise DataError(f"the name {shown(path)} is not UTF-8, an index cannot hold it: rename it")
+    names_from = ""
     if classes is None:
-        classes = read_classes(root)
+        classes, names_from = read_classes(root), CLASSES_FILE
     report = BuildReport()
     jobs, form = scan_jobs(
         shards, strict=on_error == "strict", label_field=label_field, classes=classes, measure=measure,
         image_field=image_field,
     )  # fmt: skip
-    report.seen = LabelsSeen(form, label_field, classes)
+    report.seen = LabelsSeen(form, classes, names_from)
 
     def scanned() -> Iterator[tuple[Path, int, Samples]]:
         for done, (path, file_bytes, samples) in enumerate(run_jobs(jobs, processes)):

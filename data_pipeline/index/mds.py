@@ -99,6 +99,7 @@ def scan_mds(
         out.problem("damaged_shard", f"shard {shard.path}: damaged: {err}", strict)
         return out
     labels = _labels(shard, label, data, starts, sizes)
+    out.label_from = "" if label is None else shard.names[label]
     out.fields = Counter(dict.fromkeys(shard.names, shard.samples))
     numbers = {name: number for number, name in enumerate(classes or [])}
     for row in range(shard.samples):

@@ -45,7 +45,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def find_shards(patterns: str | Path | Sequence[str | Path]) -> tuple[list[Path], list[str]]:
-    """(sorted shard paths, notes about duplicates). One string is one pattern; give several as a list.
+    """(sorted shard paths, notes about duplicates and links). One string is one pattern; give several as a list.
 
     Raises DataError for a pattern that matches nothing, for missing files, and for two patterns in one string.
     """
@@ -62,7 +62,7 @@ def find_shards(patterns: str | Path | Sequence[str | Path]) -> tuple[list[Path]
                 f"{pattern!r} is an address: index the shards where they lie in a file system and put the folder index/ "
                 "beside them; training then reads both from the address"
             )
-        for path in _one_pattern(pattern, missing):
+        for path in _one_pattern(pattern, missing, notes):
             real = path.resolve()
             if real in found:
                 notes.append(f"shard {path} is named twice (by {found[real]!r} and {pattern!r}): it counts once")
@@ -103,7 +103,7 @@ def _count(shards: list[Path]) -> str:
     return f"{len(shards)} shard{'s' * (len(shards) > 1)}"
 
 
-def _one_pattern(pattern: str, missing: list[str]) -> list[Path]:
+def _one_pattern(pattern: str, missing: list[str], notes: list[str]) -> list[Path]:
     path = Path(pattern)
     if path.is_file():
         what = what_file(path)
@@ -111,7 +111,7 @@ def _one_pattern(pattern: str, missing: list[str]) -> list[Path]:
             raise DataError(f"{shown(path)} is no tar of samples but {what}")
         return [path]
     if path.is_dir():
-        tars = [file for file in walk(path).files if file.suffix == ".tar"]
+        tars = [file for file in _walked(path, notes) if file.suffix == ".tar"]
         if not tars:
             what = what_folder(path)
             raise DataError(f"folder {shown(pattern)!r} holds no *.tar files" + (f"; {what}" if what else ""))
@@ -123,7 +123,7 @@ def _one_pattern(pattern: str, missing: list[str]) -> list[Path]:
     out: list[Path] = []
     for name in names:
         if any(mark in name for mark in "*?[") and not Path(name).is_file():
-            matched = [path for path in _matches(name) if path.is_file()]
+            matched = [path for path in _matches(name, notes) if path.is_file()]
             if not matched:
                 raise DataError(f"pattern {pattern!r} matches no file" + (f" ({name!r})" if name != pattern else ""))
             out += matched
@@ -137,7 +137,16 @@ def _one_pattern(pattern: str, missing: list[str]) -> list[Path]:
     return out
 
 
-def _matches(pattern: str) -> list[Path]:
+def _walked(folder: Path, notes: list[str]) -> list[Path]:
+    """All files below a folder; links that were followed or passed over are noted."""
+    found = walk(folder)
+    if found.linked:
+        notes.append(found.links_followed())
+    notes += [f"{shown(again)} is the folder {shown(first)}: it counts once" for again, first in found.again[:5]]
+    return found.files
+
+
+def _matches(pattern: str, notes: list[str]) -> list[Path]:
     """What matches a pattern. `**` goes through links too, but into each folder once: links may form circles."""
     parts = Path(pattern).parts
     if "**" not in parts:
@@ -145,7 +154,7 @@ def _matches(pattern: str) -> list[Path]:
     at = parts.index("**")
     found = []
     for base in map(Path, glob.glob(str(Path(*parts[:at])))):
-        found += [file for file in walk(base).files if _fits(file.relative_to(base).parts, parts[at:])]
+        found += [file for file in _walked(base, notes) if _fits(file.relative_to(base).parts, parts[at:])]
     return found
 
 

@@ -55,6 +55,7 @@ class Samples:
     examples: list[str] = field(default_factory=list)
     fields: Counter[str] = field(default_factory=Counter)  # how many samples have each
     json_keys: list[str] = field(default_factory=list)  # in the first .json, of a shard without labels
+    label_from: str = ""  # the field or column where labels were looked for
 
     def problem(self, cause: str, message: str, strict: bool) -> None:
         """Strict: raise it. Otherwise count it and keep its message if it is among the first."""
@@ -93,7 +94,7 @@ def group(
     `label_field`: the field that holds the label, or `json:NAME` for a value inside a JSON field. `image_field`: the one
     that holds the image, None = the only one with an image extension.
     """
-    out = Samples()
+    out = Samples(label_from=label_field)
     out.ignored["link_to_nothing"] += len(scan.links)
     out.ignored["not_a_file"] += scan.not_files - len(scan.links)
     reader = LabelReader(scan, label_field, classes)

@@ -28,6 +28,11 @@ class Walk:
     linked: list[Path] = field(default_factory=list)
     again: list[tuple[Path, Path]] = field(default_factory=list)
 
+    def links_followed(self) -> str:
+        """A line about the linked folders, of which there is at least one."""
+        count = len(self.linked)
+        return f"{count} linked folder{'s' * (count > 1)} followed, first: {shown(self.linked[0])}"
+
 
 def walk(root: Path) -> Walk:
     """Everything below `root`. Raises DataError for a folder that cannot be read: nothing is left out in silence."""

@@ -52,7 +52,10 @@ def stream_shards(data: str | Path) -> list[str]:
     several = by_split(shards, Path(os.path.commonpath([path.parent for path in shards])))
     if len(several) > 1:
         told = ", ".join(split or "none" for split in several)
-        raise DataError(f"the shards at {text} name several splits ({told}): name those of one, e.g. with a pattern")
+        raise DataError(
+            f"the shards at {text} name several splits ({told}): name those of one, e.g. with a pattern, or index "
+            "all as one set: tarflow data index --split all"
+        )
     return [str(path) for path in shards]
 
 

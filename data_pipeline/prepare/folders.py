@@ -69,7 +69,7 @@ def folder_source(path: Path, choices: Choices | None = None, found: Walk | None
     notes = split_note("folder name", sizes)
     notes += sorted({f"labels: {part.how}" for part in parts.values()})
     if found.linked:
-        notes.append(f"{len(found.linked)} linked folders followed, first: {shown(found.linked[0])}")
+        notes.append(found.links_followed())
     labels, classes, named = np.full(len(files), -1, dtype=np.int64), None, False
     if any(value is not None for value in values):
         labels, classes, named = number_labels(values, f"folder {shown(path)}")

@@ -128,6 +128,14 @@ def prepare(
     if not storable(out):
         raise DataError(f"the name of the folder to write, {shown(out)}, is not UTF-8: give another one")
     of_split = _splits(source, options)
+    if options.container == "mds":
+        for name, members in of_split.items():
+            labelled, count = int((source.labels[members] >= 0).sum()), int(members.sum())
+            if 0 < labelled < count:
+                raise DataError(
+                    f"{labelled} of {count} images{f' of {name}' if name else ''} have a label, MDS columns hold one for all or "
+                    "none: write --container webdataset, or leave the labels out with --labels none"
+                )
     report = Report(classes=source.classes, ignored=+source.ignored)
     with partial_folder(out) as staging:
         order = shuffled(source, options.seed)

@@ -146,6 +146,13 @@ def test_I04_options_of_the_writing_have_an_effect_in_both_containers(
         assert results[-1][1] == [5, 5, 2]
 
 
+def test_I04_mds_columns_hold_all_labels_or_none_which_is_said_before_the_work(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"never read"] * 3, "label": [0, None, 1]}), tmp_path / "a.parquet")
+    text = refused("prepare", tmp_path / "a.parquet", tmp_path / "out", "--size", 4, "--container", "mds")
+    assert text.startswith("2 of 3 images have a label, MDS columns hold one for all or none")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
+
+
 def test_V03_classes_of_another_set_number_this_one(tmp_path: Path, sources: dict[str, Path]) -> None:
     """A held-out set that lacks a class gets the numbers of the training set."""
     for kind in ("npz", "parquet", "folder"):
@@ -197,6 +204,7 @@ def test_I04_options_of_index_and_info(tmp_path: Path, lab: SimpleNamespace) -> 
     assert "no column 'jpg' (--image-field); it has image (bytes), label (int)" in refused(
         "index", mds, "--image-field", "jpg"
     )
+    assert "labels: 3 of 3 samples, from label" in open_index(mds).meta["origin"]
     assert "no column 'json:x' (--label-field)" in refused("index", mds, "--label-field", "json:x")
     assert "column 'label' is int, the bytes of an image" in refused("index", mds, "--image-field", "label")
     tarflow_data("index", mds, "--measure", "--image-field", "image")

@@ -189,8 +189,12 @@ def test_F18_indexing_says_which_fields_it_saw_and_what_has_no_label(
     assert run_index(tmp_path) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "fields seen: png 5, cls 3, json 1" in lines
+    assert "images: from png 5" in lines
     assert "labels: 3 of 5 samples, from cls; 2 have none" in lines
-    assert open_index(tmp_path).meta["origin"] == lines[1:3]
+    assert open_index(tmp_path).meta["origin"] == lines[1:4]
+    (tmp_path / "classes.json").write_text('["a", "b"]')
+    assert run_index(tmp_path) == 0
+    assert "class names: 2, from classes.json" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -220,7 +224,7 @@ def test_labels_that_do_not_fit_the_classes_are_said(tmp_path: Path, lab: Simple
             for what, data in (("png", b"x"), ("cls", str(n).encode()))
         ]
         lab.write_tar(tmp_path / "a.tar", members)
-        return build_index(tmp_path, [tmp_path / "a.tar"], classes=classes)[1].lines()[3:]
+        return build_index(tmp_path, [tmp_path / "a.tar"], classes=classes)[1].lines()[4:]
 
     assert said([0, 1, 2]) == []
     assert said([1, 2, 3]) == ["1 of 4 classes have no image: 0; labels run from 1 to 3, so a model needs 4 classes"]
