@@ -132,9 +132,10 @@ def prepare(
         for name, members in of_split.items():
             labelled, count = int((source.labels[members] >= 0).sum()), int(members.sum())
             if 0 < labelled < count:
+                of = f" of {name}" if name else ""
                 raise DataError(
-                    f"{labelled} of {count} images{f' of {name}' if name else ''} have a label, MDS columns hold one for all or "
-                    "none: write --container webdataset, or leave the labels out with --labels none"
+                    f"{labelled} of {count} images{of} have a label, MDS columns hold one for all or none: write "
+                    "--container webdataset, or leave the labels out with --labels none"
                 )
     report = Report(classes=source.classes, ignored=+source.ignored)
     with partial_folder(out) as staging:
