@@ -202,7 +202,7 @@ def _json_keys(scan: TarScan) -> list[str]:
         return []
     try:
         value = json.loads(scan.content(at))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     if not isinstance(value, dict):
         return []
@@ -322,7 +322,7 @@ def _json_label(content: bytes, inside: str, numbers: dict[str, int]) -> int | N
     """The label at a dotted path of a JSON object."""
     try:
         value = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"is no JSON: {content[:40]!r}") from None
     for part in inside.split("."):
         if not isinstance(value, dict):

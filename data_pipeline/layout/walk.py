@@ -18,9 +18,9 @@ from tarflow.data_pipeline.layout.names import shown
 class Walk:
     """What lies below a folder. `files`: in the order of their paths, none of them hidden.
 
-    `ignored`: `hidden` (begins with a dot, or lies in such a folder), `broken_link` and `link_loop` (a link to a folder
-    that it lies in). `linked`: folders that were entered through a link. `again`: (folder, the same folder met before
-    under another name); it counts once.
+    `ignored`: `hidden` (begins with a dot, or lies in such a folder), `broken_link`, `link_loop` (a link to a folder that
+    it lies in) and `not_a_file` (pipes, sockets, devices). `linked`: folders that were entered through a link. `again`:
+    (folder, the same folder met before under another name); it counts once.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -63,8 +63,8 @@ def walk(root: Path) -> Walk:
                 waiting.append(Path(entry.path))
             elif entry.is_file():
                 found.files.append(Path(entry.path))
-            elif entry.is_symlink():
-                found.ignored["broken_link"] += 1
+            else:
+                found.ignored["broken_link" if entry.is_symlink() else "not_a_file"] += 1
     found.files.sort()
     return found
 

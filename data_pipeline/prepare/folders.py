@@ -169,15 +169,26 @@ def _refuse_doubtful(part: _Part, folders: list[tuple[str, ...]]) -> None:
     for above in folders:
         below[above[0]].add(above[1:])
     for top, inner in below.items():
-        if () not in inner and len({deeper[0] for deeper in inner}) > 1:
+        common = _common(inner)
+        if common not in inner:  # images in several folders below, and none where these part
+            within = "/".join((top, *common))
             example = "/".join((top, *min(inner)))
             alone = (
-                f"; if {shown(top)} only holds the data set, prepare {shown(part.root / top)}" if len(tops) == 1 else ""
+                f"; if {shown(top)} only holds the data set, prepare {shown(part.root / within)}"
+                if len(tops) == 1
+                else ""
             )
             raise DataError(
                 f"{root}: the images of {shown(top)} lie in folders below it, such as {shown(example)}: the class may be "
                 f"{shown(top)} (--labels folders) or {shown(example)} (--labels parents){alone}"
             )
+
+
+def _common(paths: set[tuple[str, ...]]) -> tuple[str, ...]:
+    """The folders that all paths begin with."""
+    first, last = min(paths), max(paths)
+    same = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+    return first[:same]
 
 
 def _from_label_file(path: Path, part: _Part) -> tuple[list[Any], str]:
@@ -188,7 +199,7 @@ def _from_label_file(path: Path, part: _Part) -> tuple[list[Any], str]:
         table = json.loads(path.read_text(encoding="utf-8"))
         listed = table["labels"]
         pairs = None if listed is None else [(normal(name.replace("\\", "/")), label) for name, label in listed]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise DataError(f"cannot read labels from {shown(path)} ({err!r}): expected {form}; {other}") from None
     if pairs is None:
         return [None] * len(part.files), f"none ({_LABEL_FILE} says null)"

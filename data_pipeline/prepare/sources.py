@@ -35,8 +35,10 @@ def open_source(
     `classes`: the class names in label order; the source's classes are put in this order by their names. Raises DataError
     when it is none of the four, or empty, when an option does not suit it, and when it can be read in two ways.
     """
-    if not path.exists():
-        raise DataError(f"there is nothing at {shown(path)}")
+    try:
+        path.stat()
+    except OSError as err:
+        raise DataError(f"there is nothing at {shown(path)} ({err.strerror})") from None
     choices = Choices(image_column, label_column, labels, split)
     if labels is not None and labels not in LABELS:
         raise DataError(f"--labels cannot be {labels!r}: one of {', '.join(LABELS)}")
@@ -98,7 +100,13 @@ def _tables(path: Path, found: Walk) -> list[Path]:
     """
     here = [p for p in found.files if p.parent == path and p.suffix == ".parquet"]
     tables = [p for p in here if not p.with_suffix(".tar").exists() and not p.with_suffix("").is_dir()]
-    if here or any(p.suffix[1:].lower() in IMAGE_EXTENSIONS for p in found.files):
+    images = sum(p.suffix[1:].lower() in IMAGE_EXTENSIONS for p in found.files)
+    if tables and images:
+        raise DataError(
+            f"{shown(path)} holds Parquet files (first: {shown(tables[0].name)}) and {images} images: name a Parquet file, or "
+            "move them away to prepare the images"
+        )
+    if here or images:
         return tables
     return [p for p in found.files if p.suffix == ".parquet"]
 

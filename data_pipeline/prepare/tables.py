@@ -122,7 +122,7 @@ def _features(handle: Any) -> dict[str, Any]:
     """The features that `datasets` wrote into the schema, by column; empty where there are none."""
     try:
         features = json.loads(handle.schema_arrow.metadata[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return {}
     return features if isinstance(features, dict) else {}
 
@@ -136,6 +136,8 @@ def _class_names(handle: Any, label: str | None) -> list[str] | None:
     if label not in _typed(handle, "ClassLabel"):
         return None
     names = _features(handle)[label].get("names")
+    if isinstance(names, dict):  # {"0": "cat", ...}, as cards have it
+        names = [names.get(str(number)) for number in range(len(names))]
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 

@@ -51,8 +51,9 @@ def test_F05_linked_files_count_and_dangling_ones_are_counted(tmp_path: Path, pi
     (folder / "a.png").symlink_to(real / "0.png")
     (folder / "gone.png").symlink_to(real / "9.png")
     (tmp_path / "set" / "dog").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(folder / "pipe.png")
     source = open_source(tmp_path / "set")
-    assert (len(source), dict(source.ignored)) == (1, {"broken_link": 2})
+    assert (len(source), dict(source.ignored)) == (1, {"broken_link": 2, "not_a_file": 1})
 
 
 def test_F05_loops_end_and_a_folder_counts_once(tmp_path: Path, pictures: Callable[..., Path]) -> None:

@@ -122,6 +122,7 @@ def test_F04_single_nulls_backslashes_and_names(tmp_path: Path) -> None:
         (edm_labels([0, 1, -1, 1]), "label -1 (row 2)"),
         (edm_labels([0, 1, 2, 3]) + edm_labels([0, 1, 3]), "two labels for 00000/img00000000.png"),
         ({"a": 1}, "cannot read labels from"),
+        ({"00000/img00000000.png": 1}, "cannot read labels from"),
     ],
 )
 def test_F04_a_list_that_does_not_fit_names_the_option_that_passes_it_over(
@@ -137,8 +138,9 @@ def test_F04_a_list_that_does_not_fit_names_the_option_that_passes_it_over(
 
 def test_F04_other_json_is_named_and_a_missing_list_too(tmp_path: Path) -> None:
     source = tree(tmp_path / "in", "a/0.png", "b/1.png")
-    (source / "dataset.json").write_text("[1, 2")
-    assert "cannot read labels" in refusal(source)
+    for text in ("[1, 2", "[" * 100_000, '{"labels": [["a/0.png"]]}', '{"labels": [[3, 1]]}', '{"labels": 7}'):
+        (source / "dataset.json").write_text(text)
+        assert "cannot read labels" in refusal(source)
     (source / "dataset.json").unlink()
     assert "there is no" in refusal(source, labels="dataset.json")
 
@@ -176,7 +178,19 @@ def test_nested_class_folders_are_a_question_that_two_options_answer(tmp_path: P
     }  # fmt: skip
 
 
+def test_a_data_set_deep_below_is_not_one_class(tmp_path: Path) -> None:
+    source = tree(tmp_path / "in", "ILSVRC/Data/CLS-LOC/train/n01/0.png", "ILSVRC/Data/CLS-LOC/val/n01/1.png")
+    text = refusal(source)
+    assert text.endswith(f"if ILSVRC only holds the data set, prepare {source}/ILSVRC/Data/CLS-LOC")
+    inside = source / "ILSVRC" / "Data" / "CLS-LOC"
+    assert prepared(inside, tmp_path / "out") == {"train": {0: "n01"}, "val": {1: "n01"}}
+
+
 def test_one_folder_below_each_class_is_no_question(tmp_path: Path) -> None:
+    more = tree(
+        tmp_path / "more", "n01/images/0.png", "n01/images/cut/1.png", "n02/2.png", "n02/x/3.png", "n02/y/4.png"
+    )
+    assert open_source(more).labels.tolist() == [0, 0, 1, 1, 1]
     source = tree(tmp_path / "in", "n01/images/0.png", "n02/images/1.png")
     assert prepared(source, tmp_path / "out") == {"": {0: "n01", 1: "n02"}}
 
@@ -316,6 +330,12 @@ def test_F07_columns_are_told_by_the_schema_or_asked_for(tmp_path: Path) -> None
     assert (source.classes, source.labels.tolist()) == (["ray", "oak", "eel"], [0, 1])
     assert "other columns that may hold labels (--label-column): coarse_label" in source.notes
     assert open_source(path, label_column="coarse_label").classes == ["fish", "trees"]
+    fine["fine_label"]["names"] = {"1": "oak", "0": "ray", "2": "eel"}
+    pq.write_table(rows.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": fine}})}), path)
+    assert open_source(path).classes == ["ray", "oak", "eel"]
+    for text in ("x", "[]", '{"info": {"features": [1]}}', "[" * 100_000):
+        pq.write_table(rows.replace_schema_metadata({"huggingface": text}), path)
+        assert open_source(path).classes == ["0", "1"]
     odd = {"picture": IMAGE, "kind": class_label("a", "b"), "colour": class_label("red")}
     rows = rows.rename_columns(["picture", "kind", "colour"])
     pq.write_table(rows.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": odd}})}), path)
@@ -510,6 +530,15 @@ def test_F07_splits_by_folder_of_tars_and_of_streams(tmp_path: Path, lab: Simple
     with pytest.raises(DataError, match=r"name several splits \(train, val\)"):
         stream_shards(tmp_path / "set")
     assert len(stream_shards(tmp_path / "set" / "val")) == 1
+
+
+def test_I06_parquet_beside_images_and_paths_that_cannot_be(tmp_path: Path) -> None:
+    source = tree(tmp_path / "in", "a/0.png")
+    pq.write_table(pa.table({"file_name": ["a/0.png"]}), source / "metadata.parquet")
+    assert "holds Parquet files (first: metadata.parquet) and 1 images: name a Parquet file" in refusal(source)
+    assert "there is nothing at" in refusal(tmp_path / ("x" * 300))
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    assert "there is nothing at" in refusal(tmp_path / "self")
 
 
 # what it is when it is none of these
