@@ -1,14 +1,13 @@
 """A folder of images to be scored: each decodable file once, in the order of names, under the one rule for pixels.
 
-Subfolders count, files and folders whose names begin with a dot do not. An image is told by its ending, in any case
-(`formats.IMAGE_EXTENSIONS`); other files are counted and named, never silently passed over. What does not decode is an
-error, or, with `on_error="skip"`, left out and listed. Everything is converted as training data is
+Subfolders count, linked ones too and each once; files and folders whose names begin with a dot do not. An image is told by
+its ending, in any case (`formats.IMAGE_EXTENSIONS`); other files are counted and named, never silently passed over. What does
+not decode is an error, or, with `on_error="skip"`, left out and listed. Everything is converted as training data is
 (`images.decode` of the data pipeline): grey, palette, 16-bit, transparency on white, orientation. JPEGs are counted by content:
 their losses move every score, so the result says how many there are (case S04).
 """
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from tarflow.data_pipeline.images.decode import decode
 from tarflow.data_pipeline.images.formats import IMAGE_EXTENSIONS, UNREAD_PICTURES, extension_of
 from tarflow.data_pipeline.images.identical import image_hashes
 from tarflow.data_pipeline.images.transform import fit
+from tarflow.data_pipeline.layout.walk import walk
 from tarflow.evaluation.errors import EvaluationError
 
 _NAMED = 20  # files named in a result
@@ -47,25 +47,25 @@ class ImageFolder:
     jpegs: int = 0
     resized: int = 0
     used: int = 0
+    linked: int = 0  # folders that were entered through a link
     sha256: str = ""  # of all pixels scored, in their order
     hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))  # of each image scored
 
     def __post_init__(self) -> None:
         if not self.root.is_dir():
             raise EvaluationError(f"{self.root} is no folder of images")
-        for folder, below, names in os.walk(self.root):
-            below[:] = sorted(name for name in below if not name.startswith("."))
-            for name in names:
-                if name.startswith("."):
-                    continue
-                path = Path(folder) / name
-                ending = extension_of(name)
-                if ending in IMAGE_EXTENSIONS:
-                    self.files.append(path)
-                    continue
-                self.others.append(str(path.relative_to(self.root)))
-                self.unread[ending] += ending in UNREAD_PICTURES
+        found = walk(self.root)
+        for again, first in found.again:
+            raise EvaluationError(f"{again} and {first} are one folder, its images would count twice: remove one of the links")
+        for path in found.files:
+            ending = extension_of(path.name)
+            if ending in IMAGE_EXTENSIONS:
+                self.files.append(path)
+                continue
+            self.others.append(str(path.relative_to(self.root)))
+            self.unread[ending] += ending in UNREAD_PICTURES
         self.unread = +self.unread
+        self.linked = len(found.linked)
         self._first_decides = self.size is None
         self.files.sort(key=lambda path: path.relative_to(self.root).as_posix())
         self.others.sort()
@@ -141,6 +141,7 @@ class ImageFolder:
             "crop": "largest centred square, bicubic with antialias (data_pipeline.transform.fit)",
             "cropped_or_resized": self.resized,
             "jpeg_files": self.jpegs,
+            "linked_folders": self.linked,
             "broken_files": len(self.broken),
             "broken": self.broken[:_NAMED],
             "other_files": len(self.others),

@@ -30,6 +30,7 @@ LAYERS = {
         loading
         storage
         index
+        layout
         images
         keyed errors
     """,

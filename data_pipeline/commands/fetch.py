@@ -18,15 +18,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
     parser.add_argument("--size", type=int, help="side of the images (photos: 256, 512 or 1024)")
     parser.add_argument("--source", type=Path, help="where the package's files are, if not in the usual place")
-    parser.add_argument("--val-fraction", type=float, default=0.0, help="share held out, for sets without a split")
+    parser.add_argument("--val-fraction", type=float, help="share held out (0.1; photos and fashion-mnist come with a split)")
     add_writing(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from tarflow.data_pipeline.prepare.fetch import fetch
 
-    options = writing_options(args, args.size or 1)
+    options = writing_options(args, 1 if args.size is None else args.size)
     with progress_bar(f"preparing {args.name}") as progress:
-        report = fetch(args.name, args.out, size=args.size, source=args.source, options=options, progress=progress)
+        report = fetch(
+            args.name, args.out, size=args.size, source=args.source, val_fraction=args.val_fraction, options=options,
+            progress=progress,
+        )  # fmt: skip
     print_written(report.lines(), args.out)
     return 0

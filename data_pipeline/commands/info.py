@@ -18,13 +18,17 @@ MOST_CLASSES = 30  # that are listed one by one
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="folder or address of the data set")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet to this PNG file")
-    parser.add_argument("--count", type=int, default=64, help="images on the sheet (64)")
-    parser.add_argument("--tile", type=int, default=64, help="pixels of each image on the sheet (64)")
+    parser.add_argument("--count", type=int, help="images on the sheet (64)")
+    parser.add_argument("--tile", type=int, help="pixels of each image on the sheet (64)")
 
 
 def run(args: argparse.Namespace) -> int:
+    from tarflow.data_pipeline.errors import DataError
     from tarflow.data_pipeline.storage.open_index import open_index
 
+    for flag, value in (("--count", args.count), ("--tile", args.tile)):
+        if value is not None and (args.sheet is None or value < 1):
+            raise DataError(f"{flag} {value} is for the contact sheet, and at least 1: give --sheet FILE too")
     index = open_index(args.data)
     sizes = index.shard_sizes
     print(f"{index.root} ({index.form} shards)")
@@ -34,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"image size   {'x'.join(map(str, index.image_size)) if index.image_size else 'not recorded'}")
     print(f"labels       {index.num_samples - index.unlabelled:,} with, {index.unlabelled:,} without")
     print(f"fingerprint  {index.fingerprint}")
+    for line in index.meta.get("origin", []):
+        print(f"  {line}")
     if index.num_classes:
         _print_classes(index, index.num_classes)
     if args.sheet:
@@ -41,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
         from tarflow.data_pipeline.prepare.contact_sheet import contact_sheet
 
-        Image.fromarray(contact_sheet(index, args.count, args.tile)).save(args.sheet, "PNG")
+        Image.fromarray(contact_sheet(index, args.count or 64, args.tile or 64)).save(args.sheet, "PNG")
         print(f"contact sheet written to {args.sheet}")
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def add_writing(parser: argparse.ArgumentParser) -> None:
     """How shards are written."""
     parser.add_argument("--format", choices=("png", "jpeg", "webp"), default="png", help="png, webp: lossless (png)")
-    parser.add_argument("--quality", type=int, default=95, help="JPEG quality (95)")
+    parser.add_argument("--quality", type=int, help="quality of --format jpeg (95)")
     parser.add_argument("--channels", type=int, choices=(1, 3), help="grey or colour (as the source has it)")
-    parser.add_argument("--shard-size", type=int, default=10_000, help="most samples in a shard (10000)")
+    parser.add_argument("--shard-size", type=int, help="most samples in a tar (10000)")
     parser.add_argument("--container", choices=("webdataset", "mds"), default="webdataset",
                         help="tar shards, or MDS shards of mosaicml-streaming (webdataset)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle and the split (0)")
@@ -40,7 +40,7 @@ def writing_options(args: argparse.Namespace, size: int) -> Options:
 
     options = Options(
         size=size, format=args.format, quality=args.quality, channels=args.channels or 0, shard_size=args.shard_size,
-        seed=args.seed, val_fraction=args.val_fraction, on_error=args.on_error, container=args.container,
+        seed=args.seed, val_fraction=args.val_fraction or 0.0, on_error=args.on_error, container=args.container,
         max_pixels=args.max_pixels,
     )  # fmt: skip
     options.check()
@@ -54,10 +54,18 @@ def check_processes(processes: int | None) -> None:
         raise DataError(f"--processes is {processes}, it must be at least 1")
 
 
+def print_notes(notes: Iterable[str]) -> None:
+    """What was inferred, before the work that rests on it."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
 def print_written(lines: list[str], where: Path) -> None:
+    from tarflow.data_pipeline.layout.names import shown
+
     for line in lines:
         print(line)
-    print(f"written to {where}")
+    print(f"written to {shown(where)}")
 
 
 @contextmanager

@@ -17,8 +17,10 @@ import numpy as np
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.content import ShardContent
 from tarflow.data_pipeline.index.index import FORMAT_VERSION, META_KEY, NO_LABEL, SHARDS_PER_PART, Index
+from tarflow.data_pipeline.index.labels_seen import LabelsSeen
 from tarflow.data_pipeline.index.samples import Samples
 from tarflow.data_pipeline.index.scan_jobs import run_jobs, scan_jobs
+from tarflow.data_pipeline.layout.names import class_names, shown, storable
 from tarflow.files import check_writable, replace_dir
 
 CLASSES_FILE = "classes.json"
@@ -34,11 +36,13 @@ class BuildReport:
     ignored: Counter[str] = field(default_factory=Counter)
     problems: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
+    seen: LabelsSeen = field(default_factory=LabelsSeen)
 
     def lines(self) -> list[str]:
         """The report as plain lines."""
         out = [f"{self.shards} shards, {self.samples} samples"]
         out += [f"empty shard: {name}" for name in self.empty_shards[:20]]
+        out += self.seen.lines()
         out += by_cause("ignored members", self.ignored) + by_cause("left out", self.problems)
         return out + [f"left out: {message}" for message in self.examples]
 
@@ -55,6 +59,8 @@ def build_index(
     on_error: str = "strict",
     classes: list[str] | None = None,
     label_field: str | None = None,
+    image_field: str | None = None,
+    origin: list[str] | None = None,
     image_size: tuple[int, int] | None = None,
     measure: bool = False,
     processes: int | None = None,
@@ -64,21 +70,30 @@ def build_index(
 
     `shards` are tars, or one folder that holds an MDS set (`mds.INDEX_FILE`). `classes` defaults to the names in
     `root/classes.json`, or beside the shards, where that file exists. `label_field`: the field (`cls`), `json:NAME`, or
-    the MDS column (found by name). `image_size` (width, height) is recorded when the caller knows that all images have
-    it; `measure` reads it from the head of every image instead. `processes`: how many scan at once (None: as many as
-    there are cores, one for small sets). `progress(done, total)` is called after each shard. Raises DataError: in
-    strict mode for the first damaged or odd sample, always for an empty data set.
+    the MDS column (found by name). `image_field`: the field or column of the image, where there are several. `origin`:
+    lines that say where the data came from and what was inferred, kept in the index. `image_size` (width, height) is
+    recorded when the caller knows that all images have it; `measure` reads it from the head of every image instead.
+    `processes`: how many scan at once (None: as many as there are cores, one for small sets). `progress(done, total)` is
+    called after each shard. Raises DataError: in strict mode for the first damaged or odd sample, always for an empty
+    data set.
     """
     if on_error not in ("strict", "skip"):
         raise DataError(f"on_error is {on_error!r}, it must be strict or skip")
     if not shards:
         raise DataError(f"no shards to index in {root}")
-    if classes is None:  # with --out elsewhere the names may be beside the shards
-        classes = read_classes(root) or read_classes(_folder_of(shards))
+    for path in (root, *shards):
+        if not storable(path):
+            raise DataError(f"the name {shown(path)} is not UTF-8, an index cannot hold it: rename it")
+    names_from = ""
+    if classes is None:
+        # With --out elsewhere the names may be beside the shards.
+        classes, names_from = read_classes(root) or read_classes(_folder_of(shards)), CLASSES_FILE
     report = BuildReport()
     jobs, form = scan_jobs(
-        shards, strict=on_error == "strict", label_field=label_field, classes=classes, measure=measure
-    )
+        shards, strict=on_error == "strict", label_field=label_field, classes=classes, measure=measure,
+        image_field=image_field,
+    )  # fmt: skip
+    report.seen = LabelsSeen(form, classes, names_from)
 
     def scanned() -> Iterator[tuple[Path, ShardContent, Samples]]:
         for done, (path, content, samples) in enumerate(run_jobs(jobs, processes)):
@@ -87,14 +102,16 @@ def build_index(
             report.ignored += samples.ignored
             report.problems += samples.problems
             report.examples += samples.examples[: max(0, 20 - len(report.examples))]
+            report.seen.add(samples)
             if not samples.keys:
-                report.empty_shards.append(str(path))
+                report.empty_shards.append(shown(path))
             yield path, content, samples
             if progress:
                 progress(done + 1, len(jobs))
 
     write_index(
-        root, scanned(), classes=classes, image_size=image_size, form=form, label_field=label_field,
+        root, scanned(), classes=classes, image_size=image_size, form=form, label_field=label_field, image_field=image_field,
+        origin=lambda: (origin or []) + report.seen.lines(),
         what_else=lambda: ", ".join(by_cause("ignored members", report.ignored) + by_cause("left out", report.problems)),
     )  # fmt: skip
     return Index(root), report
@@ -116,10 +133,13 @@ def write_index(
     form: str = "tar",
     label_field: str | None = None,
     what_else: Callable[[], str] = str,
+    image_field: str | None = None,
+    origin: Callable[[], list[str]] | None = None,
 ) -> None:
     """Write (path, state of the file, samples) of each shard as `root/index`. Raises DataError if there are no samples.
 
-    `form`: what the shards are, `tar` or `mds`. `label_field`: where the labels came from, for `data verify`.
+    `form`: what the shards are, `tar` or `mds`. `label_field`: where the labels came from, and `image_field`,
+    the images, for `data verify`. `origin`: asked at the end for lines about what was inferred.
     `what_else()`: what was met besides, for the error.
     """
     import pyarrow as pa
@@ -191,6 +211,8 @@ def write_index(
             "image_size": image_size,
             "form": form,
             "label_field": label_field,
+            "image_field": image_field,
+            "origin": origin() if origin else [],
             "part_digests": part_digests,
         }
         shard_schema = pa.schema(list(_SHARD_FIELDS.items())).with_metadata({META_KEY: json.dumps(meta).encode()})
@@ -272,6 +294,4 @@ def parse_classes(path: Path) -> list[str]:
         raise DataError(f"cannot read class names from {path}: {err}") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{path} must hold a list of class names")
-    if len(set(names)) < len(names):
-        raise DataError(f"{path} names a class twice: " + next(name for name in names if names.count(name) > 1))
-    return names
+    return class_names(names, str(path))

@@ -12,6 +12,7 @@ of an image file.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,16 +76,22 @@ def _shard(folder: Path, entry: dict[str, Any]) -> MdsShard:
 
 
 def scan_mds(
-    shard: MdsShard, first: int, *, strict: bool, label_field: str | None, classes: list[str] | None
+    shard: MdsShard,
+    first: int,
+    *,
+    strict: bool,
+    label_field: str | None,
+    classes: list[str] | None,
+    image_field: str | None = None,
 ) -> Samples:
     """The samples of one shard; `first` is the number of its first sample in the set, the key of those without one.
 
-    `label_field`: the column of the labels, None = found by name. Strict: DataError at the first problem; else a
-    damaged shard has no samples, malformed labels are left out, and both are counted.
+    `label_field`, `image_field`: the columns of labels and images, None = found by name. Strict: DataError at the first
+    problem; else a damaged shard has no samples, malformed labels are left out, and both are counted.
     """
     out = Samples()
-    image = _pick(shard, None, _IMAGE_COLUMNS, _IMAGE_ENCODINGS, "the bytes of an image file")
-    label = _pick(shard, label_field, _LABEL_COLUMNS, (*_INTEGERS, *_TEXTS), "labels")
+    image = _pick(shard, image_field, _IMAGE_COLUMNS, _IMAGE_ENCODINGS, "the bytes of an image file", "--image-field")
+    label = _pick(shard, label_field, _LABEL_COLUMNS, (*_INTEGERS, *_TEXTS), "labels", "--label-field")
     key = next((shard.names.index(name) for name in _KEY_COLUMNS if name in shard.names), None)
     assert image is not None
     try:
@@ -93,6 +100,8 @@ def scan_mds(
         out.problem("damaged_shard", f"shard {shard.path}: damaged: {err}", strict)
         return out
     labels = _labels(shard, label, data, starts, sizes)
+    out.label_from = "" if label is None else shard.names[label]
+    out.fields = Counter(dict.fromkeys(shard.names, shard.samples))
     numbers = {name: number for number, name in enumerate(classes or [])}
     for row in range(shard.samples):
         value: int | None = None
@@ -170,12 +179,12 @@ def _text(data: np.ndarray, starts: np.ndarray, sizes: np.ndarray, row: int) -> 
 
 
 def _pick(
-    shard: MdsShard, asked: str | None, known: tuple[str, ...], encodings: tuple[str, ...], what: str
+    shard: MdsShard, asked: str | None, known: tuple[str, ...], encodings: tuple[str, ...], what: str, flag: str
 ) -> int | None:
     """The column asked for, or of a known name; for images also the only one of a fitting encoding."""
     columns = ", ".join(f"{name} ({encoding})" for name, encoding in zip(shard.names, shard.encodings))
     if asked is not None and asked not in shard.names:
-        raise DataError(f"shard {shard.path} has no column {asked!r} (--label-field); it has {columns}")
+        raise DataError(f"shard {shard.path} has no column {asked!r} ({flag}); it has {columns}")
     named = [name for name in ((asked,) if asked else known) if name in shard.names]
     if not named and known is _IMAGE_COLUMNS:
         named = [name for name, encoding in zip(shard.names, shard.encodings) if encoding in encodings][:1]

@@ -1,20 +1,27 @@
 """Which shards a pattern means: folders, glob patterns, brace ranges and lists, always the same sorted list.
 
 `{a,b}` and `{000..012}` (zeros kept) are expanded first, then `*`, `?`, `[...]` and `**` are matched against the disk.
-A folder stands for every `*.tar` in it and below. What matches nothing, and every file that a brace range names but
-that is missing, is an error before anything is read. A file that is named twice counts once and is reported.
+A folder stands for every `*.tar` in it and below, links to folders followed. What matches nothing, and every file that a
+brace range names but that is missing, is an error before anything is read. A file that is named twice counts once and is
+reported.
 """
 
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from braceexpand import braceexpand
 
 from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.index.kinds import what_file, what_folder
+from tarflow.data_pipeline.layout.names import shown
+from tarflow.data_pipeline.layout.splits import ALL, asked_splits, by_split
+from tarflow.data_pipeline.layout.walk import walk
 
 _BRACES = re.compile(r"\{([^{}]*)\}")  # the innermost groups
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -38,7 +45,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def find_shards(patterns: str | Path | Sequence[str | Path]) -> tuple[list[Path], list[str]]:
-    """(sorted shard paths, notes about duplicates). One string is one pattern; give several as a list.
+    """(sorted shard paths, notes about duplicates and links). One string is one pattern; give several as a list.
 
     Raises DataError for a pattern that matches nothing, for missing files, and for two patterns in one string.
     """
@@ -55,26 +62,59 @@ def find_shards(patterns: str | Path | Sequence[str | Path]) -> tuple[list[Path]
                 f"{pattern!r} is an address: index the shards where they lie in a file system and put the folder index/ "
                 "beside them; training then reads both from the address"
             )
-        for path in _one_pattern(pattern, missing):
+        for path in _one_pattern(pattern, missing, notes):
             real = path.resolve()
             if real in found:
                 notes.append(f"shard {path} is named twice (by {found[real]!r} and {pattern!r}): it counts once")
             else:
                 found[real] = pattern
     if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise DataError(f"{len(missing)} shard files are missing: {shown}")
+        named = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise DataError(f"{len(missing)} shard files are missing: {named}")
     return sorted(found), notes
 
 
-def _one_pattern(pattern: str, missing: list[str]) -> list[Path]:
+def of_one_split(shards: list[Path], asked: str | None) -> tuple[list[Path], list[str]]:
+    """(the shards of the split asked for, notes); all where they name one split or none.
+
+    Raises DataError where the names of the shards tell several splits and none was asked for: as one set, a training would
+    see what its figures are measured on.
+    """
+    root = Path(os.path.commonpath([path.parent for path in shards]))
+    groups = by_split(shards, root)
+    told = ", ".join(f"{name} ({_count(members)})" for name, members in groups.items() if name)
+    if asked is None:
+        if len(groups) == 1 or not told:
+            return shards, []
+        rest = f"; {_count(groups[''])} of them none" if "" in groups else ""
+        raise DataError(
+            f"the shards in {shown(root)} name the splits {told}{rest}: index one at a time, e.g. --split {next(iter(groups))} "
+            f"--out FOLDER, or all as one set with --split {ALL}"
+        )
+    wanted = asked_splits(asked)
+    if wanted == [ALL]:
+        return shards, [f"the splits {told} are taken as one set (--split {ALL})"] if told else []
+    if len(wanted) > 1 or wanted[0] not in groups:
+        raise DataError(f"--split {asked}: an index is of one split; the shards in {shown(root)} name: {told or 'none'}")
+    return groups[wanted[0]], [f"the split {wanted[0]}: {len(groups[wanted[0]])} of {len(shards)} shards, told by their names"]
+
+
+def _count(shards: list[Path]) -> str:
+    return f"{len(shards)} shard{'s' * (len(shards) > 1)}"
+
+
+def _one_pattern(pattern: str, missing: list[str], notes: list[str]) -> list[Path]:
     path = Path(pattern)
     if path.is_file():
+        what = what_file(path)
+        if what and path.suffix != ".tar":
+            raise DataError(f"{shown(path)} is no tar of samples but {what}")
         return [path]
     if path.is_dir():
-        tars = [p for p in path.rglob("*.tar") if p.is_file()]
+        tars = [file for file in _walked(path, notes) if file.suffix == ".tar"]
         if not tars:
-            raise DataError(f"folder {pattern!r} holds no *.tar files")
+            what = what_folder(path)
+            raise DataError(f"folder {shown(pattern)!r} holds no *.tar files" + (f"; {what}" if what else ""))
         return tars
     words = pattern.split()
     if len(words) > 1 and sum(any(mark in word for mark in "{*?") for word in words) > 1:
@@ -83,7 +123,7 @@ def _one_pattern(pattern: str, missing: list[str]) -> list[Path]:
     out: list[Path] = []
     for name in names:
         if any(mark in name for mark in "*?[") and not Path(name).is_file():
-            matched = [Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file()]
+            matched = [path for path in _matches(name, notes) if path.is_file()]
             if not matched:
                 raise DataError(f"pattern {pattern!r} matches no file" + (f" ({name!r})" if name != pattern else ""))
             out += matched
@@ -95,3 +135,33 @@ def _one_pattern(pattern: str, missing: list[str]) -> list[Path]:
         missing.clear()
         raise DataError(f"there is no file, folder or match for {pattern!r}")
     return out
+
+
+def _walked(folder: Path, notes: list[str]) -> list[Path]:
+    """All files below a folder; links that were followed or passed over are noted."""
+    found = walk(folder)
+    if found.linked:
+        notes.append(found.links_followed())
+    notes += [f"{shown(again)} is the folder {shown(first)}: it counts once" for again, first in found.again[:5]]
+    return found.files
+
+
+def _matches(pattern: str, notes: list[str]) -> list[Path]:
+    """What matches a pattern. `**` goes through links too, but into each folder once: links may form circles."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return [Path(match) for match in glob.glob(pattern)]
+    at = parts.index("**")
+    found = []
+    for base in map(Path, glob.glob(str(Path(*parts[:at])))):
+        found += [file for file in _walked(base, notes) if _fits(file.relative_to(base).parts, parts[at:])]
+    return found
+
+
+def _fits(names: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether names of folders and a file fit the parts of a pattern, in which `**` stands for any number of folders."""
+    if not parts or not names:
+        return not parts and not names
+    if parts[0] == "**":
+        return _fits(names, parts[1:]) or _fits(names[1:], parts)
+    return fnmatchcase(names[0], parts[0]) and _fits(names[1:], parts[1:])

@@ -6,7 +6,8 @@ The rules, the same for every shard:
 - Members of one key form one sample wherever they stand in the shard. Keys are compared byte by byte: a name in
   composed and the same name in decomposed Unicode are two keys.
 - The image is the field that is an image extension; where there is none, the only field whose last part is one
-  (`05.png`). Then the label is looked for under the same inner dots (`05.cls`) as well.
+  (`05.png`). Then the label is looked for under the same inner dots (`05.cls`) as well, and as `png.cls`, which some
+  writers make of `0001.png`. Where a sample has several images, `--image-field` says which.
 - Hidden members (`.x.jpg`), members without an extension, `__name__` members and everything that is no regular file
   are ignored and counted. So are samples without an image.
 - A second member with the same key and field: strict names it, skip keeps the first and counts.
@@ -20,13 +21,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.formats import IMAGE_EXTENSIONS, UNREAD_PICTURES, cause_of
 from tarflow.data_pipeline.index.labels import check_label
 from tarflow.data_pipeline.index.tar_scan import TarScan
+from tarflow.data_pipeline.layout.names import normal
 
+_MOST_FIELDS = 64  # kinds of fields that are counted: dotted names may make one for every sample
+_MOST_KEYS = 12
 _IMAGE_BYTES = frozenset(extension.encode() for extension in IMAGE_EXTENSIONS)
 
 
@@ -47,6 +52,9 @@ class Samples:
     ignored: Counter[str] = field(default_factory=Counter)
     problems: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
+    fields: Counter[str] = field(default_factory=Counter)  # how many samples have each
+    json_keys: list[str] = field(default_factory=list)  # in the first .json, of a shard without labels
+    label_from: str = ""  # the field or column where labels were looked for
 
     def problem(self, cause: str, message: str, strict: bool) -> None:
         """Strict: raise it. Otherwise count it and keep its message if it is among the first."""
@@ -78,25 +86,51 @@ def group(
     strict: bool = True,
     label_field: str = "cls",
     classes: list[str] | None = None,
+    image_field: str | None = None,
 ) -> Samples:
     """The samples of one scanned shard. Strict: DataError naming shard and member at the first problem.
 
-    `label_field`: the field that holds the label, or `json:NAME` for a value inside a JSON field.
+    `label_field`: the field that holds the label, or `json:NAME` for a value inside a JSON field. `image_field`: the one
+    that holds the image, None = the only one with an image extension.
     """
-    out = Samples()
-    out.ignored["not_a_file"] += scan.not_files
+    out = Samples(label_from=label_field)
+    out.ignored["link_to_nothing"] += len(scan.links)
+    out.ignored["not_a_file"] += scan.not_files - len(scan.links)
     reader = LabelReader(scan, label_field, classes)
+    wanted = image_field.lower().encode() if image_field else None
+    _samples(scan, shard, reader, wanted, out, strict)
+    out.ignored = +out.ignored
+    if not any(label is not None for label in out.labels):
+        out.json_keys = _json_keys(scan)
+    return out
+
+
+def _samples(
+    scan: TarScan, shard: str, reader: LabelReader, wanted: bytes | None, out: Samples, strict: bool
+) -> None:
+    """Fill `out` with the samples of a scan; `wanted` is the field of the image, where one was asked for."""
+    for member in scan.sparse:
+        _, what = split_name(member) or (b"", b"")
+        ending = what.rsplit(b".", 1)[-1]
+        if what != wanted and ending not in _IMAGE_BYTES and ending != reader.field.rsplit(b".", 1)[-1]:
+            out.ignored["sparse"] += 1
+            continue
+        out.problem(
+            "sparse_member",
+            f"shard {shard}: member {text(member)!r} is stored sparse, with its holes left out: pack it without --sparse",
+            strict,
+        )
     if scan.damage:
         where = f", member {text(scan.cut_member)!r}" if scan.cut_member else ""
         out.problem("damaged_shard", f"shard {shard}: damaged{where}: {scan.damage}", strict)
-    elif _regular(scan, reader, out):
-        return out
-    for key, fields in _table(scan, shard, out, strict).items():
-        found = [what for what in fields if what in _IMAGE_BYTES]
-        inner = b""
-        if not found:
-            found = [what for what in fields if b"." in what and what.rsplit(b".", 1)[1] in _IMAGE_BYTES]
-            inner = found[0].rsplit(b".", 1)[0] + b"." if found else b""
+    elif _regular(scan, reader, wanted, out):
+        return
+    table = _table(scan, shard, out, strict)
+    kinds = Counter(map(tuple, table.values()))  # most samples have the same fields: looked at once
+    out.fields = _counted(kinds)
+    roles = {fields: _roles(fields, wanted, reader.field) for fields in kinds}
+    for key, fields in table.items():
+        found, label_in = roles[tuple(fields)]
         if not found:
             last = [text(what).rpartition(".")[2] for what in fields]
             unread = next((extension for extension in last if extension in UNREAD_PICTURES), None)
@@ -107,18 +141,18 @@ def group(
             out.problem(
                 "several_images",
                 f"shard {shard}: sample {text(key)!r} has {len(found)} images ({both}): "
-                "a key ends at the first dot of the file name",
+                f"a key ends at the first dot of the file name; --image-field {text(found[0])} takes that one",
                 strict,
             )
-            if inner:  # dotted names merged by the key rule: no telling which labels belong to which
+            if b"." in found[0]:  # dotted names merged by the key rule: no telling which labels belong to which
                 continue
         at = fields[found[0]]
         if scan.sizes[at] == 0:
             out.problem("empty_image", f"shard {shard}: member {text(scan.names[at])!r} has 0 bytes", strict)
             continue
         label: int | None = None
-        label_at = fields.get(reader.field, fields.get(inner + reader.field))
-        if label_at is not None:
+        if label_in is not None:
+            label_at = fields[label_in]
             try:
                 label = reader.read(label_at)
             except ValueError as err:
@@ -130,8 +164,64 @@ def group(
         out.sizes.append(scan.sizes[at])
         out.extensions.append(text(found[0]))
         out.labels.append(label)
-    out.ignored = +out.ignored
-    return out
+
+
+def _counted(kinds: Counter[tuple[bytes, ...]]) -> Counter[str]:
+    """How many samples have each field, for a bounded number of fields."""
+    counts: Counter[str] = Counter()
+    for fields, count in kinds.items():
+        for what in map(text, fields):
+            if what in counts or len(counts) < _MOST_FIELDS:
+                counts[what] += count
+    return counts
+
+
+def _roles(fields: Collection[bytes], wanted: bytes | None, label: bytes) -> tuple[list[bytes], bytes | None]:
+    """(the fields that are images, the field that holds the label)."""
+    found = _images(fields, wanted)
+    return found, _label_field(fields, found[0], label) if found else None
+
+
+def _images(fields: Collection[bytes], wanted: bytes | None) -> list[bytes]:
+    """The fields of a sample that are images: the wanted one, else those of a plain extension, else the dotted ones."""
+    if wanted is not None:
+        return [wanted] if wanted in fields else []
+    plain = [what for what in fields if what in _IMAGE_BYTES]
+    return plain or [what for what in fields if b"." in what and what.rsplit(b".", 1)[1] in _IMAGE_BYTES]
+
+
+def _label_field(fields: Collection[bytes], image: bytes, wanted: bytes) -> bytes | None:
+    """The field that holds the label: the wanted one, else it under the image's inner dots, else it behind the image's."""
+    inner = image.rsplit(b".", 1)[0] + b"." if b"." in image else b""
+    return next((what for what in (wanted, inner + wanted, image + b"." + wanted) if what in fields), None)
+
+
+def _json_keys(scan: TarScan) -> list[str]:
+    """Keys of the first JSON member that could be labels: integers and short texts."""
+    at = next((i for i, name in enumerate(scan.names) if name.lower().endswith(b".json")), None)
+    if at is None:
+        return []
+    try:
+        value = json.loads(scan.content(at))
+    except (OSError, ValueError, RecursionError):
+        return []
+    if not isinstance(value, dict):
+        return []
+    return [key for key, inside in value.items() if isinstance(inside, (int, str)) and len(str(inside)) < 80][:_MOST_KEYS]
+
+
+def label_gaps(used: Sequence[int], classes: int) -> str | None:
+    """A line about classes 0 .. `classes` - 1 that no image has and labels below 0; `used` in order. None without any."""
+    have = {label for label in used if label >= 0}
+    parts = []
+    if have and (missing := [label for label in range(classes) if label not in have]):
+        shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
+        parts.append(f"{len(missing)} of {classes} classes have no image: {shown}")
+        if missing == [0]:
+            parts.append(f"labels run from 1 to {max(have)}, so a model needs {classes} classes")
+    if used and used[0] < 0:
+        parts.append(f"some labels are below 0 (smallest {used[0]}), which training refuses")
+    return "; ".join(parts) or None
 
 
 def _table(scan: TarScan, shard: str, out: Samples, strict: bool) -> dict[bytes, dict[bytes, int]]:
@@ -159,7 +249,7 @@ def _table(scan: TarScan, shard: str, out: Samples, strict: bool) -> dict[bytes,
     return table
 
 
-def _regular(scan: TarScan, labels: LabelReader, out: Samples) -> bool:
+def _regular(scan: TarScan, labels: LabelReader, wanted: bytes | None, out: Samples) -> bool:
     """The quick way for shards as writers leave them: every sample with the same fields in the same order, no odd names.
 
     Adds nothing and gives False where any of that does not hold; the general way then gives the same or names what is
@@ -171,10 +261,11 @@ def _regular(scan: TarScan, labels: LabelReader, out: Samples) -> bool:
     prefix = names[0][: names[0].index(b".") + 1]
     period = next((i for i, name in enumerate(names) if not name.startswith(prefix)), len(names))
     fields = [name[len(prefix) :] for name in names[:period]]
-    pictures = [i for i, what in enumerate(fields) if what in _IMAGE_BYTES]
+    pictures = [fields.index(what) for what in _images(fields, wanted)]
     if (
         len(names) % period
         or len(pictures) != 1
+        or (wanted is None and b"." in fields[pictures[0]])
         or len(set(fields)) < period
         or b"".join(fields) != b"".join(fields).lower()
     ):
@@ -193,13 +284,14 @@ def _regular(scan: TarScan, labels: LabelReader, out: Samples) -> bool:
     try:
         decoded = together.decode().split("\n")
         values: list[int | None] = [None] * len(keys)
-        if labels.field in fields:
-            values = [labels.read(i) for i in range(fields.index(labels.field), len(names), period)]
+        label = _label_field(fields, fields[pictures[0]], labels.field)
+        if label is not None:
+            values = [labels.read(i) for i in range(fields.index(label), len(names), period)]
     except ValueError:
         return False
     out.keys, out.offsets, out.sizes, out.labels = decoded, scan.offsets[pictures[0] :: period], sizes, values
     out.extensions = [text(fields[pictures[0]])] * len(keys)
-    out.ignored = +out.ignored
+    out.fields = Counter({text(what): len(keys) for what in fields})
     return True
 
 
@@ -231,7 +323,7 @@ def _json_label(content: bytes, inside: str, numbers: dict[str, int]) -> int | N
     """The label at a dotted path of a JSON object."""
     try:
         value = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"is no JSON: {content[:40]!r}") from None
     for part in inside.split("."):
         if not isinstance(value, dict):
@@ -247,8 +339,9 @@ def _json_label(content: bytes, inside: str, numbers: dict[str, int]) -> int | N
 def parse_label(content: bytes, numbers: dict[str, int]) -> int:
     """The class number in a label member. Raises ValueError saying what stands there instead."""
     word = content.decode("utf-8", errors="backslashreplace").strip()
-    if word in numbers:
-        return numbers[word]
+    number = numbers.get(word, numbers.get(normal(word)))
+    if number is not None:
+        return number
     digits = word[1:] if word[:1] in "+-" else word
     if digits.isascii() and digits.isdigit() and len(digits) < 40:
         return check_label(int(word))

@@ -13,6 +13,7 @@ from tarflow.data_pipeline.index.mds import INDEX_FILE, MdsShard, mds_shards, sc
 from tarflow.data_pipeline.index.processes import cores, in_processes
 from tarflow.data_pipeline.index.samples import Samples, group
 from tarflow.data_pipeline.index.tar_scan import SMALL, scan_tar
+from tarflow.data_pipeline.layout.names import shown
 
 _WORTH_IT = 1 << 30  # bytes of shards below which starting processes takes longer than the scan
 _HEAD = 1 << 16  # bytes that hold the size of nearly every image; the rest is read when they do not
@@ -28,6 +29,7 @@ class Job:
     classes: list[str] | None
     measure: bool
     first: int = 0
+    image_field: str | None = None
 
     @property
     def path(self) -> Path:
@@ -49,24 +51,28 @@ class Job:
         """The samples alone. Raises DataError."""
         if isinstance(self.shard, MdsShard):
             return scan_mds(
-                self.shard, self.first, strict=self.strict, label_field=self.label_field, classes=self.classes
-            )
+                self.shard, self.first, strict=self.strict, label_field=self.label_field, classes=self.classes,
+                image_field=self.image_field,
+            )  # fmt: skip
         field = self.label_field or "cls"
         scan = scan_tar(self.shard, keep=4096 if ":" in field else SMALL)
-        return group(scan, str(self.shard), strict=self.strict, label_field=field, classes=self.classes)
+        return group(
+            scan, shown(self.shard), strict=self.strict, label_field=field, classes=self.classes, image_field=self.image_field
+        )
 
 
 def scan_jobs(
-    shards: Sequence[Path], *, strict: bool, label_field: str | None, classes: list[str] | None, measure: bool
-) -> tuple[list[Job], str]:
+    shards: Sequence[Path], *, strict: bool, label_field: str | None, classes: list[str] | None, measure: bool,
+    image_field: str | None = None,
+) -> tuple[list[Job], str]:  # fmt: skip
     """(jobs in order, `tar` or `mds`). An MDS set is given as the one folder that holds its `index.json`."""
     if len(shards) == 1 and (shards[0] / INDEX_FILE).is_file():
         jobs, first = [], 0
         for shard in mds_shards(shards[0]):
-            jobs.append(Job(shard, strict, label_field, classes, measure, first))
+            jobs.append(Job(shard, strict, label_field, classes, measure, first, image_field))
             first += shard.samples
         return jobs, "mds"
-    return [Job(path, strict, label_field, classes, measure) for path in shards], "tar"
+    return [Job(path, strict, label_field, classes, measure, 0, image_field) for path in shards], "tar"
 
 
 def run_jobs(jobs: Sequence[Job], processes: int | None) -> Iterator[tuple[Path, ShardContent, Samples]]:

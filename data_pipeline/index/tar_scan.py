@@ -1,8 +1,9 @@
 """One pass over the headers of a tar file: which members it holds and where their bytes lie.
 
-Reads ustar, GNU (long names, base-256 sizes) and pax headers and reports damage instead of raising, so that the caller
-can apply its policy. The walk from header to header only reads sizes; names and checksums are then taken from all
-headers at once with NumPy, which makes a scan about as fast as reading the headers alone.
+Reads ustar, GNU (long names, base-256 sizes) and pax headers, follows links to members of the same tar, and reports
+damage instead of raising, so that the caller can apply its policy. The walk from header to header only reads sizes; names
+and checksums are then taken from all headers at once with NumPy, which makes a scan about as fast as reading the headers
+alone.
 """
 
 from __future__ import annotations
@@ -14,17 +15,25 @@ from pathlib import Path
 import numpy as np
 
 from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.index.tar_headers import (
+    BLOCK,
+    checksum_right,
+    checksums_right,
+    odd_size,
+    pax_records,
+    sparse_blocks,
+)  # fmt: skip
+from tarflow.data_pipeline.index.tar_links import TarLink, followed
 
-BLOCK = 512
 _ZERO = bytes(BLOCK)
 _WINDOW = 4096  # one read often serves an extended header, the header, a small text member and the next header
 SMALL = 256  # contents up to this size are kept as they pass by: label members
 _WINDOWS = 256  # windows whose headers are checked together; a megabyte stays in the processor's cache
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"LKxg"
-_LOW = np.uint64(0x00FF00FF00FF00FF)
 _REGULAR = np.frombuffer(b"0\x007", dtype=np.uint8)
 _GUESSES = 2  # times that guessing may come to an end in one shard before it is given up
+_LINKS, _SYMBOLIC, _SPARSE = b"12", 50, 83
 _NO_CONTENT = b"123456"  # links, devices, folders, pipes: whatever their size field says, no content follows
 
 
@@ -33,7 +42,8 @@ class TarScan:
     """What a scan found. `names`, `offsets` (of the content) and `sizes` in bytes run in parallel, regular files only.
 
     `contents` holds the bytes of small members by position in `names`. `damage` says what is wrong with the file, or
-    is None; `cut_member` names the member that the damage hit, where one is known.
+    is None; `cut_member` names the member that the damage hit, where one is known. A link to a member of this tar is a
+    member with the same bytes, after all others; `links` holds the rest. `sparse`: members whose bytes lie in pieces.
     """
 
     path: Path
@@ -43,6 +53,8 @@ class TarScan:
     sizes: list[int] = field(default_factory=list)
     contents: dict[int, bytes] = field(default_factory=dict)
     not_files: int = 0
+    links: list[TarLink] = field(default_factory=list)
+    sparse: list[bytes] = field(default_factory=list)
     damage: str | None = None
     cut_member: bytes | None = None
 
@@ -77,16 +89,29 @@ def scan_tar(path: Path, keep: int = SMALL) -> TarScan:
                 if head.startswith(magic):
                     raise DataError(f"shard {path} is {how}-compressed: reading by offset needs a plain tar, unpack it")
             scan.damage = f"not a tar file ({scan.damage})" if scan.file_bytes else "the file is empty (0 bytes)"
+        _follow_links(scan)
         return scan
     finally:
         os.close(fd)
+
+
+def _follow_links(scan: TarScan) -> None:
+    found, scan.links = followed(scan.links, scan.names)
+    for name, at in found:
+        if at in scan.contents:
+            scan.contents[len(scan.names)] = scan.contents[at]
+        scan.names.append(name)
+        scan.offsets.append(scan.offsets[at])
+        scan.sizes.append(scan.sizes[at])
+    scan.not_files -= len(found)
 
 
 class _Batch:
     """Windows of the file with the headers met since the last check.
 
     Header i starts at `at[i]` in `buffer` and at `positions[i]` in the file. `sizes`: bytes of content. By number in
-    the batch, what is special about some: `not_files` (extended headers and everything without content), `long_names`.
+    the batch, what is special about some: `not_files` (extended headers and everything without content), `long_names`,
+    `links` (their targets), `sparse`.
     """
 
     def __init__(self, buffer: bytearray) -> None:
@@ -96,6 +121,8 @@ class _Batch:
         self.sizes: list[int] = []
         self.not_files: set[int] = set()
         self.long_names: dict[int, bytes] = {}
+        self.links: dict[int, bytes] = {}
+        self.sparse: set[int] = set()
 
     def header(self, i: int) -> bytes:
         """The 512 bytes of header i."""
@@ -114,7 +141,9 @@ def _walk(fd: int, scan: TarScan, keep: int) -> None:
     at, positions, sizes = batch.at, batch.positions, batch.sizes
     position = start = used = base = filled = 0  # the newest window: buffer[base:used] holds the file from `start` on
     long_name: bytes | None = None
+    long_link: bytes | None = None
     long_size: int | None = None
+    sparse = False
     guesses = _GUESSES
     while True:
         inside = base + position - start
@@ -154,7 +183,7 @@ def _walk(fd: int, scan: TarScan, keep: int) -> None:
             if header == _ZERO:
                 _take(batch, scan, fd, keep)
                 return
-            size = _odd_size(header[124:136])
+            size = odd_size(header[124:136])
             if size < 0:
                 if _take(batch, scan, fd, keep):
                     scan.damage = f"no valid member header at byte {position}"
@@ -168,21 +197,37 @@ def _walk(fd: int, scan: TarScan, keep: int) -> None:
                 long_name = None
             if long_size is not None:
                 size, long_size = long_size, None
+            if sparse:
+                batch.not_files.add(len(sizes))
+                batch.sparse.add(len(sizes))
+                sparse = False
         else:
             batch.not_files.add(len(sizes))
-            if kind in (_PAX, _LONG_NAME):
+            if kind in (_PAX, _LONG_NAME, _LONG_LINK):
                 data = bytes(buffer[content : min(content + size, used)])
                 if len(data) < size:
                     data = os.pread(fd, min(size, 1 << 20), position + BLOCK)
                 if kind == _LONG_NAME:
                     long_name = data.split(b"\0", 1)[0]
+                elif kind == _LONG_LINK:
+                    long_link = data.split(b"\0", 1)[0]
                 elif b"path=" in data or b"size=" in data:
-                    records = _pax(data)
-                    long_name = records.get(b"path", long_name)
+                    records = pax_records(data)
+                    sparse = b"GNU.sparse." in data
+                    long_name = records.get(b"GNU.sparse.name", records.get(b"path", long_name))
+                    long_link = records.get(b"linkpath", long_link)
                     if records.get(b"size", b"").isdigit():
                         long_size = int(records[b"size"])
-            elif kind not in (_PAX_GLOBAL, _LONG_LINK):
-                long_name = long_size = None
+            elif kind != _PAX_GLOBAL:
+                if long_name is not None:
+                    batch.long_names[len(sizes)] = long_name
+                if kind in _LINKS:
+                    target = bytes(buffer[inside + 157 : inside + 257]).split(b"\0", 1)[0]
+                    batch.links[len(sizes)] = target if long_link is None else long_link
+                elif kind == _SPARSE:
+                    batch.sparse.add(len(sizes))
+                    size += BLOCK * sparse_blocks(fd, position, buffer[inside + 482])
+                long_name = long_link = long_size = None
                 if kind in _NO_CONTENT:
                     size = 0
         sizes.append(size)
@@ -243,7 +288,7 @@ def _leap(
         right &= (sizes[extended] <= BLOCK).all() and not (b"path=" in records or b"size=" in records)
         right &= not extended[len(layout) - 1 :: len(layout)].any()
     ends = places + BLOCK + -(-sizes.reshape(-1, len(layout)) // BLOCK) * BLOCK
-    right &= _checksums_right(table).all()
+    right &= checksums_right(table).all()
     if not right or (ends[:, :-1] != places[1:]).any() or position > scan.file_bytes:
         return first
     batch = _Batch(buffer)
@@ -274,11 +319,11 @@ def _take(batch: _Batch, scan: TarScan, fd: int, keep: int, checked: np.ndarray 
     count = good = len(batch.at)
     if checked is None:
         table = np.frombuffer(batch.buffer, dtype=np.uint8).reshape(-1, BLOCK)[np.array(batch.at) // BLOCK]
-        wrong: list[int] = np.flatnonzero(~_checksums_right(table)).tolist()
+        wrong: list[int] = np.flatnonzero(~checksums_right(table)).tolist()
     else:
         table, wrong = checked, []
     for i in wrong:
-        if not _checksum_right(batch.header(i)):
+        if not checksum_right(batch.header(i)):
             good = i
             scan.damage = f"no valid member header at byte {batch.positions[i]}"
             break
@@ -289,11 +334,16 @@ def _take(batch: _Batch, scan: TarScan, fd: int, keep: int, checked: np.ndarray 
         names = [name.split(b"\0", 1)[0] for name in names]
     for i, name in batch.long_names.items():
         names[i] = name
+    for i, target in batch.links.items():
+        if i < good:
+            scan.links.append(TarLink(names[i], target, batch.buffer[batch.at[i] + 156] == _SYMBOLIC))
+    scan.sparse += [names[i] for i in sorted(batch.sparse) if i < good]
     if good == count and not batch.not_files:
         offsets, sizes, at = [position + BLOCK for position in batch.positions], batch.sizes, batch.at
     else:
         kept = [i for i in range(good) if i not in batch.not_files]
-        scan.not_files += sum(batch.buffer[batch.at[i] + 156] not in b"LKxg" for i in batch.not_files if i < good)
+        others = batch.not_files - batch.sparse
+        scan.not_files += sum(batch.buffer[batch.at[i] + 156] not in b"LKxg" for i in others if i < good)
         names = [names[i] for i in kept]
         offsets = [batch.positions[i] + BLOCK for i in kept]
         sizes, at = [batch.sizes[i] for i in kept], [batch.at[i] for i in kept]
@@ -308,60 +358,3 @@ def _take(batch: _Batch, scan: TarScan, fd: int, keep: int, checked: np.ndarray 
     scan.offsets += offsets
     scan.sizes += sizes
     return good == count
-
-
-def _checksums_right(table: np.ndarray) -> np.ndarray:
-    """bool [n]: whether the headers (uint8 [n, 512]) hold their checksum in the usual six octal digits.
-
-    The sum runs over all bytes with the eight of the checksum itself counted as spaces. Bytes are added in pairs, four
-    16-bit lanes to a word: 128 bytes of at most 255 a lane cannot overflow it.
-    """
-    words = table.view("<u8")
-    pairs = words & _LOW
-    words = words >> np.uint64(8)
-    words &= _LOW
-    pairs += words
-    lanes = pairs.sum(axis=1, dtype=np.uint64)
-    sums = sum((lanes >> np.uint64(shift)) & np.uint64(0xFFFF) for shift in (0, 16, 32, 48))
-    field = table[:, 148:156].astype(np.int64)
-    digits = field[:, :6] - 48
-    stored = digits @ (8 ** np.arange(5, -1, -1))
-    right: np.ndarray = (stored == sums.astype(np.int64) - field.sum(axis=1) + 8 * 32) & ((digits & ~7) == 0).all(
-        axis=1
-    )
-    return right
-
-
-def _odd_size(field: bytes) -> int:
-    """A size field that is no eleven octal digits: padded with NULs or spaces, or base-256. -1 when it is neither."""
-    if field[0] & 0x80:
-        value = int.from_bytes(field, "big") & ((1 << 95) - 1)
-        return value if value < 1 << 62 else -1
-    try:
-        return max(-1, int(field.strip(b"\0 ") or b"0", 8))
-    except ValueError:
-        return -1
-
-
-def _checksum_right(header: bytes) -> bool:
-    """The slow and tolerant check: odd padding of the field, and old writers that summed signed bytes."""
-    try:
-        stored = int(header[148:156].strip(b"\0 ") or b"0", 8)
-    except ValueError:
-        return False
-    rest = header[:148] + b" " * 8 + header[156:]
-    return stored in (sum(rest), sum(rest) - 256 * sum(byte > 127 for byte in rest))
-
-
-def _pax(data: bytes) -> dict[bytes, bytes]:
-    """Records `length key=value newline`; a malformed rest is ignored, as other readers do."""
-    records: dict[bytes, bytes] = {}
-    position = 0
-    while position < len(data):
-        length, space, _ = data[position : position + 24].partition(b" ")
-        if not space or not length.isdigit() or int(length) <= len(length) + 1:
-            break
-        name, _, value = data[position + len(length) + 1 : position + int(length) - 1].partition(b"=")
-        records[name] = value
-        position += int(length)
-    return records

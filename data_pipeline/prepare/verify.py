@@ -210,7 +210,8 @@ def _scan(index: Index, shard: int) -> Samples:
     if index.form == "mds":
         place = next(entry for entry in mds_shards(place.parent) if entry.path.name == place.name)
     first = int(index.shard_starts[shard])
-    return Job(place, False, index.meta.get("label_field"), index.classes, False, first).scan()
+    label, image = index.meta.get("label_field"), index.meta.get("image_field")
+    return Job(place, False, label, index.classes, False, first, image).scan()
 
 
 def _hash(data: bytes) -> int:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,10 @@ from tarflow.data_pipeline.images.decode import decode, from_pixels
 from tarflow.data_pipeline.images.transform import fit
 from tarflow.data_pipeline.index.build import CLASSES_FILE, build_index, by_cause
 from tarflow.data_pipeline.index.mds import write_mds
-from tarflow.data_pipeline.prepare.sources import WINDOW_BYTES, ImageSource
+from tarflow.data_pipeline.layout.names import shown, storable
+from tarflow.data_pipeline.prepare.card import write_cards
+from tarflow.data_pipeline.prepare.source import ImageSource
+from tarflow.data_pipeline.prepare.tables import WINDOW_BYTES
 from tarflow.files import replace_dir
 from tarflow.locks import locked
 
@@ -36,6 +39,8 @@ _EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 CONTAINERS = ("webdataset", "mds")
 _SHARD_BYTES = 512 << 20
 _MDS_SHARD_BYTES = 64 << 20  # streaming's own default: its readers fetch whole shards
+_SHARD_SIZE = 10_000
+_QUALITY = 95
 _CHUNK = 256  # images in flight between the threads and the writer
 
 
@@ -45,16 +50,17 @@ class Options:
 
     `size`: side of the square in pixels. `channels`: 1, 3, or 0 for as many as the source has.
 
-    `shard_size`: most samples in a shard (a shard also ends at 512 MiB). `format`: png and webp are lossless, jpeg has
-    `quality`. `val_fraction`: share of every class that goes to OUT/val, the rest to OUT/train; 0 = no split.
+    `shard_size`: most samples in a tar (10,000; a tar also ends at 512 MiB, an MDS shard at 64 MiB). `format`: png and webp
+    are lossless, jpeg has `quality` (95). `val_fraction`: share of every class that goes to OUT/val, the rest to OUT/train;
+    0 = no split.
     `max_pixels`: of the largest image that is decoded.
     """
 
     size: int
     format: str = "png"
-    quality: int = 95
+    quality: int | None = None
     channels: int = 0
-    shard_size: int = 10_000
+    shard_size: int | None = None
     seed: int = 0
     val_fraction: float = 0.0
     on_error: str = "strict"
@@ -62,13 +68,13 @@ class Options:
     max_pixels: int = MAX_PIXELS
 
     def check(self) -> None:
-        """Raise DataError for a value out of range."""
+        """Raise DataError for a value out of range, and for one that would have no effect."""
         for name, value, right in (
             ("--size", self.size, self.size >= 1),
             ("--format", self.format, self.format in FORMATS),
-            ("--quality", self.quality, 1 <= self.quality <= 100),
+            ("--quality", self.quality, self.quality is None or 1 <= self.quality <= 100),
             ("--channels", self.channels, self.channels in (0, 1, 3)),
-            ("--shard-size", self.shard_size, self.shard_size >= 1),
+            ("--shard-size", self.shard_size, self.shard_size is None or self.shard_size >= 1),
             ("--val-fraction", self.val_fraction, 0 <= self.val_fraction < 1),
             ("--max-pixels", self.max_pixels, self.max_pixels >= 1),
             ("--on-error", self.on_error, self.on_error in ("strict", "skip")),
@@ -76,6 +82,15 @@ class Options:
         ):
             if not right:
                 raise DataError(f"{name} cannot be {value!r}")
+        if self.quality is not None and self.format != "jpeg":
+            raise DataError(
+                f"--quality {self.quality} is for --format jpeg, {self.format} is lossless: leave one of them away"
+            )
+        if self.shard_size is not None and self.container == "mds":
+            raise DataError(
+                f"--shard-size {self.shard_size} counts the samples of a tar, MDS shards end at {_MDS_SHARD_BYTES >> 20} MiB: "
+                "leave it away, or write --container webdataset"
+            )
 
 
 @dataclass
@@ -95,11 +110,15 @@ class Report:
         out = [f"{split or 'all'}: {count} samples" for split, count in self.written.items()]
         if self.classes:
             out.append(
-                f"{len(self.classes)} classes: {', '.join(self.classes[:12])}" + " ..." * (len(self.classes) > 12)
+                f"{len(self.classes)} classes: {', '.join(map(shown, self.classes[:12]))}"
+                + " ..." * (len(self.classes) > 12)
             )
             gone = [name for label, name in enumerate(self.classes) if label not in self.kept]
             if gone:
-                out.append(f"{len(gone)} classes without a single image: {', '.join(gone[:12])}" + " ..." * (len(gone) > 12))
+                out.append(
+                    f"{len(gone)} classes without a single image: {', '.join(map(shown, gone[:12]))}"
+                    + " ..." * (len(gone) > 12)
+                )
         if self.enlarged:
             out.append(f"{self.enlarged} images are smaller than the size asked for and were enlarged")
         out += by_cause("ignored files", self.ignored) + by_cause("left out", self.skipped)
@@ -111,23 +130,32 @@ def prepare(
     out: Path,
     options: Options,
     *,
-    val: np.ndarray | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Write `source` to the new folder `out`; returns what was written.
+    """Write `source` to the new folder `out`, its splits to folders of `out`; returns what was written.
 
-    `val` (bool [n]) fixes the held-out split instead of `options.val_fraction`. `progress(done, total)` is called now
-    and then. Raises DataError: `out` not empty, a bad option, in strict mode the first image that cannot be decoded.
+    `progress(done, total)` is called now and then. Raises DataError: `out` not empty, a bad option or one that contradicts
+    the splits of the source, in strict mode the first image that cannot be decoded.
     """
     options.check()
     if len(source) == 0:
         raise DataError("the source holds no images")
-    if val is None and options.val_fraction > 0:
-        val = held_out(source.labels, options.val_fraction, options.seed)
+    if not storable(out):
+        raise DataError(f"the name of the folder to write, {shown(out)}, is not UTF-8: give another one")
+    of_split = _splits(source, options)
+    if options.container == "mds":
+        for name, members in of_split.items():
+            labelled, count = int((source.labels[members] >= 0).sum()), int(members.sum())
+            if 0 < labelled < count:
+                of = f" of {name}" if name else ""
+                raise DataError(
+                    f"{labelled} of {count} images{of} have a label, MDS columns hold one for all or none: write "
+                    "--container webdataset, or leave the labels out with --labels none"
+                )
     report = Report(classes=source.classes, ignored=+source.ignored)
     with partial_folder(out) as staging:
         order = shuffled(source, options.seed)
-        splits = {"": order} if val is None else {"train": order[~val[order]], "val": order[val[order]]}
+        splits = {name: order[members[order]] for name, members in of_split.items()}
         done = 0
         for split, numbers in splits.items():
             if len(numbers) == 0:
@@ -138,11 +166,34 @@ def prepare(
                 raise DataError(f"not one of {len(numbers)} images could be decoded, first: {report.examples[0]}")
             report.written[split] = count
             done += len(numbers)
-        (staging / "prepare.json").write_text(
-            json.dumps({"options": asdict(options), "written": report.written, "skipped": report.skipped}, indent=1)
-            + "\n"
+        if options.container == "webdataset":
+            write_cards(staging, [*report.written], _EXTENSIONS[options.format], source.classes)
+        made = asdict(
+            replace(options, quality=options.quality or _QUALITY, shard_size=options.shard_size or _SHARD_SIZE)
         )
+        note = {"options": made, "written": report.written, "skipped": report.skipped, "source": source.notes}
+        (staging / "prepare.json").write_text(json.dumps(note, indent=1) + "\n")
     return report
+
+
+def _splits(source: ImageSource, options: Options) -> dict[str, np.ndarray]:
+    """Split -> bool [n], which images are in it; '' where there is one set. Found splits stay, `val_fraction` adds one."""
+    found: dict[str, np.ndarray] = {}
+    for name, numbers in source.splits.items():
+        found[name] = np.zeros(len(source), dtype=bool)
+        found[name][numbers] = True
+    if not options.val_fraction:
+        return found or {"": np.ones(len(source), dtype=bool)}
+    if "val" in found or (found and "train" not in found):
+        raise DataError(
+            f"--val-fraction {options.val_fraction:g} splits a set, but the source has the splits {', '.join(found)} already: "
+            "leave it away, or take one with --split"
+        )
+    rest = found.pop("train", np.ones(len(source), dtype=bool))
+    numbers = np.flatnonzero(rest)
+    val = np.zeros(len(source), dtype=bool)
+    val[numbers] = held_out(source.labels[numbers], options.val_fraction, options.seed)
+    return {"train": rest & ~val, "val": val, **found}
 
 
 def _offset(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int], None]:
@@ -239,13 +290,15 @@ def _write_split(
     if options.container == "mds":
         written, shards = write_mds(folder, images(), _MDS_SHARD_BYTES), [folder]
     else:
-        written, shards = _write_tars(folder, images(), _EXTENSIONS[options.format], options.shard_size)
+        size = options.shard_size or _SHARD_SIZE
+        written, shards = _write_tars(folder, images(), _EXTENSIONS[options.format], size)
     if source.classes is not None:
         (folder / CLASSES_FILE).write_text(json.dumps(source.classes, ensure_ascii=False) + "\n", encoding="utf-8")
     if progress:
         progress(len(numbers))
     if written:
-        build_index(folder, shards, classes=source.classes, image_size=(options.size, options.size))
+        size_of_all = (options.size, options.size)
+        build_index(folder, shards, classes=source.classes, image_size=size_of_all, origin=source.notes)
     return written
 
 
@@ -287,6 +340,8 @@ def _encoded(
     def work(number: int) -> tuple[bytes, bool] | BadSampleError:
         try:
             data = source.read(number)
+        except BadSampleError as err:
+            return err
         except OSError as err:
             return BadSampleError("unreadable", f"cannot read: {err.strerror}")
         try:
@@ -297,7 +352,7 @@ def _encoded(
         except BadSampleError as err:
             return err
         small = min(pixels.shape[:2]) < options.size
-        return encode(fit(pixels, options.size), options.format, options.quality), small
+        return encode(fit(pixels, options.size), options.format, options.quality or _QUALITY), small
 
     with ThreadPoolExecutor(max_workers=min(16, len(os.sched_getaffinity(0)))) as pool:
         for start in range(0, len(numbers), _CHUNK):
@@ -316,7 +371,7 @@ def _encoded(
                     yield number, result[0]
 
 
-def encode(pixels: np.ndarray, format: str, quality: int = 95) -> bytes:
+def encode(pixels: np.ndarray, format: str, quality: int = _QUALITY) -> bytes:
     """uint8 [H, W, 1 | 3] as the bytes of a file. PNG and WebP are lossless; JPEG keeps full colour resolution."""
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else np.ascontiguousarray(pixels))
     buffer = io.BytesIO()

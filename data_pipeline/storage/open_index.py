@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.index import Index
+from tarflow.data_pipeline.index.kinds import what_file, what_folder
+from tarflow.data_pipeline.layout.walk import walk
 from tarflow.data_pipeline.storage.remote import Access, address
 from tarflow.data_pipeline.storage.remote_index import open_remote_index
 
@@ -30,6 +32,8 @@ def open_index(path: str | Path, access: Access | None = None) -> Index:
     splits = sorted(child.parent.parent.name for child in root.glob("*/index/shards.parquet"))
     if splits:
         raise DataError(f"{root} holds the splits {', '.join(splits)}: name one of them, e.g. {root / splits[0]}")
-    if root.is_dir() and ((root / "index.json").is_file() or next(root.rglob("*.tar"), None) is not None):
+    if root.is_dir() and ((root / "index.json").is_file() or any(file.suffix == ".tar" for file in walk(root).files)):
         raise DataError(f"the shards at {root} have no index yet: run `tarflow data index {root}` once")
-    raise DataError(f"{root} is no data set: no index and no *.tar shards in it; `tarflow data prepare` makes one")
+    what = what_folder(root) if root.is_dir() else what_file(root)
+    seen = f" ({what if root.is_dir() else f'it is {what}'})" if what else ""
+    raise DataError(f"{root} is no data set: no index and no *.tar shards in it{seen}; `tarflow data prepare` makes one")

@@ -335,7 +335,7 @@ member_names = st.one_of(
     st.lists(st.tuples(member_names, st.sampled_from([b"", b"1", b"cat", b"x" * 300])), max_size=10)
     | st.builds(
         lambda n, fields: [(f"{i:03d}.{e}", b"1") for i in range(n) for e in fields],
-        st.integers(1, 5), st.lists(st.sampled_from(["jpg", "cls", "json", "png"]), min_size=1, max_size=3),
+        st.integers(1, 5), st.lists(st.sampled_from(["jpg", "cls", "json", "png", "a.jpg", "b.jpg", "jpg.cls"]), min_size=1, max_size=3),
     )
 )  # fmt: skip
 @settings(max_examples=200, deadline=None)
@@ -344,10 +344,11 @@ def test_D05_the_quick_way_for_regular_shards_gives_what_the_general_way_gives(
 ) -> None:
     scan = TarScan(Path("s.tar"), 0, [name.encode() for name, _ in members], list(range(len(members))),
                    [len(content) for _, content in members], {i: content for i, (_, content) in enumerate(members)})  # fmt: skip
-    quick = samples.group(scan, "s.tar", strict=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samples, "_regular", lambda *_: False)
-        assert quick == samples.group(scan, "s.tar", strict=False)
+    for wanted in (None, "jpg", "a.jpg"):
+        quick = samples.group(scan, "s.tar", strict=False, image_field=wanted)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(samples, "_regular", lambda *_: False)
+            assert quick == samples.group(scan, "s.tar", strict=False, image_field=wanted)
 
 
 def test_D06_labels_inside_json_members(tmp_path: Path, lab: SimpleNamespace) -> None:

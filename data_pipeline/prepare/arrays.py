@@ -1,0 +1,221 @@
+"""Arrays of pixels: `.npz` as numpy, Keras, MedMNIST and ADM publish them, and IDX files (MNIST and its kin)."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.layout.names import shown
+from tarflow.data_pipeline.layout.splits import ALL, SPLITS, by_split, chosen, split_of
+from tarflow.data_pipeline.prepare.labels import array_labels, number_labels
+from tarflow.data_pipeline.prepare.source import (
+    Choices,
+    ImageSource,
+    asked_name,
+    files_note,
+    first_of,
+    split_note,
+    split_numbers,
+)  # fmt: skip
+
+_IMAGE_ARRAYS = ("images", "image", "x", "data", "arr_0")
+_LABEL_ARRAYS = ("labels", "label", "y", "targets", "arr_1")
+
+
+def npz_source(path: Path, choices: Choices | None = None) -> ImageSource:
+    """uint8 images [N, H, W], [N, H, W, C] or [N, C, H, W] with C in 1, 3, 4, and optional labels.
+
+    Labels are integers, names or one-hot rows. Arrays such as `x_train` and `x_test` are splits.
+    """
+    choices = choices or Choices()
+    try:
+        arrays = np.load(path, allow_pickle=False)
+        names = list(arrays.files)
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as err:
+        raise DataError(f"cannot read {shown(path)} as .npz: {err}") from None
+    pairs = _pairs(path, names, choices)
+    images, values, notes = [], [], []
+    for image, label in pairs.values():
+        try:
+            pixels, raw = arrays[image], arrays[label] if label else None
+        except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as err:
+            raise DataError(f"cannot read {shown(path)}: {err}") from None
+        images.append(_check_images(pixels, f"array {image!r} of {shown(path)}"))
+        notes.append(f"images: array {image!r}; labels: {f'array {label!r}' if label else 'none'}")
+        if raw is None:
+            values += [None] * len(images[-1])
+            continue
+        count = len(raw) if raw.ndim else 1
+        if count != len(images[-1]):
+            raise DataError(
+                f"{shown(path)} holds {len(images[-1])} images but {count} labels (arrays {image!r}, {label!r})"
+            )
+        found, note = array_labels(raw, f"array {label!r} of {shown(path)}")
+        values += found
+        notes += [note] if note else []
+    used = {name for pair in pairs.values() for name in pair}
+    unused = [name for name in names if name not in used]
+    if unused:
+        notes.append(f"arrays not used: {', '.join(map(shown, unused[:12]))}{' ...' * (len(unused) > 12)}")
+    labelled = {split: label is not None for split, (_, label) in pairs.items()}
+    if len(set(labelled.values())) > 1:
+        bare = ", ".join(split for split, has in labelled.items() if not has)
+        raise DataError(
+            f"{shown(path)} has no labels for the split {bare}, the others have: take some splits with --split, or give "
+            "--labels none"
+        )
+    where = [f"{shown(path)} {image}" if split else shown(path) for split, (image, _) in pairs.items()]
+    return _of_arrays([*pairs], images, values, f"labels of {shown(path)}", where, notes, "array name", choices)
+
+
+def _pairs(path: Path, names: list[str], choices: Choices) -> dict[str, tuple[str, str | None]]:
+    """Split -> (its image array, its label array)."""
+    stems: dict[str, dict[str, str]] = {}  # split -> name without the split -> array
+    for name in names:
+        split = split_of(Path(name)) or ""
+        words = [word for word in re.split(r"[^A-Za-z0-9]+", name) if split_of(Path(word)) is None] if split else [name]
+        stems.setdefault(split, {})["_".join(words)] = name
+    if choices.image_column is not None:
+        image = str(asked_name("array", choices.image_column, names, path, "--image-column"))
+        mine = next(group for group in stems.values() if image in group.values())
+        return {"": (image, _label_array(path, names, mine, choices))}
+    images = {split: group[known] for split, group in stems.items() if (known := first_of(_IMAGE_ARRAYS, [*group]))}
+    found = [split for split in (*SPLITS, "") if split in images]
+    if len(found) > 1 and "" in found:
+        found.remove("")  # x beside x_train: the splits are what was published; the rest is named as not used
+    if not found:
+        raise DataError(
+            f"cannot tell which array of {shown(path)} holds the images: name it with --image-column ({', '.join(names)})"
+        )
+    wanted = chosen(found, choices.split, shown(path))
+    if wanted == [ALL]:
+        wanted = found
+    if len(wanted) > 1 and choices.label_column is not None:
+        raise DataError(
+            f"{shown(path)} holds the splits {', '.join(wanted)}, --label-column names one array: add --split {wanted[0]}"
+        )
+    return {split: (images[split], _label_array(path, names, stems[split], choices)) for split in wanted}
+
+
+def _label_array(path: Path, names: list[str], group: dict[str, str], choices: Choices) -> str | None:
+    if choices.labels == "none":
+        return None
+    if choices.label_column is not None:
+        return asked_name("array", choices.label_column, names, path, "--label-column")
+    known = first_of(_LABEL_ARRAYS, [*group])
+    return group[known] if known else None
+
+
+def idx_source(files: Path | Sequence[Path], choices: Choices | None = None) -> ImageSource:
+    """IDX image files (gzipped or not) with the label files beside them, where there are any (`images` -> `labels`).
+
+    Several files are splits of one set by their names (`train-...`, `t10k-...`).
+    """
+    choices = choices or Choices()
+    several = [files] if isinstance(files, Path) else list(files)
+    root = several[0].parent
+    groups = by_split(several, root)
+    crowded = [members for members in groups.values() if len(members) > 1]
+    if crowded:
+        raise DataError(
+            f"{shown(root)} holds several IDX image files ({', '.join(p.name for p in crowded[0])}): name one of them"
+        )
+    wanted = chosen([*groups], choices.split, shown(root)) if len(several) > 1 or choices.split else [*groups]
+    if wanted == [ALL]:
+        wanted = [*groups]
+    images, values, notes, paths = [], [], [], {}
+    for split in wanted:
+        (path,) = groups[split]
+        paths[split] = path
+        pixels = read_idx(path)
+        if pixels.ndim not in (3, 4):
+            raise DataError(f"{shown(path)} has {pixels.ndim} dimensions, expected images")
+        images.append(_check_images(pixels, shown(path)))
+        beside = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
+        if choices.labels == "none" or beside == path or not beside.is_file():
+            values += [None] * len(pixels)
+            notes.append(
+                f"labels of {path.name}: none" + ("" if choices.labels == "none" else f" (no {beside.name} beside it)")
+            )
+            continue
+        raw = read_idx(beside)
+        if raw.shape != (len(pixels),):
+            raise DataError(f"{shown(beside)} holds {raw.shape} labels for {len(pixels)} images in {shown(path)}")
+        values += raw.tolist()
+        notes.append(f"labels of {path.name}: {beside.name}")
+    notes.insert(0, files_note([*paths.values()], root))
+    where = [shown(path) for path in paths.values()]
+    return _of_arrays(wanted, images, values, f"labels of {shown(root)}", where, notes, "file name", choices)
+
+
+def _of_arrays(
+    splits: Sequence[str],
+    images: list[np.ndarray],
+    values: list[Any],
+    labels_where: str,
+    where: list[str],
+    notes: list[str],
+    how: str,
+    choices: Choices,
+) -> ImageSource:
+    """A source of arrays that lie one after the other, one for each split; `where` says where each came from."""
+    starts = np.concatenate([[0], np.cumsum([len(part) for part in images])])
+
+    def place(i: int) -> tuple[int, int]:
+        part = int(np.searchsorted(starts, i, side="right")) - 1
+        return part, i - int(starts[part])
+
+    def read(i: int) -> np.ndarray:
+        part, row = place(i)
+        return np.asarray(images[part][row])
+
+    def called(i: int) -> str:
+        part, row = place(i)
+        return f"{where[part]} image {row}"
+
+    labels, classes, named = np.full(len(values), -1, dtype=np.int64), None, False
+    if any(value is not None for value in values):
+        labels, classes, named = number_labels(values, labels_where)
+    sizes = {split: len(part) for split, part in zip(splits, images)}
+    told = split_note(how, sizes) if len(sizes) > 1 else []
+    return ImageSource(
+        labels, classes, read, called, named=named, splits=split_numbers(sizes, choices), notes=told + notes
+    )
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An IDX file of unsigned bytes, gzipped or not, as an array. Raises DataError when it is none or cut short."""
+    try:
+        data = path.read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as err:
+        raise DataError(f"cannot read {shown(path)}: {err}") from None
+    if len(data) < 4 or data[:3] != b"\x00\x00\x08" or not 1 <= data[3] <= 4:
+        raise DataError(f"{shown(path)} is no IDX file of unsigned bytes (it starts with {data[:4].hex()})")
+    shape = struct.unpack_from(f">{data[3]}I", data, 4)
+    body = np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * data[3])
+    if body.size != int(np.prod(shape)):
+        raise DataError(f"{shown(path)} is cut: its header promises {shape}, it holds {body.size} bytes")
+    return body.reshape(shape)
+
+
+def _check_images(images: np.ndarray, where: str) -> np.ndarray:
+    if images.dtype != np.uint8:
+        raise DataError(f"{where} is {images.dtype}, expected uint8 pixels 0..255")
+    if images.ndim == 3:
+        images = images[..., None]
+    elif images.ndim == 4 and images.shape[3] not in (1, 3, 4) and images.shape[1] in (1, 3, 4):
+        images = images.transpose(0, 2, 3, 1)
+    if images.ndim != 4 or images.shape[3] not in (1, 3, 4) or 0 in images.shape:
+        raise DataError(f"{where} has shape {images.shape}, expected [N, H, W], [N, H, W, C] or [N, C, H, W]")
+    return images
