@@ -98,7 +98,9 @@ class Report:
             )
             gone = [name for label, name in enumerate(self.classes) if label not in self.kept]
             if gone:
-                out.append(f"{len(gone)} classes without a single image: {', '.join(gone[:12])}" + " ..." * (len(gone) > 12))
+                out.append(
+                    f"{len(gone)} classes without a single image: {', '.join(gone[:12])}" + " ..." * (len(gone) > 12)
+                )
         if self.enlarged:
             out.append(f"{self.enlarged} images are smaller than the size asked for and were enlarged")
         out += by_cause("ignored files", self.ignored) + by_cause("left out", self.skipped)
@@ -191,7 +193,7 @@ class partial_folder:  # noqa: N801 - used as a function: `with partial_folder(o
 
     def __enter__(self) -> Path:
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise DataError(f"{self.out} exists and is not empty: name a new folder, or remove it first")
+            raise DataError(f"{self.out} exists and is not empty: name a new folder")
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.lock = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o644)
