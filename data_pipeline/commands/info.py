@@ -37,7 +37,10 @@ def run(args: argparse.Namespace) -> int:
           f"{index.shard_bytes.sum() / 2**20:,.1f} MiB)")  # fmt: skip
     print(f"image size   {'x'.join(map(str, index.image_size)) if index.image_size else 'not recorded'}")
     print(f"labels       {index.num_samples - index.unlabelled:,} with, {index.unlabelled:,} without")
-    print(f"fingerprint  {index.fingerprint}")
+    seen = (
+        "" if index.knows_content else " (of an earlier version, without contents: `tarflow data index` makes one with)"
+    )
+    print(f"fingerprint  {index.fingerprint}{seen}")
     for line in index.meta.get("origin", []):
         print(f"  {line}")
     if index.num_classes:

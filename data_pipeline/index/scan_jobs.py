@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.opening import size_of
 from tarflow.data_pipeline.index.content import ShardContent, content_of
 from tarflow.data_pipeline.index.mds import INDEX_FILE, MdsShard, mds_shards, scan_mds
@@ -38,11 +39,14 @@ class Job:
 
     def run(self) -> tuple[Path, ShardContent, Samples]:
         """(path, state of the file, samples). The file is read whole first: the scan then finds it in memory."""
+        content, problem = ShardContent(), None
         try:
             content = content_of(self.path)
-        except OSError:  # the scan says what is wrong, or counts it
-            content = ShardContent()
-        samples = self.scan()
+        except OSError as err:
+            problem = err
+        samples = self.scan()  # says what is wrong with the file, or counts it
+        if problem is not None and samples.keys:
+            raise DataError(f"cannot read shard {self.path}: {problem.strerror}")
         if self.measure:
             _measure(self.path, samples)
         return self.path, content, samples

@@ -243,7 +243,7 @@ class partial_folder:  # noqa: N801 - used as a function: `with partial_folder(o
 
     def __enter__(self) -> Path:
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise DataError(f"{self.out} exists and is not empty: name a new folder, or remove it first")
+            raise DataError(f"{self.out} exists and is not empty: name a new folder")
         with ExitStack() as stack:
             try:
                 self.out.parent.mkdir(parents=True, exist_ok=True)

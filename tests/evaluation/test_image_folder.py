@@ -1,5 +1,6 @@
 """Scoring folders: what counts, what is listed, what is refused, and that pixels come out as they went in."""
 
+import errno
 import io
 import json
 
@@ -9,14 +10,25 @@ import torch
 from PIL import Image
 
 import tarflow.cli
+from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.image_folder import ImageFolder
+from tarflow.evaluation.image_set import ImageSet
 from tarflow.evaluation.samples.png_folder import save_png
 from tarflow.evaluation.worker import make_reference as making
+from tarflow.evaluation.worker import reference as storing
 from tarflow.evaluation.worker import score_folder as scoring
 from tarflow.evaluation.worker.make_reference import ReferenceRequest, make_reference
 from tarflow.evaluation.worker.score_folder import ScoreRequest, score_folder
+from tarflow.files import check_writable
+from tarflow.models.config import TarFlowConfig
 from tarflow.models.noise import to_pixels
+
+SHAPE = {
+    "image_size": 8, "patch_size": 4, "in_channels": 1, "channels": 16, "num_blocks": 1, "layers_per_block": 1,
+    "head_channels": 8,
+}  # fmt: skip
 
 
 class FakeFeatures:
@@ -219,3 +231,105 @@ def test_statistics_beside_the_data_serve_every_run_on_them(make_run, digit_like
     assert not list(run_dir.rglob("reference-*.npz"))
     assert "distance_stderr" in result
     assert "coverage" in result
+
+
+# --- the same images on both sides -----------------------------------------------------------------------------------
+
+
+def test_V09_a_folder_against_itself_is_said_to_be_that(samples, tmp_path):
+    pngs = write_pngs(tmp_path / "png", to_pixels(samples))
+    lines = []
+    result = score_folder(request(pngs, against=pngs), lines.append)
+    assert result["identical_images"] == 40
+    assert any("40 of 40 images" in line and "pixel for pixel, among the reference's" in line for line in lines)
+    assert any("suspiciously small: independent sets of 40 and 40 images" in line for line in lines)
+    assert sum("suspiciously" in line for line in result["warnings"]) == 1
+
+
+def test_V09_some_copies_are_counted_and_independent_images_are_no_cause_for_suspicion(samples, tmp_path):
+    pixels = to_pixels(samples)
+    ours = write_pngs(tmp_path / "ours", pixels[:25])
+    theirs = write_pngs(tmp_path / "theirs", pixels[20:])
+    result = score_folder(request(ours, against=theirs), lambda _: None)
+    assert result["identical_images"] == 5
+    assert any("5 of 25 images" in line for line in result["warnings"])
+    apart = score_folder(request(ours, against=write_pngs(tmp_path / "rest", pixels[25:])), lambda _: None)
+    assert apart["identical_images"] == 0
+    assert not any("suspiciously" in line or "pixel for pixel" in line for line in apart["warnings"])
+
+
+def test_V09_samples_that_are_training_images_are_counted(digit_like, tmp_path):
+    where = str(digit_like / "train")
+    make_reference(ReferenceRequest(where, 8, 1, 0, "fake", None, tmp_path / "r.npz", "strict", "cpu"), lambda _: None)
+    data = ImageSet(DataSettings.of(where), TarFlowConfig(**SHAPE))
+    training = torch.cat([pixels for pixels, _, _ in data.batches(False)])
+    other = 255 - training[:7]
+    folder = write_pngs(tmp_path / "png", torch.cat([training[:13], other]))
+    result = score_folder(request(folder, reference=tmp_path / "r.npz"), lambda _: None)
+    assert result["identical_images"] == 13
+    with np.load(tmp_path / "r.npz") as file:  # as an earlier version wrote it: it cannot be told
+        arrays = {name: file[name] for name in file.files if name != "hashes"}
+    np.savez(tmp_path / "r.npz", **arrays)
+    assert score_folder(request(folder, reference=tmp_path / "r.npz"), lambda _: None)["identical_images"] is None
+
+
+# --- formats, the bound, places that cannot be written ---------------------------------------------------------------
+
+
+def test_F11_every_format_that_is_read_is_scored_and_others_are_named(tmp_path):
+    for extension, format in (("avif", "AVIF"), ("jp2", "JPEG2000"), ("tga", "TGA"), ("png", "PNG"), ("JPE", "JPEG")):
+        Image.fromarray(noise(16, 16, 3)).save(tmp_path / f"a.{extension}", format)
+    (tmp_path / "b.heic").write_bytes(b"x")
+    (tmp_path / "c.JXL").write_bytes(b"x")
+    folder = ImageFolder(tmp_path, 3, 16)
+    assert len(torch.cat(list(folder.batches()))) == 5
+    assert folder.describe()["unreadable_formats"] == {"heic": 1, "jxl": 1}
+    assert any("formats that cannot be read here (1 .heic, 1 .jxl): not scored" in line for line in folder.warnings())
+    for path in folder.files:
+        path.unlink()
+    with pytest.raises(EvaluationError, match=r"holds no image that can be read .*; 2 other files, pictures .*1 \.heic"):
+        ImageFolder(tmp_path, 3, 16)
+
+
+def test_F19_the_bound_holds_for_scores_and_references(mixed, digit_like, tmp_path):
+    with pytest.raises(EvaluationError, match=r"at most 255 are decoded .*--max-pixels"):
+        score_folder(request(mixed, against=mixed, size=16, max_pixels=255), lambda _: None)
+    folder = ImageFolder(mixed, 3, 16, "skip", 256)
+    assert len(torch.cat(list(folder.batches()))) == 5  # two are larger, one is broken
+    assert sum("at most 256 are decoded" in line for line in folder.broken) == 2
+    wanted = ReferenceRequest(
+        str(digit_like / "train"), 8, 1, 0, "fake", None, tmp_path / "r.npz", "strict", "cpu", max_pixels=63
+    )
+    with pytest.raises(DataError, match=r"8 x 8, 64 pixels, and at most 63 are decoded"):
+        make_reference(wanted, lambda _: None)
+
+
+def test_F17_reference_where_nothing_can_be_written_names_the_way_out(digit_like, tmp_path, monkeypatch):
+    where = str(digit_like / "train")
+    before = sorted((digit_like / "train").rglob("*"))
+
+    def refuse(folder):
+        if folder == digit_like / "train":
+            raise OSError(errno.EROFS, "Read-only file system")
+        check_writable(folder)
+
+    monkeypatch.setattr(storing, "check_writable", refuse)
+    with pytest.raises(EvaluationError, match=r"cannot write .*Read-only file system; `tarflow reference --out FILE`"):
+        make_reference(ReferenceRequest(where, 8, 1, 0, "fake", None, None, "strict", "cpu"), lambda _: None)
+    assert sorted((digit_like / "train").rglob("*")) == before
+    out = tmp_path / "new" / "r.npz"
+    make_reference(ReferenceRequest(where, 8, 1, 0, "fake", None, out, "strict", "cpu"), lambda _: None)
+    assert out.is_file()
+    for wrong, message in ((tmp_path, "is a folder: name the file"), (out / "x.npz", "cannot write reference statistics")):
+        with pytest.raises(EvaluationError, match=message):
+            make_reference(ReferenceRequest(where, 8, 1, 0, "fake", None, wrong, "strict", "cpu"), lambda _: None)
+
+
+def test_F17_reference_of_data_behind_an_address_needs_a_place(tmp_path, monkeypatch):
+    """It went into a folder called `http:` in the current one."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EvaluationError, match=r"http://127.* is an address, .*--out FILE"):
+        make_reference(
+            ReferenceRequest("http://127.0.0.1:9/set", 8, 1, 0, "fake", None, None, "strict", "cpu"), lambda _: None
+        )
+    assert list(tmp_path.iterdir()) == []

@@ -72,6 +72,6 @@ def _check_out(out: Path) -> None:
     if out.suffix not in (".safetensors", ".pth"):
         raise TrainerError(f"--out {out}: give a name that ends in .safetensors or .pth (published layout)")
     if out.exists():
-        raise TrainerError(f"--out {out} exists; remove it or give another name")
+        raise TrainerError(f"--out {out} exists: give another name")
     if not out.parent.is_dir():
         raise TrainerError(f"--out {out}: there is no directory {out.parent}")

@@ -57,8 +57,12 @@ NAMES = {"XMP": b"iTXt", "bomb": b"zTXt", "many": b"zTXt", "cut": b"iCCP"}
 @pytest.mark.parametrize("what", METADATA)
 def test_F09_metadata_of_a_png_cost_no_image(what: str) -> None:
     extra = [chunk(NAMES.get(what, what[:4].encode()), METADATA[what])] * (70 if what == "many" else 1)
-    for mode in ("RGB", "RGBA", "P", "I;16") if len(b"".join(extra)) < 1 << 20 and what not in ("bomb", "many") else ("RGB",):
-        plain = encoded(Image.fromarray(np.arange(99, dtype=np.uint16)[None] * 600) if mode == "I;16" else picture(mode))
+    for mode in (
+        ("RGB", "RGBA", "P", "I;16") if len(b"".join(extra)) < 1 << 20 and what not in ("bomb", "many") else ("RGB",)
+    ):
+        plain = encoded(
+            Image.fromarray(np.arange(99, dtype=np.uint16)[None] * 600) if mode == "I;16" else picture(mode)
+        )
         for last in (False, True) if what not in ("iCCP", "cut") else (False,):  # a profile stands before the pixels
             assert np.array_equal(decode(with_chunk(plain, *extra, last=last), 3), decode(plain, 3)), (mode, last)
 
@@ -120,7 +124,9 @@ def test_F09_large_exif_xmp_and_profiles_of_other_formats(format: str) -> None:
     assert np.array_equal(decode(large, 3), turned)
 
 
-@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0", b"Exif\0\0" + b"\xff" * 40, b"Exif\0\0MM\0*\0\0\xff\xff" + bytes(20)])
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0II*\0", b"Exif\0\0" + b"\xff" * 40, b"Exif\0\0MM\0*\0\0\xff\xff" + bytes(20)]
+)
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG", "CMYK"])
 def test_F09_damaged_exif_costs_no_image(format: str, exif: bytes) -> None:
     image = picture("CMYK" if format == "CMYK" else "RGB")
@@ -153,13 +159,16 @@ def test_F19_a_jpeg_of_16_000_pixels_a_side_is_bounded_as_a_png_is() -> None:
     header = struct.pack(">IIBBBBB", 16_000, 16_000, 8, 2, 0, 0, 0)
     png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
     for data in (huge_jpeg(16_000, 16_000), png, huge_jpeg(16_000, 16_000, progressive=True)):
-        with pytest.raises(BadSampleError, match=r"16000 x 16000, 256,000,000 pixels, .*data\.max_image_pixels") as caught:
+        with pytest.raises(
+            BadSampleError, match=r"16000 x 16000, 256,000,000 pixels, .*data\.max_image_pixels"
+        ) as caught:
             decode(data, 3)
         assert caught.value.cause == "too_large"
 
 
 @pytest.mark.parametrize(
-    "format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "MPO", "AVIF", "JPEG2000", "ICO", "TGA", "CMYK", "QOI"]
+    "format",
+    ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "MPO", "AVIF", "JPEG2000", "ICO", "TGA", "CMYK", "QOI"],
 )
 def test_F19_one_bound_for_all_formats(format: str) -> None:
     image = picture("CMYK" if format == "CMYK" else "RGB", 32, 32)
@@ -198,13 +207,51 @@ def test_F19_of_a_jpeg_the_reduced_size_counts_unless_it_is_progressive() -> Non
 
 
 def test_F11_what_the_decoder_reads_counts_as_an_image() -> None:
-    kinds = {"avif": "AVIF", "jp2": "JPEG2000", "ico": "ICO", "tga": "TGA", "mpo": "MPO", "dib": "DIB", "apng": "PNG", "pcx": "PCX"}
+    kinds = {
+        "avif": "AVIF",
+        "jp2": "JPEG2000",
+        "ico": "ICO",
+        "tga": "TGA",
+        "mpo": "MPO",
+        "dib": "DIB",
+        "apng": "PNG",
+        "pcx": "PCX",
+    }
     for extension, format in kinds.items():
         assert extension in IMAGE_EXTENSIONS
         options = {"sizes": [(12, 9)]} if format == "ICO" else {}
         assert decode(encoded(picture(), format, **options), 3).shape == (9, 12, 3), format
-    assert {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"} <= IMAGE_EXTENSIONS
-    assert not IMAGE_EXTENSIONS & {"eps", "ps", "h5", "hdf", "mpg", "wmf", "pdf", "txt", "json", "cls", "npy", "fits", "rgb"}
+    assert {
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "png",
+        "webp",
+        "bmp",
+        "gif",
+        "tif",
+        "tiff",
+        "ppm",
+        "pgm",
+        "pbm",
+        "pnm",
+    } <= IMAGE_EXTENSIONS
+    assert not IMAGE_EXTENSIONS & {
+        "eps",
+        "ps",
+        "h5",
+        "hdf",
+        "mpg",
+        "wmf",
+        "pdf",
+        "txt",
+        "json",
+        "cls",
+        "npy",
+        "fits",
+        "rgb",
+    }
 
 
 def test_F11_pictures_that_are_not_read_are_called_so() -> None:

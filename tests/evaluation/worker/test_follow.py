@@ -52,6 +52,24 @@ def test_every_checkpoint_is_evaluated_once_and_left_alone_afterwards(make_run):
     assert [row["name"] for row in evals_lines(run_dir)] == names
 
 
+def test_V09_samples_that_are_images_of_the_reference_are_counted_and_said(make_run, monkeypatch):
+    """The reference's hashes are made those of the samples: a flow that reproduces its training images."""
+    run_dir, _ = make_run()
+    run_once(run_dir, step=10)
+    result = result_of(run_dir, "step-00000010")
+    assert result["identical_images"] == 0
+    assert result["kernel_estimate"] == "all pairs"
+    drawn = []
+    monkeypatch.setattr(
+        "tarflow.evaluation.worker.evaluate.count_identical", lambda ours, theirs: drawn.extend(ours) or len(ours)
+    )
+    run_once(run_dir, step=20)
+    result = result_of(run_dir)
+    assert len(drawn) == result["num_samples"] == 24
+    assert result["identical_images"] == 24
+    assert "24 of 24 samples are, pixel for pixel, images of the reference" in result["warnings"]
+
+
 def test_S11_the_result_holds_every_option(make_run):
     run_dir, _ = make_run()
     run_once(run_dir)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tarflow.data_pipeline.images.identical import image_hashes
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.metrics.frechet_distance import frechet_distance
 from tarflow.evaluation.worker import reference
@@ -220,3 +221,105 @@ def test_files_that_hold_something_else_are_refused(tmp_path):
         load_reference(tmp_path / "b.npz", {})
     with pytest.raises(EvaluationError, match="no reference statistics at"):
         load_reference(tmp_path / "none.npz", {})
+
+
+DAMAGES = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "junk": lambda data: b"no statistics" * 50,
+    "flipped": lambda data: data[:60] + bytes(b ^ 255 for b in data[60:90]) + data[90:],
+    "other arrays": None,
+}
+
+
+def damage(path, what):
+    if what == "other arrays":
+        np.savez(
+            path, format=2, count=3, mean=np.zeros(4), scatter=np.zeros((3, 3)), rows=np.zeros((2, 4)), provenance="{}"
+        )
+    else:
+        path.write_bytes(DAMAGES[what](path.read_bytes()))
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_V15_damaged_statistics_of_our_own_are_made_anew_and_anybody_else_s_are_an_error(tmp_path, what):
+    before, _ = make(tmp_path)
+    path = before.path
+    damage(path, what)
+    images, lines = Images(), []
+    found = reference_statistics(path, images, FakeFeatures(), say=lines.append)
+    assert images.read == [0]
+    assert lines[0] == f"{path} is cut short or damaged: it is made anew"
+    assert torch.equal(found.statistics.parts()[1], before.statistics.parts()[1])
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    damage(path, what)
+    left = path.read_bytes()
+    for load in (
+        lambda: load_reference(path, before.provenance),
+        lambda: reference_statistics(path, Images(), FakeFeatures(), ours=False),
+    ):
+        with pytest.raises(
+            reference.DamagedReferenceError, match=r"name another file \(--reference, evaluation"
+        ) as error:
+            load()
+        assert not re.search("remove|delete", str(error.value))  # the file may be anybody's
+    assert path.read_bytes() == left
+
+
+def test_V15_what_another_worker_put_in_the_place_of_the_damage_stays(tmp_path):
+    first = make(tmp_path)[0]
+    path = first.path
+    path.write_bytes(b"")
+
+    class Meanwhile(Images):
+        def batches(self, *rest, **named):
+            reference.save_reference(path, first.statistics, first.provenance, first.rows, first.hashes)
+            return super().batches(*rest, **named)
+
+    found = reference_statistics(path, Meanwhile(), FakeFeatures())
+    assert found.statistics.count == 30
+    assert load_reference(path, first.provenance).statistics.count == 30
+
+
+def test_V15_a_file_that_cannot_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
+    path = make(tmp_path)[0].path
+
+    def broken(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(np, "load", broken)
+    with pytest.raises(EvaluationError, match=r"cannot read .*Input/output error") as error:
+        reference_statistics(path, Images(), FakeFeatures())
+    assert not isinstance(error.value, reference.DamagedReferenceError)
+
+
+def test_I02_no_message_tells_to_remove_what_the_product_did_not_make():
+    """Of files that a person names, that is. Its own choices and notes it may name: sampling.json, restarts.json."""
+    own = {"evaluation/run_config.py", "trainer/saving/resume.py"}
+    advice = re.compile(r"\b(remove|delete) (it|them|this|that|the file)\b")
+    found = []
+    for room in ("cluster", "data_pipeline", "evaluation", "models", "tarflow", "trainer"):
+        for path in sorted((ROOT / room).glob("**/*.py")):
+            name = path.relative_to(ROOT).as_posix()
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                text = line.partition("#")[0]
+                if '"' in text and '"""' not in text and advice.search(text) and name not in own:
+                    found.append(f"{name}:{number}: {line.strip()}")
+    assert found == []
+
+
+def test_V09_hashes_of_the_images_are_kept_in_their_order(tmp_path, monkeypatch):
+    whole, images = make(tmp_path / "a")
+    assert whole.hashes.tolist() == image_hashes(images.pixels.numpy()).tolist()
+    monkeypatch.setattr(reference, "CHUNK", 7)
+    parts, _ = make(tmp_path / "b")
+    assert parts.hashes.tolist() == whole.hashes.tolist()
+
+
+def test_V09_statistics_of_an_earlier_version_have_none(tmp_path):
+    path = make(tmp_path)[0].path
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files if name != "hashes"}
+    np.savez(path, **arrays)
+    found, images = make(tmp_path)
+    assert (found.hashes, images.read, found.statistics.count) == (None, [], 30)
