@@ -18,7 +18,7 @@ from tarflow.cluster.job.environment import scrubbed
 from tarflow.cluster.job.job import Job
 from tarflow.cluster.submission import snapshot
 from tarflow.cluster.submission.profile import Profile
-from tarflow.files import write_text
+from tarflow.files import append_json_line, write_text
 from tarflow.trainer.config.files import config_text, load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.plan import describe
@@ -291,6 +291,5 @@ def _record(run_dir: Path, kind: str, job: str, logs: Path, request: Submission 
     if request is not None:
         tasks, ranks = request.tasks
         entry |= {"nodes": request.nodes, "tasks_per_node": tasks, "ranks_per_task": ranks}
-    with open(run_dir / "slurm" / "jobs.jsonl", "a") as file:
-        file.write(json.dumps(entry) + "\n")
+    append_json_line(run_dir / "slurm" / "jobs.jsonl", entry)
     return f"submitted {kind} job {job} for {run_dir}; logs: {logs}/{job}_*_log.out"
