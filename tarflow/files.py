@@ -1,5 +1,6 @@
 """Durable writes: a crash leaves the old file or the new one, never half of one. And lines that survive a torn end."""
 
+import errno
 import glob
 import json
 import os
@@ -166,11 +167,14 @@ def put_once(temporary: Path, final: Path) -> None:
 
 
 class LineWriter:
-    """Appends lines to a file, each in one write. A full disk costs lines, never the run that writes them."""
+    """Appends lines to a file, each in one write. A full disk costs lines, never the run that writes them.
+
+    Half a line, left by a full disk or a kill, is closed first: it spoils no other.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._whole = True  # the last line came to its end
+        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        self._whole = ends_whole(self._descriptor)  # the last line came to its end
 
     def write(self, line: str) -> None:
         data = ("" if self._whole else "\n").encode() + line.encode() + b"\n"
@@ -180,6 +184,26 @@ class LineWriter:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def ends_whole(descriptor: int) -> bool:
+    """Whether a file that is open for reading ends with the end of a line, or is empty."""
+    size = os.fstat(descriptor).st_size
+    return not size or os.pread(descriptor, 1, size - 1) == b"\n"
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file that others append to as well: in one write, so lines do not mix, half a line closed first.
+
+    Raises OSError where it cannot be written whole.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        data = ("" if ends_whole(descriptor) else "\n").encode() + line.encode() + b"\n"
+        if os.write(descriptor, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(descriptor)
 
 
 def append_json_line(path: Path, value: Any) -> None:

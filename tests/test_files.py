@@ -10,7 +10,9 @@ import pytest
 from tarflow import file_systems
 from tarflow.evaluation import results
 from tarflow.files import (
+    LineWriter,
     append_json_line,
+    append_line,
     fsync_tree,
     listed,
     publish_dir,
@@ -108,3 +110,43 @@ def test_F02_a_file_is_put_in_place_where_links_are_refused(tmp_path, monkeypatc
     lack(monkeypatch, link=number)
     put_once(filled(tmp_path / ".a.tmp"), tmp_path / "a")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "1")]
+
+
+def test_V11_half_a_line_is_closed_before_the_next_one_in_every_kind_of_file(tmp_path):
+    from tarflow.trainer.run_dir import note
+
+    path = tmp_path / "log.txt"
+    for half in (b"whole\nhalf of a li", b"", b"whole\n"):
+        for write in (
+            lambda: note(tmp_path, "next"),
+            lambda: line_writer(path),
+            lambda: append_json_line(path, ["next"]),
+        ):
+            path.write_bytes(half)
+            write()
+            lines = path.read_text().splitlines()
+            assert lines[:-1] == half.decode().splitlines()
+            assert lines[-1].endswith(("next", '["next"]'))
+            assert path.read_bytes().endswith(b"\n")
+
+
+def line_writer(path):
+    writer = LineWriter(path)
+    writer.write("next")
+    writer.close()
+
+
+def test_V11_a_line_that_a_full_disk_cut_is_closed_by_whoever_writes_next(tmp_path, monkeypatch):
+    path, write = tmp_path / "metrics.jsonl", os.write
+    first = LineWriter(path)
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:4]))
+    first.write("one of many")
+    with pytest.raises(OSError, match="No space left"):
+        append_line(path, "two")
+    monkeypatch.undo()
+    first.close()
+    append_line(path, "three")
+    again = LineWriter(path)
+    again.write("four")
+    again.close()
+    assert path.read_text().splitlines() == ["one ", "two", "three", "four"]

@@ -19,15 +19,23 @@ from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.metrics import MetricLog, PendingMetrics, Window
 from tarflow.trainer.parallel.choose import make_backend, pick_device
 from tarflow.trainer.parallel.shared import check_shared
-from tarflow.trainer.parallel.world import Vote, World, barrier, broadcast, process_group, world_from_env
+from tarflow.trainer.parallel.world import (
+    Vote,
+    World,
+    broadcast,
+    first_decides,
+    process_group,
+    world_from_env,
+)
 from tarflow.trainer.resilience.exit_codes import FINISHED, NO_PROGRESS, REQUEUE
-from tarflow.trainer.resilience.failure_exit import failure_exit
+from tarflow.trainer.resilience.failure_exit import FailureRecord, failure_exit
 from tarflow.trainer.resilience.fault_injection import fault_point
 from tarflow.trainer.resilience.signals import StopRequest
 from tarflow.trainer.resilience.watchdog import Watchdog, deadline, tighten_timeouts
 from tarflow.trainer.run_dir import create_run, save_config, writer_lock
-from tarflow.trainer.saving.resume import count_restart
-from tarflow.trainer.saving.saver import Saver
+from tarflow.trainer.saving.no_progress import no_progress
+from tarflow.trainer.saving.resume import Start, count_restart, decide_start, finished
+from tarflow.trainer.saving.saver import Moment, Saver
 from tarflow.trainer.schedule import learning_rate
 from tarflow.trainer.step_inputs import StepInput, prefetch_inputs
 
@@ -44,13 +52,13 @@ def train(
     Runs alone, or as one rank of the world that the environment describes. `stop`: a request that is listened to already.
     """
     world = world_from_env()
-    with nullcontext(stop) if stop else StopRequest() as stop, failure_exit(world, run_dir):
-        return _train(config, run_dir, world, stop, init_from, accept_new_data, init_partial)
+    with nullcontext(stop) if stop else StopRequest() as stop, failure_exit(world, run_dir) as record:
+        return _train(config, run_dir, world, stop, init_from, accept_new_data, init_partial, record)
 
 
 def _train(
     config: Config, run_dir: Path, world: World, stop: StopRequest, init_from: Path | None, accept_new_data: bool,
-    init_partial: bool,
+    init_partial: bool, record: FailureRecord,
 ) -> int:  # fmt: skip
     facts = data_facts(config.data)
     warmup = check_data(config, facts)
@@ -62,17 +70,23 @@ def _train(
         limit = config.parallel.start_timeout_s
         with deadline(limit + 2, run_dir, world.rank, "joining the other ranks"):  # torch's own error comes first
             stack.enter_context(process_group(world, device, limit, always=zero))
-        if world.first:
-            stack.enter_context(writer_lock(run_dir))
-            create_run(run_dir)
-        barrier()
+        given = (run_dir, config, facts, accept_new_data)
+        with deadline(limit, run_dir, world.rank, "reading the newest checkpoint"):
+            if nothing_to_do := first_decides(world, lambda: finished(*given)):
+                if world.first:
+                    print(nothing_to_do, flush=True)
+                return FINISHED
+            first_decides(world, lambda: stack.enter_context(writer_lock(run_dir)))
+            start = first_decides(world, lambda: decide_start(*given))
+        record.begun = True  # what was refused until here has left no trace in the run
+        first_decides(world, lambda: create_run(run_dir))
         check_shared(run_dir)
         watchdog = stack.enter_context(Watchdog(run_dir, world.rank, world.size, config.parallel))
         fault_point("start")
         log = MetricLog(run_dir, config.log.tensorboard, config.train.max_images, world.rank)
         stack.callback(log.close)
         run = Run(config, run_dir, plan, log, world, device, watchdog, warmup)
-        run.start(facts, init_from, accept_new_data, init_partial)
+        run.start(start, facts, init_from, init_partial)
         if not run.check_progress(run_dir):
             return NO_PROGRESS
         if world.first:
@@ -114,12 +128,11 @@ class Run:
         self.images_seen = 0
         self._tried = self._passed_over = 0  # optimizer steps: all, and those known to have changed nothing
         self._reading: tuple[PendingMetrics, int, int, float] | None = None
-        self._failing = False
+        self._began = Moment()
+        self._failing = self._gave_up = False  # the steps, the saves
         self._peak = peak_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
-    def start(
-        self, facts: DataFacts, init_from: Path | None, accept_new_data: bool, init_partial: bool = False
-    ) -> None:
+    def start(self, start: Start, facts: DataFacts, init_from: Path | None, init_partial: bool) -> None:
         """Resume, or start from given or fresh weights; the log says which."""
         if self.world.first:
             self.log.say(f"code: {describe_code(code_version())}")
@@ -131,13 +144,15 @@ class Run:
         wanted = self.config.parallel.world_size
         if wanted not in (0, self.world.size):
             self.log.say(f"note: made for parallel.world_size={wanted} processes, running on {self.world.size}")
-        self.images_seen, self._tried = self.saver.restore(facts, init_from, accept_new_data, init_partial)
-        self._passed_over = int(self.backend.skipped()[0])
+        begin = self.saver.restore(start, facts.fingerprint, init_from, init_partial)
+        self.images_seen, self._tried, self._passed_over = begin.images_seen, begin.tried, begin.tried - begin.step
+        self._began = begin
+        self.log.open_curves(begin.images_seen)
 
     def check_progress(self, run_dir: Path) -> bool:
         """False, with a last line in the log, if restarts keep coming back to this position."""
-        most, done = self.config.train.max_restarts_without_progress, self.images_seen >= self.config.train.max_images
-        reason = count_restart(run_dir, self.images_seen, most) if self.world.first and not done else None
+        most = self.config.train.max_restarts_without_progress
+        reason = count_restart(run_dir, self.images_seen, most) if self.world.first else None
         reason = broadcast(reason)  # type: ignore[assignment]
         if reason is not None:
             self.log.say(reason)
@@ -207,7 +222,8 @@ class Run:
     def _requested_action(self, stop: StopRequest) -> int:
         """What this rank asks of all ranks before the next step."""
         self.saver.collect()
-        if self._failing or self.saver.failures >= self.config.checkpoint.max_failures:
+        self._gave_up |= self.saver.failures >= self.config.checkpoint.max_failures
+        if self._failing or self.saver.diverged or self._gave_up:
             return FAIL
         if stop.received is not None:
             return STOP
@@ -215,25 +231,42 @@ class Run:
 
     def _end(self, action: int, stop: StopRequest) -> int:
         self.watchdog.phase("end")
+        self.saver.collect(wait=True)
+        most, failed = self.config.train.max_skipped_in_a_row, self.saver.any_rank(self._gave_up)
+        if self.saver.diverged:
+            return self._no_progress("weights are not finite")
+        if int(self.backend.skipped()[1]) >= most or (action == FAIL and not failed):
+            return self._no_progress(
+                f"{most} steps in a row had a gradient that was not finite or far out (train.max_skipped_in_a_row), the last "
+                f"ones before {self.images_seen:,} images"
+            )
         self.saver.save(self.images_seen, self._tried, last=True)
-        if action == FAIL and int(self.backend.skipped()[1]) < self.config.train.max_skipped_in_a_row:
+        if self.saver.diverged:
+            return self._no_progress("weights are not finite")
+        if failed:
             raise TrainerError(
                 f"{self.config.checkpoint.max_failures} saves in a row failed, the last one at step {self.step_count} did "
                 "not; see the warnings above, and set checkpoint.max_failures higher to go on regardless"
             )
-        if action == FAIL or self._failing:
-            last = self.saver.newest_name()
-            raise TrainerError(
-                f"{self.config.train.max_skipped_in_a_row} steps in a row had a gradient that was not finite or far out "
-                f"(now at step {self.step_count}; weights are those before them, in {last}). Lower optim.lr, set "
-                "train.grad_clip, or raise train.max_skipped_in_a_row"
-            )
+        learned = self.saver.learned(self._tried)
         if self.images_seen >= self.config.train.max_images:
+            if not learned:
+                return self._no_progress(
+                    f"every step since then, until the end at {self.images_seen:,} images, had a gradient that was not "
+                    "finite or far out"
+                )
             self.log.say(f"finished: {self.images_seen:,} images")
             return FINISHED
         reason = stop.received or "another rank"
-        self.log.say(f"stopped by {reason} at {self.images_seen:,} images, saved; the same command goes on from here")
+        how = "saved" if learned else "not saved: every step since the newest checkpoint was passed over"
+        self.log.say(f"stopped by {reason} at {self.images_seen:,} images, {how}; the same command goes on from here")
         return REQUEUE
+
+    def _no_progress(self, why: str) -> int:
+        """The end of a run that learns nothing: what is committed stays as it is, and a chain of jobs stops at once."""
+        stuck = self._tried - int(self.backend.skipped()[0]) == self._began.step
+        self.log.say(no_progress(self.saver.run_dir, self.config, why, stuck))
+        return NO_PROGRESS
 
     def step(self, batch: StepInput, window: Window) -> float:
         """One optimizer step on one global batch. Returns its learning rate."""
@@ -267,6 +300,7 @@ class Run:
             flops = row["throughput/images_per_sec"] * flops_per_image(self.config.model)
             row["throughput/mfu"] = flops / (self._peak * self.world.size)
         self._failing = row["optim/skipped_in_a_row"] >= self.config.train.max_skipped_in_a_row
+        self.saver.hear(row["optim/skipped_in_a_row"])
         self._passed_over = round(row["optim/skipped_steps"])
         self.log.figures(tried - self._passed_over, images_seen, self.config.train.max_images, row | {"optim/lr": lr})
 

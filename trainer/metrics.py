@@ -97,6 +97,7 @@ class MetricLog:
     def __init__(self, run_dir: Path, tensorboard: bool, total_images: int, rank: int = 0) -> None:
         self._jsonl: LineWriter | None = None
         self._writer: Any = None
+        self._curves: Path | None = None
         self._progress: Progress | None = None
         if rank:
             (run_dir / "logs").mkdir(exist_ok=True)
@@ -104,14 +105,18 @@ class MetricLog:
             return
         self._jsonl = LineWriter(run_dir / "metrics.jsonl")
         self._text = LineWriter(run_dir / "log.txt")
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+        self._curves = run_dir / "tensorboard" if tensorboard else None
         if sys.stderr.isatty():
             self._progress = _progress_bar()
             self._task = self._progress.add_task("", total=total_images, figures="")
             self._progress.start()
+
+    def open_curves(self, images_seen: int) -> None:
+        """Begin to write for TensorBoard. Points past `images_seen`, of a start that was killed, come again: hidden."""
+        if self._curves is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._curves), purge_step=images_seen + 1)
 
     def say(self, text: str) -> None:
         """A line for people: log.txt and the screen."""

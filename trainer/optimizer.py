@@ -3,6 +3,12 @@
 A step whose gradient norm is not finite, or stands more than `SIGMAS` standard deviations above the recent ones, changes
 nothing: no weight, no moment, no step count. The decision is taken from the *global* norm, which is the same number on
 every rank, so all ranks take the same one; the host learns of it only when it reads the counters.
+
+A spike comes and goes; a new level stays. So a norm that was passed over is remembered too, cut to the threshold that it
+broke: one spike moves the threshold little, but a level that stays is soon no spike any more (up to three times the old one
+within `train.max_skipped_in_a_row` steps of its default). The standard deviation counts as `FLOOR` of the mean at least,
+for norms that hardly vary. Where the norms are above `grad_clip`, every step is cut to the same length: there only a norm
+several times the usual one is a spike.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 SIGMAS = 6.0
+FLOOR = 0.05  # of the mean: the smallest standard deviation that is believed
+CLIPPED_FLOOR = 1.0  # the same where all steps are clipped
 WINDOW = 128  # norms remembered
 WARMUP = 32  # norms needed before a spike can be told from the beginning of training
 
@@ -75,8 +83,9 @@ class GuardedAdamW(torch.optim.AdamW):
         assert closure is None
         self.calls += 1
         norm = self._global_norm()
-        bad = ~torch.isfinite(norm) | self._is_spike(norm)
-        self._remember(norm, bad)
+        highest = self._highest_ordinary_norm()
+        bad = ~torch.isfinite(norm) | (norm > highest)
+        self._remember(norm, highest, bad)
         self.grad_norm.copy_(norm)
         # The fused kernel divides gradients by `grad_scale` and does nothing at all where `found_inf` is 1.
         self.found_inf = bad.float()
@@ -103,20 +112,26 @@ class GuardedAdamW(torch.optim.AdamW):
             dist.all_reduce(squares, group=self.group)
         return squares.sqrt().to(torch.float32)
 
-    def _is_spike(self, norm: Tensor) -> Tensor:
+    def _highest_ordinary_norm(self) -> Tensor:
+        """The norm above which a step is a spike; infinite where that is not asked for or cannot be told yet."""
+        infinite = torch.full_like(self.grad_norm, float("inf"))
         if not self.skip_spikes:
-            return torch.zeros_like(norm, dtype=torch.bool)
+            return infinite
         count = self._remembered.clamp(max=WINDOW)
-        known = torch.arange(WINDOW, device=norm.device) < count
+        known = torch.arange(WINDOW, device=count.device) < count
         mean = (self._norms * known).sum() / count.clamp(min=1)
         std = (((self._norms - mean) * known).square().sum() / count.clamp(min=1)).sqrt()
-        return (count >= WARMUP) & (norm > mean + SIGMAS * std)
+        floor = mean * FLOOR
+        if self.grad_clip:
+            floor = torch.where(mean > self.grad_clip, mean * CLIPPED_FLOOR, floor)
+        return torch.where(count >= WARMUP, mean + SIGMAS * torch.maximum(std, floor), infinite)
 
-    def _remember(self, norm: Tensor, bad: Tensor) -> None:
-        """Keep the last good norms in a ring; count the bad steps."""
+    def _remember(self, norm: Tensor, highest: Tensor, bad: Tensor) -> None:
+        """Keep the last finite norms in a ring, none above the threshold of its step; count the bad steps."""
+        finite = torch.isfinite(norm)
         # Not by `self._norms[place]`: a tensor of no dimensions as an index waits for the device to read it.
         here = torch.arange(WINDOW, device=norm.device) == self._remembered % WINDOW
-        self._norms.copy_(torch.where(here & ~bad, norm, self._norms))
-        self._remembered += (~bad).long()
+        self._norms.copy_(torch.where(here & finite, torch.minimum(norm, highest), self._norms))
+        self._remembered += finite.long()
         self.skipped_steps += bad.float()
         self.skipped_in_a_row.copy_((self.skipped_in_a_row + 1) * bad.float())

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tarflow.files import write_text
+from tarflow.files import append_line, write_text
 from tarflow.locks import holder, locked
 from tarflow.trainer.config.files import config_text, load_config
 from tarflow.trainer.config.schema import Config
@@ -85,13 +85,8 @@ def rank_log(run_dir: Path, rank: int) -> Path:
 
 
 def note(run_dir: Path, text: str) -> None:
-    """Append a line to log.txt, from any rank, thread or supervisor: one write, so lines do not mix."""
-    line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n".encode()
-    descriptor = os.open(run_dir / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, line)
-    finally:
-        os.close(descriptor)
+    """Append a line to log.txt, from any rank, thread or supervisor."""
+    append_line(run_dir / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
 
 
 def save_config(run_dir: Path, config: Config) -> None:

@@ -160,7 +160,7 @@ def test_finished_run_started_again_does_nothing_and_a_longer_one_goes_on(tiny_c
     before = (run / "checkpoints" / "images-000000000160" / "COMMITTED").stat().st_mtime_ns
     again = train(tiny_config, run, "train.max_images=160")
     assert again.returncode == FINISHED
-    assert "resuming at 160 images" in again.stdout
+    assert "is finished, images-000000000160 has 160 of train.max_images=160" in again.stdout
     assert (run / "checkpoints" / "images-000000000160" / "COMMITTED").stat().st_mtime_ns == before
     longer = train(tiny_config, run, "train.max_images=320", "optim.lr=5e-4")
     assert longer.returncode == FINISHED

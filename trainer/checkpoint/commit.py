@@ -27,7 +27,8 @@ from tarflow.trainer.resilience.fault_injection import fault_point
 from tarflow.trainer.run_dir import is_run, run_id
 
 MARKER = "COMMITTED"
-TEMPORARY, DAMAGED, REPLACED = ".tmp", ".damaged", ".replaced"  # endings: being written, set aside, making way
+# Endings of names: being written, making way for the same images again, set aside by a start, set aside by a person.
+TEMPORARY, REPLACED, DAMAGED, ASIDE = ".tmp", ".replaced", ".damaged", ".aside"
 _PIN_LIFETIME_S = 24 * 3600
 
 
@@ -161,7 +162,7 @@ def find(run_dir: str | Path, step: int | None = None, images: int | None = None
     if step is None and images is None and not usable:
         raise TrainerError(f"run {run_dir} has no committed checkpoint yet")
     reasons = [f"{path.name}: {why}" for path, why in sorted(refused.items())]
-    reasons += [f"{path.name} is set aside as damaged" for path in set_aside_dirs(run_dir)]
+    reasons += [f"{path.name} is set aside" for ending in (DAMAGED, ASIDE) for path in set_aside_dirs(run_dir, ending)]
     return choose(usable, step, images, f"run {run_dir}", "usable checkpoint", ", ".join(reasons[-4:]))
 
 
@@ -185,9 +186,9 @@ def choose(
     )
 
 
-def set_aside_dirs(run_dir: Path) -> list[Path]:
-    """Damaged checkpoints that a start has set aside."""
-    return [p for p in listed(checkpoints_dir(run_dir), f"*{DAMAGED}*") if leading_name(p.name)]
+def set_aside_dirs(run_dir: Path, ending: str) -> list[Path]:
+    """Checkpoints that a start has set aside as DAMAGED, or a person as ASIDE."""
+    return [p for p in listed(checkpoints_dir(run_dir), f"*{ending}*") if leading_name(p.name)]
 
 
 def point_to(run_dir: Path, checkpoint: Checkpoint) -> None:

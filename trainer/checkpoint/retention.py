@@ -83,7 +83,7 @@ def remove_torn(run_dir: Path) -> tuple[list[Path], list[str]]:
 
 def sweep(run_dir: Path) -> list[str]:
     """Put in order what kills left, at a start; what is to be said of it and of what else cannot be used."""
-    lines = _put_back(run_dir)
+    lines = put_back(run_dir)
     refused = scan(run_dir)[1]
     gone, left = remove_torn(run_dir)
     for path, why in sorted(refused.items()):
@@ -96,7 +96,7 @@ def sweep(run_dir: Path) -> list[str]:
     return lines + left
 
 
-def _put_back(run_dir: Path) -> list[str]:
+def put_back(run_dir: Path) -> list[str]:
     """Of a save that was killed while it replaced a checkpoint at the same images: the new one if it is whole, or the old."""
     lines, owner = [], run_id(run_dir)
     for path, why in sorted(scan(run_dir)[1].items()):
@@ -115,8 +115,8 @@ def _put_back(run_dir: Path) -> list[str]:
     return lines
 
 
-def set_aside(run_dir: Path, chosen: Checkpoint) -> list[str]:
-    """Rename this run's checkpoints that are newer than the one it goes on from, which are all damaged.
+def set_aside(run_dir: Path, chosen: Checkpoint, ending: str = DAMAGED) -> list[str]:
+    """Rename this run's checkpoints that are newer than the one it goes on from: damaged ones, or those not wanted (ASIDE).
 
     Where they are they would count as the newest to retention, to readers and to `latest`. Renamed, they stay for a person
     to look at. Returns what is to be said.
@@ -128,18 +128,18 @@ def set_aside(run_dir: Path, chosen: Checkpoint) -> list[str]:
         point_to(run_dir, chosen)
     lines = []
     for path in sorted(newer):
-        aside = free_name(path.with_name(path.name + DAMAGED))
+        aside = free_name(path.with_name(path.name + ending))
         os.rename(path, aside)
         lines.append(
-            f"checkpoint {path.name} is set aside as {aside.name}; `tarflow checkpoint prune --damaged` removes it"
+            f"checkpoint {path.name} is set aside as {aside.name}; `tarflow checkpoint prune --{ending[1:]}` removes it"
         )
     return lines
 
 
-def remove_set_aside(run_dir: Path, warn: Say = lambda _: None) -> list[str]:
-    """Remove what `set_aside` has left; names of the removed."""
+def remove_set_aside(run_dir: Path, ending: str, warn: Say = lambda _: None) -> list[str]:
+    """Remove what `set_aside` has left under an ending; names of the removed."""
     removed = []
-    for path in set_aside_dirs(run_dir):
+    for path in set_aside_dirs(run_dir, ending):
         problem = remove(path)
         if problem:
             warn(stuck(path, problem))

@@ -5,6 +5,7 @@ EXAMPLE = """examples:
   tarflow checkpoint verify runs/demo
   tarflow checkpoint export runs/demo --out demo.safetensors --weights ema-0.050
   tarflow checkpoint prune runs/demo --keep-latest 3
+  tarflow checkpoint rewind runs/demo --images 64000
 
 Exit codes: 0 all well, 1 `verify` found damage, 2 wrong settings.
 """
@@ -22,5 +23,9 @@ VERBS = {
     "prune": (
         "tarflow.trainer.commands.checkpoint_prune",
         "remove checkpoints that the retention settings do not keep",
+    ),
+    "rewind": (
+        "tarflow.trainer.commands.checkpoint_rewind",
+        "let the run go on from an earlier checkpoint; those after it are set aside",
     ),
 }

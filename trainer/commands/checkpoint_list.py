@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tarflow.trainer.checkpoint.commit import pinned_names, scan, set_aside_dirs
+    from tarflow.trainer.checkpoint.commit import ASIDE, DAMAGED, pinned_names, scan, set_aside_dirs
     from tarflow.trainer.checkpoint.retention import permanent
     from tarflow.trainer.run_dir import load_run_config, require_run
 
@@ -29,8 +29,9 @@ def run(args: argparse.Namespace) -> int:
               + ", ".join(notes))  # fmt: skip
     for path, reason in sorted(refused.items()):
         print(f"{path.name}: not used: {reason}")
-    for path in set_aside_dirs(args.run):
-        print(f"{path.name}: set aside as damaged; `tarflow checkpoint prune --damaged` removes it")
+    for ending, why in ((DAMAGED, "set aside as damaged"), (ASIDE, "set aside by `checkpoint rewind`")):
+        for path in set_aside_dirs(args.run, ending):
+            print(f"{path.name}: {why}; `tarflow checkpoint prune --{ending[1:]}` removes it")
     if not usable:
         print("no committed checkpoint")
     return 0

@@ -24,10 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint.keep_every_images)",
     )
     parser.add_argument("--damaged", action="store_true", help="remove damaged ones that a start has set aside, too")
+    parser.add_argument("--aside", action="store_true", help="remove those that `checkpoint rewind` has set aside, too")
 
 
 def run(args: argparse.Namespace) -> int:
-    from tarflow.trainer.checkpoint.commit import committed, damage
+    from tarflow.trainer.checkpoint.commit import ASIDE, DAMAGED, committed, damage
     from tarflow.trainer.checkpoint.retention import apply_retention, remove_set_aside
     from tarflow.trainer.errors import TrainerError
     from tarflow.trainer.run_dir import load_run_config, writer_lock
@@ -47,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
                 "checkpoint verify`, or keep more with --keep-latest"
             )
         removed = apply_retention(args.run, latest, every, warn=print)
-        removed += remove_set_aside(args.run, warn=print) if args.damaged else []
+        for asked, ending in ((args.damaged, DAMAGED), (args.aside, ASIDE)):
+            removed += remove_set_aside(args.run, ending, warn=print) if asked else []
     for name in removed:
         print(f"removed {name}")
     print(f"{len(removed)} removed, {len(committed(args.run))} stay")

@@ -6,16 +6,18 @@ A partial set of variables is an error that names the missing ones, never a gues
 import datetime
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from tarflow.errors import UserError
 from tarflow.trainer.errors import TrainerError
 
+T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -83,6 +85,22 @@ def broadcast(value: object) -> object:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def first_decides(world: World, decide: Callable[[], T]) -> T:
+    """What rank 0 finds, on every rank; or its error, raised on every rank: none is left waiting for it."""
+    answer: T | UserError | None = None
+    if world.first:
+        try:
+            answer = decide()
+        except UserError as error:
+            answer = error
+        except OSError as error:
+            answer = TrainerError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    answer = broadcast(answer)  # type: ignore[assignment]
+    if isinstance(answer, UserError):
+        raise answer
+    return answer  # type: ignore[return-value]
 
 
 def barrier() -> None:

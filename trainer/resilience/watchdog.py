@@ -110,7 +110,7 @@ class Watchdog:
         try:
             note(self.run_dir, text)
             assert self._file is not None
-            self._file.write(f"stacks of rank {self.rank}, {text}\n")
+            self._file.write(f"\nstacks of rank {self.rank}, {text}\n")
             self._file.flush()
             faulthandler.dump_traceback(self._file, all_threads=True)
             self.name = alive.HUNG

@@ -101,6 +101,7 @@ class Save:
     name: str = ""
     removed: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # of what went wrong after the commit
+    tried: int = 0  # optimizer steps until then, those that were passed over too
 
 
 class Writer:

@@ -1,22 +1,81 @@
 """The same command resumes: what wins, what may change, and what is said about it (contract 6).
 
+A start decides before it writes: one that is refused, or has nothing left to do, leaves the run as it was.
+
 The configuration given now wins over the one in the checkpoint. Every difference is printed. What the tensors or
 their meaning depend on cannot change; a changed data set must be accepted, because the order of samples changes with it.
 """
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tarflow.code_version import code_version, describe_code
+from tarflow.data_pipeline.loading.choose_reader import DataFacts
 from tarflow.files import write_text
-from tarflow.trainer.checkpoint.commit import Checkpoint
+from tarflow.trainer.checkpoint.commit import Checkpoint, committed, newest_sound
+from tarflow.trainer.checkpoint.retention import put_back, set_aside, sweep
 from tarflow.trainer.config.files import config_diff, load_config
 from tarflow.trainer.config.schema import Config
+from tarflow.trainer.ema.snapshots import forget_after
 from tarflow.trainer.errors import TrainerError
+from tarflow.trainer.run_dir import is_run
 
 STRUCTURAL = ("model.", "ema.relative_stds", "ema.decays")
 ORDER = ("train.seed", "data.num_canonical_nodes", "data.shuffle_block")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a start goes on from, and what is to be said of it once the log is open."""
+
+    checkpoint: Checkpoint | None = None
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def images_seen(self) -> int:
+        return self.checkpoint.images_seen if self.checkpoint is not None else 0
+
+
+def finished(run_dir: Path, config: Config, facts: DataFacts, accept_new_data: bool) -> str | None:
+    """What is said of a run that has all its images already; None of any other. Writes nothing.
+
+    A configuration that could not go on is refused here as well.
+    """
+    total = config.train.max_images
+    newest = committed(run_dir)[-1:] if is_run(run_dir) else []
+    if not newest or newest[0].images_seen < total:
+        return None
+    checkpoint = newest_sound(run_dir, lambda _: None)
+    if checkpoint is None or checkpoint.images_seen < total:
+        return None  # the newest is damaged
+    changes: list[str] = []
+    check_resume(checkpoint, config, facts.fingerprint, accept_new_data, changes.append, facts.former_fingerprint)
+    left_out = f"; not taken over: {', '.join(line.removeprefix('changed: ') for line in changes)}" if changes else ""
+    return (
+        f"nothing to do: {run_dir} is finished, {checkpoint.name} has {checkpoint.images_seen:,} of train.max_images="
+        f"{total:,}; nothing is written{left_out}"
+    )
+
+
+def decide_start(run_dir: Path, config: Config, facts: DataFacts, accept_new_data: bool) -> Start:
+    """The checkpoint to go on from, or none; refuses what cannot go on from it. Writer only."""
+    if not is_run(run_dir):
+        return Start()
+    lines = put_back(run_dir)
+    newest = newest_sound(run_dir, lines.append)
+    if newest is not None:
+        check_resume(newest, config, facts.fingerprint, accept_new_data, lines.append, facts.former_fingerprint)
+    return Start(newest, lines)
+
+
+def make_tidy(run_dir: Path, start: Start) -> list[str]:
+    """Put in order what kills and damage left, for a start that was decided; what is to be said of it. Writer only."""
+    lines = sweep(run_dir)
+    if start.checkpoint is not None:
+        lines += set_aside(run_dir, start.checkpoint)
+    return lines + forget_after(run_dir, start.images_seen)
 
 
 def check_resume(

@@ -2,30 +2,36 @@
 
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import tarflow.trainer.checkpoint.commit as ckpt
 from tarflow.code_version import code_version
-from tarflow.data_pipeline.loading.choose_reader import DataFacts
 from tarflow.models.flow import TarFlow
-from tarflow.trainer.checkpoint.retention import set_aside, sweep
 from tarflow.trainer.checkpoint.tensors import read_tensors
 from tarflow.trainer.config.files import config_hash, config_text
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.ema.ema import EMA
-from tarflow.trainer.ema.snapshots import forget_after
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.metrics import MetricLog
 from tarflow.trainer.parallel.backend import Backend
 from tarflow.trainer.parallel.saved import place
-from tarflow.trainer.parallel.world import World, broadcast
+from tarflow.trainer.parallel.world import World, first_decides
 from tarflow.trainer.resilience.fault_injection import fault_point
 from tarflow.trainer.saving.background_writer import Save, Staging, Writer
 from tarflow.trainer.saving.initial_weights import initial_weights
-from tarflow.trainer.saving.resume import check_resume
+from tarflow.trainer.saving.resume import Start, make_tidy
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a run is: images seen, optimizer steps taken until then, and those tried, passed over or not."""
+
+    images_seen: int = 0
+    step: int = 0
+    tried: int = 0
 
 
 class Saver:
@@ -40,23 +46,57 @@ class Saver:
         self.failures = 0  # saves that failed in a row
         self._staging, self._writer = Staging(), Writer(run_dir, config.checkpoint)
         self._saved_at, self._saved_time = -1, time.monotonic()
+        self._last = Moment()  # of the newest checkpoint
+        self._postponed = self._streak_over = False
+        self.diverged = False  # the weights are not finite
 
     # --- when ---
 
     def due(self, images_seen: int) -> bool:
         """Whether the last step crossed a multiple of checkpoint.every_images or ema.snapshot_every_images."""
-        return self._crossed(self.config.checkpoint.every_images, images_seen) or self._snapshot_due(images_seen)
+        settings = (self.config.checkpoint.every_images, self.config.ema.snapshot_every_images)
+        return any(self._crossed(every, images_seen) for every in settings)
 
     def _snapshot_due(self, images_seen: int) -> bool:
-        return self._crossed(self.config.ema.snapshot_every_images, images_seen)
+        every = self.config.ema.snapshot_every_images
+        return bool(every) and images_seen // every > self._last.images_seen // every
 
     def _crossed(self, every: int, images_seen: int) -> bool:
         return bool(every) and images_seen // every > (images_seen - self.config.train.global_batch_size) // every
 
     def overdue(self) -> bool:
-        """Whether checkpoint.every_minutes have passed since the last save, by this rank's clock."""
+        """Whether checkpoint.every_minutes have passed since the last save by this rank's clock, or a save was put off
+        amid steps that were passed over, and as far as this rank knows they are over."""
         minutes = self.config.checkpoint.every_minutes
+        if self._postponed and self._streak_over:
+            return True
         return bool(minutes) and time.monotonic() - self._saved_time > 60 * minutes
+
+    def hear(self, skipped_in_a_row: float) -> None:
+        """Learn, late and without waiting for the device, how many steps in a row were passed over."""
+        self._streak_over = not skipped_in_a_row
+
+    def learned(self, tried: int) -> bool:
+        """Whether a step was taken since the newest checkpoint, or none tried. Waits for the device."""
+        return tried == self._last.tried or tried - int(self.backend.skipped()[0]) > self._last.step
+
+    def _worth_saving(self, tried: int, last: bool) -> bool:
+        """Whether this moment makes a good checkpoint: the same answer on every rank.
+
+        Not one of steps that were all passed over, nor one whose weights are not finite. Amid steps that are passed over
+        the weights may be the ones that broke the run: unless it ends here, it is saved when a step is taken again.
+        """
+        in_a_row = int(self.backend.skipped()[1])
+        self._postponed, self._streak_over = not last and (in_a_row > 0 or not self.learned(tried)), False
+        if self._postponed:
+            self._saved_time = time.monotonic()
+            return False
+        if not self.learned(tried):
+            return False
+        with torch.no_grad():
+            mine = all(bool(torch.isfinite(p).all()) for p in self.backend.locals().values())
+        self.diverged = self.any_rank(not mine)
+        return not self.diverged
 
     # --- out ---
 
@@ -69,10 +109,10 @@ class Saver:
         """
         began = time.monotonic()
         self.collect(wait=True)
-        if images_seen != self._saved_at:
+        if images_seen != self._saved_at and self._worth_saving(tried, last):
             self._saved_at, self._saved_time = images_seen, time.monotonic()
             step = tried - int(self.backend.skipped()[0])
-            save = Save(step, images_seen, began, snapshot=self._snapshot_due(images_seen))
+            save = Save(step, images_seen, began, snapshot=self._snapshot_due(images_seen), tried=tried)
             if self.config.checkpoint.asynchronous and not last:
                 staged = self._staging.copy(self._state())
                 save.stall_s = time.monotonic() - began
@@ -110,6 +150,7 @@ class Saver:
             self.log.event("save_failed", step=save.step, images_seen=save.images_seen, error=save.error)
             return
         self.failures = 0
+        self._last = Moment(save.images_seen, save.step, save.tried)
         note = f"; removed {', '.join(save.removed)}" if save.removed else ""
         self.log.say(
             f"saved {save.name} at {save.images_seen:,} images ({save.seconds:.1f} s, "
@@ -119,66 +160,40 @@ class Saver:
             self.log.say(line)
         self.log.event("save", step=save.step, images_seen=save.images_seen, seconds=save.seconds, stall_s=save.stall_s)
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank; every rank calls it, with no save under way."""
+        return any(self._writer.channel.gather(flag))
+
     @property
     def group(self) -> object:
         """The process group of its messages: a save may take longer than a step."""
         return self._writer.channel.group
 
-    def newest_name(self) -> str:
-        """Name of the newest checkpoint."""
-        return ckpt.find(self.run_dir).name
-
     # --- in ---
 
-    def restore(
-        self, facts: DataFacts, init_from: Path | None, accept_new_data: bool, init_partial: bool = False
-    ) -> tuple[int, int]:
-        """Bring back the newest sound checkpoint, or start from given or fresh weights.
-
-        Returns the images seen and the optimizer steps tried until then: those taken and those passed over.
-        """
-        self.fingerprint = facts.fingerprint
-        newest = self._choose(accept_new_data, facts.former_fingerprint)
+    def restore(self, start: Start, fingerprint: str, init_from: Path | None, init_partial: bool = False) -> Moment:
+        """Bring back the checkpoint that a start goes on from, or begin with given or fresh weights."""
+        self.fingerprint = fingerprint
+        newest = start.checkpoint
+        for line in start.lines + first_decides(self.world, lambda: make_tidy(self.run_dir, start)):
+            if self.world.first:
+                self.log.say(line)
         if newest is not None:
             state = self.backend.state() | self.ema.state()
             read_tensors(newest, state)
             self.backend.load(state)
             self.ema.load(state)
             self._saved_at = newest.images_seen
+            self._last = Moment(newest.images_seen, newest.step, newest.step + int(self.backend.skipped()[0]))
             note = "; --init-from is not used: the run has checkpoints" if init_from else ""
             self.log.say(f"resuming at {newest.images_seen:,} images (checkpoint {newest.name}){note}")
             self.log.event("resume", images_seen=newest.images_seen, step=newest.step)
-            return newest.images_seen, newest.step + int(self.backend.skipped()[0])
+            return self._last
         if init_from is not None:
             self._start_from(init_from, init_partial)
         self.log.say(f"no checkpoint in {self.run_dir}: starting from {init_from or 'fresh weights'}")
         self.log.event("start", images_seen=0, step=0)
-        return 0, 0
-
-    def _choose(self, accept_new_data: bool, former_fingerprint: str | None) -> ckpt.Checkpoint | None:
-        """Rank 0 looks, sweeps and decides; all ranks follow, into the same error if it is one."""
-        answer: ckpt.Checkpoint | TrainerError | None = None
-        if self.world.first:
-            try:
-                for line in sweep(self.run_dir):
-                    self.log.say(line)
-                answer = ckpt.newest_sound(self.run_dir, self.log.say)
-                if answer is not None:
-                    check_resume(
-                        answer, self.config, self.fingerprint, accept_new_data, self.log.say, former_fingerprint
-                    )
-                    for line in set_aside(self.run_dir, answer):
-                        self.log.say(line)
-                for line in forget_after(self.run_dir, answer.images_seen if answer is not None else 0):
-                    self.log.say(line)
-            except TrainerError as error:
-                answer = error
-            except OSError as error:
-                answer = TrainerError(f"{error.filename or self.run_dir}: {error.strerror or error}")
-        answer = broadcast(answer)  # type: ignore[assignment]
-        if isinstance(answer, TrainerError):
-            raise answer
-        return answer
+        return self._last
 
     def _start_from(self, source: Path, partial: bool) -> None:
         weights, lines = initial_weights(source, self.config, partial)

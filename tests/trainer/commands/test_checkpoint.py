@@ -158,3 +158,24 @@ def test_prune_removes_what_was_set_aside_only_when_asked(run: Path) -> None:
 def test_what_is_no_run_is_said(tmp_path: Path, capsys) -> None:
     assert tarflow.cli.main(["checkpoint", "list", str(tmp_path / "none")]) == 2
     assert "no run directory at" in capsys.readouterr().err
+
+
+def test_V02_rewind_sets_the_later_ones_aside_and_says_what_comes_next(run: Path, capsys) -> None:
+    rewind = ["checkpoint", "rewind", str(run)]
+    assert tarflow.cli.main(rewind) == 2
+    assert "--images N" in capsys.readouterr().err
+    flip(next(find(run, 2).path.glob("*.distcp")), 7)
+    assert tarflow.cli.main([*rewind, "--step", "2"]) == 2
+    assert "is damaged" in capsys.readouterr().err
+    assert steps(run) == [1, 2, 3, 4, 5]
+    assert tarflow.cli.main([*rewind, "--images", "48"]) == 0
+    assert "goes on from images-000000000048" in capsys.readouterr().out
+    assert steps(run) == [1, 2, 3]
+    assert (run / "checkpoints" / "latest").read_text().strip() == "images-000000000048"
+    assert tarflow.cli.main(["checkpoint", "list", str(run)]) == 0
+    assert "images-000000000080.aside: set aside by `checkpoint rewind`" in capsys.readouterr().out
+    assert tarflow.cli.main(["checkpoint", "prune", str(run), "--damaged"]) == 0
+    assert len(list((run / "checkpoints").glob("*.aside"))) == 2
+    assert tarflow.cli.main(["checkpoint", "prune", str(run), "--aside"]) == 0
+    assert steps(run) == [1, 2, 3]
+    assert not list((run / "checkpoints").glob("*.aside"))

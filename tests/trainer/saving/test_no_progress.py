@@ -1,0 +1,146 @@
+"""A run that learns nothing commits nothing over good checkpoints, and says where to go back to."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.async_save import make_saver
+from tarflow.trainer.checkpoint.commit import committed, find
+from tarflow.trainer.resilience.exit_codes import FINISHED, NO_PROGRESS
+from tarflow.trainer.saving.saver import Saver
+
+SETTINGS = (
+    "train.global_batch_size=12",
+    "checkpoint.every_images=36",
+    "log.every_steps=1",
+    "train.max_skipped_in_a_row=4",
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "run"
+
+
+def tree(run: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in (run / "checkpoints").rglob("*")}
+
+
+def last_line(run: Path) -> str:
+    return (run / "log.txt").read_text().splitlines()[-1]
+
+
+def test_V02_a_diverged_run_leaves_good_checkpoints_alone_however_often_it_is_started(start, tiny_config, run) -> None:
+    good = (*SETTINGS, "train.max_images=144")
+    assert start(tiny_config, run, *good, ranks=1)["codes"] == [FINISHED]
+    before = tree(run)
+    bad = (*SETTINGS, "train.max_images=1440", "optim.lr=1e9", "checkpoint.every_images=60")
+    for _ in range(3):
+        assert start(tiny_config, run, *bad, ranks=1)["codes"] == [NO_PROGRESS]
+        assert tree(run) == before
+        assert "4 steps in a row had a gradient that was not finite or far out" in last_line(run)
+        assert "nothing was saved over images-000000000144, from which the same command goes on" in last_line(run)
+        assert f"back to images-000000000108 with `tarflow checkpoint rewind {run} --images 108`" in last_line(run)
+    assert start(tiny_config, run, *good, "train.max_images=180", ranks=1)["codes"] == [FINISHED]
+    assert find(run).images_seen == 180
+
+
+def test_V02_a_run_that_diverges_from_the_start_says_so_on_all_ranks(start, tiny_config, run) -> None:
+    bad = (*SETTINGS, "train.max_images=1440", "optim.lr=1e9", "checkpoint.every_images=60", "parallel.backend=fsdp2")
+    assert start(tiny_config, run, *bad, ranks=2)["codes"] == [NO_PROGRESS] * 2
+    assert committed(run) == []
+    assert "there is no checkpoint yet" in last_line(run)
+
+
+def test_V02_an_end_that_no_step_was_taken_for_is_not_finished(start, tiny_config, run) -> None:
+    assert start(tiny_config, run, *SETTINGS, "train.max_images=144", ranks=1)["codes"] == [FINISHED]
+    newest, before = find(run).name, tree(run)
+    bad = (
+        *SETTINGS,
+        "train.max_skipped_in_a_row=1000",
+        "train.max_images=180",
+        "train.noise_std=1e30",
+    )  # overflows at once
+    assert start(tiny_config, run, *bad, ranks=1)["codes"] == [NO_PROGRESS]
+    assert tree(run) == before
+    assert f"nothing was saved over {newest}" in last_line(run)
+    assert "every step since then, until the end at 180 images" in last_line(run)
+    assert "Not one step could be taken from there: better go back to images-000000000108" in last_line(run)
+
+
+@pytest.fixture
+def saver(tmp_path: Path) -> Saver:
+    saver, _ = make_saver(tmp_path, quick=True)
+    return saver
+
+
+def skip(saver: Saver, in_all: int, in_a_row: int) -> None:
+    optimizer = saver.backend.optimizer  # type: ignore[attr-defined]
+    optimizer.skipped_steps.fill_(in_all)
+    optimizer.skipped_in_a_row.fill_(in_a_row)
+
+
+def saved(saver: Saver) -> list[tuple[int, int]]:
+    saver.collect(wait=True)
+    return [(c.images_seen, c.step) for c in committed(saver.run_dir)]
+
+
+def test_V02_a_save_amid_steps_that_are_passed_over_waits_for_the_next_that_is_taken(saver: Saver) -> None:
+    saver.save(10, 10)
+    skip(saver, in_all=2, in_a_row=2)
+    saver.save(20, 20)  # eight were taken, then two passed over
+    assert saved(saver) == [(10, 10)]
+    assert not saver.overdue()  # nothing is known of the steps after it
+    saver.hear(3.0)
+    assert not saver.overdue()
+    saver.hear(0.0)
+    assert saver.overdue()
+    skip(saver, in_all=3, in_a_row=0)
+    saver.save(22, 22)
+    assert saved(saver) == [(10, 10), (22, 19)]
+    assert not saver.overdue()
+
+
+def test_V02_steps_that_were_all_passed_over_are_no_checkpoint_not_even_at_the_end(saver: Saver) -> None:
+    saver.save(10, 10)
+    skip(saver, in_all=5, in_a_row=5)
+    saver.save(15, 15)
+    saver.save(15, 15, last=True)
+    assert saved(saver) == [(10, 10)]
+    assert not saver.learned(15)
+    skip(saver, in_all=6, in_a_row=1)
+    saver.save(17, 17, last=True)  # one step was taken: a run that is stopped here keeps it
+    assert saved(saver) == [(10, 10), (17, 11)]
+    assert saver.learned(17)
+
+
+def test_V02_images_that_are_left_out_on_purpose_are_progress(saver: Saver) -> None:
+    saver.save(10, 10)
+    saver.save(20, 10, last=True)
+    assert saved(saver) == [(10, 10), (20, 10)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_V02_weights_that_are_not_finite_are_no_checkpoint_though_the_gradient_was(saver: Saver, value: float) -> None:
+    saver.save(10, 10)
+    with torch.no_grad():
+        next(reversed(saver.backend.locals().values())).view(-1)[-1] = value
+    saver.save(20, 20)
+    assert saved(saver) == [(10, 10)]
+    assert saver.diverged
+
+
+def test_V02_a_save_that_failed_is_no_checkpoint_to_measure_by(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver.save(10, 10)
+    saver.collect(wait=True)
+    full = SimpleNamespace(free=0)
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.disk_usage", lambda _: full)
+        saver.save(20, 20)
+        assert saved(saver) == [(10, 10)]
+        assert saver.failures == 1
+    skip(saver, in_all=5, in_a_row=5)
+    saver.save(25, 25, last=True)  # the ten steps before are not in any checkpoint yet
+    assert saved(saver) == [(10, 10), (25, 20)]

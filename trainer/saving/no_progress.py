@@ -1,0 +1,25 @@
+"""What a run says when it ends because it learns nothing: which checkpoint is the one to go on from, and how."""
+
+from pathlib import Path
+
+from tarflow.trainer.checkpoint.commit import committed
+from tarflow.trainer.config.schema import Config
+
+
+def no_progress(run_dir: Path, config: Config, why: str, stuck: bool) -> str:
+    """The last line of such a run. `stuck`: from the newest checkpoint not one step could be taken."""
+    usable = committed(run_dir)
+    change = (
+        f"Lower optim.lr (now {config.optim.lr:g}), set train.grad_clip (now {config.train.grad_clip:g}), or leave images out "
+        "with train.skip_images"
+    )
+    if not usable:
+        return f"no progress: {why}; nothing was saved, there is no checkpoint yet. {change}; the same command starts again"
+    text = f"no progress: {why}; nothing was saved over {usable[-1].name}, from which the same command goes on. {change} first"
+    if len(usable) > 1:
+        before = usable[-2]
+        text += (
+            f". {'Not one step could be taken from there: better go' if stuck else 'If that does not help, go'} back to "
+            f"{before.name} with `tarflow checkpoint rewind {run_dir} --images {before.images_seen}`"
+        )
+    return text
