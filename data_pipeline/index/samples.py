@@ -23,6 +23,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.formats import IMAGE_EXTENSIONS, UNREAD_PICTURES, cause_of
@@ -212,11 +213,12 @@ def _json_keys(scan: TarScan) -> list[str]:
 
 def label_gaps(used: Sequence[int], classes: int) -> str | None:
     """A line about classes 0 .. `classes` - 1 that no image has and labels below 0; `used` in order. None without any."""
-    have = {label for label in used if label >= 0}
+    have = {label for label in used if 0 <= label < classes}
     parts = []
-    if have and (missing := [label for label in range(classes) if label not in have]):
-        shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
-        parts.append(f"{len(missing)} of {classes} classes have no image: {shown}")
+    count = classes - len(have)
+    if have and count:
+        missing = list(islice((label for label in range(classes) if label not in have), 8))  # a wild label means billions
+        parts.append(f"{count} of {classes} classes have no image: {', '.join(map(str, missing))}{' ...' * (count > 8)}")
         if missing == [0]:
             parts.append(f"labels run from 1 to {max(have)}, so a model needs {classes} classes")
     if used and used[0] < 0:

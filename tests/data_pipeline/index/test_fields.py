@@ -15,6 +15,7 @@ from tarflow.cli import parse
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.build import build_index
 from tarflow.data_pipeline.index.index import NO_LABEL, Index
+from tarflow.data_pipeline.index.samples import label_gaps
 from tarflow.data_pipeline.index.tar_scan import scan_tar
 from tarflow.data_pipeline.prepare.verify import verify
 from tarflow.data_pipeline.storage.local_shards import LocalShards
@@ -229,6 +230,7 @@ def test_labels_that_do_not_fit_the_classes_are_said(tmp_path: Path, lab: Simple
     assert said([0, 1, 2]) == []
     assert said([1, 2, 3]) == ["1 of 4 classes have no image: 0; labels run from 1 to 3, so a model needs 4 classes"]
     assert said([0, 5]) == ["4 of 6 classes have no image: 1, 2, 3, 4"]
+    assert label_gaps([0, 10**15], 10**15 + 1) == f"{10**15 - 1} of {10**15 + 1} classes have no image: 1, 2, 3, 4, 5, 6, 7, 8 ..."
     assert said([0, -1]) == ["some labels are below 0 (smallest -1), which training refuses"]
     assert said([0, 2], ["a", "b", "c"]) == ["1 of 3 classes have no image: 1"]
     assert said([0, 1, 5], ["a", "b"]) == [
