@@ -66,17 +66,19 @@ def size_of(data: bytes) -> tuple[int, int] | None:
 
 
 def _load(data: bytes, max_pixels: int) -> Image.Image:
-    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow refuses twice as many, also of what lies inside an icon
+    # Pillow's own bound (twice this) holds for the whole process and for what lies inside an icon: it is raised, never lowered.
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise BadSampleError(
             "too_large",
-            f"the image has more than {2 * max_pixels:,} pixels, and at most {max_pixels:,} are decoded "
+            f"the image has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, and at most {max_pixels:,} are decoded "
             "(data.max_image_pixels, --max-pixels)",
         ) from None
     check_size(*image.size, max_pixels)
     image.load()
+    check_size(*image.size, max_pixels)  # an icon has told only now
     return image
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tarflow.cli import main
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.build import build_index
 from tarflow.data_pipeline.index.content import BLOCK, BLOCKS, content_of, sketch_of_file
@@ -152,7 +153,7 @@ def test_V04_verify_finds_what_kept_size_and_time(tmp_path: Path, lab: SimpleNam
 
 
 def test_V04_an_index_of_an_earlier_version_goes_on_with_its_fingerprint(
-    make_set: Callable[..., Path], caplog: pytest.LogCaptureFixture
+    make_set: Callable[..., Path], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = make_set([4, 4])
     new = open_index(root)
@@ -170,6 +171,8 @@ def test_V04_an_index_of_an_earlier_version_goes_on_with_its_fingerprint(
         == 1
     )
     assert verify(old).problems == {}
+    assert main(["data", "info", str(root)]) == 0
+    assert f"{old.fingerprint} (of an earlier version, without contents" in capsys.readouterr().out
     assert data_facts(DataSettings.of(root)).former_fingerprint is None
 
 
