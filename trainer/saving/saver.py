@@ -94,8 +94,8 @@ class Saver:
         if not self.learned(tried):
             return False
         with torch.no_grad():
-            mine = all(bool(torch.isfinite(p).all()) for p in self.backend.locals().values())
-        self.diverged = self.any_rank(not mine)
+            finite = torch.stack([torch.isfinite(p).all() for p in self.backend.locals().values()]).all()
+        self.diverged = self.any_rank(not finite)
         return not self.diverged
 
     # --- out ---
