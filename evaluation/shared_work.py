@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tarflow.files import put_once
+from tarflow.files import discarded, put_once
 from tarflow.leases import HEARTBEATS, leased, unique_name
 
 _LONGEST_WAIT_S = 2.0  # between two looks at units that others hold
@@ -70,14 +70,13 @@ class SharedWork:
                 return False
             temporary = self.folder / f".{name}.{self._name}.tmp"
             try:
-                compute(name, temporary)
-                put_once(temporary, self.path(name))
+                with discarded(temporary):
+                    compute(name, temporary)
+                    put_once(temporary, self.path(name))
             except FileNotFoundError:
                 if self.folder.is_dir():
                     raise
                 return False  # the work was finished and cleared away by others meanwhile
-            finally:
-                temporary.unlink(missing_ok=True)
             self.computed.append(name)
             return True
 
@@ -108,8 +107,9 @@ class SharedWork:
     def _agree(self, plan: dict[str, Any]) -> dict[str, Any]:
         path, temporary = self.folder / "plan.json", self.folder / f".plan.{self._name}.tmp"
         if not path.exists():
-            temporary.write_text(json.dumps(plan, indent=1))
-            put_once(temporary, path)
+            with discarded(temporary):
+                temporary.write_text(json.dumps(plan, indent=1))
+                put_once(temporary, path)
         agreed: dict[str, Any] = json.loads(path.read_text())
         return agreed
 

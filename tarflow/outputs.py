@@ -5,7 +5,8 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 _NOBODY_READS = {errno.EPIPE, errno.EIO}  # a closed pipe; a terminal that is gone
 
@@ -25,7 +26,7 @@ class Output(io.FileIO):
         super().__init__(descriptor, "wb", closefd=False)
         self.title, self.lasting = name, lasting
 
-    def write(self, data: "bytes | bytearray | memoryview") -> int:  # type: ignore[override]
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data) or 0
         except OSError as error:
@@ -47,21 +48,21 @@ def guarded_outputs() -> Iterator["list[Output]"]:
 
     Whatever cannot be encoded is escaped: a file's name need not be text.
     """
-    before, guards = (sys.stdout, sys.stderr), []
+    out, err = sys.stdout, sys.stderr
+    guards = []
     try:
-        if sys.stdout is not None and sys.stdout is sys.__stdout__:
-            guards.append(Output(sys.stdout.fileno(), "/dev/stdout", lasting=False))
-            sys.stdout = _text(sys.stdout, guards[0])
-        if sys.stderr is not None and sys.stderr is sys.__stderr__:
-            sys.stderr = _text(sys.stderr, Output(sys.stderr.fileno(), "/dev/stderr", lasting=True))
+        if isinstance(out, io.TextIOWrapper) and out is sys.__stdout__:
+            guards.append(Output(out.fileno(), "/dev/stdout", lasting=False))
+            sys.stdout = _text(out, guards[0])
+        if isinstance(err, io.TextIOWrapper) and err is sys.__stderr__:
+            sys.stderr = _text(err, Output(err.fileno(), "/dev/stderr", lasting=True))
         yield guards
     finally:
-        for stream in {sys.stdout, sys.stderr} - {*before, None}:
-            try:
-                stream.flush()
-            except OSError:
-                pass
-        sys.stdout, sys.stderr = before
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # closed from the beginning: `>&-`
+                with suppress(OSError):
+                    stream.flush()
+        sys.stdout, sys.stderr = out, err
 
 
 def _text(like: io.TextIOWrapper, output: Output) -> io.TextIOWrapper:

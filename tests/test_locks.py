@@ -24,6 +24,10 @@ NO_FLOCK = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
 by_name = pytest.mark.parametrize("number", NO_FLOCK, ids=lambda n: errno.errorcode[n])
 
 
+def refused(kind, match):
+    return pytest.raises(kind, match=match)
+
+
 @pytest.fixture(autouse=True)
 def _nothing_said_yet(monkeypatch):
     monkeypatch.setattr(file_systems, "_said", set())
@@ -34,9 +38,11 @@ def test_F01_a_run_is_written_by_one_process_without_flock(tmp_path, monkeypatch
     lack(monkeypatch, flock=number)
     run = tmp_path / "run"
     with writer_lock(run):
-        with pytest.raises(TrainerError, match=rf"in use by another process \(host \S+, pid {os.getpid()}; free 60 s"):
-            with writer_lock(run):
-                pass
+        with (
+            refused(TrainerError, rf"in use by another process \(host \S+, pid {os.getpid()}; free 60 s"),
+            writer_lock(run),
+        ):
+            pass
         assert [p.name for p in run.iterdir() if p.name != ".lock"] == [".lock.0"]
     assert [p.name for p in run.iterdir()] == [".lock"]
     with writer_lock(run):
@@ -49,17 +55,17 @@ def test_F01_a_run_is_written_by_one_process_without_flock(tmp_path, monkeypatch
 
 
 def test_F01_a_lock_that_is_held_is_held(tmp_path):
-    with writer_lock(tmp_path), pytest.raises(TrainerError, match=rf"in use .*\(host \S+, pid {os.getpid()}\); two writers"):
-        with writer_lock(tmp_path):
-            pass
+    who = rf"in use .*\(host \S+, pid {os.getpid()}\); two writers"
+    with writer_lock(tmp_path), refused(TrainerError, who), writer_lock(tmp_path):
+        pass
 
 
 @by_name
 def test_F01_two_writers_of_one_data_set_without_flock(tmp_path, monkeypatch, number):
     lack(monkeypatch, flock=number)
-    with partial_folder(tmp_path / "out[1]"):
-        with pytest.raises(DataError, match="another process is writing"), partial_folder(tmp_path / "out[1]"):
-            pass
+    out = tmp_path / "out[1]"
+    with partial_folder(out), refused(DataError, "another process is writing"), partial_folder(out):
+        pass
     assert [p.name for p in tmp_path.iterdir()] == ["out[1]"]
 
 
@@ -123,7 +129,9 @@ def test_F01_a_lease_is_seen_and_ends_with_its_process(tmp_path, monkeypatch, he
     """Also by a process whose machine can lock: mount options differ."""
     if here == "poor":
         lack(monkeypatch, flock=errno.ENOSYS)
-    child = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert child.stdout is not None
     assert child.stdout.readline() == "held\n"
     with pytest.raises(TrainerError, match=f"pid {child.pid}; free 60 s"), writer_lock(tmp_path):

@@ -62,7 +62,9 @@ def until(what: object, limit_s: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_F19_a_training_outlives_its_reader_and_saves_when_its_terminal_is_closed(small_set: Path, tmp_path: Path) -> None:
+def test_F19_a_training_outlives_its_reader_and_saves_when_its_terminal_is_closed(
+    small_set: Path, tmp_path: Path
+) -> None:
     """`tarflow train ... | head -1`, and then SIGHUP, as for SIGTERM."""
     config, run = tmp_path / "tiny.yaml", tmp_path / "run"
     config.write_text(yaml.safe_dump(CONFIG | {"data": {"train": str(small_set), "num_workers": 1}}))

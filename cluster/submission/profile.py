@@ -33,7 +33,9 @@ class Profile(BaseModel):
     container: str | None = Field(
         None, description="command that runs python in a container, e.g. apptainer exec --nv IMAGE.sif"
     )
-    python: Annotated[str, BeforeValidator(at_home)] | None = Field(None, description="python to run (default: the one that submits)")
+    python: Annotated[str, BeforeValidator(at_home)] | None = Field(
+        None, description="python to run (default: the one that submits)"
+    )
     sbatch: dict[str, str] = Field({}, description="further options of sbatch: name without dashes -> value")
     srun: tuple[str, ...] = Field((), description="further options of srun, with dashes")
     array_parallelism: int = Field(256, gt=0, description="elements of a sweep that run at once")

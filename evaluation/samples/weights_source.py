@@ -54,7 +54,7 @@ def from_checkpoint(config: Config, checkpoint: Checkpoint, which: str, device: 
 
 
 def from_file(path: Path, device: torch.device) -> WeightsSource:
-    """A safetensors file with its configuration inside (`tarflow export` writes one)."""
+    """A safetensors file with its configuration inside (`tarflow checkpoint export` writes one)."""
     config, tensors = load_weights_file(path)
     model = load_model(config, tensors).requires_grad_(False).to(device)
     return WeightsSource(model, "file", _digest(tensors), str(path))
