@@ -65,10 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _orderly_end() as asked, guarded_outputs() as outputs:
         try:
             return _main(sys.argv[1:] if argv is None else argv, outputs)
-        except (KeyboardInterrupt, Exception) as error:
-            if asked or isinstance(error, KeyboardInterrupt):  # which some libraries turn into errors of their own
-                return OF_A_SIGNAL + (asked[0] if asked else signal.SIGINT)
-            raise
+        except BaseException:  # some libraries turn a KeyboardInterrupt into an error of their own
+            if not asked:
+                raise
+            return OF_A_SIGNAL + asked[0]
 
 
 def _main(argv: Sequence[str], outputs: Sequence[Output]) -> int:

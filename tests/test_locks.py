@@ -117,11 +117,31 @@ import errno, pytest, sys, time
 from pathlib import Path
 from tests.helpers.poor_files import lack
 lack(pytest.MonkeyPatch(), flock=errno.ENOSYS)
+from tarflow import locks
 from tarflow.trainer.run_dir import writer_lock
+locks.LEASE_S = float(sys.argv[2])
 with writer_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
+
+
+def start_holder(run, lease_s=60.0):
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run), str(lease_s)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "held\n"
+    return child
+
+
+def test_F01_a_writer_whose_lease_went_to_another_ends_at_once(tmp_path):
+    """It was paused for longer than the lease: a save now would be a second writer's."""
+    child = start_holder(tmp_path, lease_s=0.5)
+    (tmp_path / ".lock.0").unlink()  # what one who takes over does
+    _, err = child.communicate(timeout=20)
+    assert child.returncode == 1
+    assert err.splitlines()[-1].startswith(f"FAILED: {tmp_path}/.lock is gone or held by another process")
 
 
 @pytest.mark.parametrize("here", ["poor", "rich"])
@@ -129,11 +149,7 @@ def test_F01_a_lease_is_seen_and_ends_with_its_process(tmp_path, monkeypatch, he
     """Also by a process whose machine can lock: mount options differ."""
     if here == "poor":
         lack(monkeypatch, flock=errno.ENOSYS)
-    child = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None
-    assert child.stdout.readline() == "held\n"
+    child = start_holder(tmp_path)
     with pytest.raises(TrainerError, match=f"pid {child.pid}; free 60 s"), writer_lock(tmp_path):
         pass
     child.send_signal(signal.SIGKILL)

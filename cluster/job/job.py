@@ -25,6 +25,7 @@ from tarflow.cluster.job.child import PATIENCE_S, Children, Signals
 from tarflow.cluster.job.environment import Place, find_place, job_id, restart_count, scrubbed
 from tarflow.cluster.job.preflight import BadNodeError, all_reduce_command, check_node, check_shared
 from tarflow.cluster.job.rendezvous import meet
+from tarflow.errors import in_words
 from tarflow.files import listed, write_text
 from tarflow.interpreter import HOME, module_command
 from tarflow.locks import holder, locked
@@ -94,8 +95,10 @@ class Task:
                 outcome = self.work(signals)
             except BadNodeError as error:
                 outcome = Outcome(FAILED, str(error), error.node)
-            except (ClusterError, OSError) as error:
+            except ClusterError as error:
                 outcome = Outcome(FAILED, str(error))
+            except OSError as error:
+                outcome = Outcome(FAILED, in_words(error))
             return self.end_first(outcome) if self.first else self.end_other(outcome, signals)
 
     def begin(self) -> None:

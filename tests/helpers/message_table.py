@@ -282,8 +282,8 @@ def outcomes(home: Path, only: str = "") -> Iterator[Outcome]:
             with context():
                 row = call(command, verb, fault)
             row.left = sorted(half_written(before, home))
+            clear(before, home)
             if fault == "full" and places.mounted:
-                clear(before, home)
                 places.unfill()
                 places.fill()
             yield row
@@ -322,11 +322,12 @@ def interrupted(home: Path, only: str = "") -> Iterator[Outcome]:
         words = [word for word in verb.partition(" (")[0].split() if not word.startswith("-")]
         seconds = 0.0
         for moment in (None, 0.3, 0.8):
+            before = files(home)
             run = f"stop-{number}-{moment}/run"
             shutil.copytree("run", run)
             out = f"stop-{number}-{moment}/out{how.suffix}"
             argv = words + [part.format(run=run, out=out) for part in how.call.split()]
-            before, began = files(home), time.monotonic()
+            began = time.monotonic()
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the verb begins
             timer = threading.Timer((moment or 0) * seconds, os.kill, (os.getpid(), signal.SIGINT))
             if moment is not None:
@@ -336,6 +337,7 @@ def interrupted(home: Path, only: str = "") -> Iterator[Outcome]:
             timer.cancel()
             seconds = seconds or time.monotonic() - began
             row.left = [name for name in half_written(before, home) if name.endswith((".tmp", ".partial", ".gone"))]
+            clear(before, home)
             if moment is not None:
                 yield row
 
