@@ -3,12 +3,11 @@
 import errno
 import io
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
-
-_NOBODY_READS = {errno.EPIPE, errno.EIO}  # a closed pipe; a terminal that is gone
 
 
 class ReaderGoneError(BrokenPipeError):
@@ -30,7 +29,7 @@ class Output(io.FileIO):
         try:
             return super().write(data) or 0
         except OSError as error:
-            gone = error.errno in _NOBODY_READS
+            gone = self._reader_is_gone(error)
             if gone:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.fileno())
@@ -40,6 +39,11 @@ class Output(io.FileIO):
             if gone:
                 raise ReaderGoneError(error.errno, error.strerror) from None
             raise OSError(error.errno, error.strerror, self.title) from None
+
+    def _reader_is_gone(self, error: OSError) -> bool:
+        """Of a pipe EPIPE says so, of a terminal EIO, which of a file is the disk's error."""
+        terminal = stat.S_ISCHR(os.fstat(self.fileno()).st_mode)
+        return error.errno == errno.EPIPE or (error.errno == errno.EIO and terminal)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -122,8 +123,9 @@ def test_F19_ranks_are_told_that_the_terminal_of_their_supervisor_is_closed() ->
 
 
 @pytest.mark.parametrize("lasting", [True, False])
-def test_an_output_goes_nowhere_once_nobody_reads_it(lasting: bool) -> None:
-    read, write = os.pipe()
+@pytest.mark.parametrize("ends", [os.pipe, os.openpty], ids=["pipe", "terminal"])
+def test_an_output_goes_nowhere_once_nobody_reads_it(ends: Callable[[], tuple[int, int]], lasting: bool) -> None:
+    read, write = ends()
     output = Output(write, "standard output", lasting)
     assert output.write(b"1") == 1
     os.close(read)
