@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.files import put_once
+from tarflow.files import discarded, put_once
 from tarflow.leases import HEARTBEATS, leased, unique_name
 
 _LONGEST_WAIT_S = 2.0  # between two looks at units that others hold
@@ -78,14 +78,13 @@ class SharedWork:
                 return False
             temporary = self.folder / f".{name}.{self._name}.tmp"
             try:
-                compute(name, temporary)
-                put_once(temporary, self.path(name))
+                with discarded(temporary):
+                    compute(name, temporary)
+                    put_once(temporary, self.path(name))
             except FileNotFoundError:
                 if self.folder.is_dir():
                     raise
                 return False  # the work was finished and cleared away by others meanwhile
-            finally:
-                temporary.unlink(missing_ok=True)
             self.computed.append(name)
             return True
 
@@ -116,8 +115,9 @@ class SharedWork:
     def _agree(self, plan: dict[str, Any]) -> dict[str, Any]:
         path, temporary = self.folder / "plan.json", self.folder / f".plan.{self._name}.tmp"
         if not path.exists():
-            temporary.write_text(json.dumps(plan, indent=1))
-            put_once(temporary, path)
+            with discarded(temporary):
+                temporary.write_text(json.dumps(plan, indent=1))
+                put_once(temporary, path)
         try:
             return dict(json.loads(path.read_text()))
         except (ValueError, TypeError):

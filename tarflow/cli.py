@@ -19,13 +19,14 @@ import importlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tarflow import __version__
-from tarflow.errors import LASTING, UserError, in_words
+from tarflow.errors import LASTING, UserError, in_words, path_of
 from tarflow.outputs import Output, ReaderGoneError, guarded_outputs
 
 # verb: (module, what it does)
@@ -54,17 +55,20 @@ EXAMPLES = """examples:
   tarflow sample runs/demo --out samples --num 64
   tarflow report runs/demo
 """
+WRITTEN = ("out", "sheet", "report", "run")  # options that say where a verb writes, the most likely first
 FAILED, USAGE = 1, 2
 OF_A_SIGNAL = 128  # exit codes of what a signal ended: this and its number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    try:
-        with _orderly_end(), guarded_outputs() as outputs:
+    with _orderly_end() as asked, guarded_outputs() as outputs:
+        try:
             return _main(sys.argv[1:] if argv is None else argv, outputs)
-    except KeyboardInterrupt:
-        return OF_A_SIGNAL + signal.SIGINT
+        except BaseException:  # some libraries turn a KeyboardInterrupt into an error of their own
+            if not asked:
+                raise
+            return OF_A_SIGNAL + asked[0]
 
 
 def _main(argv: Sequence[str], outputs: Sequence[Output]) -> int:
@@ -74,37 +78,44 @@ def _main(argv: Sequence[str], outputs: Sequence[Output]) -> int:
         for output in outputs:
             output.lasting = getattr(args.command, "OUTLIVES_ITS_READER", False)
         code = int(args.command.run(args))
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except ReaderGoneError:
         return OF_A_SIGNAL + signal.SIGPIPE
     except (UserError, OSError) as error:
         if os.environ.get("TARFLOW_TRACEBACK"):
             raise
-        system = isinstance(error, OSError)
-        prefix = args.parser.prog if args is not None else "tarflow"
-        text = f"{_option_of(error, args)}{in_words(error)}" if system else str(error)
-        print(f"{prefix}: error: {text}", file=sys.stderr)
-        return FAILED if system and error.errno not in LASTING else USAGE
+        text, lasting = str(error), True
+        if isinstance(error, OSError):
+            text, lasting = f"{_option_of(error, args)}{in_words(error)}", error.errno in LASTING
+        print(f"{args.parser.prog if args is not None else 'tarflow'}: error: {text}", file=sys.stderr)
+        return USAGE if lasting else FAILED
 
 
 @contextmanager
-def _orderly_end() -> Iterator[None]:
-    """While entered, SIGTERM and SIGHUP unwind the stack, so that half-written files are removed; `nohup` stays in force."""
+def _orderly_end() -> Iterator[list[int]]:
+    """While entered, SIGINT, SIGTERM and SIGHUP unwind the stack, so that half-written files are removed; yields the list of
+    those that came. What is ignored, as by `nohup`, or handled by others stays so."""
+    asked: list[int] = []
 
     def stop(number: int, _: Any) -> NoReturn:
+        asked.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         raise SystemExit(OF_A_SIGNAL + number)
 
-    changed = []
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, stop)
-            changed.append(number)
+    changed = {}
+    if threading.current_thread() is threading.main_thread():  # no other may
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if (before := signal.getsignal(number)) in (signal.SIG_DFL, signal.default_int_handler):
+                changed[number] = before
+                signal.signal(number, stop)
     try:
-        yield
+        yield asked
     finally:
-        for number in changed:
-            signal.signal(number, signal.SIG_DFL)
+        for number, before in changed.items():
+            signal.signal(number, before)
 
 
 class Parser(argparse.ArgumentParser):
@@ -166,7 +177,7 @@ def _add_verbs(
 
 
 def _did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -177,29 +188,24 @@ def _at_home(value: Any) -> Any:
 
 
 def _option_of(error: OSError, args: argparse.Namespace | None) -> str:
-    """The option, with its value, that a path of an error was given by; of an error without a path, the output's option."""
-    if args is None:
+    """The option, with its value, that the path of an error was given by. One without a path is about what is written."""
+    given = {
+        action: Path(value)
+        for action in (args.parser._actions if args is not None else ())
+        if isinstance(value := getattr(args, action.dest, None), str | Path)
+    }
+    written = sorted((action for action in given if action.dest in WRITTEN), key=lambda one: WRITTEN.index(one.dest))
+    if not path_of(error) and written:
+        error.filename = str(given[written[0]])
+    path = os.path.abspath(path_of(error))
+    within = [action for action, value in given.items() if _is_within(path, value)]
+    beside = [action for action in written if _is_within(path, given[action].parent) or _is_within(given[action], path)]
+    if not path_of(error) or not within + beside:
         return ""
-    given = [(action, Path(value)) for action in args.parser._actions
-             if isinstance(value := getattr(args, action.dest, None), str | Path)]  # fmt: skip
-    if isinstance(error.filename, str | os.PathLike):
-        path = os.path.abspath(error.filename)
-        ranks = [(_nearness(path, os.path.abspath(value)), action, value) for action, value in given]
-        best = max(ranks, key=lambda rank: rank[0], default=(0, None, None))
-    else:
-        outputs = [(action, value) for action, value in given if action.dest in ("out", "run")]
-        best = (1, *outputs[0]) if outputs else (0, None, None)
-    nearness, action, value = best
-    if action is None or not nearness:
-        return ""
+    action = max(within, key=lambda one: len(str(given[one]))) if within else beside[0]
     name = action.option_strings[0] if action.option_strings else action.metavar
-    same = isinstance(error.filename, str | os.PathLike) and Path(error.filename) == value
-    return f"{name} " if same else f"{name} {value}: "
+    return f"{name} " if path == os.path.abspath(given[action]) else f"{name} {given[action]}: "
 
 
-def _nearness(path: str, given: str) -> int:
-    """How well a path fits one that was given: itself or below it, or a temporary file beside it; 0 = not at all."""
-    if path == given or path.startswith(given.rstrip("/") + "/"):
-        return 2 * len(given)
-    below = os.path.dirname(path) == os.path.dirname(given) or given.startswith(path.rstrip("/") + "/")
-    return 1 if below else 0
+def _is_within(path: str | Path, folder: str | Path) -> bool:
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))

@@ -28,17 +28,32 @@ _WORDS = {
     errno.ENAMETOOLONG: "the name is too long",
     errno.EMFILE: "too many open files (see `ulimit -n`)",
 }
-_FULL = {errno.ENOSPC: "no space is left on", errno.EDQUOT: "the quota is used up on", errno.EROFS: "read-only:"}
+_OF_THE_DISK = {
+    errno.ENOSPC: "no space is left on its file system{}",
+    errno.EDQUOT: "the quota is used up on its file system{}",
+    errno.EROFS: "its file system{} is read-only",
+}
+
+
+def path_of(error: OSError) -> str:
+    """The path that an error of the system is about: of two, the one that was to be made; empty without one."""
+    path = error.filename2 or error.filename
+    return os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
 
 
 def in_words(error: OSError) -> str:
     """An error of the system as `PATH: what is wrong`, without its number."""
-    path = os.fspath(error.filename2 or error.filename or "") if not isinstance(error.filename, int) else ""
-    path = os.fsdecode(path)
-    if error.errno in _FULL:
-        words = f"{_FULL[error.errno]} its file system" + (f" ({file_system(path)})" if path else "")
-    elif error.errno == errno.EEXIST and Path(path).is_file():
-        words = "it is a file, where a folder is meant"
-    else:
-        words = _WORDS.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__
-    return f"{path}: {words}" if path else words
+    path = path_of(error)
+    return f"{path}: {why(error)}" if path else why(error)
+
+
+def why(error: BaseException) -> str:
+    """What is wrong, without the path: of an error of the system in words, of others what they say."""
+    if not isinstance(error, OSError) or not error.errno:
+        return str(error) or type(error).__name__
+    path = path_of(error)
+    if error.errno in _OF_THE_DISK:
+        return _OF_THE_DISK[error.errno].format(f" ({file_system(path)})" if path else "")
+    if error.errno == errno.EEXIST and path and Path(path).is_file():
+        return "it is a file, where a folder is meant"
+    return _WORDS.get(error.errno) or error.strerror or str(error)

@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 # What a call answers where it is not provided at all, or refused for this kind of file.
@@ -34,8 +35,6 @@ def note_once(path: str | Path, lack: str, error: OSError, consequence: str) -> 
         return
     _said.add((where, lack))
     name = errno.errorcode.get(error.errno or 0, str(error.errno))
-    try:
+    with suppress(OSError):
         print(f"note: the file system ({where}) has no {lack} ({name}: {error.strerror}): {consequence}",
               file=sys.stderr, flush=True)  # fmt: skip
-    except OSError:
-        pass

@@ -9,8 +9,8 @@ import stat
 import tempfile
 import uuid
 import zlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +86,49 @@ def write_json(path: Path, value: Any) -> None:
 
 def _replace(path: Path, temporary: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write(temporary)
+    with discarded(temporary), naming(path):
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        try:
+            write(temporary)
+        except Exception as error:
+            if not isinstance(error, OSError):
+                _ask_the_disk(temporary)
+            raise
+        if temporary.stat().st_mode != mode:  # a library that writes for its user alone
+            with suppress(OSError):
+                temporary.chmod(mode)
         fsync_path(temporary)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     fsync_path(path.parent)
+
+
+@contextmanager
+def discarded(temporary: Path) -> Iterator[None]:
+    """Whatever happens, no temporary file is left; that it cannot be removed is no error beside the one that may be raised."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the system name this path: it is what a person knows, and a failed write names none by itself."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
+def _ask_the_disk(path: Path) -> None:
+    """Raise the disk's own error, which a library may have put in its own words, if it takes nothing more."""
+    with open(path, "ab") as file:
+        file.write(bytes(1 << 16))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _write_utf8(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tarflow.files import listed
+from tarflow.files import discarded, listed
 
 HEARTBEATS = 5  # renewals within a lease
 
@@ -86,19 +86,18 @@ def _create(path: Path) -> Path:
     death could be seen, and would hold for its whole time."""
     holder = json.dumps({"host": os.uname().nodename, "pid": os.getpid()})
     temporary = path.with_name(f".{path.name}.{unique_name()}.tmp")
-    temporary.write_text(holder)
-    try:
-        os.link(temporary, path)
-    except FileNotFoundError:
-        raise
-    except FileExistsError:
-        if not path.samefile(temporary):  # a server's answer was lost, and the link was asked for twice
+    with discarded(temporary):
+        temporary.write_text(holder)
+        try:
+            os.link(temporary, path)
+        except FileNotFoundError:
             raise
-    except OSError:  # a file system without hard links
-        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), "w") as file:
-            file.write(holder)
-    finally:
-        temporary.unlink(missing_ok=True)
+        except FileExistsError:
+            if not path.samefile(temporary):  # a server's answer was lost, and the link was asked for twice
+                raise
+        except OSError:  # a file system without hard links
+            with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), "w") as file:
+                file.write(holder)
     return path
 
 

@@ -3,11 +3,11 @@
 import errno
 import io
 import os
+import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-
-_NOBODY_READS = {errno.EPIPE, errno.EIO}  # a closed pipe; a terminal that is gone
+from contextlib import contextmanager, suppress
+from typing import Any
 
 
 class ReaderGoneError(BrokenPipeError):
@@ -25,11 +25,11 @@ class Output(io.FileIO):
         super().__init__(descriptor, "wb", closefd=False)
         self.title, self.lasting = name, lasting
 
-    def write(self, data: "bytes | bytearray | memoryview") -> int:  # type: ignore[override]
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data) or 0
         except OSError as error:
-            gone = error.errno in _NOBODY_READS
+            gone = self._reader_is_gone(error)
             if gone:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.fileno())
@@ -40,6 +40,11 @@ class Output(io.FileIO):
                 raise ReaderGoneError(error.errno, error.strerror) from None
             raise OSError(error.errno, error.strerror, self.title) from None
 
+    def _reader_is_gone(self, error: OSError) -> bool:
+        """Of a pipe EPIPE says so, of a terminal EIO, which of a file is the disk's error."""
+        terminal = stat.S_ISCHR(os.fstat(self.fileno()).st_mode)
+        return error.errno == errno.EPIPE or (error.errno == errno.EIO and terminal)
+
 
 @contextmanager
 def guarded_outputs() -> Iterator["list[Output]"]:
@@ -47,21 +52,21 @@ def guarded_outputs() -> Iterator["list[Output]"]:
 
     Whatever cannot be encoded is escaped: a file's name need not be text.
     """
-    before, guards = (sys.stdout, sys.stderr), []
+    out, err = sys.stdout, sys.stderr
+    guards = []
     try:
-        if sys.stdout is not None and sys.stdout is sys.__stdout__:
-            guards.append(Output(sys.stdout.fileno(), "/dev/stdout", lasting=False))
-            sys.stdout = _text(sys.stdout, guards[0])
-        if sys.stderr is not None and sys.stderr is sys.__stderr__:
-            sys.stderr = _text(sys.stderr, Output(sys.stderr.fileno(), "/dev/stderr", lasting=True))
+        if isinstance(out, io.TextIOWrapper) and out is sys.__stdout__:
+            guards.append(Output(out.fileno(), "/dev/stdout", lasting=False))
+            sys.stdout = _text(out, guards[0])
+        if isinstance(err, io.TextIOWrapper) and err is sys.__stderr__:
+            sys.stderr = _text(err, Output(err.fileno(), "/dev/stderr", lasting=True))
         yield guards
     finally:
-        for stream in {sys.stdout, sys.stderr} - {*before, None}:
-            try:
-                stream.flush()
-            except OSError:
-                pass
-        sys.stdout, sys.stderr = before
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # closed from the beginning: `>&-`
+                with suppress(OSError):
+                    stream.flush()
+        sys.stdout, sys.stderr = out, err
 
 
 def _text(like: io.TextIOWrapper, output: Output) -> io.TextIOWrapper:

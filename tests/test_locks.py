@@ -24,6 +24,10 @@ NO_FLOCK = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
 by_name = pytest.mark.parametrize("number", NO_FLOCK, ids=lambda n: errno.errorcode[n])
 
 
+def refused(kind, match):
+    return pytest.raises(kind, match=match)
+
+
 @pytest.fixture(autouse=True)
 def _nothing_said_yet(monkeypatch):
     monkeypatch.setattr(file_systems, "_said", set())
@@ -34,9 +38,11 @@ def test_F01_a_run_is_written_by_one_process_without_flock(tmp_path, monkeypatch
     lack(monkeypatch, flock=number)
     run = tmp_path / "run"
     with writer_lock(run):
-        with pytest.raises(TrainerError, match=rf"in use by another process \(host \S+, pid {os.getpid()}; free 60 s"):
-            with writer_lock(run):
-                pass
+        with (
+            refused(TrainerError, rf"in use by another process \(host \S+, pid {os.getpid()}; free 60 s"),
+            writer_lock(run),
+        ):
+            pass
         assert [p.name for p in run.iterdir() if p.name != ".lock"] == [".lock.0"]
     assert [p.name for p in run.iterdir()] == [".lock"]
     with writer_lock(run):
@@ -49,17 +55,17 @@ def test_F01_a_run_is_written_by_one_process_without_flock(tmp_path, monkeypatch
 
 
 def test_F01_a_lock_that_is_held_is_held(tmp_path):
-    with writer_lock(tmp_path), pytest.raises(TrainerError, match=rf"in use .*\(host \S+, pid {os.getpid()}\); two writers"):
-        with writer_lock(tmp_path):
-            pass
+    who = rf"in use .*\(host \S+, pid {os.getpid()}\); two writers"
+    with writer_lock(tmp_path), refused(TrainerError, who), writer_lock(tmp_path):
+        pass
 
 
 @by_name
 def test_F01_two_writers_of_one_data_set_without_flock(tmp_path, monkeypatch, number):
     lack(monkeypatch, flock=number)
-    with partial_folder(tmp_path / "out[1]"):
-        with pytest.raises(DataError, match="another process is writing"), partial_folder(tmp_path / "out[1]"):
-            pass
+    out = tmp_path / "out[1]"
+    with partial_folder(out), refused(DataError, "another process is writing"), partial_folder(out):
+        pass
     assert [p.name for p in tmp_path.iterdir()] == ["out[1]"]
 
 
@@ -110,11 +116,31 @@ import errno, pytest, sys, time
 from pathlib import Path
 from tests.helpers.poor_files import lack
 lack(pytest.MonkeyPatch(), flock=errno.ENOSYS)
+from tarflow import locks
 from tarflow.trainer.run_dir import writer_lock
+locks.LEASE_S = float(sys.argv[2])
 with writer_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
+
+
+def start_holder(run, lease_s=60.0):
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run), str(lease_s)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "held\n"
+    return child
+
+
+def test_F01_a_writer_whose_lease_went_to_another_ends_at_once(tmp_path):
+    """It was paused for longer than the lease: a save now would be a second writer's."""
+    child = start_holder(tmp_path, lease_s=0.5)
+    (tmp_path / ".lock.0").unlink()  # what one who takes over does
+    _, err = child.communicate(timeout=20)
+    assert child.returncode == 1
+    assert err.splitlines()[-1].startswith(f"FAILED: {tmp_path}/.lock is gone or held by another process")
 
 
 @pytest.mark.parametrize("here", ["poor", "rich"])
@@ -122,9 +148,7 @@ def test_F01_a_lease_is_seen_and_ends_with_its_process(tmp_path, monkeypatch, he
     """Also by a process whose machine can lock: mount options differ."""
     if here == "poor":
         lack(monkeypatch, flock=errno.ENOSYS)
-    child = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "held\n"
+    child = start_holder(tmp_path)
     with pytest.raises(TrainerError, match=f"pid {child.pid}; free 60 s"), writer_lock(tmp_path):
         pass
     child.send_signal(signal.SIGKILL)

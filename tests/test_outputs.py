@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,9 @@ def until(what: object, limit_s: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_F19_a_training_outlives_its_reader_and_saves_when_its_terminal_is_closed(small_set: Path, tmp_path: Path) -> None:
+def test_F19_a_training_outlives_its_reader_and_saves_when_its_terminal_is_closed(
+    small_set: Path, tmp_path: Path
+) -> None:
     """`tarflow train ... | head -1`, and then SIGHUP, as for SIGTERM."""
     config, run = tmp_path / "tiny.yaml", tmp_path / "run"
     config.write_text(yaml.safe_dump(CONFIG | {"data": {"train": str(small_set), "num_workers": 1}}))
@@ -120,8 +123,9 @@ def test_F19_ranks_are_told_that_the_terminal_of_their_supervisor_is_closed() ->
 
 
 @pytest.mark.parametrize("lasting", [True, False])
-def test_an_output_goes_nowhere_once_nobody_reads_it(lasting: bool) -> None:
-    read, write = os.pipe()
+@pytest.mark.parametrize("ends", [os.pipe, os.openpty], ids=["pipe", "terminal"])
+def test_an_output_goes_nowhere_once_nobody_reads_it(ends: Callable[[], tuple[int, int]], lasting: bool) -> None:
+    read, write = ends()
     output = Output(write, "standard output", lasting)
     assert output.write(b"1") == 1
     os.close(read)

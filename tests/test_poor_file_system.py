@@ -64,8 +64,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
 
 
 def test_F01_F02_every_command_does_its_work(done: tuple[Path, str, str]) -> None:
-    folder, out, err = done
-    assert [line for line in out.splitlines() if line.startswith("= ")] == ["= 0"] * len(COMMANDS.strip().splitlines()), err
+    _, out, err = done
+    assert [line for line in out.splitlines() if line.startswith("= ")] == ["= 0"] * len(
+        COMMANDS.strip().splitlines()
+    ), err
     assert "Traceback" not in err
     assert "WARNING" not in out
     assert "finished: 64 images" in out
@@ -75,11 +77,15 @@ def test_F01_F02_every_command_does_its_work(done: tuple[Path, str, str]) -> Non
 
 def test_F01_F02_what_is_lacking_is_said_once(done: tuple[Path, str, str]) -> None:
     _, _, err = done
-    notes = [line.partition(") has no ")[2].partition(" (")[0] for line in err.splitlines() if line.startswith("note: ")]
+    notes = [
+        line.partition(") has no ")[2].partition(" (")[0] for line in err.splitlines() if line.startswith("note: ")
+    ]
     assert sorted(notes) == ["fsync of directories", "fsync of files", "locks"]
 
 
 def test_F01_F02_nothing_is_left_behind(done: tuple[Path, str, str]) -> None:
     folder, _, _ = done
-    left = [p for p in folder.rglob("*") if p.suffix in (".tmp", ".partial", ".gone", ".old") or p.name.startswith(".lock.")]
+    left = [
+        p for p in folder.rglob("*") if p.suffix in (".tmp", ".partial", ".gone", ".old") or p.name.startswith(".lock.")
+    ]
     assert left == []

@@ -28,6 +28,7 @@ from tarflow.cluster.job.preflight import BadNodeError, all_reduce_command, chec
 from tarflow.cluster.job.record import submissions
 from tarflow.cluster.job.rendezvous import meet
 from tarflow.cluster.job.writer import RunInUseError, other_writer, wait_for_writer
+from tarflow.errors import in_words
 from tarflow.files import listed, write_text
 from tarflow.interpreter import HOME, module_command
 from tarflow.trainer.run_dir import JOB_VARIABLE
@@ -108,8 +109,10 @@ class Task:
                 outcome = Outcome(IN_USE, str(error))
             except BadNodeError as error:
                 outcome = Outcome(FAILED, str(error), error.node)
-            except (ClusterError, OSError) as error:
+            except ClusterError as error:
                 outcome = Outcome(FAILED, str(error))
+            except OSError as error:
+                outcome = Outcome(FAILED, in_words(error))
             return self.end_first(outcome) if self.first else self.end_other(outcome, signals)
 
     def begin(self, signals: Signals) -> None:

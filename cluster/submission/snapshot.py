@@ -35,14 +35,16 @@ def take(folder: Path, source: Path = HOME) -> Path:
     if target.is_dir():
         return target
     temporary = folder / f".{target.name}.{os.getpid()}"
-    for name in files:
-        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, temporary / name)
-    (temporary / PACKAGE / NOTE).write_text(note)
     try:
-        temporary.rename(target)
-    except OSError:  # another submission was quicker
-        shutil.rmtree(temporary)
-        if not target.is_dir():
-            raise
+        for name in files:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, temporary / name)
+        (temporary / PACKAGE / NOTE).write_text(note)
+        try:
+            temporary.rename(target)
+        except OSError:  # another submission was quicker
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return target

@@ -235,7 +235,7 @@ def prepare(run_dir: Path, config: Config, job: Job, shared: Path) -> None:
         path = folder / f"config-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.yaml"
         write_text(path, text)
     except OSError as error:
-        raise ClusterError(f"--run-dir {run_dir} cannot be written: {error}") from None
+        raise ClusterError(f"--run-dir {run_dir} cannot be written: {error.strerror or error}") from None
     job.arguments[1] = str(path)
 
 

@@ -49,8 +49,10 @@ def run(args: argparse.Namespace) -> int:
         from PIL import Image
 
         from tarflow.data_pipeline.prepare.contact_sheet import contact_sheet
+        from tarflow.files import write_atomic
 
-        Image.fromarray(contact_sheet(index, args.count or 64, args.tile or 64)).save(args.sheet, "PNG")
+        sheet = Image.fromarray(contact_sheet(index, args.count or 64, args.tile or 64))
+        write_atomic(args.sheet, lambda temporary: sheet.save(temporary, "PNG"))
         print(f"contact sheet written to {args.sheet}")
     return 0
 

@@ -1,10 +1,10 @@
 """`tarflow data verify`: decode every sample and check it."""
 
 import argparse
-import json
 from pathlib import Path
 
 from tarflow.data_pipeline.commands.options import add_max_pixels, check_processes, progress_bar
+from tarflow.files import write_json
 
 EXAMPLE = """example:
   tarflow data verify sets/mine --report verify.json
@@ -31,5 +31,5 @@ def run(args: argparse.Namespace) -> int:
     for line in report.lines():
         print(line)
     if args.report:
-        args.report.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+        write_json(args.report, report.as_dict())
     return 1 if report.problems else 0

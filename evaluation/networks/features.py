@@ -171,7 +171,7 @@ class Features:
         if file is None:
             raise EvaluationError(
                 f"the feature network {name} comes in no package: give the file of its weights ({source.file}) as "
-                "evaluation.features_file=PATH (--features-file PATH)"
+                "evaluation.features_file=PATH (of `tarflow reference` and `tarflow score`: --features-file PATH)"
             )
         path = Path(file)
         if not path.is_file():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+
 def lack(patch: pytest.MonkeyPatch, **numbers: int) -> None:
     """Have calls answer with an error number: `flock`, `fsync_dir`, `fsync_file`, `link`, `utime`, `chmod`."""
     fsync = os.fsync

@@ -22,7 +22,7 @@ def read_tensors(checkpoint: Checkpoint, into: dict[str, Any]) -> None:
     import torch.distributed.checkpoint as dcp
 
     _check_names_and_shapes(checkpoint, {name: tuple(t.shape) for name, t in into.items()}, exact=True)
-    with _quiet():
+    with _quiet(), _plain_errors():
         dcp.load(dict(into), storage_reader=dcp.FileSystemReader(checkpoint.path))
 
 
@@ -52,7 +52,7 @@ def load_weights(checkpoint: Checkpoint, which: str) -> dict[str, Any]:
             + ", ".join("raw" if n == "model" else n for n in have)
         )
     tensors = {name: torch.empty(shape) for name, shape in wanted.items()}
-    with _quiet():
+    with _quiet(), _plain_errors():
         dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=True)
     return {name.partition("/")[2]: tensor for name, tensor in tensors.items()}
 
@@ -69,6 +69,17 @@ def _check_names_and_shapes(checkpoint: Checkpoint, ours: dict[str, tuple[int, .
     if problems:
         shown = "\n  ".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise TrainerError(f"checkpoint {checkpoint.path} does not fit this configuration:\n  {shown}")
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What a rank met, instead of torch's collection of it, which is no Exception and holds even a Ctrl-C."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 @contextmanager
