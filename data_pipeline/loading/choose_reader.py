@@ -59,6 +59,7 @@ class DataFacts:
     fingerprint: str
     num_samples: int | None
     num_classes: int | None
+    index: Index | None = None  # none of a stream
 
 
 def data_facts(data: DataSettings) -> DataFacts:
@@ -67,4 +68,4 @@ def data_facts(data: DataSettings) -> DataFacts:
         return DataFacts(stream_fingerprint(stream_shards(data.train)), None, None)
     index = open_index(data.train, data.access)
     check_form(index, data.reader)
-    return DataFacts(index.fingerprint, index.num_samples, index.num_classes)
+    return DataFacts(index.fingerprint, index.num_samples, index.num_classes, index=index)

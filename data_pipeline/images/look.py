@@ -1,0 +1,52 @@
+"""A quick look at an image file: its size as shown, and whether it has colours."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+_GREY = ("1", "L", "LA", "La", "F")
+_ORIENTATION = 0x0112
+_SIDE = 64  # colours are looked for in a picture of at most this side
+_MOST_PIXELS = 1 << 25  # beyond, the mode alone decides
+_SPREAD = 12  # grey levels by which channels of a grey picture may differ: JPEG rounds each of them
+
+
+@dataclass(frozen=True)
+class Look:
+    """`width`, `height`: pixels as the image is shown, its EXIF orientation applied. `grey`: it has no colours, however
+    many channels its file stores."""
+
+    width: int
+    height: int
+    grey: bool
+
+
+def look_at(data: bytes) -> Look | None:
+    """What an image file shows; None where that cannot be told, and decoding will say what is wrong."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+                if image.getexif().get(_ORIENTATION, 1) >= 5:
+                    width, height = height, width
+                return Look(width, height, _is_grey(image))
+    except Exception:  # whatever a plug-in raises for a damaged file
+        return None
+
+
+def _is_grey(image: Image.Image) -> bool:
+    if image.mode in _GREY or image.mode.startswith("I"):
+        return True
+    if image.width * image.height > _MOST_PIXELS:
+        return False
+    image.draft("RGB", (_SIDE, _SIDE))
+    small = image.convert("RGB")
+    small.thumbnail((_SIDE, _SIDE))
+    pixels = np.asarray(small).astype(np.int16)
+    return bool((pixels.max(axis=2) - pixels.min(axis=2)).max() <= _SPREAD)
