@@ -19,9 +19,9 @@ LAYERS = {
     "models": """
         sampling denoise
         likelihood weights init
-        flow
+        flow published
         transformer cost presets
-        config
+        config provenance
         noise randomness errors
     """,
     "data_pipeline": """
@@ -77,7 +77,7 @@ ROOMS_BELOW = {
 }
 # Of the trainer, the evaluation sees the configuration and the format of a run directory, never the loop.
 TRAINER_FOR_EVALUATION = {"config", "run_dir", "checkpoint", "errors"}
-GROUND = {"errors", "files", "interpreter", "settings"}  # files of tarflow/ that every room may import
+GROUND = {"code_version", "errors", "files", "interpreter", "settings"}  # files of tarflow/ that every room may import
 
 
 def layers(room: str) -> dict[str, int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from tarflow.code_version import code_version, describe_code
 from tarflow.data_pipeline.loading.choose_reader import DataFacts, data_facts
 from tarflow.data_pipeline.loading.loader import Loader
 from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
@@ -114,6 +115,8 @@ class Run:
 
     def start(self, fingerprint: str, init_from: Path | None, accept_new_data: bool) -> None:
         """Resume, or start from given or fresh weights; the log says which."""
+        if self.world.first:
+            self.log.say(f"code: {describe_code(code_version())}")
         total = sum(self.saver.sizes.values())
         self.log.say(
             f"model: {total / 1e6:.1f}M parameters, {self.config.model.num_tokens} tokens; {self.plan}; "

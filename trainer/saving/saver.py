@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import tarflow.trainer.checkpoint.commit as ckpt
+from tarflow.code_version import code_version
 from tarflow.models.flow import TarFlow
 from tarflow.models.weights import load_weights_file
 from tarflow.trainer.checkpoint.tensors import read_tensors
@@ -93,7 +94,7 @@ class Saver:
 
     def _description(self) -> tuple[str, dict[str, object]]:
         facts = {"world_size": self.world.size, "config": config_hash(self.config), "data": self.fingerprint}
-        return config_text(self.config), facts
+        return config_text(self.config), facts | {"code": code_version()}
 
     def _take_note(self, save: Save) -> None:
         if save.error:
