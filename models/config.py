@@ -18,9 +18,7 @@ class TarFlowConfig(Section):
     image_size: Count = Field(gt=0, le=MOST_PIXELS, description="height and width of the square image, pixels")
     patch_size: Count = Field(gt=0, description="height and width of a patch, pixels; must divide image_size")
     in_channels: Count = Field(3, description="channels of the image: 3 (colour) or 1 (grey)")
-    channels: Count = Field(
-        gt=0, le=MOST_CHANNELS, description="width of the transformer; a multiple of head_channels"
-    )
+    channels: Count = Field(gt=0, le=MOST_CHANNELS, description="width of the transformer; a multiple of head_channels")
     num_blocks: Count = Field(gt=0, le=MOST_LAYERS, description="flow blocks (metablocks in the paper)")
     layers_per_block: Count = Field(gt=0, le=MOST_LAYERS, description="transformer layers in each block")
     head_channels: Count = Field(64, gt=0, description="channels of an attention head")

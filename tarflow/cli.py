@@ -17,6 +17,7 @@ from tarflow.errors import UserError
 # verb: (module, what it does)
 VERBS = {
     "data": ("tarflow.data_pipeline.commands.data", "prepare, fetch, index and inspect image data sets"),
+    "init": ("tarflow.trainer.commands.init", "write a configuration that fits a data set"),
     "train": ("tarflow.trainer.commands.train", "train a model; the same command resumes"),
     "ema": ("tarflow.trainer.commands.ema", "make an average of the weights of any width, after the training"),
     "checkpoint": ("tarflow.trainer.commands.checkpoint", "list, verify, export and prune a run's checkpoints"),

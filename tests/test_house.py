@@ -37,6 +37,7 @@ LAYERS = {
         commands
         loop
         saving
+        start
         ema
         checkpoint
         plan
@@ -223,6 +224,7 @@ HEAVY = ("torch", "pydantic", "deepspeed", "streaming", "pyarrow", "numpy", "web
 
 VERBS = (
     "data",
+    "init",
     "train",
     "ema",
     "checkpoint",

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from tarflow.code_version import code_version, describe_code
-from tarflow.data_pipeline.loading.choose_reader import DataFacts, data_facts
 from tarflow.data_pipeline.loading.loader import Loader
 from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 from tarflow.models.cost import flops_per_image, peak_rate
@@ -28,6 +27,8 @@ from tarflow.trainer.run_dir import create_run, save_config, writer_lock
 from tarflow.trainer.saving.resume import count_restart
 from tarflow.trainer.saving.saver import Saver
 from tarflow.trainer.schedule import learning_rate
+from tarflow.trainer.start.check import check_start
+from tarflow.trainer.start.record import write_record
 from tarflow.trainer.step_inputs import StepInput, prefetch_inputs
 
 # What a rank may ask of all ranks at a step; the largest answer counts.
@@ -50,8 +51,7 @@ def train(
 def _train(
     config: Config, run_dir: Path, world: World, stop: StopRequest, init_from: Path | None, accept_new_data: bool
 ) -> int:
-    facts = data_facts(config.data)
-    warmup = check_data(config, facts)
+    start = check_start(config, run_dir, world.size, init_from)
     plan = plan_batch(config.train.global_batch_size, world.size, config.train.micro_batch_size)
     device = pick_device(config.train.device, world.local_rank)
     zero = config.parallel.backend == "deepspeed"
@@ -69,30 +69,17 @@ def _train(
         fault_point("start")
         log = MetricLog(run_dir, config.log.tensorboard, config.train.max_images, world.rank)
         stack.callback(log.close)
-        run = Run(config, run_dir, plan, log, world, device, watchdog, warmup)
-        run.start(facts.fingerprint, init_from, accept_new_data)
+        for line in start.lines():
+            log.say(line)
+        run = Run(config, run_dir, plan, log, world, device, watchdog, start.warmup_images)
+        run.saver.classes = start.train.classes
+        run.start(start.train.facts.fingerprint, init_from, accept_new_data)
         if not run.check_progress(run_dir):
             return NO_PROGRESS
         if world.first:
             save_config(run_dir, config)
+            write_record(run_dir, start.record())
         return run.loop(stop)
-
-
-def check_data(config: Config, facts: DataFacts) -> int:
-    """Refuse data that the model or the schedule cannot go with, before anything is made. Returns the warm-up in images."""
-    wanted, path = config.model.num_classes, config.data.train
-    if facts.num_samples is None:  # a stream: its labels are checked as they come
-        if not config.optim.warmup_images:
-            raise TrainerError(
-                f"optim.warmup_images=0 stands for one epoch, but {path} is read as a stream, whose length is not known: "
-                "set optim.warmup_images, or give the data an index with `tarflow data index`"
-            )
-        return config.optim.warmup_images
-    if wanted and facts.num_classes is None:
-        raise TrainerError(f"model.num_classes={wanted}, but the data in {path} have no labels")
-    if facts.num_classes is not None and 0 < wanted < facts.num_classes:
-        raise TrainerError(f"model.num_classes={wanted}, but the data in {path} have {facts.num_classes} classes")
-    return config.optim.warmup_images or facts.num_samples
 
 
 class Run:

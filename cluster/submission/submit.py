@@ -23,6 +23,7 @@ from tarflow.trainer.config.files import config_text, load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.plan import describe
 from tarflow.trainer.run_dir import create_run, is_run
+from tarflow.trainer.start.check import check_start
 
 FOREVER = 10**6  # submitit's count of time-outs: ours is the chain's
 
@@ -59,7 +60,9 @@ def submit(request: Submission) -> list[str]:
         check_array(len(runs))
     plans = [_train_job(request, path, config) for path, config in runs]
     # A world that the batch or the mesh does not divide among is refused here, not in a job.
-    outlines = [describe(config, request.nodes * request.tasks_per_node) for _, config in runs]
+    world_size = request.nodes * request.tasks_per_node
+    starts = [check_start(config, path, world_size) for path, config in runs]
+    outlines = [describe(config, world_size) for _, config in runs]
     train = _executor(request.profile, run_dir, run_dir.name, request.nodes, *request.tasks, request.dry_run)
     if request.dry_run:
         text = [sbatch_text(train, len(plans))]
@@ -68,12 +71,13 @@ def submit(request: Submission) -> list[str]:
         return [
             *text,
             _comment("the configuration as resolved", config_text(runs[0][1])),
-            _comment("the plan", outlines[0]),
+            _comment("the plan", "\n".join([outlines[0], *starts[0].lines()])),
         ]
     for (path, config), plan in zip(runs, plans):
         prepare(path, config, plan, run_dir / "slurm")
     ids = _send(train, plans)
     lines = [_record(path, "train", job, train.folder, request) for (path, _), job in zip(runs, ids)]
+    lines = list(dict.fromkeys(line for start in starts for line in start.lines())) + lines
     if request.evaluate:
         jobs = [evaluation_job(path, plan.code, request.eval_profile or request.profile, job)
                 for (path, _), plan, job in zip(runs, plans, ids)]  # fmt: skip

@@ -57,18 +57,22 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, stop: "StopRequest") -> int:
     from tarflow.trainer.config.files import config_text, load_config
+    from tarflow.trainer.start.check import check_start
 
     config = load_config(args.config, args.overrides)
     run_dir = args.run or Path("runs") / args.config.stem
     supervised = not args.dry_run and (args.ranks is not None or args.max_restarts is not None)
     if supervised:
         _check_supervision(args)
+    if args.dry_run or supervised:  # a rank checks for itself
+        ranks = args.world_size or args.ranks or config.parallel.world_size or 1 if args.dry_run else args.ranks or 1
+        start = check_start(config, run_dir, ranks, args.init_from)
     if os.environ.get("RANK", "0") == "0" and not supervised:
         print(config_text(config), flush=True)
     if args.dry_run:
         from tarflow.trainer.plan import describe
 
-        print(describe(config, args.world_size or args.ranks))
+        print("\n".join([describe(config, ranks), *start.lines()]))
         return 0
     if supervised:
         from tarflow.trainer.resilience.supervisor import supervise

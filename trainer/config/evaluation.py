@@ -7,7 +7,6 @@ from pydantic import Field
 
 from tarflow.settings import Count, Section
 
-
 Side = Annotated[Count, Field(ge=0, le=1000)]
 
 # Networks whose weights a package brings: the package as it is imported. The others need evaluation.features_file.

@@ -37,7 +37,7 @@ def _where(key: str, source: str, origin: Mapping[str, str]) -> str:
     """The override that set `key`, a part of it or the whole that it is part of; the file where there is none."""
     exact = [text for k, text in origin.items() if k == key or key.startswith(f"{k}.")]
     within = [text for k, text in origin.items() if not key or k.startswith(f"{key}.")]
-    if exact or len(within) == 1 and key not in Config.model_fields and key:
+    if exact or (len(within) == 1 and key not in Config.model_fields and key):
         return (exact or within)[0]
     return f"{source} with {', '.join(within)}" if within else source
 
@@ -64,8 +64,8 @@ def _sections_with(name: str) -> list[str]:
     same = [f"{section}.{name}" for section, names in every.items() if name in names]
     if same:
         return same
-    (near,) = difflib.get_close_matches(name, {n for names in every.values() for n in names}, n=1, cutoff=0.8) or [None]
-    return [f"{section}.{near}" for section, names in every.items() if near in names]
+    near = difflib.get_close_matches(name, {n for names in every.values() for n in names}, n=1, cutoff=0.8)
+    return [f"{section}.{key}" for key in near for section, names in every.items() if key in names]
 
 
 def _names(path: Sequence[str]) -> list[str]:

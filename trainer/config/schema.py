@@ -76,7 +76,9 @@ class ParallelConfig(Section):
     backend: Literal["ddp", "fsdp2", "deepspeed"] = Field(
         "ddp", description="ddp: whole copies; fsdp2, deepspeed: sharded"
     )
-    world_size: Count = Field(0, ge=0, le=1 << 20, description="processes that this configuration is made for; 0 = any number")
+    world_size: Count = Field(
+        0, ge=0, le=1 << 20, description="processes that this configuration is made for; 0 = any number"
+    )
     dp_replicate: Count = Field(0, ge=0, description="copies of the model; 0 = what is left")
     dp_shard: Count = Field(0, ge=0, description="pieces that fsdp2 cuts a copy into; 0 = what is left")
     zero_stage: Count = Field(

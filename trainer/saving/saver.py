@@ -35,6 +35,7 @@ class Saver:
         with torch.device("meta"):
             self.sizes = {name: math.prod(p.shape) for name, p in TarFlow(config.model).named_parameters()}
         self.fingerprint = ""
+        self.classes: list[str] | None = None  # names of the data's classes; every checkpoint says them
         self.failures = 0  # saves that failed in a row
         self._staging, self._writer = Staging(), Writer(run_dir, config.checkpoint)
         self._saved_at, self._saved_time = -1, time.monotonic()
@@ -93,7 +94,12 @@ class Saver:
         return self.backend.state() | self.ema.state()
 
     def _description(self) -> tuple[str, dict[str, object]]:
-        facts = {"world_size": self.world.size, "config": config_hash(self.config), "data": self.fingerprint}
+        facts = {
+            "world_size": self.world.size,
+            "config": config_hash(self.config),
+            "data": self.fingerprint,
+            "classes": self.classes,
+        }
         return config_text(self.config), facts | {"code": code_version()}
 
     def _take_note(self, save: Save) -> None:
