@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tarflow.evaluation.event_file import append_events
 from tarflow.evaluation.metrics.names import is_distance, is_kernel
 from tarflow.files import append_json_line, listed, publish_dir, read_json_lines
 
@@ -154,10 +155,7 @@ def metrics(result: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _write_tensorboard(run_dir: Path, name: str, result: dict[str, Any]) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
     suffix = name.removeprefix(f"step-{result['step']:08d}")  # other settings are curves of their own
-    with SummaryWriter(str(run_dir / "tensorboard")) as writer:
-        for key, value in metrics(result).items():
-            if value is not None:
-                writer.add_scalar(f"eval{suffix}/{key}", value, result["images_seen"])
+    figures = {f"eval{suffix}/{key}": value for key, value in metrics(result).items() if value is not None}
+    grid = {f"eval{suffix}/grid": evals_dir(run_dir) / name / "grid.png"}
+    append_events(run_dir, result["images_seen"], figures, grid, float(result.get("time") or time.time()))

@@ -36,8 +36,8 @@ LAYERS = {
     "trainer": """
         commands
         loop
-        saving
         start
+        saving
         ema
         checkpoint
         plan
@@ -56,7 +56,7 @@ LAYERS = {
         samples
         networks
         metrics
-        run_config image_set image_folder shared_work
+        run_config image_set image_folder shared_work event_file
         errors
     """,
     "cluster": """

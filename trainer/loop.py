@@ -37,7 +37,7 @@ CONTINUE, SAVE, STOP, FAIL = range(4)
 
 def train(
     config: Config, run_dir: Path, *, init_from: Path | None = None, accept_new_data: bool = False,
-    stop: StopRequest | None = None,
+    init_partial: bool = False, stop: StopRequest | None = None,
 ) -> int:  # fmt: skip
     """Train until `train.max_images`, from the newest sound checkpoint if there is one. Returns an exit code.
 
@@ -45,13 +45,14 @@ def train(
     """
     world = world_from_env()
     with nullcontext(stop) if stop else StopRequest() as stop, failure_exit(world, run_dir):
-        return _train(config, run_dir, world, stop, init_from, accept_new_data)
+        return _train(config, run_dir, world, stop, init_from, accept_new_data, init_partial)
 
 
 def _train(
-    config: Config, run_dir: Path, world: World, stop: StopRequest, init_from: Path | None, accept_new_data: bool
-) -> int:
-    start = check_start(config, run_dir, world.size, init_from)
+    config: Config, run_dir: Path, world: World, stop: StopRequest, init_from: Path | None, accept_new_data: bool,
+    init_partial: bool,
+) -> int:  # fmt: skip
+    start = check_start(config, run_dir, world.size, init_from, init_partial)
     plan = plan_batch(config.train.global_batch_size, world.size, config.train.micro_batch_size)
     device = pick_device(config.train.device, world.local_rank)
     zero = config.parallel.backend == "deepspeed"
@@ -73,7 +74,7 @@ def _train(
             log.say(line)
         run = Run(config, run_dir, plan, log, world, device, watchdog, start.warmup_images)
         run.saver.classes = start.train.classes
-        run.start(start.train.facts.fingerprint, init_from, accept_new_data)
+        run.start(start.train.facts.fingerprint, init_from, accept_new_data, init_partial)
         if not run.check_progress(run_dir):
             return NO_PROGRESS
         if world.first:
@@ -100,7 +101,9 @@ class Run:
         self._failing = False
         self._peak = peak_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
-    def start(self, fingerprint: str, init_from: Path | None, accept_new_data: bool) -> None:
+    def start(
+        self, fingerprint: str, init_from: Path | None, accept_new_data: bool, init_partial: bool = False
+    ) -> None:
         """Resume, or start from given or fresh weights; the log says which."""
         if self.world.first:
             self.log.say(f"code: {describe_code(code_version())}")
@@ -112,7 +115,7 @@ class Run:
         wanted = self.config.parallel.world_size
         if wanted not in (0, self.world.size):
             self.log.say(f"note: made for parallel.world_size={wanted} processes, running on {self.world.size}")
-        self.images_seen = self.saver.restore(fingerprint, init_from, accept_new_data)
+        self.images_seen = self.saver.restore(fingerprint, init_from, accept_new_data, init_partial)
 
     def check_progress(self, run_dir: Path) -> bool:
         """False, with a last line in the log, if restarts keep coming back to this position."""

@@ -9,7 +9,7 @@ from tarflow.evaluation.errors import EvaluationError
 EXAMPLE = """example:
   tarflow evaluate runs/demo --watch --nice 10
   tarflow evaluate runs/demo sampling.guidance=1.5 evaluation.num_samples=1000 --once
-  tarflow evaluate model.safetensors --out scores data.train=data/mnist5k/train train.noise_std=0.1
+  tarflow evaluate model.safetensors --out scores data.train=data/mnist5k/train
 
 Start as many as you like, on any machines that see RUN: they share the samples, and a killed one loses a chunk at most.
 Results: RUN/evals/step-NNNNNNNN/ (result.json and pictures), RUN/evals.jsonl, TensorBoard.
@@ -19,7 +19,7 @@ Exit codes: 0 all evaluated, 1 some could not be (the text says why), 2 wrong se
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or a weights file (.safetensors)")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or a weights file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of sampling and evaluation")
     parser.add_argument("--out", type=Path, metavar="DIR", help="of a weights file: where its results go")
     parser.add_argument("--save", choices=("shards", "png"), help="keep the samples: WebDataset shards, or PNGs")
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate a run's checkpoints; 1 if one of them could not be."""
     if args.watch and args.step is not None:
         raise EvaluationError("--step is one checkpoint, --watch follows a run: give one of them")
-    is_file = args.run.suffix in (".safetensors", ".pth")
+    is_file = args.run.suffix in (".safetensors", ".pth")  # as `is_weights_file`, which would load torch here
     if is_file and (args.watch or args.newest or args.step is not None):
         raise EvaluationError(
             f"--watch, --newest and --step choose among a run's checkpoints; {args.run} is a weights file"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflow.code_version import code_version
 from tarflow.evaluation import results
 from tarflow.evaluation.image_set import ImageSet
 from tarflow.evaluation.metrics.all_scores import feature_scores
@@ -34,6 +35,7 @@ from tarflow.evaluation.worker.chunk_results import (
     chunk_statistics,
     save_likelihood,
 )
+from tarflow.evaluation.worker.class_maps import check_class_maps
 from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import Recipe
 from tarflow.evaluation.worker.reference import Reference
@@ -109,6 +111,7 @@ class Job:
 
     def run(self) -> dict[str, Any] | None:
         """Help until the result is there; the result if it was this worker that published it."""
+        check_class_maps(self.config, self.source.provenance.classes)
         _ = self.real.reference  # first: what is missing or does not match must not cost a night of sampling
         self.open()
         if self.compute_chunks():
@@ -123,7 +126,7 @@ class Job:
     def open(self) -> None:
         """Join the work on this result, or begin it: what the first worker's plan says holds for all."""
         root, evaluation, num = self.evaluator.root, self.config.evaluation, self.settings.num_samples
-        self.saver = SampleStore.of(self.evaluator.save, root, self.source, self.sampler, num)
+        self.saver = SampleStore.of(self.evaluator.save, root, self.source, self.sampler, num, self.evaluator.say)
         plan = {"batch_size": self.config.sampling.batch_size, "chunk_samples": evaluation.chunk_samples}
         folder = results.work_dir(root, f"{self.name}-{self.settings.hash}-{self.source.sha256[:12]}")
         self.work = SharedWork(folder, plan, evaluation.lease_s)
@@ -185,7 +188,7 @@ class Job:
         return bits
 
     def _about(self, watch: Stopwatch) -> dict[str, Any]:
-        return {"by": f"{platform.node()}:{os.getpid()}", "seconds": watch.seconds}
+        return {"by": f"{platform.node()}:{os.getpid()}", "seconds": watch.seconds, "code": code_version()}
 
     # --- the result ------------------------------------------------------------------------------------------------
 
@@ -195,16 +198,18 @@ class Job:
         samples = SamplesPart(self.real.features.dim, self._keep())
         likelihood = MergedLikelihood(self.settings.likelihood)
         done_by: dict[str, list[str]] = {}
+        codes: list[dict[str, Any]] = [code_version()]
         for chunks, merged in ((self.sample_chunks, samples), (self.likelihood_chunks, likelihood)):
             for chunk in chunks:
                 about = merged.merge(self.work.path(chunk))
                 self.watch.add(about["seconds"])
                 done_by.setdefault(about["by"], []).append(chunk)
+                codes += [code for code in [about.get("code")] if code and code not in codes]
         with results.building(root, self.name) as folder:
             measured = self._measure(samples, likelihood, folder)
             result = self._result(measured)
             write_json(folder / results.RESULT, result)
-            write_json(folder / results.WORK, self._work_done(done_by))
+            write_json(folder / results.WORK, self._work_done(done_by) | {"code": codes})
             if results.publish(root, folder, self.name, self.config.log.tensorboard):
                 self.published = results.read_result(results.evals_dir(root) / self.name)
         path.write_text(self.name)
@@ -280,7 +285,7 @@ class Job:
         number = self.config.model.num_classes
         if not number:
             return None
-        names = self.real.images(0).index.classes or []
+        names = self.source.provenance.classes or self.real.images(0).index.classes or []
         classes = [row % number for row in range(self.settings.grid[0])]
         return [names[c] if c < len(names) else str(c) for c in classes]
 
@@ -291,6 +296,7 @@ class Job:
             "name": self.name,
             "run": run_id(root) if is_run(root) else None,
             **self.source.describe(),
+            "provenance": self.source.provenance.describe(),
             **measured,
             "grid_rows": self._row_names(),
             "num_samples": measured["samples"]["used"],

@@ -24,7 +24,7 @@ from typing import Any
 from tarflow.files import crc32, fsync_path, fsync_tree, listed, write_text
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.resilience.fault_injection import fault_point
-from tarflow.trainer.run_dir import run_id
+from tarflow.trainer.run_dir import is_run, run_id
 
 MARKER = "COMMITTED"
 _STEP = re.compile(r"step-(\d{8,})")
@@ -126,6 +126,11 @@ def scan(run_dir: Path) -> tuple[list[Checkpoint], dict[Path, str]]:
 def committed(run_dir: str | Path) -> list[Checkpoint]:
     """Usable checkpoints of a run, by step ascending."""
     return scan(Path(run_dir))[0]
+
+
+def has_checkpoints(run_dir: Path) -> bool:
+    """Whether a run is there to go on with."""
+    return is_run(run_dir) and bool(committed(run_dir))
 
 
 def find(run_dir: str | Path, step: int | None = None) -> Checkpoint:

@@ -33,7 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="run directory (default: runs/NAME of the file); under torchrun write --run-dir: it refuses --run",
     )
-    parser.add_argument("--init-from", type=Path, metavar="WEIGHTS", help="start a new run from a weights file")
+    parser.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="WEIGHTS_OR_RUN",
+        help="start a new run from a weights file, or from the newest average of another run",
+    )
+    parser.add_argument(
+        "--init-partial",
+        action="store_true",
+        help="with --init-from: keep what fits a model of other classes or another image size",
+    )
     parser.add_argument("--accept-new-data", action="store_true", help="resume although data.train is another data set")
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="start N processes on this machine (instead of torchrun)"
@@ -57,30 +67,37 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, stop: "StopRequest") -> int:
     from tarflow.trainer.config.files import config_text, load_config
+    from tarflow.trainer.errors import TrainerError
     from tarflow.trainer.start.check import check_start
 
     config = load_config(args.config, args.overrides)
     run_dir = args.run or Path("runs") / args.config.stem
+    if args.init_partial and args.init_from is None:
+        raise TrainerError("--init-partial goes with --init-from: it says how weights are taken over")
     supervised = not args.dry_run and (args.ranks is not None or args.max_restarts is not None)
     if supervised:
         _check_supervision(args)
-    if args.dry_run or supervised:  # a rank checks for itself
-        ranks = args.world_size or args.ranks or config.parallel.world_size or 1 if args.dry_run else args.ranks or 1
-        start = check_start(config, run_dir, ranks, args.init_from)
-    if os.environ.get("RANK", "0") == "0" and not supervised:
-        print(config_text(config), flush=True)
     if args.dry_run:
         from tarflow.trainer.plan import describe
 
-        print("\n".join([describe(config, ranks), *start.lines()]))
+        ranks = args.world_size or args.ranks or config.parallel.world_size or 1
+        start = check_start(config, run_dir, ranks, args.init_from, args.init_partial)
+        print("\n".join([config_text(config), describe(config, ranks), *start.lines()]))
         return 0
-    if supervised:
+    if supervised:  # checked here, once, so that no ranks are started; each checks for itself again
+        ranks = args.ranks or 1
+        check_start(config, run_dir, ranks, args.init_from, args.init_partial)
         from tarflow.trainer.resilience.supervisor import supervise
 
-        return supervise(rank_arguments(args, run_dir), args.ranks or 1, run_dir, args.max_restarts or 0)
+        return supervise(rank_arguments(args, run_dir), ranks, run_dir, args.max_restarts or 0)
+    if os.environ.get("RANK", "0") == "0":
+        print(config_text(config), flush=True)
     from tarflow.trainer.loop import train
 
-    return train(config, run_dir, init_from=args.init_from, accept_new_data=args.accept_new_data, stop=stop)
+    return train(
+        config, run_dir, init_from=args.init_from, accept_new_data=args.accept_new_data, init_partial=args.init_partial,
+        stop=stop,
+    )  # fmt: skip
 
 
 def _check_supervision(args: argparse.Namespace) -> None:
@@ -102,5 +119,6 @@ def rank_arguments(args: argparse.Namespace, run_dir: Path) -> list[str]:
     """The arguments of `tarflow train` for one rank of a supervised run."""
     arguments = [str(args.config), "--run-dir", str(run_dir)]
     arguments += ["--init-from", str(args.init_from)] if args.init_from else []
+    arguments += ["--init-partial"] if args.init_partial else []
     arguments += ["--accept-new-data"] if args.accept_new_data else []
     return arguments + list(args.overrides)

@@ -10,7 +10,6 @@ from torch import Tensor
 import tarflow.trainer.checkpoint.commit as ckpt
 from tarflow.code_version import code_version
 from tarflow.models.flow import TarFlow
-from tarflow.models.weights import load_weights_file
 from tarflow.trainer.checkpoint.tensors import read_tensors
 from tarflow.trainer.config.files import config_hash, config_text
 from tarflow.trainer.config.schema import Config
@@ -23,6 +22,7 @@ from tarflow.trainer.parallel.saved import place
 from tarflow.trainer.parallel.world import World, broadcast
 from tarflow.trainer.resilience.fault_injection import fault_point
 from tarflow.trainer.saving.background_writer import Save, Staging, Writer
+from tarflow.trainer.saving.initial_weights import initial_weights
 from tarflow.trainer.saving.resume import check_resume
 
 
@@ -131,7 +131,9 @@ class Saver:
 
     # --- in ---
 
-    def restore(self, fingerprint: str, init_from: Path | None, accept_new_data: bool) -> int:
+    def restore(
+        self, fingerprint: str, init_from: Path | None, accept_new_data: bool, init_partial: bool = False
+    ) -> int:
         """Bring back the newest sound checkpoint, or start from given or fresh weights. Returns images seen."""
         self.fingerprint = fingerprint
         newest = self._choose(accept_new_data)
@@ -146,7 +148,7 @@ class Saver:
             self.log.event("resume", images_seen=newest.images_seen, step=newest.step)
             return newest.images_seen
         if init_from is not None:
-            self._start_from(init_from)
+            self._start_from(init_from, init_partial)
         self.log.say(f"no checkpoint in {self.run_dir}: starting from {init_from or 'fresh weights'}")
         self.log.event("start", images_seen=0, step=0)
         return 0
@@ -172,12 +174,10 @@ class Saver:
             raise answer
         return answer
 
-    def _start_from(self, path: Path) -> None:
-        config, weights = load_weights_file(path, self.config.model)
-        if config != self.config.model:
-            raise TrainerError(
-                f"--init-from {path} holds another model: {config!r}; this run has {self.config.model!r}"
-            )
+    def _start_from(self, source: Path, partial: bool) -> None:
+        weights, lines = initial_weights(source, self.config, partial)
+        for line in lines:
+            self.log.say(line)
         state: dict[str, Tensor] = self.backend.state()
         for name, value in weights.items():
             place(state["buffer/var" if name == "var" else f"model/{name}"], value)

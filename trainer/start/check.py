@@ -36,7 +36,9 @@ class Start:
         return {**self.train.describe(), "validation": self.held_out.describe() if self.held_out else None}
 
 
-def check_start(config: Config, run_dir: Path, world_size: int, init_from: Path | None = None) -> Start:
+def check_start(
+    config: Config, run_dir: Path, world_size: int, init_from: Path | None = None, init_partial: bool = False
+) -> Start:
     """Hold a configuration against its data, its splits and the evaluation's rules; nothing is made.
 
     Raises TrainerError, a line for each contradiction, or DataError where the training data cannot be opened. A run that
@@ -48,7 +50,7 @@ def check_start(config: Config, run_dir: Path, world_size: int, init_from: Path 
     held_out, unopened = open_held_out(config)
     goes_on = began(run_dir)
     findings = [*data_findings(config, train), *unopened, *evaluation_findings(config, train, held_out)]
-    findings += _of_run(config, train, run_dir) if goes_on else _of_weights(config, train, init_from)
+    findings += _of_run(config, train, run_dir) if goes_on else _of_weights(config, train, init_from, init_partial)
     changed = _changed(config, run_dir) if goes_on else None
     refused = [f for f in findings if _refuses(f, changed)]
     if refused:
@@ -81,21 +83,18 @@ def _of_run(config: Config, train: DataSurvey, run_dir: Path) -> Iterator[Findin
     )  # fmt: skip
 
 
-def _of_weights(config: Config, train: DataSurvey, init_from: Path | None) -> Iterator[Finding]:
-    """The classes that the weights of --init-from were trained on."""
-    if init_from is None or not config.model.num_classes or not train.labelled:
+def _of_weights(config: Config, train: DataSurvey, init_from: Path | None, partial: bool) -> Iterator[Finding]:
+    """The model and the classes of the weights that --init-from names."""
+    if init_from is None:
+        return
+    from tarflow.trainer.saving.initial_weights import check_initial, initial_header  # loads torch
+
+    check_initial(init_from, config, partial)
+    if partial or not train.labelled:  # what fits is then taken over by name
         return
     yield from compare_classes(
-        config, (f"data.train={train.place}", train.classes), (f"--init-from {init_from}", classes_of(init_from)),
-        "Prepare the data with the names of the weights: `tarflow data prepare SOURCE OUT --classes FILE`", "data.train",
+        config, (f"data.train={train.place}", train.classes),
+        (f"--init-from {init_from}", initial_header(init_from, config.model).provenance.classes),
+        "Prepare the data with the names of the weights (`tarflow data prepare SOURCE OUT --classes FILE`), add "
+        "--init-partial to take classes over by name", "data.train",
     )  # fmt: skip
-
-
-def classes_of(weights: Path) -> list[str] | None:
-    """Names of the classes that a weights file or a run was trained on; None where it does not say."""
-    if weights.is_dir():
-        return recorded_classes(weights)
-    from tarflow.models.weights import read_header  # loads torch
-
-    names = read_header(weights).provenance.classes
-    return None if names is None else list(names)

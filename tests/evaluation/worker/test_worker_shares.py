@@ -249,6 +249,33 @@ def test_a_chunks_file_says_who_did_it(run_of_2000):
     assert {"sampling", "features", "statistics"} <= set(about["seconds"])
 
 
+def test_V08_work_by_two_versions_names_both_and_the_result_is_the_same(run_of_2000, tmp_path):
+    """The code that trained is a fact of the result; who evaluated with which code stands beside it."""
+    old, new = {"version": "0.2.0", "commit": "ab" * 20, "dirty": False}, {"version": "0.3.0"}
+    trained = {"version": "0.1.0", "commit": "cd" * 20, "dirty": True}
+    marker = run_of_2000 / "checkpoints/step-00000020/COMMITTED"
+    facts = {"code": trained, "classes": ["food", "smileys", "x"]}
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | facts))
+    alone = tmp_path / "alone"
+    shutil.copytree(run_of_2000, alone)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_module, "code_version", lambda: old)
+        patch.setattr(evaluate_module.Job, "_finish", lambda self, name, path: (_ for _ in ()).throw(SystemExit(143)))
+        with pytest.raises(SystemExit):
+            evaluate(run_of_2000, False, WorkerOptions(), lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_module, "code_version", lambda: new)
+        for run_dir in (run_of_2000, alone):
+            evaluate(run_dir, False, WorkerOptions(), lambda _: None)
+    assert files(run_of_2000) == files(alone)
+    result = json.loads(files(alone)["result.json"])
+    assert result["provenance"]["code"] == trained
+    assert (result["provenance"]["noise_std"], result["provenance"]["weights"]) == (0.1, "ema-0.100")
+    assert result["grid_rows"] == ["food", "smileys", "x"]
+    codes = [json.loads((r / "evals/step-00000020/work.json").read_text())["code"] for r in (run_of_2000, alone)]
+    assert codes == [[new, old], [new]]
+
+
 def test_labels_by_frequency_leave_the_grid_in_rows_of_classes(make_run):
     run_dir, _ = make_run(steps=(20,), sampling={"labels": "training"}, evaluation={"num_samples": 40})
     (result,) = evaluate(run_dir, False, WorkerOptions(), lambda _: None).done
