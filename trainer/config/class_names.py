@@ -16,7 +16,7 @@ def difference(ours: tuple[str, Sequence[str]], theirs: tuple[str, Sequence[str]
     if label is None:
         return None
     return (
-        f"the classes differ: {here} has {len(own)} ({shown(own)}), {there} has {len(other)} ({shown(other)}); "
+        f"the classes differ: {len(own)} of {here} ({shown(own)}), {len(other)} of {there} ({shown(other)}); "
         f"label {label} is {own[label]!r} in the one and {other[label]!r} in the other"
     )
 

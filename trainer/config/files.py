@@ -41,7 +41,7 @@ def build_config(tree: Mapping[str, Any], source: str, overrides: Sequence[str])
         key, equals, value = override.partition("=")
         if not equals or "." not in key:
             raise TrainerError(without_section(override))
-        if key in origin:
+        if origin.get(key) not in (None, f"override {override!r}"):
             raise TrainerError(f"{key} is set twice, by {origin[key]} and {override!r}: keep one of them")
         origin[key] = f"override {override!r}"
         _assign(whole, key.split("."), parse_yaml(value, f"the value of override {override!r}"))

@@ -48,6 +48,7 @@ def test_F12_twice_on_the_command_line_or_within_an_override(tmp_path: Path) -> 
     message = "optim.lr is set twice, by override 'optim.lr=1' and 'optim.lr=2': keep one of them"
     with pytest.raises(TrainerError, match=re.escape(message)):
         load(tmp_path, "optim.lr=1", "train.seed=3", "optim.lr=2")
+    assert load(tmp_path, "optim.lr=1", "optim.lr=1").optim.lr == 1  # says the same twice
     with pytest.raises(TrainerError, match=r"override 'evaluation.variants=.*'guidance' stands twice"):
         load(tmp_path, "evaluation.variants=[{guidance: 1, guidance: 2}]")
 

@@ -42,7 +42,7 @@ def test_V03_held_out_images_that_lack_a_class_in_the_middle_are_refused_naming_
     held_out = make_set("val", labels=[0, 1] * 2, classes=["ant", "cat"])
     said = refused(with_validation(make_config, train_set, held_out))
     assert said.startswith(
-        f"the classes differ: data.train={train_set} has 3 (ant, bee, cat), data.validation={held_out} has 2 (ant, cat); "
+        f"the classes differ: 3 of data.train={train_set} (ant, bee, cat), 2 of data.validation={held_out} (ant, cat); "
         "label 1 is 'bee' in the one and 'cat' in the other. "
     )
     assert f"--classes {train_set}/classes.json`" in said
@@ -129,7 +129,7 @@ def test_V14_weights_of_other_classes_do_not_start_a_run(make_set, make_config, 
     config = make_config(data, model={"num_classes": 3})
     theirs = weights_of(tmp_path / "w.safetensors", ["a", "b", "c"])
     said = refused(config, init_from=theirs)
-    assert f"data.train={data} has 3 (A0, a, b), --init-from {theirs} has 3 (a, b, c); label 0 is 'A0'" in said
+    assert f"3 of data.train={data} (A0, a, b), 3 of --init-from {theirs} (a, b, c); label 0 is 'A0'" in said
     assert not any(
         "differ" in note for note in notes(config, init_from=weights_of(tmp_path / "s.pth", ["A0", "a", "b"]))
     )
@@ -173,7 +173,7 @@ def test_V03_the_map_goes_into_run_and_checkpoints_and_holds_on_resume(make_set,
     capsys.readouterr()
     assert tarflow.cli.main([*words, "--accept-new-data"]) == 2
     assert (
-        f"the classes differ: data.train={other} has 3 (bee, ant, cat), the run {run} has 3 (ant, bee, cat)"
+        f"the classes differ: 3 of data.train={other} (bee, ant, cat), 3 of the run {run} (ant, bee, cat)"
         in capsys.readouterr().err
     )
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name != "log.txt"} == before
