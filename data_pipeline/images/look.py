@@ -12,7 +12,7 @@ from PIL import Image
 _GREY = ("1", "L", "LA", "La", "F")
 _ORIENTATION = 0x0112
 _SIDE = 64  # colours are looked for in a picture of at most this side
-_MOST_PIXELS = 1 << 25  # beyond, the mode alone decides
+_MOST_PIXELS = 1 << 23  # beyond, the mode alone decides: a look must be quick
 _SPREAD = 12  # grey levels by which channels of a grey picture may differ: JPEG rounds each of them
 
 
@@ -43,9 +43,9 @@ def look_at(data: bytes) -> Look | None:
 def _is_grey(image: Image.Image) -> bool:
     if image.mode in _GREY or image.mode.startswith("I"):
         return True
+    image.draft("RGB", (_SIDE, _SIDE))  # a JPEG is decoded at a fraction of its size
     if image.width * image.height > _MOST_PIXELS:
         return False
-    image.draft("RGB", (_SIDE, _SIDE))
     small = image.convert("RGB")
     small.thumbnail((_SIDE, _SIDE))
     pixels = np.asarray(small).astype(np.int16)

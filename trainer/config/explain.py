@@ -9,6 +9,11 @@ from pydantic.fields import FieldInfo
 
 from tarflow.trainer.config.schema import Config
 
+_WRONG_FORM = {
+    "model_type": "a section holds settings (name: value)",
+    "tuple_type": "it must be a list, in brackets and with commas",
+}
+
 
 def explain(item: Any, source: str, origin: Mapping[str, str]) -> str:
     """One of pydantic's errors. `source`: the file; `origin`: key -> the override that set it."""
@@ -19,6 +24,8 @@ def explain(item: Any, source: str, origin: Mapping[str, str]) -> str:
         return f"{where}: unknown setting {key}; {_instead(path)}"
     if item["type"] == "missing":
         return f"{where}: setting {key} is required"
+    if item["type"] in _WRONG_FORM:
+        return f"{where}: {key}={item['input']!r}: {_WRONG_FORM[item['type']]}"
     message = item["msg"].removeprefix("Value error, ")
     if not path or (item["type"] == "value_error" and isinstance(item.get("input"), Mapping)):
         return f"{where}: {message}"
@@ -34,12 +41,14 @@ def without_section(override: str) -> str:
 
 
 def _where(key: str, source: str, origin: Mapping[str, str]) -> str:
-    """The override that set `key`, a part of it or the whole that it is part of; the file where there is none."""
-    exact = [text for k, text in origin.items() if k == key or key.startswith(f"{k}.")]
-    within = [text for k, text in origin.items() if not key or k.startswith(f"{key}.")]
-    if exact or (len(within) == 1 and key not in Config.model_fields and key):
-        return (exact or within)[0]
-    return f"{source} with {', '.join(within)}" if within else source
+    """The override that set `key` or the whole that it is part of; else the file, with the overrides of its parts."""
+    set_by = [text for k, text in origin.items() if k == key or key.startswith(f"{k}.")]
+    if set_by:
+        return set_by[0]
+    parts = ", ".join(text for k, text in origin.items() if not key or k.startswith(f"{key}."))
+    if parts and key and key not in Config.model_fields:  # `trian.seed=4`: no file need have such a section
+        return parts
+    return f"{source} with {parts}" if parts else source
 
 
 def _instead(path: Sequence[str]) -> str:

@@ -60,7 +60,8 @@ def _assign(tree: dict[str, Any], keys: list[str], value: Any) -> None:
 def parse_config(tree: Mapping[str, Any], source: str, origin: Mapping[str, str] | None = None) -> Config:
     """A `Config` from nested mappings; `source` and `origin` (key -> where it was set) appear in errors."""
     try:
-        return Config.model_validate(_nulls(tree))
+        # A section without a setting (all commented out, say) stands for its defaults.
+        return Config.model_validate({k: {} if v is None else v for k, v in _nulls(tree).items()})
     except ValidationError as error:
         lines = [explain(item, source, origin or {}) for item in error.errors()]
         raise TrainerError("\n".join(dict.fromkeys(lines))) from None

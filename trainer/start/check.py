@@ -68,8 +68,11 @@ def _refuses(finding: Finding, changed: set[str] | None) -> bool:
 
 
 def _changed(config: Config, run_dir: Path) -> set[str]:
-    path = run_dir / "config.yaml"
-    return set(config_diff(load_config(path), config)) if path.is_file() else set()
+    """Settings that differ from the last start; none where that start left nothing readable."""
+    try:
+        return set(config_diff(load_config(run_dir / "config.yaml"), config))
+    except TrainerError:
+        return set()
 
 
 def _of_run(config: Config, train: DataSurvey, run_dir: Path) -> Iterator[Finding]:

@@ -37,15 +37,16 @@ def evaluation_findings(config: Config, train: DataSurvey, held_out: DataSurvey 
     if held_out is not None:
         yield from _held_out(config, train, held_out)
     elif config.data.validation is None:
-        beside = next((p for name in _SPLITS if (p := Path(train.place).parent / name) != Path(train.place)
-                       and (p / "index" / "shards.parquet").is_file()), None)  # fmt: skip
-        hint = (
-            f"; {beside} lies beside data.train"
-            if beside and train.index and train.index.root == Path(train.place)
-            else ""
-        )
+        hint = f"; {beside} lies beside data.train" if (beside := _beside(train)) else ""
         text = f"data.validation is not set: bits per dimension of held-out images are not measured{hint}"
         yield Finding(text, ("data.validation",), note=True)
+
+
+def _beside(train: DataSurvey) -> Path | None:
+    """Another split that lies beside the training images."""
+    here = Path(train.place)
+    places = [here.parent / name for name in _SPLITS if train.index is not None and name != here.name]
+    return next((place for place in places if (place / "index" / "shards.parquet").is_file()), None)
 
 
 def open_held_out(config: Config) -> tuple[DataSurvey | None, list[Finding]]:
@@ -54,8 +55,10 @@ def open_held_out(config: Config) -> tuple[DataSurvey | None, list[Finding]]:
     if data is None:
         return None, []
     try:
-        open_index(data.train, data.access)  # whatever data.reader says: the evaluation reads by the index
-        return survey(data.model_copy(update={"reader": "auto"})), []
+        seen = survey(data.model_copy(update={"reader": "auto"}))  # the evaluation reads by the index, whatever it says
+        if seen.index is None:
+            open_index(data.train, data.access)  # says what is missing
+        return seen, []
     except DataError as error:
         return None, [Finding(f"data.validation={data.train}: {error}", ("data.validation",))]
 
@@ -144,7 +147,13 @@ def _reference(config: Config, train: DataSurvey) -> Iterator[Finding]:
     except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         yield Finding(f"evaluation.reference={path} is no file of reference statistics: {error}", settings)
         return
-    wanted: dict[str, object] = {"image_size": config.model.image_size, "channels": config.model.in_channels}
+    wanted: dict[str, object] = {
+        "image_size": config.model.image_size,
+        "channels": config.model.in_channels,
+        "damaged images": "refused" if config.data.on_error == "strict" else "left out",
+    }
+    if evaluation.features in FEATURE_PACKAGES:  # others are named after their file
+        wanted["features"] = evaluation.features
     if train.index is not None:
         number = train.index.num_samples
         wanted |= {"fingerprint": train.facts.fingerprint, "images": min(limit or number, number)}

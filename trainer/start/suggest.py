@@ -13,7 +13,6 @@ from tarflow.trainer.errors import TrainerError
 
 MOST_PIXELS = 256  # beyond, a person decides: the cost grows with the square
 _TOKENS = (16, 256)  # fewer lose the image's structure, more cost their square
-_HEAD = 64
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ def suggest(data: str) -> str:
         raise TrainerError(
             f"{train}: what its images are cannot be told; give a data set with an index (`tarflow data index`)"
         )
-    number, classes = seen.index.num_samples, seen.num_classes
+    number, unlabelled = seen.index.num_samples, seen.index.unlabelled
+    classes = 0 if unlabelled else seen.num_classes
     size, patch, why = grid_of(seen)
     scale = next(s for s in _SCALES if number <= s.images)
     batch = max(1, min(scale.batch, 1 << (max(number, 1).bit_length() - 1)))
@@ -63,7 +63,7 @@ model:
   image_size: {size}  # {why}
   patch_size: {patch}  # {(size // patch) ** 2} tokens of {patch} x {patch} px; a smaller patch is better and dearer
   in_channels: {seen.channels}  # {"colour" if seen.channels == 3 else "grey"}
-  num_classes: {classes}  # {"as the data have" if classes else "the data have no labels"}
+  num_classes: {classes}  # {_why_classes(classes, unlabelled, number)}
   channels: {scale.channels}  # channels, blocks and layers: for {number:,} images; more of them want a larger model
   num_blocks: {scale.num_blocks}
   layers_per_block: {scale.layers_per_block}
@@ -86,6 +86,16 @@ evaluation:
   num_samples: {max(2, min(5000, number))}
   grid: [{min(classes, 10) or 8}, 8]
 """
+
+
+def _why_classes(classes: int, unlabelled: int, number: int) -> str:
+    if unlabelled == number:
+        return "the data have no labels"
+    return (
+        "as the data have"
+        if classes
+        else f"{unlabelled:,} of the images have no label; data.on_error=skip leaves them out"
+    )
 
 
 def splits(data: str) -> tuple[str, str | None]:

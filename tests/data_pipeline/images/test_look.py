@@ -46,6 +46,8 @@ def test_a_spot_of_colour_counts_and_noise_of_rounding_does_not() -> None:
     assert look_at(encoded(Image.fromarray(nearly), "PNG")) == Look(30, 20, True)
 
 
-@pytest.mark.parametrize("data", [b"", b"no image", encoded(Image.fromarray(COLOUR), "PNG")[:60]])
+@pytest.mark.parametrize(
+    "data", [b"", b"no image", encoded(Image.fromarray(COLOUR), "PNG")[:60]], ids=["empty", "text", "cut"]
+)
 def test_what_cannot_be_told_is_none(data: bytes) -> None:
     assert look_at(data) is None

@@ -5,6 +5,7 @@ held-out or training images that do not decode, a device or a package that the e
 said at the start), results and leases in the run directory.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,25 @@ def test_N03_reference_statistics_of_something_else(
         UserError, match=rf"evaluation\.reference={file} was made from something else: images 48 there, 7 here"
     ):
         check_start(other, Path("no/run"), 1)
+
+
+def test_N03_every_part_of_a_provenance_is_compared_that_a_start_can_know(
+    make_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    from tarflow.evaluation.image_set import ImageSet
+
+    _, config = make_run(steps=())
+    stored = ImageSet(config.data, config.model).provenance() | {"features": config.evaluation.features}
+    free = {
+        "data",
+        "selection",
+        "crop",
+    }  # where the images lie, what follows from their number, what this version always does
+    for key in stored.keys() - free:
+        np.savez(tmp_path / "r.npz", provenance=np.array(json.dumps(stored | {key: "other"})))
+        _, other = make_run(name=f"run-{key}", steps=(), evaluation={"reference": str(tmp_path / "r.npz")})
+        with pytest.raises(UserError, match=rf"made from something else: {key} other there"):
+            check_start(other, Path("no/run"), 1)
 
 
 def test_the_start_knows_every_feature_network_and_its_package() -> None:

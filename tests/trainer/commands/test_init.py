@@ -1,5 +1,6 @@
 """`tarflow init`: a configuration that fits the data, whatever they are, and that `train --dry-run` accepts."""
 
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,6 @@ def test_N02_init_writes_a_configuration_that_fits(
 
 
 def test_N02_images_of_several_sizes_are_not_enlarged_for_the_most_part(tmp_path: Path) -> None:
-    import io
     import tarfile
 
     from PIL import Image
@@ -72,6 +72,24 @@ def test_N02_images_of_several_sizes_are_not_enlarged_for_the_most_part(tmp_path
     build_index(tmp_path / "wild", [tmp_path / "wild" / "a.tar"])
     text = suggest(str(tmp_path / "wild"))
     assert "image_size: 50  # half of the images have 50 px or more" in text
+
+
+def test_N02_labels_that_some_images_lack_are_not_asked_of_the_others(tmp_path: Path, capsys) -> None:
+    import tarfile
+
+    from tarflow.data_pipeline.index.build import build_index
+
+    data = make(tmp_path / "set", 6, 8, 3, 2)
+    shard = next(data.glob("*.tar"))
+    with tarfile.open(shard) as tar:
+        members = [(m, tar.extractfile(m).read()) for m in tar.getmembers()]
+    with tarfile.open(shard, "w") as tar:
+        for member, content in members:
+            if member.name != "00000002.cls":
+                tar.addfile(member, io.BytesIO(content))
+    build_index(data, [shard])
+    assert tarflow.cli.main(["init", str(data), "--out", str(tmp_path / "my.yaml")]) == 0
+    assert "num_classes: 0  # 1 of the images have no label" in (tmp_path / "my.yaml").read_text()
 
 
 def test_N02_the_model_suits_the_number_of_images(tmp_path: Path) -> None:

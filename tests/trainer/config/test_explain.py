@@ -65,6 +65,8 @@ def test_N14_a_wrong_setting_names_its_override_and_the_nearest_right_one(
         ("max_images: 3\n", "run.yaml: unknown setting max_images; did you mean train.max_images?"),
         ("logs: {every_steps: 3}\n", "run.yaml: unknown setting logs; did you mean log?"),
         ("checkpoint: {keep: 3}\n", "run.yaml: unknown setting checkpoint.keep; "),
+        ("log: [3]\n", "run.yaml: log=['3']: a section holds settings (name: value)"),
+        ("optim: {betas: 0.9}\n", "run.yaml: optim.betas='0.9': it must be a list, in brackets and with commas"),
         ("nothing_like_it: 3\n", "known: data, model, train"),
     ],
 )
@@ -75,3 +77,13 @@ def test_N14_a_wrong_setting_in_the_file_names_the_file(tmp_path: Path, more: st
 def test_an_error_over_several_settings_names_every_override_that_had_a_part_in_it(tmp_path: Path) -> None:
     said = error_of(tmp_path, "train.noise=uniform", "sampling.denoise=1", "sampling.seed=3")
     assert re.match(r"run\.yaml with override 'train\.noise=uniform', override 'sampling\.denoise=1'", said)
+
+
+def test_a_section_without_settings_stands_for_its_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE + "optim:\n  # lr: 3\nlog: ~\n")
+    config = load_config(path)
+    assert (config.optim.lr, config.log.every_steps) == (1e-4, 50)
+    assert "train.global_batch_size is required" in error_of(
+        tmp_path, text=BASE.replace("train: {g", "train:\nlog: {g")
+    )

@@ -10,7 +10,7 @@ from tarflow.errors import UserError
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.flow import TarFlow
 from tarflow.models.provenance import Provenance
-from tarflow.models.weights import save_weights_file
+from tarflow.models.weights import read_header, save_weights_file
 from tarflow.trainer.start.check import check_start
 from tarflow.trainer.start.record import read_record
 
@@ -91,9 +91,10 @@ def test_V10_a_held_out_label_out_of_range_is_refused_at_the_start(
 
         relabel(held_out / "shard-000000.tar", label)
         build_index(held_out, [held_out / "shard-000000.tar"])
-    said = refused(with_validation(make_config, train_set, held_out))
-    assert said.startswith("data.validation: shard ")
-    assert f"label {label} is outside 0..2 (model.num_classes=3" in said
+    for place in (held_out, f"file://{held_out}"):  # behind an address too
+        said = refused(with_validation(make_config, train_set, place))
+        assert said.startswith(f"data.validation: shard {place}/shard-000000.tar, sample '00000")
+        assert f"label {label} is outside 0..2 (model.num_classes=3" in said
 
 
 def relabel(shard: Path, label: int) -> None:
@@ -158,6 +159,9 @@ def test_V03_the_map_goes_into_run_and_checkpoints_and_holds_on_resume(make_set,
     (marker,) = (run / "checkpoints").glob("*/COMMITTED")
     told = json.loads(marker.read_text())
     assert (told["classes"], told["data"]) == (ABC, record["fingerprint"])
+    out = tmp_path / "w.safetensors"
+    assert tarflow.cli.main(["checkpoint", "export", str(run), "--out", str(out)]) == 0
+    assert read_header(out).provenance.classes == tuple(ABC)
     # Another map under the same run: refused even where another data set would be accepted.
     other = make_set("other", labels=[0, 1, 2] * 5, classes=["bee", "ant", "cat"])
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name != "log.txt"}
@@ -177,3 +181,18 @@ def test_V03_the_map_goes_into_run_and_checkpoints_and_holds_on_resume(make_set,
         in capsys.readouterr().err
     )
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name != "log.txt"} == before
+    # And as the beginning of another run (V14): by number refused, by name taken over.
+    words = [
+        "train",
+        str(file),
+        "--run-dir",
+        str(tmp_path / "new"),
+        f"data.train={other}",
+        "data.validation=null",
+        "--init-from",
+        str(run),
+    ]
+    assert tarflow.cli.main([*words, "--dry-run"]) == 2
+    assert f"3 of --init-from {run} (ant, bee, cat); label 0 is 'bee'" in capsys.readouterr().err
+    assert tarflow.cli.main([*words, "--init-partial", "--dry-run"]) == 0
+    assert not (tmp_path / "new").exists()
