@@ -12,7 +12,8 @@ from tarflow.data_pipeline.loading.survey import DataSurvey, survey
 from tarflow.trainer.errors import TrainerError
 
 MOST_PIXELS = 256  # beyond, a person decides: the cost grows with the square
-_TOKENS = (16, 256)  # fewer lose the image's structure, more cost their square
+_FEWEST, _MOST = 16, 256  # tokens: fewer lose the image's structure, more cost their square
+_SMALL = 64  # tokens, and pixels, of a first run on a small set: a laptop should see it learn
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ def suggest(data: str) -> str:
         )
     number, unlabelled = seen.index.num_samples, seen.index.unlabelled
     classes = 0 if unlabelled else seen.num_classes
-    size, patch, why = grid_of(seen)
     scale = next(s for s in _SCALES if number <= s.images)
+    size, patch, why = grid_of(seen, small=scale is _SCALES[0])
     batch = max(1, min(scale.batch, 1 << (max(number, 1).bit_length() - 1)))
     steps = max(1, -(-number * scale.epochs // batch))
     most = steps * batch
@@ -114,12 +115,13 @@ def _indexed(folder: Path) -> bool:
     return (folder / "index" / "shards.parquet").is_file()
 
 
-def grid_of(seen: DataSurvey) -> tuple[int, int, str]:
+def grid_of(seen: DataSurvey, small: bool) -> tuple[int, int, str]:
     """(image_size, patch_size, why): the largest size up to the images' own that cuts into a good number of patches."""
     side = seen.sides[len(seen.sides) // 2]
     what = f"the images' shorter side is {side} px" if seen.image_size else f"half of the images have {side} px or more"
     for size in range(min(side, MOST_PIXELS), 0, -1):
-        patches = [p for p in range(1, size + 1) if size % p == 0 and _TOKENS[0] <= (size // p) ** 2 <= _TOKENS[1]]
+        most = _SMALL if small and size <= _SMALL else _MOST
+        patches = [p for p in range(1, size + 1) if size % p == 0 and _FEWEST <= (size // p) ** 2 <= most]
         if patches:
             break
     else:

@@ -28,8 +28,8 @@ def make(folder: Path, number: int, size: int, channels: int, classes: int, val:
 @pytest.mark.parametrize(
     ("number", "size", "channels", "classes", "val", "expected"),
     [
-        (40, 32, 3, 4, 0.2, (32, 2, 3, 4, 32)),  # the README's case: colour, held-out images beside
-        (7, 37, 1, 0, 0.0, (36, 3, 1, 0, 4)),  # a prime side, grey, no labels, fewer images than a batch
+        (40, 32, 3, 4, 0.2, (32, 4, 3, 4, 32)),  # the README's case: colour, held-out images beside
+        (7, 37, 1, 0, 0.0, (36, 6, 1, 0, 4)),  # a prime side, grey, no labels, fewer images than a batch
         (3, 1, 3, 1, 0.0, (1, 1, 3, 1, 2)),  # one pixel, one class
         (2, 300, 1, 2, 0.0, (256, 16, 1, 2, 2)),  # larger than a first run should have
     ],
