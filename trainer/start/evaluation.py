@@ -136,7 +136,13 @@ def _reference(config: Config, train: DataSurvey) -> Iterator[Finding]:
         yield Finding(text, ("evaluation.reference_images", "data.train"))
     if path is None:
         return
-    settings = ("evaluation.reference", "evaluation.reference_images", "evaluation.features", "data.train")
+    settings = (
+        "evaluation.reference",
+        "evaluation.reference_images",
+        "evaluation.features",
+        "data.train",
+        "data.on_error",
+    )
     if not path.is_file():
         text = f"evaluation.reference={path}: there is no such file (`tarflow reference` makes one; null = made when needed)"
         yield Finding(text, settings)
