@@ -46,6 +46,8 @@ EXAMPLES = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code. A user error is one message, without a traceback."""
     args = parse(sys.argv[1:] if argv is None else argv)
+    for note in repeated(getattr(args, "overrides", [])):
+        print(f"tarflow {args.verb}: note: {note}", file=sys.stderr)
     try:
         return int(args.command.run(args))
     except UserError as error:
@@ -53,6 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"tarflow {args.verb}: error: {error}", file=sys.stderr)
         return 2
+
+
+def repeated(overrides: Sequence[str]) -> list[str]:
+    """What to say of settings that are given several times with different values: a later one wins, as options do."""
+    values: dict[str, list[str]] = {}
+    for key, equals, value in (override.partition("=") for override in overrides):
+        if equals and value not in values.setdefault(key, [])[-1:]:
+            values[key].append(value)
+    return [f"{key} is given as {', then '.join(v)}: the last counts" for key, v in values.items() if len(v) > 1]
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

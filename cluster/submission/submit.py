@@ -143,6 +143,8 @@ def _runs(request: Submission, run_dir: Path) -> list[tuple[Path, Config]]:
         raise ClusterError(f"--array {request.sweep!r} names a value twice: two elements would share a run directory")
     full = key if "." in key else f"train.{key}"
     name = key.rpartition(".")[2]
+    if given := [override for override in request.overrides if override.partition("=")[0] == full]:
+        raise ClusterError(f"--array {request.sweep} and override {given[0]!r} set the same: keep one of them")
     return [
         (
             run_dir / f"{name}-{item.replace('/', '_')}",

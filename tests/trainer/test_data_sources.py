@@ -64,9 +64,9 @@ def test_tars_through_a_pipe_train_as_a_stream(tiny_config: Path, tiny_data: Pat
     numbers = f"{{{shards[0].stem.rsplit('-')[-1]}..{shards[-1].stem.rsplit('-')[-1]}}}"
     pipe = f"data.train=pipe:cat {shards[0].parent}/{shards[0].stem.rsplit('-', 1)[0]}-{numbers}.tar"
     cache = f"data.cache_dir={tmp_path / 'cache'}"
-    short = [pipe, cache, "checkpoint.every_images=80"]
+    short = [pipe, cache, "train.max_images=160", "checkpoint.every_images=80"]
     run = tmp_path / "run"
-    assert train(load_config(tiny_config, [*short, "train.max_images=160"]), run) == FINISHED
+    assert train(load_config(tiny_config, short), run) == FINISHED
     assert train(load_config(tiny_config, [*short, "train.max_images=240"]), run) == FINISHED
     assert find(run).images_seen == 240
     with pytest.raises(TrainerError, match=r"optim\.warmup_images=0 .* length is not known"):

@@ -34,15 +34,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def build_config(tree: Mapping[str, Any], source: str, overrides: Sequence[str]) -> Config:
-    """A `Config` from nested mappings and overrides; `source` appears in errors."""
+    """A `Config` from nested mappings and overrides, of which a later one wins; `source` appears in errors."""
     whole = copy.deepcopy(dict(tree))
     origin: dict[str, str] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or "." not in key:
             raise TrainerError(without_section(override))
-        if origin.get(key) not in (None, f"override {override!r}"):
-            raise TrainerError(f"{key} is set twice, by {origin[key]} and {override!r}: keep one of them")
         origin[key] = f"override {override!r}"
         _assign(whole, key.split("."), parse_yaml(value, f"the value of override {override!r}"))
     return parse_config(whole, source, origin)

@@ -12,8 +12,9 @@ from tarflow.trainer.config.schema import Config
 
 HEAD = """# Configuration
 
-One YAML file and `section.key=value` overrides. Unknown settings are refused with the nearest known name; `--dry-run`
-prints what a configuration amounts to. This page is written by `python -m tarflow.trainer.config.page`.
+One YAML file and `section.key=value` overrides. Unknown settings are refused with the nearest known name, and so is a key
+that stands twice in the file; of two overrides of one setting the last counts, which is said. `--dry-run` prints what a
+configuration amounts to. This page is written by `python -m tarflow.trainer.config.page`.
 """
 
 _NAMES = ", ".join(f"`{name}`" for name in preset_names())

@@ -28,5 +28,5 @@ def test_N02_a_dry_run_of_a_submission_says_what_the_data_are(
 
 
 def test_F12_a_sweep_of_a_setting_that_is_overridden_too_is_refused(verb, config_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"train\.seed is set twice, by override 'train\.seed=3' and 'train\.seed=1'"):
+    with pytest.raises(UserError, match=r"--array seed=1,2 and override 'train\.seed=3' set the same"):
         verb("submit", config_file, "--run-dir", tmp_path / "run", "--dry-run", "--array", "seed=1,2", "train.seed=3")

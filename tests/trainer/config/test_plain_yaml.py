@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import tarflow.cli
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.submission.profile import load_profile
 from tarflow.trainer.config.files import load_config
@@ -44,11 +45,15 @@ def test_F12_a_key_twice_is_refused_with_both_lines(tmp_path: Path, more: str, m
         load(tmp_path, text=BASE + more)
 
 
-def test_F12_twice_on_the_command_line_or_within_an_override(tmp_path: Path) -> None:
-    message = "optim.lr is set twice, by override 'optim.lr=1' and 'optim.lr=2': keep one of them"
-    with pytest.raises(TrainerError, match=re.escape(message)):
-        load(tmp_path, "optim.lr=1", "train.seed=3", "optim.lr=2")
-    assert load(tmp_path, "optim.lr=1", "optim.lr=1").optim.lr == 1  # says the same twice
+def test_F12_twice_on_the_command_line_the_last_counts_and_is_said(tmp_path: Path, capsys) -> None:
+    assert load(tmp_path, "optim.lr=1", "train.seed=3", "optim.lr=2").optim.lr == 2
+    words = ["optim.lr=1", "train.seed=3", "optim.lr=2", "train.seed=3", "train.seed=3"]
+    assert tarflow.cli.main(["train", str(tmp_path / "run.yaml"), "--dry-run", *words]) == 2  # there are no data
+    first, _ = capsys.readouterr().err.splitlines()
+    assert first == "tarflow train: note: optim.lr is given as 1, then 2: the last counts"
+
+
+def test_F12_twice_within_an_override(tmp_path: Path) -> None:
     with pytest.raises(TrainerError, match=r"override 'evaluation.variants=.*'guidance' stands twice"):
         load(tmp_path, "evaluation.variants=[{guidance: 1, guidance: 2}]")
 
