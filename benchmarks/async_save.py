@@ -58,7 +58,7 @@ def main() -> int:
                 tensor.data.add_(1e-3)
             kind = "asynchronous" if number % 2 else "synchronous"
             began = time.monotonic()
-            stall = saver.save(number + 1, last=kind == "synchronous")
+            stall = saver.save(number + 1, number + 1, last=kind == "synchronous")
             saver.collect(wait=True)
             if number >= 2:
                 times[kind].append(stall)

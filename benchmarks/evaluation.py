@@ -61,7 +61,7 @@ def make_run(folder: Path, samples: int, chunk: int) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=rng_weights))
-    temporary = store.temporary_dir(run, 10)
+    temporary = store.temporary_dir(run, 160)
     tensors: dict[str, Any] = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
     tensors["buffer/var"] = model.var
     write_tensors(temporary, tensors)

@@ -1,10 +1,16 @@
 """Lists of hosts and of tasks as Slurm abbreviates them (case C03)."""
 
+import fcntl
+import ipaddress
 import re
 import socket
+import struct
 import subprocess
+from collections.abc import Sequence
 
 from tarflow.cluster.errors import ClusterError
+
+_SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 
 
 def expand(nodes: str) -> list[str]:
@@ -36,21 +42,91 @@ def tasks_of_nodes(text: str) -> list[int]:
     return counts
 
 
-def address(name: str) -> str:
-    """Where a node is reached: NodeAddr in Slurm's configuration (a node's name need not resolve), else its name."""
-    found = name
+def address(name: str, others: Sequence[str] = ()) -> str:
+    """Where a node, on which this runs, is reached by the `others` of its job: NodeAddr in Slurm's configuration (a node's
+    name need not resolve), else its name.
+
+    Debian gives a machine's own name the address 127.0.1.1, which no other machine reaches: then it is the address from
+    which this node talks to the others. Raises ClusterError where there is none.
+    """
+    known_as = node_addr(name)
+    try:
+        found = socket.gethostbyname(known_as)
+    except OSError as error:
+        raise ClusterError(
+            f"the first node of the job, {name}, cannot be reached: its address {known_as!r} does not resolve ({error}); "
+            "set MASTER_ADDR to an address that every node can reach"
+        ) from None
+    if not others or not is_loopback(found) or is_loopback(known_as):  # Slurm's own word: all nodes are this machine
+        return found
+    routed = route_to_any(others)
+    if routed is None:
+        raise ClusterError(
+            f"on node {name} its own name resolves to {found}, which {', '.join(others[:3])} cannot reach, and no other "
+            "address leads from here to them. Give the name its network address in /etc/hosts, or NodeAddr in slurm.conf; "
+            "or set MASTER_ADDR, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (a network interface, e.g. eth0) in the "
+            "profile's `setup`"
+        )
+    return routed
+
+
+def gloo_interface(name: str, others: Sequence[str]) -> str | None:
+    """The network interface that gloo must be told on a node, on which this runs; None if it finds it by itself.
+
+    Gloo listens at the address of the machine's own name. Where that is a loopback, other nodes cannot connect to it.
+    """
+    try:
+        own = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return None  # gloo has a way of its own then, and says so
+    if not others or not is_loopback(own) or is_loopback(node_addr(name)):
+        return None
+    routed = route_to_any(others)
+    return interface_of(routed) if routed else None
+
+
+def node_addr(name: str) -> str:
+    """NodeAddr of a node in Slurm's configuration; its name if Slurm does not answer."""
     try:
         done = subprocess.run(
             ["scontrol", "show", "node", name, "-o"], capture_output=True, text=True, timeout=20, check=True
         )
-        if match := re.search(r"\bNodeAddr=(\S+)", done.stdout):
-            found = match[1]
     except (OSError, subprocess.SubprocessError):
-        pass
+        return name
+    match = re.search(r"\bNodeAddr=(\S+)", done.stdout)
+    return match[1] if match else name
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address (not a name) means the machine itself."""
     try:
-        return socket.gethostbyname(found)
-    except OSError as error:
-        raise ClusterError(
-            f"the first node of the job, {name}, cannot be reached: its address {found!r} does not resolve ({error}); "
-            "set MASTER_ADDR to an address that every node can reach"
-        ) from None
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def route_to_any(nodes: Sequence[str]) -> str | None:
+    """The address from which this machine talks to the first of some nodes that it has a route to; no loopback."""
+    for name in nodes:
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                probe.connect((socket.gethostbyname(node_addr(name)), 9))  # asks the routing table, sends nothing
+                found = str(probe.getsockname()[0])
+        except OSError:
+            continue
+        if not is_loopback(found):
+            return found
+    return None
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has an IPv4 address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                facts = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name[:15].encode()))
+            except OSError:
+                continue  # an interface without an address
+            if socket.inet_ntoa(facts[20:24]) == address:
+                return name
+    return None

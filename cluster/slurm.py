@@ -80,8 +80,18 @@ def exclude_nodes(job: str, nodes: Sequence[str], timeout_s: float = 10, tries: 
 
 def largest_array() -> int | None:
     """How many elements an array may have here (the limit is on the index: case C12); None if unknown."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask(["scontrol", "show", "config"]) or "", re.MULTILINE)
-    return int(found[1]) if found else None
+    found = _configured("MaxArraySize")
+    return int(found) if found and found.isdigit() else None
+
+
+def cluster_name() -> str | None:
+    """The cluster that this machine submits to; None if unknown."""
+    return _configured("ClusterName")
+
+
+def _configured(name: str) -> str | None:
+    found = re.search(rf"^{name}\s*=\s*(\S+)", ask(["scontrol", "show", "config"]) or "", re.MULTILINE)
+    return found[1] if found else None
 
 
 @dataclass(frozen=True)
@@ -97,13 +107,14 @@ class JobState:
 def states(jobs: Sequence[str]) -> dict[str, JobState]:
     """States of jobs: the queue first, accounting for what has left it.
 
-    Accounting alone would call a job over that a failed node or a preemption has sent back to the queue.
+    Accounting alone would call a job over that a failed node or a preemption has sent back to the queue. Where the queue
+    does not answer nothing is known, and the dictionary is empty. A job in neither is over, with an empty state.
     """
-    if not jobs:
+    queue = ask(["squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N"]) if jobs else None
+    if queue is None:
         return {}
     found: dict[str, JobState] = {}
-    queue = ask(["squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N"])
-    for line in (queue or "").splitlines():
+    for line in queue.splitlines():
         job, state, reason, nodes = ([*line.split("|"), "", "", ""])[:4]
         if job in jobs and state in LIVE:
             found[job] = JobState(state, reason if reason != "None" else "", nodes, live=True)
@@ -114,7 +125,7 @@ def states(jobs: Sequence[str]) -> dict[str, JobState]:
             job, state, code, nodes = ([*line.split("|"), "", "", ""])[:4]
             if job in rest and state:
                 found[job] = JobState(state.split()[0], f"exit {code.split(':')[0]}", nodes)
-    return found
+    return {job: JobState("") for job in rest} | found
 
 
 LIVE = {

@@ -1,12 +1,12 @@
 """Results on disk: one directory per checkpoint and settings, written once (contract 9).
 
-evals/step-00001000/              the run's own settings
-evals/step-00001000-0123456789ab/ other settings, by their hash
+evals/images-000000016000/              the run's own settings, by the checkpoint's name
+evals/images-000000016000-0123456789ab/ other settings, by their hash
     result.json  every figure and every setting; the same bytes whoever did the work
     work.json    who did it, when, how long it took
-evals/weights-0123456789ab-.../   of a weights file
-evals/work/                       chunks of results in the making
-evals.jsonl                       one line per result; TensorBoard has the same figures
+evals/weights-0123456789ab-.../         of a weights file
+evals/work/                             chunks of results in the making
+evals.jsonl                             one line per result; TensorBoard has the same figures
 """
 
 import json
@@ -21,7 +21,8 @@ from typing import Any
 
 from tarflow.evaluation.event_file import append_events
 from tarflow.evaluation.metrics.names import is_distance, is_kernel
-from tarflow.files import append_json_line, listed, publish_dir, read_json_lines
+from tarflow.files import append_json_line, discard, free_name, listed, publish_dir, read_json_lines
+from tarflow.trainer.checkpoint.names import leading_name
 
 RESULT = "result.json"
 WORK = "work.json"  # who did it and how long it took: apart, so that equal settings give equal result files
@@ -40,17 +41,16 @@ def work_dir(run_dir: Path, key: str) -> Path:
     return evals_dir(run_dir) / "work" / key
 
 
-def result_name(run_dir: Path, step: int, settings_hash: str, own: bool) -> str:
-    """Name of the directory of a result: plain for the run's own settings, otherwise with the settings' hash.
+def result_name(run_dir: Path, checkpoint: str, settings_hash: str, own: bool) -> str:
+    """Name of the directory of a checkpoint's result: the checkpoint's for the run's own settings, otherwise with their hash.
 
-    If the run's own settings changed after a step was evaluated, the new result stands beside the old one.
+    If the run's own settings changed after a checkpoint was evaluated, the new result stands beside the old one.
     """
-    plain = f"step-{step:08d}"
     if own:
-        there = read_result(evals_dir(run_dir) / plain)
+        there = read_result(evals_dir(run_dir) / checkpoint)
         if there is None or there.get("settings_hash") == settings_hash:
-            return plain
-    return f"{plain}-{settings_hash}"
+            return checkpoint
+    return f"{checkpoint}-{settings_hash}"
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -69,10 +69,10 @@ def _read_object(path: Path) -> dict[str, Any] | None:
 
 def read_results(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
     """All results of a run with their directories, by images seen and name."""
-    folder = evals_dir(run_dir)
     found = []
-    for path in [*listed(folder, "step-*"), *listed(folder, "weights-*")]:
-        result = read_result(path)
+    for path in listed(evals_dir(run_dir)):
+        ours = leading_name(path.name) or path.name.startswith("weights-")
+        result = read_result(path) if ours else None
         if result is not None:
             found.append((path, result))
     return sorted(found, key=lambda item: (item[1].get("images_seen") or 0, item[0].name))
@@ -101,8 +101,8 @@ def sweep(run_dir: Path) -> None:
         name = path.name.rsplit("-", 2)[0]
         result = read_result(evals_dir(run_dir) / name)
         published = result and path.name == f"{name}-{result['settings_hash']}-{result['weights_sha256'][:12]}"
-        step = name[: len("step-00000000")]
-        forgotten = step.startswith("step-") and not (run_dir / "checkpoints" / step).exists()
+        checkpoint = leading_name(name)
+        forgotten = checkpoint and not (run_dir / "checkpoints" / checkpoint).exists()
         if published or forgotten or path.name.endswith(".gone"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -115,11 +115,29 @@ def publish(run_dir: Path, temporary: Path, name: str, tensorboard: bool) -> boo
     return True
 
 
+def set_damaged_aside(run_dir: Path, name: str) -> Path | None:
+    """Make room where a result's directory has no readable result, which published ones have; where it lies now."""
+    folder = evals_dir(run_dir) / name
+    try:
+        if not folder.is_dir() or isinstance(json.loads((folder / RESULT).read_text()), dict):
+            return None
+    except (FileNotFoundError, ValueError):
+        pass
+    except OSError:  # it may be whole for those who can read it
+        return None
+    kept = free_name(evals_dir(run_dir) / f"damaged-{name}")
+    try:
+        os.rename(folder, kept)
+    except FileNotFoundError:  # another worker saw it too
+        return None
+    return kept
+
+
 def supersede(run_dir: Path, name: str, result: dict[str, Any]) -> None:
     """Set a result aside whose checkpoint was saved again with other weights."""
     kept = evals_dir(run_dir) / f"superseded-{name}-{str(result.get('weights_sha256'))[:8]}"
-    shutil.rmtree(kept, ignore_errors=True)
-    os.rename(evals_dir(run_dir) / name, kept)
+    discard(kept)
+    os.rename(evals_dir(run_dir) / name, free_name(kept))
 
 
 def announce(run_dir: Path, tensorboard: bool, older_than_s: float = 0.0) -> None:
@@ -155,7 +173,7 @@ def metrics(result: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _write_tensorboard(run_dir: Path, name: str, result: dict[str, Any]) -> None:
-    suffix = name.removeprefix(f"step-{result['step']:08d}")  # other settings are curves of their own
+    suffix = name.removeprefix(leading_name(name))  # other settings are curves of their own
     figures = {f"eval{suffix}/{key}": value for key, value in metrics(result).items() if value is not None}
     grid = {f"eval{suffix}/grid": evals_dir(run_dir) / name / "grid.png"}
     append_events(run_dir, result["images_seen"], figures, grid, float(result.get("time") or time.time()))

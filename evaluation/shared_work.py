@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tarflow.evaluation.errors import EvaluationError
 from tarflow.files import listed, put_once
 
 HEARTBEATS = 5  # renewals of a claim within a lease
@@ -52,6 +53,13 @@ class SharedWork:
 
     def done(self, name: str) -> bool:
         return self.path(name).exists()
+
+    def give_back(self, names: Sequence[str], whole: Callable[[Path], bool]) -> list[str]:
+        """Give back units that were done but whose files are no longer whole, to be done again; their names."""
+        damaged = [name for name in names if self.done(name) and not whole(self.path(name))]
+        for name in damaged:
+            self.path(name).unlink(missing_ok=True)
+        return damaged
 
     def work_through(
         self, names: Sequence[str], compute: Callable[[str, Path], None], over: Callable[[], bool] = lambda: False
@@ -119,8 +127,10 @@ class SharedWork:
         if not path.exists():
             temporary.write_text(json.dumps(plan, indent=1))
             put_once(temporary, path)
-        agreed: dict[str, Any] = json.loads(path.read_text())
-        return agreed
+        try:
+            return dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            raise EvaluationError(f"{path} is damaged: remove {self.folder} to begin this work again") from None
 
     # --- claims ----------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,8 @@ class Provenance(Section):
             what += f" ({self.images_seen:,} images)"
         if self.noise is None:
             return f"{what}; the noise that they were trained on is not known"
-        noise = "uniform noise" if self.noise == "uniform" else f"Gaussian noise of standard deviation {self.noise_std:g}"
+        noise = (
+            "uniform noise" if self.noise == "uniform" else f"Gaussian noise of standard deviation {self.noise_std:g}"
+        )
         dropout = "" if self.label_dropout is None else f", label dropout {self.label_dropout:g}"
         return f"{what}, trained on {noise}{dropout}"

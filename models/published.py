@@ -31,7 +31,9 @@ def without_masks(config: TarFlowConfig, weights: Mapping[str, Tensor], where: s
     for name in masks & weights.keys():
         mask, size = weights[name], (config.num_tokens, config.num_tokens)
         if mask.shape != size or not torch.equal(mask.float(), torch.ones(size).tril()):
-            raise ModelError(f"{where}: {name} is not the lower triangle of ones that makes this model's attention causal")
+            raise ModelError(
+                f"{where}: {name} is not the lower triangle of ones that makes this model's attention causal"
+            )
     return {name: tensor for name, tensor in weights.items() if name not in masks}
 
 

@@ -30,7 +30,9 @@ def describe_code(code: dict[str, Any]) -> str:
     """The same in a few words, for people."""
     commit = code.get("commit")
     changed = " with changes that are not committed" if code.get("dirty") else ""
-    return f"tarflow {code.get('version', '(version not known)')}" + (f", commit {commit[:12]}{changed}" if commit else "")
+    return f"tarflow {code.get('version', '(version not known)')}" + (
+        f", commit {commit[:12]}{changed}" if commit else ""
+    )
 
 
 def _noted() -> dict[str, Any]:

@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import shutil
+import tempfile
 import uuid
 import zlib
 from collections.abc import Callable
@@ -36,6 +37,13 @@ def listed(folder: Path, pattern: str = "*") -> list[Path]:
     Python 3.13.)
     """
     return sorted(folder / name for name in glob.glob(pattern, root_dir=folder, include_hidden=True))
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError if no file can be made in `folder`, which is made where it is missing. Nothing is left there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -75,6 +83,32 @@ def _write_utf8(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def discard(path: Path) -> str | None:
+    """Remove a directory that nobody needs, as far as that goes; why some of it stays, or None if it is gone.
+
+    A file that someone holds open over NFS, or a directory that may not be written, is no reason to fail: whoever calls
+    this says so, and tries again later.
+    """
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        shutil.rmtree(path, ignore_errors=True)  # someone else removes it, too
+    except OSError as error:
+        shutil.rmtree(path, ignore_errors=True)  # the rest of it
+        if os.path.lexists(path):
+            return f"{error.strerror or error}: {error.filename or path}"
+    return None
+
+
+def free_name(path: Path) -> Path:
+    """The path, or the first of `path-2`, `path-3` ... that nothing stands at."""
+    free, number = path, 1
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
 def publish_dir(temporary: Path, final: Path) -> bool:
     """Rename a finished directory into place; False if there is one already (someone was faster)."""
     fsync_tree(temporary)
@@ -83,7 +117,7 @@ def publish_dir(temporary: Path, final: Path) -> bool:
     except OSError:
         if not final.exists():
             raise
-        shutil.rmtree(temporary)
+        discard(temporary)
         return False
     return True
 
@@ -92,12 +126,13 @@ def replace_dir(temporary: Path, final: Path) -> None:
     """Rename a finished directory into place; an older one of that name gives way last."""
     fsync_tree(temporary)
     old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    discard(old)
+    old = free_name(old)
     if final.exists():
         final.rename(old)
     temporary.rename(final)
     fsync_path(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    discard(old)
 
 
 def put_once(temporary: Path, final: Path) -> None:

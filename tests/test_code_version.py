@@ -20,7 +20,9 @@ PROGRAM = "import json; from tarflow.code_version import code_version; print(jso
 def git(folder: Path, *arguments: str) -> str:
     who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main")
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    done = subprocess.run(["git", *who, "-C", str(folder), *arguments], env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["git", *who, "-C", str(folder), *arguments], env=env, capture_output=True, text=True, check=True
+    )
     return done.stdout.strip()
 
 
@@ -57,7 +59,9 @@ def test_V08_a_checkout_says_its_commit_and_whether_files_differ(package: Path) 
     (package / "runs").mkdir()
     (package / "runs" / "config.yaml").write_text("")
     assert ask(package) == clean, "what is no part of the package changes nothing"
-    assert ask(package, GIT_DIR="/nowhere", GIT_WORK_TREE="/") == clean, "another repository's variables are not followed"
+    assert ask(package, GIT_DIR="/nowhere", GIT_WORK_TREE="/") == clean, (
+        "another repository's variables are not followed"
+    )
     (package / "models" / "new.py").write_text("")
     assert ask(package) == clean | {"dirty": True}
     (package / "models" / "new.py").unlink()
@@ -76,7 +80,9 @@ def test_V08_an_installed_package_says_its_version_alone(package: Path, tmp_path
     assert ask(package) == {"version": __version__}
 
 
-def test_V08_a_copy_for_a_job_says_the_commit_of_its_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_V08_a_copy_for_a_job_says_the_commit_of_its_submission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def take(commit: str) -> Path:
         here = {"version": __version__, "commit": commit, "dirty": True}
         monkeypatch.setattr(snapshot, "code_version", lambda: here)
@@ -94,4 +100,6 @@ def test_V08_a_copy_for_a_job_says_the_commit_of_its_submission(tmp_path: Path, 
 def test_V08_in_words() -> None:
     assert describe_code({"version": "1.2"}) == "tarflow 1.2"
     assert describe_code({"version": "1.2", "commit": "ab" * 20, "dirty": False}) == "tarflow 1.2, commit abababababab"
-    assert "with changes that are not committed" in describe_code({"version": "1.2", "commit": "ab" * 20, "dirty": True})
+    assert "with changes that are not committed" in describe_code(
+        {"version": "1.2", "commit": "ab" * 20, "dirty": True}
+    )

@@ -171,7 +171,7 @@ def test_from_the_data_to_the_report_by_the_console_script(trained: Installed) -
     work = trained.work
     assert losses(work / "run")[-1][0] == 20
     trained.tarflow("evaluate", "run", "--once")
-    (result,) = (work / "run" / "evals").glob("step-00000020*/result.json")
+    (result,) = (work / "run" / "evals").glob("images-000000000320*/result.json")
     assert json.loads(result.read_text())["problem"] in (None, "")
     assert (result.parent / "grid.png").stat().st_size > 0
     trained.tarflow("sample", "run", "--out", "samples", "--num", "4")

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from tarflow.code_version import code_version, describe_code
+from tarflow.data_pipeline.loading.choose_reader import DataFacts
 from tarflow.data_pipeline.loading.loader import Loader
 from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 from tarflow.models.cost import flops_per_image, peak_rate
@@ -73,8 +74,7 @@ def _train(
         for line in start.lines():
             log.say(line)
         run = Run(config, run_dir, plan, log, world, device, watchdog, start.warmup_images)
-        run.saver.classes = start.train.classes
-        run.start(start.train.facts.fingerprint, init_from, accept_new_data, init_partial)
+        run.start(start.train.facts, init_from, accept_new_data, init_partial)
         if not run.check_progress(run_dir):
             return NO_PROGRESS
         if world.first:
@@ -97,12 +97,13 @@ class Run:
         self.ema = EMA(self.backend, config.ema.relative_stds, config.ema.decays)
         self.saver = Saver(config, run_dir, self.backend, self.ema, world, log)
         self.images_seen = 0
+        self._tried = self._passed_over = 0  # optimizer steps: all, and those known to have changed nothing
         self._reading: tuple[PendingMetrics, int, int, float] | None = None
         self._failing = False
         self._peak = peak_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
     def start(
-        self, fingerprint: str, init_from: Path | None, accept_new_data: bool, init_partial: bool = False
+        self, facts: DataFacts, init_from: Path | None, accept_new_data: bool, init_partial: bool = False
     ) -> None:
         """Resume, or start from given or fresh weights; the log says which."""
         if self.world.first:
@@ -115,7 +116,8 @@ class Run:
         wanted = self.config.parallel.world_size
         if wanted not in (0, self.world.size):
             self.log.say(f"note: made for parallel.world_size={wanted} processes, running on {self.world.size}")
-        self.images_seen = self.saver.restore(fingerprint, init_from, accept_new_data, init_partial)
+        self.images_seen, self._tried = self.saver.restore(facts, init_from, accept_new_data, init_partial)
+        self._passed_over = int(self.backend.skipped()[0])
 
     def check_progress(self, run_dir: Path) -> bool:
         """False, with a last line in the log, if restarts keep coming back to this position."""
@@ -164,7 +166,7 @@ class Run:
                     self._report(block=True)
                     images = window.steps * self.plan.global_batch_size
                     reading = window.close(self.backend.skipped(), images)
-                    self._reading = (reading, self.step_count, self.images_seen, lr)
+                    self._reading = (reading, self._tried, self.images_seen, lr)
                     window = Window(self.device)
                 if self.saver.due(self.images_seen):
                     window.checkpoint_stall_s += self._save()
@@ -176,7 +178,7 @@ class Run:
 
     def _save(self) -> float:
         self.watchdog.phase("save")
-        return self.saver.save(self.images_seen)
+        return self.saver.save(self.images_seen, self._tried)
 
     def _skip_batch(self, batch: StepInput) -> bool:
         """Pass over a batch that `train.skip_images` names: only the counter moves on."""
@@ -198,7 +200,7 @@ class Run:
 
     def _end(self, action: int, stop: StopRequest) -> int:
         self.watchdog.phase("end")
-        self.saver.save(self.images_seen, last=True)
+        self.saver.save(self.images_seen, self._tried, last=True)
         if action == FAIL and int(self.backend.skipped()[1]) < self.config.train.max_skipped_in_a_row:
             raise TrainerError(
                 f"{self.config.checkpoint.max_failures} saves in a row failed, the last one at step {self.step_count} did "
@@ -230,25 +232,28 @@ class Run:
         self.images_seen = batch.images_seen + size
         lr = learning_rate(config.optim, self.images_seen, self.warmup_images, config.train.max_images)
         window.add(stats, self.backend.optimizer_step(lr))
+        self._tried += 1
         self.ema.update(self.images_seen, size)
         return lr
 
     @property
     def step_count(self) -> int:
-        return self.images_seen // self.plan.global_batch_size
+        """Optimizer steps taken, as far as is known without waiting for the device."""
+        return self._tried - self._passed_over
 
     def _report(self, block: bool) -> None:
         """Write the figures of the last window once they are here (`block`: now)."""
         if self._reading is None or not (block or self._reading[0].ready()):
             return
-        reading, step, images_seen, lr = self._reading
+        reading, tried, images_seen, lr = self._reading
         self._reading = None
         row = reading.wait()
         if self._peak:
             flops = row["throughput/images_per_sec"] * flops_per_image(self.config.model)
             row["throughput/mfu"] = flops / (self._peak * self.world.size)
         self._failing = row["optim/skipped_in_a_row"] >= self.config.train.max_skipped_in_a_row
-        self.log.figures(step, images_seen, self.config.train.max_images, row | {"optim/lr": lr})
+        self._passed_over = round(row["optim/skipped_steps"])
+        self.log.figures(tried - self._passed_over, images_seen, self.config.train.max_images, row | {"optim/lr": lr})
 
     def _loader(self) -> Loader:
         model = self.config.model

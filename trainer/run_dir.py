@@ -11,12 +11,31 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tarflow.files import write_text
 from tarflow.trainer.config.files import config_text, load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError
+
+JOB_VARIABLE = "TARFLOW_JOB"  # in the environment of a training that a Slurm job started: the job's id
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that writes a run."""
+
+    host: str
+    pid: int
+    job: str = ""  # of Slurm, if one started it
+
+    @classmethod
+    def of_this_process(cls) -> "Holder":
+        return cls(os.uname().nodename, os.getpid(), os.environ.get(JOB_VARIABLE, ""))
+
+    def __str__(self) -> str:
+        return f"host {self.host}, pid {self.pid}" + (f", Slurm job {self.job}" if self.job else "")
 
 
 def is_run(run_dir: str | Path) -> bool:
@@ -86,11 +105,19 @@ def writer_lock(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            file.seek(0)
             raise TrainerError(
-                f"run {run_dir} is in use by another process ({file.read().strip()}); two writers would garble it"
+                f"run {run_dir} is in use by another process ({read_holder(run_dir) or 'unknown'}); "
+                "two writers would garble it"
             ) from None
         file.truncate(0)
-        file.write(f"host {os.uname().nodename}, pid {os.getpid()}")
+        file.write(json.dumps(asdict(Holder.of_this_process())))
         file.flush()
         yield
+
+
+def read_holder(run_dir: Path) -> Holder | None:
+    """Who took the lock of a run last; None if that is not known."""
+    try:
+        return Holder(**json.loads((run_dir / ".lock").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None

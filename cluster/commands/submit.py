@@ -12,8 +12,9 @@ EXAMPLE = """example:
 
 The job saves and requeues itself at its time limit, on preemption and after a failure, and goes on from the newest
 checkpoint. What runs is the code and the configuration as they are now: both are copied to RUN/slurm/.
+A run has one living job: a second one is refused, or waits with --after-running.
 A job's exit codes: 0 finished or cancelled, 75 saved and requeued, 76 no progress, 78 too many restarts, 79 saved
-but Slurm did not take it back. The last line of its log says which.
+but Slurm did not take it back, 80 another process trains the run. The last line of its log says which.
 """
 
 
@@ -39,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--array", metavar="KEY=A,B,C", help="one run for each value, as one job array")
     parser.add_argument("--evaluate", action="store_true", help="submit a worker that evaluates every checkpoint too")
     parser.add_argument("--eval-profile", type=Path, metavar="FILE", help="profile of that worker (default: --profile)")
+    parser.add_argument(
+        "--after-running", action="store_true", help="let it wait for the end of the run's jobs that are in the queue"
+    )
     add_profile(parser)
 
 
@@ -59,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
         config=args.config, run_dir=args.run, profile=profile, nodes=args.nodes, tasks_per_node=tasks,
         one_task_per_node=args.one_task_per_node,
         overrides=list(args.overrides), sweep=args.array, evaluate=args.evaluate,
-        eval_profile=load_profile(args.eval_profile) if args.eval_profile else None, dry_run=args.dry_run,
+        eval_profile=load_profile(args.eval_profile) if args.eval_profile else None,
+        after_running=args.after_running, dry_run=args.dry_run,
         arguments=_words_after("submit"),
     )  # fmt: skip
     say("\n".join(submit(request)))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tarflow.cluster.exit_codes import FINISHED, NO_PROGRESS, REQUEUE, REQUEUE_LIMIT
+from tarflow.cluster.exit_codes import FINISHED, IN_USE, NO_PROGRESS, REQUEUE, REQUEUE_LIMIT
 from tarflow.files import write_text
 
 
@@ -92,10 +92,13 @@ def fruitless(starts: Sequence[Mapping[str, Any]], step: int) -> int:
 
 def decide(outcome: Outcome, chain: Chain, step: int, limits: Limits, cancelled: bool = False) -> Decision:
     """The rule. Whatever failed may be the node's or the file system's fault and is tried again, while there is
-    progress: a chain ends by finishing, by being cancelled, by "no progress" or by the limit of restarts."""
+    progress: a chain ends by finishing, by being cancelled, by "no progress", by the limit of restarts, or because the run is
+    another's."""
     restarts = chain.restarts
     times = f"{restarts} restart{'s' if restarts != 1 else ''}"
     why = outcome.text or ("stopped on request" if outcome.stopped else f"exit code {outcome.code}")
+    if outcome.code == IN_USE:
+        return Decision(False, IN_USE, f"stopped: {why}")
     if outcome.code == FINISHED:
         return Decision(False, FINISHED, f"finished at step {step} after {times}")
     if cancelled:

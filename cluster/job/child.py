@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from types import FrameType
-from typing import Any
 
 from tarflow.cluster.exit_codes import FINISHED, NO_PROGRESS, REQUEUE
 
@@ -17,21 +16,23 @@ HANDED_ON = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
 class Signals:
-    """While entered, stop signals set a flag and go on to the child. Nothing else happens inside a handler (case C07)."""
+    """While entered, stop signals set a flag and go on to the child, and afterwards they are ignored. Nothing else happens
+    inside a handler (case C07)."""
 
     def __init__(self) -> None:
         self.received: str | None = None
         self.child: Children | None = None
-        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Signals":
         for number in HANDED_ON:
-            self._previous[number] = signal.signal(number, self._handle)
+            signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        # The task is about to leave. A signal now is too late to mean anything, and must not make it a bad exit, for
+        # which srun would kill the first task in the middle of its save or its requeue.
+        for number in HANDED_ON:
+            signal.signal(number, signal.SIG_IGN)
 
     def stopped(self) -> bool:
         """Whether this task was asked to stop."""

@@ -4,7 +4,6 @@ The job is pickled by submitit. Its own signal handling replaces submitit's as s
 signal of a short job a time-out, loses the race against Slurm's own requeue, and takes its error for the job's result.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -19,15 +18,19 @@ from typing import Any
 
 from tarflow.cluster import slurm
 from tarflow.cluster.errors import ClusterError
-from tarflow.cluster.exit_codes import CANNOT_REQUEUE, FAILED, FINISHED, HUNG, NO_PROGRESS, REQUEUE, USAGE
+from tarflow.cluster.exit_codes import CANNOT_REQUEUE, FAILED, FINISHED, HUNG, IN_USE, NO_PROGRESS, REQUEUE, USAGE
+from tarflow.cluster.hosts import expand, gloo_interface
 from tarflow.cluster.job.all_reduce import DEVICE_FAILED
 from tarflow.cluster.job.chain import Chain, Limits, Outcome, decide, exhausted
 from tarflow.cluster.job.child import PATIENCE_S, Children, Signals
 from tarflow.cluster.job.environment import Place, find_place, job_id, restart_count, scrubbed
 from tarflow.cluster.job.preflight import BadNodeError, all_reduce_command, check_node, check_shared
+from tarflow.cluster.job.record import submissions
 from tarflow.cluster.job.rendezvous import meet
+from tarflow.cluster.job.writer import RunInUseError, other_writer, wait_for_writer
 from tarflow.files import listed, write_text
 from tarflow.interpreter import HOME, module_command
+from tarflow.trainer.run_dir import JOB_VARIABLE
 
 FORMAT = 2  # of the pickled job
 
@@ -73,6 +76,7 @@ class Task:
         self.folder = self.slurm_dir / "starts" / f"{self.id}-{self.restart}"
         self.round = self.folder  # where tasks meet and note failures: another one after a restart in place
         self.chain = Chain.load(self.slurm_dir, self.id)
+        self.network: dict[str, str] = {}  # variables of the processes, see find_network
 
     @property
     def first(self) -> bool:
@@ -83,21 +87,32 @@ class Task:
 
     def environment(self) -> dict[str, str]:
         """What a process gets that this task starts."""
-        return {**scrubbed(os.environ), "PYTHONPATH": self.job.code, "PYTHONSAFEPATH": "1"}
+        own = {"PYTHONPATH": self.job.code, "PYTHONSAFEPATH": "1", JOB_VARIABLE: self.id}
+        return {**scrubbed(os.environ), **own, **self.network}
+
+    def find_network(self) -> None:
+        """Tell gloo which network leads to the other nodes, where it would listen on a loopback."""
+        nodes = expand(os.environ["SLURM_JOB_NODELIST"]) if self.place.size > self.place.local_size else []
+        others = [name for name in nodes if name != self.node]
+        if others and "GLOO_SOCKET_IFNAME" not in os.environ and (found := gloo_interface(self.node, others)):
+            self.network["GLOO_SOCKET_IFNAME"] = found
+            self.say(f"this node's own name is a loopback (/etc/hosts): GLOO_SOCKET_IFNAME={found}, towards {others[0]}")
 
     def run(self) -> int:
         """Work until it ends, then see to what follows. Returns 0, or leaves with another exit code."""
         with Signals() as signals:
             try:
-                self.begin()
+                self.begin(signals)
                 outcome = self.work(signals)
+            except RunInUseError as error:
+                outcome = Outcome(IN_USE, str(error))
             except BadNodeError as error:
                 outcome = Outcome(FAILED, str(error), error.node)
             except (ClusterError, OSError) as error:
                 outcome = Outcome(FAILED, str(error))
             return self.end_first(outcome) if self.first else self.end_other(outcome, signals)
 
-    def begin(self) -> None:
+    def begin(self, signals: Signals) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.first:  # counted before anything can fail: else a job that always fails here would restart for ever
             nodes = os.environ.get("SLURM_JOB_NODELIST", self.node)
@@ -107,11 +122,12 @@ class Task:
                 self.finish(over.code, over.text)
         check_code(self.job)
         if self.first and self.job.kind == "train":
-            wait_for_writer(self.run_dir, self.say)
+            wait_for_writer(self.run_dir, self.id, self.say, signals.stopped)
 
     def work(self, signals: Signals) -> Outcome:
         """Preflight, then the processes; again on the same nodes as often as the profile allows."""
         job, place = self.job, self.place
+        self.find_network()
         if job.preflight != "off":
             check_node(self.run_dir, self.node, job.gpus if job.preflight == "full" else 0, job.min_free_gb)
             if place.size > 1:
@@ -258,6 +274,10 @@ class Task:
             self.chain.save()
         cancelled = (self.slurm_dir / f"cancel-{self.id}").exists()
         decision = decide(outcome, self.chain, progress(self.job), self.job.limits, cancelled)
+        if decision.requeue and self.job.kind == "train" and (holder := other_writer(self.run_dir, self.id)):
+            # It came in between. Its progress would count as this job's, and keep a job alive that has none.
+            text = f"{RunInUseError(self.run_dir, holder)} (this start: {outcome.text})"
+            decision = decide(Outcome(IN_USE, text), self.chain, 0, self.job.limits)
         if not decision.requeue:
             self.finish(decision.code, decision.text)
             return FINISHED
@@ -319,31 +339,20 @@ def progress(job: Job) -> int:
 
 
 def training_failed(slurm_dir: Path, job: str) -> str:
-    """The last line of a training whose chain ended before its end; empty while it may still go on, or when finished."""
-    ended = Chain.load(slurm_dir, job).ended
-    if ended is None or ended["text"].startswith("finished"):
-        return ""
-    return f"training job {job} has ended: {ended['text']}"
+    """The last line of a training that ended before its end; empty while it may still go on, or when finished.
 
-
-def wait_for_writer(run_dir: Path, say: Any, patience_s: float = 120.0) -> None:
-    """Let an old start of the run die: Slurm may start a job again while the processes of a lost node live on."""
-    end = time.monotonic() + patience_s
-    told = False
-    while True:
-        with open(run_dir / ".lock", "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except OSError:
-                file.seek(0)
-                holder = file.read().strip()
-        if time.monotonic() > end:
-            raise ClusterError(f"run {run_dir} is still in use by another process after {patience_s:.0f} s ({holder})")
-        if not told:
-            say(f"waiting for the process that still holds the run ({holder})")
-            told = True
-        time.sleep(0.5)
+    A job that was queued behind the followed one may go on with the run; one that found the run in use leaves it to the
+    job before.
+    """
+    jobs = [entry["job"] for entry in submissions(slurm_dir.parent) if entry.get("kind") == "train"]
+    chains = [Chain.load(slurm_dir, one) for one in (jobs if job in jobs else [job])]
+    first = jobs.index(job) if job in jobs else 0
+    while first > 0 and (ended := chains[first].ended) is not None and ended["code"] == IN_USE:
+        first -= 1
+    for chain in chains[first:]:
+        if chain.ended is None or chain.ended["text"].startswith("finished"):
+            return ""
+    return f"training job {job} has ended: {chains[-1].ended['text']}" if chains[-1].ended else ""
 
 
 def shield_submitit() -> None:

@@ -50,7 +50,10 @@ def meet(
     """Open the meeting point (rank 0) or wait for it (the others). None: asked to stop while waiting."""
     file = folder / "rendezvous.json"
     if place.rank == 0:
-        host = env.get("MASTER_ADDR") or address(expand(env["SLURM_JOB_NODELIST"])[0])
+        host = env.get("MASTER_ADDR")
+        if not host:
+            first, *others = expand(env["SLURM_JOB_NODELIST"])
+            host = address(first, others)
         stores = _store(host, 0), _store(host, int(env.get("MASTER_PORT", "0")))
         meeting = Meeting(host, stores[0].port, stores[1].port, stores)
         write_text(file, json.dumps({"host": host, "check_port": meeting.check_port, "port": meeting.port}))

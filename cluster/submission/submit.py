@@ -1,7 +1,6 @@
 """From a configuration and a profile to jobs in Slurm's queue; submitit does the submitting."""
 
 import contextlib
-import json
 import os
 import shlex
 import sys
@@ -16,7 +15,9 @@ from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job.chain import Limits
 from tarflow.cluster.job.environment import scrubbed
 from tarflow.cluster.job.job import Job
+from tarflow.cluster.job.record import jobs_of, note_job, submissions
 from tarflow.cluster.submission import snapshot
+from tarflow.cluster.submission.in_use import jobs_to_wait_for
 from tarflow.cluster.submission.profile import Profile
 from tarflow.files import write_text
 from tarflow.trainer.config.files import config_text, load_config
@@ -42,6 +43,8 @@ class Submission:
     sweep: str | None = None  # key=value,value,...
     evaluate: bool = False
     eval_profile: Profile | None = None
+    after_running: bool = False  # start once the run's jobs in the queue are over
+    options: list[str] = field(default_factory=list)  # further arguments of `tarflow train`
     dry_run: bool = False
     arguments: list[str] = field(default_factory=list)  # of the command line, to say how to go on by hand
 
@@ -64,6 +67,9 @@ def submit(request: Submission) -> list[str]:
     starts = [check_start(config, path, world_size) for path, config in runs]
     outlines = [describe(config, world_size) for _, config in runs]
     train = _executor(request.profile, run_dir, run_dir.name, request.nodes, *request.tasks, request.dry_run)
+    before = [] if request.dry_run else jobs_to_wait_for([path for path, _ in runs], request.after_running)
+    if before:
+        train.parameters["dependency"] = "afterany:" + ":".join(before)
     if request.dry_run:
         text = [sbatch_text(train, len(plans))]
         if request.evaluate:
@@ -78,6 +84,7 @@ def submit(request: Submission) -> list[str]:
     ids = _send(train, plans)
     lines = [_record(path, "train", job, train.folder, request) for (path, _), job in zip(runs, ids)]
     lines = list(dict.fromkeys(line for start in starts for line in start.lines())) + lines
+    lines += [f"it waits for job {', '.join(before)} to end (--after-running)"] if before else []
     if request.evaluate:
         jobs = [evaluation_job(path, plan.code, request.eval_profile or request.profile, job)
                 for (path, _), plan, job in zip(runs, plans, ids)]  # fmt: skip
@@ -89,6 +96,7 @@ def submit(request: Submission) -> list[str]:
                 "\n".join(lines) + f"\nbut not its evaluation: {error}; `tarflow submit-eval RUN` tries again"
             ) from None
         lines += [_record(path, "evaluate", job, executor.folder) for (path, _), job in zip(runs, eval_ids)]
+        lines += _beside([path for path, _ in runs], eval_ids)
     return lines
 
 
@@ -105,7 +113,19 @@ def submit_evaluation(run_dir: Path, profile: Profile, overrides: Sequence[str],
     code = snapshot.take(run_dir / "slurm")
     trainings = [entry["job"] for entry in submissions(run_dir) if entry["kind"] == "train"]
     job = evaluation_job(run_dir, str(code), profile, trainings[-1] if trainings else None, overrides)
-    return [_record(run_dir, "evaluate", _send(executor, [job])[0], executor.folder)]
+    sent = _send(executor, [job])
+    return [_record(run_dir, "evaluate", sent[0], executor.folder), *_beside([run_dir], sent)]
+
+
+def _beside(runs: Sequence[Path], sent: Sequence[str]) -> list[str]:
+    """Other evaluations of the runs in the queue: they share the work, which may or may not be what was meant."""
+    found = jobs_of(list(runs), "evaluate")
+    return [
+        f"note: {jobs.describe(entry)} evaluates this run too; they share the work"
+        for jobs in found.values()
+        for entry in jobs.live
+        if entry["job"] not in sent
+    ]
 
 
 def _comment(title: str, text: str) -> str:
@@ -282,21 +302,10 @@ def clean_environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-def submissions(run_dir: Path) -> list[dict[str, Any]]:
-    """Jobs that were submitted for a run, oldest first."""
-    try:
-        lines = (run_dir / "slurm" / "jobs.jsonl").read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines if line.strip()]
-
-
 def _record(run_dir: Path, kind: str, job: str, logs: Path, request: Submission | None = None) -> str:
-    """Note a job in its run. `logs`: submitit's folder; a sweep's elements share one."""
-    entry: dict[str, Any] = {"job": job, "kind": kind, "time": time.time(), "logs": str(logs)}
+    more = {}
     if request is not None:
         tasks, ranks = request.tasks
-        entry |= {"nodes": request.nodes, "tasks_per_node": tasks, "ranks_per_task": ranks}
-    with open(run_dir / "slurm" / "jobs.jsonl", "a") as file:
-        file.write(json.dumps(entry) + "\n")
+        more = {"nodes": request.nodes, "tasks_per_node": tasks, "ranks_per_task": ranks}
+    note_job(run_dir, kind, job, logs, **more)
     return f"submitted {kind} job {job} for {run_dir}; logs: {logs}/{job}_*_log.out"

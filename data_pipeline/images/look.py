@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from tarflow.data_pipeline.images.formats import FORMATS
+from tarflow.data_pipeline.images.opening import png_without_metadata
+
 _GREY = ("1", "L", "LA", "La", "F")
 _ORIENTATION = 0x0112
 _SIDE = 64  # colours are looked for in a picture of at most this side
@@ -28,16 +31,23 @@ class Look:
 
 def look_at(data: bytes) -> Look | None:
     """What an image file shows; None where that cannot be told, and decoding will say what is wrong."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
-                if image.getexif().get(_ORIENTATION, 1) >= 5:
-                    width, height = height, width
-                return Look(width, height, _is_grey(image))
-    except Exception:  # whatever a plug-in raises for a damaged file
-        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for file in (data, png_without_metadata(data)):
+            try:
+                if file is not None:
+                    with Image.open(io.BytesIO(file), formats=FORMATS) as image:
+                        return _look(image)
+            except Exception:  # whatever a plug-in raises for a damaged file
+                continue
+    return None
+
+
+def _look(image: Image.Image) -> Look:
+    width, height = image.size
+    if image.getexif().get(_ORIENTATION, 1) >= 5:
+        width, height = height, width
+    return Look(width, height, _is_grey(image))
 
 
 def _is_grey(image: Image.Image) -> bool:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 
 from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.storage.remote import Access, address
 from tarflow.settings import Count, Section
 
@@ -50,6 +51,11 @@ class DataSettings(Section):
     shuffle_block: Count = Field(65536, gt=0, description="samples that are shuffled among each other")
     on_error: Literal["strict", "skip"] = Field(
         "strict", description="strict: a damaged image stops the run; skip: count and replace it"
+    )
+    max_image_pixels: Count = Field(
+        MAX_PIXELS,
+        gt=0,
+        description="pixels of the largest image that is decoded; of a JPEG, at the size it is decoded at",
     )
     max_bad_share: float = Field(
         0.01, ge=0, le=1, description="share of damaged images at which a run with on_error=skip stops"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tarflow.evaluation.commands.options import FAILED, OK, add_machine, say, set_up_process
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.trainer.checkpoint.choice import add_choice
 
 EXAMPLE = """example:
   tarflow evaluate runs/demo --watch --nice 10
@@ -12,7 +13,7 @@ EXAMPLE = """example:
   tarflow evaluate model.safetensors --out scores data.train=data/mnist5k/train
 
 Start as many as you like, on any machines that see RUN: they share the samples, and a killed one loses a chunk at most.
-Results: RUN/evals/step-NNNNNNNN/ (result.json and pictures), RUN/evals.jsonl, TensorBoard.
+Results: RUN/evals/images-NNNNNNNNNNNN/ (result.json and pictures), RUN/evals.jsonl, TensorBoard.
 A checkpoint that has a result under the same settings is left alone; other settings get a directory of their own.
 Exit codes: 0 all evaluated, 1 some could not be (the text says why), 2 wrong settings.
 """
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mode.add_argument("--once", action="store_true", help="evaluate the checkpoints there are, then stop (default)")
     mode.add_argument("--watch", action="store_true", help="follow the run until its last checkpoint is evaluated")
     parser.add_argument("--newest", action="store_true", help="only the newest checkpoint, not those before it")
-    parser.add_argument("--step", type=int, metavar="N", help="only the checkpoint of this step")
+    add_choice(parser, "all")
     parser.add_argument("--reference", type=Path, metavar="FILE", help="reference statistics to use, checked (.npz)")
     parser.add_argument("--poll", type=float, default=5.0, metavar="S", help="seconds between looks (default 5)")
     parser.add_argument(
@@ -49,12 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate a run's checkpoints; 1 if one of them could not be."""
-    if args.watch and args.step is not None:
-        raise EvaluationError("--step is one checkpoint, --watch follows a run: give one of them")
+    one = args.step is not None or args.images is not None
+    if args.watch and one:
+        option = "--images" if args.step is None else "--step"
+        raise EvaluationError(f"{option} is one checkpoint, --watch follows a run: give one of them")
     is_file = args.run.suffix in (".safetensors", ".pth")  # as `is_weights_file`, which would load torch here
-    if is_file and (args.watch or args.newest or args.step is not None):
+    if is_file and (args.watch or args.newest or one):
         raise EvaluationError(
-            f"--watch, --newest and --step choose among a run's checkpoints; {args.run} is a weights file"
+            f"--watch, --newest, --images and --step choose among a run's checkpoints; {args.run} is a weights file"
         )
     if is_file != (args.out is not None):
         raise EvaluationError("--out DIR goes with a weights file (.safetensors), and a weights file needs it")
@@ -64,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     options = WorkerOptions(
         newest_only=args.newest,
         step=args.step,
+        images=args.images,
         poll_s=args.poll,
         wait_for_run_s=args.wait_for_run if args.watch else 0,
         idle_s=args.idle_limit * 60,

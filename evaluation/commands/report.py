@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from tarflow.evaluation.commands.options import OK, say
-from tarflow.files import listed
 
 EXAMPLE = """example:
   tarflow report runs/demo
@@ -20,11 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tarflow.evaluation.report.build import write_report
+    from tarflow.evaluation.report.headline import find_headline
+    from tarflow.evaluation.report.history import read_history
+    from tarflow.evaluation.run_config import run_config
 
     report = write_report(args.run, args.out)
-    # Results under other settings lie in directories with their hash behind the step.
-    grids = listed(args.run / "evals", f"step-{'[0-9]' * 8}/grid.png")
-    if grids:
-        say(f"samples: {grids[-1]}")
+    headline = find_headline(read_history(args.run).results, run_config(args.run))
+    if headline and (grid := headline.result.picture("grid.png")):
+        say(f"samples: {grid}")
     say(f"report: {report}")
     return OK

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from tarflow.evaluation.commands.options import FAILED, OK, add_machine, say, set_up_process
+from tarflow.trainer.checkpoint.choice import add_choice
 
 EXAMPLE = """example:
   tarflow sample runs/demo --out samples --num 64 --guidance 2.0
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the images")
     parser.add_argument("--num", type=int, default=64, metavar="N", help="how many images (default 64)")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the newest)")
+    add_choice(parser)
     parser.add_argument("--weights", metavar="SET", help="raw or an average such as ema-0.100")
     parser.add_argument(
         "--labels",
@@ -38,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--annealed", action=argparse.BooleanOptionalAction, help="let the guidance grow over the tokens"
     )
     parser.add_argument("--denoise", type=float, metavar="M", help="multiplier of the denoising step; 0 = none")
-    parser.add_argument("--noise-std", type=float, metavar="S", help="training noise of a weights file that does not say it")
+    parser.add_argument(
+        "--noise-std", type=float, metavar="S", help="training noise of a weights file that does not say it"
+    )
     parser.add_argument("--seed", type=int, help="key of the noise")
     parser.add_argument("--param-dtype", choices=("float32", "bfloat16"), help="dtype of the network's products")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at once; does not change them")
@@ -66,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         out=args.out,
         num=args.num,
         step=args.step,
+        images=args.images,
         weights=args.weights,
         batch_size=args.batch_size,
         columns=args.columns,

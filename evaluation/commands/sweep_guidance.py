@@ -5,13 +5,15 @@ from pathlib import Path
 
 from tarflow.evaluation.commands.options import OK, add_machine, say, set_up_process
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.trainer.checkpoint.choice import add_choice
 
 EXAMPLE = """example:
   tarflow sweep-guidance runs/demo --guidance 0,0.5,1,2 --denoise 0.5,1 --start 500 --final 5000
 
 Every setting is scored on --start samples, the better half on more, the last two on --final. Start as many processes as
-you like: they share the work. The choice is written to RUN/sampling.json, which `sample` and `evaluate` go by from then on;
-rounds and plot lie in RUN/sweeps/.
+you like: they share the work. Rounds and plot lie in RUN/sweeps/. The best setting is written to RUN/sampling.json, which
+`sample` and `evaluate` go by from then on, if it is clearly the best: more than two standard errors ahead of the next one,
+and not at an end of the range. --choose best takes it in any case, --choose none in no case.
 """
 
 
@@ -27,13 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--final", type=int, default=0, metavar="N", help="samples of the last round (default: the run's)"
     )
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the newest)")
-    parser.add_argument("--no-default", action="store_true", help="leave the run's default as it is")
+    add_choice(parser)
+    parser.add_argument(
+        "--choose",
+        choices=("clear", "best", "none"),
+        default="clear",
+        help="make the best setting the run's default: if it is clear (default), in any case, never",
+    )
+    parser.add_argument(
+        "--no-default", dest="choose", action="store_const", const="none", help="the same as --choose none"
+    )
     add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Sweep, print the best setting, make it the run's default."""
+    """Sweep, print the best setting, make it the run's default if that is clear or asked for."""
     guidance = _numbers("--guidance", args.guidance)
     denoise = _numbers("--denoise", args.denoise)
     attn_temp = _numbers("--attn-temp", args.attn_temp)
@@ -48,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         start=args.start,
         final=args.final,
         step=args.step,
-        set_default=not args.no_default,
+        images=args.images,
+        choose=args.choose,
         device=args.device,
         overrides=args.overrides,
     )

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.evaluation.metrics.names import is_kernel
+from tarflow.evaluation.report.curves import sampling_curves, training_curves
+from tarflow.evaluation.report.headline import Headline, alike, find_headline
 from tarflow.evaluation.report.history import History, Result, read_history, read_sweeps
-from tarflow.evaluation.report.plots import Curve, Plot, svg
 from tarflow.evaluation.report.template import PAGE
+from tarflow.evaluation.run_config import run_config
 from tarflow.files import write_text
 from tarflow.trainer.config.files import config_tree
 from tarflow.trainer.config.schema import Config
-from tarflow.trainer.run_dir import load_run_config, require_run
+from tarflow.trainer.run_dir import require_run
 
 # Scores besides the distance, as far as a result has them: key, name, digits.
 _SCORES = (
@@ -38,15 +40,19 @@ MOST_GRIDS = 9  # grids over training on the page; more would make it heavy
 def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
     """Write the report of a run, with whatever there is so far; returns its path. No run: an error."""
     run_dir = require_run(run_dir)
-    config, history = load_run_config(run_dir), read_history(run_dir)
+    chosen: list[str] = []
+    config, history = run_config(run_dir, say=chosen.append), read_history(run_dir)
+    headline = find_headline(history.results, config)
+    # Curves and pictures go with the headline: all of them have its settings.
+    shown = alike(history.results, headline.result) if headline else []
     sections = [
-        _headline(config, history),
-        _section("Curves", _curves(history)),
-        _section("Guidance and denoising", _sampling_curves(history, read_sweeps(run_dir))),
-        _section("Samples over training", _grids(history)),
-        _newest(history),
-        _section("All results", _results_table(history)),
-        _section("What the newest result depends on", _in_full(history)),
+        _cards(config, history, headline, chosen),
+        _section("Curves", training_curves(history, headline)),
+        _section("Guidance and denoising", sampling_curves(history, read_sweeps(run_dir))),
+        _section("Samples over training", _grids(history, shown)),
+        _newest(shown),
+        _section("All results", _results_table(history, headline)),
+        _section("What the headline depends on", _in_full(headline)),
         _section("Configuration", _configuration(config)),
     ]
     name = run_dir.resolve().name
@@ -69,13 +75,12 @@ def _section(title: str, body: str) -> str:
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def _headline(config: Config, history: History) -> str:
-    """The figures that one looks for first."""
+def _cards(config: Config, history: History, headline: Headline | None, chosen: Sequence[str]) -> str:
+    """The figures that one looks for first. `chosen`: what a sweep set."""
     cards: list[tuple[str, str, str]] = []
-    results = history.own_results
-    if results:
-        newest = results[-1].values
-        name, distance = results[-1].distance
+    if headline is not None:
+        newest = headline.result.values
+        name, distance = headline.result.distance
         if distance is not None:
             stderr = newest.get("distance_stderr")
             error = f"± {stderr:.2f}, " if stderr else ""
@@ -90,8 +95,7 @@ def _headline(config: Config, history: History) -> str:
             cards.append(("bits per dimension", f"{newest['bits_per_dim']:.4f}", f"{note}held-out images"))
         if newest.get("label_agreement") is not None:
             cards.append(("label agreement", f"{newest['label_agreement']:.1%}", "5 nearest training images vote"))
-    seen = int(history.rows[-1]["images_seen"]) if history.rows else 0
-    cards.append(("images seen", f"{seen:,}", f"of {config.train.max_images:,}"))
+    cards.append(("images seen", f"{history.images_seen:,}", f"of {config.train.max_images:,}"))
     seconds = history.training_seconds
     restarts = len(history.restarts)
     cards.append(("training time", _duration(seconds), f"{restarts} restart{'s' if restarts != 1 else ''}"))
@@ -103,8 +107,14 @@ def _headline(config: Config, history: History) -> str:
         f"<div class='note'>{_text(note)}</div></div>"
         for label, value, note in cards
     )
-    hint = "" if results else "<p>No evaluation yet: <code>tarflow evaluate RUN --once</code> adds one.</p>"
-    return f"<section><div class='cards'>{items}</div>{hint}{_warnings(results[-1:])}</section>"
+    notes = [f"Scores of {headline.describe()}.", *(f"Samples and evaluations go by: {line}." for line in chosen)] \
+        if headline else []  # fmt: skip
+    said = "".join(f"<p>{_text(note)}</p>" for note in notes)
+    if headline is None:
+        said = "<p>No evaluation yet: <code>tarflow evaluate RUN --once</code> adds one.</p>"
+    return (
+        f"<section><div class='cards'>{items}</div>{said}{_warnings([headline.result] if headline else [])}</section>"
+    )
 
 
 def _duration(seconds: float) -> str:
@@ -118,81 +128,6 @@ def _warnings(results: Sequence[Result]) -> str:
     return "".join(f"<p class='warning'>{_text(line)}</p>" for line in lines)
 
 
-def _curves(history: History) -> str:
-    results, by_weights = history.own_results, history.by_weights()
-    name = results[-1].distance[0] if results else "Frechet distance"
-    agreement = [
-        (r.images_seen, r.values["label_agreement"]) for r in results if r.values.get("label_agreement") is not None
-    ]
-    bits = [_over_images(f"held-out, {w}", rs, "bits_per_dim", "bits_per_dim_stderr") for w, rs in by_weights.items()]
-    series, restarts = history.series, history.restarts
-    plots = [
-        Plot("Loss", [Curve("training", series("train/loss"))], restarts, units="nats per dimension"),
-        Plot("Bits per dimension", [Curve("training", series("train/bits_per_dim")), *bits], restarts),
-        Plot(
-            f"Frechet distance ({name})",
-            [_over_images(w, rs, name, "distance_stderr") for w, rs in by_weights.items()],
-            from_zero=True,
-        ),
-        Plot("Label agreement", [Curve("agreement", agreement, marked=True)]),
-        Plot("Learning rate", [Curve("learning rate", series("optim/lr"))], restarts, from_zero=True),
-        Plot(
-            "Throughput",
-            [Curve("images/s", series("throughput/images_per_sec"))],
-            restarts,
-            units="images/s",
-            from_zero=True,
-        ),
-        Plot("Gradient norm", [Curve("gradient norm", series("optim/grad_norm"))], restarts, from_zero=True),
-    ]
-    note = ""
-    if restarts:
-        places = ", ".join(f"{images:,}" for images in restarts)
-        note = f"<p>Restarted at {places} images seen.</p>"
-    return note + _drawn(plots, "plot")
-
-
-def _over_images(label: str, results: Sequence[Result], key: str, error: str) -> Curve:
-    """A figure of results over images seen, with its standard error."""
-    shown = [r for r in results if r.values.get(key) is not None]
-    points = [(float(r.images_seen), float(r.values[key])) for r in shown]
-    return Curve(label, points, marked=True, errors=[r.values.get(error) for r in shown])
-
-
-def _drawn(plots: Sequence[Plot], key: str) -> str:
-    drawn = (svg(_with_points(plot), f"{key}{i}") for i, plot in enumerate(plots) if not plot.empty)
-    return "".join(f"<figure class='plot'>{picture}</figure>" for picture in drawn)
-
-
-def _sampling_curves(history: History, sweeps: Sequence[dict[str, Any]]) -> str:
-    """Distance over guidance, denoising and temperature: of results that differ in one of them, and of sweeps."""
-    plots = []
-    for setting, label in (("guidance", "guidance"), ("denoise", "denoising"), ("attn_temp", "attention temperature")):
-        curves = []
-        for name, group in history.over(setting).items():
-            scored = [(value, result) for value, result in group if result.distance[1] is not None]
-            errors = [result.values.get("distance_stderr") for _, result in scored]
-            points = [(value, float(result.distance[1] or 0.0)) for value, result in scored]
-            curves.append(Curve(name, points, marked=True, errors=errors))
-        plots.append(Plot(f"Distance over {label}", curves, x=label))
-    for sweep in sweeps:
-        for part in sweep["rounds"]:
-            lines: dict[str, list[tuple[float, float]]] = {}
-            for point in part["points"]:
-                if point["distance"] is not None:
-                    key = f"denoise {point['denoise']:g}, temperature {point['attn_temp']:g}"
-                    lines.setdefault(key, []).append((point["guidance"], point["distance"]))
-            curves = [Curve(key, sorted(points), marked=True) for key, points in sorted(lines.items())]
-            plots.append(Plot(f"{sweep['name'][:13]}: {part['num_samples']:,} samples", curves, x="guidance"))
-    return _drawn(plots, "sampling")
-
-
-def _with_points(plot: Plot) -> Plot:
-    """The plot without curves that have no points, so that no legend names them."""
-    plot.curves = [curve for curve in plot.curves if curve.points]
-    return plot
-
-
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
@@ -204,17 +139,23 @@ def _image(path: Path, caption: str) -> str:
     )
 
 
-def _grids(history: History) -> str:
-    """The grid of each evaluated checkpoint, or of some that are spread evenly."""
-    shown = [(r, path) for r in history.own_results if (path := r.picture("grid.png"))]
+def _grids(history: History, results: Sequence[Result]) -> str:
+    """The grid of each of some results, or of some that are spread evenly."""
+    shown = [(r, path) for r in results if (path := r.picture("grid.png"))]
     if not shown:
         return ""
     if len(shown) > MOST_GRIDS:
         shown = [shown[i * (len(shown) - 1) // (MOST_GRIDS - 1)] for i in range(MOST_GRIDS)]
     rows = shown[-1][0].values.get("grid_rows")
-    note = f"<p>Rows, from the top: {', '.join(_text(name) for name in rows)}.</p>" if rows else ""
+    named = [_class_name(str(row), history.classes) for row in rows or ()]
+    note = f"<p>Rows, from the top: {', '.join(map(_text, named))}.</p>" if rows else ""
     figures = (_image(path, f"{r.images_seen:,} images seen{_said(r)}") for r, path in shown)
     return f"{note}<div class='row'>{''.join(figures)}</div>"
+
+
+def _class_name(row: str, classes: Sequence[str]) -> str:
+    """A row's class by name: a result holds its number where the evaluation knew no names."""
+    return classes[int(row)] if row.isdecimal() and int(row) < len(classes) else row
 
 
 def _said(result: Result) -> str:
@@ -222,9 +163,9 @@ def _said(result: Result) -> str:
     return f", {name} {value:.2f}" if value is not None else ""
 
 
-def _newest(history: History) -> str:
+def _newest(results: Sequence[Result]) -> str:
     """Comparisons from the newest result that has pictures."""
-    with_pictures = [r for r in history.own_results if r.picture("grid.png")]
+    with_pictures = [r for r in results if r.picture("grid.png")]
     if not with_pictures:
         return ""
     result = with_pictures[-1]
@@ -287,7 +228,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _results_table(history: History) -> str:
+def _results_table(history: History, headline: Headline | None) -> str:
     if not history.results:
         return ""
     rows = []
@@ -296,7 +237,7 @@ def _results_table(history: History) -> str:
         sampling = values["settings"]["sampling"]
         rows.append(
             (
-                result.folder.name,
+                result.folder.name + (" (headline)" if headline and result is headline.result else ""),
                 f"{result.images_seen:,}",
                 values["weights"],
                 _distance_text(name, distance, values),
@@ -340,14 +281,13 @@ def _figure(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _in_full(history: History) -> str:
-    """Every setting, hash and provenance that the newest result holds."""
-    results = history.own_results or history.results
-    if not results:
+def _in_full(headline: Headline | None) -> str:
+    """Every setting, hash and provenance that the headline's result holds."""
+    if headline is None:
         return ""
-    values = results[-1].values
+    values = headline.result.values
     rows = [
-        ("result", results[-1].folder.name),
+        ("result", headline.result.folder.name),
         ("weights", f"{values['weights']}, SHA-256 {values['weights_sha256']}"),
     ]
     for part in ("features", "reference", "likelihood", "samples", "settings"):

@@ -9,6 +9,7 @@ from typing import Any
 from tarflow.evaluation.metrics.names import is_distance
 from tarflow.evaluation.results import read_results
 from tarflow.files import listed, read_json_lines
+from tarflow.trainer.checkpoint.names import is_checkpoint_name
 
 Point = tuple[float, float]
 
@@ -25,9 +26,14 @@ class Result:
         return int(self.values.get("images_seen") or 0)
 
     @property
-    def own(self) -> bool:
-        """Whether it was made with the run's own settings (its directory has no hash)."""
-        return self.folder.name.count("-") == 1
+    def plain(self) -> bool:
+        """Whether its settings were the run's own when it was made (its directory has no hash)."""
+        return is_checkpoint_name(self.folder.name)
+
+    @property
+    def published(self) -> float:
+        """When it was finished."""
+        return float(self.values.get("time") or 0)
 
     @property
     def step_known(self) -> bool:
@@ -49,9 +55,7 @@ class Result:
 
 
 def _apart_from(settings: dict[str, Any], key: str) -> dict[str, Any]:
-    """Settings of a result without the weights, or without one setting of the section sampling."""
-    if key == "weights":
-        return {k: v for k, v in settings.items() if k != "weights"}
+    """Settings of a result without one setting of the section sampling."""
     return settings | {"sampling": {k: v for k, v in settings["sampling"].items() if k != key}}
 
 
@@ -62,6 +66,8 @@ class History:
     rows: list[dict[str, Any]] = field(default_factory=list)
     restarts: list[int] = field(default_factory=list)  # images seen at each resume
     results: list[Result] = field(default_factory=list)
+    images_seen: int = 0  # newest known
+    classes: list[str] = field(default_factory=list)  # names by label, where the data have some
 
     def series(self, name: str) -> list[Point]:
         """(images seen, value) of one figure; rows without it, or with a value that is not finite, are left out."""
@@ -80,23 +86,6 @@ class History:
             seconds += (images - before) / rate if rate > 0 else 0.0
             before = images
         return seconds
-
-    @property
-    def own_results(self) -> list[Result]:
-        """Results under the run's own settings, by images seen."""
-        return [result for result in self.results if result.own]
-
-    def by_weights(self) -> dict[str, list[Result]]:
-        """Results that differ from the run's own in nothing but the set of weights: one curve for each, by images seen."""
-        own = self.own_results
-        if not own:
-            return {}
-        wanted = _apart_from(own[-1].values["settings"], "weights")
-        found: dict[str, list[Result]] = {own[-1].values["weights"]: []}
-        for result in self.results:
-            if result.step_known and _apart_from(result.values["settings"], "weights") == wanted:
-                found.setdefault(result.values["weights"], []).append(result)
-        return found
 
     def over(self, setting: str) -> dict[str, list[tuple[float, Result]]]:
         """Results that differ in one setting of the section sampling, by step and weights; only where there are several."""
@@ -134,6 +123,7 @@ def read_history(run_dir: Path) -> History:
         images = row.get("images_seen")
         if not isinstance(images, int):
             continue
+        history.images_seen = images
         event = row.get("event")
         if event in ("start", "resume"):
             history.rows = [old for old in history.rows if old["images_seen"] <= images]
@@ -142,7 +132,17 @@ def read_history(run_dir: Path) -> History:
         elif event is None:
             history.rows.append(row)
     history.results = [Result(folder, values) for folder, values in read_results(run_dir)]
+    history.classes = class_names(run_dir)
     return history
+
+
+def class_names(run_dir: Path) -> list[str]:
+    """Names of the classes by label, as training noted them in data.json; none if the data have no names."""
+    try:
+        classes = json.loads((run_dir / "data.json").read_text()).get("classes")
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [str(name) for name in classes] if isinstance(classes, list) else []
 
 
 def thin(points: list[Point], most: int = 1000) -> list[Point]:

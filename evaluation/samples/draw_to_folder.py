@@ -14,12 +14,13 @@ from tarflow.evaluation.run_config import run_config
 from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler, check_guidance
 from tarflow.evaluation.samples.file_sampling import describe_file, sampling_of_file
 from tarflow.evaluation.samples.grid import make_grid
-from tarflow.evaluation.samples.labels import given_names, names_of_checkpoint, parse_labels
+from tarflow.evaluation.samples.labels import given_names, parse_labels
 from tarflow.evaluation.samples.png_folder import SampleFolder, load_png, save_png
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import WeightsSource, from_checkpoint, from_file, resolve_device
 from tarflow.models.weights import is_weights_file, read_weights
 from tarflow.trainer.checkpoint.commit import find, pinned
+from tarflow.trainer.checkpoint.provenance import names_of_checkpoint
 
 GRID_IMAGES = 100
 
@@ -32,6 +33,7 @@ class SampleRequest:
     out: Path
     num: int = 64
     step: int | None = None
+    images: int | None = None  # seen by the checkpoint
     weights: str | None = None
     batch_size: int | None = None
     columns: int | None = None
@@ -99,7 +101,7 @@ def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[WeightsSo
         raise EvaluationError(
             f"--noise-std belongs to weights files; {request.source} was trained with {config.train.noise_std}"
         )
-    checkpoint = find(request.source, request.step)
+    checkpoint = find(request.source, request.step, request.images)
     given = request.settings
     if request.labels is not None or request.classes is not None:
         given = given | _labels(request, names_of_checkpoint(checkpoint, config), config.model.num_classes)
@@ -115,7 +117,8 @@ def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[WeightsSo
 def _open_file(
     request: SampleRequest, device: torch.device, say: Callable[[str], None]
 ) -> tuple[WeightsSource, ResolvedSampling, int]:
-    for option, value in (("--step", request.step), ("--weights", request.weights)):
+    chosen = (("--step", request.step), ("--images", request.images), ("--weights", request.weights))
+    for option, value in chosen:
         if value is not None:
             raise EvaluationError(f"{option} chooses among a run's checkpoints; {request.source} is a weights file")
     file = read_weights(request.source)

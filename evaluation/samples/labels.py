@@ -6,13 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.build import parse_classes
-from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.draw import NO_LABEL
-from tarflow.trainer.checkpoint.commit import Checkpoint
-from tarflow.trainer.config.schema import Config
 
 MOST_SHOWN = 12
 _NUMBER = re.compile(r"-?\d{1,18}")
@@ -86,23 +82,13 @@ def given_names(file: Path | None, known: Sequence[str] | None, num_classes: int
         return known
     names = parse_classes(file)
     if known is not None and list(known) != names:
-        differ = next((i for i, pair in enumerate(zip(known, names)) if pair[0] != pair[1]), min(len(known), len(names)))
+        differ = next(
+            (i for i, pair in enumerate(zip(known, names)) if pair[0] != pair[1]), min(len(known), len(names))
+        )
         ours, theirs = (repr(s[differ]) if differ < len(s) else "no class" for s in (known, names))
         raise EvaluationError(
             f"--classes {file}: class {differ} is {theirs} there, and {ours} in {where}; leave the option out"
         )
     if len(names) > num_classes:
         raise EvaluationError(f"--classes {file} holds {len(names)} names, but {where} has {num_classes} classes")
-    return names
-
-
-def names_of_checkpoint(checkpoint: Checkpoint, config: Config) -> Sequence[str] | None:
-    """The names of the classes of a checkpoint's model, if it tells them or its very data set is at hand."""
-    names: Sequence[str] | None = checkpoint.info.get("classes")
-    if names is None and config.model.num_classes:
-        try:
-            index = open_index(config.data.train, config.data.access)
-        except DataError:  # it has moved, or is a stream
-            return None
-        names = index.classes if index.fingerprint == checkpoint.info.get("data") else None
     return names

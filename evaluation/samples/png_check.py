@@ -9,6 +9,7 @@ from PIL import Image, UnidentifiedImageError
 
 from tarflow.evaluation.errors import EvaluationError
 
+_FAULTS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 _END = b"\0\0\0\0IEND\xaeB`\x82"  # the last part of every PNG, with its checksum
 
 
@@ -32,6 +33,6 @@ def flaw(data: bytes, shape: tuple[int, int, int] | None) -> str | None:
             picture.verify()  # the checksums of its parts
     except UnidentifiedImageError:
         return "not a PNG"
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+    except _FAULTS as error:
         return f"damaged ({error})"
     return None if data.endswith(_END) else "cut off"

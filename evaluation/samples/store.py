@@ -27,6 +27,7 @@ from tarflow.evaluation.samples.store_check import Shape, damaged_pictures, dama
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.shared_work import SharedWork
 from tarflow.files import listed, put_once, write_json
+from tarflow.trainer.checkpoint.names import leading_name
 
 Say = Callable[[str], None]
 KINDS = {"shards": "tar", "png": "json"}
@@ -61,13 +62,14 @@ class SampleStore:
         if not kind:
             return None
         about = source.describe() | {"sampling": sampler.sampling.describe()}
-        return cls(_folder(root, kind, about), kind, about, num, source.model.config.image_shape, say)
+        folder = _folder(root, kind, about, source.checkpoint)
+        return cls(folder, kind, about, num, source.model.config.image_shape, say)
 
     @staticmethod
     def complete_for(kind: str, root: Path, result: dict[str, Any]) -> bool:
         """Whether the samples of a result lie there, all of them and with the sizes that they were written with."""
         about = {key: result[key] for key in ("weights", "weights_sha256", "step", "images_seen")}
-        folder = _folder(root, kind, about | {"sampling": result["settings"]["sampling"]})
+        folder = _folder(root, kind, about | {"sampling": result["settings"]["sampling"]}, leading_name(result["name"]))
         try:
             state = json.loads((folder / "settings.json").read_text())
             sizes = dict(state.get("files", {}))
@@ -205,10 +207,9 @@ class SampleStore:
             raise EvaluationError(f"{self.folder} holds samples drawn with other {', '.join(differ)}; move it away")
 
 
-def _folder(root: Path, kind: str, about: dict[str, Any]) -> Path:
+def _folder(root: Path, kind: str, about: dict[str, Any], checkpoint: str | None) -> Path:
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
-    which = "weights" if about["step"] is None else f"step-{about['step']:08d}"
-    return root / "samples" / f"{which}-{digest}-{kind}"
+    return root / "samples" / f"{checkpoint or 'weights'}-{digest}-{kind}"
 
 
 def _sizes(folder: Path) -> dict[str, int]:

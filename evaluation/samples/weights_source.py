@@ -33,6 +33,7 @@ class WeightsSource:
     origin: str
     step: int | None = None
     images_seen: int | None = None
+    checkpoint: str | None = None  # name of the checkpoint, if it is one's
     provenance: Provenance = field(default_factory=Provenance)
 
     def describe(self) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def from_checkpoint(config: Config, checkpoint: Checkpoint, which: str, device: 
     model = load_model(config.model, tensors).requires_grad_(False).to(device)
     known = provenance_of(checkpoint, config, which)
     place, step, images_seen = str(checkpoint.path), checkpoint.step, checkpoint.images_seen
-    return WeightsSource(model, which, _digest(tensors), place, step, images_seen, known)
+    return WeightsSource(model, which, _digest(tensors), place, step, images_seen, checkpoint.name, known)
 
 
 def from_file(path: Path, file: WeightsFile, device: torch.device) -> WeightsSource:

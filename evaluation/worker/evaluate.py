@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tarflow.code_version import code_version
+from tarflow.data_pipeline.images.identical import count_identical
 from tarflow.evaluation import results
 from tarflow.evaluation.image_set import ImageSet
 from tarflow.evaluation.metrics.all_scores import feature_scores
@@ -33,6 +34,7 @@ from tarflow.evaluation.worker.chunk_results import (
     MergedLikelihood,
     SamplesPart,
     chunk_statistics,
+    is_whole,
     save_likelihood,
 )
 from tarflow.evaluation.worker.class_maps import check_class_maps
@@ -91,11 +93,11 @@ class Evaluator:
             source = from_checkpoint(self.config, checkpoint, self.settings.weights, self.real.device)
             return Job(self, source).run()
 
-    def name_of(self, step: int | None, sha256: str) -> str:
+    def name_of(self, source: WeightsSource) -> str:
         """Directory of the result of a checkpoint or a weights file."""
-        if step is None:
-            return f"weights-{sha256[:12]}-{self.settings.hash}"
-        return results.result_name(self.root, step, self.settings.hash, self.recipe.own)
+        if source.checkpoint is None:
+            return f"weights-{source.sha256[:12]}-{self.settings.hash}"
+        return results.result_name(self.root, source.checkpoint, self.settings.hash, self.recipe.own)
 
 
 class Job:
@@ -104,7 +106,7 @@ class Job:
     def __init__(self, evaluator: Evaluator, source: WeightsSource) -> None:
         self.evaluator, self.source = evaluator, source
         self.config, self.settings, self.real = evaluator.config, evaluator.settings, evaluator.real
-        self.name = evaluator.name_of(source.step, source.sha256)
+        self.name = evaluator.name_of(source)
         self.sampler = Sampler(source.model, self.settings.sampling)
         self.watch = Stopwatch()
         self.published: dict[str, Any] | None = None
@@ -127,6 +129,10 @@ class Job:
         """Join the work on this result, or begin it: what the first worker's plan says holds for all."""
         root, evaluation, num = self.evaluator.root, self.config.evaluation, self.settings.num_samples
         self.saver = SampleStore.of(self.evaluator.save, root, self.source, self.sampler, num, self.evaluator.say)
+        if aside := results.set_damaged_aside(root, self.name):
+            self.evaluator.say(
+                f"{self.name} has no readable {results.RESULT}: set aside as {aside.name}, evaluated again"
+            )
         plan = {"batch_size": self.config.sampling.batch_size, "chunk_samples": evaluation.chunk_samples}
         folder = results.work_dir(root, f"{self.name}-{self.settings.hash}-{self.source.sha256[:12]}")
         self.work = SharedWork(folder, plan, evaluation.lease_s)
@@ -137,7 +143,10 @@ class Job:
 
     def compute_chunks(self) -> bool:
         """Help until every chunk is there; False if the result is already."""
-        return self.work.work_through([*self.sample_chunks, *self.likelihood_chunks], self._compute, self._is_published)
+        chunks = [*self.sample_chunks, *self.likelihood_chunks]
+        for name in self.work.give_back(chunks, is_whole):
+            self.evaluator.say(f"  {self.work.path(name)} is damaged and computed again")
+        return self.work.work_through(chunks, self._compute, self._is_published)
 
     def _is_published(self) -> bool:
         there = results.read_result(results.evals_dir(self.evaluator.root) / self.name)
@@ -252,7 +261,14 @@ class Job:
         found = feature_scores(
             network, samples.statistics, samples.features, reference.statistics, reference.rows, parts=chunks
         )
-        return found | about
+        identical = None
+        if samples.hashes is not None and reference.hashes is not None:
+            identical = count_identical(samples.hashes, reference.hashes)
+        if identical:
+            found["warnings"].append(
+                f"{identical} of {samples.statistics.count} samples are, pixel for pixel, images of the reference"
+            )
+        return found | {"identical_images": identical} | about
 
     def _bits_per_dim(self, likelihood: MergedLikelihood) -> dict[str, Any]:
         held_out = self.held_out

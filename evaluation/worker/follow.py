@@ -35,7 +35,8 @@ class WorkerOptions:
     """How a worker goes about it; nothing here changes a figure."""
 
     newest_only: bool = False
-    step: int | None = None  # this checkpoint only
+    step: int | None = None  # only the checkpoint of this step,
+    images: int | None = None  # or at so many images
     poll_s: float = 5.0
     wait_for_run_s: float = 0.0  # how long the run directory may take to appear
     idle_s: float = 0.0  # give up following after so long without a new checkpoint; 0 = never
@@ -75,9 +76,9 @@ def evaluate(run_dir: str | Path, watch: bool, options: WorkerOptions | None = N
     results.announce(run_dir, recipes[0].config.log.tensorboard, older_than_s=ANNOUNCED_WITHIN_S)
     if watch or worker.todo():
         _ = worker.evaluators[0].real.reference  # first: a mismatch should not cost a night of sampling
-    if options.step is not None:
+    if options.step is not None or options.images is not None:
         for evaluator in worker.evaluators:
-            worker.evaluate(find(run_dir, options.step), evaluator)
+            worker.evaluate(find(run_dir, options.step, options.images), evaluator)
     elif watch:
         worker.follow()
     else:
@@ -157,7 +158,7 @@ class _Worker:
     def has_result(self, checkpoint: Checkpoint, evaluator: Evaluator) -> bool:
         """Whether this very checkpoint was evaluated under these settings, and its samples are kept if they are to be."""
         settings = evaluator.settings
-        name = results.result_name(self.run_dir, checkpoint.step, settings.hash, evaluator.recipe.own)
+        name = results.result_name(self.run_dir, checkpoint.name, settings.hash, evaluator.recipe.own)
         result = results.read_result(results.evals_dir(self.run_dir) / name)
         if result is None or result.get("settings_hash") != settings.hash:
             return False
@@ -166,7 +167,7 @@ class _Worker:
         return name in self._checked or self._still_true(checkpoint, evaluator, name, result)
 
     def _still_true(self, checkpoint: Checkpoint, evaluator: Evaluator, name: str, result: dict[str, Any]) -> bool:
-        """A run that went back and came again saves a step a second time; with other weights its result is void."""
+        """A run that went back and came again saves a checkpoint a second time; with other weights its result is void."""
         saved = (checkpoint.path / "COMMITTED").stat().st_mtime
         if saved > float(result.get("time", 0)):
             try:
@@ -209,7 +210,7 @@ class _Worker:
 
     def _note_problem(self, checkpoint: Checkpoint, evaluator: Evaluator) -> None:
         """A result without a distance is a failure for every worker that had a part in it."""
-        name = results.result_name(self.run_dir, checkpoint.step, evaluator.settings.hash, evaluator.recipe.own)
+        name = results.result_name(self.run_dir, checkpoint.name, evaluator.settings.hash, evaluator.recipe.own)
         result = results.read_result(results.evals_dir(self.run_dir) / name)
         if result and result.get("problem"):
             self._note(name, result["problem"])

@@ -5,9 +5,12 @@ samples, the better half on more, until the last two are compared at the full nu
 on equally many samples with the same noise, so that few samples mislead all of them alike. A round goes on from the
 samples of the one before. Any number of processes share a sweep.
 
-    RUN/sweeps/step-NNNNNNNN-0123456789ab/sweep.json    every round, the choice, all settings
-                                          guidance.svg  distance over guidance, a line per denoising and temperature
-    RUN/sampling.json                                   the choice: the default of sample and evaluate from now on
+A sweep chooses by itself only what is clear: the best setting lies more than two standard errors before the next one and
+not at the end of the range tried (see `sweep_choice.py`).
+
+    RUN/sweeps/images-NNNNNNNNNNNN-0123456789ab/sweep.json    every round, the best, the choice, all settings
+                                                guidance.svg  distance over guidance, a line per denoising and temperature
+    RUN/sampling.json                                         the choice: the default of sample and evaluate from now on
 """
 
 import hashlib
@@ -18,27 +21,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tarflow.evaluation import results
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.metrics.frechet_distance import frechet_distance
+from tarflow.evaluation.metrics.frechet_distance import FrechetInfluence, frechet_distance
 from tarflow.evaluation.metrics.names import distance_key
 from tarflow.evaluation.run_config import choose
 from tarflow.evaluation.samples.draw import NO_LABEL, Sampler, check_guidance
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import WeightsSource, from_checkpoint, resolve_device
 from tarflow.evaluation.shared_work import SharedWork, stretches
-from tarflow.evaluation.worker.chunk_results import Keep, SamplesPart
+from tarflow.evaluation.worker.chunk_results import Keep, SamplesPart, is_whole
 from tarflow.evaluation.worker.evaluate import Stopwatch, draw_chunk
 from tarflow.evaluation.worker.pictures import GridImages
 from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import load_recipes
+from tarflow.evaluation.worker.sweep_choice import Point, why_unclear, with_error
 from tarflow.evaluation.worker.sweep_plot import plot_rounds
 from tarflow.files import put_once, write_json, write_text
 from tarflow.trainer.checkpoint.commit import find, pinned
 
 Say = Callable[[str], None]
+KEPT = 2000  # samples whose influence on the distance is kept, for standard errors
 
 
 @dataclass
@@ -52,37 +57,17 @@ class SweepRequest:
     start: int = 500  # samples of the first round
     final: int = 0  # samples of the last round; 0 = evaluation.num_samples
     step: int | None = None
-    set_default: bool = True
+    images: int | None = None
+    choose: Literal["clear", "best", "none"] = "clear"  # what becomes the run's default
     device: str = "auto"
     overrides: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Point:
-    """One setting in one round."""
-
-    guidance: float
-    denoise: float
-    attn_temp: float
-    distance: float | None  # None where too many samples were lost
-    lost: int
-
-    @property
-    def order(self) -> tuple[float, float, float, float]:
-        """Best first; of equals the one that does least."""
-        distance = math.inf if self.distance is None else self.distance
-        return distance, self.guidance, self.denoise, self.attn_temp
-
-    @property
-    def settings(self) -> dict[str, float]:
-        return {"guidance": self.guidance, "denoise": self.denoise, "attn_temp": self.attn_temp}
 
 
 def sweep_guidance(request: SweepRequest, say: Say = print) -> dict[str, Any]:
     """Run a sweep with whoever else is at it; the content of its `sweep.json`.
 
-    The choice becomes the run's default unless `set_default` is off. Raises for settings that mean nothing, and where
-    every setting loses too many samples.
+    The best setting becomes the run's default if that is clear, or if `choose` asks for it. Raises for settings that mean
+    nothing, and where every setting loses too many samples.
     """
     (recipe, *_) = load_recipes(request.run, request.overrides, say)
     config, settings = recipe.config, recipe.settings
@@ -95,7 +80,7 @@ def sweep_guidance(request: SweepRequest, say: Say = print) -> dict[str, Any]:
     device = resolve_device(request.device if request.device != "auto" else config.train.device)
     path = config.evaluation.reference
     real = RealImages(results.evals_dir(request.run), config, settings, device, path, say)
-    checkpoint = find(request.run, request.step)
+    checkpoint = find(request.run, request.step, request.images)
     with pinned(checkpoint, f"sweep-{os.uname().nodename}-{os.getpid()}"):
         source = from_checkpoint(config, checkpoint, settings.weights, device)
         sweep = _Sweep(request, source, real, config.sampling.batch_size, say)
@@ -105,13 +90,23 @@ def sweep_guidance(request: SweepRequest, say: Say = print) -> dict[str, Any]:
         except _Finished:  # by another process, or by this command before
             record = json.loads(sweep.record.read_text())
     sweep.remove()
+    best, unclear = record.get("best") or record["chosen"], record.get("unclear", [BEFORE_ERRORS])
     where = f"sweeps/{record['name']}"
-    listed = ", ".join(f"{key} {value:g}" for key, value in record["chosen"].items())
-    say(f"chosen: {listed}; distance {record['distance']:.2f} with {final} samples; {where}/guidance.svg")
-    if request.set_default:
-        choose(request.run, record["chosen"], where)
-        say(f"it is the default of this run's samples and evaluations from now on ({request.run / 'sampling.json'})")
+    listed = ", ".join(f"{key} {value:g}" for key, value in best.items())
+    distance = with_error(record["distance"], record.get("distance_stderr"))
+    say(f"best: {listed}; distance {distance} with {final} samples; {where}/guidance.svg")
+    for reason in unclear:
+        say(f"not clear: {reason}")
+    if request.choose == "best" or (request.choose == "clear" and not unclear):
+        choose(request.run, best, where)
+        say(f"chosen: the default of this run's samples and evaluations from now on ({request.run / 'sampling.json'})")
+    else:
+        why = "--choose none" if request.choose == "none" else "--choose best takes the best all the same"
+        say(f"nothing is chosen, the run's default stays as it is ({why})")
     return record
+
+
+BEFORE_ERRORS = "this sweep was recorded without standard errors; remove its folder to do it again"
 
 
 class _Finished(Exception):  # noqa: N818  (no error)
@@ -128,7 +123,8 @@ def _write(sweep: "_Sweep", rounds: list[dict[str, Any]]) -> dict[str, Any]:
             "try less --guidance, or sampling.param_dtype=float32"
         )
     folder = sweep.record.parent
-    record = _record(rounds, best, sweep.source, real, folder)
+    unclear = why_unclear(rounds[0]["points"], rounds[-1]["points"])
+    record = _record(rounds, best, unclear, sweep.source, real, folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "guidance.svg", plot_rounds(record["rounds"], record["metric"]), shared=True)
     write_json(sweep.record, record)
@@ -164,13 +160,15 @@ def _grid(
 class _Sweep:
     """The samples of a sweep: a folder of chunks per setting, each chunk as large as the first round."""
 
-    def __init__(self, request: SweepRequest, source: WeightsSource, real: RealImages, batch_size: int, say: Say) -> None:
+    def __init__(
+        self, request: SweepRequest, source: WeightsSource, real: RealImages, batch_size: int, say: Say
+    ) -> None:
         self.source, self.real, self.say = source, real, say
         self.size, self.batch_size = request.start, batch_size
         about = [source.sha256, real.features.sha256, real.settings.hash, request.start, list(request.guidance)]
         about += [list(request.denoise), list(request.attn_temp), request.final]
         digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
-        self.folder = request.run / "sweeps" / f"step-{source.step or 0:08d}-{digest}.work"
+        self.folder = request.run / "sweeps" / f"{source.checkpoint}-{digest}.work"
         self.record = self.folder.with_suffix("") / "sweep.json"
 
     def halve(self, grid: list[ResolvedSampling], final: int) -> list[dict[str, Any]]:
@@ -209,6 +207,8 @@ class _Sweep:
 
         merged = self._part()
         figures = work.path(f"distance-{number:08d}.json")
+        for name in work.give_back([figures.name, *chunks], is_whole):
+            self.say(f"{work.path(name)} is damaged and computed again")
         if not figures.exists():
             work.work_through(list(chunks), compute, over=lambda: figures.exists() or self.record.exists())
         if self.record.exists():
@@ -216,41 +216,44 @@ class _Sweep:
         if not figures.exists():
             for name in chunks:
                 merged.merge(work.path(name))
-            lost = len(merged.count.nonfinite)
-            distance = None
-            if merged.count.nonfinite_share <= self.real.settings.max_nonfinite_share:
-                distance = frechet_distance(merged.statistics, self.real.reference.statistics).distance
             temporary = figures.with_name(f".{figures.name}.{SharedWork.unique()}")
-            temporary.write_text(json.dumps({"distance": distance, "lost": lost}))
+            temporary.write_text(json.dumps(self._figures(merged, number)))
             put_once(temporary, figures)
-        found = json.loads(figures.read_text())
-        point = _point(candidate, found["distance"], found["lost"])
-        said = "too many samples lost" if point.distance is None else f"{point.distance:.2f}"
-        self.say(f"{number} samples, {_text(point)}: {said}")
+        settings = candidate.settings
+        point = Point(
+            settings.guidance, candidate.denoise_multiplier, settings.attn_temp, **json.loads(figures.read_text())
+        )
+        said = "too many samples lost" if point.distance is None else with_error(point.distance, point.stderr)
+        self.say(f"{number} samples, {point}: {said}")
         return point
 
+    def _figures(self, merged: SamplesPart, number: int) -> dict[str, Any]:
+        """Distance of some samples, and what each of the first ones contributes to it."""
+        reference, lost = self.real.reference.statistics, set(merged.count.nonfinite)
+        if merged.count.nonfinite_share > self.real.settings.max_nonfinite_share:
+            return {"distance": None, "lost": len(lost)}
+        distance = frechet_distance(merged.statistics, reference).distance
+        values = iter(FrechetInfluence(merged.statistics, reference).of_rows(merged.features).tolist())
+        influence = [None if i in lost else next(values, None) for i in range(min(number, KEPT))]
+        return {"distance": distance, "lost": len(lost), "influence": influence, "count": merged.statistics.count}
+
     def _part(self) -> SamplesPart:
-        return SamplesPart(self.real.features.dim, Keep(0, 0, GridImages(0, 0, 0)))
+        return SamplesPart(self.real.features.dim, Keep(KEPT, 0, GridImages(0, 0, 0)))
 
     def remove(self) -> None:
         """Clear the chunks away."""
         SharedWork.clear(self.folder)
 
 
-def _point(candidate: ResolvedSampling, distance: float | None, lost: int) -> Point:
-    settings = candidate.settings
-    return Point(settings.guidance, candidate.denoise_multiplier, settings.attn_temp, distance, lost)
-
-
-def _text(point: Point) -> str:
-    return f"guidance {point.guidance:g}, denoise {point.denoise:g}, attention temperature {point.attn_temp:g}"
-
-
-def _record(rounds: list[dict[str, Any]], best: Point, source: WeightsSource, real: RealImages, folder: Path) -> dict[str, Any]:
+def _record(
+    rounds: list[dict[str, Any]], best: Point, unclear: list[str], source: WeightsSource, real: RealImages, folder: Path
+) -> dict[str, Any]:
     plain = [
         {
             "num_samples": r["num_samples"],
-            "points": [p.settings | {"distance": p.distance, "lost": p.lost} for p in r["points"]],
+            "points": [
+                p.settings | {"distance": p.distance, "distance_stderr": p.stderr, "lost": p.lost} for p in r["points"]
+            ],
         }
         for r in rounds
     ]
@@ -260,8 +263,11 @@ def _record(rounds: list[dict[str, Any]], best: Point, source: WeightsSource, re
         **source.describe(),
         "metric": distance_key(real.features.name),
         "rounds": plain,
-        "chosen": best.settings,
+        "best": best.settings,
         "distance": best.distance,
+        "distance_stderr": best.stderr,
+        "unclear": unclear,  # why the sweep chose nothing by itself
+        "chosen": None if unclear else best.settings,
         "features": {"name": real.features.name, "sha256": real.features.sha256},
         "reference": {"images_used": reference.statistics.count, **reference.provenance},
         "settings": real.settings.describe(),

@@ -11,7 +11,8 @@ from tarflow.evaluation.report.plots import COLOURS
 
 
 def plot_rounds(rounds: list[dict[str, Any]], metric: str) -> str:
-    """The rounds of a `sweep.json` -> an SVG file; settings without a distance have no point."""
+    """The rounds of a `sweep.json` -> an SVG file; settings without a distance have no point. Bars: one standard
+    error."""
     keys = sorted({(p["denoise"], p["attn_temp"]) for r in rounds for p in r["points"]})
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tarflow", "font.size": 9}):
         figure = Figure(figsize=(3.2 * len(rounds) + 0.6, 3.0), layout="constrained")
@@ -19,14 +20,15 @@ def plot_rounds(rounds: list[dict[str, Any]], metric: str) -> str:
         for axes, part in zip(figure.subplots(1, len(rounds), squeeze=False)[0], rounds):
             for place, key in enumerate(keys):
                 points = sorted(
-                    (p["guidance"], p["distance"])
+                    (p["guidance"], p["distance"], p.get("distance_stderr") or 0.0)
                     for p in part["points"]
                     if (p["denoise"], p["attn_temp"]) == key and p["distance"] is not None
                 )
                 if points:
                     label = f"denoise {key[0]:g}, temperature {key[1]:g}"
-                    x, y = zip(*points)
-                    axes.plot(x, y, marker="o", ms=4, lw=1.2, color=COLOURS[place % len(COLOURS)], label=label)
+                    x, y, errors = zip(*points)
+                    colour = COLOURS[place % len(COLOURS)]
+                    axes.errorbar(x, y, yerr=errors, marker="o", ms=4, lw=1.2, capsize=2, color=colour, label=label)
             axes.set_title(f"{part['num_samples']:,} samples", loc="left", fontsize=10)
             axes.set_xlabel("guidance")
             axes.grid(alpha=0.2)

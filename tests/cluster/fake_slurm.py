@@ -24,6 +24,8 @@ class FakeSlurm:
         self.command("sbatch", count + 'echo "Submitted batch job $n"')
         self.command("srun", f'exec "{sys.executable}" "{HERE / "fake_srun.py"}" "$@"')
         self.command("scontrol", "exit 0")
+        self.command("squeue", "exit 0")  # it answers: the queue is empty, and accounting knows nothing
+        self.command("sacct", "exit 0")
 
     def command(self, name: str, script: str = "exit 0") -> None:
         """Let one of Slurm's commands be a shell script; what it is called with is noted."""

@@ -140,7 +140,7 @@ def test_evaluation_beside_training_scores_each_checkpoint_once_and_ends_with_it
     settings = ["checkpoint.keep_latest=-1", "evaluation.reference_images=32"]
     assert verb("submit", config_file, *settings, "--run", run, "--profile", profile, "--evaluate") == 0
     results = run / "evals"
-    slurm_cluster.until("a first result", lambda: list(results.glob("step-*/result.json")))
+    slurm_cluster.until("a first result", lambda: list(results.glob("images-*/result.json")))
     slurm_cluster.run("scancel", "--signal=USR2", slurm_cluster.job_of(run, "evaluate"))
     assert slurm_cluster.ended(run)["ended"]["code"] == 0
     chain = slurm_cluster.ended(run, "evaluate")
@@ -148,7 +148,7 @@ def test_evaluation_beside_training_scores_each_checkpoint_once_and_ends_with_it
     assert len(chain["starts"]) == 2, "the worker was itself requeued in the middle"
     lines = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
     assert sorted(line["step"] for line in lines) == [50, 100, 150, 200]
-    assert len(list(results.glob("step-*/result.json"))) == 4
+    assert len(list(results.glob("images-*/result.json"))) == 4
     assert chain["ended"]["time"] >= slurm_cluster.ended(run)["ended"]["time"], "it followed the training to its end"
 
 
@@ -292,8 +292,10 @@ def test_a_finished_run_is_evaluated_after_the_fact_and_the_table_shows_it(
     assert verb("submit-eval", run, "--profile", profile, "evaluation.reference_images=32") == 0
     chain = slurm_cluster.ended(run, "evaluate")
     assert chain["ended"]["code"] == 0
+    from tarflow.trainer.checkpoint.commit import committed
+
     steps = [json.loads(line)["step"] for line in (run / "evals.jsonl").read_text().splitlines()]
-    assert sorted(steps) == sorted({int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("step-*")})
+    assert sorted(steps) == sorted({c.step for c in committed(run)})
     capsys.readouterr()
     assert verb("status", run) == 0
     shown = capsys.readouterr().out

@@ -1,10 +1,15 @@
 """The table of runs, `logs` and `cancel`, with what Slurm says replaced by scripts."""
 
+import fcntl
 import json
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -13,8 +18,10 @@ import pytest
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job.chain import Chain, Limits, Outcome, decide, exhausted, fruitless
 from tarflow.cluster.slurm import JobState, states
-from tarflow.cluster.status import find_runs, job_state, rows
-from tarflow.trainer.run_dir import create_run
+from tarflow.cluster.status import COLUMNS, find_runs, fitting, job_state, rows, shortened
+from tarflow.trainer.config.files import load_config
+from tarflow.trainer.config.schema import Config
+from tarflow.trainer.run_dir import Holder, create_run, read_holder
 
 
 @pytest.fixture
@@ -49,10 +56,10 @@ def test_a_lost_node_is_not_the_end_before_the_chain_says_so(run: Path, fake_slu
     fake_slurm.command("squeue", "exit 0")
     fake_slurm.command("sacct", 'echo "107|NODE_FAIL|1:0|n1"')
     (row,) = rows([run])
-    assert row.state == "NODE_FAIL (will requeue)"
+    assert row.jobs == "107 NODE_FAIL (will requeue)"
     Chain.load(run / "slurm", "107").end(78, "stopped: requeue limit: 100 restarts")
     (row,) = rows([run])
-    assert row.state == "NODE_FAIL (stopped, exit 78)"
+    assert (row.jobs, row.state) == ("107 NODE_FAIL (stopped, exit 78)", "failed (exit 78)")
 
 
 @pytest.mark.parametrize("script", ["exec sleep 600", "exit 1"])
@@ -66,7 +73,7 @@ def test_a_slurm_that_does_not_answer_leaves_the_table_with_what_the_files_say(
     for name in ("squeue", "sacct"):
         fake_slurm.command(name, script)
     (row,) = rows([run])
-    assert (row.job, row.state, row.restarts) == ("107", "unknown", "2")
+    assert (row.jobs, row.state, row.requeues) == ("107 unknown", "unknown", "2")
 
 
 @pytest.mark.parametrize(
@@ -79,13 +86,26 @@ def test_a_slurm_that_does_not_answer_leaves_the_table_with_what_the_files_say(
         (JobState("COMPLETED", "exit 0"), (0, "finished at step 9 after 1 restart"), "COMPLETED (finished)"),
         (JobState("FAILED", "exit 1"), None, "FAILED (exit 1)"),
         (None, (0, "cancelled at step 4 after 0 restarts"), "cancelled"),
+        (None, None, "unknown"),
+        (JobState(""), None, "over"),
     ],
 )
 def test_states_in_words(run: Path, state, ended, expected) -> None:
     chain = Chain.load(run / "slurm", "107")
     if ended:
         chain.end(*ended)
-    assert job_state("107", state, chain) == expected
+    assert job_state(state, chain) == expected
+
+
+def write_result(run: Path, name: str, config: Config, **scores: float) -> None:
+    """A result at step 50, as far as the table looks at it."""
+    sampling = config.sampling.model_dump(exclude={"batch_size"}) | {"denoise": config.denoise_multiplier}
+    e = config.evaluation
+    settings = {"weights": config.evaluated_weights, "num_samples": e.num_samples, "features": e.features}
+    folder = run / "evals" / name
+    folder.mkdir(parents=True)
+    values = {"step": 50, "images_seen": 800, "settings": settings | {"sampling": sampling}, **scores}
+    (folder / "result.json").write_text(json.dumps(values))
 
 
 def test_a_row_says_how_far_a_run_is(run: Path, fake_slurm, config_file) -> None:
@@ -97,12 +117,170 @@ def test_a_row_says_how_far_a_run_is(run: Path, fake_slurm, config_file) -> None
     (run / "heartbeats" / "rank-0000.json").write_text("{}")
     (run / "heartbeats" / "rank-0001.json").write_text("{}")
     os.utime(run / "heartbeats" / "rank-0001.json", (now - 65, now - 65))
-    (run / "evals.jsonl").write_text(json.dumps({"step": 50, "metrics": {"eval/fd_inception": 12.345}}) + "\n")
+    own, other = load_config(config_file), load_config(config_file, ["sampling.guidance=3"])
+    write_result(run, "step-00000050", own, fd_inception=12.345)
+    write_result(run, "step-00000050-0123456789ab", other, fd_inception=11.0)
     (row,) = rows([run], now)
-    assert (row.state, row.step, row.images, row.rate) == ("RUNNING", "100", "1,600 / 3,200", "20")
+    assert (row.state, row.jobs, row.step, row.images, row.rate) == (
+        "running", "107 RUNNING", "100", "1,600 / 3,200", "20",
+    )  # fmt: skip
     assert row.eta == "1:20 min"
     assert row.heartbeat == "1:05 min ago", "of the rank that has been silent for longest"
-    assert (row.restarts, row.score) == ("2", "fd_inception 12.35 @ 50")
+    assert (row.requeues, row.score) == ("2", "fd_inception 12.35 @ 50"), "the score is that of the report's headline"
+
+
+def beat(run: Path, rank: int = 0, size: int = 1, age_s: float = 0.0, **facts: object) -> None:
+    """A heartbeat as the watchdog writes it, of this process unless `facts` say otherwise."""
+    here = {"host": os.uname().nodename, "pid": os.getpid(), "job": "", "phase": "step"}
+    path = run / "heartbeats" / f"rank-{rank:04d}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"rank": rank, "world_size": size, "step": 7, **here, **facts}))
+    os.utime(path, (time.time() - age_s, time.time() - age_s))
+
+
+@pytest.fixture
+def by_hand(tmp_path: Path, config_file: Path) -> Path:
+    """A run without jobs, half done."""
+    path = tmp_path / "runs" / "by-hand"
+    create_run(path)
+    (path / "config.yaml").write_text(config_file.read_text())
+    figures = {"step": 95, "images_seen": 1520, "time": time.time() - 9, "throughput/images_per_sec": 20.0}
+    (path / "metrics.jsonl").write_text(json.dumps(figures) + "\n")
+    return path
+
+
+@pytest.fixture
+def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+
+
+ELSEWHERE = {"host": "some-other-node", "pid": 1}
+DEAD = {"pid": 2**22 + 1}  # above the largest number that Linux gives
+
+
+@pytest.mark.parametrize(
+    ("beats", "state"),
+    [
+        ([], "not started"),
+        ([{}], "running"),
+        ([DEAD], "failed (killed)"),
+        ([{"phase": "gone"}], "stopped"),
+        ([{"phase": "failed"}], "failed"),
+        ([{"phase": "hung"}], "failed (hung)"),
+        ([ELSEWHERE], "running"),
+        ([{**ELSEWHERE, "age_s": 500}], "failed (killed)"),
+        ([{"phase": "gone"}, {"phase": "failed"}], "failed"),
+        ([{"phase": "gone"}, {**ELSEWHERE, "age_s": 5}], "running"),
+    ],
+)
+def test_N09_what_a_run_does_is_known_without_slurm(by_hand: Path, no_slurm, beats, state) -> None:
+    for rank, facts in enumerate(beats):
+        beat(by_hand, rank, len(beats), **facts)
+    (row,) = rows([by_hand])
+    assert row.state == state
+    assert (row.eta != "-") == (row.rate != "-") == (state == "running"), "nothing is foretold of a run that stands"
+    assert (row.jobs, row.requeues, row.step, row.images) == ("-", "-", "95", "1,520 / 3,200")
+
+
+def test_N09_a_number_that_another_process_has_now_is_not_the_run(by_hand: Path, no_slurm) -> None:
+    """The heartbeat is older than the process that bears its number: after a restart of the machine, say."""
+    began = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    up = float(Path("/proc/uptime").read_text().split()[0])
+    beat(by_hand, age_s=up - began + 100)
+    (row,) = rows([by_hand])
+    assert row.state == "failed (killed)"
+
+
+def test_N09_what_a_larger_world_left_behind_does_not_count(by_hand: Path, no_slurm) -> None:
+    beat(by_hand, 0, 1, phase="gone")
+    beat(by_hand, 1, 2, age_s=9000, **DEAD)
+    (row,) = rows([by_hand])
+    assert (row.state, row.heartbeat) == ("stopped", "0:00 min ago")
+
+
+def commit(run: Path, step: int) -> None:
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    marker = {
+        "step": step,
+        "images_seen": 16 * step,
+        "files": {},
+        "run": json.loads((run / "run.json").read_text())["run_id"],
+    }
+    (folder / "COMMITTED").write_text(json.dumps(marker))
+
+
+def test_N09_the_step_is_the_newest_that_is_known(by_hand: Path, no_slurm) -> None:
+    beat(by_hand, phase="gone")
+    commit(by_hand, 90)
+    assert rows([by_hand])[0].step == "95", "a line of figures may be ahead of the last checkpoint"
+    commit(by_hand, 96)
+    assert rows([by_hand])[0].step == "96", "and a checkpoint ahead of the last line"
+    with open(by_hand / "metrics.jsonl", "a") as file:
+        file.write('{"event": "resume", "step": 90, "images_seen": 1440}\n')
+    assert rows([by_hand])[0].images == "1,536 / 3,200"
+
+
+def test_N09_a_run_with_all_its_images_is_finished(by_hand: Path, no_slurm) -> None:
+    beat(by_hand, phase="gone")
+    commit(by_hand, 200)
+    (row,) = rows([by_hand])
+    assert (row.state, row.step, row.eta) == ("finished", "200", "-")
+
+
+def test_N09_a_real_run_that_is_killed_is_seen_to_run_and_then_not(verb, config_file, tmp_path, no_slurm) -> None:
+    run = tmp_path / "run"
+    words = [sys.executable, "-m", "tarflow", "train", config_file, "--run-dir", run, "train.max_images=10_000_000"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 60
+        while not (run / "metrics.jsonl").exists() or "throughput" not in (run / "metrics.jsonl").read_text():
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        (row,) = rows([run])
+        assert row.state == "running"
+        assert row.eta != "-"
+        assert read_holder(run) == Holder(os.uname().nodename, process.pid)
+    finally:
+        process.kill()
+        process.wait()
+    assert rows([run])[0].state == "failed (killed)"
+
+
+@pytest.mark.parametrize("width", [80, 120, 300])
+def test_N13_what_matters_fits_a_narrow_terminal(run: Path, fake_slurm, config_file, width: int) -> None:
+    fake_slurm.command("squeue", 'echo "107|RUNNING|None|n1"; echo "109|PENDING|Dependency|"')
+    with open(run / "slurm" / "jobs.jsonl", "a") as file:
+        file.write(json.dumps({"job": "109", "kind": "train", "logs": "x"}) + "\n")
+    (run / "config.yaml").write_text(config_file.read_text().replace("3200", "1281167000"))
+    figures = {"step": 123456, "images_seen": 640583500, "time": time.time(), "throughput/images_per_sec": 1234.0}
+    (run / "metrics.jsonl").write_text(json.dumps(figures) + "\n")
+    beat(run, job="107")
+    found = shortened(rows([run]), width)
+    titles = fitting(found, width)
+    lines = [" ".join(getattr(found[0], COLUMNS[title]) for title in titles), " ".join(titles)]
+    assert all(len(line) <= width for line in lines)
+    assert titles[:1] == ["run"]
+    assert {"state", "images", "ETA"} <= set(titles)
+    assert (set(titles) >= {"jobs", "step", "heartbeat", "requeues"}) == (width == 300)
+    assert found[0].run.endswith("/one")
+
+
+def test_N13_the_table_says_what_it_leaves_out(run: Path, fake_slurm, tmp_path: Path) -> None:
+    beat(run, phase="gone")
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))
+    env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    words = [sys.executable, "-m", "tarflow", "status", "runs/one"]
+    assert subprocess.run(words, cwd=tmp_path, stdout=slave, env=env, timeout=60).returncode == 0
+    os.close(slave)
+    said = re.sub(r"\x1b\[[0-9;]*m", "", os.read(master, 65536).decode()).replace("\r", "").splitlines()
+    os.close(master)
+    assert said[0].split() == ["run", "state", "jobs"]
+    assert said[1].split() == ["runs/one", "stopped", "107", "over"]
+    assert " ".join(" ".join(said[2:]).split()) == "in a wider terminal: heartbeat, requeues"
+    assert all(len(line) <= 30 for line in said)
 
 
 def test_runs_are_found_in_folders_and_sweeps(run: Path, tmp_path: Path) -> None:
@@ -151,7 +329,9 @@ def test_cancel_has_the_training_save_and_ends_what_waits(run: Path, verb, fake_
     fake_slurm.command("sacct", "exit 0")
     fake_slurm.command("scancel", f'[ "$1" != --signal=USR2 ] || touch "{gone}"')
     assert verb("cancel", run) == 0
-    assert fake_slurm.calls("scancel") == ["--signal=USR2 107", "108"]
+    assert fake_slurm.calls("scancel") == ["108", "--signal=USR2 107"], (
+        "what waits goes first: it must not start meanwhile"
+    )
     assert "job 107 saved and ended" in capsys.readouterr().out
     assert (run / "slurm" / "cancel-107").exists()
 

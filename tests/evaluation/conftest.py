@@ -75,7 +75,7 @@ def write_checkpoint(run_dir, config, step, images_seen, seed=0, scale=0.1, aver
     tensors["buffer/var"] = model.var
     for i, name in enumerate(config.ema.names if averages is None else averages):
         tensors |= {f"{name}/{k}": p.detach() * (1 - 0.01 * (i + 1)) for k, p in model.named_parameters()}
-    temporary = store.temporary_dir(run_dir, step)
+    temporary = store.temporary_dir(run_dir, images_seen)
     write_tensors(temporary, tensors)
     (temporary / "config.yaml").write_text(config_text(config))
     return store.commit(run_dir, temporary, step, images_seen, {"world_size": 1})

@@ -214,7 +214,7 @@ def test_statistics_beside_the_data_serve_every_run_on_them(make_run, digit_like
     assert found.path.parent == data / "train"
     run_dir, _ = make_run(steps=(10,), data={"train": str(data / "train"), "validation": str(data / "val")})
     assert evaluate(run_dir, False, WorkerOptions(), lambda _: None).failed == {}
-    result = json.loads((run_dir / "evals/step-00000010/result.json").read_text())
+    result = json.loads((run_dir / "evals/images-000000000160/result.json").read_text())
     assert result["reference"]["file"] == found.path.name
     assert not list(run_dir.rglob("reference-*.npz"))
     assert "distance_stderr" in result

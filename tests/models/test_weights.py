@@ -73,7 +73,9 @@ def test_I01_an_exported_pth_loads_strictly_into_the_published_code(tmp_path: Pa
     theirs.load_state_dict(torch.load(tmp_path / "w.pth", weights_only=True), strict=True)
     assert torch.equal(theirs.blocks[1].attn_mask, torch.ones(16, 16).tril())
     assert all(torch.equal(theirs.state_dict()[name], t) for name, t in model.state_dict().items())
-    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")  # and the way back, from a file that says nothing of itself
+    torch.save(
+        theirs.state_dict(), tmp_path / "theirs.pth"
+    )  # and the way back, from a file that says nothing of itself
     back = read_weights(tmp_path / "theirs.pth")
     assert (back.config, back.by_shapes, back.provenance) == (config, True, Provenance())
     assert back.tensors.keys() == model.state_dict().keys()
@@ -155,7 +157,9 @@ def test_files_that_do_not_fit_say_what_is_wrong(tmp_path: Path) -> None:
         load_weights_file(tmp_path / "junk.safetensors")
     save_weights_file(tmp_path / "w.pth", CONFIG, weights())
     torch.save({"encoder.weight": torch.ones(3)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"not laid out as published TarFlow weights are: it holds no 'blocks\.0\.proj_in"):
+    with pytest.raises(
+        ValueError, match=r"not laid out as published TarFlow weights are: it holds no 'blocks\.0\.proj_in"
+    ):
         load_weights_file(tmp_path / "other.pth")
     wider = CONFIG.model_copy(update={"channels": 128})
     with pytest.raises(ValueError, match=r"\[64, 12\] in the file, \[128, 12\] in the model"):

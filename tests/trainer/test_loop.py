@@ -157,11 +157,11 @@ def test_C07_a_signal_saves_at_the_next_step_and_says_so(
 def test_finished_run_started_again_does_nothing_and_a_longer_one_goes_on(tiny_config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train(tiny_config, run, "train.max_images=160").returncode == FINISHED
-    before = (run / "checkpoints" / "step-00000010" / "COMMITTED").stat().st_mtime_ns
+    before = (run / "checkpoints" / "images-000000000160" / "COMMITTED").stat().st_mtime_ns
     again = train(tiny_config, run, "train.max_images=160")
     assert again.returncode == FINISHED
     assert "resuming at 160 images" in again.stdout
-    assert (run / "checkpoints" / "step-00000010" / "COMMITTED").stat().st_mtime_ns == before
+    assert (run / "checkpoints" / "images-000000000160" / "COMMITTED").stat().st_mtime_ns == before
     longer = train(tiny_config, run, "train.max_images=320", "optim.lr=5e-4")
     assert longer.returncode == FINISHED
     assert "changed: train.max_images: 160 -> 320" in longer.stdout
@@ -206,7 +206,7 @@ def test_K03_another_data_set_is_refused_unless_accepted(tiny_config: Path, tiny
     longer = ("train.max_images=240", f"data.train={tmp_path / 'other'}")
     refused = train(tiny_config, run, *longer)
     assert refused.returncode == 2
-    assert "is another one than at step 10" in refused.stderr
+    assert "is another one than at 160 images" in refused.stderr
     accepted = train(tiny_config, run, *longer, "--accept-new-data")
     assert accepted.returncode == FINISHED
     assert "changed: the data set" in accepted.stdout
@@ -217,13 +217,13 @@ def test_T15_a_checkpoint_that_does_not_load_stops_the_run_instead_of_starting_o
 ) -> None:
     run = tmp_path / "run"
     assert train(tiny_config, run, "train.max_images=160").returncode == FINISHED
-    for file in (run / "checkpoints").glob("step-*/*.distcp"):  # same size, other bytes in the place of tensors
+    for file in (run / "checkpoints").glob("images-*/*.distcp"):  # same size, other bytes in the place of tensors
         file.write_bytes(os.urandom(file.stat().st_size))
     done = train(tiny_config, run)
     assert done.returncode == 2
     assert "starting from fresh weights" not in done.stdout
     assert "has checkpoints, but none can be used" in done.stderr
-    assert "step-00000010: the checksum of its file __0_0.distcp is wrong" in done.stderr
+    assert "images-000000000160: the checksum of its file __0_0.distcp is wrong" in done.stderr
 
 
 def test_weights_file_starts_a_new_run_but_never_an_old_one(

@@ -1,35 +1,33 @@
 """Checkpoints: committed or not there at all (design contract 5).
 
-    checkpoints/step-00001000/   tensors (torch's distributed checkpoint), config.yaml
-                   COMMITTED     json, written last: step, images_seen, run, files with sizes and checksums, ...
-    checkpoints/latest           name of the newest committed checkpoint
-    checkpoints/pins/            who is reading which checkpoint
+    checkpoints/images-000000016000/  tensors (torch's distributed checkpoint), config.yaml
+                        COMMITTED     json, written last: step, images_seen, run, files with sizes and checksums, ...
+    checkpoints/latest                name of the newest committed checkpoint
+    checkpoints/pins/                 who is reading which checkpoint
 
-Writing: `step-N.tmp/` -> fsync -> rename -> `COMMITTED` -> `latest` -> retention. Removing goes the other way: first the
-pointer, if it names what goes, then the marker. So whatever moment a process is killed at, a directory with a marker is
-whole, and the pointer names one with a marker.
+Their order, their names and the pointer go by `images_seen` alone: a batch size that changes on resume changes what a step
+is, never what is newer. Writing: `images-N.tmp/` -> fsync -> rename -> `COMMITTED` -> `latest` -> retention
+(`retention.py`). Removing goes the other way: first the pointer, if it names what goes, then the marker. So whatever moment
+a process is killed at, a directory with a marker is whole, and the pointer names one with a marker.
 """
 
 import json
 import os
-import re
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tarflow.files import crc32, fsync_path, fsync_tree, listed, write_text
+from tarflow.files import crc32, discard, free_name, fsync_path, fsync_tree, listed, write_text
+from tarflow.trainer.checkpoint.names import checkpoint_name, leading_name, says
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.resilience.fault_injection import fault_point
 from tarflow.trainer.run_dir import is_run, run_id
 
 MARKER = "COMMITTED"
-_STEP = re.compile(r"step-(\d{8,})")
-_TORN = re.compile(r"step-\d{8,}(\.tmp)?")
-DAMAGED = ".damaged"  # ending of a checkpoint that was set aside
+TEMPORARY, DAMAGED, REPLACED = ".tmp", ".damaged", ".replaced"  # endings: being written, set aside, making way
 _PIN_LIFETIME_S = 24 * 3600
 
 
@@ -38,7 +36,7 @@ class Checkpoint:
     """A committed checkpoint."""
 
     path: Path
-    step: int
+    step: int  # optimizer steps taken until then; for people, nothing goes by it
     images_seen: int
     info: dict[str, Any]
 
@@ -52,28 +50,43 @@ class Checkpoint:
         return sum(int(facts["size"]) for facts in self.info["files"].values())
 
 
+@dataclass(frozen=True)
+class Refused:
+    """Why a directory is no checkpoint that can be used."""
+
+    reason: str
+    committed: bool = True  # it has a marker: it was whole once
+    foreign: bool = False  # it is another run's
+
+    def __str__(self) -> str:
+        return self.reason
+
+
 def checkpoints_dir(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
-def read_marker(path: Path, owner: str | None) -> Checkpoint | str:
+def read_marker(path: Path, owner: str | None) -> Checkpoint | Refused:
     """The checkpoint in a directory, or the reason why it is none."""
     try:
         info = json.loads((path / MARKER).read_text())
         step, images_seen, files = int(info["step"]), int(info["images_seen"]), dict(info["files"])
         sizes = {name: int(facts["size"]) for name, facts in files.items()}
     except FileNotFoundError:
-        return "it was never committed"
+        return Refused("it was never committed", committed=False)
     except (ValueError, KeyError, TypeError):
-        return f"its {MARKER} marker is damaged"
+        return Refused(f"its {MARKER} marker is damaged")
     if owner is not None and info.get("run") != owner:
-        return "it belongs to another run"
+        return Refused("it belongs to another run", foreign=True)
+    kind, number = says(path.name)
+    if info[kind] != number:
+        return Refused(f"its {MARKER} marker says {kind} {info[kind]}")
     for name, size in sizes.items():
         file = path / name
         if not file.is_file():
-            return f"its file {name} is missing"
+            return Refused(f"its file {name} is missing")
         if file.stat().st_size != size:
-            return f"its file {name} has {file.stat().st_size} bytes instead of {size}"
+            return Refused(f"its file {name} has {file.stat().st_size} bytes instead of {size}")
     return Checkpoint(path, step, images_seen, info)
 
 
@@ -96,8 +109,8 @@ def newest_sound(run_dir: Path, say: Callable[[str], None]) -> Checkpoint | None
         if problem is None:
             return checkpoint
         say(f"WARNING: checkpoint {checkpoint.name} is damaged and not used: {problem}")
-        refused[checkpoint.path] = problem
-    ours = {path: why for path, why in refused.items() if (path / MARKER).exists() and "another run" not in why}
+        refused[checkpoint.path] = Refused(problem)
+    ours = {path: why for path, why in refused.items() if why.committed and not why.foreign}
     if ours:
         reasons = "; ".join(f"{path.name}: {why}" for path, why in sorted(ours.items()))
         raise TrainerError(
@@ -107,24 +120,29 @@ def newest_sound(run_dir: Path, say: Callable[[str], None]) -> Checkpoint | None
     return None
 
 
-def scan(run_dir: Path) -> tuple[list[Checkpoint], dict[Path, str]]:
-    """Usable checkpoints of a run, by step ascending, and the directories that are none, each with the reason."""
+def scan(run_dir: Path) -> tuple[list[Checkpoint], dict[Path, Refused]]:
+    """Usable checkpoints of a run, by images seen ascending, and the directories that are none, each with the reason."""
     usable, refused = [], {}
     owner = run_id(run_dir)
-    folder = checkpoints_dir(run_dir)
-    for path in listed(folder):
-        if not _TORN.fullmatch(path.name):
+    for path in listed(checkpoints_dir(run_dir)):
+        name, ending = leading_name(path.name), path.suffix.partition("-")[0]
+        if name == path.name:
+            found = read_marker(path, owner)
+        elif name and ending == TEMPORARY:
+            found = Refused("a save was interrupted", committed=False)
+        elif name and ending == REPLACED:
+            found = Refused("it made way for a save that was interrupted", committed=(path / MARKER).exists())
+        else:
             continue  # not ours: never touched (case T04)
-        found = read_marker(path, owner) if _STEP.fullmatch(path.name) else "a save was interrupted"
         if isinstance(found, Checkpoint):
             usable.append(found)
         else:
             refused[path] = found
-    return sorted(usable, key=lambda c: c.step), refused
+    return sorted(usable, key=lambda c: (c.images_seen, c.step)), refused
 
 
 def committed(run_dir: str | Path) -> list[Checkpoint]:
-    """Usable checkpoints of a run, by step ascending."""
+    """Usable checkpoints of a run, by images seen ascending."""
     return scan(Path(run_dir))[0]
 
 
@@ -133,78 +151,58 @@ def has_checkpoints(run_dir: Path) -> bool:
     return is_run(run_dir) and bool(committed(run_dir))
 
 
-def find(run_dir: str | Path, step: int | None = None) -> Checkpoint:
-    """The checkpoint of a step, or the newest; if there is none, an error that says what there is."""
-    usable, refused = scan(Path(run_dir))
-    if step is None:
-        if usable:
-            return usable[-1]
-        raise TrainerError(f"run {run_dir} has no committed checkpoint yet")
-    for checkpoint in usable:
-        if checkpoint.step == step:
-            return checkpoint
-    reasons = [why for path, why in refused.items() if path.name.startswith(f"step-{step:08d}")]
-    if (checkpoints_dir(Path(run_dir)) / f"step-{step:08d}{DAMAGED}").exists():
-        reasons.append(f"it was damaged and set aside as step-{step:08d}{DAMAGED}")
-    why = f": {reasons[0]}" if reasons else ""
-    have = ", ".join(str(c.step) for c in usable) or "none"
-    raise TrainerError(f"run {run_dir} has no usable checkpoint of step {step}{why}; usable steps: {have}")
+def find(run_dir: str | Path, step: int | None = None, images: int | None = None) -> Checkpoint:
+    """The checkpoint of a step or at so many images, or the one of most images.
 
-
-def sweep(run_dir: Path) -> list[str]:
-    """Remove what interrupted saves and removals left; report that, and what else cannot be used. Writer only."""
-    lines = []
-    usable, refused = scan(run_dir)
-    pointer = checkpoints_dir(run_dir) / "latest"
-    if usable and _named(pointer) != usable[-1].name:
-        write_text(pointer, usable[-1].name + "\n")  # a save was killed between its marker and the pointer
-    for path, reason in sorted(refused.items()):
-        torn = not (path / MARKER).exists()
-        if torn:
-            shutil.rmtree(path)
-        lines.append(f"checkpoint {path.name} is not used: {reason}" + (" (removed)" if torn else ""))
-    return lines
-
-
-def set_aside(run_dir: Path, chosen: Checkpoint) -> list[str]:
-    """Rename this run's checkpoints that are newer than the one it goes on from, which are all damaged. Writer only.
-
-    Where they are they would count as the newest to retention, to readers and to `latest`, and the run, once it comes by
-    their step again, would have to remove them. Renamed, they stay for a person to look at. Returns what is to be said.
+    If there is none, or more than one of that step, the error says what there is and how to choose.
     """
+    run_dir = Path(run_dir)
     usable, refused = scan(run_dir)
-    newer = [c.path for c in usable if c.step > chosen.step]
-    newer += [path for path in refused if _is_newer_of_ours(path, chosen)]
-    if newer:
-        write_text(checkpoints_dir(run_dir) / "latest", chosen.name + "\n")
-    for path in newer:
-        aside = path.with_name(path.name + DAMAGED)
-        if aside.exists():
-            shutil.rmtree(aside)
-        os.rename(path, aside)
-    return [
-        f"checkpoint {path.name} is set aside as {path.name}{DAMAGED}; `tarflow checkpoint prune --damaged` removes it"
-        for path in sorted(newer)
-    ]
+    if step is None and images is None and not usable:
+        raise TrainerError(f"run {run_dir} has no committed checkpoint yet")
+    reasons = [f"{path.name}: {why}" for path, why in sorted(refused.items())]
+    reasons += [f"{path.name} is set aside as damaged" for path in set_aside_dirs(run_dir)]
+    return choose(usable, step, images, f"run {run_dir}", "usable checkpoint", ", ".join(reasons[-4:]))
 
 
-def remove_set_aside(run_dir: Path) -> list[str]:
-    """Remove what `set_aside` has left; names of the removed."""
-    paths = listed(checkpoints_dir(run_dir), f"step-*{DAMAGED}")
-    for path in paths:
-        _remove(path)
-    return [path.name for path in paths]
+def choose(
+    among: Sequence[Checkpoint], step: int | None, images: int | None, whose: str, what: str, unusable: str = ""
+) -> Checkpoint:
+    """The one of a step or at so many images, or of most images, of checkpoints by images seen ascending."""
+    found = [c for c in among if step in (None, c.step) and images in (None, c.images_seen)]
+    if len(found) == 1 or (found and step is None and images is None):
+        return found[-1]
+    asked = ([] if step is None else [f"of step {step}"]) + ([] if images is None else [f"at {images} images"])
+    if found:
+        raise TrainerError(
+            f"{whose} has {len(found)} checkpoints {' and '.join(asked)}: at "
+            f"{', '.join(str(c.images_seen) for c in found)} images; choose one with --images"
+        )
+    raise TrainerError(
+        f"{whose} has no {what} {' and '.join(asked)}{f': {unusable}' if unusable else ''}; "
+        f"usable steps: {', '.join(str(c.step) for c in among) or 'none'}; "
+        f"images: {', '.join(str(c.images_seen) for c in among) or 'none'}"
+    )
 
 
-def _is_newer_of_ours(path: Path, chosen: Checkpoint) -> bool:
-    """Whether a directory holds a newer checkpoint of the same run, by what can be read of its marker."""
-    name = _STEP.fullmatch(path.name)
-    if name is None or int(name[1]) <= chosen.step or not (path / MARKER).exists():
-        return False
-    try:
-        return bool(json.loads((path / MARKER).read_text())["run"] == chosen.info["run"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return True
+def set_aside_dirs(run_dir: Path) -> list[Path]:
+    """Damaged checkpoints that a start has set aside."""
+    return [p for p in listed(checkpoints_dir(run_dir), f"*{DAMAGED}*") if leading_name(p.name)]
+
+
+def point_to(run_dir: Path, checkpoint: Checkpoint) -> None:
+    """Let `latest` name a checkpoint."""
+    pointer = checkpoints_dir(run_dir) / "latest"
+    if _named(pointer) != checkpoint.name:
+        write_text(pointer, checkpoint.name + "\n")
+
+
+def unpoint(path: Path) -> None:
+    """Remove `latest` if it names a checkpoint that goes away: no pointer is better than one to what is not there."""
+    pointer = path.parent / "latest"
+    if _named(pointer) == path.name:
+        pointer.unlink()
+        fsync_path(path.parent)
 
 
 def _named(pointer: Path) -> str:
@@ -219,16 +217,17 @@ def commit(
     images_seen: int,
     info: dict[str, Any],
     sums: Mapping[str, int] | None = None,
+    warn: Callable[[str], object] = lambda _: None,
 ) -> Checkpoint:
-    """Turn a fully written `step-N.tmp/` into a committed checkpoint and point `latest` at it.
+    """Turn a fully written `images-N.tmp/` into a committed checkpoint and point `latest` at the newest.
 
-    `sums`: checksums of files that their writers know already; the others are read for theirs.
+    `sums`: checksums of files that their writers know already; the others are read for theirs. `warn` is told what went
+    wrong after the checkpoint was committed, which makes it no less committed.
     """
     sums = sums or {}
-    final = temporary.with_suffix("")
+    final = checkpoints_dir(run_dir) / checkpoint_name(images_seen)
     fsync_tree(temporary)
-    if final.exists():  # a leftover of another run, or the same step saved again
-        _remove(final)
+    before = _make_way(final, run_id(run_dir))
     os.rename(temporary, final)
     fsync_path(final.parent)
     fault_point("save.renamed")
@@ -240,67 +239,87 @@ def commit(
     record = {"step": step, "images_seen": images_seen, "run": run_id(run_dir), **info, "files": files}
     write_text(final / MARKER, json.dumps(record, indent=1))
     fault_point("save.marked")
-    write_text(final.parent / "latest", final.name + "\n")
+    checkpoint = Checkpoint(final, step, images_seen, record)
+    try:
+        point_to(run_dir, max([checkpoint, *committed(run_dir)], key=lambda c: c.images_seen))
+    except OSError as error:
+        warn(f"`latest` could not be written ({error.strerror or error}); the next start does it")
     fault_point("save.pointed")
-    return Checkpoint(final, step, images_seen, record)
+    if before is not None and (problem := remove(before)):
+        warn(stuck(before, problem))
+    return checkpoint
 
 
-def temporary_dir(run_dir: Path, step: int) -> Path:
-    """A fresh, empty `step-N.tmp/`."""
-    path = checkpoints_dir(run_dir) / f"step-{step:08d}.tmp"
-    if path.exists():
-        shutil.rmtree(path)
+def remove(path: Path) -> str | None:
+    """Take a checkpoint away: pointer, marker, files. Why some of it stays, or None; without a marker it counts as none."""
+    try:
+        unpoint(path)
+        (path / MARKER).unlink(missing_ok=True)
+        fsync_path(path)
+    except OSError as error:
+        return f"{error.strerror or error}: {error.filename or path}"
+    return discard(path)
+
+
+def stuck(path: Path, problem: str) -> str:
+    """What is said of a directory that could not be removed."""
+    return f"WARNING: checkpoint {path.name} could not be removed ({problem}); the next save or start tries again"
+
+
+def _make_way(final: Path, owner: str) -> Path | None:
+    """Move what stands where a checkpoint is to be; returns what may be removed once the new one is committed.
+
+    A whole checkpoint at the same images stays whole until then: should this be killed, the next start puts it back.
+    """
+    if not final.exists():
+        return None
+    there = read_marker(final, owner)
+    if isinstance(there, Refused) and there.foreign:
+        os.rename(final, free_name(final.with_name(final.name + ".other-run")))
+        return None
+    torn = isinstance(there, Refused) and not there.committed
+    aside = free_name(final.with_name(final.name + (TEMPORARY if torn else REPLACED)))
+    unpoint(final)
+    os.rename(final, aside)
+    return aside
+
+
+def temporary_dir(run_dir: Path, images_seen: int) -> Path:
+    """A fresh, empty `images-N.tmp/`; under a further name if what a killed save left there cannot be removed."""
+    path = checkpoints_dir(run_dir) / f"{checkpoint_name(images_seen)}{TEMPORARY}"
+    discard(path)
+    path = free_name(path)
     path.mkdir(parents=True)
     return path
-
-
-def apply_retention(run_dir: Path, keep_latest: int, keep_every_images: int) -> list[str]:
-    """Remove checkpoints that nobody needs; names of the removed. The newest `keep_latest` (-1: all) always stay."""
-    if keep_latest == -1:
-        return []
-    removed = []
-    pins = pinned_names(run_dir)
-    for checkpoint in committed(run_dir)[: -max(keep_latest, 2)]:
-        permanent = keep_every_images and checkpoint.images_seen % keep_every_images == 0
-        if not permanent and checkpoint.name not in pins:
-            _remove(checkpoint.path)
-            removed.append(checkpoint.name)
-    return removed
-
-
-def _remove(path: Path) -> None:
-    pointer = path.parent / "latest"
-    if _named(pointer) == path.name:
-        pointer.unlink()  # no pointer is better than one to what is not there; the next start and save make it again
-        fsync_path(path.parent)
-    (path / MARKER).unlink(missing_ok=True)
-    fsync_path(path)
-    shutil.rmtree(path)
 
 
 @contextmanager
 def pinned(checkpoint: Checkpoint, owner: str) -> Iterator[None]:
     """Keep retention away from a checkpoint while it is read. A pin of a process that died expires by itself."""
-    folder = checkpoint.path.parent / "pins"
-    folder.mkdir(exist_ok=True)
-    pin = folder / f"{checkpoint.name}.{owner.replace('/', '_')}"
-    pin.write_text(json.dumps({"host": os.uname().nodename, "pid": os.getpid()}))
+    pin = checkpoint.path.parent / "pins" / f"{checkpoint.name}.{owner.replace('/', '_')}"
+    with suppress(OSError):  # who may not write here reads without a pin
+        pin.parent.mkdir(exist_ok=True)
+        pin.write_text(json.dumps({"host": os.uname().nodename, "pid": os.getpid()}))
     try:
         if not (checkpoint.path / MARKER).exists():
             raise TrainerError(f"checkpoint {checkpoint.path} was removed by retention before it could be read")
         yield
     finally:
-        pin.unlink(missing_ok=True)
+        with suppress(OSError):  # the pin of a process that is gone expires
+            pin.unlink()
 
 
 def pinned_names(run_dir: Path) -> set[str]:
     """Checkpoints that someone reads now."""
     names = set()
-    for pin in listed(checkpoints_dir(run_dir) / "pins", "step-*"):
+    for pin in listed(checkpoints_dir(run_dir) / "pins"):
+        if not (name := leading_name(pin.name)):
+            continue
         if _pin_holds(pin):
-            names.add(pin.name.partition(".")[0])
+            names.add(name)
         else:
-            pin.unlink(missing_ok=True)
+            with suppress(OSError):
+                pin.unlink()
     return names
 
 

@@ -1,8 +1,10 @@
 """What a checkpoint and its configuration say of a set of weights; it goes with the weights wherever they go."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.models.provenance import Provenance
 from tarflow.trainer.checkpoint.commit import Checkpoint
 from tarflow.trainer.config.ema import power_name
@@ -32,3 +34,15 @@ def provenance_of(
         "code": checkpoint.info.get("code"),
     }
     return Provenance(**(facts | known))
+
+
+def names_of_checkpoint(checkpoint: Checkpoint, config: Config) -> Sequence[str] | None:
+    """The names of the classes of a checkpoint's model, if it tells them or its very data set is at hand."""
+    names: Sequence[str] | None = checkpoint.info.get("classes")
+    if names is None and config.model.num_classes:
+        try:
+            index = open_index(config.data.train, config.data.access)
+        except DataError:  # it has moved, or is a stream
+            return None
+        names = index.classes if index.fingerprint == checkpoint.info.get("data") else None
+    return names

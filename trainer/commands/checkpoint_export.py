@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from tarflow.trainer.checkpoint.choice import add_choice
+
 EXAMPLE = """example:
   tarflow checkpoint export runs/demo --out demo.safetensors --weights ema-0.050
 """
@@ -23,13 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SET",
         help="raw, an average such as ema-0.050, or auto: the widest average, raw without any (default)",
     )
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the newest)")
+    add_choice(parser, "the one of most images")
 
 
 def run(args: argparse.Namespace) -> int:
     from tarflow.models.weights import save_weights_file
     from tarflow.trainer.checkpoint.commit import damage, find, pinned
-    from tarflow.trainer.checkpoint.provenance import provenance_of
+    from tarflow.trainer.checkpoint.provenance import names_of_checkpoint, provenance_of
     from tarflow.trainer.checkpoint.tensors import load_weights
     from tarflow.trainer.config.chosen_sampling import chosen_sampling
     from tarflow.trainer.config.files import load_config
@@ -38,12 +40,12 @@ def run(args: argparse.Namespace) -> int:
 
     require_run(args.run)
     _check_out(args.out)
-    checkpoint = find(args.run, args.step)
+    checkpoint = find(args.run, args.step, args.images)
     with pinned(checkpoint, owner="export"):
         problem = damage(checkpoint)
         if problem:
             raise TrainerError(
-                f"checkpoint {checkpoint.path} is damaged: {problem}; choose another with --step (see `tarflow checkpoint "
+                f"checkpoint {checkpoint.path} is damaged: {problem}; choose another with --images (see `tarflow checkpoint "
                 "verify`)"
             )
         config = load_config(checkpoint.path / "config.yaml")
@@ -51,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
         weights = load_weights(checkpoint, which)
     chosen, where = chosen_sampling(args.run)
     try:
-        save_weights_file(args.out, config.model, weights, provenance_of(checkpoint, config, which, chosen))
+        provenance = provenance_of(checkpoint, config, which, chosen, classes=names_of_checkpoint(checkpoint, config))
+        save_weights_file(args.out, config.model, weights, provenance)
     except OSError as error:
         raise TrainerError(f"--out {args.out} could not be written: {error.strerror or error}") from None
     numbers = sum(t.numel() for t in weights.values())

@@ -4,8 +4,6 @@ import argparse
 import time
 from pathlib import Path
 
-from tarflow.files import listed
-
 EXAMPLE = """example:
   tarflow checkpoint list runs/demo
 """
@@ -16,22 +14,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tarflow.trainer.checkpoint.commit import DAMAGED, checkpoints_dir, pinned_names, scan
+    from tarflow.trainer.checkpoint.commit import pinned_names, scan, set_aside_dirs
+    from tarflow.trainer.checkpoint.retention import permanent
     from tarflow.trainer.run_dir import load_run_config, require_run
 
     usable, refused = scan(require_run(args.run))
-    config, pins = load_run_config(args.run), pinned_names(args.run)
+    pins, for_ever = pinned_names(args.run), permanent(usable, load_run_config(args.run).checkpoint.keep_every_images)
     print("step        images seen        MB  saved                notes")
     for number, checkpoint in enumerate(usable, 1):
-        every = config.checkpoint.keep_every_images
         notes = ["newest"] * (number == len(usable)) + ["pinned"] * (checkpoint.name in pins)
-        notes += ["kept for ever"] * bool(every and checkpoint.images_seen % every == 0)
+        notes += ["kept for ever"] * (checkpoint.name in for_ever)
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((checkpoint.path / "COMMITTED").stat().st_mtime))
         print(f"{checkpoint.step:<10d}  {checkpoint.images_seen:>11,}  {checkpoint.num_bytes / 1e6:>8,.1f}  {when}  "
               + ", ".join(notes))  # fmt: skip
     for path, reason in sorted(refused.items()):
         print(f"{path.name}: not used: {reason}")
-    for path in listed(checkpoints_dir(args.run), f"step-*{DAMAGED}"):
+    for path in set_aside_dirs(args.run):
         print(f"{path.name}: set aside as damaged; `tarflow checkpoint prune --damaged` removes it")
     if not usable:
         print("no committed checkpoint")

@@ -20,13 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep-every-images",
         type=int,
         metavar="N",
-        help="multiples that stay for ever, 0 = none (default: the run's checkpoint.keep_every_images)",
+        help="the first at or after each multiple of N images stays for ever, 0 = none (default: the run's "
+        "checkpoint.keep_every_images)",
     )
     parser.add_argument("--damaged", action="store_true", help="remove damaged ones that a start has set aside, too")
 
 
 def run(args: argparse.Namespace) -> int:
-    from tarflow.trainer.checkpoint.commit import apply_retention, committed, damage, remove_set_aside
+    from tarflow.trainer.checkpoint.commit import committed, damage
+    from tarflow.trainer.checkpoint.retention import apply_retention, remove_set_aside
     from tarflow.trainer.errors import TrainerError
     from tarflow.trainer.run_dir import load_run_config, writer_lock
 
@@ -44,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
                 f"the newest {len(kept)} checkpoints of {args.run} are all damaged, nothing is removed; see `tarflow "
                 "checkpoint verify`, or keep more with --keep-latest"
             )
-        removed = apply_retention(args.run, latest, every)
-        removed += remove_set_aside(args.run) if args.damaged else []
+        removed = apply_retention(args.run, latest, every, warn=print)
+        removed += remove_set_aside(args.run, warn=print) if args.damaged else []
     for name in removed:
         print(f"removed {name}")
     print(f"{len(removed)} removed, {len(committed(args.run))} stay")

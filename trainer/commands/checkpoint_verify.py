@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from tarflow.trainer.checkpoint.choice import add_choice
+
 EXAMPLE = """example:
   tarflow checkpoint verify runs/demo
 
@@ -13,7 +15,7 @@ OK, DAMAGE = 0, 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument("--step", type=int, metavar="N", help="only the checkpoint of this step (default: all)")
+    add_choice(parser, "all")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -21,8 +23,8 @@ def run(args: argparse.Namespace) -> int:
     from tarflow.trainer.run_dir import require_run
 
     usable, refused = scan(require_run(args.run))
-    if args.step is not None:
-        usable, refused = [find(args.run, args.step)], {}
+    if args.step is not None or args.images is not None:
+        usable, refused = [find(args.run, args.step, args.images)], {}
     bad = 0
     for checkpoint in usable:
         with pinned(checkpoint, owner="verify"):  # so that the retention of a running training keeps it meanwhile
@@ -31,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{checkpoint.name}: " + (f"DAMAGED: {problem}" if problem else
               f"sound: {len(checkpoint.info['files'])} files, {checkpoint.num_bytes:,} bytes"), flush=True)  # fmt: skip
     for path, reason in sorted(refused.items()):
-        was_committed = (path / "COMMITTED").exists() and "another run" not in reason
+        was_committed = reason.committed and not reason.foreign
         bad += was_committed
         print(f"{path.name}: {'DAMAGED' if was_committed else 'not used'}: {reason}")
     if not usable and not refused:

@@ -3,9 +3,11 @@
 import argparse
 from pathlib import Path
 
+from tarflow.trainer.checkpoint.choice import add_choice
+
 EXAMPLE = """example:
   tarflow ema runs/demo --relative-std 0.075
-  tarflow ema runs/imagenet64 --relative-std 0.12 --step 200000 --out wide.safetensors
+  tarflow ema runs/imagenet64 --relative-std 0.12 --images 12_800_000 --out wide.safetensors
   tarflow sample wide.safetensors --out samples
 
 Works from the averages that the run's checkpoints and snapshots hold; ema.snapshot_every_images sets how many there are.
@@ -17,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--relative-std", type=float, required=True, metavar="X", help="width of the average, as a share of the run"
     )
-    parser.add_argument("--step", type=int, metavar="N", help="average at this step (default: the newest stored one)")
+    add_choice(parser, "the newest that holds averages")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="weights file, .safetensors or .pth (default: in the run directory)"
     )
@@ -27,6 +29,6 @@ def run(args: argparse.Namespace) -> int:
     from tarflow.trainer.ema.posthoc import reconstruct
     from tarflow.trainer.run_dir import require_run
 
-    path = reconstruct(require_run(args.run), args.relative_std, args.step, args.out, print)
+    path = reconstruct(require_run(args.run), args.relative_std, args.step, args.out, print, args.images)
     print(f"wrote {path}")
     return 0

@@ -125,7 +125,7 @@ class CheckpointConfig(Section):
     max_failures: Count = Field(3, gt=0, description="saves that fail in a row at which the run stops")
     keep_latest: Count = Field(2, ge=-1, description="newest checkpoints to keep (2 at least; -1 = all)")
     keep_every_images: Count = Field(
-        0, ge=0, description="keep for ever the checkpoints at multiples of this; 0 = none"
+        0, ge=0, description="keep for ever the first at or after each multiple of this; 0 = none"
     )
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ import torch
 
 import tarflow.trainer.checkpoint.commit as ckpt
 from tarflow.models.weights import save_weights_file
-from tarflow.trainer.checkpoint.provenance import provenance_of
+from tarflow.trainer.checkpoint.provenance import names_of_checkpoint, provenance_of
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.chosen_sampling import chosen_sampling
 from tarflow.trainer.config.ema import power_name
@@ -60,31 +60,31 @@ def fit(stored: Sequence[Profile], wanted: Profile) -> tuple[np.ndarray, float]:
 
 
 def reconstruct(
-    run_dir: Path, relative_std: float, step: int | None, out: Path | None, say: Callable[[str], None]
+    run_dir: Path,
+    relative_std: float,
+    step: int | None,
+    out: Path | None,
+    say: Callable[[str], None],
+    images: int | None = None,
 ) -> Path:
-    """Write the average of a width at a step (None: the newest stored moment) as a weights file; returns its path.
+    """Write the average of a width at a step or so many images (None: the newest stored moment) as a weights file;
+    returns its path.
 
-    Errors: a width out of range, a file that cannot be written, no such step, no power averages stored, or too few of
-    them for a fit within WORST_FIT.
+    Errors: a width out of range, a file that cannot be written, no such moment or several of that step, no power averages
+    stored, or too few of them for a fit within WORST_FIT.
     """
     if not 0 < relative_std < 0.28:
         raise TrainerError(f"--relative-std {relative_std:g}: a width lies between 0 and 0.28 of the run so far")
     if out is not None and (out.suffix not in (".safetensors", ".pth") or not out.parent.is_dir()):
         raise TrainerError(f"--out {out}: give a .safetensors or .pth file in a directory that exists")
     moments = sources(run_dir)
-    chosen = [c for c in moments if step is None or c.step == step]
-    if not chosen:
-        raise TrainerError(
-            f"run {run_dir} has no averages of {'any step' if step is None else f'step {step}'}; stored are steps: "
-            f"{', '.join(str(c.step) for c in moments) or 'none'}"
-        )
-    final = chosen[-1]
+    final = ckpt.choose(moments, step, images, f"run {run_dir}", "averages")
     wanted = Profile(final.images_seen, relative_std)
     pairs = [(c, s) for c in moments if 0 < c.images_seen <= final.images_seen for s in _widths(c)]
     if not pairs:
         raise TrainerError(f"run {run_dir} stores no power averages: it was trained with ema.relative_stds=[]")
     coefficients, distance = fit([Profile(c.images_seen, std) for c, std in pairs], wanted)
-    say(f"{len(pairs)} stored averages of {len({c.step for c, _ in pairs})} moments up to step {final.step}; "
+    say(f"{len(pairs)} stored averages of {len({c.images_seen for c, _ in pairs})} moments up to {final.images_seen:,} images; "
         f"the profile of width {relative_std:g} is met within {distance:.1e} of its norm")  # fmt: skip
     if distance > WORST_FIT:
         raise TrainerError(
@@ -94,8 +94,9 @@ def reconstruct(
         )
     path = out or run_dir / f"{power_name(relative_std)}-{final.name}.safetensors"
     config, name = load_config(final.path / "config.yaml"), power_name(relative_std)
-    chosen, _ = chosen_sampling(run_dir)
-    provenance = provenance_of(final, config, name, chosen, ema_relative_std=relative_std)
+    sampling, _ = chosen_sampling(run_dir)
+    classes = names_of_checkpoint(final, config)
+    provenance = provenance_of(final, config, name, sampling, ema_relative_std=relative_std, classes=classes)
     save_weights_file(path, config.model, _combine(pairs, coefficients), provenance)
     return path
 

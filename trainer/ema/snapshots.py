@@ -1,20 +1,20 @@
 """Snapshots of the averages alone, kept for ever: what `tarflow ema` rebuilds an average of another width from.
 
-    ema/snapshots/run.json                      the same run as the directory above
-    ema/snapshots/checkpoints/step-00001000/    the averages and the prior's variance, committed as a checkpoint is
+    ema/snapshots/run.json                          the same run as the directory above
+    ema/snapshots/checkpoints/images-000000064000/  the averages and the prior's variance, committed as a checkpoint is
 
 Every `ema.snapshot_every_images` the save that is due writes one, before its checkpoint: a run that is killed between
 the two comes by again and writes the same. Retention looks after `checkpoints/` and never comes here.
 """
 
 import json
-import shutil
 from pathlib import Path
 
 from torch import Tensor
 
 import tarflow.trainer.checkpoint.commit as ckpt
 from tarflow.files import write_text
+from tarflow.trainer.checkpoint.retention import sweep
 from tarflow.trainer.run_dir import is_run, run_id
 
 
@@ -42,12 +42,16 @@ def forget_after(run_dir: Path, images_seen: int) -> list[str]:
     folder = snapshots_dir(run_dir)
     if not is_run(folder):
         return []
-    later = [c for c in ckpt.committed(folder) if c.images_seen > images_seen]
-    for snapshot in later:
-        (snapshot.path / ckpt.MARKER).unlink()
-        shutil.rmtree(snapshot.path)
-    ckpt.sweep(folder)
-    return [f"snapshot of the averages {c.name} is removed: it is after the checkpoint resumed from" for c in later]
+    lines = []
+    for snapshot in ckpt.committed(folder):
+        if snapshot.images_seen > images_seen:
+            problem = ckpt.remove(snapshot.path)
+            lines.append(
+                f"snapshot of the averages {snapshot.name} is removed: it is after the checkpoint resumed from"
+                + (f" (as far as that goes: {problem})" if problem else "")
+            )
+    sweep(folder)
+    return lines
 
 
 def sources(run_dir: Path) -> list[ckpt.Checkpoint]:

@@ -22,10 +22,11 @@ from typing import IO, Any
 
 import torch.distributed as dist
 
-from tarflow.files import listed
 from tarflow.trainer.config.schema import ParallelConfig
+from tarflow.trainer.resilience import alive
+from tarflow.trainer.resilience.alive import read_heartbeats
 from tarflow.trainer.resilience.exit_codes import HUNG
-from tarflow.trainer.run_dir import is_run, note, rank_log
+from tarflow.trainer.run_dir import Holder, is_run, note, rank_log
 
 QUICK = ("data", "step")  # phases within a step; all others are allowed to be long
 STRAGGLER = 1.5  # own time per step, relative to the median rank, from which a rank is named
@@ -56,11 +57,11 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stop.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        self.phase("gone")
+        self.phase(alive.GONE if kind is None else alive.FAILED)
         self._write()
         assert self._file is not None
         self._file.close()
@@ -112,12 +113,15 @@ class Watchdog:
             self._file.write(f"stacks of rank {self.rank}, {text}\n")
             self._file.flush()
             faulthandler.dump_traceback(self._file, all_threads=True)
+            self.name = alive.HUNG
+            self._write()
         finally:  # on a full disk, too
             os._exit(HUNG)
 
     def _write(self) -> None:
         facts: dict[str, Any] = {
-            "rank": self.rank, "host": os.uname().nodename, "pid": os.getpid(), "phase": self.name, "step": self.step,
+            "rank": self.rank, "world_size": self.world_size, **vars(Holder.of_this_process()),
+            "phase": self.name, "step": self.step,
             "still_s": round(self._still_s, 1), "own_s": statistics.median(self._own) if self._own else None,
             "time": time.time(),
         }  # fmt: skip
@@ -179,17 +183,6 @@ def straggler(beats: list[dict[str, Any]]) -> tuple[int, float, float] | None:
     # The lower median, so that of two ranks the faster one is the measure.
     median = statistics.median_low(list(times.values()))
     return (rank, times[rank], median) if times[rank] > STRAGGLER * median else None
-
-
-def read_heartbeats(run_dir: Path) -> list[dict[str, Any]]:
-    """What every rank last said of itself, by rank."""
-    beats = []
-    for path in listed(run_dir / "heartbeats", "rank-*.json"):
-        try:
-            beats.append(json.loads(path.read_text()))
-        except (OSError, ValueError):
-            continue
-    return beats
 
 
 def tighten_timeouts(seconds: float, spare: Any) -> None:

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import tarflow.trainer.checkpoint.commit as ckpt
+import tarflow.trainer.checkpoint.retention as retention
 import tarflow.trainer.ema.snapshots as snapshots
-from tarflow.files import crc32, write_text
+from tarflow.files import crc32, discard, write_text
 from tarflow.trainer.checkpoint.tensors import write_tensors
 from tarflow.trainer.config.schema import CheckpointConfig
 from tarflow.trainer.errors import TrainerError
@@ -99,6 +100,7 @@ class Save:
     error: str | None = None  # the same on every rank
     name: str = ""
     removed: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # of what went wrong after the commit
 
 
 class Writer:
@@ -141,17 +143,19 @@ class Writer:
             outcome = self._write_into(True, save, snapshots.contents(state), describe)
             if isinstance(outcome, Failure):
                 return f"snapshot of the averages: {outcome.reason}"
+            save.warnings += outcome[2]
         outcome = self._write_into(False, save, state, describe)
         if isinstance(outcome, Failure):
             return outcome.reason
-        save.name, save.removed = outcome
+        save.name, save.removed, warnings = outcome
+        save.warnings += warnings
         return None
 
     def _write_into(
         self, snapshot: bool, save: Save, state: dict[str, Tensor], describe: Callable[[], tuple[str, dict[str, Any]]]
     ) -> Any:
-        """Write and commit a checkpoint, or a snapshot; its name and what retention removed, or the failure."""
-        temporary = self.channel.broadcast(self._attempt(lambda: self._make_room(snapshot, save.step, state)))
+        """Write and commit a checkpoint, or a snapshot; its name, what retention removed and warnings, or the failure."""
+        temporary = self.channel.broadcast(self._attempt(lambda: self._make_room(snapshot, save.images_seen, state)))
         if isinstance(temporary, Failure):
             return temporary
         mine = self._attempt(lambda: self._write_mine(temporary, state))
@@ -163,7 +167,7 @@ class Writer:
                 sums = {name: value for part in parts for name, value in part.items()}
                 outcome = self._attempt(lambda: self._commit(snapshot, temporary, save, sums, describe()))
             if isinstance(outcome, Failure):  # it holds space that the next save needs
-                shutil.rmtree(temporary, ignore_errors=True)
+                discard(temporary)
         return self.channel.broadcast(outcome)
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
@@ -173,18 +177,18 @@ class Writer:
         except BaseException as error:
             return Failure(_reason(error))
 
-    def _make_room(self, snapshot: bool, step: int, state: dict[str, Tensor]) -> Path | None:
+    def _make_room(self, snapshot: bool, images_seen: int, state: dict[str, Tensor]) -> Path | None:
         if not self.channel.first:
             return None
         fault_point("save.begin")
         home = snapshots.prepare(self.run_dir) if snapshot else self.run_dir
         folder = ckpt.checkpoints_dir(home)
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = ckpt.temporary_dir(home, step)  # first, because it frees what an interrupted save left
+        temporary = ckpt.temporary_dir(home, images_seen)  # first, because it frees what an interrupted save left
         needed = int(sum(t.numel() * t.element_size() for t in state.values()) * SPARE) + SPARE_BYTES
         free = shutil.disk_usage(folder).free
         if free < needed:
-            shutil.rmtree(temporary)
+            discard(temporary)
             raise TrainerError(
                 f"a checkpoint needs {needed / 1e6:,.0f} MB, but {folder} has {free / 1e6:,.0f} MB free; free some space "
                 f"or keep fewer: checkpoint.keep_latest={self.policy.keep_latest}, "
@@ -203,15 +207,24 @@ class Writer:
 
     def _commit(
         self, snapshot: bool, temporary: Path, save: Save, sums: dict[str, int], description: tuple[str, dict[str, Any]]
-    ) -> tuple[str, list[str]]:
+    ) -> tuple[str, list[str], list[str]]:
         text, info = description
+        warnings: list[str] = []
         write_text(temporary / "config.yaml", text)
         if snapshot:
             home = snapshots.snapshots_dir(self.run_dir)
-            return ckpt.commit(home, temporary, save.step, save.images_seen, info, sums).name, []
-        saved = ckpt.commit(self.run_dir, temporary, save.step, save.images_seen, info, sums)
-        removed = ckpt.apply_retention(self.run_dir, self.policy.keep_latest, self.policy.keep_every_images)
-        return saved.name, removed
+            saved = ckpt.commit(home, temporary, save.step, save.images_seen, info, sums, warnings.append)
+            return saved.name, [], warnings
+        saved = ckpt.commit(self.run_dir, temporary, save.step, save.images_seen, info, sums, warnings.append)
+        try:  # a commit that worked is a save that worked, whatever becomes of what it makes superfluous
+            removed = retention.apply_retention(
+                self.run_dir, self.policy.keep_latest, self.policy.keep_every_images,
+                fresh=saved.name, warn=warnings.append,
+            )  # fmt: skip
+        except OSError as error:
+            removed = []
+            warnings.append(f"WARNING: retention failed ({_reason(error)}); the next save tries again")
+        return saved.name, removed, warnings
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import require_run
 
 ADAPTABLE = {
-    "num_classes": "class_embed",
-    "image_size": "pos_embed, which is resampled",
-    "soft_clip": "nothing, under another bound of the log-scale",
+    "num_classes": "class_embed is fitted to the classes here",
+    "image_size": "pos_embed is resampled",
+    "soft_clip": "the log-scale is bounded as here",
 }
 
 
@@ -51,6 +51,9 @@ def initial_weights(source: Path, config: Config, partial: bool) -> tuple[dict[s
         lines.append(
             f"{source} does not say the size of its attention heads: taken as model.head_channels={config.model.head_channels}"
         )
+    trained, train = file.provenance, config.train
+    if trained.noise and (trained.noise, trained.noise_std) != (train.noise, _noise_std(config)):
+        lines.append(f"note: this run trains on other noise: {train.noise}, standard deviation {_noise_std(config):g}")
     tensors = dict(file.tensors)
     ours = class_names(config) if partial else None
     renamed = None not in (ours, file.provenance.classes) and list(ours or ()) != list(file.provenance.classes or ())
@@ -58,8 +61,14 @@ def initial_weights(source: Path, config: Config, partial: bool) -> tuple[dict[s
         lines.append(_change_classes(tensors, config.model, file.provenance.classes, ours))
     if "image_size" in changed:
         _resample(tensors, config.model)
-        lines.append(f"position embeddings are resampled from {file.config.image_size} to {config.model.image_size} pixels")
+        lines.append(
+            f"position embeddings are resampled from {file.config.image_size} to {config.model.image_size} pixels"
+        )
     return tensors, lines
+
+
+def _noise_std(config: Config) -> float:
+    return config.train.noise_std if config.train.noise == "gaussian" else 0.0
 
 
 def class_names(config: Config) -> Sequence[str] | None:
@@ -91,7 +100,7 @@ def _read(source: Path, like: TarFlowConfig) -> tuple[WeightsFile, list[str]]:
         which = config.ema.preferred
         header = _header(checkpoint, config)
         file = WeightsFile(header.config, header.provenance, False, load_weights(checkpoint, which))
-    return file, [f"{source}: weights {which} of its newest checkpoint, {checkpoint.name}"]
+    return file, [f"{source}, newest checkpoint {checkpoint.name}: {file.provenance}"]
 
 
 def _check_fits(source: Path, theirs: TarFlowConfig, ours: TarFlowConfig, partial: bool) -> set[str]:
@@ -107,8 +116,8 @@ def _check_fits(source: Path, theirs: TarFlowConfig, ours: TarFlowConfig, partia
     if others:
         advice = f"Set {', '.join(f'model.{name}' for name in here if name in others)} as there"
     else:
-        kept = ", ".join(ADAPTABLE[name] for name in here if name in differ)
-        advice = f"Set these as there, or add --init-partial to keep everything but {kept}"
+        changes = ", ".join(ADAPTABLE[name] for name in here if name in differ)
+        advice = f"Set these as there, or add --init-partial: all is kept, but {changes}"
     raise TrainerError(f"--init-from {source} holds another model:{lines}\n{advice}")
 
 
@@ -131,7 +140,9 @@ def _change_classes(
         for row, there in rows.items():
             fitted[row] = embedding[there]
         tensors[name] = fitted
-    by_name = f"{len(rows)} of {model.num_classes} classes are known by name" if theirs and ours else "names are not compared"
+    by_name = (
+        f"{len(rows)} of {model.num_classes} classes are known by name" if theirs and ours else "names are not compared"
+    )
     return f"classes changed: {by_name}; the others start as images without a label"
 
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 import tarflow.trainer.checkpoint.commit as ckpt
 from tarflow.code_version import code_version
+from tarflow.data_pipeline.loading.choose_reader import DataFacts
 from tarflow.models.flow import TarFlow
+from tarflow.trainer.checkpoint.retention import set_aside, sweep
 from tarflow.trainer.checkpoint.tensors import read_tensors
 from tarflow.trainer.config.files import config_hash, config_text
 from tarflow.trainer.config.schema import Config
@@ -59,8 +61,9 @@ class Saver:
 
     # --- out ---
 
-    def save(self, images_seen: int, last: bool = False) -> float:
-        """Save this moment, unless that is done or under way; seconds that the training stood still.
+    def save(self, images_seen: int, tried: int, last: bool = False) -> float:
+        """Save this moment, after so many optimizer steps tried, unless that is done or under way; seconds that the
+        training stood still.
 
         A save that is still under way is waited for: there is one at a time. `last`: the process ends after this one, so
         it is waited for, and its failure is an error; any other failure is counted (`failures`) and the run goes on.
@@ -69,7 +72,7 @@ class Saver:
         self.collect(wait=True)
         if images_seen != self._saved_at:
             self._saved_at, self._saved_time = images_seen, time.monotonic()
-            step = images_seen // self.config.train.global_batch_size
+            step = tried - int(self.backend.skipped()[0])
             save = Save(step, images_seen, began, snapshot=self._snapshot_due(images_seen))
             if self.config.checkpoint.asynchronous and not last:
                 staged = self._staging.copy(self._state())
@@ -118,6 +121,8 @@ class Saver:
             f"saved {save.name} at {save.images_seen:,} images ({save.seconds:.1f} s, "
             f"training stood still for {save.stall_s:.2f} s){note}"
         )
+        for line in save.warnings:
+            self.log.say(line)
         self.log.event("save", step=save.step, images_seen=save.images_seen, seconds=save.seconds, stall_s=save.stall_s)
 
     @property
@@ -132,11 +137,15 @@ class Saver:
     # --- in ---
 
     def restore(
-        self, fingerprint: str, init_from: Path | None, accept_new_data: bool, init_partial: bool = False
-    ) -> int:
-        """Bring back the newest sound checkpoint, or start from given or fresh weights. Returns images seen."""
-        self.fingerprint = fingerprint
-        newest = self._choose(accept_new_data)
+        self, facts: DataFacts, init_from: Path | None, accept_new_data: bool, init_partial: bool = False
+    ) -> tuple[int, int]:
+        """Bring back the newest sound checkpoint, or start from given or fresh weights.
+
+        Returns the images seen and the optimizer steps tried until then: those taken and those passed over.
+        """
+        self.fingerprint = facts.fingerprint
+        self.classes = None if facts.index is None else facts.index.classes
+        newest = self._choose(accept_new_data, facts.former_fingerprint)
         if newest is not None:
             state = self.backend.state() | self.ema.state()
             read_tensors(newest, state)
@@ -146,29 +155,33 @@ class Saver:
             note = "; --init-from is not used: the run has checkpoints" if init_from else ""
             self.log.say(f"resuming at {newest.images_seen:,} images (checkpoint {newest.name}){note}")
             self.log.event("resume", images_seen=newest.images_seen, step=newest.step)
-            return newest.images_seen
+            return newest.images_seen, newest.step + int(self.backend.skipped()[0])
         if init_from is not None:
             self._start_from(init_from, init_partial)
         self.log.say(f"no checkpoint in {self.run_dir}: starting from {init_from or 'fresh weights'}")
         self.log.event("start", images_seen=0, step=0)
-        return 0
+        return 0, 0
 
-    def _choose(self, accept_new_data: bool) -> ckpt.Checkpoint | None:
+    def _choose(self, accept_new_data: bool, former_fingerprint: str | None) -> ckpt.Checkpoint | None:
         """Rank 0 looks, sweeps and decides; all ranks follow, into the same error if it is one."""
         answer: ckpt.Checkpoint | TrainerError | None = None
         if self.world.first:
             try:
-                for line in ckpt.sweep(self.run_dir):
+                for line in sweep(self.run_dir):
                     self.log.say(line)
                 answer = ckpt.newest_sound(self.run_dir, self.log.say)
                 if answer is not None:
-                    check_resume(answer, self.config, self.fingerprint, accept_new_data, self.log.say)
-                    for line in ckpt.set_aside(self.run_dir, answer):
+                    check_resume(
+                        answer, self.config, self.fingerprint, accept_new_data, self.log.say, former_fingerprint
+                    )
+                    for line in set_aside(self.run_dir, answer):
                         self.log.say(line)
                 for line in forget_after(self.run_dir, answer.images_seen if answer is not None else 0):
                     self.log.say(line)
             except TrainerError as error:
                 answer = error
+            except OSError as error:
+                answer = TrainerError(f"{error.filename or self.run_dir}: {error.strerror or error}")
         answer = broadcast(answer)  # type: ignore[assignment]
         if isinstance(answer, TrainerError):
             raise answer

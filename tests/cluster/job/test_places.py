@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from tarflow.cluster import hosts
 from tarflow.cluster.errors import ClusterError
-from tarflow.cluster.hosts import address, expand, tasks_of_nodes
+from tarflow.cluster.hosts import address, expand, gloo_interface, tasks_of_nodes
 from tarflow.cluster.job.environment import find_place, job_id, scrubbed
 from tarflow.cluster.submission.profile import load_profile
 from tarflow.cluster.submission.times import minutes
@@ -83,6 +84,87 @@ def test_C03_without_an_answer_the_name_itself_is_used_and_one_that_resolves_now
     assert address("localhost").startswith("127.")
     with pytest.raises(ClusterError, match=r"no-such-host\.invalid.*MASTER_ADDR"):
         address("no-such-host.invalid")
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch, fake_slurm):
+    """`network({name: address}, routed)`: what names mean on this node, which is node1, and where it talks to others from."""
+
+    def make(table: dict[str, str], routed: str) -> None:
+        def resolve(name: str) -> str:
+            if name[:1].isdigit():
+                return name
+            if name not in table:
+                raise OSError("unknown name")
+            return table[name]
+
+        class Probe:
+            def __init__(self, *_: object) -> None: ...
+            def __enter__(self): return self
+            def __exit__(self, *_: object) -> None: ...
+            def connect(self, to): self.to = to[0]
+            def getsockname(self): return (self.to if self.to.startswith("127.") else routed, 0)
+
+        fake_slurm.command("scontrol", 'echo "NodeName=$3 NodeAddr=$3"')
+        monkeypatch.setattr(hosts.socket, "gethostbyname", resolve)
+        monkeypatch.setattr(hosts.socket, "gethostname", lambda: "node1")
+        monkeypatch.setattr(hosts.socket, "socket", Probe)
+
+    return make  # fmt: skip
+
+
+def test_F14_a_first_node_whose_own_name_is_a_loopback_is_met_where_it_talks_to_the_others_from(network) -> None:
+    network({"node1": "127.0.1.1", "node2": "10.0.0.2"}, routed="10.0.0.1")
+    assert address("node1", ["node2"]) == "10.0.0.1"
+    assert address("node1") == "127.0.1.1", "alone there is nobody else to reach it"
+    network({"node1": "10.9.9.1", "node2": "10.0.0.2"}, routed="10.0.0.1")
+    assert address("node1", ["node2"]) == "10.9.9.1", "a name that means a network address is taken at its word"
+
+
+@pytest.mark.parametrize("table", [{"node2": "127.0.1.1"}, {}, {"node2": "127.0.0.1", "node3": "127.0.0.1"}])
+def test_F14_without_a_way_to_the_others_it_stops_and_names_what_to_set(network, table) -> None:
+    network({"node1": "127.0.1.1", **table}, routed="127.0.0.1")
+    with pytest.raises(ClusterError) as caught:
+        address("node1", ["node2", "node3"])
+    for named in ("node1", "127.0.1.1", "node2", "/etc/hosts", "MASTER_ADDR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        assert named in str(caught.value)
+
+
+def test_F14_nodes_that_slurm_itself_places_on_one_machine_meet_there(network, fake_slurm) -> None:
+    network({"node1": "127.0.0.1"}, routed="127.0.0.1")
+    fake_slurm.command("scontrol", 'echo "NodeName=$3 NodeAddr=127.0.0.1"')
+    assert address("node1", ["node2"]) == "127.0.0.1"
+    assert gloo_interface("node1", ["node2"]) is None
+
+
+def test_F14_gloo_is_told_the_interface_where_it_would_listen_on_a_loopback(network, monkeypatch) -> None:
+    monkeypatch.setattr(hosts, "interface_of", {"10.0.0.1": "ib0"}.get)
+    network({"node1": "127.0.1.1", "node2": "10.0.0.2"}, routed="10.0.0.1")
+    assert gloo_interface("node1", ["node2"]) == "ib0"
+    assert gloo_interface("node1", []) is None
+    network({"node1": "10.0.0.1", "node2": "10.0.0.2"}, routed="10.0.0.1")
+    assert gloo_interface("node1", ["node2"]) is None
+    network({}, routed="10.0.0.1")
+    assert gloo_interface("node1", ["node2"]) is None
+
+
+def test_F14_the_systems_own_answers() -> None:
+    assert hosts.interface_of("127.0.0.1") == "lo"
+    assert hosts.interface_of("203.0.113.9") is None
+    assert hosts.route_to_any(["localhost"]) is None
+    assert [hosts.is_loopback(a) for a in ("127.0.1.1", "::1", "10.0.0.1", "localhost")] == [True, True, False, False]
+
+
+def test_F14_two_nodes_without_a_way_to_each_other_stop_at_once(fake, fake_slurm, verb, config_file, plain, tmp_path) -> None:
+    run = tmp_path / "run"
+    assert verb("submit", config_file, "--run", run, "--nodes", 2, "--profile", plain) == 0
+    fake.use_stub(run)
+    fake_slurm.command("scontrol", '[ "$2" != node ] || echo "NodeName=$3 NodeAddr=localhost"')
+    assert fake_slurm.run(tasks=2, MASTER_ADDR="") == 75
+    said = fake.said(run)
+    assert "on node fake1 its own name resolves to 127.0.0.1, which fake2 cannot reach" in said
+    assert "GLOO_SOCKET_IFNAME" in said
+    assert fake.stub_calls(run) == []
 
 
 def test_counts_of_tasks() -> None:

@@ -51,3 +51,11 @@ def test_a_spot_of_colour_counts_and_noise_of_rounding_does_not() -> None:
 )
 def test_what_cannot_be_told_is_none(data: bytes) -> None:
     assert look_at(data) is None
+
+
+def test_metadata_that_pillow_refuses_costs_no_look() -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("prompt", "a" * (2 << 20), zip=True)
+    assert look_at(encoded(Image.fromarray(COLOUR), "PNG", pnginfo=info)) == Look(30, 20, False)

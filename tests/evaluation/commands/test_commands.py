@@ -45,7 +45,7 @@ def test_a_checkpoint_that_cannot_be_scored_gives_exit_code_1(make_run, save_che
     run_dir, config = make_run(steps=())
     save_checkpoint(run_dir, config, 10, 160, averages=[])
     assert run("evaluate", run_dir, "--once") == FAILED
-    assert "not scored: step-00000010: checkpoint" in capsys.readouterr().out
+    assert "not scored: images-000000000160: checkpoint" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_wrong_arguments_are_one_message_and_exit_code_2(arguments, message, cap
 
 def test_report_names_the_grid_of_the_runs_own_settings(make_run, capsys):
     run_dir, _ = make_run()
-    for name in ("step-00000010", "step-00000020", "step-00000020-0123456789ab"):
+    for name in ("images-000000000160", "images-000000000320", "images-000000000320-0123456789ab"):
         folder = run_dir / "evals" / name
         folder.mkdir(parents=True)
         (folder / "grid.png").touch()
     assert run("report", run_dir) == 0
-    assert f"samples: {run_dir}/evals/step-00000020/grid.png" in capsys.readouterr().out
+    assert f"samples: {run_dir}/evals/images-000000000320/grid.png" in capsys.readouterr().out

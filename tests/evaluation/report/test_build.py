@@ -8,9 +8,13 @@ from html.parser import HTMLParser
 
 import pytest
 
+import tarflow.cli
 from tarflow.evaluation.report.build import write_report
+from tarflow.evaluation.report.curves import by_settings
+from tarflow.evaluation.report.headline import alike, find_headline
 from tarflow.evaluation.report.history import read_history, thin
 from tarflow.evaluation.report.plots import Curve, Plot, svg
+from tarflow.evaluation.run_config import choose
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 from tarflow.trainer.errors import TrainerError
 
@@ -87,7 +91,7 @@ def test_the_page_needs_nothing_but_itself(finished):
 def test_the_page_says_what_it_must(finished):
     run_dir, config = finished
     text = write_report(run_dir).read_text()
-    result = json.loads((run_dir / "evals/step-00000020/result.json").read_text())
+    result = json.loads((run_dir / "evals/images-000000000320/result.json").read_text())
     for wanted in (
         f"{result['fd_efficientnet_lite0']:.2f}", f"{result['bits_per_dim']:.4f}", f"{result['label_agreement']:.1%}",
         "Bits per dimension", "Frechet distance (fd_efficientnet_lite0)", "Learning rate", "Throughput", "Loss",
@@ -110,7 +114,7 @@ def test_names_from_a_run_are_escaped(make_run):
     run_dir, _ = make_run(steps=(20,), name=hostile)
     log_rows(run_dir, [START, row(320)])
     evaluate(run_dir, False, WorkerOptions(), lambda _: None)
-    path = run_dir / "evals/step-00000020/result.json"
+    path = run_dir / "evals/images-000000000320/result.json"
     result = json.loads(path.read_text())
     result |= {"grid_rows": ["<b>zero</b>", "one"], "weights": "<i>raw</i>", "warnings": ["<u>odd</u>"]}
     path.write_text(json.dumps(result))
@@ -160,20 +164,25 @@ def test_steps_done_again_after_a_restart_count_once(make_run):
 
 
 def test_results_of_other_settings_are_listed_but_not_on_the_curves(finished):
-    run_dir, _ = finished
+    run_dir, config = finished
     evaluate(run_dir, False, WorkerOptions(newest_only=True, overrides=["sampling.guidance=3"]), lambda _: None)
     history = read_history(run_dir)
     assert len(history.results) == 3
-    assert len(history.own_results) == 2
+    headline = find_headline(history.results, config)
+    assert [(r.images_seen, r.values["settings"]["sampling"]["guidance"]) for r in alike(history.results, headline.result)] == [
+        (160, 1.0), (320, 1.0),
+    ]  # fmt: skip
+    assert list(by_settings(history, headline)) == ["ema-0.100"]
     assert "w=3 on ab" in write_report(run_dir).read_text()
 
 
 def test_every_width_of_average_has_its_curve_and_its_error_bar(finished):
-    run_dir, _ = finished
+    run_dir, config = finished
     for weights in ("raw", "ema-0.050"):
         evaluate(run_dir, False, WorkerOptions(overrides=[f"evaluation.weights={weights}"]), lambda _: None)
     evaluate(run_dir, False, WorkerOptions(overrides=["evaluation.weights=raw", "sampling.seed=7"]), lambda _: None)
-    groups = read_history(run_dir).by_weights()
+    history = read_history(run_dir)
+    groups = by_settings(history, find_headline(history.results, config))
     assert {name: [r.images_seen for r in results] for name, results in groups.items()} == {
         "ema-0.100": [160, 320], "raw": [160, 320], "ema-0.050": [160, 320],
     }  # fmt: skip
@@ -193,18 +202,18 @@ def test_guidance_curves_come_from_results_and_from_sweeps(finished):
         )
     (curve,) = read_history(run_dir).over("guidance").values()
     assert [value for value, _ in curve] == [0, 1, 3]
-    folder = run_dir / "sweeps/step-00000020-abc"
+    folder = run_dir / "sweeps/images-000000000320-abc"
     folder.mkdir(parents=True)
     points = [
         {"guidance": g, "denoise": 1.0, "attn_temp": 1.0, "distance": d} for g, d in ((0, 9.0), (1, 5.0), (2, None))
     ]
     (folder / "sweep.json").write_text(json.dumps({"rounds": [{"num_samples": 500, "points": points}]}))
-    (run_dir / "sweeps/step-00000020-torn").mkdir()
-    (run_dir / "sweeps/step-00000020-torn/sweep.json").write_text("{")
+    (run_dir / "sweeps/images-000000000320-torn").mkdir()
+    (run_dir / "sweeps/images-000000000320-torn/sweep.json").write_text("{")
     text = write_report(run_dir).read_text()
     Page(text)
     assert "Distance over guidance" in text
-    assert "step-00000020: 500 samples" in text
+    assert "images-000000000320: 500 samples" in text
     assert "denoise 1, temperature 1" not in text  # a single curve needs no legend
     assert "Distance over denoising" not in text
 
@@ -212,7 +221,7 @@ def test_guidance_curves_come_from_results_and_from_sweeps(finished):
 def test_the_scores_of_a_result_are_on_the_page(finished):
     run_dir, _ = finished
     text = write_report(run_dir).read_text()
-    result = json.loads((run_dir / "evals/step-00000020/result.json").read_text())
+    result = json.loads((run_dir / "evals/images-000000000320/result.json").read_text())
     for key in ("precision", "recall", "density", "coverage"):
         assert f">{key}</div><div class='value'>{result[key]:.3f}<" in text
     assert f"{result['kd_efficientnet_lite0']:.4f}" in text
@@ -221,7 +230,7 @@ def test_the_scores_of_a_result_are_on_the_page(finished):
 def test_S06_S11_the_page_identifies_network_weights_noise_and_every_sampling_setting(finished):
     run_dir, _ = finished
     text = write_report(run_dir).read_text()
-    result = json.loads((run_dir / "evals/step-00000020/result.json").read_text())
+    result = json.loads((run_dir / "evals/images-000000000320/result.json").read_text())
     assert result["weights_sha256"] in text
     for key, value in (
         ("features.sha256", "f00d"), ("reference.fingerprint", result["reference"]["fingerprint"]),
@@ -234,9 +243,9 @@ def test_S06_S11_the_page_identifies_network_weights_noise_and_every_sampling_se
 def test_without_kept_features_the_error_bar_comes_from_the_chunks(make_run):
     run_dir, _ = make_run(steps=(20,), evaluation={"chunk_samples": 6, "keep_features": 0, "num_samples": 150})
     evaluate(run_dir, False, WorkerOptions(), lambda _: None)
-    plain = json.loads((run_dir / "evals/step-00000020/result.json").read_text())
+    plain = json.loads((run_dir / "evals/images-000000000320/result.json").read_text())
     evaluate(run_dir, False, WorkerOptions(overrides=["evaluation.keep_features=150"]), lambda _: None)
-    (other,) = (r.values for r in read_history(run_dir).results if not r.own)
+    (other,) = (r.values for r in read_history(run_dir).results if not r.plain)
     assert "kd_efficientnet_lite0" not in plain
     assert plain["fd_efficientnet_lite0"] == other["fd_efficientnet_lite0"]
     assert plain["distance_stderr"] == pytest.approx(other["distance_stderr"], rel=0.4)
@@ -248,13 +257,86 @@ def test_restarts_are_named(finished):
     assert "Restarted at 160 images seen." in write_report(run_dir).read_text()
 
 
+def evaluated(run_dir, *overrides, newest=True):
+    return evaluate(run_dir, False, WorkerOptions(newest_only=newest, overrides=list(overrides)), lambda _: None).done
+
+
+def card(text, label):
+    """The value on a card."""
+    return re.search(f"<div class='label'>{label}</div><div class='value'>([^<]*)<", text)[1]
+
+
+def test_N12_a_result_of_other_settings_alone_is_shown_with_what_differs(make_run):
+    run_dir, _ = make_run()
+    (result,) = evaluated(run_dir, "sampling.guidance=3", "evaluation.num_samples=30")
+    text = write_report(run_dir).read_text()
+    Page(text)
+    assert "No evaluation yet" not in text
+    assert card(text, "fd_efficientnet_lite0") == f"{result['fd_efficientnet_lite0']:.2f}"
+    assert "no result under the run&#x27;s own settings yet" in text
+    assert "guidance 3 instead of 1" in text
+    assert "num_samples 30 instead of 24" in text
+    assert "Frechet distance (fd_efficientnet_lite0)" in text, "the curve goes with the headline"
+    assert text.count("(headline)") == 1
+
+
+def test_N12_the_headline_is_the_newest_result_under_the_runs_own_settings(finished):
+    run_dir, config = finished
+    evaluated(run_dir, "sampling.guidance=3")
+    newest = read_history(run_dir).results
+    headline = find_headline(newest, config)
+    assert (headline.result.folder.name, headline.differs) == ("images-000000000320", {})
+    assert "images-000000000320 (headline)</td>" in write_report(run_dir).read_text()
+
+
+def test_N12_N11_a_sweeps_choice_moves_headline_curves_and_pictures_to_it(finished, capsys):
+    """The results from before stay on the curves, as a line of their own that names its setting."""
+    run_dir, _ = finished
+    choose(run_dir, {"guidance": 2.0}, "sweeps/step-00000020-abc")
+    text = write_report(run_dir).read_text()
+    assert "no result under the run&#x27;s own settings yet; this one has guidance 1 instead of 2" in text
+    (result,) = evaluated(run_dir)
+    text = write_report(run_dir).read_text()
+    assert card(text, "fd_efficientnet_lite0") == f"{result['fd_efficientnet_lite0']:.2f}"
+    assert "guidance=2.0: chosen by sweeps/step-00000020-abc" in text
+    picture = next(part for part in text.split("<svg")[1:] if "Frechet distance (fd_efficientnet_lite0)" in part)
+    assert "ema-0.100<" in picture
+    assert "ema-0.100, guidance 1.0<" in picture
+    assert text.count("<figcaption>320 images seen, fd_efficientnet_lite0") == 1, (
+        "one grid: of the only result with these settings"
+    )
+    assert tarflow.cli.main(["report", str(run_dir)]) == 0
+    assert f"samples: {run_dir}/evals/{result_folder(run_dir, result)}/grid.png" in capsys.readouterr().out
+
+
+def result_folder(run_dir, result):
+    return next(
+        r.folder.name for r in read_history(run_dir).results if r.values["settings_hash"] == result["settings_hash"]
+    )
+
+
+def test_N12_images_seen_is_the_newest_that_is_known(make_run):
+    """A save after the last line of figures; a resume that goes back."""
+    run_dir, _ = make_run(steps=())
+    log_rows(run_dir, [START, row(160), {"event": "save", "images_seen": 176, "step": 11}])
+    assert card(write_report(run_dir).read_text(), "images seen") == "176"
+    log_rows(run_dir, [{"event": "resume", "images_seen": 160, "step": 10}])
+    assert card(write_report(run_dir).read_text(), "images seen") == "160"
+
+
+def test_rows_of_a_grid_carry_the_names_that_training_noted(finished):
+    run_dir, _ = finished
+    (run_dir / "data.json").write_text(json.dumps({"classes": ["smiley <3", "food"]}))
+    assert "Rows, from the top: smiley &lt;3, food, 2." in write_report(run_dir).read_text()
+
+
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on this machine")
 def test_a_browser_finds_nothing_wrong_and_asks_for_nothing(make_run, tmp_path):
     """Headless Chromium logs the page's console and every connection that it opens."""
     run_dir, _ = make_run(steps=(20,), name="<img src=x onerror=console.error(1)>&'$x$")
     log_rows(run_dir, [START, *[row(16 * s, 3 - s / 20) for s in range(1, 21)]])
     evaluate(run_dir, False, WorkerOptions(), lambda _: None)
-    path = run_dir / "evals/step-00000020/result.json"
+    path = run_dir / "evals/images-000000000320/result.json"
     result = json.loads(path.read_text())
     result["grid_rows"] = ["<script>console.error('class')</script>", "<img src='http://127.0.0.1:9/y'>", "$x$"]
     path.write_text(json.dumps(result))

@@ -93,7 +93,7 @@ def test_V05_denoising_after_uniform_noise_is_refused_as_for_the_run(make_run, t
 
 def test_V05_the_marker_of_the_checkpoint_goes_into_the_file(make_run, make_model, save_checkpoint, tmp_path):
     run_dir, _ = make_run(steps=(10,))
-    marker = run_dir / "checkpoints/step-00000010/COMMITTED"
+    marker = run_dir / "checkpoints/images-000000000160/COMMITTED"
     code = {"version": "0.2.0", "commit": "ab" * 20, "dirty": False}
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"classes": ["food", "smileys", "x"], "code": code}))
     found = read_weights(export(run_dir, tmp_path / "v.safetensors", "--weights", "ema-0.050")).provenance
@@ -151,7 +151,9 @@ def test_I01_a_published_file_is_sampled_and_what_was_inferred_is_said(tmp_path)
     config = TarFlowConfig(image_size=8, patch_size=4, channels=64, num_blocks=2, layers_per_block=1, num_classes=3)
     model, lines = TarFlow(config), []
     init_weights(model, 1)
-    torch.save(model.state_dict() | {f"blocks.{i}.attn_mask": torch.ones(4, 4).tril() for i in range(2)}, tmp_path / "w.pth")
+    torch.save(
+        model.state_dict() | {f"blocks.{i}.attn_mask": torch.ones(4, 4).tril() for i in range(2)}, tmp_path / "w.pth"
+    )
     assert draw(tmp_path / "w.pth", tmp_path / "out", num=3, quiet=lines, settings={"noise_std": 0.1})
     assert "by its shapes 8 x 8 pixels, patches of 4, 64 channels, 2 blocks of 1 layers, 3 classes" in lines[0]
     assert "attention heads of 64 channels" in lines[0]
@@ -161,7 +163,7 @@ def test_V08_a_folder_of_samples_says_which_code_trained_and_which_drew(make_run
     from tarflow.code_version import code_version
 
     run_dir, _ = make_run(steps=(10,))
-    marker = run_dir / "checkpoints/step-00000010/COMMITTED"
+    marker = run_dir / "checkpoints/images-000000000160/COMMITTED"
     code = {"version": "0.1.9"}
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"code": code}))
     draw(run_dir, tmp_path / "out")

@@ -77,7 +77,7 @@ def sampled(source, out, labels, **options):
 
 
 def set_marker(run_dir, **facts):
-    marker = run_dir / "checkpoints/step-00000010/COMMITTED"
+    marker = run_dir / "checkpoints/images-000000000160/COMMITTED"
     marker.write_text(json.dumps(json.loads(marker.read_text()) | facts))
 
 
@@ -116,6 +116,9 @@ def test_N15_an_older_checkpoint_takes_the_names_of_the_very_data_it_was_trained
         sampled(run_dir, tmp_path / "no", "smileys")
     set_marker(run_dir, data=open_index(data).fingerprint)
     assert sampled(run_dir, tmp_path / "yes", "smileys") == [1]
+    assert tarflow.cli.main(["checkpoint", "export", str(run_dir), "--out", str(tmp_path / "w.safetensors")]) == 0
+    shutil.rmtree(data)
+    assert sampled(tmp_path / "w.safetensors", tmp_path / "file", "smileys") == [1], "the file has them from then on"
 
 
 def test_N15_wrong_labels_as_typed_are_one_line(make_run, tmp_path, capsys):

@@ -176,7 +176,9 @@ def cut(path, size):
 SHARD = "samples-00000004-00000007.tar"
 
 
-@pytest.mark.parametrize("how", ["empty", "a block", "half a member", "without its end", "zeros", "a flipped bit", "not a tar"])
+@pytest.mark.parametrize(
+    "how", ["empty", "a block", "half a member", "without its end", "zeros", "a flipped bit", "not a tar"]
+)
 def test_V06_a_damaged_shard_is_drawn_again_and_said(saver, sampler, capsys, how):
     folder = complete(saver(10), sampler)
     whole = {p.name: p.read_bytes() for p in folder.glob("*.tar")}

@@ -27,7 +27,7 @@ def run_once(run_dir, **options):
     return outcome
 
 
-def result_of(run_dir, name="step-00000020"):
+def result_of(run_dir, name="images-000000000320"):
     return json.loads((run_dir / "evals" / name / "result.json").read_text())
 
 
@@ -48,7 +48,7 @@ def test_every_checkpoint_is_evaluated_once_and_left_alone_afterwards(make_run):
     assert again.failed == {}
     assert tree(run_dir) == before
     names = sorted(p.name for p in (run_dir / "evals").iterdir() if p.is_dir())
-    assert names == ["step-00000010", "step-00000020"]
+    assert names == ["images-000000000160", "images-000000000320"]
     assert [row["name"] for row in evals_lines(run_dir)] == names
 
 
@@ -75,10 +75,10 @@ def test_S11_the_result_holds_every_option(make_run):
     assert result["features"]["sha256"] == "f00d"
     assert len(result["weights_sha256"]) == 64
     assert not {"seconds", "machine", "time"} & set(result), "what differs from worker to worker lies apart"
-    work = json.loads((run_dir / "evals/step-00000020/work.json").read_text())
+    work = json.loads((run_dir / "evals/images-000000000320/work.json").read_text())
     assert {"sampling", "features", "likelihood", "total"} <= set(work["seconds"])
     assert work["machine"]["torch"] == torch.__version__
-    pictures = {p.name for p in (run_dir / "evals/step-00000020").glob("*.png")}
+    pictures = {p.name for p in (run_dir / "evals/images-000000000320").glob("*.png")}
     assert pictures == {"grid.png", "grid-noisy.png", "grid-unguided.png", "neighbours.png", "trajectory.png"}
 
 
@@ -97,12 +97,12 @@ def test_the_distance_does_not_depend_on_the_batch_size(make_run):
 def test_other_settings_have_a_directory_of_their_own(make_run):
     run_dir, _ = make_run(steps=(20,))
     run_once(run_dir)
-    own = tree(run_dir / "evals/step-00000020")
+    own = tree(run_dir / "evals/images-000000000320")
     other = run_once(run_dir, overrides=["sampling.guidance=0", "evaluation.weights=raw"]).done[0]
-    assert other["name"] == f"step-00000020-{other['settings_hash']}"
+    assert other["name"] == f"images-000000000320-{other['settings_hash']}"
     assert (other["weights"], other["settings"]["sampling"]["guidance"]) == ("raw", 0.0)
     assert not (run_dir / "evals" / other["name"] / "grid-unguided.png").exists()
-    assert tree(run_dir / "evals/step-00000020") == own
+    assert tree(run_dir / "evals/images-000000000320") == own
     assert run_once(run_dir, overrides=["sampling.guidance=0", "evaluation.weights=raw"]).done == []
     assert run_once(run_dir, overrides=["sampling.guidance=1.0"]).done == []  # these are the run's own
     assert len(evals_lines(run_dir)) == 2
@@ -130,11 +130,11 @@ def test_a_worker_killed_before_its_line_is_announced_by_the_next(make_run):
     (run_dir / "evals.jsonl").write_text('{"name": "step-0000')  # torn
     run_once(run_dir)
     assert len((run_dir / "evals.jsonl").read_text().splitlines()) == 1, "its own worker may be about to do it"
-    work = run_dir / "evals/step-00000020/work.json"
+    work = run_dir / "evals/images-000000000320/work.json"
     work.write_text(json.dumps(json.loads(work.read_text()) | {"time": time.time() - 60}))
     run_once(run_dir)
     lines = (run_dir / "evals.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1])["name"] == "step-00000020"
+    assert json.loads(lines[-1])["name"] == "images-000000000320"
     assert len(lines) == 2
 
 
@@ -148,10 +148,10 @@ def test_a_killed_evaluation_leaves_no_half_result(make_run, monkeypatch):
         patch.setattr(Job, "_measure", killed)
         with pytest.raises(SystemExit):
             run_once(run_dir)
-    assert not (run_dir / "evals/step-00000020").exists()
+    assert not (run_dir / "evals/images-000000000320").exists()
     assert not (run_dir / "evals.jsonl").exists()
     assert not list((run_dir / "checkpoints/pins").iterdir())
-    leftover = run_dir / f"evals/.step-00000020.{__import__('os').uname().nodename}.999999.abc.tmp"
+    leftover = run_dir / f"evals/.images-000000000320.{__import__('os').uname().nodename}.999999.abc.tmp"
     leftover.mkdir()
     assert len(run_once(run_dir).done) == 1
     assert [p.name for p in (run_dir / "evals").iterdir() if p.name.startswith(".")] == []
@@ -193,7 +193,7 @@ def test_T06_a_missing_set_of_weights_is_an_error_without_fallback(make_run, sav
     save_checkpoint(run_dir, config, 10, 160, averages=["ema-0.050"])
     outcome = run_once(run_dir)
     assert outcome.done == []
-    assert "holds no weights 'ema-0.100'; it holds: ema-0.050, raw" in outcome.failed["step-00000010"]
+    assert "holds no weights 'ema-0.100'; it holds: ema-0.050, raw" in outcome.failed["images-000000000160"]
     assert not (run_dir / "evals.jsonl").exists()
 
 
@@ -202,8 +202,8 @@ def test_a_checkpoint_of_another_shape_is_a_clear_error(make_run):
     text = yaml.safe_load((run_dir / "config.yaml").read_text())
     text["model"]["channels"] = 32
     (run_dir / "config.yaml").write_text(yaml.safe_dump(text))
-    reason = run_once(run_dir).failed["step-00000020"]
-    assert "step-00000020" in reason
+    reason = run_once(run_dir).failed["images-000000000320"]
+    assert "images-000000000320" in reason
     assert "blocks.0.proj_in.weight: [16, 16] in the file, [32, 16] in the model" in reason
 
 
@@ -213,7 +213,7 @@ def test_one_bad_checkpoint_does_not_stop_the_others(make_run, save_checkpoint):
     save_checkpoint(run_dir, config, 20, 320)
     outcome = run_once(run_dir)
     assert [r["step"] for r in outcome.done] == [10, 20]
-    assert list(outcome.failed) == ["step-00000015"]
+    assert list(outcome.failed) == ["images-000000000240"]
 
 
 def test_a_directory_that_is_no_run_is_a_clear_error(tmp_path, make_run):
@@ -223,8 +223,8 @@ def test_a_directory_that_is_no_run_is_a_clear_error(tmp_path, make_run):
     with pytest.raises(TrainerError, match="is not a run directory"):
         run_once(tmp_path / "other")
     empty, _ = make_run(steps=())
-    (empty / "checkpoints/step-00000010.tmp").mkdir(parents=True)
-    with pytest.raises(EvaluationError, match=r"no committed checkpoint yet.*\n  step-00000010\.tmp: a save was"):
+    (empty / "checkpoints/images-000000000160.tmp").mkdir(parents=True)
+    with pytest.raises(EvaluationError, match=r"no committed checkpoint yet.*\n  images-000000000160\.tmp: a save was"):
         run_once(empty)
 
 
@@ -236,7 +236,7 @@ def test_S03_too_many_lost_samples_fail_the_distance_and_are_said(make_run, save
     assert result["status"] == "failed"
     assert result["fd_efficientnet_lite0"] is None
     assert result["nonfinite"] == 24
-    assert "24 of 24 samples are not finite" in outcome.failed["step-00000020"]
+    assert "24 of 24 samples are not finite" in outcome.failed["images-000000000320"]
     assert evals_lines(run_dir)[0]["status"] == "failed"
 
 
@@ -267,7 +267,7 @@ def test_a_model_without_classes_and_a_run_without_held_out_images(make_run, dig
     assert result["label_agreement"] is None
     assert result["bits_per_dim"] is None
     assert "data.validation is not set" in result["likelihood"]["note"]
-    assert {p.name for p in (run_dir / "evals/step-00000020").glob("*.png")} == {
+    assert {p.name for p in (run_dir / "evals/images-000000000320").glob("*.png")} == {
         "grid.png", "neighbours.png", "trajectory.png",
     }  # fmt: skip
 
@@ -307,12 +307,12 @@ def test_N15_a_runs_evaluations_share_one_file_of_events_and_grids_are_in_it(mak
     (file,) = (run_dir / "tensorboard").rglob("*tfevents*")
     assert file.parent == run_dir / "tensorboard/evaluation"
     events = events_of(run_dir)
-    (other,) = (p.name for p in (run_dir / "evals").glob("step-00000020-*"))
+    (other,) = (p.name for p in (run_dir / "evals").glob("images-000000000320-*"))
     tags = events.Tags()["images"]
-    assert tags == ["eval/grid", f"eval{other.removeprefix('step-00000020')}/grid"]
+    assert tags == ["eval/grid", f"eval{other.removeprefix('images-000000000320')}/grid"]
     assert [e.step for e in events.Images("eval/grid")] == [160, 320]
     shown = Image.open(io.BytesIO(events.Images("eval/grid")[1].encoded_image_string))
-    assert np.array_equal(np.array(shown), np.array(Image.open(run_dir / "evals/step-00000020/grid.png")))
+    assert np.array_equal(np.array(shown), np.array(Image.open(run_dir / "evals/images-000000000320/grid.png")))
 
     file.write_bytes(file.read_bytes()[:-7])  # as after a crash in the middle of a write
     run_once(run_dir, overrides=["sampling.guidance=0.5"], newest_only=True)
@@ -326,7 +326,9 @@ def test_N15_a_large_grid_is_made_smaller_for_tensorboard(tmp_path):
     from tarflow.evaluation.event_file import append_events
 
     Image.new("RGB", (3000, 1500), "red").save(tmp_path / "grid.png")
-    append_events(tmp_path, 5, {"eval/fd": 1.5}, {"eval/grid": tmp_path / "grid.png", "eval/none": tmp_path / "no.png"}, 1.0)
+    append_events(
+        tmp_path, 5, {"eval/fd": 1.5}, {"eval/grid": tmp_path / "grid.png", "eval/none": tmp_path / "no.png"}, 1.0
+    )
     (image,) = events_of(tmp_path).Images("eval/grid")
     assert (image.width, image.height, image.step) == (1024, 512, 5)
     assert events_of(tmp_path).Tags()["images"] == ["eval/grid"]
@@ -370,7 +372,7 @@ def test_a_checkpoint_removed_by_retention_is_passed_over(make_run, monkeypatch)
     def committed_then_removed(path):
         found = real(path)
         if not calls:
-            shutil.rmtree(run_dir / "checkpoints/step-00000010")
+            shutil.rmtree(run_dir / "checkpoints/images-000000000160")
         calls.append(1)
         return found
 
@@ -383,5 +385,5 @@ def test_a_checkpoint_removed_by_retention_is_passed_over(make_run, monkeypatch)
 def test_results_are_listed_by_images_seen(make_run):
     run_dir, _ = make_run(steps=(10, 20))
     run_once(run_dir)
-    (run_dir / "evals/step-00000005").mkdir()  # a directory without a result is none
+    (run_dir / "evals/images-000000000080").mkdir()  # a directory without a result is none
     assert [r["step"] for _, r in results.read_results(run_dir)] == [10, 20]

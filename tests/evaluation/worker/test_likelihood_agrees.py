@@ -43,7 +43,7 @@ def test_S08_the_figure_is_the_same_for_1_2_3_workers_and_batches_of_1_7_64(make
         for process in processes:
             process.join(60)
             assert process.exitcode == 0
-        result = json.loads((run_dir / "evals/step-00000020/result.json").read_text())
+        result = json.loads((run_dir / "evals/images-000000000320/result.json").read_text())
         assert (result["likelihood"]["images"], result["likelihood"]["draws"]) == (12, 4)
         weighted = result["likelihood"]["importance_weighted_bits_per_dim"]
         assert (weighted is None) == (noise == "gaussian")

@@ -86,9 +86,13 @@ def recipe_of(make_model, tmp_path, digit_like):
     return make
 
 
-@pytest.mark.parametrize("overrides", [[], ["train.noise=gaussian"], ["train.noise= gaussian"], ["train.label_dropout=0.1"]])
+@pytest.mark.parametrize(
+    "overrides", [[], ["train.noise=gaussian"], ["train.noise= gaussian"], ["train.label_dropout=0.1"]]
+)
 def test_I07_noise_that_nobody_says_is_asked_for(recipe_of, overrides):
-    with pytest.raises(EvaluationError, match=r"does not say its noise: give train\.noise_std=S.*or train\.noise=uniform"):
+    with pytest.raises(
+        EvaluationError, match=r"does not say its noise: give train\.noise_std=S.*or train\.noise=uniform"
+    ):
         recipe_of({}, *overrides)
 
 
@@ -122,7 +126,9 @@ def test_I07_an_override_that_contradicts_the_file_names_both(recipe_of, known, 
         recipe_of(known, override)
 
 
-@pytest.mark.parametrize("key", ["train.noises", "train.noise_stdx", "train.seed", "dataset.train", "sampling", "optim.lr"])
+@pytest.mark.parametrize(
+    "key", ["train.noises", "train.noise_stdx", "train.seed", "dataset.train", "sampling", "optim.lr"]
+)
 def test_I07_settings_go_by_their_whole_names(recipe_of, make_run, key):
     """`train.noise` begins like others do; a section is one, not the beginning of a word."""
     with pytest.raises(EvaluationError, match=f"override {key}: the evaluation of a weights file takes"):

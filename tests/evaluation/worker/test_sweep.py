@@ -13,6 +13,7 @@ from tarflow.evaluation.run_config import run_config
 from tarflow.evaluation.worker import sweep as sweep_module
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 from tarflow.evaluation.worker.sweep import SweepRequest, sweep_guidance
+from tarflow.trainer.errors import TrainerError
 
 pytestmark = pytest.mark.usefixtures("fake_features")
 
@@ -37,7 +38,7 @@ def test_the_better_half_goes_on_to_more_samples_and_the_best_is_chosen(run_dir)
         better = sorted(before["points"], key=lambda p: p["distance"])[: len(after["points"])]
         assert {key(p) for p in better} == {key(p) for p in after["points"]}
     best = min(record["rounds"][-1]["points"], key=lambda p: p["distance"])
-    assert record["chosen"] == {k: best[k] for k in ("guidance", "denoise", "attn_temp")}
+    assert record["best"] == {k: best[k] for k in ("guidance", "denoise", "attn_temp")}
     folder = run_dir / "sweeps" / record["name"]
     assert json.loads((folder / "sweep.json").read_text()) == record
     assert "<svg" in (folder / "guidance.svg").read_text()
@@ -45,10 +46,11 @@ def test_the_better_half_goes_on_to_more_samples_and_the_best_is_chosen(run_dir)
 
 
 def test_the_distance_of_the_last_round_is_that_of_an_evaluation(run_dir):
-    record = sweep_guidance(request(run_dir), lambda _: None)
+    record = sweep_guidance(request(run_dir, choose="best"), lambda _: None)
     (result,) = evaluate(run_dir, False, WorkerOptions(), lambda _: None).done
     assert result["fd_efficientnet_lite0"] == pytest.approx(record["distance"], rel=1e-5)
-    assert result["settings"]["sampling"]["guidance"] == record["chosen"]["guidance"]
+    assert result["distance_stderr"] == pytest.approx(record["distance_stderr"], rel=1e-5)
+    assert result["settings"]["sampling"]["guidance"] == record["best"]["guidance"]
 
 
 def test_the_choice_is_the_default_until_it_is_overridden_and_whoever_uses_it_says_so(run_dir, tmp_path, capsys):
@@ -56,7 +58,7 @@ def test_the_choice_is_the_default_until_it_is_overridden_and_whoever_uses_it_sa
     options = ["--guidance", "3,5", "--denoise", "0.25", "--start", "8", "--final", "16", "--threads", "1"]
     assert tarflow.cli.main(["sweep-guidance", str(run_dir), *options, "--no-default"]) == 0
     assert run_config(run_dir).sampling == before
-    assert tarflow.cli.main(["sweep-guidance", str(run_dir), *options]) == 0
+    assert tarflow.cli.main(["sweep-guidance", str(run_dir), *options, "--choose", "best"]) == 0
     chosen = run_config(run_dir).sampling
     assert chosen.guidance in (3, 5)
     assert chosen.denoise == 0.25
@@ -68,10 +70,74 @@ def test_the_choice_is_the_default_until_it_is_overridden_and_whoever_uses_it_sa
     assert tarflow.cli.main(asked) == 0
     assert "sampling with denoise=0.25" in capsys.readouterr().out
     assert tarflow.cli.main(["evaluate", str(run_dir), "sampling.guidance=0.5"]) == 0
-    assert "sampling with denoise=0.25, attn_temp=1.0: chosen by sweeps/step-00000020-" in capsys.readouterr().out
+    assert "sampling with denoise=0.25, attn_temp=1.0: chosen by sweeps/images-000000000320-" in capsys.readouterr().out
     (run_dir / "sampling.json").write_text('{"sampling": {"guidence": 1}, "chosen_by": "me"}')
-    with pytest.raises(EvaluationError, match="holds 'guidence', which is no setting"):
+    with pytest.raises(TrainerError, match="holds 'guidence', which is no setting"):
         run_config(run_dir)
+
+
+def test_N11_within_the_noise_nothing_is_chosen_unless_asked(run_dir, capsys):
+    """48 samples hardly tell guidance 1 from 1.01."""
+    words = ["sweep-guidance", str(run_dir), "--guidance", "1,1.01", "--start", "8", "--final", "48", "--threads", "1"]
+    assert tarflow.cli.main(words) == 0
+    said = capsys.readouterr().out
+    (path,) = (run_dir / "sweeps").glob("*/sweep.json")
+    record = json.loads(path.read_text())
+    distance, error = record["distance"], record["distance_stderr"]
+    assert record["chosen"] is None
+    assert f"distance {distance:.2f} ± {error:.2f} with 48 samples" in said
+    assert "not clear: guidance 1" in said
+    assert "as good within the noise" in said
+    assert "nothing is chosen, the run's default stays as it is (--choose best takes the best all the same)" in said
+    assert not (run_dir / "sampling.json").exists()
+    assert run_config(run_dir).sampling.guidance == 1.0
+    assert tarflow.cli.main([*words, "--choose", "best"]) == 0, "with the samples that are there"
+    assert run_config(run_dir).sampling.guidance == record["best"]["guidance"]
+    assert json.loads(path.read_text()) == record
+
+
+def test_N11_standard_errors_stand_in_record_plot_and_report(run_dir):
+    from tarflow.evaluation.report.build import write_report
+
+    record = sweep_guidance(request(run_dir), lambda _: None)
+    points = [point for part in record["rounds"] for point in part["points"]]
+    assert all(point["distance_stderr"] > 0 for point in points)
+    plot = (run_dir / "sweeps" / record["name"] / "guidance.svg").read_text()
+    assert plot.count("LineCollection") >= len(record["rounds"]), "error bars"
+    text = write_report(run_dir).read_text()
+    best = ", ".join(f"{key} {value:g}" for key, value in record["best"].items())
+    assert f"best is {best} with {record['distance']:.2f} ± {record['distance_stderr']:.2f}" in text
+
+
+def test_N11_a_record_of_an_earlier_version_is_read(run_dir):
+    record = sweep_guidance(request(run_dir), lambda _: None)
+    path = run_dir / "sweeps" / record["name"] / "sweep.json"
+    old = {k: v for k, v in record.items() if k not in ("best", "unclear", "distance_stderr")}
+    path.write_text(json.dumps(old | {"chosen": record["best"]}))
+    lines = []
+    sweep_guidance(request(run_dir), lines.append)
+    assert "not clear: this sweep was recorded without standard errors; remove its folder to do it again" in lines
+    assert not (run_dir / "sampling.json").exists()
+    sweep_guidance(request(run_dir, choose="best"), lines.append)
+    assert run_config(run_dir).sampling.guidance == record["best"]["guidance"]
+
+
+def test_V06_damaged_parts_of_a_sweep_are_computed_again_and_said(run_dir):
+    def stop(line):
+        if " samples, guidance" in line:  # the first setting has its distance
+            raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        sweep_guidance(request(run_dir), stop)
+    (figures,) = (run_dir / "sweeps").rglob("distance-*.json")
+    chunk = sorted(figures.parent.glob("samples-*"))[0]
+    for path in (figures, chunk):
+        os.truncate(path, path.stat().st_size // 2)
+    lines = []
+    sweep_guidance(request(run_dir), lines.append)
+    assert [line for line in lines if "damaged" in line] == [
+        f"{path} is damaged and computed again" for path in (figures, chunk)
+    ]
 
 
 def work(run_dir):
@@ -92,7 +158,7 @@ def test_two_processes_share_a_sweep_and_agree_with_one(run_dir, tmp_path):
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    ours, theirs = ((r / "sweeps").glob("step-*/sweep.json") for r in (run_dir, alone))
+    ours, theirs = ((r / "sweeps").glob("images-*/sweep.json") for r in (run_dir, alone))
     assert next(ours).read_bytes() == next(theirs).read_bytes()
 
 
@@ -145,7 +211,7 @@ def test_S03_a_setting_that_loses_samples_is_never_chosen(run_dir, monkeypatch):
 
     monkeypatch.setattr(Sampler, "noise", noise)
     record = sweep_guidance(request(run_dir), lambda _: None)
-    assert record["chosen"]["guidance"] == 0
+    assert record["best"]["guidance"] == 0
     assert {p["lost"] for p in record["rounds"][0]["points"] if p["guidance"]} == {8}
     with pytest.raises(EvaluationError, match="every setting of the sweep lost more than 5%"):
         sweep_guidance(request(run_dir, guidance=(1, 2)), lambda _: None)

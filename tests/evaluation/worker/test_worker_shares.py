@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.worker import evaluate as evaluate_module
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 
@@ -49,12 +50,12 @@ def until(what, limit_s=30):
 
 
 def claims_of(run_dir, process):
-    found = (run_dir / "evals").glob("work/step-*/claims/*-*")
+    found = (run_dir / "evals").glob("work/images-*/claims/*-*")
     return [p.name for p in found if f'"pid": {process.pid}}}' in p.read_text()]
 
 
 def chunks_done(run_dir):
-    return sorted((run_dir / "evals").glob("work/step-*/*-0????"))
+    return sorted((run_dir / "evals").glob("work/images-*/*-0????"))
 
 
 def kill(process):
@@ -62,7 +63,7 @@ def kill(process):
     process.join(10)
 
 
-def files(run_dir, name="step-00000020"):
+def files(run_dir, name="images-000000000320"):
     folder = run_dir / "evals" / name
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "work.json"}
 
@@ -95,7 +96,7 @@ def test_S01_S08_three_workers_one_killed_one_late_write_the_bytes_of_one(run_of
     assert set(files(alone)) == {"result.json", "grid.png", "neighbours.png", "trajectory.png"}
     result = json.loads(files(alone)["result.json"])
     assert result["samples"]["asked"] == result["num_samples"] == 2000
-    done_by = json.loads((run_of_2000 / "evals/step-00000020/work.json").read_text())["workers"]
+    done_by = json.loads((run_of_2000 / "evals/images-000000000320/work.json").read_text())["workers"]
     assert sorted(chunk for chunks in done_by.values() for chunk in chunks) == [
         "likelihood-00000", *(f"samples-{k:05d}" for k in range(CHUNKS)),
     ]  # fmt: skip
@@ -160,7 +161,7 @@ def test_variants_are_evaluated_beside_the_runs_own_settings(make_run):
     assert [(r["weights"], r["settings"]["sampling"]["guidance"]) for r in of_step] == [
         ("ema-0.100", 1.0), ("raw", 1.0), ("ema-0.100", 2.0),
     ]  # fmt: skip
-    assert of_step[0]["name"] == "step-00000020"
+    assert of_step[0]["name"] == "images-000000000320"
     assert len({r["name"] for r in done}) == len(done) == 6, "a variant that is the run's own is not done twice"
     assert evaluate(run_dir, False, WorkerOptions(), lambda _: None).done == []
 
@@ -171,7 +172,7 @@ def test_the_order_is_a_setting(make_run):
 
 
 def test_what_is_evaluated_is_pinned_all_the_while(make_run, monkeypatch):
-    from tarflow.trainer.checkpoint.commit import apply_retention
+    from tarflow.trainer.checkpoint.retention import apply_retention
 
     run_dir, _ = make_run(steps=(10, 20, 30))
     removed = []
@@ -184,7 +185,7 @@ def test_what_is_evaluated_is_pinned_all_the_while(make_run, monkeypatch):
     monkeypatch.setattr(evaluate_module.Job, "_compute", with_retention)
     evaluate(run_dir, False, WorkerOptions(step=10), lambda _: None)
     assert set(map(tuple, removed)) == {()}
-    assert apply_retention(run_dir, 2, 0) == ["step-00000010"]
+    assert apply_retention(run_dir, 2, 0) == ["images-000000000160"]
 
 
 def test_a_weights_file_is_evaluated_like_a_checkpoint(make_run, make_model, digit_like, tmp_path):
@@ -253,7 +254,7 @@ def test_V08_work_by_two_versions_names_both_and_the_result_is_the_same(run_of_2
     """The code that trained is a fact of the result; who evaluated with which code stands beside it."""
     old, new = {"version": "0.2.0", "commit": "ab" * 20, "dirty": False}, {"version": "0.3.0"}
     trained = {"version": "0.1.0", "commit": "cd" * 20, "dirty": True}
-    marker = run_of_2000 / "checkpoints/step-00000020/COMMITTED"
+    marker = run_of_2000 / "checkpoints/images-000000000320/COMMITTED"
     facts = {"code": trained, "classes": ["food", "smileys", "x"]}
     marker.write_text(json.dumps(json.loads(marker.read_text()) | facts))
     alone = tmp_path / "alone"
@@ -272,7 +273,7 @@ def test_V08_work_by_two_versions_names_both_and_the_result_is_the_same(run_of_2
     assert result["provenance"]["code"] == trained
     assert (result["provenance"]["noise_std"], result["provenance"]["weights"]) == (0.1, "ema-0.100")
     assert result["grid_rows"] == ["food", "smileys", "x"]
-    codes = [json.loads((r / "evals/step-00000020/work.json").read_text())["code"] for r in (run_of_2000, alone)]
+    codes = [json.loads((r / "evals/images-000000000320/work.json").read_text())["code"] for r in (run_of_2000, alone)]
     assert codes == [[new, old], [new]]
 
 
@@ -289,8 +290,8 @@ def test_labels_by_frequency_leave_the_grid_in_rows_of_classes(make_run):
 
 def test_chunks_that_nobody_needs_any_more_are_cleared_away(make_run):
     run_dir, _ = make_run(steps=(20,))
-    gone = run_dir / "evals/work/step-00000010-aaaaaaaaaaaa-bbbbbbbbbbbb"
-    wanted = run_dir / "evals/work/step-00000020-aaaaaaaaaaaa-bbbbbbbbbbbb"
+    gone = run_dir / "evals/work/images-000000000160-aaaaaaaaaaaa-bbbbbbbbbbbb"
+    wanted = run_dir / "evals/work/images-000000000320-aaaaaaaaaaaa-bbbbbbbbbbbb"
     for folder in (gone, wanted):
         folder.mkdir(parents=True)
     evaluate(run_dir, False, WorkerOptions(), lambda _: None)
@@ -317,3 +318,41 @@ def test_chunks_count_as_progress_of_a_requeued_job(run_of_2000):
         evaluate(run_of_2000, False, WorkerOptions(), lambda _: None)
     seen.append(progress(job))
     assert seen == [0, *range(CHUNKS + 1), 1_000_000]
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_V06_a_damaged_chunk_is_computed_again_and_said(run_of_2000, tmp_path, size):
+    alone, lines = tmp_path / "alone", []
+    shutil.copytree(run_of_2000, alone)
+    evaluate(alone, False, WorkerOptions(), lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_module.Job, "_finish", lambda self, name, path: (_ for _ in ()).throw(SystemExit(143)))
+        with pytest.raises(SystemExit):
+            evaluate(run_of_2000, False, WorkerOptions(), lambda _: None)
+    for chunk in (chunks_done(run_of_2000)[0], chunks_done(run_of_2000)[-1]):
+        os.truncate(chunk, size if size >= 0 else chunk.stat().st_size + size)
+    evaluate(run_of_2000, False, WorkerOptions(), lines.append)
+    assert sum("is damaged and computed again" in line for line in lines) == 2
+    assert files(run_of_2000) == files(alone)
+
+
+def test_V06_a_damaged_plan_says_what_to_remove(run_of_2000):
+    from tarflow.evaluation.shared_work import SharedWork
+
+    SharedWork(run_of_2000 / "work", {"batch_size": 3}, 60)
+    (run_of_2000 / "work/plan.json").write_text("{")
+    with pytest.raises(EvaluationError, match=r"plan\.json is damaged: remove .*/work to begin this work again"):
+        SharedWork(run_of_2000 / "work", {"batch_size": 3}, 60)
+
+
+@pytest.mark.parametrize("text", ["", "[]", None])
+def test_V06_a_result_that_cannot_be_read_is_set_aside_and_evaluated_again(make_run, text):
+    run_dir, _ = make_run(steps=(20,))
+    evaluate(run_dir, False, WorkerOptions(), lambda _: None)
+    before, lines = files(run_dir), []
+    result = run_dir / "evals/images-000000000320/result.json"
+    result.unlink() if text is None else result.write_text(text)
+    assert len(evaluate(run_dir, False, WorkerOptions(), lines.append).done) == 1
+    assert files(run_dir) == before
+    assert any("set aside as damaged-images-000000000320, evaluated again" in line for line in lines)
+    assert (run_dir / "evals/damaged-images-000000000320/grid.png").exists()

@@ -49,16 +49,16 @@ def flip(file: Path, at: int) -> None:
 
 
 def test_list_shows_what_is_there_and_what_is_not_used(run: Path, capsys) -> None:
-    (run / "checkpoints" / "step-00000009.tmp").mkdir()
-    (run / "checkpoints" / "step-00000004.damaged").mkdir()
+    (run / "checkpoints" / "images-000000000144.tmp").mkdir()
+    (run / "checkpoints" / "images-000000000064.damaged").mkdir()
     with pinned(find(run, 2), owner="evaluation"):
         assert tarflow.cli.main(["checkpoint", "list", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:6]] == ["1", "2", "3", "4", "5"]
     assert lines[2].endswith("pinned")
     assert lines[5].endswith("newest")
-    assert "step-00000009.tmp: not used: a save was interrupted" in lines
-    assert any(line.startswith("step-00000004.damaged: set aside") for line in lines)
+    assert "images-000000000144.tmp: not used: a save was interrupted" in lines
+    assert any(line.startswith("images-000000000064.damaged: set aside") for line in lines)
 
 
 def test_verify_reads_every_byte_of_every_file(run: Path, capsys) -> None:
@@ -69,13 +69,13 @@ def test_verify_reads_every_byte_of_every_file(run: Path, capsys) -> None:
         for at in (0, facts["size"] // 2, facts["size"] - 1):  # whichever byte it is
             flip(victim.path / name, at)
             assert tarflow.cli.main(["checkpoint", "verify", str(run), "--step", "3"]) == 1
-            assert f"step-00000003: DAMAGED: the checksum of its file {name} is wrong" in capsys.readouterr().out
+            assert f"images-000000000048: DAMAGED: the checksum of its file {name} is wrong" in capsys.readouterr().out
             flip(victim.path / name, at)
     assert tarflow.cli.main(["checkpoint", "verify", str(run)]) == 0
     (victim.path / "config.yaml").unlink()
     assert tarflow.cli.main(["checkpoint", "verify", str(run)]) == 1
     out = capsys.readouterr().out
-    assert "step-00000003: DAMAGED: its file config.yaml is missing" in out
+    assert "images-000000000048: DAMAGED: its file config.yaml is missing" in out
     assert tarflow.cli.main(["checkpoint", "verify", str(run), "--step", "7"]) == 2
     assert "usable steps: 1, 2, 4, 5" in capsys.readouterr().err
 
@@ -87,7 +87,7 @@ def test_T06_export_writes_the_set_that_was_asked_for_and_names_it(
 ) -> None:
     out = tmp_path / f"weights{suffix}"
     assert tarflow.cli.main(["checkpoint", "export", str(trained), "--out", str(out), "--weights", asked]) == 0
-    assert f"weights {meant} of step-00000005" in capsys.readouterr().out
+    assert f"weights {meant} of images-000000000080" in capsys.readouterr().out
     model = load_config(trained / "config.yaml").model
     config, weights = load_weights_file(out, model if suffix == ".pth" else None)
     assert config == model
@@ -125,11 +125,11 @@ def test_T04_prune_follows_retention_and_keeps_the_newest_and_the_pinned(run: Pa
         assert "2 at least, or -1 to keep all" in capsys.readouterr().err
     with pinned(find(run, 1), owner="reader"):
         assert tarflow.cli.main([*prune, "--keep-latest", "2", "--keep-every-images", "48"]) == 0
-    assert "removed step-00000002" in capsys.readouterr().out
+    assert "removed images-000000000032" in capsys.readouterr().out
     assert steps(run) == [1, 3, 4, 5]
     assert tarflow.cli.main([*prune, "--keep-latest", "2"]) == 0
     assert steps(run) == [4, 5]
-    assert (run / "checkpoints" / "latest").read_text().strip() == "step-00000005"
+    assert (run / "checkpoints" / "latest").read_text().strip() == "images-000000000080"
 
 
 def test_T04_prune_never_removes_the_last_whole_one_nor_works_beside_a_writer(run: Path, capsys) -> None:
@@ -147,7 +147,7 @@ def test_T04_prune_never_removes_the_last_whole_one_nor_works_beside_a_writer(ru
 
 
 def test_prune_removes_what_was_set_aside_only_when_asked(run: Path) -> None:
-    aside = run / "checkpoints" / "step-00000009.damaged"
+    aside = run / "checkpoints" / "images-000000000144.damaged"
     aside.mkdir()
     assert tarflow.cli.main(["checkpoint", "prune", str(run)]) == 0
     assert aside.exists()

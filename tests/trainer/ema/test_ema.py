@@ -121,7 +121,7 @@ def test_T06_a_width_made_after_training_is_the_one_tracked_in_training(
 ) -> None:
     copy, out = without_the_middle(run, tmp_path), tmp_path / "mid.safetensors"
     assert tarflow.cli.main(["ema", str(copy), "--relative-std", "0.075", "--out", str(out)]) == 0
-    assert "24 stored averages of 12 moments up to step 96" in capsys.readouterr().out
+    assert "24 stored averages of 12 moments up to 768 images" in capsys.readouterr().out
     config, made = load_weights_file(out)
     assert config == load_config(run / "config.yaml").model
     last = ckpt.find(run)
@@ -148,7 +148,7 @@ def test_what_cannot_be_made_is_an_error_and_leaves_no_file(run: Path, tmp_path:
     out = tmp_path / "none.safetensors"
     for std, step, message in (
         (0.5, None, "between 0 and 0.28"),
-        (0.1, 41, "no averages of step 41; stored are steps: 8, 16"),
+        (0.1, 41, "no averages of step 41; usable steps: 8, 16"),
         (0.004, None, "off by .*ema.snapshot_every_images"),
     ):
         with pytest.raises(TrainerError, match=message):
@@ -161,17 +161,17 @@ def test_what_cannot_be_made_is_an_error_and_leaves_no_file(run: Path, tmp_path:
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "run.json").write_text('{"run_id": "x"}')
-    with pytest.raises(TrainerError, match="stored are steps: none"):
+    with pytest.raises(TrainerError, match="usable steps: none"):
         reconstruct(bare, 0.1, None, out, lambda _: None)
 
 
 def test_snapshots_after_the_checkpoint_resumed_from_are_removed(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    shutil.rmtree(copy / "checkpoints" / "step-00000096")  # as if the run had been killed before this save
+    shutil.rmtree(copy / "checkpoints" / "images-000000000768")  # as if the run had been killed before this save
     lines: list[str] = forget_after(copy, 704)
     assert len(lines) == 1
-    assert "step-00000096" in lines[0]
+    assert "images-000000000768" in lines[0]
     assert [c.step for c in ckpt.committed(prepare(copy))] == list(range(8, 89, 8))
     assert train(load_config(copy / "config.yaml"), copy) == FINISHED
     again, before = (load_weights(ckpt.find(snapshots_dir(r), 96), "ema-0.100") for r in (copy, run))

@@ -60,11 +60,11 @@ def test_C11_restart_after_a_death_forms_a_clean_world_of_another_size(start, ti
     end = start(tiny_config, run, *SETTINGS, ranks=3, fault="save.written@2/2=kill")
     assert end["codes"][2] == -9
     assert (run / "heartbeats" / "rank-0002.json").exists()  # what the dead left: heartbeats, a torn save, a lock
-    assert (run / "checkpoints" / "step-00000006.tmp").exists()
+    assert (run / "checkpoints" / "images-000000000072.tmp").exists()
     end = start(tiny_config, run, *SETTINGS, ranks=2)
     assert end["codes"] == [FINISHED, FINISHED]
-    assert "checkpoint step-00000006.tmp is not used: a save was interrupted (removed)" in log(run)
-    assert "resuming at 36 images (checkpoint step-00000003)" in log(run)
+    assert "checkpoint images-000000000072.tmp is not used: a save was interrupted (removed)" in log(run)
+    assert "resuming at 36 images (checkpoint images-000000000036)" in log(run)
     assert find(run).step == 12
 
 
@@ -182,16 +182,16 @@ def test_T01_pointer_is_never_ahead_of_the_data(start, tiny_config, run) -> None
 def test_T15_damaged_newest_checkpoint_is_set_aside_and_the_one_before_goes_on(start, tiny_config, run) -> None:
     settings = (*SETTINGS, "train.max_images=72")
     assert start(tiny_config, run, *settings, ranks=1)["codes"] == [FINISHED]
-    file = next((run / "checkpoints" / "step-00000006").glob("*.distcp"))
+    file = next((run / "checkpoints" / "images-000000000072").glob("*.distcp"))
     content = bytearray(file.read_bytes())
     content[100] ^= 1
     file.write_bytes(content)
     # Killed where the step is saved again, and not marked yet: the pointer must have gone back before.
     end = start(tiny_config, run, *settings, ranks=1, fault="save.renamed=kill")
     assert end["codes"] == [-9]
-    assert (run / "checkpoints" / "latest").read_text().strip() == "step-00000003"
-    assert "checkpoint step-00000006 is set aside as step-00000006.damaged" in log(run)
-    assert (run / "checkpoints" / "step-00000006.damaged" / file.name).read_bytes() == content
+    assert (run / "checkpoints" / "latest").read_text().strip() == "images-000000000036"
+    assert "checkpoint images-000000000072 is set aside as images-000000000072.damaged" in log(run)
+    assert (run / "checkpoints" / "images-000000000072.damaged" / file.name).read_bytes() == content
     assert start(tiny_config, run, *settings, ranks=1)["codes"] == [FINISHED]
     assert [c.step for c in committed(run)] == [3, 6]
 

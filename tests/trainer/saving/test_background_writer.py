@@ -66,7 +66,7 @@ def test_failed_write_leaves_no_space_taken_and_the_one_before_untouched(
     writer.start(save, {"model/w": torch.zeros(4)}, describe)
     assert writer.collect(wait=True) is save
     assert save.error == "rank 0: No space left on device: file"
-    assert sorted(p.name for p in (writer.run_dir / "checkpoints").iterdir()) == ["latest", "step-00000001"]
+    assert sorted(p.name for p in (writer.run_dir / "checkpoints").iterdir()) == ["images-000000000008", "latest"]
     assert torch.equal(load_weights(committed(writer.run_dir)[0], "raw")["w"], torch.ones(4))
 
 

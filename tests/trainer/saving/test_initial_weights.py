@@ -45,7 +45,9 @@ def config(tiny_config: Path) -> Config:
 def save(config: Config, tmp_path: Path):
     """Write the weights of a moved model that differs from the run's; (path, model)."""
 
-    def make(name: str = "w.safetensors", classes: tuple[str, ...] | None = None, **changes: object) -> tuple[Path, TarFlow]:
+    def make(
+        name: str = "w.safetensors", classes: tuple[str, ...] | None = None, **changes: object
+    ) -> tuple[Path, TarFlow]:
         model = moved(config.model.model_copy(update=changes))
         save_weights_file(tmp_path / name, model.config, model.state_dict(), Provenance(classes=classes))
         return tmp_path / name, model
@@ -66,10 +68,11 @@ def latents(model: TarFlow, y: list[int] | None, x: torch.Tensor) -> torch.Tenso
 @pytest.mark.parametrize(
     ("changes", "lines"),
     [
-        ({"num_classes": 5}, ["model.num_classes: 5 there, 3 here", "--init-partial to keep everything but class_embed"]),
-        ({"image_size": 16}, ["model.image_size: 16 there, 8 here", "everything but pos_embed, which is resampled"]),
+        ({"num_classes": 5}, ["model.num_classes: 5 there, 3 here", "add --init-partial: all is kept, but class_embed is fitted"]),
+        ({"image_size": 16}, ["model.image_size: 16 there, 8 here", "all is kept, but pos_embed is resampled"]),
         ({"num_blocks": 3, "num_classes": 5},
          ["model.num_blocks: 3 there, 2 here\n  model.num_classes: 5 there, 3 here\nSet model.num_blocks as there"]),
+        ({"soft_clip": 4.0}, ["model.soft_clip: 4.0 there, 0.0 here", "but the log-scale is bounded as here"]),
         ({"nvp": False}, ["model.nvp: False there, True here", "Set model.nvp as there"]),
     ],
 )  # fmt: skip
@@ -129,7 +132,9 @@ def test_N04_to_an_unconditional_model_and_back(save, config) -> None:
     new = load_model(bare.model, tensors)
     torch.testing.assert_close(latents(new, None, x), latents(old, [-1] * 3, x), rtol=1e-4, atol=1e-4)
     assert any("the classes are left out" in line for line in lines)
-    assert any("does not say the size of its attention heads: taken as model.head_channels=64" in line for line in lines)
+    assert any(
+        "does not say the size of its attention heads: taken as model.head_channels=64" in line for line in lines
+    )
     save_weights_file(path, bare.model, tensors)
     tensors, lines = initial_weights(path, config, True)
     assert not any("class_embed" in name for name in tensors), "fresh values stay"
@@ -157,9 +162,12 @@ def test_N04_positions_are_resampled(save, config, there) -> None:
 
 def test_N04_a_run_is_begun_from_the_newest_average_of_another(tiny_config, config, tmp_path, capsys) -> None:
     """Through the front door: refused before anything is made, then with --init-partial, then from the run that it made."""
+
     def main(run: str, *arguments: object) -> int:
         fast = ("train.max_images=16", "optim.lr=1e-30", "optim.final_lr=0", "train.param_dtype=float32")
-        return tarflow.cli.main([str(a) for a in ("train", tiny_config, "--run-dir", tmp_path / run, *fast, *arguments)])
+        return tarflow.cli.main(
+            [str(a) for a in ("train", tiny_config, "--run-dir", tmp_path / run, *fast, *arguments)]
+        )
 
     assert main("first") == 0
     source = tmp_path / "first"
@@ -167,19 +175,24 @@ def test_N04_a_run_is_begun_from_the_newest_average_of_another(tiny_config, conf
     wanted = load_weights(find(source), "ema-0.100")
     started = load_weights(find(tmp_path / "second"), "raw")
     assert all(torch.allclose(started[name], wanted[name], atol=1e-6) for name in wanted)
-    assert f"{source}: weights ema-0.100 of its newest checkpoint, " in (tmp_path / "second/log.txt").read_text()
+    log = (tmp_path / "second/log.txt").read_text()
+    assert (
+        f"{source}, newest checkpoint {find(source).name}: weights ema-0.100 of step 1 (16 images), trained on" in log
+    )
+    assert "trains on other noise" not in log
     capsys.readouterr()
     for more in ([], ["--dry-run"]):
         assert main("third", "model.num_classes=4", "data.accept=[spare_classes]", "--init-from", source, *more) == 2
         assert "model.num_classes: 3 there, 4 here" in capsys.readouterr().err
         assert not (tmp_path / "third").exists()
-    assert main("third", "model.num_classes=4", "data.accept=[spare_classes]", "--init-from", source, "--init-partial") == 0
-    assert "classes changed" in (tmp_path / "third/log.txt").read_text()
+    fitted = ("model.num_classes=4", "data.accept=[spare_classes]", "train.noise=uniform", "--init-from", source, "--init-partial")
+    assert main("third", *fitted) == 0
+    log = (tmp_path / "third/log.txt").read_text()
+    assert "classes changed" in log
+    assert "note: this run trains on other noise: uniform" in log
     assert load_weights(find(tmp_path / "third"), "raw")["blocks.0.class_embed"].shape[0] == 4
     shutil.rmtree(source)
-    four = ("model.num_classes=4", "data.accept=[spare_classes]", "--init-from", source, "--init-partial")
-    resumed = main("third", *four, "train.max_images=32")
-    assert resumed == 0, "a run with checkpoints needs it no more"
+    assert main("third", *fitted, "train.max_images=32") == 0, "a run with checkpoints needs it no more"
     assert main("fourth", "--init-partial") == 2
     assert "--init-partial goes with --init-from" in capsys.readouterr().err
 
@@ -207,4 +220,8 @@ def test_V08_a_checkpoint_and_the_log_say_which_code_trained(tiny_config, tmp_pa
     from tarflow.models.weights import read_weights
 
     assert read_weights(out).provenance.code == code_version()
+    path = find(tmp_path / "run").path / "COMMITTED"
+    path.write_text(json.dumps(marker | {"code": {"version": "0.1.9"}}))
+    assert tarflow.cli.main([*arguments, "train.max_images=32"]) == 0
+    assert f"changed: code: tarflow 0.1.9 -> {describe_code(code_version())}" in (tmp_path / "run/log.txt").read_text()
     assert class_names(load_config(tiny_config)) == ["0", "1", "2"]

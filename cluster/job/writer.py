@@ -1,0 +1,90 @@
+"""Who else writes a run: a job leaves a run alone that another process trains."""
+
+import errno
+import fcntl
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tarflow.cluster.errors import ClusterError
+from tarflow.trainer.resilience.alive import holder_of, is_alive, read_heartbeats
+from tarflow.trainer.run_dir import Holder, read_holder
+
+WATCH_S = 5.0  # a living process shows within it that it lives: its heartbeats come every two seconds
+PATIENCE_S = 120.0  # for the processes of a lost node, which live on for a while
+
+
+class RunInUseError(ClusterError):
+    """Another process trains the run: this job has nothing to do, neither now nor after a requeue."""
+
+    def __init__(self, run_dir: Path, holder: Holder | None) -> None:
+        super().__init__(
+            f"run {run_dir} is being trained by another process ({holder or 'which did not say who it is'}); "
+            "this job ends and is not requeued. Once that one is over, submit again"
+        )
+
+
+def wait_for_writer(
+    run_dir: Path, job: str, say: Callable[[str], None], stopped: Callable[[], bool] = lambda: False,
+    patience_s: float = PATIENCE_S,
+) -> None:  # fmt: skip
+    """Return once nobody but this job can be writing the run.
+
+    Slurm may start a job again while the processes of a lost node live on: an earlier start of this very job is waited
+    for, since it must end soon. Anybody else who shows a sign of life is a `RunInUseError` at once.
+    """
+    begin, told = time.monotonic(), False
+    pulse = _Pulse(run_dir, job)
+    while not stopped():
+        held, waited = is_locked(run_dir), time.monotonic() - begin
+        holder = read_holder(run_dir) if held else pulse.suspect
+        if not held and (holder is None or (waited > WATCH_S and not pulse.beats())):
+            return
+        earlier_start = holder is not None and holder.job == job
+        if not earlier_start and pulse.beats():
+            raise RunInUseError(run_dir, holder)
+        if waited > patience_s:
+            if not earlier_start:
+                raise RunInUseError(run_dir, holder)
+            raise ClusterError(f"run {run_dir} is still in use by an earlier start after {patience_s:.0f} s ({holder})")
+        if not told:
+            say(f"waiting for the process that still holds the run ({holder or 'unnamed'})")
+            told = True
+        time.sleep(0.5)
+
+
+def other_writer(run_dir: Path, job: str) -> Holder | None:
+    """A process that holds the run at this moment and belongs to no start of a job."""
+    holder = read_holder(run_dir) if is_locked(run_dir) else None
+    return holder if holder is not None and holder.job != job and _others(run_dir, job) else None
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether a process holds the run's lock. A file system that knows no locks cannot tell: no."""
+    with open(run_dir / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in (errno.EWOULDBLOCK, errno.EAGAIN)
+    return False
+
+
+def _others(run_dir: Path, job: str) -> dict[int, dict[str, Any]]:
+    """Heartbeats of ranks that may be alive and belong to no start of a job, by rank."""
+    found = enumerate(read_heartbeats(run_dir))
+    return {rank: beat for rank, beat in found if is_alive(beat) and holder_of(beat).job != job}
+
+
+class _Pulse:
+    """Tells heartbeats that go on from those that a dead process left a moment ago."""
+
+    def __init__(self, run_dir: Path, job: str) -> None:
+        self.run_dir, self.job = run_dir, job
+        self._first = _others(run_dir, job)
+        self.suspect = next((holder_of(beat) for beat in self._first.values()), None)
+
+    def beats(self) -> bool:
+        """Whether a rank of somebody else has shown a sign of life since the first look."""
+        now = _others(self.run_dir, self.job)
+        return any(beat.get("time") != self._first.get(rank, {}).get("time") for rank, beat in now.items())

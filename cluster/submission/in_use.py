@@ -1,0 +1,45 @@
+"""One living training job per run: what is in the queue already is refused a second time, or waited for."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tarflow.cluster.errors import ClusterError
+from tarflow.cluster.job.record import RunJobs, jobs_of
+from tarflow.trainer.resilience.alive import living_writer
+
+WAY_OUT = "end it with `tarflow cancel {run}`, or let the new job wait for its end with --after-running"
+
+
+def jobs_to_wait_for(runs: Sequence[Path], after_running: bool) -> list[str]:
+    """Training jobs of the runs in the queue, which a new one waits for; without `after_running` they are an error.
+
+    So is a run that a process outside of Slurm trains, and a job of which nobody here knows whether it runs.
+    """
+    found: list[str] = []
+    for run, jobs in jobs_of(list(runs), "train").items():
+        _check_known(run, jobs)
+        if jobs.live and not after_running:
+            listed = "; ".join(jobs.describe(entry) for entry in jobs.live)
+            raise ClusterError(f"run {run} is in the queue already: {listed}. {WAY_OUT.format(run=run)}")
+        found += [entry["job"] for entry in jobs.live]
+        _check_by_hand(run, jobs)
+    return found
+
+
+def _check_known(run: Path, jobs: RunJobs) -> None:
+    if jobs.unknown:
+        listed = "; ".join(jobs.describe(entry) for entry in jobs.unknown)
+        raise ClusterError(
+            f"run {run} may be in use: {listed}. Submit where it can be asked about; if it is over, remove its line from "
+            f"{run / 'slurm' / 'jobs.jsonl'}"
+        )
+
+
+def _check_by_hand(run: Path, jobs: RunJobs) -> None:
+    """A process trains the run that none of its jobs started: nothing in the queue stands for it."""
+    writer = living_writer(run)
+    if writer is not None and writer.job not in [entry["job"] for entry in jobs.entries]:
+        raise ClusterError(
+            f"run {run} is being trained by another process ({writer}), as its heartbeats say: end that one first, or "
+            "give another --run-dir. If it was killed a moment ago, try again in a minute"
+        )

@@ -1,0 +1,82 @@
+"""The one rule by which a result stands for a run: in the report, and in `tarflow status`.
+
+The headline is the newest checkpoint's result under the settings that samples and evaluations of the run go by now: its
+configuration, and the sampling settings that a sweep chose. Where there is no such result yet, the newest result of any
+settings stands in, and what differs is said. Needs no torch.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tarflow.evaluation.report.history import Result
+from tarflow.models.sampling.settings import SamplingSettings
+from tarflow.trainer.config.schema import Config
+
+_SAMPLING = [name for name in SamplingSettings.model_fields if name not in ("batch_size", "labels")]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A result, and in which settings it differs from the run's own: setting -> (here, the run's)."""
+
+    result: Result
+    differs: dict[str, tuple[Any, Any]]
+
+    def describe(self) -> str:
+        """The settings in words."""
+        own = settings_of(self.result)
+        if not self.differs:
+            listed = ", ".join(f"{key} {_text(own[key])}" for key in ("weights", "guidance", "denoise") if key in own)
+            return f"{self.result.folder.name}: the newest result under the run's own settings ({listed})"
+        listed = ", ".join(
+            f"{key} {_text(here)} instead of {_text(runs)}" for key, (here, runs) in self.differs.items()
+        )
+        return f"{self.result.folder.name}: no result under the run's own settings yet; this one has {listed}"
+
+
+def own_settings(config: Config) -> dict[str, Any]:
+    """What decides whether two results may be compared, of a run's configuration under its sweep's choice."""
+    sampling = config.sampling.model_dump() | {"denoise": config.denoise_multiplier}
+    found = {name: sampling[name] for name in _SAMPLING} | {"labels": config.sampling.labels}
+    if not config.model.num_classes:
+        found["labels"] = "balanced"
+    e = config.evaluation
+    return found | {"weights": config.evaluated_weights, "num_samples": e.num_samples, "features": e.features}
+
+
+def settings_of(result: Result) -> dict[str, Any]:
+    """The same of a result; settings that it does not hold are left out."""
+    stored = result.values["settings"]
+    sampling = stored["sampling"]
+    found = {name: sampling[name] for name in _SAMPLING if name in sampling}
+    found["labels"] = "training" if "class_counts" in sampling else "balanced"
+    return found | {name: stored[name] for name in ("weights", "num_samples", "features") if name in stored}
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that both know and do not share: setting -> (of one, of the other)."""
+    return {key: (one[key], other[key]) for key in one if key in other and one[key] != other[key]}
+
+
+def alike(results: Iterable[Result], like: Result, apart_from: Sequence[str] = ()) -> list[Result]:
+    """Results of checkpoints under the settings of one of them."""
+    wanted = settings_of(like)
+    return [r for r in results if r.step_known and not set(differences(settings_of(r), wanted)) - set(apart_from)]
+
+
+def find_headline(results: Sequence[Result], config: Config) -> Headline | None:
+    """The result that stands for a run; None if no checkpoint has one."""
+    own = own_settings(config)
+    known = [result for result in results if result.step_known]
+    if not known:
+        return None
+    newest = max(known, key=lambda r: (not differences(settings_of(r), own), r.images_seen, r.published))
+    return Headline(newest, differences(settings_of(newest), own))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) if isinstance(value, (str, int)) else json.dumps(value)

@@ -1,0 +1,28 @@
+"""Names of checkpoints: by images seen, which never go back. Those of version 0.1, by steps, are still read."""
+
+import re
+
+_NAME = re.compile(r"(?:images-\d{12,}|step-\d{8,})")
+_LEADING = re.compile(rf"({_NAME.pattern})(?:[-.].*)?")
+
+
+def checkpoint_name(images_seen: int) -> str:
+    """Name of the checkpoint at so many images; names sort as numbers do."""
+    return f"images-{images_seen:012d}"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a directory of this name is meant to be a checkpoint."""
+    return _NAME.fullmatch(name) is not None
+
+
+def leading_name(text: str) -> str:
+    """The checkpoint's name that another name begins with, as those of results and pins do; empty if none."""
+    found = _LEADING.fullmatch(text)
+    return found[1] if found else ""
+
+
+def says(name: str) -> tuple[str, int]:
+    """What a checkpoint's name says of it: ("images_seen", N), or of version 0.1 ("step", N)."""
+    kind, _, number = name.partition("-")
+    return ("images_seen" if kind == "images" else "step"), int(number)

@@ -1,0 +1,159 @@
+"""Which checkpoints stay, and how the others go. Only the run's writer comes here.
+
+The rule, by images seen: the newest `keep_latest` stay; of every stretch of `keep_every_images` the first checkpoint stays
+for ever, which is the one that came when a multiple was crossed, whether or not the batch size divides it; what is being
+read stays. The newest, and what was just committed, stay whatever the numbers say.
+
+Removing may fail (a file held open over NFS, a directory that lost its permissions). What has lost its marker counts as no
+checkpoint, however much of it is still there, and is tried again at every save and start.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tarflow.files import discard, free_name
+from tarflow.trainer.checkpoint.commit import (
+    DAMAGED,
+    MARKER,
+    REPLACED,
+    TEMPORARY,
+    Checkpoint,
+    Refused,
+    committed,
+    pinned_names,
+    point_to,
+    read_marker,
+    remove,
+    scan,
+    set_aside_dirs,
+    stuck,
+)
+from tarflow.trainer.checkpoint.names import is_checkpoint_name, leading_name, says
+from tarflow.trainer.run_dir import run_id
+
+Say = Callable[[str], object]
+
+
+def permanent(checkpoints: Sequence[Checkpoint], every_images: int) -> set[str]:
+    """Names of those that stay for ever, of checkpoints by images seen ascending: the first at or after each multiple."""
+    first: dict[int, str] = {}
+    for checkpoint in checkpoints if every_images else ():
+        first.setdefault(checkpoint.images_seen // every_images, checkpoint.name)
+    return {name for multiple, name in first.items() if multiple}
+
+
+def apply_retention(
+    run_dir: Path, keep_latest: int, keep_every_images: int, *, fresh: str = "", warn: Say = lambda _: None
+) -> list[str]:
+    """Remove checkpoints that nobody needs; names of the removed. `fresh`: the one just committed, if there is one.
+
+    The newest `keep_latest` (two at least; -1: all) always stay. `warn` is told what could not be removed.
+    """
+    for line in remove_torn(run_dir)[1]:
+        warn(line)
+    usable, removed = committed(run_dir), []
+    stay = {c.name for c in usable[-max(keep_latest, 2) :]} | {fresh} | permanent(usable, keep_every_images)
+    if keep_latest != -1:
+        stay |= pinned_names(run_dir)
+        for checkpoint in usable:
+            if checkpoint.name not in stay:
+                assert checkpoint.name not in (fresh, usable[-1].name), f"retention would remove {checkpoint.name}"
+                problem = remove(checkpoint.path)
+                if problem:
+                    warn(stuck(checkpoint.path, problem))
+                if not (checkpoint.path / MARKER).exists():
+                    removed.append(checkpoint.name)
+    return removed
+
+
+def remove_torn(run_dir: Path) -> tuple[list[Path], list[str]]:
+    """Remove what interrupted saves and removals left; what is gone, and a line for each that stays."""
+    gone, left = [], []
+    for path, why in sorted(scan(run_dir)[1].items()):
+        if not why.committed:
+            problem = discard(path)
+            if problem:
+                left.append(stuck(path, problem))
+            else:
+                gone.append(path)
+    return gone, left
+
+
+def sweep(run_dir: Path) -> list[str]:
+    """Put in order what kills left, at a start; what is to be said of it and of what else cannot be used."""
+    lines = _put_back(run_dir)
+    refused = scan(run_dir)[1]
+    gone, left = remove_torn(run_dir)
+    for path, why in sorted(refused.items()):
+        lines.append(f"checkpoint {path.name} is not used: {why}" + (" (removed)" if path in gone else ""))
+    if usable := committed(run_dir):
+        try:
+            point_to(run_dir, usable[-1])  # a save was killed between its marker and the pointer
+        except OSError as error:
+            left.append(f"WARNING: `latest` could not be written: {error.strerror or error}")
+    return lines + left
+
+
+def _put_back(run_dir: Path) -> list[str]:
+    """Of a save that was killed while it replaced a checkpoint at the same images: the new one if it is whole, or the old."""
+    lines, owner = [], run_id(run_dir)
+    for path, why in sorted(scan(run_dir)[1].items()):
+        if not path.name.startswith(leading_name(path.name) + REPLACED) or not why.committed:
+            continue
+        final = path.with_name(leading_name(path.name))
+        there = read_marker(final, owner)
+        if isinstance(there, Checkpoint):
+            problem = remove(path)
+            lines += [stuck(path, problem)] if problem else []
+            continue
+        if final.exists():
+            os.rename(final, free_name(final.with_name(final.name + (DAMAGED if there.committed else TEMPORARY))))
+        os.rename(path, final)
+        lines.append(f"checkpoint {final.name} is put back: the save that was to replace it was interrupted")
+    return lines
+
+
+def set_aside(run_dir: Path, chosen: Checkpoint) -> list[str]:
+    """Rename this run's checkpoints that are newer than the one it goes on from, which are all damaged.
+
+    Where they are they would count as the newest to retention, to readers and to `latest`. Renamed, they stay for a person
+    to look at. Returns what is to be said.
+    """
+    usable, refused = scan(run_dir)
+    newer = [c.path for c in usable if c.images_seen > chosen.images_seen]
+    newer += [path for path, why in refused.items() if _is_newer_of_ours(path, why, chosen)]
+    if newer:
+        point_to(run_dir, chosen)
+    lines = []
+    for path in sorted(newer):
+        aside = free_name(path.with_name(path.name + DAMAGED))
+        os.rename(path, aside)
+        lines.append(
+            f"checkpoint {path.name} is set aside as {aside.name}; `tarflow checkpoint prune --damaged` removes it"
+        )
+    return lines
+
+
+def remove_set_aside(run_dir: Path, warn: Say = lambda _: None) -> list[str]:
+    """Remove what `set_aside` has left; names of the removed."""
+    removed = []
+    for path in set_aside_dirs(run_dir):
+        problem = remove(path)
+        if problem:
+            warn(stuck(path, problem))
+        else:
+            removed.append(path.name)
+    return removed
+
+
+def _is_newer_of_ours(path: Path, why: Refused, chosen: Checkpoint) -> bool:
+    """Whether a directory holds a newer checkpoint of the same run, by what can be read of its marker, or by its name."""
+    if not why.committed or why.foreign or not is_checkpoint_name(path.name):
+        return False
+    try:
+        return int(json.loads((path / MARKER).read_text())["images_seen"]) > chosen.images_seen
+    except (OSError, ValueError, KeyError, TypeError):
+        kind, number = says(path.name)
+        return number > (chosen.images_seen if kind == "images_seen" else chosen.step)

@@ -1,0 +1,74 @@
+"""Whether somebody trains a run at this moment, from what its ranks last said of themselves in `heartbeats/`.
+
+A look never takes the run's lock: it must not be in the way of a start. Needs no torch.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tarflow.files import listed
+from tarflow.trainer.run_dir import Holder
+
+# A living rank writes every two seconds; a network file system may show that late.
+FRESH_S = 60.0
+# Last words of a rank: it left in good order, with an error, or because it hung. A killed rank says none of them.
+GONE, FAILED, HUNG = "gone", "failed", "hung"
+ENDED = (GONE, FAILED, HUNG)
+KILLED = "killed"
+
+
+def read_heartbeats(run_dir: Path) -> list[dict[str, Any]]:
+    """What every rank of the newest start last said of itself, by rank; `seen`: when, by the file server's clock."""
+    beats = []
+    for path in listed(run_dir / "heartbeats", "rank-*.json"):
+        try:
+            beat = json.loads(path.read_text())
+            beats.append(beat | {"seen": path.stat().st_mtime})
+        except (OSError, ValueError, TypeError):
+            continue
+    # A start of fewer ranks leaves the files of the others behind.
+    size = beats[0].get("world_size") if beats else None
+    return beats[:size]
+
+
+def holder_of(beat: dict[str, Any]) -> Holder:
+    """The process that wrote a heartbeat."""
+    return Holder(str(beat.get("host", "?")), int(beat.get("pid", 0)), str(beat.get("job") or ""))
+
+
+def is_alive(beat: dict[str, Any], now: float | None = None) -> bool:
+    """Whether the rank is there: its process, if it is one of this machine; else by the age of its heartbeat."""
+    if beat.get("phase") in ENDED:
+        return False
+    if beat.get("host") == os.uname().nodename and Path("/proc/self").exists():
+        return _runs_since(int(beat.get("pid", 0)), beat["seen"])
+    return (time.time() if now is None else now) - beat["seen"] < FRESH_S
+
+
+def living_writer(run_dir: Path, now: float | None = None) -> Holder | None:
+    """The process that trains a run, as far as its heartbeats tell; of several ranks the first."""
+    return next((holder_of(beat) for beat in read_heartbeats(run_dir) if is_alive(beat, now)), None)
+
+
+def last_words(run_dir: Path) -> str | None:
+    """How the last start ended: GONE, FAILED, HUNG, or KILLED if a rank said none of these; None before any start."""
+    phases = [beat.get("phase") for beat in read_heartbeats(run_dir)]
+    if not phases:
+        return None
+    worst = next((phase for phase in (HUNG, FAILED) if phase in phases), None)
+    return worst or (GONE if all(phase == GONE for phase in phases) else KILLED)
+
+
+def _runs_since(pid: int, moment: float) -> bool:
+    """Whether a process of this machine has a number, and began before a moment: numbers are used again."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
+    except (OSError, StopIteration):
+        return False
+    state, ticks = after_name[0], int(after_name[19])
+    began = int(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
+    return state not in "ZX" and began <= moment + 2.0
