@@ -37,6 +37,7 @@ LAYERS = {
     "trainer": """
         commands
         loop
+        start
         saving
         ema
         checkpoint
@@ -227,6 +228,7 @@ HEAVY = ("torch", "pydantic", "deepspeed", "streaming", "pyarrow", "numpy", "web
 
 VERBS = (
     "data",
+    "init",
     "train",
     "ema",
     "checkpoint",

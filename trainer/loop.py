@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from tarflow.code_version import code_version, describe_code
-from tarflow.data_pipeline.loading.choose_reader import DataFacts, data_facts
+from tarflow.data_pipeline.loading.choose_reader import DataFacts
 from tarflow.data_pipeline.loading.loader import Loader
 from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 from tarflow.models.cost import flops_per_image, peak_rate
@@ -37,6 +37,8 @@ from tarflow.trainer.saving.no_progress import no_progress
 from tarflow.trainer.saving.resume import Start, count_restart, decide_start, finished
 from tarflow.trainer.saving.saver import Moment, Saver
 from tarflow.trainer.schedule import learning_rate
+from tarflow.trainer.start.check import check_start
+from tarflow.trainer.start.record import write_record
 from tarflow.trainer.step_inputs import StepInput, prefetch_inputs
 
 # What a rank may ask of all ranks at a step; the largest answer counts.
@@ -60,8 +62,7 @@ def _train(
     config: Config, run_dir: Path, world: World, stop: StopRequest, init_from: Path | None, accept_new_data: bool,
     init_partial: bool, record: FailureRecord,
 ) -> int:  # fmt: skip
-    facts = data_facts(config.data)
-    warmup = check_data(config, facts)
+    checked = check_start(config, run_dir, world.size, init_from, init_partial)
     plan = plan_batch(config.train.global_batch_size, world.size, config.train.micro_batch_size)
     device = pick_device(config.train.device, world.local_rank)
     zero = config.parallel.backend == "deepspeed"
@@ -70,7 +71,7 @@ def _train(
         limit = config.parallel.start_timeout_s
         with deadline(limit + 2, run_dir, world.rank, "joining the other ranks"):  # torch's own error comes first
             stack.enter_context(process_group(world, device, limit, always=zero))
-        given = (run_dir, config, facts, accept_new_data)
+        given = (run_dir, config, checked.train.facts, accept_new_data)
         with deadline(limit, run_dir, world.rank, "reading the newest checkpoint"):
             if nothing_to_do := first_decides(world, lambda: finished(*given)):
                 if world.first:
@@ -85,31 +86,17 @@ def _train(
         fault_point("start")
         log = MetricLog(run_dir, config.log.tensorboard, config.train.max_images, world.rank)
         stack.callback(log.close)
-        run = Run(config, run_dir, plan, log, world, device, watchdog, warmup)
-        run.start(start, facts, init_from, init_partial)
+        for line in checked.lines():
+            log.say(line)
+        run = Run(config, run_dir, plan, log, world, device, watchdog, checked.warmup_images)
+        run.start(start, checked.train.facts, init_from, init_partial)
         if not run.check_progress(run_dir):
             return NO_PROGRESS
         if world.first:
             save_config(run_dir, config)
+            write_record(run_dir, checked.record())
             log.record(f"the configuration of this start:\n{config_text(config)}")
         return run.loop(stop)
-
-
-def check_data(config: Config, facts: DataFacts) -> int:
-    """Refuse data that the model or the schedule cannot go with, before anything is made. Returns the warm-up in images."""
-    wanted, path = config.model.num_classes, config.data.train
-    if facts.num_samples is None:  # a stream: its labels are checked as they come
-        if not config.optim.warmup_images:
-            raise TrainerError(
-                f"optim.warmup_images=0 stands for one epoch, but {path} is read as a stream, whose length is not known: "
-                "set optim.warmup_images, or give the data an index with `tarflow data index`"
-            )
-        return config.optim.warmup_images
-    if wanted and facts.num_classes is None:
-        raise TrainerError(f"model.num_classes={wanted}, but the data in {path} have no labels")
-    if facts.num_classes is not None and 0 < wanted < facts.num_classes:
-        raise TrainerError(f"model.num_classes={wanted}, but the data in {path} have {facts.num_classes} classes")
-    return config.optim.warmup_images or facts.num_samples
 
 
 class Run:
@@ -144,7 +131,7 @@ class Run:
         wanted = self.config.parallel.world_size
         if wanted not in (0, self.world.size):
             self.log.say(f"note: made for parallel.world_size={wanted} processes, running on {self.world.size}")
-        begin = self.saver.restore(start, facts.fingerprint, init_from, init_partial)
+        begin = self.saver.restore(start, facts, init_from, init_partial)
         self.images_seen, self._tried, self._passed_over = begin.images_seen, begin.tried, begin.tried - begin.step
         self._began = begin
         self.log.open_curves(begin.images_seen)

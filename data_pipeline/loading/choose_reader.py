@@ -64,6 +64,7 @@ class DataFacts:
     num_samples: int | None
     num_classes: int | None
     former_fingerprint: str | None = None
+    index: Index | None = None  # none of a stream
 
 
 def data_facts(data: DataSettings) -> DataFacts:
@@ -74,4 +75,4 @@ def data_facts(data: DataSettings) -> DataFacts:
     index = open_index(data.train, data.access)
     check_form(index, data.reader)
     former = index.fingerprint_of_places if index.knows_content else None
-    return DataFacts(index.fingerprint, index.num_samples, index.num_classes, former)
+    return DataFacts(index.fingerprint, index.num_samples, index.num_classes, former, index)

@@ -159,7 +159,7 @@ def check_labels(index: Index, num_classes: int, on_error: str) -> None:
         labels = index.rows(shard).labels
         row = int(np.flatnonzero((labels != NO_LABEL) & ((labels < 0) | (labels >= num_classes)))[0])
         raise DataError(
-            f"shard {index.shard_path(shard)}, sample {index.key(shard, row)!r}: label {labels[row]} is outside "
+            f"shard {index.shard_place(shard)}, sample {index.key(shard, row)!r}: label {labels[row]} is outside "
             f"0..{num_classes - 1} (model.num_classes={num_classes}; {len(wrong)} shards hold such labels)"
         )
     if index.unlabelled:
@@ -167,6 +167,6 @@ def check_labels(index: Index, num_classes: int, on_error: str) -> None:
             missing = np.flatnonzero(index.rows(shard).labels == NO_LABEL)
             if len(missing):
                 raise DataError(
-                    f"shard {index.shard_path(shard)}, sample {index.key(shard, int(missing[0]))!r} has no label "
+                    f"shard {index.shard_place(shard)}, sample {index.key(shard, int(missing[0]))!r} has no label "
                     f"({index.unlabelled} such samples): data.on_error=skip replaces them, or set model.num_classes=0"
                 )

@@ -60,6 +60,11 @@ class DataSettings(Section):
     max_bad_share: float = Field(
         0.01, ge=0, le=1, description="share of damaged images at which a run with on_error=skip stops"
     )
+    accept: tuple[Literal["grey", "spare_classes", "class_names"], ...] = Field(
+        (),
+        description="what is meant although data and model differ: grey: colour images for a grey model; spare_classes: more "
+        "classes in the model than in the data; class_names: other names than validation, checkpoint or weights have",
+    )
 
     @classmethod
     def of(cls, train: str | Path, **settings: Any) -> DataSettings:

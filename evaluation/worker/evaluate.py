@@ -37,6 +37,7 @@ from tarflow.evaluation.worker.chunk_results import (
     is_whole,
     save_likelihood,
 )
+from tarflow.evaluation.worker.class_maps import check_class_maps
 from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import Recipe
 from tarflow.evaluation.worker.reference import Reference
@@ -112,6 +113,7 @@ class Job:
 
     def run(self) -> dict[str, Any] | None:
         """Help until the result is there; the result if it was this worker that published it."""
+        check_class_maps(self.config, self.source.provenance.classes)
         _ = self.real.reference  # first: what is missing or does not match must not cost a night of sampling
         self.open()
         if self.compute_chunks():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tarflow.code_version import code_version
+from tarflow.data_pipeline.loading.choose_reader import DataFacts
 from tarflow.models.flow import TarFlow
 from tarflow.trainer.checkpoint.tensors import read_tensors
 from tarflow.trainer.config.files import config_hash, config_text
@@ -43,6 +44,7 @@ class Saver:
         with torch.device("meta"):
             self.sizes = {name: math.prod(p.shape) for name, p in TarFlow(config.model).named_parameters()}
         self.fingerprint = ""
+        self.classes: list[str] | None = None  # names of the data's classes; every checkpoint says them
         self.failures = 0  # saves that failed in a row
         self._staging, self._writer = Staging(), Writer(run_dir, config.checkpoint)
         self._saved_at, self._saved_time = -1, time.monotonic()
@@ -136,7 +138,12 @@ class Saver:
         return self.backend.state() | self.ema.state()
 
     def _description(self) -> tuple[str, dict[str, object]]:
-        facts = {"world_size": self.world.size, "config": config_hash(self.config), "data": self.fingerprint}
+        facts = {
+            "world_size": self.world.size,
+            "config": config_hash(self.config),
+            "data": self.fingerprint,
+            "classes": self.classes,
+        }
         return config_text(self.config), facts | {"code": code_version()}
 
     def _take_note(self, save: Save) -> None:
@@ -171,9 +178,10 @@ class Saver:
 
     # --- in ---
 
-    def restore(self, start: Start, fingerprint: str, init_from: Path | None, init_partial: bool = False) -> Moment:
+    def restore(self, start: Start, facts: DataFacts, init_from: Path | None, init_partial: bool = False) -> Moment:
         """Bring back the checkpoint that a start goes on from, or begin with given or fresh weights."""
-        self.fingerprint = fingerprint
+        self.fingerprint = facts.fingerprint
+        self.classes = None if facts.index is None else facts.index.classes
         newest = start.checkpoint
         for line in start.lines + first_decides(self.world, lambda: make_tidy(self.run_dir, start)):
             if self.world.first:

@@ -182,10 +182,10 @@ def test_N04_a_run_is_begun_from_the_newest_average_of_another(tiny_config, conf
     assert "trains on other noise" not in log
     capsys.readouterr()
     for more in ([], ["--dry-run"]):
-        assert main("third", "model.num_classes=4", "--init-from", source, *more) == 2
+        assert main("third", "model.num_classes=4", "data.accept=[spare_classes]", "--init-from", source, *more) == 2
         assert "model.num_classes: 3 there, 4 here" in capsys.readouterr().err
         assert not (tmp_path / "third").exists()
-    fitted = ("model.num_classes=4", "train.noise=uniform", "--init-from", source, "--init-partial")
+    fitted = ("model.num_classes=4", "data.accept=[spare_classes]", "train.noise=uniform", "--init-from", source, "--init-partial")
     assert main("third", *fitted) == 0
     log = (tmp_path / "third/log.txt").read_text()
     assert "classes changed" in log
