@@ -29,7 +29,6 @@ from tarflow.errors import in_words
 from tarflow.files import listed, write_text
 from tarflow.interpreter import HOME, module_command
 from tarflow.locks import holder, locked
-from tarflow.trainer.run_dir import LOCK
 
 FORMAT = 2  # of the pickled job
 
@@ -332,6 +331,8 @@ def training_failed(slurm_dir: Path, job: str) -> str:
 
 def wait_for_writer(run_dir: Path, say: Any, patience_s: float = 120.0) -> None:
     """Let an old start of the run die: Slurm may start a job again while the processes of a lost node live on."""
+    from tarflow.trainer.run_dir import LOCK  # here: tasks but the first do without the configuration
+
     end = time.monotonic() + patience_s
     told = False
     while True:
