@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+JOB_VARIABLE = "TARFLOW_JOB"  # in the environment of what a Slurm job starts: the job's id
 HOME = Path(__file__).absolute().parent.parent  # not resolved: the rooms are links in a checkout
 
 

@@ -94,7 +94,8 @@ def test_N14_ctrl_c_ends_every_verb_without_a_word(table: list[Row]) -> None:
 
 
 SLEEPING_VERB = """
-import sys, time, tarflow.cli
+import signal, sys, time, tarflow.cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from tarflow.data_pipeline.commands import verify
 from tarflow.data_pipeline.index.processes import in_processes
 verify.run = lambda args: list(in_processes(time.sleep, [600, 600], 2))

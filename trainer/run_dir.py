@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tarflow.files import append_line, write_text
+from tarflow.interpreter import JOB_VARIABLE
 from tarflow.locks import holder, locked
 from tarflow.trainer.config.files import config_text, load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError
 
 LOCK = ".lock"  # held by the run's only writer
-JOB_VARIABLE = "TARFLOW_JOB"  # in the environment of a training that a Slurm job started: the job's id
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ def writer_lock(run_dir: Path) -> Iterator[None]:
     path = run_dir / LOCK
 
     def lost() -> None:
-        text = f"FAILED: {path} is gone or held by another process, since this one was paused for too long; it has ended"
+        text = (
+            f"FAILED: {path} is gone or held by another process, since this one was paused for too long; it has ended"
+        )
         print(text, file=sys.stderr, flush=True)
         os._exit(1)  # at once: a save now would be a second writer's
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.cluster import slurm
-from tarflow.cluster.errors import ClusterError
+from tarflow.cluster.errors import ClusterError, RunInUseError
 from tarflow.cluster.exit_codes import CANNOT_REQUEUE, FAILED, FINISHED, HUNG, IN_USE, NO_PROGRESS, REQUEUE, USAGE
 from tarflow.cluster.hosts import expand, gloo_interface
 from tarflow.cluster.job.all_reduce import DEVICE_FAILED
@@ -27,11 +27,9 @@ from tarflow.cluster.job.environment import Place, find_place, job_id, restart_c
 from tarflow.cluster.job.preflight import BadNodeError, all_reduce_command, check_node, check_shared
 from tarflow.cluster.job.record import submissions
 from tarflow.cluster.job.rendezvous import meet
-from tarflow.cluster.job.writer import RunInUseError, other_writer, wait_for_writer
 from tarflow.errors import in_words
 from tarflow.files import listed, write_text
-from tarflow.interpreter import HOME, module_command
-from tarflow.trainer.run_dir import JOB_VARIABLE
+from tarflow.interpreter import HOME, JOB_VARIABLE, module_command
 
 FORMAT = 2  # of the pickled job
 
@@ -125,6 +123,8 @@ class Task:
                 self.finish(over.code, over.text)
         check_code(self.job)
         if self.first and self.job.kind == "train":
+            from tarflow.cluster.job.writer import wait_for_writer  # here: tasks but the first load no configuration
+
             wait_for_writer(self.run_dir, self.id, self.say, signals.stopped)
 
     def work(self, signals: Signals) -> Outcome:
@@ -277,6 +277,8 @@ class Task:
             self.chain.save()
         cancelled = (self.slurm_dir / f"cancel-{self.id}").exists()
         decision = decide(outcome, self.chain, progress(self.job), self.job.limits, cancelled)
+        from tarflow.cluster.job.writer import other_writer
+
         if decision.requeue and self.job.kind == "train" and (holder := other_writer(self.run_dir, self.id)):
             # It came in between. Its progress would count as this job's, and keep a job alive that has none.
             text = f"{RunInUseError(self.run_dir, holder)} (this start: {outcome.text})"

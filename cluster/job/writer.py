@@ -5,23 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tarflow.cluster.errors import ClusterError
+from tarflow.cluster.errors import ClusterError, RunInUseError
 from tarflow.locks import locked
 from tarflow.trainer.resilience.alive import holder_of, is_alive, read_heartbeats
 from tarflow.trainer.run_dir import LOCK, Holder, read_holder
 
 WATCH_S = 5.0  # a living process shows within it that it lives: its heartbeats come every two seconds
 PATIENCE_S = 120.0  # for the processes of a lost node, which live on for a while
-
-
-class RunInUseError(ClusterError):
-    """Another process trains the run: this job has nothing to do, neither now nor after a requeue."""
-
-    def __init__(self, run_dir: Path, holder: Holder | None) -> None:
-        super().__init__(
-            f"run {run_dir} is being trained by another process ({holder or 'which did not say who it is'}); "
-            "this job ends and is not requeued. Once that one is over, submit again"
-        )
 
 
 def wait_for_writer(
