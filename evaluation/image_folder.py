@@ -1,14 +1,15 @@
 """A folder of images to be scored: each decodable file once, in the order of names, under the one rule for pixels.
 
 Subfolders count, files and folders whose names begin with a dot do not. An image is told by its ending, in any case
-(png, jpg, jpeg, webp, bmp, gif, tif, tiff); other files are counted and named, never silently passed over. What does not
-decode is an error, or, with `on_error="skip"`, left out and listed. Everything is converted as training data is
+(`formats.IMAGE_EXTENSIONS`); other files are counted and named, never silently passed over. What does not decode is an
+error, or, with `on_error="skip"`, left out and listed. Everything is converted as training data is
 (`images.decode` of the data pipeline): grey, palette, 16-bit, transparency on white, orientation. JPEGs are counted by content:
 their losses move every score, so the result says how many there are (case S04).
 """
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +20,13 @@ import torch
 from torch import Tensor
 
 from tarflow.data_pipeline.errors import BadSampleError
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.images.decode import decode
+from tarflow.data_pipeline.images.formats import IMAGE_EXTENSIONS, UNREAD_PICTURES, extension_of
+from tarflow.data_pipeline.images.identical import image_hashes
 from tarflow.data_pipeline.images.transform import fit
 from tarflow.evaluation.errors import EvaluationError
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _NAMED = 20  # files named in a result
 _JPEG = b"\xff\xd8\xff"
 
@@ -36,13 +39,16 @@ class ImageFolder:
     channels: int
     size: int | None  # of the square that is scored; None = every image must have one size already
     on_error: str = "strict"
+    max_pixels: int = MAX_PIXELS  # of the largest image that is decoded
     files: list[Path] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)  # files that are no images
+    others: list[str] = field(default_factory=list)  # files that are no images, or none that can be read
+    unread: Counter[str] = field(default_factory=Counter)  # of these the pictures, by ending
     broken: list[str] = field(default_factory=list)
     jpegs: int = 0
     resized: int = 0
     used: int = 0
     sha256: str = ""  # of all pixels scored, in their order
+    hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))  # of each image scored
 
     def __post_init__(self) -> None:
         if not self.root.is_dir():
@@ -53,21 +59,28 @@ class ImageFolder:
                 if name.startswith("."):
                     continue
                 path = Path(folder) / name
-                if path.suffix.lower() in ENDINGS:
+                ending = extension_of(name)
+                if ending in IMAGE_EXTENSIONS:
                     self.files.append(path)
-                else:
-                    self.others.append(str(path.relative_to(self.root)))
+                    continue
+                self.others.append(str(path.relative_to(self.root)))
+                self.unread[ending] += ending in UNREAD_PICTURES
+        self.unread = +self.unread
         self._first_decides = self.size is None
         self.files.sort(key=lambda path: path.relative_to(self.root).as_posix())
         self.others.sort()
         if not self.files:
-            raise EvaluationError(f"{self.root} holds no image ({', '.join(ENDINGS)}); {len(self.others)} other files")
+            unread = f", {self._unread()}" if self.unread else ""
+            raise EvaluationError(
+                f"{self.root} holds no image that can be read (png, jpg, webp, ...); {len(self.others)} other files{unread}"
+            )
 
     def batches(self, batch_size: int = 64) -> Iterator[Tensor]:
         """uint8 [n, C, size, size]"""
         self.broken, self.jpegs, self.resized, self.used = [], 0, 0, 0
         digest = hashlib.sha256()
         waiting: list[np.ndarray] = []
+        hashes: list[np.ndarray] = []
         for path in self.files:
             image = self._read(path, digest)
             if image is None:
@@ -75,10 +88,13 @@ class ImageFolder:
             waiting.append(image)
             self.used += 1
             if len(waiting) == batch_size:
-                yield _stack(waiting)
+                hashes.append(image_hashes((batch := _stack(waiting)).numpy()))
+                yield batch
                 waiting = []
         if waiting:
-            yield _stack(waiting)
+            hashes.append(image_hashes((batch := _stack(waiting)).numpy()))
+            yield batch
+        self.hashes = np.concatenate(hashes) if hashes else self.hashes[:0]
         self.sha256 = digest.hexdigest()
         if not self.used:
             raise EvaluationError(
@@ -89,11 +105,11 @@ class ImageFolder:
         name = path.relative_to(self.root).as_posix()
         try:
             data = path.read_bytes()
-            image = decode(data, self.channels)
+            image = decode(data, self.channels, None, self.max_pixels)
         except (BadSampleError, OSError) as error:
             if self.on_error == "strict":
                 raise EvaluationError(
-                    f"{path}: {error}; remove it, or leave such files out with --on-error skip"
+                    f"{path}: {error}; --on-error skip leaves such files out and lists them"
                 ) from None
             self.broken.append(f"{name}: {error}")
             return None
@@ -129,7 +145,12 @@ class ImageFolder:
             "broken": self.broken[:_NAMED],
             "other_files": len(self.others),
             "others": self.others[:_NAMED],
+            "unreadable_formats": dict(self.unread),
         }
+
+    def _unread(self) -> str:
+        counts = ", ".join(f"{count} .{ending}" for ending, count in sorted(self.unread.items()))
+        return f"pictures in formats that cannot be read here ({counts})"
 
     def warnings(self) -> list[str]:
         """What to know before believing a score of this folder."""
@@ -143,6 +164,8 @@ class ImageFolder:
             lines.append(
                 f"{self.resized} of {self.used} images in {self.root} were cropped or resized to {self.size} pixels"
             )
+        if self.unread:
+            lines.append(f"{self.root} also holds {self._unread()}: not scored")
         if self.broken:
             lines.append(f"{len(self.broken)} files in {self.root} cannot be decoded and were left out")
         return lines

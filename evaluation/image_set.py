@@ -11,6 +11,7 @@ from tarflow.data_pipeline.index.index import Index
 from tarflow.data_pipeline.loading.evaluation_batches import evaluation_batches
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.shape import ImageShape
+from tarflow.data_pipeline.storage.changed_shards import check_shards
 from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.models.config import TarFlowConfig
@@ -60,7 +61,8 @@ class ImageSet:
         return tuple(counts.tolist())
 
     def provenance(self) -> dict[str, str | int]:
-        """What statistics of these images depend on."""
+        """What statistics of these images depend on. Raises DataError if the shards are not those that were indexed."""
+        check_shards(self.index)
         return {
             "data": self.data.train,
             "fingerprint": self.index.fingerprint,

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tarflow.evaluation.event_file import append_events
 from tarflow.evaluation.metrics.names import is_distance, is_kernel
 from tarflow.files import append_json_line, discard, free_name, listed, publish_dir, read_json_lines
 from tarflow.trainer.checkpoint.names import leading_name
@@ -114,6 +115,24 @@ def publish(run_dir: Path, temporary: Path, name: str, tensorboard: bool) -> boo
     return True
 
 
+def set_damaged_aside(run_dir: Path, name: str) -> Path | None:
+    """Make room where a result's directory has no readable result, which published ones have; where it lies now."""
+    folder = evals_dir(run_dir) / name
+    try:
+        if not folder.is_dir() or isinstance(json.loads((folder / RESULT).read_text()), dict):
+            return None
+    except (FileNotFoundError, ValueError):
+        pass
+    except OSError:  # it may be whole for those who can read it
+        return None
+    kept = free_name(evals_dir(run_dir) / f"damaged-{name}")
+    try:
+        os.rename(folder, kept)
+    except FileNotFoundError:  # another worker saw it too
+        return None
+    return kept
+
+
 def supersede(run_dir: Path, name: str, result: dict[str, Any]) -> None:
     """Set a result aside whose checkpoint was saved again with other weights."""
     kept = evals_dir(run_dir) / f"superseded-{name}-{str(result.get('weights_sha256'))[:8]}"
@@ -154,10 +173,7 @@ def metrics(result: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _write_tensorboard(run_dir: Path, name: str, result: dict[str, Any]) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
     suffix = name.removeprefix(leading_name(name))  # other settings are curves of their own
-    with SummaryWriter(str(run_dir / "tensorboard")) as writer:
-        for key, value in metrics(result).items():
-            if value is not None:
-                writer.add_scalar(f"eval{suffix}/{key}", value, result["images_seen"])
+    figures = {f"eval{suffix}/{key}": value for key, value in metrics(result).items() if value is not None}
+    grid = {f"eval{suffix}/grid": evals_dir(run_dir) / name / "grid.png"}
+    append_events(run_dir, result["images_seen"], figures, grid, float(result.get("time") or time.time()))

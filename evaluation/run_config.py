@@ -4,19 +4,15 @@
 command line replaces it, and whoever uses it says so.
 """
 
-import json
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
-from tarflow.evaluation.errors import EvaluationError
 from tarflow.files import write_json
-from tarflow.models.sampling.settings import SamplingSettings
+from tarflow.trainer.config.chosen_sampling import CHOSEN, chosen_sampling
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.run_dir import require_run
-
-CHOSEN = "sampling.json"
 
 
 def choose(run_dir: Path, sampling: dict[str, Any], where: str) -> None:
@@ -34,7 +30,7 @@ def run_config(
 
     `given`: settings of the section sampling that were asked for otherwise; the sweep's choice yields to them.
     """
-    chosen, where = _chosen(require_run(run_dir))
+    chosen, where = chosen_sampling(require_run(run_dir))
     overridden = {override.partition("=")[0] for override in overrides}
     used = {k: v for k, v in chosen.items() if f"sampling.{k}" not in overridden and k not in given}
     if used:
@@ -42,17 +38,3 @@ def run_config(
         say(f"sampling with {listed}: chosen by {where} (remove {Path(run_dir) / CHOSEN} to undo)")
     ours = [f"sampling.{key}={value}" for key, value in used.items()]
     return load_config(Path(run_dir) / "config.yaml", [*ours, *overrides])
-
-
-def _chosen(run_dir: Path) -> tuple[dict[str, Any], str]:
-    path = run_dir / CHOSEN
-    try:
-        stored = json.loads(path.read_text())
-        chosen, where = dict(stored["sampling"]), str(stored["chosen_by"])
-    except FileNotFoundError:
-        return {}, ""
-    except (ValueError, KeyError, TypeError):
-        raise EvaluationError(f"{path} is not readable; remove it to go by the run's own settings") from None
-    if unknown := set(chosen) - set(SamplingSettings.model_fields):
-        raise EvaluationError(f"{path} holds {sorted(unknown)[0]!r}, which is no setting of the section sampling")
-    return chosen, where

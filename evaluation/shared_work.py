@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tarflow.evaluation.errors import EvaluationError
 from tarflow.files import put_once
 from tarflow.leases import HEARTBEATS, leased, unique_name
 
@@ -43,6 +44,13 @@ class SharedWork:
 
     def done(self, name: str) -> bool:
         return self.path(name).exists()
+
+    def give_back(self, names: Sequence[str], whole: Callable[[Path], bool]) -> list[str]:
+        """Give back units that were done but whose files are no longer whole, to be done again; their names."""
+        damaged = [name for name in names if self.done(name) and not whole(self.path(name))]
+        for name in damaged:
+            self.path(name).unlink(missing_ok=True)
+        return damaged
 
     def work_through(
         self, names: Sequence[str], compute: Callable[[str, Path], None], over: Callable[[], bool] = lambda: False
@@ -110,8 +118,10 @@ class SharedWork:
         if not path.exists():
             temporary.write_text(json.dumps(plan, indent=1))
             put_once(temporary, path)
-        agreed: dict[str, Any] = json.loads(path.read_text())
-        return agreed
+        try:
+            return dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            raise EvaluationError(f"{path} is damaged: remove {self.folder} to begin this work again") from None
 
 
 def stretches(total: int, size: int) -> list[range]:

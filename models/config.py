@@ -2,7 +2,10 @@
 
 from pydantic import Field, model_validator
 
-from tarflow.settings import Section
+from tarflow.settings import Count, Section
+
+# Beyond anything that fits a cluster; a slip of the keyboard must not be computed with.
+MOST_PIXELS, MOST_CHANNELS, MOST_LAYERS, MOST_CLASSES = 1 << 14, 1 << 16, 1 << 10, 1 << 24
 
 
 class TarFlowConfig(Section):
@@ -12,15 +15,15 @@ class TarFlowConfig(Section):
     `layers_per_block` transformer layers each act on the sequence, alternately as it is and reversed.
     """
 
-    image_size: int = Field(gt=0, description="height and width of the square image, pixels")
-    patch_size: int = Field(gt=0, description="height and width of a patch, pixels; must divide image_size")
-    in_channels: int = Field(3, description="channels of the image: 3 (colour) or 1 (grey)")
-    channels: int = Field(gt=0, description="width of the transformer; a multiple of head_channels")
-    num_blocks: int = Field(gt=0, description="flow blocks (metablocks in the paper)")
-    layers_per_block: int = Field(gt=0, description="transformer layers in each block")
-    head_channels: int = Field(64, gt=0, description="channels of an attention head")
-    expansion: int = Field(4, gt=0, description="hidden width of the MLP, in units of channels")
-    num_classes: int = Field(0, ge=0, description="classes; 0 = unconditional")
+    image_size: Count = Field(gt=0, le=MOST_PIXELS, description="height and width of the square image, pixels")
+    patch_size: Count = Field(gt=0, description="height and width of a patch, pixels; must divide image_size")
+    in_channels: Count = Field(3, description="channels of the image: 3 (colour) or 1 (grey)")
+    channels: Count = Field(gt=0, le=MOST_CHANNELS, description="width of the transformer; a multiple of head_channels")
+    num_blocks: Count = Field(gt=0, le=MOST_LAYERS, description="flow blocks (metablocks in the paper)")
+    layers_per_block: Count = Field(gt=0, le=MOST_LAYERS, description="transformer layers in each block")
+    head_channels: Count = Field(64, gt=0, description="channels of an attention head")
+    expansion: Count = Field(4, gt=0, le=64, description="hidden width of the MLP, in units of channels")
+    num_classes: Count = Field(0, ge=0, le=MOST_CLASSES, description="classes; 0 = unconditional")
     nvp: bool = Field(
         True, description="true: affine (non-volume-preserving); false: shift only, with a learned prior variance"
     )

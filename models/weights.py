@@ -1,13 +1,15 @@
-"""Weights in and out: the published layout (`.pth`) and safetensors with the configuration inside.
+"""Weights in and out: safetensors, and the published layout (`.pth`), a dictionary of tensors.
 
-The published layout is a plain dictionary of tensors under the names of this package's modules, plus, in some files,
-one buffer `attn_mask` per block (a lower triangle of ones), which is not needed and dropped. Pickles are only ever read
-as tensors (`weights_only`): a file with code in it is refused, not run.
+Both hold the configuration and the weights' provenance besides: safetensors as metadata, `.pth` as an attribute of the
+dictionary, which `load_state_dict` passes over, so the published code loads the file strictly. Files of others hold
+neither: then the shapes say the model, and the provenance is not known. Pickles are only ever read as tensors
+(`weights_only`): a file with code in it is refused, not run.
 """
 
-import json
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,68 +22,117 @@ from tarflow.files import write_atomic
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.errors import ModelError
 from tarflow.models.flow import TarFlow
+from tarflow.models.provenance import Provenance
+from tarflow.models.published import attention_masks, config_by_shapes, without_masks
 
-CONFIG_KEY = "tarflow_config"
+CONFIG_KEY, PROVENANCE_KEY = "tarflow_config", "tarflow_provenance"
+ATTRIBUTE = "tarflow"  # of the dictionary in a `.pth`: what safetensors hold as metadata
+SUFFIXES = (".safetensors", ".pth")
 
 
-def save_weights_file(path: str | Path, config: TarFlowConfig, weights: Mapping[str, Tensor]) -> None:
-    """Write weights as safetensors (`.safetensors`, with the configuration inside) or in the published layout (`.pth`).
+@dataclass(frozen=True)
+class WeightsHeader:
+    """What a weights file says beside its tensors."""
+
+    config: TarFlowConfig
+    provenance: Provenance
+    by_shapes: bool  # the file names no configuration: it is read off the tensors
+
+
+@dataclass(frozen=True)
+class WeightsFile(WeightsHeader):
+    """A weights file: tensors by name, on the CPU, which fit the configuration."""
+
+    tensors: dict[str, Tensor]
+
+
+def is_weights_file(path: str | Path) -> bool:
+    """Whether a path on the command line means a weights file rather than a run directory, there or not."""
+    return Path(path).suffix in SUFFIXES or Path(path).is_file()
+
+
+def save_weights_file(
+    path: str | Path, config: TarFlowConfig, weights: Mapping[str, Tensor], provenance: Provenance | None = None
+) -> None:
+    """Write weights as `.safetensors`, or as `.pth` in the published layout, attention masks included.
 
     The file appears whole or not at all.
     """
     path = Path(path)
     check_weights(config, weights, str(path))
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in weights.items()}
+    metadata = {CONFIG_KEY: config.model_dump_json()}
+    if provenance is not None:
+        metadata[PROVENANCE_KEY] = provenance.model_dump_json(exclude_none=True)
     if path.suffix == ".safetensors":
-        metadata = {CONFIG_KEY: config.model_dump_json()}
         write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     elif path.suffix == ".pth":
-        write_atomic(path, lambda temporary: torch.save(tensors, temporary))
+        published = OrderedDict(tensors | attention_masks(config))
+        setattr(published, ATTRIBUTE, metadata)
+        write_atomic(path, lambda temporary: torch.save(published, temporary))
     else:
         raise ModelError(f"{path}: weights are written as .safetensors or .pth (published layout)")
 
 
 def load_weights_file(path: str | Path, config: TarFlowConfig | None = None) -> tuple[TarFlowConfig, dict[str, Tensor]]:
-    """Read a weights file of either layout -> (configuration, tensors on the CPU).
+    """Read a weights file -> (configuration, tensors on the CPU); see `read_weights`.
 
-    A safetensors file says its own configuration; a published `.pth` does not, so `config` is needed and its shapes
-    are checked. Errors: no such file, a pickle with code, names or shapes that do not fit.
+    Where a configuration is given, the tensors of a `.pth` must fit that one.
+    """
+    file = read_weights(path, like=config)
+    if config is None or Path(path).suffix == ".safetensors":
+        return file.config, file.tensors
+    check_weights(config, file.tensors, str(path))
+    return config, file.tensors
+
+
+def read_weights(path: str | Path, like: TarFlowConfig | None = None) -> WeightsFile:
+    """Read a weights file with all that it says. `like`: see `config_by_shapes`.
+
+    Raises ModelError: no such file, a pickle with code, names or shapes that do not fit.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ModelError(f"no weights file at {path}")
-    if path.suffix == ".safetensors":
-        stored, weights = _read_safetensors(path)
-    else:
-        if config is None:
-            raise ModelError(f"{path} is in the published layout, which does not hold its configuration: give one")
-        stored, weights = config, _read_published(path)
-    weights = {name: t for name, t in weights.items() if not name.endswith("attn_mask")}
+    metadata, tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_published(path)
+    config, provenance = _parsed(path, metadata)
+    by_shapes = config is None
+    if config is None:
+        config = config_by_shapes(tensors, str(path), like)
+    tensors = without_masks(config, tensors, str(path))
     # The affine flow's prior is fixed; some files leave its variance of ones out.
-    if stored.nvp and "var" not in weights:
-        weights["var"] = torch.ones(stored.num_tokens, stored.token_dim)
-    check_weights(stored, weights, str(path))
-    return stored, weights
+    if config.nvp and "var" not in tensors:
+        tensors["var"] = torch.ones(config.num_tokens, config.token_dim)
+    check_weights(config, tensors, str(path))
+    return WeightsFile(config, provenance, by_shapes, tensors)
 
 
-def _read_safetensors(path: Path) -> tuple[TarFlowConfig, dict[str, Tensor]]:
+def read_header(path: str | Path, like: TarFlowConfig | None = None) -> WeightsHeader:
+    """What `read_weights` finds beside the tensors; of safetensors their metadata alone are read."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        return read_weights(path, like)
+    config, provenance = _parsed(path, _read_safetensors(path, header_only=True)[0])
+    assert config is not None
+    return WeightsHeader(config, provenance, by_shapes=False)
+
+
+def _read_safetensors(path: Path, header_only: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
+    _require(path)
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(CONFIG_KEY)
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
+            metadata = file.metadata() or {}
+            names = [] if header_only else file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is not a readable safetensors file: {error}") from None
-    if text is None:
+    if CONFIG_KEY not in metadata:
         raise ModelError(
             f"{path} holds no TarFlow configuration (metadata {CONFIG_KEY!r}); it was written by another program"
         )
-    try:
-        return TarFlowConfig.model_validate(json.loads(text)), weights
-    except (ValidationError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} holds a configuration that this version does not know: {error}") from None
+    return metadata, tensors
 
 
-def _read_published(path: Path) -> dict[str, Tensor]:
+def _read_published(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    _require(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -92,7 +143,24 @@ def _read_published(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path} is not a readable weights file: {error}") from None
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
         raise ModelError(f"{path} is not a dictionary of tensors, as published TarFlow weights are")
-    return content
+    metadata = getattr(content, ATTRIBUTE, {})
+    return dict(metadata) if isinstance(metadata, dict) else {}, dict(content)
+
+
+def _require(path: Path) -> None:
+    if not path.is_file():
+        raise ModelError(f"no weights file at {path}")
+
+
+def _parsed(path: Path, metadata: Mapping[str, str]) -> tuple[TarFlowConfig | None, Provenance]:
+    what = "configuration"
+    try:
+        text = metadata.get(CONFIG_KEY)
+        config = None if text is None else TarFlowConfig.model_validate_json(text)
+        what = "provenance"
+        return config, Provenance.model_validate_json(metadata.get(PROVENANCE_KEY, "{}"))
+    except ValidationError as error:
+        raise ModelError(f"{path} holds a {what} that this version does not know: {error}") from None
 
 
 def check_weights(config: TarFlowConfig, weights: Mapping[str, Tensor], where: str) -> None:

@@ -31,6 +31,7 @@ from tarflow.outputs import Output, ReaderGoneError, guarded_outputs
 # verb: (module, what it does)
 VERBS = {
     "data": ("tarflow.data_pipeline.commands.data", "prepare, fetch, index and inspect image data sets"),
+    "init": ("tarflow.trainer.commands.init", "write a configuration that fits a data set"),
     "train": ("tarflow.trainer.commands.train", "train a model; the same command resumes"),
     "ema": ("tarflow.trainer.commands.ema", "make an average of the weights of any width, after the training"),
     "checkpoint": ("tarflow.trainer.commands.checkpoint", "list, verify, export and prune a run's checkpoints"),
@@ -71,6 +72,8 @@ def _main(argv: Sequence[str], outputs: Sequence[Output]) -> int:
     args: argparse.Namespace | None = None
     try:
         args = parse(argv)
+        for note in repeated(getattr(args, "overrides", [])):
+            print(f"{args.parser.prog}: note: {note}", file=sys.stderr)
         for output in outputs:
             output.lasting = getattr(args.command, "OUTLIVES_ITS_READER", False)
         code = int(args.command.run(args))
@@ -112,6 +115,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"{self.prog}: error: {message} (see `{self.prog} --help`)\n")
+
+
+def repeated(overrides: Sequence[str]) -> list[str]:
+    """What to say of settings that are given several times with different values: a later one wins, as options do."""
+    values: dict[str, list[str]] = {}
+    for key, equals, value in (override.partition("=") for override in overrides):
+        if equals and value not in values.setdefault(key, [])[-1:]:
+            values[key].append(value)
+    return [f"{key} is given as {', then '.join(v)}: the last counts" for key, v in values.items() if len(v) > 1]
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

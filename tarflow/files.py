@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 import uuid
 import zlib
 from collections.abc import Callable
@@ -51,6 +52,13 @@ def listed(folder: Path, pattern: str = "*") -> list[Path]:
     Python 3.13.)
     """
     return sorted(folder / name for name in glob.glob(pattern, root_dir=folder, include_hidden=True))
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError if no file can be made in `folder`, which is made where it is missing. Nothing is left there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:

@@ -1,5 +1,6 @@
 """The ground of every section of the configuration. Each room declares the sections that it reads itself."""
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,11 +13,18 @@ def _whole_number(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = value.strip().replace("_", "")
-    for suffix, factor in (("Ki", 2**10), ("Mi", 2**20), ("Gi", 2**30)):
-        if text.endswith(suffix):
-            return int(text.removesuffix(suffix)) * factor
-    number = float(text)
-    return int(text) if text.lstrip("+-").isdigit() else (int(number) if number == int(number) else value)
+    try:
+        for suffix, factor in (("Ki", 2**10), ("Mi", 2**20), ("Gi", 2**30)):
+            if text.endswith(suffix):
+                return int(text.removesuffix(suffix)) * factor
+        if text.lstrip("+-").isdigit():
+            return int(text)
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or number != int(number):
+        raise ValueError("it must be a whole number, such as 270000, 270_000, 27e4 or 256Ki")
+    return int(number)
 
 
 Count = Annotated[int, BeforeValidator(_whole_number)]
@@ -31,6 +39,6 @@ HomePath = Annotated[Path, BeforeValidator(at_home)]
 
 
 class Section(BaseModel):
-    """A group of settings: unknown keys are refused."""
+    """A group of settings: unknown keys are refused, and numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -19,9 +19,9 @@ LAYERS = {
     "models": """
         sampling denoise
         likelihood weights init
-        flow
+        flow published
         transformer cost presets
-        config
+        config provenance
         noise randomness errors
     """,
     "data_pipeline": """
@@ -36,6 +36,7 @@ LAYERS = {
     "trainer": """
         commands
         loop
+        start
         saving
         ema
         checkpoint
@@ -55,7 +56,7 @@ LAYERS = {
         samples
         networks
         metrics
-        run_config image_set image_folder shared_work
+        run_config image_set image_folder shared_work event_file
         errors
     """,
     "cluster": """
@@ -77,7 +78,10 @@ ROOMS_BELOW = {
 }
 # Of the trainer, the evaluation sees the configuration and the format of a run directory, never the loop.
 TRAINER_FOR_EVALUATION = {"config", "run_dir", "checkpoint", "errors"}
-GROUND = {"errors", "file_systems", "files", "interpreter", "leases", "locks", "outputs", "settings"}  # files of tarflow/ that every room may import
+# Files of tarflow/ that every room may import.
+GROUND = {
+    "code_version", "errors", "file_systems", "files", "interpreter", "leases", "locks", "outputs", "settings",
+}  # fmt: skip
 
 
 def layers(room: str) -> dict[str, int]:
@@ -223,6 +227,7 @@ HEAVY = ("torch", "pydantic", "deepspeed", "streaming", "pyarrow", "numpy", "web
 
 VERBS = (
     "data",
+    "init",
     "train",
     "ema",
     "checkpoint",

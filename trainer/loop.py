@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from tarflow.data_pipeline.loading.choose_reader import DataFacts, data_facts
+from tarflow.code_version import code_version, describe_code
+from tarflow.data_pipeline.loading.choose_reader import DataFacts
 from tarflow.data_pipeline.loading.loader import Loader
 from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 from tarflow.models.cost import flops_per_image, peak_rate
@@ -28,6 +29,8 @@ from tarflow.trainer.run_dir import create_run, save_config, writer_lock
 from tarflow.trainer.saving.resume import count_restart
 from tarflow.trainer.saving.saver import Saver
 from tarflow.trainer.schedule import learning_rate
+from tarflow.trainer.start.check import check_start
+from tarflow.trainer.start.record import write_record
 from tarflow.trainer.step_inputs import StepInput, prefetch_inputs
 
 # What a rank may ask of all ranks at a step; the largest answer counts.
@@ -36,7 +39,7 @@ CONTINUE, SAVE, STOP, FAIL = range(4)
 
 def train(
     config: Config, run_dir: Path, *, init_from: Path | None = None, accept_new_data: bool = False,
-    stop: StopRequest | None = None,
+    init_partial: bool = False, stop: StopRequest | None = None,
 ) -> int:  # fmt: skip
     """Train until `train.max_images`, from the newest sound checkpoint if there is one. Returns an exit code.
 
@@ -44,14 +47,14 @@ def train(
     """
     world = world_from_env()
     with nullcontext(stop) if stop else StopRequest() as stop, failure_exit(world, run_dir):
-        return _train(config, run_dir, world, stop, init_from, accept_new_data)
+        return _train(config, run_dir, world, stop, init_from, accept_new_data, init_partial)
 
 
 def _train(
-    config: Config, run_dir: Path, world: World, stop: StopRequest, init_from: Path | None, accept_new_data: bool
-) -> int:
-    facts = data_facts(config.data)
-    warmup = check_data(config, facts)
+    config: Config, run_dir: Path, world: World, stop: StopRequest, init_from: Path | None, accept_new_data: bool,
+    init_partial: bool,
+) -> int:  # fmt: skip
+    start = check_start(config, run_dir, world.size, init_from, init_partial)
     plan = plan_batch(config.train.global_batch_size, world.size, config.train.micro_batch_size)
     device = pick_device(config.train.device, world.local_rank)
     zero = config.parallel.backend == "deepspeed"
@@ -69,31 +72,17 @@ def _train(
         fault_point("start")
         log = MetricLog(run_dir, config.log.tensorboard, config.train.max_images, world.rank)
         stack.callback(log.close)
-        run = Run(config, run_dir, plan, log, world, device, watchdog, warmup)
-        run.start(facts.fingerprint, init_from, accept_new_data)
+        for line in start.lines():
+            log.say(line)
+        run = Run(config, run_dir, plan, log, world, device, watchdog, start.warmup_images)
+        run.start(start.train.facts, init_from, accept_new_data, init_partial)
         if not run.check_progress(run_dir):
             return NO_PROGRESS
         if world.first:
             save_config(run_dir, config)
             log.record(f"the configuration of this start:\n{config_text(config)}")
+            write_record(run_dir, start.record())
         return run.loop(stop)
-
-
-def check_data(config: Config, facts: DataFacts) -> int:
-    """Refuse data that the model or the schedule cannot go with, before anything is made. Returns the warm-up in images."""
-    wanted, path = config.model.num_classes, config.data.train
-    if facts.num_samples is None:  # a stream: its labels are checked as they come
-        if not config.optim.warmup_images:
-            raise TrainerError(
-                f"optim.warmup_images=0 stands for one epoch, but {path} is read as a stream, whose length is not known: "
-                "set optim.warmup_images, or give the data an index with `tarflow data index`"
-            )
-        return config.optim.warmup_images
-    if wanted and facts.num_classes is None:
-        raise TrainerError(f"model.num_classes={wanted}, but the data in {path} have no labels")
-    if facts.num_classes is not None and 0 < wanted < facts.num_classes:
-        raise TrainerError(f"model.num_classes={wanted}, but the data in {path} have {facts.num_classes} classes")
-    return config.optim.warmup_images or facts.num_samples
 
 
 class Run:
@@ -115,8 +104,12 @@ class Run:
         self._failing = False
         self._peak = peak_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
-    def start(self, fingerprint: str, init_from: Path | None, accept_new_data: bool) -> None:
+    def start(
+        self, facts: DataFacts, init_from: Path | None, accept_new_data: bool, init_partial: bool = False
+    ) -> None:
         """Resume, or start from given or fresh weights; the log says which."""
+        if self.world.first:
+            self.log.say(f"code: {describe_code(code_version())}")
         total = sum(self.saver.sizes.values())
         self.log.say(
             f"model: {total / 1e6:.1f}M parameters, {self.config.model.num_tokens} tokens; {self.plan}; "
@@ -125,7 +118,7 @@ class Run:
         wanted = self.config.parallel.world_size
         if wanted not in (0, self.world.size):
             self.log.say(f"note: made for parallel.world_size={wanted} processes, running on {self.world.size}")
-        self.images_seen, self._tried = self.saver.restore(fingerprint, init_from, accept_new_data)
+        self.images_seen, self._tried = self.saver.restore(facts, init_from, accept_new_data, init_partial)
         self._passed_over = int(self.backend.skipped()[0])
 
     def check_progress(self, run_dir: Path) -> bool:

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 
 from tarflow.models.cost import activation_bytes, flops_per_image, largest_piece, parameters, parameters_per_layer
-from tarflow.trainer.batch import plan_batch
+from tarflow.trainer.batch import counted, plan_batch
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.parallel.mesh import mesh_shape
 
-GIB = 2**30
+_BINARY = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+_DECIMAL = {"Z": 1e21, "E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
+_PARAMETERS = {"B": 1e9, "M": 1e6, "k": 1e3}
 
 
 @dataclass(frozen=True)
@@ -66,22 +68,32 @@ def describe(config: Config, world_size: int | None = None) -> str:
     plan = plan_batch(config.train.global_batch_size, ranks, config.train.micro_batch_size)
     replicate, shard = mesh_shape(config.parallel, ranks)
     memory = rank_memory(config, ranks)
-    model, train = config.model, config.train
+    model, train, checkpointing = config.model, config.train, config.activation_checkpoint
     engine = config.parallel.backend if ranks > 1 or config.parallel.backend == "deepspeed" else "one process"
     grid = (
         f"ZeRO-{config.parallel.zero_stage}"
         if engine == "deepspeed"
         else f"dp_replicate {replicate} x dp_shard {shard}"
     )
-    parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in vars(memory).items())
+    unit = next((name for name, size in _BINARY.items() if memory.total >= size), "KiB")
+    parts = ", ".join(f"{name} {value / _BINARY[unit]:.2f}" for name, value in vars(memory).items())
     flops = flops_per_image(model)
+    each, whole = (" ".join(_short(number, _DECIMAL)) for number in (flops, flops * train.max_images))
+    steps = -(-train.max_images // train.global_batch_size)
     return (
-        f"model       {parameters(model) / 1e6:.1f}M parameters, {model.num_tokens} tokens of {model.token_dim} numbers\n"
-        f"parallel    {ranks} ranks, {engine}, {grid}; activation checkpointing {config.activation_checkpoint.mode}; "
+        f"model       {''.join(_short(parameters(model), _PARAMETERS))} parameters, {counted(model.num_tokens, 'token')} of "
+        f"{counted(model.token_dim, 'number')}\n"
+        f"parallel    {counted(ranks, 'rank')}, {engine}, {grid}; activation checkpointing {checkpointing.mode}; "
         f"compile {'on' if config.compile.enable else 'off'}\n"
         f"batch       {plan}\n"
-        f"length      {train.max_images:,} images = {train.max_images // train.global_batch_size:,} steps\n"
-        f"memory      {memory.total / GIB:.2f} GiB per rank: {parts}\n"
-        f"arithmetic  {flops / 1e12:.2f} TFLOP per image (forward and backward); "
-        f"{flops * train.max_images / 1e21:.2f} ZFLOP in all; 1 PFLOP/s does {1e15 / flops:.0f} images/s"
+        f"length      {counted(train.max_images, 'image')} = {counted(steps, 'step')}\n"
+        f"memory      {memory.total / _BINARY[unit]:.2f} {unit} per rank: {parts}\n"
+        f"arithmetic  {each}FLOP per image (forward and backward); {whole}FLOP in all; "
+        f"1 PFLOP/s does {1e15 / flops:,.0f} images/s"
     )
+
+
+def _short(number: float, prefixes: dict[str, float]) -> tuple[str, str]:
+    """(`2.85`, `G`): with the prefix that leaves figures before the point."""
+    prefix, size = next(((p, s) for p, s in prefixes.items() if number >= s), ("", 1.0))
+    return f"{number / size:.2f}" if prefix else f"{number:.0f}", prefix

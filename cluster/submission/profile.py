@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.submission.sbatch_options import check_sbatch
 from tarflow.cluster.submission.times import minutes
 from tarflow.settings import at_home
+from tarflow.trainer.config.plain_yaml import parse_yaml
+from tarflow.trainer.errors import TrainerError
 
 
 class Profile(BaseModel):
@@ -87,9 +88,11 @@ def load_profile(path: Path | None, changes: dict[str, Any] | None = None) -> Pr
             )
         try:
             # All scalars as text: YAML would read 72:00:00 as the number 259200 (case C01).
-            tree = yaml.load(path.read_text(), Loader=yaml.BaseLoader) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            tree = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+        except UnicodeDecodeError as error:
             raise ClusterError(f"{path} is not readable YAML: {error}") from None
+        except TrainerError as error:
+            raise ClusterError(str(error)) from None
         if not isinstance(tree, dict):
             raise ClusterError(f"{path} must hold settings such as `partition: gpu`, not {type(tree).__name__}")
     tree = {k: None if v in ("", "~", "null") else v for k, v in tree.items()} | (changes or {})

@@ -24,6 +24,7 @@ from tarflow.trainer.config.files import config_text, load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.plan import describe
 from tarflow.trainer.run_dir import create_run, is_run
+from tarflow.trainer.start.check import check_start
 
 FOREVER = 10**6  # submitit's count of time-outs: ours is the chain's
 
@@ -43,7 +44,9 @@ class Submission:
     evaluate: bool = False
     eval_profile: Profile | None = None
     after_running: bool = False  # start once the run's jobs in the queue are over
-    options: list[str] = field(default_factory=list)  # further arguments of `tarflow train`
+    options: list[str] = field(default_factory=list)  # of the start, as `tarflow train` takes them
+    init_from: Path | None = None
+    init_partial: bool = False
     dry_run: bool = False
     arguments: list[str] = field(default_factory=list)  # of the command line, to say how to go on by hand
 
@@ -90,7 +93,9 @@ def submit(request: Submission) -> list[str]:
         check_array(len(runs))
     plans = [_train_job(request, path, config) for path, config in runs]
     # A world that the batch or the mesh does not divide among is refused here, not in a job.
-    outlines = [describe(config, request.nodes * request.tasks_per_node) for _, config in runs]
+    world_size = request.nodes * request.tasks_per_node
+    starts = [check_start(config, path, world_size, request.init_from, request.init_partial) for path, config in runs]
+    outlines = [describe(config, world_size) for _, config in runs]
     train = _executor(request.profile, run_dir, run_dir.name, request.nodes, *request.tasks, request.dry_run)
     before = [] if request.dry_run else jobs_to_wait_for([path for path, _ in runs], request.after_running)
     if before:
@@ -102,12 +107,13 @@ def submit(request: Submission) -> list[str]:
         return [
             *text,
             _comment("the configuration as resolved", config_text(runs[0][1])),
-            _comment("the plan", "\n".join([outlines[0], *request.notes()])),
+            _comment("the plan", "\n".join([outlines[0], *starts[0].lines(), *request.notes()])),
         ]
     for (path, config), plan in zip(runs, plans):
         prepare(path, config, plan, run_dir / "slurm")
     ids = _send(train, plans)
     lines = [_record(path, "train", job, train.folder, request) for (path, _), job in zip(runs, ids)]
+    lines = list(dict.fromkeys(line for start in starts for line in start.lines())) + lines
     lines += [f"it waits for job {', '.join(before)} to end (--after-running)"] if before else []
     lines += request.notes()
     if request.evaluate:
@@ -189,6 +195,8 @@ def _runs(request: Submission, run_dir: Path) -> list[tuple[Path, Config]]:
         raise ClusterError(f"--array {request.sweep!r} names a value twice: two elements would share a run directory")
     full = key if "." in key else f"train.{key}"
     name = key.rpartition(".")[2]
+    if given := [override for override in request.overrides if override.partition("=")[0] == full]:
+        raise ClusterError(f"--array {request.sweep} and override {given[0]!r} set the same: keep one of them")
     return [
         (
             run_dir / f"{name}-{item.replace('/', '_')}",

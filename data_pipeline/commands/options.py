@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS
+
 if TYPE_CHECKING:
     from tarflow.data_pipeline.prepare.write import Options
 
@@ -22,8 +24,14 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--container", choices=("webdataset", "mds"), default="webdataset",
                         help="tar shards, or MDS shards of mosaicml-streaming (webdataset)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle and the split (0)")
+    add_max_pixels(parser)
     parser.add_argument("--on-error", choices=("strict", "skip"), default="strict",
                         help="strict stops at the first damaged image, skip leaves it out and counts it")  # fmt: skip
+
+
+def add_max_pixels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N",
+                        help=f"pixels of the largest image that is decoded ({MAX_PIXELS})")  # fmt: skip
 
 
 def writing_options(args: argparse.Namespace, size: int) -> Options:
@@ -33,6 +41,7 @@ def writing_options(args: argparse.Namespace, size: int) -> Options:
     options = Options(
         size=size, format=args.format, quality=args.quality, channels=args.channels or 0, shard_size=args.shard_size,
         seed=args.seed, val_fraction=args.val_fraction, on_error=args.on_error, container=args.container,
+        max_pixels=args.max_pixels,
     )  # fmt: skip
     options.check()
     return options

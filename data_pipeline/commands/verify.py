@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from tarflow.data_pipeline.commands.options import check_processes, progress_bar
+from tarflow.data_pipeline.commands.options import add_max_pixels, check_processes, progress_bar
 
 EXAMPLE = """example:
   tarflow data verify sets/mine --report verify.json
@@ -16,6 +16,7 @@ Exit code 1 when a problem was found.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
     parser.add_argument("--report", type=Path, help="write the findings to this JSON file")
+    add_max_pixels(parser)
     parser.add_argument("--processes", type=int, help="processes that check (one per core, one for small sets)")
 
 
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     check_processes(args.processes)
     index = open_index(args.data)
     with progress_bar("verifying") as progress:
-        report = verify(index, processes=args.processes, progress=progress)
+        report = verify(index, processes=args.processes, progress=progress, max_pixels=args.max_pixels)
     for line in report.lines():
         print(line)
     if args.report:

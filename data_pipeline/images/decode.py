@@ -6,7 +6,8 @@ Rules, the same for all formats:
 - CMYK, palette, YCbCr, Lab and 1-bit images are converted to RGB. Embedded colour profiles are ignored.
 - The EXIF orientation is applied. Of an animation, the first frame counts.
 - One channel: luma of the RGB image (ITU-R 601). Three channels of a grey image: the grey three times.
-- A file that is cut short or damaged raises `BadSampleError`, never a half grey picture.
+- A file that is cut short or damaged raises `BadSampleError`, never a half grey picture. So does one of more pixels than
+  are decoded; damaged or large metadata cost no image (`opening`).
 
 JPEGs take a fast path through libjpeg-turbo with the same result as the general path. With `at_least`, a JPEG is
 decoded at 1/2, 1/4 or 1/8 of its size when its shorter side stays at least that long: a resize from there follows.
@@ -14,35 +15,39 @@ decoded at 1/2, 1/4 or 1/8 of its size when its shorter side stays at least that
 
 from __future__ import annotations
 
-import io
 import struct
-import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from tarflow.data_pipeline.errors import BadSampleError
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS, check_size
+from tarflow.data_pipeline.images.opening import opened
 
 WHITE = 255
 _ORIENTATION = 0x0112
 _EXIF = b"Exif\x00\x00"
 _FACTORS = (8, 4, 2)
+_PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 
 
-def decode(data: bytes, channels: int, at_least: int | None = None) -> np.ndarray:
+def decode(data: bytes, channels: int, at_least: int | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode an image file to uint8 [H, W, channels], channels 1 or 3.
 
-    `at_least`: the shorter side may be reduced by decoding, but not below this many pixels. Raises BadSampleError with
-    the cause `undecodable` (damaged, cut short, no image) or `unsupported` (float or 32-bit pixels).
+    `at_least`: the shorter side may be reduced by decoding, but not below this many pixels. `max_pixels`: more are not
+    decoded; of a JPEG those of the reduced size count. Raises BadSampleError with the cause `undecodable` (damaged, cut
+    short, no image), `unsupported` (float or 32-bit pixels) or `too_large`.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels}, it must be 1 or 3")
     if data[:3] == b"\xff\xd8\xff":
-        image = _decode_jpeg(data, channels, at_least)
+        image = _decode_jpeg(data, channels, at_least, max_pixels)
         if image is not None:
             return image
-    return _decode_any(data, channels)
+    with opened(data, max_pixels) as found:
+        return _to_array(found, channels)
 
 
 def decode_into(data: bytes, out: np.ndarray) -> bool:
@@ -69,7 +74,7 @@ def from_pixels(pixels: np.ndarray, channels: int) -> np.ndarray:
     return _to_array(image, channels)
 
 
-def _decode_jpeg(data: bytes, channels: int, at_least: int | None) -> np.ndarray | None:
+def _decode_jpeg(data: bytes, channels: int, at_least: int | None, max_pixels: int) -> np.ndarray | None:
     """The fast path; None where the general path must decide (CMYK, or anything that libjpeg-turbo complains of)."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -82,6 +87,11 @@ def _decode_jpeg(data: bytes, channels: int, at_least: int | None) -> np.ndarray
                     # Sides at 1/factor, rounded up as libjpeg does: asking for exactly these gives that factor.
                     least_height, least_width = -(-height // factor), -(-width // factor)
                     break
+        if height * width > max_pixels:
+            if least_height and not _is_progressive(data):  # a progressive one is held whole, whatever comes of it
+                check_size(least_width, least_height, max_pixels)
+            else:
+                check_size(width, height, max_pixels)
         image = simplejpeg.decode_jpeg(
             data,
             "GRAY" if channels == 1 or colours == "Gray" else "RGB",
@@ -89,6 +99,8 @@ def _decode_jpeg(data: bytes, channels: int, at_least: int | None) -> np.ndarray
             min_width=least_width,
             min_factor=2,
         )
+    except BadSampleError:
+        raise
     except ValueError:
         return None
     if channels == 3 and image.shape[2] == 1:
@@ -100,17 +112,26 @@ def _decode_jpeg(data: bytes, channels: int, at_least: int | None) -> np.ndarray
 
 
 def _exif_at(jpeg: bytes) -> int:
-    """Where the EXIF block of a JPEG starts, -1 without one. Goes from marker to marker up to the pixels."""
+    """Where the EXIF block of a JPEG starts, -1 without one."""
+    return next((at + 10 for marker, at in _segments(jpeg) if marker == 0xE1 and jpeg[at + 4 : at + 10] == _EXIF), -1)
+
+
+def _is_progressive(jpeg: bytes) -> bool:
+    return any(marker in _PROGRESSIVE for marker, _ in _segments(jpeg))
+
+
+def _segments(jpeg: bytes) -> Iterator[tuple[int, int]]:
+    """(marker, where it stands) of a JPEG's segments up to the pixels."""
     at, end = 2, len(jpeg) - 10
     while at < end and jpeg[at] == 0xFF:
         marker = jpeg[at + 1]
-        if marker == 0xE1 and jpeg[at + 4 : at + 10] == _EXIF:
-            return at + 10
         if marker == 0xDA:
-            return -1
-        # Fill bytes (0xFF once more) may stand before a marker; a segment's length counts itself.
-        at += 1 if marker == 0xFF else 2 + (jpeg[at + 2] << 8) + jpeg[at + 3]
-    return -1
+            return
+        if marker == 0xFF:  # a fill byte; any number may stand before a marker
+            at += 1
+            continue
+        yield marker, at
+        at += 2 + (jpeg[at + 2] << 8) + jpeg[at + 3]  # the length counts itself
 
 
 def _exif_orientation(tiff: bytes) -> int:
@@ -141,25 +162,8 @@ def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
     return image if orientation == 1 else np.ascontiguousarray(image)
 
 
-def _decode_any(data: bytes, channels: int) -> np.ndarray:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # large or oddly tagged images warn on every read
-            with Image.open(io.BytesIO(data)) as opened:
-                opened.load()
-                return _to_array(opened, channels)
-    except BadSampleError:
-        raise
-    except UnidentifiedImageError:
-        raise BadSampleError("undecodable", f"not an image: {data[:12]!r}... ({len(data)} bytes)") from None
-    except MemoryError:
-        raise
-    except Exception as err:  # Pillow's plug-ins raise OSError, SyntaxError, ValueError, struct.error, IndexError ...
-        raise BadSampleError("undecodable", f"cannot decode: {err} ({len(data)} bytes)") from None
-
-
 def _to_array(image: Image.Image, channels: int) -> np.ndarray:
-    orientation = image.getexif().get(_ORIENTATION, 1)
+    orientation = _orientation(image)
     mode = image.mode
     if mode.startswith("I") or mode == "F":
         array = _wide_to_grey(image)
@@ -173,6 +177,15 @@ def _to_array(image: Image.Image, channels: int) -> np.ndarray:
         image = Image.fromarray(blended.astype(np.uint8), "RGB")
     array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     return _turn(array.reshape(array.shape[0], array.shape[1], channels), orientation)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation (1..8); 1 where it is absent or malformed, as for JPEGs."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a damaged EXIF block makes Pillow raise whatever its parser met; the pixels are whole
+        return 1
+    return value if value in range(1, 9) else 1
 
 
 def _wide_to_grey(image: Image.Image) -> np.ndarray:

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.index.content import ShardContent
 from tarflow.data_pipeline.index.index import FORMAT_VERSION, META_KEY, NO_LABEL, SHARDS_PER_PART, Index
 from tarflow.data_pipeline.index.samples import Samples
 from tarflow.data_pipeline.index.scan_jobs import run_jobs, scan_jobs
-from tarflow.files import replace_dir
+from tarflow.files import check_writable, replace_dir
 
 CLASSES_FILE = "classes.json"
 
@@ -62,25 +63,25 @@ def build_index(
     """Scan `shards` and write `root/index`, replacing an older one only when the new one is complete.
 
     `shards` are tars, or one folder that holds an MDS set (`mds.INDEX_FILE`). `classes` defaults to the names in
-    `root/classes.json` where that file exists. `label_field`: the field (`cls`), `json:NAME`, or the MDS column (found
-    by name). `image_size` (width, height) is recorded when the caller knows that all images have it; `measure` reads it
-    from the head of every image instead. `processes`: how many scan at once (None: as many as there are cores, one for
-    small sets). `progress(done, total)` is called after each shard. Raises DataError: in strict mode for the first
-    damaged or odd sample, always for an empty data set.
+    `root/classes.json`, or beside the shards, where that file exists. `label_field`: the field (`cls`), `json:NAME`, or
+    the MDS column (found by name). `image_size` (width, height) is recorded when the caller knows that all images have
+    it; `measure` reads it from the head of every image instead. `processes`: how many scan at once (None: as many as
+    there are cores, one for small sets). `progress(done, total)` is called after each shard. Raises DataError: in
+    strict mode for the first damaged or odd sample, always for an empty data set.
     """
     if on_error not in ("strict", "skip"):
         raise DataError(f"on_error is {on_error!r}, it must be strict or skip")
     if not shards:
         raise DataError(f"no shards to index in {root}")
-    if classes is None:
-        classes = read_classes(root)
+    if classes is None:  # with --out elsewhere the names may be beside the shards
+        classes = read_classes(root) or read_classes(_folder_of(shards))
     report = BuildReport()
     jobs, form = scan_jobs(
         shards, strict=on_error == "strict", label_field=label_field, classes=classes, measure=measure
     )
 
-    def scanned() -> Iterator[tuple[Path, int, Samples]]:
-        for done, (path, file_bytes, samples) in enumerate(run_jobs(jobs, processes)):
+    def scanned() -> Iterator[tuple[Path, ShardContent, Samples]]:
+        for done, (path, content, samples) in enumerate(run_jobs(jobs, processes)):
             report.shards += 1
             report.samples += len(samples.keys)
             report.ignored += samples.ignored
@@ -88,30 +89,46 @@ def build_index(
             report.examples += samples.examples[: max(0, 20 - len(report.examples))]
             if not samples.keys:
                 report.empty_shards.append(str(path))
-            yield path, file_bytes, samples
+            yield path, content, samples
             if progress:
                 progress(done + 1, len(jobs))
 
-    write_index(root, scanned(), classes=classes, image_size=image_size, form=form, label_field=label_field)
+    write_index(
+        root, scanned(), classes=classes, image_size=image_size, form=form, label_field=label_field,
+        what_else=lambda: ", ".join(by_cause("ignored members", report.ignored) + by_cause("left out", report.problems)),
+    )  # fmt: skip
     return Index(root), report
+
+
+def _folder_of(shards: Sequence[Path]) -> Path:
+    """The folder that holds all shards; of an MDS set, which is given as its folder, that one."""
+    if len(shards) == 1 and shards[0].is_dir():
+        return shards[0]
+    return Path(os.path.commonpath([path.absolute().parent for path in shards]))
 
 
 def write_index(
     root: Path,
-    shards: Iterable[tuple[Path, int, Samples]],
+    shards: Iterable[tuple[Path, ShardContent, Samples]],
     *,
     classes: list[str] | None,
     image_size: tuple[int, int] | None = None,
     form: str = "tar",
     label_field: str | None = None,
+    what_else: Callable[[], str] = str,
 ) -> None:
-    """Write (path, file bytes, samples) of each shard as `root/index`. Raises DataError if there are no samples.
+    """Write (path, state of the file, samples) of each shard as `root/index`. Raises DataError if there are no samples.
 
     `form`: what the shards are, `tar` or `mds`. `label_field`: where the labels came from, for `data verify`.
+    `what_else()`: what was met besides, for the error.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    try:
+        check_writable(root)
+    except OSError as err:
+        raise DataError(f"cannot write the index into {root}: {err.strerror}; --out FOLDER puts it elsewhere") from None
     partial = root / "index.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -121,18 +138,22 @@ def write_index(
     part_digests: list[str] = []
     digest_of_part = hashlib.sha256()
     whole = hashlib.sha256(json.dumps([FORMAT_VERSION, classes]).encode())
+    places = whole.copy()  # what earlier versions took for the fingerprint: their runs go on by it
     in_part = 0
     resolved = root.resolve()
     try:
-        for number, (path, file_bytes, samples) in enumerate(shards):
+        for number, (path, content, samples) in enumerate(shards):
             name = os.path.relpath(path.resolve(), resolved)
-            digest = _digest(name, file_bytes, samples)
+            digest_of_places = _digest(name, content.file_bytes, samples)
+            places.update(digest_of_places.encode())
+            digest = hashlib.sha256(f"{digest_of_places}\0{content.checksum}".encode()).hexdigest()[:32]
             whole.update(digest.encode())
             labels = [label for label in samples.labels if label is not None]
             rows = len(samples.keys)
             values = (
-                name, rows, file_bytes, len(part_digests) if rows else -1, in_part if rows else -1, len(labels),
+                name, rows, content.file_bytes, len(part_digests) if rows else -1, in_part if rows else -1, len(labels),
                 min(labels, default=None), max(labels, default=None), digest,
+                content.modified_ns, content.checksum, content.sketch,
             )  # fmt: skip
             for column, value in zip(_SHARD_FIELDS, values):
                 table[column].append(value)
@@ -160,11 +181,13 @@ def write_index(
             part_digests.append(_close_part(writer, digest_of_part))
             writer = None
         if not part_digests:
-            raise DataError(f"no sample found in any of the {len(table['path'])} shards of {root}")
+            seen = f" ({text})" if (text := what_else()) else ""
+            raise DataError(f"no sample found in any of the {len(table['path'])} shards of {root}{seen}")
         meta = {
             "format_version": FORMAT_VERSION,
             "classes": classes,
             "fingerprint": whole.hexdigest()[:32],
+            "fingerprint_of_places": places.hexdigest()[:32],
             "image_size": image_size,
             "form": form,
             "label_field": label_field,
@@ -182,6 +205,7 @@ def write_index(
 _SHARD_FIELDS = {
     "path": "string", "samples": "int64", "bytes": "int64", "part": "int32", "row_group": "int32",
     "labelled": "int64", "label_min": "int64", "label_max": "int64", "digest": "string",
+    "modified_ns": "int64", "checksum": "string", "sketch": "string",
 }  # fmt: skip
 
 
@@ -226,7 +250,7 @@ def _close_part(writer: Any, digest: Any) -> str:
 
 
 def _digest(name: str, file_bytes: int, samples: Samples) -> str:
-    """What the fingerprint is made of: names, places, sizes and labels, not pixels; `data verify` reads those."""
+    """Names, places, sizes and labels of a shard's samples; its content comes to that by its checksum."""
     parts = hashlib.sha256(f"{name}\0{file_bytes}\0".encode())
     parts.update("\0".join(samples.keys).encode())
     labels = [NO_LABEL if label is None else label for label in samples.labels]

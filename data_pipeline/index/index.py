@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.index.content import ShardContent
+from tarflow.data_pipeline.index.labels import MAX_CLASSES
 
 FORMAT_VERSION = 1
 SHARDS_PER_PART = 512
@@ -57,7 +59,9 @@ class Index:
     `root`: the data set's folder or address. `files`: where the index itself is read from, by default
     `root`/index. `num_samples`. `shard_sizes`: samples per shard, int64. `shard_bytes`: file sizes.
     `label_min`, `label_max`: int64 per shard, NO_LABEL where it has no labels. `unlabelled`: samples without a label.
-    `classes`: names or None. `num_classes`: len(classes), else 1 + the largest label, else None. `fingerprint`: hex.
+    `classes`: names or None. `num_classes`: len(classes), else 1 + the largest label, else None. `fingerprint`: hex, of
+    names, places, labels and contents. `fingerprint_of_places`: the same without the contents, which is all that version 0.1
+    knew. `knows_content`: whether it holds checksums of the shards.
     `image_size`: (width, height) if all images share it, else None. `form`: what the shards are, `tar` or `mds`.
     """
 
@@ -90,16 +94,21 @@ class Index:
         self.classes: list[str] | None = meta["classes"]
         self.fingerprint: str = meta["fingerprint"]
         self.image_size: tuple[int, int] | None = tuple(meta["image_size"]) if meta.get("image_size") else None
+        self.fingerprint_of_places: str = meta.get("fingerprint_of_places", self.fingerprint)
         self._digests: list[str] = table["digest"].to_pylist()
+        self.knows_content = "checksum" in table.column_names  # not in indexes of version 0.1
+        self._contents: list[tuple[int, str, str]] = []
+        if self.knows_content:
+            self._contents = list(zip(*(table[name].to_pylist() for name in ("modified_ns", "checksum", "sketch"))))
         self._remote_root = "://" in str(root)
         self.any_remote = self._remote_root or any("://" in path for path in self.shard_paths)
         self.form: str = meta.get("form", "tar")
-        self.num_classes = self._count_classes()
         self._part: np.ndarray = table["part"].to_numpy()
         self._row_group: np.ndarray = table["row_group"].to_numpy()
         self._rows: OrderedDict[int, Rows] = OrderedDict()
         self._cached_rows = 0
         self._parts: OrderedDict[int, Any] = OrderedDict()
+        self.num_classes = self._count_classes()
 
     def shard_place(self, shard: int) -> str:
         """Where the shard lies: a path, or an address for remote data. For messages too."""
@@ -119,6 +128,12 @@ class Index:
     def shard_digest(self, shard: int) -> str:
         """A digest of the shard's rows: another one where anything in it moved."""
         return self._digests[shard]
+
+    def shard_content(self, shard: int) -> ShardContent | None:
+        """The state of the shard when it was indexed; None where the index is older than checksums."""
+        if not self.knows_content:
+            return None
+        return ShardContent(int(self.shard_bytes[shard]), *self._contents[shard])
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, row in the shard) of a sample id."""
@@ -186,8 +201,20 @@ class Index:
             self._parts.popitem(last=False)[1].close()
         return file
 
+    def _refuse_label(self, label: int) -> None:
+        """Name the sample that a label of an index by version 0.1, which had no bound, belongs to."""
+        shard = int(np.argmax(self.label_max))
+        row = int(np.argmax(self.rows(shard).labels))
+        raise DataError(
+            f"shard {self.shard_place(shard)}, sample {self.key(shard, row)!r}: the label is {label}, classes are numbered "
+            f"from 0 to at most {MAX_CLASSES - 1}; put it right and run `tarflow data index {self.root}`, where "
+            "--on-error skip leaves such samples out"
+        )
+
     def _count_classes(self) -> int | None:
         if self.classes is not None:
             return len(self.classes)
         largest = int(self.label_max.max(initial=NO_LABEL))
+        if largest >= MAX_CLASSES:
+            self._refuse_label(largest)
         return largest + 1 if largest >= 0 else None

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.index.labels import check_label
 from tarflow.data_pipeline.index.samples import Samples, parse_label
 
 INDEX_FILE = "index.json"
@@ -98,7 +99,7 @@ def scan_mds(
         if labels is not None:
             found = labels[row]
             try:
-                value = found if isinstance(found, int) else parse_label(found, numbers)
+                value = check_label(found) if isinstance(found, int) else parse_label(found, numbers)
             except ValueError as err:
                 where = f"shard {shard.path}, sample {first + row}, column {shard.names[label or 0]!r}"
                 out.problem("malformed_label", f"{where}: {err}", strict)

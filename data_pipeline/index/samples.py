@@ -23,11 +23,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.images.formats import IMAGE_EXTENSIONS, UNREAD_PICTURES, cause_of
+from tarflow.data_pipeline.index.labels import check_label
 from tarflow.data_pipeline.index.tar_scan import TarScan
 
-IMAGE_EXTENSIONS = frozenset(
-    "jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm pnm".split()  # noqa: SIM905 - one line reads better
-)
 _IMAGE_BYTES = frozenset(extension.encode() for extension in IMAGE_EXTENSIONS)
 
 
@@ -99,7 +98,9 @@ def group(
             found = [what for what in fields if b"." in what and what.rsplit(b".", 1)[1] in _IMAGE_BYTES]
             inner = found[0].rsplit(b".", 1)[0] + b"." if found else b""
         if not found:
-            out.ignored["no_image"] += 1
+            last = [text(what).rpartition(".")[2] for what in fields]
+            unread = next((extension for extension in last if extension in UNREAD_PICTURES), None)
+            out.ignored[cause_of(unread) if unread else "no_image"] += 1
             continue
         if len(found) > 1:
             both = " and ".join(repr(text(scan.names[fields[what]])) for what in found[:2])
@@ -249,8 +250,8 @@ def parse_label(content: bytes, numbers: dict[str, int]) -> int:
     if word in numbers:
         return numbers[word]
     digits = word[1:] if word[:1] in "+-" else word
-    if digits.isascii() and digits.isdigit() and len(digits) < 19:
-        return int(word)
+    if digits.isascii() and digits.isdigit() and len(digits) < 40:
+        return check_label(int(word))
     known = " or the name of a class" if numbers else " (names need a list of classes: classes.json, --classes)"
     raise ValueError(f"the label is {word[:40]!r}, expected an integer{known}" if word else "the label is empty")
 

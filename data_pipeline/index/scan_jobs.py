@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tarflow.data_pipeline.images.opening import size_of
+from tarflow.data_pipeline.index.content import ShardContent, content_of
 from tarflow.data_pipeline.index.mds import INDEX_FILE, MdsShard, mds_shards, scan_mds
 from tarflow.data_pipeline.index.processes import cores, in_processes
 from tarflow.data_pipeline.index.samples import Samples, group
@@ -28,22 +29,31 @@ class Job:
     measure: bool
     first: int = 0
 
-    def run(self) -> tuple[Path, int, Samples]:
-        """(path, bytes of the file, samples)."""
+    @property
+    def path(self) -> Path:
+        """The shard's file."""
+        return self.shard.path if isinstance(self.shard, MdsShard) else self.shard
+
+    def run(self) -> tuple[Path, ShardContent, Samples]:
+        """(path, state of the file, samples). The file is read whole first: the scan then finds it in memory."""
+        try:
+            content = content_of(self.path)
+        except OSError:  # the scan says what is wrong, or counts it
+            content = ShardContent()
+        samples = self.scan()
+        if self.measure:
+            _measure(self.path, samples)
+        return self.path, content, samples
+
+    def scan(self) -> Samples:
+        """The samples alone. Raises DataError."""
         if isinstance(self.shard, MdsShard):
-            path = self.shard.path
-            samples = scan_mds(
+            return scan_mds(
                 self.shard, self.first, strict=self.strict, label_field=self.label_field, classes=self.classes
             )
-            file_bytes = path.stat().st_size if path.exists() else 0
-        else:
-            path, field = self.shard, self.label_field or "cls"
-            scan = scan_tar(path, keep=4096 if ":" in field else SMALL)
-            samples = group(scan, str(path), strict=self.strict, label_field=field, classes=self.classes)
-            file_bytes = scan.file_bytes
-        if self.measure:
-            _measure(path, samples)
-        return path, file_bytes, samples
+        field = self.label_field or "cls"
+        scan = scan_tar(self.shard, keep=4096 if ":" in field else SMALL)
+        return group(scan, str(self.shard), strict=self.strict, label_field=field, classes=self.classes)
 
 
 def scan_jobs(
@@ -59,7 +69,7 @@ def scan_jobs(
     return [Job(path, strict, label_field, classes, measure) for path in shards], "tar"
 
 
-def run_jobs(jobs: Sequence[Job], processes: int | None) -> Iterator[tuple[Path, int, Samples]]:
+def run_jobs(jobs: Sequence[Job], processes: int | None) -> Iterator[tuple[Path, ShardContent, Samples]]:
     """The results in order. Errors are raised when their turn comes, so the first bad shard is the one named."""
     if processes is None:
         processes = min(cores(), len(jobs))
@@ -79,16 +89,13 @@ def _size(job: Job) -> int:
 
 def _measure(path: Path, samples: Samples) -> None:
     """Fill in width and height as stored, from the first bytes of each image; None where they cannot be told."""
-    from PIL import Image
 
     def side(file: Any, offset: int, size: int) -> tuple[int, int] | tuple[None, None]:
         for amount in dict.fromkeys((min(size, _HEAD), size)):
-            try:
-                file.seek(offset)
-                with Image.open(io.BytesIO(file.read(amount))) as image:
-                    return image.size
-            except Exception:  # whatever a plug-in raises for a cut head; decoding will say what is wrong
-                continue
+            file.seek(offset)
+            found = size_of(file.read(amount))
+            if found:
+                return found
         return None, None
 
     if not samples.keys:

@@ -15,7 +15,7 @@ from pathlib import Path
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.index import Index
 from tarflow.data_pipeline.loading.settings import DataSettings
-from tarflow.data_pipeline.loading.stream import stream_fingerprint, stream_shards
+from tarflow.data_pipeline.loading.stream import fingerprint_of_names, stream_fingerprint, stream_shards
 from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.data_pipeline.storage.remote import address
 
@@ -54,17 +54,25 @@ def check_form(index: Index, reader: str) -> str:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What is known of a data set before it is read; a stream knows neither its length nor its classes."""
+    """What is known of a data set before it is read; a stream knows neither its length nor its classes.
+
+    `former_fingerprint`: what version 0.1 took for the fingerprint, which does not see contents; runs of it hold that one.
+    None where the index is of that version itself, and knows no other.
+    """
 
     fingerprint: str
     num_samples: int | None
     num_classes: int | None
+    former_fingerprint: str | None = None
+    index: Index | None = None  # none of a stream
 
 
 def data_facts(data: DataSettings) -> DataFacts:
     """Open the index, or list the stream's shards; nothing else is read or written. Raises DataError."""
     if choose_reader(data) == "stream":
-        return DataFacts(stream_fingerprint(stream_shards(data.train)), None, None)
+        shards = stream_shards(data.train)
+        return DataFacts(stream_fingerprint(shards), None, None, fingerprint_of_names(shards))
     index = open_index(data.train, data.access)
     check_form(index, data.reader)
-    return DataFacts(index.fingerprint, index.num_samples, index.num_classes)
+    former = index.fingerprint_of_places if index.knows_content else None
+    return DataFacts(index.fingerprint, index.num_samples, index.num_classes, former, index)

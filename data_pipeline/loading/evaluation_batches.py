@@ -43,7 +43,7 @@ def evaluation_batches(
     first, last = rank * total // world_size, (rank + 1) * total // world_size
 
     def produce() -> Iterator[Batch]:
-        reader = SampleReader(index, shape, open_shards(index, data.access))
+        reader = SampleReader(index, shape, open_shards(index, data.access), data.max_image_pixels)
         for start in range(first, last, batch_size):
             places = np.arange(start, min(start + batch_size, last), dtype=np.int64)
             good: list[tuple[np.ndarray, int, int]] = []

@@ -23,6 +23,7 @@ from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 from tarflow.data_pipeline.loading.stream import StreamSource, stream_fingerprint, stream_shards
 from tarflow.data_pipeline.loading.worker import Layout, Producer, Spec
 from tarflow.data_pipeline.loading.worker_pool import WorkerPool
+from tarflow.data_pipeline.storage.changed_shards import check_shards
 from tarflow.data_pipeline.storage.fetch_ahead import FetchAhead
 from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.data_pipeline.storage.shard_cache import ShardCache
@@ -56,7 +57,7 @@ class Loader:
         self.counters: Counter[str] = Counter()
         self.spec = Spec(
             data=data.train, fingerprint="", shape=shape, on_error=data.on_error, seed=place.seed, flip=data.flip,
-            access=data.access,
+            access=data.access, max_pixels=data.max_image_pixels,
         )  # fmt: skip
         self.layout = Layout(place.share, shape.image_size, shape.channels)
         self._delivered = 0
@@ -80,7 +81,8 @@ class Loader:
         check_labels(self.index, shape.num_classes, data.on_error)
         if self.index.any_remote and data.cache_bytes:
             ShardCache(data.access.folder(), data.cache_bytes).sweep()
-        if place.rank == 0:
+        if place.rank == 0:  # the others would only ask the file system the same
+            check_shards(self.index)
             _log_data(self.index)
 
     @property
@@ -178,6 +180,7 @@ class Loader:
         source = StreamSource(
             self.shards, self.spec.shape, place, strict=data.on_error == "strict",
             buffer=min(data.shuffle_block, _STREAM_BUFFER), counts_folder=data.access.folder(),
+            max_pixels=data.max_image_pixels,
         )  # fmt: skip
         slots = np.arange(place.rank * share, (place.rank + 1) * share, dtype=np.int64)
         seen = place.images_seen
@@ -260,6 +263,12 @@ def _log_data(index: Index) -> None:
         "%s: %d shards, %d samples%s, fingerprint %s",
         index.root, len(index.shard_sizes), index.num_samples, named, index.fingerprint,
     )  # fmt: skip
+    if not index.knows_content:
+        log.warning(
+            "the index at %s is of an earlier version, whose fingerprint does not see what the shards hold: "
+            "`tarflow data index %s` writes one that does; runs go on with it",
+            index.root, index.root,
+        )  # fmt: skip
     empty = [index.shard_paths[i] for i in np.flatnonzero(index.shard_sizes == 0)]
     if empty:
         log.warning("%d shards are empty: %s", len(empty), ", ".join(empty[:10]) + " ..." * (len(empty) > 10))

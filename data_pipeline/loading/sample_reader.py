@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.images.decode import decode, decode_into
 from tarflow.data_pipeline.images.transform import fit
 from tarflow.data_pipeline.index.index import NO_LABEL, Index
@@ -19,12 +20,15 @@ from tarflow.data_pipeline.storage.local_shards import LocalShards, ShardFiles
 class SampleReader:
     """Reads samples of an indexed data set at the shape that the model wants.
 
-    `files`: where the bytes come from; by default the shards beside the index.
+    `files`: where the bytes come from; by default the shards beside the index. `max_pixels`: of the largest image.
     """
 
-    def __init__(self, index: Index, shape: ImageShape, files: ShardFiles | None = None) -> None:
+    def __init__(
+        self, index: Index, shape: ImageShape, files: ShardFiles | None = None, max_pixels: int = MAX_PIXELS
+    ) -> None:
         self.index = index
         self.shape = shape
+        self.max_pixels = max_pixels
         self.files: ShardFiles = files or LocalShards(index)
         self._starts: list[int] = index.shard_starts.tolist()  # bisecting a list is quicker than an array, one by one
 
@@ -42,7 +46,8 @@ class SampleReader:
         try:
             data, label = self._fetch(sample)
             if not decode_into(data, out):
-                out[...] = fit(decode(data, self.shape.channels, at_least=self.shape.image_size), self.shape.image_size)
+                size = self.shape.image_size
+                out[...] = fit(decode(data, self.shape.channels, size, self.max_pixels), size)
             return label
         except BadSampleError as err:
             raise BadSampleError(err.cause, f"{self.index.where(sample)}: {err}") from None
@@ -51,7 +56,7 @@ class SampleReader:
         """(uint8 [H, W, channels] as stored, label). Raises BadSampleError naming shard and key."""
         try:
             data, label = self._fetch(sample)
-            return decode(data, self.shape.channels), label
+            return decode(data, self.shape.channels, None, self.max_pixels), label
         except BadSampleError as err:
             raise BadSampleError(err.cause, f"{self.index.where(sample)}: {err}") from None
 
@@ -154,7 +159,7 @@ def check_labels(index: Index, num_classes: int, on_error: str) -> None:
         labels = index.rows(shard).labels
         row = int(np.flatnonzero((labels != NO_LABEL) & ((labels < 0) | (labels >= num_classes)))[0])
         raise DataError(
-            f"shard {index.shard_path(shard)}, sample {index.key(shard, row)!r}: label {labels[row]} is outside "
+            f"shard {index.shard_place(shard)}, sample {index.key(shard, row)!r}: label {labels[row]} is outside "
             f"0..{num_classes - 1} (model.num_classes={num_classes}; {len(wrong)} shards hold such labels)"
         )
     if index.unlabelled:
@@ -162,6 +167,6 @@ def check_labels(index: Index, num_classes: int, on_error: str) -> None:
             missing = np.flatnonzero(index.rows(shard).labels == NO_LABEL)
             if len(missing):
                 raise DataError(
-                    f"shard {index.shard_path(shard)}, sample {index.key(shard, int(missing[0]))!r} has no label "
+                    f"shard {index.shard_place(shard)}, sample {index.key(shard, int(missing[0]))!r} has no label "
                     f"({index.unlabelled} such samples): data.on_error=skip replaces them, or set model.num_classes=0"
                 )

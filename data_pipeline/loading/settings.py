@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 
 from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.storage.remote import Access, address
 from tarflow.settings import Count, Section, at_home
 
@@ -51,8 +52,18 @@ class DataSettings(Section):
     on_error: Literal["strict", "skip"] = Field(
         "strict", description="strict: a damaged image stops the run; skip: count and replace it"
     )
+    max_image_pixels: Count = Field(
+        MAX_PIXELS,
+        gt=0,
+        description="pixels of the largest image that is decoded; of a JPEG, at the size it is decoded at",
+    )
     max_bad_share: float = Field(
         0.01, ge=0, le=1, description="share of damaged images at which a run with on_error=skip stops"
+    )
+    accept: tuple[Literal["grey", "spare_classes", "class_names"], ...] = Field(
+        (),
+        description="what is meant although data and model differ: grey: colour images for a grey model; spare_classes: more "
+        "classes in the model than in the data; class_names: other names than validation, checkpoint or weights have",
     )
 
     @classmethod

@@ -16,7 +16,9 @@ import json
 import logging
 import os
 import random
+import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,13 @@ import numpy as np
 
 from tarflow.data_pipeline import keyed
 from tarflow.data_pipeline.errors import BadSampleError, DataError
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.images.decode import decode, decode_into
+from tarflow.data_pipeline.images.formats import IMAGE_EXTENSIONS
 from tarflow.data_pipeline.images.transform import fit
+from tarflow.data_pipeline.index.content import sketch_of_file
 from tarflow.data_pipeline.index.patterns import expand_braces, find_shards
-from tarflow.data_pipeline.index.samples import IMAGE_EXTENSIONS, parse_label
+from tarflow.data_pipeline.index.samples import parse_label
 from tarflow.data_pipeline.loading.sample_reader import Skipped
 from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 from tarflow.data_pipeline.storage.remote import address
@@ -36,6 +41,7 @@ from tarflow.files import listed
 log = logging.getLogger("tarflow.data")
 
 _HOPELESS = 10_000
+_SKETCH_BLOCKS = 4  # of each shard, read by every rank at its start
 ROW_BITS = 32  # the id of a sample: number of its shard << 32 | its row
 
 
@@ -49,8 +55,33 @@ def stream_shards(data: str | Path) -> list[str]:
 
 
 def stream_fingerprint(shards: list[str]) -> str:
-    """Nothing but the names of the shards is known before they are read, so a stream's fingerprint is made of those."""
-    return "stream-" + hashlib.sha256("\n".join(shards).encode()).hexdigest()[:25]
+    """The names of the shards, and of those in the file system the sizes and some blocks: no more is known before they are
+    read. Of pipes and addresses it is the names alone."""
+    with ThreadPoolExecutor(16) as pool:
+        sketches = list(pool.map(_sketch, shards))
+    if not any(sketches):
+        return fingerprint_of_names(shards)
+    return fingerprint_of_names([f"{name}\0{sketch}" for name, sketch in zip(shards, sketches)])
+
+
+def fingerprint_of_names(names: list[str]) -> str:
+    """The fingerprint of a stream as version 0.1 made it, of the shards' names."""
+    return "stream-" + hashlib.sha256("\n".join(names).encode()).hexdigest()[:25]
+
+
+def _sketch(shard: str) -> str:
+    """Digest of a few blocks of a file; empty for what is none or cannot be read, which reading will tell."""
+    try:
+        fd = os.open(shard, os.O_RDONLY)
+    except OSError:
+        return ""
+    try:
+        status = os.fstat(fd)
+        return sketch_of_file(fd, status.st_size, _SKETCH_BLOCKS) if stat.S_ISREG(status.st_mode) else ""
+    except OSError:
+        return ""
+    finally:
+        os.close(fd)
 
 
 class StreamSource:
@@ -61,11 +92,13 @@ class StreamSource:
     """
 
     def __init__(
-        self, shards: list[str], shape: ImageShape, place: BatchPlace, *, strict: bool, buffer: int, counts_folder: Path
-    ) -> None:
+        self, shards: list[str], shape: ImageShape, place: BatchPlace, *, strict: bool, buffer: int, counts_folder: Path,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:  # fmt: skip
         self.shards = shards
         self.shape = shape
         self.strict = strict
+        self.max_pixels = max_pixels
         self.seed, self.rank, self.world_size = place.seed, place.rank, place.world_size
         self.buffer = buffer
         self.counts = ShardCounts(counts_folder, shards, f"{place.rank}of{place.world_size}")
@@ -85,7 +118,7 @@ class StreamSource:
                     fields = ", ".join(name for name in sample if not name.startswith("__"))
                     raise BadSampleError("no_image", f"has no image, its fields are {fields}")
                 if not decode_into(sample[name], out):
-                    out[...] = fit(decode(sample[name], self.shape.channels, at_least=size), size)
+                    out[...] = fit(decode(sample[name], self.shape.channels, size, self.max_pixels), size)
                 return label, number << ROW_BITS | row
             except BadSampleError as err:
                 message = f"shard {self.shards[number]}, sample {sample['__key__']!r}: {err}"

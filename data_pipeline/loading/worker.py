@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.images.transform import flips
 from tarflow.data_pipeline.loading.sample_reader import SampleReader, Skipped, SkippingReader
 from tarflow.data_pipeline.loading.shape import ImageShape
@@ -51,6 +52,7 @@ class Spec:
     seed: int
     flip: bool
     access: Access
+    max_pixels: int = MAX_PIXELS
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Spec:
@@ -95,7 +97,7 @@ class Producer:
             raise DataError(f"the index at {spec.data} was rewritten while the loader was starting: start again")
         self.spec = spec
         files = open_shards(index, spec.access)
-        reader = SampleReader(index, spec.shape, files)
+        reader = SampleReader(index, spec.shape, files, spec.max_pixels)
         self.reader = SkippingReader(reader, spec.on_error)
 
     def fill(

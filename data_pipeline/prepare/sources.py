@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.index.samples import IMAGE_EXTENSIONS
+from tarflow.data_pipeline.images.formats import IMAGE_EXTENSIONS, cause_of, extension_of
+from tarflow.data_pipeline.index.labels import MAX_CLASSES
+from tarflow.data_pipeline.prepare.class_folders import check_no_class_is_lost
 
 WINDOW_BYTES = 1 << 30
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "bytes", "image_bytes", "data")
@@ -83,20 +85,26 @@ def folder_source(path: Path) -> ImageSource:
     ignored: Counter[str] = Counter()
     loose: list[Path] = []
     by_class: dict[str, list[Path]] = {}
+    without: dict[str, Counter[str]] = {}  # what else lies in a class folder, by extension
     for file in sorted(path.rglob("*")):
         if file.is_dir():
             continue
         relative = file.relative_to(path)
         if any(part.startswith(".") for part in relative.parts):
             ignored["hidden"] += 1
-        elif file.suffix[1:].lower() not in IMAGE_EXTENSIONS:
-            ignored["not_an_image"] += 1
+        elif (extension := extension_of(file.name)) not in IMAGE_EXTENSIONS:
+            ignored[cause_of(extension)] += 1
+            if len(relative.parts) > 1:
+                without.setdefault(relative.parts[0], Counter())[extension] += 1
         elif len(relative.parts) == 1:
             loose.append(file)
         else:
             by_class.setdefault(relative.parts[0], []).append(file)
+    if by_class:
+        for name in check_no_class_is_lost(path, set(by_class), without):
+            ignored[f"folder without images {name!r}"] += 1
     if not loose and not by_class:
-        seen = f" ({sum(ignored.values())} other files)" if ignored else ""
+        seen = f" ({', '.join(f'{cause} {count}' for cause, count in sorted(ignored.items()))})" if ignored else ""
         raise DataError(f"folder {path} holds no images{seen}: expected class folders with {_some_extensions()} files")
     if loose and by_class:
         raise DataError(
@@ -254,8 +262,11 @@ def _number_labels(values: list[Any], where: str) -> tuple[np.ndarray, list[str]
         if present and min(present) < 0:
             raise DataError(f"{where} holds the label {min(present)} (row {values.index(min(present))}): must be >= 0")
         count = max(present, default=-1) + 1
-        if count > 1_000_000:
-            raise DataError(f"{where} holds the label {count - 1}: integers must number the classes from 0")
+        if count > MAX_CLASSES:
+            raise DataError(
+                f"{where} holds the label {count - 1} (row {values.index(count - 1)}): integers must number the classes from 0 "
+                f"to at most {MAX_CLASSES - 1}"
+            )
         return np.array([-1 if value is None else value for value in values]), [str(i) for i in range(count)]
     if not all(isinstance(value, str) for value in present):
         odd = next(value for value in present if not isinstance(value, (int, str)) or isinstance(value, bool))

@@ -17,10 +17,13 @@ from typing import Any
 import numpy as np
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.images.decode import decode
+from tarflow.data_pipeline.index.content import content_of
 from tarflow.data_pipeline.index.index import NO_LABEL, Index
 from tarflow.data_pipeline.index.mds import mds_shards
 from tarflow.data_pipeline.index.processes import cores, in_processes
+from tarflow.data_pipeline.index.samples import Samples
 from tarflow.data_pipeline.index.scan_jobs import Job
 from tarflow.data_pipeline.storage.local_shards import LocalShards
 
@@ -89,7 +92,11 @@ class VerifyReport:
 
 
 def verify(
-    index: Index, *, processes: int | None = None, progress: Callable[[int, int], None] | None = None
+    index: Index,
+    *,
+    processes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> VerifyReport:
     """Check every shard of `index`, several at a time. `progress(samples done, samples in all)` after each shard.
 
@@ -98,7 +105,7 @@ def verify(
     if index.any_remote:
         index.shard_path(next(shard for shard in range(len(index.shard_sizes)) if index.is_remote(shard)))
     report = VerifyReport()
-    jobs = [(str(index.root), shard) for shard in range(len(index.shard_sizes))]
+    jobs = [(str(index.root), shard, max_pixels) for shard in range(len(index.shard_sizes))]
     if processes is None:
         processes = cores() if index.num_samples > 2000 else 1
     with tempfile.TemporaryDirectory(prefix="tarflow-verify-") as folder:
@@ -147,9 +154,9 @@ class _Marks:
                 yield int(marks["sample"][first]), int(marks["sample"][at])
 
 
-def _verify_shard(job: tuple[str, int]) -> tuple[VerifyReport, np.ndarray, np.ndarray]:
+def _verify_shard(job: tuple[str, int, int]) -> tuple[VerifyReport, np.ndarray, np.ndarray]:
     """(what was found, marks of keys, marks of contents) of one shard, with an index of its own."""
-    root, shard = job
+    root, shard, max_pixels = job
     index = Index(Path(root))
     report = VerifyReport(shards=1)
     path, rows = index.shard_path(shard), index.rows(shard)
@@ -167,7 +174,7 @@ def _verify_shard(job: tuple[str, int]) -> tuple[VerifyReport, np.ndarray, np.nd
     if [NO_LABEL if label is None else label for label in found.labels] != rows.labels.tolist():
         report.add("index_differs", f"shard {path}: its labels are not those of the index; index it anew")
     classes = index.num_classes or 0
-    files = LocalShards(index)
+    files = LocalShards(index, by_size=True)
     keys, contents = np.zeros(len(found.keys), _MARK), np.zeros(len(found.keys), _MARK)
     try:
         for row, label in enumerate(rows.labels.tolist()):
@@ -181,7 +188,7 @@ def _verify_shard(job: tuple[str, int]) -> tuple[VerifyReport, np.ndarray, np.nd
             try:
                 data = files.read(shard, found.offsets[row], found.sizes[row])
                 contents[row] = (_hash(data), sample)
-                image = decode(data, 3)
+                image = decode(data, 3, None, max_pixels)
                 report.saw(image.shape[1], image.shape[0])
             except BadSampleError as err:
                 contents[row] = (_hash(where.encode()), sample)
@@ -191,17 +198,19 @@ def _verify_shard(job: tuple[str, int]) -> tuple[VerifyReport, np.ndarray, np.nd
         return report, keys[: report.samples], nothing
     finally:
         files.close()
+    stored = index.shard_content(shard)
+    if stored is not None and not report.problems and content_of(path).checksum != stored.checksum:
+        report.add("content_differs", f"shard {path}: its bytes are not those that were indexed; index it anew")
     return report, keys, contents
 
 
-def _scan(index: Index, shard: int) -> Any:
+def _scan(index: Index, shard: int) -> Samples:
     """What the shard holds now, by the rules that the index was made with."""
     place: Any = index.shard_path(shard)
     if index.form == "mds":
         place = next(entry for entry in mds_shards(place.parent) if entry.path.name == place.name)
     first = int(index.shard_starts[shard])
-    _, _, samples = Job(place, False, index.meta.get("label_field"), index.classes, False, first).run()
-    return samples
+    return Job(place, False, index.meta.get("label_field"), index.classes, False, first).scan()
 
 
 def _hash(data: bytes) -> int:

@@ -22,6 +22,7 @@ from PIL import Image
 
 from tarflow.data_pipeline import keyed
 from tarflow.data_pipeline.errors import BadSampleError, DataError
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.images.decode import decode, from_pixels
 from tarflow.data_pipeline.images.transform import fit
 from tarflow.data_pipeline.index.build import CLASSES_FILE, build_index, by_cause
@@ -46,6 +47,7 @@ class Options:
 
     `shard_size`: most samples in a shard (a shard also ends at 512 MiB). `format`: png and webp are lossless, jpeg has
     `quality`. `val_fraction`: share of every class that goes to OUT/val, the rest to OUT/train; 0 = no split.
+    `max_pixels`: of the largest image that is decoded.
     """
 
     size: int
@@ -57,6 +59,7 @@ class Options:
     val_fraction: float = 0.0
     on_error: str = "strict"
     container: str = "webdataset"
+    max_pixels: int = MAX_PIXELS
 
     def check(self) -> None:
         """Raise DataError for a value out of range."""
@@ -67,6 +70,7 @@ class Options:
             ("--channels", self.channels, self.channels in (0, 1, 3)),
             ("--shard-size", self.shard_size, self.shard_size >= 1),
             ("--val-fraction", self.val_fraction, 0 <= self.val_fraction < 1),
+            ("--max-pixels", self.max_pixels, self.max_pixels >= 1),
             ("--on-error", self.on_error, self.on_error in ("strict", "skip")),
             ("--container", self.container, self.container in CONTAINERS),
         ):
@@ -84,6 +88,7 @@ class Report:
     examples: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     enlarged: int = 0
+    kept: set[int] = field(default_factory=set)  # labels of what was written
 
     def lines(self) -> list[str]:
         """The report as plain lines."""
@@ -92,6 +97,9 @@ class Report:
             out.append(
                 f"{len(self.classes)} classes: {', '.join(self.classes[:12])}" + " ..." * (len(self.classes) > 12)
             )
+            gone = [name for label, name in enumerate(self.classes) if label not in self.kept]
+            if gone:
+                out.append(f"{len(gone)} classes without a single image: {', '.join(gone[:12])}" + " ..." * (len(gone) > 12))
         if self.enlarged:
             out.append(f"{self.enlarged} images are smaller than the size asked for and were enlarged")
         out += by_cause("ignored files", self.ignored) + by_cause("left out", self.skipped)
@@ -225,6 +233,7 @@ def _write_split(
             if progress and done % 64 == 63:
                 progress(done + 1)
             if image is not None:
+                report.kept.add(int(source.labels[number]))
                 yield image, int(source.labels[number])
 
     if options.container == "mds":
@@ -282,7 +291,7 @@ def _encoded(
             return BadSampleError("unreadable", f"cannot read: {err.strerror}")
         try:
             if isinstance(data, bytes):
-                pixels = decode(data, options.channels or 3)
+                pixels = decode(data, options.channels or 3, None, options.max_pixels)
             else:
                 pixels = from_pixels(data, options.channels or (1 if data.shape[2] == 1 else 3))
         except BadSampleError as err:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
 from tarflow.data_pipeline.index.index import Index
+from tarflow.data_pipeline.storage.changed_shards import check_open_shard
 
 OPEN_FILES = 64
 
@@ -51,14 +52,19 @@ class OpenFiles:
 
 
 class LocalShards:
-    """The shards of an index that lie in the file system. Not to be shared between threads."""
+    """The shards of an index that lie in the file system. Not to be shared between threads.
 
-    def __init__(self, index: Index) -> None:
+    `by_size`: only a shard of another size is refused; for a reader that goes over all contents itself.
+    """
+
+    def __init__(self, index: Index, *, by_size: bool = False) -> None:
         self.index = index
+        self._by_size = by_size
         self._files = OpenFiles(OPEN_FILES, self._open)
+        self._checked: set[int] = set()  # once is enough for what a sketch reads
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """See `ShardFiles`. A shard whose size is not the index's is refused before anything is read from it."""
+        """See `ShardFiles`. A shard that is not the one that was indexed is refused before anything is read from it."""
         return read_at(self._files.of(shard), offset, size)
 
     def close(self) -> None:
@@ -71,13 +77,12 @@ class LocalShards:
             fd = os.open(path, os.O_RDONLY)
         except OSError as err:
             raise BadSampleError("missing_shard", f"cannot open the shard: {err.strerror}") from None
-        size, expected = os.fstat(fd).st_size, int(self.index.shard_bytes[shard])
-        if size != expected:
+        try:
+            check_open_shard(self.index, shard, fd, by_size=self._by_size or shard in self._checked)
+        except DataError:
             os.close(fd)
-            raise DataError(
-                f"shard {path} has {size} bytes, the index says {expected}: it was changed after indexing; "
-                f"run `tarflow data index {self.index.root}`"
-            )
+            raise
+        self._checked.add(shard)
         return fd
 
 

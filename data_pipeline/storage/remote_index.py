@@ -17,6 +17,7 @@ class _RemoteFiles:
         self.url = url
         self.access = access
         self.remote = Remote(access)
+        self.missing = False  # whether a file was asked for that is not there
 
     def open(self, name: str, digest: str) -> Any:
         """The list of shards is always fetched anew; parts are kept under the digest that the list gives them."""
@@ -28,6 +29,7 @@ class _RemoteFiles:
             fd = cache.open(cache_name(url, digest), None, lambda file: self.remote.save(url, None, file))
             return open(fd, "rb")
         except BadSampleError as err:
+            self.missing |= err.cause == "missing_shard"
             raise OSError(str(err)) from None
 
 
@@ -35,10 +37,11 @@ def open_remote_index(url: str, access: Access) -> Index:
     """The index at `url`/index. Raises DataError: not there, not reachable, damaged."""
     access.check()
     url = url.rstrip("/")
+    files = _RemoteFiles(url, access)
     try:
-        return Index(url, _RemoteFiles(url, access))
-    except DataError as err:
-        if "there is nothing at" in str(err):
+        return Index(url, files)
+    except DataError:
+        if files.missing:
             raise DataError(
                 f"there is no index at {url}/index: run `tarflow data index` where the shards are in the file system, "
                 "and put the folder index/ beside them"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+from pathlib import Path
+from typing import Any
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.index import Index
 from tarflow.data_pipeline.storage.local_shards import LocalShards, OpenFiles, ShardFiles, read_at
 from tarflow.data_pipeline.storage.remote import Access, NoRangesError, Remote
 from tarflow.data_pipeline.storage.shard_cache import ShardCache
+from tarflow.files import crc32
 
 _OPEN_FILES = 16  # few: a file that the cache removed keeps its disk space while it is open
 
@@ -43,7 +46,21 @@ class RemoteShards:
         assert self.cache is not None
         url, total = self.index.shard_place(shard), int(self.index.shard_bytes[shard])
         name = cache_name(url, self.index.shard_digest(shard))
-        return self.cache.open(name, total, lambda file: self.remote.save(url, total, file))
+        return self.cache.open(name, total, lambda file: self._fetch(shard, url, total, file))
+
+    def _fetch(self, shard: int, url: str, total: int, file: Any) -> None:
+        """Write a shard into the cache and hold it against the index, once: whoever reads it there need not."""
+        self.remote.save(url, total, file)
+        content = self.index.shard_content(shard)
+        if content is None:
+            return
+        file.flush()
+        found = f"{crc32(Path(file.name)):08x}"
+        if found != content.checksum:
+            raise DataError(
+                f"shard {url} holds other bytes than when it was indexed (checksum {found}, the index says "
+                f"{content.checksum}): put shards and index/ there that belong together"
+            )
 
     def close(self) -> None:
         """Close the cached files."""

@@ -10,7 +10,7 @@ from tarflow.trainer.checkpoint.choice import add_choice
 EXAMPLE = """example:
   tarflow evaluate runs/demo --watch --nice 10
   tarflow evaluate runs/demo sampling.guidance=1.5 evaluation.num_samples=1000 --once
-  tarflow evaluate model.safetensors --out scores data.train=data/mnist5k/train train.noise_std=0.1
+  tarflow evaluate model.safetensors --out scores data.train=data/mnist5k/train
 
 Start as many as you like, on any machines that see RUN: they share the samples, and a killed one loses a chunk at most.
 Results: RUN/evals/images-NNNNNNNNNNNN/ (result.json and pictures), RUN/evals.jsonl, TensorBoard.
@@ -20,7 +20,7 @@ Exit codes: 0 all evaluated, 1 some could not be (the text says why), 2 wrong se
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or a weights file (.safetensors)")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or a weights file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of sampling and evaluation")
     parser.add_argument("--out", type=Path, metavar="DIR", help="of a weights file: where its results go")
     parser.add_argument("--save", choices=("shards", "png"), help="keep the samples: WebDataset shards, or PNGs")
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if args.watch and one:
         option = "--images" if args.step is None else "--step"
         raise EvaluationError(f"{option} is one checkpoint, --watch follows a run: give one of them")
-    is_file = args.run.suffix in (".safetensors", ".pth")
+    is_file = args.run.suffix in (".safetensors", ".pth")  # as `is_weights_file`, which would load torch here
     if is_file and (args.watch or args.newest or one):
         raise EvaluationError(
             f"--watch, --newest, --images and --step choose among a run's checkpoints; {args.run} is a weights file"

@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.evaluation.errors import EvaluationError
 
 OK, FAILED = 0, 1
@@ -22,6 +23,8 @@ def add_features(parser: argparse.ArgumentParser) -> None:
     names = "efficientnet_lite0 (default), mobilenet_v2, fid_inception, torchvision_inception, dinov2"
     parser.add_argument("--features", default="efficientnet_lite0", metavar="NAME", help=f"feature network: {names}")
     parser.add_argument("--features-file", type=Path, metavar="FILE", help="weights of one that no package brings")
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N",
+                        help=f"pixels of the largest image that is decoded ({MAX_PIXELS})")  # fmt: skip
     parser.add_argument(
         "--on-error", choices=("strict", "skip"), default="strict", help="damaged images: an error, or left out"
     )

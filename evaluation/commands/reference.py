@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    set_up_process(args, size=1, images=0)
+    set_up_process(args, size=1, images=0, max_pixels=1)
     from tarflow.evaluation.worker.make_reference import ReferenceRequest, make_reference
 
     request = ReferenceRequest(
@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
         out=args.out,
         on_error=args.on_error,
         device=args.device,
+        max_pixels=args.max_pixels,
     )
     make_reference(request, say)
     return OK

@@ -4,12 +4,11 @@ import argparse
 from pathlib import Path
 
 from tarflow.evaluation.commands.options import FAILED, OK, add_machine, say, set_up_process
-from tarflow.evaluation.errors import EvaluationError
 from tarflow.trainer.checkpoint.choice import add_choice
 
 EXAMPLE = """example:
   tarflow sample runs/demo --out samples --num 64 --guidance 2.0
-  tarflow sample model.safetensors --out samples --num 16 --labels 3,7 --noise-std 0.1
+  tarflow sample model.safetensors --out samples --num 16 --labels smileys,food,none
 
 Writes DIR/images/000000.png ..., DIR/grid.png and DIR/settings.json. Sample i depends on the seed and i alone; the same
 command adds only what is missing, other settings are refused.
@@ -18,13 +17,20 @@ command adds only what is missing, other settings are refused.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is not given is taken from the run's configuration."""
-    parser.add_argument("source", type=Path, metavar="RUN_OR_WEIGHTS", help="run directory or .safetensors file")
+    parser.add_argument(
+        "source", type=Path, metavar="RUN_OR_WEIGHTS", help="run directory, or a weights file (.safetensors, .pth)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the images")
     parser.add_argument("--num", type=int, default=64, metavar="N", help="how many images (default 64)")
     add_choice(parser)
     parser.add_argument("--weights", metavar="SET", help="raw or an average such as ema-0.100")
     parser.add_argument(
-        "--labels", metavar="0,1,2", help="classes in turn; none = no label (default: all classes in turn)"
+        "--labels",
+        metavar="A,B,...",
+        help="classes in turn, by name or number; none = no label (default: all classes in turn)",
+    )
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="JSON list of class names in label order, where they are not known"
     )
     parser.add_argument("--guidance", type=float, metavar="W", help="guidance weight; 0 = none")
     parser.add_argument("--guide", choices=("a", "b", "ab"), help="what is guided: log-scale a, shift b")
@@ -33,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--annealed", action=argparse.BooleanOptionalAction, help="let the guidance grow over the tokens"
     )
     parser.add_argument("--denoise", type=float, metavar="M", help="multiplier of the denoising step; 0 = none")
-    parser.add_argument("--noise-std", type=float, metavar="S", help="training noise of a weights file, for denoising")
+    parser.add_argument(
+        "--noise-std", type=float, metavar="S", help="training noise of a weights file that does not say it"
+    )
     parser.add_argument("--seed", type=int, help="key of the noise")
     parser.add_argument("--param-dtype", choices=("float32", "bfloat16"), help="dtype of the network's products")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at once; does not change them")
@@ -55,7 +63,6 @@ def run(args: argparse.Namespace) -> int:
         "noise_std": args.noise_std,
         "seed": args.seed,
         "param_dtype": args.param_dtype,
-        "labels": _labels(args.labels),
     }
     request = SampleRequest(
         source=args.source,
@@ -68,17 +75,7 @@ def run(args: argparse.Namespace) -> int:
         columns=args.columns,
         device=args.device,
         settings={key: value for key, value in given.items() if value is not None},
+        labels=args.labels,
+        classes=args.classes,
     )
     return OK if sample_images(request, say) else FAILED
-
-
-def _labels(text: str | None) -> tuple[int, ...] | None:
-    """Text such as `0,1,none` -> (0, 1, -1)."""
-    if text is None:
-        return None
-    try:
-        return tuple(-1 if part.strip().lower() == "none" else int(part) for part in text.split(","))
-    except ValueError:
-        raise EvaluationError(
-            f"--labels {text!r} must be numbers of classes with commas between, e.g. 0,1,2, or none"
-        ) from None

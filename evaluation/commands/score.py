@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    set_up_process(args, size=1)
+    set_up_process(args, size=1, max_pixels=1)
     from tarflow.evaluation.worker.score_folder import ScoreRequest, score_folder
 
     request = ScoreRequest(
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
         on_error=args.on_error,
         out=args.out,
         device=args.device,
+        max_pixels=args.max_pixels,
     )
     score_folder(request, say)
     return OK

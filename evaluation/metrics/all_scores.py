@@ -13,9 +13,11 @@ from torch import Tensor
 
 from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics, FrechetInfluence, frechet_distance
 from tarflow.evaluation.metrics.inception_score import InceptionScore
-from tarflow.evaluation.metrics.kernel_distance import kernel_distance
+from tarflow.evaluation.metrics.kernel_distance import ALL_PAIRS, kernel_distance
 from tarflow.evaluation.metrics.names import distance_key, kernel_key
 from tarflow.evaluation.metrics.precision_recall import K_COVERAGE, manifold_scores
+
+SUSPICIOUS = 0.01  # share of what chance alone makes of a distance
 
 
 class Network(Protocol):
@@ -51,6 +53,12 @@ def feature_scores(
         "distance_stderr": None,
         "warnings": [*network.warnings, *found.warnings],
     }
+    if found.distance < SUSPICIOUS * found.by_chance:
+        out["warnings"].append(
+            f"the distance {found.distance:.2g} is suspiciously small: independent sets of {statistics.count:,} and "
+            f"{reference.count:,} images of one kind differ by {found.by_chance:.2g} or more; are the {names[0]} images those "
+            f"of the {names[1]}?"
+        )
     if len(rows) >= 2:
         out["distance_stderr"] = FrechetInfluence(statistics, reference).stderr(rows)
     elif (first := next(rest := iter(parts), None)) is not None and first.count < statistics.count:
@@ -58,7 +66,7 @@ def feature_scores(
     fewer = min(len(rows), len(reference_rows))
     if fewer >= 2:
         kernel = kernel_distance(rows, reference_rows)
-        out |= {kernel_key(network.name): kernel.distance, "kernel_stderr": kernel.stderr}
+        out |= {kernel_key(network.name): kernel.distance, "kernel_stderr": kernel.stderr, "kernel_estimate": ALL_PAIRS}
     if fewer > K_COVERAGE:
         out |= vars(manifold_scores(rows, reference_rows))
     if network.num_classes and len(rows):

@@ -96,12 +96,16 @@ def _join(ours: Parts, theirs: Parts) -> Parts:
 
 @dataclass(frozen=True)
 class FrechetResult:
-    """distance = mean_term + covariance_term, and what to know before believing it."""
+    """distance = mean_term + covariance_term, and what to know before believing it.
+
+    `by_chance`: the mean term to be expected of two independent sets of so many images of one kind.
+    """
 
     distance: float
     mean_term: float
     covariance_term: float
     warnings: list[str] = field(default_factory=list)
+    by_chance: float = 0.0
 
 
 def frechet_distance(
@@ -127,7 +131,8 @@ def frechet_distance(
     mean_term = float((means[0] - means[1]).square().sum())
     traces = sum(float(c.trace()) for c in covariances)
     covariance_term = max(traces - 2 * _trace_of_root(*covariances), 0.0)
-    return FrechetResult(mean_term + covariance_term, mean_term, covariance_term, warnings)
+    by_chance = sum(float(c.trace()) / count for c, count in zip(covariances, (first.count, second.count)))
+    return FrechetResult(mean_term + covariance_term, mean_term, covariance_term, warnings, by_chance)
 
 
 def _too_few(count: int, dim: int, name: str) -> list[str]:

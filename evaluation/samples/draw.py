@@ -177,23 +177,8 @@ class SampleCount:
 
 
 def check_guidance(sampling: ResolvedSampling, num_classes: int, label_dropout: float | None) -> None:
-    """Refuse guidance that cannot mean anything. `label_dropout` None: not known.
-
-    The unguided half sees no label, or attention logits divided by `attn_temp`. A class-conditional model that never
-    trained without labels has no such half, and without labels a temperature of 1 makes both halves the same.
-    """
-    settings = sampling.settings
-    if settings.guidance == 0:
-        return
+    """Refuse guidance that cannot mean anything. `label_dropout` None: not known."""
     labelled = num_classes > 0 and set(sampling.labels) != {NO_LABEL}
-    if labelled and label_dropout == 0:
-        raise EvaluationError(
-            f"sampling.guidance={settings.guidance} needs a model that was trained without labels now and then, but "
-            "train.label_dropout=0: its answer to `no label` was never trained. Set sampling.guidance=0, or train with "
-            "train.label_dropout=0.1"
-        )
-    if not labelled and settings.attn_temp == 1:
-        raise EvaluationError(
-            f"sampling.guidance={settings.guidance} has no effect without labels while sampling.attn_temp=1: guided "
-            "and unguided network are the same. Set sampling.attn_temp (for example 0.3), or sampling.guidance=0"
-        )
+    problem = sampling.settings.guidance_problem(labelled, label_dropout)
+    if problem is not None:
+        raise EvaluationError(problem)

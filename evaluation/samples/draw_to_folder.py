@@ -1,21 +1,26 @@
 """Images of a run or a weights file, as PNGs with a grid and the settings that made them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tarflow.code_version import code_version
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.run_config import run_config
 from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler, check_guidance
+from tarflow.evaluation.samples.file_sampling import describe_file, sampling_of_file
 from tarflow.evaluation.samples.grid import make_grid
+from tarflow.evaluation.samples.labels import given_names, parse_labels
 from tarflow.evaluation.samples.png_folder import SampleFolder, load_png, save_png
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import WeightsSource, from_checkpoint, from_file, resolve_device
+from tarflow.models.weights import is_weights_file, read_weights
 from tarflow.trainer.checkpoint.commit import find, pinned
+from tarflow.trainer.checkpoint.provenance import names_of_checkpoint
 
 GRID_IMAGES = 100
 
@@ -34,6 +39,8 @@ class SampleRequest:
     columns: int | None = None
     device: str = "auto"
     settings: dict[str, Any] = field(default_factory=dict)
+    labels: str | None = None  # as typed; else those in `settings`
+    classes: Path | None = None  # names of the classes, where neither run nor file tells them
 
 
 def sample_images(request: SampleRequest, say: Callable[[str], None] = print) -> bool:
@@ -45,11 +52,16 @@ def sample_images(request: SampleRequest, say: Callable[[str], None] = print) ->
     model = source.model.config
     sampler = Sampler(source.model, settings)
     about = source.describe() | {"source": source.origin, "sampling": settings.describe()}
-    folder = SampleFolder(request.out, about, request.num)
-    missing = folder.missing()
+    about |= {"provenance": source.provenance.describe(), "code": code_version()}
+    folder = SampleFolder(request.out, about, request.num, model.image_shape)
+    missing, damaged = folder.missing(), folder.damaged
     say(f"{request.num} images of {model.image_size} pixels from {source.origin}, weights {source.weights}")
     if len(missing) < request.num:
         say(f"{request.num - len(missing)} are there already")
+    if damaged:
+        first = next(iter(damaged))
+        say(f"{len(damaged)} damaged images are drawn again: {folder.path(first).name} is {damaged[first]}"
+            + (f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""))  # fmt: skip
     count = SampleCount()
     for drawn in sampler.draw_all(missing, batch_size):
         for index, pixels in zip(drawn.finite_indices(), drawn.pixels()):
@@ -82,33 +94,44 @@ def _columns(sampler: Sampler, num: int) -> int:
 def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[WeightsSource, ResolvedSampling, int]:
     """(model, settings, batch size) of a request."""
     device = resolve_device(request.device)
-    if request.source.is_file() or request.source.suffix in (".safetensors", ".pth"):
-        return _open_file(request, device)
+    if is_weights_file(request.source):
+        return _open_file(request, device, say)
     config = run_config(request.source, say=say, given=request.settings)
     if "noise_std" in request.settings:
         raise EvaluationError(
             f"--noise-std belongs to weights files; {request.source} was trained with {config.train.noise_std}"
         )
-    settings = ResolvedSampling.of_run(config).with_changes(**request.settings)
+    checkpoint = find(request.source, request.step, request.images)
+    given = request.settings
+    if request.labels is not None or request.classes is not None:
+        given = given | _labels(request, names_of_checkpoint(checkpoint, config), config.model.num_classes)
+    settings = ResolvedSampling.of_run(config).with_changes(**given)
     if settings.denoise_multiplier and config.train.noise == "uniform":
         raise EvaluationError("--denoise needs a model trained with gaussian noise; this run has train.noise=uniform")
     check_guidance(settings, config.model.num_classes, config.train.label_dropout)
-    checkpoint = find(request.source, request.step, request.images)
     with pinned(checkpoint, f"sample-{id(request)}"):
         source = from_checkpoint(config, checkpoint, request.weights or config.evaluated_weights, device)
     return source, settings, request.batch_size or config.sampling.batch_size
 
 
-def _open_file(request: SampleRequest, device: torch.device) -> tuple[WeightsSource, ResolvedSampling, int]:
+def _open_file(
+    request: SampleRequest, device: torch.device, say: Callable[[str], None]
+) -> tuple[WeightsSource, ResolvedSampling, int]:
     chosen = (("--step", request.step), ("--images", request.images), ("--weights", request.weights))
     for option, value in chosen:
         if value is not None:
             raise EvaluationError(f"{option} chooses among a run's checkpoints; {request.source} is a weights file")
-    if request.settings.get("denoise") and "noise_std" not in request.settings:
-        raise EvaluationError("--denoise needs --noise-std: a weights file does not say the noise it was trained with")
-    settings = ResolvedSampling().with_changes(**request.settings)
-    if settings.noise_std and "denoise" not in request.settings:
-        settings = settings.with_changes(denoise=1.0)
-    source = from_file(request.source, device)
-    check_guidance(settings, source.model.config.num_classes, label_dropout=None)
-    return source, settings, request.batch_size or 64
+    file = read_weights(request.source)
+    say(describe_file(request.source, file))
+    given = request.settings
+    if request.labels is not None or request.classes is not None:
+        given = given | _labels(request, file.provenance.classes, file.config.num_classes)
+    settings = sampling_of_file(request.source, file, given, say)
+    source = from_file(request.source, file, device)
+    return source, settings, request.batch_size or settings.settings.batch_size
+
+
+def _labels(request: SampleRequest, known: Sequence[str] | None, num_classes: int) -> dict[str, Any]:
+    """The setting `labels`, if any were typed."""
+    classes = given_names(request.classes, known, num_classes, str(request.source))
+    return {} if request.labels is None else {"labels": parse_labels(request.labels, num_classes, classes)}

@@ -4,8 +4,9 @@
     DIR/images/000000.png   sample 0; nothing but samples lies here
     DIR/grid.png            the first ones at a glance
 
-A file appears whole or not at all, so a killed run goes on where it was: only missing samples are drawn. A folder made
-with other settings, with more samples than asked for, or holding other images is refused, never mixed.
+A file appears whole or not at all, so a killed run goes on where it was: only missing samples are drawn. What a disk or a
+person damaged since counts as missing. A folder made with other settings, with more samples than asked for, or holding
+other images is refused, never mixed.
 """
 
 import json
@@ -19,24 +20,31 @@ from PIL import Image
 from torch import Tensor
 
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.samples.png_check import flaw_of_file
 from tarflow.files import listed, write_atomic, write_json
 
 _NAME = re.compile(r"(\d{6,})\.png")
 # What may differ between two calls that fill one folder: it does not change the images.
-_FREE = ("num", "nonfinite", "missing", "complete")
+_FREE = ("num", "nonfinite", "missing", "complete", "provenance", "code")
 
 
 class SampleFolder:
     """The images 0 .. num-1 of one model under one group of settings."""
 
-    def __init__(self, root: Path, settings: dict[str, Any], num: int) -> None:
-        """Open or make the folder. Anything in it that does not belong to these settings is an error that names it."""
+    def __init__(
+        self, root: Path, settings: dict[str, Any], num: int, shape: tuple[int, int, int] | None = None
+    ) -> None:
+        """Open or make the folder. Anything in it that does not belong to these settings is an error that names it.
+
+        `shape`: (channels, height, width) of the images; None: any.
+        """
         self.root, self.num, self.settings = root, num, settings
         self.images = root / "images"
         if root.exists() and not root.is_dir():
             raise EvaluationError(f"--out {root} is a file; give a directory")
         self._check_settings()
-        self._check_images()
+        self._check_names()
+        self.damaged = self._damaged(shape)  # sample -> what was wrong with its file; drawn again
         self.images.mkdir(parents=True, exist_ok=True)
         self._write_settings([], complete=False)
 
@@ -46,14 +54,17 @@ class SampleFolder:
 
     def missing(self) -> list[int]:
         """Samples that are not there yet, ascending."""
-        return [i for i in range(self.num) if not self.path(i).exists()]
+        return [i for i in range(self.num) if i in self.damaged or not self.path(i).exists()]
 
     def save(self, index: int, pixels: Tensor) -> None:
         """uint8 [C, H, W] -> its PNG."""
         save_png(self.path(index), pixels)
+        self.damaged.pop(index, None)
 
     def finish(self, nonfinite: Sequence[int]) -> None:
-        """Record that all is drawn, and which samples could not be."""
+        """Record that all is drawn, and which samples could not be: a damaged file of theirs does not stay either."""
+        for index in set(nonfinite) & self.damaged.keys():
+            self.path(index).unlink(missing_ok=True)
         self._write_settings(nonfinite, complete=True)
 
     def _write_settings(self, nonfinite: Sequence[int], complete: bool) -> None:
@@ -72,7 +83,7 @@ class SampleFolder:
             there = {k: v for k, v in json.loads(path.read_text()).items() if k not in _FREE}
         except (ValueError, AttributeError):
             raise EvaluationError(f"{path} is not readable; give a new --out directory") from None
-        asked = json.loads(json.dumps(self.settings))
+        asked = {k: v for k, v in json.loads(json.dumps(self.settings)).items() if k not in _FREE}
         differ = [
             f"{k}: {there.get(k)!r} there, {asked.get(k)!r} asked"
             for k in asked | there
@@ -84,7 +95,11 @@ class SampleFolder:
                 "give a new directory, or the same settings to add what is missing"
             )
 
-    def _check_images(self) -> None:
+    def _damaged(self, shape: tuple[int, int, int] | None) -> dict[int, str]:
+        flaws = {index: flaw_of_file(self.path(index), shape) for index in range(self.num) if self.path(index).exists()}
+        return {index: flaw for index, flaw in flaws.items() if flaw}
+
+    def _check_names(self) -> None:
         for path in listed(self.images):
             match = _NAME.fullmatch(path.name)
             if path.name.startswith(".") and path.name.endswith(".tmp"):

@@ -6,7 +6,8 @@
 
 A file's name says which samples were drawn for it. So what is missing is known from names: the same command adds that and
 no more, also when more samples are asked for than there were. Samples that are not finite are in no file, and
-`settings.json` names them in the end. The number of samples asked for is exactly covered, or it is an error.
+`settings.json` names them in the end. The number of samples asked for is exactly covered, or it is an error. Files that
+are no longer whole are removed, said, and drawn again.
 """
 
 import hashlib
@@ -14,19 +15,22 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.draw import Drawn, Sampler
 from tarflow.evaluation.samples.png_folder import to_picture
+from tarflow.evaluation.samples.store_check import Shape, damaged_pictures, damaged_shards
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.shared_work import SharedWork
 from tarflow.files import listed, put_once, write_json
 from tarflow.leases import unique_name
 from tarflow.trainer.checkpoint.names import leading_name
 
+Say = Callable[[str], None]
 KINDS = {"shards": "tar", "png": "json"}
 _NAME = re.compile(r"samples-(\d{8,})-(\d{8,})\.(tar|json)")
 _OURS = re.compile(r"settings\.json|images|index|\..*")  # an index of the shards is welcome
@@ -35,32 +39,47 @@ _OURS = re.compile(r"settings\.json|images|index|\..*")  # an index of the shard
 class SampleStore:
     """Keeps the samples 0 .. num-1 of one model under one group of settings, whoever draws them."""
 
-    def __init__(self, folder: Path, kind: str, about: dict[str, Any], num: int) -> None:
-        """Open or make the folder. Anything in it that does not belong there is an error that names it."""
+    def __init__(
+        self, folder: Path, kind: str, about: dict[str, Any], num: int, shape: Shape | None = None, say: Say = print
+    ) -> None:
+        """Open or make the folder. Anything in it that does not belong there is an error that names it.
+
+        `shape`: (channels, height, width) of the images; None: any.
+        """
         self.folder, self.kind, self.num = folder, kind, num
         self.about = json.loads(json.dumps({"kind": kind, **about}))
         self._waiting: dict[int, tuple[bytes, int]] = {}
         self._check()
+        self._remove_damaged(shape, say)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "settings.json").exists():
             write_json(folder / "settings.json", self.about)
 
     @classmethod
-    def of(cls, kind: str, root: Path, source: WeightsSource, sampler: Sampler, num: int) -> "SampleStore | None":
+    def of(
+        cls, kind: str, root: Path, source: WeightsSource, sampler: Sampler, num: int, say: Say = print
+    ) -> "SampleStore | None":
         """Under ROOT/samples/, in a folder of their own for these weights and settings; None where nothing is kept."""
         if not kind:
             return None
         about = source.describe() | {"sampling": sampler.sampling.describe()}
-        return cls(_folder(root, kind, about, source.checkpoint), kind, about, num)
+        folder = _folder(root, kind, about, source.checkpoint)
+        return cls(folder, kind, about, num, source.model.config.image_shape, say)
 
     @staticmethod
     def complete_for(kind: str, root: Path, result: dict[str, Any]) -> bool:
-        """Whether the samples of a result lie there, all of them."""
+        """Whether the samples of a result lie there, all of them and with the sizes that they were written with."""
         about = {key: result[key] for key in ("weights", "weights_sha256", "step", "images_seen")}
         folder = _folder(root, kind, about | {"sampling": result["settings"]["sampling"]}, leading_name(result["name"]))
         try:
-            return int(json.loads((folder / "settings.json").read_text())["num"]) >= result["samples"]["asked"]
-        except (OSError, ValueError, KeyError):
+            state = json.loads((folder / "settings.json").read_text())
+            sizes = dict(state.get("files", {}))
+            whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
+            stamp = (folder / "settings.json").stat().st_mtime_ns
+            pictures = state.get("picture_bytes", 0)
+            whole = whole and (not pictures or _picture_bytes_once(folder, stamp) == pictures)
+            return whole and int(state["num"]) >= result["samples"]["asked"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
 
     def missing(self, within: range | None = None) -> list[range]:
@@ -108,6 +127,7 @@ class SampleStore:
             there = set(self._indices())
             lost = [i for i in range(self.num) if i not in there]
             state = {"num": self.num, "images": len(there), "nonfinite": lost}
+            state |= {"files": _sizes(self.folder), "picture_bytes": _picture_bytes(self.folder)}
             write_json(self.folder / "settings.json", self.about | state)
             work.remove()
 
@@ -136,8 +156,9 @@ class SampleStore:
                 temporary.write_bytes(self._waiting[index][0])
                 put_once(temporary, images / f"{index:08d}.png")
         labels = {index: self._waiting[index][1] for index in indices if index in self._waiting}
+        sizes = {index: (images / f"{index:08d}.png").stat().st_size for index in labels}
         temporary = path.with_name(f".{path.name}.{unique_name()}.tmp")
-        write_json(temporary, {"labels": labels})
+        write_json(temporary, {"labels": labels, "sizes": sizes})
         put_once(temporary, path)
 
     def _covered(self) -> list[range]:
@@ -153,6 +174,17 @@ class SampleStore:
             with tarfile.open(path) as shard:
                 yield from (int(name[:-4]) for name in shard.getnames() if name.endswith(".png"))
 
+    def _remove_damaged(self, shape: Shape | None, say: Say) -> None:
+        """What is removed is missing, and so it is drawn again."""
+        if self.kind == "shards":
+            damaged = damaged_shards(self.folder, self._complete_sizes, shape)
+        else:
+            damaged = damaged_pictures(self.folder, shape)
+        for path, reason in damaged.items():
+            if path.parent == self.folder:
+                say(f"samples in {path} are drawn again: {reason}")
+            path.unlink(missing_ok=True)
+
     def _check(self) -> None:
         for path in listed(self.folder):
             match = _NAME.fullmatch(path.name)
@@ -163,11 +195,13 @@ class SampleStore:
                     f"{self.folder} holds samples up to {int(match[2])}, beyond the {self.num} asked for: set "
                     f"evaluation.num_samples={int(match[2]) + 1} or more, or move the folder away"
                 )
+        self._complete_sizes: dict[str, int] = {}
         try:
             there = json.loads((self.folder / "settings.json").read_text())
+            self._complete_sizes = dict(there.get("files", {}))
         except FileNotFoundError:
             return
-        except ValueError:
+        except (ValueError, TypeError, AttributeError):
             raise EvaluationError(f"{self.folder / 'settings.json'} is not readable; move the folder away") from None
         differ = [key for key, value in self.about.items() if there.get(key) != value]
         if differ:
@@ -177,6 +211,21 @@ class SampleStore:
 def _folder(root: Path, kind: str, about: dict[str, Any], checkpoint: str | None) -> Path:
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     return root / "samples" / f"{checkpoint or 'weights'}-{digest}-{kind}"
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of the files that say which samples lie here, by name."""
+    return {path.name: path.stat().st_size for path in listed(folder) if _NAME.fullmatch(path.name)}
+
+
+def _picture_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in listed(folder / "images"))
+
+
+@cache
+def _picture_bytes_once(folder: Path, stamp: int) -> int:
+    """The same, counted once for every completion: who follows a run asks every few seconds."""
+    return _picture_bytes(folder)
 
 
 def _member(shard: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -6,7 +6,7 @@ error (case T06).
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.models.flow import TarFlow
-from tarflow.models.weights import check_weights, load_model, load_weights_file
+from tarflow.models.provenance import Provenance
+from tarflow.models.weights import WeightsFile, check_weights, load_model
 from tarflow.trainer.checkpoint.commit import Checkpoint
+from tarflow.trainer.checkpoint.provenance import provenance_of
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.schema import Config
 
@@ -32,6 +34,7 @@ class WeightsSource:
     step: int | None = None
     images_seen: int | None = None
     checkpoint: str | None = None  # name of the checkpoint, if it is one's
+    provenance: Provenance = field(default_factory=Provenance)
 
     def describe(self) -> dict[str, Any]:
         """What a result says about its weights."""
@@ -51,16 +54,15 @@ def from_checkpoint(config: Config, checkpoint: Checkpoint, which: str, device: 
     tensors = load_weights(checkpoint, which)
     check_weights(config.model, tensors, f"checkpoint {checkpoint.path}, weights {which}")
     model = load_model(config.model, tensors).requires_grad_(False).to(device)
-    return WeightsSource(
-        model, which, _digest(tensors), str(checkpoint.path), checkpoint.step, checkpoint.images_seen, checkpoint.name
-    )
+    known = provenance_of(checkpoint, config, which)
+    place, step, images_seen = str(checkpoint.path), checkpoint.step, checkpoint.images_seen
+    return WeightsSource(model, which, _digest(tensors), place, step, images_seen, checkpoint.name, known)
 
 
-def from_file(path: Path, device: torch.device) -> WeightsSource:
-    """A safetensors file with its configuration inside (`tarflow export` writes one)."""
-    config, tensors = load_weights_file(path)
-    model = load_model(config, tensors).requires_grad_(False).to(device)
-    return WeightsSource(model, "file", _digest(tensors), str(path))
+def from_file(path: Path, file: WeightsFile, device: torch.device) -> WeightsSource:
+    """The weights of a file that was read from `path`."""
+    model = load_model(file.config, file.tensors).requires_grad_(False).to(device)
+    return WeightsSource(model, "file", _digest(file.tensors), str(path), provenance=file.provenance)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -7,6 +7,7 @@ draw. Merging reads one chunk at a time: memory does not grow with their number.
 """
 
 import json
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tarflow.data_pipeline.images.identical import image_hashes
 from tarflow.evaluation.metrics.bits_per_dim import BitsPerDim, NoiseSettings
 from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics
 from tarflow.evaluation.samples.draw import Drawn, SampleCount
@@ -41,6 +43,7 @@ class SamplesPart:
         self._features: list[Tensor] = []
         self._pixels: list[Tensor] = []
         self._labels: list[Tensor] = []
+        self._hashes: list[np.ndarray | None] = []
 
     def add(self, drawn: Drawn, pixels: Tensor, features: Tensor) -> None:
         """A batch with the pixels uint8 [m, C, H, W] and features [m, d] of its finite samples."""
@@ -50,12 +53,19 @@ class SamplesPart:
         index = torch.tensor(drawn.finite_indices(), dtype=torch.int64)
         self._features.append(features[index < self.keep.features].float().cpu())
         self._pixels.append(pixels[index < self.keep.pixels])
+        self._hashes.append(image_hashes(pixels.cpu().numpy()))
         self._labels.append(drawn.labels[drawn.finite][index < self.keep.pixels])
 
     @property
     def features(self) -> Tensor:
         """float32 [m, d], by sample index."""
         return torch.cat(self._features) if self._features else torch.empty(0, self.statistics.dim)
+
+    @property
+    def hashes(self) -> np.ndarray | None:
+        """uint64 [samples], of their pixels; None where a chunk was left by a version that made none."""
+        there = [part for part in self._hashes if part is not None]
+        return np.concatenate(there) if there and len(there) == len(self._hashes) else None
 
     @property
     def pixels(self) -> Tensor:
@@ -80,6 +90,7 @@ class SamplesPart:
             features=self.features.numpy(),
             pixels=self.pixels.numpy(),
             labels=self.labels.numpy(),
+            hashes=np.zeros(0, dtype=np.uint64) if self.hashes is None else self.hashes,
             **{f"lost_{key}": value for key, value in self.count.arrays().items()},
             **{f"grid_{key}": value for key, value in self.keep.grid.arrays().items()},
         )
@@ -90,10 +101,21 @@ class SamplesPart:
         self.statistics.merge(_statistics(arrays))
         self.count.merge(_named(arrays, "lost_"))
         self.keep.grid.merge(_named(arrays, "grid_"))
+        self._hashes.append(arrays.get("hashes"))
         for kept, name in ((self._features, "features"), (self._pixels, "pixels"), (self._labels, "labels")):
             if len(arrays[name]):
                 kept.append(torch.from_numpy(arrays[name]))
         return about
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a chunk's file, or figures made of chunks (`.json`), can be read to its end; what it holds is not looked at."""
+    if path.suffix != ".json":
+        return zipfile.is_zipfile(path)  # the table of its parts stands at the end
+    try:
+        return isinstance(json.loads(path.read_text()), dict)
+    except ValueError:
+        return False
 
 
 def chunk_statistics(paths: Iterable[Path]) -> Iterator[FeatureStatistics]:

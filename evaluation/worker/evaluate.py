@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflow.code_version import code_version
+from tarflow.data_pipeline.images.identical import count_identical
 from tarflow.evaluation import results
 from tarflow.evaluation.image_set import ImageSet
 from tarflow.evaluation.metrics.all_scores import feature_scores
@@ -32,8 +34,10 @@ from tarflow.evaluation.worker.chunk_results import (
     MergedLikelihood,
     SamplesPart,
     chunk_statistics,
+    is_whole,
     save_likelihood,
 )
+from tarflow.evaluation.worker.class_maps import check_class_maps
 from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import Recipe
 from tarflow.evaluation.worker.reference import Reference
@@ -109,6 +113,7 @@ class Job:
 
     def run(self) -> dict[str, Any] | None:
         """Help until the result is there; the result if it was this worker that published it."""
+        check_class_maps(self.config, self.source.provenance.classes)
         _ = self.real.reference  # first: what is missing or does not match must not cost a night of sampling
         self.open()
         if self.compute_chunks():
@@ -123,7 +128,11 @@ class Job:
     def open(self) -> None:
         """Join the work on this result, or begin it: what the first worker's plan says holds for all."""
         root, evaluation, num = self.evaluator.root, self.config.evaluation, self.settings.num_samples
-        self.saver = SampleStore.of(self.evaluator.save, root, self.source, self.sampler, num)
+        self.saver = SampleStore.of(self.evaluator.save, root, self.source, self.sampler, num, self.evaluator.say)
+        if aside := results.set_damaged_aside(root, self.name):
+            self.evaluator.say(
+                f"{self.name} has no readable {results.RESULT}: set aside as {aside.name}, evaluated again"
+            )
         plan = {"batch_size": self.config.sampling.batch_size, "chunk_samples": evaluation.chunk_samples}
         folder = results.work_dir(root, f"{self.name}-{self.settings.hash}-{self.source.sha256[:12]}")
         self.work = SharedWork(folder, plan, evaluation.lease_s)
@@ -134,7 +143,10 @@ class Job:
 
     def compute_chunks(self) -> bool:
         """Help until every chunk is there; False if the result is already."""
-        return self.work.work_through([*self.sample_chunks, *self.likelihood_chunks], self._compute, self._is_published)
+        chunks = [*self.sample_chunks, *self.likelihood_chunks]
+        for name in self.work.give_back(chunks, is_whole):
+            self.evaluator.say(f"  {self.work.path(name)} is damaged and computed again")
+        return self.work.work_through(chunks, self._compute, self._is_published)
 
     def _is_published(self) -> bool:
         there = results.read_result(results.evals_dir(self.evaluator.root) / self.name)
@@ -185,7 +197,7 @@ class Job:
         return bits
 
     def _about(self, watch: Stopwatch) -> dict[str, Any]:
-        return {"by": f"{platform.node()}:{os.getpid()}", "seconds": watch.seconds}
+        return {"by": f"{platform.node()}:{os.getpid()}", "seconds": watch.seconds, "code": code_version()}
 
     # --- the result ------------------------------------------------------------------------------------------------
 
@@ -195,16 +207,18 @@ class Job:
         samples = SamplesPart(self.real.features.dim, self._keep())
         likelihood = MergedLikelihood(self.settings.likelihood)
         done_by: dict[str, list[str]] = {}
+        codes: list[dict[str, Any]] = [code_version()]
         for chunks, merged in ((self.sample_chunks, samples), (self.likelihood_chunks, likelihood)):
             for chunk in chunks:
                 about = merged.merge(self.work.path(chunk))
                 self.watch.add(about["seconds"])
                 done_by.setdefault(about["by"], []).append(chunk)
+                codes += [code for code in [about.get("code")] if code and code not in codes]
         with results.building(root, self.name) as folder:
             measured = self._measure(samples, likelihood, folder)
             result = self._result(measured)
             write_json(folder / results.RESULT, result)
-            write_json(folder / results.WORK, self._work_done(done_by))
+            write_json(folder / results.WORK, self._work_done(done_by) | {"code": codes})
             if results.publish(root, folder, self.name, self.config.log.tensorboard):
                 self.published = results.read_result(results.evals_dir(root) / self.name)
         path.write_text(self.name)
@@ -247,7 +261,14 @@ class Job:
         found = feature_scores(
             network, samples.statistics, samples.features, reference.statistics, reference.rows, parts=chunks
         )
-        return found | about
+        identical = None
+        if samples.hashes is not None and reference.hashes is not None:
+            identical = count_identical(samples.hashes, reference.hashes)
+        if identical:
+            found["warnings"].append(
+                f"{identical} of {samples.statistics.count} samples are, pixel for pixel, images of the reference"
+            )
+        return found | {"identical_images": identical} | about
 
     def _bits_per_dim(self, likelihood: MergedLikelihood) -> dict[str, Any]:
         held_out = self.held_out
@@ -280,7 +301,7 @@ class Job:
         number = self.config.model.num_classes
         if not number:
             return None
-        names = self.real.images(0).index.classes or []
+        names = self.source.provenance.classes or self.real.images(0).index.classes or []
         classes = [row % number for row in range(self.settings.grid[0])]
         return [names[c] if c < len(names) else str(c) for c in classes]
 
@@ -291,6 +312,7 @@ class Job:
             "name": self.name,
             "run": run_id(root) if is_run(root) else None,
             **self.source.describe(),
+            "provenance": self.source.provenance.describe(),
             **measured,
             "grid_rows": self._row_names(),
             "num_samples": measured["samples"]["used"],

@@ -15,11 +15,13 @@ import torch
 from tarflow.errors import UserError
 from tarflow.evaluation import results
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.samples.file_sampling import describe_file
 from tarflow.evaluation.samples.store import SampleStore
 from tarflow.evaluation.samples.weights_source import from_checkpoint, from_file, resolve_device
 from tarflow.evaluation.worker.evaluate import Evaluator, Job, headline
 from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import Recipe, file_recipe, load_recipes
+from tarflow.models.weights import read_weights
 from tarflow.trainer.checkpoint.commit import Checkpoint, committed, find, pinned, scan
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import is_run, load_run_config, require_run
@@ -93,14 +95,16 @@ def evaluate_file(
 ) -> dict[str, Any] | None:
     """Evaluate a weights file; the result under OUT/evals, None if it was there or another worker published it.
 
-    The overrides name the data sets and, after gaussian noise, its standard deviation: a weights file knows neither.
+    The overrides name the data sets, and how it was trained where the file does not say it.
     """
     options = options or WorkerOptions()
     if is_run(out):
         raise EvaluationError(f"--out {out} is a run directory, whose results are its own; give another directory")
-    recipe = file_recipe(path, options.overrides)
+    file = read_weights(path)
+    say(describe_file(path, file))
+    recipe = file_recipe(path, file, options.overrides)
     (evaluator,) = _evaluators(out, [recipe], options, say)
-    source = from_file(path, evaluator.real.device)
+    source = from_file(path, file, evaluator.real.device)
     results.sweep(out)
     result = Job(evaluator, source).run()
     say(headline(result) if result else f"{path} has a result under these settings already")

@@ -4,7 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.loading.settings import DataSettings
+from tarflow.data_pipeline.storage.remote import address
+from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.image_set import ImageSet
 from tarflow.evaluation.networks.features import Features
 from tarflow.evaluation.samples.weights_source import resolve_device
@@ -25,6 +28,7 @@ class ReferenceRequest:
     out: Path | None  # None = beside the data
     on_error: str
     device: str
+    max_pixels: int = MAX_PIXELS
 
 
 def make_reference(request: ReferenceRequest, say: Callable[[str], None] = print) -> Reference:
@@ -34,13 +38,21 @@ def make_reference(request: ReferenceRequest, say: Callable[[str], None] = print
         image_size=request.size, patch_size=request.size, in_channels=request.channels, channels=64, num_blocks=1,
         layers_per_block=1,
     )  # fmt: skip
-    images = ImageSet(DataSettings.of(request.data, on_error=request.on_error), shape, request.images)
+    images = ImageSet(_data(request), shape, request.images)
     network = Features(request.features, resolve_device(request.device), request.features_file)
+    if request.out is None and address(request.data):
+        raise EvaluationError(f"{request.data} is an address, where nothing can be written: --out FILE says where to")
     path = request.out or cache_path(Path(request.data), full_provenance(images.provenance(), network))
     if path.is_file():
         say(f"{path} is there already")
-    found = reference_statistics(path, images, network, say=say)
+    if path.is_dir():
+        raise EvaluationError(f"--out {path} is a folder: name the file to write")
+    found = reference_statistics(path, images, network, say=say, ours=request.out is None)
     say(
         f"{path}: {found.statistics.count:,} images, {network.dim} features of {network.name}, {len(found.rows):,} kept"
     )
     return found
+
+
+def _data(request: ReferenceRequest) -> DataSettings:
+    return DataSettings.of(request.data, on_error=request.on_error, max_image_pixels=request.max_pixels)

@@ -14,6 +14,7 @@ from tarflow.evaluation.image_set import ImageSet
 from tarflow.evaluation.networks.features import Features
 from tarflow.evaluation.worker.recipe import EvaluationSettings
 from tarflow.evaluation.worker.reference import (
+    DamagedReferenceError,
     Reference,
     cache_path,
     full_provenance,
@@ -50,5 +51,10 @@ class RealImages:
         if self.path is not None:
             return load_reference(self.path, provenance)
         beside = cache_path(Path(images.data.train), provenance)  # where `tarflow reference` leaves them
-        path = beside if beside.is_file() else cache_path(self.evals, provenance)
+        if beside.is_file():
+            try:
+                return load_reference(beside, provenance)
+            except DamagedReferenceError:
+                self.say(f"{beside} is cut short or damaged: not used (`tarflow reference` makes it anew)")
+        path = cache_path(self.evals, provenance)
         return reference_statistics(path, images, self.features, self.config.evaluation.lease_s, self.say)

@@ -12,8 +12,9 @@ from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
 from tarflow.evaluation.run_config import run_config
+from tarflow.evaluation.samples.file_sampling import stored_sampling
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
-from tarflow.models.weights import load_weights_file
+from tarflow.models.weights import WeightsFile
 from tarflow.trainer.config.files import build_config
 from tarflow.trainer.config.schema import Config
 
@@ -75,7 +76,7 @@ class EvaluationSettings:
         return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()[:12]
 
 
-OVERRIDABLE = ("sampling.", "evaluation.", "data.")
+OVERRIDABLE = ("sampling", "evaluation", "data")  # sections
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ def load_recipes(run_dir: Path, overrides: list[str], say: Callable[[str], None]
 
     Only what evaluation decides can be overridden: the sections sampling and evaluation, and where the data lie.
     """
-    for override in overrides:
-        if not override.startswith(OVERRIDABLE):
+    for override, key in zip(overrides, _keys(overrides)):
+        if not _overridable(key):
             raise EvaluationError(
                 f"override {override!r}: an evaluation takes settings of the sections sampling and evaluation, and "
                 "data; everything else belongs to the run as it was trained"
@@ -116,33 +117,56 @@ def load_recipes(run_dir: Path, overrides: list[str], say: Callable[[str], None]
     return recipes
 
 
-FILE_OVERRIDABLE = (*OVERRIDABLE, "train.noise=", "train.noise_std=", "train.label_dropout=")
+# What a weights file may say of its training, and an override where it does not.
+TRAINING = ("train.noise", "train.noise_std", "train.label_dropout")
 
 
-def file_recipe(path: Path, overrides: list[str]) -> Recipe:
-    """How a weights file is evaluated. Its model is its own; data, noise and all else come from the overrides."""
-    for override in overrides:
-        if not override.startswith(FILE_OVERRIDABLE):
+def file_recipe(path: Path, file: WeightsFile, overrides: list[str]) -> Recipe:
+    """How a weights file is evaluated: its model, noise and sampling settings are its own, all else is overridden.
+
+    Raises EvaluationError for an override that contradicts the file, and where neither says the noise.
+    """
+    given = set(_keys(overrides))
+    for key in given:
+        if not _overridable(key) and key not in TRAINING:
             raise EvaluationError(
-                f"override {override!r}: the evaluation of a weights file takes settings of the sections data, sampling "
-                "and evaluation, train.noise, train.noise_std and train.label_dropout"
+                f"override {key}: the evaluation of a weights file takes settings of the sections data, sampling and "
+                f"evaluation, and {', '.join(TRAINING)} where the file does not say them"
             )
-    given = {override.partition("=")[0] for override in overrides}
     if "data.train" not in given:
         raise EvaluationError(f"{path} does not say what it was trained on: give data.train=FOLDER")
-    if not given & {"train.noise=uniform", "train.noise_std", "train.noise"}:
-        raise EvaluationError(f"{path} does not say its noise: give train.noise_std=S, or train.noise=uniform")
-    model, _ = load_weights_file(path)
+    known = file.provenance.model_dump(include={key.partition(".")[2] for key in TRAINING}, exclude_none=True)
     tree = {
         "data": {"train": ""},
-        "model": model.model_dump(mode="json"),
-        "train": {"global_batch_size": 1, "max_images": 1},
+        "model": file.config.model_dump(mode="json"),
+        "train": {"global_batch_size": 1, "max_images": 1} | known,
         "ema": {"relative_stds": []},
         "log": {"tensorboard": False},
+        "sampling": stored_sampling(path, file.provenance.sampling).model_dump(mode="json"),
     }
     config = build_config(tree, str(path), overrides)
+    for name, value in known.items():
+        if getattr(config.train, name) != value:
+            raise EvaluationError(
+                f"override train.{name}={getattr(config.train, name)}, but {path} was trained with {value}: leave it out"
+            )
+    said = given | {f"train.{name}" for name in known}
+    if "train.noise_std" not in said and (config.train.noise == "gaussian" or "train.noise" not in said):
+        raise EvaluationError(
+            f"{path} does not say its noise: give train.noise_std=S (its standard deviation), or train.noise=uniform"
+        )
     settings = replace(EvaluationSettings.of_run(config), weights="file")
     return Recipe(config, settings, own=False)
+
+
+def _keys(overrides: list[str]) -> list[str]:
+    """The settings that overrides name, in their order."""
+    return [override.partition("=")[0] for override in overrides]
+
+
+def _overridable(key: str) -> bool:
+    section, dot, _ = key.partition(".")
+    return bool(dot) and section in OVERRIDABLE
 
 
 def load_settings(run_dir: Path, overrides: list[str]) -> tuple[Config, EvaluationSettings, bool]:

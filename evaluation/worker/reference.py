@@ -8,10 +8,12 @@ Any number of processes may compute them together: chunks of fixed size, merged 
 on who did what. Features of some images, spread evenly, are kept beside the sums for the scores that need them.
 """
 
+import errno
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,16 +22,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tarflow.data_pipeline.images.identical import image_hashes
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics
 from tarflow.evaluation.shared_work import SharedWork
-from tarflow.files import write_atomic
+from tarflow.files import check_writable, write_atomic
 
 FORMAT = 2
 CHUNK = 1024  # images
 KEEP = 10_000  # images whose features are kept
 Provenance = dict[str, str | int]
 _WHERE = "data"  # the only entry that may differ
+_ANOTHER = "name another file (--reference, evaluation.reference), or make one with `tarflow reference`"
+
+
+class DamagedReferenceError(EvaluationError):
+    """A file that holds no statistics: cut short, empty, or something else altogether."""
 
 
 class Network(Protocol):
@@ -64,6 +72,7 @@ class Reference:
     provenance: Provenance
     path: Path
     rows: Tensor
+    hashes: np.ndarray | None = None  # uint64 [images], of the pixels; not in files of version 0.1
 
 
 def full_provenance(data: Provenance, features: Network) -> Provenance:
@@ -89,20 +98,53 @@ def reference_statistics(
     features: Network,
     lease_s: float = 120.0,
     say: Callable[[str], None] = lambda line: None,
+    ours: bool = True,
 ) -> Reference:
     """The statistics stored at `path`, or computed, with whoever else is at it, and stored there.
 
-    A stored file of another provenance is an error, and so is a data set that yields another number of images.
+    A stored file of another provenance is an error, and so is a data set that yields another number of images. A damaged
+    one is made anew where the name is `ours` (as `cache_path` gives it), and an error where somebody chose it.
     """
     provenance = full_provenance(images.provenance(), features)
-    if not path.is_file():
-        _compute(path, images, features, provenance, lease_s, say)
+    damaged = None
+    if path.is_file():
+        try:
+            return load_reference(path, provenance)
+        except DamagedReferenceError:
+            if not ours:
+                raise
+            say(f"{path} is cut short or damaged: it is made anew")
+            damaged = _state(path)
+
+    def is_there() -> bool:
+        return path.is_file() and _state(path) != damaged
+
+    _compute(path, images, features, provenance, lease_s, say, is_there)
     return load_reference(path, provenance)
 
 
+def _state(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is replaced."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def _compute(
-    path: Path, images: Images, features: Network, provenance: Provenance, lease_s: float, say: Callable[[str], None]
+    path: Path,
+    images: Images,
+    features: Network,
+    provenance: Provenance,
+    lease_s: float,
+    say: Callable[[str], None],
+    is_there: Callable[[], bool],
 ) -> None:
+    try:
+        check_writable(path.parent)
+    except OSError as error:
+        raise EvaluationError(
+            f"cannot write reference statistics to {path.parent}: {error.strerror}; `tarflow reference --out FILE` makes them "
+            "in another place, where evaluation.reference=FILE and `score --reference FILE` find them"
+        ) from None
     total = images.num_images
     if total < 2:
         raise EvaluationError("reference statistics need at least 2 images: set evaluation.reference_images=0 for all")
@@ -116,28 +158,31 @@ def _compute(
         part, seen = chunks[name], 0
         first = part * total // parts
         statistics, kept = FeatureStatistics(features.dim), [torch.empty(0, features.dim)]
+        hashes = []
         for pixels, _, _ in images.batches(False, 64, part, parts):
             rows = features(pixels)
+            hashes.append(image_hashes(pixels.numpy()))
             statistics.add(rows)
             kept.append(rows[spread(first + seen + torch.arange(len(rows)), total, KEEP)])
             seen += len(rows)
-        _write(temporary, statistics, torch.cat(kept), provenance)
+        _write(temporary, statistics, torch.cat(kept), provenance, _together(hashes))
         if parts > 1:
             say(f"  images {first:,} to {first + seen - 1:,} of {total:,}")
 
     def merge(name: str, temporary: Path) -> None:
-        statistics, kept = FeatureStatistics(features.dim), []
+        statistics, kept, hashes = FeatureStatistics(features.dim), [], []
         for chunk in chunks:
             part = load_reference(work.path(chunk), provenance)
             statistics.merge(part.statistics)
             kept.append(part.rows)
+            hashes.append(part.hashes)
         _check_count(statistics.count, provenance)
-        save_reference(path, statistics, provenance, torch.cat(kept))
+        save_reference(path, statistics, provenance, torch.cat(kept), _together(hashes))
         temporary.touch()
 
-    if work.work_through(list(chunks), measure, path.is_file):
+    if work.work_through(list(chunks), measure, is_there):
         try:
-            work.work_through(["merged"], merge, path.is_file)
+            work.work_through(["merged"], merge, is_there)
         except EvaluationError:
             work.remove()  # what the chunks hold is of no use
             raise
@@ -161,12 +206,22 @@ def _check_count(count: int, provenance: Provenance) -> None:
         )
 
 
-def save_reference(path: Path, statistics: FeatureStatistics, provenance: Provenance, rows: Tensor) -> None:
-    """Write count, mean, scatter matrix, kept features and provenance; the file appears whole or not at all."""
-    write_atomic(path, lambda temporary: _write(temporary, statistics, rows, provenance))
+def _together(hashes: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """All of them, or None where a chunk by an earlier version lacks them."""
+    there = [part for part in hashes if part is not None]
+    return np.concatenate(there) if there and len(there) == len(hashes) else None
 
 
-def _write(path: Path, statistics: FeatureStatistics, rows: Tensor, provenance: Provenance) -> None:
+def save_reference(
+    path: Path, statistics: FeatureStatistics, provenance: Provenance, rows: Tensor, hashes: np.ndarray | None = None
+) -> None:
+    """Write count, mean, scatter matrix, kept features, hashes and provenance; the file appears whole or not at all."""
+    write_atomic(path, lambda temporary: _write(temporary, statistics, rows, provenance, hashes))
+
+
+def _write(
+    path: Path, statistics: FeatureStatistics, rows: Tensor, provenance: Provenance, hashes: np.ndarray | None
+) -> None:
     count, mean, scatter = statistics.parts()
     with open(path, "wb") as file:
         np.savez(
@@ -177,10 +232,11 @@ def _write(path: Path, statistics: FeatureStatistics, rows: Tensor, provenance: 
             scatter=scatter.numpy(),
             rows=rows.numpy(),
             provenance=np.array(json.dumps(provenance, sort_keys=True)),
+            **({} if hashes is None else {"hashes": hashes}),
         )
 
 
-def _read(path: Path) -> tuple[Provenance, FeatureStatistics, Tensor]:
+def _read(path: Path) -> tuple[Provenance, FeatureStatistics, Tensor, np.ndarray | None]:
     if not path.is_file():
         raise EvaluationError(f"no reference statistics at {path}")
     try:
@@ -189,12 +245,17 @@ def _read(path: Path) -> tuple[Provenance, FeatureStatistics, Tensor]:
             if version == FORMAT:
                 stored: Provenance = json.loads(str(file["provenance"]))
                 statistics = FeatureStatistics.from_parts(int(file["count"]), file["mean"], file["scatter"])
-                return stored, statistics, torch.from_numpy(file["rows"])
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise EvaluationError(
-            f"{path} is no file of reference statistics ({error}); remove it to have it made anew"
-        ) from None
-    raise EvaluationError(f"{path} has format {version}, this program reads {FORMAT}; remove it to have it made anew")
+                rows, dim = torch.from_numpy(file["rows"]), statistics.dim
+                if file["scatter"].shape != (dim, dim) or rows.shape[1:] != (dim,):
+                    raise ValueError(f"its arrays do not have {dim} features each")
+                return stored, statistics, rows, file["hashes"] if "hashes" in file.files else None
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):  # a seek to a place that the damage made up
+            raise EvaluationError(f"cannot read {path}: {error.strerror}") from None
+        raise DamagedReferenceError(f"{path} is no file of reference statistics ({error}); {_ANOTHER}") from None
+    except (KeyError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DamagedReferenceError(f"{path} is no file of reference statistics ({error}); {_ANOTHER}") from None
+    raise DamagedReferenceError(f"{path} has format {version}, this program reads {FORMAT}; {_ANOTHER}")
 
 
 def load_reference(path: Path, expected: Provenance, keys: tuple[str, ...] = ()) -> Reference:
@@ -202,7 +263,7 @@ def load_reference(path: Path, expected: Provenance, keys: tuple[str, ...] = ())
 
     `keys`: what must agree (default: everything but where the data lie).
     """
-    stored, statistics, rows = _read(path)
+    stored, statistics, rows, hashes = _read(path)
     differ = [
         f"{key}: {stored.get(key)!r} in the file, {expected.get(key)!r} here"
         for key in keys or sorted((stored.keys() | expected.keys()) - {_WHERE})
@@ -211,6 +272,6 @@ def load_reference(path: Path, expected: Provenance, keys: tuple[str, ...] = ())
     if differ:
         raise EvaluationError(
             f"the reference statistics at {path} were made from something else:\n  " + "\n  ".join(differ) + "\n"
-            "give another file, or leave evaluation's reference path out to have them computed from data.train"
+            "name another file, or leave evaluation.reference out to have them computed from data.train"
         )
-    return Reference(statistics, stored, path, rows)
+    return Reference(statistics, stored, path, rows, hashes)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS
+from tarflow.data_pipeline.images.identical import count_identical
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.image_folder import ImageFolder
 from tarflow.evaluation.metrics.all_scores import feature_scores
@@ -37,6 +39,7 @@ class ScoreRequest:
     on_error: str
     out: Path | None
     device: str
+    max_pixels: int = MAX_PIXELS
 
 
 def score_folder(request: ScoreRequest, say: Say = print) -> dict[str, Any]:
@@ -47,22 +50,29 @@ def score_folder(request: ScoreRequest, say: Say = print) -> dict[str, Any]:
     if request.reference is not None:
         reference = _matching(request, network)
         size, channels = int(reference.provenance["image_size"]), int(reference.provenance["channels"])
-        theirs = reference.statistics, reference.rows
+        theirs, their_hashes = (reference.statistics, reference.rows), reference.hashes
         about: dict[str, Any] = {"file": request.reference.name, **reference.provenance}
         warnings = []
     else:
         assert request.against is not None
         channels = request.channels or 3
-        other = ImageFolder(request.against, channels, request.size, request.on_error)
+        other = ImageFolder(request.against, channels, request.size, request.on_error, request.max_pixels)
         theirs = measure(other, network, say)
+        their_hashes = other.hashes
         size, about, warnings = other.size or 0, other.describe(), other.warnings()
-    folder = ImageFolder(request.folder, channels, size, request.on_error)
+    folder = ImageFolder(request.folder, channels, size, request.on_error, request.max_pixels)
     statistics, rows = measure(folder, network, say)
     scores = feature_scores(network, statistics, rows, *theirs, names=("scored", "reference"))
     warnings = folder.warnings() + warnings + scores.pop("warnings")
+    identical = None if their_hashes is None else count_identical(folder.hashes, their_hashes)
+    if identical:
+        warnings.append(
+            f"{identical} of {folder.used} images in {folder.root} are, pixel for pixel, among the reference's"
+        )
     result = {
         "format": FORMAT,
         **scores,
+        "identical_images": identical,
         "images": folder.describe(),
         "reference": about,
         "features": {"name": network.name, "sha256": network.sha256, "preprocessing": network.preprocessing},

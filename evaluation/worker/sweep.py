@@ -32,7 +32,7 @@ from tarflow.evaluation.samples.draw import NO_LABEL, Sampler, check_guidance
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import WeightsSource, from_checkpoint, resolve_device
 from tarflow.evaluation.shared_work import SharedWork, stretches
-from tarflow.evaluation.worker.chunk_results import Keep, SamplesPart
+from tarflow.evaluation.worker.chunk_results import Keep, SamplesPart, is_whole
 from tarflow.evaluation.worker.evaluate import Stopwatch, draw_chunk
 from tarflow.evaluation.worker.pictures import GridImages
 from tarflow.evaluation.worker.real_images import RealImages
@@ -208,6 +208,8 @@ class _Sweep:
 
         merged = self._part()
         figures = work.path(f"distance-{number:08d}.json")
+        for name in work.give_back([figures.name, *chunks], is_whole):
+            self.say(f"{work.path(name)} is damaged and computed again")
         if not figures.exists():
             work.work_through(list(chunks), compute, over=lambda: figures.exists() or self.record.exists())
         if self.record.exists():

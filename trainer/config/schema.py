@@ -23,7 +23,7 @@ class TrainConfig(Section):
     """What is trained, on how many images."""
 
     seed: Count = Field(0, ge=0, description="key of all randomness")
-    global_batch_size: Count = Field(gt=0, description="images per step, over all ranks")
+    global_batch_size: Count = Field(gt=0, le=1 << 24, description="images per step, over all ranks")
     micro_batch_size: Count = Field(0, ge=0, description="images per forward pass and rank; 0 = the rank's whole share")
     max_images: Count = Field(gt=0, description="images seen at which the run ends")
     noise: Literal["gaussian", "uniform"] = Field(
@@ -57,6 +57,9 @@ class TrainConfig(Section):
         return self
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Section):
     """AdamW and its schedule: linear warm-up, then a cosine down to final_lr at train.max_images."""
 
@@ -64,7 +67,7 @@ class OptimConfig(Section):
     final_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
     warmup_images: Count = Field(0, ge=0, description="images of the linear warm-up; 0 = one epoch")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW's decoupled decay")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moment decays")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's moment decays")
 
 
 class ParallelConfig(Section):
@@ -73,7 +76,9 @@ class ParallelConfig(Section):
     backend: Literal["ddp", "fsdp2", "deepspeed"] = Field(
         "ddp", description="ddp: whole copies; fsdp2, deepspeed: sharded"
     )
-    world_size: Count = Field(0, ge=0, description="processes that this configuration is made for; 0 = any number")
+    world_size: Count = Field(
+        0, ge=0, le=1 << 20, description="processes that this configuration is made for; 0 = any number"
+    )
     dp_replicate: Count = Field(0, ge=0, description="copies of the model; 0 = what is left")
     dp_shard: Count = Field(0, ge=0, description="pieces that fsdp2 cuts a copy into; 0 = what is left")
     zero_stage: Count = Field(

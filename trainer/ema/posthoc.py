@@ -15,7 +15,9 @@ import torch
 
 import tarflow.trainer.checkpoint.commit as ckpt
 from tarflow.models.weights import save_weights_file
+from tarflow.trainer.checkpoint.provenance import names_of_checkpoint, provenance_of
 from tarflow.trainer.checkpoint.tensors import load_weights
+from tarflow.trainer.config.chosen_sampling import chosen_sampling
 from tarflow.trainer.config.ema import power_name
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.ema.ema import power_of_width
@@ -91,8 +93,11 @@ def reconstruct(
             "smaller ema.snapshot_every_images (0 = no snapshots)"
         )
     path = out or run_dir / f"{power_name(relative_std)}-{final.name}.safetensors"
-    model = load_config(final.path / "config.yaml").model
-    save_weights_file(path, model, _combine(pairs, coefficients))
+    config, name = load_config(final.path / "config.yaml"), power_name(relative_std)
+    sampling, _ = chosen_sampling(run_dir)
+    classes = names_of_checkpoint(final, config)
+    provenance = provenance_of(final, config, name, sampling, ema_relative_std=relative_std, classes=classes)
+    save_weights_file(path, config.model, _combine(pairs, coefficients), provenance)
     return path
 
 

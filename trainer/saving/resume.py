@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from tarflow.code_version import code_version, describe_code
 from tarflow.files import write_text
 from tarflow.trainer.checkpoint.commit import Checkpoint
 from tarflow.trainer.config.files import config_diff, load_config
@@ -19,9 +20,18 @@ ORDER = ("train.seed", "data.num_canonical_nodes", "data.shuffle_block")
 
 
 def check_resume(
-    checkpoint: Checkpoint, config: Config, fingerprint: str, accept_new_data: bool, say: Callable[[str], None]
+    checkpoint: Checkpoint,
+    config: Config,
+    fingerprint: str,
+    accept_new_data: bool,
+    say: Callable[[str], None],
+    former_fingerprint: str | None = "",
 ) -> None:
-    """Compare a configuration with a checkpoint's: print every change, refuse the impossible ones before loading."""
+    """Compare a configuration with a checkpoint's: print every change, refuse the impossible ones before loading.
+
+    `former_fingerprint`: of the same data without their contents, as earlier versions made it; a checkpoint that holds it
+    goes on, and it is said that nobody can tell whether the contents are the same. None: the index is of such a version.
+    """
     changes = config_diff(load_config(checkpoint.path / "config.yaml"), config)
     refused = {key: change for key, change in changes.items() if key.startswith(STRUCTURAL)}
     if refused:
@@ -35,13 +45,27 @@ def check_resume(
             " (the order of samples changes: some of this epoch are seen twice or not at all)" if key in ORDER else ""
         )
         say(f"changed: {key}: {old} -> {new}{note}")
+    code = checkpoint.info.get("code")
+    if code and code != code_version():
+        say(f"changed: code: {describe_code(code)} -> {describe_code(code_version())}")
     stored = checkpoint.info.get("data")
     if stored == fingerprint:
+        return
+    if stored == former_fingerprint:
+        say(
+            f"data.train: names, sizes and labels are those at {checkpoint.images_seen:,} images; what the shards held was "
+            f"not recorded then, and is from now on (fingerprint {stored} -> {fingerprint})"
+        )
         return
     text = (
         f"the data set in data.train is another one than at {checkpoint.images_seen:,} images (fingerprint {stored} -> "
         f"{fingerprint})"
     )
+    if former_fingerprint is None:
+        text += (
+            f"; the index is of an earlier version, which did not record contents: `tarflow data index {config.data.train}` "
+            "may show that it is the same"
+        )
     if not accept_new_data:
         raise TrainerError(f"{text}; if that is meant, add --accept-new-data")
     say(f"changed: {text}; its order starts at position {checkpoint.images_seen}")

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import tarflow.trainer.checkpoint.commit as ckpt
+from tarflow.code_version import code_version
+from tarflow.data_pipeline.loading.choose_reader import DataFacts
 from tarflow.models.flow import TarFlow
-from tarflow.models.weights import load_weights_file
 from tarflow.trainer.checkpoint.retention import set_aside, sweep
 from tarflow.trainer.checkpoint.tensors import read_tensors
 from tarflow.trainer.config.files import config_hash, config_text
@@ -23,6 +24,7 @@ from tarflow.trainer.parallel.saved import place
 from tarflow.trainer.parallel.world import World, broadcast
 from tarflow.trainer.resilience.fault_injection import fault_point
 from tarflow.trainer.saving.background_writer import Save, Staging, Writer
+from tarflow.trainer.saving.initial_weights import initial_weights
 from tarflow.trainer.saving.resume import check_resume
 
 
@@ -35,6 +37,7 @@ class Saver:
         with torch.device("meta"):
             self.sizes = {name: math.prod(p.shape) for name, p in TarFlow(config.model).named_parameters()}
         self.fingerprint = ""
+        self.classes: list[str] | None = None  # names of the data's classes; every checkpoint says them
         self.failures = 0  # saves that failed in a row
         self._staging, self._writer = Staging(), Writer(run_dir, config.checkpoint)
         self._saved_at, self._saved_time = -1, time.monotonic()
@@ -94,8 +97,13 @@ class Saver:
         return self.backend.state() | self.ema.state()
 
     def _description(self) -> tuple[str, dict[str, object]]:
-        facts = {"world_size": self.world.size, "config": config_hash(self.config), "data": self.fingerprint}
-        return config_text(self.config), facts
+        facts = {
+            "world_size": self.world.size,
+            "config": config_hash(self.config),
+            "data": self.fingerprint,
+            "classes": self.classes,
+        }
+        return config_text(self.config), facts | {"code": code_version()}
 
     def _take_note(self, save: Save) -> None:
         if save.error:
@@ -128,13 +136,16 @@ class Saver:
 
     # --- in ---
 
-    def restore(self, fingerprint: str, init_from: Path | None, accept_new_data: bool) -> tuple[int, int]:
+    def restore(
+        self, facts: DataFacts, init_from: Path | None, accept_new_data: bool, init_partial: bool = False
+    ) -> tuple[int, int]:
         """Bring back the newest sound checkpoint, or start from given or fresh weights.
 
         Returns the images seen and the optimizer steps tried until then: those taken and those passed over.
         """
-        self.fingerprint = fingerprint
-        newest = self._choose(accept_new_data)
+        self.fingerprint = facts.fingerprint
+        self.classes = None if facts.index is None else facts.index.classes
+        newest = self._choose(accept_new_data, facts.former_fingerprint)
         if newest is not None:
             state = self.backend.state() | self.ema.state()
             read_tensors(newest, state)
@@ -146,12 +157,12 @@ class Saver:
             self.log.event("resume", images_seen=newest.images_seen, step=newest.step)
             return newest.images_seen, newest.step + int(self.backend.skipped()[0])
         if init_from is not None:
-            self._start_from(init_from)
+            self._start_from(init_from, init_partial)
         self.log.say(f"no checkpoint in {self.run_dir}: starting from {init_from or 'fresh weights'}")
         self.log.event("start", images_seen=0, step=0)
         return 0, 0
 
-    def _choose(self, accept_new_data: bool) -> ckpt.Checkpoint | None:
+    def _choose(self, accept_new_data: bool, former_fingerprint: str | None) -> ckpt.Checkpoint | None:
         """Rank 0 looks, sweeps and decides; all ranks follow, into the same error if it is one."""
         answer: ckpt.Checkpoint | TrainerError | None = None
         if self.world.first:
@@ -160,7 +171,9 @@ class Saver:
                     self.log.say(line)
                 answer = ckpt.newest_sound(self.run_dir, self.log.say)
                 if answer is not None:
-                    check_resume(answer, self.config, self.fingerprint, accept_new_data, self.log.say)
+                    check_resume(
+                        answer, self.config, self.fingerprint, accept_new_data, self.log.say, former_fingerprint
+                    )
                     for line in set_aside(self.run_dir, answer):
                         self.log.say(line)
                 for line in forget_after(self.run_dir, answer.images_seen if answer is not None else 0):
@@ -174,12 +187,10 @@ class Saver:
             raise answer
         return answer
 
-    def _start_from(self, path: Path) -> None:
-        config, weights = load_weights_file(path, self.config.model)
-        if config != self.config.model:
-            raise TrainerError(
-                f"--init-from {path} holds another model: {config!r}; this run has {self.config.model!r}"
-            )
+    def _start_from(self, source: Path, partial: bool) -> None:
+        weights, lines = initial_weights(source, self.config, partial)
+        for line in lines:
+            self.log.say(line)
         state: dict[str, Tensor] = self.backend.state()
         for name, value in weights.items():
             place(state["buffer/var" if name == "var" else f"model/{name}"], value)

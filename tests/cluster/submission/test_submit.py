@@ -190,7 +190,7 @@ def test_dry_run_prints_the_batch_script_on_a_machine_without_slurm(
     golden = GOLDEN / f"{case}.txt"
     assert text == golden.read_text(), f"if this is meant, write it to {golden}"
     if case != "submit-eval":
-        for said in ("global_batch_size: 16\n", "# batch       global batch 16 = ", "GiB per rank"):
+        for said in ("global_batch_size: 16\n", "# batch       global batch 16 = ", "KiB per rank"):
             assert said in more_text[1]
     assert (
         subprocess.run(["/bin/bash", "-n"], input="".join([text, *more_text]), capture_output=True, text=True).stderr

@@ -179,6 +179,16 @@ def test_an_address_without_an_index_says_what_to_do(served: tuple[Any, Path], t
         open_index("http://127.0.0.1:9", Access(cache_dir=str(tmp_path), retries=1, timeout_s=0.5))
 
 
+def test_I07_an_address_without_an_index_goes_by_the_answer_not_by_the_words(
+    served: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged list of shards whose reader happens to complain in the same words is a damaged one."""
+    server, _ = served
+    monkeypatch.setattr("tarflow.data_pipeline.index.index.META_KEY", b"there is nothing at all")
+    with pytest.raises(DataError, match=r"cannot read .*there is nothing at all.*; write the index anew"):
+        open_index(server.url, Access(cache_dir=str(tmp_path)))
+
+
 def test_an_object_store_s_file_system_is_read_through_the_same_cache(
     make_set: Callable[..., Path], tmp_path: Path
 ) -> None:

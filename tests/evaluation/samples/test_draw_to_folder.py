@@ -86,7 +86,7 @@ def test_labels_and_settings_can_be_chosen(make_run, tmp_path):
 def test_a_weights_file_says_its_own_model(make_model, tmp_path):
     model = make_model()
     save_weights_file(tmp_path / "m.safetensors", model.config, model.state_dict())
-    assert draw(tmp_path / "m.safetensors", tmp_path / "plain")
+    assert draw(tmp_path / "m.safetensors", tmp_path / "plain", settings={"noise_std": 0.0})
     plain = Sampler(model, ResolvedSampling()).draw(range(6)).pixels()
     assert all((a.int() - b.int()).abs().max() <= 1 for a, b in zip(images(tmp_path / "plain").values(), plain))
     draw(tmp_path / "m.safetensors", tmp_path / "clean", settings={"noise_std": 0.2})
@@ -134,8 +134,22 @@ def test_S03_lost_samples_are_missing_and_said(make_model, tmp_path):
     with torch.no_grad():
         model.blocks[0].class_embed[1] = torch.nan
     save_weights_file(tmp_path / "m.safetensors", model.config, model.state_dict())
-    complete = draw(tmp_path / "m.safetensors", tmp_path / "out", quiet=lines)
+    complete = draw(tmp_path / "m.safetensors", tmp_path / "out", quiet=lines, settings={"noise_std": 0.0})
     assert not complete
     assert list(images(tmp_path / "out")) == ["000000.png", "000002.png", "000003.png", "000005.png"]
     assert settings_of(tmp_path / "out")["nonfinite"] == [1, 4]
     assert "2 of 6 samples are not finite" in "\n".join(lines)
+
+
+def test_V06_damaged_images_are_drawn_again_and_said(make_run, tmp_path):
+    run_dir, _ = make_run(steps=(20,))
+    draw(run_dir, tmp_path / "out", num=5)
+    before, lines = images(tmp_path / "out"), []
+    good = (tmp_path / "out/images/000002.png").read_bytes()
+    (tmp_path / "out/images/000002.png").write_bytes(b"")
+    (tmp_path / "out/images/000004.png").write_bytes(good[: len(good) // 2])
+    assert draw(run_dir, tmp_path / "out", num=5, quiet=lines)
+    assert "2 damaged images are drawn again: 000002.png is empty, and 1 more" in lines
+    assert "3 are there already" in lines
+    after = images(tmp_path / "out")
+    assert all((after[name].int() - before[name].int()).abs().max() <= 1 for name in before)

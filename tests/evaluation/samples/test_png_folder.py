@@ -90,3 +90,59 @@ def test_S03_missing_samples_are_recorded(tmp_path):
     folder.finish([1])
     assert json.loads((tmp_path / "out/settings.json").read_text())["nonfinite"] == [1]
     assert SampleFolder(tmp_path / "out", SETTINGS, 3).missing() == [1]
+
+
+def damage(path, how):
+    data = path.read_bytes()
+    new = {
+        "empty": b"",
+        "half": data[: len(data) // 2],
+        "without its last byte": data[:-1],
+        "zeros at the end": data[:-20] + bytes(20),
+        "a flipped bit": data[:45] + bytes([data[45] ^ 4]) + data[46:],
+        "not a PNG": b"<html>not found</html>",
+    }[how]
+    path.write_bytes(new)
+
+
+@pytest.mark.parametrize(
+    "how", ["empty", "half", "without its last byte", "zeros at the end", "a flipped bit", "not a PNG"]
+)
+def test_V06_a_damaged_image_counts_as_missing(tmp_path, how):
+    fill(SampleFolder(tmp_path / "out", SETTINGS, 5, (1, 4, 4)))
+    damage(tmp_path / "out/images/000003.png", how)
+    again = SampleFolder(tmp_path / "out", SETTINGS, 5, (1, 4, 4))
+    assert again.missing() == list(again.damaged) == [3]
+    fill(again)
+    assert again.missing() == []
+    assert torch.equal(load_png(again.path(3)), image(3))
+
+
+def test_V06_an_image_of_another_size_or_colour_counts_as_missing(tmp_path):
+    fill(SampleFolder(tmp_path / "out", SETTINGS, 4, (1, 4, 4)))
+    save_png(tmp_path / "out/images/000001.png", torch.zeros(1, 4, 5, dtype=torch.uint8))
+    save_png(tmp_path / "out/images/000002.png", image(2, channels=3))
+    again = SampleFolder(tmp_path / "out", SETTINGS, 4, (1, 4, 4))
+    assert again.missing() == [1, 2]
+    assert again.damaged[1] == "5 x 4 pixels, 1 channels, instead of 4 x 4, 1"
+
+
+def test_V06_nothing_is_touched_in_a_folder_that_is_refused(tmp_path):
+    fill(SampleFolder(tmp_path / "out", SETTINGS, 4, (1, 4, 4)))
+    damage(tmp_path / "out/images/000001.png", "half")
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.*")}
+    with pytest.raises(EvaluationError, match="other settings"):
+        SampleFolder(tmp_path / "out", SETTINGS | {"weights_sha256": "def"}, 4, (1, 4, 4))
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.*")} == before
+    (tmp_path / "out/images/000001.png").unlink()
+    (tmp_path / "out/images/000001.png").mkdir()
+    with pytest.raises(EvaluationError, match=r"000001\.png cannot be read: Is a directory"):
+        SampleFolder(tmp_path / "out", SETTINGS, 4, (1, 4, 4))
+
+
+def test_V06_a_damaged_image_of_a_sample_that_is_lost_does_not_stay(tmp_path):
+    fill(SampleFolder(tmp_path / "out", SETTINGS, 3))
+    damage(tmp_path / "out/images/000001.png", "half")
+    again = SampleFolder(tmp_path / "out", SETTINGS, 3)
+    again.finish([1])
+    assert not again.path(1).exists()

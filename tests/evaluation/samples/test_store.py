@@ -167,3 +167,85 @@ def test_S02_four_processes_keep_exactly_what_was_asked_for(saver, sampler, num,
     kept = "samples-*.tar" if kind == "shards" else "samples-*.json"
     assert len(list(there.folder.glob(kept))) == -(-num // 2)
     assert not list(there.folder.glob(".*"))
+
+
+def cut(path, size):
+    os.truncate(path, size if size >= 0 else path.stat().st_size + size)
+
+
+SHARD = "samples-00000004-00000007.tar"
+
+
+@pytest.mark.parametrize(
+    "how", ["empty", "a block", "half a member", "without its end", "zeros", "a flipped bit", "not a tar"]
+)
+def test_V06_a_damaged_shard_is_drawn_again_and_said(saver, sampler, capsys, how):
+    folder = complete(saver(10), sampler)
+    whole = {p.name: p.read_bytes() for p in folder.glob("*.tar")}
+    shard = folder / SHARD
+    if how == "a flipped bit":
+        at = whole[SHARD].index(b"IDAT") + 6
+        shard.write_bytes(whole[SHARD][:at] + bytes([whole[SHARD][at] ^ 1]) + whole[SHARD][at + 1 :])
+    else:
+        end = -(-len(whole[SHARD].rstrip(b"\0")) // 512) * 512
+        cut(shard, {"empty": 0, "a block": 512, "half a member": 600, "without its end": end}.get(how, 0))
+        if how in ("not a tar", "zeros"):
+            shard.write_bytes({"not a tar": b"<html>", "zeros": bytes(6)}[how] * 1000)
+    if how != "zeros":  # an empty tar: only its size says that it was another one
+        state = json.loads((folder / "settings.json").read_text())
+        (folder / "settings.json").write_text(json.dumps({k: v for k, v in state.items() if k != "files"}))
+    capsys.readouterr()
+    again = saver(10)
+    assert again.missing() == [range(4, 8)]
+    assert f"samples in {shard} are drawn again" in capsys.readouterr().out
+    complete(again, sampler)
+    assert {p.name: p.read_bytes() for p in folder.glob("*.tar")} == whole
+    assert saver(10).missing() == []
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("what", ["picture", "gone", "note", "half a note"])
+def test_V06_damaged_pictures_and_notes_are_drawn_again_and_said(saver, sampler, capsys, what):
+    folder = complete(saver(10, kind="png"), sampler)
+    pictures = {p.name: p.read_bytes() for p in (folder / "images").iterdir()}
+    victim, note = folder / "images/00000005.png", folder / "samples-00000004-00000007.json"
+    if what == "picture":
+        cut(victim, 30)
+    elif what == "gone":
+        victim.unlink()
+    else:
+        cut(note, 0 if what == "note" else -9)
+    capsys.readouterr()
+    again = saver(10, kind="png")
+    assert again.missing() == [range(4, 8)]
+    assert f"samples in {note} are drawn again" in capsys.readouterr().out
+    complete(again, sampler)
+    assert {p.name: p.read_bytes() for p in (folder / "images").iterdir()} == pictures
+    assert saver(10, kind="png").missing() == []
+
+
+def test_V06_nothing_is_removed_from_a_folder_that_is_refused(saver, sampler):
+    folder = complete(saver(10), sampler)
+    cut(folder / SHARD, 600)
+    state = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps(state | {"weights": "another"}))
+    with pytest.raises(EvaluationError, match="drawn with other weights"):
+        saver(10)
+    assert (folder / SHARD).stat().st_size == 600
+
+
+@pytest.mark.parametrize("kind", ["shards", "png"])
+def test_V06_the_same_evaluation_again_mends_the_samples_it_keeps(make_run, fake_features, kind):
+    run_dir, _ = make_run(steps=(20,), evaluation={"chunk_samples": 10})
+    evaluate(run_dir, False, WorkerOptions(save=kind), lambda _: None)
+    (folder,) = (run_dir / "samples").iterdir()
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".tar", ".png"))
+    before, lines = {p: p.read_bytes() for p in files}, []
+    cut(files[1], 100)
+    os.utime(folder / "settings.json")  # another process would not have looked at it before
+    evaluate(run_dir, False, WorkerOptions(save=kind), lines.append)
+    assert any("are drawn again" in line for line in lines)
+    assert {p: p.read_bytes() for p in files} == before
+    lines.clear()
+    evaluate(run_dir, False, WorkerOptions(save=kind), lines.append)
+    assert not any("are drawn again" in line for line in lines)

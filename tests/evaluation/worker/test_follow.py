@@ -272,13 +272,18 @@ def test_a_model_without_classes_and_a_run_without_held_out_images(make_run, dig
     }  # fmt: skip
 
 
-def test_figures_go_to_tensorboard(make_run):
+def events_of(run_dir):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    events = EventAccumulator(str(run_dir / "tensorboard/evaluation"), size_guidance={"images": 0})
+    events.Reload()
+    return events
+
+
+def test_figures_go_to_tensorboard(make_run):
     run_dir, _ = make_run()
     run_once(run_dir)
-    events = EventAccumulator(str(run_dir / "tensorboard"))
-    events.Reload()
+    events = events_of(run_dir)
     assert [e.step for e in events.Scalars("eval/fd_efficientnet_lite0")] == [160, 320]
     assert [e.value for e in events.Scalars("eval/bits_per_dim")][1] == pytest.approx(
         result_of(run_dir)["bits_per_dim"]
@@ -286,6 +291,48 @@ def test_figures_go_to_tensorboard(make_run):
     quiet, _ = make_run(name="quiet", log={"tensorboard": False})
     run_once(quiet)
     assert not (quiet / "tensorboard").exists()
+
+
+def test_N15_a_runs_evaluations_share_one_file_of_events_and_grids_are_in_it(make_run):
+    """In a folder of its own: TensorBoard would not go back to the training's file after reading a later one."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    run_dir, _ = make_run()
+    run_once(run_dir, step=10)
+    run_once(run_dir, step=20)  # workers that know nothing of each other
+    run_once(run_dir, overrides=["sampling.guidance=0"], newest_only=True)
+    (file,) = (run_dir / "tensorboard").rglob("*tfevents*")
+    assert file.parent == run_dir / "tensorboard/evaluation"
+    events = events_of(run_dir)
+    (other,) = (p.name for p in (run_dir / "evals").glob("images-000000000320-*"))
+    tags = events.Tags()["images"]
+    assert tags == ["eval/grid", f"eval{other.removeprefix('images-000000000320')}/grid"]
+    assert [e.step for e in events.Images("eval/grid")] == [160, 320]
+    shown = Image.open(io.BytesIO(events.Images("eval/grid")[1].encoded_image_string))
+    assert np.array_equal(np.array(shown), np.array(Image.open(run_dir / "evals/images-000000000320/grid.png")))
+
+    file.write_bytes(file.read_bytes()[:-7])  # as after a crash in the middle of a write
+    run_once(run_dir, overrides=["sampling.guidance=0.5"], newest_only=True)
+    assert len(list((run_dir / "tensorboard").rglob("*tfevents*"))) == 2
+    assert len(events_of(run_dir).Tags()["images"]) == 2  # the torn one is lost, the new one is read
+
+
+def test_N15_a_large_grid_is_made_smaller_for_tensorboard(tmp_path):
+    from PIL import Image
+
+    from tarflow.evaluation.event_file import append_events
+
+    Image.new("RGB", (3000, 1500), "red").save(tmp_path / "grid.png")
+    append_events(
+        tmp_path, 5, {"eval/fd": 1.5}, {"eval/grid": tmp_path / "grid.png", "eval/none": tmp_path / "no.png"}, 1.0
+    )
+    (image,) = events_of(tmp_path).Images("eval/grid")
+    assert (image.width, image.height, image.step) == (1024, 512, 5)
+    assert events_of(tmp_path).Tags()["images"] == ["eval/grid"]
+    assert events_of(tmp_path).Scalars("eval/fd")[0].value == 1.5
 
 
 def test_watching_ends_when_the_last_checkpoint_is_evaluated(make_run, save_checkpoint):

@@ -4,8 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
-from tarflow.evaluation.worker.recipe import EvaluationSettings, load_recipes
+from tarflow.evaluation.worker.recipe import EvaluationSettings, file_recipe, load_recipes
+from tarflow.models.provenance import Provenance
+from tarflow.models.weights import read_weights, save_weights_file
 
 DESCRIBED = {
     "weights": "ema-0.100",
@@ -65,3 +68,90 @@ def test_what_does_not_change_an_image_does_not_make_other_settings(make_run):
 def test_a_setting_of_sampling_that_does_not_exist_is_refused():
     with pytest.raises(TypeError, match="guidence"):
         ResolvedSampling().with_changes(guidence=1.0)
+
+
+UNIFORM = {"noise": "uniform", "noise_std": 0.0}
+GAUSSIAN = {"noise": "gaussian", "noise_std": 0.2}
+
+
+@pytest.fixture
+def recipe_of(make_model, tmp_path, digit_like):
+    """The recipe for a weights file that says what `known` holds, under overrides."""
+
+    def make(known, *overrides):
+        model, path = make_model(), tmp_path / "m.safetensors"
+        save_weights_file(path, model.config, model.state_dict(), Provenance(**known))
+        return file_recipe(path, read_weights(path), [f"data.train={digit_like / 'train'}", *overrides])
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["train.noise=gaussian"], ["train.noise= gaussian"], ["train.label_dropout=0.1"]]
+)
+def test_I07_noise_that_nobody_says_is_asked_for(recipe_of, overrides):
+    with pytest.raises(
+        EvaluationError, match=r"does not say its noise: give train\.noise_std=S.*or train\.noise=uniform"
+    ):
+        recipe_of({}, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("known", "overrides", "likelihood"),
+    [
+        ({}, ["train.noise_std=0.3"], "gaussian, standard deviation 0.3"),
+        ({}, ["train.noise=gaussian", "train.noise_std=0.3"], "gaussian, standard deviation 0.3"),
+        ({}, ["train.noise=uniform"], "uniform"),
+        ({}, ["train.noise=  uniform"], "uniform"),
+        (UNIFORM, [], "uniform"),
+        (GAUSSIAN, [], "gaussian, standard deviation 0.2"),
+        (GAUSSIAN, ["train.noise=gaussian", "train.noise_std=2e-1"], "gaussian, standard deviation 0.2"),
+    ],
+)
+def test_I07_the_noise_is_what_file_or_overrides_say(recipe_of, known, overrides, likelihood):
+    recipe = recipe_of(known, *overrides)
+    assert recipe.settings.describe()["likelihood"].startswith(likelihood)
+
+
+@pytest.mark.parametrize(
+    ("known", "override", "message"),
+    [
+        (GAUSSIAN, "train.noise_std=0.1", r"train\.noise_std=0\.1, but .*m\.safetensors was trained with 0\.2"),
+        (GAUSSIAN, "train.noise=uniform", r"train\.noise=uniform, but .*m\.safetensors was trained with gaussian"),
+        (GAUSSIAN | {"label_dropout": 0.0}, "train.label_dropout=0.1", r"label_dropout=0\.1, but .* with 0\.0"),
+    ],
+)
+def test_I07_an_override_that_contradicts_the_file_names_both(recipe_of, known, override, message):
+    with pytest.raises(EvaluationError, match=message):
+        recipe_of(known, override)
+
+
+@pytest.mark.parametrize(
+    "key", ["train.noises", "train.noise_stdx", "train.seed", "dataset.train", "sampling", "optim.lr"]
+)
+def test_I07_settings_go_by_their_whole_names(recipe_of, make_run, key):
+    """`train.noise` begins like others do; a section is one, not the beginning of a word."""
+    with pytest.raises(EvaluationError, match=f"override {key}: the evaluation of a weights file takes"):
+        recipe_of(GAUSSIAN, f"{key}=1")
+    run_dir, _ = make_run(steps=())
+    with pytest.raises(EvaluationError, match=rf"override '{key}=1': an evaluation takes"):
+        load_recipes(run_dir, [f"{key}=1"])
+
+
+def test_V05_a_file_is_evaluated_with_its_own_sampling_settings(recipe_of):
+    own = {"guidance": 1.5, "denoise": 0.5, "labels": "training"}
+    described = recipe_of(GAUSSIAN | {"sampling": own}).settings.describe()["sampling"]
+    assert (described["guidance"], described["denoise"], described["noise_std"]) == (1.5, 0.5, 0.2)
+    assert sum(described["class_counts"]) == 48
+    overridden = recipe_of(GAUSSIAN | {"sampling": own}, "sampling.guidance=0", "sampling.labels=balanced")
+    assert overridden.settings.describe()["sampling"]["guidance"] == 0
+
+
+def test_V05_a_files_label_dropout_decides_about_guidance(recipe_of, tmp_path):
+    from tarflow.evaluation.worker.follow import WorkerOptions, evaluate_file
+
+    recipe = recipe_of(GAUSSIAN | {"label_dropout": 0.0})
+    options = WorkerOptions(overrides=[f"data.train={recipe.config.data.train}", "sampling.guidance=2"])
+    with pytest.raises(EvaluationError, match="needs a model that was trained without labels now and then"):
+        evaluate_file(tmp_path / "m.safetensors", tmp_path / "out", options, lambda line: None)
+    assert not (tmp_path / "out").exists()

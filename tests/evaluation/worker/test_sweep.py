@@ -13,6 +13,7 @@ from tarflow.evaluation.run_config import run_config
 from tarflow.evaluation.worker import sweep as sweep_module
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 from tarflow.evaluation.worker.sweep import SweepRequest, sweep_guidance
+from tarflow.trainer.errors import TrainerError
 
 pytestmark = pytest.mark.usefixtures("fake_features")
 
@@ -71,7 +72,7 @@ def test_the_choice_is_the_default_until_it_is_overridden_and_whoever_uses_it_sa
     assert tarflow.cli.main(["evaluate", str(run_dir), "sampling.guidance=0.5"]) == 0
     assert "sampling with denoise=0.25, attn_temp=1.0: chosen by sweeps/images-000000000320-" in capsys.readouterr().out
     (run_dir / "sampling.json").write_text('{"sampling": {"guidence": 1}, "chosen_by": "me"}')
-    with pytest.raises(EvaluationError, match="holds 'guidence', which is no setting"):
+    with pytest.raises(TrainerError, match="holds 'guidence', which is no setting"):
         run_config(run_dir)
 
 
@@ -119,6 +120,24 @@ def test_N11_a_record_of_an_earlier_version_is_read(run_dir):
     assert not (run_dir / "sampling.json").exists()
     sweep_guidance(request(run_dir, choose="best"), lines.append)
     assert run_config(run_dir).sampling.guidance == record["best"]["guidance"]
+
+
+def test_V06_damaged_parts_of_a_sweep_are_computed_again_and_said(run_dir):
+    def stop(line):
+        if " samples, guidance" in line:  # the first setting has its distance
+            raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        sweep_guidance(request(run_dir), stop)
+    (figures,) = (run_dir / "sweeps").rglob("distance-*.json")
+    chunk = sorted(figures.parent.glob("samples-*"))[0]
+    for path in (figures, chunk):
+        os.truncate(path, path.stat().st_size // 2)
+    lines = []
+    sweep_guidance(request(run_dir), lines.append)
+    assert [line for line in lines if "damaged" in line] == [
+        f"{path} is damaged and computed again" for path in (figures, chunk)
+    ]
 
 
 def work(run_dir):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.worker import evaluate as evaluate_module
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 
@@ -249,6 +250,33 @@ def test_a_chunks_file_says_who_did_it(run_of_2000):
     assert {"sampling", "features", "statistics"} <= set(about["seconds"])
 
 
+def test_V08_work_by_two_versions_names_both_and_the_result_is_the_same(run_of_2000, tmp_path):
+    """The code that trained is a fact of the result; who evaluated with which code stands beside it."""
+    old, new = {"version": "0.2.0", "commit": "ab" * 20, "dirty": False}, {"version": "0.3.0"}
+    trained = {"version": "0.1.0", "commit": "cd" * 20, "dirty": True}
+    marker = run_of_2000 / "checkpoints/images-000000000320/COMMITTED"
+    facts = {"code": trained, "classes": ["food", "smileys", "x"]}
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | facts))
+    alone = tmp_path / "alone"
+    shutil.copytree(run_of_2000, alone)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_module, "code_version", lambda: old)
+        patch.setattr(evaluate_module.Job, "_finish", lambda self, name, path: (_ for _ in ()).throw(SystemExit(143)))
+        with pytest.raises(SystemExit):
+            evaluate(run_of_2000, False, WorkerOptions(), lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_module, "code_version", lambda: new)
+        for run_dir in (run_of_2000, alone):
+            evaluate(run_dir, False, WorkerOptions(), lambda _: None)
+    assert files(run_of_2000) == files(alone)
+    result = json.loads(files(alone)["result.json"])
+    assert result["provenance"]["code"] == trained
+    assert (result["provenance"]["noise_std"], result["provenance"]["weights"]) == (0.1, "ema-0.100")
+    assert result["grid_rows"] == ["food", "smileys", "x"]
+    codes = [json.loads((r / "evals/images-000000000320/work.json").read_text())["code"] for r in (run_of_2000, alone)]
+    assert codes == [[new, old], [new]]
+
+
 def test_labels_by_frequency_leave_the_grid_in_rows_of_classes(make_run):
     run_dir, _ = make_run(steps=(20,), sampling={"labels": "training"}, evaluation={"num_samples": 40})
     (result,) = evaluate(run_dir, False, WorkerOptions(), lambda _: None).done
@@ -290,3 +318,41 @@ def test_chunks_count_as_progress_of_a_requeued_job(run_of_2000):
         evaluate(run_of_2000, False, WorkerOptions(), lambda _: None)
     seen.append(progress(job))
     assert seen == [0, *range(CHUNKS + 1), 1_000_000]
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_V06_a_damaged_chunk_is_computed_again_and_said(run_of_2000, tmp_path, size):
+    alone, lines = tmp_path / "alone", []
+    shutil.copytree(run_of_2000, alone)
+    evaluate(alone, False, WorkerOptions(), lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_module.Job, "_finish", lambda self, name, path: (_ for _ in ()).throw(SystemExit(143)))
+        with pytest.raises(SystemExit):
+            evaluate(run_of_2000, False, WorkerOptions(), lambda _: None)
+    for chunk in (chunks_done(run_of_2000)[0], chunks_done(run_of_2000)[-1]):
+        os.truncate(chunk, size if size >= 0 else chunk.stat().st_size + size)
+    evaluate(run_of_2000, False, WorkerOptions(), lines.append)
+    assert sum("is damaged and computed again" in line for line in lines) == 2
+    assert files(run_of_2000) == files(alone)
+
+
+def test_V06_a_damaged_plan_says_what_to_remove(run_of_2000):
+    from tarflow.evaluation.shared_work import SharedWork
+
+    SharedWork(run_of_2000 / "work", {"batch_size": 3}, 60)
+    (run_of_2000 / "work/plan.json").write_text("{")
+    with pytest.raises(EvaluationError, match=r"plan\.json is damaged: remove .*/work to begin this work again"):
+        SharedWork(run_of_2000 / "work", {"batch_size": 3}, 60)
+
+
+@pytest.mark.parametrize("text", ["", "[]", None])
+def test_V06_a_result_that_cannot_be_read_is_set_aside_and_evaluated_again(make_run, text):
+    run_dir, _ = make_run(steps=(20,))
+    evaluate(run_dir, False, WorkerOptions(), lambda _: None)
+    before, lines = files(run_dir), []
+    result = run_dir / "evals/images-000000000320/result.json"
+    result.unlink() if text is None else result.write_text(text)
+    assert len(evaluate(run_dir, False, WorkerOptions(), lines.append).done) == 1
+    assert files(run_dir) == before
+    assert any("set aside as damaged-images-000000000320, evaluated again" in line for line in lines)
+    assert (run_dir / "evals/damaged-images-000000000320/grid.png").exists()

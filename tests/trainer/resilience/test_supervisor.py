@@ -169,7 +169,7 @@ def test_C11_killed_rank_of_a_real_run_costs_a_restart_and_no_work(tiny_config: 
     assert "supervisor: rank 1 was killed by SIGKILL (often: out of memory) first" in errors
     assert "rank 1 was killed by SIGKILL (often: out of memory) first; all ranks are gone; restart 1 of 1" in said
     assert "resuming at 96 images" in said
-    assert "2 ranks x 1 micro-batches x 8 images" in said
+    assert "2 ranks x 1 micro-batch x 8 images" in said
     assert members(process.pid) == []
 
 

@@ -1,0 +1,62 @@
+"""A quick look at an image file: its size as shown, and whether it has colours."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from tarflow.data_pipeline.images.formats import FORMATS
+from tarflow.data_pipeline.images.opening import png_without_metadata
+
+_GREY = ("1", "L", "LA", "La", "F")
+_ORIENTATION = 0x0112
+_SIDE = 64  # colours are looked for in a picture of at most this side
+_MOST_PIXELS = 1 << 23  # beyond, the mode alone decides: a look must be quick
+_SPREAD = 12  # grey levels by which channels of a grey picture may differ: JPEG rounds each of them
+
+
+@dataclass(frozen=True)
+class Look:
+    """`width`, `height`: pixels as the image is shown, its EXIF orientation applied. `grey`: it has no colours, however
+    many channels its file stores."""
+
+    width: int
+    height: int
+    grey: bool
+
+
+def look_at(data: bytes) -> Look | None:
+    """What an image file shows; None where that cannot be told, and decoding will say what is wrong."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for file in (data, png_without_metadata(data)):
+            try:
+                if file is not None:
+                    with Image.open(io.BytesIO(file), formats=FORMATS) as image:
+                        return _look(image)
+            except Exception:  # whatever a plug-in raises for a damaged file
+                continue
+    return None
+
+
+def _look(image: Image.Image) -> Look:
+    width, height = image.size
+    if image.getexif().get(_ORIENTATION, 1) >= 5:
+        width, height = height, width
+    return Look(width, height, _is_grey(image))
+
+
+def _is_grey(image: Image.Image) -> bool:
+    if image.mode in _GREY or image.mode.startswith("I"):
+        return True
+    image.draft("RGB", (_SIDE, _SIDE))  # a JPEG is decoded at a fraction of its size
+    if image.width * image.height > _MOST_PIXELS:
+        return False
+    small = image.convert("RGB")
+    small.thumbnail((_SIDE, _SIDE))
+    pixels = np.asarray(small).astype(np.int16)
+    return bool((pixels.max(axis=2) - pixels.min(axis=2)).max() <= _SPREAD)

@@ -1,0 +1,65 @@
+"""What a shard holds, as numbers that change when its bytes do: a checksum of all of it, and a sketch for a quick look.
+
+The checksum is made once, while indexing, and is part of the data set's fingerprint. Reading whole shards again at every
+start would cost an epoch's worth of reading, so the index also keeps each shard's time of change and a sketch: a digest of
+`BLOCKS` blocks spread evenly over it, which is all of a small shard. A shard of the same size and time is taken as it is; with
+another time (a copy, a shard written again) the sketch decides. `tarflow data verify` reads everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+BLOCK = 16 << 10
+BLOCKS = 64
+_PIECE = 4 << 20
+
+
+@dataclass(frozen=True)
+class ShardContent:
+    """The state of a shard's file. `modified_ns`: time of change; `checksum`: CRC-32, hex; `sketch`: hex."""
+
+    file_bytes: int = 0
+    modified_ns: int = 0
+    checksum: str = ""
+    sketch: str = ""
+
+
+def content_of(path: Path) -> ShardContent:
+    """Read a shard from its beginning to its end. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        status = os.fstat(fd)
+        value = 0
+        buffer = bytearray(min(_PIECE, max(status.st_size, 1)))
+        view = memoryview(buffer)
+        position = 0
+        while got := os.preadv(fd, [buffer], position):
+            value = zlib.crc32(view[:got], value)
+            position += got
+        return ShardContent(status.st_size, status.st_mtime_ns, f"{value:08x}", sketch_of_file(fd, status.st_size))
+    finally:
+        os.close(fd)
+
+
+def sketch_of_file(fd: int, size: int, blocks: int = BLOCKS) -> str:
+    """The sketch of an open file of `size` bytes. Raises OSError."""
+    return sketch(lambda offset, count: os.pread(fd, count, offset), size, blocks)
+
+
+def sketch(read: Callable[[int, int], bytes], size: int, blocks: int = BLOCKS) -> str:
+    """Digest of at most `blocks` blocks out of `size` bytes, the first and the last among them; `read(offset, count)`."""
+    digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=16)
+    starts = np.arange(0, size, BLOCK)
+    if len(starts) > blocks:
+        starts = np.linspace(0, size - BLOCK, blocks).astype(np.int64)
+    for start in starts.tolist():
+        digest.update(read(start, min(BLOCK, size - start)))
+    return digest.hexdigest()

@@ -1,0 +1,81 @@
+"""The evaluation's figures and pictures for TensorBoard: one file of events per run, whatever the number of workers.
+
+It lies in a folder of its own, RUN/tensorboard/evaluation: TensorBoard reads the files of a folder one after the other and
+does not go back, so that a second file beside that of a living training would end the training's curves.
+"""
+
+import io
+import os
+import struct
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+FOLDER = "evaluation"
+LARGEST = 1024  # pixels of a picture's longer side; the original lies with the result
+_LENGTH, _CHECKS = struct.Struct("<Q"), 8  # a record: its length, two checksums of four bytes, its data
+
+
+def append_events(
+    run_dir: Path, images_seen: int, figures: Mapping[str, float], pictures: Mapping[str, Path], wall_time: float
+) -> None:
+    """Add figures and PNG files, by tag, at a position of the run. Pictures that are not there are left out."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
+    for tag, path in pictures.items():
+        if path.is_file():
+            values.append(Summary.Value(tag=tag, image=_image(path)))
+    path = _whole_file(run_dir / "tensorboard" / FOLDER)
+    buffer = io.BytesIO()
+    writer = RecordWriter(buffer)
+    if not path.exists():
+        writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+    event = Event(wall_time=wall_time, step=images_seen, summary=Summary(value=values))
+    writer.write(event.SerializeToString())
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, buffer.getvalue())  # at once: other workers append, too
+    finally:
+        os.close(descriptor)
+
+
+def _image(path: Path) -> Any:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    with Image.open(path) as picture:
+        picture.thumbnail((LARGEST, LARGEST))
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        channels = len(picture.getbands())
+    return Summary.Image(
+        width=picture.width, height=picture.height, colorspace=channels, encoded_image_string=buffer.getvalue()
+    )
+
+
+def _whole_file(folder: Path) -> Path:
+    """The newest file of events, or the next one if a crash has torn its end: nobody reads what follows a torn record."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 0
+    while True:
+        path = folder / f"events.out.tfevents.{number:010d}.{FOLDER}"
+        if not path.exists() or _is_whole(path):
+            return path
+        number += 1
+
+
+def _is_whole(path: Path) -> bool:
+    size, end = path.stat().st_size, 0
+    with open(path, "rb") as file:
+        while end < size:
+            file.seek(end)
+            head = file.read(_LENGTH.size)
+            if len(head) < _LENGTH.size:
+                return False
+            end += _LENGTH.size + _CHECKS + _LENGTH.unpack(head)[0]
+    return end == size

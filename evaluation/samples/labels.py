@@ -1,0 +1,94 @@
+"""Labels as typed, `0,smileys,none`, and the names that classes go by."""
+
+import csv
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from tarflow.data_pipeline.index.build import parse_classes
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.samples.draw import NO_LABEL
+
+MOST_SHOWN = 12
+_NUMBER = re.compile(r"-?\d{1,18}")
+
+
+def parse_labels(text: str, num_classes: int, classes: Sequence[str] | None) -> tuple[int, ...]:
+    """Numbers or names of classes with commas between, or `none` (-1); a name with a comma in it stands in quotes.
+
+    `number:7`, `name:7` and `name:none` say which is meant where a class is called like another one's number or like
+    `none`. Raises EvaluationError for what is no class, with the nearest name, and for what could mean two.
+    """
+    try:
+        parts = [part.strip() for part in next(csv.reader([text], skipinitialspace=True), [])]
+    except csv.Error as error:
+        raise EvaluationError(f"--labels {text!r} is no list with commas between: {error}") from None
+    if not any(parts):
+        raise EvaluationError("--labels is empty: give numbers or names of classes with commas between, or none")
+    return tuple(_label(part, num_classes, classes) for part in parts)
+
+
+def _label(part: str, num_classes: int, classes: Sequence[str] | None) -> int:
+    kind, colon, rest = part.partition(":")
+    kinds = {kind} if colon and kind in ("number", "name") else {"number", "name", "none"}
+    word = rest if len(kinds) == 1 else part
+    meanings: dict[int, str] = {}
+    if "none" in kinds and word.lower() == "none":
+        meanings[NO_LABEL] = "no label"
+    if "number" in kinds and _NUMBER.fullmatch(word):
+        number = int(word)
+        meanings[number] = "no label" if number == NO_LABEL else f"class number {number}"
+    if "name" in kinds and classes is not None and word in classes:
+        number = list(classes).index(word)
+        meanings[number] = f"class number {number}, whose name is {word!r}"
+    possible = {label: meaning for label, meaning in meanings.items() if NO_LABEL <= label < num_classes}
+    if len(possible) > 1:
+        raise EvaluationError(
+            f"--labels: {part!r} could be {' or '.join(possible.values())}: write number:{word}, name:{word} or -1"
+        )
+    if possible:
+        return next(iter(possible))
+    raise EvaluationError(f"--labels: {_no_class(word, bool(meanings), num_classes, classes)}")
+
+
+def _no_class(word: str, is_number: bool, num_classes: int, classes: Sequence[str] | None) -> str:
+    if not num_classes:
+        return f"{word!r} is no class of a model without classes: leave --labels out"
+    if is_number:
+        return f"label {word} is none of the model's {num_classes} classes: {describe_classes(num_classes, classes)}"
+    if classes is None:
+        return (
+            f"{word!r} is no number, and the names of the model's {num_classes} classes are not known: give numbers "
+            f"(0..{num_classes - 1}), or --classes FILE with the names in label order"
+        )
+    lower = {name.lower(): name for name in reversed(classes)}
+    near = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.5)
+    hint = f"did you mean {lower[near[0]]!r}?" if near else f"classes: {describe_classes(num_classes, classes)}"
+    return f"no class is named {word!r}; {hint}"
+
+
+def describe_classes(num_classes: int, classes: Sequence[str] | None) -> str:
+    """`0 food, 1 smileys`, or `0..1` without names; `-1` stands for no label."""
+    if not classes:
+        return f"0..{num_classes - 1}, or none for no label"
+    shown = ", ".join(f"{number} {name}" for number, name in enumerate(classes[:MOST_SHOWN]))
+    return shown + (f" and {len(classes) - MOST_SHOWN} more" if len(classes) > MOST_SHOWN else "")
+
+
+def given_names(file: Path | None, known: Sequence[str] | None, num_classes: int, where: str) -> Sequence[str] | None:
+    """The names of the classes: those known from `where`, or those in a file of `--classes`, which must not contradict."""
+    if file is None:
+        return known
+    names = parse_classes(file)
+    if known is not None and list(known) != names:
+        differ = next(
+            (i for i, pair in enumerate(zip(known, names)) if pair[0] != pair[1]), min(len(known), len(names))
+        )
+        ours, theirs = (repr(s[differ]) if differ < len(s) else "no class" for s in (known, names))
+        raise EvaluationError(
+            f"--classes {file}: class {differ} is {theirs} there, and {ours} in {where}; leave the option out"
+        )
+    if len(names) > num_classes:
+        raise EvaluationError(f"--classes {file} holds {len(names)} names, but {where} has {num_classes} classes")
+    return names

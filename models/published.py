@@ -1,0 +1,70 @@
+"""The published layout of weights (`.pth`): a dictionary of tensors, which says its model by their shapes alone.
+
+Every block also has a buffer `attn_mask`, a lower triangle of ones. The model here needs none; the published code looks
+for them when it loads strictly.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.errors import ModelError
+
+HEAD_CHANNELS = 64  # of every published model: no shape shows it
+_LAYER = re.compile(r"blocks\.(\d+)\.attn_blocks\.(\d+)\..*")
+
+
+def attention_masks(config: TarFlowConfig) -> dict[str, Tensor]:
+    """The buffers `attn_mask` [T, T] of all blocks; they share their memory, in a file as well."""
+    mask = torch.ones(config.num_tokens, config.num_tokens).tril()
+    return {f"blocks.{block}.attn_mask": mask for block in range(config.num_blocks)}
+
+
+def without_masks(config: TarFlowConfig, weights: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors without those buffers. Raises ModelError for a mask under which this model would compute otherwise."""
+    masks = {f"blocks.{block}.attn_mask" for block in range(config.num_blocks)}
+    for name in masks & weights.keys():
+        mask, size = weights[name], (config.num_tokens, config.num_tokens)
+        if mask.shape != size or not torch.equal(mask.float(), torch.ones(size).tril()):
+            raise ModelError(
+                f"{where}: {name} is not the lower triangle of ones that makes this model's attention causal"
+            )
+    return {name: tensor for name, tensor in weights.items() if name not in masks}
+
+
+def config_by_shapes(weights: Mapping[str, Tensor], where: str, like: TarFlowConfig | None = None) -> TarFlowConfig:
+    """The configuration that tensors in the published layout fit.
+
+    What no shape shows, the size of attention heads and the soft clip of the log-scale, is taken from `like`, or is as
+    published. Raises ModelError for tensors of another layout.
+    """
+    layers = [(int(match[1]), int(match[2])) for match in map(_LAYER.fullmatch, weights) if match]
+    try:
+        channels, token_dim = weights["blocks.0.proj_in.weight"].shape
+        num_tokens, _ = weights["blocks.0.pos_embed"].shape
+        in_channels = 3 if token_dim % 3 == 0 and math.isqrt(token_dim // 3) ** 2 == token_dim // 3 else 1
+        patch_size = math.isqrt(token_dim // in_channels)
+        classes = weights.get("blocks.0.class_embed")
+        return TarFlowConfig(
+            image_size=math.isqrt(num_tokens) * patch_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            channels=channels,
+            num_blocks=1 + max(block for block, _ in layers),
+            layers_per_block=1 + max(layer for _, layer in layers),
+            head_channels=like.head_channels if like else HEAD_CHANNELS,
+            expansion=weights["blocks.0.attn_blocks.0.mlp.main.0.weight"].shape[0] // channels,
+            num_classes=0 if classes is None else classes.shape[0],
+            nvp=weights["blocks.0.proj_out.weight"].shape[0] == 2 * token_dim,
+            soft_clip=like.soft_clip if like else 0.0,
+        )
+    except KeyError as error:
+        raise ModelError(f"{where} is not laid out as published TarFlow weights are: it holds no {error}") from None
+    except (ValueError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise ModelError(f"{where} does not say its model by the shapes of its tensors: {reason}") from None

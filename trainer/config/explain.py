@@ -1,0 +1,102 @@
+"""What is wrong with a setting, in one line: where it was set, its name and value, and the nearest right one."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from tarflow.trainer.config.schema import Config
+
+_WRONG_FORM = {
+    "model_type": "a section holds settings (name: value)",
+    "tuple_type": "it must be a list, in brackets and with commas",
+}
+
+
+def explain(item: Any, source: str, origin: Mapping[str, str]) -> str:
+    """One of pydantic's errors. `source`: the file; `origin`: key -> the override that set it."""
+    path = [str(part) for part in item["loc"]]
+    key = ".".join(path)
+    where = _where(key, source, origin)
+    if item["type"] == "extra_forbidden":
+        return f"{where}: unknown setting {key}; {_instead(path)}"
+    if item["type"] == "missing":
+        return f"{where}: setting {key} is required"
+    if item["type"] in _WRONG_FORM:
+        return f"{where}: {key}={item['input']!r}: {_WRONG_FORM[item['type']]}"
+    message = item["msg"].removeprefix("Value error, ")
+    if not path or (item["type"] == "value_error" and isinstance(item.get("input"), Mapping)):
+        return f"{where}: {message}"
+    return f"{where}: {key}={item['input']!r}: {message[0].lower()}{message[1:]}{_near_choice(path, item['input'])}"
+
+
+def without_section(override: str) -> str:
+    """What to say of an override that is no `section.key=value`."""
+    key, equals, value = override.partition("=")
+    meant = " or ".join(f"{name}={value}" if equals else f"{name}=VALUE" for name in _sections_with(key))
+    form = f"override {override!r} must have the form section.key=value"
+    return f"{form}: did you mean {meant}?" if meant else form
+
+
+def _where(key: str, source: str, origin: Mapping[str, str]) -> str:
+    """The override that set `key` or the whole that it is part of; else the file, with the overrides of its parts."""
+    set_by = [text for k, text in origin.items() if k == key or key.startswith(f"{k}.")]
+    if set_by:
+        return set_by[0]
+    parts = ", ".join(text for k, text in origin.items() if not key or k.startswith(f"{key}."))
+    if parts and key and key not in Config.model_fields:  # `trian.seed=4`: no file need have such a section
+        return parts
+    return f"{source} with {parts}" if parts else source
+
+
+def _instead(path: Sequence[str]) -> str:
+    """What an unknown setting may stand for: a near name in its section, or the same name in another section."""
+    *parents, name = path
+    section, dot, rest = name.partition(".")
+    if dot and not parents and rest in _names([section]):
+        return f"write {rest} inside the section {section}"
+    known = _names(parents)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7) or [
+        key for key in _sections_with(name) if name not in known
+    ]
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not near:
+        return f"known: {', '.join(known)}"
+    return f"did you mean {' or '.join(k if '.' in k else '.'.join([*parents, k]) for k in near)}?"
+
+
+def _sections_with(name: str) -> list[str]:
+    """`section.name` for each section that has such a setting, or a near one."""
+    every = {section: _names([section]) for section in Config.model_fields}
+    same = [f"{section}.{name}" for section, names in every.items() if name in names]
+    if same:
+        return same
+    near = difflib.get_close_matches(name, {n for names in every.values() for n in names}, n=1, cutoff=0.8)
+    return [f"{section}.{key}" for key in near for section, names in every.items() if key in names]
+
+
+def _names(path: Sequence[str]) -> list[str]:
+    """Settings of a section; of the whole configuration, its sections."""
+    fields = _fields(path)
+    return [*fields, "preset"] if list(path) == ["model"] else list(fields)
+
+
+def _fields(path: Sequence[str]) -> dict[str, FieldInfo]:
+    model: type[BaseModel] = Config
+    for name in path:
+        annotation = model.model_fields[name].annotation if name in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return {}
+        model = annotation
+    return dict(model.model_fields)
+
+
+def _near_choice(path: Sequence[str], value: Any) -> str:
+    """The nearest of the words that a setting may be."""
+    field = _fields(path[:-1]).get(path[-1])
+    if field is None or get_origin(field.annotation) is not Literal:
+        return ""
+    near = difflib.get_close_matches(str(value), get_args(field.annotation), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,161 @@
+"""What `--init-from` begins with: the weights of a file or of another run, fitted to this run's model where that is asked for.
+
+A model of other classes, image size or soft clip can take over the rest (`--init-partial`). What it takes over then is the
+model's answer to "no label", which is the mean of the class embeddings: classes that the old model did not know start as
+that mean, and a model without classes has it added to a bias that is added at the same place.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.storage.open_index import open_index
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.weights import WeightsFile, WeightsHeader, is_weights_file, read_header, read_weights
+from tarflow.trainer.checkpoint.commit import Checkpoint, damage, find, pinned
+from tarflow.trainer.checkpoint.provenance import provenance_of
+from tarflow.trainer.checkpoint.tensors import load_weights
+from tarflow.trainer.config.files import load_config
+from tarflow.trainer.config.schema import Config
+from tarflow.trainer.errors import TrainerError
+from tarflow.trainer.run_dir import require_run
+
+ADAPTABLE = {
+    "num_classes": "class_embed is fitted to the classes here",
+    "image_size": "pos_embed is resampled",
+    "soft_clip": "the log-scale is bounded as here",
+}
+
+
+def check_initial(source: Path, config: Config, partial: bool) -> None:
+    """Refuse weights that this run's model cannot begin with, before anything is made; reads no tensors of safetensors.
+
+    Raises TrainerError or ModelError, naming the settings that differ.
+    """
+    _check_fits(source, initial_header(source, config.model).config, config.model, partial)
+
+
+def initial_header(source: Path, like: TarFlowConfig) -> WeightsHeader:
+    """Model and provenance of the weights that `--init-from` would begin with."""
+    return read_header(source, like) if is_weights_file(source) else _header(*_newest(source))
+
+
+def initial_weights(source: Path, config: Config, partial: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """(tensors by the model's names, lines for the log). What is not among the tensors keeps its fresh values."""
+    file, lines = _read(source, config.model)
+    changed = _check_fits(source, file.config, config.model, partial)
+    if file.by_shapes:
+        lines.append(
+            f"{source} does not say the size of its attention heads: taken as model.head_channels={config.model.head_channels}"
+        )
+    trained, train = file.provenance, config.train
+    if trained.noise and (trained.noise, trained.noise_std) != (train.noise, _noise_std(config)):
+        lines.append(f"note: this run trains on other noise: {train.noise}, standard deviation {_noise_std(config):g}")
+    tensors = dict(file.tensors)
+    ours = class_names(config) if partial else None
+    renamed = None not in (ours, file.provenance.classes) and list(ours or ()) != list(file.provenance.classes or ())
+    if "num_classes" in changed or renamed:
+        lines.append(_change_classes(tensors, config.model, file.provenance.classes, ours))
+    if "image_size" in changed:
+        _resample(tensors, config.model)
+        lines.append(
+            f"position embeddings are resampled from {file.config.image_size} to {config.model.image_size} pixels"
+        )
+    return tensors, lines
+
+
+def _noise_std(config: Config) -> float:
+    return config.train.noise_std if config.train.noise == "gaussian" else 0.0
+
+
+def class_names(config: Config) -> Sequence[str] | None:
+    """Names of the classes of data.train, where it has an index and names."""
+    try:
+        return open_index(config.data.train, config.data.access).classes
+    except DataError:  # a stream
+        return None
+
+
+def _newest(run_dir: Path) -> tuple[Checkpoint, Config]:
+    checkpoint = find(require_run(run_dir))
+    return checkpoint, load_config(checkpoint.path / "config.yaml")
+
+
+def _header(checkpoint: Checkpoint, config: Config) -> WeightsHeader:
+    return WeightsHeader(config.model, provenance_of(checkpoint, config, config.ema.preferred), by_shapes=False)
+
+
+def _read(source: Path, like: TarFlowConfig) -> tuple[WeightsFile, list[str]]:
+    """A weights file; or of a run the newest checkpoint's widest average, the raw weights where it keeps none."""
+    if is_weights_file(source):
+        file = read_weights(source, like)
+        return file, [f"{source}: {file.provenance}"]
+    checkpoint, config = _newest(source)
+    with pinned(checkpoint, owner="init-from"):
+        if problem := damage(checkpoint):
+            raise TrainerError(f"--init-from {source}: its newest checkpoint {checkpoint.name} is damaged: {problem}")
+        which = config.ema.preferred
+        header = _header(checkpoint, config)
+        file = WeightsFile(header.config, header.provenance, False, load_weights(checkpoint, which))
+    return file, [f"{source}, newest checkpoint {checkpoint.name}: {file.provenance}"]
+
+
+def _check_fits(source: Path, theirs: TarFlowConfig, ours: TarFlowConfig, partial: bool) -> set[str]:
+    """Names of the model's settings that differ, if the weights can be taken over all the same."""
+    there, here = theirs.model_dump(), ours.model_dump()
+    differ = {name for name in here if there[name] != here[name]}
+    if partial and differ <= ADAPTABLE.keys():
+        return differ
+    if not differ:
+        return differ
+    lines = "".join(f"\n  model.{name}: {there[name]} there, {here[name]} here" for name in here if name in differ)
+    others = differ - ADAPTABLE.keys()
+    if others:
+        advice = f"Set {', '.join(f'model.{name}' for name in here if name in others)} as there"
+    else:
+        changes = ", ".join(ADAPTABLE[name] for name in here if name in differ)
+        advice = f"Set these as there, or add --init-partial: all is kept, but {changes}"
+    raise TrainerError(f"--init-from {source} holds another model:{lines}\n{advice}")
+
+
+def _change_classes(
+    tensors: dict[str, Tensor], model: TarFlowConfig, theirs: Sequence[str] | None, ours: Sequence[str] | None
+) -> str:
+    """Give every block embeddings for this model's classes, in place; the line that says how."""
+    names = [f"blocks.{block}.class_embed" for block in range(model.num_blocks)]
+    old = {name: tensors.pop(name) for name in names if name in tensors}
+    if not old:
+        return f"the {model.num_classes} classes are new: their embeddings start fresh"
+    if not model.num_classes:
+        for name, embedding in old.items():
+            tensors[name.replace("class_embed", "proj_in.bias")] += embedding.mean(dim=(0, 1))
+        return "the classes are left out: every image is without a label"
+    known = {name: row for row, name in enumerate(theirs or ())}
+    rows = {row: known[name] for row, name in enumerate(ours or ()) if name in known}
+    for name, embedding in old.items():
+        fitted = embedding.mean(dim=0, keepdim=True).repeat(model.num_classes, 1, 1)
+        for row, there in rows.items():
+            fitted[row] = embedding[there]
+        tensors[name] = fitted
+    by_name = (
+        f"{len(rows)} of {model.num_classes} classes are known by name" if theirs and ours else "names are not compared"
+    )
+    return f"classes changed: {by_name}; the others start as images without a label"
+
+
+def _resample(tensors: dict[str, Tensor], model: TarFlowConfig) -> None:
+    """Bring what belongs to places in the image [T, ...] to this model's number of tokens, in place."""
+    for block in range(model.num_blocks):
+        name = f"blocks.{block}.pos_embed"
+        tensors[name] = _resized(tensors[name], model.num_tokens, "bicubic")
+    tensors["var"] = _resized(tensors["var"], model.num_tokens, "bilinear")  # which keeps variances positive
+
+
+def _resized(table: Tensor, num_tokens: int, mode: str) -> Tensor:
+    """[T, C], row by row of a square grid of patches, for another number of patches."""
+    old, new = round(len(table) ** 0.5), round(num_tokens**0.5)
+    grid = table.float().T.reshape(1, -1, old, old)
+    return F.interpolate(grid, size=(new, new), mode=mode, antialias=True).reshape(-1, num_tokens).T.contiguous()
