@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.init_from is not None and not args.init_from.exists():
         raise ClusterError(f"--init-from {args.init_from}: there is no such file")
+    if args.init_partial and args.init_from is None:
+        raise ClusterError("--init-partial goes with --init-from: it says how weights are taken over")
     if args.eval_profile and not args.evaluate:
         raise ClusterError("--eval-profile has no effect without --evaluate")
     request = Submission(
@@ -76,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
         one_task_per_node=args.one_task_per_node,
         overrides=list(args.overrides), sweep=args.array, evaluate=args.evaluate,
         eval_profile=load_profile(args.eval_profile) if args.eval_profile else None,
-        after_running=args.after_running, options=start_arguments(args),
-        init_from=args.init_from, init_partial=args.init_partial, dry_run=args.dry_run,
+        after_running=args.after_running, options=start_arguments(args), init_from=args.init_from,
+        init_partial=args.init_partial, dry_run=args.dry_run,
         arguments=_words_after("submit"),
     )  # fmt: skip
     say("\n".join(submit(request)))

@@ -95,7 +95,9 @@ class Task:
         others = [name for name in nodes if name != self.node]
         if others and "GLOO_SOCKET_IFNAME" not in os.environ and (found := gloo_interface(self.node, others)):
             self.network["GLOO_SOCKET_IFNAME"] = found
-            self.say(f"this node's own name is a loopback (/etc/hosts): GLOO_SOCKET_IFNAME={found}, towards {others[0]}")
+            self.say(
+                f"this node's own name is a loopback (/etc/hosts): GLOO_SOCKET_IFNAME={found}, towards {others[0]}"
+            )
 
     def run(self) -> int:
         """Work until it ends, then see to what follows. Returns 0, or leaves with another exit code."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tarflow.trainer.checkpoint.commit import committed
+
 
 @pytest.fixture
 def submitted(fake, fake_slurm, verb, config_file, plain, tmp_path):
@@ -106,8 +108,8 @@ def test_C07_a_signal_to_one_task_alone_ends_in_one_save_of_all_ranks_and_one_re
         time.sleep(0.1)
     assert job.wait(60) == 75
     assert fake_slurm.requeues() == ["requeue 107"]
-    (saved,) = [p.name for p in (run / "checkpoints").glob("step-*")]
-    assert f"requeued at step {int(saved.removeprefix('step-'))}, restart 1" in fake.said(run)
+    (saved,) = committed(run)
+    assert f"requeued at step {saved.step}, restart 1" in fake.said(run)
     assert fake.chain(run)["ended"] is None
 
 

@@ -100,10 +100,15 @@ def network(monkeypatch: pytest.MonkeyPatch, fake_slurm):
 
         class Probe:
             def __init__(self, *_: object) -> None: ...
-            def __enter__(self): return self
+            def __enter__(self):
+                return self
+
             def __exit__(self, *_: object) -> None: ...
-            def connect(self, to): self.to = to[0]
-            def getsockname(self): return (self.to if self.to.startswith("127.") else routed, 0)
+            def connect(self, to):
+                self.to = to[0]
+
+            def getsockname(self):
+                return (self.to if self.to.startswith("127.") else routed, 0)
 
         fake_slurm.command("scontrol", 'echo "NodeName=$3 NodeAddr=$3"')
         monkeypatch.setattr(hosts.socket, "gethostbyname", resolve)
@@ -126,7 +131,15 @@ def test_F14_without_a_way_to_the_others_it_stops_and_names_what_to_set(network,
     network({"node1": "127.0.1.1", **table}, routed="127.0.0.1")
     with pytest.raises(ClusterError) as caught:
         address("node1", ["node2", "node3"])
-    for named in ("node1", "127.0.1.1", "node2", "/etc/hosts", "MASTER_ADDR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+    for named in (
+        "node1",
+        "127.0.1.1",
+        "node2",
+        "/etc/hosts",
+        "MASTER_ADDR",
+        "GLOO_SOCKET_IFNAME",
+        "NCCL_SOCKET_IFNAME",
+    ):
         assert named in str(caught.value)
 
 
@@ -155,7 +168,9 @@ def test_F14_the_systems_own_answers() -> None:
     assert [hosts.is_loopback(a) for a in ("127.0.1.1", "::1", "10.0.0.1", "localhost")] == [True, True, False, False]
 
 
-def test_F14_two_nodes_without_a_way_to_each_other_stop_at_once(fake, fake_slurm, verb, config_file, plain, tmp_path) -> None:
+def test_F14_two_nodes_without_a_way_to_each_other_stop_at_once(
+    fake, fake_slurm, verb, config_file, plain, tmp_path
+) -> None:
     run = tmp_path / "run"
     assert verb("submit", config_file, "--run", run, "--nodes", 2, "--profile", plain) == 0
     fake.use_stub(run)

@@ -9,7 +9,10 @@ import yaml
 
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.submission.profile import Profile, load_profile
+from tarflow.models.flow import TarFlow
+from tarflow.models.weights import save_weights_file
 from tarflow.trainer.commands.start_options import START_OPTIONS
+from tarflow.trainer.config.files import load_config
 
 ROOT = Path(__file__).parents[3]
 
@@ -32,7 +35,8 @@ def test_V13_options_of_a_start_reach_every_rank_of_the_job(
     fake, fake_slurm, verb, config_file, plain, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "w.safetensors").write_text("")
+    config = load_config(config_file).model
+    save_weights_file(tmp_path / "w.safetensors", config, dict(TarFlow(config).state_dict()))
     words = ["--init-from", "w.safetensors", "--accept-new-data", "--run", tmp_path / "run", "--profile", plain]
     assert verb("submit", config_file, *words) == 0
     fake.use_stub(tmp_path / "run")
@@ -134,7 +138,7 @@ def test_N08_gpus_without_a_process_are_said(fake_slurm, verb, config_file, gpus
     assert verb(*words, "--tasks-per-node", 1) == 0
     assert "note: 3 of the 4 GPUs of each node have no process (--tasks-per-node)" in capsys.readouterr().out
     assert verb("submit", config_file, "--run", tmp_path / "other", "--profile", gpus) == 0
-    assert "note:" not in capsys.readouterr().out
+    assert "GPUs" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", ["gres: gpu:8", "gres: 'gpu:a100:2'", "gpus: 8", "gpus-per-task: 1"])
