@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +69,30 @@ def test_V09_samples_that_are_images_of_the_reference_are_counted_and_said(make_
     assert len(drawn) == result["num_samples"] == 24
     assert result["identical_images"] == 24
     assert "24 of 24 samples are, pixel for pixel, images of the reference" in result["warnings"]
+
+
+def test_V15_damaged_statistics_beside_the_data_are_passed_over_and_the_run_makes_its_own(make_run):
+    run_dir, _ = make_run()
+    (recipe, *_) = load_recipes(run_dir, [])
+    lines = []
+
+    def real():
+        return RealImages(
+            results.evals_dir(run_dir), recipe.config, recipe.settings, torch.device("cpu"), say=lines.append
+        )
+
+    first = real().reference  # of the run, since nothing lies beside the data
+    assert first.path.parent == results.evals_dir(run_dir)
+    beside = Path(recipe.config.data.train) / first.path.name
+    for damaged in (beside, first.path):
+        damaged.write_bytes(b"cut")
+        try:
+            again = real().reference
+        finally:
+            beside.unlink(missing_ok=True)
+        assert again.path == first.path
+        assert torch.equal(again.rows, first.rows)
+        assert any(line.startswith(f"{damaged} is cut short or damaged") for line in lines)
 
 
 def test_S11_the_result_holds_every_option(make_run):
