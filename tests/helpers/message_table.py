@@ -336,7 +336,8 @@ def interrupted(home: Path, only: str = "") -> Iterator[Outcome]:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             timer.cancel()
             seconds = seconds or time.monotonic() - began
-            row.left = [name for name in half_written(before, home) if name.endswith((".tmp", ".partial", ".gone"))]
+            # What was on its way out (`.gone`) is no harm: the next start sweeps it.
+            row.left = [name for name in half_written(before, home) if name.endswith((".tmp", ".partial"))]
             clear(before, home)
             if moment is not None:
                 yield row
