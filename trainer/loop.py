@@ -142,7 +142,7 @@ class Run:
         reason = count_restart(run_dir, self.images_seen, most) if self.world.first else None
         reason = broadcast(reason)  # type: ignore[assignment]
         if reason is not None:
-            self.log.say(reason)
+            self.log.say(reason, last_words=True)
         return reason is None
 
     def loop(self, stop: StopRequest) -> int:
@@ -252,7 +252,7 @@ class Run:
     def _no_progress(self, why: str) -> int:
         """The end of a run that learns nothing: what is committed stays as it is, and a chain of jobs stops at once."""
         stuck = self._tried - int(self.backend.skipped()[0]) == self._began.step
-        self.log.say(no_progress(self.saver.run_dir, self.config, why, stuck))
+        self.log.say(no_progress(self.saver.run_dir, self.config, why, stuck), last_words=True)
         return NO_PROGRESS
 
     def step(self, batch: StepInput, window: Window) -> float:

@@ -118,14 +118,14 @@ class MetricLog:
 
             self._writer = SummaryWriter(str(self._curves), purge_step=images_seen + 1)
 
-    def say(self, text: str) -> None:
-        """A line for people: log.txt and the screen."""
+    def say(self, text: str, *, last_words: bool = False) -> None:
+        """A line for people: log.txt and the screen; `last_words`: on the error output, from which a job takes its reason."""
         self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
         if self._progress is not None:
             self._progress.console.print(text, highlight=False, markup=False)
         elif self._jsonl is not None:
             with suppress(OSError):
-                print(text, flush=True)
+                print(text, file=sys.stderr if last_words else sys.stdout, flush=True)
 
     def record(self, text: str) -> None:
         """Lines for whoever reads log.txt later; not for the screen."""
