@@ -1,6 +1,7 @@
 """The chain of starts of one job, and the rule by which it goes on or ends.
 
-RUN/slurm/chain-JOB.json: {"starts": [{"restart", "step", "nodes", "time"}], "bad_nodes": {...}, "ended": {"code", "text"}}.
+RUN/slurm/chain-JOB.json: {"starts": [{"restart", "step", "nodes", "time"}], "bad_nodes": {...}, "ended": {"code", "text",
+"time", "cancelled"}}.
 Rank 0 alone writes it.
 """
 
@@ -40,6 +41,7 @@ class Decision:
     requeue: bool
     code: int
     text: str
+    cancelled: bool = False
 
 
 @dataclass
@@ -70,10 +72,15 @@ class Chain:
         self.ended = None
         self.save()
 
-    def end(self, code: int, text: str) -> None:
+    def end(self, code: int, text: str, cancelled: bool = False) -> None:
         """Note that nothing follows."""
-        self.ended = {"code": code, "text": text, "time": time.time()}
+        self.ended = {"code": code, "text": text, "time": time.time(), "cancelled": cancelled}
         self.save()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the chain ended before its work was done."""
+        return self.ended is not None and (self.ended["code"] != FINISHED or bool(self.ended.get("cancelled")))
 
     @property
     def restarts(self) -> int:
@@ -103,7 +110,10 @@ def decide(outcome: Outcome, chain: Chain, step: int, limits: Limits, cancelled:
         return Decision(False, FINISHED, f"finished at step {step} after {times}")
     if cancelled:
         return Decision(
-            False, FINISHED, f"cancelled at step {step} after {times}; the same submission goes on from there"
+            False,
+            FINISHED,
+            f"cancelled at step {step} after {times}; the same submission goes on from there",
+            cancelled=True,
         )
     if outcome.code == NO_PROGRESS:
         return Decision(False, NO_PROGRESS, f"stopped: no progress at step {step} after {times}: {why}")

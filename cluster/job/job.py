@@ -286,7 +286,7 @@ class Task:
             text = f"{RunInUseError(self.run_dir, holder)} (this start: {outcome.text})"
             decision = decide(Outcome(IN_USE, text), self.chain, 0, self.job.limits)
         if not decision.requeue:
-            self.finish(decision.code, decision.text)
+            self.finish(decision.code, decision.text, decision.cancelled)
             return FINISHED
         problem = slurm.requeue(self.id)
         if problem is None:
@@ -301,9 +301,9 @@ class Task:
         self.finish(CANNOT_REQUEUE, text)
         return CANNOT_REQUEUE
 
-    def finish(self, code: int, text: str) -> None:
+    def finish(self, code: int, text: str, cancelled: bool = False) -> None:
         try:
-            self.chain.end(code, text)
+            self.chain.end(code, text, cancelled)
         except OSError as error:
             self.say(f"{self.chain.path} cannot be written: {error}")
         self.say(text)
@@ -357,7 +357,7 @@ def training_failed(slurm_dir: Path, job: str) -> str:
     while first > 0 and (ended := chains[first].ended) is not None and ended["code"] == IN_USE:
         first -= 1
     for chain in chains[first:]:
-        if chain.ended is None or chain.ended["text"].startswith("finished"):
+        if not chain.failed:
             return ""
     return f"training job {job} has ended: {chains[-1].ended['text']}" if chains[-1].ended else ""
 
