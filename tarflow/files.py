@@ -56,10 +56,16 @@ def listed(folder: Path, pattern: str = "*") -> list[Path]:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise OSError if no file can be made in `folder`, which is made where it is missing. Nothing is left there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    """Raise OSError if no file can be made in `folder`, or not even the folder. Nothing is left behind."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:

@@ -77,9 +77,8 @@ def test_F01_F02_every_command_does_its_work(done: tuple[Path, str, str]) -> Non
 
 def test_F01_F02_what_is_lacking_is_said_once(done: tuple[Path, str, str]) -> None:
     _, _, err = done
-    notes = [
-        line.partition(") has no ")[2].partition(" (")[0] for line in err.splitlines() if line.startswith("note: ")
-    ]
+    lacks = [line.partition(") has no ")[2] for line in err.splitlines() if line.startswith("note: the file system ")]
+    notes = [lack.partition(" (")[0] for lack in lacks]
     assert sorted(notes) == ["fsync of directories", "fsync of files", "locks"]
 
 

@@ -227,7 +227,10 @@ class Run:
                 f"{most} steps in a row had a gradient that was not finite or far out (train.max_skipped_in_a_row), the last "
                 f"ones before {self.images_seen:,} images"
             )
-        self.saver.save(self.images_seen, self._tried, last=True)
+        taken = self._tried - int(self.backend.skipped()[0]) - self._began.step
+        # A spike in the very last steps is no reason to call a run unfinished that has learned until then.
+        complete = self.images_seen >= self.config.train.max_images and taken > 0
+        self.saver.save(self.images_seen, self._tried, last=True, complete=complete)
         if self.saver.diverged:
             return self._no_progress("weights are not finite")
         if failed:
@@ -239,7 +242,7 @@ class Run:
         if self.images_seen >= self.config.train.max_images:
             if not learned:
                 return self._no_progress(
-                    f"every step since then, until the end at {self.images_seen:,} images, had a gradient that was not "
+                    f"every step of this start, until the end at {self.images_seen:,} images, had a gradient that was not "
                     "finite or far out"
                 )
             self.log.say(f"finished: {self.images_seen:,} images")

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from tarflow.cluster.commands.options import add_profile, profile_changes, say
-from tarflow.trainer.commands.start_options import add_start_options, start_arguments
+from tarflow.trainer.commands.options import add_start_options, start_arguments
 
 EXAMPLE = """example:
   tarflow submit configs/imagenet64-cond.yaml --run-dir runs/in64 --nodes 4 --tasks-per-node 8 --profile cluster.yaml --evaluate

@@ -24,8 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tarflow.data_pipeline.prepare.fetch import fetch
+    from tarflow.data_pipeline.prepare.write import check_new
 
     options = writing_options(args, 1 if args.size is None else args.size)
+    check_new(args.out)
     with progress_bar(f"preparing {args.name}") as progress:
         report = fetch(
             args.name, args.out, size=args.size, source=args.source, val_fraction=args.val_fraction, options=options,

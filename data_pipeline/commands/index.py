@@ -1,10 +1,12 @@
 """`tarflow data index`: an index for shards that are there."""
 
 import argparse
+import errno
 import os
 from pathlib import Path
 
 from tarflow.data_pipeline.commands.options import check_processes, print_notes, print_written, progress_bar
+from tarflow.files import check_writable
 
 EXAMPLE = """example:
   tarflow data index sets/mine
@@ -46,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
     if len(args.shards) == 1 and (Path(args.shards[0]) / INDEX_FILE).is_file():
         shards = [Path(args.shards[0])]
         if args.split:
-            raise DataError(f"--split {args.split} has no meaning for an MDS set, which {args.shards[0]} is: leave it away")
+            raise DataError(
+                f"--split {args.split} has no meaning for an MDS set, which {args.shards[0]} is: leave it away"
+            )
     else:
         shards, notes = find_shards(args.shards)
         shards, more = of_one_split(shards, args.split)
@@ -58,6 +62,12 @@ def run(args: argparse.Namespace) -> int:
         root = only if len(args.shards) == 1 and only.is_dir() else Path(os.path.commonpath([p.parent for p in shards]))
     if root.exists() and not root.is_dir():
         raise DataError(f"--out {root} is not a folder")
+    try:
+        check_writable(root)
+    except OSError as err:
+        if args.out is not None or err.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise DataError(f"cannot write the index into {root}: {err.strerror}; --out FOLDER puts it elsewhere") from None
     with progress_bar("indexing") as progress:
         index, report = build_index(
             root, shards, on_error=args.on_error, label_field=args.label_field, progress=progress,

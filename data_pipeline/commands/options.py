@@ -30,7 +30,7 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
 
 
 def add_max_pixels(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N",
+    parser.add_argument("--max-pixels", type=int, metavar="N",
                         help=f"pixels of the largest image that is decoded ({MAX_PIXELS})")  # fmt: skip
 
 

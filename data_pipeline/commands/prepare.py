@@ -42,9 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from tarflow.data_pipeline.index.build import parse_classes
     from tarflow.data_pipeline.prepare.sources import open_source
-    from tarflow.data_pipeline.prepare.write import prepare
+    from tarflow.data_pipeline.prepare.write import check_new, prepare
 
     options = writing_options(args, args.size)
+    check_new(args.out)  # before a source of a million files is looked through
     source = open_source(
         args.source, image_column=args.image_column, label_column=args.label_column, labels=args.labels, split=args.split,
         classes=parse_classes(args.classes) if args.classes else None,

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from tarflow.data_pipeline.commands.options import add_max_pixels, check_processes, progress_bar
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.files import write_json
 
 EXAMPLE = """example:
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     check_processes(args.processes)
     index = open_index(args.data)
     with progress_bar("verifying") as progress:
-        report = verify(index, processes=args.processes, progress=progress, max_pixels=args.max_pixels)
+        report = verify(index, processes=args.processes, progress=progress, max_pixels=args.max_pixels or MAX_PIXELS)
     for line in report.lines():
         print(line)
     if args.report:

@@ -21,7 +21,7 @@ from tarflow.data_pipeline.index.labels_seen import LabelsSeen
 from tarflow.data_pipeline.index.samples import Samples
 from tarflow.data_pipeline.index.scan_jobs import run_jobs, scan_jobs
 from tarflow.data_pipeline.layout.names import class_names, shown, storable
-from tarflow.files import check_writable, replace_dir
+from tarflow.files import replace_dir
 
 CLASSES_FILE = "classes.json"
 
@@ -145,10 +145,6 @@ def write_index(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        check_writable(root)
-    except OSError as err:
-        raise DataError(f"cannot write the index into {root}: {err.strerror}; --out FOLDER puts it elsewhere") from None
     partial = root / "index.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -110,7 +110,7 @@ def _mnist5k(source: Path | None, size: int, seed: int) -> ImageSource:
     images = table[:, :784].astype(np.uint8).reshape(-1, 28, 28, 1)
     labels = table[:, 784].astype(np.int64)
     classes = [str(digit) for digit in range(10)]
-    return ImageSource(labels, classes, lambda i: images[i], lambda i: f"{path} row {i}", named=True)
+    return ImageSource(labels, classes, lambda i: images[i], lambda i: f"{path} row {i}", named=True, pixels=True)
 
 
 def _fashion_mnist(source: Path | None, size: int, seed: int) -> ImageSource:
@@ -129,6 +129,7 @@ def _fashion_mnist(source: Path | None, size: int, seed: int) -> ImageSource:
         lambda i: train.read(i) if i < cut else test.read(i - cut),
         lambda i: train.name(i) if i < cut else test.name(i - cut),
         named=True,
+        pixels=True,
         splits={"train": numbers[:cut], "val": numbers[cut:]},
     )
 
@@ -202,7 +203,7 @@ def _photos(source: Path | None, size: int, seed: int) -> ImageSource:
         raise DataError(f"photos: none of {len(files)} photographs under {share} has {size} pixels (--size)")
     labels = np.full(len(tiles), -1, dtype=np.int64)
     splits = {"train": np.flatnonzero(~np.array(val)), "val": np.flatnonzero(val)}
-    return ImageSource(labels, None, lambda i: tiles[i], lambda i: names[i], splits=splits)
+    return ImageSource(labels, None, lambda i: tiles[i], lambda i: names[i], pixels=True, splits=splits)
 
 
 KNOWN: dict[str, Known] = {

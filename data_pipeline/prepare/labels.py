@@ -25,7 +25,10 @@ def number_labels(values: Sequence[Any], where: str) -> tuple[np.ndarray, list[s
             raise DataError(f"{where} holds the label {min(present)} (row {values.index(min(present))}): must be >= 0")
         count = max(present, default=-1) + 1
         if count > MAX_CLASSES:
-            raise DataError(f"{where} holds the label {count - 1}: integers must number the classes from 0")
+            raise DataError(
+                f"{where} holds the label {count - 1} (row {values.index(count - 1)}): integers must number the classes from 0 "
+                f"to at most {MAX_CLASSES - 1}"
+            )
         return np.array([-1 if value is None else value for value in values]), [str(i) for i in range(count)], False
     if not all(isinstance(value, str) for value in present):
         odd = next(value for value in present if not isinstance(value, (int, str)) or isinstance(value, bool))

@@ -20,7 +20,8 @@ class ImageSource:
 
     `labels`: int64 [n], -1 = no label. `named`: whether `classes` are the source's own names rather than numbers.
     `splits`: split -> numbers of its images, int64; empty where the source is one set. `runs`: (images, bytes) of stretches
-    that are read as a whole, in order; None where any order of reading is cheap. `notes`: what was inferred, a line each.
+    that are read as a whole, in order; None where any order of reading is cheap. `pixels`: whether nothing is decoded.
+    `notes`: what was inferred, a line each.
     """
 
     labels: np.ndarray
@@ -30,6 +31,7 @@ class ImageSource:
     runs: list[tuple[int, int]] | None = None
     ignored: Counter[str] = field(default_factory=Counter)
     named: bool = False
+    pixels: bool = False
     splits: dict[str, np.ndarray] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

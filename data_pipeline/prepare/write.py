@@ -53,7 +53,7 @@ class Options:
     `shard_size`: most samples in a tar (10,000; a tar also ends at 512 MiB, an MDS shard at 64 MiB). `format`: png and webp
     are lossless, jpeg has `quality` (95). `val_fraction`: share of every class that goes to OUT/val, the rest to OUT/train;
     0 = no split.
-    `max_pixels`: of the largest image that is decoded.
+    `max_pixels`: of the largest image that is decoded (180 million).
     """
 
     size: int
@@ -65,7 +65,7 @@ class Options:
     val_fraction: float = 0.0
     on_error: str = "strict"
     container: str = "webdataset"
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int | None = None
 
     def check(self) -> None:
         """Raise DataError for a value out of range, and for one that would have no effect."""
@@ -76,7 +76,7 @@ class Options:
             ("--channels", self.channels, self.channels in (0, 1, 3)),
             ("--shard-size", self.shard_size, self.shard_size is None or self.shard_size >= 1),
             ("--val-fraction", self.val_fraction, 0 <= self.val_fraction < 1),
-            ("--max-pixels", self.max_pixels, self.max_pixels >= 1),
+            ("--max-pixels", self.max_pixels, self.max_pixels is None or self.max_pixels >= 1),
             ("--on-error", self.on_error, self.on_error in ("strict", "skip")),
             ("--container", self.container, self.container in CONTAINERS),
         ):
@@ -142,6 +142,9 @@ def prepare(
         raise DataError("the source holds no images")
     if not storable(out):
         raise DataError(f"the name of the folder to write, {shown(out)}, is not UTF-8: give another one")
+    if options.max_pixels is not None and source.pixels:
+        raise DataError(f"--max-pixels {options.max_pixels} bounds what is decoded, and the source holds pixels: leave it away")
+    check_new(out)
     of_split = _splits(source, options)
     if options.container == "mds":
         for name, members in of_split.items():
@@ -230,14 +233,19 @@ def shuffled(source: ImageSource, seed: int) -> np.ndarray:
     return np.concatenate(pieces)
 
 
+def check_new(out: Path) -> None:
+    """Raise DataError where something stands in the way of a new folder `out`."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} exists and is not empty: name a new folder")
+
+
 @contextmanager
 def partial_folder(out: Path) -> Iterator[Path]:
     """A fresh folder `OUT.partial` that becomes OUT when the block ends without an error.
 
     Raises DataError when OUT is not empty or another process is writing it. A leftover of a killed run is removed.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} exists and is not empty: name a new folder")
+    check_new(out)
     partial = out.with_name(out.name + ".partial")
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.with_name(out.name + ".lock")) as mine:
@@ -332,7 +340,7 @@ def _encoded(
             return BadSampleError("unreadable", f"cannot read: {err.strerror}")
         try:
             if isinstance(data, bytes):
-                pixels = decode(data, options.channels or 3, None, options.max_pixels)
+                pixels = decode(data, options.channels or 3, None, options.max_pixels or MAX_PIXELS)
             else:
                 pixels = from_pixels(data, options.channels or (1 if data.shape[2] == 1 else 3))
         except BadSampleError as err:

@@ -139,7 +139,7 @@ def test_V04_a_run_goes_on_when_its_data_are_indexed_anew(old: Path, verb: Verb)
     lines = resume(verb, old, "single")
     assert sum("what the shards held was not recorded then" in line and stored in line for line in lines) == 1, lines
     assert "finished: 192 images" in lines[-1]
-    assert resume(verb, old, "single")[0].count("not recorded then") == 0
+    assert not any("not recorded then" in line for line in resume(verb, old, "single", "train.max_images=200"))
 
 
 def test_resumed_state_is_the_stored_one_to_the_last_bit(old: Path, verb: Verb) -> None:

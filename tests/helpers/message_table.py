@@ -55,6 +55,7 @@ VERBS = {
     "ema": Verb("{run} --relative-std 0.11 --out {out}", "file", ".safetensors", inputs="{run}/folder"),
     "ema (in the run)": Verb("{run} --relative-std 0.11", "run"),
     "checkpoint list": Verb("{run}", inputs="{run}/folder"),
+    "checkpoint rewind": Verb("{run} --images 64", "run", inputs="{run}/folder"),
     "checkpoint verify": Verb("{run}", inputs="{run}/folder"),
     "checkpoint export": Verb("{run} --out {out}", "file", ".safetensors", inputs="{run}/folder"),
     "checkpoint export (pth)": Verb("{run} --out {out}", "file", ".pth"),

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tarflow.trainer.commands.start_options import add_start_options, start_arguments
+from tarflow.trainer.commands.options import add_start_options, start_arguments
 
 if TYPE_CHECKING:
     from tarflow.trainer.resilience.signals import StopRequest

@@ -89,16 +89,14 @@ def broadcast(value: object) -> object:
 
 def first_decides(world: World, decide: Callable[[], T]) -> T:
     """What rank 0 finds, on every rank; or its error, raised on every rank: none is left waiting for it."""
-    answer: T | UserError | None = None
+    answer: T | UserError | OSError | None = None
     if world.first:
         try:
             answer = decide()
-        except UserError as error:
+        except (UserError, OSError) as error:
             answer = error
-        except OSError as error:
-            answer = TrainerError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     answer = broadcast(answer)  # type: ignore[assignment]
-    if isinstance(answer, UserError):
+    if isinstance(answer, UserError | OSError):
         raise answer
     return answer  # type: ignore[return-value]
 

@@ -82,18 +82,19 @@ class Saver:
         """Whether a step was taken since the newest checkpoint, or none tried. Waits for the device."""
         return tried == self._last.tried or tried - int(self.backend.skipped()[0]) > self._last.step
 
-    def _worth_saving(self, tried: int, last: bool) -> bool:
+    def _worth_saving(self, tried: int, last: bool, complete: bool) -> bool:
         """Whether this moment makes a good checkpoint: the same answer on every rank.
 
         Not one of steps that were all passed over, nor one whose weights are not finite. Amid steps that are passed over
-        the weights may be the ones that broke the run: unless it ends here, it is saved when a step is taken again.
+        the weights may be the ones that broke the run: unless it ends here, it is saved when a step is taken again. A
+        `complete` run is saved whatever its last steps were.
         """
         in_a_row = int(self.backend.skipped()[1])
         self._postponed, self._streak_over = not last and (in_a_row > 0 or not self.learned(tried)), False
         if self._postponed:
             self._saved_time = time.monotonic()
             return False
-        if not self.learned(tried):
+        if not self.learned(tried) and not complete:
             return False
         with torch.no_grad():
             finite = torch.stack([torch.isfinite(p).all() for p in self.backend.locals().values()]).all()
@@ -102,16 +103,17 @@ class Saver:
 
     # --- out ---
 
-    def save(self, images_seen: int, tried: int, last: bool = False) -> float:
+    def save(self, images_seen: int, tried: int, last: bool = False, complete: bool = False) -> float:
         """Save this moment, after so many optimizer steps tried, unless that is done or under way; seconds that the
         training stood still.
 
         A save that is still under way is waited for: there is one at a time. `last`: the process ends after this one, so
         it is waited for, and its failure is an error; any other failure is counted (`failures`) and the run goes on.
+        `complete`: the run has all its images and has learned on the way.
         """
         began = time.monotonic()
         self.collect(wait=True)
-        if images_seen != self._saved_at and self._worth_saving(tried, last):
+        if images_seen != self._saved_at and self._worth_saving(tried, last, complete):
             self._saved_at, self._saved_time = images_seen, time.monotonic()
             step = tried - int(self.backend.skipped()[0])
             save = Save(step, images_seen, began, snapshot=self._snapshot_due(images_seen), tried=tried)

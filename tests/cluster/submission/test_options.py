@@ -11,7 +11,7 @@ from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.submission.profile import Profile, load_profile
 from tarflow.models.flow import TarFlow
 from tarflow.models.weights import save_weights_file
-from tarflow.trainer.commands.start_options import START_OPTIONS
+from tarflow.trainer.commands.options import START_OPTIONS
 from tarflow.trainer.config.files import load_config
 
 ROOT = Path(__file__).parents[3]

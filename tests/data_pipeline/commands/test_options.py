@@ -64,6 +64,7 @@ SOURCE_OPTIONS = {
     "--labels": ("none", EVERY),
     "--split": ("train", set()),  # of one set: there is no split of that name
     "--classes": ("CLASSES", EVERY),
+    "--max-pixels": ("63", {"parquet", "folder"}),  # of images that have 64
 }
 
 
@@ -85,6 +86,11 @@ def test_I04_options_of_the_source_have_an_effect_or_are_refused(
     if kind not in effective:
         assert option in refused(*words)
         assert not (tmp_path / "out").exists()
+        return
+    if option == "--max-pixels":
+        with pytest.raises(DataError, match=r"64 pixels.*63"):
+            tarflow_data(*words)
+        assert tarflow_data(*words[:-1], 64) == 0
         return
     assert tarflow_data(*words) == 0
     tarflow_data("prepare", sources[kind], tmp_path / "plain", "--size", 4)
@@ -217,7 +223,7 @@ def test_I04_this_page_knows_every_option() -> None:
         "prepare": {"size", "val_fraction", "format", "quality", "channels", "shard_size", "container", "seed", "on_error",
                     "source", "out", *(name[2:].replace("-", "_") for name in SOURCE_OPTIONS)},
         "fetch": {"name", "out", "size", "source", "val_fraction", "format", "quality", "channels", "shard_size", "container",
-                  "seed", "on_error"},
+                  "seed", "on_error", "max_pixels"},
         "index": {"shards", "out", "classes", "split", "image_field", "label_field", "measure", "processes", "on_error"},
     }  # fmt: skip
     for verb, names in tested.items():

@@ -90,7 +90,7 @@ def test_F17_the_index_elsewhere_serves_as_the_one_beside_the_shards(
     for words in (["info", str(out)], ["verify", str(out)]):
         assert main(["data", *words]) == 0
     assert main(["data", "index", str(data), "--out", str(data / "deep" / "er")]) != 0
-    assert "--out FOLDER puts it elsewhere" in capsys.readouterr().err
+    assert f"--out {data / 'deep' / 'er'}: its file system" in capsys.readouterr().err
 
 
 def test_F17_an_index_that_cannot_be_replaced_stays(

@@ -57,7 +57,7 @@ def test_V09_samples_that_are_images_of_the_reference_are_counted_and_said(make_
     """The reference's hashes are made those of the samples: a flow that reproduces its training images."""
     run_dir, _ = make_run()
     run_once(run_dir, step=10)
-    result = result_of(run_dir, "step-00000010")
+    result = result_of(run_dir, "images-000000000160")
     assert result["identical_images"] == 0
     assert result["kernel_estimate"] == "all pairs"
     drawn = []

@@ -47,7 +47,7 @@ def test_a_checkpoint_of_a_tiny_model_is_scored_on_real_digits(digits, tmp_path,
     save_checkpoint(run_dir, config, 10, 100, scale=0.02)
     outcome = evaluate(run_dir, False, WorkerOptions(), lambda _: None)
     assert outcome.failed == {}
-    result = json.loads((run_dir / "evals/images-000000000160/result.json").read_text())
+    result = json.loads((run_dir / "evals/images-000000000100/result.json").read_text())
     assert result["features"]["sha256"].startswith("579344248a93")
     assert result["reference"]["images_used"] == 40
     assert result["fd_efficientnet_lite0"] > 5  # nothing was trained: far from digits

@@ -243,5 +243,5 @@ def test_every_configuration_passes_its_dry_run_at_its_stated_size(path: Path) -
 
     config = load_config(path)
     ranks = config.parallel.world_size or 1
-    assert f"{ranks} ranks" in describe(config)
+    assert f"{ranks} rank{'s' if ranks > 1 else ''}, " in describe(config)
     assert 0 < rank_memory(config, ranks).total < 75 * 2**30

@@ -66,7 +66,7 @@ def test_V02_an_end_that_no_step_was_taken_for_is_not_finished(start, tiny_confi
     assert start(tiny_config, run, *bad, ranks=1)["codes"] == [NO_PROGRESS]
     assert tree(run) == before
     assert f"nothing was saved over {newest}" in last_line(run)
-    assert "every step since then, until the end at 180 images" in last_line(run)
+    assert "every step of this start, until the end at 180 images" in last_line(run)
     assert "Not one step could be taken from there: better go back to images-000000000108" in last_line(run)
 
 
@@ -114,6 +114,14 @@ def test_V02_steps_that_were_all_passed_over_are_no_checkpoint_not_even_at_the_e
     saver.save(17, 17, last=True)  # one step was taken: a run that is stopped here keeps it
     assert saved(saver) == [(10, 10), (17, 11)]
     assert saver.learned(17)
+
+
+def test_V02_the_last_steps_of_a_run_that_has_learned_may_be_passed_over(saver: Saver) -> None:
+    saver.save(10, 10)
+    skip(saver, in_all=1, in_a_row=1)
+    saver.save(11, 11, last=True, complete=True)
+    assert saved(saver) == [(10, 10), (11, 10)]
+    assert saver.learned(11)
 
 
 def test_V02_images_that_are_left_out_on_purpose_are_progress(saver: Saver) -> None:
