@@ -55,11 +55,11 @@ VERBS = {
     "ema": Verb("{run} --relative-std 0.11 --out {out}", "file", ".safetensors", inputs="{run}/folder"),
     "ema (in the run)": Verb("{run} --relative-std 0.11", "run"),
     "checkpoint list": Verb("{run}", inputs="{run}/folder"),
-    "checkpoint rewind": Verb("{run} --images 64", "run", inputs="{run}/folder"),
     "checkpoint verify": Verb("{run}", inputs="{run}/folder"),
     "checkpoint export": Verb("{run} --out {out}", "file", ".safetensors", inputs="{run}/folder"),
     "checkpoint export (pth)": Verb("{run} --out {out}", "file", ".pth"),
     "checkpoint prune": Verb("{run} --keep-latest 2", "run", inputs="{run}/folder"),
+    "checkpoint rewind": Verb("{run} --images 48", "run", inputs="{run}/folder"),
     "evaluate": Verb("{run} --newest", "run", inputs="{run}/folder"),
     "evaluate (weights)": Verb("w.safetensors --out {out} data.train=set/train train.noise_std=0.1 evaluation.num_samples=8"
                                " evaluation.grid=[2,2]", "folder", inputs="w.safetensors/file"),
