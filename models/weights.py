@@ -135,12 +135,13 @@ def _read_published(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     _require(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"{path} is refused: it is not a plain file of tensors, loading it could run code ({str(error).splitlines()[0]})"
-        ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ModelError(f"{path} is not a readable weights file: {error}") from None
+    except pickle.UnpicklingError:  # its own text advises to load it all the same
+        raise ModelError(f"{path} is refused: it is not a plain file of tensors, loading it could run code") from None
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are no pickle lead its machine astray in any way: KeyError, IndexError, ...
+        text = str(error).splitlines()[0] if isinstance(error, RuntimeError | EOFError) and str(error) else "no such format"
+        raise ModelError(f"{path} is not a readable weights file: {text}") from None
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
         raise ModelError(f"{path} is not a dictionary of tensors, as published TarFlow weights are")
     metadata = getattr(content, ATTRIBUTE, {})

@@ -119,7 +119,7 @@ def reference_statistics(
     def is_there() -> bool:
         return path.is_file() and _state(path) != damaged
 
-    _compute(path, images, features, provenance, lease_s, say, is_there)
+    _compute(path, images, features, provenance, lease_s, say, is_there, ours)
     return load_reference(path, provenance)
 
 
@@ -137,10 +137,13 @@ def _compute(
     lease_s: float,
     say: Callable[[str], None],
     is_there: Callable[[], bool],
+    ours: bool,
 ) -> None:
     try:
         check_writable(path.parent)
     except OSError as error:
+        if not ours:  # the option that named the place is named in turn
+            raise
         raise EvaluationError(
             f"cannot write reference statistics to {path.parent}: {error.strerror}; `tarflow reference --out FILE` makes them "
             "in another place, where evaluation.reference=FILE and `score --reference FILE` find them"

@@ -47,10 +47,13 @@ def run(args: argparse.Namespace) -> int:
                 f"the newest {len(kept)} checkpoints of {args.run} are all damaged, nothing is removed; see `tarflow "
                 "checkpoint verify`, or keep more with --keep-latest"
             )
-        removed = apply_retention(args.run, latest, every, warn=print)
+        stuck: list[str] = []
+        removed = apply_retention(args.run, latest, every, warn=stuck.append)
         for asked, ending in ((args.damaged, DAMAGED), (args.aside, ASIDE)):
-            removed += remove_set_aside(args.run, ending, warn=print) if asked else []
+            removed += remove_set_aside(args.run, ending, warn=stuck.append) if asked else []
     for name in removed:
         print(f"removed {name}")
     print(f"{len(removed)} removed, {len(committed(args.run))} stay")
+    if stuck:  # a save would go on with a warning; this was asked for
+        raise TrainerError(f"RUN {args.run}: {'; '.join(stuck)}")
     return 0

@@ -34,10 +34,7 @@ def run(args: argparse.Namespace) -> int:
     text = suggest(args.data)
     config = build_config(parse_yaml(text, str(out)), str(out), [])
     start = check_start(config, Path("runs") / out.stem, 1)
-    try:
-        write_text(out, text)
-    except OSError as error:
-        raise TrainerError(f"--out {out} cannot be written: {error.strerror}") from None
+    write_text(out, text)
     print("\n".join(start.lines()))
     print(f"wrote {out}; next: tarflow train {out} --run-dir runs/{out.stem}")
     return 0
