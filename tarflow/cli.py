@@ -86,6 +86,12 @@ def _main(argv: Sequence[str], outputs: Sequence[Output]) -> int:
         return code
     except ReaderGoneError:
         return OF_A_SIGNAL + signal.SIGPIPE
+    except MemoryError:
+        if os.environ.get("TARFLOW_TRACEBACK"):
+            raise
+        prog = args.parser.prog if args is not None else "tarflow"
+        print(f"{prog}: error: not enough memory on this machine for what was asked", file=sys.stderr)
+        return FAILED
     except (UserError, OSError) as error:
         if os.environ.get("TARFLOW_TRACEBACK"):
             raise

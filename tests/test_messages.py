@@ -229,3 +229,21 @@ def test_F19_a_tilde_is_the_home_directory_in_every_setting_that_is_a_path(tmp_p
         assert str(getattr(getattr(config, section), key)) == "/home/me/x"
     (tmp_path / "p.yaml").write_text("python: ~/env/bin/python\n")
     assert load_profile(tmp_path / "p.yaml").python == "/home/me/env/bin/python"
+
+
+def test_N14_too_little_memory_is_one_line(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tarflow.data_pipeline.commands import info
+
+    def run(args: object) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr(info, "run", run)
+    assert tarflow.cli.main(["data", "info", "x"]) == 1
+    assert capsys.readouterr().err == "tarflow data info: error: not enough memory on this machine for what was asked\n"
+
+
+@pytest.mark.parametrize("words", [["reference", "x"], ["score", "x", "--against", "y"]], ids=lambda words: words[0])
+def test_N14_a_side_that_no_model_has_is_refused(words: list[str], capsys: Any) -> None:
+    words = [*words, "--size", "99999999", *(["--channels", "3"] if words[0] == "reference" else [])]
+    assert tarflow.cli.main(words) == 2
+    assert "--size must be at most 16384 pixels, got 99999999" in capsys.readouterr().err

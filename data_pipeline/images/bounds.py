@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tarflow.data_pipeline.errors import BadSampleError
 
+MAX_SIDE = 16_384  # pixels of the side of a square that images are brought to, as of a model's images
 MAX_PIXELS = 180_000_000  # 13,400 x 13,400: half a gigabyte in colour
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from tarflow.data_pipeline import keyed
 from tarflow.data_pipeline.errors import BadSampleError, DataError
-from tarflow.data_pipeline.images.bounds import MAX_PIXELS
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS, MAX_SIDE
 from tarflow.data_pipeline.images.decode import decode, from_pixels
 from tarflow.data_pipeline.images.transform import fit
 from tarflow.data_pipeline.index.build import CLASSES_FILE, build_index, by_cause
@@ -70,7 +70,7 @@ class Options:
     def check(self) -> None:
         """Raise DataError for a value out of range, and for one that would have no effect."""
         for name, value, right in (
-            ("--size", self.size, self.size >= 1),
+            ("--size", self.size, 1 <= self.size <= MAX_SIDE),
             ("--format", self.format, self.format in FORMATS),
             ("--quality", self.quality, self.quality is None or 1 <= self.quality <= 100),
             ("--channels", self.channels, self.channels in (0, 1, 3)),

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from tarflow.data_pipeline.images.bounds import MAX_PIXELS
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS, MAX_SIDE
 from tarflow.evaluation.errors import EvaluationError
 
 OK, FAILED = 0, 1
@@ -36,6 +36,8 @@ def set_up_process(args: argparse.Namespace, **lowest: int) -> None:
         value = getattr(args, name)
         if value is not None and value < low:
             raise EvaluationError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+    if (size := getattr(args, "size", None)) is not None and size > MAX_SIDE:
+        raise EvaluationError(f"--size must be at most {MAX_SIDE} pixels, got {size}")
     if args.nice:
         os.nice(args.nice)
     import torch

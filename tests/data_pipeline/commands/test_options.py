@@ -118,6 +118,7 @@ def test_I04_options_of_the_source_have_an_effect_or_are_refused(
         (["--labels", "none", "--label-column", "marks"], "contradict each other"),
         (["--labels", "none", "--classes", "CLASSES"], "--classes names classes, but there are no labels"),
         (["--size", 0], "--size cannot be 0"),
+        (["--size", 16_385], "--size cannot be 16385"),
     ],
 )
 def test_I04_options_of_the_writing_that_would_be_passed_over(
