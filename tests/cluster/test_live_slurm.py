@@ -159,15 +159,19 @@ def test_a_run_that_cannot_progress_stops_with_its_own_exit_code(
     slurm_cluster, verb, config_file, profile, tmp_path, tiny_data
 ) -> None:
     import shutil
+    import tarfile
 
     profile.write_text(profile.read_text().replace("max_no_progress: 3", "max_no_progress: 1"))
     broken = tmp_path / "broken"
     shutil.copytree(tiny_data, broken)
     for shard in broken.rglob("*.tar"):
         data = bytearray(shard.read_bytes())
-        for i in range(512, len(data), 97):
-            data[i] ^= 0x55
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                if member.name.endswith(".png"):
+                    data[member.offset_data : member.offset_data + member.size] = bytes(member.size)
         shard.write_bytes(data)
+    assert verb("data", "index", broken) == 0  # else the submission sees that the shards are others
     run = tmp_path / "stuck"
     assert verb("submit", config_file, f"data.train={broken}", "--run", run, "--profile", profile) == 0
     chain = slurm_cluster.ended(run)
