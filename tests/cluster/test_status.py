@@ -271,7 +271,8 @@ def test_N13_the_table_says_what_it_leaves_out(run: Path, fake_slurm, tmp_path: 
     beat(run, phase="gone")
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))
-    env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}  # a dumb one has 80
+    env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    env["TERM"] = "xterm"  # a dumb terminal is taken to have 80 columns
     words = [sys.executable, "-m", "tarflow", "status", "runs/one"]
     assert subprocess.run(words, cwd=tmp_path, stdout=slave, env=env, timeout=60).returncode == 0
     os.close(slave)

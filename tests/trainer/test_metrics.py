@@ -22,6 +22,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     made: list[MetricLog] = []
 
     def make(width: int) -> MetricLog:
+        monkeypatch.setenv("TERM", "xterm")  # a dumb terminal is taken to have 80 columns
         console = Console(width=width, force_terminal=True, color_system=None, file=io.StringIO())
         bar = metrics._progress_bar
         monkeypatch.setattr("tarflow.trainer.metrics._progress_bar", lambda: bar(console))
