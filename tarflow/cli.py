@@ -89,8 +89,7 @@ def _main(argv: Sequence[str], outputs: Sequence[Output]) -> int:
     except MemoryError:
         if os.environ.get("TARFLOW_TRACEBACK"):
             raise
-        prog = args.parser.prog if args is not None else "tarflow"
-        print(f"{prog}: error: not enough memory on this machine for what was asked", file=sys.stderr)
+        print(f"{_prog(args)}: error: not enough memory on this machine for what was asked", file=sys.stderr)
         return FAILED
     except (UserError, OSError) as error:
         if os.environ.get("TARFLOW_TRACEBACK"):
@@ -98,8 +97,12 @@ def _main(argv: Sequence[str], outputs: Sequence[Output]) -> int:
         text, lasting = str(error), True
         if isinstance(error, OSError):
             text, lasting = f"{_option_of(error, args)}{in_words(error)}", error.errno in LASTING
-        print(f"{args.parser.prog if args is not None else 'tarflow'}: error: {text}", file=sys.stderr)
+        print(f"{_prog(args)}: error: {text}", file=sys.stderr)
         return USAGE if lasting else FAILED
+
+
+def _prog(args: argparse.Namespace | None) -> str:
+    return str(args.parser.prog) if args is not None else "tarflow"
 
 
 @contextmanager

@@ -234,7 +234,7 @@ def ends_whole(descriptor: int) -> bool:
     return not size or os.pread(descriptor, 1, size - 1) == b"\n"
 
 
-def append_line(path: Path, line: str) -> None:
+def append_line(path: Path, line: str, *, durable: bool = False) -> None:
     """Append a line to a file that others append to as well: in one write, so lines do not mix, half a line closed first.
 
     Raises OSError where it cannot be written whole.
@@ -244,24 +244,15 @@ def append_line(path: Path, line: str) -> None:
         data = ("" if ends_whole(descriptor) else "\n").encode() + line.encode() + b"\n"
         if os.write(descriptor, data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if durable:
+            fsync_file(descriptor, path)
     finally:
         os.close(descriptor)
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Add one JSON object as a line. A torn last line, left by a crash, is closed first and spoils no other."""
-    text = json.dumps(value, allow_nan=False) + "\n"
-    with open(path, "a+b") as file:
-        if file.seek(0, os.SEEK_END) and _last_byte(file) != b"\n":
-            text = "\n" + text
-        file.write(text.encode())
-        file.flush()
-        fsync_file(file.fileno(), path)
-
-
-def _last_byte(file: Any) -> bytes:
-    file.seek(-1, os.SEEK_END)
-    return bytes(file.read(1))
+    """Add one JSON object as a line, durably. A torn last line, left by a crash, is closed first and spoils no other."""
+    append_line(path, json.dumps(value, allow_nan=False), durable=True)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
