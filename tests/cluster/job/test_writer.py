@@ -173,3 +173,5 @@ def test_V12_the_evaluation_follows_the_run_through_all_its_jobs(run: Path) -> N
         assert "has ended: stopped" in training_failed(folder, job)
     end("108", 0, "finished at step 200 after 0 restarts")
     assert training_failed(folder, "109") == ""
+    Chain.load(folder, "108").end(0, "cancelled at step 100 after 0 restarts", cancelled=True)
+    assert "training job 108 has ended" in training_failed(folder, "108"), "no failure, but nothing follows"
