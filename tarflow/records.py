@@ -1,0 +1,225 @@
+"""Small JSON files that the product writes and reads again: one model and one loader for each kind of them.
+
+A record is sealed: `checksum` is the CRC-32 of all its other fields. What a disk, an editor or a stranger changed does
+not pass for what was written. Files of versions before the seal carry none; their fields must fit all the same.
+
+    class RunFile(Record):
+        what = "identity of a run"
+        way_out = "restore it from a copy"
+        run_id: str = Field(pattern="^[0-9a-f]{32}$")
+
+    run = load_record(run_dir / "run.json", RunFile)
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tarflow.errors import UserError
+from tarflow.files import append_line, write_text
+
+SEAL = "checksum"
+LIMIT = 16 << 20  # bytes of a record; of a file of lines: of one line
+
+
+class DamagedFileError(UserError):
+    """A file that cannot be believed. Says which file, where in it, what is wrong, and the way out."""
+
+    def __init__(self, path: Path, problem: str, way_out: str = "", *, where: str = "", what: str = "") -> None:
+        self.path, self.problem, self.way_out, self.where = Path(path), problem, way_out, where
+        name = f"{path} ({what})" if what else str(path)
+        text = f"{name} is damaged or was not written by tarflow: {f'{where}: ' if where else ''}{problem}"
+        super().__init__(f"{text}; {way_out}" if way_out else text)
+
+
+class Record(BaseModel):
+    """Base of every kind of small file. Types are strict, numbers finite, unknown fields refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    what: ClassVar[str] = ""  # in the error: what the file is for
+    way_out: ClassVar[str] = "restore it from a copy"
+    limit: ClassVar[int] = LIMIT
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+def load_record(path: Path, kind: type[RecordT]) -> RecordT:
+    """Read one record.
+
+    Raises:
+        DamagedFileError: it is too large, no JSON object, its seal is broken, or a field is missing, unknown or
+            outside its bounds.
+        FileNotFoundError, OSError: it is not there, or cannot be read.
+    """
+    try:
+        return as_record(parse_object(read_bounded(path, kind.limit)), kind)
+    except _Flaw as flaw:
+        raise DamagedFileError(path, flaw.problem, kind.way_out, where=flaw.where, what=kind.what) from None
+
+
+def save_record(path: Path, record: Record, *, shared: bool = True) -> None:
+    """Write a record, sealed, in one step. `shared`: several processes may write it."""
+    write_text(path, json.dumps(sealed(record.model_dump(mode="json")), indent=2) + "\n", shared=shared)
+
+
+def read_object(path: Path, *, what: str = "", way_out: str = Record.way_out, limit: int = LIMIT) -> dict[str, Any]:
+    """Read a JSON object whose fields have no model (a result, settings of another version), its seal checked and taken off.
+
+    Raises as `load_record`.
+    """
+    try:
+        return opened(parse_object(read_bounded(path, limit)))
+    except _Flaw as flaw:
+        raise DamagedFileError(path, flaw.problem, way_out, where=flaw.where, what=what) from None
+
+
+def write_object(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object, sealed; anyone may write it."""
+    write_text(path, json.dumps(sealed(value), indent=2, allow_nan=False) + "\n", shared=True)
+
+
+@dataclass
+class Lines:
+    """The rows of a file of JSON lines, and what was left out."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    damaged: list[int] = field(default_factory=list)  # numbers of lines, from 1
+    torn: bool = False  # the last line has no end: a kill or a full disk, no damage
+
+    def __str__(self) -> str:
+        lines = ", ".join(str(number) for number in self.damaged[:5]) + (", ..." if len(self.damaged) > 5 else "")
+        return f"{len(self.damaged)} damaged line{'s' * (len(self.damaged) > 1)} left out ({lines})" if lines else ""
+
+
+def append_record_line(path: Path, value: dict[str, Any]) -> None:
+    """Add one JSON object as a sealed line, durably. A torn last line is closed first and spoils no other."""
+    append_line(path, json.dumps(sealed(value), allow_nan=False), durable=True)
+
+
+def read_lines(path: Path) -> Lines:
+    """The rows of a file of sealed lines, seals taken off; a missing file has none.
+
+    A line without a seal is believed only above the first sealed one: there, a version before the seal wrote it.
+    """
+    lines = Lines()
+    if not path.is_file():
+        return lines
+    any_sealed = False
+    with open(path, "rb") as file:
+        for number, line in enumerate(_bounded_lines(file), start=1):
+            if not line.strip():
+                continue
+            try:
+                value = parse_object(line)
+                if any_sealed and SEAL not in value:
+                    raise _Flaw("it carries no checksum")
+                any_sealed = any_sealed or SEAL in value
+                lines.rows.append(opened(value))
+            except _Flaw:
+                if line.endswith(b"\n"):
+                    lines.damaged.append(number)
+                else:
+                    lines.torn = True
+    return lines
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """The object with the checksum of its fields."""
+    return {**value, SEAL: _checksum(value)}
+
+
+def opened(value: dict[str, Any]) -> dict[str, Any]:
+    """The object without its seal, which is checked if there is one."""
+    if SEAL not in value:
+        return value
+    bare = {key: item for key, item in value.items() if key != SEAL}
+    if value[SEAL] != _checksum(bare):
+        raise _Flaw("its checksum does not fit its fields", SEAL)
+    return bare
+
+
+def as_record(value: dict[str, Any], kind: type[RecordT]) -> RecordT:
+    """The record in a JSON object, sealed or not. Raises ValueError with the first field that does not fit."""
+    try:
+        return kind.model_validate_json(json.dumps(opened(value)))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise _Flaw(first["msg"][:1].lower() + first["msg"][1:], where) from None
+
+
+def read_bounded(path: Path, limit: int = LIMIT) -> bytes:
+    """The content of a file of at most so many bytes; of a device or a pipe nothing is read."""
+    if path.exists() and not path.is_file():
+        raise _Flaw("it is no regular file")
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise _Flaw(f"it has more than {limit} bytes")
+    return data
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """A JSON object with finite numbers, no field twice, not too deep. Raises ValueError."""
+    try:
+        value = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_no_field_twice, parse_float=_finite, parse_constant=_no_constant
+        )
+    except RecursionError:
+        raise _Flaw("it is nested too deeply") from None
+    except UnicodeDecodeError:
+        raise _Flaw("it is no text") from None
+    except json.JSONDecodeError as error:
+        raise _Flaw(f"it is no JSON ({error})") from None
+    except _Flaw:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        raise _Flaw(str(error)) from None
+    if not isinstance(value, dict):
+        raise _Flaw("it is no JSON object")
+    return value
+
+
+class _Flaw(ValueError):
+    """What is wrong, before the file's name is known."""
+
+    def __init__(self, problem: str, where: str = "") -> None:
+        super().__init__(f"{where}: {problem}" if where else problem)
+        self.problem, self.where = problem, where
+
+
+def _checksum(value: dict[str, Any]) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def _no_field_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise _Flaw("a field stands in it twice")
+    return value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise _Flaw(f"{text[:20]} is no finite number")
+    return number
+
+
+def _no_constant(text: str) -> float:
+    raise _Flaw(f"{text} is no finite number")
+
+
+def _bounded_lines(file: Any) -> Iterable[bytes]:
+    """Lines; one that is too long comes in pieces, which are no JSON."""
+    while line := file.readline(LIMIT):
+        yield line

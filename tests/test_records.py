@@ -1,0 +1,105 @@
+"""What the product wrote is read back; what anyone changed is not."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from tarflow.files import append_line
+from tarflow.records import (
+    DamagedFileError,
+    Record,
+    append_record_line,
+    load_record,
+    read_lines,
+    read_object,
+    save_record,
+    write_object,
+)
+
+
+class Made(Record):
+    what = "a test's record"
+    way_out = "make it again"
+    name: str = Field(min_length=1)
+    images: int = Field(0, ge=0)
+    rate: float = 0.5
+
+
+def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
+    save_record(tmp_path / "a.json", Made(name="x", images=3, rate=0.1))
+    assert load_record(tmp_path / "a.json", Made) == Made(name="x", images=3, rate=0.1)
+
+
+def test_no_changed_byte_of_a_sealed_record_passes(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    save_record(path, Made(name="run", images=1234, rate=0.1))
+    data, passed = path.read_bytes(), 0
+    for at in range(len(data)):
+        for bit in range(8):
+            path.write_bytes(data[:at] + bytes([data[at] ^ (1 << bit)]) + data[at + 1 :])
+            try:
+                assert load_record(path, Made) == Made(name="run", images=1234, rate=0.1)
+                passed += 1
+            except DamagedFileError as error:
+                assert str(path) in str(error) and "make it again" in str(error)
+    assert passed < 40  # white space that became other white space
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "no JSON"),
+        ("[1]", "no JSON object"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"name": "x", "images": 1e400}', "no finite number"),
+        ('{"name": "x", "rate": NaN}', "no finite number"),
+        ('{"name": "x", "images": ' + "9" * 5000 + "}", "digits"),
+        ('{"name": "x", "name": "y"}', "twice"),
+        ('{"name": "x", "images": -1}', "images: input should be greater"),
+        ('{"name": "x", "images": "1"}', "images: input should be a valid integer"),
+        ('{"name": "x", "image": 1}', "image: extra"),
+        ('{"images": 1}', "name: field required"),
+    ],
+)
+def test_the_error_names_file_field_and_way_out(tmp_path: Path, content: str, says: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(DamagedFileError, match="make it again") as error:
+        load_record(path, Made)
+    assert says in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_record_larger_than_its_bound_is_not_read(tmp_path: Path) -> None:
+    with open(tmp_path / "a.json", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(DamagedFileError, match="more than 16777216 bytes"):
+        load_record(tmp_path / "a.json", Made)
+
+
+def test_a_record_of_before_the_seal_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"name": "x"}')
+    assert load_record(tmp_path / "a.json", Made) == Made(name="x")
+
+
+def test_an_object_without_a_model_is_sealed_as_well(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_object(path, {"fd": 12.5, "list": [1, 2.5e-3]})
+    assert read_object(path) == {"fd": 12.5, "list": [1, 2.5e-3]}
+    path.write_text(path.read_text().replace("12.5", "11.5"))
+    with pytest.raises(DamagedFileError, match="checksum"):
+        read_object(path)
+
+
+def test_lines_that_were_changed_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_line(path, json.dumps({"old": 0}))  # of a version before the seal
+    for number in range(4):
+        append_record_line(path, {"n": number})
+    text = path.read_text().replace('"n": 2', '"n": 7')
+    path.write_text(text + json.dumps({"n": 9}) + "\n" + '{"n": 1')
+    lines = read_lines(path)
+    assert lines.rows == [{"old": 0}, {"n": 0}, {"n": 1}, {"n": 3}]
+    assert lines.damaged == [4, 6] and lines.torn and str(lines) == "2 damaged lines left out (4, 6)"
+    assert read_lines(tmp_path / "none.jsonl").rows == []
