@@ -61,7 +61,7 @@ def load_record(path: Path, kind: type[RecordT]) -> RecordT:
     """
     try:
         return as_record(parse_object(read_bounded(path, kind.limit)), kind)
-    except _Flaw as flaw:
+    except _FlawError as flaw:
         raise DamagedFileError(path, flaw.problem, kind.way_out, where=flaw.where, what=kind.what) from None
 
 
@@ -77,7 +77,7 @@ def read_object(path: Path, *, what: str = "", way_out: str = Record.way_out, li
     """
     try:
         return opened(parse_object(read_bounded(path, limit)))
-    except _Flaw as flaw:
+    except _FlawError as flaw:
         raise DamagedFileError(path, flaw.problem, way_out, where=flaw.where, what=what) from None
 
 
@@ -120,10 +120,10 @@ def read_lines(path: Path) -> Lines:
             try:
                 value = parse_object(line)
                 if any_sealed and SEAL not in value:
-                    raise _Flaw("it carries no checksum")
+                    raise _FlawError("it carries no checksum")
                 any_sealed = any_sealed or SEAL in value
                 lines.rows.append(opened(value))
-            except _Flaw:
+            except _FlawError:
                 if line.endswith(b"\n"):
                     lines.damaged.append(number)
                 else:
@@ -142,7 +142,7 @@ def opened(value: dict[str, Any]) -> dict[str, Any]:
         return value
     bare = {key: item for key, item in value.items() if key != SEAL}
     if value[SEAL] != _checksum(bare):
-        raise _Flaw("its checksum does not fit its fields", SEAL)
+        raise _FlawError("its checksum does not fit its fields", SEAL)
     return bare
 
 
@@ -153,17 +153,17 @@ def as_record(value: dict[str, Any], kind: type[RecordT]) -> RecordT:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise _Flaw(first["msg"][:1].lower() + first["msg"][1:], where) from None
+        raise _FlawError(first["msg"][:1].lower() + first["msg"][1:], where) from None
 
 
 def read_bounded(path: Path, limit: int = LIMIT) -> bytes:
     """The content of a file of at most so many bytes; of a device or a pipe nothing is read."""
     if path.exists() and not path.is_file():
-        raise _Flaw("it is no regular file")
+        raise _FlawError("it is no regular file")
     with open(path, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise _Flaw(f"it has more than {limit} bytes")
+        raise _FlawError(f"it has more than {limit} bytes")
     return data
 
 
@@ -174,21 +174,21 @@ def parse_object(data: bytes) -> dict[str, Any]:
             data.decode("utf-8"), object_pairs_hook=_no_field_twice, parse_float=_finite, parse_constant=_no_constant
         )
     except RecursionError:
-        raise _Flaw("it is nested too deeply") from None
+        raise _FlawError("it is nested too deeply") from None
     except UnicodeDecodeError:
-        raise _Flaw("it is no text") from None
+        raise _FlawError("it is no text") from None
     except json.JSONDecodeError as error:
-        raise _Flaw(f"it is no JSON ({error})") from None
-    except _Flaw:
+        raise _FlawError(f"it is no JSON ({error})") from None
+    except _FlawError:
         raise
     except ValueError as error:  # a number of thousands of digits
-        raise _Flaw(str(error)) from None
+        raise _FlawError(str(error)) from None
     if not isinstance(value, dict):
-        raise _Flaw("it is no JSON object")
+        raise _FlawError("it is no JSON object")
     return value
 
 
-class _Flaw(ValueError):
+class _FlawError(ValueError):
     """What is wrong, before the file's name is known."""
 
     def __init__(self, problem: str, where: str = "") -> None:
@@ -204,19 +204,19 @@ def _checksum(value: dict[str, Any]) -> str:
 def _no_field_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise _Flaw("a field stands in it twice")
+        raise _FlawError("a field stands in it twice")
     return value
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise _Flaw(f"{text[:20]} is no finite number")
+        raise _FlawError(f"{text[:20]} is no finite number")
     return number
 
 
 def _no_constant(text: str) -> float:
-    raise _Flaw(f"{text} is no finite number")
+    raise _FlawError(f"{text} is no finite number")
 
 
 def _bounded_lines(file: Any) -> Iterable[bytes]:

@@ -40,10 +40,11 @@ def test_no_changed_byte_of_a_sealed_record_passes(tmp_path: Path) -> None:
         for bit in range(8):
             path.write_bytes(data[:at] + bytes([data[at] ^ (1 << bit)]) + data[at + 1 :])
             try:
-                assert load_record(path, Made) == Made(name="run", images=1234, rate=0.1)
-                passed += 1
-            except DamagedFileError as error:
-                assert str(path) in str(error) and "make it again" in str(error)
+                found = load_record(path, Made)
+            except DamagedFileError:
+                continue
+            assert found == Made(name="run", images=1234, rate=0.1)
+            passed += 1
     assert passed < 40  # white space that became other white space
 
 
@@ -68,7 +69,8 @@ def test_the_error_names_file_field_and_way_out(tmp_path: Path, content: str, sa
     path.write_text(content)
     with pytest.raises(DamagedFileError, match="make it again") as error:
         load_record(path, Made)
-    assert says in str(error.value) and str(path) in str(error.value)
+    assert says in str(error.value)
+    assert str(path) in str(error.value)
 
 
 def test_a_record_larger_than_its_bound_is_not_read(tmp_path: Path) -> None:
@@ -101,5 +103,7 @@ def test_lines_that_were_changed_are_left_out_and_counted(tmp_path: Path) -> Non
     path.write_text(text + json.dumps({"n": 9}) + "\n" + '{"n": 1')
     lines = read_lines(path)
     assert lines.rows == [{"old": 0}, {"n": 0}, {"n": 1}, {"n": 3}]
-    assert lines.damaged == [4, 6] and lines.torn and str(lines) == "2 damaged lines left out (4, 6)"
+    assert lines.damaged == [4, 6]
+    assert lines.torn
+    assert str(lines) == "2 damaged lines left out (4, 6)"
     assert read_lines(tmp_path / "none.jsonl").rows == []
