@@ -54,6 +54,8 @@ LAYERS = {
         worker
         report
         results
+        sweep_file
+        result_file
         samples
         networks
         metrics

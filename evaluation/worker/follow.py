@@ -159,8 +159,8 @@ class _Worker:
         """Whether this very checkpoint was evaluated under these settings, and its samples are kept if they are to be."""
         settings = evaluator.settings
         name = results.result_name(self.run_dir, checkpoint.name, settings.hash, evaluator.recipe.own)
-        result = results.read_result(results.evals_dir(self.run_dir) / name)
-        if result is None or result.get("settings_hash") != settings.hash:
+        result = results.usable_result(results.evals_dir(self.run_dir) / name)
+        if result is None or result["settings_hash"] != settings.hash:
             return False
         if self.options.save and not SampleStore.complete_for(self.options.save, self.run_dir, result):
             return False
@@ -169,14 +169,14 @@ class _Worker:
     def _still_true(self, checkpoint: Checkpoint, evaluator: Evaluator, name: str, result: dict[str, Any]) -> bool:
         """A run that went back and came again saves a checkpoint a second time; with other weights its result is void."""
         saved = (checkpoint.path / "COMMITTED").stat().st_mtime
-        if saved > float(result.get("time", 0)):
+        if saved > result.get("time", 0.0):
             try:
                 with pinned(checkpoint, f"evaluate-{id(self)}"):
                     weights, cpu = evaluator.settings.weights, torch.device("cpu")
                     source = from_checkpoint(evaluator.config, checkpoint, weights, cpu)
             except (TrainerError, OSError):
                 return False
-            if source.sha256 != result.get("weights_sha256"):
+            if source.sha256 != result["weights_sha256"]:
                 self.say(f"{checkpoint.name} was saved again with other weights: its result is set aside")
                 results.supersede(self.run_dir, name, result)
                 return False
@@ -212,7 +212,7 @@ class _Worker:
         """A result without a distance is a failure for every worker that had a part in it."""
         name = results.result_name(self.run_dir, checkpoint.name, evaluator.settings.hash, evaluator.recipe.own)
         result = results.read_result(results.evals_dir(self.run_dir) / name)
-        if result and result.get("problem"):
+        if result and result["problem"]:
             self._note(name, result["problem"])
 
     def _fail(self, checkpoint: Checkpoint, evaluator: Evaluator, reason: str) -> None:
