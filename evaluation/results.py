@@ -31,6 +31,7 @@ __all__ = [
     "FORMAT", "RESULT", "WORK", "announce", "building", "evals_dir", "metrics", "publish", "read_result", "read_results",
     "result_name", "scan", "set_damaged_aside", "summary", "supersede", "sweep", "usable_result", "work_dir",
 ]  # fmt: skip
+EVALS = "evals.jsonl"
 SCORES = (
     "distance_stderr", "kernel_stderr", "precision", "recall", "density", "coverage", "inception_score",
 )  # fmt: skip
@@ -104,6 +105,8 @@ def scan(root: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
             work = load_work(path)
         if result is not None:
             found.append((path, {"seconds": {}, **work, **result}))
+    with noted(flaws):
+        flaws += read_lines(root / EVALS).flaws(root / EVALS)
     return sorted(found, key=lambda item: (item[1]["images_seen"] or 0, item[0].name)), flaws
 
 
@@ -185,7 +188,7 @@ def announce(run_dir: Path, tensorboard: bool, older_than_s: float = 0.0) -> Non
 
     `older_than_s`: leave out younger results, whose own worker is just about to announce them.
     """
-    path = run_dir / "evals.jsonl"
+    path = run_dir / EVALS
     have = {(row.get("name"), row.get("weights_sha256")) for row in read_lines(path).rows}
     for folder, result in read_results(run_dir):
         settled = time.time() - result.get("time", 0.0) >= older_than_s

@@ -112,6 +112,12 @@ class Lines:
         lines = ", ".join(str(number) for number in self.damaged[:5]) + (", ..." if len(self.damaged) > 5 else "")
         return f"{len(self.damaged)} damaged line{'s' * (len(self.damaged) > 1)} left out ({lines})" if lines else ""
 
+    def flaws(self, path: Path) -> list[str]:
+        """What is wrong with the file, in words, for whoever shows it."""
+        said = [str(self)] if self.damaged else []
+        said += ["its last line is cut off"] if self.torn else []
+        return [f"{path}: {'; '.join(said)}"] if said else []
+
 
 def append_record_line(path: Path, value: dict[str, Any]) -> None:
     """Add one JSON object as a sealed line, durably. A torn last line is closed first and spoils no other."""
