@@ -28,7 +28,8 @@ from tarflow.files import listed
 from tarflow.outputs import styled
 from tarflow.records import read_lines
 from tarflow.terminal import plain
-from tarflow.trainer.checkpoint.commit import Checkpoint, committed
+from tarflow.trainer.checkpoint.commit import Checkpoint
+from tarflow.trainer.checkpoint.commit import scan as scan_checkpoints
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.resilience import alive
 from tarflow.trainer.run_dir import has_run_file
@@ -119,7 +120,7 @@ def rows(runs: Iterable[Path], now: float | None = None) -> list[Row]:
     flaws: dict[Path, list[str]] = {run: [] for run in runs}
     readable = [run for run, said in flaws.items() if _check_jobs(run, said)]
     jobs = jobs_of(readable)  # one question to Slurm for all
-    return [_row(run, jobs.get(run, RunJobs(run_dir=run)), said, now) for run, said in flaws.items()]
+    return [_row(run, jobs.get(run), said, now) for run, said in flaws.items()]
 
 
 def _check_jobs(run: Path, flaws: list[str]) -> bool:
@@ -181,7 +182,8 @@ def _jobs_text(run: Path, jobs: RunJobs) -> tuple[str, str]:
     return ", ".join(texts) or "-", str(sum(requeues)) if trainings else "-"
 
 
-def _row(run: Path, jobs: RunJobs, flaws: list[str], now: float) -> Row:
+def _row(run: Path, jobs: RunJobs | None, flaws: list[str], now: float) -> Row:
+    """`jobs`: None where the list of them cannot be read."""
     config, known = shown_config(run, flaws)
     total, facts = config.train.max_images if config is not None else None, dict[str, str]()
     logged: list[dict[str, Any]] = []
@@ -190,11 +192,17 @@ def _row(run: Path, jobs: RunJobs, flaws: list[str], now: float) -> Row:
         found = read_metrics(run, TAIL)
         logged, flaws[:] = found.rows, flaws + found.flaws
     with noted(flaws):
-        newest = next(iter(committed(run)[-1:]), None)
+        usable, refused = scan_checkpoints(run)
+        newest = usable[-1] if usable else None
+        flaws += [f"{path}: {why}" for path, why in sorted(refused.items()) if why.committed]
     step, seen = newest_known(logged, newest)
     state = "unknown"
     with noted(flaws):
-        state = run_state(run, jobs, bool(total and newest and newest.images_seen >= total), now)
+        state = run_state(
+            run, jobs or RunJobs(run_dir=run), bool(total and newest and newest.images_seen >= total), now
+        )
+    if jobs is None and state not in ("running", "finished"):
+        state = "unknown"  # it may be in the queue
     if step or seen:
         facts |= {"step": str(step), "images": f"{seen:,}" + (f" / {total:,}" if total else "")}
     rate = last_rate(logged)
@@ -210,7 +218,8 @@ def _row(run: Path, jobs: RunJobs, flaws: list[str], now: float) -> Row:
         if beats := alive.read_heartbeats(run):
             facts["heartbeat"] = _ago(now - min(beat["seen"] for beat in beats))  # of the rank silent for longest
     with noted(flaws):
-        facts["jobs"], facts["requeues"] = _jobs_text(run, jobs)
+        if jobs is not None:
+            facts["jobs"], facts["requeues"] = _jobs_text(run, jobs)
     if score := headline_score(run, config if known else None, flaws):
         facts["score"] = score
     name = os.path.relpath(run) if not run.is_absolute() else str(run)

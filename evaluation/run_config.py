@@ -5,6 +5,7 @@ command line replaces it, and whoever uses it says so.
 """
 
 import json
+import os
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,11 @@ def shown_config(
 ) -> tuple[Config | None, bool]:
     """(the configuration of a run for those who only show it; whether samples and evaluations are known to go by it).
 
-    None if config.yaml cannot be read; what is wrong is added to `flaws`.
+    None if config.yaml is not there yet or cannot be read; what is wrong is added to `flaws`.
     """
     config = None
+    if not os.path.lexists(run_dir / "config.yaml"):
+        return None, False
     with noted(flaws):
         config = load_config(run_dir / "config.yaml")
     if config is not None:
