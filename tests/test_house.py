@@ -54,10 +54,10 @@ LAYERS = {
         worker
         report
         results
-        sweep_file
-        result_file
         samples
         networks
+        sweep_file
+        result_file
         metrics
         run_config image_set image_folder shared_work event_file
         errors

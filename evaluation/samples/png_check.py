@@ -18,7 +18,7 @@ def flaw_of_file(path: Path, shape: tuple[int, int, int] | None) -> str | None:
     """What is wrong with a PNG file, or None. Raises EvaluationError for a file that cannot be read at all."""
     try:
         if not path.is_file():
-            return "no regular file"
+            raise EvaluationError(f"{path} cannot be read: it is no regular file")
         with open(path, "rb") as file:
             content = file.read(LARGEST + 1)
         return flaw(content, shape) if len(content) <= LARGEST else f"larger than {LARGEST} bytes"

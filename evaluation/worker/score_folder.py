@@ -20,7 +20,7 @@ from tarflow.evaluation.metrics.names import is_distance, is_kernel
 from tarflow.evaluation.networks.features import Features
 from tarflow.evaluation.samples.weights_source import resolve_device
 from tarflow.evaluation.worker.reference import KEEP, Reference, load_reference, spread
-from tarflow.files import write_json
+from tarflow.records import write_object
 
 FORMAT = 1
 Say = Callable[[str], None]
@@ -80,7 +80,7 @@ def score_folder(request: ScoreRequest, say: Say = print) -> dict[str, Any]:
         "warnings": warnings,
     }
     if request.out:
-        write_json(request.out, result)
+        write_object(request.out, result)
     for line in warnings:
         say(f"note: {line}")
     say(terminal.plain(_headline(result), 2000))
