@@ -28,11 +28,10 @@ from tarflow.files import listed
 from tarflow.outputs import styled
 from tarflow.records import read_lines
 from tarflow.terminal import plain
-from tarflow.trainer.checkpoint.commit import Checkpoint
-from tarflow.trainer.checkpoint.commit import scan as scan_checkpoints
+from tarflow.trainer.checkpoint.commit import Checkpoint, scan_as
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.resilience import alive
-from tarflow.trainer.run_dir import has_run_file
+from tarflow.trainer.run_dir import has_run_file, run_id
 
 # Title -> field of a row, in the order of the table.
 COLUMNS = {
@@ -191,8 +190,11 @@ def _row(run: Path, jobs: RunJobs | None, flaws: list[str], now: float) -> Row:
     with noted(flaws):
         found = read_metrics(run, TAIL)
         logged, flaws[:] = found.rows, flaws + found.flaws
+    owner = None
     with noted(flaws):
-        usable, refused = scan_checkpoints(run)
+        owner = run_id(run)
+    with noted(flaws):
+        usable, refused = scan_as(run, owner)
         newest = usable[-1] if usable else None
         flaws += [f"{path}: {why}" for path, why in sorted(refused.items()) if why.committed]
     step, seen = newest_known(logged, newest)
@@ -215,6 +217,7 @@ def _row(run: Path, jobs: RunJobs | None, flaws: list[str], now: float) -> Row:
             for time_ in _times([newest.path / "COMMITTED"]):
                 facts["commit"] = f"step {newest.step}, {_ago(now - time_)}"
     with noted(flaws):
+        flaws += alive.damaged_heartbeats(run)
         if beats := alive.read_heartbeats(run):
             facts["heartbeat"] = _ago(now - min(beat["seen"] for beat in beats))  # of the rank silent for longest
     with noted(flaws):
