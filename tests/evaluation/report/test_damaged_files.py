@@ -17,11 +17,10 @@ import tarflow.cli
 from tarflow.cluster.job.chain import Chain
 from tarflow.cluster.status import rows
 from tarflow.evaluation.report import curves
-from tarflow.evaluation.report.plots import svg
 from tarflow.evaluation.run_config import run_config
-from tarflow.records import append_record_line, read_object, sealed, write_object
+from tarflow.records import append_record_line, sealed, write_object
 from tarflow.trainer.config.chosen_sampling import save_choice
-from tarflow.trainer.config.files import config_text, load_config, parse_config
+from tarflow.trainer.config.files import config_text, parse_config
 from tarflow.trainer.run_dir import create_run
 from tests.helpers.checkpoints import by_step
 from tests.helpers.results import write_result
