@@ -67,6 +67,7 @@ LAYERS = {
         job
         slurm
         hosts exit_codes
+        answers
         errors
     """,
 }
