@@ -22,6 +22,8 @@ from tarflow.cluster.status import COLUMNS, find_runs, fitting, job_state, rows,
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.run_dir import Holder, create_run, read_holder
+from tests.helpers.checkpoints import facts as facts_of
+from tests.helpers.checkpoints import fill
 
 
 @pytest.fixture
@@ -200,11 +202,11 @@ def test_N09_what_a_larger_world_left_behind_does_not_count(by_hand: Path, no_sl
 
 def commit(run: Path, step: int) -> None:
     folder = run / "checkpoints" / f"step-{step:08d}"
-    folder.mkdir(parents=True)
+    fill(folder)
     marker = {
         "step": step,
         "images_seen": 16 * step,
-        "files": {},
+        "files": facts_of(folder),
         "run": json.loads((run / "run.json").read_text())["run_id"],
     }
     (folder / "COMMITTED").write_text(json.dumps(marker))
