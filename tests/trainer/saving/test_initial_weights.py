@@ -20,6 +20,7 @@ from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import create_run
 from tarflow.trainer.saving.initial_weights import check_initial, class_names, initial_weights
+from tests.helpers.checkpoints import tell
 
 NAMES = ("smileys", "flags", "food", "tools")
 
@@ -185,7 +186,14 @@ def test_N04_a_run_is_begun_from_the_newest_average_of_another(tiny_config, conf
         assert main("third", "model.num_classes=4", "data.accept=[spare_classes]", "--init-from", source, *more) == 2
         assert "model.num_classes: 3 there, 4 here" in capsys.readouterr().err
         assert not (tmp_path / "third").exists()
-    fitted = ("model.num_classes=4", "data.accept=[spare_classes]", "train.noise=uniform", "--init-from", source, "--init-partial")
+    fitted = (
+        "model.num_classes=4",
+        "data.accept=[spare_classes]",
+        "train.noise=uniform",
+        "--init-from",
+        source,
+        "--init-partial",
+    )
     assert main("third", *fitted) == 0
     log = (tmp_path / "third/log.txt").read_text()
     assert "classes changed" in log
@@ -220,8 +228,7 @@ def test_V08_a_checkpoint_and_the_log_say_which_code_trained(tiny_config, tmp_pa
     from tarflow.models.weights import read_weights
 
     assert read_weights(out).provenance.code == code_version()
-    path = find(tmp_path / "run").path / "COMMITTED"
-    path.write_text(json.dumps(marker | {"code": {"version": "0.1.9"}}))
+    tell(find(tmp_path / "run").path, code={"version": "0.1.9"})
     assert tarflow.cli.main([*arguments, "train.max_images=32"]) == 0
     assert f"changed: code: tarflow 0.1.9 -> {describe_code(code_version())}" in (tmp_path / "run/log.txt").read_text()
     assert class_names(load_config(tiny_config)) == ["0", "1", "2"]
