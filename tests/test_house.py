@@ -19,7 +19,7 @@ LAYERS = {
     "models": """
         sampling denoise
         likelihood weights init
-        flow published
+        flow formats
         transformer cost presets
         config provenance
         noise randomness errors
