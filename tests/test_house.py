@@ -56,6 +56,8 @@ LAYERS = {
         results
         samples
         networks
+        sweep_file
+        result_file
         metrics
         run_config image_set image_folder shared_work event_file
         errors
@@ -82,7 +84,7 @@ TRAINER_FOR_EVALUATION = {"config", "run_dir", "checkpoint", "errors"}
 # Files of tarflow/ that every room may import.
 GROUND = {
     "code_version", "errors", "file_systems", "files", "interpreter", "leases", "locks", "npz", "outputs", "records",
-    "settings",
+    "settings", "terminal",
 }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tarflow.models.weights import save_weights_file
-    from tarflow.trainer.checkpoint.commit import damage, find, pinned
+    from tarflow.trainer.checkpoint.commit import find, pinned
     from tarflow.trainer.checkpoint.provenance import names_of_checkpoint, provenance_of
     from tarflow.trainer.checkpoint.tensors import load_weights
     from tarflow.trainer.config.chosen_sampling import chosen_sampling
@@ -42,12 +42,6 @@ def run(args: argparse.Namespace) -> int:
     _check_out(args.out)
     checkpoint = find(args.run, args.step, args.images)
     with pinned(checkpoint, owner="export"):
-        problem = damage(checkpoint)
-        if problem:
-            raise TrainerError(
-                f"checkpoint {checkpoint.path} is damaged: {problem}; choose another with --images (see `tarflow checkpoint "
-                "verify`)"
-            )
         config = load_config(checkpoint.path / "config.yaml")
         which = args.weights if args.weights != "auto" else config.ema.preferred
         weights = load_weights(checkpoint, which)

@@ -15,7 +15,7 @@ from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.weights import WeightsFile, WeightsHeader, is_weights_file, read_header, read_weights
-from tarflow.trainer.checkpoint.commit import Checkpoint, damage, find, pinned
+from tarflow.trainer.checkpoint.commit import Checkpoint, find, pinned
 from tarflow.trainer.checkpoint.provenance import provenance_of
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.files import load_config
@@ -93,8 +93,6 @@ def _read(source: Path, like: TarFlowConfig) -> tuple[WeightsFile, list[str]]:
         return file, [f"{source}: {file.provenance}{file.caveat}"]
     checkpoint, config = _newest(source)
     with pinned(checkpoint, owner="init-from"):
-        if problem := damage(checkpoint):
-            raise TrainerError(f"--init-from {source}: its newest checkpoint {checkpoint.name} is damaged: {problem}")
         which = config.ema.preferred
         header = _header(checkpoint, config)
         tensors = load_weights(checkpoint, which)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tarflow.data_pipeline.loading.survey import DataSurvey, survey
 from tarflow.trainer.batch import plan_batch
+from tarflow.trainer.checkpoint.commit import check_identity
 from tarflow.trainer.config.files import config_diff, load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError
@@ -41,9 +42,11 @@ def check_start(
 ) -> Start:
     """Hold a configuration against its data, its splits and the evaluation's rules; nothing is made.
 
-    Raises TrainerError, a line for each contradiction, or DataError where the training data cannot be opened. A run that
-    has checkpoints is only refused for what training cannot go on with, or for settings that are changed now.
+    Raises TrainerError, a line for each contradiction, DataError where the training data cannot be opened, or
+    DamagedFileError for a file of the run that decides. A run that has checkpoints is only refused for what training
+    cannot go on with, or for settings that are changed now.
     """
+    check_identity(run_dir)
     plan_batch(config.train.global_batch_size, world_size, config.train.micro_batch_size)
     mesh_shape(config.parallel, world_size)
     train = survey(config.data)
