@@ -46,8 +46,10 @@ class Arrays:
     checked: bool
 
 
-def declared(path: Path, limit: int, *, what: str = "", way_out: str = "") -> dict[str, Declared]:
-    """Name -> type and shape of every array in a file, which has at most `limit` bytes of them; reads their headers only.
+def declared(path: Path, limit: int | None = None, *, what: str = "", way_out: str = "") -> dict[str, Declared]:
+    """Name -> type and shape of every array in a file; reads their headers only.
+
+    `limit`: most bytes of all arrays together; None: those of the file, which is not compressed then.
 
     Raises:
         DamagedFileError: it is no such file, or one that must not be read.
@@ -58,7 +60,7 @@ def declared(path: Path, limit: int, *, what: str = "", way_out: str = "") -> di
 
 
 def read_npz(
-    path: Path, limit: int, names: Collection[str] | None = None, *, what: str = "", way_out: str = ""
+    path: Path, limit: int | None = None, names: Collection[str] | None = None, *, what: str = "", way_out: str = ""
 ) -> Arrays:
     """Read the arrays of a file, or some of them (then without the checksum). Raises as `declared`."""
     with _opened(path, limit, what, way_out) as (archive, found):
@@ -90,7 +92,7 @@ Found = dict[str, tuple[zipfile.ZipInfo, Declared]]
 
 
 @contextmanager
-def _opened(path: Path, limit: int, what: str, way_out: str) -> Iterator[tuple[zipfile.ZipFile, Found]]:
+def _opened(path: Path, limit: int | None, what: str, way_out: str) -> Iterator[tuple[zipfile.ZipFile, Found]]:
     def damaged(problem: str) -> DamagedFileError:
         return DamagedFileError(path, problem, way_out, what=what)
 
@@ -98,7 +100,8 @@ def _opened(path: Path, limit: int, what: str, way_out: str) -> Iterator[tuple[z
         raise damaged("it is no regular file")
     try:
         with zipfile.ZipFile(path) as archive:
-            yield archive, _directory(archive, path.stat().st_size, limit)
+            size = path.stat().st_size
+            yield archive, _directory(archive, size, size if limit is None else limit)
     except OSError as error:
         if error.errno not in (None, errno.EINVAL):  # a seek to a place that the damage made up
             raise

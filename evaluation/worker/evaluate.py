@@ -249,7 +249,7 @@ class Job:
             "reference": {
                 "file": reference.path.name,
                 "images_used": reference.statistics.count,
-                **reference.provenance,
+                **reference.describe(),
             }
         }
         network = self.real.features
