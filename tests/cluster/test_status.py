@@ -20,10 +20,10 @@ from tarflow.cluster.job.chain import Chain, Limits, Outcome, decide, exhausted,
 from tarflow.cluster.slurm import JobState, states
 from tarflow.cluster.status import COLUMNS, find_runs, fitting, job_state, rows, shortened
 from tarflow.trainer.config.files import load_config
-from tarflow.trainer.config.schema import Config
 from tarflow.trainer.run_dir import Holder, create_run, read_holder
 from tests.helpers.checkpoints import facts as facts_of
 from tests.helpers.checkpoints import fill
+from tests.helpers.results import write_result
 
 
 @pytest.fixture
@@ -99,17 +99,6 @@ def test_states_in_words(run: Path, state, ended, expected) -> None:
     assert job_state(state, chain) == expected
 
 
-def write_result(run: Path, name: str, config: Config, **scores: float) -> None:
-    """A result at step 50, as far as the table looks at it."""
-    sampling = config.sampling.model_dump(exclude={"batch_size"}) | {"denoise": config.denoise_multiplier}
-    e = config.evaluation
-    settings = {"weights": config.evaluated_weights, "num_samples": e.num_samples, "features": e.features}
-    folder = run / "evals" / name
-    folder.mkdir(parents=True)
-    values = {"step": 50, "images_seen": 800, "settings": settings | {"sampling": sampling}, **scores}
-    (folder / "result.json").write_text(json.dumps(values))
-
-
 def test_a_row_says_how_far_a_run_is(run: Path, fake_slurm, config_file) -> None:
     fake_slurm.command("squeue", 'echo "107|RUNNING|None|n1"')
     (run / "config.yaml").write_text(config_file.read_text())
@@ -120,8 +109,8 @@ def test_a_row_says_how_far_a_run_is(run: Path, fake_slurm, config_file) -> None
     (run / "heartbeats" / "rank-0001.json").write_text("{}")
     os.utime(run / "heartbeats" / "rank-0001.json", (now - 65, now - 65))
     own, other = load_config(config_file), load_config(config_file, ["sampling.guidance=3"])
-    write_result(run, "step-00000050", own, fd_inception=12.345)
-    write_result(run, "step-00000050-0123456789ab", other, fd_inception=11.0)
+    write_result(run, own, "step-00000050", fd_inception=12.345)
+    write_result(run, other, "step-00000050", own=False, fd_inception=11.0)
     (row,) = rows([run], now)
     assert (row.state, row.jobs, row.step, row.images, row.rate) == (
         "running", "107 RUNNING", "100", "1,600 / 3,200", "20",
