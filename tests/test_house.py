@@ -81,7 +81,8 @@ ROOMS_BELOW = {
 TRAINER_FOR_EVALUATION = {"config", "run_dir", "checkpoint", "errors"}
 # Files of tarflow/ that every room may import.
 GROUND = {
-    "code_version", "errors", "file_systems", "files", "interpreter", "leases", "locks", "outputs", "settings",
+    "code_version", "errors", "file_systems", "files", "interpreter", "leases", "locks", "outputs", "records",
+    "settings",
 }  # fmt: skip
 
 

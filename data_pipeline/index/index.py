@@ -87,6 +87,8 @@ class Index:
         folder = f"{root}/index"
         try:
             meta, table = read_list(self._source.open("shards.parquet", "", MOST_BYTES))
+        except DataError:  # it could not be fetched
+            raise
         except (OSError, KeyError, ValueError, MemoryError, pa.ArrowException) as err:
             raise DataError(f"cannot read {folder}: {err}; write the index anew: tarflow data index {root}") from None
         if meta.get("format_version") != FORMAT_VERSION:
@@ -191,6 +193,8 @@ class Index:
             ):
                 raise ValueError(f"{table.num_rows} rows came of {rows}, or some lack their place")
             return table
+        except DataError:
+            raise
         except (OSError, ValueError, KeyError, IndexError, MemoryError, pa.ArrowException) as err:
             raise self._damaged(shard, str(err)) from None
 

@@ -76,6 +76,15 @@ def create_own_file(folder: int, name: str) -> int:
     return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
 
 
+def write_own_file(folder: Path, name: str, data: bytes) -> None:
+    """Replace a file in the cache folder in one step. Raises DataError, OSError."""
+    partial = f"{name}.{os.getpid()}"
+    with opened(folder) as descriptor:
+        with os.fdopen(create_own_file(descriptor, partial), "wb") as file:
+            file.write(data)
+        os.rename(partial, name, src_dir_fd=descriptor, dst_dir_fd=descriptor)
+
+
 def _check_way(folder: Path) -> None:
     """Raise DataError where another user could put something else in the place of a part of this path."""
     for parent, entry in _steps(folder):
@@ -87,6 +96,8 @@ def _check_way(folder: Path) -> None:
                 f"the cache folder {folder} lies in {parent}, which everybody may write (mode {about.st_mode & 0o7777:o}): "
                 f"{_WAY_OUT}"
             )
+        if not os.path.lexists(entry):  # nobody can take the name from whoever makes it first
+            continue
         owner = entry.lstat().st_uid
         if owner not in (0, os.geteuid()):
             what = "a link" if entry.is_symlink() else "a folder"
@@ -94,7 +105,7 @@ def _check_way(folder: Path) -> None:
 
 
 def _steps(path: Path) -> Iterator[tuple[Path, Path]]:
-    """(folder, entry in it) for every part of a path that is there, and of the links on the way."""
+    """(folder, entry in it) for every part of a path up to the first that is not there, and of the links on the way."""
     at, links = Path("/"), 0
     waiting = list(reversed(Path(os.path.abspath(path)).parts[1:]))
     while waiting:
@@ -103,9 +114,9 @@ def _steps(path: Path) -> Iterator[tuple[Path, Path]]:
             at = at.parent
             continue
         entry = at / part
+        yield at, entry
         if not os.path.lexists(entry):
             return
-        yield at, entry
         if not entry.is_symlink():
             at = entry
             continue

@@ -61,10 +61,13 @@ class Access:
         ):
             if not right:
                 raise DataError(f"data.{name} cannot be {value!r}")
+        for root in self.allow_roots:
+            if address(root) != root:
+                raise DataError(f"data.allow_roots cannot hold {root!r}: expected PROTOCOL://HOST or a longer address")
 
     def folder(self) -> Path:
         """Where the cache is."""
-        return Path(self.cache_dir or Path(tempfile.gettempdir()) / f"tarflow-cache-{os.getuid()}")
+        return Path(self.cache_dir or Path(tempfile.gettempdir()) / f"tarflow-cache-{os.geteuid()}")
 
 
 def address(data: str | Path) -> str | None:

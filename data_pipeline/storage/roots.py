@@ -117,9 +117,9 @@ def redirected(address: str, here: str, location: str | None, allowed: Sequence[
         raise DataError(f"{shown(address)} redirects to nowhere")
     try:
         target = urljoin(here, location)
+        to = _Address.of(target)
     except ValueError as err:
         raise DataError(f"{shown(address)} redirects to what is no address: {err}") from None
-    to = _Address.of(target)
     if to.same_host(_Address.of(address)) or any(to.is_under(_Address.of(root)) for root in allowed):
         return target
     raise DataError(
