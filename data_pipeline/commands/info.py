@@ -18,7 +18,7 @@ MOST_CLASSES = 30  # that are listed one by one
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="folder or address of the data set")
     parser.add_argument("--allow-root", action="append", metavar="ADDRESS",
-                        help="address under which shards may lie beside that of DATA (as data.allow_roots; repeatable)")  # fmt: skip
+                        help="where shards may lie beside the address DATA (as data.allow_roots; repeatable)")  # fmt: skip
     parser.add_argument("--sheet", type=Path, help="write a contact sheet to this PNG file")
     parser.add_argument("--count", type=int, help="images on the sheet (64)")
     parser.add_argument("--tile", type=int, help="pixels of each image on the sheet (64)")
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tarflow.data_pipeline.errors import DataError
+    from tarflow.data_pipeline.layout.names import shown
     from tarflow.data_pipeline.storage.open_index import open_index
     from tarflow.data_pipeline.storage.remote import Access
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     access = Access(allow_roots=tuple(args.allow_root or ()))
     index = open_index(args.data, access)
     sizes = index.shard_sizes
-    print(f"{index.root} ({index.form} shards)")
+    print(f"{shown(str(index.root))} ({index.form} shards)")
     print(f"samples      {index.num_samples:,}")
     print(f"shards       {len(sizes):,} ({int(sizes.min())} to {int(sizes.max())} samples, "
           f"{index.shard_bytes.sum() / 2**20:,.1f} MiB)")  # fmt: skip
@@ -45,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
         "" if index.knows_content else " (of an earlier version, without contents: `tarflow data index` makes one with)"
     )
     print(f"fingerprint  {index.fingerprint}{seen}")
-    for line in index.meta.get("origin", []):
-        print(f"  {line}")
+    for line in index.meta.get("origin") or []:
+        print(f"  {shown(line)}")
     if index.num_classes:
         _print_classes(index, index.num_classes)
     if args.sheet:
@@ -66,6 +67,7 @@ def _print_classes(index: Index, num_classes: int) -> None:
     import numpy as np
 
     from tarflow.data_pipeline.index.index import NO_LABEL
+    from tarflow.data_pipeline.layout.names import shown
 
     counts = np.zeros(num_classes, dtype=np.int64)
     for shard in range(len(index.shard_sizes)):
@@ -73,6 +75,6 @@ def _print_classes(index: Index, num_classes: int) -> None:
         np.add.at(counts, labels[(labels != NO_LABEL) & (labels >= 0) & (labels < num_classes)], 1)
     print(f"classes      {num_classes}")
     for label in range(min(num_classes, MOST_CLASSES)):
-        print(f"  {label:5d}  {counts[label]:10,}  {index.classes[label] if index.classes else ''}".rstrip())
+        print(f"  {label:5d}  {counts[label]:10,}  {shown(index.classes[label]) if index.classes else ''}".rstrip())
     if num_classes > MOST_CLASSES:
         print(f"  ... and {num_classes - MOST_CLASSES} more ({counts.min():,} to {counts.max():,} samples)")

@@ -218,7 +218,7 @@ class Index:
             or (ends > self.shard_bytes[shard]).any()
         ):
             raise self._damaged(shard, f"some samples lie outside its {self.shard_bytes[shard]} bytes")
-        if (len(labels), labels.min(initial=told[1]), labels.max(initial=told[2])) != told:
+        if ((len(labels), labels.min(), labels.max()) if len(labels) else (0, NO_LABEL, NO_LABEL)) != told:
             raise self._damaged(shard, "their labels are not those that the list of shards tells")
 
     def key(self, shard: int, row: int) -> str:

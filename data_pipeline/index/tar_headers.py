@@ -67,6 +67,12 @@ def pax_records(data: bytes) -> dict[bytes, bytes]:
     return records
 
 
+def pax_size(records: dict[bytes, bytes]) -> int | None:
+    """The size that records tell; None where they tell none, or one that no file has."""
+    digits = records.get(b"size", b"")
+    return int(digits) if digits.isdigit() and len(digits) < 19 else None
+
+
 def sparse_blocks(fd: int, position: int, more: int) -> int:
     """Blocks between the header of a sparse member and its bytes: the rest of its map, while `more` is not 0."""
     count = 0

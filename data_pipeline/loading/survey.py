@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
+from tarflow.data_pipeline.images.bounds import check_bytes
 from tarflow.data_pipeline.images.look import Look, look_at
 from tarflow.data_pipeline.index.index import Index
 from tarflow.data_pipeline.loading.choose_reader import DataFacts, data_facts
@@ -111,6 +112,7 @@ def _looks(index: Index, data: DataSettings) -> Iterator[Look]:
             shard, row = index.locate(sample)
             rows = index.rows(shard)
             try:
+                check_bytes(int(rows.sizes[row]))
                 look = look_at(files.read(shard, int(rows.offsets[row]), int(rows.sizes[row])))
             except BadSampleError as error:
                 if data.on_error == "strict" and not index.is_remote(shard):
