@@ -31,4 +31,6 @@ def check_scans(jpeg: bytes, pixels: int) -> None:
     """Raise BadSampleError (`too_large`) for a JPEG of more passes than any is written with: each takes an image's time."""
     scans = jpeg.count(b"\xff\xda")  # the marker of a scan, which occurs nowhere inside one
     if scans > _MAX_SCANS and scans * pixels > _MAX_SCANS * MAX_PIXELS:
-        raise BadSampleError("too_large", f"the JPEG of {pixels:,} pixels has {scans:,} scans: decoding would take minutes")
+        raise BadSampleError(
+            "too_large", f"the JPEG of {pixels:,} pixels has {scans:,} scans: decoding would take minutes"
+        )

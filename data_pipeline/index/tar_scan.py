@@ -17,14 +17,15 @@ import numpy as np
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.tar_headers import (
     BLOCK,
+    TarLink,
     checksum_right,
     checksums_right,
+    followed,
     odd_size,
     pax_records,
     pax_size,
     sparse_blocks,
 )  # fmt: skip
-from tarflow.data_pipeline.index.tar_links import TarLink, followed
 
 _ZERO = bytes(BLOCK)
 _WINDOW = 4096  # one read often serves an extended header, the header, a small text member and the next header

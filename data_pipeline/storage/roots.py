@@ -41,6 +41,14 @@ class _Address:
             raise DataError(f"{shown(text)} is no address: expected PROTOCOL://HOST/PATH")
         return cls(scheme, (parts.hostname or "").lower(), port or _PORTS.get(scheme), parts.path.rstrip("/"))
 
+    @property
+    def root(self) -> str:
+        """The host, or the folder where there is none: for the setting that allows it."""
+        if not self.host:
+            return f"{self.scheme}://{self.path.rpartition('/')[0]}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}" + (f":{self.port}" if self.port != _PORTS.get(self.scheme) else "")
+
     def is_under(self, root: _Address) -> bool:
         same = (self.scheme, self.host, self.port) == (root.scheme, root.host, root.port)
         return same and (self.path == root.path or self.path.startswith(f"{root.path}/"))
@@ -88,7 +96,7 @@ class Roots:
         if not any(found.is_under(_Address.of(root)) for root in roots):
             raise DataError(
                 f"shard {shown(address[:200])} does not lie under {self.own or 'the folder of its index'}: where that is "
-                f"meant, data.allow_roots=[{found.scheme}://{found.host}] allows it"
+                f"meant, data.allow_roots=[{found.root}] allows it"
             )
 
     def check_shards(self, index: Index) -> None:
@@ -124,5 +132,5 @@ def redirected(address: str, here: str, location: str | None, allowed: Sequence[
         return target
     raise DataError(
         f"{shown(address)} redirects to {shown(target[:200])}, another host or protocol: where that is meant, "
-        f"data.allow_roots=[{to.scheme}://{to.host}] allows it"
+        f"data.allow_roots=[{to.root}] allows it"
     )

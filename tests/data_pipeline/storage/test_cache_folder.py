@@ -105,9 +105,7 @@ def test_h07_a_folder_that_someone_else_made_first_is_refused(shared: Path, of_a
     assert list((shared / "cache").iterdir()) == []
 
 
-def test_h07_a_folder_that_changes_hands_later_is_refused(
-    tmp_path: Path, of_another: Callable[[Path], None]
-) -> None:
+def test_h07_a_folder_that_changes_hands_later_is_refused(tmp_path: Path, of_another: Callable[[Path], None]) -> None:
     cache = ShardCache(tmp_path / "cache", 1000)
     of_another(tmp_path / "cache")
     with pytest.raises(DataError, match=rf"belongs to .*uid {OTHER}"):

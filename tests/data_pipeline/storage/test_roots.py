@@ -143,7 +143,14 @@ def test_h08_redirects_stay_with_the_host_unless_allowed(
     other = BadServer(root / "moved")
     options: dict[str, Any] = {"cache_bytes": cache_bytes, "retries": 0}
     try:
-        targets = [secret.as_uri(), f"{other.url}/", f"{other.url.replace('127.0.0.1', 'localhost')}/", "data:,x", "//[", ""]
+        targets = [
+            secret.as_uri(),
+            f"{other.url}/",
+            f"{other.url.replace('127.0.0.1', 'localhost')}/",
+            "data:,x",
+            "//[",
+            "",
+        ]
         for number, target in enumerate(targets):
             server.behaviour = Behaviour(moved={what: target})
             with pytest.raises(DataError, match="redirects to"):
@@ -207,7 +214,9 @@ def test_h08_an_endless_body_is_given_up(
     assert server.sent < 32 << 20
 
 
-def test_h08_a_server_that_sends_a_byte_now_and_then_is_given_up(served: tuple[BadServer, Path], tmp_path: Path) -> None:
+def test_h08_a_server_that_sends_a_byte_now_and_then_is_given_up(
+    served: tuple[BadServer, Path], tmp_path: Path
+) -> None:
     """Each byte comes in time; all of them would take days."""
     server, _ = served
     server.behaviour = Behaviour(drip=0.02, only="shards.parquet")
@@ -217,7 +226,9 @@ def test_h08_a_server_that_sends_a_byte_now_and_then_is_given_up(served: tuple[B
     assert time.monotonic() - began < 10
 
 
-@pytest.mark.parametrize(("only", "name"), [(".tar", r"shard http.*\.tar holds"), ("samples-00000.parquet", "http.*samples")])
+@pytest.mark.parametrize(
+    ("only", "name"), [(".tar", r"shard http.*\.tar holds"), ("samples-00000.parquet", "http.*samples")]
+)
 def test_h07_what_came_wrong_is_fetched_once_more_and_then_named(
     served: tuple[BadServer, Path], tmp_path: Path, only: str, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -244,7 +255,9 @@ def test_h07_what_cannot_be_checked_is_said_and_kept(
     assert "unchecked" not in survey(DataSettings.of(server.url, **settings)).describe()
     take(server.url, cache_bytes=0, **settings)
     assert "is not checked: without a cache (data.cache_bytes=0)" in caplog.text
-    assert "without a cache" in str(survey(DataSettings.of(server.url, cache_bytes=0, **settings)).describe()["unchecked"])
+    assert "without a cache" in str(
+        survey(DataSettings.of(server.url, cache_bytes=0, **settings)).describe()["unchecked"]
+    )
     as_version_0_1(root)
     take(server.url, **settings)
     assert "of an earlier version, holds no checksums" in caplog.text
