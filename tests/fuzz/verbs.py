@@ -1,0 +1,50 @@
+"""The commands under which a damaged file is read."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verb:
+    """`shows`: it only shows, so it must survive any one bad file. `prints`: its figures are what it prints."""
+
+    call: str
+    shows: bool = False
+    prints: bool = False
+    limit_s: float = 15.0
+
+
+VERBS = {
+    "train": Verb("train tiny.yaml --run-dir runs/one train.max_images=64"),
+    "train new": Verb("train tiny.yaml --run-dir runs/new train.max_images=16"),
+    "train --dry-run": Verb("train tiny.yaml --run-dir runs/one --dry-run", prints=True),
+    "train --init-from": Verb("train tiny.yaml --run-dir runs/new --init-from w.safetensors train.max_images=16"),
+    "sample": Verb("sample runs/one --out new --num 2"),
+    "sample (more)": Verb("sample runs/one --out drawn --num 4"),
+    "sample (file)": Verb("sample w.safetensors --out new --num 2"),
+    "sample (pth)": Verb("sample w.pth --out new --num 2 --noise-std 0.1"),
+    "evaluate": Verb("evaluate runs/one"),
+    "evaluate (png)": Verb("evaluate runs/one --images 48 --save png"),
+    "evaluate (shards)": Verb("evaluate runs/one --images 32 --save shards"),
+    "evaluate (file)": Verb(
+        "evaluate w.safetensors --out new data.train=set/train train.noise_std=0.1 evaluation.num_samples=8 evaluation.grid=[2,2]"
+    ),
+    "evaluate --watch": Verb("evaluate runs/one --watch --poll 0.01"),
+    "sweep-guidance": Verb("sweep-guidance runs/one --guidance 0,1 --start 4 --final 8"),
+    "score": Verb("score images/a --reference ref.npz --out new.json", prints=True),
+    "reference": Verb("reference set/train --size 8 --channels 1 --out new.npz"),
+    "report": Verb("report runs/one --out new.html", shows=True),
+    "status": Verb("status runs", shows=True, prints=True),
+    "logs": Verb("logs runs/one", prints=True),
+    "cancel": Verb("cancel runs/one --wait 0.1", prints=True),
+    "submit --dry-run": Verb("submit tiny.yaml --run-dir runs/one --profile profile.yaml --dry-run", prints=True),
+    "checkpoint list": Verb("checkpoint list runs/one", shows=True, prints=True),
+    "checkpoint verify": Verb("checkpoint verify runs/one", prints=True),
+    "checkpoint export": Verb("checkpoint export runs/one --out new.safetensors"),
+    "checkpoint prune": Verb("checkpoint prune runs/one --keep-latest 2", prints=True),
+    "checkpoint rewind": Verb("checkpoint rewind runs/one --images 32"),
+    "ema": Verb("ema runs/one --relative-std 0.11 --out new.safetensors"),
+    "data info": Verb("data info set/train", prints=True),
+    "data verify": Verb("data verify set/train --processes 1 --report new.json"),
+    "data index": Verb("data index set/train --out new"),
+    "data prepare": Verb("data prepare images new --size 8"),
+}
