@@ -42,7 +42,7 @@ def prepare(folder: Path) -> None:
     """Make two homes, the second for swaps, and load here what commands import."""
     os.environ["PATH"] = f"{folder / 'home' / 'bin'}:{os.environ['PATH']}"
     for seed, name in enumerate(("home", "twin")):
-        load(home.make(folder / name, seed))
+        home.make(folder / name, seed)
 
 
 class Fuzzer:
@@ -62,12 +62,12 @@ class Fuzzer:
             one, two = Clean.of(first, self.sound), Clean.of(again, self.sound)
             if first.code != 0:
                 raise RuntimeError(
-                    f"`tarflow {VERBS[verb].call}` ended with {first.code} in a sound home: {first.err}{first.out}"
+                    f"`{VERBS[verb].call}` ended with {first.code} in a sound home: {first.err}{first.out}"
                 )
             if one.products != two.products or (VERBS[verb].prints and one.printed != two.printed):
                 differing = [name for name in one.products if one.products[name] != two.products.get(name)]
                 raise RuntimeError(
-                    f"`tarflow {VERBS[verb].call}` does not do the same twice: {differing or [one.printed, two.printed]}"
+                    f"`{VERBS[verb].call}` does not do the same twice: {differing or [one.printed, two.printed]}"
                 )
             self._clean[verb] = one
         return self._clean[verb]
@@ -96,7 +96,7 @@ class Fuzzer:
         return Row(kind, verb, number, path, what.text, outcome, seen, ran.seconds), ran, content
 
     def _run(self, verb: str, hurt: Callable[[], None] | None = None) -> Ran:
-        return self.place.run(VERBS[verb].call.split(), VERBS[verb].limit_s, hurt, home.set_up)
+        return self.place.run(VERBS[verb].action, VERBS[verb].limit_s, hurt, home.set_up)
 
 
 _fuzzer: Fuzzer

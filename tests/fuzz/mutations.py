@@ -190,8 +190,10 @@ def _edited(text: str, rng: random.Random, one_line: bool = False) -> tuple[str,
         double = json.dumps(str(place[0])) + ": 7"
         return marked.replace('"\\u0000": 0', double), Damage(f"{place[0]} stands in it twice")
     else:
-        where = tree if isinstance(tree, dict) else {}
-        where["extra\x1b[31m"] = 1
+        if isinstance(tree, dict):
+            tree["extra\x1b[31m"] = 1
+        else:
+            tree.append("\x1b[31mextra")
         done = "a field more"
     seal = rng.choice(["kept", "fitting", "gone"]) if isinstance(tree, dict) and SEAL in tree else ""
     if seal in ("fitting", "gone"):

@@ -1,10 +1,14 @@
 """What came of a command beside a damaged file, held against what the same command does when nothing is damaged."""
 
+import io
 import json
 import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+
+import pyarrow
+from pyarrow import parquet
 
 from tests.fuzz.mutations import Damage
 from tests.fuzz.server import BROKEN, Ran
@@ -35,7 +39,11 @@ REFUSALS = (1, 2, 3, 4)  # exit codes that the verbs' help texts list
 
 # What a command notes of itself on the way; nothing that anyone reads as a figure.
 _PASSING = re.compile(
-    r"(^|/)(log\.txt|\.lock|rank-\d+\.json|work\.json|fontlist[^/]*|\.private/.*)$|(^|/)\.private/|/pins/|/tensorboard/|\.nfs"
+    r"(^|/)(log\.txt|\.lock|rank-\d+\.json|work\.json|fontlist[^/]*|\.private/.*)$|(^|/)\.private/|/pins/|/tensorboard/|/slurm/(jobs/|code-|config-)"
+)
+# What anyone would take for a finished piece of work.
+_RESULT = re.compile(
+    r"\.(png|npz|safetensors|pth|html|svg|tar|parquet|distcp)$|(^|/)(result|sweep|sampling|run|data)\.json$|COMMITTED$|evals\.jsonl$"
 )
 _VOLATILE = {
     "time",
@@ -53,7 +61,8 @@ _VOLATILE = {
 _IN_PASSING = [
     (re.compile(r"\x1b\[[0-9;]*m"), ""),
     (re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d)?"), "DATE"),
-    (re.compile(r"\b\d+(\.\d+)? ?(s|ms|min|h)\b( ago)?"), "TIME"),
+    (re.compile(r"\b\d+:\d\d(:\d\d)?\b|\b\d+(\.\d+)? ?(s|ms|min|h)\b( ago)?"), "TIME"),
+    (re.compile(r"TIME TIME|TIMETIME"), "TIME"),
     (re.compile(r"\b\d+(\.\d+)? (img/s|images/s)"), "SPEED"),
     (re.compile(r"\bpid \d+"), "PID"),
     (re.compile(r" +"), " "),
@@ -108,9 +117,22 @@ def value_of(name: str, content: bytes) -> Any:
             except (ValueError, RecursionError):
                 rows.append(text)
         return rows
+    if name.endswith(".parquet"):
+        return _rows(content)
     if name.endswith((".html", ".md", ".yaml", ".svg", ".txt")):
         return in_essence(content.decode(errors="replace"))
     return content
+
+
+def _rows(content: bytes) -> Any:
+    """A table without the times of the files that it speaks of."""
+    try:
+        table = parquet.read_table(io.BytesIO(content))
+    except (OSError, ValueError, pyarrow.ArrowException):
+        return content
+    return table.schema.metadata, {
+        name: table[name].to_pylist() for name in table.column_names if name != "modified_ns"
+    }
 
 
 def _lasting(tree: Any) -> Any:
@@ -163,7 +185,7 @@ def judge(case: Question, ran: Ran, clean: Clean, sound: dict[str, bytes], hurt:
 
 def _refused(case: Question, ran: Ran, clean: Clean, made: dict[str, Any]) -> tuple[Outcome, str]:
     message = ran.err.strip() or ran.out.strip()
-    if left := [name for name, value in made.items() if clean.products.get(name, "") != value]:
+    if left := [name for name, value in made.items() if _RESULT.search(name) and clean.products.get(name, "") != value]:
         return Outcome.LEFT, f"exit {ran.code} ({_last_line(message)}), but there is {left[0]}"
     if ran.code not in REFUSALS:
         return Outcome.UNCLEAR, f"exit {ran.code} is in no help text"

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from tests.fuzz import decisions
+from tests.fuzz.server import Action
+
 
 @dataclass(frozen=True)
 class Verb:
@@ -11,6 +14,11 @@ class Verb:
     shows: bool = False
     prints: bool = False
     limit_s: float = 15.0
+
+    @property
+    def action(self) -> Action:
+        """Words of the command line; of what no verb does, a function."""
+        return getattr(decisions, self.call) if hasattr(decisions, self.call) else self.call.split()
 
 
 VERBS = {
@@ -37,6 +45,7 @@ VERBS = {
     "logs": Verb("logs runs/one", prints=True),
     "cancel": Verb("cancel runs/one --wait 0.1", prints=True),
     "submit --dry-run": Verb("submit tiny.yaml --run-dir runs/one --profile profile.yaml --dry-run", prints=True),
+    "submit": Verb("submit tiny.yaml --run-dir runs/one --profile profile.yaml --after-running", prints=True),
     "checkpoint list": Verb("checkpoint list runs/one", shows=True, prints=True),
     "checkpoint verify": Verb("checkpoint verify runs/one", prints=True),
     "checkpoint export": Verb("checkpoint export runs/one --out new.safetensors"),
@@ -46,5 +55,19 @@ VERBS = {
     "data info": Verb("data info set/train", prints=True),
     "data verify": Verb("data verify set/train --processes 1 --report new.json"),
     "data index": Verb("data index set/train --out new"),
+    "data info (mds)": Verb("data info mds", prints=True),
+    "data verify (mds)": Verb("data verify mds --processes 1 --report new.json"),
+    "data index (mds)": Verb("data index mds --out new"),
+    "train new (mds)": Verb("train tiny.yaml --run-dir runs/new train.max_images=16 data.train=mds"),
     "data prepare": Verb("data prepare images new --size 8"),
+    "data prepare (classes)": Verb("data prepare images new --size 8 --classes names.json"),
+    "data prepare (npz)": Verb("data prepare sources/arrays.npz new --size 8"),
+    "data prepare (parquet)": Verb("data prepare sources/table.parquet new --size 8"),
+    "data prepare (edm)": Verb("data prepare edm new --size 8"),
+    "data prepare (idx)": Verb("data prepare idx new --size 8"),
+    "data prepare (formats)": Verb("data prepare formats new --size 8 --channels 3"),
+    "score (formats)": Verb("score formats --against formats --size 8 --out new.json", prints=True),
+    "sample (classes)": Verb("sample w.safetensors --out new --num 2 --classes names.json --labels b"),
+    "requeue": Verb("requeue", prints=True),
+    "meet": Verb("meet", prints=True),
 }
