@@ -108,7 +108,8 @@ class Steps:
                 "global_batch_size": images, "micro_batch_size": batch, "max_images": 10**6,
                 "param_dtype": "bfloat16", "grad_clip": 1.0, "skip_spikes": True,
             },
-            parallel={"backend": "fsdp2", "layers_per_unit": unit}, activation_checkpoint={"mode": mode}, compile={"enable": compiled},
+            parallel={"backend": "fsdp2", "layers_per_unit": unit}, activation_checkpoint={"mode": mode},
+            compile={"enable": compiled},
         )  # fmt: skip
         self.backend = ShardedBackend(self.config, bench.device, World())
         self.ema = EMA(self.backend, self.config.ema.relative_stds)
@@ -276,8 +277,10 @@ def numbers(bench: Bench) -> Figures:
 
 
 def repeatable(bench: Bench) -> Figures:
-    """The same four steps twice, as a run takes them (train.deterministic) and with any kernels: weights that differ."""
+    """The same four steps twice, with train.deterministic and with any kernels: weights that differ."""
     figures: Figures = {"CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")}
+    last: dict[str, Tensor] = {}
+    compute_deterministically(bench.device)
     for deterministic in (True, False):
         torch.use_deterministic_algorithms(deterministic)
         ends: list[dict[str, Tensor]] = []
@@ -294,7 +297,9 @@ def repeatable(bench: Bench) -> Figures:
             "tensors that differ": differing, "of": len(ends[0]), "ms": seconds * 1e3}  # fmt: skip
         if deterministic:
             bench.bars.append(Bar("tensors that differ after the same steps", differing, at_most=0))
-    compute_deterministically(bench.device)
+            last = ends[0]
+    apart = max(float((last[name] - ends[0][name]).abs().max()) for name in last)  # four steps of 1e-4 at most
+    bench.bars.append(Bar("weights with deterministic kernels against any", apart, at_most=1e-4))
     return figures
 
 
@@ -323,6 +328,7 @@ def rate(bench: Bench) -> Figures:
     """Steps by checkpointing mode, compile and unit of sharding: time, share of the peak rate, memory over the cost model."""
     batch = bench.batch if bench.tiny else 32  # 16 leave the device waiting for the host
     figures: Figures = {}
+    norms: dict[int, float] = {}  # of the second step's gradient, by images: every way computes the same
     for mode, compiled, unit, images in (
         ("selective", False, 0, batch), ("none", True, 1, batch), ("none", True, 2, batch), ("none", True, 4, batch),
         ("none", True, 0, batch), ("selective", True, 0, 2 * batch), ("full", True, 0, 2 * batch),
@@ -334,15 +340,20 @@ def rate(bench: Bench) -> Figures:
         steps.take(1)
         bench.wait()
         first = time.perf_counter() - began
+        norm = float(steps.backend.optimizer.grad_norm)
+        expected = norms.setdefault(images, norm)
         seconds, host = steps.seconds(2, 6)
         model_gb = rank_memory(steps.config, 1).total / 1e9
         flops = flops_per_image(bench.model) * images
         peak = None if bench.tiny else peak_rate(torch.cuda.get_device_name())
         name = f"{mode}{', compiled' if compiled else ''}, {unit or 'all'} layers a unit, {images} images"
         figures[name] = {"ms": seconds * 1e3, "host ms": host * 1e3, "first two s": first, "peak GB": bench.peak_gb(),
-                         "cost model GB": model_gb, "MFU": flops / seconds / peak if peak else None}  # fmt: skip
+                         "cost model GB": model_gb, "norm": norm, "MFU": flops / seconds / peak if peak else None}  # fmt: skip
+        bench.bars.append(Bar(f"gradient norm, {name}", abs(norm / expected - 1), at_most=1e-2))
         if not bench.tiny:
-            bench.bars.append(Bar(f"peak over the cost model, {name}", bench.peak_gb() / model_gb, at_most=1.1))
+            over = bench.peak_gb() / model_gb
+            bench.bars += [Bar(f"peak over the cost model, {name}", over, at_most=1.1),
+                           Bar(f"cost model over the peak, {name}", 1 / over, at_most=1.25)]  # fmt: skip
         if not compiled and not bench.tiny:
             with profile(activities=[ProfilerActivity.CUDA]) as record:
                 steps.take(9)
@@ -388,7 +399,6 @@ def main() -> int:
     store = dist.TCPStore("127.0.0.1", 0, 1, True)
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timedelta(seconds=120))
     bench, rows, failed = Bench(args.tiny), [], 0
-    compute_deterministically(bench.device)  # as a run does
     for check in CHECKS:
         if args.only and check.__name__ not in args.only:
             continue

@@ -47,7 +47,7 @@ class TrainConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
     deterministic: bool = Field(
-        True, description="on GPUs: only kernels that repeat to the last bit, as those of the CPU do"
+        False, description="on GPUs: only kernels that repeat to the last bit, as those of the CPU do"
     )
 
     @model_validator(mode="after")
