@@ -249,7 +249,7 @@ class Job:
             "reference": {
                 "file": reference.path.name,
                 "images_used": reference.statistics.count,
-                **reference.provenance,
+                **reference.describe(),
             }
         }
         network = self.real.features
@@ -310,7 +310,7 @@ class Job:
             "name": self.name,
             "run": run_id(root) if is_run(root) else None,
             **self.source.describe(),
-            "provenance": self.source.provenance.describe(),
+            "provenance": self.source.describe_provenance(),
             **measured,
             "grid_rows": self._row_names(),
             "num_samples": measured["samples"]["used"],

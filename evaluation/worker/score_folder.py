@@ -52,8 +52,8 @@ def score_folder(request: ScoreRequest, say: Say = print) -> dict[str, Any]:
         reference = _matching(request, network)
         size, channels = int(reference.provenance["image_size"]), int(reference.provenance["channels"])
         theirs, their_hashes = (reference.statistics, reference.rows), reference.hashes
-        about: dict[str, Any] = {"file": request.reference.name, **reference.provenance}
-        warnings = []
+        about: dict[str, Any] = {"file": request.reference.name, **reference.describe()}
+        warnings = [] if reference.checked else [f"{request.reference} carries no checksum: its bytes are unchecked"]
     else:
         assert request.against is not None
         channels = request.channels or 3
@@ -98,7 +98,7 @@ def _matching(request: ScoreRequest, network: Features) -> Reference:
     given = {"image_size": request.size, "channels": request.channels}
     expected |= {key: value for key, value in given.items() if value is not None}
     assert request.reference is not None
-    return load_reference(request.reference, expected, tuple(expected))
+    return load_reference(request.reference, expected, tuple(expected), network.dim)
 
 
 def measure(folder: ImageFolder, network: Features, say: Say) -> tuple[FeatureStatistics, Tensor]:

@@ -295,6 +295,6 @@ def _record(
         "unclear": unclear,  # why the sweep chose nothing by itself
         "chosen": None if unclear else best.settings,
         "features": {"name": real.features.name, "sha256": real.features.sha256},
-        "reference": {"images_used": reference.statistics.count, **reference.provenance},
+        "reference": {"images_used": reference.statistics.count, **reference.describe()},
         "settings": real.settings.describe(),
     }
