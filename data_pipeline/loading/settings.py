@@ -46,7 +46,7 @@ class DataSettings(Section):
     retries: Count = Field(5, ge=0, description="attempts after the first at a remote request")
     allow_roots: tuple[str, ...] = Field(
         (),
-        description="addresses (https://cdn.example.org/sets) under which shards may lie, and redirects may lead, beside the "
+        description="addresses (s3://bucket/sets) under which shards may lie, and redirects may lead, beside the "
         "address of the index itself",
     )
     flip: bool = Field(False, description="mirror images left to right at random")
