@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from tarflow.trainer.config.explain import explain, without_section
-from tarflow.trainer.config.plain_yaml import parse_yaml
+from tarflow.trainer.config.explain import explain, shown, without_section
+from tarflow.trainer.config.plain_yaml import parse_yaml, read_yaml
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError
 
+MOST_FAULTS = 20  # that one error tells
 NULLS = {"", "~", "null", "Null", "NULL"}
 
 
@@ -23,11 +24,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     if not path.is_file():
         raise TrainerError(f"no configuration file at {path}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TrainerError(f"{path} is not readable YAML: {error}") from None
-    tree = parse_yaml(text, str(path))
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise TrainerError(f"{path} must hold sections (data:, model:, train:, ...), not {type(tree).__name__}")
     return build_config(tree, str(path), overrides)
@@ -41,8 +38,8 @@ def build_config(tree: Mapping[str, Any], source: str, overrides: Sequence[str])
         key, equals, value = override.partition("=")
         if not equals or "." not in key:
             raise TrainerError(without_section(override))
-        origin[key] = f"override {override!r}"
-        _assign(whole, key.split("."), parse_yaml(value, f"the value of override {override!r}"))
+        origin[key] = f"override {shown(override)}"
+        _assign(whole, key.split("."), parse_yaml(value, f"the value of {origin[key]}"))
     return parse_config(whole, source, origin)
 
 
@@ -61,8 +58,10 @@ def parse_config(tree: Mapping[str, Any], source: str, origin: Mapping[str, str]
         # A section without a setting (all commented out, say) stands for its defaults.
         return Config.model_validate({k: {} if v is None else v for k, v in _nulls(tree).items()})
     except ValidationError as error:
-        lines = [explain(item, source, origin or {}) for item in error.errors()]
-        raise TrainerError("\n".join(dict.fromkeys(lines))) from None
+        faults = error.errors()
+        lines = dict.fromkeys(explain(item, source, origin or {}) for item in faults[:MOST_FAULTS])
+        more = [f"and {len(faults) - MOST_FAULTS:,} more"] if len(faults) > MOST_FAULTS else []
+        raise TrainerError("\n".join([*lines, *more])) from None
 
 
 def _nulls(value: Any) -> Any:
