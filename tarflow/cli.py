@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 
 from tarflow import __version__
 from tarflow.errors import LASTING, UserError, in_words, path_of
+from tarflow.option_bounds import problem
 from tarflow.outputs import Output, ReaderGoneError, guarded_outputs
 
 # verb: (module, what it does)
@@ -76,6 +77,8 @@ def _main(argv: Sequence[str], outputs: Sequence[Output]) -> int:
     args: argparse.Namespace | None = None
     try:
         args = parse(argv)
+        if wrong := problem(args.parser, args):
+            raise UserError(wrong)
         for note in repeated(getattr(args, "overrides", [])):
             print(f"{args.parser.prog}: note: {note}", file=sys.stderr)
         for output in outputs:
