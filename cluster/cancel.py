@@ -8,6 +8,7 @@ from tarflow.cluster import slurm
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job.chain import Chain
 from tarflow.cluster.job.record import jobs_of
+from tarflow.own_paths import create_empty
 from tarflow.trainer.resilience.alive import living_writer
 
 
@@ -28,7 +29,7 @@ def cancel(run_dir: Path, wait_s: float, say: Callable[[str], None]) -> int:
     # What waits goes first: else it would start when what runs is over.
     for entry in sorted(jobs.live, key=lambda entry: jobs.states[entry["job"]].state == "RUNNING"):
         job, kind = entry["job"], entry["kind"]
-        (run_dir / "slurm" / f"cancel-{job}").touch()
+        create_empty(run_dir / "slurm" / f"cancel-{job}")
         if kind == "train" and jobs.states[job].state == "RUNNING":
             slurm.command("scancel", "--signal=USR2", job)  # to the steps: each task's launcher
             say(f"job {job} ({kind}) is told to save and end")

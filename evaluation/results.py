@@ -22,6 +22,7 @@ from typing import Any
 from tarflow.evaluation.event_file import append_events
 from tarflow.evaluation.metrics.names import is_distance, is_kernel
 from tarflow.files import append_json_line, discard, free_name, listed, publish_dir, read_json_lines
+from tarflow.own_paths import make_folder
 from tarflow.trainer.checkpoint.names import leading_name
 
 RESULT = "result.json"
@@ -81,8 +82,7 @@ def read_results(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
 @contextmanager
 def building(run_dir: Path, name: str) -> Iterator[Path]:
     """A directory to build a result in; whatever ends the block, nothing half-written stays under evals/."""
-    folder = evals_dir(run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(run_dir, evals_dir(run_dir).name)
     temporary = folder / f".{name}.{os.uname().nodename}.{os.getpid()}.{uuid.uuid4().hex[:6]}.tmp"
     temporary.mkdir()
     try:

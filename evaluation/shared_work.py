@@ -21,6 +21,7 @@ from typing import Any
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.files import discarded, put_once
 from tarflow.leases import HEARTBEATS, leased, unique_name
+from tarflow.own_paths import create_empty, make_folder, write_new
 
 _LONGEST_WAIT_S = 2.0  # between two looks at units that others hold
 
@@ -79,6 +80,7 @@ class SharedWork:
             temporary = self.folder / f".{name}.{self._name}.tmp"
             try:
                 with discarded(temporary):
+                    create_empty(temporary)
                     compute(name, temporary)
                     put_once(temporary, self.path(name))
             except FileNotFoundError:
@@ -107,7 +109,7 @@ class SharedWork:
     def _join(self, plan: dict[str, Any]) -> dict[str, Any]:
         while True:
             try:
-                self.claims.mkdir(parents=True, exist_ok=True)
+                make_folder(self.folder.parent, self.folder.name, self.claims.name)
                 return self._agree(plan)
             except FileNotFoundError:
                 continue  # another finished the work and cleared the folder away at this very moment
@@ -116,7 +118,7 @@ class SharedWork:
         path, temporary = self.folder / "plan.json", self.folder / f".plan.{self._name}.tmp"
         if not path.exists():
             with discarded(temporary):
-                temporary.write_text(json.dumps(plan, indent=1))
+                write_new(temporary, json.dumps(plan, indent=1))
                 put_once(temporary, path)
         try:
             return dict(json.loads(path.read_text()))

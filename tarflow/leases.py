@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tarflow.files import discarded, listed
-from tarflow.own_paths import create_empty, fill, open_own
+from tarflow.own_paths import create_empty, open_own, write_new
 
 HEARTBEATS = 5  # renewals within a lease
 
@@ -88,7 +88,7 @@ def _create(path: Path) -> Path:
     holder = json.dumps({"host": os.uname().nodename, "pid": os.getpid()})
     temporary = path.with_name(f".{path.name}.{unique_name()}.tmp")
     with discarded(temporary):
-        fill(temporary, holder)
+        write_new(temporary, holder)
         try:
             os.link(temporary, path)
         except FileNotFoundError:

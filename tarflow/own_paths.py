@@ -49,29 +49,49 @@ def fill(path: Path, text: str) -> None:
         file.write(text)
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder, and those above it, unless it is there. Raises OSError ELOOP for a link in its place."""
-    if not path.is_symlink():
-        path.mkdir(parents=True, exist_ok=True)
+def write_new(path: Path, data: str | bytes) -> None:
+    """A new file with this text or these bytes; as `create`."""
+    with open(create(path), "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def refuse_link(path: Path) -> None:
+    """Raise OSError ELOOP where a link has the name."""
     if path.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
 
 
-def private_folder(path: Path) -> Path:
+def make_folder(root: Path, *below: str) -> Path:
+    """Make a folder, and those `below` it, one in the other, unless they are there; the last one.
+
+    `root` is what a user has named, and may be a link. Raises OSError ELOOP for a link in the place of one below it.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    for name in below:
+        root = root / name
+        refuse_link(root)
+        root.mkdir(exist_ok=True)
+        refuse_link(root)
+    return root
+
+
+def private_folder(path: Path, way_out: str) -> Path:
     """A folder that nobody else can read or write, made so or found so: for a cache on a node that others use.
 
-    Raises UserError where something else has the name: what lies in it may not be one's own.
+    Raises UserError, with the way out, where something else has the name: what lies in it may not be one's own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
         path.mkdir(mode=0o700)
     about = os.lstat(path)
     if not stat.S_ISDIR(about.st_mode):
-        raise UserError(f"{path} must be a folder of this user's own, and it is a link or a file; remove it")
+        raise UserError(f"{path} is a link or a file, where a folder of this user's own is meant; {way_out}")
     if about.st_uid != os.geteuid():
-        raise UserError(f"{path} belongs to another user (uid {about.st_uid}): nothing in it can be trusted")
+        raise UserError(f"{path} belongs to another user (uid {about.st_uid}), who may put anything into it; {way_out}")
     if about.st_mode & 0o022:
-        raise UserError(f"{path} can be written by others (mode {about.st_mode & 0o777:o}): remove it, it is made anew")
+        raise UserError(
+            f"{path} can be written by others (mode {about.st_mode & 0o777:o}), who may have put anything into it; {way_out}"
+        )
     if about.st_mode & 0o055:
         path.chmod(0o700)
     return path

@@ -17,6 +17,7 @@ from pathlib import Path
 from tarflow.files import append_line, write_text
 from tarflow.interpreter import JOB_VARIABLE
 from tarflow.locks import holder, locked
+from tarflow.own_paths import fill, refuse_link
 from tarflow.trainer.config.files import config_text, load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError
@@ -98,6 +99,8 @@ def save_config(run_dir: Path, config: Config) -> None:
 def writer_lock(run_dir: Path) -> Iterator[None]:
     """Hold a run as its only writer. The lock ends with the process, however it ends (case C10)."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("checkpoints", "ema"):  # what its writer may remove from lies in the run directory itself
+        refuse_link(run_dir / name)
     path = run_dir / LOCK
 
     def lost() -> None:
@@ -112,7 +115,7 @@ def writer_lock(run_dir: Path) -> Iterator[None]:
             who = holder(path, str(read_holder(run_dir) or ""))
             raise TrainerError(f"run {run_dir} is in use by another process ({who}); two writers would garble it")
         with suppress(OSError):  # a full disk
-            path.write_text(json.dumps(asdict(Holder.of_this_process())))
+            fill(path, json.dumps(asdict(Holder.of_this_process())))
         yield
 
 

@@ -30,6 +30,7 @@ from tarflow.cluster.job.rendezvous import meet
 from tarflow.errors import in_words
 from tarflow.files import listed, write_text
 from tarflow.interpreter import HOME, JOB_VARIABLE, module_command
+from tarflow.own_paths import create_empty
 
 FORMAT = 2  # of the pickled job
 
@@ -226,7 +227,7 @@ class Task:
     def noted(self, outcome: Outcome) -> Outcome:
         """Let the other tasks know of a failure, or of the end."""
         if outcome.code == FINISHED:
-            (self.round / f"finished-{self.place.rank}").touch()
+            create_empty(self.round / f"finished-{self.place.rank}")
         elif not outcome.stopped and self.place.size > 1:
             note = self.round / f"failed-{self.place.rank}.json"
             if not note.exists():

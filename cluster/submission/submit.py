@@ -20,6 +20,7 @@ from tarflow.cluster.submission import snapshot
 from tarflow.cluster.submission.in_use import jobs_to_wait_for
 from tarflow.cluster.submission.profile import Profile
 from tarflow.files import write_text
+from tarflow.own_paths import make_folder
 from tarflow.trainer.config.files import config_text, load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.plan import describe
@@ -140,7 +141,7 @@ def submit_evaluation(run_dir: Path, profile: Profile, overrides: Sequence[str],
     executor = _executor(profile, run_dir, f"{run_dir.name}-eval", 1, 1, 1, dry_run)
     if dry_run:
         return [sbatch_text(executor, 1)]
-    (run_dir / "slurm").mkdir(exist_ok=True)
+    make_folder(run_dir, "slurm")
     code = snapshot.take(run_dir / "slurm")
     trainings = [entry["job"] for entry in submissions(run_dir) if entry["kind"] == "train"]
     job = evaluation_job(run_dir, str(code), profile, trainings[-1] if trainings else None, overrides)
@@ -235,9 +236,8 @@ def prepare(run_dir: Path, config: Config, job: Job, shared: Path) -> None:
     to `shared`: the elements of a sweep have one batch script, so they must have one snapshot."""
     try:
         create_run(run_dir)
-        folder = run_dir / "slurm"
-        folder.mkdir(exist_ok=True)
-        shared.mkdir(exist_ok=True)
+        folder = make_folder(run_dir, "slurm")
+        make_folder(shared.parent, shared.name)
         job.code = str(snapshot.take(shared))
         text = config_text(config)
         path = folder / f"config-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.yaml"
@@ -310,7 +310,8 @@ def _send(executor: Any, jobs: Sequence[Job]) -> list[str]:
     """Submit jobs, several as one array; their ids."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    Path(executor.folder).mkdir(parents=True, exist_ok=True)
+    folder = Path(executor.folder)
+    make_folder(folder.parent, folder.name)
     _use_code(executor, jobs[0].code)
     try:
         with clean_environment(), executor.batch():

@@ -22,6 +22,7 @@ from torch import Tensor
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.png_check import flaw_of_file
 from tarflow.files import listed, write_atomic, write_json
+from tarflow.own_paths import make_folder
 
 _NAME = re.compile(r"(\d{6,})\.png")
 # What may differ between two calls that fill one folder: it does not change the images.
@@ -45,7 +46,7 @@ class SampleFolder:
         self._check_settings()
         self._check_names()
         self.damaged = self._damaged(shape)  # sample -> what was wrong with its file; drawn again
-        self.images.mkdir(parents=True, exist_ok=True)
+        make_folder(root, self.images.name)
         self._write_settings([], complete=False)
 
     def path(self, index: int) -> Path:

@@ -41,6 +41,7 @@ from tarflow.evaluation.worker.sweep_choice import Point, why_unclear, with_erro
 from tarflow.evaluation.worker.sweep_plot import plot_rounds
 from tarflow.files import put_once, write_json, write_text
 from tarflow.leases import unique_name
+from tarflow.own_paths import make_folder, write_new
 from tarflow.trainer.checkpoint.commit import find, pinned
 
 Say = Callable[[str], None]
@@ -126,7 +127,7 @@ def _write(sweep: "_Sweep", rounds: list[dict[str, Any]]) -> dict[str, Any]:
     folder = sweep.record.parent
     unclear = why_unclear(rounds[0]["points"], rounds[-1]["points"])
     record = _record(rounds, best, unclear, sweep.source, real, folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent, folder.name)
     write_text(folder / "guidance.svg", plot_rounds(record["rounds"], record["metric"]), shared=True)
     write_json(sweep.record, record)
     return record
@@ -218,7 +219,7 @@ class _Sweep:
             for name in chunks:
                 merged.merge(work.path(name))
             temporary = figures.with_name(f".{figures.name}.{unique_name()}")
-            temporary.write_text(json.dumps(self._figures(merged, number)))
+            write_new(temporary, json.dumps(self._figures(merged, number)))
             put_once(temporary, figures)
         settings = candidate.settings
         point = Point(

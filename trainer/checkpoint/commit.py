@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.files import crc32, discard, free_name, fsync_path, fsync_tree, listed, write_text
+from tarflow.own_paths import make_folder, write_new
 from tarflow.trainer.checkpoint.names import checkpoint_name, leading_name, says
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.resilience.fault_injection import fault_point
@@ -294,8 +295,8 @@ def pinned(checkpoint: Checkpoint, owner: str) -> Iterator[None]:
     """Keep retention away from a checkpoint while it is read. A pin of a process that died expires by itself."""
     pin = checkpoint.path.parent / "pins" / f"{checkpoint.name}.{owner.replace('/', '_')}"
     with suppress(OSError):  # who may not write here reads without a pin
-        pin.parent.mkdir(exist_ok=True)
-        pin.write_text(json.dumps({"host": os.uname().nodename, "pid": os.getpid()}))
+        make_folder(checkpoint.path.parent, "pins")
+        write_new(pin, json.dumps({"host": os.uname().nodename, "pid": os.getpid()}))
     try:
         if not (checkpoint.path / MARKER).exists():
             raise TrainerError(f"checkpoint {checkpoint.path} was removed by retention before it could be read")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import tarflow.trainer.checkpoint.commit as ckpt
 from tarflow.files import write_text
+from tarflow.own_paths import make_folder
 from tarflow.trainer.checkpoint.retention import sweep
 from tarflow.trainer.run_dir import is_run, run_id
 
@@ -27,7 +28,7 @@ def prepare(run_dir: Path) -> Path:
     """Make the directory, as the same run's; returns it."""
     folder = snapshots_dir(run_dir)
     if not is_run(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir, "ema", "snapshots")
         write_text(folder / "run.json", json.dumps({"run_id": run_id(run_dir)}))
     return folder
 

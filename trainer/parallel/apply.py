@@ -1,10 +1,15 @@
 """From a plain model to one that trains as configured, in this order: activation checkpointing, compile, shard."""
 
+import os
+import tempfile
+from pathlib import Path
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from tarflow.models.flow import FlowBlock, TarFlow
+from tarflow.own_paths import private_folder
 from tarflow.trainer.config.schema import Config
 
 
@@ -14,6 +19,8 @@ def apply_parallelism(model: TarFlow, config: Config, mesh: DeviceMesh | None) -
     Layers are compiled one by one: they share their code, so one graph serves them all. Sharding by layer bounds what
     is whole at any time to one layer. Replicas (dp_shard = 1) go the same way: the mathematics is one.
     """
+    if config.compile.enable:
+        _keep_compiled_code_private()
     number = 0
     for block in model.blocks:
         assert isinstance(block, FlowBlock)
@@ -43,3 +50,12 @@ def apply_parallelism(model: TarFlow, config: Config, mesh: DeviceMesh | None) -
             fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=sharded)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=sharded)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=sharded)
+
+
+def _keep_compiled_code_private() -> None:
+    """torch runs what lies in its cache of compiled code, which it keeps in the system's temporary folder, under a name
+    that whoever comes first can take."""
+    if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        folder = Path(tempfile.gettempdir(), f"tarflow-compiled-{os.geteuid()}")
+        way_out = "set TORCHINDUCTOR_CACHE_DIR to a folder of your own"
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_folder(folder, way_out))
