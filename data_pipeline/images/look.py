@@ -38,7 +38,7 @@ def look_at(data: bytes) -> Look | None:
                 if file is not None:
                     with Image.open(io.BytesIO(file), formats=FORMATS) as image:
                         return _look(image)
-            except Exception:  # whatever a plug-in raises for a damaged file
+            except Exception:  # noqa: S112 -- whatever a plug-in raises for a damaged file: another one may show more
                 continue
     return None
 

@@ -114,7 +114,7 @@ def parse_yaml(text: str, source: str) -> Any:
     if len(text) > MOST_BYTES:
         raise TrainerError(f"{source} is not readable YAML: it has more than {MOST_BYTES:,} bytes")
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 -- a BaseLoader: text, lists and mappings, no objects
     except _RefusedError as error:
         raise TrainerError(f"{source}: {error}") from None
     except yaml.MarkedYAMLError as error:
