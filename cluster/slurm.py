@@ -7,8 +7,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tarflow.cluster.answers import TooMuchError, answer
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.hosts import expand
+from tarflow.terminal import plain
 
 # What a step is sent when it is preempted, requeued or near its limit.
 END_SIGNALS = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2)
@@ -19,9 +21,7 @@ def run_shielded(command: Sequence[str], timeout_s: float) -> subprocess.Complet
     blocked until it ignores them. (`env --ignore-signal` leaves a gap before it, in which Slurm does hit.)"""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, start_new_session=True, preexec_fn=_ignore
-        )
+        return answer(command, timeout_s, apart=True, begin=_ignore)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -32,12 +32,9 @@ def _ignore() -> None:
 
 
 def ask(command: Sequence[str], timeout_s: float = 30, shielded: bool = False) -> str | None:
-    """What a command prints; None if it is missing, fails or hangs."""
+    """What a command prints; None if it is missing, fails, hangs or prints without an end."""
     try:
-        if shielded:
-            done = run_shielded(command, timeout_s)
-        else:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+        done = run_shielded(command, timeout_s) if shielded else answer(command, timeout_s)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout if done.returncode == 0 else None
@@ -55,7 +52,7 @@ def requeue(job: str, timeout_s: float = 40) -> str | None:
         return f"`scontrol requeue {job}` did not answer within {timeout_s:.0f} s"
     except FileNotFoundError:
         return "scontrol was not found on this node"
-    except OSError as error:
+    except (OSError, TooMuchError) as error:
         return f"`scontrol requeue {job}` could not be run: {error}"
     said = (done.stderr + done.stdout).strip()
     if done.returncode == 0 or "pending execution" in said.lower():
@@ -137,10 +134,12 @@ LIVE = {
 def command(*words: str) -> None:
     """Run one of Slurm's commands; if it fails, an error with what it said."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        done = answer(words, 60)
     except FileNotFoundError:
         raise ClusterError(f"{words[0]} is not on PATH: this machine has no Slurm") from None
     except subprocess.TimeoutExpired:
         raise ClusterError(f"`{' '.join(words)}` did not answer within a minute") from None
+    except TooMuchError as error:
+        raise ClusterError(str(error)) from None
     if done.returncode:
-        raise ClusterError(f"`{' '.join(words)}` failed: {done.stderr.strip() or done.stdout.strip()}")
+        raise ClusterError(f"`{' '.join(words)}` failed: {plain(done.stderr.strip() or done.stdout.strip(), 1000)}")

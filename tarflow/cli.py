@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tarflow import __version__
+from tarflow import __version__, terminal
 from tarflow.errors import LASTING, UserError, in_words, path_of
 from tarflow.option_bounds import problem
 from tarflow.outputs import Output, ReaderGoneError, guarded_outputs
@@ -80,7 +80,7 @@ def _main(argv: Sequence[str], outputs: Sequence[Output]) -> int:
         if wrong := problem(args.parser, args):
             raise UserError(wrong)
         for note in repeated(getattr(args, "overrides", [])):
-            print(f"{args.parser.prog}: note: {note}", file=sys.stderr)
+            print(terminal.message(f"{args.parser.prog}: note: {note}"), file=sys.stderr)
         for output in outputs:
             output.lasting = getattr(args.command, "OUTLIVES_ITS_READER", False)
         code = int(args.command.run(args))
@@ -100,7 +100,7 @@ def _main(argv: Sequence[str], outputs: Sequence[Output]) -> int:
         text, lasting = str(error), True
         if isinstance(error, OSError):
             text, lasting = f"{_option_of(error, args)}{in_words(error)}", error.errno in LASTING
-        print(f"{_prog(args)}: error: {text}", file=sys.stderr)
+        print(terminal.message(f"{_prog(args)}: error: {text}"), file=sys.stderr)
         return USAGE if lasting else FAILED
 
 
@@ -137,7 +137,7 @@ class Parser(argparse.ArgumentParser):
     """Wrong usage is one line, with the nearest known word and where to read on."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"{self.prog}: error: {message} (see `{self.prog} --help`)\n")
+        self.exit(USAGE, terminal.message(f"{self.prog}: error: {message} (see `{self.prog} --help`)") + "\n")
 
 
 def repeated(overrides: Sequence[str]) -> list[str]:

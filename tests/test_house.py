@@ -67,6 +67,7 @@ LAYERS = {
         job
         slurm
         hosts exit_codes
+        answers
         errors
     """,
 }
@@ -81,7 +82,8 @@ ROOMS_BELOW = {
 TRAINER_FOR_EVALUATION = {"config", "run_dir", "checkpoint", "errors"}
 # Files of tarflow/ that every room may import.
 GROUND = {
-    "code_version", "errors", "file_systems", "files", "interpreter", "leases", "locks", "outputs", "own_paths", "records", "settings",
+    "code_version", "errors", "file_systems", "files", "interpreter", "leases", "locks", "outputs", "own_paths", "records",
+    "settings", "terminal",
 }  # fmt: skip
 
 

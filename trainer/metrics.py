@@ -19,7 +19,9 @@ from torch import Tensor
 
 from tarflow.files import LineWriter
 from tarflow.models.likelihood import bits_from_nats
+from tarflow.outputs import styled
 from tarflow.own_paths import make_folder
+from tarflow.terminal import plain_lines
 
 WIDE = 130  # columns of a terminal that has room for all figures beside a progress bar
 
@@ -122,6 +124,7 @@ class MetricLog:
 
     def say(self, text: str, *, last_words: bool = False) -> None:
         """A line for people: log.txt and the screen; `last_words`: on the error output, from which a job takes its reason."""
+        text = plain_lines(text)
         self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
         if self._progress is not None:
             self._progress.console.print(text, highlight=False, markup=False)
@@ -181,7 +184,7 @@ def _progress_bar(console: Console | None = None) -> Progress:
     """Takes the terminal's width, with a bar of what the figures leave."""
     return Progress(
         TextColumn("{task.percentage:5.1f}%"), BarColumn(bar_width=None), TextColumn("ETA"), TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"), console=console or Console(stderr=True), expand=True,
+        TextColumn("{task.fields[figures]}"), console=console or Console(file=styled(sys.stderr)), expand=True,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tarflow.cluster.answers import answer
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job.environment import Place
 from tarflow.files import write_text
@@ -50,7 +51,7 @@ def check_node(run_dir: Path, node: str, gpus: int, min_free_gb: float) -> None:
 def visible_gpus() -> int | None:
     """GPUs that this node's driver lists; None without a driver."""
     try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+        done = answer(["nvidia-smi", "-L"], 60)
     except (OSError, subprocess.SubprocessError):
         return None
     return sum(line.startswith("GPU ") for line in done.stdout.splitlines()) if done.returncode == 0 else None

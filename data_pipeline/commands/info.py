@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tarflow.terminal import plain
+
 if TYPE_CHECKING:
     from tarflow.data_pipeline.index.index import Index
 
@@ -31,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
             raise DataError(f"{flag} {value} is for the contact sheet, and at least 1: give --sheet FILE too")
     index = open_index(args.data)
     sizes = index.shard_sizes
-    print(f"{index.root} ({index.form} shards)")
+    print(f"{plain(index.root, 4096)} ({plain(index.form)} shards)")
     print(f"samples      {index.num_samples:,}")
     print(f"shards       {len(sizes):,} ({int(sizes.min())} to {int(sizes.max())} samples, "
           f"{index.shard_bytes.sum() / 2**20:,.1f} MiB)")  # fmt: skip
@@ -42,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"fingerprint  {index.fingerprint}{seen}")
     for line in index.meta.get("origin", []):
-        print(f"  {line}")
+        print(f"  {plain(line, 1000)}")
     if index.num_classes:
         _print_classes(index, index.num_classes)
     if args.sheet:
@@ -69,6 +71,6 @@ def _print_classes(index: Index, num_classes: int) -> None:
         np.add.at(counts, labels[(labels != NO_LABEL) & (labels >= 0) & (labels < num_classes)], 1)
     print(f"classes      {num_classes}")
     for label in range(min(num_classes, MOST_CLASSES)):
-        print(f"  {label:5d}  {counts[label]:10,}  {index.classes[label] if index.classes else ''}".rstrip())
+        print(f"  {label:5d}  {counts[label]:10,}  {plain(index.classes[label]) if index.classes else ''}".rstrip())
     if num_classes > MOST_CLASSES:
         print(f"  ... and {num_classes - MOST_CLASSES} more ({counts.min():,} to {counts.max():,} samples)")

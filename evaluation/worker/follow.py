@@ -22,6 +22,7 @@ from tarflow.evaluation.worker.evaluate import Evaluator, Job, headline
 from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import Recipe, file_recipe, load_recipes
 from tarflow.models.weights import read_weights
+from tarflow.terminal import plain
 from tarflow.trainer.checkpoint.commit import Checkpoint, committed, find, pinned, scan
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import is_run, load_run_config, require_run
@@ -107,7 +108,7 @@ def evaluate_file(
     source = from_file(path, file, evaluator.real.device)
     results.sweep(out)
     result = Job(evaluator, source).run()
-    say(headline(result) if result else f"{path} has a result under these settings already")
+    say(plain(headline(result), 2000) if result else f"{path} has a result under these settings already")
     return result
 
 
@@ -205,7 +206,7 @@ class _Worker:
                 self._note_problem(checkpoint, evaluator)
                 return
             self.outcome.done.append(result)
-            self.say(headline(result))
+            self.say(plain(headline(result), 2000))
             self._note_problem(checkpoint, evaluator)
 
     def _note_problem(self, checkpoint: Checkpoint, evaluator: Evaluator) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflow import terminal
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.images.identical import count_identical
 from tarflow.evaluation.errors import EvaluationError
@@ -82,7 +83,7 @@ def score_folder(request: ScoreRequest, say: Say = print) -> dict[str, Any]:
         write_json(request.out, result)
     for line in warnings:
         say(f"note: {line}")
-    say(_headline(result))
+    say(terminal.plain(_headline(result), 2000))
     plain: dict[str, Any] = json.loads(json.dumps(result))
     return plain
 
