@@ -11,7 +11,6 @@ evals.jsonl                             one line per result; TensorBoard has the
 
 import json
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -88,7 +87,7 @@ def building(run_dir: Path, name: str) -> Iterator[Path]:
     try:
         yield temporary
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        discard(temporary)
 
 
 def sweep(run_dir: Path) -> None:
@@ -96,7 +95,7 @@ def sweep(run_dir: Path) -> None:
     for path in listed(evals_dir(run_dir), f".*.{os.uname().nodename}.*.tmp"):
         pid = path.name.split(".")[-3]
         if pid.isdigit() and Path("/proc/self").exists() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(path, ignore_errors=True)
+            discard(path)
     for path in listed(work_dir(run_dir, "")):
         name = path.name.rsplit("-", 2)[0]
         result = read_result(evals_dir(run_dir) / name)
@@ -104,7 +103,7 @@ def sweep(run_dir: Path) -> None:
         checkpoint = leading_name(name)
         forgotten = checkpoint and not (run_dir / "checkpoints" / checkpoint).exists()
         if published or forgotten or path.name.endswith(".gone"):
-            shutil.rmtree(path, ignore_errors=True)
+            discard(path)
 
 
 def publish(run_dir: Path, temporary: Path, name: str, tensorboard: bool) -> bool:

@@ -11,7 +11,6 @@ not keep. A claim is a lease (`tarflow/leases.py`).
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.files import discarded, put_once
+from tarflow.files import discard, discarded, put_once
 from tarflow.leases import HEARTBEATS, leased, unique_name
 from tarflow.own_paths import create_empty, make_folder, write_new
 
@@ -102,7 +101,7 @@ class SharedWork:
             os.rename(folder, gone)
         except FileNotFoundError:
             return
-        shutil.rmtree(gone, ignore_errors=True)
+        discard(gone)
         with suppress(OSError):  # others work beside it
             folder.parent.rmdir()
 

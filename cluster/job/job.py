@@ -30,7 +30,7 @@ from tarflow.cluster.job.rendezvous import meet
 from tarflow.errors import in_words
 from tarflow.files import listed, write_text
 from tarflow.interpreter import HOME, JOB_VARIABLE, module_command
-from tarflow.own_paths import create_empty
+from tarflow.own_paths import create_empty, make_folder
 
 FORMAT = 2  # of the pickled job
 
@@ -117,7 +117,7 @@ class Task:
             return self.end_first(outcome) if self.first else self.end_other(outcome, signals)
 
     def begin(self, signals: Signals) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.slurm_dir, self.folder.parent.name, self.folder.name)
         if self.first:  # counted before anything can fail: else a job that always fails here would restart for ever
             nodes = os.environ.get("SLURM_JOB_NODELIST", self.node)
             self.chain.begin(self.restart, progress(self.job), nodes)
@@ -144,7 +144,7 @@ class Task:
                 break
             self.say(f"{(self.failure() or outcome).text}; restart {again} of {job.restarts_in_place} in place")
             self.round = self.folder / f"again-{again}"
-            self.round.mkdir(exist_ok=True)
+            make_folder(self.folder, self.round.name)
             outcome = self.attempt(signals)
         return outcome
 
