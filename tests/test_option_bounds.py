@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import tarflow.cli
-from tarflow.option_bounds import BOUNDS, problem
+from tarflow.cli import BOUNDS, out_of_bounds
 from tests.test_front_door import ALL, VERBS_ABOVE_OTHERS, command
 
 HUGE = ("nan", "inf", "-inf", "1e400", "1e300", "-1e300", "9" * 400, "-" + "9" * 400, "-7")
@@ -31,14 +31,14 @@ def test_h10_no_number_of_any_verb_is_without_bounds() -> None:
                     continue
                 if action.dest == "seed" and text == "-7":
                     continue
-                wrong = problem(parser, argparse.Namespace(**{action.dest: value}))
+                wrong = out_of_bounds(parser, argparse.Namespace(**{action.dest: value}))
                 assert wrong, (words, action.dest, text)
                 assert action.option_strings[0] in wrong
                 assert len(wrong) < 200
                 tried += 1
             least, most = BOUNDS.get(action.dest, (0, 10**15))
             for value in (least, most):
-                assert problem(parser, argparse.Namespace(**{action.dest: action.type(value)})) is None
+                assert out_of_bounds(parser, argparse.Namespace(**{action.dest: action.type(value)})) is None
     assert tried > 200
     assert set(BOUNDS) <= names | {"guidance", "denoise", "attn_temp"}, "a bound of an option that is gone"
 
