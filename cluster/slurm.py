@@ -1,11 +1,13 @@
 """Slurm's commands as the product uses them: bounded in time, and what they say is kept."""
 
 import re
+import shlex
 import signal
 import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tarflow.cluster.answers import TooMuchError, answer
 from tarflow.cluster.errors import ClusterError
@@ -99,6 +101,7 @@ class JobState:
     reason: str = ""
     nodes: str = ""
     live: bool = False  # in the queue: whatever its state, it is not over
+    name: str = ""  # of a job in the queue, if it is known
 
 
 def states(jobs: Sequence[str]) -> dict[str, JobState]:
@@ -107,14 +110,14 @@ def states(jobs: Sequence[str]) -> dict[str, JobState]:
     Accounting alone would call a job over that a failed node or a preemption has sent back to the queue. Where the queue
     does not answer nothing is known, and the dictionary is empty. A job in neither is over, with an empty state.
     """
-    queue = ask(["squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N"]) if jobs else None
+    queue = ask(["squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N|%j"]) if jobs else None
     if queue is None:
         return {}
     found: dict[str, JobState] = {}
     for line in queue.splitlines():
-        job, state, reason, nodes = ([*line.split("|"), "", "", ""])[:4]
+        job, state, reason, nodes, name = ([*line.split("|", 4), "", "", "", ""])[:5]
         if job in jobs and state in LIVE:
-            found[job] = JobState(state, reason if reason != "None" else "", nodes, live=True)
+            found[job] = JobState(state, reason if reason != "None" else "", nodes, live=True, name=name)
     rest = [job for job in jobs if job not in found]
     if rest:
         records = ask(["sacct", "-n", "-P", "-X", "-o", "jobid,state,exitcode,nodelist", "-j", ",".join(rest)])
@@ -123,6 +126,26 @@ def states(jobs: Sequence[str]) -> dict[str, JobState]:
             if job in rest and state:
                 found[job] = JobState(state.split()[0], f"exit {code.split(':')[0]}", nodes)
     return {job: JobState("") for job in rest} | found
+
+
+def submit(script: Path, name: str) -> str:
+    """Hand a batch script to Slurm; the job's id. Not to answer is no refusal: the job may be in the queue."""
+    way_out = f"it may have taken the job all the same: `squeue --me --name={shlex.quote(name)}` shows it"
+    try:
+        done = answer(["sbatch", str(script)], 120)
+    except FileNotFoundError:
+        raise ClusterError("sbatch is not on PATH: this machine has no Slurm") from None
+    except subprocess.TimeoutExpired:
+        raise ClusterError(f"sbatch did not answer within two minutes; {way_out}") from None
+    except (OSError, TooMuchError) as error:
+        raise ClusterError(f"sbatch could not be asked: {error}") from None
+    said = plain((done.stderr.strip() or done.stdout.strip()), 2000)
+    if done.returncode:
+        raise ClusterError(f"sbatch did not take the job: {said or f'it ended with {done.returncode}'}")
+    found = re.search(r"\bjob ([0-9]{1,12})\b", done.stdout)
+    if found is None:
+        raise ClusterError(f"sbatch answered {plain(done.stdout)!r}, where a job's id was expected; {way_out}")
+    return found[1]
 
 
 LIVE = {

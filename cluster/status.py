@@ -5,6 +5,7 @@ What a run does is known without Slurm: from its heartbeats, its checkpoints and
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -16,13 +17,15 @@ from tarflow.cluster import slurm
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.exit_codes import FINISHED, IN_USE
 from tarflow.cluster.job.chain import Chain
-from tarflow.cluster.job.record import RunJobs, jobs_of, submissions
+from tarflow.cluster.job.record import RunJobs, jobs_of
 from tarflow.errors import UserError
 from tarflow.evaluation.report.headline import find_headline
 from tarflow.evaluation.report.history import Result
 from tarflow.evaluation.results import read_results
 from tarflow.evaluation.run_config import run_config
 from tarflow.files import listed
+from tarflow.outputs import styled
+from tarflow.terminal import plain
 from tarflow.trainer.checkpoint.commit import Checkpoint, committed
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError
@@ -91,7 +94,8 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 def rows(runs: Iterable[Path], now: float | None = None) -> list[Row]:
     """One row for each run."""
     now = time.time() if now is None else now
-    return [_row(run, jobs, now) for run, jobs in jobs_of(list(runs)).items()]
+    found = [_row(run, jobs, now) for run, jobs in jobs_of(list(runs)).items()]
+    return [replace(row, **{name: plain(text, 4096) for name, text in vars(row).items()}) for row in found]
 
 
 def job_state(state: slurm.JobState | None, chain: Chain) -> str:
@@ -123,7 +127,7 @@ def run_state(run: Path, jobs: RunJobs, done: bool, now: float) -> str:
         return "finished"
     if any(entry["job"] in trainings for entry in jobs.unknown):
         return "unknown"
-    ends = [ended for job in trainings if (ended := Chain.load(run / "slurm", job).ended) is not None]
+    ends = [ended for job in trainings if (ended := Chain.shown(run / "slurm", job).ended) is not None]
     ends = [ended for ended in ends if ended["code"] != IN_USE]  # it left the run to another
     since = max((beat["seen"] for beat in alive.read_heartbeats(run)), default=0.0)
     if ends and ends[-1]["code"] != FINISHED and ends[-1]["time"] >= since:  # nobody has trained it by hand since then
@@ -137,9 +141,9 @@ def _jobs_text(run: Path, jobs: RunJobs) -> tuple[str, str]:
     named = [entry for entry in jobs.entries if entry in jobs.live or entry in jobs.unknown] or trainings[-1:]
     texts = []
     for entry in named:
-        state = job_state(jobs.states.get(entry["job"]), Chain.load(run / "slurm", entry["job"]))
+        state = job_state(jobs.states.get(entry["job"]), Chain.shown(run / "slurm", entry["job"]))
         texts.append(f"{'' if entry['kind'] == 'train' else 'evaluation '}{entry['job']} {state}")
-    requeues = [Chain.load(run / "slurm", entry["job"]).restarts for entry in trainings]
+    requeues = [Chain.shown(run / "slurm", entry["job"]).restarts for entry in trainings]
     return ", ".join(texts) or "-", str(sum(requeues)) if trainings else "-"
 
 
@@ -285,7 +289,7 @@ def show(paths: list[Path], every_s: float | None) -> int:
         return Group(made, *(Text(note, style="dim") for note in notes))
 
     terminal = os.isatty(1)
-    console = Console(width=None if terminal else 1000)
+    console = Console(file=styled(sys.stdout), width=None if terminal else 1000, markup=False, emoji=False)
     width = console.width if terminal else None
     if every_s is None:
         console.print(table(width), highlight=False, markup=False)
@@ -297,23 +301,3 @@ def show(paths: list[Path], every_s: float | None) -> int:
                 live.update(table(console.width if terminal else None), refresh=True)
         except KeyboardInterrupt:
             return 0
-
-
-def log_text(run: Path, rank: int, kind: str) -> str:
-    """What a rank of the newest job of a kind has printed, with its errors after it."""
-    jobs = [entry for entry in submissions(run) if entry["kind"] == kind]
-    if not jobs:
-        raise ClusterError(f"{run} has no submitted {kind} job (see {run / 'slurm' / 'jobs.jsonl'})")
-    # The newest that has begun: one that waits in the queue has no log yet.
-    begun = [entry for entry in jobs if listed(Path(entry["logs"]), f"{entry['job']}_*_log.out")]
-    newest = (begun or jobs)[-1]
-    job, folder = newest["job"], Path(newest["logs"])
-    each = newest.get("ranks_per_task", 1)  # the processes of a task share its log
-    out, err = (folder / f"{job}_{rank // each}_log.{name}" for name in ("out", "err"))
-    if not out.exists() and not err.exists():
-        tasks = [int(p.name.removeprefix(f"{job}_").split("_")[0]) for p in folder.glob(f"{job}_*_log.out")]
-        have = f"there are ranks 0 to {max(tasks) * each + each - 1}" if tasks else "the job has not started"
-        raise ClusterError(f"job {job} has no log of rank {rank} in {folder}: {have}")
-    text = out.read_text(errors="replace") if out.exists() else ""
-    errors = err.read_text(errors="replace") if err.exists() else ""
-    return text + (f"--- {err.name} ---\n{errors}" if errors.strip() else "")

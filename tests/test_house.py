@@ -62,7 +62,7 @@ LAYERS = {
     """,
     "cluster": """
         commands
-        status cancel
+        status cancel logs
         submission
         job
         slurm

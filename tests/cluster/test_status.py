@@ -325,6 +325,7 @@ def test_logs_of_a_rank_are_those_of_its_task(run: Path, verb, capsys) -> None:
 def test_cancel_has_the_training_save_and_ends_what_waits(run: Path, verb, fake_slurm, capsys) -> None:
     with open(run / "slurm" / "jobs.jsonl", "a") as file:
         file.write(json.dumps({"job": "108", "kind": "evaluate", "logs": "x"}) + "\n")
+    (fake_slurm.folder / "owner").write_text(str(run))
     gone = fake_slurm.folder / "gone"
     fake_slurm.command("squeue", f'[ -e "{gone}" ] || {{ echo "107|RUNNING|None|n1"; echo "108|PENDING|None|"; }}')
     fake_slurm.command("sacct", "exit 0")
@@ -338,6 +339,7 @@ def test_cancel_has_the_training_save_and_ends_what_waits(run: Path, verb, fake_
 
 
 def test_cancel_of_a_job_that_does_not_save_ends_it_and_says_so(run: Path, verb, fake_slurm, capsys) -> None:
+    (fake_slurm.folder / "owner").write_text(str(run))
     fake_slurm.command("squeue", 'echo "107|RUNNING|None|n1"')
     fake_slurm.command("scancel")
     assert verb("cancel", run, "--wait", "0.3") == 1
