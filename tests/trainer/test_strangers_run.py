@@ -1,7 +1,9 @@
-"""A run directory from someone else, with links in it: training writes through none of them."""
+"""A run directory from someone else: training writes through no link in it, and no verb runs what its configuration names."""
 
 import os
+import shlex
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,3 +109,71 @@ def test_what_is_read_may_be_a_link_and_becomes_a_file_when_it_is_written(traine
     (run / name).symlink_to(kept)
     assert go_on(trained, run) == 0, capfd.readouterr().err
     assert kept.read_bytes() == before
+
+
+READERS = {
+    "sample": "sample RUN --out OUT --num 2",
+    "sample (training's labels)": "sample RUN --out OUT --num 2",
+    "evaluate": "evaluate RUN",
+    "sweep-guidance": "sweep-guidance RUN --start 4 --final 4",
+    "export": "checkpoint export RUN --out OUT.safetensors",
+    "verify": "checkpoint verify RUN",
+    "ema": "ema RUN --relative-std 0.1 --out OUT.safetensors",
+    "report": "report RUN",
+    "status": "status RUN",
+}
+
+
+@pytest.mark.parametrize("verb", READERS)
+def test_h01_the_configuration_in_a_run_directory_has_no_command_run(run, tmp_path, capfd, verb: str) -> None:
+    """`pipe:` in a configuration that a user gives to `train` is meant; in a run directory it came along."""
+    mark = tmp_path / "mark"
+    for path in [run / "config.yaml", *run.glob("checkpoints/*/config.yaml"), *run.glob("ema/snapshots/*/config.yaml")]:
+        tree = yaml.safe_load(path.read_text())
+        tree["data"] |= {"train": f"pipe:touch {mark}", "validation": f"pipe:touch {mark}", "reader": "stream"}
+        tree["sampling"]["labels"] = "training" if "labels" in verb else "balanced"
+        path.write_text(yaml.safe_dump(tree))
+    words = [word.replace("RUN", str(run)).replace("OUT", str(tmp_path / "out")) for word in READERS[verb].split()]
+    tarflow.cli.main(words)
+    assert "Traceback" not in "".join(capfd.readouterr())
+    assert not mark.exists()
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+
+
+def of_the_page(beginning: str) -> str:
+    """A command of docs/security.md, without the remark behind it."""
+    (line,) = (line.strip() for line in PAGE.splitlines() if line.startswith(f"    {beginning} "))
+    return line.partition(" #")[0].strip()
+
+
+def test_the_page_on_security_finds_what_does_not_belong_in_a_run_directory(run: Path, precious: Path) -> None:
+    command = of_the_page("find").replace("RUN", str(run))
+
+    def found() -> list[str]:
+        return subprocess.run(shlex.split(command), capture_output=True, text=True, check=True).stdout.split()
+
+    assert found() == []
+    (run / "checkpoints" / "link").symlink_to(precious)
+    os.mkfifo(run / "pipe")
+    assert set(found()) == {str(run / "checkpoints" / "link"), str(run / "pipe")}
+
+
+def test_the_page_on_security_looks_at_a_configuration_without_running_its_commands(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = yaml.safe_load((trained / "tiny.yaml").read_text())
+    tree["data"] = {"train": f"pipe:touch {tmp_path / 'mark'}", "cache_dir": str(tmp_path / "cache")}
+    tree["optim"] = {"warmup_images": 16}
+    config = tmp_path / "stranger.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    grep = subprocess.run(
+        shlex.split(of_the_page("grep").replace("CONFIG.yaml", str(config))), capture_output=True, text=True
+    )
+    assert "pipe:touch" in grep.stdout
+    assert "cache_dir" in grep.stdout
+    words = of_the_page("tarflow train").replace("CONFIG.yaml", str(config)).split()[1:]
+    assert tarflow.cli.main([*words, "--run-dir", str(tmp_path / "new")]) == 0
+    assert "pipe:touch" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stranger.yaml"]
