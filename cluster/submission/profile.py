@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.submission.sbatch_options import check_sbatch
 from tarflow.cluster.submission.times import LONGEST_DAYS, minutes
 from tarflow.settings import at_home
-from tarflow.trainer.config.plain_yaml import read_yaml
+from tarflow.trainer.config.plain_yaml import parse_yaml, yaml_text
 from tarflow.trainer.errors import TrainerError
 
 
@@ -63,6 +63,19 @@ class Profile(BaseModel):
     def _minutes(cls, value: Any) -> int:
         return minutes(value)
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _one_line_each(cls, value: Any, info: ValidationInfo) -> Any:
+        """What goes into the batch script cannot begin a line there; `setup` is lines."""
+        texts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
+        for text in texts:
+            bare = str(text).replace("\t", " ").replace("\n", " " if info.field_name == "setup" else "\n")
+            if not bare.isprintable():
+                raise ValueError(f"{text!r} holds a line break or another invisible character")
+        if info.field_name == "setup" and any(line.startswith("#SBATCH") for text in texts for line in text.splitlines()):
+            raise ValueError("options of sbatch go into `sbatch`, not into `setup`")
+        return value
+
     @property
     def gpu_options(self) -> list[str]:
         """Entries of `sbatch` that ask for GPUs."""
@@ -93,7 +106,7 @@ def load_profile(path: Path | None, changes: dict[str, Any] | None = None) -> Pr
             )
         try:
             # All scalars as text: YAML would read 72:00:00 as the number 259200 (case C01).
-            tree = read_yaml(path) or {}
+            tree = parse_yaml(yaml_text(path), str(path)) or {}
         except TrainerError as error:
             raise ClusterError(str(error)) from None
         if not isinstance(tree, dict):

@@ -19,6 +19,7 @@ from tarflow.trainer.errors import TrainerError
 MOST_BYTES = 1 << 20
 MOST_DEPTH = 32
 MOST_NODES = 20_000
+_TOO_LONG = f"it has more than {MOST_BYTES:,} bytes"
 _MERGE = "<<"
 _STANDARD = "tag:yaml.org,2002:"
 _PLAIN_TAGS = {_STANDARD + kind for kind in ("str", "int", "float", "bool", "null", "seq", "map", "merge")} | {"!"}
@@ -95,12 +96,14 @@ def _line(event: yaml.Event) -> int:
     return int(event.start_mark.line) + 1 if event.start_mark else 0
 
 
-def read_yaml(path: Path) -> Any:
-    """The same for a file, which is not read beyond MOST_BYTES. Raises TrainerError, OSError."""
+def yaml_text(path: Path) -> str:
+    """The text of a file, which is not read much beyond MOST_BYTES. Raises TrainerError, OSError."""
     with open(path, "rb") as file:
         data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise TrainerError(f"{path} is not readable YAML: {_TOO_LONG}")
     try:
-        return parse_yaml(data.decode("utf-8"), str(path))
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise TrainerError(f"{path} is not readable YAML: {error}") from None
 
@@ -112,7 +115,7 @@ def parse_yaml(text: str, source: str) -> Any:
     goes beyond the bounds.
     """
     if len(text) > MOST_BYTES:
-        raise TrainerError(f"{source} is not readable YAML: it has more than {MOST_BYTES:,} bytes")
+        raise TrainerError(f"{source} is not readable YAML: {_TOO_LONG}")
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 -- a BaseLoader: text, lists and mappings, no objects
     except _RefusedError as error:
