@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 import tarflow.trainer.checkpoint.commit as ckpt
+from tarflow.own_paths import make_folder
 from tarflow.trainer.checkpoint.retention import sweep
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import is_run, run_id, write_identity
@@ -26,7 +27,7 @@ def prepare(run_dir: Path) -> Path:
     """Make the directory, as the same run's; returns it."""
     folder = snapshots_dir(run_dir)
     if not is_run(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir, "ema", "snapshots")
         write_identity(folder, run_id(run_dir))
     return check(run_dir)
 
