@@ -71,3 +71,13 @@ def test_h05_a_damaged_list_of_jobs_is_named(run: Path, verb) -> None:
         ClusterError, match=r"no submitted train job \(1 damaged line left out \(1\) in .*jobs\.jsonl\)"
     ):
         verb("logs", run)
+
+
+def test_h05_with_a_damaged_line_there_may_be_newer_jobs(run: Path, verb, capsys) -> None:
+    (run / "slurm" / "jobs" / "107_0_log.out").write_text("so far\n")
+    with open(run / "slurm" / "jobs.jsonl", "a") as file:
+        file.write('{"job": "108", "kind": "tr')
+    assert verb("logs", run) == 0
+    out, err = capsys.readouterr()
+    assert out == "so far\n"
+    assert "jobs.jsonl: the last line has no end: there may be newer jobs than 107" in err
