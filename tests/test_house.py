@@ -19,7 +19,7 @@ LAYERS = {
     "models": """
         sampling denoise
         likelihood weights init
-        flow published
+        flow formats
         transformer cost presets
         config provenance
         noise randomness errors
@@ -56,6 +56,8 @@ LAYERS = {
         results
         samples
         networks
+        sweep_file
+        result_file
         metrics
         run_config image_set image_folder shared_work event_file
         errors
@@ -82,8 +84,8 @@ ROOMS_BELOW = {
 TRAINER_FOR_EVALUATION = {"config", "run_dir", "checkpoint", "errors"}
 # Files of tarflow/ that every room may import.
 GROUND = {
-    "code_version", "errors", "file_systems", "files", "interpreter", "leases", "locks", "outputs", "records", "settings",
-    "terminal",
+    "code_version", "errors", "file_systems", "files", "interpreter", "leases", "locks", "npz", "outputs", "records",
+    "settings", "terminal",
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ Sums stay on the device and are read once every `log.every_steps` steps: a step 
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from torch import Tensor
 from tarflow.files import LineWriter
 from tarflow.models.likelihood import bits_from_nats
 from tarflow.outputs import styled
+from tarflow.records import sealed
 from tarflow.terminal import plain_lines
 
 WIDE = 130  # columns of a terminal that has room for all figures beside a progress bar
@@ -164,8 +166,10 @@ class MetricLog:
             self.say(line)
 
     def _write(self, row: Mapping[str, Any]) -> None:
+        """A sealed line; a figure that is not finite, as of a window of skipped steps, is null."""
         if self._jsonl is not None:
-            self._jsonl.write(json.dumps(row))
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            self._jsonl.write(json.dumps(sealed(finite)))
 
     def close(self) -> None:
         if self._progress is not None:
