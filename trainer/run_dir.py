@@ -13,15 +13,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from tarflow.files import append_line, write_text
 from tarflow.interpreter import JOB_VARIABLE
 from tarflow.locks import holder, locked
-from tarflow.trainer.config.files import config_text, load_config
+from tarflow.records import DamagedFileError, Record, load_record, save_record, sealed
+from tarflow.trainer.config.files import load_config, sealed_text
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError
 
 LOCK = ".lock"  # held by the run's only writer
+
+RunId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+Words = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=300)]  # nothing that a terminal would obey
+
+
+class Identity(Record):
+    """run.json. The markers of the run's checkpoints say the same."""
+
+    what = "identity of a run"
+    way_out = (
+        'restore it from a copy, or write {"run_id": "ID"} into it, with the ID that `run` in its '
+        "checkpoints/*/COMMITTED says"
+    )
+    run_id: RunId
+
+
+class LockFile(Record):
+    """What the holder of a run's lock says of itself."""
+
+    what = "holder of a run"
+    host: Words
+    pid: int = Field(ge=0, lt=1 << 32)
+    job: Words = ""
 
 
 @dataclass(frozen=True)
@@ -45,6 +72,11 @@ def is_run(run_dir: str | Path) -> bool:
     return (Path(run_dir) / "run.json").is_file()
 
 
+def has_run_file(run_dir: str | Path) -> bool:
+    """Whether something stands where a run's identity does, readable or not: for those who show what there is."""
+    return os.path.lexists(Path(run_dir) / "run.json")
+
+
 def require_run(run_dir: str | Path) -> Path:
     """The path of an existing run; anything else is a clear error."""
     path = Path(run_dir)
@@ -61,8 +93,11 @@ def load_run_config(run_dir: str | Path) -> Config:
 
 
 def run_id(run_dir: Path) -> str:
-    """The identity of a run: its checkpoints carry it, so another run's leftovers are never taken for its own."""
-    return str(json.loads((run_dir / "run.json").read_text())["run_id"])
+    """The identity of a run: its checkpoints carry it, so another run's leftovers are never taken for its own.
+
+    Raises DamagedFileError.
+    """
+    return load_record(run_dir / "run.json", Identity).run_id
 
 
 def create_run(run_dir: Path) -> None:
@@ -76,7 +111,12 @@ def create_run(run_dir: Path) -> None:
             f"--run-dir {run_dir} is not empty and not a run (it holds {leftovers[0]}); give a new directory"
         )
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / "run.json", json.dumps({"run_id": uuid.uuid4().hex}))
+    write_identity(run_dir, uuid.uuid4().hex)
+
+
+def write_identity(run_dir: Path, run_id: str) -> None:
+    """Make a directory that of a run."""
+    save_record(run_dir / "run.json", Identity(run_id=run_id), shared=False)
 
 
 def rank_log(run_dir: Path, rank: int) -> Path:
@@ -91,7 +131,7 @@ def note(run_dir: Path, text: str) -> None:
 
 def save_config(run_dir: Path, config: Config) -> None:
     """Record the resolved configuration of this start."""
-    write_text(run_dir / "config.yaml", config_text(config))
+    write_text(run_dir / "config.yaml", sealed_text(config))
 
 
 @contextmanager
@@ -112,13 +152,14 @@ def writer_lock(run_dir: Path) -> Iterator[None]:
             who = holder(path, str(read_holder(run_dir) or ""))
             raise TrainerError(f"run {run_dir} is in use by another process ({who}); two writers would garble it")
         with suppress(OSError):  # a full disk
-            path.write_text(json.dumps(asdict(Holder.of_this_process())))
+            path.write_text(json.dumps(sealed(asdict(Holder.of_this_process()))))
         yield
 
 
 def read_holder(run_dir: Path) -> Holder | None:
-    """Who took the lock of a run last; None if that is not known."""
+    """Who took the lock of a run last; None if that is not known, as when the file is damaged: the lock itself holds."""
     try:
-        return Holder(**json.loads((run_dir / LOCK).read_text()))
-    except (OSError, ValueError, TypeError):
+        said = load_record(run_dir / LOCK, LockFile)
+    except (OSError, DamagedFileError):
         return None
+    return Holder(said.host, said.pid, said.job)

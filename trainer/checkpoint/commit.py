@@ -11,99 +11,57 @@ is, never what is newer. Writing: `images-N.tmp/` -> fsync -> rename -> `COMMITT
 a process is killed at, a directory with a marker is whole, and the pointer names one with a marker.
 """
 
-import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from tarflow.files import crc32, discard, free_name, fsync_path, fsync_tree, listed, write_text
-from tarflow.trainer.checkpoint.names import checkpoint_name, leading_name, says
+from tarflow.records import DamagedFileError, Record, load_record, save_record
+from tarflow.trainer.checkpoint.marker import (
+    MARKER,
+    Checkpoint,
+    FileFacts,
+    Marker,
+    Refused,
+    damage,
+    is_marked,
+    read_marker,
+)
+from tarflow.trainer.checkpoint.names import checkpoint_name, is_checkpoint_name, leading_name, says
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.resilience.fault_injection import fault_point
-from tarflow.trainer.run_dir import run_id
+from tarflow.trainer.run_dir import Words, is_run, run_id
 
-MARKER = "COMMITTED"
 # Endings of names: being written, making way for the same images again, set aside by a start, set aside by a person.
 TEMPORARY, REPLACED, DAMAGED, ASIDE = ".tmp", ".replaced", ".damaged", ".aside"
 _PIN_LIFETIME_S = 24 * 3600
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A committed checkpoint."""
+class Pin(Record):
+    """Who reads a checkpoint."""
 
-    path: Path
-    step: int  # optimizer steps taken until then; for people, nothing goes by it
-    images_seen: int
-    info: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of all its files together."""
-        return sum(int(facts["size"]) for facts in self.info["files"].values())
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Why a directory is no checkpoint that can be used."""
-
-    reason: str
-    committed: bool = True  # it has a marker: it was whole once
-    foreign: bool = False  # it is another run's
-
-    def __str__(self) -> str:
-        return self.reason
+    what = "pin of a checkpoint"
+    host: Words
+    pid: int = Field(ge=1, lt=1 << 32)
 
 
 def checkpoints_dir(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
-def read_marker(path: Path, owner: str | None) -> Checkpoint | Refused:
-    """The checkpoint in a directory, or the reason why it is none."""
-    try:
-        info = json.loads((path / MARKER).read_text())
-        step, images_seen, files = int(info["step"]), int(info["images_seen"]), dict(info["files"])
-        sizes = {name: int(facts["size"]) for name, facts in files.items()}
-    except FileNotFoundError:
-        return Refused("it was never committed", committed=False)
-    except (ValueError, KeyError, TypeError):
-        return Refused(f"its {MARKER} marker is damaged")
-    if owner is not None and info.get("run") != owner:
-        return Refused("it belongs to another run", foreign=True)
-    kind, number = says(path.name)
-    if info[kind] != number:
-        return Refused(f"its {MARKER} marker says {kind} {info[kind]}")
-    for name, size in sizes.items():
-        file = path / name
-        if not file.is_file():
-            return Refused(f"its file {name} is missing")
-        if file.stat().st_size != size:
-            return Refused(f"its file {name} has {file.stat().st_size} bytes instead of {size}")
-    return Checkpoint(path, step, images_seen, info)
-
-
-def damage(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with the bytes of a checkpoint's files, by their checksums; None if all is well. Reads it all."""
-    for name, facts in checkpoint.info["files"].items():
-        if crc32(checkpoint.path / name) != facts["crc32"]:
-            return f"the checksum of its file {name} is wrong"
-    return None
-
-
 def newest_sound(run_dir: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint to resume from: the newest whose bytes are whole; None if none was ever committed.
 
-    Passing over a damaged one is said; if every one is damaged, that is an error: never a silent fresh start (T15).
+    Passing over a damaged one is said; if every one is damaged or another run's, that is an error: never a silent fresh
+    start (T15).
     """
+    check_identity(run_dir)
     usable, refused = scan(run_dir)
     for checkpoint in reversed(usable):
         problem = damage(checkpoint)
@@ -121,18 +79,52 @@ def newest_sound(run_dir: Path, say: Callable[[str], None]) -> Checkpoint | None
     return None
 
 
+def check_identity(run_dir: Path) -> None:
+    """Refuse a directory whose committed checkpoints are all another run's, or nobody's. To begin a run there would write
+    over them, and one changed letter of an identity is enough to disown a run's own.
+
+    Raises TrainerError, or DamagedFileError for run.json itself.
+    """
+    mine = run_id(run_dir) if is_run(run_dir) else None
+    usable, refused = scan_as(run_dir, mine)
+    marked = {path: why for path, why in refused.items() if why.committed}
+    if mine is not None and (usable or not marked or not all(why.foreign for why in marked.values())):
+        return
+    theirs = sorted({why.run for why in marked.values() if why.run} | {str(c.info["run"]) for c in usable})
+    if not usable and not marked:
+        return
+    whose = f"run {theirs[0]}" if len(theirs) == 1 else f"runs {', '.join(theirs)}" if theirs else "a run"
+    here = f"run.json says that this is run {mine}" if mine else "there is no run.json beside them"
+    mend = (
+        f'write {{"run_id": "{theirs[0]}"}} into {run_dir / "run.json"}' if theirs else "restore run.json from a copy"
+    )
+    raise TrainerError(
+        f"{checkpoints_dir(run_dir)} holds committed checkpoints of {whose}, but {here}; nothing is begun over them. If they "
+        f"are this run's, {mend}; if not, move {checkpoints_dir(run_dir)} away or give another --run-dir"
+    )
+
+
 def scan(run_dir: Path) -> tuple[list[Checkpoint], dict[Path, Refused]]:
-    """Usable checkpoints of a run, by images seen ascending, and the directories that are none, each with the reason."""
+    """Usable checkpoints of a run, by images seen ascending, and the directories that are none, each with the reason.
+
+    Raises DamagedFileError for run.json.
+    """
+    return scan_as(run_dir, run_id(run_dir))
+
+
+def scan_as(run_dir: Path, owner: str | None) -> tuple[list[Checkpoint], dict[Path, Refused]]:
+    """The same for an owner that is known otherwise; None: whosever they are."""
     usable, refused = [], {}
-    owner = run_id(run_dir)
     for path in listed(checkpoints_dir(run_dir)):
         name, ending = leading_name(path.name), path.suffix.partition("-")[0]
+        if not path.is_dir():
+            continue
         if name == path.name:
             found = read_marker(path, owner)
         elif name and ending == TEMPORARY:
             found = Refused("a save was interrupted", committed=False)
         elif name and ending == REPLACED:
-            found = Refused("it made way for a save that was interrupted", committed=(path / MARKER).exists())
+            found = Refused("it made way for a save that was interrupted", committed=is_marked(path))
         else:
             continue  # not ours: never touched (case T04)
         if isinstance(found, Checkpoint):
@@ -147,18 +139,34 @@ def committed(run_dir: str | Path) -> list[Checkpoint]:
     return scan(Path(run_dir))[0]
 
 
-def find(run_dir: str | Path, step: int | None = None, images: int | None = None) -> Checkpoint:
-    """The checkpoint of a step or at so many images, or the one of most images.
+def find(
+    run_dir: str | Path,
+    step: int | None = None,
+    images: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Checkpoint:
+    """The checkpoint of a step or at so many images, or the one of most images; `say` (or the error output) is
+    told which newer ones are damaged.
 
     If there is none, or more than one of that step, the error says what there is and how to choose.
     """
     run_dir = Path(run_dir)
     usable, refused = scan(run_dir)
+    for path, why in damaged(refused).items() if step is None and images is None and usable else ():
+        if is_newer(path, usable[-1]):
+            (say or _warn)(f"WARNING: checkpoint {path.name} is damaged and not used: {why}")
     if step is None and images is None and not usable:
-        raise TrainerError(f"run {run_dir} has no committed checkpoint yet")
+        whys = "; ".join(f"{path.name}: {why}" for path, why in sorted(refused.items())[-4:] if why.committed)
+        raise TrainerError(
+            f"run {run_dir} has no {f'usable checkpoint ({whys})' if whys else 'committed checkpoint yet'}"
+        )
     reasons = [f"{path.name}: {why}" for path, why in sorted(refused.items())]
     reasons += [f"{path.name} is set aside" for ending in (DAMAGED, ASIDE) for path in set_aside_dirs(run_dir, ending)]
     return choose(usable, step, images, f"run {run_dir}", "usable checkpoint", ", ".join(reasons[-4:]))
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def choose(
@@ -179,6 +187,23 @@ def choose(
         f"usable steps: {', '.join(str(c.step) for c in among) or 'none'}; "
         f"images: {', '.join(str(c.images_seen) for c in among) or 'none'}"
     )
+
+
+def damaged(refused: dict[Path, Refused]) -> dict[Path, Refused]:
+    """Of the directories that are no checkpoint: this run's that were whole once, under their own names."""
+    ours = {path: why for path, why in refused.items() if why.committed and not why.foreign}
+    return {path: ours[path] for path in sorted(ours) if is_checkpoint_name(path.name)}
+
+
+def is_newer(path: Path, chosen: Checkpoint) -> bool:
+    """Whether a directory holds a newer checkpoint than another, by its name, or of version 0.1 by its marker as well."""
+    kind, number = says(path.name)
+    if kind == "images_seen":
+        return number > chosen.images_seen
+    try:
+        return load_record(path / MARKER, Marker).images_seen > chosen.images_seen
+    except (OSError, DamagedFileError):
+        return number > chosen.step
 
 
 def set_aside_dirs(run_dir: Path, ending: str) -> list[Path]:
@@ -202,8 +227,12 @@ def unpoint(path: Path) -> None:
 
 
 def _named(pointer: Path) -> str:
-    """Name in the pointer; empty without one."""
-    return pointer.read_text().strip() if pointer.exists() else ""
+    """Name in the pointer; empty without one. What is damaged names nothing: it is written anew, and nobody goes by it."""
+    try:
+        with open(pointer, "rb") as file:
+            return file.read(300).decode(errors="replace").strip()
+    except FileNotFoundError:
+        return ""
 
 
 def commit(
@@ -228,14 +257,15 @@ def commit(
     fsync_path(final.parent)
     fault_point("save.renamed")
     files = {
-        p.name: {"size": p.stat().st_size, "crc32": sums[p.name] if p.name in sums else crc32(p)}
+        p.name: FileFacts(size=p.stat().st_size, crc32=sums[p.name] if p.name in sums else crc32(p))
         for p in sorted(final.iterdir())
         if p.is_file()
     }
-    record = {"step": step, "images_seen": images_seen, "run": run_id(run_dir), **info, "files": files}
-    write_text(final / MARKER, json.dumps(record, indent=1))
+    known = {"step": step, "images_seen": images_seen, "run": run_id(run_dir), **info, "files": files}
+    marker = Marker.model_validate(known)
+    save_record(final / MARKER, marker, shared=False)
     fault_point("save.marked")
-    checkpoint = Checkpoint(final, step, images_seen, record)
+    checkpoint = Checkpoint.of(final, marker)
     try:
         point_to(run_dir, max([checkpoint, *committed(run_dir)], key=lambda c: c.images_seen))
     except OSError as error:
@@ -295,7 +325,7 @@ def pinned(checkpoint: Checkpoint, owner: str) -> Iterator[None]:
     pin = checkpoint.path.parent / "pins" / f"{checkpoint.name}.{owner.replace('/', '_')}"
     with suppress(OSError):  # who may not write here reads without a pin
         pin.parent.mkdir(exist_ok=True)
-        pin.write_text(json.dumps({"host": os.uname().nodename, "pid": os.getpid()}))
+        save_record(pin, Pin(host=os.uname().nodename, pid=os.getpid()))
     try:
         if not (checkpoint.path / MARKER).exists():
             raise TrainerError(f"checkpoint {checkpoint.path} was removed by retention before it could be read")
@@ -320,12 +350,15 @@ def pinned_names(run_dir: Path) -> set[str]:
 
 
 def _pin_holds(pin: Path) -> bool:
+    """Whether a pin's reader may be there. One that cannot be read holds for its time: somebody may be reading."""
     try:
-        holder = json.loads(pin.read_text())
-        if holder["host"] == os.uname().nodename:
-            return Path(f"/proc/{holder['pid']}").exists() or not Path("/proc").exists()
-        return time.time() - pin.stat().st_mtime < _PIN_LIFETIME_S
+        reader = load_record(pin, Pin)
+        if reader.host == os.uname().nodename:
+            return Path(f"/proc/{reader.pid}").exists() or not Path("/proc").exists()
     except FileNotFoundError:
         return False
-    except (ValueError, KeyError):
+    except (DamagedFileError, OSError):
+        pass
+    with suppress(OSError):
         return time.time() - pin.stat().st_mtime < _PIN_LIFETIME_S
+    return False

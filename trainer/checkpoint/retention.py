@@ -8,7 +8,6 @@ Removing may fail (a file held open over NFS, a directory that lost its permissi
 checkpoint, however much of it is still there, and is tried again at every save and start.
 """
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,9 @@ from tarflow.trainer.checkpoint.commit import (
     Checkpoint,
     Refused,
     committed,
+    damage,
+    damaged,
+    is_newer,
     pinned_names,
     point_to,
     read_marker,
@@ -30,7 +32,7 @@ from tarflow.trainer.checkpoint.commit import (
     set_aside_dirs,
     stuck,
 )
-from tarflow.trainer.checkpoint.names import is_checkpoint_name, leading_name, says
+from tarflow.trainer.checkpoint.names import leading_name
 from tarflow.trainer.run_dir import run_id
 
 Say = Callable[[str], object]
@@ -104,12 +106,13 @@ def put_back(run_dir: Path) -> list[str]:
             continue
         final = path.with_name(leading_name(path.name))
         there = read_marker(final, owner)
-        if isinstance(there, Checkpoint):
+        if isinstance(there, Checkpoint) and damage(there) is None:
             problem = remove(path)
             lines += [stuck(path, problem)] if problem else []
             continue
         if final.exists():
-            os.rename(final, free_name(final.with_name(final.name + (DAMAGED if there.committed else TEMPORARY))))
+            torn = isinstance(there, Refused) and not there.committed
+            os.rename(final, free_name(final.with_name(final.name + (TEMPORARY if torn else DAMAGED))))
         os.rename(path, final)
         lines.append(f"checkpoint {final.name} is put back: the save that was to replace it was interrupted")
     return lines
@@ -123,7 +126,7 @@ def set_aside(run_dir: Path, chosen: Checkpoint, ending: str = DAMAGED) -> list[
     """
     usable, refused = scan(run_dir)
     newer = [c.path for c in usable if c.images_seen > chosen.images_seen]
-    newer += [path for path, why in refused.items() if _is_newer_of_ours(path, why, chosen)]
+    newer += [path for path in damaged(refused) if is_newer(path, chosen)]
     if newer:
         point_to(run_dir, chosen)
     lines = []
@@ -146,14 +149,3 @@ def remove_set_aside(run_dir: Path, ending: str, warn: Say = lambda _: None) -> 
         else:
             removed.append(path.name)
     return removed
-
-
-def _is_newer_of_ours(path: Path, why: Refused, chosen: Checkpoint) -> bool:
-    """Whether a directory holds a newer checkpoint of the same run, by what can be read of its marker, or by its name."""
-    if not why.committed or why.foreign or not is_checkpoint_name(path.name):
-        return False
-    try:
-        return int(json.loads((path / MARKER).read_text())["images_seen"]) > chosen.images_seen
-    except (OSError, ValueError, KeyError, TypeError):
-        kind, number = says(path.name)
-        return number > (chosen.images_seen if kind == "images_seen" else chosen.step)

@@ -1,11 +1,18 @@
-"""The tensors in a checkpoint's directory: torch's distributed checkpoint, written sharded, read at any world size."""
+"""The tensors in a checkpoint's directory: torch's distributed checkpoint, written sharded, read at any world size.
+
+torch's own reader unpickles `.metadata`, and values that are no tensors, without a guard. Here the metadata come from
+`metadata.py`, and a value that is no tensor is refused: no checkpoint of ours has one.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tarflow.trainer.checkpoint.commit import Checkpoint
+from tarflow.errors import UserError
+from tarflow.records import DamagedFileError
+from tarflow.trainer.checkpoint.marker import WAY_OUT, Checkpoint, require_whole
+from tarflow.trainer.checkpoint.metadata import StoredTensor, read_metadata
 from tarflow.trainer.errors import TrainerError
 
 
@@ -18,49 +25,87 @@ def write_tensors(path: Path, tensors: dict[str, Any], group: Any = None) -> Non
 
 
 def read_tensors(checkpoint: Checkpoint, into: dict[str, Any]) -> None:
-    """Fill tensors in place from a checkpoint, whatever world size wrote it. Names and shapes must agree exactly."""
-    import torch.distributed.checkpoint as dcp
+    """Fill tensors in place from a checkpoint, whatever world size wrote it. Names and shapes must agree exactly.
 
-    _check_names_and_shapes(checkpoint, {name: tuple(t.shape) for name, t in into.items()}, exact=True)
-    with _quiet(), _plain_errors():
-        dcp.load(dict(into), storage_reader=dcp.FileSystemReader(checkpoint.path))
+    Whether the bytes are whole is not looked at: whoever chose the checkpoint has done that (`commit.newest_sound`).
+    """
+    stored = _stored(checkpoint)
+    _check_names_and_shapes(checkpoint, stored, {name: tuple(t.shape) for name, t in into.items()})
+    _load(checkpoint, stored, dict(into))
 
 
 def stored_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a checkpoint."""
-    import torch.distributed.checkpoint as dcp
-
-    metadata = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
-    return {name: tuple(entry.size) for name, entry in metadata.items() if hasattr(entry, "size")}
+    """Name -> shape of every tensor in a checkpoint. Raises DamagedFileError."""
+    return {name: tensor.shape for name, tensor in _stored(checkpoint).items()}
 
 
 def load_weights(checkpoint: Checkpoint, which: str) -> dict[str, Any]:
     """One set of weights, "raw" or an average such as "ema-0.050": name -> float32 tensor on the CPU.
 
-    A set that the checkpoint does not hold is an error that lists those it does (case T06).
+    A set that the checkpoint does not hold is an error that lists those it does (case T06). The first time, all bytes of
+    the checkpoint are held against their checksums; raises DamagedFileError where they differ.
     """
     import torch
-    import torch.distributed.checkpoint as dcp
 
+    require_whole(checkpoint)
     prefix = "model" if which == "raw" else which
-    shapes = stored_shapes(checkpoint)
-    wanted = {n: shape for n, shape in shapes.items() if n.startswith(f"{prefix}/") or n == "buffer/var"}
-    have = sorted(s for s in {n.split("/")[0] for n in shapes} if s == "model" or s.startswith("ema-"))
+    stored = _stored(checkpoint)
+    wanted = {n: tensor for n, tensor in stored.items() if n.startswith(f"{prefix}/") or n == "buffer/var"}
+    have = sorted(s for s in {n.split("/")[0] for n in stored} if s == "model" or s.startswith("ema-"))
     if prefix not in have:
         raise TrainerError(
             f"checkpoint {checkpoint.path} holds no weights {which!r}; it holds: "
             + ", ".join("raw" if n == "model" else n for n in have)
         )
-    tensors = {name: torch.empty(shape) for name, shape in wanted.items()}
-    with _quiet(), _plain_errors():
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=True)
+    tensors = {name: torch.empty(tensor.shape) for name, tensor in wanted.items()}
+    _load(checkpoint, wanted, tensors, no_dist=True)
     return {name.partition("/")[2]: tensor for name, tensor in tensors.items()}
 
 
-def _check_names_and_shapes(checkpoint: Checkpoint, ours: dict[str, tuple[int, ...]], exact: bool) -> None:
-    theirs = stored_shapes(checkpoint)
+def _stored(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    return read_metadata(checkpoint.path, checkpoint.sizes)
+
+
+def _load(checkpoint: Checkpoint, stored: dict[str, StoredTensor], into: dict[str, Any], no_dist: bool = False) -> None:
+    """Let torch read tensors, by metadata that were checked."""
+    import torch.distributed.checkpoint as dcp
+
+    class Reader(dcp.FileSystemReader):
+        def read_metadata(self, *_: Any, **__: Any) -> Any:
+            return _for_torch(stored)
+
+    class Planner(dcp.DefaultLoadPlanner):
+        def load_bytes(self, *_: Any) -> None:
+            raise ValueError("a value that is no tensor")  # torch would unpickle it
+
+    with _quiet(), _plain_errors(checkpoint):
+        dcp.load(into, storage_reader=Reader(checkpoint.path), planner=Planner(), no_dist=no_dist)
+
+
+def _for_torch(stored: dict[str, StoredTensor]) -> Any:
+    """The metadata in torch's own classes."""
+    import torch
+    import torch.distributed.checkpoint.metadata as dcp
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    tensors: dict[str, Any] = {}
+    places = {}
+    for name, tensor in stored.items():
+        chunks = [dcp.ChunkStorageMetadata(torch.Size(p.offsets), torch.Size(p.sizes)) for p in tensor.pieces]
+        properties = dcp.TensorProperties(dtype=getattr(torch, tensor.dtype))
+        tensors[name] = dcp.TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+        for number, piece in enumerate(tensor.pieces):
+            index = dcp.MetadataIndex(name, piece.offsets, number)
+            places[index] = _StorageInfo(piece.file, piece.start, piece.length)
+    return dcp.Metadata(tensors, storage_data=places, storage_meta=dcp.StorageMeta())
+
+
+def _check_names_and_shapes(
+    checkpoint: Checkpoint, stored: dict[str, StoredTensor], ours: dict[str, tuple[int, ...]]
+) -> None:
+    theirs = {name: tensor.shape for name, tensor in stored.items()}
     problems = [f"missing in the checkpoint: {n}" for n in ours if n not in theirs]
-    problems += [f"not in this model: {n}" for n in theirs if n not in ours and exact]
+    problems += [f"not in this model: {n}" for n in theirs if n not in ours]
     problems += [
         f"{n}: {list(theirs[n])} in the checkpoint, {list(ours[n])} here"
         for n in ours
@@ -72,14 +117,18 @@ def _check_names_and_shapes(checkpoint: Checkpoint, ours: dict[str, tuple[int, .
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
+def _plain_errors(checkpoint: Checkpoint) -> Iterator[None]:
     """What a rank met, instead of torch's collection of it, which is no Exception and holds even a Ctrl-C."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         yield
     except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
+        first = next(iter(error.failures.values()))[0]
+        if isinstance(first, OSError | UserError | MemoryError) or not isinstance(first, Exception):
+            raise first from None
+        reason = f"its tensors cannot be read ({type(first).__name__}: {first!s:.200})".splitlines()[0]
+        raise DamagedFileError(checkpoint.path, reason, WAY_OUT) from None
 
 
 @contextmanager

@@ -14,12 +14,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tarflow.trainer.checkpoint.commit import ASIDE, DAMAGED, pinned_names, scan, set_aside_dirs
+    from tarflow.errors import noted
+    from tarflow.trainer.checkpoint.commit import ASIDE, DAMAGED, pinned_names, scan_as, set_aside_dirs
     from tarflow.trainer.checkpoint.retention import permanent
-    from tarflow.trainer.run_dir import load_run_config, require_run
+    from tarflow.trainer.config.files import load_config
+    from tarflow.trainer.run_dir import has_run_file, require_run, run_id
 
-    usable, refused = scan(require_run(args.run))
-    pins, for_ever = pinned_names(args.run), permanent(usable, load_run_config(args.run).checkpoint.keep_every_images)
+    if not has_run_file(args.run):
+        require_run(args.run)
+    owner, every, flaws = None, 0, list[str]()
+    with noted(flaws):
+        owner = run_id(args.run)
+    with noted(flaws):
+        every = load_config(args.run / "config.yaml").checkpoint.keep_every_images
+    for flaw in flaws:  # of what is damaged one line tells, the rest is shown all the same
+        print(flaw)
+    usable, refused = scan_as(args.run, owner)
+    pins, for_ever = pinned_names(args.run), permanent(usable, every)
     print("step        images seen        MB  saved                notes")
     for number, checkpoint in enumerate(usable, 1):
         notes = ["newest"] * (number == len(usable)) + ["pinned"] * (checkpoint.name in pins)

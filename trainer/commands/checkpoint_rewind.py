@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tarflow.trainer.checkpoint.commit import ASIDE, damage, find
+    from tarflow.trainer.checkpoint.commit import ASIDE, find
+    from tarflow.trainer.checkpoint.marker import require_whole
     from tarflow.trainer.checkpoint.retention import set_aside
     from tarflow.trainer.errors import TrainerError
     from tarflow.trainer.run_dir import require_run, writer_lock
@@ -31,8 +32,7 @@ def run(args: argparse.Namespace) -> int:
         )
     with writer_lock(args.run):
         chosen = find(args.run, args.step, args.images)
-        if problem := damage(chosen):
-            raise TrainerError(f"checkpoint {chosen.path} is damaged: {problem}; go back to another one")
+        require_whole(chosen)
         for line in set_aside(args.run, chosen, ASIDE):
             print(line)
     print(f"the next `tarflow train` of {args.run} goes on from {chosen.name}")

@@ -19,19 +19,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tarflow.trainer.checkpoint.commit import damage, find, pinned, scan
-    from tarflow.trainer.run_dir import require_run
+    from tarflow.records import DamagedFileError
+    from tarflow.trainer.checkpoint.commit import find, pinned, scan_as
+    from tarflow.trainer.checkpoint.marker import beside, damage
+    from tarflow.trainer.run_dir import require_run, run_id
 
-    usable, refused = scan(require_run(args.run))
+    bad, owner = 0, None
+    try:
+        owner = run_id(require_run(args.run))
+    except DamagedFileError as error:
+        bad += 1
+        print(f"DAMAGED: {error}")
+    usable, refused = scan_as(args.run, owner)
     if args.step is not None or args.images is not None:
         usable, refused = [find(args.run, args.step, args.images)], {}
-    bad = 0
     for checkpoint in usable:
         with pinned(checkpoint, owner="verify"):  # so that the retention of a running training keeps it meanwhile
-            problem = damage(checkpoint)
+            problem, more = damage(checkpoint), beside(checkpoint)
         bad += problem is not None
         print(f"{checkpoint.name}: " + (f"DAMAGED: {problem}" if problem else
-              f"sound: {len(checkpoint.info['files'])} files, {checkpoint.num_bytes:,} bytes"), flush=True)  # fmt: skip
+              f"sound: {len(checkpoint.info['files'])} files, {checkpoint.num_bytes:,} bytes")
+              + (f"; not of the checkpoint: {', '.join(map(repr, more[:4]))}" if more else ""), flush=True)  # fmt: skip
     for path, reason in sorted(refused.items()):
         was_committed = reason.committed and not reason.foreign
         bad += was_committed

@@ -3,6 +3,8 @@
 import copy
 import hashlib
 import json
+import re
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from tarflow.records import DamagedFileError
 from tarflow.trainer.config.explain import explain, without_section
 from tarflow.trainer.config.plain_yaml import parse_yaml
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError
 
+_SEAL = re.compile(r"# checksum ([0-9a-f]{8}) of the lines below; [^\n]*\n")
 NULLS = {"", "~", "null", "Null", "NULL"}
 
 
@@ -27,6 +31,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise TrainerError(f"{path} is not readable YAML: {error}") from None
+    _check_seal(path, text)
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise TrainerError(f"{path} must hold sections (data:, model:, train:, ...), not {type(tree).__name__}")
@@ -81,6 +86,19 @@ def config_tree(config: Config) -> dict[str, dict[str, Any]]:
 def config_text(config: Config) -> str:
     """The resolved configuration as YAML."""
     return yaml.safe_dump(config_tree(config), sort_keys=False, default_flow_style=None, width=120)
+
+
+def sealed_text(config: Config) -> str:
+    """The same under a line with its checksum: for a file that is read again, and that people copy and edit."""
+    text = config_text(config)
+    return f"# checksum {zlib.crc32(text.encode()):08x} of the lines below; remove this line when you edit them\n{text}"
+
+
+def _check_seal(path: Path, text: str) -> None:
+    found = _SEAL.match(text)
+    if found and int(found[1], 16) != zlib.crc32(text[found.end() :].encode()):
+        way_out = "restore it from a copy, or remove its first line if you edited it"
+        raise DamagedFileError(path, "its checksum does not fit its lines", way_out)
 
 
 def config_hash(config: Config) -> str:

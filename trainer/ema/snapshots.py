@@ -7,15 +7,14 @@ Every `ema.snapshot_every_images` the save that is due writes one, before its ch
 the two comes by again and writes the same. Retention looks after `checkpoints/` and never comes here.
 """
 
-import json
 from pathlib import Path
 
 from torch import Tensor
 
 import tarflow.trainer.checkpoint.commit as ckpt
-from tarflow.files import write_text
 from tarflow.trainer.checkpoint.retention import sweep
-from tarflow.trainer.run_dir import is_run, run_id
+from tarflow.trainer.errors import TrainerError
+from tarflow.trainer.run_dir import is_run, run_id, write_identity
 
 
 def snapshots_dir(run_dir: Path) -> Path:
@@ -28,7 +27,18 @@ def prepare(run_dir: Path) -> Path:
     folder = snapshots_dir(run_dir)
     if not is_run(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "run.json", json.dumps({"run_id": run_id(run_dir)}))
+        write_identity(folder, run_id(run_dir))
+    return check(run_dir)
+
+
+def check(run_dir: Path) -> Path:
+    """The directory, which must say that it is the same run's if it is there. Raises TrainerError, DamagedFileError."""
+    folder = snapshots_dir(run_dir)
+    if is_run(folder) and (theirs := run_id(folder)) != (mine := run_id(run_dir)):
+        raise TrainerError(
+            f"{folder / 'run.json'} says that the snapshots are of run {theirs}, but {run_dir / 'run.json'} says {mine}; if "
+            f"they are of this run, remove the former (a start writes it again), if not, move {folder} away"
+        )
     return folder
 
 
@@ -39,10 +49,9 @@ def contents(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def forget_after(run_dir: Path, images_seen: int) -> list[str]:
     """Remove snapshots of a future that a run going on from `images_seen` may not have; lines for the log. Writer only."""
-    folder = snapshots_dir(run_dir)
-    if not is_run(folder):
+    if not ckpt.checkpoints_dir(snapshots_dir(run_dir)).is_dir():
         return []
-    lines = []
+    folder, lines = prepare(run_dir), []
     for snapshot in ckpt.committed(folder):
         if snapshot.images_seen > images_seen:
             problem = ckpt.remove(snapshot.path)
@@ -56,7 +65,7 @@ def forget_after(run_dir: Path, images_seen: int) -> list[str]:
 
 def sources(run_dir: Path) -> list[ckpt.Checkpoint]:
     """Everything that holds averages, by images seen ascending: snapshots, and checkpoints at other moments."""
-    folder = snapshots_dir(run_dir)
+    folder = check(run_dir)
     snapshots = ckpt.committed(folder) if is_run(folder) else []
     moments = {c.images_seen: c for c in [*ckpt.committed(run_dir), *snapshots]}
     return [moments[images_seen] for images_seen in sorted(moments)]

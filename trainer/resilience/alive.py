@@ -3,14 +3,18 @@
 A look never takes the run's lock: it must not be in the way of a start. Needs no torch.
 """
 
-import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
+from tarflow.errors import noted
 from tarflow.files import listed
-from tarflow.trainer.run_dir import Holder
+from tarflow.records import DamagedFileError, Record, load_record
+from tarflow.trainer.run_dir import Holder, Words
 
 # A living rank writes every two seconds; a network file system may show that late.
 FRESH_S = 60.0
@@ -20,18 +24,48 @@ ENDED = (GONE, FAILED, HUNG)
 KILLED = "killed"
 
 
+class Heartbeat(Record):
+    """What a rank says of itself every two seconds."""
+
+    what = "heartbeat of a rank"
+    rank: int = Field(0, ge=0, le=10**6)
+    world_size: int | None = Field(None, ge=1, le=10**6)
+    host: Words = "?"
+    pid: int = Field(0, ge=0, lt=1 << 32)
+    job: Words = ""
+    phase: Words = ""
+    step: int = Field(0, ge=0, le=10**15)
+    still_s: float = Field(0, ge=0)  # without progress
+    own_s: float | None = Field(None, ge=0)  # seconds of a step that are not spent waiting for others
+    time: float | None = None
+
+
 def read_heartbeats(run_dir: Path) -> list[dict[str, Any]]:
-    """What every rank of the newest start last said of itself, by rank; `seen`: when, by the file server's clock."""
-    beats = []
+    """What every rank of the newest start last said of itself, by rank; `seen`: when, by the file server's clock.
+
+    Of one that is damaged only `seen` is known: it may be alive, and is taken to be for as long as that is fresh.
+    """
+    beats: list[dict[str, Any]] = []
     for path in listed(run_dir / "heartbeats", "rank-*.json"):
         try:
-            beat = json.loads(path.read_text())
-            beats.append(beat | {"seen": path.stat().st_mtime})
-        except (OSError, ValueError, TypeError):
+            seen = path.stat().st_mtime
+            beats.append({**load_record(path, Heartbeat).model_dump(exclude_unset=True), "seen": seen})
+        except DamagedFileError:
+            beats.append({"seen": seen})
+        except OSError:
             continue
     # A start of fewer ranks leaves the files of the others behind.
-    size = beats[0].get("world_size") if beats else None
+    size = next((beat["world_size"] for beat in beats if beat.get("world_size")), None)
     return beats[:size]
+
+
+def damaged_heartbeats(run_dir: Path) -> list[str]:
+    """What is wrong with the heartbeats of a run, in words, for whoever shows them."""
+    flaws: list[str] = []
+    for path in listed(run_dir / "heartbeats", "rank-*.json"):
+        with noted(flaws), suppress(FileNotFoundError):
+            load_record(path, Heartbeat)
+    return flaws
 
 
 def holder_of(beat: dict[str, Any]) -> Holder:

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import torch.distributed as dist
 
+from tarflow.records import sealed
 from tarflow.trainer.config.schema import ParallelConfig
 from tarflow.trainer.resilience import alive
 from tarflow.trainer.resilience.alive import read_heartbeats
@@ -127,7 +128,7 @@ class Watchdog:
         }  # fmt: skip
         temporary = self._path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(facts))
+            temporary.write_text(json.dumps(sealed(facts)))
             os.replace(temporary, self._path)
         except OSError:  # a full disk must not end the watch
             temporary.unlink(missing_ok=True)

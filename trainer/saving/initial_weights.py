@@ -15,10 +15,10 @@ from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.weights import WeightsFile, WeightsHeader, is_weights_file, read_header, read_weights
-from tarflow.trainer.checkpoint.commit import Checkpoint, damage, find, pinned
+from tarflow.trainer.checkpoint.commit import Checkpoint, find, pinned
+from tarflow.trainer.checkpoint.marker import config_of, require_whole
 from tarflow.trainer.checkpoint.provenance import provenance_of
 from tarflow.trainer.checkpoint.tensors import load_weights
-from tarflow.trainer.config.files import load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import require_run
@@ -30,17 +30,15 @@ ADAPTABLE = {
 }
 
 
-def check_initial(source: Path, config: Config, partial: bool) -> None:
-    """Refuse weights that this run's model cannot begin with, before anything is made; reads no tensors of safetensors.
+def check_initial(source: Path, config: Config, partial: bool) -> WeightsHeader:
+    """Model and provenance of the weights that `--init-from` would begin with, before anything is made.
 
-    Raises TrainerError or ModelError, naming the settings that differ.
+    Raises TrainerError or ModelError, naming the settings that differ, for weights that this run's model cannot begin with;
+    DamagedFileError for a file that does not fit its checksum.
     """
-    _check_fits(source, initial_header(source, config.model).config, config.model, partial)
-
-
-def initial_header(source: Path, like: TarFlowConfig) -> WeightsHeader:
-    """Model and provenance of the weights that `--init-from` would begin with."""
-    return read_header(source, like) if is_weights_file(source) else _header(*_newest(source))
+    header = read_header(source, config.model) if is_weights_file(source) else _header(*_newest(source))
+    _check_fits(source, header.config, config.model, partial)
+    return header
 
 
 def initial_weights(source: Path, config: Config, partial: bool) -> tuple[dict[str, Tensor], list[str]]:
@@ -80,8 +78,11 @@ def class_names(config: Config) -> Sequence[str] | None:
 
 
 def _newest(run_dir: Path) -> tuple[Checkpoint, Config]:
+    """Of a run, if its bytes are whole: else it is refused before anything is made."""
     checkpoint = find(require_run(run_dir))
-    return checkpoint, load_config(checkpoint.path / "config.yaml")
+    with pinned(checkpoint, owner="init-from"):
+        require_whole(checkpoint)
+    return checkpoint, config_of(checkpoint)
 
 
 def _header(checkpoint: Checkpoint, config: Config) -> WeightsHeader:
@@ -92,14 +93,13 @@ def _read(source: Path, like: TarFlowConfig) -> tuple[WeightsFile, list[str]]:
     """A weights file; or of a run the newest checkpoint's widest average, the raw weights where it keeps none."""
     if is_weights_file(source):
         file = read_weights(source, like)
-        return file, [f"{source}: {file.provenance}"]
+        return file, [f"{source}: {file.provenance}{file.caveat}"]
     checkpoint, config = _newest(source)
     with pinned(checkpoint, owner="init-from"):
-        if problem := damage(checkpoint):
-            raise TrainerError(f"--init-from {source}: its newest checkpoint {checkpoint.name} is damaged: {problem}")
         which = config.ema.preferred
         header = _header(checkpoint, config)
-        file = WeightsFile(header.config, header.provenance, False, load_weights(checkpoint, which))
+        tensors = load_weights(checkpoint, which)
+        file = WeightsFile(header.config, header.provenance, by_shapes=False, tensors=tensors)
     return file, [f"{source}, newest checkpoint {checkpoint.name}: {file.provenance}"]
 
 

@@ -6,23 +6,26 @@ The configuration given now wins over the one in the checkpoint. Every differenc
 their meaning depend on cannot change; a changed data set must be accepted, because the order of samples changes with it.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import Field
+
 from tarflow.code_version import code_version, describe_code
 from tarflow.data_pipeline.loading.choose_reader import DataFacts
-from tarflow.files import write_text
-from tarflow.trainer.checkpoint.commit import Checkpoint, committed, newest_sound
+from tarflow.records import Record, load_record, save_record
+from tarflow.trainer.checkpoint.commit import Checkpoint, check_identity, committed, newest_sound
+from tarflow.trainer.checkpoint.marker import config_of
 from tarflow.trainer.checkpoint.retention import put_back, set_aside, sweep
-from tarflow.trainer.config.files import config_diff, load_config
+from tarflow.trainer.config.files import config_diff
 from tarflow.trainer.config.schema import Config
-from tarflow.trainer.ema.snapshots import forget_after
+from tarflow.trainer.ema import snapshots
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import is_run
 
 STRUCTURAL = ("model.", "ema.relative_stds", "ema.decays")
+RESTARTS = "restarts.json"
 ORDER = ("train.seed", "data.num_canonical_nodes", "data.shuffle_block")
 
 
@@ -61,8 +64,11 @@ def finished(run_dir: Path, config: Config, facts: DataFacts, accept_new_data: b
 
 def decide_start(run_dir: Path, config: Config, facts: DataFacts, accept_new_data: bool) -> Start:
     """The checkpoint to go on from, or none; refuses what cannot go on from it. Writer only."""
+    check_identity(run_dir)
     if not is_run(run_dir):
         return Start()
+    snapshots.check(run_dir)
+    read_restarts(run_dir)
     lines = put_back(run_dir)
     newest = newest_sound(run_dir, lines.append)
     if newest is not None:
@@ -75,7 +81,7 @@ def make_tidy(run_dir: Path, start: Start) -> list[str]:
     lines = sweep(run_dir)
     if start.checkpoint is not None:
         lines += set_aside(run_dir, start.checkpoint)
-    return lines + forget_after(run_dir, start.images_seen)
+    return lines + snapshots.forget_after(run_dir, start.images_seen)
 
 
 def check_resume(
@@ -91,7 +97,7 @@ def check_resume(
     `former_fingerprint`: of the same data without their contents, as earlier versions made it; a checkpoint that holds it
     goes on, and it is said that nobody can tell whether the contents are the same. None: the index is of such a version.
     """
-    changes = config_diff(load_config(checkpoint.path / "config.yaml"), config)
+    changes = config_diff(config_of(checkpoint), config)
     refused = {key: change for key, change in changes.items() if key.startswith(STRUCTURAL)}
     if refused:
         lines = "\n  ".join(f"{key}: {old} in the checkpoint, {new} now" for key, (old, new) in refused.items())
@@ -130,23 +136,36 @@ def check_resume(
     say(f"changed: {text}; its order starts at position {checkpoint.images_seen}")
 
 
+class Restarts(Record):
+    """restarts.json: how often a run was started from the same position."""
+
+    what = "count of a run's restarts"
+    way_out = "remove it: restarts are then counted from none"
+    images_seen: int = Field(ge=0, le=10**15)
+    restarts: int = Field(ge=0, le=10**9)
+
+
+def read_restarts(run_dir: Path) -> Restarts | None:
+    """The count; None before the first start. Raises DamagedFileError."""
+    try:
+        return load_record(run_dir / RESTARTS, Restarts)
+    except FileNotFoundError:
+        return None
+
+
 def count_restart(run_dir: Path, images_seen: int, most: int) -> str | None:
     """Count starts from the same position; the reason to stop if there were more than `most` restarts without progress.
 
     A chain of requeued jobs that dies before its first save, or in it, would else burn its allocation for ever.
     """
-    path = run_dir / "restarts.json"
-    try:
-        before = json.loads(path.read_text())
-    except (OSError, ValueError):
-        before = {}
-    restarts = int(before.get("restarts", 0)) + 1 if before.get("images_seen") == images_seen else 0
+    before = read_restarts(run_dir)
+    restarts = before.restarts + 1 if before is not None and before.images_seen == images_seen else 0
     if most and restarts > most:
         return (
             f"no progress: {most} restarts from {images_seen:,} images have committed no new checkpoint "
             f"(train.max_restarts_without_progress={most}). Look above for how they ended; to leave out images that "
-            f"break the run set train.skip_images, to save sooner lower checkpoint.every_images; then remove {path} and "
-            "start again"
+            f"break the run set train.skip_images, to save sooner lower checkpoint.every_images; then remove "
+            f"{run_dir / RESTARTS} and start again"
         )
-    write_text(path, json.dumps({"images_seen": images_seen, "restarts": restarts}))
+    save_record(run_dir / RESTARTS, Restarts(images_seen=images_seen, restarts=restarts), shared=False)
     return None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tarflow.data_pipeline.loading.survey import DataSurvey, survey
 from tarflow.trainer.batch import plan_batch
+from tarflow.trainer.checkpoint.commit import check_identity
 from tarflow.trainer.config.files import config_diff, load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError
@@ -41,9 +42,11 @@ def check_start(
 ) -> Start:
     """Hold a configuration against its data, its splits and the evaluation's rules; nothing is made.
 
-    Raises TrainerError, a line for each contradiction, or DataError where the training data cannot be opened. A run that
-    has checkpoints is only refused for what training cannot go on with, or for settings that are changed now.
+    Raises TrainerError, a line for each contradiction, DataError where the training data cannot be opened, or
+    DamagedFileError for a file of the run that decides. A run that has checkpoints is only refused for what training
+    cannot go on with, or for settings that are changed now.
     """
+    check_identity(run_dir)
     plan_batch(config.train.global_batch_size, world_size, config.train.micro_batch_size)
     mesh_shape(config.parallel, world_size)
     train = survey(config.data)
@@ -90,14 +93,14 @@ def _of_weights(config: Config, train: DataSurvey, init_from: Path | None, parti
     """The model and the classes of the weights that --init-from names."""
     if init_from is None:
         return
-    from tarflow.trainer.saving.initial_weights import check_initial, initial_header  # loads torch
+    from tarflow.trainer.saving.initial_weights import check_initial  # loads torch
 
-    check_initial(init_from, config, partial)
+    header = check_initial(init_from, config, partial)
     if partial or not train.labelled:  # what fits is then taken over by name
         return
     yield from compare_classes(
         config, (f"data.train={train.place}", train.classes),
-        (f"--init-from {init_from}", initial_header(init_from, config.model).provenance.classes),
+        (f"--init-from {init_from}", header.provenance.classes),
         "Prepare the data with the names of the weights (`tarflow data prepare SOURCE OUT --classes FILE`), add "
         "--init-partial to take classes over by name", "data.train",
     )  # fmt: skip

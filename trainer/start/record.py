@@ -1,14 +1,37 @@
 """RUN/data.json: what a run was last started on. The names of its classes go on from there, and with each checkpoint."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from tarflow.files import listed, write_text
+from pydantic import Field
+
+from tarflow.files import listed
+from tarflow.records import Record, load_record, save_record
 from tarflow.trainer.checkpoint.commit import MARKER, checkpoints_dir
 
 NAME = "data.json"
+
+
+class DataSet(Record):
+    """What a run says of a set of images."""
+
+    what = "what the run was started on"
+    way_out = (
+        "restore it from a copy, or remove it: the names of the run's classes are then not compared with the data's"
+    )
+    place: str
+    fingerprint: str
+    num_samples: int | None = Field(ge=0)
+    classes: list[str] | None
+    num_classes: int = Field(ge=0)
+    image_size: list[int] | None  # width, height in pixels
+    channels: int | None
+
+
+class DataRecord(DataSet):
+    """data.json: the training images, and the held-out ones."""
+
+    validation: DataSet | None
 
 
 def began(run_dir: Path) -> bool:
@@ -18,19 +41,18 @@ def began(run_dir: Path) -> bool:
 
 def write_record(run_dir: Path, record: Mapping[str, object]) -> None:
     """Replace what the run says of its data."""
-    write_text(run_dir / NAME, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    save_record(run_dir / NAME, DataRecord.model_validate(record), shared=False)
 
 
-def read_record(run_dir: Path) -> dict[str, Any]:
-    """What a run says of its data; empty where it says nothing, or nothing readable."""
+def read_record(run_dir: Path) -> DataRecord | None:
+    """What a run says of its data; None where it says nothing. Raises DamagedFileError."""
     try:
-        record = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+        return load_record(run_dir / NAME, DataRecord)
+    except FileNotFoundError:
+        return None
 
 
 def recorded_classes(run_dir: Path) -> list[str] | None:
-    """Names of the classes that a run was started on; None where it does not say."""
-    names = read_record(run_dir).get("classes")
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+    """Names of the classes that a run was started on; None where it does not say. Raises DamagedFileError."""
+    record = read_record(run_dir)
+    return None if record is None else record.classes

@@ -29,6 +29,7 @@ def save(run: Path, step: int, value: float = 0.0) -> ckpt.Checkpoint:
     temporary = ckpt.temporary_dir(run, step * 8)
     tensors = {"model/w": torch.full((3,), value), "ema-0.050/w": torch.full((3,), -value), "buffer/var": torch.ones(2)}
     write_tensors(temporary, tensors)
+    (temporary / "config.yaml").write_text("")
     return ckpt.commit(run, temporary, step, step * 8, {"data": "f00"})
 
 
@@ -92,12 +93,14 @@ def die(*a, **k):
 setattr(owner, name, die)
 temporary = ckpt.temporary_dir(run, 160)
 write_tensors(temporary, {"model/w": torch.ones(3)})
+(temporary / "config.yaml").write_text("")
 ckpt.commit(run, temporary, 20, 160, {})
 retention.apply_retention(run, 2, 0)
 """
 
 
 @pytest.mark.parametrize("point", ["tarflow.trainer.checkpoint.commit:fsync_tree", "os:rename", "tarflow.trainer.checkpoint.commit:write_text",
+                                   "tarflow.trainer.checkpoint.commit:save_record",
                                    "os:replace", "tarflow.trainer.checkpoint.retention:remove"])  # fmt: skip
 @pytest.mark.parametrize("calls", [0, 1])
 def test_T01_killed_at_any_point_of_a_save_the_newest_whole_checkpoint_wins(run: Path, point: str, calls: int) -> None:

@@ -5,7 +5,6 @@ Here the checkpoint layer is driven by hand, with files in the place of tensors,
 system. `saving/test_histories.py` does a few with real ranks.
 """
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,8 +18,9 @@ from hypothesis import strategies as st
 
 from tarflow.trainer.checkpoint import commit as ckpt
 from tarflow.trainer.checkpoint import retention
-from tarflow.trainer.run_dir import create_run, run_id
+from tarflow.trainer.run_dir import create_run
 from tarflow.trainer.saving.resume import Start, make_tidy
+from tests.helpers.checkpoints import WEIGHTS, by_step, fill
 
 MEMORY = next((folder for folder in ("/dev/shm",) if os.access(folder, os.W_OK)), None)  # not the disk
 CHANGES = ("rename", "replace", "unlink", "rmdir", "mkdir", "open")
@@ -88,7 +88,7 @@ def on_disk(run: Path) -> dict[int, str]:
     for checkpoint in ckpt.committed(run):
         assert checkpoint.images_seen not in found
         if ckpt.damage(checkpoint) is None:
-            assert (checkpoint.path / "weights").read_text() == f"weights at {checkpoint.images_seen}"
+            assert (checkpoint.path / WEIGHTS).read_text() == f"weights at {checkpoint.images_seen}"
         found[checkpoint.images_seen] = checkpoint.name
     return found
 
@@ -111,7 +111,7 @@ def latest(run: Path) -> str | None:
 def save(run: Path, images: int, step: int, life: Life) -> None:
     """As the writer does it."""
     temporary = ckpt.temporary_dir(run, images)
-    (temporary / "weights").write_text(f"weights at {images}")
+    fill(temporary, f"weights at {images}")
     fresh = ckpt.commit(run, temporary, step, images, {})
     retention.apply_retention(run, life.keep_latest, life.keep_every, fresh=fresh.name)
 
@@ -131,7 +131,7 @@ def start(run: Path, before: dict[int, str], damaged: str | None) -> int:
 
 def live(run: Path, life: Life, begin: int) -> tuple[dict[int, str], bool]:
     """Steps and saves until the end of a life: what must be there then, and whether it came to its end."""
-    images, step, saves, end = begin, 1000, 0, begin + life.more
+    images, step, saves, end = begin, 0, 0, begin + life.more
     while images < end:
         images, step = images + life.batch, step + 1
         if images // life.every == (images - life.batch) // life.every and images < end:
@@ -157,7 +157,7 @@ def live(run: Path, life: Life, begin: int) -> tuple[dict[int, str], bool]:
 
 def flip(run: Path) -> str:
     newest = ckpt.find(run)
-    (newest.path / "weights").write_text("x" * len(f"weights at {newest.images_seen}"))
+    (newest.path / WEIGHTS).write_text("x" * len(f"weights at {newest.images_seen}"))
     return newest.name
 
 
@@ -168,8 +168,8 @@ def test_V01_no_history_loses_a_checkpoint_outside_the_rule(history: list[Life],
         run = Path(folder) / "run"
         create_run(run)
         if old:
-            by_step(run, 25, 100)
-            by_step(run, 50, 200)
+            by_step(run, 25, 100, "weights at 100")
+            by_step(run, 50, 200, "weights at 200")
         expected, reached = on_disk(run), 0
         for life in history:
             damaged = flip(run) if life.damage and len(on_disk(run)) > 1 else None
@@ -182,15 +182,3 @@ def test_V01_no_history_loses_a_checkpoint_outside_the_rule(history: list[Life],
             reached = max(expected, default=0)
             if ended:
                 assert reached >= begin + life.more
-
-
-def by_step(run: Path, step: int, images: int) -> None:
-    """A checkpoint of version 0.1."""
-    path = run / "checkpoints" / f"step-{step:08d}"
-    path.mkdir(parents=True)
-    text = f"weights at {images}"
-    (path / "weights").write_text(text)
-    files = {"weights": {"size": len(text), "crc32": ckpt.crc32(path / "weights")}}
-    (path / ckpt.MARKER).write_text(
-        json.dumps({"step": step, "images_seen": images, "run": run_id(run), "files": files})
-    )

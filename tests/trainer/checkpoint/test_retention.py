@@ -1,6 +1,5 @@
 """Which checkpoints stay, whatever their names, numbers and file systems are like."""
 
-import json
 import os
 from pathlib import Path
 
@@ -10,7 +9,8 @@ from tarflow.trainer.checkpoint import commit as ckpt
 from tarflow.trainer.checkpoint import retention
 from tarflow.trainer.checkpoint.names import checkpoint_name, leading_name
 from tarflow.trainer.errors import TrainerError
-from tarflow.trainer.run_dir import create_run, run_id
+from tarflow.trainer.run_dir import create_run
+from tests.helpers.checkpoints import WEIGHTS, by_step, fill
 
 
 @pytest.fixture
@@ -22,18 +22,8 @@ def run(tmp_path: Path) -> Path:
 def save(run: Path, images: int, step: int = 0, content: str = "w") -> ckpt.Checkpoint:
     """Commit a checkpoint of one small file."""
     temporary = ckpt.temporary_dir(run, images)
-    (temporary / "weights").write_text(content)
+    fill(temporary, content)
     return ckpt.commit(run, temporary, step or images, images, {})
-
-
-def save_by_step(run: Path, step: int, images: int) -> Path:
-    """A checkpoint as version 0.1 named it."""
-    path = run / "checkpoints" / f"step-{step:08d}"
-    path.mkdir(parents=True)
-    (path / "weights").write_text("w")
-    record = {"step": step, "images_seen": images, "run": run_id(run), "files": {"weights": {"size": 1, "crc32": 0}}}
-    (path / ckpt.MARKER).write_text(json.dumps(record))
-    return path
 
 
 def seen(run: Path) -> list[int]:
@@ -46,7 +36,7 @@ def latest(run: Path) -> str:
 
 def test_V01_names_of_both_kinds_are_ordered_by_images(run: Path) -> None:
     for step, images in ((400, 1600), (500, 2000)):
-        save_by_step(run, step, images)
+        by_step(run, step, images)
     save(run, 2400, 525)
     assert [c.name for c in ckpt.committed(run)] == ["step-00000400", "step-00000500", "images-000000002400"]
     assert latest(run) == "images-000000002400"
@@ -57,7 +47,7 @@ def test_V01_names_of_both_kinds_are_ordered_by_images(run: Path) -> None:
 
 def test_V01_steps_that_went_back_under_an_earlier_version_do_no_harm(run: Path) -> None:
     for step, images in ((400, 1600), (500, 2000), (150, 2400)):
-        save_by_step(run, step, images)
+        by_step(run, step, images)
     assert ckpt.find(run).images_seen == 2400
     assert retention.sweep(run) == []
     assert latest(run) == "step-00000150"
@@ -127,7 +117,7 @@ def test_V01_a_save_at_the_same_images_again_never_costs_the_good_one(run: Path,
     retention.sweep(run)
     assert seen(run) == [8, 16]
     assert latest(run) == "images-000000000016"
-    content = (ckpt.find(run).path / "weights").read_text()
+    content = (ckpt.find(run).path / WEIGHTS).read_text()
     assert content == ("again" if point in ("save.marked", "save.pointed") else "first")
     assert ckpt.damage(ckpt.find(run)) is None
     retention.apply_retention(run, 2, 0)
@@ -143,8 +133,8 @@ def test_V01_another_runs_checkpoint_of_the_same_name_is_moved_not_removed(run: 
     (run / "checkpoints").mkdir()
     os.rename(save(tmp_path / "other", 8, content="theirs").path, run / "checkpoints" / checkpoint_name(8))
     save(run, 8, content="ours")
-    assert (ckpt.find(run).path / "weights").read_text() == "ours"
-    assert (run / "checkpoints" / "images-000000000008.other-run" / "weights").read_text() == "theirs"
+    assert (ckpt.find(run).path / WEIGHTS).read_text() == "ours"
+    assert (run / "checkpoints" / "images-000000000008.other-run" / WEIGHTS).read_text() == "theirs"
 
 
 def test_V01_a_choice_by_step_that_is_not_unique_names_both(run: Path) -> None:

@@ -13,6 +13,7 @@ from tarflow.models.flow import TarFlow
 from tarflow.models.init import init_weights
 from tarflow.models.provenance import Provenance
 from tarflow.models.weights import load_model, save_weights_file
+from tarflow.records import DamagedFileError
 from tarflow.trainer.checkpoint.commit import find
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.files import load_config
@@ -20,6 +21,7 @@ from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import create_run
 from tarflow.trainer.saving.initial_weights import check_initial, class_names, initial_weights
+from tests.helpers.checkpoints import tell
 
 NAMES = ("smileys", "flags", "food", "tools")
 
@@ -87,6 +89,22 @@ def test_N04_settings_that_differ_are_named(save, config, name, changes, lines) 
     if "num_blocks" in changes or "nvp" in changes:
         with pytest.raises(TrainerError, match=r"Set model\.(num_blocks|nvp) as there"):
             check_initial(path, config, True)
+
+
+def test_h04_damaged_weights_are_refused_before_a_run_is_made(save, config) -> None:
+    path, _ = save("w.safetensors")
+    damaged = bytearray(path.read_bytes())
+    damaged[-2] ^= 4
+    path.write_bytes(damaged)
+    for refuse in (check_initial, initial_weights):
+        with pytest.raises(DamagedFileError, match="its checksum does not fit its content; copy it again"):
+            refuse(path, config, False)
+
+
+def test_h04_a_run_notes_that_its_weights_carry_no_checksum(save, config) -> None:
+    path, model = save("w.pth")
+    torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False)
+    assert "it carries no checksum" in initial_weights(path, config, False)[1][0]
 
 
 def test_N04_the_same_model_is_taken_over_whole(save, config) -> None:
@@ -185,7 +203,14 @@ def test_N04_a_run_is_begun_from_the_newest_average_of_another(tiny_config, conf
         assert main("third", "model.num_classes=4", "data.accept=[spare_classes]", "--init-from", source, *more) == 2
         assert "model.num_classes: 3 there, 4 here" in capsys.readouterr().err
         assert not (tmp_path / "third").exists()
-    fitted = ("model.num_classes=4", "data.accept=[spare_classes]", "train.noise=uniform", "--init-from", source, "--init-partial")
+    fitted = (
+        "model.num_classes=4",
+        "data.accept=[spare_classes]",
+        "train.noise=uniform",
+        "--init-from",
+        source,
+        "--init-partial",
+    )
     assert main("third", *fitted) == 0
     log = (tmp_path / "third/log.txt").read_text()
     assert "classes changed" in log
@@ -220,8 +245,7 @@ def test_V08_a_checkpoint_and_the_log_say_which_code_trained(tiny_config, tmp_pa
     from tarflow.models.weights import read_weights
 
     assert read_weights(out).provenance.code == code_version()
-    path = find(tmp_path / "run").path / "COMMITTED"
-    path.write_text(json.dumps(marker | {"code": {"version": "0.1.9"}}))
+    tell(find(tmp_path / "run").path, code={"version": "0.1.9"})
     assert tarflow.cli.main([*arguments, "train.max_images=32"]) == 0
     assert f"changed: code: tarflow 0.1.9 -> {describe_code(code_version())}" in (tmp_path / "run/log.txt").read_text()
     assert class_names(load_config(tiny_config)) == ["0", "1", "2"]

@@ -1,0 +1,206 @@
+"""COMMITTED, the marker of a checkpoint: what it says, and whether directory and files agree with it."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from tarflow.files import crc32
+from tarflow.records import DamagedFileError, Record, load_record
+from tarflow.trainer.checkpoint.metadata import NAME as METADATA
+from tarflow.trainer.checkpoint.metadata import WAY_OUT, read_metadata
+from tarflow.trainer.checkpoint.names import says
+from tarflow.trainer.config.files import load_config
+from tarflow.trainer.config.schema import Config
+from tarflow.trainer.run_dir import RunId
+
+MARKER = "COMMITTED"
+CONFIG = "config.yaml"
+_WHOLE: set[tuple[Any, ...]] = set()  # checkpoints whose bytes this process has found whole
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class FileFacts(_Part):
+    """Of a file of a checkpoint."""
+
+    size: int = Field(ge=0, lt=1 << 60)  # bytes
+    crc32: int = Field(ge=0, lt=1 << 32)
+
+
+class Code(_Part):
+    """Which code wrote a checkpoint, as `code_version` says it."""
+
+    version: str = Field(max_length=100)
+    commit: str | None = Field(None, max_length=100)
+    dirty: bool | None = None
+
+
+def _plain(name: str) -> str:
+    if name in ("", ".", "..", MARKER) or "/" in name or "\\" in name or not name.isprintable() or len(name) > 255:
+        raise ValueError("a file's name must be a plain one")
+    return name
+
+
+class Marker(Record):
+    """`run` stands in run.json, too, and the number in the directory's name here."""
+
+    what = "marker of a checkpoint"
+    way_out = WAY_OUT
+    step: int = Field(ge=0, le=10**15)  # optimizer steps taken until then
+    images_seen: int = Field(ge=0, le=10**15)
+    run: RunId
+    world_size: int | None = Field(None, ge=1, le=10**6)  # ranks that wrote it
+    config: str | None = Field(None, max_length=100)  # digest of the configuration
+    data: str | None = Field(None, max_length=200)  # fingerprint of the training images
+    classes: list[str] | None = None
+    code: Code | None = None
+    files: dict[Annotated[str, AfterValidator(_plain)], FileFacts]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint."""
+
+    path: Path
+    step: int  # optimizer steps taken until then; for people, nothing goes by it
+    images_seen: int
+    info: dict[str, Any]
+
+    @classmethod
+    def of(cls, path: Path, marker: Marker) -> "Checkpoint":
+        return cls(path, marker.step, marker.images_seen, marker.model_dump(exclude_none=True))
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Name -> bytes of every file of it."""
+        return {name: int(facts["size"]) for name, facts in self.info["files"].items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all its files together."""
+        return sum(self.sizes.values())
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a directory is no checkpoint that can be used."""
+
+    reason: str
+    committed: bool = True  # it has a marker: it was whole once
+    run: str = ""  # the other run whose checkpoint it is
+
+    @property
+    def foreign(self) -> bool:
+        return bool(self.run)
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+def is_marked(path: Path) -> bool:
+    """Whether a directory has a marker, whatever stands in it."""
+    return os.path.lexists(path / MARKER)
+
+
+def read_marker(path: Path, owner: str | None) -> Checkpoint | Refused:
+    """The checkpoint in a directory, or the reason why it is none. `owner`: the run whose it must be.
+
+    Names and sizes of its files are looked at; `damage` reads their bytes.
+    """
+    if not is_marked(path):
+        return Refused("it was never committed", committed=False)
+    try:
+        marker = load_record(path / MARKER, Marker)
+    except DamagedFileError as error:
+        return Refused(f"its {MARKER} marker is damaged: {f'{error.where}: ' if error.where else ''}{error.problem}")
+    except FileNotFoundError:
+        gone = not is_marked(path)  # removed at this moment; else a link that leads nowhere
+        return Refused(
+            "it was never committed" if gone else f"its {MARKER} marker is a broken link", committed=not gone
+        )
+    if owner is not None and marker.run != owner:
+        return Refused("it belongs to another run", run=marker.run)
+    if problem := _contradiction(path.name, marker) or _missing(path, marker):
+        return Refused(problem)
+    return Checkpoint.of(path, marker)
+
+
+def _contradiction(name: str, marker: Marker) -> str | None:
+    kind, number = says(name)
+    said = marker.step if kind == "step" else marker.images_seen
+    if said != number:
+        return f"its {MARKER} marker says {kind} {said}"
+    if marker.step > marker.images_seen:
+        return f"its {MARKER} marker says {marker.step} steps of {marker.images_seen} images"
+    for needed in (METADATA, CONFIG):
+        if needed not in marker.files:
+            return f"its {MARKER} marker does not list {needed}"
+    return None
+
+
+def _missing(path: Path, marker: Marker) -> str | None:
+    """A file that is not there or not as long as it was."""
+    for name, facts in marker.files.items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size is None:
+            return f"its file {name} is missing"
+        if size != facts.size:
+            return f"its file {name} has {size} bytes instead of {facts.size}"
+    return None
+
+
+def _wrong(file: Path, checksum: int) -> str | None:
+    try:
+        return f"the checksum of its file {file.name} is wrong" if crc32(file) != checksum else None
+    except FileNotFoundError:  # removed at this moment
+        return f"its file {file.name} is missing"
+
+
+def damage(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with a checkpoint's files: a checksum, or a tensor whose bytes are in none of them; None if all is
+    well. Reads it all."""
+    for name, facts in checkpoint.info["files"].items():
+        if problem := _wrong(checkpoint.path / name, facts["crc32"]):
+            return problem
+    try:
+        read_metadata(checkpoint.path, checkpoint.sizes)
+    except DamagedFileError as error:
+        return f"its file {METADATA}: {error.problem}"
+    return None
+
+
+def config_of(checkpoint: Checkpoint) -> Config:
+    """The configuration that a checkpoint was trained with, if it is what was committed; else DamagedFileError."""
+    if problem := _wrong(checkpoint.path / CONFIG, checkpoint.info["files"][CONFIG]["crc32"]):
+        raise DamagedFileError(checkpoint.path, problem, WAY_OUT)
+    return load_config(checkpoint.path / CONFIG)
+
+
+def beside(checkpoint: Checkpoint) -> list[str]:
+    """Names of what lies in a checkpoint's directory and was not committed with it."""
+    return sorted({p.name for p in checkpoint.path.iterdir()} - {MARKER, *checkpoint.info["files"]})
+
+
+def require_whole(checkpoint: Checkpoint) -> None:
+    """Raise DamagedFileError if anything is wrong with a checkpoint's files. Reads them once for all calls of a process."""
+    facts = [(checkpoint.path / name).stat() for name in checkpoint.info["files"]]
+    stamp = (
+        checkpoint.path,
+        json.dumps(checkpoint.info["files"]),
+        *((f.st_ino, f.st_size, f.st_mtime_ns) for f in facts),
+    )
+    if stamp not in _WHOLE:
+        if problem := damage(checkpoint):
+            raise DamagedFileError(checkpoint.path, problem, WAY_OUT)
+        _WHOLE.add(stamp)

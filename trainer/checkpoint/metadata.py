@@ -1,0 +1,227 @@
+"""What a checkpoint's `.metadata` says: which tensors there are, and which bytes of which file hold each piece.
+
+The file is a pickle, as torch's distributed checkpoint writes it, and a pickle can run any code when it is opened. So it is
+read here by an unpickler of few words: of pickle's operations those that torch's metadata needs, of names those that it
+holds, and even these stand for plain values of this file, never for torch's classes or functions. What comes out is then
+checked piece by piece. Needs no torch.
+"""
+
+import io
+import math
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeGuard
+
+from tarflow.records import DamagedFileError
+
+NAME = ".metadata"
+LIMIT = 1 << 30  # bytes: a thousand ranks' shares of some thousand tensors have a quarter of it
+WAY_OUT = "choose another checkpoint with --images (`tarflow checkpoint verify` looks at all of them)"
+DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
+
+Ints = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a tensor, and where its bytes are."""
+
+    offsets: Ints
+    sizes: Ints
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint: `dtype` as torch calls it, and pieces that fill its shape."""
+
+    shape: Ints
+    dtype: str
+    pieces: list[Piece]
+
+
+def read_metadata(folder: Path, sizes: dict[str, int]) -> dict[str, StoredTensor]:
+    """Name -> tensor of the checkpoint in a folder. `sizes`: in bytes, of the files that it may use.
+
+    Raises DamagedFileError: the pickle holds anything but torch's metadata of tensors, names other files, or places beyond
+    their ends, or its pieces do not fill a tensor.
+    """
+    path = folder / NAME
+    try:
+        with open(path, "rb") as file:
+            data = file.read(LIMIT + 1)
+        if len(data) > LIMIT:
+            raise _FlawError(f"it has more than {LIMIT} bytes")
+        return _tensors(_unpickled(data), sizes)
+    except _FlawError as flaw:
+        raise DamagedFileError(path, str(flaw), WAY_OUT, what="torch's list of tensors") from None
+
+
+class _FlawError(ValueError):
+    pass
+
+
+# --- the pickle ---
+
+
+class _Pairs(list[tuple[Any, Any]]):
+    """Stands for a dictionary. Nothing in a pickle is hashed: nested tuples would take for ever."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.append((key, value))
+
+
+class _Made:
+    """Stands for an object of a class: what it was made of, and its state."""
+
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_CLASSES = {
+    (_METADATA, "Metadata"), (_METADATA, "MetadataIndex"), (_METADATA, "TensorStorageMetadata"),
+    (_METADATA, "ChunkStorageMetadata"), (_METADATA, "TensorProperties"), (_METADATA, "StorageMeta"),
+    (_METADATA, "_MEM_FORMAT_ENCODING"), ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"),
+    ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
+}  # fmt: skip
+_OPERATIONS = (
+    "PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 "
+    "SHORT_BINUNICODE BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM "
+    "SETITEMS GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD"
+)
+_Base: Any = pickle._Unpickler  # in Python: its operations can be chosen, and it trusts no sizes
+
+
+class _Unpickler(_Base):
+    dispatch: ClassVar = {
+        code: _Base.dispatch[code] for code in (ord(getattr(pickle, name)) for name in _OPERATIONS.split())
+    }
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data))
+        # Of this one reading: a pickle may set attributes even of a class.
+        self._classes = {name: type(name[1], (_Made,), {}) for name in _CLASSES}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in DTYPES:
+            return name
+        if (module, name) not in self._classes:
+            raise _FlawError(f"it names {module!r:.60}, {name!r:.60}, which is no part of the metadata of tensors")
+        return self._classes[module, name]
+
+    def load_empty_dictionary(self) -> None:
+        self.append(_Pairs())
+
+    dispatch[ord(pickle.EMPTY_DICT)] = load_empty_dictionary
+
+
+def _unpickled(data: bytes) -> Any:
+    try:
+        return _Unpickler(data).load()
+    except _FlawError:
+        raise
+    except Exception as error:  # bytes that are no pickle lead its machine astray in any way: KeyError, IndexError, ...
+        raise _FlawError(f"it is no pickle of metadata ({type(error).__name__})") from None
+
+
+# --- what it says ---
+
+
+def _tensors(found: Any, sizes: dict[str, int]) -> dict[str, StoredTensor]:
+    whole = _fields(found, "Metadata")
+    places: dict[tuple[str, Ints], tuple[str, int, int]] = {}
+    for index, info in _pairs(whole.get("storage_data"), "storage_data"):
+        key, place = _fields(index, "MetadataIndex"), _fields(info, "_StorageInfo")
+        if place.get("transform_descriptors"):
+            raise _FlawError("storage_data: its bytes are transformed")
+        name, offset = _text(key.get("fqn")), _size(key.get("offset"), "storage_data")
+        file, start, length = place.get("relative_path"), place.get("offset"), place.get("length")
+        if not isinstance(file, str) or file not in sizes:
+            raise _FlawError(f"{name}: it lies in {file!r:.80}, which is no file of the checkpoint")
+        if not (_is_count(start) and _is_count(length) and start + length <= sizes[file]):
+            raise _FlawError(f"{name}: its place is not within the {sizes[file]} bytes of {file}")
+        if (name, offset) in places:
+            raise _FlawError(f"{name}: a piece stands in it twice")
+        places[name, offset] = (file, start, length)
+    tensors = {}
+    for key, value in _pairs(whole.get("state_dict_metadata"), "state_dict_metadata"):
+        name = _text(key)
+        if name in tensors:
+            raise _FlawError(f"{name} stands in it twice")
+        tensors[name] = _tensor(name, _fields(value, "TensorStorageMetadata", name), places)
+    return tensors
+
+
+def _tensor(name: str, value: dict[str, Any], places: dict[tuple[str, Ints], tuple[str, int, int]]) -> StoredTensor:
+    shape, chunks, properties = _size(value.get("size"), name), value.get("chunks"), value.get("properties")
+    state = (
+        properties.state if isinstance(properties, _Made) and type(properties).__name__ == "TensorProperties" else None
+    )
+    dtype = state[0] if isinstance(state, tuple) and state else None
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _FlawError(f"{name}: it has no type of numbers")
+    if not isinstance(chunks, list):
+        raise _FlawError(f"{name}: it has no pieces")
+    pieces, filled = [], 0
+    for chunk in chunks:
+        box = _fields(chunk, "ChunkStorageMetadata", name)
+        offsets, extents = _size(box.get("offsets"), name), _size(box.get("sizes"), name)
+        if not len(offsets) == len(extents) == len(shape):
+            raise _FlawError(f"{name}: a piece of it has another number of dimensions")
+        if any(o + e > n for o, e, n in zip(offsets, extents, shape)):
+            raise _FlawError(f"{name}: a piece of it lies outside its shape")
+        if (name, offsets) not in places:
+            raise _FlawError(f"{name}: it is not said where a piece of it lies")
+        pieces.append(Piece(offsets, extents, *places[name, offsets]))
+        filled += math.prod(extents)
+    if filled != math.prod(shape) or len({p.offsets for p in pieces if math.prod(p.sizes)}) < _filled(pieces):
+        raise _FlawError(f"{name}: its pieces do not fill its shape")
+    return StoredTensor(shape, dtype, pieces)
+
+
+def _filled(pieces: list[Piece]) -> int:
+    """Pieces that hold anything: a rank may have none of a short tensor."""
+    return sum(math.prod(p.sizes) > 0 for p in pieces)
+
+
+def _fields(value: Any, kind: str, where: str = "") -> dict[str, Any]:
+    """The state of an object by names."""
+    if not isinstance(value, _Made) or type(value).__name__ != kind or not isinstance(value.state, _Pairs):
+        raise _FlawError(f"{where + ': ' if where else ''}something else stands where {kind} is meant")
+    if not all(isinstance(name, str) for name, _ in value.state):
+        raise _FlawError(f"{kind} has a field without a name")
+    return dict(value.state)
+
+
+def _pairs(value: Any, where: str) -> _Pairs:
+    if not isinstance(value, _Pairs):
+        raise _FlawError(f"{where} is no table")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.isprintable() or len(value) > 1000:
+        raise _FlawError(f"{value if isinstance(value, str) else type(value).__name__!r:.60} is no name of a tensor")
+    return value
+
+
+def _size(value: Any, where: str) -> Ints:
+    """A torch.Size: non-negative numbers."""
+    made: tuple[Any, ...] = value.arguments if isinstance(value, _Made) and type(value).__name__ == "Size" else ()
+    if len(made) != 1 or not isinstance(made[0], tuple) or len(made[0]) > 16 or not all(map(_is_count, made[0])):
+        raise _FlawError(f"{where}: a shape or an offset is none")
+    return made[0]
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 1 << 60
