@@ -87,10 +87,11 @@ _KINDS = (
     # jobs
     Kind("jobs.jsonl", f"{SLURM}/jobs.jsonl", ("status", "cancel", "logs", "submit"), "lines"),
     Kind("chain", f"{SLURM}/chain-*.json", ("status", "cancel", "submit", "requeue"), "json"),
+    Kind("description of a job", f"{SLURM}/jobs/job-*.json", ("requeue",), "json"),
     Kind("outcome", f"{SLURM}/starts/*/failed-*.json", ("requeue",), "json"),
     Kind("preflight", f"{SLURM}/starts/*/here-*.json", ("meet",), "json"),
     Kind("rendezvous", f"{SLURM}/starts/*/rendezvous.json", ("meet",), "json"),
-    Kind("log of a job", f"{SLURM}/logs/*", ("logs", "status"), own_words=True),
+    Kind("log of a job", f"{SLURM}/jobs/*_log.*", ("logs", "status"), own_words=True),
     # what a user writes
     Kind("configuration", "tiny.yaml", ("train new", "train --dry-run", "submit --dry-run"), "yaml", SECTIONS, own_words=True),
     Kind("profile", "profile.yaml", ("submit --dry-run",), "yaml", own_words=True),

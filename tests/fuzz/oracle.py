@@ -39,8 +39,9 @@ REFUSALS = (1, 2, 3, 4)  # exit codes that the verbs' help texts list
 
 # What a command notes of itself on the way; nothing that anyone reads as a figure.
 _PASSING = re.compile(
-    r"(^|/)(log\.txt|\.lock|rank-\d+\.json|work\.json|fontlist[^/]*|\.private/.*)$|(^|/)\.private/|/pins/|/tensorboard/|/slurm/(jobs/|code-|config-)"
+    r"(^|/)(log\.txt|\.lock|rank-\d+\.json|work\.json|fontlist[^/]*|\.private/.*)$|(^|/)\.private/|/pins/|/tensorboard/"
 )
+_NEW_EACH_TIME = re.compile(r"/slurm/(jobs/|code-|config-)")  # named by their moment
 # What anyone would take for a finished piece of work.
 _RESULT = re.compile(
     r"\.(png|npz|safetensors|pth|html|svg|tar|parquet|distcp)$|(^|/)(result|sweep|sampling|run|data)\.json$|COMMITTED$|evals\.jsonl$"
@@ -93,7 +94,7 @@ def products(ran: Ran, before: dict[str, bytes]) -> dict[str, Any]:
     """What a command has written, by value: path -> what is new in it. None: it is gone."""
     found: dict[str, Any] = {}
     for name, content in ran.changed.items():
-        if _PASSING.search(name):
+        if _PASSING.search(name) or _NEW_EACH_TIME.search(name):
             continue
         old = before.get(name)
         if content is None:
