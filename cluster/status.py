@@ -17,7 +17,7 @@ from tarflow.cluster import slurm
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.exit_codes import FINISHED, IN_USE
 from tarflow.cluster.job.chain import Chain
-from tarflow.cluster.job.record import RunJobs, jobs_of, submissions
+from tarflow.cluster.job.record import FILE, JobLine, RunJobs, jobs_of
 from tarflow.errors import noted
 from tarflow.evaluation.report.headline import find_headline
 from tarflow.evaluation.report.history import Result
@@ -26,13 +26,12 @@ from tarflow.evaluation.results import scan
 from tarflow.evaluation.run_config import shown_config
 from tarflow.files import listed
 from tarflow.outputs import styled
-from tarflow.records import read_lines
+from tarflow.records import DamagedFileError
 from tarflow.terminal import plain
-from tarflow.trainer.checkpoint.commit import Checkpoint
-from tarflow.trainer.checkpoint.commit import scan as scan_checkpoints
+from tarflow.trainer.checkpoint.commit import Checkpoint, scan_as
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.resilience import alive
-from tarflow.trainer.run_dir import has_run_file
+from tarflow.trainer.run_dir import has_run_file, run_id
 
 # Title -> field of a row, in the order of the table.
 COLUMNS = {
@@ -117,20 +116,13 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 def rows(runs: Iterable[Path], now: float | None = None) -> list[Row]:
     """One row for each run."""
     now = time.time() if now is None else now
-    flaws: dict[Path, list[str]] = {run: [] for run in runs}
-    readable = [run for run, said in flaws.items() if _check_jobs(run, said)]
-    jobs = jobs_of(readable)  # one question to Slurm for all
-    return [_row(run, jobs.get(run), said, now) for run, said in flaws.items()]
+    found = [_row(run, jobs, now) for run, jobs in jobs_of(list(runs)).items()]
+    return [replace(row, flaws=tuple(plain(flaw, 4096) for flaw in row.flaws), **_plain(row)) for row in found]
 
 
-def _check_jobs(run: Path, flaws: list[str]) -> bool:
-    """Whether a run's list of jobs can be read; what is damaged in it is noted."""
-    with noted(flaws):
-        path = run / "slurm" / "jobs.jsonl"
-        flaws += read_lines(path).flaws(path)
-        submissions(run)
-        return True
-    return False
+def _plain(row: Row) -> dict[str, str]:
+    """The cells of a row, fit for a terminal."""
+    return {name: plain(getattr(row, name), 4096) for name in IMPORTANCE if name != "damaged"}
 
 
 def job_state(state: slurm.JobState | None, chain: Chain) -> str:
@@ -162,7 +154,7 @@ def run_state(run: Path, jobs: RunJobs, done: bool, now: float) -> str:
         return "finished"
     if any(entry["job"] in trainings for entry in jobs.unknown):
         return "unknown"
-    ends = [ended for job in trainings if (ended := Chain.load(run / "slurm", job).ended) is not None]
+    ends = [ended for job in trainings if (ended := Chain.shown(run / "slurm", job).ended) is not None]
     ends = [ended for ended in ends if ended["code"] != IN_USE]  # it left the run to another
     since = max((beat["seen"] for beat in alive.read_heartbeats(run)), default=0.0)
     if ends and ends[-1]["code"] != FINISHED and ends[-1]["time"] >= since:  # nobody has trained it by hand since then
@@ -176,14 +168,22 @@ def _jobs_text(run: Path, jobs: RunJobs) -> tuple[str, str]:
     named = [entry for entry in jobs.entries if entry in jobs.live or entry in jobs.unknown] or trainings[-1:]
     texts = []
     for entry in named:
-        state = job_state(jobs.states.get(entry["job"]), Chain.load(run / "slurm", entry["job"]))
+        state = job_state(jobs.states.get(entry["job"]), Chain.shown(run / "slurm", entry["job"]))
         texts.append(f"{'' if entry['kind'] == 'train' else 'evaluation '}{entry['job']} {state}")
-    requeues = [Chain.load(run / "slurm", entry["job"]).restarts for entry in trainings]
+    requeues = [Chain.shown(run / "slurm", entry["job"]).restarts for entry in trainings]
     return ", ".join(texts) or "-", str(sum(requeues)) if trainings else "-"
 
 
-def _row(run: Path, jobs: RunJobs | None, flaws: list[str], now: float) -> Row:
-    """`jobs`: None where the list of them cannot be read."""
+def _flaws_of_jobs(run: Path, jobs: RunJobs) -> list[str]:
+    """What is wrong with the run's list of jobs, and with the records of their starts."""
+    path, flaws = run / "slurm" / FILE, list[str]()
+    if jobs.problem:
+        flaws.append(str(DamagedFileError(path, jobs.problem, JobLine.way_out, what=JobLine.what)))
+    return flaws + [flaw for entry in jobs.entries if (flaw := Chain.shown(path.parent, entry["job"]).problem)]
+
+
+def _row(run: Path, jobs: RunJobs, now: float) -> Row:
+    flaws = _flaws_of_jobs(run, jobs)
     config, known = shown_config(run, flaws)
     total, facts = config.train.max_images if config is not None else None, dict[str, str]()
     logged: list[dict[str, Any]] = []
@@ -191,17 +191,18 @@ def _row(run: Path, jobs: RunJobs | None, flaws: list[str], now: float) -> Row:
     with noted(flaws):
         found = read_metrics(run, TAIL)
         logged, flaws[:] = found.rows, flaws + found.flaws
+    owner = None
     with noted(flaws):
-        usable, refused = scan_checkpoints(run)
+        owner = run_id(run)
+    with noted(flaws):
+        usable, refused = scan_as(run, owner)
         newest = usable[-1] if usable else None
         flaws += [f"{path}: {why}" for path, why in sorted(refused.items()) if why.committed]
     step, seen = newest_known(logged, newest)
     state = "unknown"
     with noted(flaws):
-        state = run_state(
-            run, jobs or RunJobs(run_dir=run), bool(total and newest and newest.images_seen >= total), now
-        )
-    if jobs is None and state not in ("running", "finished"):
+        state = run_state(run, jobs, bool(total and newest and newest.images_seen >= total), now)
+    if jobs.problem and state not in ("running", "starting", "queued", "finished"):
         state = "unknown"  # it may be in the queue
     if step or seen:
         facts |= {"step": str(step), "images": f"{seen:,}" + (f" / {total:,}" if total else "")}
@@ -215,11 +216,11 @@ def _row(run: Path, jobs: RunJobs | None, flaws: list[str], now: float) -> Row:
             for time_ in _times([newest.path / "COMMITTED"]):
                 facts["commit"] = f"step {newest.step}, {_ago(now - time_)}"
     with noted(flaws):
+        flaws += alive.damaged_heartbeats(run)
         if beats := alive.read_heartbeats(run):
             facts["heartbeat"] = _ago(now - min(beat["seen"] for beat in beats))  # of the rank silent for longest
     with noted(flaws):
-        if jobs is not None:
-            facts["jobs"], facts["requeues"] = _jobs_text(run, jobs)
+        facts["jobs"], facts["requeues"] = _jobs_text(run, jobs)
     if score := headline_score(run, config if known else None, flaws):
         facts["score"] = score
     name = os.path.relpath(run) if not run.is_absolute() else str(run)
@@ -301,16 +302,16 @@ def show(paths: list[Path], every_s: float | None) -> int:
         for title in titles:
             made.add_column(title, overflow="fold")
         for row in found:
-            made.add_row(*(Text(plain(getattr(row, COLUMNS[title]))) for title in titles))
+            made.add_row(*(Text(getattr(row, COLUMNS[title])) for title in titles))
         hidden = [title for title in fitting(found, 10**6) if title not in titles]
         notes = [f"in a wider terminal: {', '.join(hidden)}"] if hidden else []
         if "score" in titles and any(STAR in row.score for row in found):
             notes.append(f"{STAR} not under the run's own settings; `tarflow report` says which")
-        notes += [plain(f"{row.run}: {flaw}", 1000) for row in found for flaw in row.flaws]
+        notes += [f"{row.run}: {flaw}" for row in found for flaw in row.flaws]
         return Group(made, *(Text(note, style="dim") for note in notes))
 
     terminal = os.isatty(1)
-    console = Console(file=styled(sys.stdout), width=None if terminal else 1000)
+    console = Console(file=styled(sys.stdout), width=None if terminal else 1000, markup=False, emoji=False)
     width = console.width if terminal else None
     if every_s is None:
         console.print(table(width), highlight=False, markup=False)
@@ -322,24 +323,3 @@ def show(paths: list[Path], every_s: float | None) -> int:
                 live.update(table(console.width if terminal else None), refresh=True)
         except KeyboardInterrupt:
             return 0
-
-
-def log_text(run: Path, rank: int, kind: str) -> str:
-    """What a rank of the newest job of a kind has printed, with its errors after it."""
-    jobs = [entry for entry in submissions(run) if entry["kind"] == kind]
-    if not jobs:
-        raise ClusterError(f"{run} has no submitted {kind} job (see {run / 'slurm' / 'jobs.jsonl'})")
-    # The newest that has begun: one that waits in the queue has no log yet.
-    begun = [entry for entry in jobs if listed(Path(entry["logs"]), f"{entry['job']}_*_log.out")]
-    newest = (begun or jobs)[-1]
-    job, folder = newest["job"], Path(newest["logs"])
-    each = newest.get("ranks_per_task", 1)  # the processes of a task share its log
-    out, err = (folder / f"{job}_{rank // each}_log.{name}" for name in ("out", "err"))
-    if not out.is_file() and not err.is_file():
-        parts = [path.name.removeprefix(f"{job}_").split("_")[0] for path in listed(folder, f"{job}_*_log.out")]
-        tasks = [int(part) for part in parts if part.isdecimal() and len(part) < 10]
-        have = f"there are ranks 0 to {max(tasks) * each + each - 1}" if tasks else "the job has not started"
-        raise ClusterError(f"job {job} has no log of rank {rank} in {folder}: {have}")
-    text = out.read_text(errors="replace") if out.is_file() else ""
-    errors = err.read_text(errors="replace") if err.is_file() else ""
-    return text + (f"--- {err.name} ---\n{errors}" if errors.strip() else "")

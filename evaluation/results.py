@@ -106,7 +106,10 @@ def scan(root: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
         if result is not None:
             found.append((path, {"seconds": {}, **work, **result}))
     with noted(flaws):
-        flaws += read_lines(root / EVALS).flaws(root / EVALS)
+        announced = read_lines(root / EVALS)
+        flaws += announced.flaws(root / EVALS)
+        if any(not isinstance(row.get("name"), str) for row in announced.rows):
+            flaws.append(f"{root / EVALS} holds lines that are no results")
     return sorted(found, key=lambda item: (item[1]["images_seen"] or 0, item[0].name)), flaws
 
 

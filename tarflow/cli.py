@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 
 from tarflow import __version__, terminal
 from tarflow.errors import LASTING, UserError, in_words, path_of
+from tarflow.interpreter import leave_current_folder
 from tarflow.outputs import Output, ReaderGoneError, guarded_outputs
 
 # verb: (module, what it does)
@@ -63,6 +64,8 @@ OF_A_SIGNAL = 128  # exit codes of what a signal ended: this and its number
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
+    if argv is None:  # this process is the verb's own
+        leave_current_folder()
     with _orderly_end() as asked, guarded_outputs() as outputs:
         try:
             return _main(sys.argv[1:] if argv is None else argv, outputs)

@@ -139,13 +139,17 @@ def read_lines(path: Path, tail: int | None = None) -> Lines:
     with open(path, "rb") as file:
         if tail is not None and (size := file.seek(0, os.SEEK_END)) > tail:
             file.seek(size - tail - 1)
-            file.readline(LIMIT)  # the rest of a line that began before
+            if b"\0" in file.readline(LIMIT):  # the rest of a line that began before
+                lines.damaged.append(0)
         else:
             file.seek(0)
         for number, line in enumerate(_bounded_lines(file), start=1):
             if not line.strip():
                 continue
             try:
+                if len(line) == LIMIT or b"\0" in line:  # what a power cut leaves of a file that had grown
+                    lines.damaged.append(number)
+                    continue
                 value = parse_object(line, constant=_none)
                 if any_sealed and SEAL not in value:
                     raise _FlawError("it carries no checksum")

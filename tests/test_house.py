@@ -64,11 +64,12 @@ LAYERS = {
     """,
     "cluster": """
         commands
-        status cancel
+        status cancel logs
         submission
         job
         slurm
         hosts exit_codes
+        answers
         errors
     """,
 }

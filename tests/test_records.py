@@ -108,6 +108,10 @@ def test_lines_that_were_changed_are_left_out_and_counted(tmp_path: Path) -> Non
     assert lines.torn
     assert str(lines) == "2 damaged lines left out (4, 6)"
     assert read_lines(tmp_path / "none.jsonl").rows == []
+    with open(path, "ab") as file:
+        file.truncate(1 << 26)  # zeros, as a power cut leaves them
+    assert len(read_lines(path).rows) == 4
+    assert read_lines(path).damaged[:3] == [4, 6, 7]
 
 
 @pytest.mark.parametrize("kind", ["folder", "fifo", "link to nothing"])

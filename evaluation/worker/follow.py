@@ -23,7 +23,7 @@ from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import Recipe, file_recipe, load_recipes
 from tarflow.models.weights import read_weights
 from tarflow.terminal import plain
-from tarflow.trainer.checkpoint.commit import Checkpoint, committed, find, pinned, scan
+from tarflow.trainer.checkpoint.commit import Checkpoint, committed, damaged, find, pinned, scan
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import is_run, load_run_config, require_run
 
@@ -142,10 +142,15 @@ class _Worker:
         self.outcome = Outcome()
         self._checked: set[str] = set()  # results compared with a checkpoint that was saved again
         self._failed: set[tuple[str, str]] = set()
+        self._passed_over: set[Path] = set()
 
     def todo(self) -> list[tuple[Checkpoint, Evaluator]]:
         """Checkpoints without a result, each with every recipe; with `newest_only` the newest or none."""
-        usable = committed(self.run_dir)
+        usable, refused = scan(self.run_dir)
+        for path, why in damaged(refused).items():
+            if path not in self._passed_over:
+                self._passed_over.add(path)
+                self.say(f"WARNING: checkpoint {path.name} is damaged and not evaluated: {why}")
         if self.options.newest_only:
             usable = usable[-1:]
         return [

@@ -26,10 +26,12 @@ act = acts[min(starts, len(acts)) - 1]
 def commit(step):
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
+    for name in (".metadata", "config.yaml"):
+        (folder / name).write_text("")
     marker = {
         "step": step,
         "images_seen": step * 16,
-        "files": {},
+        "files": {name: {"size": 0, "crc32": 0} for name in (".metadata", "config.yaml")},
         "run": json.loads((run / "run.json").read_text())["run_id"],
     }
     (folder / "COMMITTED").write_text(json.dumps(marker))

@@ -5,6 +5,7 @@ import pickle
 import zlib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 WEIGHTS = "__0_0.distcp"
 
@@ -18,7 +19,9 @@ def metadata(*shapes: int, file: str = WEIGHTS, length: int = 1) -> bytes:
 
     size = torch.Size(shapes)
     start = torch.Size([0] * len(shapes))
-    tensor = dcp.TensorStorageMetadata(dcp.TensorProperties(torch.float32), size, [dcp.ChunkStorageMetadata(start, size)])
+    tensor = dcp.TensorStorageMetadata(
+        dcp.TensorProperties(torch.float32), size, [dcp.ChunkStorageMetadata(start, size)]
+    )
     places = {dcp.MetadataIndex("model/w", start, 0): _StorageInfo(file, 0, length)}
     return pickle.dumps(dcp.Metadata({"model/w": tensor}, {"model/w": ("model/w",)}, places, dcp.StorageMeta("x")))
 
@@ -51,10 +54,15 @@ def by_step(run: Path, step: int, images: int, content: str = "w") -> Path:
     return path
 
 
-def fit(folder: Path) -> None:
-    """Make a marker say what its files are now: what whoever forges a checkpoint does."""
+def tell(folder: Path, **said: Any) -> None:
+    """Let a marker say something else, under a seal that fits."""
     from tarflow.records import SEAL, sealed
 
     marker = json.loads((folder / "COMMITTED").read_text())
     marker.pop(SEAL, None)
-    (folder / "COMMITTED").write_text(json.dumps(sealed(marker | {"files": facts(folder)})))
+    (folder / "COMMITTED").write_text(json.dumps(sealed(marker | said)))
+
+
+def forge(folder: Path) -> None:
+    """Make a marker say what its files are now: what whoever forges a checkpoint does."""
+    tell(folder, files=facts(folder))

@@ -12,6 +12,7 @@ a process is killed at, a directory with a marker is whole, and the pointer name
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -32,7 +33,7 @@ from tarflow.trainer.checkpoint.marker import (
     is_marked,
     read_marker,
 )
-from tarflow.trainer.checkpoint.names import checkpoint_name, leading_name
+from tarflow.trainer.checkpoint.names import checkpoint_name, is_checkpoint_name, leading_name, says
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.resilience.fault_injection import fault_point
 from tarflow.trainer.run_dir import Words, is_run, run_id
@@ -138,19 +139,34 @@ def committed(run_dir: str | Path) -> list[Checkpoint]:
     return scan(Path(run_dir))[0]
 
 
-def find(run_dir: str | Path, step: int | None = None, images: int | None = None) -> Checkpoint:
-    """The checkpoint of a step or at so many images, or the one of most images.
+def find(
+    run_dir: str | Path,
+    step: int | None = None,
+    images: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Checkpoint:
+    """The checkpoint of a step or at so many images, or the one of most images; `say` (or the error output) is
+    told which newer ones are damaged.
 
     If there is none, or more than one of that step, the error says what there is and how to choose.
     """
     run_dir = Path(run_dir)
     usable, refused = scan(run_dir)
+    for path, why in damaged(refused).items() if step is None and images is None and usable else ():
+        if is_newer(path, usable[-1]):
+            (say or _warn)(f"WARNING: checkpoint {path.name} is damaged and not used: {why}")
     if step is None and images is None and not usable:
         whys = "; ".join(f"{path.name}: {why}" for path, why in sorted(refused.items())[-4:] if why.committed)
-        raise TrainerError(f"run {run_dir} has no {f'usable checkpoint ({whys})' if whys else 'committed checkpoint yet'}")
+        raise TrainerError(
+            f"run {run_dir} has no {f'usable checkpoint ({whys})' if whys else 'committed checkpoint yet'}"
+        )
     reasons = [f"{path.name}: {why}" for path, why in sorted(refused.items())]
     reasons += [f"{path.name} is set aside" for ending in (DAMAGED, ASIDE) for path in set_aside_dirs(run_dir, ending)]
     return choose(usable, step, images, f"run {run_dir}", "usable checkpoint", ", ".join(reasons[-4:]))
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def choose(
@@ -171,6 +187,23 @@ def choose(
         f"usable steps: {', '.join(str(c.step) for c in among) or 'none'}; "
         f"images: {', '.join(str(c.images_seen) for c in among) or 'none'}"
     )
+
+
+def damaged(refused: dict[Path, Refused]) -> dict[Path, Refused]:
+    """Of the directories that are no checkpoint: this run's that were whole once, under their own names."""
+    ours = {path: why for path, why in refused.items() if why.committed and not why.foreign}
+    return {path: ours[path] for path in sorted(ours) if is_checkpoint_name(path.name)}
+
+
+def is_newer(path: Path, chosen: Checkpoint) -> bool:
+    """Whether a directory holds a newer checkpoint than another, by its name, or of version 0.1 by its marker as well."""
+    kind, number = says(path.name)
+    if kind == "images_seen":
+        return number > chosen.images_seen
+    try:
+        return load_record(path / MARKER, Marker).images_seen > chosen.images_seen
+    except (OSError, DamagedFileError):
+        return number > chosen.step
 
 
 def set_aside_dirs(run_dir: Path, ending: str) -> list[Path]:

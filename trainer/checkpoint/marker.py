@@ -13,6 +13,8 @@ from tarflow.records import DamagedFileError, Record, load_record
 from tarflow.trainer.checkpoint.metadata import NAME as METADATA
 from tarflow.trainer.checkpoint.metadata import WAY_OUT, read_metadata
 from tarflow.trainer.checkpoint.names import says
+from tarflow.trainer.config.files import load_config
+from tarflow.trainer.config.schema import Config
 from tarflow.trainer.run_dir import RunId
 
 MARKER = "COMMITTED"
@@ -113,7 +115,7 @@ def is_marked(path: Path) -> bool:
 def read_marker(path: Path, owner: str | None) -> Checkpoint | Refused:
     """The checkpoint in a directory, or the reason why it is none. `owner`: the run whose it must be.
 
-    Of the bytes only the configuration's are looked at; `damage` reads them all.
+    Names and sizes of its files are looked at; `damage` reads their bytes.
     """
     if not is_marked(path):
         return Refused("it was never committed", committed=False)
@@ -147,7 +149,7 @@ def _contradiction(name: str, marker: Marker) -> str | None:
 
 
 def _missing(path: Path, marker: Marker) -> str | None:
-    """A file that is not there or not as long as it was; or another configuration than was committed."""
+    """A file that is not there or not as long as it was."""
     for name, facts in marker.files.items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
@@ -155,7 +157,7 @@ def _missing(path: Path, marker: Marker) -> str | None:
             return f"its file {name} is missing"
         if size != facts.size:
             return f"its file {name} has {size} bytes instead of {facts.size}"
-    return _wrong(path / CONFIG, marker.files[CONFIG].crc32)
+    return None
 
 
 def _wrong(file: Path, checksum: int) -> str | None:
@@ -176,6 +178,13 @@ def damage(checkpoint: Checkpoint) -> str | None:
     except DamagedFileError as error:
         return f"its file {METADATA}: {error.problem}"
     return None
+
+
+def config_of(checkpoint: Checkpoint) -> Config:
+    """The configuration that a checkpoint was trained with, if it is what was committed; else DamagedFileError."""
+    if problem := _wrong(checkpoint.path / CONFIG, checkpoint.info["files"][CONFIG]["crc32"]):
+        raise DamagedFileError(checkpoint.path, problem, WAY_OUT)
+    return load_config(checkpoint.path / CONFIG)
 
 
 def beside(checkpoint: Checkpoint) -> list[str]:

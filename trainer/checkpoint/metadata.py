@@ -164,7 +164,9 @@ def _tensors(found: Any, sizes: dict[str, int]) -> dict[str, StoredTensor]:
 
 def _tensor(name: str, value: dict[str, Any], places: dict[tuple[str, Ints], tuple[str, int, int]]) -> StoredTensor:
     shape, chunks, properties = _size(value.get("size"), name), value.get("chunks"), value.get("properties")
-    state = properties.state if isinstance(properties, _Made) and type(properties).__name__ == "TensorProperties" else None
+    state = (
+        properties.state if isinstance(properties, _Made) and type(properties).__name__ == "TensorProperties" else None
+    )
     dtype = state[0] if isinstance(state, tuple) and state else None
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _FlawError(f"{name}: it has no type of numbers")

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tarflow.files import discard, free_name
-from tarflow.records import DamagedFileError, load_record
 from tarflow.trainer.checkpoint.commit import (
     DAMAGED,
     MARKER,
@@ -23,6 +22,8 @@ from tarflow.trainer.checkpoint.commit import (
     Refused,
     committed,
     damage,
+    damaged,
+    is_newer,
     pinned_names,
     point_to,
     read_marker,
@@ -31,8 +32,7 @@ from tarflow.trainer.checkpoint.commit import (
     set_aside_dirs,
     stuck,
 )
-from tarflow.trainer.checkpoint.marker import Marker
-from tarflow.trainer.checkpoint.names import is_checkpoint_name, leading_name, says
+from tarflow.trainer.checkpoint.names import leading_name
 from tarflow.trainer.run_dir import run_id
 
 Say = Callable[[str], object]
@@ -126,7 +126,7 @@ def set_aside(run_dir: Path, chosen: Checkpoint, ending: str = DAMAGED) -> list[
     """
     usable, refused = scan(run_dir)
     newer = [c.path for c in usable if c.images_seen > chosen.images_seen]
-    newer += [path for path, why in refused.items() if _is_newer_of_ours(path, why, chosen)]
+    newer += [path for path in damaged(refused) if is_newer(path, chosen)]
     if newer:
         point_to(run_dir, chosen)
     lines = []
@@ -149,16 +149,3 @@ def remove_set_aside(run_dir: Path, ending: str, warn: Say = lambda _: None) -> 
         else:
             removed.append(path.name)
     return removed
-
-
-def _is_newer_of_ours(path: Path, why: Refused, chosen: Checkpoint) -> bool:
-    """Whether a directory holds a newer checkpoint of the same run, by its name, or of version 0.1 by its marker as well."""
-    if not why.committed or why.foreign or not is_checkpoint_name(path.name):
-        return False
-    kind, number = says(path.name)
-    if kind == "images_seen":
-        return number > chosen.images_seen
-    try:
-        return load_record(path / MARKER, Marker).images_seen > chosen.images_seen
-    except (OSError, DamagedFileError):
-        return number > chosen.step

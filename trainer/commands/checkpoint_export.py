@@ -31,10 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from tarflow.models.weights import save_weights_file
     from tarflow.trainer.checkpoint.commit import find, pinned
+    from tarflow.trainer.checkpoint.marker import config_of
     from tarflow.trainer.checkpoint.provenance import names_of_checkpoint, provenance_of
     from tarflow.trainer.checkpoint.tensors import load_weights
     from tarflow.trainer.config.chosen_sampling import chosen_sampling
-    from tarflow.trainer.config.files import load_config
     from tarflow.trainer.errors import TrainerError
     from tarflow.trainer.run_dir import require_run
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     _check_out(args.out)
     checkpoint = find(args.run, args.step, args.images)
     with pinned(checkpoint, owner="export"):
-        config = load_config(checkpoint.path / "config.yaml")
+        config = config_of(checkpoint)
         which = args.weights if args.weights != "auto" else config.ema.preferred
         weights = load_weights(checkpoint, which)
     chosen, where = chosen_sampling(args.run)

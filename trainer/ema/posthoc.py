@@ -15,11 +15,11 @@ import torch
 
 import tarflow.trainer.checkpoint.commit as ckpt
 from tarflow.models.weights import save_weights_file
+from tarflow.trainer.checkpoint.marker import config_of
 from tarflow.trainer.checkpoint.provenance import names_of_checkpoint, provenance_of
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.chosen_sampling import chosen_sampling
 from tarflow.trainer.config.ema import power_name
-from tarflow.trainer.config.files import load_config
 from tarflow.trainer.ema.ema import power_of_width
 from tarflow.trainer.ema.snapshots import sources
 from tarflow.trainer.errors import TrainerError
@@ -93,7 +93,7 @@ def reconstruct(
             "smaller ema.snapshot_every_images (0 = no snapshots)"
         )
     path = out or run_dir / f"{power_name(relative_std)}-{final.name}.safetensors"
-    config, name = load_config(final.path / "config.yaml"), power_name(relative_std)
+    config, name = config_of(final), power_name(relative_std)
     sampling, _ = chosen_sampling(run_dir)
     classes = names_of_checkpoint(final, config)
     provenance = provenance_of(final, config, name, sampling, ema_relative_std=relative_std, classes=classes)
@@ -102,7 +102,7 @@ def reconstruct(
 
 
 def _widths(checkpoint: ckpt.Checkpoint) -> tuple[float, ...]:
-    return load_config(checkpoint.path / "config.yaml").ema.relative_stds
+    return config_of(checkpoint).ema.relative_stds
 
 
 def _combine(pairs: Sequence[tuple[ckpt.Checkpoint, float]], coefficients: np.ndarray) -> dict[str, Any]:

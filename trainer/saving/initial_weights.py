@@ -16,9 +16,9 @@ from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.weights import WeightsFile, WeightsHeader, is_weights_file, read_header, read_weights
 from tarflow.trainer.checkpoint.commit import Checkpoint, find, pinned
+from tarflow.trainer.checkpoint.marker import config_of, require_whole
 from tarflow.trainer.checkpoint.provenance import provenance_of
 from tarflow.trainer.checkpoint.tensors import load_weights
-from tarflow.trainer.config.files import load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import require_run
@@ -78,8 +78,11 @@ def class_names(config: Config) -> Sequence[str] | None:
 
 
 def _newest(run_dir: Path) -> tuple[Checkpoint, Config]:
+    """Of a run, if its bytes are whole: else it is refused before anything is made."""
     checkpoint = find(require_run(run_dir))
-    return checkpoint, load_config(checkpoint.path / "config.yaml")
+    with pinned(checkpoint, owner="init-from"):
+        require_whole(checkpoint)
+    return checkpoint, config_of(checkpoint)
 
 
 def _header(checkpoint: Checkpoint, config: Config) -> WeightsHeader:

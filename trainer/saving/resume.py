@@ -16,8 +16,9 @@ from tarflow.code_version import code_version, describe_code
 from tarflow.data_pipeline.loading.choose_reader import DataFacts
 from tarflow.records import Record, load_record, save_record
 from tarflow.trainer.checkpoint.commit import Checkpoint, check_identity, committed, newest_sound
+from tarflow.trainer.checkpoint.marker import config_of
 from tarflow.trainer.checkpoint.retention import put_back, set_aside, sweep
-from tarflow.trainer.config.files import config_diff, load_config
+from tarflow.trainer.config.files import config_diff
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.ema import snapshots
 from tarflow.trainer.errors import TrainerError
@@ -96,7 +97,7 @@ def check_resume(
     `former_fingerprint`: of the same data without their contents, as earlier versions made it; a checkpoint that holds it
     goes on, and it is said that nobody can tell whether the contents are the same. None: the index is of such a version.
     """
-    changes = config_diff(load_config(checkpoint.path / "config.yaml"), config)
+    changes = config_diff(config_of(checkpoint), config)
     refused = {key: change for key, change in changes.items() if key.startswith(STRUCTURAL)}
     if refused:
         lines = "\n  ".join(f"{key}: {old} in the checkpoint, {new} now" for key, (old, new) in refused.items())

@@ -12,6 +12,7 @@ from tarflow.evaluation.samples.png_folder import load_png
 from tarflow.models.provenance import Provenance
 from tarflow.models.weights import read_weights, save_weights_file
 from tarflow.records import read_object, write_object
+from tests.helpers.checkpoints import tell
 
 
 def draw(source, out, num=5, quiet=None, **options):
@@ -96,7 +97,7 @@ def test_V05_the_marker_of_the_checkpoint_goes_into_the_file(make_run, make_mode
     run_dir, _ = make_run(steps=(10,))
     marker = run_dir / "checkpoints/images-000000000160/COMMITTED"
     code = {"version": "0.2.0", "commit": "ab" * 20, "dirty": False}
-    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"classes": ["food", "smileys", "x"], "code": code}))
+    tell(marker.parent, classes=["food", "smileys", "x"], code=code)
     found = read_weights(export(run_dir, tmp_path / "v.safetensors", "--weights", "ema-0.050")).provenance
     assert found.classes == ("food", "smileys", "x")
     assert found.code == code
@@ -164,9 +165,8 @@ def test_V08_a_folder_of_samples_says_which_code_trained_and_which_drew(make_run
     from tarflow.code_version import code_version
 
     run_dir, _ = make_run(steps=(10,))
-    marker = run_dir / "checkpoints/images-000000000160/COMMITTED"
     code = {"version": "0.1.9"}
-    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"code": code}))
+    tell(run_dir / "checkpoints/images-000000000160", code=code)
     draw(run_dir, tmp_path / "out")
     path = tmp_path / "out/settings.json"
     said = read_object(path)

@@ -10,6 +10,7 @@ from tarflow.evaluation.samples.draw_to_folder import SampleRequest, sample_imag
 from tarflow.evaluation.samples.labels import parse_labels
 from tarflow.models.provenance import Provenance
 from tarflow.models.weights import save_weights_file
+from tests.helpers.checkpoints import tell
 
 NAMES = ["food", "smileys", "flags, coloured"]
 
@@ -77,8 +78,7 @@ def sampled(source, out, labels, **options):
 
 
 def set_marker(run_dir, **facts):
-    marker = run_dir / "checkpoints/images-000000000160/COMMITTED"
-    marker.write_text(json.dumps(json.loads(marker.read_text()) | facts))
+    tell(run_dir / "checkpoints/images-000000000160", **facts)
 
 
 def test_N15_names_come_from_the_checkpoint_the_file_or_an_option(make_run, make_model, tmp_path):

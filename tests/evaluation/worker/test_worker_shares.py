@@ -15,6 +15,7 @@ import torch
 from tarflow.evaluation.worker import evaluate as evaluate_module
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 from tarflow.records import DamagedFileError
+from tests.helpers.checkpoints import tell
 
 pytestmark = pytest.mark.usefixtures("fake_features")
 fork = multiprocessing.get_context("fork")
@@ -254,9 +255,7 @@ def test_V08_work_by_two_versions_names_both_and_the_result_is_the_same(run_of_2
     """The code that trained is a fact of the result; who evaluated with which code stands beside it."""
     old, new = {"version": "0.2.0", "commit": "ab" * 20, "dirty": False}, {"version": "0.3.0"}
     trained = {"version": "0.1.0", "commit": "cd" * 20, "dirty": True}
-    marker = run_of_2000 / "checkpoints/images-000000000320/COMMITTED"
-    facts = {"code": trained, "classes": ["0", "1", "2"]}
-    marker.write_text(json.dumps(json.loads(marker.read_text()) | facts))
+    tell(run_of_2000 / "checkpoints/images-000000000320", code=trained, classes=["0", "1", "2"])
     alone = tmp_path / "alone"
     shutil.copytree(run_of_2000, alone)
     with pytest.MonkeyPatch.context() as patch:

@@ -17,6 +17,7 @@ from tarflow.trainer.checkpoint import retention
 from tarflow.trainer.config.schema import CheckpointConfig
 from tarflow.trainer.run_dir import create_run
 from tarflow.trainer.saving.background_writer import Save, Writer
+from tests.helpers.checkpoints import fill
 
 HELD = ".nfs0001"  # what an NFS client makes of a removed file that is still open
 
@@ -100,7 +101,7 @@ def test_F03_a_marker_that_cannot_be_removed_leaves_a_whole_checkpoint(run: Path
     for images in (8, 16, 24):
         save(run, images)
     save_by_hand = ckpt.temporary_dir(run, 32)
-    (save_by_hand / "w").write_text("w")
+    fill(save_by_hand)
     ckpt.commit(run, save_by_hand, 32, 32, {})
     unlink, warned = Path.unlink, []
 

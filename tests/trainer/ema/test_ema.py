@@ -1,6 +1,5 @@
 """Averages of the weights: constant decays, snapshots that outlive retention, any width after the training."""
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +20,8 @@ from tarflow.trainer.ema.snapshots import forget_after, prepare, snapshots_dir, 
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.loop import train
 from tarflow.trainer.resilience.exit_codes import FINISHED
+from tarflow.trainer.run_dir import create_run
+from tests.helpers.checkpoints import forge
 
 TRACKED = (0.05, 0.075, 0.1)  # the run tracks the middle one too, as the truth
 
@@ -110,9 +111,7 @@ def without_the_middle(run: Path, folder: Path) -> Path:
         path.write_text(yaml.safe_dump(tree))
         marker = path.parent / ckpt.MARKER
         if marker.exists():
-            info = json.loads(marker.read_text())
-            info["files"]["config.yaml"]["size"] = path.stat().st_size
-            marker.write_text(json.dumps(info))
+            forge(path.parent)
     return copy
 
 
@@ -159,8 +158,7 @@ def test_what_cannot_be_made_is_an_error_and_leaves_no_file(run: Path, tmp_path:
         assert not wrong.exists()
     assert not out.exists()
     bare = tmp_path / "bare"
-    bare.mkdir()
-    (bare / "run.json").write_text('{"run_id": "x"}')
+    create_run(bare)
     with pytest.raises(TrainerError, match="usable steps: none"):
         reconstruct(bare, 0.1, None, out, lambda _: None)
 

@@ -10,6 +10,7 @@ import pytest
 
 from tarflow.trainer.checkpoint.commit import committed, damage, find
 from tarflow.trainer.resilience.exit_codes import FAILED, FINISHED, HUNG, NO_PROGRESS, USAGE
+from tarflow.trainer.run_dir import create_run
 
 # Three ranks, twelve steps, a save at every third. The start may take longer than a step, as in earnest.
 SETTINGS = ("train.global_batch_size=12", "train.max_images=144", "checkpoint.every_images=36", "log.every_steps=1",
@@ -154,8 +155,7 @@ def test_full_disk_costs_saves_and_after_max_failures_the_run_stops(start, tiny_
 
 
 def test_full_disk_costs_log_lines_but_not_the_run(start, tiny_config, run) -> None:
-    run.mkdir(parents=True)
-    (run / "run.json").write_text('{"run_id": "full"}')
+    create_run(run)
     (run / "logs").mkdir()
     for name in ("log.txt", "metrics.jsonl", "logs/rank-0001.log"):
         (run / name).symlink_to("/dev/full")  # every write to it fails for want of space

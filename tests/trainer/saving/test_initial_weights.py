@@ -21,6 +21,7 @@ from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import create_run
 from tarflow.trainer.saving.initial_weights import check_initial, class_names, initial_weights
+from tests.helpers.checkpoints import tell
 
 NAMES = ("smileys", "flags", "food", "tools")
 
@@ -244,8 +245,7 @@ def test_V08_a_checkpoint_and_the_log_say_which_code_trained(tiny_config, tmp_pa
     from tarflow.models.weights import read_weights
 
     assert read_weights(out).provenance.code == code_version()
-    path = find(tmp_path / "run").path / "COMMITTED"
-    path.write_text(json.dumps(marker | {"code": {"version": "0.1.9"}}))
+    tell(find(tmp_path / "run").path, code={"version": "0.1.9"})
     assert tarflow.cli.main([*arguments, "train.max_images=32"]) == 0
     assert f"changed: code: tarflow 0.1.9 -> {describe_code(code_version())}" in (tmp_path / "run/log.txt").read_text()
     assert class_names(load_config(tiny_config)) == ["0", "1", "2"]

@@ -108,12 +108,16 @@ def test_N03_a_run_that_goes_on_hears_what_it_was_once_started_with_and_is_refus
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"classes": 3}', "\xff"])
-def test_a_damaged_record_of_the_data_stops_nothing(make_set, make_config, tmp_path: Path, content: str) -> None:
+def test_h06_a_damaged_record_of_the_data_is_refused_and_a_missing_one_is_said(
+    make_set, make_config, tmp_path: Path, content: str
+) -> None:
     config = make_config(make_set("pictures", classes=list("abcd")))
     began(tmp_path / "run", config)
-    (tmp_path / "run" / "data.json").write_text(content, encoding="latin-1")
     assert recorded_classes(tmp_path / "run") is None
     assert any("does not name its classes" in note for note in check_start(config, tmp_path / "run", 1).notes)
+    (tmp_path / "run" / "data.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=r"data\.json .*is damaged.*or remove it: the names of the run's classes"):
+        check_start(config, tmp_path / "run", 1)
 
 
 def test_a_stream_is_told_what_the_evaluation_will_want(make_set, make_config) -> None:

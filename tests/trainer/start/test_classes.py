@@ -153,12 +153,14 @@ def test_V03_the_map_goes_into_run_and_checkpoints_and_holds_on_resume(make_set,
     assert tarflow.cli.main(["train", str(file), "--run-dir", str(run)]) == 0
     assert "data: 12 images, 8 x 8, RGB, 3 classes; held out: 3 images" in (run / "log.txt").read_text()
     record = read_record(run)
-    assert (record["place"], record["num_samples"], record["classes"], record["num_classes"]) == (str(data), 12, ABC, 3)
-    assert (record["image_size"], record["channels"]) == ([8, 8], 3)
-    assert (record["validation"]["classes"], record["validation"]["num_samples"]) == (ABC, 3)
+    assert record is not None
+    assert record.validation is not None
+    assert (record.place, record.num_samples, record.classes, record.num_classes) == (str(data), 12, ABC, 3)
+    assert (record.image_size, record.channels) == ([8, 8], 3)
+    assert (record.validation.classes, record.validation.num_samples) == (ABC, 3)
     (marker,) = (run / "checkpoints").glob("*/COMMITTED")
     told = json.loads(marker.read_text())
-    assert (told["classes"], told["data"]) == (ABC, record["fingerprint"])
+    assert (told["classes"], told["data"]) == (ABC, record.fingerprint)
     out = tmp_path / "w.safetensors"
     assert tarflow.cli.main(["checkpoint", "export", str(run), "--out", str(out)]) == 0
     assert read_header(out).provenance.classes == tuple(ABC)

@@ -1,0 +1,298 @@
+"""A checkpoint that a stranger made: nothing in it is run, and nothing outside it is opened (cases H01 and H03)."""
+
+import io
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint.metadata as dcp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+import tarflow.cli
+from tarflow.records import DamagedFileError
+from tarflow.trainer.checkpoint import commit as ckpt
+from tarflow.trainer.checkpoint.metadata import read_metadata
+from tarflow.trainer.checkpoint.tensors import load_weights, read_tensors, write_tensors
+from tarflow.trainer.run_dir import create_run
+from tests.helpers.checkpoints import WEIGHTS, by_step, forge, metadata, tell
+
+START = torch.Size([0])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("made") / "run"
+    create_run(run)
+    for step in (1, 2):
+        temporary = ckpt.temporary_dir(run, step * 8)
+        tensors = {"model/w": torch.full((3,), 0.5), "ema-0.050/w": torch.ones(2, 2), "buffer/var": torch.ones(2)}
+        write_tensors(temporary, tensors)
+        (temporary / "config.yaml").write_text("")
+        ckpt.commit(run, temporary, step, step * 8, {"data": "f00"})
+    return run
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+class Runs:
+    """Unpickled, it leaves a file: what harm would be done by."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.mark,))
+
+
+class RunsByEval(Runs):
+    def __reduce__(self) -> Any:
+        return (eval, (f"open({str(self.mark)!r}, 'w').close()",))
+
+
+def hidden(kind: type[Runs], where: str, mark: Path, found: dcp.Metadata) -> Any:
+    """torch's metadata with something that runs hidden in them."""
+    harm = kind(mark)
+    if where == "instead of them":
+        return harm
+    if where == "in planner_data":
+        found.planner_data = {"model/w": harm}
+    elif where == "as a size":
+        found.state_dict_metadata["model/w"].size = harm  # type: ignore[union-attr, assignment]
+    elif where == "as a file's name":
+        next(iter(found.storage_data.values())).relative_path = harm
+    elif where == "in a field that nobody knows":
+        found.more = harm  # type: ignore[attr-defined]
+    return found
+
+
+@pytest.mark.parametrize("kind", [Runs, RunsByEval])
+@pytest.mark.parametrize(
+    "where", ["instead of them", "in planner_data", "as a size", "as a file's name", "in a field that nobody knows"]
+)
+def test_h01_a_pickle_in_the_metadata_runs_nothing(run: Path, tmp_path: Path, kind: type[Runs], where: str) -> None:
+    mark, folder = tmp_path / "ran", ckpt.find(run).path
+    found = pickle.loads((folder / ".metadata").read_bytes())
+    (folder / ".metadata").write_bytes(pickle.dumps(hidden(kind, where, mark, found)))
+    forge(folder)
+    checkpoint = ckpt.find(run)
+    assert checkpoint.path == folder  # size and checksum fit
+    into = {"model/w": torch.empty(3), "ema-0.050/w": torch.empty(2, 2), "buffer/var": torch.empty(2)}
+    for read in (lambda: load_weights(checkpoint, "raw"), lambda: read_tensors(checkpoint, into)):
+        with pytest.raises(
+            DamagedFileError, match=r"\.metadata.*no part of the metadata of tensors.*choose another"
+        ) as error:
+            read()
+        assert len(str(error.value).splitlines()) == 1
+    assert "no part of the metadata" in str(ckpt.damage(checkpoint))
+    assert ckpt.newest_sound(run, lambda _: None).images_seen == 8  # type: ignore[union-attr]
+    assert not mark.exists()
+
+
+def test_h01_a_value_that_is_no_tensor_is_not_unpickled(run: Path, tmp_path: Path) -> None:
+    mark, folder = tmp_path / "ran", ckpt.find(run).path
+    payload = io.BytesIO()
+    torch.save(Runs(mark), payload)
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data + payload.getvalue())
+    found = pickle.loads((folder / ".metadata").read_bytes())
+    found.state_dict_metadata["model/w"] = dcp.BytesStorageMetadata()
+    place = _StorageInfo(WEIGHTS, len(data), len(payload.getvalue()))
+    index = next(i for i in found.storage_data if i.fqn == "model/w")
+    for key in (index, dcp.MetadataIndex("model/w")):
+        found.storage_data[key] = place
+    (folder / ".metadata").write_bytes(pickle.dumps(found))
+    forge(folder)
+    into = {"model/w": torch.empty(3), "ema-0.050/w": torch.empty(2, 2), "buffer/var": torch.empty(2)}
+    for read in (lambda: load_weights(ckpt.find(run), "raw"), lambda: read_tensors(ckpt.find(run), into)):
+        with pytest.raises(DamagedFileError, match="BytesStorageMetadata"):
+            read()
+    assert not mark.exists()
+
+
+def test_h01_a_tensors_own_bytes_may_be_a_pickle_and_run_nothing(run: Path, tmp_path: Path) -> None:
+    mark, folder = tmp_path / "ran", ckpt.find(run).path
+    payload = io.BytesIO()
+    torch.save({"w": Runs(mark)}, payload)
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data + payload.getvalue())
+    found = pickle.loads((folder / ".metadata").read_bytes())
+    index = next(i for i in found.storage_data if i.fqn == "model/w")
+    found.storage_data[index] = _StorageInfo(WEIGHTS, len(data), len(payload.getvalue()))
+    (folder / ".metadata").write_bytes(pickle.dumps(found))
+    forge(folder)
+    with pytest.raises(DamagedFileError, match="its tensors cannot be read") as error:
+        load_weights(ckpt.find(run), "raw")
+    assert len(str(error.value).splitlines()) == 1
+    assert not mark.exists()
+
+
+OF_METADATA: dict[str, tuple[dict[str, Any], str]] = {
+    "another folder's file": ({"file": "../images-000000000008/" + WEIGHTS}, "is no file of the checkpoint"),
+    "a file of the machine": ({"file": "/etc/passwd"}, "is no file of the checkpoint"),
+    "beyond the end": ({"length": 10**6}, "is not within the"),
+    "before the beginning": ({"length": -1}, "is not within the"),
+}
+
+
+@pytest.mark.parametrize("case", OF_METADATA)
+def test_h03_places_of_tensors_lie_within_the_checkpoints_own_files(run: Path, case: str) -> None:
+    how, message = OF_METADATA[case]
+    folder = ckpt.find(run).path
+    (folder / ".metadata").write_bytes(metadata(3, **how))
+    forge(folder)
+    with pytest.raises(DamagedFileError, match=message):
+        load_weights(ckpt.find(run), "raw")
+    assert message in str(ckpt.damage(ckpt.find(run)))
+
+
+def test_h03_pieces_fill_their_tensor_and_all_of_torchs_files_are_there(run: Path) -> None:
+    folder = ckpt.find(run).path
+    found = pickle.loads((folder / ".metadata").read_bytes())
+    found.state_dict_metadata["model/w"].chunks[0].sizes = torch.Size([2])
+    (folder / ".metadata").write_bytes(pickle.dumps(found))
+    forge(folder)
+    assert "model/w: its pieces do not fill its shape" in str(ckpt.damage(ckpt.find(run)))
+    found.state_dict_metadata["model/w"].chunks[0].sizes = torch.Size([3])
+    (folder / ".metadata").write_bytes(pickle.dumps(found))
+    (folder / WEIGHTS).unlink()
+    forge(folder)
+    assert f"it lies in '{WEIGHTS}', which is no file of the checkpoint" in str(ckpt.damage(ckpt.find(run)))
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_metadata_are_read_as_torch_wrote_them(run: Path, protocol: int) -> None:
+    found = pickle.loads((ckpt.find(run).path / ".metadata").read_bytes())
+    folder = ckpt.find(run).path
+    (folder / ".metadata").write_bytes(pickle.dumps(found, protocol))
+    tensors = read_metadata(folder, ckpt.find(run, 1).sizes)
+    assert {name: (t.shape, t.dtype) for name, t in tensors.items()} == {
+        "model/w": ((3,), "float32"), "ema-0.050/w": ((2, 2), "float32"), "buffer/var": ((2,), "float32"),
+    }  # fmt: skip
+    assert {(name, p.offsets): (p.file, p.start, p.length) for name, t in tensors.items() for p in t.pieces} == {
+        (i.fqn, tuple(i.offset)): (p.relative_path, p.offset, p.length) for i, p in found.storage_data.items()
+    }
+
+
+@given(at=st.integers(0, 10**6), byte=st.integers(0, 255), cut=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_h06_changed_metadata_are_read_or_refused_in_one_line(made: Path, at: int, byte: int, cut: bool) -> None:
+    checkpoint = ckpt.find(made, 1)
+    data = bytearray((checkpoint.path / ".metadata").read_bytes())
+    data[at % len(data)] = byte
+    folder = made.parent / "changed"
+    folder.mkdir(exist_ok=True)
+    (folder / ".metadata").write_bytes(data[: at % len(data)] if cut else data)
+    said = ""
+    try:
+        read_metadata(folder, checkpoint.sizes)
+    except DamagedFileError as error:
+        said = str(error)
+    assert len(said.splitlines()) <= 1
+
+
+def doubled(times: int) -> bytes:
+    """A tuple of two of a tuple of two ...: hashing it takes 2^times steps."""
+    return b"\x80\x04N\x94" + b"".join(b"h" + bytes([n]) + b"h" + bytes([n]) + b"\x86\x94" for n in range(times))
+
+
+BOMBS = {
+    "nested tuples as a key": doubled(60) + b"}h" + bytes([60]) + b"Ns.",
+    "deep nesting": b"\x80\x04)" + b"\x85" * 200_000 + b".",
+    "deep nesting as a key": b"\x80\x04})" + b"\x85" * 200_000 + b"Ns.",
+    "a place of the memo far away": b"\x80\x04Nr\xff\xff\xff\xff.",
+    "a text of a terabyte": b"\x80\x04\x8d" + (1 << 40).to_bytes(8, "little") + b".",
+    "a persistent object": b"\x80\x04Pabc\n.",
+    "an extension": b"\x80\x04\x82\x01.",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_h06_pickles_made_to_take_for_ever_or_all_memory_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / ".metadata").write_bytes(BOMBS[name])
+    with pytest.raises(DamagedFileError, match="torch's list of tensors"):
+        read_metadata(tmp_path, {})
+
+
+MARKERS: dict[str, tuple[dict[str, Any], str]] = {
+    "no file at all": ({"files": {}}, "does not list .metadata"),
+    "another step": ({"step": 999}, "marker says 999 steps of 16 images"),
+    "other images": ({"images_seen": 999}, "marker says images_seen 999"),
+    "images below none": ({"images_seen": -1}, "images_seen: input should be greater"),
+    "images beyond bounds": ({"images_seen": 10**30}, "images_seen: "),
+    "a text for a number": ({"step": "2"}, "step: input should be a valid integer"),
+    "a path outside": ({"files": {"../../../etc/passwd": {"size": 1, "crc32": 0}}}, "plain one"),
+    "an absolute path": ({"files": {"/etc/passwd": {"size": 1, "crc32": 0}}}, "plain one"),
+    "its folder": ({"files": {"..": {"size": 1, "crc32": 0}}}, "plain one"),
+    "a name for a terminal": ({"files": {"\x1b[2J": {"size": 1, "crc32": 0}}}, "plain one"),
+    "no checksum": ({"files": {".metadata": {"size": 1}}}, "crc32: field required"),
+    "a size below none": ({"files": {".metadata": {"size": -1, "crc32": 0}}}, "size: input should be greater"),
+    "a list for a table": ({"files": []}, "files: input should be"),
+    "no identity": ({"run": "../x"}, "run: "),
+    "classes that are no names": ({"classes": [1, 2]}, "classes.0: "),
+    "code that is no code": ({"code": {"version": "1", "commit": True}}, "code.commit: "),
+    "a field that nobody knows": ({"more": 1}, "more: extra"),
+}
+
+
+@pytest.mark.parametrize("name", MARKERS)
+def test_h03_a_marker_that_lies_is_not_the_newest(run: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said, message = MARKERS[name]
+    folder = ckpt.find(run).path
+    tell(folder, **said)
+    assert ckpt.find(run).images_seen == 8
+    assert message in str(ckpt.scan(run)[1][folder])
+    assert tarflow.cli.main(["checkpoint", "verify", str(run)]) == 1
+    out = capsys.readouterr().out
+    assert f"{folder.name}: DAMAGED: " in out
+    assert message in out
+
+
+@pytest.mark.parametrize(
+    "text", ['{"step": 2, "images_seen": Infinity}', '{"step": NaN}', "[]", "{", "\x00", "[" * 9999]
+)
+def test_h03_a_marker_that_is_no_record_is_not_the_newest(run: Path, text: str) -> None:
+    folder = ckpt.find(run).path
+    (folder / ckpt.MARKER).write_text(text)
+    assert ckpt.find(run).images_seen == 8
+    assert ckpt.scan(run)[1][folder].committed
+
+
+def test_h03_a_marker_behind_a_broken_link_counts_as_damaged_and_nothing_is_removed(run: Path) -> None:
+    folder = ckpt.find(run).path
+    (folder / ckpt.MARKER).unlink()
+    (folder / ckpt.MARKER).symlink_to("nowhere")
+    why = ckpt.scan(run)[1][folder]
+    assert (why.committed, str(why)) == (True, "its COMMITTED marker is a broken link")
+
+
+def test_h03_verify_says_what_is_there_besides(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (ckpt.find(run).path / "__9_0.distcp").write_text("x")
+    assert tarflow.cli.main(["checkpoint", "verify", str(run)]) == 0
+    assert "; not of the checkpoint: '__9_0.distcp'" in capsys.readouterr().out
+
+
+def test_h06_flipped_bits_of_tensors_are_not_sampled(run: Path) -> None:
+    assert load_weights(ckpt.find(run), "raw")["w"].tolist() == [0.5] * 3  # whole: so this process has found it
+    file = ckpt.find(run).path / WEIGHTS
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(DamagedFileError, match=f"the checksum of its file {WEIGHTS} is wrong; choose another"):
+        load_weights(ckpt.find(run), "raw")
+
+
+def test_markers_of_the_earlier_version_are_read(run: Path) -> None:
+    path = by_step(run, 400, 1600)
+    assert ckpt.find(run).path == path
+    marker = json.loads((path / ckpt.MARKER).read_text())
+    (path / ckpt.MARKER).write_text(json.dumps(marker | {"world_size": 1, "config": "ab", "data": "cd"}))
+    assert ckpt.find(run).info["data"] == "cd"
