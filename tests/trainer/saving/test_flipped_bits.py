@@ -206,6 +206,9 @@ def test_h02_a_run_that_disowns_its_checkpoints_names_both_and_the_way_out(
             refuses()
         assert mine in str(error.value)
         assert "0" * 32 in str(error.value)
+    assert tarflow.cli.main(["checkpoint", "verify", str(run)]) == 1
+    with pytest.raises(UserError, match="nothing is begun over them"):
+        ckpt.find(run)
     (run / "run.json").unlink()
     for refuses in (lambda: check_start(config, run, 1), lambda: decide_start(run, config, FACTS, False)):
         with pytest.raises(UserError, match=r"there is no run\.json beside them"):
