@@ -1,34 +1,45 @@
 """Ending a run on purpose: it saves first, and nothing starts it again."""
 
+import os
+import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from tarflow.cluster import slurm
 from tarflow.cluster.errors import ClusterError
+from tarflow.cluster.job.cancel_note import leave_note
 from tarflow.cluster.job.chain import Chain
-from tarflow.cluster.job.record import jobs_of
+from tarflow.cluster.job.record import RunJobs, jobs_of
+from tarflow.errors import UserError
 from tarflow.trainer.resilience.alive import living_writer
 
 
 def cancel(run_dir: Path, wait_s: float, say: Callable[[str], None]) -> int:
-    """Cancel the jobs of a run, all of them; 1 if one had to be ended before it had saved."""
+    """Cancel the jobs of a run, all of them; 1 if one had to be ended before it had saved, or was left as it is."""
     run_dir = run_dir.resolve()
     jobs = jobs_of([run_dir])[run_dir]
-    if not jobs.entries:
+    if not jobs.entries and not jobs.problem:
         writer = living_writer(run_dir)
         by_hand = f"; the process that trains it ({writer}) ends after a save when it gets a SIGTERM" if writer else ""
         raise ClusterError(f"{run_dir} has no submitted jobs (no slurm/jobs.jsonl in it){by_hand}")
-    for entry in jobs.unknown:
-        say(f"not cancelled: {jobs.describe(entry)}")
-    if not jobs.live:
-        say("no job of this run is in the queue" if not jobs.unknown else "no other job of this run is in the queue")
-        return 1 if jobs.unknown else 0
+    left = [f"not cancelled: {jobs.describe(entry)}" for entry in jobs.unknown]
+    if jobs.problem:
+        left.append(f"{run_dir / 'slurm' / 'jobs.jsonl'}: {jobs.problem}: there may be jobs that it does not name")
+    ours, others = _told_apart(run_dir, jobs)
+    for text in [*left, *others]:
+        say(text)
+    left += others
+    if not ours:
+        say("no job of this run is in the queue" if not left else "no other job of this run is in the queue")
+        return 1 if left else 0
     saving = []
     # What waits goes first: else it would start when what runs is over.
-    for entry in sorted(jobs.live, key=lambda entry: jobs.states[entry["job"]].state == "RUNNING"):
+    for entry in sorted(ours, key=lambda entry: jobs.states[entry["job"]].state == "RUNNING"):
         job, kind = entry["job"], entry["kind"]
-        (run_dir / "slurm" / f"cancel-{job}").touch()
+        leave_note(run_dir / "slurm", job, entry["submission"])
         if kind == "train" and jobs.states[job].state == "RUNNING":
             slurm.command("scancel", "--signal=USR2", job)  # to the steps: each task's launcher
             say(f"job {job} ({kind}) is told to save and end")
@@ -36,7 +47,8 @@ def cancel(run_dir: Path, wait_s: float, say: Callable[[str], None]) -> int:
         else:
             slurm.command("scancel", job)
             if jobs.states[job].state == "PENDING":  # nobody else will say that it is over
-                Chain.load(run_dir / "slurm", job).end(0, "cancelled while it waited in the queue")
+                with suppress(UserError, OSError):  # a damaged record: Slurm says so as well
+                    Chain.load(run_dir / "slurm", job).end(0, "cancelled while it waited in the queue")
             say(f"job {job} ({kind}) cancelled")
     end = time.monotonic() + wait_s
     while saving and time.monotonic() < end:
@@ -48,4 +60,37 @@ def cancel(run_dir: Path, wait_s: float, say: Callable[[str], None]) -> int:
     for job in saving:
         slurm.command("scancel", job)
         say(f"job {job} did not save within {wait_s:.0f} s (--wait) and was ended; the last checkpoint stands")
-    return 1 if saving or jobs.unknown else 0
+    return 1 if saving or left else 0
+
+
+def _told_apart(run_dir: Path, jobs: RunJobs) -> tuple[list[dict[str, Any]], list[str]]:
+    """The jobs in the queue that Slurm itself says are this run's, and what to say of the others: a file that was copied,
+    or made up, names jobs that have nothing to do with this directory."""
+    ours, others = [], []
+    for entry in jobs.live:
+        problem = _problem(run_dir, entry["job"])
+        if problem is None:
+            ours.append(entry)
+        else:
+            others.append(
+                f"not cancelled: job {entry['job']}, which {jobs.run_dir / 'slurm' / 'jobs.jsonl'} names: {problem}"
+            )
+    return ours, others
+
+
+def _problem(run_dir: Path, job: str) -> str | None:
+    """Why a job in the queue is not taken for this run's: whose it is, and where Slurm writes its log, is Slurm's word."""
+    shown = slurm.ask(["scontrol", "show", "job", job, "-o"])
+    if shown is None:
+        return "Slurm does not say whose it is (scontrol show job)"
+    user = re.search(r"\bUserId=[^\s(]*\((\d+)\)", shown)
+    if user is None or int(user[1]) != os.getuid():
+        return f"it belongs to {user[0].removeprefix('UserId=') if user else 'nobody that Slurm knows'}"
+    folders = [place / "slurm" / "jobs" for place in (run_dir, run_dir.parent)]
+    if any(f" StdOut={folder}/" in shown for folder in folders):
+        return None
+    log = re.search(r"\bStdOut=(/.*?)(?= \w+=|\s*$)", shown, re.MULTILINE)
+    folder = Path(log[1]).parent if log else None
+    if folder is not None and folder.resolve() in folders:  # it was submitted by another name of the directory
+        return None
+    return f"it is a job of another directory (its log is in {folder or 'no place that Slurm names'})"

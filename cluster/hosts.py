@@ -8,8 +8,10 @@ import struct
 import subprocess
 from collections.abc import Sequence
 
+from tarflow.cluster.answers import answer
 from tarflow.cluster.errors import ClusterError
 
+MOST_HOSTS = 100_000  # of a job; Slurm itself knows 65,536
 _SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 
 
@@ -20,6 +22,8 @@ def expand(nodes: str) -> list[str]:
     text = nodes.strip()
     if not text:
         raise ClusterError("SLURM_JOB_NODELIST is empty: there is no host to meet at")
+    if _count(text) > MOST_HOSTS:
+        raise ClusterError(f"SLURM_JOB_NODELIST={nodes[:200]!r} names more than {MOST_HOSTS:,} hosts")
     if text.count("[") != text.count("]") or "[]" in text or re.search(r"\[[^\[\]]*(?:\[|$)", text):
         raise ClusterError(f"SLURM_JOB_NODELIST={nodes!r} is not a list of hosts: its brackets do not match")
     try:
@@ -31,6 +35,22 @@ def expand(nodes: str) -> list[str]:
     return names
 
 
+def _count(text: str) -> int:
+    """At most so many hosts stand in a list: what `node[1-99999999999]` would take is known before it is taken."""
+    total = 0
+    for group in re.findall(r"(?:\[[^\]]*\]|[^,\[])+", text):
+        count = 1
+        for inside in re.findall(r"\[([^\]]*)\]", group):
+            ranges = (part.partition("-") for part in inside.split(","))
+            count *= sum(max(_number(high) - _number(low) + 1, 0) if dash else 1 for low, dash, high in ranges)
+        total += max(count, 1)
+    return total
+
+
+def _number(text: str) -> int:
+    return int(text[:19]) if text.isdecimal() else 0
+
+
 def tasks_of_nodes(text: str) -> list[int]:
     """Tasks of each node from a list such as `2(x3),1`."""
     counts: list[int] = []
@@ -38,6 +58,8 @@ def tasks_of_nodes(text: str) -> list[int]:
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
         if not match:
             raise ClusterError(f"SLURM_TASKS_PER_NODE={text!r} is not a list of counts such as 2(x3),1")
+        if len(match[2] or "") > 9 or len(counts) + int(match[2] or 1) > MOST_HOSTS or len(match[1]) > 9:
+            raise ClusterError(f"SLURM_TASKS_PER_NODE={text[:200]!r} is more than a cluster has")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
 
@@ -88,12 +110,10 @@ def gloo_interface(name: str, others: Sequence[str]) -> str | None:
 def node_addr(name: str) -> str:
     """NodeAddr of a node in Slurm's configuration; its name if Slurm does not answer."""
     try:
-        done = subprocess.run(
-            ["scontrol", "show", "node", name, "-o"], capture_output=True, text=True, timeout=20, check=True
-        )
+        done = answer(["scontrol", "show", "node", name, "-o"], 20)
     except (OSError, subprocess.SubprocessError):
         return name
-    match = re.search(r"\bNodeAddr=(\S+)", done.stdout)
+    match = re.search(r"\bNodeAddr=(\S+)", done.stdout) if done.returncode == 0 else None
     return match[1] if match else name
 
 

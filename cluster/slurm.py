@@ -1,14 +1,18 @@
 """Slurm's commands as the product uses them: bounded in time, and what they say is kept."""
 
 import re
+import shlex
 import signal
 import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from tarflow.cluster.answers import TooMuchError, answer
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.hosts import expand
+from tarflow.terminal import plain
 
 # What a step is sent when it is preempted, requeued or near its limit.
 END_SIGNALS = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2)
@@ -19,9 +23,7 @@ def run_shielded(command: Sequence[str], timeout_s: float) -> subprocess.Complet
     blocked until it ignores them. (`env --ignore-signal` leaves a gap before it, in which Slurm does hit.)"""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, start_new_session=True, preexec_fn=_ignore
-        )
+        return answer(command, timeout_s, apart=True, begin=_ignore)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -32,12 +34,9 @@ def _ignore() -> None:
 
 
 def ask(command: Sequence[str], timeout_s: float = 30, shielded: bool = False) -> str | None:
-    """What a command prints; None if it is missing, fails or hangs."""
+    """What a command prints; None if it is missing, fails, hangs or prints without an end."""
     try:
-        if shielded:
-            done = run_shielded(command, timeout_s)
-        else:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+        done = run_shielded(command, timeout_s) if shielded else answer(command, timeout_s)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout if done.returncode == 0 else None
@@ -55,7 +54,7 @@ def requeue(job: str, timeout_s: float = 40) -> str | None:
         return f"`scontrol requeue {job}` did not answer within {timeout_s:.0f} s"
     except FileNotFoundError:
         return "scontrol was not found on this node"
-    except OSError as error:
+    except (OSError, TooMuchError) as error:
         return f"`scontrol requeue {job}` could not be run: {error}"
     said = (done.stderr + done.stdout).strip()
     if done.returncode == 0 or "pending execution" in said.lower():
@@ -102,6 +101,7 @@ class JobState:
     reason: str = ""
     nodes: str = ""
     live: bool = False  # in the queue: whatever its state, it is not over
+    name: str = ""  # of a job in the queue, if it is known
 
 
 def states(jobs: Sequence[str]) -> dict[str, JobState]:
@@ -110,14 +110,14 @@ def states(jobs: Sequence[str]) -> dict[str, JobState]:
     Accounting alone would call a job over that a failed node or a preemption has sent back to the queue. Where the queue
     does not answer nothing is known, and the dictionary is empty. A job in neither is over, with an empty state.
     """
-    queue = ask(["squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N"]) if jobs else None
+    queue = ask(["squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N|%j"]) if jobs else None
     if queue is None:
         return {}
     found: dict[str, JobState] = {}
     for line in queue.splitlines():
-        job, state, reason, nodes = ([*line.split("|"), "", "", ""])[:4]
+        job, state, reason, nodes, name = ([*line.split("|", 4), "", "", "", ""])[:5]
         if job in jobs and state in LIVE:
-            found[job] = JobState(state, reason if reason != "None" else "", nodes, live=True)
+            found[job] = JobState(state, reason if reason != "None" else "", nodes, live=True, name=name)
     rest = [job for job in jobs if job not in found]
     if rest:
         records = ask(["sacct", "-n", "-P", "-X", "-o", "jobid,state,exitcode,nodelist", "-j", ",".join(rest)])
@@ -126,6 +126,26 @@ def states(jobs: Sequence[str]) -> dict[str, JobState]:
             if job in rest and state:
                 found[job] = JobState(state.split()[0], f"exit {code.split(':')[0]}", nodes)
     return {job: JobState("") for job in rest} | found
+
+
+def submit(script: Path, name: str) -> str:
+    """Hand a batch script to Slurm; the job's id. Not to answer is no refusal: the job may be in the queue."""
+    way_out = f"it may have taken the job all the same: `squeue --me --name={shlex.quote(name)}` shows it"
+    try:
+        done = answer(["sbatch", str(script)], 120)
+    except FileNotFoundError:
+        raise ClusterError("sbatch is not on PATH: this machine has no Slurm") from None
+    except subprocess.TimeoutExpired:
+        raise ClusterError(f"sbatch did not answer within two minutes; {way_out}") from None
+    except (OSError, TooMuchError) as error:
+        raise ClusterError(f"sbatch could not be asked: {error}") from None
+    said = plain((done.stderr.strip() or done.stdout.strip()), 2000)
+    if done.returncode:
+        raise ClusterError(f"sbatch did not take the job: {said or f'it ended with {done.returncode}'}")
+    found = re.search(r"\bjob ([0-9]{1,12})\b", done.stdout)
+    if found is None:
+        raise ClusterError(f"sbatch answered {plain(done.stdout)!r}, where a job's id was expected; {way_out}")
+    return found[1]
 
 
 LIVE = {
@@ -137,10 +157,12 @@ LIVE = {
 def command(*words: str) -> None:
     """Run one of Slurm's commands; if it fails, an error with what it said."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        done = answer(words, 60)
     except FileNotFoundError:
         raise ClusterError(f"{words[0]} is not on PATH: this machine has no Slurm") from None
     except subprocess.TimeoutExpired:
         raise ClusterError(f"`{' '.join(words)}` did not answer within a minute") from None
+    except TooMuchError as error:
+        raise ClusterError(str(error)) from None
     if done.returncode:
-        raise ClusterError(f"`{' '.join(words)}` failed: {done.stderr.strip() or done.stdout.strip()}")
+        raise ClusterError(f"`{' '.join(words)}` failed: {plain(done.stderr.strip() or done.stdout.strip(), 1000)}")

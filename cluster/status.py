@@ -1,10 +1,11 @@
 """The table of runs: what they are doing, how far they are, their jobs, their last score.
 
-What a run does is known without Slurm: from its heartbeats, its checkpoints and its metrics.
+What a run does is known without Slurm: from its heartbeats, its checkpoints and its metrics. A damaged file costs the
+cells that need it: its run's row says so, and all others stand.
 """
 
-import json
 import os
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -16,27 +17,45 @@ from tarflow.cluster import slurm
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.exit_codes import FINISHED, IN_USE
 from tarflow.cluster.job.chain import Chain
-from tarflow.cluster.job.record import RunJobs, jobs_of, submissions
-from tarflow.errors import UserError
+from tarflow.cluster.job.record import FILE, JobLine, RunJobs, jobs_of
+from tarflow.errors import noted
 from tarflow.evaluation.report.headline import find_headline
 from tarflow.evaluation.report.history import Result
-from tarflow.evaluation.results import read_results
-from tarflow.evaluation.run_config import run_config
+from tarflow.evaluation.report.logged import read_metrics
+from tarflow.evaluation.results import scan
+from tarflow.evaluation.run_config import shown_config
 from tarflow.files import listed
-from tarflow.trainer.checkpoint.commit import Checkpoint, committed
+from tarflow.outputs import styled
+from tarflow.records import DamagedFileError
+from tarflow.terminal import plain
+from tarflow.trainer.checkpoint.commit import Checkpoint, scan_as
 from tarflow.trainer.config.schema import Config
-from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.resilience import alive
-from tarflow.trainer.run_dir import is_run
+from tarflow.trainer.run_dir import has_run_file, run_id
 
 # Title -> field of a row, in the order of the table.
 COLUMNS = {
-    "run": "run", "state": "state", "step": "step", "images": "images", "img/s": "rate", "ETA": "eta",
+    "run": "run", "state": "state", "damaged": "damaged", "step": "step", "images": "images", "img/s": "rate", "ETA": "eta",
     "last commit": "commit", "heartbeat": "heartbeat", "jobs": "jobs", "requeues": "requeues", "score": "score",
 }  # fmt: skip
 # What a narrow terminal keeps for longest comes first.
-IMPORTANCE = ("run", "state", "images", "eta", "jobs", "score", "step", "rate", "commit", "heartbeat", "requeues")
+IMPORTANCE = (
+    "run",
+    "state",
+    "damaged",
+    "images",
+    "eta",
+    "jobs",
+    "score",
+    "step",
+    "rate",
+    "commit",
+    "heartbeat",
+    "requeues",
+)
 STAR = "*"
+TAIL = 65536  # bytes of metrics.jsonl that are looked at: its end
+LONGEST = 1e11  # seconds: of what is longer, nothing can be said
 # Accounting's words for a start that Slurm itself puts back into the queue.
 GOES_BACK = ("PREEMPTED", "NODE_FAIL", "REQUEUED")
 # How a training ended that nothing has taken up again, by the last words of its ranks.
@@ -61,6 +80,12 @@ class Row:
     jobs: str = "-"
     requeues: str = "-"
     score: str = "-"
+    flaws: tuple[str, ...] = ()  # what is damaged, in sentences
+
+    @property
+    def damaged(self) -> str:
+        number = len(self.flaws)
+        return f"{number} file{'s' * (number > 1)}" if number else "-"
 
 
 def _times(paths: Iterable[Path]) -> list[float]:
@@ -78,7 +103,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         if not path.is_dir():
             raise ClusterError(f"no run directory at {path}")
-        if is_run(path):
+        if has_run_file(path):
             found.append(path)
             continue
         inside = [p for pattern in ("*/run.json", "*/*/run.json") for p in listed(path, pattern)]
@@ -91,7 +116,13 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 def rows(runs: Iterable[Path], now: float | None = None) -> list[Row]:
     """One row for each run."""
     now = time.time() if now is None else now
-    return [_row(run, jobs, now) for run, jobs in jobs_of(list(runs)).items()]
+    found = [_row(run, jobs, now) for run, jobs in jobs_of(list(runs)).items()]
+    return [replace(row, flaws=tuple(plain(flaw, 4096) for flaw in row.flaws), **_plain(row)) for row in found]
+
+
+def _plain(row: Row) -> dict[str, str]:
+    """The cells of a row, fit for a terminal."""
+    return {name: plain(getattr(row, name), 4096) for name in IMPORTANCE if name != "damaged"}
 
 
 def job_state(state: slurm.JobState | None, chain: Chain) -> str:
@@ -123,7 +154,7 @@ def run_state(run: Path, jobs: RunJobs, done: bool, now: float) -> str:
         return "finished"
     if any(entry["job"] in trainings for entry in jobs.unknown):
         return "unknown"
-    ends = [ended for job in trainings if (ended := Chain.load(run / "slurm", job).ended) is not None]
+    ends = [ended for job in trainings if (ended := Chain.shown(run / "slurm", job).ended) is not None]
     ends = [ended for ended in ends if ended["code"] != IN_USE]  # it left the run to another
     since = max((beat["seen"] for beat in alive.read_heartbeats(run)), default=0.0)
     if ends and ends[-1]["code"] != FINISHED and ends[-1]["time"] >= since:  # nobody has trained it by hand since then
@@ -137,101 +168,95 @@ def _jobs_text(run: Path, jobs: RunJobs) -> tuple[str, str]:
     named = [entry for entry in jobs.entries if entry in jobs.live or entry in jobs.unknown] or trainings[-1:]
     texts = []
     for entry in named:
-        state = job_state(jobs.states.get(entry["job"]), Chain.load(run / "slurm", entry["job"]))
+        state = job_state(jobs.states.get(entry["job"]), Chain.shown(run / "slurm", entry["job"]))
         texts.append(f"{'' if entry['kind'] == 'train' else 'evaluation '}{entry['job']} {state}")
-    requeues = [Chain.load(run / "slurm", entry["job"]).restarts for entry in trainings]
+    requeues = [Chain.shown(run / "slurm", entry["job"]).restarts for entry in trainings]
     return ", ".join(texts) or "-", str(sum(requeues)) if trainings else "-"
 
 
+def _flaws_of_jobs(run: Path, jobs: RunJobs) -> list[str]:
+    """What is wrong with the run's list of jobs, and with the records of their starts."""
+    path, flaws = run / "slurm" / FILE, list[str]()
+    if jobs.problem:
+        flaws.append(str(DamagedFileError(path, jobs.problem, JobLine.way_out, what=JobLine.what)))
+    return flaws + [flaw for entry in jobs.entries if (flaw := Chain.shown(path.parent, entry["job"]).problem)]
+
+
 def _row(run: Path, jobs: RunJobs, now: float) -> Row:
-    config, facts = _config(run), dict[str, str]()
-    total = config.train.max_images if config is not None else None
-    figures, newest = last_figures(run), _newest_commit(run)
-    step, seen = newest_known(run, newest)
-    state = run_state(run, jobs, bool(total and newest and newest.images_seen >= total), now)
+    flaws = _flaws_of_jobs(run, jobs)
+    config, known = shown_config(run, flaws)
+    total, facts = config.train.max_images if config is not None else None, dict[str, str]()
+    logged: list[dict[str, Any]] = []
+    newest: Checkpoint | None = None
+    with noted(flaws):
+        found = read_metrics(run, TAIL)
+        logged, flaws[:] = found.rows, flaws + found.flaws
+    owner = None
+    with noted(flaws):
+        owner = run_id(run)
+    with noted(flaws):
+        usable, refused = scan_as(run, owner)
+        newest = usable[-1] if usable else None
+        flaws += [f"{path}: {why}" for path, why in sorted(refused.items()) if why.committed]
+    step, seen = newest_known(logged, newest)
+    state = "unknown"
+    with noted(flaws):
+        state = run_state(run, jobs, bool(total and newest and newest.images_seen >= total), now)
+    if jobs.problem and state not in ("running", "starting", "queued", "finished"):
+        state = "unknown"  # it may be in the queue
     if step or seen:
         facts |= {"step": str(step), "images": f"{seen:,}" + (f" / {total:,}" if total else "")}
-    if figures and state == "running":
-        rate = float(figures["throughput/images_per_sec"])
+    rate = last_rate(logged)
+    if rate is not None and state == "running":
         facts["rate"] = f"{rate:.0f}"
         if total and seen < total and rate > 0:
             facts["eta"] = _span((total - seen) / rate)
-    if newest is not None:
-        for time_ in _times([newest.path / "COMMITTED"]):
-            facts["commit"] = f"step {newest.step}, {_ago(now - time_)}"
-    beats = alive.read_heartbeats(run)
-    if beats:
-        facts["heartbeat"] = _ago(now - min(beat["seen"] for beat in beats))  # of the rank silent for longest
-    facts["jobs"], facts["requeues"] = _jobs_text(run, jobs)
-    if score := headline_score(run, config):
+    with noted(flaws):
+        if newest is not None:
+            for time_ in _times([newest.path / "COMMITTED"]):
+                facts["commit"] = f"step {newest.step}, {_ago(now - time_)}"
+    with noted(flaws):
+        flaws += alive.damaged_heartbeats(run)
+        if beats := alive.read_heartbeats(run):
+            facts["heartbeat"] = _ago(now - min(beat["seen"] for beat in beats))  # of the rank silent for longest
+    with noted(flaws):
+        facts["jobs"], facts["requeues"] = _jobs_text(run, jobs)
+    if score := headline_score(run, config if known else None, flaws):
         facts["score"] = score
-    return Row(run=os.path.relpath(run) if not run.is_absolute() else str(run), state=state, **facts)
+    name = os.path.relpath(run) if not run.is_absolute() else str(run)
+    return Row(run=name, state=state, flaws=tuple(flaws), **facts)
 
 
-def _newest_commit(run: Path) -> Checkpoint | None:
-    try:
-        found = committed(run)
-    except (OSError, TrainerError, ValueError):
-        return None
-    return found[-1] if found else None
-
-
-def newest_known(run: Path, newest: Checkpoint | None) -> tuple[int, int]:
+def newest_known(logged: Sequence[dict[str, Any]], newest: Checkpoint | None) -> tuple[int, int]:
     """(step, images seen) of the last line of metrics, or of the newest checkpoint if that is further."""
     known = [(newest.images_seen, newest.step)] if newest is not None else []
-    for row in _rows_from_the_end(run / "metrics.jsonl"):
-        if isinstance(row.get("images_seen"), int) and isinstance(row.get("step"), int):
-            known.append((row["images_seen"], row["step"]))
-            break
+    known += [(row["images_seen"], row["step"]) for row in logged[-1:]]
     seen, step = max(known, default=(0, 0))
     return step, seen
 
 
-def last_figures(run: Path) -> dict[str, Any] | None:
-    """The last line of metrics that holds figures; the file is read from its end."""
-    return next((row for row in _rows_from_the_end(run / "metrics.jsonl") if "throughput/images_per_sec" in row), None)
+def last_rate(logged: Sequence[dict[str, Any]]) -> float | None:
+    """Images per second in the last line of metrics that knows them."""
+    rates = [row["throughput/images_per_sec"] for row in logged if row.get("throughput/images_per_sec") is not None]
+    return float(rates[-1]) if rates else None
 
 
-def headline_score(run: Path, config: Config | None) -> str | None:
+def headline_score(run: Path, config: Config | None, flaws: list[str]) -> str | None:
     """The Frechet distance of the result that stands for the run, as in its report; a star if its settings are not the
-    run's own."""
-    if config is None:
-        return None
-    headline = find_headline([Result(folder, values) for folder, values in read_results(run)], config)
+    run's own, or those are not known."""
+    found, damaged = scan(run)
+    flaws += [flaw for flaw in damaged if flaw not in flaws]
+    headline = find_headline([Result(folder, values) for folder, values in found], config)
     if headline is None or headline.result.distance[1] is None:
         return None
     name, distance = headline.result.distance
-    return f"{name} {distance:.2f}{STAR if headline.differs else ''} @ {headline.result.values['step']}"
-
-
-def _rows_from_the_end(path: Path) -> Iterable[dict[str, Any]]:
-    for line in reversed(_tail(path)):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # half a line, being written
-        if isinstance(row, dict):
-            yield row
-
-
-def _tail(path: Path, size: int = 65536) -> list[str]:
-    try:
-        with open(path, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - size))
-            return file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return []
-
-
-def _config(run: Path) -> Config | None:
-    try:
-        return run_config(run)
-    except (UserError, OSError):
-        return None
+    star = STAR if headline.differs or not headline.own_known else ""
+    return f"{name} {distance:.2f}{star} @ {headline.result.values['step']}"
 
 
 def _span(seconds: float) -> str:
+    if seconds > LONGEST:
+        return "ages"
     minutes, hours = int(seconds) // 60, int(seconds) // 3600
     if hours >= 48:
         return f"{hours // 24} d {hours % 24} h"
@@ -277,15 +302,16 @@ def show(paths: list[Path], every_s: float | None) -> int:
         for title in titles:
             made.add_column(title, overflow="fold")
         for row in found:
-            made.add_row(*(getattr(row, COLUMNS[title]) for title in titles))
+            made.add_row(*(Text(getattr(row, COLUMNS[title])) for title in titles))
         hidden = [title for title in fitting(found, 10**6) if title not in titles]
         notes = [f"in a wider terminal: {', '.join(hidden)}"] if hidden else []
         if "score" in titles and any(STAR in row.score for row in found):
             notes.append(f"{STAR} not under the run's own settings; `tarflow report` says which")
+        notes += [f"{row.run}: {flaw}" for row in found for flaw in row.flaws]
         return Group(made, *(Text(note, style="dim") for note in notes))
 
     terminal = os.isatty(1)
-    console = Console(width=None if terminal else 1000)
+    console = Console(file=styled(sys.stdout), width=None if terminal else 1000, markup=False, emoji=False)
     width = console.width if terminal else None
     if every_s is None:
         console.print(table(width), highlight=False, markup=False)
@@ -297,23 +323,3 @@ def show(paths: list[Path], every_s: float | None) -> int:
                 live.update(table(console.width if terminal else None), refresh=True)
         except KeyboardInterrupt:
             return 0
-
-
-def log_text(run: Path, rank: int, kind: str) -> str:
-    """What a rank of the newest job of a kind has printed, with its errors after it."""
-    jobs = [entry for entry in submissions(run) if entry["kind"] == kind]
-    if not jobs:
-        raise ClusterError(f"{run} has no submitted {kind} job (see {run / 'slurm' / 'jobs.jsonl'})")
-    # The newest that has begun: one that waits in the queue has no log yet.
-    begun = [entry for entry in jobs if listed(Path(entry["logs"]), f"{entry['job']}_*_log.out")]
-    newest = (begun or jobs)[-1]
-    job, folder = newest["job"], Path(newest["logs"])
-    each = newest.get("ranks_per_task", 1)  # the processes of a task share its log
-    out, err = (folder / f"{job}_{rank // each}_log.{name}" for name in ("out", "err"))
-    if not out.exists() and not err.exists():
-        tasks = [int(p.name.removeprefix(f"{job}_").split("_")[0]) for p in folder.glob(f"{job}_*_log.out")]
-        have = f"there are ranks 0 to {max(tasks) * each + each - 1}" if tasks else "the job has not started"
-        raise ClusterError(f"job {job} has no log of rank {rank} in {folder}: {have}")
-    text = out.read_text(errors="replace") if out.exists() else ""
-    errors = err.read_text(errors="replace") if err.exists() else ""
-    return text + (f"--- {err.name} ---\n{errors}" if errors.strip() else "")

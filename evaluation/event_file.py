@@ -8,7 +8,9 @@ import io
 import os
 import struct
 import time
+import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,21 @@ from PIL import Image
 FOLDER = "evaluation"
 LARGEST = 1024  # pixels of a picture's longer side; the original lies with the result
 _LENGTH, _CHECKS = struct.Struct("<Q"), 8  # a record: its length, two checksums of four bytes, its data
+_HEAD = struct.Struct("<QI")  # the length, and the first of the checksums, which is the length's
+_NO_PICTURE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 def append_events(
     run_dir: Path, images_seen: int, figures: Mapping[str, float], pictures: Mapping[str, Path], wall_time: float
 ) -> None:
-    """Add figures and PNG files, by tag, at a position of the run. Pictures that are not there are left out."""
+    """Add figures and PNG files, by tag, at a position of the run. Pictures that are not there or damaged are left out."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     values = [Summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
     for tag, path in pictures.items():
-        if path.is_file():
+        with suppress(*_NO_PICTURE):
             values.append(Summary.Value(tag=tag, image=_image(path)))
     path = _whole_file(run_dir / "tensorboard" / FOLDER)
     buffer = io.BytesIO()
@@ -48,7 +52,9 @@ def append_events(
 def _image(path: Path) -> Any:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    with Image.open(path) as picture:
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    with Image.open(path, formats=["PNG"]) as picture:
         picture.thumbnail((LARGEST, LARGEST))
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
@@ -64,18 +70,26 @@ def _whole_file(folder: Path) -> Path:
     number = 0
     while True:
         path = folder / f"events.out.tfevents.{number:010d}.{FOLDER}"
-        if not path.exists() or _is_whole(path):
+        if not os.path.lexists(path) or _is_whole(path):
             return path
         number += 1
 
 
 def _is_whole(path: Path) -> bool:
+    """Whether a file's records follow each other to its end. Each length has a checksum: so a damaged one is seen at once."""
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    if path.is_symlink() or not path.is_file():
+        return False
     size, end = path.stat().st_size, 0
     with open(path, "rb") as file:
         while end < size:
             file.seek(end)
-            head = file.read(_LENGTH.size)
-            if len(head) < _LENGTH.size:
+            head = file.read(_HEAD.size)
+            if len(head) < _HEAD.size:
                 return False
-            end += _LENGTH.size + _CHECKS + _LENGTH.unpack(head)[0]
+            length, check = _HEAD.unpack(head)
+            if check != masked_crc32c(head[:8]):
+                return False
+            end += _LENGTH.size + _CHECKS + length
     return end == size

@@ -9,23 +9,29 @@ evals/work/                             chunks of results in the making
 evals.jsonl                             one line per result; TensorBoard has the same figures
 """
 
-import json
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tarflow.errors import UserError, noted
 from tarflow.evaluation.event_file import append_events
 from tarflow.evaluation.metrics.names import is_distance, is_kernel
-from tarflow.files import append_json_line, discard, free_name, listed, publish_dir, read_json_lines
+from tarflow.evaluation.result_file import FORMAT, RESULT, WORK, load_result, load_work
+from tarflow.files import discard, free_name, listed, publish_dir
+from tarflow.records import DamagedFileError, append_record_line, read_lines
 from tarflow.trainer.checkpoint.names import leading_name
+from tarflow.trainer.run_dir import has_run_file, is_run, run_id
 
-RESULT = "result.json"
-WORK = "work.json"  # who did it and how long it took: apart, so that equal settings give equal result files
+__all__ = [
+    "FORMAT", "RESULT", "WORK", "announce", "building", "evals_dir", "metrics", "publish", "read_result", "read_results",
+    "result_name", "scan", "set_damaged_aside", "summary", "supersede", "sweep", "usable_result", "work_dir",
+]  # fmt: skip
+EVALS = "evals.jsonl"
 SCORES = (
     "distance_stderr", "kernel_stderr", "precision", "recall", "density", "coverage", "inception_score",
 )  # fmt: skip
@@ -47,35 +53,69 @@ def result_name(run_dir: Path, checkpoint: str, settings_hash: str, own: bool) -
     If the run's own settings changed after a checkpoint was evaluated, the new result stands beside the old one.
     """
     if own:
-        there = read_result(evals_dir(run_dir) / checkpoint)
-        if there is None or there.get("settings_hash") == settings_hash:
+        there = usable_result(evals_dir(run_dir) / checkpoint)
+        if there is None or there["settings_hash"] == settings_hash:
             return checkpoint
     return f"{checkpoint}-{settings_hash}"
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """The result in a directory with what is said about the work, or None if there is none."""
-    value = _read_object(folder / RESULT)
-    return None if value is None else {"seconds": {}, **(_read_object(folder / WORK) or {}), **value}
+    """The result in a directory below `evals/`, with what is said about the work, or None if there is none.
 
-
-def _read_object(path: Path) -> dict[str, Any] | None:
+    Raises DamagedFileError for one that cannot be believed.
+    """
+    root = folder.parent.parent
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+        result = load_result(folder, run_id(root) if is_run(root) else None)
+    except FileNotFoundError:
         return None
-    return value if isinstance(value, dict) else None
+    work: dict[str, Any] = {}
+    with suppress(UserError, OSError):  # no figure depends on it, and without its time more is looked at, not less
+        work = load_work(folder)
+    return {"seconds": {}, **work, **result}
 
 
-def read_results(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """All results of a run with their directories, by images seen and name."""
-    found = []
-    for path in listed(evals_dir(run_dir)):
-        ours = leading_name(path.name) or path.name.startswith("weights-")
-        result = read_result(path) if ours else None
+def usable_result(folder: Path) -> dict[str, Any] | None:
+    """The same, but None also for a damaged one: it is no result, and its place is free (see `set_damaged_aside`)."""
+    try:
+        return read_result(folder)
+    except DamagedFileError as error:
+        if error.path.parent != folder:
+            raise
+        return None
+
+
+def scan(root: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
+    """All results of a run with their directories, by images seen and name; and what is damaged, in words."""
+    found: list[tuple[Path, dict[str, Any]]] = []
+    flaws: list[str] = []
+    run = None
+    with noted(flaws):
+        run = run_id(root) if has_run_file(root) else None
+    for path in listed(evals_dir(root)):
+        if not (leading_name(path.name) or path.name.startswith("weights-")):
+            continue
+        result, work = None, dict[str, Any]()
+        with (
+            noted(flaws),
+            suppress(FileNotFoundError),
+        ):  # being removed, or never finished: nobody takes it for a result
+            result = load_result(path, run)
+        with noted(flaws):
+            work = load_work(path)
         if result is not None:
-            found.append((path, result))
-    return sorted(found, key=lambda item: (item[1].get("images_seen") or 0, item[0].name))
+            found.append((path, {"seconds": {}, **work, **result}))
+    with noted(flaws):
+        announced = read_lines(root / EVALS)
+        flaws += announced.flaws(root / EVALS)
+        if any(not isinstance(row.get("name"), str) for row in announced.rows):
+            flaws.append(f"{root / EVALS} holds lines that are no results")
+    return sorted(found, key=lambda item: (item[1]["images_seen"] or 0, item[0].name)), flaws
+
+
+def read_results(root: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The results of a run that can be believed; see `scan`."""
+    return scan(root)[0]
 
 
 @contextmanager
@@ -99,7 +139,7 @@ def sweep(run_dir: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
     for path in listed(work_dir(run_dir, "")):
         name = path.name.rsplit("-", 2)[0]
-        result = read_result(evals_dir(run_dir) / name)
+        result = usable_result(evals_dir(run_dir) / name)
         published = result and path.name == f"{name}-{result['settings_hash']}-{result['weights_sha256'][:12]}"
         checkpoint = leading_name(name)
         forgotten = checkpoint and not (run_dir / "checkpoints" / checkpoint).exists()
@@ -115,22 +155,27 @@ def publish(run_dir: Path, temporary: Path, name: str, tensorboard: bool) -> boo
     return True
 
 
-def set_damaged_aside(run_dir: Path, name: str) -> Path | None:
-    """Make room where a result's directory has no readable result, which published ones have; where it lies now."""
+def set_damaged_aside(run_dir: Path, name: str) -> tuple[Path, str] | None:
+    """Make room where no result is that can be believed: (where it lies now, what is wrong with it)."""
     folder = evals_dir(run_dir) / name
-    try:
-        if not folder.is_dir() or isinstance(json.loads((folder / RESULT).read_text()), dict):
-            return None
-    except (FileNotFoundError, ValueError):
-        pass
-    except OSError:  # it may be whole for those who can read it
+    if not os.path.lexists(folder):
         return None
+    try:
+        if read_result(folder) is not None:
+            return None
+        problem = f"it has no {RESULT}"  # published ones have
+    except DamagedFileError as error:
+        if error.path.parent != folder:
+            raise
+        problem = f"{error.path.name} is damaged: {error.where}{': ' if error.where else ''}{error.problem}"
+    except NotADirectoryError:
+        problem = "it is no folder"
     kept = free_name(evals_dir(run_dir) / f"damaged-{name}")
     try:
         os.rename(folder, kept)
     except FileNotFoundError:  # another worker saw it too
         return None
-    return kept
+    return kept, problem
 
 
 def supersede(run_dir: Path, name: str, result: dict[str, Any]) -> None:
@@ -141,16 +186,17 @@ def supersede(run_dir: Path, name: str, result: dict[str, Any]) -> None:
 
 
 def announce(run_dir: Path, tensorboard: bool, older_than_s: float = 0.0) -> None:
-    """Add the lines of results that evals.jsonl does not hold yet: also of one whose worker died before its line.
+    """Add the lines of results that evals.jsonl does not hold yet: also of one whose worker died before its line, or whose
+    line is damaged.
 
     `older_than_s`: leave out younger results, whose own worker is just about to announce them.
     """
-    path = run_dir / "evals.jsonl"
-    have = {(row.get("name"), row.get("weights_sha256")) for row in read_json_lines(path)}
+    path = run_dir / EVALS
+    have = {(row.get("name"), row.get("weights_sha256")) for row in read_lines(path).rows}
     for folder, result in read_results(run_dir):
-        settled = time.time() - float(result.get("time", 0)) >= older_than_s
-        if settled and (folder.name, result.get("weights_sha256")) not in have:
-            append_json_line(path, summary(folder.name, result))
+        settled = time.time() - result.get("time", 0.0) >= older_than_s
+        if settled and (folder.name, result["weights_sha256"]) not in have:
+            append_record_line(path, summary(folder.name, result))
             if tensorboard and result.get("step") is not None:
                 _write_tensorboard(run_dir, folder.name, result)
 

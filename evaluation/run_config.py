@@ -4,12 +4,14 @@
 command line replaces it, and whoever uses it says so.
 """
 
+import json
+import os
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
-from tarflow.files import write_json
-from tarflow.trainer.config.chosen_sampling import CHOSEN, chosen_sampling
+from tarflow.errors import noted
+from tarflow.trainer.config.chosen_sampling import CHOSEN, chosen_sampling, save_choice
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.run_dir import require_run
@@ -17,7 +19,7 @@ from tarflow.trainer.run_dir import require_run
 
 def choose(run_dir: Path, sampling: dict[str, Any], where: str) -> None:
     """Make sampling settings the run's default; `where` says which sweep chose them."""
-    write_json(run_dir / CHOSEN, {"sampling": sampling, "chosen_by": where})
+    save_choice(run_dir, sampling, where)
 
 
 def run_config(
@@ -36,5 +38,23 @@ def run_config(
     if used:
         listed = ", ".join(f"{key}={value}" for key, value in used.items())
         say(f"sampling with {listed}: chosen by {where} (remove {Path(run_dir) / CHOSEN} to undo)")
-    ours = [f"sampling.{key}={value}" for key, value in used.items()]
+    ours = [f"sampling.{key}={json.dumps(value)}" for key, value in used.items()]
     return load_config(Path(run_dir) / "config.yaml", [*ours, *overrides])
+
+
+def shown_config(
+    run_dir: Path, flaws: list[str], say: Callable[[str], None] = lambda line: None
+) -> tuple[Config | None, bool]:
+    """(the configuration of a run for those who only show it; whether samples and evaluations are known to go by it).
+
+    None if config.yaml is not there yet or cannot be read; what is wrong is added to `flaws`.
+    """
+    config = None
+    if not os.path.lexists(run_dir / "config.yaml"):
+        return None, False
+    with noted(flaws):
+        config = load_config(run_dir / "config.yaml")
+    if config is not None:
+        with noted(flaws):
+            return run_config(run_dir, say=say), True
+    return config, False

@@ -18,24 +18,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tarflow.evaluation.errors import EvaluationError
 from tarflow.files import discarded, put_once
 from tarflow.leases import HEARTBEATS, leased, unique_name
+from tarflow.records import DamagedFileError, read_object, sealed
 
+LARGEST = 1e9  # of a number in a plan
 _LONGEST_WAIT_S = 2.0  # between two looks at units that others hold
 
 
 class SharedWork:
     """One process's view of a folder of shared work.
 
-    `plan` is what this process would have; `self.plan` is what holds, since the first to come decides.
+    `plan`: positive numbers, of the same names for all. It is what this process would have; `self.plan` is what holds,
+    since the first to come decides.
     """
 
     def __init__(self, folder: Path, plan: dict[str, Any], lease_s: float) -> None:
         self.folder, self.claims = folder, folder / "claims"
         self._name = unique_name()
-        self.plan = self._join(plan | {"lease_s": lease_s})
-        self.lease_s = float(self.plan["lease_s"])
+        self.plan = self._join(plan | {"lease_s": float(lease_s)})
+        self.lease_s: float = self.plan["lease_s"]
         self.computed: list[str] = []  # units that this process did
 
     def path(self, name: str) -> Path:
@@ -114,14 +116,19 @@ class SharedWork:
 
     def _agree(self, plan: dict[str, Any]) -> dict[str, Any]:
         path, temporary = self.folder / "plan.json", self.folder / f".plan.{self._name}.tmp"
-        if not path.exists():
+        if not os.path.lexists(path):
             with discarded(temporary):
-                temporary.write_text(json.dumps(plan, indent=1))
+                temporary.write_text(json.dumps(sealed(plan), indent=1))
                 put_once(temporary, path)
-        try:
-            return dict(json.loads(path.read_text()))
-        except (ValueError, TypeError):
-            raise EvaluationError(f"{path} is damaged: remove {self.folder} to begin this work again") from None
+        what, way_out = "the plan of shared work", f"remove {self.folder} to begin this work again"
+        there = read_object(path, what=what, way_out=way_out)
+        for key in plan.keys() - there.keys():
+            raise DamagedFileError(path, "it is missing", way_out, where=key, what=what)
+        for key, value in there.items():
+            kinds = int if isinstance(plan.get(key), int) else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= LARGEST:
+                raise DamagedFileError(path, f"{value!r} cannot be", way_out, where=key, what=what)
+        return there
 
 
 def stretches(total: int, size: int) -> list[range]:

@@ -6,6 +6,9 @@ from tarflow.settings import Count, Section
 
 # Beyond anything that fits a cluster; a slip of the keyboard must not be computed with.
 MOST_PIXELS, MOST_CHANNELS, MOST_LAYERS, MOST_CLASSES = 1 << 14, 1 << 16, 1 << 10, 1 << 24
+MOST_TOKENS = 1 << 16  # attention grows with their square
+MOST_LAYERS_IN_ALL = 1 << 12
+MOST_PARAMETERS = 1 << 40
 
 
 class TarFlowConfig(Section):
@@ -16,18 +19,22 @@ class TarFlowConfig(Section):
     """
 
     image_size: Count = Field(gt=0, le=MOST_PIXELS, description="height and width of the square image, pixels")
-    patch_size: Count = Field(gt=0, description="height and width of a patch, pixels; must divide image_size")
+    patch_size: Count = Field(
+        gt=0, le=MOST_PIXELS, description="height and width of a patch, pixels; must divide image_size"
+    )
     in_channels: Count = Field(3, description="channels of the image: 3 (colour) or 1 (grey)")
     channels: Count = Field(gt=0, le=MOST_CHANNELS, description="width of the transformer; a multiple of head_channels")
     num_blocks: Count = Field(gt=0, le=MOST_LAYERS, description="flow blocks (metablocks in the paper)")
     layers_per_block: Count = Field(gt=0, le=MOST_LAYERS, description="transformer layers in each block")
-    head_channels: Count = Field(64, gt=0, description="channels of an attention head")
+    head_channels: Count = Field(64, gt=0, le=MOST_CHANNELS, description="channels of an attention head")
     expansion: Count = Field(4, gt=0, le=64, description="hidden width of the MLP, in units of channels")
     num_classes: Count = Field(0, ge=0, le=MOST_CLASSES, description="classes; 0 = unconditional")
     nvp: bool = Field(
         True, description="true: affine (non-volume-preserving); false: shift only, with a learned prior variance"
     )
-    soft_clip: float = Field(0.0, ge=0, description="bound the log-scale a to c*tanh(a/c); 0 = off, as published")
+    soft_clip: float = Field(
+        0.0, ge=0, le=1e3, description="bound the log-scale a to c*tanh(a/c); 0 = off, as published"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "TarFlowConfig":
@@ -43,7 +50,20 @@ class TarFlowConfig(Section):
             raise ValueError(
                 f"model.channels={self.channels} is not a multiple of model.head_channels={self.head_channels}"
             )
+        if 0 < self.soft_clip < 1e-6:
+            raise ValueError(f"model.soft_clip={self.soft_clip:g} must be 0 (off), or 1e-6 at least")
+        _at_most(self.num_tokens, MOST_TOKENS, "tokens", "a larger model.patch_size, or smaller images")
+        layers = self.num_blocks * self.layers_per_block
+        _at_most(layers, MOST_LAYERS_IN_ALL, "layers in all", "fewer model.num_blocks or model.layers_per_block")
+        _at_most(self._weights, MOST_PARAMETERS, "parameters", "a smaller model, or fewer model.num_classes")
         return self
+
+    @property
+    def _weights(self) -> int:
+        """Numbers in all matrices and embeddings; `cost.parameters` counts the small vectors too, but stands above."""
+        layer = (4 + 2 * self.expansion) * self.channels**2
+        ends = self.channels * (3 * self.token_dim + self.num_tokens + self.num_classes)
+        return self.num_blocks * (self.layers_per_block * layer + ends)
 
     @property
     def num_tokens(self) -> int:
@@ -63,3 +83,8 @@ class TarFlowConfig(Section):
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
         return (self.in_channels, self.image_size, self.image_size)
+
+
+def _at_most(number: int, most: int, what: str, way_out: str) -> None:
+    if number > most:
+        raise ValueError(f"the model would have {number:,} {what}, more than {most:,}: take {way_out}")

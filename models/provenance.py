@@ -1,26 +1,54 @@
 """Where weights come from: how they were trained and how they are meant to be sampled. Travels inside weights files."""
 
-from typing import Any, Literal
+import unicodedata
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from tarflow.settings import Section
+
+MOST = (1 << 63) - 1
+_DEEPEST = 8  # of what a file says of its sampling and code
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """A value whose texts can be shown on a line: no control characters, nothing that is not UTF-8."""
+    if depth > _DEEPEST:
+        raise ValueError("it is nested too deeply")
+    if isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in value):
+        raise ValueError(f"{value[:80]!a} holds a control character, such as a line break")
+    if isinstance(value, dict):
+        value = {_plain(key, depth + 1): _plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        for item in value:
+            _plain(item, depth + 1)
+    return value
+
+
+Word = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_plain)]  # 255: as of a class, so of all
+Facts = Annotated[dict[str, Any], Field(max_length=1000), AfterValidator(_plain)]
 
 
 class Provenance(Section):
     """What is known of weights beyond the model's shape. None: not known, and then nobody assumes it."""
 
-    weights: str | None = Field(None, description="which set of a checkpoint: raw, ema-0.050, ...")
-    ema_relative_std: float | None = Field(None, ge=0, description="width of a power-function average")
-    step: int | None = Field(None, ge=0, description="optimizer steps behind the weights")
-    images_seen: int | None = Field(None, ge=0, description="images behind the weights")
-    run: str | None = Field(None, description="identity of the run")
+    weights: Word | None = Field(None, description="which set of a checkpoint: raw, ema-0.050, ...")
+    ema_relative_std: float | None = Field(None, ge=0, le=1, description="width of a power-function average")
+    step: int | None = Field(None, ge=0, le=MOST, description="optimizer steps behind the weights")
+    images_seen: int | None = Field(None, ge=0, le=MOST, description="images behind the weights")
+    run: Word | None = Field(None, description="identity of the run")
     noise: Literal["gaussian", "uniform"] | None = Field(None, description="noise that was trained on")
-    noise_std: float | None = Field(None, ge=0, allow_inf_nan=False, description="of Gaussian noise, in model range")
+    noise_std: float | None = Field(None, ge=0, description="of Gaussian noise, in model range")
     label_dropout: float | None = Field(None, ge=0, le=1, description="share of steps without a label")
-    classes: tuple[str, ...] | None = Field(None, description="names of the classes, by number")
-    sampling: dict[str, Any] | None = Field(None, description="the run's sampling settings")
-    code: dict[str, Any] | None = Field(None, description="version and commit of the code that trained")
+    classes: tuple[Word, ...] | None = Field(None, description="names of the classes, by number")
+    sampling: Facts | None = Field(None, description="the run's sampling settings")
+    code: Facts | None = Field(None, description="version and commit of the code that trained")
+
+    @model_validator(mode="after")
+    def _noise_fits(self) -> "Provenance":
+        if (self.noise == "gaussian" and self.noise_std is None) or (self.noise == "uniform" and self.noise_std):
+            raise ValueError(f"noise={self.noise} does not go with noise_std={self.noise_std}")
+        return self
 
     def describe(self) -> dict[str, Any]:
         """What is known, as plain values; the sampling settings apart, which a result states as they were used."""

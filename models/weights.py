@@ -2,32 +2,42 @@
 
 Both hold the configuration and the weights' provenance besides: safetensors as metadata, `.pth` as an attribute of the
 dictionary, which `load_state_dict` passes over, so the published code loads the file strictly. Files of others hold
-neither: then the shapes say the model, and the provenance is not known. Pickles are only ever read as tensors
-(`weights_only`): a file with code in it is refused, not run.
+neither: then the shapes say the model, and the provenance is not known. What a file claims is held against bounds before
+anything is made of it (`tensor_files` reads it, and runs nothing).
 """
 
-import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tarflow.files import write_atomic
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.errors import ModelError
 from tarflow.models.flow import TarFlow
+from tarflow.models.formats.published import attention_masks, config_by_shapes, without_masks
+from tarflow.models.formats.tensor_files import (
+    CHECKSUM_KEY,
+    WAY_OUT,
+    TensorFile,
+    read_pickled,
+    read_safetensors,
+    write_safetensors,
+)
 from tarflow.models.provenance import Provenance
-from tarflow.models.published import attention_masks, config_by_shapes, without_masks
+from tarflow.records import DamagedFileError, parse_object
+from tarflow.settings import Section
 
 CONFIG_KEY, PROVENANCE_KEY = "tarflow_config", "tarflow_provenance"
 ATTRIBUTE = "tarflow"  # of the dictionary in a `.pth`: what safetensors hold as metadata
 SUFFIXES = (".safetensors", ".pth")
+_KNOWN_KEYS = {CONFIG_KEY, PROVENANCE_KEY, CHECKSUM_KEY, "format"}
+_MOST_TEXT = 1 << 24  # characters of what a file says of itself
 
 
 @dataclass(frozen=True)
@@ -37,13 +47,21 @@ class WeightsHeader:
     config: TarFlowConfig
     provenance: Provenance
     by_shapes: bool  # the file names no configuration: it is read off the tensors
+    checked: bool = True  # it agrees with a checksum in the file; False: there is none
+
+    @property
+    def caveat(self) -> str:
+        """What to add to a line about the file."""
+        return (
+            "" if self.checked else "; it carries no checksum: whether its bytes are as they were written is not known"
+        )
 
 
 @dataclass(frozen=True)
 class WeightsFile(WeightsHeader):
     """A weights file: tensors by name, on the CPU, which fit the configuration."""
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 def is_weights_file(path: str | Path) -> bool:
@@ -65,13 +83,18 @@ def save_weights_file(
     if provenance is not None:
         metadata[PROVENANCE_KEY] = provenance.model_dump_json(exclude_none=True)
     if path.suffix == ".safetensors":
-        write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        write_atomic(path, lambda temporary: write_safetensors(temporary, tensors, metadata))
     elif path.suffix == ".pth":
         published = OrderedDict(tensors | attention_masks(config))
         setattr(published, ATTRIBUTE, metadata)
-        write_atomic(path, lambda temporary: torch.save(published, temporary))
+        write_atomic(path, lambda temporary: _save_pickled(temporary, published))
     else:
         raise ModelError(f"{path}: weights are written as .safetensors or .pth (published layout)")
+
+
+def _save_pickled(path: Path, tensors: OrderedDict[str, Tensor]) -> None:
+    with open(path, "wb") as file:  # by its name, torch would store the name
+        torch.save(tensors, file)
 
 
 def load_weights_file(path: str | Path, config: TarFlowConfig | None = None) -> tuple[TarFlowConfig, dict[str, Tensor]]:
@@ -89,79 +112,79 @@ def load_weights_file(path: str | Path, config: TarFlowConfig | None = None) -> 
 def read_weights(path: str | Path, like: TarFlowConfig | None = None) -> WeightsFile:
     """Read a weights file with all that it says. `like`: see `config_by_shapes`.
 
-    Raises ModelError: no such file, a pickle with code, names or shapes that do not fit.
+    Raises:
+        DamagedFileError: its bytes do not fit its checksum, or what it says of itself cannot be believed.
+        ModelError: no such file, a pickle with code, names or shapes that do not fit.
     """
     path = Path(path)
-    metadata, tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_published(path)
-    config, provenance = _parsed(path, metadata)
+    file = _read(path)
+    config, provenance = _parsed(path, file.metadata)
     by_shapes = config is None
     if config is None:
-        config = config_by_shapes(tensors, str(path), like)
-    tensors = without_masks(config, tensors, str(path))
+        config = config_by_shapes(file.tensors, str(path), like)
+    tensors = without_masks(config, file.tensors, str(path))
+    if sum(t.nbytes for t in tensors.values()) > path.stat().st_size:
+        raise DamagedFileError(path, "its tensors share their numbers, which the model's do not", WAY_OUT)
     # The affine flow's prior is fixed; some files leave its variance of ones out.
-    if config.nvp and "var" not in tensors:
-        tensors["var"] = torch.ones(config.num_tokens, config.token_dim)
+    without_var = config.nvp and "var" not in tensors
+    if without_var:
+        tensors["var"] = torch.ones(()).expand(config.num_tokens, config.token_dim)
     check_weights(config, tensors, str(path))
-    return WeightsFile(config, provenance, by_shapes, tensors)
+    if without_var:
+        tensors["var"] = tensors["var"].contiguous()
+    return WeightsFile(config, provenance, by_shapes, file.checked, tensors)
 
 
 def read_header(path: str | Path, like: TarFlowConfig | None = None) -> WeightsHeader:
-    """What `read_weights` finds beside the tensors; of safetensors their metadata alone are read."""
+    """What `read_weights` finds beside the tensors. Safetensors are read for their checksum, a piece at a time."""
     path = Path(path)
     if path.suffix != ".safetensors":
         return read_weights(path, like)
-    config, provenance = _parsed(path, _read_safetensors(path, header_only=True)[0])
+    file = _read(path, header_only=True)
+    config, provenance = _parsed(path, file.metadata)
     assert config is not None
-    return WeightsHeader(config, provenance, by_shapes=False)
+    return WeightsHeader(config, provenance, by_shapes=False, checked=file.checked)
 
 
-def _read_safetensors(path: Path, header_only: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
-    _require(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = [] if header_only else file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is not a readable safetensors file: {error}") from None
-    if CONFIG_KEY not in metadata:
+def _read(path: Path, header_only: bool = False) -> TensorFile:
+    if path.suffix != ".safetensors":
+        return read_pickled(path, ATTRIBUTE)
+    file = read_safetensors(path, header_only)
+    if CONFIG_KEY not in file.metadata:
         raise ModelError(
             f"{path} holds no TarFlow configuration (metadata {CONFIG_KEY!r}); it was written by another program"
         )
-    return metadata, tensors
-
-
-def _read_published(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    _require(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # its own text advises to load it all the same
-        raise ModelError(f"{path} is refused: it is not a plain file of tensors, loading it could run code") from None
-    except OSError:
-        raise
-    except Exception as error:  # bytes that are no pickle lead its machine astray in any way: KeyError, IndexError, ...
-        text = str(error).splitlines()[0] if isinstance(error, RuntimeError | EOFError) and str(error) else "no such format"
-        raise ModelError(f"{path} is not a readable weights file: {text}") from None
-    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
-        raise ModelError(f"{path} is not a dictionary of tensors, as published TarFlow weights are")
-    metadata = getattr(content, ATTRIBUTE, {})
-    return dict(metadata) if isinstance(metadata, dict) else {}, dict(content)
-
-
-def _require(path: Path) -> None:
-    if not path.is_file():
-        raise ModelError(f"no weights file at {path}")
+    return file
 
 
 def _parsed(path: Path, metadata: Mapping[str, str]) -> tuple[TarFlowConfig | None, Provenance]:
-    what = "configuration"
+    if unknown := metadata.keys() - _KNOWN_KEYS:
+        raise DamagedFileError(
+            path, f"its metadata hold {min(unknown)[:80]!r}, which this version does not know", WAY_OUT
+        )
+    config = _section(path, "configuration", metadata[CONFIG_KEY], TarFlowConfig) if CONFIG_KEY in metadata else None
+    provenance = _section(path, "provenance", metadata.get(PROVENANCE_KEY, "{}"), Provenance)
+    if config is not None and config.num_classes and len(provenance.classes or ()) > config.num_classes:
+        said = f"it names {len(provenance.classes or ()):,} classes, its model has {config.num_classes:,}"
+        raise DamagedFileError(path, said, WAY_OUT, where="provenance.classes")
+    return config, provenance
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def _section(path: Path, what: str, text: str, kind: type[SectionT]) -> SectionT:
     try:
-        text = metadata.get(CONFIG_KEY)
-        config = None if text is None else TarFlowConfig.model_validate_json(text)
-        what = "provenance"
-        return config, Provenance.model_validate_json(metadata.get(PROVENANCE_KEY, "{}"))
+        if len(text) > _MOST_TEXT:
+            raise ValueError(f"it has more than {_MOST_TEXT:,} characters")
+        return kind.model_validate(parse_object(text.encode("utf-8", "surrogatepass")))
     except ValidationError as error:
-        raise ModelError(f"{path} holds a {what} that this version does not know: {error}") from None
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(str(part)[:80] for part in first["loc"])
+        problem = f"{where}: {first['msg']}" if where else first["msg"]
+    except ValueError as error:
+        problem = str(error)
+    raise ModelError(f"{path} holds a {what} that this version does not know: {problem}; {WAY_OUT}")
 
 
 def check_weights(config: TarFlowConfig, weights: Mapping[str, Tensor], where: str) -> None:
@@ -174,6 +197,9 @@ def check_weights(config: TarFlowConfig, weights: Mapping[str, Tensor], where: s
         f"{name}: {list(weights[name].shape)} in the file, {list(shape)} in the model"
         for name, shape in expected.items()
         if name in weights and tuple(weights[name].shape) != shape
+    ]
+    problems += [
+        f"{name}: {t.dtype}, which holds no weights" for name, t in weights.items() if not t.is_floating_point()
     ]
     if problems:
         shown = "\n  ".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")

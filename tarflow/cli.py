@@ -25,8 +25,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tarflow import __version__
+from tarflow import __version__, terminal
 from tarflow.errors import LASTING, UserError, in_words, path_of
+from tarflow.interpreter import leave_current_folder
 from tarflow.outputs import Output, ReaderGoneError, guarded_outputs
 
 # verb: (module, what it does)
@@ -63,6 +64,8 @@ OF_A_SIGNAL = 128  # exit codes of what a signal ended: this and its number
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
+    if argv is None:  # this process is the verb's own
+        leave_current_folder()
     with _orderly_end() as asked, guarded_outputs() as outputs:
         try:
             return _main(sys.argv[1:] if argv is None else argv, outputs)
@@ -77,7 +80,7 @@ def _main(argv: Sequence[str], outputs: Sequence[Output]) -> int:
     try:
         args = parse(argv)
         for note in repeated(getattr(args, "overrides", [])):
-            print(f"{args.parser.prog}: note: {note}", file=sys.stderr)
+            print(terminal.message(f"{args.parser.prog}: note: {note}"), file=sys.stderr)
         for output in outputs:
             output.lasting = getattr(args.command, "OUTLIVES_ITS_READER", False)
         code = int(args.command.run(args))
@@ -97,7 +100,7 @@ def _main(argv: Sequence[str], outputs: Sequence[Output]) -> int:
         text, lasting = str(error), True
         if isinstance(error, OSError):
             text, lasting = f"{_option_of(error, args)}{in_words(error)}", error.errno in LASTING
-        print(f"{_prog(args)}: error: {text}", file=sys.stderr)
+        print(terminal.message(f"{_prog(args)}: error: {text}"), file=sys.stderr)
         return USAGE if lasting else FAILED
 
 
@@ -134,7 +137,7 @@ class Parser(argparse.ArgumentParser):
     """Wrong usage is one line, with the nearest known word and where to read on."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"{self.prog}: error: {message} (see `{self.prog} --help`)\n")
+        self.exit(USAGE, terminal.message(f"{self.prog}: error: {message} (see `{self.prog} --help`)") + "\n")
 
 
 def repeated(overrides: Sequence[str]) -> list[str]:

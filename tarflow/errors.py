@@ -2,6 +2,8 @@
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tarflow.file_systems import file_system
@@ -9,6 +11,17 @@ from tarflow.file_systems import file_system
 
 class UserError(ValueError):
     """Base of every room's error: the text says what was wrong, where, and which setting changes it."""
+
+
+@contextmanager
+def noted(flaws: list[str]) -> Iterator[None]:
+    """For what only shows: a file that cannot be read or believed is noted in words, and everything else stands."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        text = in_words(error) if isinstance(error, OSError) else str(error)
+        if text not in flaws:
+            flaws.append(text)
 
 
 # Of the system's errors, those that the same command would meet again: a path is wrong, or not one's own.

@@ -55,7 +55,7 @@ def _number(path: Path) -> int:
 def _leases(folder: Path, name: str) -> list[Path]:
     """The leases on a name, the one that may hold last."""
     found = listed(folder, f"{glob.escape(name)}.*")
-    return sorted((p for p in found if p.stem == name and p.suffix[1:].isdigit()), key=_number)
+    return sorted((p for p in found if p.stem == name and p.suffix[1:].isdecimal()), key=_number)
 
 
 def held(folder: Path, name: str, lease_s: float) -> bool:

@@ -7,7 +7,9 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TextIO, cast
+
+from tarflow.terminal import plain_lines
 
 
 class ReaderGoneError(BrokenPipeError):
@@ -50,7 +52,8 @@ class Output(io.FileIO):
 def guarded_outputs() -> Iterator["list[Output]"]:
     """Have the process's own stdout and stderr guarded for a while; yields stdout's Output, if it is its own.
 
-    Whatever cannot be encoded is escaped: a file's name need not be text.
+    What cannot be encoded is escaped (a file's name need not be text), and so is what a terminal would obey: who means to
+    draw asks for `styled`.
     """
     out, err = sys.stdout, sys.stderr
     guards = []
@@ -69,10 +72,37 @@ def guarded_outputs() -> Iterator["list[Output]"]:
         sys.stdout, sys.stderr = out, err
 
 
+def styled(stream: TextIO) -> TextIO:
+    """A guarded stream for a library that draws: its colours and movements reach the terminal. What it draws of data must
+    have gone through `tarflow.terminal`."""
+    return cast(TextIO, _Drawn(stream)) if isinstance(stream, _Shown) else stream
+
+
+class _Shown(io.TextIOWrapper):
+    """Shows escape sequences and the like, whoever writes them."""
+
+    def write(self, text: str, /) -> int:
+        super().write(plain_lines(text, limit=len(text)))
+        return len(text)
+
+
+class _Drawn:
+    """The same stream, on which nothing is escaped."""
+
+    def __init__(self, stream: _Shown) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return io.TextIOWrapper.write(self._stream, text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def _text(like: io.TextIOWrapper, output: Output) -> io.TextIOWrapper:
     like.flush()
     binary = output if like.write_through else io.BufferedWriter(output)  # python -u
-    return io.TextIOWrapper(
+    return _Shown(
         binary, encoding=like.encoding, errors="backslashreplace", line_buffering=like.line_buffering,
         write_through=like.write_through,
     )  # fmt: skip

@@ -13,8 +13,9 @@ not pass for what was written. Files of versions before the seal carry none; the
 
 import json
 import math
+import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -70,13 +71,26 @@ def save_record(path: Path, record: Record, *, shared: bool = True) -> None:
     write_text(path, json.dumps(sealed(record.model_dump(mode="json")), indent=2) + "\n", shared=shared)
 
 
-def read_object(path: Path, *, what: str = "", way_out: str = Record.way_out, limit: int = LIMIT) -> dict[str, Any]:
-    """Read a JSON object whose fields have no model (a result, settings of another version), its seal checked and taken off.
+def read_object(
+    path: Path,
+    kind: type[Record] | None = None,
+    *,
+    what: str = "",
+    way_out: str = Record.way_out,
+    limit: int = LIMIT,
+) -> dict[str, Any]:
+    """Read a JSON object whose fields have no model (settings of another version), its seal checked and taken off.
 
-    Raises as `load_record`.
+    `kind`: a model that it must fit all the same, where plain values are wanted (a result, of which many things are
+    asked). Raises as `load_record`.
     """
+    if kind is not None:
+        what, way_out, limit = kind.what, kind.way_out, kind.limit
     try:
-        return opened(parse_object(read_bounded(path, limit)))
+        value = opened(parse_object(read_bounded(path, limit)))
+        if kind is not None:
+            as_record(value, kind)
+        return value
     except _FlawError as flaw:
         raise DamagedFileError(path, flaw.problem, way_out, where=flaw.where, what=what) from None
 
@@ -98,27 +112,45 @@ class Lines:
         lines = ", ".join(str(number) for number in self.damaged[:5]) + (", ..." if len(self.damaged) > 5 else "")
         return f"{len(self.damaged)} damaged line{'s' * (len(self.damaged) > 1)} left out ({lines})" if lines else ""
 
+    def flaws(self, path: Path) -> list[str]:
+        """What is wrong with the file, in words, for whoever shows it."""
+        said = [str(self)] if self.damaged else []
+        said += ["its last line is cut off"] if self.torn else []
+        return [f"{path}: {'; '.join(said)}"] if said else []
+
 
 def append_record_line(path: Path, value: dict[str, Any]) -> None:
     """Add one JSON object as a sealed line, durably. A torn last line is closed first and spoils no other."""
     append_line(path, json.dumps(sealed(value), allow_nan=False), durable=True)
 
 
-def read_lines(path: Path) -> Lines:
-    """The rows of a file of sealed lines, seals taken off; a missing file has none.
+def read_lines(path: Path, tail: int | None = None) -> Lines:
+    """The rows of a file of sealed lines, seals taken off; a missing file has none. `tail`: only its last so many bytes.
 
-    A line without a seal is believed only above the first sealed one: there, a version before the seal wrote it.
+    A line without a seal is believed only above the first sealed one: there, a version before the seal wrote it. Of such
+    lines, numbers that are not finite are read as null. Raises DamagedFileError if something else than a file lies there.
     """
     lines = Lines()
-    if not path.is_file():
+    if not os.path.lexists(path):
         return lines
+    if not path.is_file():
+        raise DamagedFileError(path, "it is no regular file", "move it away")
     any_sealed = False
     with open(path, "rb") as file:
+        if tail is not None and (size := file.seek(0, os.SEEK_END)) > tail:
+            file.seek(size - tail - 1)
+            if b"\0" in file.readline(LIMIT):  # the rest of a line that began before
+                lines.damaged.append(0)
+        else:
+            file.seek(0)
         for number, line in enumerate(_bounded_lines(file), start=1):
             if not line.strip():
                 continue
             try:
-                value = parse_object(line)
+                if len(line) == LIMIT or b"\0" in line:  # what a power cut leaves of a file that had grown
+                    lines.damaged.append(number)
+                    continue
+                value = parse_object(line, constant=_none)
                 if any_sealed and SEAL not in value:
                     raise _FlawError("it carries no checksum")
                 any_sealed = any_sealed or SEAL in value
@@ -158,7 +190,7 @@ def as_record(value: dict[str, Any], kind: type[RecordT]) -> RecordT:
 
 def read_bounded(path: Path, limit: int = LIMIT) -> bytes:
     """The content of a file of at most so many bytes; of a device or a pipe nothing is read."""
-    if path.exists() and not path.is_file():
+    if os.path.lexists(path) and not path.is_file():  # a link to nothing is something, too
         raise _FlawError("it is no regular file")
     with open(path, "rb") as file:
         data = file.read(limit + 1)
@@ -167,11 +199,17 @@ def read_bounded(path: Path, limit: int = LIMIT) -> bytes:
     return data
 
 
-def parse_object(data: bytes) -> dict[str, Any]:
-    """A JSON object with finite numbers, no field twice, not too deep. Raises ValueError."""
+def parse_object(data: bytes, constant: Callable[[str], Any] | None = None) -> dict[str, Any]:
+    """A JSON object with finite numbers, no field twice, not too deep. Raises ValueError.
+
+    `constant`: what NaN and Infinity stand for, where they do not make it invalid.
+    """
     try:
         value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_no_field_twice, parse_float=_finite, parse_constant=_no_constant
+            data.decode("utf-8"),
+            object_pairs_hook=_no_field_twice,
+            parse_float=_finite,
+            parse_constant=constant or _no_constant,
         )
     except RecursionError:
         raise _FlawError("it is nested too deeply") from None
@@ -217,6 +255,10 @@ def _finite(text: str) -> float:
 
 def _no_constant(text: str) -> float:
     raise _FlawError(f"{text} is no finite number")
+
+
+def _none(_: str) -> None:
+    return None
 
 
 def _bounded_lines(file: Any) -> Iterable[bytes]:

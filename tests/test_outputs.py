@@ -136,3 +136,39 @@ def test_an_output_goes_nowhere_once_nobody_reads_it(ends: Callable[[], tuple[in
             output.write(b"22")
     assert os.write(write, b"333") == 3  # what a library or a child writes itself
     os.close(write)
+
+
+def test_h11_names_of_classes_reach_a_terminal_as_escapes(small_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tarflow.data_pipeline.commands.info import _print_classes
+    from tarflow.data_pipeline.storage.open_index import open_index
+
+    index = open_index(small_set)
+    index.classes = ["cat\x1b]0;owned\x07\x1b[31m\nsamples      1,000,000\u202e", "dog", "x" * 10_000]
+    _print_classes(index, 3)
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert r"cat\x1b]0;owned\x07\x1b[31m\nsamples      1,000,000\u202e" in out
+    assert len(out.splitlines()) == 4
+    assert len(out) < 600
+
+
+def test_h11_the_line_of_an_error_shows_what_a_name_holds(tmp_path: Path) -> None:
+    missing = tmp_path / "a\x1b[2J\ntarflow: finished.yaml"
+    process = start("train", missing, "--run-dir", tmp_path / "run")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "\x1b" not in err
+    assert "a\\x1b[2J\n  tarflow: finished.yaml" in err
+    assert len(err.splitlines()) == 2
+
+
+def test_h11_whatever_is_printed_is_escaped_but_what_a_library_draws() -> None:
+    program = (
+        "import sys; from tarflow.outputs import guarded_outputs, styled\n"
+        "with guarded_outputs():\n"
+        "    print('a\\x1b[31m\\x9b1m\\tb\\r50%\\u202e'); print('err\\x07', file=sys.stderr)\n"
+        "    styled(sys.stdout).write('\\x1b[1mbar\\x1b[0m\\n'); print('after')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=ENV, capture_output=True, timeout=60)
+    assert done.stdout.decode() == "a\\x1b[31m\\x9b1m\tb\n50%\\u202e\n\x1b[1mbar\x1b[0m\nafter\n"
+    assert done.stderr == b"err\\x07\n"

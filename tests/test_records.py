@@ -1,6 +1,7 @@
 """What the product wrote is read back; what anyone changed is not."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,37 @@ def test_lines_that_were_changed_are_left_out_and_counted(tmp_path: Path) -> Non
     assert lines.torn
     assert str(lines) == "2 damaged lines left out (4, 6)"
     assert read_lines(tmp_path / "none.jsonl").rows == []
+    with open(path, "ab") as file:
+        file.truncate(1 << 26)  # zeros, as a power cut leaves them
+    assert len(read_lines(path).rows) == 4
+    assert read_lines(path).damaged[:3] == [4, 6, 7]
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "link to nothing"])
+def test_what_is_no_file_is_damage_and_never_waited_for(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.json"
+    make = {"folder": path.mkdir, "fifo": lambda: os.mkfifo(path), "link to nothing": lambda: path.symlink_to("none")}
+    make[kind]()
+    for read in (lambda: load_record(path, Made), lambda: read_object(path), lambda: read_lines(path)):
+        with pytest.raises(DamagedFileError, match="no regular file"):
+            read()
+
+
+def test_plain_values_may_have_a_model_all_the_same(tmp_path: Path) -> None:
+    write_object(tmp_path / "a.json", {"name": "x", "images": 3})
+    assert read_object(tmp_path / "a.json", Made) == {"name": "x", "images": 3}
+    write_object(tmp_path / "a.json", {"name": "x", "images": -3})
+    with pytest.raises(DamagedFileError, match=r"\(a test's record\) is damaged .*images: .*make it again"):
+        read_object(tmp_path / "a.json", Made)
+
+
+def test_the_end_of_a_file_of_lines_is_read_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_line(path, '{"old": NaN}')
+    assert read_lines(path).rows == [{"old": None}]
+    for number in range(100):
+        append_record_line(path, {"n": number})
+    assert [row["n"] for row in read_lines(path, tail=100).rows] == [98, 99]
+    length = len(path.read_bytes().splitlines(keepends=True)[-1])
+    assert [row["n"] for row in read_lines(path, tail=length).rows] == [99]
+    assert len(read_lines(path, tail=1 << 20).rows) == 101

@@ -4,6 +4,7 @@ Sums stay on the device and are read once every `log.every_steps` steps: a step 
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from tarflow.files import LineWriter
 from tarflow.models.likelihood import bits_from_nats
+from tarflow.outputs import styled
+from tarflow.records import sealed
+from tarflow.terminal import plain_lines
 
 WIDE = 130  # columns of a terminal that has room for all figures beside a progress bar
 
@@ -120,6 +124,7 @@ class MetricLog:
 
     def say(self, text: str, *, last_words: bool = False) -> None:
         """A line for people: log.txt and the screen; `last_words`: on the error output, from which a job takes its reason."""
+        text = plain_lines(text)
         self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
         if self._progress is not None:
             self._progress.console.print(text, highlight=False, markup=False)
@@ -161,8 +166,10 @@ class MetricLog:
             self.say(line)
 
     def _write(self, row: Mapping[str, Any]) -> None:
+        """A sealed line; a figure that is not finite, as of a window of skipped steps, is null."""
         if self._jsonl is not None:
-            self._jsonl.write(json.dumps(row))
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            self._jsonl.write(json.dumps(sealed(finite)))
 
     def close(self) -> None:
         if self._progress is not None:
@@ -179,7 +186,7 @@ def _progress_bar(console: Console | None = None) -> Progress:
     """Takes the terminal's width, with a bar of what the figures leave."""
     return Progress(
         TextColumn("{task.percentage:5.1f}%"), BarColumn(bar_width=None), TextColumn("ETA"), TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"), console=console or Console(stderr=True), expand=True,
+        TextColumn("{task.fields[figures]}"), console=console or Console(file=styled(sys.stderr)), expand=True,
     )  # fmt: skip
 
 

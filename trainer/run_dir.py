@@ -72,6 +72,11 @@ def is_run(run_dir: str | Path) -> bool:
     return (Path(run_dir) / "run.json").is_file()
 
 
+def has_run_file(run_dir: str | Path) -> bool:
+    """Whether something stands where a run's identity does, readable or not: for those who show what there is."""
+    return os.path.lexists(Path(run_dir) / "run.json")
+
+
 def require_run(run_dir: str | Path) -> Path:
     """The path of an existing run; anything else is a clear error."""
     path = Path(run_dir)

@@ -4,8 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from tarflow.terminal import plain_lines
+
 EXAMPLE = """example:
   tarflow logs runs/in64 --rank 3
+
+What a terminal would take for a command is shown as an escape; the files in RUN/slurm/jobs hold it as it was printed.
 """
 
 
@@ -16,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tarflow.cluster.status import log_text
+    from tarflow.cluster.logs import log_text
 
-    sys.stdout.write(log_text(args.run, args.rank, "evaluate" if args.evaluation else "train"))
+    for piece in log_text(args.run, args.rank, "evaluate" if args.evaluation else "train"):
+        sys.stdout.write(plain_lines(piece, len(piece)))  # a job prints what its data hold
     return 0

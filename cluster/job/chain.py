@@ -1,19 +1,20 @@
 """The chain of starts of one job, and the rule by which it goes on or ends.
 
-RUN/slurm/chain-JOB.json: {"starts": [{"restart", "step", "nodes", "time"}], "bad_nodes": {...}, "ended": {"code", "text",
-"time", "cancelled"}}.
-Rank 0 alone writes it.
+RUN/slurm/chain-JOB.json, a `ChainFile`. Rank 0 alone writes it.
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import Field
 
 from tarflow.cluster.exit_codes import FINISHED, IN_USE, NO_PROGRESS, REQUEUE, REQUEUE_LIMIT
-from tarflow.files import write_text
+from tarflow.records import DamagedFileError, Record, load_record, save_record
+
+JOB_ID = r"^\d{1,12}(_\d{1,9})?$"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,42 @@ class Decision:
     cancelled: bool = False
 
 
+class Start(Record):
+    """One start of a job by Slurm."""
+
+    restart: int = Field(ge=0, le=10**9)
+    step: int = Field(ge=0, le=10**15)  # the newest committed one
+    nodes: str = ""
+    time: float = Field(0.0, ge=0)
+
+
+class End(Record):
+    """How a chain ended."""
+
+    code: int = Field(ge=0, le=255)
+    text: str
+    time: float = Field(0.0, ge=0)
+    cancelled: bool = False
+
+
+class ChainFile(Record):
+    """A chain as it stands in its file."""
+
+    what: ClassVar[str] = "record of the starts of a Slurm job"
+    way_out: ClassVar[str] = "the run's checkpoints are not touched: move the file away and submit the run again"
+
+    job: str | None = Field(None, pattern=JOB_ID)
+    submission: str | None = None  # see Job
+    starts: list[Start] = Field([])
+    bad_nodes: dict[str, str] = Field({})
+    ended: End | None = None
+
+
+def foreign(path: Path, problem: str, where: str) -> DamagedFileError:
+    """A sound file that is not this job's."""
+    return DamagedFileError(path, problem, ChainFile.way_out, where=where, what=ChainFile.what)
+
+
 @dataclass
 class Chain:
     """The record of a chain."""
@@ -52,19 +89,41 @@ class Chain:
     starts: list[dict[str, Any]] = field(default_factory=list)
     bad_nodes: dict[str, str] = field(default_factory=dict)
     ended: dict[str, Any] | None = None
+    job: str | None = None
+    submission: str | None = None
+    problem: str = ""  # why the file could not be read; only of `shown`
 
     @classmethod
     def load(cls, slurm_dir: Path, job: str) -> "Chain":
-        """The chain of a job; an empty one before its first start."""
+        """The chain of a job, for what decides; an empty one before its first start.
+
+        Raises:
+            DamagedFileError: its file cannot be believed, or is another job's.
+        """
         path = slurm_dir / f"chain-{job}.json"
         try:
-            return cls(path, **json.loads(path.read_text()))
+            found = load_record(path, ChainFile)
         except FileNotFoundError:
-            return cls(path)
+            return cls(path, job=job)
+        if found.job not in (None, job):
+            raise foreign(path, f"it is the record of job {found.job}", "job")
+        return cls(path, **found.model_dump() | {"job": job})
+
+    @classmethod
+    def shown(cls, slurm_dir: Path, job: str) -> "Chain":
+        """The same for what only shows: `problem` says what is wrong with the file, and the chain is empty then."""
+        try:
+            return cls.load(slurm_dir, job)
+        except (DamagedFileError, OSError) as error:
+            return cls(slurm_dir / f"chain-{job}.json", job=job, problem=str(error))
 
     def save(self) -> None:
-        tree = {"starts": self.starts, "bad_nodes": self.bad_nodes, "ended": self.ended}
-        write_text(self.path, json.dumps(tree, indent=1))
+        starts = [Start(**start) for start in self.starts]
+        ended = End(**self.ended) if self.ended else None
+        record = ChainFile(
+            job=self.job, submission=self.submission, starts=starts, bad_nodes=self.bad_nodes, ended=ended
+        )
+        save_record(self.path, record, shared=False)
 
     def begin(self, restart: int, step: int, nodes: str) -> None:
         """Note a start. Slurm restarts a job by itself too (a failed node, `scontrol requeue`): all are counted here."""

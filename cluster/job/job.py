@@ -1,66 +1,45 @@
-"""What runs in each task of a job: start the work as a child, hand on signals, and let the chain go on or end.
+"""What runs in each task of a job: start the work as a child, hand on signals, and let the chain go on or end."""
 
-The job is pickled by submitit. Its own signal handling replaces submitit's as soon as it is called: submitit calls every
-signal of a short job a time-out, loses the race against Slurm's own requeue, and takes its error for the job's result.
-"""
-
-import json
-import logging
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
+
+from pydantic import Field
 
 from tarflow.cluster import slurm
 from tarflow.cluster.errors import ClusterError, RunInUseError
 from tarflow.cluster.exit_codes import CANNOT_REQUEUE, FAILED, FINISHED, HUNG, IN_USE, NO_PROGRESS, REQUEUE, USAGE
 from tarflow.cluster.hosts import expand, gloo_interface
 from tarflow.cluster.job.all_reduce import DEVICE_FAILED
-from tarflow.cluster.job.chain import Chain, Limits, Outcome, decide, exhausted
+from tarflow.cluster.job.cancel_note import is_cancelled
+from tarflow.cluster.job.chain import Chain, Outcome, decide, exhausted, foreign
 from tarflow.cluster.job.child import PATIENCE_S, Children, Signals
+from tarflow.cluster.job.description import Job
 from tarflow.cluster.job.environment import Place, find_place, job_id, restart_count, scrubbed
 from tarflow.cluster.job.preflight import BadNodeError, all_reduce_command, check_node, check_shared
 from tarflow.cluster.job.record import submissions
 from tarflow.cluster.job.rendezvous import meet
-from tarflow.errors import in_words
-from tarflow.files import listed, write_text
+from tarflow.errors import UserError, in_words
+from tarflow.files import listed
 from tarflow.interpreter import HOME, JOB_VARIABLE, module_command
+from tarflow.records import DamagedFileError, Record, load_record, save_record
+from tarflow.terminal import message
 
-FORMAT = 2  # of the pickled job
 
+class FailureNote(Record):
+    """How a task failed, for the others: failed-RANK.json in the folder of a start."""
 
-@dataclass
-class Job:
-    """One run's training, or the evaluation beside it. Holds plain values only: it is pickled."""
+    what: ClassVar[str] = "note of a failed task"
 
-    kind: str  # train | evaluate
-    run_dir: str
-    code: str  # the snapshot that it runs
-    arguments: list[str]  # of `python -m tarflow`
-    resubmit: str  # the command that goes on by hand
-    limits: Limits
-    gpus: int = 0
-    min_free_gb: float = 0.0
-    preflight: str = "full"
-    follows: str | None = None  # evaluate: the training job whose end ends it
-    ranks_per_task: int = 1  # processes that each Slurm task starts
-    restarts_in_place: int = 0  # after a failed process: all start again, and the allocation is kept
-    format: int = FORMAT
-
-    def __call__(self) -> int:
-        logging.getLogger("submitit").setLevel(logging.WARNING)  # the last line of the log is ours
-        return Task(self).run()
-
-    def checkpoint(self) -> Any:
-        """For submitit, should a signal come before the call: the same job again."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
+    code: int = Field(ge=0, le=255)
+    text: str = ""
+    node: str = Field("", pattern=r"^[A-Za-z0-9._-]*$")  # Slurm is told to leave it out
+    stopped: bool = False
 
 
 class Task:
@@ -72,9 +51,9 @@ class Task:
         self.run_dir, self.slurm_dir = Path(job.run_dir), Path(job.run_dir) / "slurm"
         self.id, self.restart = job_id(os.environ), restart_count(os.environ)
         self.node = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
-        self.folder = self.slurm_dir / "starts" / f"{self.id}-{self.restart}"
+        self.folder = self.slurm_dir / "starts" / f"{self.id}-{self.restart}-{job.submission}"
         self.round = self.folder  # where tasks meet and note failures: another one after a restart in place
-        self.chain = Chain.load(self.slurm_dir, self.id)
+        self.chain = Chain(self.slurm_dir / f"chain-{self.id}.json", job=self.id, submission=job.submission)
         self.network: dict[str, str] = {}  # variables of the processes, see find_network
 
     @property
@@ -82,7 +61,7 @@ class Task:
         return self.place.rank == 0
 
     def say(self, text: str) -> None:
-        print(f"[job {self.id}, task {self.place.rank}, node {self.node}] {text}", flush=True)
+        print(message(f"[job {self.id}, task {self.place.rank}, node {self.node}] {text}"), flush=True)
 
     def environment(self) -> dict[str, str]:
         """What a process gets that this task starts."""
@@ -99,27 +78,26 @@ class Task:
                 f"this node's own name is a loopback (/etc/hosts): GLOO_SOCKET_IFNAME={found}, towards {others[0]}"
             )
 
-    def run(self) -> int:
+    def run(self, signals: Signals) -> int:
         """Work until it ends, then see to what follows. Returns 0, or leaves with another exit code."""
-        with Signals() as signals:
-            try:
-                self.begin(signals)
-                outcome = self.work(signals)
-            except RunInUseError as error:
-                outcome = Outcome(IN_USE, str(error))
-            except BadNodeError as error:
-                outcome = Outcome(FAILED, str(error), error.node)
-            except ClusterError as error:
-                outcome = Outcome(FAILED, str(error))
-            except OSError as error:
-                outcome = Outcome(FAILED, in_words(error))
-            return self.end_first(outcome) if self.first else self.end_other(outcome, signals)
+        try:
+            self.begin(signals)
+            outcome = self.work(signals)
+        except RunInUseError as error:
+            outcome = Outcome(IN_USE, str(error))
+        except BadNodeError as error:
+            outcome = Outcome(FAILED, str(error), error.node)
+        except (UserError, OSError) as error:
+            outcome = Outcome(FAILED, in_words(error) if isinstance(error, OSError) else str(error))
+        return self.end_first(outcome) if self.first else self.end_other(outcome, signals)
 
     def begin(self, signals: Signals) -> None:
+        if self.first:
+            self.chain = self.own_chain()
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.first:  # counted before anything can fail: else a job that always fails here would restart for ever
             nodes = os.environ.get("SLURM_JOB_NODELIST", self.node)
-            self.chain.begin(self.restart, progress(self.job), nodes)
+            self.chain.begin(self.restart, self.progress(), nodes)
             self.say(f"start {self.restart}: {self.job.kind} on {nodes} at step {self.chain.starts[-1]['step']}")
             if over := exhausted(self.chain, self.job.limits):  # starts that were killed before they could decide
                 self.finish(over.code, over.text)
@@ -128,6 +106,28 @@ class Task:
             from tarflow.cluster.job.writer import wait_for_writer  # here: tasks but the first load no configuration
 
             wait_for_writer(self.run_dir, self.id, self.say, signals.stopped)
+
+    def own_chain(self) -> Chain:
+        """The record of this job's starts. Without one that can be believed nothing bounds its restarts: it ends here."""
+        try:
+            chain = Chain.load(self.slurm_dir, self.id)
+            if chain.starts and chain.submission != self.job.submission:
+                raise foreign(chain.path, "it was not written by this submission", "submission")
+        except (DamagedFileError, OSError) as error:
+            text = in_words(error) if isinstance(error, OSError) else str(error)
+            self.say(f"stopped, and not requeued: {text}. Then go on with:\n  {self.job.resubmit}")
+            sys.exit(FAILED)
+        chain.submission = self.job.submission
+        return chain
+
+    def progress(self) -> int:
+        """What the job has reached; what it began with where that cannot be told: a run that nobody can read is not
+        called progress."""
+        try:
+            return progress(self.job)
+        except (UserError, OSError) as error:
+            self.say(f"{error}")
+            return int(self.chain.starts[-1]["step"]) if self.chain.starts else 0
 
     def work(self, signals: Signals) -> Outcome:
         """Preflight, then the processes; again on the same nodes as often as the profile allows."""
@@ -230,7 +230,7 @@ class Task:
         elif not outcome.stopped and self.place.size > 1:
             note = self.round / f"failed-{self.place.rank}.json"
             if not note.exists():
-                write_text(note, json.dumps(vars(outcome)))
+                save_record(note, FailureNote(**vars(outcome)), shared=False)
         return outcome
 
     def anyone_finished(self) -> bool:
@@ -239,7 +239,7 @@ class Task:
     def failure(self) -> Outcome | None:
         """What a task has noted that most likely was the cause: a bad node, a killed process, then whoever was first."""
         files = sorted(listed(self.round, "failed-*.json"), key=lambda p: (p.stat().st_mtime, p.name))
-        noted = [Outcome(**json.loads(file.read_text())) for file in files]
+        noted = [_noted(file) for file in files]
         return min(noted, key=lambda one: (not one.node, one.code < 128), default=None)
 
     def end_other(self, outcome: Outcome, signals: Signals) -> int:
@@ -247,13 +247,13 @@ class Task:
         if outcome.code == FINISHED:
             return FINISHED
         if outcome.code == REQUEUE:
-            sys.exit(FINISHED)  # no result for submitit, and no bad exit that would kill rank 0 while it requeues
+            sys.exit(FINISHED)  # no bad exit, which would kill rank 0 while it requeues
         self.say(f"failed: {outcome.text}")
         self.noted(outcome)
         # Rank 0 ends the job, with or without a restart; a bad exit here is for when it cannot.
         end = time.monotonic() + PATIENCE_S + 25
         while time.monotonic() < end:
-            ended = Chain.load(self.slurm_dir, self.id).ended
+            ended = Chain.shown(self.slurm_dir, self.id).ended
             if ended is not None:
                 sys.exit(ended["code"])
             if signals.stopped():  # srun ends the step: rank 0 has left
@@ -263,7 +263,9 @@ class Task:
 
     def end_first(self, outcome: Outcome) -> int:
         """Rank 0: requeue, exactly once and only after everything is saved, or end the chain."""
-        newest = Chain.load(self.slurm_dir, self.id)
+        newest = Chain.shown(self.slurm_dir, self.id)
+        if newest.problem:
+            self.say(f"{newest.problem}; written anew: this process knows all of it")
         if newest.restarts > self.restart:  # a start that outlived its requeue decides nothing any more
             self.say("a newer start of this job is under way; leaving")
             sys.exit(REQUEUE)
@@ -274,11 +276,11 @@ class Task:
             if failed is not None and failed.node:
                 self.chain.bad_nodes[failed.node] = failed.text
         if not self.chain.starts or self.chain.restarts < self.restart:  # it could not be noted, but it counts
-            self.chain.starts.append({"restart": self.restart, "step": progress(self.job), "nodes": self.node})
+            self.chain.starts.append({"restart": self.restart, "step": self.progress(), "nodes": self.node})
         with suppress(OSError):  # a full disk must not keep a job from going on
             self.chain.save()
-        cancelled = (self.slurm_dir / f"cancel-{self.id}").exists()
-        decision = decide(outcome, self.chain, progress(self.job), self.job.limits, cancelled)
+        cancelled = is_cancelled(self.slurm_dir, self.id, self.job.submission)
+        decision = decide(outcome, self.chain, self.progress(), self.job.limits, cancelled)
         from tarflow.cluster.job.writer import other_writer
 
         if decision.requeue and self.job.kind == "train" and (holder := other_writer(self.run_dir, self.id)):
@@ -323,10 +325,18 @@ def _signal(number: int) -> str:
         return f"signal {number}"
 
 
+def _noted(file: Path) -> Outcome:
+    """A task's failure; that there is a note says as much, whatever is left of it."""
+    try:
+        return Outcome(**load_record(file, FailureNote).model_dump())
+    except (DamagedFileError, OSError) as error:
+        return Outcome(FAILED, f"a task failed, and its note cannot be read: {error}")
+
+
 def check_code(job: Job) -> None:
     """Refuse to run a job with other code than it was submitted with."""
     here = HOME.resolve()
-    if job.format != FORMAT or here != Path(job.code).resolve():
+    if here != Path(job.code).resolve():
         raise ClusterError(
             f"this job was submitted with the code in {job.code}, but {here} is what runs: its snapshot was moved or "
             f"removed; submit again with `{job.resubmit}`"
@@ -351,8 +361,8 @@ def training_failed(slurm_dir: Path, job: str) -> str:
     A job that was queued behind the followed one may go on with the run; one that found the run in use leaves it to the
     job before.
     """
-    jobs = [entry["job"] for entry in submissions(slurm_dir.parent) if entry.get("kind") == "train"]
-    chains = [Chain.load(slurm_dir, one) for one in (jobs if job in jobs else [job])]
+    jobs = [entry["job"] for entry in submissions(slurm_dir.parent).entries if entry["kind"] == "train"]
+    chains = [Chain.shown(slurm_dir, one) for one in (jobs if job in jobs else [job])]
     first = jobs.index(job) if job in jobs else 0
     while first > 0 and (ended := chains[first].ended) is not None and ended["code"] == IN_USE:
         first -= 1
@@ -360,19 +370,3 @@ def training_failed(slurm_dir: Path, job: str) -> str:
         if not chain.failed:
             return ""
     return f"training job {job} has ended: {chains[-1].ended['text']}" if chains[-1].ended else ""
-
-
-def shield_submitit() -> None:
-    """Give submitit our way to requeue, for a signal that comes before the job is called."""
-    from submitit.slurm.slurm import SlurmJobEnvironment
-
-    def requeue(self: Any, countdown: int) -> None:
-        problem = slurm.requeue(self.job_id)
-        if problem:
-            raise ClusterError(problem)
-
-    SlurmJobEnvironment._requeue = requeue
-
-
-if "SUBMITIT_FOLDER" in os.environ:  # inside a job, where submitit is about to set its handlers
-    shield_submitit()

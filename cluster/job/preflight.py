@@ -1,19 +1,33 @@
 """Checks before the first step: a run that cannot work should stop in seconds, and name the node (issue: bad nodes)."""
 
-import json
 import os
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
+from pydantic import Field
+
+from tarflow.cluster.answers import answer
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job.environment import Place
-from tarflow.files import write_text
 from tarflow.interpreter import module_command
+from tarflow.records import Record, load_record, save_record
 
 CLOCK_TOLERANCE_S = 30.0
+
+
+class Here(Record):
+    """A task has come: here-RANK.json in the folder of a start."""
+
+    what: ClassVar[str] = "sign of a task that it has begun"
+    way_out: ClassVar[str] = "the next start of the job writes another one"
+
+    rank: int = Field(ge=0)
+    node: str
+    time: float = Field(ge=0)
 
 
 class BadNodeError(ClusterError):
@@ -50,7 +64,7 @@ def check_node(run_dir: Path, node: str, gpus: int, min_free_gb: float) -> None:
 def visible_gpus() -> int | None:
     """GPUs that this node's driver lists; None without a driver."""
     try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+        done = answer(["nvidia-smi", "-L"], 60)
     except (OSError, subprocess.SubprocessError):
         return None
     return sum(line.startswith("GPU ") for line in done.stdout.splitlines()) if done.returncode == 0 else None
@@ -60,7 +74,7 @@ def check_shared(
     folder: Path, place: Place, node: str, wait_s: float = 120.0, stopped: Callable[[], bool] = lambda: False
 ) -> None:
     """Every task sees every other's file in the run directory, and their clocks agree."""
-    write_text(folder / f"here-{place.rank}.json", json.dumps({"node": node, "time": time.time()}))
+    save_record(folder / f"here-{place.rank}.json", Here(rank=place.rank, node=node, time=time.time()), shared=False)
     end = time.monotonic() + wait_s
     missing = set(range(place.size))
     while missing and not stopped():
@@ -73,11 +87,10 @@ def check_shared(
         time.sleep(0.1 if missing else 0)
     if stopped():
         return
-    first = json.loads((folder / "here-0.json").read_text())
-    own = json.loads((folder / f"here-{place.rank}.json").read_text())
+    first, own = (load_record(folder / f"here-{rank}.json", Here) for rank in (0, place.rank))
     # Both were written as the tasks came in: what is left beyond the wait is the clocks' difference.
-    if abs(own["time"] - first["time"]) > CLOCK_TOLERANCE_S + wait_s:
-        raise BadNodeError(node, f"its clock is {own['time'] - first['time']:+.0f} s off that of node {first['node']}")
+    if abs(own.time - first.time) > CLOCK_TOLERANCE_S + wait_s:
+        raise BadNodeError(node, f"its clock is {own.time - first.time:+.0f} s off that of node {first.node}")
 
 
 def all_reduce_command() -> list[str]:

@@ -2,25 +2,105 @@
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
 
 from tarflow.cluster import slurm
-from tarflow.cluster.job.chain import Chain
-from tarflow.files import append_json_line, read_json_lines
+from tarflow.cluster.job.chain import JOB_ID, Chain
+from tarflow.errors import UserError, in_words
+from tarflow.records import DamagedFileError, Record, append_record_line, as_record, read_lines
+
+FILE = "jobs.jsonl"
+NAME = "tarflow-"  # the names of jobs begin so
+LIMIT = 16 << 20  # bytes of the file: a line has some 300
 
 
-def submissions(run_dir: Path) -> list[dict[str, Any]]:
-    """Jobs that were submitted for a run, oldest first."""
-    return read_json_lines(run_dir / "slurm" / "jobs.jsonl")
+class JobLine(Record):
+    """A submitted job."""
+
+    what: ClassVar[str] = "jobs of the run"
+    way_out: ClassVar[str] = (
+        "if `squeue --me` shows no job of this run beside those that its sound lines name, remove the line"
+    )
+
+    job: str = Field(pattern=JOB_ID)
+    kind: Literal["train", "evaluate"]
+    time: float = Field(0.0, ge=0, lt=2**40)  # seconds since 1970
+    logs: str = ""
+    cluster: str | None = None
+    host: str | None = None
+    run: str | None = None  # its identity, see run.json
+    submission: str | None = None  # see Job
+    nodes: int = Field(1, ge=1)
+    tasks_per_node: int = Field(1, ge=1)
+    ranks_per_task: int = Field(1, ge=1, le=10**6)  # the processes of a task share its log
 
 
-def note_job(run_dir: Path, kind: str, job: str, logs: Path, **more: Any) -> None:
-    """Note a job in its run. `logs`: submitit's folder; a sweep's elements share one."""
-    entry: dict[str, Any] = {"job": job, "kind": kind, "time": time.time(), "logs": str(logs)}
-    entry |= {"cluster": slurm.cluster_name(), "host": os.uname().nodename}
-    append_json_line(run_dir / "slurm" / "jobs.jsonl", entry | more)
+@dataclass
+class Submissions:
+    """Jobs that were submitted for a run, oldest first, and what is wrong with their file."""
+
+    path: Path
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    problem: str = ""  # with it, there may be jobs that nobody here knows of
+    where: str = ""
+
+    def checked(self) -> "Submissions":
+        """The same for what decides. Raises DamagedFileError if anything is wrong with the file."""
+        if self.problem:
+            raise DamagedFileError(self.path, self.problem, JobLine.way_out, where=self.where, what=JobLine.what)
+        return self
+
+
+def submissions(run_dir: Path) -> Submissions:
+    """The jobs that a run's file names; a line that cannot be believed, or is another run's, is left out."""
+    found = Submissions(run_dir / "slurm" / FILE)
+    if not os.path.lexists(found.path):
+        return found
+    own = _run_id(run_dir)
+    try:
+        if not found.path.is_file() or found.path.stat().st_size > LIMIT:
+            found.problem = "it is no regular file, or larger than any list of jobs"
+            return found
+        lines = read_lines(found.path)
+    except OSError as error:
+        found.problem = in_words(error)
+        return found
+    if lines.damaged or lines.torn:
+        found.problem = str(lines) or "the last line has no end"
+    for row in lines.rows:
+        try:
+            line = as_record(row, JobLine)
+        except ValueError as error:
+            found.problem, found.where = str(error), f"job {row.get('job')!r}"
+            continue
+        if own is not None and line.run not in (None, own):
+            found.problem, found.where = f"it belongs to the run {line.run}, and this is {own}", f"job {line.job}"
+            continue
+        found.entries.append(line.model_dump())
+    return found
+
+
+def _run_id(run_dir: Path) -> str | None:
+    """The run's identity; None where it cannot be told, which is the run's own trouble: others say so."""
+    from tarflow.trainer.run_dir import is_run, run_id  # here: tasks of a job but the first load no configuration
+
+    with suppress(UserError, OSError, ValueError, KeyError):
+        return run_id(run_dir) if is_run(run_dir) else None
+    return None
+
+
+def note_job(run_dir: Path, kind: str, job: str, logs: Path, submission: str, **more: Any) -> None:
+    """Note a job in its run. `logs`: the folder of its log; a sweep's elements share one."""
+    row = {
+        "job": job, "kind": kind, "time": time.time(), "logs": str(logs), "cluster": slurm.cluster_name(),
+        "host": os.uname().nodename, "run": _run_id(run_dir), "submission": submission, **more,
+    }  # fmt: skip
+    append_record_line(run_dir / "slurm" / FILE, as_record(row, JobLine).model_dump())
 
 
 @dataclass
@@ -31,6 +111,7 @@ class RunJobs:
     states: dict[str, slurm.JobState] = field(default_factory=dict)  # of those that Slurm was asked about
     elsewhere: dict[str, str] = field(default_factory=dict)  # job -> another cluster, which cannot be asked from here
     run_dir: Path = Path()
+    problem: str = ""  # of the file that names them: there may be others
 
     @property
     def live(self) -> list[dict[str, Any]]:
@@ -39,15 +120,15 @@ class RunJobs:
 
     @property
     def unknown(self) -> list[dict[str, Any]]:
-        """Jobs that Slurm cannot be asked about, and whose own record has no end."""
+        """Jobs that Slurm cannot be asked about, and whose own record has no end, or none that can be read."""
         asked = [e for e in self.entries if e["job"] not in self.states]
-        return [e for e in asked if Chain.load(self.run_dir / "slurm", e["job"]).ended is None]
+        return [e for e in asked if Chain.shown(self.run_dir / "slurm", e["job"]).ended is None]
 
     def describe(self, entry: dict[str, Any]) -> str:
         """A job in words: what it is, and what is known of it."""
         job = entry["job"]
-        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(float(entry.get("time", 0))))
-        source = f"submitted {since}" + (f" on {entry['host']}" if entry.get("host") else "")
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry["time"]))
+        source = f"submitted {since}" + (f" on {entry['host']}" if entry["host"] else "")
         if (state := self.states.get(job)) is not None:
             where = f" on {state.nodes}" if state.nodes else ""
             return f"{entry['kind']} job {job} ({state.state or 'not in the queue'}{where}, {source})"
@@ -57,16 +138,28 @@ class RunJobs:
 
 def jobs_of(run_dirs: list[Path], kind: str | None = None) -> dict[Path, RunJobs]:
     """The jobs of each run, with one question to Slurm for all. A number means a job of the cluster that gave it."""
-    found = {run_dir: RunJobs(run_dir=run_dir) for run_dir in run_dirs}
-    for run_dir, jobs in found.items():
-        jobs.entries = [e for e in submissions(run_dir) if "job" in e and kind in (None, e.get("kind"))]
-    here = slurm.cluster_name() if any(e.get("cluster") for j in found.values() for e in j.entries) else None
+    found = {}
+    for run_dir in run_dirs:
+        known = submissions(run_dir)
+        entries = [e for e in known.entries if kind in (None, e["kind"])]
+        found[run_dir] = RunJobs(entries, run_dir=run_dir, problem=known.problem)
+    here = slurm.cluster_name() if any(e["cluster"] for j in found.values() for e in j.entries) else None
     for jobs in found.values():
         for entry in jobs.entries:
-            if here and entry.get("cluster") not in (None, here):
+            if here and entry["cluster"] not in (None, here):
                 jobs.elsewhere[entry["job"]] = entry["cluster"]
     states = slurm.states([e["job"] for j in found.values() for e in j.entries if e["job"] not in j.elsewhere])
     for jobs in found.values():
         ours = [e["job"] for e in jobs.entries if e["job"] not in jobs.elsewhere]
-        jobs.states = {job: states[job] for job in ours if job in states}
+        jobs.states = {job: _if_ours(states[job]) for job in ours if job in states}
     return found
+
+
+def _if_ours(state: slurm.JobState) -> slurm.JobState:
+    """The state, unless the queue has something else under this number: then the run's job is over."""
+    return state if not state.name or state.name.startswith(NAME) else slurm.JobState("")
+
+
+def job_name(folder: Path, kind: str) -> str:
+    """The name of a run's or a sweep's jobs in Slurm's queue."""
+    return f"{NAME}{folder.name}" + ("-eval" if kind == "evaluate" else "")

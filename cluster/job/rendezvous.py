@@ -1,24 +1,37 @@
 """Where the tasks of one start of a job meet: rank 0 listens and publishes the address in the run directory (case C06).
 
-The port is bound before anyone hears of it and stays bound, so two jobs on a node never share one, and the file carries
-the job and its restart count in its path, so a restart never meets the address of the start before.
+The port is bound before anyone hears of it and stays bound, so two jobs on a node never share one. The path of the file
+carries the job, its restart count and the name of its submission, which is drawn: a restart never meets the address of the
+start before, and nobody can have left one there.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import Field
 
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.hosts import address, expand
 from tarflow.cluster.job.environment import Place
-from tarflow.files import write_text
+from tarflow.records import Record, load_record, save_record
 
 WAIT_S = 300.0
+
+
+class MeetingFile(Record):
+    """The address of the stores, as rank 0 publishes it. The folder is of one start of one submission."""
+
+    what: ClassVar[str] = "where the tasks of a job meet"
+    way_out: ClassVar[str] = "the next start of the job writes another one"
+
+    host: str = Field(pattern=r"^[A-Za-z0-9:.%_-]{1,255}$")
+    check_port: int = Field(ge=1, le=65535)
+    port: int = Field(ge=1, le=65535)
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,7 @@ def meet(
             host = address(first, others)
         stores = _store(host, 0), _store(host, int(env.get("MASTER_PORT", "0")))
         meeting = Meeting(host, stores[0].port, stores[1].port, stores)
-        write_text(file, json.dumps({"host": host, "check_port": meeting.check_port, "port": meeting.port}))
+        save_record(file, MeetingFile(host=host, check_port=meeting.check_port, port=meeting.port), shared=False)
         return meeting
     end = time.monotonic() + wait_s
     while not file.exists():
@@ -68,7 +81,7 @@ def meet(
                 "run directory is not on a file system that all nodes share"
             )
         time.sleep(0.1)
-    return Meeting(**json.loads(file.read_text()))
+    return Meeting(**load_record(file, MeetingFile).model_dump())
 
 
 def _store(host: str, port: int) -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tarflow.cluster.errors import ClusterError
-from tarflow.cluster.job.record import RunJobs, jobs_of
+from tarflow.cluster.job.record import RunJobs, jobs_of, submissions
 from tarflow.trainer.resilience.alive import living_writer
 
 WAY_OUT = "end it with `tarflow cancel {run}`, or let the new job wait for its end with --after-running"
@@ -17,6 +17,7 @@ def jobs_to_wait_for(runs: Sequence[Path], after_running: bool) -> list[str]:
     """
     found: list[str] = []
     for run, jobs in jobs_of(list(runs), "train").items():
+        submissions(run).checked()
         _check_known(run, jobs)
         if jobs.live and not after_running:
             listed = "; ".join(jobs.describe(entry) for entry in jobs.live)

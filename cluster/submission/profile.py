@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.submission.sbatch_options import check_sbatch
@@ -57,6 +57,19 @@ class Profile(BaseModel):
     @classmethod
     def _minutes(cls, value: Any) -> int:
         return minutes(value)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _one_line_each(cls, value: Any, info: ValidationInfo) -> Any:
+        """What goes into the batch script cannot begin a line there; `setup` is lines."""
+        texts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
+        for text in texts:
+            bare = str(text).replace("\t", " ").replace("\n", " " if info.field_name == "setup" else "\n")
+            if not bare.isprintable():
+                raise ValueError(f"{text!r} holds a line break or another invisible character")
+        if info.field_name == "setup" and any(line.startswith("#SBATCH") for text in texts for line in text.splitlines()):
+            raise ValueError("options of sbatch go into `sbatch`, not into `setup`")
+        return value
 
     @property
     def gpu_options(self) -> list[str]:

@@ -1,32 +1,32 @@
-"""From a configuration and a profile to jobs in Slurm's queue; submitit does the submitting."""
+"""From a configuration and a profile to jobs in Slurm's queue."""
 
 import contextlib
 import os
 import shlex
-import sys
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tarflow.cluster import slurm
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job.chain import Limits
+from tarflow.cluster.job.description import Job, save_description
 from tarflow.cluster.job.environment import scrubbed
-from tarflow.cluster.job.job import Job
-from tarflow.cluster.job.record import jobs_of, note_job, submissions
+from tarflow.cluster.job.record import job_name, jobs_of, note_job, submissions
 from tarflow.cluster.submission import snapshot
+from tarflow.cluster.submission.batch import Batch, make_batch
 from tarflow.cluster.submission.in_use import jobs_to_wait_for
+from tarflow.cluster.submission.own_folder import check_own
 from tarflow.cluster.submission.profile import Profile
+from tarflow.errors import in_words
 from tarflow.files import write_text
 from tarflow.trainer.config.files import config_text, load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.plan import describe
-from tarflow.trainer.run_dir import create_run, is_run
+from tarflow.trainer.run_dir import create_run, is_run, run_id
 from tarflow.trainer.start.check import check_start
-
-FOREVER = 10**6  # submitit's count of time-outs: ours is the chain's
 
 
 @dataclass
@@ -89,44 +89,47 @@ def submit(request: Submission) -> list[str]:
     run_dir = Path(os.path.abspath(request.run_dir))
     check_path(run_dir)
     runs = _runs(request, run_dir)
+    for path, _ in runs:
+        check_path(path)
     if len(runs) > 1 and not request.dry_run:
         check_array(len(runs))
-    plans = [_train_job(request, path, config) for path, config in runs]
     # A world that the batch or the mesh does not divide among is refused here, not in a job.
     world_size = request.nodes * request.tasks_per_node
     starts = [check_start(config, path, world_size, request.init_from, request.init_partial) for path, config in runs]
     outlines = [describe(config, world_size) for _, config in runs]
-    train = _executor(request.profile, run_dir, run_dir.name, request.nodes, *request.tasks, request.dry_run)
+    name = job_name(run_dir, "train")
+    train = make_batch(request.profile, run_dir, name, request.nodes, *request.tasks, request.dry_run)
     before = [] if request.dry_run else jobs_to_wait_for([path for path, _ in runs], request.after_running)
     if before:
         train.parameters["dependency"] = "afterany:" + ":".join(before)
     if request.dry_run:
-        text = [sbatch_text(train, len(plans))]
+        text = [_text(train, len(runs))]
         if request.evaluate:
-            text.append(sbatch_text(_eval_executor(request, run_dir, "after:TRAINING"), len(plans)))
+            text.append(_text(_eval_batch(request, run_dir, "after:TRAINING"), len(runs)))
         return [
             *text,
             _comment("the configuration as resolved", config_text(runs[0][1])),
             _comment("the plan", "\n".join([outlines[0], *starts[0].lines(), *request.notes()])),
         ]
-    for (path, config), plan in zip(runs, plans):
-        prepare(path, config, plan, run_dir / "slurm")
-    ids = _send(train, plans)
-    lines = [_record(path, "train", job, train.folder, request) for (path, _), job in zip(runs, ids)]
+    submission = uuid.uuid4().hex
+    jobs = [_train_job(request, path, config, run_dir / "slurm", submission) for path, config in runs]
+    ids = _send(train, jobs)
+    lines = [_record(job, one, train.folder, request) for job, one in zip(jobs, ids)]
     lines = list(dict.fromkeys(line for start in starts for line in start.lines())) + lines
     lines += [f"it waits for job {', '.join(before)} to end (--after-running)"] if before else []
     lines += request.notes()
     if request.evaluate:
-        jobs = [evaluation_job(path, plan.code, request.evaluation_profile, job)
-                for (path, _), plan, job in zip(runs, plans, ids)]  # fmt: skip
-        executor = _eval_executor(request, run_dir, "after:" + ids[0].partition("_")[0])
+        submission = uuid.uuid4().hex
+        evaluations = [evaluation_job(Path(job.run_dir), job.code, request.evaluation_profile, one, submission)
+                       for job, one in zip(jobs, ids)]  # fmt: skip
+        batch = _eval_batch(request, run_dir, "after:" + ids[0].partition("_")[0])
         try:
-            eval_ids = _send(executor, jobs)
+            eval_ids = _send(batch, evaluations)
         except ClusterError as error:
             raise ClusterError(
                 "\n".join(lines) + f"\nbut not its evaluation: {error}; `tarflow submit-eval RUN` tries again"
             ) from None
-        lines += [_record(path, "evaluate", job, executor.folder) for (path, _), job in zip(runs, eval_ids)]
+        lines += [_record(job, one, batch.folder) for job, one in zip(evaluations, eval_ids)]
         lines += _beside([path for path, _ in runs], eval_ids)
     return lines
 
@@ -137,16 +140,16 @@ def submit_evaluation(run_dir: Path, profile: Profile, overrides: Sequence[str],
     check_path(run_dir)
     if not is_run(run_dir):
         raise ClusterError(f"{run_dir} is not a run directory; `tarflow submit` or `tarflow train` makes one")
-    executor = _executor(profile, run_dir, f"{run_dir.name}-eval", 1, 1, 1, dry_run)
+    batch = make_batch(profile, run_dir, job_name(run_dir, "evaluate"), 1, 1, 1, dry_run)
     if dry_run:
-        return [sbatch_text(executor, 1)]
-    (run_dir / "slurm").mkdir(exist_ok=True)
-    code = snapshot.take(run_dir / "slurm")
-    trainings = [entry["job"] for entry in submissions(run_dir) if entry["kind"] == "train"]
-    job = evaluation_job(run_dir, str(code), profile, trainings[-1] if trainings else None, overrides)
-    sent = _send(executor, [job])
+        return [_text(batch, 1)]
+    trainings = [entry["job"] for entry in submissions(run_dir).checked().entries if entry["kind"] == "train"]
+    code = str(_code(run_dir / "slurm"))
+    follows = trainings[-1] if trainings else None
+    job = evaluation_job(run_dir, code, profile, follows, uuid.uuid4().hex, overrides)
+    sent = _send(batch, [job])
     notes = [f"note: {text}" for text in unused_gpus(profile)]
-    return [_record(run_dir, "evaluate", sent[0], executor.folder), *notes, *_beside([run_dir], sent)]
+    return [_record(job, sent[0], batch.folder), *notes, *_beside([run_dir], sent)]
 
 
 def _beside(runs: Sequence[Path], sent: Sequence[str]) -> list[str]:
@@ -166,11 +169,11 @@ def _comment(title: str, text: str) -> str:
 
 
 def check_path(run_dir: Path) -> None:
-    """Refuse paths that Slurm or submitit would rewrite (case C12)."""
-    if "%" in str(run_dir) or "\n" in str(run_dir) or "\\" in str(run_dir):
+    """Refuse paths that Slurm would rewrite (case C12), or that have no place in a line."""
+    if "%" in str(run_dir) or "\\" in str(run_dir) or not str(run_dir).replace("\t", " ").isprintable():
         raise ClusterError(
-            f"--run-dir {str(run_dir)!r}: Slurm replaces % in the names of its log files, and a line break or backslash ends "
-            "a line of its scripts; choose a run directory without them"
+            f"--run-dir {str(run_dir)!r}: Slurm replaces % and backslashes in the names of its log files, and a line break or "
+            "another invisible character has no place in a line of its scripts; choose a run directory without them"
         )
 
 
@@ -206,10 +209,23 @@ def _runs(request: Submission, run_dir: Path) -> list[tuple[Path, Config]]:
     ]
 
 
-def _train_job(request: Submission, run_dir: Path, config: Config) -> Job:
+def _train_job(request: Submission, run_dir: Path, config: Config, shared: Path, submission: str) -> Job:
+    """The training of a run, whose directory is made, with the resolved configuration in it, before Slurm opens a log there.
+    The code goes to `shared`: the elements of a sweep have one batch script, so they must have one snapshot."""
+    try:
+        create_run(run_dir)
+        folder = run_dir / "slurm"
+        code = _code(shared)
+        check_own(folder)
+        folder.mkdir(exist_ok=True)
+        path = folder / f"config-{time.strftime('%Y%m%d-%H%M%S')}-{submission[:12]}.yaml"
+        write_text(path, config_text(config))
+    except OSError as error:
+        raise ClusterError(f"--run-dir {run_dir} cannot be written: {error.strerror or error}") from None
     profile = request.profile
     return Job(
-        kind="train", run_dir=str(run_dir), code="", arguments=["train", "", "--run-dir", str(run_dir), *request.options],
+        kind="train", run_dir=str(run_dir), run=run_id(run_dir), submission=submission, code=str(code),
+        arguments=("train", str(path), "--run-dir", str(run_dir), *request.options),
         resubmit=f"cd {shlex.quote(os.getcwd())} && {shlex.join(['tarflow', 'submit', *request.arguments])}",
         limits=Limits(profile.max_restarts, profile.max_no_progress), gpus=profile.gpus,
         min_free_gb=profile.min_free_gb, preflight=profile.preflight,
@@ -218,106 +234,46 @@ def _train_job(request: Submission, run_dir: Path, config: Config) -> Job:
 
 
 def evaluation_job(
-    run_dir: Path, code: str, profile: Profile, follows: str | None, overrides: Sequence[str] = ()
+    run_dir: Path, code: str, profile: Profile, follows: str | None, submission: str, overrides: Sequence[str] = ()
 ) -> Job:
     """The worker that follows a run."""
     return Job(
-        kind="evaluate", run_dir=str(run_dir), code=code,
-        arguments=["evaluate", str(run_dir), "--watch", "--wait-for-run", "86400", *overrides],
+        kind="evaluate", run_dir=str(run_dir), run=run_id(run_dir), submission=submission, code=code,
+        arguments=("evaluate", str(run_dir), "--watch", "--wait-for-run", "86400", *overrides),
         resubmit=shlex.join(["tarflow", "submit-eval", str(run_dir)]),
         limits=Limits(profile.max_restarts, profile.max_no_progress), gpus=profile.gpus, preflight=profile.preflight,
         follows=follows,
     )  # fmt: skip
 
 
-def prepare(run_dir: Path, config: Config, job: Job, shared: Path) -> None:
-    """Make the run directory and put the resolved configuration into it, before Slurm opens a log there. The code goes
-    to `shared`: the elements of a sweep have one batch script, so they must have one snapshot."""
-    try:
-        create_run(run_dir)
-        folder = run_dir / "slurm"
-        folder.mkdir(exist_ok=True)
-        shared.mkdir(exist_ok=True)
-        job.code = str(snapshot.take(shared))
-        text = config_text(config)
-        path = folder / f"config-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.yaml"
-        write_text(path, text)
-    except OSError as error:
-        raise ClusterError(f"--run-dir {run_dir} cannot be written: {error.strerror or error}") from None
-    job.arguments[1] = str(path)
+def _code(slurm_dir: Path) -> Path:
+    """The snapshot of the code in a folder that nobody else can change."""
+    check_own(slurm_dir)
+    slurm_dir.mkdir(exist_ok=True)
+    return snapshot.take(slurm_dir)
 
 
-def _executor(
-    profile: Profile, run_dir: Path, name: str, nodes: int, tasks: int, ranks_per_task: int, dry_run: bool
-) -> Any:
-    """submitit's executor with the profile's settings."""
-    from submitit.slurm.slurm import SlurmExecutor
-
-    class Executor(SlurmExecutor):
-        """Texts can be made on a machine without Slurm."""
-
-        @classmethod
-        def affinity(cls) -> int:
-            return 2 if dry_run else int(super().affinity())
-
-    python = shlex.quote(profile.python or sys.executable)
-    if profile.container:
-        python = f"{profile.container} {python}"
-    try:
-        executor = Executor(folder=run_dir / "slurm" / "jobs", max_num_timeout=FOREVER, python=python)
-    except RuntimeError:
-        raise ClusterError(
-            "this machine has no Slurm (srun is not on PATH); --dry-run shows the batch script"
-        ) from None
-    # srun no longer takes --cpus-per-task from the batch script (Slurm 22.05 and later).
-    cpus_per_task = profile.cpus * ranks_per_task if profile.cpus else None
-    cpus = [f"--cpus-per-task={cpus_per_task}"] if cpus_per_task else []
-    given = {
-        "job_name": f"tarflow-{name}", "time": profile.time, "nodes": nodes, "ntasks_per_node": tasks,
-        "partition": profile.partition, "account": profile.account, "qos": profile.qos,
-        "constraint": profile.constraint, "exclude": profile.exclude, "cpus_per_task": cpus_per_task, "mem": profile.mem,
-        "gpus_per_node": profile.gpus or None, "signal_delay_s": profile.signal_before,
-        "array_parallelism": profile.array_parallelism,
-        "srun_args": ["--kill-on-bad-exit=1", "--open-mode=append", *cpus, *profile.srun],
-        "additional_parameters": {"requeue": True, **profile.sbatch},
-        "setup": [*profile.setup, "export PYTHONSAFEPATH=1"],
-    }  # fmt: skip
-    executor._internal_update_parameters(**{k: v for k, v in given.items() if v is not None})
-    executor.parameters["wckey"] = None  # else submitit writes its own name there
-    return executor
+def _eval_batch(request: Submission, run_dir: Path, dependency: str) -> Batch:
+    name = job_name(run_dir, "evaluate")
+    return make_batch(request.evaluation_profile, run_dir, name, 1, 1, 1, request.dry_run, dependency)
 
 
-def _eval_executor(request: Submission, run_dir: Path, dependency: str) -> Any:
-    executor = _executor(request.evaluation_profile, run_dir, f"{run_dir.name}-eval", 1, 1, 1, request.dry_run)
-    executor.parameters["dependency"] = dependency
-    return executor
-
-
-def sbatch_text(executor: Any, count: int, code: str | None = None) -> str:
+def _text(batch: Batch, count: int) -> str:
     """The batch script that would be submitted."""
-    _use_code(executor, code or str(Path(executor.folder).parent / "code-HASH"))
-    if count > 1:
-        executor.parameters["map_count"] = count
-    return str(executor._make_submission_file_text(executor._submitit_command_str, "dry-run"))
+    slurm_dir = batch.folder.parent
+    return batch.text(count, str(slurm_dir / "code-HASH"), str(batch.folder / "job-SUBMISSION.json"), "SHA256")
 
 
-def _use_code(executor: Any, code: str) -> None:
-    # What the submitting shell has in PYTHONPATH must not come before, or after, the snapshot.
-    executor.parameters["setup"] = [*executor.parameters["setup"], f"export PYTHONPATH={shlex.quote(code)}"]
-
-
-def _send(executor: Any, jobs: Sequence[Job]) -> list[str]:
+def _send(batch: Batch, jobs: Sequence[Job]) -> list[str]:
     """Submit jobs, several as one array; their ids."""
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-    Path(executor.folder).mkdir(parents=True, exist_ok=True)
-    _use_code(executor, jobs[0].code)
+    batch.folder.mkdir(parents=True, exist_ok=True)
+    description = batch.folder / f"job-{jobs[0].submission}.json"
     try:
-        with clean_environment(), executor.batch():
-            sent = [executor.submit(job) for job in jobs]
-    except (FailedJobError, FailedSubmissionError, OSError) as error:
-        raise ClusterError(f"sbatch did not take the job: {str(error).strip()}") from None
-    return [str(job.job_id) for job in sent]
+        digest = save_description(description, tuple(jobs))
+        with clean_environment():
+            return batch.send(len(jobs), jobs[0].code, description, digest)
+    except OSError as error:
+        raise ClusterError(f"the job could not be submitted: {in_words(error)}") from None
 
 
 @contextlib.contextmanager
@@ -333,10 +289,10 @@ def clean_environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _record(run_dir: Path, kind: str, job: str, logs: Path, request: Submission | None = None) -> str:
+def _record(job: Job, number: str, logs: Path, request: Submission | None = None) -> str:
     more = {}
     if request is not None:
         tasks, ranks = request.tasks
         more = {"nodes": request.nodes, "tasks_per_node": tasks, "ranks_per_task": ranks}
-    note_job(run_dir, kind, job, logs, **more)
-    return f"submitted {kind} job {job} for {run_dir}; logs: {logs}/{job}_*_log.out"
+    note_job(Path(job.run_dir), job.kind, number, logs, job.submission, **more)
+    return f"submitted {job.kind} job {number} for {job.run_dir}; logs: {logs}/{number}_*_log.out"

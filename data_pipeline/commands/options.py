@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
+from tarflow.terminal import message
 
 if TYPE_CHECKING:
     from tarflow.data_pipeline.prepare.write import Options
@@ -57,14 +58,14 @@ def check_processes(processes: int | None) -> None:
 def print_notes(notes: Iterable[str]) -> None:
     """What was inferred, before the work that rests on it."""
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(message(f"note: {note}"), file=sys.stderr)
 
 
 def print_written(lines: list[str], where: Path) -> None:
     from tarflow.data_pipeline.layout.names import shown
 
     for line in lines:
-        print(line)
+        print(message(line))
     print(f"written to {shown(where)}")
 
 
@@ -77,6 +78,8 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    from tarflow.outputs import styled
+
+    with Progress(console=Console(file=styled(sys.stderr)), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

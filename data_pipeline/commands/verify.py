@@ -6,6 +6,7 @@ from pathlib import Path
 from tarflow.data_pipeline.commands.options import add_max_pixels, check_processes, progress_bar
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.files import write_json
+from tarflow.terminal import message
 
 EXAMPLE = """example:
   tarflow data verify sets/mine --report verify.json
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     with progress_bar("verifying") as progress:
         report = verify(index, processes=args.processes, progress=progress, max_pixels=args.max_pixels or MAX_PIXELS)
     for line in report.lines():
-        print(line)
+        print(message(line))
     if args.report:
         write_json(args.report, report.as_dict())
     return 1 if report.problems else 0

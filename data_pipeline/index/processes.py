@@ -2,6 +2,7 @@
 
 The processes are plain interpreters (`python -m tarflow.data_pipeline.index.processes`) that get pickled jobs through a
 pipe and end when it closes. They inherit no locks or threads as forked ones would, and do not import the caller's main program.
+Pickles run code when they are opened; these come from a process of one's own through a pipe without a name, and nobody else's.
 """
 
 from __future__ import annotations

@@ -44,6 +44,11 @@ class DataSettings(Section):
     )
     timeout_s: float = Field(30.0, gt=0, description="seconds without a byte after which a remote request is given up")
     retries: Count = Field(5, ge=0, description="attempts after the first at a remote request")
+    allow_roots: tuple[str, ...] = Field(
+        (),
+        description="addresses (https://cdn.example.org/sets) under which shards may lie, and redirects may lead, beside the "
+        "address of the index itself",
+    )
     flip: bool = Field(False, description="mirror images left to right at random")
     num_workers: Count = Field(0, ge=0, description="decoding processes per rank; 0 = a thread of the training process")
     prefetch_batches: Count = Field(4, gt=0, description="batches that wait ready")
@@ -79,7 +84,7 @@ class DataSettings(Section):
     @property
     def access(self) -> Access:
         """How remote data are reached."""
-        return Access(self.cache_dir, self.cache_bytes, self.timeout_s, self.retries)
+        return Access(self.cache_dir, self.cache_bytes, self.timeout_s, self.retries, self.allow_roots)
 
     @property
     def held_out(self) -> DataSettings | None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
-from tarflow.data_pipeline.images.bounds import MAX_PIXELS
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS, check_bytes
 from tarflow.data_pipeline.images.decode import decode
 from tarflow.data_pipeline.index.content import content_of
 from tarflow.data_pipeline.index.index import NO_LABEL, Index
@@ -186,6 +186,7 @@ def _verify_shard(job: tuple[str, int, int]) -> tuple[VerifyReport, np.ndarray, 
             sample = int(index.shard_starts[shard]) + row
             keys[row] = (_hash(found.keys[row].encode()), sample)
             try:
+                check_bytes(found.sizes[row])
                 data = files.read(shard, found.offsets[row], found.sizes[row])
                 contents[row] = (_hash(data), sample)
                 image = decode(data, 3, None, max_pixels)

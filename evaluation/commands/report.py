@@ -19,13 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tarflow.evaluation.report.build import write_report
-    from tarflow.evaluation.report.headline import find_headline
-    from tarflow.evaluation.report.history import read_history
-    from tarflow.evaluation.run_config import run_config
 
-    report = write_report(args.run, args.out)
-    headline = find_headline(read_history(args.run).results, run_config(args.run))
-    if headline and (grid := headline.result.picture("grid.png")):
-        say(f"samples: {grid}")
-    say(f"report: {report}")
+    say(f"report: {write_report(args.run, args.out, say)}")
     return OK

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tarflow.errors import UserError
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.metrics.names import FID_NETWORK
 from tarflow.evaluation.networks import vision_transformer
@@ -178,7 +179,10 @@ class Features:
             raise EvaluationError(
                 f"the weights of {name} are not at {path}; set evaluation.features_file to {source.file}"
             )
-        network = source.build(path)
+        try:
+            network = source.build(path)
+        except UserError as error:
+            raise EvaluationError(f"evaluation.features_file ({source.file} is meant): {error}") from None
         if not source.sha256 or not network.sha256.startswith(source.sha256):
             self.name = f"{name}-{network.sha256[:8]}"
             expected = f"; the published file's begins with {source.sha256[:8]}" if source.sha256 else ""

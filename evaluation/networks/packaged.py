@@ -5,13 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.networks.weights_file import sha256_of
+from tarflow.models.formats.tensor_files import read_pickled
 
 FEATURE_DIM = 1280
 
@@ -50,8 +50,7 @@ def weights_of_package(name: str, source: Packaged) -> Path:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return weights
+    return read_pickled(path).tensors
 
 
 class _Pointwise(nn.Module):

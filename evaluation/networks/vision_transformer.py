@@ -4,6 +4,7 @@ The file decides width, depth, patch and registers; heads have 64 channels throu
 is its class token after the last norm.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -11,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.networks.weights_file import fill
 
 HEAD = 64
 SIZE = 224
+DEEPEST = 100  # blocks; the largest of the family has 40
 _OFFSET = 0.1  # published with the weights: positions are stretched by (n + 0.1) / m, not n / m
 
 
@@ -130,13 +133,19 @@ def from_weights(tensors: Mapping[str, Tensor], origin: str) -> VisionTransforme
         positions = tensors["pos_embed"].shape[1]
         gated = "blocks.0.mlp.w12.weight" in tensors
         hidden = tensors["blocks.0.mlp.w3.weight"].shape[1] if gated else tensors["blocks.0.mlp.fc1.weight"].shape[0]
-    except (KeyError, ValueError):
+        depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+        registers = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0
+    except (KeyError, ValueError, IndexError):
         raise EvaluationError(
             f"{origin} holds no vision transformer in DINOv2's layout (patch_embed.proj, pos_embed, blocks.0.mlp ...)"
         ) from None
-    depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
-    registers = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0
-    network = VisionTransformer(width, depth, patch, positions, registers, hidden, gated)
-    # The mask token belongs to the training.
-    network.load_state_dict({k: v for k, v in tensors.items() if k != "mask_token"}, strict=True)
+    side = math.isqrt(max(positions - 1, 0))
+    if depth > DEEPEST or not width or width % HEAD or not patch or side * side != positions - 1 or not side:
+        raise EvaluationError(
+            f"{origin} holds no vision transformer of DINOv2's family: {depth} blocks of width {width}, patches of {patch}, "
+            f"{positions} positions"
+        )
+    with torch.device("meta"):  # nothing is allocated that the file's tensors do not fit
+        network = VisionTransformer(width, depth, patch, positions, registers, hidden, gated)
+    fill(network, tensors, origin, beside=("mask_token",))  # which belongs to the training
     return network

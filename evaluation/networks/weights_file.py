@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.models.formats.tensor_files import read_pickled, read_safetensors
 
 
 def sha256_of(path: Path) -> str:
@@ -17,36 +17,33 @@ def sha256_of(path: Path) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a .safetensors file or a PyTorch file; nothing in it is executed."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return dict(load_file(path))
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # an unpickler fails on rubbish in every way there is
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise EvaluationError(f"{path} is no file of weights that can be read safely ({first})") from None
-    if not isinstance(stored, Mapping) or not all(isinstance(value, Tensor) for value in stored.values()):
-        raise EvaluationError(f"{path} does not hold tensors by name (a state dict)")
-    return dict(stored)
+    """The tensors in a .safetensors file or a PyTorch file; nothing in it is executed. Raises as the formats' readers do."""
+    return (read_safetensors(path) if path.suffix == ".safetensors" else read_pickled(path)).tensors
 
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], origin: str, beside: tuple[str, ...] = ()) -> None:
-    """Put tensors into a network: all of them, with the shapes they must have. `beside`: prefixes that may be there too."""
+    """Put tensors into a network: all of them, with the shapes they must have. `beside`: prefixes that may be there too.
+
+    A network on the meta device takes them as they are, in float32.
+    """
     wanted = network.state_dict()
     given = {name: tensor for name, tensor in tensors.items() if not name.startswith(beside or ("\0",))}
     # Counters of batch norms are not in every file and mean nothing here.
     optional = {name for name in wanted if name.endswith("num_batches_tracked")}
     missing, extra = wanted.keys() - given.keys() - optional, given.keys() - wanted.keys()
-    shapes = [name for name in wanted.keys() & given.keys() if wanted[name].shape != given[name].shape]
+    shapes = [name for name in wanted.keys() & given.keys() if _kind(wanted[name]) != _kind(given[name])]
     if missing or extra or shapes:
         what = "; ".join(
             f"{title}: {', '.join(sorted(names)[:3])}{' ...' if len(names) > 3 else ''}"
-            for title, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes))
+            for title, names in (("missing", missing), ("unknown", extra), ("of another shape or type", shapes))
             if names
         )
         raise EvaluationError(f"{origin} does not hold the weights of this feature network ({what})")
-    network.load_state_dict(given, strict=False)
+    on_meta = any(tensor.is_meta for tensor in wanted.values())
+    network.load_state_dict(
+        {k: v.float() for k, v in given.items()} if on_meta else given, strict=False, assign=on_meta
+    )
+
+
+def _kind(tensor: Tensor) -> tuple[tuple[int, ...], bool]:
+    return tuple(tensor.shape), tensor.is_floating_point()

@@ -6,22 +6,27 @@ comes from a run (names, settings, class names) is escaped.
 
 import base64
 import html
+import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tarflow.errors import noted
+from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.metrics.names import is_kernel
 from tarflow.evaluation.report.curves import sampling_curves, training_curves
 from tarflow.evaluation.report.headline import Headline, alike, find_headline
-from tarflow.evaluation.report.history import History, Result, read_history, read_sweeps
+from tarflow.evaluation.report.history import History, Result, read_history
 from tarflow.evaluation.report.template import PAGE
-from tarflow.evaluation.run_config import run_config
+from tarflow.evaluation.run_config import shown_config
+from tarflow.evaluation.samples.png_check import flaw_of_file
 from tarflow.files import write_text
+from tarflow.terminal import plain
 from tarflow.trainer.config.files import config_tree
 from tarflow.trainer.config.schema import Config
-from tarflow.trainer.run_dir import require_run
+from tarflow.trainer.run_dir import has_run_file, require_run
 
 # Scores besides the distance, as far as a result has them: key, name, digits.
 _SCORES = (
@@ -35,37 +40,51 @@ _SCORE_NOTES = {
     "coverage": "real ones with a sample near",
 }
 MOST_GRIDS = 9  # grids over training on the page; more would make it heavy
+Say = Callable[[str], None]
 
 
-def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
-    """Write the report of a run, with whatever there is so far; returns its path. No run: an error."""
-    run_dir = require_run(run_dir)
+def write_report(run_dir: str | Path, out: Path | None = None, say: Say = lambda line: None) -> Path:
+    """Write the report of a run, with whatever there is so far; returns its path. No run: an error.
+
+    What is damaged is left out, on the page as in what is said: everything else stands.
+    """
+    run_dir = Path(run_dir) if has_run_file(run_dir) else require_run(run_dir)
     chosen: list[str] = []
-    config, history = run_config(run_dir, say=chosen.append), read_history(run_dir)
-    headline = find_headline(history.results, config)
+    history = read_history(run_dir)
+    config, known = shown_config(run_dir, history.flaws, chosen.append)
+    headline = find_headline(history.results, config if known else None)
     # Curves and pictures go with the headline: all of them have its settings.
     shown = alike(history.results, headline.result) if headline else []
     sections = [
         _cards(config, history, headline, chosen),
         _section("Curves", training_curves(history, headline)),
-        _section("Guidance and denoising", sampling_curves(history, read_sweeps(run_dir))),
+        _section("Guidance and denoising", sampling_curves(history)),
         _section("Samples over training", _grids(history, shown)),
-        _newest(shown),
+        _newest(history, shown),
         _section("All results", _results_table(history, headline)),
         _section("What the headline depends on", _in_full(headline)),
-        _section("Configuration", _configuration(config)),
+        _section("Configuration", _configuration(config) if config is not None else ""),
     ]
+    sections.insert(1, _left_out(history.flaws))
     name = run_dir.resolve().name
     page = PAGE.format(
         title=_text(name), body="\n".join(s for s in sections if s), made=time.strftime("%Y-%m-%d %H:%M")
     )
     path = out or run_dir / "report.html"
     write_text(path, page)
+    for line in history.flaws:
+        say(f"left out: {line}")
+    if headline and (grid := headline.result.picture("grid.png")):
+        say(f"samples: {grid}")
     return path
 
 
 def _text(value: Any) -> str:
-    return html.escape(str(value))
+    return html.escape(plain(value, 5000))
+
+
+def _left_out(flaws: Sequence[str]) -> str:
+    return _section("Left out", "".join(f"<p class='warning'>{_text(line)}</p>" for line in flaws))
 
 
 def _section(title: str, body: str) -> str:
@@ -75,7 +94,7 @@ def _section(title: str, body: str) -> str:
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def _cards(config: Config, history: History, headline: Headline | None, chosen: Sequence[str]) -> str:
+def _cards(config: Config | None, history: History, headline: Headline | None, chosen: Sequence[str]) -> str:
     """The figures that one looks for first. `chosen`: what a sweep set."""
     cards: list[tuple[str, str, str]] = []
     if headline is not None:
@@ -95,7 +114,8 @@ def _cards(config: Config, history: History, headline: Headline | None, chosen: 
             cards.append(("bits per dimension", f"{newest['bits_per_dim']:.4f}", f"{note}held-out images"))
         if newest.get("label_agreement") is not None:
             cards.append(("label agreement", f"{newest['label_agreement']:.1%}", "5 nearest training images vote"))
-    cards.append(("images seen", f"{history.images_seen:,}", f"of {config.train.max_images:,}"))
+    of = f"of {config.train.max_images:,}" if config is not None else ""
+    cards.append(("images seen", f"{history.images_seen:,}", of))
     seconds = history.training_seconds
     restarts = len(history.restarts)
     cards.append(("training time", _duration(seconds), f"{restarts} restart{'s' if restarts != 1 else ''}"))
@@ -118,6 +138,8 @@ def _cards(config: Config, history: History, headline: Headline | None, chosen: 
 
 
 def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "–"
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s"
@@ -131,10 +153,17 @@ def _warnings(results: Sequence[Result]) -> str:
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-def _image(path: Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
+def _image(path: Path, caption: str, flaws: list[str]) -> str:
+    """A picture on the page; one that is damaged is left out."""
+    data = None
+    with noted(flaws):
+        if problem := flaw_of_file(path, None):
+            raise EvaluationError(f"{path} is {problem}")
+        data = base64.b64encode(path.read_bytes()).decode()
+    if data is None:
+        return ""
     return (
-        f"<figure><img alt='{html.escape(caption, quote=True)}' src='data:image/png;base64,{data}'>"
+        f"<figure><img alt='{_text(caption)}' src='data:image/png;base64,{data}'>"
         f"<figcaption>{_text(caption)}</figcaption></figure>"
     )
 
@@ -149,13 +178,13 @@ def _grids(history: History, results: Sequence[Result]) -> str:
     rows = shown[-1][0].values.get("grid_rows")
     named = [_class_name(str(row), history.classes) for row in rows or ()]
     note = f"<p>Rows, from the top: {', '.join(map(_text, named))}.</p>" if rows else ""
-    figures = (_image(path, f"{r.images_seen:,} images seen{_said(r)}") for r, path in shown)
+    figures = (_image(path, f"{r.images_seen:,} images seen{_said(r)}", history.flaws) for r, path in shown)
     return f"{note}<div class='row'>{''.join(figures)}</div>"
 
 
 def _class_name(row: str, classes: Sequence[str]) -> str:
     """A row's class by name: a result holds its number where the evaluation knew no names."""
-    return classes[int(row)] if row.isdecimal() and int(row) < len(classes) else row
+    return classes[int(row)] if row.isdecimal() and len(row) < 10 and int(row) < len(classes) else row
 
 
 def _said(result: Result) -> str:
@@ -163,7 +192,7 @@ def _said(result: Result) -> str:
     return f", {name} {value:.2f}" if value is not None else ""
 
 
-def _newest(results: Sequence[Result]) -> str:
+def _newest(history: History, results: Sequence[Result]) -> str:
     """Comparisons from the newest result that has pictures."""
     with_pictures = [r for r in results if r.picture("grid.png")]
     if not with_pictures:
@@ -187,13 +216,13 @@ def _newest(results: Sequence[Result]) -> str:
     for title, text, names in pairs:
         paths = [(result.picture(name), caption) for name, caption in names]
         if all(path for path, _ in paths):
-            figures = "".join(_image(path, caption) for path, caption in paths if path)
+            figures = "".join(_image(path, caption, history.flaws) for path, caption in paths if path)
             parts.append(_section(title, f"<p>{_text(text)}</p><div class='row pair'>{figures}</div>"))
-    parts += [_neighbours(result), _trajectory(result)]
+    parts += [_neighbours(history, result), _trajectory(history, result)]
     return "".join(parts)
 
 
-def _neighbours(result: Result) -> str:
+def _neighbours(history: History, result: Result) -> str:
     path, about = result.picture("neighbours.png"), result.values.get("neighbours")
     if path is None or not about:
         return ""
@@ -202,12 +231,11 @@ def _neighbours(result: Result) -> str:
         f"{about['samples']:,} samples the difference to the nearest is {about['nearest_rms_median']:.1f} grey levels "
         f"in the median and {about['nearest_rms_min']:.1f} at least: near zero would be a copy."
     )
-    return _section(
-        "Nearest training images", f"<p>{_text(text)}</p>{_image(path, 'samples above, training images below')}"
-    )
+    picture = _image(path, "samples above, training images below", history.flaws)
+    return _section("Nearest training images", f"<p>{_text(text)}</p>{picture}")
 
 
-def _trajectory(result: Result) -> str:
+def _trajectory(history: History, result: Result) -> str:
     path = result.picture("trajectory.png")
     if path is None:
         return ""
@@ -216,7 +244,7 @@ def _trajectory(result: Result) -> str:
         if result.picture("grid-noisy.png")
         else ("one sample a row: noise, and after each block")
     )
-    return _section("From noise to image", _image(path, caption))
+    return _section("From noise to image", _image(path, caption, history.flaws))
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

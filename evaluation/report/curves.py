@@ -7,6 +7,7 @@ from typing import Any
 from tarflow.evaluation.report.headline import Headline, alike, differences, settings_of
 from tarflow.evaluation.report.history import History, Result
 from tarflow.evaluation.report.plots import Curve, Plot, svg
+from tarflow.terminal import plain
 from tarflow.trainer.checkpoint.names import leading_name
 
 
@@ -73,7 +74,7 @@ def _drawn(plots: Sequence[Plot], key: str) -> str:
     return "".join(f"<figure class='plot'>{picture}</figure>" for picture in drawn)
 
 
-def sampling_curves(history: History, sweeps: Sequence[dict[str, Any]]) -> str:
+def sampling_curves(history: History) -> str:
     """Distance over guidance, denoising and temperature: of results that differ in one of them, and of sweeps."""
     plots = []
     for setting, label in (("guidance", "guidance"), ("denoise", "denoising"), ("attn_temp", "attention temperature")):
@@ -84,7 +85,7 @@ def sampling_curves(history: History, sweeps: Sequence[dict[str, Any]]) -> str:
             points = [(value, float(result.distance[1] or 0.0)) for value, result in scored]
             curves.append(Curve(name, points, marked=True, errors=errors))
         plots.append(Plot(f"Distance over {label}", curves, x=label))
-    for sweep in sweeps:
+    for sweep in history.sweeps:
         for part in sweep["rounds"]:
             lines: dict[str, list[tuple[float, float, float]]] = {}
             for point in part["points"]:
@@ -97,9 +98,8 @@ def sampling_curves(history: History, sweeps: Sequence[dict[str, Any]]) -> str:
                 line.sort()
                 curves.append(Curve(key, [(w, d) for w, d, _ in line], marked=True, errors=[e for _, _, e in line]))
             plots.append(Plot(f"{leading_name(sweep['name'])}: {part['num_samples']:,} samples", curves, x="guidance"))
-    return "".join(f"<p>{html.escape(_outcome(sweep))}</p>" for sweep in sweeps if sweep.get("best")) + _drawn(
-        plots, "sampling"
-    )
+    said = (f"<p>{html.escape(plain(_outcome(sweep), 5000))}</p>" for sweep in history.sweeps if sweep.get("best"))
+    return "".join(said) + _drawn(plots, "sampling")
 
 
 def _outcome(sweep: dict[str, Any]) -> str:

@@ -23,10 +23,13 @@ class Headline:
 
     result: Result
     differs: dict[str, tuple[Any, Any]]
+    own_known: bool = True  # whether the run's own settings are
 
     def describe(self) -> str:
         """The settings in words."""
         own = settings_of(self.result)
+        if not self.own_known:
+            return f"{self.result.folder.name}: the newest result; the run's own settings are not known"
         if not self.differs:
             listed = ", ".join(f"{key} {_text(own[key])}" for key in ("weights", "guidance", "denoise") if key in own)
             return f"{self.result.folder.name}: the newest result under the run's own settings ({listed})"
@@ -66,14 +69,14 @@ def alike(results: Iterable[Result], like: Result, apart_from: Sequence[str] = (
     return [r for r in results if r.step_known and not set(differences(settings_of(r), wanted)) - set(apart_from)]
 
 
-def find_headline(results: Sequence[Result], config: Config) -> Headline | None:
-    """The result that stands for a run; None if no checkpoint has one."""
-    own = own_settings(config)
+def find_headline(results: Sequence[Result], config: Config | None) -> Headline | None:
+    """The result that stands for a run; None if no checkpoint has one. `config`: None where it is not known."""
+    own = own_settings(config) if config is not None else {}
     known = [result for result in results if result.step_known]
     if not known:
         return None
     newest = max(known, key=lambda r: (not differences(settings_of(r), own), r.images_seen, r.plain, r.published))
-    return Headline(newest, differences(settings_of(newest), own))
+    return Headline(newest, differences(settings_of(newest), own), own_known=config is not None)
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,7 @@
-"""The history of a run, read back: metrics.jsonl as one line through all restarts, and the results."""
+"""The history of a run, read back: metrics.jsonl as one line through all restarts, and the results.
+
+What is damaged is left out and named in `History.flaws`; everything else stands.
+"""
 
 import json
 import math
@@ -6,9 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tarflow.errors import noted
 from tarflow.evaluation.metrics.names import is_distance
-from tarflow.evaluation.results import read_results
-from tarflow.files import listed, read_json_lines
+from tarflow.evaluation.report.logged import Logged, read_metrics
+from tarflow.evaluation.results import scan
+from tarflow.evaluation.sweep_file import RECORD, load_sweep
+from tarflow.files import listed
+from tarflow.records import read_object
 from tarflow.trainer.checkpoint.names import is_checkpoint_name
 
 Point = tuple[float, float]
@@ -23,7 +30,7 @@ class Result:
 
     @property
     def images_seen(self) -> int:
-        return int(self.values.get("images_seen") or 0)
+        return int(self.values["images_seen"] or 0)
 
     @property
     def plain(self) -> bool:
@@ -38,7 +45,7 @@ class Result:
     @property
     def step_known(self) -> bool:
         """Whether it belongs to a checkpoint of the run."""
-        return self.values.get("step") is not None
+        return self.values["step"] is not None
 
     @property
     def distance(self) -> tuple[str, float | None]:
@@ -68,6 +75,8 @@ class History:
     results: list[Result] = field(default_factory=list)
     images_seen: int = 0  # newest known
     classes: list[str] = field(default_factory=list)  # names by label, where the data have some
+    sweeps: list[dict[str, Any]] = field(default_factory=list)  # what `tarflow sweep-guidance` recorded, by name
+    flaws: list[str] = field(default_factory=list)  # what is damaged and left out, in words
 
     def series(self, name: str) -> list[Point]:
         """(images seen, value) of one figure; rows without it, or with a value that is not finite, are left out."""
@@ -103,26 +112,13 @@ class History:
         return curves
 
 
-def read_sweeps(run_dir: Path) -> list[dict[str, Any]]:
-    """What `tarflow sweep-guidance` recorded, by name; a file that is not readable is left out."""
-    found = []
-    for path in listed(run_dir / "sweeps", "*/sweep.json"):
-        try:
-            value = json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue
-        if isinstance(value, dict) and isinstance(value.get("rounds"), list):
-            found.append(value | {"name": path.parent.name})
-    return found
-
-
 def read_history(run_dir: Path) -> History:
     """The history of a run. Steps that a restart did again count once, as they were done the last time."""
-    history = History()
-    for row in read_json_lines(run_dir / "metrics.jsonl"):
-        images = row.get("images_seen")
-        if not isinstance(images, int):
-            continue
+    history, logged = History(), Logged()
+    with noted(history.flaws):
+        logged = read_metrics(run_dir)
+    for row in logged.rows:
+        images = row["images_seen"]
         history.images_seen = images
         event = row.get("event")
         if event in ("start", "resume"):
@@ -131,16 +127,25 @@ def read_history(run_dir: Path) -> History:
                 history.restarts.append(images)
         elif event is None:
             history.rows.append(row)
-    history.results = [Result(folder, values) for folder, values in read_results(run_dir)]
-    history.classes = class_names(run_dir)
+    found, flaws = scan(run_dir)
+    history.results = [Result(folder, values) for folder, values in found]
+    history.flaws += logged.flaws + flaws
+    for path in listed(run_dir / "sweeps", f"*/{RECORD}"):
+        with noted(history.flaws):
+            history.sweeps.append(load_sweep(path))
+    with noted(history.flaws):
+        history.classes = class_names(run_dir)
     return history
 
 
 def class_names(run_dir: Path) -> list[str]:
-    """Names of the classes by label, as training noted them in data.json; none if the data have no names."""
+    """Names of the classes by label, as training noted them in data.json; none if the data have no names.
+
+    Raises DamagedFileError.
+    """
     try:
-        classes = json.loads((run_dir / "data.json").read_text()).get("classes")
-    except (OSError, ValueError, AttributeError):
+        classes = read_object(run_dir / "data.json", what="what a run says of its data").get("classes")
+    except FileNotFoundError:
         return []
     return [str(name) for name in classes] if isinstance(classes, list) else []
 

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from tarflow.evaluation.report.history import Point, thin
+from tarflow.terminal import plain
 
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#ef4444")
 _PAGE_COLOUR = "#010203"  # stands for currentColor until the SVG is written
@@ -72,9 +73,9 @@ def svg(plot: Plot, key: str) -> str:
             _draw(axes, curve, colour)
         for i, images in enumerate(plot.restarts):
             axes.axvline(images, color=_PAGE_COLOUR, alpha=0.4, lw=0.8, ls=":", label="restart" if i == 0 else None)
-        axes.set_title(plot.title, loc="left", fontsize=10, fontweight="bold")
+        axes.set_title(plain(plot.title), loc="left", fontsize=10, fontweight="bold")
         axes.set_xlabel(plot.x)
-        axes.set_ylabel(plot.units)
+        axes.set_ylabel(plain(plot.units))
         if plot.x == "images seen":
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.15, color=_PAGE_COLOUR)
@@ -84,7 +85,7 @@ def svg(plot: Plot, key: str) -> str:
             axes.legend(frameon=False, fontsize=8)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(buffer.getvalue(), key, plot.title)
+    return _inline(buffer.getvalue(), key, plain(plot.title))
 
 
 def _draw(axes: Any, curve: Curve, colour: str) -> None:
@@ -92,9 +93,9 @@ def _draw(axes: Any, curve: Curve, colour: str) -> None:
     x, y = [p[0] for p in points], [p[1] for p in points]
     if curve.marked:
         errors = [e or 0.0 for e in curve.errors] if curve.errors else None
-        axes.errorbar(x, y, yerr=errors, color=colour, lw=1.2, marker="o", ms=4, capsize=2, label=curve.label)
+        axes.errorbar(x, y, yerr=errors, color=colour, lw=1.2, marker="o", ms=4, capsize=2, label=plain(curve.label))
     else:
-        axes.plot(x, y, color=colour, lw=1.2, label=curve.label)
+        axes.plot(x, y, color=colour, lw=1.2, label=plain(curve.label))
 
 
 def _inline(text: str, key: str, title: str) -> str:

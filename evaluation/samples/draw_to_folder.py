@@ -52,7 +52,7 @@ def sample_images(request: SampleRequest, say: Callable[[str], None] = print) ->
     model = source.model.config
     sampler = Sampler(source.model, settings)
     about = source.describe() | {"source": source.origin, "sampling": settings.describe()}
-    about |= {"provenance": source.provenance.describe(), "code": code_version()}
+    about |= {"provenance": source.describe_provenance(), "code": code_version()}
     folder = SampleFolder(request.out, about, request.num, model.image_shape)
     missing, damaged = folder.missing(), folder.damaged
     say(f"{request.num} images of {model.image_size} pixels from {source.origin}, weights {source.weights}")

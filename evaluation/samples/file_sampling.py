@@ -11,6 +11,7 @@ from tarflow.evaluation.samples.draw import check_guidance
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.models.sampling.settings import SamplingSettings
 from tarflow.models.weights import WeightsFile
+from tarflow.terminal import plain
 
 
 def sampling_of_file(
@@ -74,10 +75,10 @@ def describe_file(path: Path, file: WeightsFile) -> str:
     if not file.by_shapes:
         stored = stored_sampling(path, file.provenance.sampling).model_dump(exclude_defaults=True)
         sampling = f"; sampled with {', '.join(f'{key}={value}' for key, value in stored.items())}" if stored else ""
-        return f"{path}: {file.provenance}{sampling}"
+        return plain(f"{path}: {file.provenance}{sampling}", 5000) + file.caveat
     c = file.config
     return (
         f"{path}: the published layout; by its shapes {c.image_size} x {c.image_size} pixels, patches of {c.patch_size}, "
         f"{c.channels} channels, {c.num_blocks} blocks of {c.layers_per_block} layers, {c.num_classes} classes; taken as "
-        f"published: attention heads of {c.head_channels} channels, no soft clip"
+        f"published: attention heads of {c.head_channels} channels, no soft clip{file.caveat}"
     )

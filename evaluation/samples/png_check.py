@@ -10,13 +10,18 @@ from PIL import Image, UnidentifiedImageError
 from tarflow.evaluation.errors import EvaluationError
 
 _FAULTS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+LARGEST = 64 << 20  # bytes
 _END = b"\0\0\0\0IEND\xaeB`\x82"  # the last part of every PNG, with its checksum
 
 
 def flaw_of_file(path: Path, shape: tuple[int, int, int] | None) -> str | None:
     """What is wrong with a PNG file, or None. Raises EvaluationError for a file that cannot be read at all."""
     try:
-        return flaw(path.read_bytes(), shape)
+        if not path.is_file():
+            raise EvaluationError(f"{path} cannot be read: it is no regular file")
+        with open(path, "rb") as file:
+            content = file.read(LARGEST + 1)
+        return flaw(content, shape) if len(content) <= LARGEST else f"larger than {LARGEST} bytes"
     except OSError as error:
         raise EvaluationError(f"{path} cannot be read: {error.strerror or error}") from None
 

@@ -10,6 +10,7 @@ other images is refused, never mixed.
 """
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.png_check import flaw_of_file
-from tarflow.files import listed, write_atomic, write_json
+from tarflow.files import listed, write_atomic
+from tarflow.records import read_object, write_object
+from tarflow.terminal import plain
 
 _NAME = re.compile(r"(\d{6,})\.png")
 # What may differ between two calls that fill one folder: it does not change the images.
@@ -69,23 +72,21 @@ class SampleFolder:
 
     def _write_settings(self, nonfinite: Sequence[int], complete: bool) -> None:
         state = {"num": self.num, "complete": complete, "nonfinite": list(nonfinite)}
-        write_json(self.root / "settings.json", self.settings | state)
+        write_object(self.root / "settings.json", self.settings | state)
 
     def _check_settings(self) -> None:
         path = self.root / "settings.json"
-        if not path.exists():
+        if not os.path.lexists(path):
             if self.root.exists() and any(self.root.iterdir()):
                 raise EvaluationError(
                     f"--out {self.root} is not empty and no folder of samples (no settings.json); give a new directory"
                 )
             return
-        try:
-            there = {k: v for k, v in json.loads(path.read_text()).items() if k not in _FREE}
-        except (ValueError, AttributeError):
-            raise EvaluationError(f"{path} is not readable; give a new --out directory") from None
+        stored = read_object(path, what="settings of samples", way_out="give a new --out directory")
+        there = {k: v for k, v in stored.items() if k not in _FREE}
         asked = {k: v for k, v in json.loads(json.dumps(self.settings)).items() if k not in _FREE}
         differ = [
-            f"{k}: {there.get(k)!r} there, {asked.get(k)!r} asked"
+            f"{k}: {plain(repr(there.get(k)))} there, {asked.get(k)!r} asked"
             for k in asked | there
             if there.get(k) != asked.get(k)
         ]

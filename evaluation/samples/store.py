@@ -13,9 +13,10 @@ are no longer whole are removed, said, and drawn again.
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,17 @@ from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.draw import Drawn, Sampler
 from tarflow.evaluation.samples.png_folder import to_picture
 from tarflow.evaluation.samples.store_check import Shape, damaged_pictures, damaged_shards
+from tarflow.evaluation.samples.store_files import SETTINGS, STRETCH, Note, load_settings
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.shared_work import SharedWork
-from tarflow.files import listed, put_once, write_json
+from tarflow.files import listed, put_once
 from tarflow.leases import unique_name
+from tarflow.records import DamagedFileError, save_record, write_object
 from tarflow.trainer.checkpoint.names import leading_name
 
 Say = Callable[[str], None]
 KINDS = {"shards": "tar", "png": "json"}
-_NAME = re.compile(r"samples-(\d{8,})-(\d{8,})\.(tar|json)")
+_PICTURE = re.compile(r"\d{8,18}\.png")
 _OURS = re.compile(r"settings\.json|images|index|\..*")  # an index of the shards is welcome
 
 
@@ -52,8 +55,8 @@ class SampleStore:
         self._check()
         self._remove_damaged(shape, say)
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "settings.json").exists():
-            write_json(folder / "settings.json", self.about)
+        if not os.path.lexists(folder / SETTINGS):
+            write_object(folder / SETTINGS, self.about)
 
     @classmethod
     def of(
@@ -72,14 +75,13 @@ class SampleStore:
         about = {key: result[key] for key in ("weights", "weights_sha256", "step", "images_seen")}
         folder = _folder(root, kind, about | {"sampling": result["settings"]["sampling"]}, leading_name(result["name"]))
         try:
-            state = json.loads((folder / "settings.json").read_text())
-            sizes = dict(state.get("files", {}))
-            whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
-            stamp = (folder / "settings.json").stat().st_mtime_ns
-            pictures = state.get("picture_bytes", 0)
+            state = load_settings(folder)
+            whole = all((folder / name).stat().st_size == size for name, size in state["files"].items())
+            stamp = (folder / SETTINGS).stat().st_mtime_ns
+            pictures = state["picture_bytes"]
             whole = whole and (not pictures or _picture_bytes_once(folder, stamp) == pictures)
-            return whole and int(state["num"]) >= result["samples"]["asked"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return bool(whole and state["num"] >= result["samples"]["asked"])
+        except (OSError, DamagedFileError):  # whoever opens it to complete it says what is wrong
             return False
 
     def missing(self, within: range | None = None) -> list[range]:
@@ -128,7 +130,7 @@ class SampleStore:
             lost = [i for i in range(self.num) if i not in there]
             state = {"num": self.num, "images": len(there), "nonfinite": lost}
             state |= {"files": _sizes(self.folder), "picture_bytes": _picture_bytes(self.folder)}
-            write_json(self.folder / "settings.json", self.about | state)
+            write_object(self.folder / SETTINGS, self.about | state)
             work.remove()
 
     # --- files -----------------------------------------------------------------------------------------------------
@@ -155,24 +157,27 @@ class SampleStore:
                 temporary = self.folder / f".{index}.{unique_name()}.tmp"
                 temporary.write_bytes(self._waiting[index][0])
                 put_once(temporary, images / f"{index:08d}.png")
-        labels = {index: self._waiting[index][1] for index in indices if index in self._waiting}
-        sizes = {index: (images / f"{index:08d}.png").stat().st_size for index in labels}
+        labels = {str(index): self._waiting[index][1] for index in indices if index in self._waiting}
+        sizes = {index: (images / f"{int(index):08d}.png").stat().st_size for index in labels}
         temporary = path.with_name(f".{path.name}.{unique_name()}.tmp")
-        write_json(temporary, {"labels": labels, "sizes": sizes})
+        save_record(temporary, Note.model_validate({"labels": labels, "sizes": sizes}))
         put_once(temporary, path)
 
     def _covered(self) -> list[range]:
-        names = (_NAME.fullmatch(path.name) for path in listed(self.folder))
+        names = (STRETCH.fullmatch(path.name) for path in listed(self.folder))
         return sorted((range(int(n[1]), int(n[2]) + 1) for n in names if n), key=lambda r: (r.start, r.stop))
 
     def _indices(self) -> Iterator[int]:
         """Every sample that lies here, by reading what there is."""
         if self.kind == "png":
-            yield from (int(path.stem) for path in listed(self.folder / "images", "*.png"))
+            yield from _numbers(path.name for path in listed(self.folder / "images", "*.png"))
             return
         for path in listed(self.folder, "samples-*.tar"):
-            with tarfile.open(path) as shard:
-                yield from (int(name[:-4]) for name in shard.getnames() if name.endswith(".png"))
+            try:
+                with tarfile.open(path, "r:") as shard:
+                    yield from _numbers(shard.getnames())
+            except tarfile.TarError as error:
+                raise DamagedFileError(path, str(error), "remove it, and its samples are drawn again") from None
 
     def _remove_damaged(self, shape: Shape | None, say: Say) -> None:
         """What is removed is missing, and so it is drawn again."""
@@ -187,7 +192,7 @@ class SampleStore:
 
     def _check(self) -> None:
         for path in listed(self.folder):
-            match = _NAME.fullmatch(path.name)
+            match = STRETCH.fullmatch(path.name)
             if match is None and not _OURS.fullmatch(path.name):
                 raise EvaluationError(f"{self.folder} holds {path.name}, which no evaluation put there; move it away")
             if match and int(match[2]) >= self.num:
@@ -197,12 +202,10 @@ class SampleStore:
                 )
         self._complete_sizes: dict[str, int] = {}
         try:
-            there = json.loads((self.folder / "settings.json").read_text())
-            self._complete_sizes = dict(there.get("files", {}))
+            there = load_settings(self.folder)
         except FileNotFoundError:
             return
-        except (ValueError, TypeError, AttributeError):
-            raise EvaluationError(f"{self.folder / 'settings.json'} is not readable; move the folder away") from None
+        self._complete_sizes = there["files"]
         differ = [key for key, value in self.about.items() if there.get(key) != value]
         if differ:
             raise EvaluationError(f"{self.folder} holds samples drawn with other {', '.join(differ)}; move it away")
@@ -215,7 +218,12 @@ def _folder(root: Path, kind: str, about: dict[str, Any], checkpoint: str | None
 
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of the files that say which samples lie here, by name."""
-    return {path.name: path.stat().st_size for path in listed(folder) if _NAME.fullmatch(path.name)}
+    return {path.name: path.stat().st_size for path in listed(folder) if STRETCH.fullmatch(path.name)}
+
+
+def _numbers(names: Iterable[str]) -> Iterator[int]:
+    """The samples that pictures hold, by their names; of another name is none of ours."""
+    return (int(name[:-4]) for name in names if _PICTURE.fullmatch(name))
 
 
 def _picture_bytes(folder: Path) -> int:

@@ -1,13 +1,14 @@
 """Which files of kept samples are no longer whole. What has the size that it was written with is taken as whole."""
 
-import json
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.png_check import flaw, flaw_of_file
+from tarflow.evaluation.samples.store_files import load_note
 from tarflow.files import listed
+from tarflow.records import DamagedFileError
 
 Shape = tuple[int, int, int]  # channels, height, width
 
@@ -16,7 +17,7 @@ def damaged_shards(folder: Path, sizes: Mapping[str, int], shape: Shape | None) 
     """Shards that are not whole, with the reason. `sizes`: bytes of those that were once complete, by name."""
     found = {}
     for path in listed(folder, "samples-*.tar"):
-        size, written = path.stat().st_size, sizes.get(path.name)
+        size, written = path.lstat().st_size, sizes.get(path.name)
         if written is None:
             reason = _flaw_of_shard(path, shape)
         else:
@@ -29,6 +30,8 @@ def damaged_shards(folder: Path, sizes: Mapping[str, int], shape: Shape | None) 
 def _flaw_of_shard(path: Path, shape: Shape | None) -> str | None:
     ending = 2 * tarfile.BLOCKSIZE  # of zeros, in every tar
     try:
+        if not path.is_file():
+            raise EvaluationError(f"{path} cannot be read: it is no regular file")
         if path.stat().st_size < ending:
             return "cut off"
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as shard:
@@ -53,15 +56,14 @@ def damaged_pictures(folder: Path, shape: Shape | None) -> dict[Path, str]:
     found: dict[Path, str] = {}
     for note in listed(folder, "samples-*.json"):
         try:
-            stretch = json.loads(note.read_text())
-            indices, sizes = [int(index) for index in stretch["labels"]], dict(stretch.get("sizes", {}))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            found[note] = "damaged"
+            stretch = load_note(note)
+        except DamagedFileError as error:
+            found[note] = f"damaged ({error.problem})"
             continue
-        for index in indices:
+        for index, size in ((int(i), stretch.sizes.get(i)) for i in stretch.labels):
             path = folder / "images" / f"{index:08d}.png"
             if not path.exists():
                 found[note] = f"{path.name} is missing"
-            elif path.stat().st_size != sizes.get(str(index)) and (reason := flaw_of_file(path, shape)):
+            elif (not path.is_file() or path.stat().st_size != size) and (reason := flaw_of_file(path, shape)):
                 found |= {note: f"{path.name} is {reason}", path: reason}
     return found

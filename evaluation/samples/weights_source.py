@@ -35,6 +35,7 @@ class WeightsSource:
     images_seen: int | None = None
     checkpoint: str | None = None  # name of the checkpoint, if it is one's
     provenance: Provenance = field(default_factory=Provenance)
+    checked: bool = True  # False: a file without a checksum
 
     def describe(self) -> dict[str, Any]:
         """What a result says about its weights."""
@@ -44,6 +45,10 @@ class WeightsSource:
             "step": self.step,
             "images_seen": self.images_seen,
         }
+
+    def describe_provenance(self) -> dict[str, Any]:
+        """How the weights were trained, as far as it is known; `checked` is false if their file carries no checksum."""
+        return self.provenance.describe() | ({} if self.checked else {"checked": False})
 
 
 def from_checkpoint(config: Config, checkpoint: Checkpoint, which: str, device: torch.device) -> WeightsSource:
@@ -62,7 +67,8 @@ def from_checkpoint(config: Config, checkpoint: Checkpoint, which: str, device: 
 def from_file(path: Path, file: WeightsFile, device: torch.device) -> WeightsSource:
     """The weights of a file that was read from `path`."""
     model = load_model(file.config, file.tensors).requires_grad_(False).to(device)
-    return WeightsSource(model, "file", _digest(file.tensors), str(path), provenance=file.provenance)
+    digest = _digest(file.tensors)
+    return WeightsSource(model, "file", digest, str(path), provenance=file.provenance, checked=file.checked)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

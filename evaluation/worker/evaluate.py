@@ -41,11 +41,10 @@ from tarflow.evaluation.worker.class_maps import check_class_maps
 from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import Recipe
 from tarflow.evaluation.worker.reference import Reference
-from tarflow.files import write_json
+from tarflow.records import write_object
 from tarflow.trainer.checkpoint.commit import Checkpoint, pinned
 from tarflow.trainer.run_dir import is_run, run_id
 
-FORMAT = 2
 Say = Callable[[str], None]
 
 
@@ -130,9 +129,8 @@ class Job:
         root, evaluation, num = self.evaluator.root, self.config.evaluation, self.settings.num_samples
         self.saver = SampleStore.of(self.evaluator.save, root, self.source, self.sampler, num, self.evaluator.say)
         if aside := results.set_damaged_aside(root, self.name):
-            self.evaluator.say(
-                f"{self.name} has no readable {results.RESULT}: set aside as {aside.name}, evaluated again"
-            )
+            kept, problem = aside
+            self.evaluator.say(f"{self.name}: {problem}: set aside as {kept.name}, evaluated again")
         plan = {"batch_size": self.config.sampling.batch_size, "chunk_samples": evaluation.chunk_samples}
         folder = results.work_dir(root, f"{self.name}-{self.settings.hash}-{self.source.sha256[:12]}")
         self.work = SharedWork(folder, plan, evaluation.lease_s)
@@ -149,12 +147,12 @@ class Job:
         return self.work.work_through(chunks, self._compute, self._is_published)
 
     def _is_published(self) -> bool:
-        there = results.read_result(results.evals_dir(self.evaluator.root) / self.name)
-        return bool(there) and self._same(there or {})
+        there = results.usable_result(results.evals_dir(self.evaluator.root) / self.name)
+        return there is not None and self._same(there)
 
     def _same(self, result: dict[str, Any]) -> bool:
         ours = (self.settings.hash, self.source.sha256)
-        return (result.get("settings_hash"), result.get("weights_sha256")) == ours
+        return (result["settings_hash"], result["weights_sha256"]) == ours
 
     @property
     def held_out(self) -> ImageSet | None:
@@ -217,8 +215,8 @@ class Job:
         with results.building(root, self.name) as folder:
             measured = self._measure(samples, likelihood, folder)
             result = self._result(measured)
-            write_json(folder / results.RESULT, result)
-            write_json(folder / results.WORK, self._work_done(done_by) | {"code": codes})
+            write_object(folder / results.RESULT, result)
+            write_object(folder / results.WORK, self._work_done(done_by) | {"code": codes})
             if results.publish(root, folder, self.name, self.config.log.tensorboard):
                 self.published = results.read_result(results.evals_dir(root) / self.name)
         path.write_text(self.name)
@@ -251,7 +249,7 @@ class Job:
             "reference": {
                 "file": reference.path.name,
                 "images_used": reference.statistics.count,
-                **reference.provenance,
+                **reference.describe(),
             }
         }
         network = self.real.features
@@ -308,11 +306,11 @@ class Job:
     def _result(self, measured: dict[str, Any]) -> dict[str, Any]:
         features, root = self.real.features, self.evaluator.root
         return {
-            "format": FORMAT,
+            "format": results.FORMAT,
             "name": self.name,
             "run": run_id(root) if is_run(root) else None,
             **self.source.describe(),
-            "provenance": self.source.provenance.describe(),
+            "provenance": self.source.describe_provenance(),
             **measured,
             "grid_rows": self._row_names(),
             "num_samples": measured["samples"]["used"],
@@ -390,7 +388,7 @@ def headline(result: dict[str, Any]) -> str:
         parts.append(f"{result['bits_per_dim']:.4f}{f' +- {stderr:.4f}' if stderr else ''} bits/dim")
     if result.get("label_agreement") is not None:
         parts.append(f"label agreement {result['label_agreement']:.1%}")
-    parts.append(f"{result['num_samples']} samples of {result['weights']}, {result['seconds']['total']:.0f} s")
+    parts.append(f"{result['num_samples']} samples of {result['weights']}, {result['seconds'].get('total', 0):.0f} s")
     lost = f" | {result['problem']}" if result["problem"] else ""
     what = result["name"]
     if result["step"] is not None:

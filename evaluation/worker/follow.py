@@ -22,6 +22,7 @@ from tarflow.evaluation.worker.evaluate import Evaluator, Job, headline
 from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import Recipe, file_recipe, load_recipes
 from tarflow.models.weights import read_weights
+from tarflow.terminal import plain
 from tarflow.trainer.checkpoint.commit import Checkpoint, check_identity, committed, damaged, find, pinned, scan
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import is_run, load_run_config, require_run
@@ -107,7 +108,7 @@ def evaluate_file(
     source = from_file(path, file, evaluator.real.device)
     results.sweep(out)
     result = Job(evaluator, source).run()
-    say(headline(result) if result else f"{path} has a result under these settings already")
+    say(plain(headline(result), 2000) if result else f"{path} has a result under these settings already")
     return result
 
 
@@ -164,8 +165,8 @@ class _Worker:
         """Whether this very checkpoint was evaluated under these settings, and its samples are kept if they are to be."""
         settings = evaluator.settings
         name = results.result_name(self.run_dir, checkpoint.name, settings.hash, evaluator.recipe.own)
-        result = results.read_result(results.evals_dir(self.run_dir) / name)
-        if result is None or result.get("settings_hash") != settings.hash:
+        result = results.usable_result(results.evals_dir(self.run_dir) / name)
+        if result is None or result["settings_hash"] != settings.hash:
             return False
         if self.options.save and not SampleStore.complete_for(self.options.save, self.run_dir, result):
             return False
@@ -174,14 +175,14 @@ class _Worker:
     def _still_true(self, checkpoint: Checkpoint, evaluator: Evaluator, name: str, result: dict[str, Any]) -> bool:
         """A run that went back and came again saves a checkpoint a second time; with other weights its result is void."""
         saved = (checkpoint.path / "COMMITTED").stat().st_mtime
-        if saved > float(result.get("time", 0)):
+        if saved > result.get("time", 0.0):
             try:
                 with pinned(checkpoint, f"evaluate-{id(self)}"):
                     weights, cpu = evaluator.settings.weights, torch.device("cpu")
                     source = from_checkpoint(evaluator.config, checkpoint, weights, cpu)
             except (TrainerError, OSError):
                 return False
-            if source.sha256 != result.get("weights_sha256"):
+            if source.sha256 != result["weights_sha256"]:
                 self.say(f"{checkpoint.name} was saved again with other weights: its result is set aside")
                 results.supersede(self.run_dir, name, result)
                 return False
@@ -210,14 +211,14 @@ class _Worker:
                 self._note_problem(checkpoint, evaluator)
                 return
             self.outcome.done.append(result)
-            self.say(headline(result))
+            self.say(plain(headline(result), 2000))
             self._note_problem(checkpoint, evaluator)
 
     def _note_problem(self, checkpoint: Checkpoint, evaluator: Evaluator) -> None:
         """A result without a distance is a failure for every worker that had a part in it."""
         name = results.result_name(self.run_dir, checkpoint.name, evaluator.settings.hash, evaluator.recipe.own)
         result = results.read_result(results.evals_dir(self.run_dir) / name)
-        if result and result.get("problem"):
+        if result and result["problem"]:
             self._note(name, result["problem"])
 
     def _fail(self, checkpoint: Checkpoint, evaluator: Evaluator, reason: str) -> None:

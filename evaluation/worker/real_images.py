@@ -14,13 +14,13 @@ from tarflow.evaluation.image_set import ImageSet
 from tarflow.evaluation.networks.features import Features
 from tarflow.evaluation.worker.recipe import EvaluationSettings
 from tarflow.evaluation.worker.reference import (
-    DamagedReferenceError,
     Reference,
     cache_path,
     full_provenance,
     load_reference,
     reference_statistics,
 )
+from tarflow.records import DamagedFileError
 from tarflow.trainer.config.schema import Config
 
 
@@ -49,12 +49,19 @@ class RealImages:
         images = self.images(self.settings.reference_images)
         provenance = full_provenance(images.provenance(), self.features)
         if self.path is not None:
-            return load_reference(self.path, provenance)
+            return self._noted(load_reference(self.path, provenance, dim=self.features.dim))
         beside = cache_path(Path(images.data.train), provenance)  # where `tarflow reference` leaves them
         if beside.is_file():
             try:
-                return load_reference(beside, provenance)
-            except DamagedReferenceError:
-                self.say(f"{beside} is cut short or damaged: not used (`tarflow reference` makes it anew)")
+                return self._noted(load_reference(beside, provenance, dim=self.features.dim))
+            except DamagedFileError as error:
+                self.say(f"{beside} is not used, it is damaged: {error.problem} (`tarflow reference` makes it anew)")
         path = cache_path(self.evals, provenance)
-        return reference_statistics(path, images, self.features, self.config.evaluation.lease_s, self.say)
+        return self._noted(reference_statistics(path, images, self.features, self.config.evaluation.lease_s, self.say))
+
+    def _noted(self, reference: Reference) -> Reference:
+        if not reference.checked:
+            self.say(
+                f"note: {reference.path} carries no checksum: whether its bytes are as they were written is not known"
+            )
+        return reference

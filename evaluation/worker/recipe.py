@@ -1,6 +1,5 @@
 """Everything that decides the figures of a result. Equal settings, equal result; the hash of them names it."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
+from tarflow.evaluation.result_file import settings_digest
 from tarflow.evaluation.run_config import run_config
 from tarflow.evaluation.samples.file_sampling import stored_sampling
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
@@ -73,7 +73,7 @@ class EvaluationSettings:
     @property
     def hash(self) -> str:
         """Twelve hex digits."""
-        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()[:12]
+        return settings_digest(self.describe())
 
 
 OVERRIDABLE = ("sampling", "evaluation", "data")  # sections

@@ -8,36 +8,31 @@ Any number of processes may compute them together: chunks of fixed size, merged 
 on who did what. Features of some images, spread evenly, are kept beside the sums for the scores that need them.
 """
 
-import errno
 import hashlib
 import json
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tarflow.data_pipeline.images.identical import image_hashes
+from tarflow.errors import UserError
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics
 from tarflow.evaluation.shared_work import SharedWork
 from tarflow.files import check_writable, write_atomic
+from tarflow.npz import write_npz
+from tarflow.records import DamagedFileError
+from tarflow.trainer.config.reference_file import FORMAT, ReferenceFile, read_reference
 
-FORMAT = 2
 CHUNK = 1024  # images
 KEEP = 10_000  # images whose features are kept
 Provenance = dict[str, str | int]
 _WHERE = "data"  # the only entry that may differ
-_ANOTHER = "name another file (--reference, evaluation.reference), or make one with `tarflow reference`"
-
-
-class DamagedReferenceError(EvaluationError):
-    """A file that holds no statistics: cut short, empty, or something else altogether."""
 
 
 class Network(Protocol):
@@ -73,6 +68,11 @@ class Reference:
     path: Path
     rows: Tensor
     hashes: np.ndarray | None = None  # uint64 [images], of the pixels; not in files of version 0.1
+    checked: bool = True  # False: a file without a checksum
+
+    def describe(self) -> dict[str, Any]:
+        """What a result says of them; `checked` is false if their file carries no checksum."""
+        return self.provenance | ({} if self.checked else {"checked": False})
 
 
 def full_provenance(data: Provenance, features: Network) -> Provenance:
@@ -109,18 +109,18 @@ def reference_statistics(
     damaged = None
     if path.is_file():
         try:
-            return load_reference(path, provenance)
-        except DamagedReferenceError:
+            return load_reference(path, provenance, dim=features.dim)
+        except DamagedFileError as error:
             if not ours:
                 raise
-            say(f"{path} is cut short or damaged: it is made anew")
+            say(f"{path} is made anew, it is damaged: {error.problem}")
             damaged = _state(path)
 
     def is_there() -> bool:
         return path.is_file() and _state(path) != damaged
 
     _compute(path, images, features, provenance, lease_s, say, is_there, ours)
-    return load_reference(path, provenance)
+    return load_reference(path, provenance, dim=features.dim)
 
 
 def _state(path: Path) -> tuple[int, int, int]:
@@ -157,6 +157,22 @@ def _compute(
     work = SharedWork(path.parent / "work" / cache_path(path, provenance).stem, {"chunks": parts}, lease_s)
     chunks = {f"reference-{k:05d}": k for k in range(parts)}
 
+    def about(chunk: str) -> Provenance:
+        return provenance | {"part": f"{chunks[chunk] + 1} of {parts}"}
+
+    def load_chunk(place: Path) -> Reference:
+        return _fitting(place, _read(place, least=0), about(place.name), (), features.dim)
+
+    def whole(place: Path) -> bool:
+        try:
+            load_chunk(place)
+        except UserError:
+            return False
+        return True
+
+    for name in work.give_back(list(chunks), whole):
+        say(f"  {work.path(name)} is damaged and computed again")
+
     def measure(name: str, temporary: Path) -> None:
         part, seen = chunks[name], 0
         first = part * total // parts
@@ -168,14 +184,14 @@ def _compute(
             statistics.add(rows)
             kept.append(rows[spread(first + seen + torch.arange(len(rows)), total, KEEP)])
             seen += len(rows)
-        _write(temporary, statistics, torch.cat(kept), provenance, _together(hashes))
+        _write(temporary, statistics, torch.cat(kept), about(name), _together(hashes))
         if parts > 1:
             say(f"  images {first:,} to {first + seen - 1:,} of {total:,}")
 
     def merge(name: str, temporary: Path) -> None:
         statistics, kept, hashes = FeatureStatistics(features.dim), [], []
         for chunk in chunks:
-            part = load_reference(work.path(chunk), provenance)
+            part = load_chunk(work.path(chunk))
             statistics.merge(part.statistics)
             kept.append(part.rows)
             hashes.append(part.hashes)
@@ -186,7 +202,7 @@ def _compute(
     if work.work_through(list(chunks), measure, is_there):
         try:
             work.work_through(["merged"], merge, is_there)
-        except EvaluationError:
+        except UserError:
             work.remove()  # what the chunks hold is of no use
             raise
     work.remove()
@@ -227,54 +243,48 @@ def _write(
 ) -> None:
     count, mean, scatter = statistics.parts()
     with open(path, "wb") as file:
-        np.savez(
-            file,
-            format=np.int64(FORMAT),
-            count=np.int64(count),
-            mean=mean.numpy(),
-            scatter=scatter.numpy(),
-            rows=rows.numpy(),
-            provenance=np.array(json.dumps(provenance, sort_keys=True)),
-            **({} if hashes is None else {"hashes": hashes}),
-        )
+        arrays = {
+            "format": np.array(FORMAT, dtype=np.int64),
+            "count": np.array(count, dtype=np.int64),
+            "mean": mean.numpy(),
+            "scatter": scatter.numpy(),
+            "rows": rows.numpy(),
+            "provenance": np.array(json.dumps(provenance, sort_keys=True)),
+        }
+        write_npz(file, arrays if hashes is None else arrays | {"hashes": hashes})
 
 
-def _read(path: Path) -> tuple[Provenance, FeatureStatistics, Tensor, np.ndarray | None]:
+def load_reference(path: Path, expected: Provenance, keys: tuple[str, ...] = (), dim: int = 0) -> Reference:
+    """Read statistics; anything in their provenance that differs from `expected` is an error that names both values.
+
+    `keys`: what must agree (default: everything but where the data lie). `dim`: how many features the network gives, if it
+    is at hand. Raises DamagedFileError for a file that holds no statistics, or others than were written.
+    """
+    return _fitting(path, _read(path), expected, keys, dim)
+
+
+def _read(path: Path, least: int = 2) -> ReferenceFile:
     if not path.is_file():
         raise EvaluationError(f"no reference statistics at {path}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            version = int(file["format"])
-            if version == FORMAT:
-                stored: Provenance = json.loads(str(file["provenance"]))
-                statistics = FeatureStatistics.from_parts(int(file["count"]), file["mean"], file["scatter"])
-                rows, dim = torch.from_numpy(file["rows"]), statistics.dim
-                if file["scatter"].shape != (dim, dim) or rows.shape[1:] != (dim,):
-                    raise ValueError(f"its arrays do not have {dim} features each")
-                return stored, statistics, rows, file["hashes"] if "hashes" in file.files else None
+        return read_reference(path, least)
     except OSError as error:
-        if error.errno not in (None, errno.EINVAL):  # a seek to a place that the damage made up
-            raise EvaluationError(f"cannot read {path}: {error.strerror}") from None
-        raise DamagedReferenceError(f"{path} is no file of reference statistics ({error}); {_ANOTHER}") from None
-    except (KeyError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DamagedReferenceError(f"{path} is no file of reference statistics ({error}); {_ANOTHER}") from None
-    raise DamagedReferenceError(f"{path} has format {version}, this program reads {FORMAT}; {_ANOTHER}")
+        raise EvaluationError(f"cannot read {path}: {error.strerror}") from None
 
 
-def load_reference(path: Path, expected: Provenance, keys: tuple[str, ...] = ()) -> Reference:
-    """Read statistics; anything in their provenance that differs from `expected` is an error that names both values.
-
-    `keys`: what must agree (default: everything but where the data lie).
-    """
-    stored, statistics, rows, hashes = _read(path)
+def _fitting(path: Path, file: ReferenceFile, expected: Provenance, keys: tuple[str, ...], dim: int) -> Reference:
+    stored = file.provenance
     differ = [
         f"{key}: {stored.get(key)!r} in the file, {expected.get(key)!r} here"
         for key in keys or sorted((stored.keys() | expected.keys()) - {_WHERE})
         if stored.get(key) != expected.get(key)
     ]
+    if dim not in (0, len(file.mean)):
+        differ.append(f"features of an image: {len(file.mean)} in the file, {dim} here")
     if differ:
         raise EvaluationError(
             f"the reference statistics at {path} were made from something else:\n  " + "\n  ".join(differ) + "\n"
             "name another file, or leave evaluation.reference out to have them computed from data.train"
         )
-    return Reference(statistics, stored, path, rows, hashes)
+    statistics = FeatureStatistics.from_parts(file.count, file.mean, file.scatter)
+    return Reference(statistics, stored, path, torch.from_numpy(file.rows), file.hashes, file.checked)

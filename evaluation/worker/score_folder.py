@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflow import terminal
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.images.identical import count_identical
 from tarflow.evaluation.errors import EvaluationError
@@ -19,7 +20,7 @@ from tarflow.evaluation.metrics.names import is_distance, is_kernel
 from tarflow.evaluation.networks.features import Features
 from tarflow.evaluation.samples.weights_source import resolve_device
 from tarflow.evaluation.worker.reference import KEEP, Reference, load_reference, spread
-from tarflow.files import write_json
+from tarflow.records import write_object
 
 FORMAT = 1
 Say = Callable[[str], None]
@@ -51,8 +52,8 @@ def score_folder(request: ScoreRequest, say: Say = print) -> dict[str, Any]:
         reference = _matching(request, network)
         size, channels = int(reference.provenance["image_size"]), int(reference.provenance["channels"])
         theirs, their_hashes = (reference.statistics, reference.rows), reference.hashes
-        about: dict[str, Any] = {"file": request.reference.name, **reference.provenance}
-        warnings = []
+        about: dict[str, Any] = {"file": request.reference.name, **reference.describe()}
+        warnings = [] if reference.checked else [f"{request.reference} carries no checksum: its bytes are unchecked"]
     else:
         assert request.against is not None
         channels = request.channels or 3
@@ -79,10 +80,10 @@ def score_folder(request: ScoreRequest, say: Say = print) -> dict[str, Any]:
         "warnings": warnings,
     }
     if request.out:
-        write_json(request.out, result)
+        write_object(request.out, result)
     for line in warnings:
         say(f"note: {line}")
-    say(_headline(result))
+    say(terminal.plain(_headline(result), 2000))
     plain: dict[str, Any] = json.loads(json.dumps(result))
     return plain
 
@@ -97,7 +98,7 @@ def _matching(request: ScoreRequest, network: Features) -> Reference:
     given = {"image_size": request.size, "channels": request.channels}
     expected |= {key: value for key, value in given.items() if value is not None}
     assert request.reference is not None
-    return load_reference(request.reference, expected, tuple(expected))
+    return load_reference(request.reference, expected, tuple(expected), network.dim)
 
 
 def measure(folder: ImageFolder, network: Features, say: Say) -> tuple[FeatureStatistics, Tensor]:

@@ -21,17 +21,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
 
 from tarflow.evaluation import results
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.metrics.frechet_distance import FrechetInfluence, frechet_distance
 from tarflow.evaluation.metrics.names import distance_key
+from tarflow.evaluation.result_file import Count, Figure
 from tarflow.evaluation.run_config import choose
 from tarflow.evaluation.samples.draw import NO_LABEL, Sampler, check_guidance
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import WeightsSource, from_checkpoint, resolve_device
 from tarflow.evaluation.shared_work import SharedWork, stretches
+from tarflow.evaluation.sweep_file import RECORD, load_sweep
 from tarflow.evaluation.worker.chunk_results import Keep, SamplesPart, is_whole
 from tarflow.evaluation.worker.evaluate import Stopwatch, draw_chunk
 from tarflow.evaluation.worker.pictures import GridImages
@@ -39,8 +43,9 @@ from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import load_recipes
 from tarflow.evaluation.worker.sweep_choice import Point, why_unclear, with_error
 from tarflow.evaluation.worker.sweep_plot import plot_rounds
-from tarflow.files import put_once, write_json, write_text
+from tarflow.files import put_once, write_text
 from tarflow.leases import unique_name
+from tarflow.records import DamagedFileError, Record, load_record, save_record, write_object
 from tarflow.trainer.checkpoint.commit import find, pinned
 
 Say = Callable[[str], None]
@@ -89,7 +94,7 @@ def sweep_guidance(request: SweepRequest, say: Say = print) -> dict[str, Any]:
             rounds = sweep.halve(grid, final)
             record = _write(sweep, rounds)
         except _Finished:  # by another process, or by this command before
-            record = json.loads(sweep.record.read_text())
+            record = load_sweep(sweep.record)
     sweep.remove()
     best, unclear = record.get("best") or record["chosen"], record.get("unclear", [BEFORE_ERRORS])
     where = f"sweeps/{record['name']}"
@@ -128,7 +133,7 @@ def _write(sweep: "_Sweep", rounds: list[dict[str, Any]]) -> dict[str, Any]:
     record = _record(rounds, best, unclear, sweep.source, real, folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "guidance.svg", plot_rounds(record["rounds"], record["metric"]), shared=True)
-    write_json(sweep.record, record)
+    write_object(sweep.record, record)
     return record
 
 
@@ -158,6 +163,26 @@ def _grid(
     return list(found.values())
 
 
+class Figures(Record):
+    """What a setting's samples of one round come to: kept beside the chunks until the sweep is done."""
+
+    what: ClassVar[str] = "figures of a sweep's setting"
+    way_out: ClassVar[str] = "remove it, and the sweep computes it again"
+
+    distance: Figure | None
+    lost: Count = 0
+    influence: list[Figure | None] = Field(default_factory=list, max_length=KEPT)
+    count: Count = 0
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        load_record(path, Figures)
+    except DamagedFileError:
+        return False
+    return True
+
+
 class _Sweep:
     """The samples of a sweep: a folder of chunks per setting, each chunk as large as the first round."""
 
@@ -170,7 +195,9 @@ class _Sweep:
         about += [list(request.denoise), list(request.attn_temp), request.final]
         digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
         self.folder = request.run / "sweeps" / f"{source.checkpoint}-{digest}.work"
-        self.record = self.folder.with_suffix("") / "sweep.json"
+        self.record = self.folder.with_suffix("") / RECORD
+        if os.path.lexists(self.record):
+            load_sweep(self.record)  # a damaged one is refused before any work
 
     def halve(self, grid: list[ResolvedSampling], final: int) -> list[dict[str, Any]]:
         """Rounds of {num_samples, points}; every second setting goes on, the last two to `final` samples."""
@@ -193,7 +220,7 @@ class _Sweep:
 
     def score(self, candidate: ResolvedSampling, number: int) -> Point:
         """The distance of one setting on the samples 0 .. number-1."""
-        if self.record.exists():
+        if os.path.lexists(self.record):
             raise _Finished
         key = hashlib.sha256(json.dumps(candidate.describe(), sort_keys=True).encode()).hexdigest()[:12]
         lease_s = self.real.config.evaluation.lease_s
@@ -208,7 +235,7 @@ class _Sweep:
 
         merged = self._part()
         figures = work.path(f"distance-{number:08d}.json")
-        for name in work.give_back([figures.name, *chunks], is_whole):
+        for name in [*work.give_back([figures.name], _is_whole), *work.give_back(list(chunks), is_whole)]:
             self.say(f"{work.path(name)} is damaged and computed again")
         if not figures.exists():
             work.work_through(list(chunks), compute, over=lambda: figures.exists() or self.record.exists())
@@ -218,25 +245,23 @@ class _Sweep:
             for name in chunks:
                 merged.merge(work.path(name))
             temporary = figures.with_name(f".{figures.name}.{unique_name()}")
-            temporary.write_text(json.dumps(self._figures(merged, number)))
+            save_record(temporary, self._figures(merged, number))
             put_once(temporary, figures)
-        settings = candidate.settings
-        point = Point(
-            settings.guidance, candidate.denoise_multiplier, settings.attn_temp, **json.loads(figures.read_text())
-        )
+        settings, found = candidate.settings, load_record(figures, Figures)
+        point = Point(settings.guidance, candidate.denoise_multiplier, settings.attn_temp, **found.model_dump())
         said = "too many samples lost" if point.distance is None else with_error(point.distance, point.stderr)
         self.say(f"{number} samples, {point}: {said}")
         return point
 
-    def _figures(self, merged: SamplesPart, number: int) -> dict[str, Any]:
+    def _figures(self, merged: SamplesPart, number: int) -> "Figures":
         """Distance of some samples, and what each of the first ones contributes to it."""
         reference, lost = self.real.reference.statistics, set(merged.count.nonfinite)
         if merged.count.nonfinite_share > self.real.settings.max_nonfinite_share:
-            return {"distance": None, "lost": len(lost)}
+            return Figures(distance=None, lost=len(lost))
         distance = frechet_distance(merged.statistics, reference).distance
         values = iter(FrechetInfluence(merged.statistics, reference).of_rows(merged.features).tolist())
         influence = [None if i in lost else next(values, None) for i in range(min(number, KEPT))]
-        return {"distance": distance, "lost": len(lost), "influence": influence, "count": merged.statistics.count}
+        return Figures(distance=distance, lost=len(lost), influence=influence, count=merged.statistics.count)
 
     def _part(self) -> SamplesPart:
         return SamplesPart(self.real.features.dim, Keep(KEPT, 0, GridImages(0, 0, 0)))
@@ -270,6 +295,6 @@ def _record(
         "unclear": unclear,  # why the sweep chose nothing by itself
         "chosen": None if unclear else best.settings,
         "features": {"name": real.features.name, "sha256": real.features.sha256},
-        "reference": {"images_used": reference.statistics.count, **reference.provenance},
+        "reference": {"images_used": reference.statistics.count, **reference.describe()},
         "settings": real.settings.describe(),
     }

@@ -11,6 +11,15 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
+# Of a job it says whose it is and where its log goes, as its script has it; without a script: in the run named in `owner`.
+SCONTROL = """
+[ "$1 $2" = "show job" ] || exit 0
+log=$(sed -n "s/^#SBATCH --output=//p" "{folder}/script-${{3%%_*}}" 2>/dev/null | tr -d "'")
+[ -n "$log" ] || log="$(cat "{folder}/owner" 2>/dev/null)/slurm/jobs/x_log.out"
+echo "JobId=$3 JobName=x UserId=me({uid}) GroupId=me(1) StdErr=x StdOut=$log Power="
+"""
+
+
 class FakeSlurm:
     """What a test does with it: submit as a user would, then start the job's script as slurmd would."""
 
@@ -24,7 +33,7 @@ class FakeSlurm:
         count = f'[ "$1" != --help ] || exit 1; n=$(($(ls "{folder}" | grep -c "^script-") + 107)); cp "$1" "{folder}/script-$n"; '
         self.command("sbatch", count + 'echo "Submitted batch job $n"')
         self.command("srun", f'exec "{sys.executable}" "{HERE / "fake_srun.py"}" "$@"')
-        self.command("scontrol", "exit 0")
+        self.command("scontrol", SCONTROL.format(folder=folder, uid=os.getuid()))
         self.command("squeue", "exit 0")  # it answers: the queue is empty, and accounting knows nothing
         self.command("sacct", "exit 0")
 

@@ -20,10 +20,9 @@ from tarflow.cluster.job.chain import Chain, Limits, Outcome, decide, exhausted,
 from tarflow.cluster.slurm import JobState, states
 from tarflow.cluster.status import COLUMNS, find_runs, fitting, job_state, rows, shortened
 from tarflow.trainer.config.files import load_config
-from tarflow.trainer.config.schema import Config
 from tarflow.trainer.run_dir import Holder, create_run, read_holder
-from tests.helpers.checkpoints import facts as facts_of
-from tests.helpers.checkpoints import fill
+from tests.helpers.checkpoints import by_step
+from tests.helpers.results import write_result
 
 
 @pytest.fixture
@@ -99,17 +98,6 @@ def test_states_in_words(run: Path, state, ended, expected) -> None:
     assert job_state(state, chain) == expected
 
 
-def write_result(run: Path, name: str, config: Config, **scores: float) -> None:
-    """A result at step 50, as far as the table looks at it."""
-    sampling = config.sampling.model_dump(exclude={"batch_size"}) | {"denoise": config.denoise_multiplier}
-    e = config.evaluation
-    settings = {"weights": config.evaluated_weights, "num_samples": e.num_samples, "features": e.features}
-    folder = run / "evals" / name
-    folder.mkdir(parents=True)
-    values = {"step": 50, "images_seen": 800, "settings": settings | {"sampling": sampling}, **scores}
-    (folder / "result.json").write_text(json.dumps(values))
-
-
 def test_a_row_says_how_far_a_run_is(run: Path, fake_slurm, config_file) -> None:
     fake_slurm.command("squeue", 'echo "107|RUNNING|None|n1"')
     (run / "config.yaml").write_text(config_file.read_text())
@@ -120,8 +108,8 @@ def test_a_row_says_how_far_a_run_is(run: Path, fake_slurm, config_file) -> None
     (run / "heartbeats" / "rank-0001.json").write_text("{}")
     os.utime(run / "heartbeats" / "rank-0001.json", (now - 65, now - 65))
     own, other = load_config(config_file), load_config(config_file, ["sampling.guidance=3"])
-    write_result(run, "step-00000050", own, fd_inception=12.345)
-    write_result(run, "step-00000050-0123456789ab", other, fd_inception=11.0)
+    write_result(run, own, "step-00000050", fd_inception=12.345)
+    write_result(run, other, "step-00000050", own=False, fd_inception=11.0)
     (row,) = rows([run], now)
     assert (row.state, row.jobs, row.step, row.images, row.rate) == (
         "running", "107 RUNNING", "100", "1,600 / 3,200", "20",
@@ -200,23 +188,11 @@ def test_N09_what_a_larger_world_left_behind_does_not_count(by_hand: Path, no_sl
     assert (row.state, row.heartbeat) == ("stopped", "0:00 min ago")
 
 
-def commit(run: Path, step: int) -> None:
-    folder = run / "checkpoints" / f"step-{step:08d}"
-    fill(folder)
-    marker = {
-        "step": step,
-        "images_seen": 16 * step,
-        "files": facts_of(folder),
-        "run": json.loads((run / "run.json").read_text())["run_id"],
-    }
-    (folder / "COMMITTED").write_text(json.dumps(marker))
-
-
 def test_N09_the_step_is_the_newest_that_is_known(by_hand: Path, no_slurm) -> None:
     beat(by_hand, phase="gone")
-    commit(by_hand, 90)
+    by_step(by_hand, 90, 1440)
     assert rows([by_hand])[0].step == "95", "a line of figures may be ahead of the last checkpoint"
-    commit(by_hand, 96)
+    by_step(by_hand, 96, 1536)
     assert rows([by_hand])[0].step == "96", "and a checkpoint ahead of the last line"
     with open(by_hand / "metrics.jsonl", "a") as file:
         file.write('{"event": "resume", "step": 90, "images_seen": 1440}\n')
@@ -225,7 +201,7 @@ def test_N09_the_step_is_the_newest_that_is_known(by_hand: Path, no_slurm) -> No
 
 def test_N09_a_run_with_all_its_images_is_finished(by_hand: Path, no_slurm) -> None:
     beat(by_hand, phase="gone")
-    commit(by_hand, 200)
+    by_step(by_hand, 200, 3200)
     (row,) = rows([by_hand])
     assert (row.state, row.step, row.eta) == ("finished", "200", "-")
 
@@ -327,6 +303,7 @@ def test_logs_of_a_rank_are_those_of_its_task(run: Path, verb, capsys) -> None:
 def test_cancel_has_the_training_save_and_ends_what_waits(run: Path, verb, fake_slurm, capsys) -> None:
     with open(run / "slurm" / "jobs.jsonl", "a") as file:
         file.write(json.dumps({"job": "108", "kind": "evaluate", "logs": "x"}) + "\n")
+    (fake_slurm.folder / "owner").write_text(str(run))
     gone = fake_slurm.folder / "gone"
     fake_slurm.command("squeue", f'[ -e "{gone}" ] || {{ echo "107|RUNNING|None|n1"; echo "108|PENDING|None|"; }}')
     fake_slurm.command("sacct", "exit 0")
@@ -340,6 +317,7 @@ def test_cancel_has_the_training_save_and_ends_what_waits(run: Path, verb, fake_
 
 
 def test_cancel_of_a_job_that_does_not_save_ends_it_and_says_so(run: Path, verb, fake_slurm, capsys) -> None:
+    (fake_slurm.folder / "owner").write_text(str(run))
     fake_slurm.command("squeue", 'echo "107|RUNNING|None|n1"')
     fake_slurm.command("scancel")
     assert verb("cancel", run, "--wait", "0.3") == 1

@@ -24,6 +24,7 @@ from tarflow.evaluation.worker.score_folder import ScoreRequest, score_folder
 from tarflow.files import check_writable
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.noise import to_pixels
+from tarflow.records import read_object
 
 SHAPE = {
     "image_size": 8, "patch_size": 4, "in_channels": 1, "channels": 16, "num_blocks": 1, "layers_per_block": 1,
@@ -180,7 +181,7 @@ def test_a_folder_is_scored_against_statistics_of_a_data_set(digit_like, tmp_pat
     folder = write_pngs(tmp_path / "png", torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8))
     out = tmp_path / "scores.json"
     result = score_folder(request(folder, reference=tmp_path / "ref.npz", out=out), lambda _: None)
-    assert json.loads(out.read_text()) == result
+    assert read_object(out) == result
     assert result["fd_fake"] > 1
     assert result["distance_stderr"] > 0
     assert {"kd_fake", "kernel_stderr", "precision", "recall", "density", "coverage"} <= result.keys()
@@ -199,7 +200,8 @@ def test_a_folder_is_scored_against_statistics_of_a_data_set(digit_like, tmp_pat
 def test_both_verbs_as_typed(mixed, digit_like, tmp_path, capsys):
     out = tmp_path / "r.npz"
     assert (
-        tarflow.cli.main(["reference", str(digit_like / "train"), "--size", "8", "--channels", "1", "--out", str(out)]) == 0
+        tarflow.cli.main(["reference", str(digit_like / "train"), "--size", "8", "--channels", "1", "--out", str(out)])
+        == 0
     )
     assert "48 images, 8 features" in capsys.readouterr().out
     assert tarflow.cli.main(["score", str(mixed), "--reference", str(out), "--on-error", "skip"]) == 0
@@ -287,7 +289,9 @@ def test_F11_every_format_that_is_read_is_scored_and_others_are_named(tmp_path):
     assert any("formats that cannot be read here (1 .heic, 1 .jxl): not scored" in line for line in folder.warnings())
     for path in folder.files:
         path.unlink()
-    with pytest.raises(EvaluationError, match=r"holds no image that can be read .*; 2 other files, pictures .*1 \.heic"):
+    with pytest.raises(
+        EvaluationError, match=r"holds no image that can be read .*; 2 other files, pictures .*1 \.heic"
+    ):
         ImageFolder(tmp_path, 3, 16)
 
 

@@ -14,18 +14,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tarflow.errors import UserError
+    from tarflow.errors import noted
     from tarflow.trainer.checkpoint.commit import ASIDE, DAMAGED, pinned_names, scan_as, set_aside_dirs
     from tarflow.trainer.checkpoint.retention import permanent
-    from tarflow.trainer.run_dir import load_run_config, require_run, run_id
+    from tarflow.trainer.config.files import load_config
+    from tarflow.trainer.run_dir import has_run_file, require_run, run_id
 
-    owner, every = None, 0
-    try:
-        owner = run_id(require_run(args.run))
-        every = load_run_config(args.run).checkpoint.keep_every_images
-    except UserError as error:  # of what is damaged one line tells, the rest is shown all the same
+    if not has_run_file(args.run):
         require_run(args.run)
-        print(error)
+    owner, every, flaws = None, 0, list[str]()
+    with noted(flaws):
+        owner = run_id(args.run)
+    with noted(flaws):
+        every = load_config(args.run / "config.yaml").checkpoint.keep_every_images
+    for flaw in flaws:  # of what is damaged one line tells, the rest is shown all the same
+        print(flaw)
     usable, refused = scan_as(args.run, owner)
     pins, for_ever = pinned_names(args.run), permanent(usable, every)
     print("step        images seen        MB  saved                notes")

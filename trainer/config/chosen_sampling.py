@@ -1,25 +1,48 @@
 """RUN/sampling.json: the sampling settings that `tarflow sweep-guidance` chose for a run, and which sweep it was."""
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator
 
 from tarflow.models.sampling.settings import SamplingSettings
-from tarflow.trainer.errors import TrainerError
+from tarflow.records import Record, load_record, save_record
 
 CHOSEN = "sampling.json"
 
 
+class Choice(Record):
+    """It decides how a run is sampled: one that cannot be believed is refused, never passed over."""
+
+    what: ClassVar[str] = "a sweep's choice"
+    way_out: ClassVar[str] = (
+        "remove it to go by the run's own settings, or have `tarflow sweep-guidance` write it again from the sweep's record"
+    )
+
+    sampling: dict[str, Any]  # settings of the section sampling
+    chosen_by: str = Field(max_length=1000)
+
+    @field_validator("sampling")
+    @classmethod
+    def _known(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if unknown := set(value) - set(SamplingSettings.model_fields):
+            raise ValueError(f"{sorted(unknown)[0]!r} is no setting of the section sampling")
+        SamplingSettings.model_validate(value, strict=True)
+        return value
+
+
 def chosen_sampling(run_dir: Path) -> tuple[dict[str, Any], str]:
-    """(settings of the section sampling, where they were chosen); nothing without such a file."""
-    path = run_dir / CHOSEN
+    """(settings of the section sampling, where they were chosen); nothing without such a file.
+
+    Raises DamagedFileError.
+    """
     try:
-        stored = json.loads(path.read_text())
-        chosen, where = dict(stored["sampling"]), str(stored["chosen_by"])
+        choice = load_record(run_dir / CHOSEN, Choice)
     except FileNotFoundError:
         return {}, ""
-    except (ValueError, KeyError, TypeError):
-        raise TrainerError(f"{path} is not readable; remove it to go by the run's own settings") from None
-    if unknown := set(chosen) - set(SamplingSettings.model_fields):
-        raise TrainerError(f"{path} holds {sorted(unknown)[0]!r}, which is no setting of the section sampling")
-    return chosen, where
+    return choice.sampling, choice.chosen_by
+
+
+def save_choice(run_dir: Path, sampling: dict[str, Any], where: str) -> None:
+    """Replace the choice; `where` says which sweep made it."""
+    save_record(run_dir / CHOSEN, Choice(sampling=sampling, chosen_by=where))

@@ -46,6 +46,9 @@ class TrainConfig(Section):
         "bfloat16", description="dtype of the network's products; masters are float32"
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
+    deterministic: bool = Field(
+        False, description="on GPUs: only kernels that repeat to the last bit, as those of the CPU do"
+    )
 
     @model_validator(mode="after")
     def _ranges(self) -> "TrainConfig":
@@ -83,6 +86,9 @@ class ParallelConfig(Section):
     dp_shard: Count = Field(0, ge=0, description="pieces that fsdp2 cuts a copy into; 0 = what is left")
     zero_stage: Count = Field(
         3, ge=1, le=3, description="deepspeed: 1 shards moments, 2 also gradients, 3 also weights"
+    )
+    layers_per_unit: Count = Field(
+        0, ge=0, description="fsdp2: transformer layers that are gathered and summed at a time; 0 = a whole block's"
     )
     offload_optimizer: bool = Field(False, description="deepspeed: keep the optimizer's state in host memory")
     reduce_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of gradients as they are summed")

@@ -5,11 +5,13 @@ A look never takes the run's lock: it must not be in the way of a start. Needs n
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
+from tarflow.errors import noted
 from tarflow.files import listed
 from tarflow.records import DamagedFileError, Record, load_record
 from tarflow.trainer.run_dir import Holder, Words
@@ -55,6 +57,15 @@ def read_heartbeats(run_dir: Path) -> list[dict[str, Any]]:
     # A start of fewer ranks leaves the files of the others behind.
     size = next((beat["world_size"] for beat in beats if beat.get("world_size")), None)
     return beats[:size]
+
+
+def damaged_heartbeats(run_dir: Path) -> list[str]:
+    """What is wrong with the heartbeats of a run, in words, for whoever shows them."""
+    flaws: list[str] = []
+    for path in listed(run_dir / "heartbeats", "rank-*.json"):
+        with noted(flaws), suppress(FileNotFoundError):
+            load_record(path, Heartbeat)
+    return flaws
 
 
 def holder_of(beat: dict[str, Any]) -> Holder:

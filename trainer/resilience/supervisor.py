@@ -65,13 +65,7 @@ class Supervisor:
         self._processes = [
             subprocess.Popen(
                 self.command,
-                env={
-                    "OMP_NUM_THREADS": threads,
-                    **child_environment(),
-                    **common,
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                },
+                env={"OMP_NUM_THREADS": threads, **child_environment(), **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 preexec_fn=_before_the_rank,
             )
             for rank in range(self.ranks)

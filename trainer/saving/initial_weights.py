@@ -30,17 +30,15 @@ ADAPTABLE = {
 }
 
 
-def check_initial(source: Path, config: Config, partial: bool) -> None:
-    """Refuse weights that this run's model cannot begin with, before anything is made; reads no tensors of safetensors.
+def check_initial(source: Path, config: Config, partial: bool) -> WeightsHeader:
+    """Model and provenance of the weights that `--init-from` would begin with, before anything is made.
 
-    Raises TrainerError or ModelError, naming the settings that differ.
+    Raises TrainerError or ModelError, naming the settings that differ, for weights that this run's model cannot begin with;
+    DamagedFileError for a file that does not fit its checksum.
     """
-    _check_fits(source, initial_header(source, config.model).config, config.model, partial)
-
-
-def initial_header(source: Path, like: TarFlowConfig) -> WeightsHeader:
-    """Model and provenance of the weights that `--init-from` would begin with."""
-    return read_header(source, like) if is_weights_file(source) else _header(*_newest(source))
+    header = read_header(source, config.model) if is_weights_file(source) else _header(*_newest(source))
+    _check_fits(source, header.config, config.model, partial)
+    return header
 
 
 def initial_weights(source: Path, config: Config, partial: bool) -> tuple[dict[str, Tensor], list[str]]:
@@ -95,12 +93,13 @@ def _read(source: Path, like: TarFlowConfig) -> tuple[WeightsFile, list[str]]:
     """A weights file; or of a run the newest checkpoint's widest average, the raw weights where it keeps none."""
     if is_weights_file(source):
         file = read_weights(source, like)
-        return file, [f"{source}: {file.provenance}"]
+        return file, [f"{source}: {file.provenance}{file.caveat}"]
     checkpoint, config = _newest(source)
     with pinned(checkpoint, owner="init-from"):
         which = config.ema.preferred
         header = _header(checkpoint, config)
-        file = WeightsFile(header.config, header.provenance, False, load_weights(checkpoint, which))
+        tensors = load_weights(checkpoint, which)
+        file = WeightsFile(header.config, header.provenance, by_shapes=False, tensors=tensors)
     return file, [f"{source}, newest checkpoint {checkpoint.name}: {file.provenance}"]
 
 

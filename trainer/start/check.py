@@ -93,14 +93,14 @@ def _of_weights(config: Config, train: DataSurvey, init_from: Path | None, parti
     """The model and the classes of the weights that --init-from names."""
     if init_from is None:
         return
-    from tarflow.trainer.saving.initial_weights import check_initial, initial_header  # loads torch
+    from tarflow.trainer.saving.initial_weights import check_initial  # loads torch
 
-    check_initial(init_from, config, partial)
+    header = check_initial(init_from, config, partial)
     if partial or not train.labelled:  # what fits is then taken over by name
         return
     yield from compare_classes(
         config, (f"data.train={train.place}", train.classes),
-        (f"--init-from {init_from}", initial_header(init_from, config.model).provenance.classes),
+        (f"--init-from {init_from}", header.provenance.classes),
         "Prepare the data with the names of the weights (`tarflow data prepare SOURCE OUT --classes FILE`), add "
         "--init-partial to take classes over by name", "data.train",
     )  # fmt: skip

@@ -5,19 +5,17 @@ is said; what is wrong wherever it runs is refused.
 """
 
 import importlib.util
-import json
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.index import Index
 from tarflow.data_pipeline.loading.sample_reader import check_labels
 from tarflow.data_pipeline.loading.survey import DataSurvey, survey
 from tarflow.data_pipeline.storage.open_index import open_index
+from tarflow.records import DamagedFileError
 from tarflow.trainer.config.evaluation import FEATURE_PACKAGES
+from tarflow.trainer.config.reference_file import read_reference
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.start.classes import compare_classes
 from tarflow.trainer.start.data import image_findings
@@ -148,10 +146,12 @@ def _reference(config: Config, train: DataSurvey) -> Iterator[Finding]:
         yield Finding(text, settings)
         return
     try:
-        with np.load(path, allow_pickle=False) as file:
-            stored = dict(json.loads(str(file["provenance"])))
-    except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        yield Finding(f"evaluation.reference={path} is no file of reference statistics: {error}", settings)
+        stored = read_reference(path).provenance
+    except DamagedFileError as error:
+        yield Finding(f"evaluation.reference: {error}", settings)
+        return
+    except OSError as error:
+        yield Finding(f"evaluation.reference={path} cannot be read: {error.strerror}", settings)
         return
     wanted: dict[str, object] = {
         "image_size": config.model.image_size,

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import pickle
 import signal
 import time
 from pathlib import Path
@@ -255,7 +254,6 @@ def test_preemption_without_grace_time_is_no_failure(submitted, fake, fake_slurm
     os.kill(pid, signal.SIGTERM)
     assert job.wait(60) == 75
     assert fake.chain(run)["ended"] is None
-    assert not list((run / "slurm" / "jobs").glob("*result.pkl")), "no result, so nobody takes the job for over"
 
 
 def test_the_requeue_is_shielded_from_the_signals_that_end_the_step(fake_slurm) -> None:
@@ -266,23 +264,27 @@ def test_the_requeue_is_shielded_from_the_signals_that_end_the_step(fake_slurm) 
     assert (fake_slurm.folder / "survived").exists()
 
 
-def test_a_signal_before_the_job_is_called_counts_for_no_time_out(submitted, fake_slurm) -> None:
-    """submitit calls every signal of a job below ten minutes a time-out, and stops after three; a time in words makes
-    its check raise. Ours is a whole number of minutes, and its count never ends."""
-    from submitit.core.job_environment import SignalHandler
-    from submitit.core.utils import DelayedSubmission, JobPaths
-    from submitit.slurm.slurm import SlurmJobEnvironment
+def heeds(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
-    for number, limit in enumerate(("2", "1:30:00", "2-00:00:00")):
-        run = submitted("--time", limit)
-        pickled = run / "slurm" / "jobs" / f"{107 + number}_submitted.pkl"
-        delayed = DelayedSubmission.load(pickled)
-        assert isinstance(delayed._timeout_min, int)
-        handler = SignalHandler(SlurmJobEnvironment(), JobPaths(run / "slurm" / "jobs", "107"), delayed)
-        assert handler.has_timed_out() is (limit == "2")
-        assert delayed._timeout_countdown - 1000 > 0
-        again = delayed.function.checkpoint()
-        assert pickle.dumps(again.function) == pickle.dumps(delayed.function), "and what goes on is the same job"
+
+def test_a_signal_in_the_first_moments_of_a_task_has_the_job_requeued(submitted, fake, fake_slurm) -> None:
+    """Before it has read what it is to do, here because the file system is slow to show that."""
+    run = submitted()
+    (description,) = (run / "slurm" / "jobs").glob("job-*.json")
+    description.rename(run / "hidden")
+    job = fake_slurm.start(STUB="finish")
+    fake.until("the task", lambda: (fake_slurm.folder / "srun.json.pids").exists() and fake_slurm.task_pids())
+    (pid,) = fake_slurm.task_pids()
+    fake.until("its handlers", lambda: heeds(pid, signal.SIGUSR2))
+    os.kill(pid, signal.SIGUSR2)
+    (run / "hidden").rename(description)
+    assert job.wait(60) == 75
+    assert fake.stub_calls(run) == []
+    assert fake_slurm.requeues() == ["requeue 107"]
+    assert fake.chain(run)["ended"] is None
 
 
 def test_processes_of_a_node_from_one_task(submitted, fake, fake_slurm) -> None:

@@ -28,7 +28,7 @@ def test_C12_odd_names_reach_the_tasks_unchanged(
     fake.use_stub(run)
     assert fake_slurm.run(STUB="finish") == 0
     (call,) = fake_slurm.srun()
-    assert call["command"][-1] == str(run / "slurm" / "jobs")
+    assert Path(call["command"][-2]).parent == run / "slurm" / "jobs"
     assert call["options"][call["options"].index("--output") + 1] == str(run / "slurm" / "jobs" / "%j_%t_log.out")
     (stub,) = fake.stub_calls(run)
     assert stub["argv"][2:] == ["--run-dir", str(run)]
@@ -36,11 +36,15 @@ def test_C12_odd_names_reach_the_tasks_unchanged(
     assert "finished at step 1000" in fake.said(run).splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["50%", "back\\slash", "two\nlines"])
-def test_C12_names_that_slurm_would_rewrite_are_refused(name: str, fake_slurm, verb, config_file, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "name", ["50%", "back\\slash", "two\nlines", "a\u2028b", "a\x85b", "a\x0bb", "\x1b[1m", "gpj\u202e", "\udcff"]
+)
+def test_h11_C12_names_that_slurm_would_rewrite_are_refused(name: str, fake_slurm, verb, config_file, tmp_path) -> None:
     with pytest.raises(ClusterError, match="--run-dir"):
         verb("submit", config_file, "--run", tmp_path / name)
     assert not (tmp_path / name).exists()
+    with pytest.raises(ClusterError, match="--run-dir"):
+        verb("submit", config_file, "--run", tmp_path / name / "sweep", "--array", "seed=1,2")
     assert fake_slurm.calls("sbatch") == []
 
 

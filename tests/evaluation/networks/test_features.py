@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -286,11 +288,49 @@ def test_S08_a_network_without_its_file_is_an_error_never_a_random_network(name,
     with pytest.raises(EvaluationError, match="are not at"):
         Features(name, file=tmp_path / "missing.pth")
     (tmp_path / "junk.pth").write_text("hello")
-    with pytest.raises(EvaluationError, match="read safely"):
+    with pytest.raises(EvaluationError, match=r"features_file .*not a readable weights file"):
         Features(name, file=tmp_path / "junk.pth")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(EvaluationError, match=r"does not hold the weights|holds no vision transformer"):
         Features(name, file=tmp_path / "other.pth")
+
+
+class Planted:
+    """Unpickling it leaves a file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("name", ["fid_inception", "torchvision_inception", "dinov2"])
+def test_h01_a_pickled_network_is_refused_and_runs_nothing(name, tmp_path):
+    """As StyleGAN and EDM2 publish the Inception of their metrics."""
+    (tmp_path / "inception-v3-2015-12-05.pkl").write_bytes(pickle.dumps({"G": Planted(tmp_path / "ran")}))
+    with pytest.raises(EvaluationError, match=r"features_file .*is meant.*is refused.*could run code"):
+        Features(name, file=tmp_path / "inception-v3-2015-12-05.pkl")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"blocks.999999999.norm1.weight": torch.ones(64)},
+        {"blocks.x.norm1.weight": torch.ones(64)},
+        {"patch_embed.proj.weight": torch.ones(1_000_000, 3, 1, 1)},  # a million wide: 3e12 weights in every layer
+        {"pos_embed": torch.ones(1, 3, 64)},
+        {"pos_embed": torch.tensor(1.0)},
+        {"blocks.0.mlp.w12.weight": torch.ones(192, 64, dtype=torch.int64)},
+    ],
+)
+def test_h10_a_vision_transformer_is_not_built_beyond_its_file(change):
+    from tarflow.evaluation.networks.vision_transformer import VisionTransformer, from_weights
+
+    network = VisionTransformer(64, 1, 14, 5, 0, 96, gated=True)
+    with pytest.raises(EvaluationError, match=r"test (holds no vision|does not hold the weights)"):
+        from_weights(network.state_dict() | change, "test")
 
 
 def test_a_file_for_a_network_from_a_package_is_refused(tmp_path):

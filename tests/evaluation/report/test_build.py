@@ -16,6 +16,7 @@ from tarflow.evaluation.report.history import read_history, thin
 from tarflow.evaluation.report.plots import Curve, Plot, svg
 from tarflow.evaluation.run_config import choose
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
+from tarflow.records import read_object, write_object
 from tarflow.trainer.errors import TrainerError
 
 pytestmark = pytest.mark.usefixtures("fake_features")
@@ -115,9 +116,8 @@ def test_names_from_a_run_are_escaped(make_run):
     log_rows(run_dir, [START, row(320)])
     evaluate(run_dir, False, WorkerOptions(), lambda _: None)
     path = run_dir / "evals/images-000000000320/result.json"
-    result = json.loads(path.read_text())
-    result |= {"grid_rows": ["<b>zero</b>", "one"], "weights": "<i>raw</i>", "warnings": ["<u>odd</u>"]}
-    path.write_text(json.dumps(result))
+    changes = {"grid_rows": ["<b>zero</b>", "one"], "weights": "<i>raw</i>", "warnings": ["<u>odd</u>"]}
+    write_object(path, read_object(path) | changes)
     text = write_report(run_dir).read_text()
     for tag in ("<script", "<b>", "<i>", "<u>"):
         assert tag not in text
@@ -194,6 +194,17 @@ def test_every_width_of_average_has_its_curve_and_its_error_bar(finished):
             assert f"{name}<" in picture
 
 
+def sweep_record(name, distances):
+    """A sweep of one round; `distances`: (guidance, distance), the best of which is that of guidance 1."""
+    points = [{"guidance": g, "denoise": 1.0, "attn_temp": 1.0, "distance": d} for g, d in distances]
+    chosen = {"guidance": 1, "denoise": 1.0, "attn_temp": 1.0}
+    return {
+        "name": name, "weights": "raw", "weights_sha256": "0" * 64, "step": 20, "images_seen": 320, "metric": "fd_x",
+        "rounds": [{"num_samples": 500, "points": points}], "chosen": chosen, "distance": dict(distances)[1],
+        "features": {}, "reference": {}, "settings": {},
+    }  # fmt: skip
+
+
 def test_guidance_curves_come_from_results_and_from_sweeps(finished):
     run_dir, _ = finished
     for guidance in (0, 3):
@@ -202,15 +213,13 @@ def test_guidance_curves_come_from_results_and_from_sweeps(finished):
         )
     (curve,) = read_history(run_dir).over("guidance").values()
     assert [value for value, _ in curve] == [0, 1, 3]
-    folder = run_dir / "sweeps/images-000000000320-abc"
-    folder.mkdir(parents=True)
-    points = [
-        {"guidance": g, "denoise": 1.0, "attn_temp": 1.0, "distance": d} for g, d in ((0, 9.0), (1, 5.0), (2, None))
-    ]
-    (folder / "sweep.json").write_text(json.dumps({"rounds": [{"num_samples": 500, "points": points}]}))
+    record = sweep_record("images-000000000320-abc", ((0, 9.0), (1, 5.0), (2, None)))
+    write_object(run_dir / "sweeps/images-000000000320-abc/sweep.json", record)
     (run_dir / "sweeps/images-000000000320-torn").mkdir()
     (run_dir / "sweeps/images-000000000320-torn/sweep.json").write_text("{")
-    text = write_report(run_dir).read_text()
+    said = []
+    text = write_report(run_dir, say=said.append).read_text()
+    assert any("images-000000000320-torn/sweep.json (the record of a sweep) is damaged" in line for line in said)
     Page(text)
     assert "Distance over guidance" in text
     assert "images-000000000320: 500 samples" in text
@@ -337,9 +346,8 @@ def test_a_browser_finds_nothing_wrong_and_asks_for_nothing(make_run, tmp_path):
     log_rows(run_dir, [START, *[row(16 * s, 3 - s / 20) for s in range(1, 21)]])
     evaluate(run_dir, False, WorkerOptions(), lambda _: None)
     path = run_dir / "evals/images-000000000320/result.json"
-    result = json.loads(path.read_text())
-    result["grid_rows"] = ["<script>console.error('class')</script>", "<img src='http://127.0.0.1:9/y'>", "$x$"]
-    path.write_text(json.dumps(result))
+    rows = ["<script>console.error('class')</script>", "<img src='http://127.0.0.1:9/y'>", "$x$"]
+    write_object(path, read_object(path) | {"grid_rows": rows})
     shutil.copy(write_report(run_dir), tmp_path / "page.html")
     netlog, shot = tmp_path / "net.json", tmp_path / "shot.png"
     done = subprocess.run(

@@ -13,6 +13,7 @@ from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import from_checkpoint, resolve_device
 from tarflow.models.errors import ModelError
 from tarflow.models.weights import save_weights_file
+from tarflow.records import DamagedFileError
 from tarflow.trainer.checkpoint.commit import find
 from tarflow.trainer.errors import TrainerError
 
@@ -123,10 +124,30 @@ def test_sources_that_are_none_are_clear_errors(tmp_path):
     with pytest.raises(ModelError, match="no weights file at"):
         draw(tmp_path / "nothing.safetensors", tmp_path / "out")
     (tmp_path / "x.safetensors").write_bytes(b"junk")
-    with pytest.raises(ModelError, match="not a readable safetensors"):
+    with pytest.raises(DamagedFileError, match="not a readable safetensors"):
         draw(tmp_path / "x.safetensors", tmp_path / "out")
     with pytest.raises(EvaluationError, match="device 'mps' is not available"):
         resolve_device("mps")
+
+
+def test_h04_samples_of_a_file_without_a_checksum_say_so_and_of_a_damaged_one_there_are_none(make_model, tmp_path):
+    from safetensors.torch import save_file
+
+    model, lines, path = make_model(), [], tmp_path / "m.safetensors"
+    save_file(model.state_dict(), path, metadata={"tarflow_config": model.config.model_dump_json()})
+    draw(path, tmp_path / "old", quiet=lines, settings={"noise_std": 0.0})
+    assert sum("it carries no checksum" in line for line in lines) == 1
+    assert settings_of(tmp_path / "old")["provenance"]["checked"] is False
+    save_weights_file(path, model.config, model.state_dict())
+    draw(path, tmp_path / "new", quiet=(lines := []), settings={"noise_std": 0.0})
+    assert "checked" not in settings_of(tmp_path / "new")["provenance"]
+    assert "checksum" not in "".join(lines)
+    damaged = bytearray(path.read_bytes())
+    damaged[-2] ^= 4
+    path.write_bytes(damaged)
+    with pytest.raises(DamagedFileError, match="its checksum does not fit"):
+        draw(path, tmp_path / "none", settings={"noise_std": 0.0})
+    assert not (tmp_path / "none").exists()
 
 
 def test_S03_lost_samples_are_missing_and_said(make_model, tmp_path):

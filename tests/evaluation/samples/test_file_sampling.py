@@ -11,6 +11,7 @@ from tarflow.evaluation.samples.draw_to_folder import SampleRequest, sample_imag
 from tarflow.evaluation.samples.png_folder import load_png
 from tarflow.models.provenance import Provenance
 from tarflow.models.weights import read_weights, save_weights_file
+from tarflow.records import read_object, write_object
 from tests.helpers.checkpoints import tell
 
 
@@ -168,9 +169,9 @@ def test_V08_a_folder_of_samples_says_which_code_trained_and_which_drew(make_run
     tell(run_dir / "checkpoints/images-000000000160", code=code)
     draw(run_dir, tmp_path / "out")
     path = tmp_path / "out/settings.json"
-    said = json.loads(path.read_text())
+    said = read_object(path)
     assert (said["provenance"]["code"], said["code"]) == (code, code_version())
     path.write_text(json.dumps({k: v for k, v in said.items() if k not in ("provenance", "code")}))
     assert draw(run_dir, tmp_path / "out", num=6), "a folder of an earlier version is added to"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"code": {"version": "9"}}))
+    write_object(path, read_object(path) | {"code": {"version": "9"}})
     assert draw(run_dir, tmp_path / "out", num=7), "other code is not other settings"

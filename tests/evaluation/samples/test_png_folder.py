@@ -8,6 +8,7 @@ from PIL import Image
 
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.png_folder import SampleFolder, load_png, save_png
+from tarflow.records import DamagedFileError
 
 SETTINGS = {"weights_sha256": "abc", "sampling": {"guidance": 2.0, "seed": 0}}
 
@@ -80,7 +81,10 @@ def test_S02_foreign_images_and_folders_are_refused(tmp_path):
 def test_damaged_settings_are_refused(tmp_path):
     SampleFolder(tmp_path / "out", SETTINGS, 3)
     (tmp_path / "out/settings.json").write_text("{")
-    with pytest.raises(EvaluationError, match=r"settings\.json is not readable"):
+    with pytest.raises(
+        DamagedFileError,
+        match=r"settings\.json \(settings of samples\) is damaged .*no JSON.*give a new --out directory",
+    ):
         SampleFolder(tmp_path / "out", SETTINGS, 3)
 
 
@@ -136,7 +140,7 @@ def test_V06_nothing_is_touched_in_a_folder_that_is_refused(tmp_path):
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.*")} == before
     (tmp_path / "out/images/000001.png").unlink()
     (tmp_path / "out/images/000001.png").mkdir()
-    with pytest.raises(EvaluationError, match=r"000001\.png cannot be read: Is a directory"):
+    with pytest.raises(EvaluationError, match=r"000001\.png cannot be read: it is no regular file"):
         SampleFolder(tmp_path / "out", SETTINGS, 4, (1, 4, 4))
 
 

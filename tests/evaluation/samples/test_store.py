@@ -17,6 +17,7 @@ from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.store import SampleStore
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
+from tarflow.records import read_object, write_object
 
 SETTINGS = ResolvedSampling().with_changes(seed=3)
 
@@ -192,7 +193,7 @@ def test_V06_a_damaged_shard_is_drawn_again_and_said(saver, sampler, capsys, how
         if how in ("not a tar", "zeros"):
             shard.write_bytes({"not a tar": b"<html>", "zeros": bytes(6)}[how] * 1000)
     if how != "zeros":  # an empty tar: only its size says that it was another one
-        state = json.loads((folder / "settings.json").read_text())
+        state = read_object(folder / "settings.json")
         (folder / "settings.json").write_text(json.dumps({k: v for k, v in state.items() if k != "files"}))
     capsys.readouterr()
     again = saver(10)
@@ -227,8 +228,7 @@ def test_V06_damaged_pictures_and_notes_are_drawn_again_and_said(saver, sampler,
 def test_V06_nothing_is_removed_from_a_folder_that_is_refused(saver, sampler):
     folder = complete(saver(10), sampler)
     cut(folder / SHARD, 600)
-    state = json.loads((folder / "settings.json").read_text())
-    (folder / "settings.json").write_text(json.dumps(state | {"weights": "another"}))
+    write_object(folder / "settings.json", read_object(folder / "settings.json") | {"weights": "another"})
     with pytest.raises(EvaluationError, match="drawn with other weights"):
         saver(10)
     assert (folder / SHARD).stat().st_size == 600

@@ -13,7 +13,7 @@ from tarflow.evaluation.run_config import run_config
 from tarflow.evaluation.worker import sweep as sweep_module
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 from tarflow.evaluation.worker.sweep import SweepRequest, sweep_guidance
-from tarflow.trainer.errors import TrainerError
+from tarflow.records import DamagedFileError, read_object
 
 pytestmark = pytest.mark.usefixtures("fake_features")
 
@@ -40,7 +40,7 @@ def test_the_better_half_goes_on_to_more_samples_and_the_best_is_chosen(run_dir)
     best = min(record["rounds"][-1]["points"], key=lambda p: p["distance"])
     assert record["best"] == {k: best[k] for k in ("guidance", "denoise", "attn_temp")}
     folder = run_dir / "sweeps" / record["name"]
-    assert json.loads((folder / "sweep.json").read_text()) == record
+    assert read_object(folder / "sweep.json") == record
     assert "<svg" in (folder / "guidance.svg").read_text()
     assert sorted(p.name for p in (run_dir / "sweeps").iterdir()) == [record["name"]], "the chunks are cleared away"
 
@@ -72,7 +72,7 @@ def test_the_choice_is_the_default_until_it_is_overridden_and_whoever_uses_it_sa
     assert tarflow.cli.main(["evaluate", str(run_dir), "sampling.guidance=0.5"]) == 0
     assert "sampling with denoise=0.25, attn_temp=1.0: chosen by sweeps/images-000000000320-" in capsys.readouterr().out
     (run_dir / "sampling.json").write_text('{"sampling": {"guidence": 1}, "chosen_by": "me"}')
-    with pytest.raises(TrainerError, match="holds 'guidence', which is no setting"):
+    with pytest.raises(DamagedFileError, match=r"'guidence' is no setting .*remove it to go by the run's own settings"):
         run_config(run_dir)
 
 
@@ -82,7 +82,7 @@ def test_N11_within_the_noise_nothing_is_chosen_unless_asked(run_dir, capsys):
     assert tarflow.cli.main(words) == 0
     said = capsys.readouterr().out
     (path,) = (run_dir / "sweeps").glob("*/sweep.json")
-    record = json.loads(path.read_text())
+    record = read_object(path)
     distance, error = record["distance"], record["distance_stderr"]
     assert record["chosen"] is None
     assert f"distance {distance:.2f} ± {error:.2f} with 48 samples" in said
@@ -93,7 +93,7 @@ def test_N11_within_the_noise_nothing_is_chosen_unless_asked(run_dir, capsys):
     assert run_config(run_dir).sampling.guidance == 1.0
     assert tarflow.cli.main([*words, "--choose", "best"]) == 0, "with the samples that are there"
     assert run_config(run_dir).sampling.guidance == record["best"]["guidance"]
-    assert json.loads(path.read_text()) == record
+    assert read_object(path) == record
 
 
 def test_N11_standard_errors_stand_in_record_plot_and_report(run_dir):

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.worker import evaluate as evaluate_module
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
+from tarflow.records import DamagedFileError
 from tests.helpers.checkpoints import tell
 
 pytestmark = pytest.mark.usefixtures("fake_features")
@@ -340,7 +340,9 @@ def test_V06_a_damaged_plan_says_what_to_remove(run_of_2000):
 
     SharedWork(run_of_2000 / "work", {"batch_size": 3}, 60)
     (run_of_2000 / "work/plan.json").write_text("{")
-    with pytest.raises(EvaluationError, match=r"plan\.json is damaged: remove .*/work to begin this work again"):
+    with pytest.raises(
+        DamagedFileError, match=r"plan\.json \(.*\) is damaged .*; remove .*/work to begin this work again"
+    ):
         SharedWork(run_of_2000 / "work", {"batch_size": 3}, 60)
 
 

@@ -13,6 +13,7 @@ from tarflow.models.flow import TarFlow
 from tarflow.models.init import init_weights
 from tarflow.models.provenance import Provenance
 from tarflow.models.weights import load_model, save_weights_file
+from tarflow.records import DamagedFileError
 from tarflow.trainer.checkpoint.commit import find
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.files import load_config
@@ -88,6 +89,22 @@ def test_N04_settings_that_differ_are_named(save, config, name, changes, lines) 
     if "num_blocks" in changes or "nvp" in changes:
         with pytest.raises(TrainerError, match=r"Set model\.(num_blocks|nvp) as there"):
             check_initial(path, config, True)
+
+
+def test_h04_damaged_weights_are_refused_before_a_run_is_made(save, config) -> None:
+    path, _ = save("w.safetensors")
+    damaged = bytearray(path.read_bytes())
+    damaged[-2] ^= 4
+    path.write_bytes(damaged)
+    for refuse in (check_initial, initial_weights):
+        with pytest.raises(DamagedFileError, match="its checksum does not fit its content; copy it again"):
+            refuse(path, config, False)
+
+
+def test_h04_a_run_notes_that_its_weights_carry_no_checksum(save, config) -> None:
+    path, model = save("w.pth")
+    torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False)
+    assert "it carries no checksum" in initial_weights(path, config, False)[1][0]
 
 
 def test_N04_the_same_model_is_taken_over_whole(save, config) -> None:

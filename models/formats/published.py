@@ -16,7 +16,7 @@ from tarflow.models.config import TarFlowConfig
 from tarflow.models.errors import ModelError
 
 HEAD_CHANNELS = 64  # of every published model: no shape shows it
-_LAYER = re.compile(r"blocks\.(\d+)\.attn_blocks\.(\d+)\..*")
+_LAYER = re.compile(r"blocks\.([0-9]{1,9})\.attn_blocks\.([0-9]{1,9})\..*")
 
 
 def attention_masks(config: TarFlowConfig) -> dict[str, Tensor]:
@@ -65,6 +65,6 @@ def config_by_shapes(weights: Mapping[str, Tensor], where: str, like: TarFlowCon
         )
     except KeyError as error:
         raise ModelError(f"{where} is not laid out as published TarFlow weights are: it holds no {error}") from None
-    except (ValueError, ValidationError) as error:
+    except (ValueError, IndexError, ZeroDivisionError, ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise ModelError(f"{where} does not say its model by the shapes of its tensors: {reason}") from None

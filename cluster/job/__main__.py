@@ -1,0 +1,29 @@
+"""`python -m tarflow.cluster.job FILE SHA256`: what every task of a Slurm job runs."""
+
+import os
+import sys
+from pathlib import Path
+
+from tarflow.cluster.job.child import Signals
+
+
+def main(file: str, digest: str) -> int:
+    """Do the task's part; returns 0, or leaves with another exit code."""
+    with Signals() as signals:  # before what takes time: from here on a signal means "save", and no longer "die"
+        from tarflow.cluster.exit_codes import USAGE
+        from tarflow.cluster.job.description import load_job
+        from tarflow.cluster.job.job import Task
+        from tarflow.errors import UserError, in_words
+        from tarflow.terminal import message
+
+        try:
+            task = Task(load_job(Path(file), digest, os.environ))
+        except (UserError, OSError) as error:
+            text = in_words(error) if isinstance(error, OSError) else str(error)
+            print(message(f"this job cannot begin: {text}"), flush=True)
+            return USAGE
+        return task.run(signals)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

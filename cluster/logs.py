@@ -1,0 +1,54 @@
+"""What the ranks of a run's jobs have printed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tarflow.cluster.errors import ClusterError
+from tarflow.cluster.job.record import submissions
+from tarflow.files import listed
+
+PIECE = 1 << 20  # bytes
+
+
+def log_text(run: Path, rank: int, kind: str) -> Iterator[str]:
+    """What a rank of the newest job of a kind has printed, with its errors after it, piece by piece.
+
+    It is as the job wrote it, escape sequences too: whoever shows it on a terminal escapes them. The logs are looked for in
+    the run itself, or in the sweep that it lies in: where its file says that they are is of no account.
+    """
+    known = submissions(run)
+    jobs = [entry for entry in known.entries if entry["kind"] == kind]
+    if not jobs:
+        problem = f"{known.problem} in" if known.problem else "see"
+        raise ClusterError(f"{run} has no submitted {kind} job ({problem} {known.path})")
+    # The newest that has begun: one that waits in the queue has no log yet.
+    newest = next((entry for entry in reversed(jobs) if _folder(run, entry) is not None), jobs[-1])
+    job, each = newest["job"], newest["ranks_per_task"]  # the processes of a task share its log
+    folder = _folder(run, newest) or run / "slurm" / "jobs"
+    paths = [folder / f"{job}_{rank // each}_log.{name}" for name in ("out", "err")]
+    if not any(map(_is_plain_file, paths)):
+        names = [path.name.removeprefix(f"{job}_").partition("_")[0] for path in listed(folder, f"{job}_*_log.out")]
+        tasks = [int(name) for name in names if name.isdecimal()]
+        have = f"there are ranks 0 to {max(tasks) * each + each - 1}" if tasks else "the job has not started"
+        raise ClusterError(f"job {job} has no log of rank {rank} in {folder}: {have}")
+    return _pieces(*paths)
+
+
+def _folder(run: Path, entry: dict[str, Any]) -> Path | None:
+    folders = (run / "slurm" / "jobs", run.absolute().parent / "slurm" / "jobs")
+    return next((folder for folder in folders if listed(folder, f"{entry['job']}_*_log.out")), None)
+
+
+def _is_plain_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _pieces(out: Path, err: Path) -> Iterator[str]:
+    for path in (out, err):
+        if _is_plain_file(path) and path.stat().st_size:
+            if path is err:
+                yield f"--- {err.name} ---\n"
+            with open(path, encoding="utf-8", errors="replace") as file:
+                while piece := file.read(PIECE):
+                    yield piece

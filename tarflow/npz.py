@@ -1,0 +1,167 @@
+"""Arrays in `.npz` files, as numpy writes them, that a disk may have damaged or a stranger may have made.
+
+What a file declares is held against its directory, and against a limit, before any of it is read into memory: no objects
+(pickles), no name twice, no shape beyond what the file holds. A file written here carries a checksum of all its arrays.
+"""
+
+import errno
+import io
+import json
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from tarflow.records import SEAL, DamagedFileError
+
+MOST_ARRAYS = 10_000
+_HEADER = 1 << 14  # bytes at the beginning of a member that hold its type and shape
+_MOST_INFLATED = 1032  # bytes that one byte of a compressed member can become
+_MOST_EXTRA = 32  # bytes beside a member's entry: sizes beyond 4 GiB stand there
+_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_KINDS = "?biufcSU"  # of numbers and texts; nothing nested, no objects, no dates
+
+
+@dataclass(frozen=True)
+class Declared:
+    """Type and shape of an array in a file that has not been read."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Arrays of a file; `checked`: they agree with the checksum in it (False: it has none)."""
+
+    arrays: dict[str, np.ndarray]
+    checked: bool
+
+
+def declared(path: Path, limit: int | None = None, *, what: str = "", way_out: str = "") -> dict[str, Declared]:
+    """Name -> type and shape of every array in a file; reads their headers only.
+
+    `limit`: most bytes of all arrays together; None: those of the file, which is not compressed then.
+
+    Raises:
+        DamagedFileError: it is no such file, or one that must not be read.
+        OSError: it is not there, or cannot be read.
+    """
+    with _opened(path, limit, what, way_out) as (_, found):
+        return {name: array for name, (_, array) in found.items()}
+
+
+def read_npz(
+    path: Path, limit: int | None = None, names: Collection[str] | None = None, *, what: str = "", way_out: str = ""
+) -> Arrays:
+    """Read the arrays of a file, or some of them (then without the checksum). Raises as `declared`."""
+    with _opened(path, limit, what, way_out) as (archive, found):
+        wanted = found if names is None else [name for name in found if name in names]
+        arrays = {name: _read(archive, found[name][0]) for name in wanted}
+        if names is not None or SEAL not in arrays:
+            return Arrays(arrays, checked=False)
+        if str(arrays.pop(SEAL)) != checksum(arrays):
+            raise ValueError("its checksum does not fit its arrays")
+        return Arrays(arrays, checked=True)
+
+
+def write_npz(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays with their checksum; the same bytes for the same arrays."""
+    np.savez(file, **arrays, **{SEAL: np.array(checksum(arrays))})
+
+
+def checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    """CRC-32 of names, types, shapes and values."""
+    crc = 0
+    for name in sorted(arrays):
+        array = arrays[name]
+        crc = zlib.crc32(json.dumps([name, array.dtype.str, array.shape]).encode(), crc)
+        crc = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, crc)
+    return f"{crc:08x}"
+
+
+Found = dict[str, tuple[zipfile.ZipInfo, Declared]]
+
+
+@contextmanager
+def _opened(path: Path, limit: int | None, what: str, way_out: str) -> Iterator[tuple[zipfile.ZipFile, Found]]:
+    def damaged(problem: str) -> DamagedFileError:
+        return DamagedFileError(path, problem, way_out, what=what)
+
+    if path.exists() and not path.is_file():
+        raise damaged("it is no regular file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = path.stat().st_size
+            yield archive, _directory(archive, size, size if limit is None else limit)
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):  # a seek to a place that the damage made up
+            raise
+        raise damaged(str(error)) from None
+    except DamagedFileError:
+        raise
+    # What readers of zip files and numpy's headers say to rubbish.
+    except (ValueError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, TypeError, RuntimeError) as error:
+        raise damaged(str(error) or type(error).__name__) from None
+
+
+def _directory(archive: zipfile.ZipFile, size: int, limit: int) -> Found:
+    members = archive.infolist()
+    if len(members) > MOST_ARRAYS:
+        raise ValueError(f"it has {len(members):,} members, more than {MOST_ARRAYS:,}")
+    total = sum(info.file_size for info in members)
+    if total > limit:
+        raise ValueError(f"its arrays have {total:,} bytes, more than {limit:,}")
+    found: Found = {}
+    for info in members:
+        name = info.filename.removesuffix(".npy")
+        if name == info.filename or not name.isprintable() or name.startswith("/") or {"..", "."} & {*name.split("/")}:
+            raise ValueError(f"its member {info.filename[:80]!r} has no name of an array")
+        if name in found:
+            raise ValueError(f"its array {name!r} stands in it twice")
+        if info.comment or len(info.extra) > _MOST_EXTRA:  # numpy writes none: damage to a length hides members there
+            raise ValueError(f"the entry of its array {name!r} is longer than numpy makes it")
+        stored = info.compress_type == zipfile.ZIP_STORED
+        most = info.compress_size * (1 if stored else _MOST_INFLATED)
+        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"its array {name!r} is packed in a way that numpy does not write")
+        if info.compress_size > size or info.file_size > most:
+            raise ValueError(f"its array {name!r} is said to be larger than the file can hold")
+        found[name] = info, _declared(archive, info, name)
+    return found
+
+
+def _declared(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> Declared:
+    with archive.open(info) as member:
+        head = io.BytesIO(member.read(_HEADER))  # no more, whatever length the header claims
+    version = np.lib.format.read_magic(head)
+    if version not in _READERS:
+        raise ValueError(f"its array {name!r} has a header of version {version}")
+    try:
+        shape, _, dtype = _READERS[version](head)
+    except Exception:  # numpy gives it to Python's parser, which rubbish leads astray in any way
+        raise ValueError(f"the header of its array {name!r} cannot be read") from None
+    if dtype.hasobject:
+        raise ValueError(f"its array {name!r} holds objects, which are pickled: reading them could run code")
+    if dtype.kind not in _KINDS or dtype.names or dtype.subdtype or not dtype.itemsize:
+        raise ValueError(f"its array {name!r} has the type {str(dtype)[:80]}, which is neither numbers nor text")
+    nbytes = dtype.itemsize * math.prod(shape)
+    if min(shape, default=0) < 0 or nbytes != info.file_size - head.tell():
+        raise ValueError(f"its array {name!r} is said to have the shape {str(shape)[:80]}, which does not fit its size")
+    return Declared(dtype, shape, nbytes)
+
+
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(info) as member:
+        array: np.ndarray = np.lib.format.read_array(member, allow_pickle=False)
+        if member.read(1):  # at its end its CRC-32 is checked
+            raise ValueError(f"{info.filename} goes on beyond its array")
+    return array

@@ -1,0 +1,210 @@
+"""What only shows survives any one bad file of a run: its row, page or line says what is damaged, all else stands."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tarflow.cli
+from tarflow.cluster.job.chain import Chain
+from tarflow.cluster.status import rows
+from tarflow.evaluation.report import curves
+from tarflow.evaluation.run_config import run_config
+from tarflow.records import append_record_line, sealed, write_object
+from tarflow.trainer.config.chosen_sampling import save_choice
+from tarflow.trainer.config.files import config_text, parse_config
+from tarflow.trainer.run_dir import create_run
+from tests.helpers.checkpoints import by_step
+from tests.helpers.results import write_result
+
+CONFIG = {
+    "data": {"train": "nowhere"}, "train": {"global_batch_size": 16, "max_images": 3200, "noise_std": 0.1},
+    "model": {"image_size": 8, "patch_size": 4, "in_channels": 1, "channels": 16, "num_blocks": 2, "layers_per_block": 1,
+              "head_channels": 8, "num_classes": 0},
+    "evaluation": {"num_samples": 16},
+}  # fmt: skip
+NAME = "step-00000010"
+SWEEP = f"{NAME}-0123456789ab"
+
+
+def sweep_record(name: str) -> dict[str, object]:
+    best = {"guidance": 0.5, "denoise": 1.0, "attn_temp": 1.0}
+    points = [best | {"distance": 9.5}, best | {"guidance": 1.0, "distance": 11.0}]
+    return {
+        "name": name, "weights": "raw", "weights_sha256": "0" * 64, "step": 10, "images_seen": 160, "metric": "fd_x",
+        "rounds": [{"num_samples": 16, "points": points}], "best": best, "chosen": best, "unclear": [],
+        "distance": 9.5, "distance_stderr": 0.5, "features": {}, "reference": {}, "settings": {},
+    }  # fmt: skip
+
+
+def make_run(path: Path) -> Path:
+    """A run with one small file of every kind, though nothing was computed for it."""
+    create_run(path)
+    (path / "config.yaml").write_text(config_text(parse_config(CONFIG, "test")))
+    save_choice(path, {"guidance": 0.5}, f"sweeps/{SWEEP}")
+    config = run_config(path)
+    by_step(path, 10, 160)
+    by_step(path, 20, 320)
+    for step in (0, 5, 10, 15, 20):
+        figures = {"throughput/images_per_sec": 20.0, "train/loss": 3.25 - step / 20, "optim/lr": 0.001}
+        more = {"event": "start"} if step == 0 else figures
+        append_record_line(path / "metrics.jsonl", {"step": step, "images_seen": 16 * step, "time": 1.0, **more})
+    for step in (10, 20):
+        result = write_result(path, config, f"step-{step:08d}", fd_x=12.5 + step, distance_stderr=0.25)
+        write_object(result.with_name("work.json"), {"seconds": {"total": 3.0}, "time": 1e9})
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(result.with_name("grid.png"))
+        append_record_line(path / "evals.jsonl", {"name": result.parent.name, "fd_x": 12.5 + step})
+    write_object(path / "sweeps" / SWEEP / "sweep.json", sweep_record(SWEEP))
+    (path / "heartbeats").mkdir()
+    beat = {"rank": 0, "world_size": 1, "step": 20, "host": "elsewhere", "pid": 1, "job": "", "phase": "gone"}
+    (path / "heartbeats/rank-0000.json").write_text(json.dumps(sealed(beat)))
+    entry = {"job": "107", "kind": "train", "time": 1.0, "logs": "logs", "cluster": None, "host": "here"}
+    (path / "slurm").mkdir()
+    append_record_line(path / "slurm/jobs.jsonl", entry)
+    chain = Chain.load(path / "slurm", "107")
+    chain.begin(0, 0, "n1")
+    chain.end(0, "finished at step 20 after 0 restarts")
+    return path
+
+
+FILES = {
+    "run.json", "config.yaml", "metrics.jsonl", "evals.jsonl", "sampling.json", f"sweeps/{SWEEP}/sweep.json",
+    f"evals/{NAME}/result.json", f"evals/{NAME}/work.json", f"checkpoints/{NAME}/COMMITTED", "slurm/jobs.jsonl",
+    "slurm/chain-107.json", "heartbeats/rank-0000.json",
+}  # fmt: skip
+# Of these only a file in its place, or none at all, is looked at by those who show.
+PICTURE = f"evals/{NAME}/grid.png"
+
+
+def replaced(make: Callable[[Path], object]) -> Callable[[Path], object]:
+    def put(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return put
+
+
+def deep(path: Path) -> None:
+    path.write_text('{"a":' * 5000 + "1" + "}" * 5000 + "\n")
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: os.truncate(path, 0),
+    "cut": lambda path: os.truncate(path, path.stat().st_size * 2 // 3),
+    "no object": lambda path: path.write_text("[1, 2]\n"),
+    "empty object": lambda path: path.write_text("{}\n"),
+    "rubbish": lambda path: path.write_bytes(bytes(range(256)) * 7),
+    "deep": deep,
+    "large": lambda path: os.truncate(path, 1 << 28),
+    "folder": replaced(lambda path: path.mkdir()),
+    "pipe": replaced(os.mkfifo),
+    "link to nothing": replaced(lambda path: path.symlink_to("/nonexistent/file")),
+    "link to itself": replaced(lambda path: path.symlink_to(path)),
+}
+
+
+# Lines that are not there yet, or not to their end, are no damage; a file without lines is one.
+NO_DAMAGE = {
+    ("metrics.jsonl", "cut"), ("heartbeats/rank-0000.json", "empty object"), ("slurm/chain-107.json", "empty object"),
+    *((name, "empty") for name in ("metrics.jsonl", "evals.jsonl", "slurm/jobs.jsonl")),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs in a folder, `a` and `b`."""
+    folder = tmp_path_factory.mktemp("shown")
+    make_run(folder / "runs/a")
+    shutil.copytree(folder / "runs/a", folder / "runs/b")
+    return folder
+
+
+@pytest.fixture
+def runs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of them; no Slurm, and whoever waits for something that never comes is interrupted."""
+    monkeypatch.setenv("PATH", "/nonexistent")
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    signal.alarm(60)
+    yield tmp_path / "runs"
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def shown(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """What a verb prints; it must succeed."""
+    capsys.readouterr()
+    code = tarflow.cli.main([str(word) for word in words])
+    printed = capsys.readouterr()
+    assert code == 0, (words, printed.err)
+    assert "Traceback" not in printed.out + printed.err
+    return printed.out
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots are not drawn: what they are drawn of is written out."""
+    monkeypatch.setattr(curves, "svg", lambda plot, key: f"<svg>{plot.curves}</svg>")
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_h05_whatever_one_file_is_the_other_runs_and_files_stand(runs: Path, light, capsys, name: str) -> None:
+    a, b = runs / "a", runs / "b"
+    now = time.time()
+    sound = rows([a, b], now)
+    assert [row.flaws for row in sound] == [(), ()]
+    assert sound[0].score == "fd_x 32.50 @ 20"
+    page = sections(shown(capsys, "report", a), a)
+    for kind, damage in DAMAGES.items():
+        if (name, kind) in NO_DAMAGE:
+            continue
+        damage(a / name)
+        first, second = rows([a, b], now)
+        assert second == sound[1], (name, kind)
+        if not name.startswith("sweeps"):  # which the table does not look at
+            assert any(name.removesuffix("/COMMITTED") in flaw for flaw in first.flaws), (name, kind, first.flaws)
+        table = shown(capsys, "status", runs)
+        assert re.search(r"^\S*b +\S", table, re.MULTILINE), table
+        assert str(a) in table
+        shown(capsys, "checkpoint", "list", a)
+        said = shown(capsys, "report", a)
+        if not name.startswith(("slurm", "heartbeats", "checkpoints")):
+            assert "left out: " in said, (name, kind)
+        for title, text in sections(said, a).items():
+            if title not in ("Left out", *AFFECTED.get(name, ())):
+                assert text == page[title], (name, kind, title)
+        restore(a, b, name)
+
+
+# Sections of the report that a file has a part in.
+AFFECTED = {
+    "config.yaml": {"", "Configuration"}, "metrics.jsonl": {"", "Curves"}, "sampling.json": {"", "Configuration"},
+    "run.json": {"", "Configuration"},
+    f"sweeps/{SWEEP}/sweep.json": {"Guidance and denoising"},
+    f"evals/{NAME}/result.json": {"Curves", "Samples over training", "All results", "Guidance and denoising"},
+    f"evals/{NAME}/work.json": {"All results"},
+}  # fmt: skip
+
+
+def sections(said: str, run: Path) -> dict[str, str]:
+    """The sections of a report by title; the first has none."""
+    text = (run / "report.html").read_text()
+    parts = re.findall(r"<section>(?:<h2>(.*?)</h2>)?(.*?)</section>", text, re.DOTALL)
+    return dict(parts)
+
+
+def restore(run: Path, like: Path, name: str) -> None:
+    path = run / name
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    else:
+        path.unlink()
+    shutil.copy2(like / name, path)

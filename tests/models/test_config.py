@@ -1,0 +1,43 @@
+"""A model's numbers have bounds, each alone and their products too: nobody builds what they describe before they are checked."""
+
+import time
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.cost import parameters
+from tarflow.models.presets import preset, preset_names
+
+SMALL: dict[str, Any] = {"image_size": 16, "patch_size": 4, "channels": 64, "num_blocks": 2, "layers_per_block": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_blocks": 2_000_000_000}, "num_blocks"),
+        ({"head_channels": 10**18}, "head_channels"),
+        ({"patch_size": 10**12}, "patch_size"),
+        ({"num_classes": "3e11"}, "num_classes"),
+        ({"num_classes": "9" * 5000}, "whole number"),
+        ({"soft_clip": 1e300}, "soft_clip"),
+        ({"soft_clip": 1e-300}, "soft_clip=1e-300 must be 0"),
+        ({"soft_clip": "nan"}, "soft_clip"),
+        # Each number alone is allowed.
+        ({"image_size": 1 << 14, "patch_size": 1}, "268,435,456 tokens, more than 65,536"),
+        ({"num_blocks": 1024, "layers_per_block": 1024}, "1,048,576 layers in all, more than 4,096"),
+        ({"channels": 1 << 16, "num_blocks": 512, "layers_per_block": 8}, "parameters"),
+        ({"channels": 1 << 16, "num_classes": 1 << 24}, "parameters, more than 1,099,511,627,776"),
+        ({"image_size": 1 << 14, "patch_size": 1 << 14, "channels": 1 << 12}, "parameters"),
+    ],
+)
+def test_h10_numbers_of_a_model_and_their_products_are_bounded(change: dict[str, Any], said: str) -> None:
+    start = time.perf_counter()
+    with pytest.raises(ValidationError, match=said):
+        TarFlowConfig.model_validate(SMALL | change)
+    assert time.perf_counter() - start < 1
+
+
+def test_h10_no_published_model_comes_near_the_bounds() -> None:
+    assert all(100 * parameters(preset(name)) < 1 << 40 for name in preset_names())

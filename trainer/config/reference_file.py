@@ -1,0 +1,122 @@
+"""Files of reference statistics: what stands in them, and the one loader.
+
+A run is checked against the file that its settings name, evaluations hold samples against it. Arrays as numpy writes them,
+not compressed, and a provenance in JSON that says of which images and which network they are.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from pydantic import ConfigDict, Field, model_validator
+
+from tarflow.npz import read_npz
+from tarflow.records import DamagedFileError, Record, as_record, parse_object
+
+FORMAT = 2
+WHAT = "reference statistics"
+WAY_OUT = "name another file (--reference, evaluation.reference), or make one with `tarflow reference`"
+_NAMES = {"format", "count", "mean", "scatter", "rows", "provenance"}
+_ROUNDING = 1e-6  # of products of sums in float64, generously
+Text = Annotated[str, Field(max_length=10_000)]
+
+
+class _Provenance(Record):
+    """What statistics are of. Versions may say more; then all of it must agree."""
+
+    model_config = ConfigDict(extra="allow")
+
+    fingerprint: str = Field(min_length=1, max_length=200)
+    images: int = Field(ge=1, lt=1 << 53)
+    image_size: int = Field(ge=1, le=1 << 14)
+    channels: int = Field(ge=1, le=4)
+    features: str = Field(min_length=1, max_length=200)
+    features_sha256: str = Field(min_length=1, max_length=200)
+    preprocessing: Text
+
+    @model_validator(mode="after")
+    def _plain(self) -> "_Provenance":
+        for key, value in (self.model_extra or {}).items():
+            if isinstance(value, bool) or not isinstance(value, str | int):
+                raise ValueError(f"{key} is neither text nor a number")
+        return self
+
+
+@dataclass(frozen=True)
+class ReferenceFile:
+    """Statistics as they are stored: mean [d] and scatter matrix [d, d] float64, features kept [m, d] float32, hashes of
+    the pixels uint64 [count] or None. `checked`: they agree with a checksum in the file."""
+
+    provenance: dict[str, str | int]
+    count: int
+    mean: np.ndarray
+    scatter: np.ndarray
+    rows: np.ndarray
+    hashes: np.ndarray | None
+    checked: bool
+
+
+def read_reference(path: Path, least: int = 2) -> ReferenceFile:
+    """Read a file of statistics of `least` images or more.
+
+    Raises:
+        DamagedFileError: it is no such file, its checksum does not fit, or its arrays are no statistics.
+        OSError: it is not there, or cannot be read.
+    """
+    found = read_npz(path, what=WHAT, way_out=WAY_OUT)
+    try:
+        return _as_reference(found.arrays, found.checked, least)
+    except ValueError as error:
+        raise DamagedFileError(path, str(error), WAY_OUT, what=WHAT) from None
+
+
+def _as_reference(arrays: dict[str, np.ndarray], checked: bool, least: int) -> ReferenceFile:
+    names = arrays.keys() - {"hashes"}
+    if odd := sorted(names ^ _NAMES):
+        raise ValueError(f"{'no array' if odd[0] in _NAMES else 'an unknown array'} {odd[0]!r} stands in it")
+    version, count = _number(arrays, "format"), _number(arrays, "count")
+    if version != FORMAT:
+        raise ValueError(f"it has format {version}, this program reads {FORMAT}")
+    if arrays["provenance"].dtype.kind != "U" or arrays["provenance"].shape != ():
+        raise ValueError("its provenance is no text")
+    provenance = as_record(parse_object(str(arrays["provenance"]).encode("utf-8", "surrogatepass")), _Provenance)
+    if not least <= count <= provenance.images:
+        raise ValueError(f"it is of {count:,} images: {least:,} to {provenance.images:,} can be")
+    dim = arrays["mean"].size
+    if not dim:
+        raise ValueError("it is of no features")
+    kept = len(arrays["rows"]) if arrays["rows"].ndim else 0
+    _check(arrays, "mean", np.float64, (dim,))
+    _check(arrays, "scatter", np.float64, (dim, dim))
+    _check(arrays, "rows", np.float32, (min(kept, count), dim))
+    if "hashes" in arrays:
+        _check(arrays, "hashes", np.uint64, (count,))
+    _check_scatter(arrays["scatter"])
+    large = {name: arrays[name] for name in ("mean", "scatter", "rows")}
+    return ReferenceFile(provenance.model_dump(), count, **large, hashes=arrays.get("hashes"), checked=checked)
+
+
+def _number(arrays: dict[str, np.ndarray], name: str) -> int:
+    _check(arrays, name, np.int64, ())
+    return int(arrays[name])
+
+
+def _check(arrays: dict[str, np.ndarray], name: str, dtype: type, shape: tuple[int, ...]) -> None:
+    array = arrays[name]
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(
+            f"its array {name!r} is {array.dtype} {list(array.shape)}, not {np.dtype(dtype)} {list(shape)}"
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"its array {name!r} holds values that are not finite")
+
+
+def _check_scatter(scatter: np.ndarray) -> None:
+    """A sum of outer products: symmetric, and no entry beyond what its row's and column's own sums allow."""
+    own = np.diagonal(scatter)
+    if (own < 0).any():
+        raise ValueError("its scatter matrix has negative sums of squares")
+    most = np.sqrt(own[:, None] * own) * (1 + _ROUNDING) + _ROUNDING * float(own.max())
+    if (np.abs(scatter) > most).any() or (np.abs(scatter - scatter.T) > _ROUNDING * most).any():
+        raise ValueError("its scatter matrix is none: it is not symmetric, or has entries that no features can have")
