@@ -10,10 +10,9 @@ evals.jsonl                             one line per result; TensorBoard has the
 """
 
 import os
-import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from tarflow.evaluation.event_file import append_events
 from tarflow.evaluation.metrics.names import is_distance, is_kernel
 from tarflow.evaluation.result_file import FORMAT, RESULT, WORK, load_result, load_work
 from tarflow.files import discard, free_name, listed, publish_dir
+from tarflow.own_paths import make_folder
 from tarflow.records import DamagedFileError, append_record_line, read_lines
 from tarflow.trainer.checkpoint.names import leading_name
 from tarflow.trainer.run_dir import has_run_file, is_run, run_id
@@ -121,14 +121,13 @@ def read_results(root: Path) -> list[tuple[Path, dict[str, Any]]]:
 @contextmanager
 def building(run_dir: Path, name: str) -> Iterator[Path]:
     """A directory to build a result in; whatever ends the block, nothing half-written stays under evals/."""
-    folder = evals_dir(run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(run_dir, evals_dir(run_dir).name)
     temporary = folder / f".{name}.{os.uname().nodename}.{os.getpid()}.{uuid.uuid4().hex[:6]}.tmp"
     temporary.mkdir()
     try:
         yield temporary
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        discard(temporary)
 
 
 def sweep(run_dir: Path) -> None:
@@ -136,7 +135,7 @@ def sweep(run_dir: Path) -> None:
     for path in listed(evals_dir(run_dir), f".*.{os.uname().nodename}.*.tmp"):
         pid = path.name.split(".")[-3]
         if pid.isdigit() and Path("/proc/self").exists() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(path, ignore_errors=True)
+            discard(path)
     for path in listed(work_dir(run_dir, "")):
         name = path.name.rsplit("-", 2)[0]
         result = usable_result(evals_dir(run_dir) / name)
@@ -144,7 +143,7 @@ def sweep(run_dir: Path) -> None:
         checkpoint = leading_name(name)
         forgotten = checkpoint and not (run_dir / "checkpoints" / checkpoint).exists()
         if published or forgotten or path.name.endswith(".gone"):
-            shutil.rmtree(path, ignore_errors=True)
+            discard(path)
 
 
 def publish(run_dir: Path, temporary: Path, name: str, tensorboard: bool) -> bool:
@@ -185,14 +184,19 @@ def supersede(run_dir: Path, name: str, result: dict[str, Any]) -> None:
     os.rename(evals_dir(run_dir) / name, free_name(kept))
 
 
-def announce(run_dir: Path, tensorboard: bool, older_than_s: float = 0.0) -> None:
+def announce(
+    run_dir: Path, tensorboard: bool, older_than_s: float = 0.0, say: Callable[[str], None] = lambda line: None
+) -> None:
     """Add the lines of results that evals.jsonl does not hold yet: also of one whose worker died before its line, or whose
     line is damaged.
 
     `older_than_s`: leave out younger results, whose own worker is just about to announce them.
     """
     path = run_dir / EVALS
-    have = {(row.get("name"), row.get("weights_sha256")) for row in read_lines(path).rows}
+    lines = read_lines(path)
+    for flaw in lines.flaws(path):
+        say(f"{flaw}; the lines of its results are written again")
+    have = {(row.get("name"), row.get("weights_sha256")) for row in lines.rows}
     for folder, result in read_results(run_dir):
         settled = time.time() - result.get("time", 0.0) >= older_than_s
         if settled and (folder.name, result["weights_sha256"]) not in have:
