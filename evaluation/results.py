@@ -28,8 +28,9 @@ from tarflow.trainer.checkpoint.names import leading_name
 from tarflow.trainer.run_dir import has_run_file, is_run, run_id
 
 __all__ = [
-    "FORMAT", "RESULT", "WORK", "announce", "building", "evals_dir", "metrics", "publish", "read_result", "read_results",
-    "result_name", "scan", "set_damaged_aside", "summary", "supersede", "sweep", "usable_result", "work_dir",
+    "FORMAT", "RESULT", "WORK", "announce", "building", "evals_dir", "headline", "metrics", "publish", "read_result",
+    "read_results", "result_name", "scan", "set_damaged_aside", "summary", "supersede", "sweep", "usable_result",
+    "work_dir",
 ]  # fmt: skip
 EVALS = "evals.jsonl"
 SCORES = (
@@ -220,6 +221,22 @@ def metrics(result: dict[str, Any]) -> dict[str, float | None]:
     ]
     there = [k for k in SCORES if k in result]
     return {name: result.get(name) for name in names + there}
+
+
+def headline(result: dict[str, Any]) -> str:
+    """A result in one line."""
+    parts = [f"{key} {value:.2f}" for key, value in metrics(result).items() if is_distance(key) and value is not None]
+    if result.get("bits_per_dim") is not None:
+        stderr = result.get("bits_per_dim_stderr")
+        parts.append(f"{result['bits_per_dim']:.4f}{f' +- {stderr:.4f}' if stderr else ''} bits/dim")
+    if result.get("label_agreement") is not None:
+        parts.append(f"label agreement {result['label_agreement']:.1%}")
+    parts.append(f"{result['num_samples']} samples of {result['weights']}, {result['seconds'].get('total', 0):.0f} s")
+    lost = f" | {result['problem']}" if result["problem"] else ""
+    what = result["name"]
+    if result["step"] is not None:
+        what = f"step {result['step']} ({result['images_seen']:,} images)"
+    return f"{what}: {' | '.join(parts)}{lost}"
 
 
 def _write_tensorboard(run_dir: Path, name: str, result: dict[str, Any]) -> None:

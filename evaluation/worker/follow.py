@@ -18,7 +18,7 @@ from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.file_sampling import describe_file
 from tarflow.evaluation.samples.store import SampleStore
 from tarflow.evaluation.samples.weights_source import from_checkpoint, from_file, resolve_device
-from tarflow.evaluation.worker.evaluate import Evaluator, Job, headline
+from tarflow.evaluation.worker.evaluate import Evaluator, Job
 from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import Recipe, file_recipe, load_recipes
 from tarflow.models.weights import read_weights
@@ -108,7 +108,7 @@ def evaluate_file(
     source = from_file(path, file, evaluator.real.device)
     results.sweep(out)
     result = Job(evaluator, source).run()
-    say(plain(headline(result), 2000) if result else f"{path} has a result under these settings already")
+    say(plain(results.headline(result), 2000) if result else f"{path} has a result under these settings already")
     return result
 
 
@@ -211,7 +211,7 @@ class _Worker:
                 self._note_problem(checkpoint, evaluator)
                 return
             self.outcome.done.append(result)
-            self.say(plain(headline(result), 2000))
+            self.say(plain(results.headline(result), 2000))
             self._note_problem(checkpoint, evaluator)
 
     def _note_problem(self, checkpoint: Checkpoint, evaluator: Evaluator) -> None:

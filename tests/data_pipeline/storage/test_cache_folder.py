@@ -206,7 +206,9 @@ def test_h07_a_flaw_that_the_sketch_misses_is_found_by_the_thread_that_fetches_a
     assert path.read_bytes() == (root / "shard-0000.tar").read_bytes()
 
 
-def test_two_users_on_one_node_keep_out_of_each_other_s_cache(shared: Path, of_another: Callable[[Path], None]) -> None:
+def test_two_users_on_one_node_keep_out_of_each_other_s_cache(
+    shared: Path, of_another: Callable[[Path], None]
+) -> None:
     """Two real users where the tests may change theirs; else the other one's folder stands for the other user."""
     folder, theirs = shared / "cache", shared / "first"
     assert put(folder) == b"abc"
