@@ -31,19 +31,19 @@ from benchmarks.golden import training_config
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.cost import flops_per_image, peak_rate
 from tarflow.models.denoise import denoise
-from tarflow.models.flow import FlowBlock, TarFlow, flow_loss
+from tarflow.models.flow import FlowBlock, TarFlow
+from tarflow.models.likelihood import log_likelihood
 from tarflow.models.presets import preset
 from tarflow.models.sampling.guidance import Guidance
 from tarflow.models.sampling.sequential import invert_block, sample
-from tarflow.models.transformer import TransformerLayer
 from tarflow.trainer.batch import plan_batch
 from tarflow.trainer.checkpoint.commit import find
 from tarflow.trainer.checkpoint.tensors import read_tensors
-from tarflow.trainer.config.schema import ActivationCheckpointConfig, CheckpointConfig, Config
+from tarflow.trainer.config.schema import CheckpointConfig, Config
 from tarflow.trainer.ema.ema import EMA
 from tarflow.trainer.metrics import Window
 from tarflow.trainer.optimizer import GuardedAdamW
-from tarflow.trainer.parallel.checkpointing import checkpoint_layer
+from tarflow.trainer.parallel.choose import compute_deterministically
 from tarflow.trainer.parallel.torch_backend import ShardedBackend
 from tarflow.trainer.parallel.world import World
 from tarflow.trainer.plan import rank_memory
@@ -96,8 +96,9 @@ class Steps:
     """Training steps of the sharded backend on random images, as the loop takes them."""
 
     def __init__(
-        self, bench: Bench, mode: str = "none", compiled: bool = False, batch: int = 0, accumulation: int = 1
-    ) -> None:
+        self, bench: Bench, mode: str = "none", compiled: bool = False, batch: int = 0, accumulation: int = 1,
+        unit: int = 0,
+    ) -> None:  # fmt: skip
         batch = batch or bench.batch
         images = batch * accumulation
         self.bench = bench
@@ -107,7 +108,8 @@ class Steps:
                 "global_batch_size": images, "micro_batch_size": batch, "max_images": 10**6,
                 "param_dtype": "bfloat16", "grad_clip": 1.0, "skip_spikes": True,
             },
-            parallel={"backend": "fsdp2"}, activation_checkpoint={"mode": mode}, compile={"enable": compiled},
+            parallel={"backend": "fsdp2", "layers_per_unit": unit}, activation_checkpoint={"mode": mode},
+            compile={"enable": compiled},
         )  # fmt: skip
         self.backend = ShardedBackend(self.config, bench.device, World())
         self.ema = EMA(self.backend, self.config.ema.relative_stds)
@@ -158,23 +160,24 @@ def environment(bench: Bench) -> Figures:
 
 
 def denoise_memory(bench: Bench) -> Figures:
-    """Bytes of the denoising step per image, plain and with full activation checkpointing."""
-    model, used = bench.weights(bench.model), {}
-    shape = bench.model.image_shape
-    for count in (2, 6):
-        bench.fresh()
-        images = torch.randn(count, *shape, device=bench.device).clamp(-1, 1)
-        labels = torch.zeros(count, dtype=torch.long, device=bench.device)
-        before = bench.peak_gb()
-        plain = denoise(model, images, labels, 0.05)
-        used[count] = bench.peak_gb() - before
-    for number, layer in enumerate(m for m in model.modules() if isinstance(m, TransformerLayer)):
-        checkpoint_layer(layer, number, ActivationCheckpointConfig(mode="full"))
-    bench.fresh()
-    before = bench.peak_gb()
-    again = denoise(model, images, labels, 0.05)
-    bench.bars.append(Bar("denoising, checkpointed against plain", float((again - plain).abs().max()), at_most=1e-6))
-    return {"GB per image": (used[6] - used[2]) / 4, "GB of 6 images, checkpointed": bench.peak_gb() - before}
+    """Bytes of the denoising step per image: layers computed twice, as it does, against layers kept. The same bits."""
+    model, shape = bench.weights(bench.model), bench.model.image_shape
+    used: dict[tuple[bool, int], float] = {}
+    scores = {}
+    for recompute in (False, True):
+        for count in (2, 6):
+            bench.fresh()
+            torch.manual_seed(count)
+            x = torch.randn(count, *shape, device=bench.device).clamp(-1, 1).requires_grad_()
+            labels = torch.zeros(count, dtype=torch.long, device=bench.device)
+            before = bench.peak_gb()
+            (score,) = torch.autograd.grad(log_likelihood(model, x, labels, recompute=recompute).sum(), x)
+            used[recompute, count] = bench.peak_gb() - before
+            scores[recompute] = score
+    apart = float((denoise(model, x.detach(), labels, 1.0) - x.detach() - scores[False]).abs().max())
+    bench.bars.append(Bar("numbers of the score that differ", int((scores[True] != scores[False]).sum()), at_most=0))
+    kept, twice = ((used[recompute, 6] - used[recompute, 2]) / 4 for recompute in (False, True))
+    return {"GB per image, layers kept": kept, "GB per image": twice, "denoise apart": apart}
 
 
 def no_host_sync(bench: Bench) -> Figures:
@@ -274,29 +277,29 @@ def numbers(bench: Bench) -> Figures:
 
 
 def repeatable(bench: Bench) -> Figures:
-    """Gradients of the same batch, computed twice, under several choices of attention kernels."""
-    shape = bench.model.model_copy(update={"num_blocks": 2, "layers_per_block": 2})
-    model = bench.weights(shape).requires_grad_().to(torch.bfloat16)
-    model.var = model.var.float()
-    x = torch.rand(bench.batch, *shape.image_shape, device=bench.device)
+    """The same four steps twice, with train.deterministic and with any kernels: weights that differ."""
     figures: Figures = {"CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")}
-    for name, cudnn, deterministic, labelled in (
-        ("as it is", True, False, True), ("no labels", True, False, False), ("without cudnn attention", False, False, False),
-        ("deterministic algorithms", True, True, True), ("both", False, True, True),
-    ):  # fmt: skip
-        torch.use_deterministic_algorithms(deterministic, warn_only=True)
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        y = torch.arange(bench.batch, device=bench.device) % 3 if labelled else None
-        found, began = [], time.perf_counter()
+    last: dict[str, Tensor] = {}
+    compute_deterministically(bench.device)
+    for deterministic in (True, False):
+        torch.use_deterministic_algorithms(deterministic)
+        ends: list[dict[str, Tensor]] = []
         for _ in range(2):
-            model.zero_grad()
-            flow_loss(*model(x, y)).mean().backward()
-            found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-        bench.wait()
-        differ = [n for n in found[0] if not torch.equal(found[0][n], found[1][n])]
-        figures[name] = {"differing": len(differ), "of": len(found[0]), "last": differ[-2:], "s": time.perf_counter() - began}
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cuda.enable_cudnn_sdp(True)
+            bench.fresh()
+            steps = Steps(bench, "none", True)
+            for number in range(4):
+                steps.take(number)
+            ends.append({name: t.detach().clone() for name, t in steps.backend.locals().items()})
+            seconds, _ = steps.seconds(4, 4)
+            del steps
+        differing = sum(not torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+        figures["deterministic" if deterministic else "any kernels"] = {
+            "tensors that differ": differing, "of": len(ends[0]), "ms": seconds * 1e3}  # fmt: skip
+        if deterministic:
+            bench.bars.append(Bar("tensors that differ after the same steps", differing, at_most=0))
+            last = ends[0]
+    apart = max(float((last[name] - ends[0][name]).abs().max()) for name in last)  # four steps of 1e-4 at most
+    bench.bars.append(Bar("weights with deterministic kernels against any", apart, at_most=1e-4))
     return figures
 
 
@@ -322,26 +325,35 @@ def decoding(bench: Bench) -> Figures:
 
 
 def rate(bench: Bench) -> Figures:
-    """Steps by checkpointing mode and compile: time, share of the device's peak, memory against the cost model."""
+    """Steps by checkpointing mode, compile and unit of sharding: time, share of the peak rate, memory over the cost model."""
     batch = bench.batch if bench.tiny else 32  # 16 leave the device waiting for the host
-    figures: Figures = {"batch": batch}
-    for mode, compiled in (("selective", False), ("selective", True), ("none", True), ("full", True)):
+    figures: Figures = {}
+    norms: dict[int, float] = {}  # of the second step's gradient, by images: every way computes the same
+    for mode, compiled, unit, images in (
+        ("selective", False, 0, batch), ("none", True, 1, batch), ("none", True, 2, batch), ("none", True, 4, batch),
+        ("none", True, 0, batch), ("selective", True, 0, 2 * batch), ("full", True, 0, 2 * batch),
+    ):  # fmt: skip
         bench.fresh()
-        steps = Steps(bench, mode, compiled, batch)
+        steps = Steps(bench, mode, compiled, images, unit=unit)
         began = time.perf_counter()
         steps.take(0)
         steps.take(1)
         bench.wait()
         first = time.perf_counter() - began
+        norm = float(steps.backend.optimizer.grad_norm)
+        expected = norms.setdefault(images, norm)
         seconds, host = steps.seconds(2, 6)
         model_gb = rank_memory(steps.config, 1).total / 1e9
-        flops = flops_per_image(bench.model) * batch
+        flops = flops_per_image(bench.model) * images
         peak = None if bench.tiny else peak_rate(torch.cuda.get_device_name())
-        name = f"{mode}{', compiled' if compiled else ''}"
+        name = f"{mode}{', compiled' if compiled else ''}, {unit or 'all'} layers a unit, {images} images"
         figures[name] = {"ms": seconds * 1e3, "host ms": host * 1e3, "first two s": first, "peak GB": bench.peak_gb(),
-                         "cost model GB": model_gb, "MFU": flops / seconds / peak if peak else None}  # fmt: skip
+                         "cost model GB": model_gb, "norm": norm, "MFU": flops / seconds / peak if peak else None}  # fmt: skip
+        bench.bars.append(Bar(f"gradient norm, {name}", abs(norm / expected - 1), at_most=1e-2))
         if not bench.tiny:
-            bench.bars.append(Bar(f"peak over the cost model, {name}", bench.peak_gb() / model_gb, at_most=1.1))
+            over = bench.peak_gb() / model_gb
+            bench.bars += [Bar(f"peak over the cost model, {name}", over, at_most=1.1),
+                           Bar(f"cost model over the peak, {name}", 1 / over, at_most=1.25)]  # fmt: skip
         if not compiled and not bench.tiny:
             with profile(activities=[ProfilerActivity.CUDA]) as record:
                 steps.take(9)

@@ -7,6 +7,7 @@ computes in the dtype of its weights. In bf16 `exp(a)` the flow and its inverse 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.transformer import TransformerLayer
@@ -68,21 +69,21 @@ class FlowBlock(nn.Module):
         clip = self.config.soft_clip
         return (clip * torch.tanh(a / clip) if clip else a), b
 
-    def scale_and_shift(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    def scale_and_shift(self, x: Tensor, y: Tensor | None, recompute: bool = False) -> tuple[Tensor, Tensor]:
         """(a, b), each [N, T, D] float32, of a sequence already in this block's order; token 0 gets zeros."""
         h = self.proj_in(x.to(self.proj_in.weight.dtype)) + self.order(self.pos_embed, dim=0)
         embedding = self.label_embedding(y, x.shape[0])
         if embedding is not None:
             h = h + embedding
         for layer in self.attn_blocks:
-            h = layer(h)
+            h = checkpoint(layer, h, use_reentrant=False) if recompute else layer(h)
         # Shift right by one: what the transformer says at token t is about token t + 1, and nothing is known of token 0.
         return self.split(F.pad(self.proj_out(h)[:, :-1], (0, 0, 1, 0)))
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, y: Tensor | None = None, recompute: bool = False) -> tuple[Tensor, Tensor]:
         """x [N, T, D], labels y [N] -> (z [N, T, D], log-determinant per dimension [N])."""
         x = self.order(x)
-        a, b = self.scale_and_shift(x, y)
+        a, b = self.scale_and_shift(x, y, recompute)
         z = (x - b) * torch.exp(-a)
         return self.order(z), -a.mean(dim=(1, 2))
 
@@ -105,17 +106,22 @@ class TarFlow(nn.Module):
         return unpatchify(tokens, self.config.patch_size, self.config.in_channels)
 
     def forward(
-        self, images: Tensor, y: Tensor | None = None, outputs: list[Tensor] | None = None
+        self,
+        images: Tensor,
+        y: Tensor | None = None,
+        outputs: list[Tensor] | None = None,
+        recompute: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Images [N, C, H, W] in [-1, 1], labels [N] (-1 = no label) -> (z [N, T, D], logdet [N]), float32.
 
         `logdet` is the log-determinant per dimension (a mean, not a sum), summed over blocks. A list given as
-        `outputs` receives every block's output [N, T, D].
+        `outputs` receives every block's output [N, T, D]. `recompute`: keep only each layer's input for the backward
+        pass and compute the rest again, to the same bits.
         """
         z = self.patchify(images.float())
         logdet = z.new_zeros(z.shape[0])
         for block in self.blocks:
-            z, block_logdet = block(z, y)
+            z, block_logdet = block(z, y, recompute)
             logdet = logdet + block_logdet
             if outputs is not None:
                 outputs.append(z)

@@ -16,12 +16,12 @@ def bits_from_nats(loss: Tensor | float) -> Tensor | float:
     return loss / math.log(2) + BITS_CONSTANT
 
 
-def log_likelihood(model: TarFlow, images: Tensor, y: Tensor | None = None) -> Tensor:
+def log_likelihood(model: TarFlow, images: Tensor, y: Tensor | None = None, recompute: bool = False) -> Tensor:
     """Exact log p(x | y) of images [N, C, H, W] in [-1, 1], per image [N], in nats (a sum over all dimensions).
 
-    The prior is a Gaussian with the model's variance `var` (ones for the affine flow).
+    The prior is a Gaussian with the model's variance `var` (ones for the affine flow). `recompute`: as in `TarFlow`.
     """
-    z, logdet = model(images, y)
+    z, logdet = model(images, y, recompute=recompute)
     var = model.var.float()
     energy = 0.5 * (z.square() / var + torch.log(2 * math.pi * var)).mean(dim=(1, 2))
     return (logdet - energy) * (z.shape[1] * z.shape[2])

@@ -17,7 +17,7 @@ from tarflow.trainer.config.schema import Config
 from tarflow.trainer.ema.ema import EMA
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.metrics import MetricLog, PendingMetrics, Window
-from tarflow.trainer.parallel.choose import make_backend, pick_device
+from tarflow.trainer.parallel.choose import compute_deterministically, make_backend, pick_device
 from tarflow.trainer.parallel.shared import check_shared
 from tarflow.trainer.parallel.world import (
     Vote,
@@ -65,6 +65,8 @@ def _train(
     checked = check_start(config, run_dir, world.size, init_from, init_partial)
     plan = plan_batch(config.train.global_batch_size, world.size, config.train.micro_batch_size)
     device = pick_device(config.train.device, world.local_rank)
+    if config.train.deterministic:
+        compute_deterministically(device)
     zero = config.parallel.backend == "deepspeed"
     with ExitStack() as stack:
         fault_point("join")

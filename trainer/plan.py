@@ -20,7 +20,7 @@ class RankMemory:
     gradients: float
     optimizer: float
     averages: float
-    gathered: float  # one layer's weights, whole, while it computes
+    gathered: float  # the weights of a unit, whole, while it computes
     activations: float
 
     @property
@@ -57,9 +57,17 @@ def rank_memory(config: Config, world_size: int) -> RankMemory:
         gradients=4 * (n if zero == 1 else piece),
         optimizer=0.0 if config.parallel.offload_optimizer else 8 * piece,
         averages=4 * piece * len(config.ema.names),
-        gathered=element * parameters_per_layer(config.model) if sharded else 0.0,
+        gathered=element * _parameters_per_unit(config) if sharded else 0.0,
         activations=plan.micro_batch_size * activations,
     )
+
+
+def _parameters_per_unit(config: Config) -> int:
+    """What fully_shard gathers at a time; ZeRO-3 goes by the layer."""
+    model, size = config.model, config.parallel.layers_per_unit
+    if config.parallel.backend == "deepspeed" or 0 < size < model.layers_per_block:
+        return max(size, 1) * parameters_per_layer(model)
+    return parameters(model) // model.num_blocks
 
 
 def describe(config: Config, world_size: int | None = None) -> str:

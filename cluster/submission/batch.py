@@ -64,7 +64,8 @@ def make_batch(
         "gpus_per_node": profile.gpus or None, "signal_delay_s": profile.signal_before,
         "array_parallelism": profile.array_parallelism, "dependency": dependency,
         "srun_args": ["--kill-on-bad-exit=1", "--open-mode=append", *cpus, *profile.srun],
-        "additional_parameters": {"requeue": True, **profile.sbatch}, "setup": list(profile.setup),
+        "additional_parameters": {"requeue": True, **profile.sbatch},
+        "setup": [line for text in profile.setup for line in text.rstrip("\n").split("\n")],
     }  # fmt: skip
     parameters = {key: value for key, value in given.items() if value is not None}
     return Batch(

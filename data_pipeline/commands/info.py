@@ -19,6 +19,8 @@ MOST_CLASSES = 30  # that are listed one by one
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="folder or address of the data set")
+    parser.add_argument("--allow-root", action="append", metavar="ADDRESS",
+                        help="where shards may lie beside the address DATA (as data.allow_roots; repeatable)")  # fmt: skip
     parser.add_argument("--sheet", type=Path, help="write a contact sheet to this PNG file")
     parser.add_argument("--count", type=int, help="images on the sheet (64)")
     parser.add_argument("--tile", type=int, help="pixels of each image on the sheet (64)")
@@ -27,11 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from tarflow.data_pipeline.errors import DataError
     from tarflow.data_pipeline.storage.open_index import open_index
+    from tarflow.data_pipeline.storage.remote import Access
 
     for flag, value in (("--count", args.count), ("--tile", args.tile)):
         if value is not None and (args.sheet is None or value < 1):
             raise DataError(f"{flag} {value} is for the contact sheet, and at least 1: give --sheet FILE too")
-    index = open_index(args.data)
+    access = Access(allow_roots=tuple(args.allow_root or ()))
+    index = open_index(args.data, access)
     sizes = index.shard_sizes
     print(f"{plain(index.root, 4096)} ({plain(index.form)} shards)")
     print(f"samples      {index.num_samples:,}")
@@ -53,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         from tarflow.data_pipeline.prepare.contact_sheet import contact_sheet
         from tarflow.files import write_atomic
 
-        sheet = Image.fromarray(contact_sheet(index, args.count or 64, args.tile or 64))
+        sheet = Image.fromarray(contact_sheet(index, args.count or 64, args.tile or 64, access))
         write_atomic(args.sheet, lambda temporary: sheet.save(temporary, "PNG"))
         print(f"contact sheet written to {args.sheet}")
     return 0

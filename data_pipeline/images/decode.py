@@ -23,7 +23,7 @@ import simplejpeg
 from PIL import Image
 
 from tarflow.data_pipeline.errors import BadSampleError
-from tarflow.data_pipeline.images.bounds import MAX_PIXELS, check_size
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS, check_scans, check_size
 from tarflow.data_pipeline.images.opening import opened
 
 WHITE = 255
@@ -62,6 +62,7 @@ def decode_into(data: bytes, out: np.ndarray) -> bool:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if (height, width) != out.shape[:2] or colours not in ("YCbCr", "RGB") or _exif_at(data) >= 0:
             return False
+        check_scans(data, height * width)
         simplejpeg.decode_jpeg(data, "RGB", buffer=out)
     except ValueError:
         return False
@@ -78,6 +79,7 @@ def _decode_jpeg(data: bytes, channels: int, at_least: int | None, max_pixels: i
     """The fast path; None where the general path must decide (CMYK, or anything that libjpeg-turbo complains of)."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        check_scans(data, height * width)
         if colours not in ("YCbCr", "RGB", "Gray"):
             return None
         least_height = least_width = 0

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.images.formats import FORMATS
-from tarflow.data_pipeline.images.opening import png_without_metadata
+from tarflow.data_pipeline.images.opening import png_without_metadata, webp_canvas
 
 _GREY = ("1", "L", "LA", "La", "F")
 _ORIENTATION = 0x0112
@@ -35,12 +36,16 @@ def look_at(data: bytes) -> Look | None:
         warnings.simplefilter("ignore")
         for file in (data, png_without_metadata(data)):
             try:
-                if file is not None:
+                if file is not None and not _too_large(webp_canvas(file)):
                     with Image.open(io.BytesIO(file), formats=FORMATS) as image:
                         return _look(image)
-            except Exception:  # whatever a plug-in raises for a damaged file
+            except Exception:  # noqa: S112 -- whatever a plug-in raises for a damaged file: another one may show more
                 continue
     return None
+
+
+def _too_large(canvas: tuple[int, int] | None) -> bool:
+    return canvas is not None and canvas[0] * canvas[1] > MAX_PIXELS
 
 
 def _look(image: Image.Image) -> Look:

@@ -58,9 +58,11 @@ def size_of(data: bytes) -> tuple[int, int] | None:
     for head in (data, png_without_metadata(data)):
         try:
             if head is not None:
+                if canvas := webp_canvas(head):
+                    return canvas
                 with Image.open(io.BytesIO(head), formats=FORMATS) as image:
                     return image.size
-        except Exception:  # whatever a plug-in raises for a cut head; decoding will say what is wrong
+        except Exception:  # noqa: S112 -- what a plug-in raises for a cut head; decoding will say what is wrong
             continue
     return None
 
@@ -68,6 +70,8 @@ def size_of(data: bytes) -> tuple[int, int] | None:
 def _load(data: bytes, max_pixels: int) -> Image.Image:
     # Pillow's own bound (twice this) holds for the whole process and for what lies inside an icon: it is raised, never lowered.
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
+    if canvas := webp_canvas(data):
+        check_size(*canvas, max_pixels)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
@@ -86,6 +90,15 @@ def _undecodable(data: bytes, err: Exception) -> BadSampleError:
     if isinstance(err, UnidentifiedImageError):
         return BadSampleError("undecodable", f"not an image: {data[:12]!r}... ({len(data)} bytes)")
     return BadSampleError("undecodable", f"cannot decode: {err} ({len(data)} bytes)")
+
+
+def webp_canvas(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of a WebP; None for anything else. Its reader takes memory for all of it as soon as it is opened."""
+    if len(data) < 30 or data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        return None
+    if data[12:16] == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    return None  # of the others, a side has 14 bits
 
 
 def png_without_metadata(data: bytes) -> bytes | None:

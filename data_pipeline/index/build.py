@@ -15,15 +15,19 @@ from typing import Any
 import numpy as np
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.index.content import ShardContent
-from tarflow.data_pipeline.index.index import FORMAT_VERSION, META_KEY, NO_LABEL, SHARDS_PER_PART, Index
+from tarflow.data_pipeline.index.content import ShardContent, content_of
+from tarflow.data_pipeline.index.index import FORMAT_VERSION, PART_KEY, SHARDS_PER_PART, Index
+from tarflow.data_pipeline.index.labels import MAX_CLASSES
 from tarflow.data_pipeline.index.labels_seen import LabelsSeen
 from tarflow.data_pipeline.index.samples import Samples
 from tarflow.data_pipeline.index.scan_jobs import run_jobs, scan_jobs
+from tarflow.data_pipeline.index.shard_list import META_KEY, NO_LABEL, SHARD_FIELDS, sealed
 from tarflow.data_pipeline.layout.names import class_names, shown, storable
 from tarflow.files import replace_dir
+from tarflow.records import read_bounded
 
 CLASSES_FILE = "classes.json"
+_MOST_NAMES = 256 << 20  # bytes of it
 
 
 @dataclass
@@ -150,7 +154,7 @@ def write_index(
     partial.mkdir(parents=True)
     schema = _sample_schema(image_size)
     writer: Any = None
-    table: dict[str, list[Any]] = {name: [] for name in _SHARD_FIELDS}
+    table: dict[str, list[Any]] = {name: [] for name in SHARD_FIELDS}
     part_digests: list[str] = []
     digest_of_part = hashlib.sha256()
     whole = hashlib.sha256(json.dumps([FORMAT_VERSION, classes]).encode())
@@ -171,12 +175,13 @@ def write_index(
                 min(labels, default=None), max(labels, default=None), digest,
                 content.modified_ns, content.checksum, content.sketch,
             )  # fmt: skip
-            for column, value in zip(_SHARD_FIELDS, values):
+            for column, value in zip(SHARD_FIELDS, values):
                 table[column].append(value)
             if not rows:
                 continue
             if writer is None:
-                writer = pq.ParquetWriter(_part_path(partial, len(part_digests)), schema, compression="zstd")
+                path_of_part = _part_path(partial, len(part_digests))
+                writer = pq.ParquetWriter(path_of_part, schema, compression="zstd", write_page_checksum=True)
             columns = [
                 pa.array([number] * rows, pa.int32()),
                 pa.array(samples.keys, pa.string()),
@@ -199,6 +204,7 @@ def write_index(
         if not part_digests:
             seen = f" ({text})" if (text := what_else()) else ""
             raise DataError(f"no sample found in any of the {len(table['path'])} shards of {root}{seen}")
+        parts = [content_of(_part_path(partial, part)) for part in range(len(part_digests))]
         meta = {
             "format_version": FORMAT_VERSION,
             "classes": classes,
@@ -210,21 +216,18 @@ def write_index(
             "image_field": image_field,
             "origin": origin() if origin else [],
             "part_digests": part_digests,
+            "part_bytes": [content.file_bytes for content in parts],
+            "part_checksums": [content.checksum for content in parts],
         }
-        shard_schema = pa.schema(list(_SHARD_FIELDS.items())).with_metadata({META_KEY: json.dumps(meta).encode()})
-        pq.write_table(pa.table(table, schema=shard_schema), partial / "shards.parquet")
+        shard_schema = pa.schema(list(SHARD_FIELDS.items())).with_metadata(
+            {META_KEY: json.dumps(sealed(meta)).encode()}
+        )
+        pq.write_table(pa.table(table, schema=shard_schema), partial / "shards.parquet", write_page_checksum=True)
         replace_dir(partial, root / "index")
     finally:
         if writer is not None:
             writer.close()
         shutil.rmtree(partial, ignore_errors=True)
-
-
-_SHARD_FIELDS = {
-    "path": "string", "samples": "int64", "bytes": "int64", "part": "int32", "row_group": "int32",
-    "labelled": "int64", "label_min": "int64", "label_max": "int64", "digest": "string",
-    "modified_ns": "int64", "checksum": "string", "sketch": "string",
-}  # fmt: skip
 
 
 def _sample_schema(image_size: tuple[int, int] | None) -> Any:
@@ -262,7 +265,7 @@ def _part_path(folder: Path, part: int) -> Path:
 
 def _close_part(writer: Any, digest: Any) -> str:
     text = digest.hexdigest()[:32]
-    writer.add_key_value_metadata({META_KEY: text.encode()})
+    writer.add_key_value_metadata({PART_KEY: text.encode()})
     writer.close()
     return str(text)
 
@@ -285,9 +288,11 @@ def read_classes(root: Path) -> list[str] | None:
 def parse_classes(path: Path) -> list[str]:
     """The class names in a JSON file, in label order. Raises DataError if it holds no list of distinct names."""
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise DataError(f"cannot read class names from {path}: {err}") from None
+        names = json.loads(read_bounded(path, _MOST_NAMES))
+    except (OSError, ValueError, RecursionError) as err:
+        raise DataError(f"cannot read class names from {path}: {err}: it must hold a JSON list of names") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{path} must hold a list of class names")
+    if len(names) > MAX_CLASSES:
+        raise DataError(f"{path} holds {len(names)} class names, at most {MAX_CLASSES} are possible")
     return class_names(names, str(path))

@@ -37,16 +37,22 @@ def content_of(path: Path) -> ShardContent:
     fd = os.open(path, os.O_RDONLY)
     try:
         status = os.fstat(fd)
-        value = 0
-        buffer = bytearray(min(_PIECE, max(status.st_size, 1)))
-        view = memoryview(buffer)
-        position = 0
-        while got := os.preadv(fd, [buffer], position):
-            value = zlib.crc32(view[:got], value)
-            position += got
-        return ShardContent(status.st_size, status.st_mtime_ns, f"{value:08x}", sketch_of_file(fd, status.st_size))
+        return ShardContent(
+            status.st_size, status.st_mtime_ns, checksum_of_file(fd), sketch_of_file(fd, status.st_size)
+        )
     finally:
         os.close(fd)
+
+
+def checksum_of_file(fd: int) -> str:
+    """CRC-32, hex, of all of an open file. Raises OSError."""
+    value = position = 0
+    buffer = bytearray(min(_PIECE, max(os.fstat(fd).st_size, 1)))
+    view = memoryview(buffer)
+    while got := os.preadv(fd, [buffer], position):
+        value = zlib.crc32(view[:got], value)
+        position += got
+    return f"{value:08x}"
 
 
 def sketch_of_file(fd: int, size: int, blocks: int = BLOCKS) -> str:

@@ -5,11 +5,14 @@
 
 `shards.parquet` is small and read whole. Row groups of samples are read when a shard is first touched and kept in a
 cache bounded by rows, so an index of 400 million samples opens in a moment and stays small.
+
+An index may come from a stranger or off a failing disk. Its pages carry checksums and so does its metadata (not in indexes of
+earlier versions); numbers of rows are looked at before rows are read, and what they say must fit the row of their shard.
 """
 
 from __future__ import annotations
 
-import json
+import stat
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +23,15 @@ import numpy as np
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.content import ShardContent
 from tarflow.data_pipeline.index.labels import MAX_CLASSES
+from tarflow.data_pipeline.index.shard_list import MOST_BYTES, NO_LABEL, read_list
 
 FORMAT_VERSION = 1
 SHARDS_PER_PART = 512
-META_KEY = b"tarflow.index"
-NO_LABEL = np.iinfo(np.int64).min  # in `Rows.labels`; distinct from every label that data can hold
+PART_KEY = b"tarflow.index"  # in a part's metadata: the digest that the list of shards has of it
+_ROW_BYTES = 8192  # of a part, for each sample at most: a key is a path
+_TYPES = {"shard": "int32", "key": "string", "offset": "int64", "size": "int64", "label": "int64", "width": "int32",
+          "height": "int32"}  # fmt: skip
+_NEVER_NULL = ("shard", "key", "offset", "size")
 _CACHE_ROWS = 1 << 19
 _CACHE_PARTS = 8
 
@@ -41,16 +48,23 @@ class Rows:
 class IndexFiles(Protocol):
     """Where the files of an index are read from; `digest` tells one state of a file from another."""
 
-    def open(self, name: str, digest: str) -> Any:
-        """A path, or an open file. Raises OSError."""
+    def open(self, name: str, digest: str, most: int, checksum: str = "") -> Any:
+        """A path, or an open file, of at most so many bytes, or exactly so many with a checksum (CRC-32, hex). Raises
+        OSError."""
 
 
 class _LocalFiles:
     def __init__(self, root: Path) -> None:
         self.folder = root / "index"
 
-    def open(self, name: str, digest: str) -> Any:
-        return self.folder / name
+    def open(self, name: str, digest: str, most: int, checksum: str = "") -> Any:
+        path = self.folder / name
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(f"{path} is no file")
+        if about.st_size > most:
+            raise OSError(f"{path} has {about.st_size} bytes, at most {most} are expected")
+        return path  # its pages carry checksums: those that are wanted are checked, and no more
 
 
 class Index:
@@ -67,15 +81,15 @@ class Index:
 
     def __init__(self, root: Path | str, files: IndexFiles | None = None) -> None:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         self.root = root
         self._source: IndexFiles = files or _LocalFiles(Path(root))
         folder = f"{root}/index"
         try:
-            table = pq.read_table(self._source.open("shards.parquet", ""), use_threads=False)
-            meta: dict[str, Any] = json.loads((table.schema.metadata or {})[META_KEY])
-        except (OSError, KeyError, ValueError, pa.ArrowException) as err:
+            meta, table = read_list(self._source.open("shards.parquet", "", MOST_BYTES))
+        except DataError:  # it could not be fetched
+            raise
+        except (OSError, KeyError, ValueError, MemoryError, pa.ArrowException) as err:
             raise DataError(f"cannot read {folder}: {err}; write the index anew: tarflow data index {root}") from None
         if meta.get("format_version") != FORMAT_VERSION:
             raise DataError(
@@ -83,28 +97,29 @@ class Index:
                 f"write it anew: tarflow data index {root}"
             )
         self.meta = meta
-        self.shard_paths: list[str] = table["path"].to_pylist()
-        self.shard_sizes: np.ndarray = table["samples"].to_numpy()
-        self.shard_bytes: np.ndarray = table["bytes"].to_numpy()
+        self.shard_paths: list[str] = table["path"]
+        self.shard_sizes: np.ndarray = table["samples"]
+        self.shard_bytes: np.ndarray = table["bytes"]
         self.shard_starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self.num_samples = int(self.shard_starts[-1])
-        self.label_min: np.ndarray = table["label_min"].fill_null(NO_LABEL).to_numpy()
-        self.label_max: np.ndarray = table["label_max"].fill_null(NO_LABEL).to_numpy()
-        self.unlabelled = self.num_samples - int(table["labelled"].to_numpy().sum())
+        self.label_min: np.ndarray = table["label_min"]
+        self.label_max: np.ndarray = table["label_max"]
+        self._labelled: np.ndarray = table["labelled"]
+        self.unlabelled = self.num_samples - int(self._labelled.sum())
         self.classes: list[str] | None = meta["classes"]
         self.fingerprint: str = meta["fingerprint"]
         self.image_size: tuple[int, int] | None = tuple(meta["image_size"]) if meta.get("image_size") else None
-        self.fingerprint_of_places: str = meta.get("fingerprint_of_places", self.fingerprint)
-        self._digests: list[str] = table["digest"].to_pylist()
-        self.knows_content = "checksum" in table.column_names  # not in indexes of version 0.1
+        self.fingerprint_of_places: str = meta.get("fingerprint_of_places") or self.fingerprint
+        self._digests: list[str] = table["digest"]
+        self.knows_content = "checksum" in table  # not in indexes of version 0.1
         self._contents: list[tuple[int, str, str]] = []
         if self.knows_content:
-            self._contents = list(zip(*(table[name].to_pylist() for name in ("modified_ns", "checksum", "sketch"))))
+            self._contents = list(zip(table["modified_ns"].tolist(), table["checksum"], table["sketch"]))
         self._remote_root = "://" in str(root)
         self.any_remote = self._remote_root or any("://" in path for path in self.shard_paths)
-        self.form: str = meta.get("form", "tar")
-        self._part: np.ndarray = table["part"].to_numpy()
-        self._row_group: np.ndarray = table["row_group"].to_numpy()
+        self.form: str = meta.get("form") or "tar"
+        self._part: np.ndarray = table["part"]
+        self._row_group: np.ndarray = table["row_group"]
         self._rows: OrderedDict[int, Rows] = OrderedDict()
         self._cached_rows = 0
         self._parts: OrderedDict[int, Any] = OrderedDict()
@@ -151,8 +166,9 @@ class Index:
         if self.shard_sizes[shard] == 0:
             empty = np.zeros(0, dtype=np.int64)
             return Rows(empty, empty, empty)
-        table = self.read(shard, ["offset", "size", "label"])
+        table = self.read(shard, ["shard", "offset", "size", "label"])
         rows = Rows(table["offset"].to_numpy(), table["size"].to_numpy(), table["label"].fill_null(NO_LABEL).to_numpy())
+        self._check_rows(shard, table["shard"].to_numpy(), rows)
         self._rows[shard] = rows
         self._cached_rows += len(rows.offsets)
         while self._cached_rows > _CACHE_ROWS and len(self._rows) > 1:
@@ -163,21 +179,55 @@ class Index:
         """A pyarrow table with these columns (all if None) of one shard; an empty shard gives no rows."""
         import pyarrow as pa
 
-        part = int(self._part[shard])
+        part, group = int(self._part[shard]), int(self._row_group[shard])
         try:
             file = self._open_part(max(part, 0))
             if part < 0:
                 return file.schema_arrow.empty_table().select(columns or file.schema_arrow.names)
-            return file.read_row_group(int(self._row_group[shard]), columns=columns, use_threads=False)
-        except (OSError, pa.ArrowException) as err:
-            raise DataError(
-                f"cannot read the index rows of shard {self.shard_place(shard)}: {err}; "
-                f"write the index anew: tarflow data index {self.root}"
-            ) from None
+            rows = file.metadata.row_group(group).num_rows if group < file.metadata.num_row_groups else 0
+            if rows != self.shard_sizes[shard]:
+                raise ValueError(f"{rows} rows are there, the list of shards says {self.shard_sizes[shard]}")
+            table = file.read_row_group(group, columns=columns, use_threads=False)
+            if table.num_rows != rows or any(
+                table[name].null_count for name in table.column_names if name in _NEVER_NULL
+            ):
+                raise ValueError(f"{table.num_rows} rows came of {rows}, or some lack their place")
+            return table
+        except DataError:
+            raise
+        except (OSError, ValueError, KeyError, IndexError, MemoryError, pa.ArrowException) as err:
+            raise self._damaged(shard, str(err)) from None
+
+    def _damaged(self, shard: int, problem: str) -> DataError:
+        return DataError(
+            f"cannot read the index rows of shard {self.shard_place(shard)}: {problem}; "
+            f"write the index anew: tarflow data index {self.root}"
+        )
+
+    def _check_rows(self, shard: int, numbers: np.ndarray, rows: Rows) -> None:
+        """Raise DataError for rows that are another shard's, lie beyond this one, or have other labels than the list says."""
+        labels = rows.labels[rows.labels != NO_LABEL]
+        ends = rows.offsets + rows.sizes
+        told = (int(self._labelled[shard]), int(self.label_min[shard]), int(self.label_max[shard]))
+        if (numbers != shard).any():
+            raise self._damaged(shard, "they are those of another shard")
+        if (
+            (rows.offsets < 0).any()
+            or (rows.sizes < 0).any()
+            or (ends < 0).any()
+            or (ends > self.shard_bytes[shard]).any()
+        ):
+            raise self._damaged(shard, f"some samples lie outside its {self.shard_bytes[shard]} bytes")
+        if ((len(labels), labels.min(), labels.max()) if len(labels) else (0, NO_LABEL, NO_LABEL)) != told:
+            raise self._damaged(shard, "their labels are not those that the list of shards tells")
 
     def key(self, shard: int, row: int) -> str:
         """The key of a sample, as in the tar."""
-        return str(self.read(shard, ["key"])["key"][row].as_py())
+        key = self.read(shard, ["key"])["key"][row]
+        try:
+            return str(key.as_py())
+        except UnicodeDecodeError:
+            raise self._damaged(shard, f"the key of row {row} is no text") from None
 
     def where(self, sample: int) -> str:
         """`shard PATH, sample KEY`, for messages."""
@@ -191,15 +241,27 @@ class Index:
         if file is not None:
             self._parts.move_to_end(part)
             return file
-        path = f"{self.root}/index/samples-{part:05d}.parquet"
-        file = pq.ParquetFile(self._source.open(f"samples-{part:05d}.parquet", self.meta["part_digests"][part]))
-        digest = (file.schema_arrow.metadata or {}).get(META_KEY) or (file.metadata.metadata or {}).get(META_KEY)
-        if digest is None or digest.decode() != self.meta["part_digests"][part]:
+        name, wanted = f"samples-{part:05d}.parquet", self.meta["part_digests"][part]
+        checksums = self.meta.get("part_checksums")
+        most = self.meta["part_bytes"][part] if checksums else self._most_bytes(part)
+        source = self._source.open(name, wanted, most, checksums[part] if checksums else "")
+        file = pq.ParquetFile(source, page_checksum_verification=True)
+        digest = (file.schema_arrow.metadata or {}).get(PART_KEY) or (file.metadata.metadata or {}).get(PART_KEY)
+        if digest != wanted.encode():
+            path = f"{self.root}/index/{name}"
             raise OSError(f"{path} does not belong to this index: it was rewritten while in use, or only in part")
+        types = {field.name: str(field.type) for field in file.schema_arrow}
+        wrong = {column for column, kind in _TYPES.items() if types.get(column) != kind}
+        if wrong:
+            raise OSError(f"{name} has columns {types}, expected {_TYPES}")
         self._parts[part] = file
         while len(self._parts) > _CACHE_PARTS:
             self._parts.popitem(last=False)[1].close()
         return file
+
+    def _most_bytes(self, part: int) -> int:
+        """What a part of an index of an earlier version, which does not tell, can have at most."""
+        return (1 << 20) + _ROW_BYTES * int(self.shard_sizes[self._part == part].sum())
 
     def _refuse_label(self, label: int) -> None:
         """Name the sample that a label of an index by version 0.1, which had no bound, belongs to."""

@@ -11,20 +11,24 @@ of an image file.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Self
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.labels import check_label
 from tarflow.data_pipeline.index.samples import Samples, parse_label
+from tarflow.records import parse_object, read_bounded
 
 INDEX_FILE = "index.json"
+_MOST_BYTES = 256 << 20  # of it: some hundred thousand shards
+_MOST_COLUMNS = 1000
+_WAY_OUT = "write the set anew, or put its index.json back"
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "x")
 _IMAGE_ENCODINGS = ("bytes", "jpeg", "png")
 _LABEL_COLUMNS = ("label", "cls", "class", "target", "y")
@@ -32,6 +36,49 @@ _INTEGERS = {"int": "<i8", **{f"{sign}int{bits}": f"<{'u' if sign else 'i'}{bits
                               for sign in ("", "u") for bits in (8, 16, 32, 64)}}  # fmt: skip
 _TEXTS = ("str", "str_int", "bytes")
 _KEY_COLUMNS = ("__key__", "key")
+
+
+class _File(BaseModel):
+    """A file in an `index.json`, which `streaming` writes; what else it says of it is not asked."""
+
+    model_config = ConfigDict(strict=True)
+
+    basename: str = Field(pattern=r"^[^/\\\x00-\x1f]{1,255}$")
+    bytes: int = Field(ge=0, lt=1 << 48)
+
+
+class _Entry(BaseModel):
+    """A shard in an `index.json`."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: str
+    version: int
+    compression: str | None = None
+    raw_data: _File
+    samples: int = Field(ge=0, lt=1 << 30)
+    column_names: list[str] = Field(max_length=_MOST_COLUMNS)
+    column_encodings: list[str] = Field(max_length=_MOST_COLUMNS)
+    column_sizes: list[Annotated[int, Field(ge=0, lt=1 << 31)] | None] = Field(max_length=_MOST_COLUMNS)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        names, encodings, sizes = self.column_names, self.column_encodings, self.column_sizes
+        if not len(names) == len(encodings) == len(sizes):
+            raise ValueError(f"{len(names)} columns have {len(encodings)} encodings and {len(sizes)} sizes")
+        for name, encoding, size in zip(names, encodings, sizes):
+            kind = _INTEGERS.get(encoding)
+            if kind and size != np.dtype(kind).itemsize:
+                raise ValueError(f"column {name!r} holds {encoding} in {size} bytes")
+        if self.raw_data.basename in (".", ".."):
+            raise ValueError("raw_data.basename is no file's name")
+        return self
+
+
+class _Listed(BaseModel):
+    """An `index.json`."""
+
+    shards: list[_Entry]
 
 
 @dataclass(frozen=True)
@@ -50,29 +97,30 @@ def mds_shards(folder: Path) -> list[MdsShard]:
     """The shards that `folder/index.json` lists. Raises DataError for what is no MDS set or cannot be read by offset."""
     path = folder / INDEX_FILE
     try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["shards"]
-        shards = [_shard(folder, entry) for entry in listed]
-    except (OSError, ValueError, KeyError, TypeError) as err:
-        raise DataError(f"cannot read {path} as the index of an MDS set: {err!r}") from None
-    if not shards:
+        listed = _Listed.model_validate(parse_object(read_bounded(path, _MOST_BYTES)))
+    except ValidationError as err:
+        first = err.errors(include_url=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(f"cannot read {path} as the index of an MDS set: {where}: {first['msg']}; {_WAY_OUT}") from None
+    except (OSError, ValueError) as err:
+        raise DataError(f"cannot read {path} as the index of an MDS set: {err}; {_WAY_OUT}") from None
+    if not listed.shards:
         raise DataError(f"{path} lists no shards")
-    return shards
+    return [_shard(folder, entry) for entry in listed.shards]
 
 
-def _shard(folder: Path, entry: dict[str, Any]) -> MdsShard:
-    name = entry["raw_data"]["basename"]
-    path = folder / name
-    if entry["format"] != "mds" or entry["version"] != 2:
-        raise DataError(f"shard {path} is {entry['format']} version {entry['version']}, only mds version 2 can be read")
-    if entry["compression"] and not path.is_file():
+def _shard(folder: Path, entry: _Entry) -> MdsShard:
+    path = folder / entry.raw_data.basename
+    if entry.format != "mds" or entry.version != 2:
+        raise DataError(f"shard {path} is {entry.format!r} version {entry.version}, only mds version 2 can be read")
+    if entry.compression and not path.is_file():
         raise DataError(
-            f"shard {path} is compressed ({entry['compression']}): reading by offset needs plain shards; "
+            f"shard {path} is compressed ({entry.compression}): reading by offset needs plain shards; "
             "decompress them, or write the set without compression"
         )
     return MdsShard(
-        path, entry["raw_data"]["bytes"], entry["samples"], entry["column_names"], entry["column_encodings"],
-        entry["column_sizes"],
-    )  # fmt: skip
+        path, entry.raw_data.bytes, entry.samples, entry.column_names, entry.column_encodings, entry.column_sizes
+    )
 
 
 def scan_mds(
@@ -132,6 +180,8 @@ def _table(shard: MdsShard) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarr
     if shard.samples == 0:
         empty = [np.zeros(0, dtype=np.int64) for _ in shard.names]
         return np.zeros(0, dtype=np.uint8), empty, empty
+    if 4 * (shard.samples + 2) > have:
+        raise ValueError(f"{shard.samples} samples do not fit into its {have} bytes")
     data = np.memmap(shard.path, dtype=np.uint8, mode="r")
     head = np.frombuffer(data[: 4 * (shard.samples + 2)], dtype="<u4").astype(np.int64)
     if head.size < shard.samples + 2 or head[0] != shard.samples:

@@ -9,6 +9,7 @@ reported.
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -24,13 +25,15 @@ from tarflow.data_pipeline.layout.splits import ALL, asked_splits, by_split
 from tarflow.data_pipeline.layout.walk import walk
 
 _BRACES = re.compile(r"\{([^{}]*)\}")  # the innermost groups
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
+MOST_NAMES = 1_000_000  # that one pattern may stand for
 
 
 def expand_braces(pattern: str) -> list[str]:
     """All strings that the brace groups of `pattern` stand for, as in a shell; text without groups gives itself.
 
-    Raises DataError for what a shell would leave as it is, and for ranges that run backwards: both are typos.
+    Raises DataError for what a shell would leave as it is, and for ranges that run backwards: both are typos. So is more
+    than MOST_NAMES of them, which is found by counting.
     """
     for body in _BRACES.findall(pattern):
         match = _RANGE.fullmatch(body)
@@ -38,10 +41,26 @@ def expand_braces(pattern: str) -> list[str]:
             raise DataError(f"the range {{{body}}} in {pattern!r} runs backwards")
         if not match and "," not in body:
             raise DataError(f"cannot read {{{body}}} in {pattern!r}: expected a range {{000..012}} or a list {{a,b}}")
+    if (count := _names(pattern)) > MOST_NAMES:
+        raise DataError(f"{pattern[:200]!r} stands for {count:,} names, at most {MOST_NAMES:,} are taken: name fewer at once")
     try:
         return list(braceexpand(pattern, escape=False))
     except ValueError:
         raise DataError(f"the braces in {pattern!r} do not match") from None
+
+
+def _names(pattern: str) -> int:
+    """How many names a pattern stands for: its groups are replaced by their counts, from the innermost outwards."""
+
+    def product(text: str) -> int:
+        return math.prod(int(count) for count in re.findall(r"\0(\d+)\0", text))
+
+    pattern = pattern.replace("\0", "")
+    while group := _BRACES.search(pattern):
+        ends = _RANGE.fullmatch(group[1])
+        count = int(ends[2]) - int(ends[1]) + 1 if ends else sum(map(product, group[1].split(",")))
+        pattern = f"{pattern[: group.start()]}\0{min(count, 1 << 64)}\0{pattern[group.end() :]}"
+    return product(pattern)
 
 
 def find_shards(patterns: str | Path | Sequence[str | Path]) -> tuple[list[Path], list[str]]:

@@ -33,6 +33,8 @@ from tarflow.data_pipeline.layout.names import normal
 
 _MOST_FIELDS = 64  # kinds of fields that are counted: dotted names may make one for every sample
 _MOST_KEYS = 12
+_MOST_LABEL = 1 << 20  # bytes of a member that holds a label, alone or in JSON
+_REMEMBERED = 4096  # bytes of the largest that is remembered
 _IMAGE_BYTES = frozenset(extension.encode() for extension in IMAGE_EXTENSIONS)
 
 
@@ -203,7 +205,7 @@ def _json_keys(scan: TarScan) -> list[str]:
     if at is None:
         return []
     try:
-        value = json.loads(scan.content(at))
+        value = json.loads(scan.content(at)) if scan.sizes[at] <= _MOST_LABEL else None
     except (OSError, ValueError, RecursionError):
         return []
     if not isinstance(value, dict):
@@ -309,6 +311,8 @@ class LabelReader:
 
     def read(self, member: int) -> int | None:
         """The label in a member, None where a JSON object lacks it or says null. Raises ValueError saying what is wrong."""
+        if self.scan.sizes[member] > _MOST_LABEL:
+            raise ValueError(f"has {self.scan.sizes[member]} bytes, a label at most {_MOST_LABEL}")
         content = self.scan.content(member)
         try:
             return self._known[content]
@@ -316,7 +320,7 @@ class LabelReader:
             label = (
                 _json_label(content, self.inside, self.numbers) if self.inside else parse_label(content, self.numbers)
             )
-        if len(self._known) < 10_000:
+        if len(self._known) < 10_000 and len(content) <= _REMEMBERED:
             self._known[content] = label
         return label
 

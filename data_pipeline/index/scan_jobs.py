@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.images.bounds import MAX_BYTES
 from tarflow.data_pipeline.images.opening import size_of
 from tarflow.data_pipeline.index.content import ShardContent, content_of
 from tarflow.data_pipeline.index.mds import INDEX_FILE, MdsShard, mds_shards, scan_mds
@@ -101,7 +102,7 @@ def _measure(path: Path, samples: Samples) -> None:
     """Fill in width and height as stored, from the first bytes of each image; None where they cannot be told."""
 
     def side(file: Any, offset: int, size: int) -> tuple[int, int] | tuple[None, None]:
-        for amount in dict.fromkeys((min(size, _HEAD), size)):
+        for amount in dict.fromkeys((min(size, _HEAD), min(size, MAX_BYTES))):
             file.seek(offset)
             found = size_of(file.read(amount))
             if found:

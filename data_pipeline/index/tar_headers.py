@@ -1,8 +1,11 @@
-"""Single headers of a tar: checksums, sizes, extended records, maps of sparse members."""
+"""Single headers of a tar: checksums, sizes, extended records, maps of sparse members, and what links stand for."""
 
 from __future__ import annotations
 
 import os
+import posixpath
+from dataclasses import dataclass
+from heapq import heappop, heappush
 
 import numpy as np
 
@@ -67,6 +70,14 @@ def pax_records(data: bytes) -> dict[bytes, bytes]:
     return records
 
 
+def pax_size(records: dict[bytes, bytes]) -> int | None:
+    """The size that records tell, at most 2^62; None where they tell none."""
+    digits = records.get(b"size", b"")
+    if not digits.isdigit():
+        return None
+    return min(int(digits), 1 << 62) if len(digits) < 25 else 1 << 62
+
+
 def sparse_blocks(fd: int, position: int, more: int) -> int:
     """Blocks between the header of a sparse member and its bytes: the rest of its map, while `more` is not 0."""
     count = 0
@@ -75,3 +86,48 @@ def sparse_blocks(fd: int, position: int, more: int) -> int:
         block = os.pread(fd, BLOCK, position + count * BLOCK)
         more = block[504] if len(block) == BLOCK else 0
     return count
+
+
+@dataclass(frozen=True)
+class TarLink:
+    """A member that is a link. A hard link's `target` counts from the root of the tar, a symbolic one's from its folder."""
+
+    name: bytes
+    target: bytes
+    symbolic: bool
+
+    def place(self) -> bytes:
+        """The name of the member that is meant."""
+        folder = posixpath.dirname(self.name) if self.symbolic else b""
+        return posixpath.normpath(posixpath.join(folder, self.target))
+
+
+def followed(links: list[TarLink], names: list[bytes]) -> tuple[list[tuple[bytes, int]], list[TarLink]]:
+    """([(name of a link, position in `names` of what it stands for)], links to nothing in this tar).
+
+    Links may lead to links, in any order and as often as a tar has members: each is looked at once. In the result, those
+    that lead forwards to another link come after it.
+    """
+    if not links:
+        return [], []
+    places = {posixpath.normpath(name): i for i, name in enumerate(names)}
+    targets = [link.place() for link in links]
+    waiting: dict[bytes, list[int]] = {}  # a place -> links to it, while nothing is known to be there
+    found: list[tuple[bytes, int]] = []
+    reached: set[int] = set()
+    for number, target in enumerate(targets):
+        if target not in places:
+            waiting.setdefault(target, []).append(number)
+    ready = [(1, number) for number, target in enumerate(targets) if target in places]
+    while ready:  # in the order of rounds through all links, until one brings nothing new
+        turn, number = heappop(ready)
+        at = places[targets[number]]
+        found.append((links[number].name, at))
+        reached.add(number)
+        place = posixpath.normpath(links[number].name)
+        if place not in places:
+            places[place] = at
+            for later in waiting.pop(place, ()):
+                heappush(ready, (turn + (later < number), later))
+    left = [link for number, link in enumerate(links) if number not in reached]
+    return found, left

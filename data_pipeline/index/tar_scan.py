@@ -17,13 +17,15 @@ import numpy as np
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.tar_headers import (
     BLOCK,
+    TarLink,
     checksum_right,
     checksums_right,
+    followed,
     odd_size,
     pax_records,
+    pax_size,
     sparse_blocks,
 )  # fmt: skip
-from tarflow.data_pipeline.index.tar_links import TarLink, followed
 
 _ZERO = bytes(BLOCK)
 _WINDOW = 4096  # one read often serves an extended header, the header, a small text member and the next header
@@ -216,8 +218,8 @@ def _walk(fd: int, scan: TarScan, keep: int) -> None:
                     sparse = b"GNU.sparse." in data
                     long_name = records.get(b"GNU.sparse.name", records.get(b"path", long_name))
                     long_link = records.get(b"linkpath", long_link)
-                    if records.get(b"size", b"").isdigit():
-                        long_size = int(records[b"size"])
+                    told = pax_size(records)
+                    long_size = long_size if told is None else told
             elif kind != _PAX_GLOBAL:
                 if long_name is not None:
                     batch.long_names[len(sizes)] = long_name

@@ -26,6 +26,7 @@ from tarflow.data_pipeline.loading.worker_pool import WorkerPool
 from tarflow.data_pipeline.storage.changed_shards import check_shards
 from tarflow.data_pipeline.storage.fetch_ahead import FetchAhead
 from tarflow.data_pipeline.storage.open_index import open_index
+from tarflow.data_pipeline.storage.remote_shards import unchecked
 from tarflow.data_pipeline.storage.shard_cache import ShardCache
 
 log = logging.getLogger("tarflow.data")
@@ -84,6 +85,8 @@ class Loader:
         if place.rank == 0:  # the others would only ask the file system the same
             check_shards(self.index)
             _log_data(self.index)
+            if why := unchecked(self.index, data.access):
+                log.warning("%s", why)
 
     @property
     def fingerprint(self) -> str:

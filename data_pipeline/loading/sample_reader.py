@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
-from tarflow.data_pipeline.images.bounds import MAX_PIXELS
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS, check_bytes
 from tarflow.data_pipeline.images.decode import decode, decode_into
 from tarflow.data_pipeline.images.transform import fit
 from tarflow.data_pipeline.index.index import NO_LABEL, Index
@@ -69,6 +69,7 @@ class SampleReader:
         row = sample - self._starts[shard]
         rows = self.index.rows(shard)
         label = self._label(int(rows.labels[row])) if self.shape.num_classes else -1
+        check_bytes(int(rows.sizes[row]))
         return self.files.read(shard, int(rows.offsets[row]), int(rows.sizes[row])), label
 
     def _label(self, label: int) -> int:

@@ -36,8 +36,10 @@ from tarflow.data_pipeline.index.samples import parse_label
 from tarflow.data_pipeline.layout.splits import by_split
 from tarflow.data_pipeline.loading.sample_reader import Skipped
 from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
+from tarflow.data_pipeline.storage.cache_folder import make_own, write_own_file
 from tarflow.data_pipeline.storage.remote import address
 from tarflow.files import listed
+from tarflow.records import DamagedFileError, read_object, sealed
 
 log = logging.getLogger("tarflow.data")
 
@@ -164,7 +166,7 @@ class StreamSource:
         empty = 0
         while True:
             number = self._shard_at(place)
-            mixer = random.Random(keyed.key(self.seed, "stream samples", place))
+            mixer = random.Random(keyed.key(self.seed, "stream samples", place))  # noqa: S311 -- an order, no secret
             waiting: list[tuple[dict[str, Any], int, int]] = []
             row = -1
             for row, sample in enumerate(self._open(number)):
@@ -224,17 +226,22 @@ class StreamSource:
 
 
 class ShardCounts:
-    """Samples in the shards read so far, kept in a small file per rank; all ranks' files are read."""
+    """Samples in the shards read so far, kept in a small file per rank in the cache folder; all ranks' files are read.
+
+    They decide nothing but at which shard a stream goes on: a damaged file is named, and made anew.
+    """
 
     def __init__(self, folder: Path, shards: list[str], who: str) -> None:
         name = hashlib.sha256("\n".join(shards).encode()).hexdigest()[:24]
         self.path = folder / f"stream-{name}-{who}.json"
         self.counts: dict[int, int] = {}
-        for path in listed(folder, f"stream-{name}-*.json"):
+        if not folder.exists():
+            return
+        for path in listed(make_own(folder), f"stream-{name}-*.json"):
             try:
-                self.counts.update({int(shard): int(count) for shard, count in json.loads(path.read_text()).items()})
-            except (OSError, ValueError):
-                log.warning("the counts in %s cannot be read and are made anew", path)
+                self.counts.update(_counts(read_object(path, way_out="it is made anew"), len(shards), path))
+            except (OSError, DamagedFileError) as err:
+                log.warning("%s", err)
 
     def of(self, shard: int) -> int | None:
         """Samples in a shard; where it is not known, the mean of the known ones; None where none is known."""
@@ -243,14 +250,21 @@ class ShardCounts:
         return max(1, round(sum(self.counts.values()) / len(self.counts)))
 
     def learn(self, shard: int, count: int) -> int:
-        """Remember a count; returns it."""
+        """Remember a count; returns it. Raises DataError where the cache folder is not this user's."""
         if self.counts.get(shard) != count:
             self.counts[shard] = count
+            plain = {str(number): samples for number, samples in self.counts.items()}
             try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                partial = self.path.with_suffix(f".{os.getpid()}")
-                partial.write_text(json.dumps(self.counts))
-                partial.rename(self.path)
+                write_own_file(make_own(self.path.parent), self.path.name, json.dumps(sealed(plain)).encode())
             except OSError as err:
                 log.warning("cannot keep the counts of the shards in %s: %s", self.path, err)
         return count
+
+
+def _counts(found: dict[str, Any], shards: int, path: Path) -> dict[int, int]:
+    """The counts in a file of them. Raises DamagedFileError."""
+    for shard, count in found.items():
+        right = shard.isascii() and shard.isdigit() and len(shard) < 10 and int(shard) < shards
+        if not right or type(count) is not int or not 0 <= count < 1 << 40:
+            raise DamagedFileError(path, f"{str(count)[:40]} samples", "it is made anew", where=shard[:40])
+    return {int(shard): count for shard, count in found.items()}

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
+from tarflow.data_pipeline.images.bounds import check_bytes
 from tarflow.data_pipeline.images.look import Look, look_at
 from tarflow.data_pipeline.index.index import Index
 from tarflow.data_pipeline.loading.choose_reader import DataFacts, data_facts
 from tarflow.data_pipeline.loading.settings import DataSettings
-from tarflow.data_pipeline.storage.remote_shards import open_shards
+from tarflow.data_pipeline.storage.remote_shards import open_shards, unchecked
 
 LOOKED_AT = 16  # images; of a remote set, a quarter of that
 
@@ -25,6 +26,7 @@ class DataSurvey:
     place: str
     facts: DataFacts
     looks: tuple[Look, ...] = ()
+    unchecked: str | None = None  # why what is fetched is not held against the index
 
     @property
     def index(self) -> Index | None:
@@ -87,6 +89,7 @@ class DataSurvey:
             "num_classes": self.num_classes,
             "image_size": list(self.image_size) if self.image_size else None,
             "channels": self.channels,
+            "unchecked": self.unchecked,
         }
 
 
@@ -96,7 +99,9 @@ def survey(data: DataSettings) -> DataSurvey:
     Nothing is written: of remote shards only those images are fetched, past the node's cache.
     """
     facts = data_facts(data)
-    return DataSurvey(data.train, facts, () if facts.index is None else tuple(_looks(facts.index, data)))
+    if facts.index is None:
+        return DataSurvey(data.train, facts)
+    return DataSurvey(data.train, facts, tuple(_looks(facts.index, data)), unchecked(facts.index, data.access))
 
 
 def _looks(index: Index, data: DataSettings) -> Iterator[Look]:
@@ -107,6 +112,7 @@ def _looks(index: Index, data: DataSettings) -> Iterator[Look]:
             shard, row = index.locate(sample)
             rows = index.rows(shard)
             try:
+                check_bytes(int(rows.sizes[row]))
                 look = look_at(files.read(shard, int(rows.offsets[row]), int(rows.sizes[row])))
             except BadSampleError as error:
                 if data.on_error == "strict" and not index.is_remote(shard):

@@ -57,7 +57,8 @@ class Spec:
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Spec:
         """From what `asdict` made of one."""
-        parts = {"shape": ImageShape(**plain["shape"]), "access": Access(**plain["access"])}
+        access = plain["access"] | {"allow_roots": tuple(plain["access"]["allow_roots"])}
+        parts = {"shape": ImageShape(**plain["shape"]), "access": Access(**access)}
         return cls(**plain | parts)
 
 

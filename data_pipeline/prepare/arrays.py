@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import math
 import re
 import struct
-import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +26,12 @@ from tarflow.data_pipeline.prepare.source import (
     split_note,
     split_numbers,
 )  # fmt: skip
+from tarflow.npz import declared, read_npz
+from tarflow.records import SEAL, DamagedFileError
 
 _IMAGE_ARRAYS = ("images", "image", "x", "data", "arr_0")
+_IDX_HEAD = 20  # bytes of the longest header
+MAX_ARRAY = 64 << 30  # bytes of an array of pixels: it is held in memory
 _LABEL_ARRAYS = ("labels", "label", "y", "targets", "arr_1")
 
 
@@ -38,17 +42,16 @@ def npz_source(path: Path, choices: Choices | None = None) -> ImageSource:
     """
     choices = choices or Choices()
     try:
-        arrays = np.load(path, allow_pickle=False)
-        names = list(arrays.files)
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as err:
-        raise DataError(f"cannot read {shown(path)} as .npz: {err}") from None
-    pairs = _pairs(path, names, choices)
+        names = [name for name in declared(path, MAX_ARRAY) if name != SEAL]
+        pairs = _pairs(path, names, choices)
+        arrays = read_npz(path, MAX_ARRAY, {name for pair in pairs.values() for name in pair if name}).arrays
+    except DamagedFileError as err:
+        raise DataError(f"cannot read {shown(path)} as .npz: {err.problem}") from None
+    except OSError as err:
+        raise DataError(f"cannot read {shown(path)}: {err.strerror or err}") from None
     images, values, notes = [], [], []
     for image, label in pairs.values():
-        try:
-            pixels, raw = arrays[image], arrays[label] if label else None
-        except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as err:
-            raise DataError(f"cannot read {shown(path)}: {err}") from None
+        pixels, raw = arrays[image], arrays[label] if label else None
         images.append(_check_images(pixels, f"array {image!r} of {shown(path)}"))
         notes.append(f"images: array {image!r}; labels: {f'array {label!r}' if label else 'none'}")
         if raw is None:
@@ -195,18 +198,32 @@ def _of_arrays(
 def read_idx(path: Path) -> np.ndarray:
     """An IDX file of unsigned bytes, gzipped or not, as an array. Raises DataError when it is none or cut short."""
     try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if packed else path.open("rb") as stream:
+            data = stream.read(_IDX_HEAD)
+            promised = _promised(data)
+            if promised > MAX_ARRAY:
+                raise DataError(f"{shown(path)} promises {promised:,} bytes, at most {MAX_ARRAY:,} are read")
+            data += stream.read(max(0, promised - len(data) + 1))  # whatever more there is, one byte of it tells
     except (OSError, EOFError, zlib.error) as err:
         raise DataError(f"cannot read {shown(path)}: {err}") from None
     if len(data) < 4 or data[:3] != b"\x00\x00\x08" or not 1 <= data[3] <= 4:
         raise DataError(f"{shown(path)} is no IDX file of unsigned bytes (it starts with {data[:4].hex()})")
+    if len(data) != promised:
+        raise DataError(
+            f"{shown(path)} is {'cut' if len(data) < promised else 'too long'}: its header promises {promised:,} bytes, it "
+            f"holds {len(data):,}{' or more' * (len(data) > promised)}"
+        )
     shape = struct.unpack_from(f">{data[3]}I", data, 4)
-    body = np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * data[3])
-    if body.size != int(np.prod(shape)):
-        raise DataError(f"{shown(path)} is cut: its header promises {shape}, it holds {body.size} bytes")
-    return body.reshape(shape)
+    return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+
+
+def _promised(head: bytes) -> int:
+    """Bytes of the IDX file that begins so; 0 where it is none."""
+    if len(head) < 4 or len(head) < 4 + 4 * head[3] or not 1 <= head[3] <= 4:
+        return 0
+    return 4 + 4 * head[3] + math.prod(struct.unpack_from(f">{head[3]}I", head, 4))
 
 
 def _check_images(images: np.ndarray, where: str) -> np.ndarray:

@@ -15,12 +15,12 @@ _GAP = 2
 _BAD = 128
 
 
-def contact_sheet(index: Index, count: int, tile: int) -> np.ndarray:
+def contact_sheet(index: Index, count: int, tile: int, access: Access | None = None) -> np.ndarray:
     """uint8 [H, W, 3]: `count` samples spread evenly over the data set as tiles of `tile` pixels, in rows.
 
     A sample that cannot be read is a grey tile.
     """
-    reader = SampleReader(index, ImageShape(tile), open_shards(index, Access()))
+    reader = SampleReader(index, ImageShape(tile), open_shards(index, access or Access()))
     count = min(count, index.num_samples)
     columns = int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)

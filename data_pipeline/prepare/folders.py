@@ -22,9 +22,11 @@ from tarflow.data_pipeline.layout.splits import ALL, SPLITS, chosen, split_named
 from tarflow.data_pipeline.layout.walk import Walk, walk
 from tarflow.data_pipeline.prepare.class_folders import check_no_class_is_lost
 from tarflow.data_pipeline.prepare.labels import number_labels
-from tarflow.data_pipeline.prepare.source import Choices, ImageSource, split_note, split_numbers
+from tarflow.data_pipeline.prepare.source import Choices, ImageSource, read_image, split_note, split_numbers
+from tarflow.records import read_bounded
 
 _LABEL_FILE = "dataset.json"
+_MOST_LABELS = 1 << 30  # bytes of it
 _CHUNK = re.compile(r"\d{5,}")  # 00000, 00001, ...: chunks of one set as often as classes
 
 
@@ -82,7 +84,7 @@ def folder_source(path: Path, choices: Choices | None = None, found: Walk | None
     if any(value is not None for value in values):
         labels, classes, named = number_labels(values, f"folder {shown(path)}")
     return ImageSource(
-        labels, classes, lambda i: files[i].read_bytes(), lambda i: shown(files[i]),
+        labels, classes, lambda i: read_image(files[i]), lambda i: shown(files[i]),
         ignored=+ignored, named=named, splits=split_numbers(sizes, choices), notes=notes,
     )  # fmt: skip
 
@@ -214,7 +216,7 @@ def _from_label_file(path: Path, part: _Part) -> tuple[list[Any], str]:
     form = '{"labels": [[file, label], ...]}'
     other = "--labels folders takes the class folders instead, --labels none no labels"
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(read_bounded(path, _MOST_LABELS))
         listed = table["labels"]
         pairs = None if listed is None else [(normal(name.replace("\\", "/")), label) for name, label in listed]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.images.bounds import check_bytes
 from tarflow.data_pipeline.layout.names import shown
 from tarflow.data_pipeline.layout.splits import ALL
 
@@ -66,6 +67,12 @@ def asked_name(what: str, asked: str | None, names: Sequence[str], path: Path, f
 def first_of(known: Sequence[str], names: Sequence[str]) -> str | None:
     """The first of the known names that is there."""
     return next((name for name in known if name in names), None)
+
+
+def read_image(file: Path) -> bytes:
+    """The bytes of an image file. Raises BadSampleError for one that is too large to be read, OSError."""
+    check_bytes(file.stat().st_size)
+    return file.read_bytes()
 
 
 def split_numbers(sizes: dict[str, int], choices: Choices) -> dict[str, np.ndarray]:

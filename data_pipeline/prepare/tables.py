@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
+from tarflow.data_pipeline.index.labels import MAX_CLASSES
 from tarflow.data_pipeline.layout.names import class_names, shown
 from tarflow.data_pipeline.layout.splits import ALL, by_split, chosen, split_named
 from tarflow.data_pipeline.prepare.labels import named_integers, number_labels
@@ -55,7 +56,8 @@ def parquet_source(files: Sequence[Path], root: Path, choices: Choices | None = 
             runs.append((info.num_rows, info.total_byte_size))
             places.append((handle, group, file))
         if label:
-            values, where = handle.read(columns=[label])[label].to_pylist(), f"column {label!r} of {shown(file)}"
+            values = _plain(_values(handle, file, label), file, label)
+            where = f"column {label!r} of {shown(file)}"
             if names:
                 numbers.append(named_integers(values, names, where))
             else:
@@ -113,9 +115,40 @@ def _open(file: Path) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(file)
-    except (OSError, ValueError, pa.ArrowException) as err:  # ValueError: a path that is not UTF-8
+        handle = pq.ParquetFile(file, page_checksum_verification=True)
+        size = file.stat().st_size
+    except (OSError, ValueError, MemoryError, pa.ArrowException) as err:  # ValueError: a path that is not UTF-8
         raise DataError(f"cannot read {shown(file)} as Parquet: {err}") from None
+    groups = [handle.metadata.row_group(group).num_rows for group in range(handle.num_row_groups)]
+    if sum(groups) != handle.metadata.num_rows or min(groups, default=0) < 0:
+        raise DataError(f"{shown(file)} is damaged: it promises {handle.metadata.num_rows} rows, its groups {sum(groups)}")
+    if sum(groups) > size:  # no image takes less than a byte
+        raise DataError(f"{shown(file)} promises {sum(groups):,} rows in {size:,} bytes: so many images cannot be in it")
+    return handle
+
+
+def _values(handle: Any, file: Path, column: str, group: int | None = None) -> Any:
+    """A column of a file, or of a group of its rows. Raises DataError where it is damaged."""
+    import pyarrow as pa
+
+    try:
+        if group is None:
+            found, rows = handle.read(columns=[column])[column], handle.metadata.num_rows
+        else:
+            found, rows = handle.read_row_group(group, columns=[column])[column], handle.metadata.row_group(group).num_rows
+    except (OSError, ValueError, KeyError, MemoryError, pa.ArrowException) as err:
+        raise DataError(f"cannot read column {column!r} of {shown(file)}: {err}") from None
+    if len(found) != rows:
+        raise DataError(f"cannot read column {column!r} of {shown(file)}: {len(found)} of {rows} rows are there")
+    return found
+
+
+def _plain(values: Any, file: Path, column: str) -> list[Any]:
+    try:
+        plain: list[Any] = values.to_pylist()
+        return plain
+    except ValueError as err:  # texts that are not UTF-8
+        raise DataError(f"cannot read column {column!r} of {shown(file)}: {err}") from None
 
 
 def _features(handle: Any) -> dict[str, Any]:
@@ -136,6 +169,8 @@ def _class_names(handle: Any, label: str | None) -> list[str] | None:
     if label not in _typed(handle, "ClassLabel"):
         return None
     names = _features(handle)[label].get("names")
+    if isinstance(names, dict | list) and len(names) > MAX_CLASSES:
+        raise DataError(f"the schema names {len(names):,} classes, at most {MAX_CLASSES:,} are possible")
     if isinstance(names, dict):  # {"0": "cat", ...}, as cards have it
         names = [names.get(str(number)) for number in range(len(names))]
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
@@ -203,7 +238,7 @@ def _refuse_paths(handles: list[Any], files: list[Path], image: str) -> None:
     for handle, file in zip(handles, files):
         if not handle.num_row_groups or not pa.types.is_struct(handle.schema_arrow.field(image).type):
             continue
-        values = handle.read_row_group(0, columns=[image])[image].slice(0, 64).to_pylist()
+        values = _plain(_values(handle, file, image, 0).slice(0, 64), file, image)
         values = [value for value in values if value]
         if values and not any(value.get("bytes") for value in values):
             path = next((value["path"] for value in values if value.get("path")), None)
@@ -230,10 +265,16 @@ def _reader(runs: list[tuple[int, int]], places: list[tuple[Any, int, Path]], im
                 # The shuffle works through windows of WINDOW_BYTES, so this much is asked for again and again.
                 while cache and sum(runs[kept][1] for kept in cache) > 2 * WINDOW_BYTES:
                     cache.pop(next(iter(cache)))
-                handle, number, _ = places[group]
-                cache[group] = handle.read_row_group(number, columns=[image])[image]
+                handle, number, file = places[group]
+                try:
+                    cache[group] = _values(handle, file, image, number)
+                except DataError as err:
+                    raise BadSampleError("unreadable", str(err)) from None
             column = cache[group]
-        value = column[row].as_py()
+        try:
+            value = column[row].as_py()
+        except ValueError as err:
+            raise BadSampleError("unreadable", str(err)) from None
         data = value.get("bytes") if isinstance(value, dict) else value
         if not data:
             path = value.get("path") if isinstance(value, dict) else None

@@ -10,6 +10,7 @@ from tarflow.data_pipeline.index.kinds import what_file, what_folder
 from tarflow.data_pipeline.layout.walk import walk
 from tarflow.data_pipeline.storage.remote import Access, address
 from tarflow.data_pipeline.storage.remote_index import open_remote_index
+from tarflow.data_pipeline.storage.roots import Roots
 
 
 def open_index(path: str | Path, access: Access | None = None) -> Index:
@@ -24,7 +25,10 @@ def open_index(path: str | Path, access: Access | None = None) -> Index:
             return open_remote_index(url, access or Access())
     root = Path(path)
     if (root / "index" / "shards.parquet").is_file():
-        return Index(root)
+        index = Index(root)
+        if index.any_remote:
+            Roots(None, access.allow_roots if access else ()).check_shards(index)
+        return index
     if not root.exists():
         raise DataError(
             f"there is no data set at {root}: the path does not exist (settings data.train, data.validation)"
@@ -36,4 +40,6 @@ def open_index(path: str | Path, access: Access | None = None) -> Index:
         raise DataError(f"the shards at {root} have no index yet: run `tarflow data index {root}` once")
     what = what_folder(root) if root.is_dir() else what_file(root)
     seen = f" ({what if root.is_dir() else f'it is {what}'})" if what else ""
-    raise DataError(f"{root} is no data set: no index and no *.tar shards in it{seen}; `tarflow data prepare` makes one")
+    raise DataError(
+        f"{root} is no data set: no index and no *.tar shards in it{seen}; `tarflow data prepare` makes one"
+    )

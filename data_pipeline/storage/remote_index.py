@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import io
+import logging
+import zlib
 from typing import Any
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
+from tarflow.data_pipeline.index.content import checksum_of_file
 from tarflow.data_pipeline.index.index import Index
 from tarflow.data_pipeline.storage.remote import Access, Remote
 from tarflow.data_pipeline.storage.remote_shards import cache_name
+from tarflow.data_pipeline.storage.roots import Roots
 from tarflow.data_pipeline.storage.shard_cache import ShardCache
+
+log = logging.getLogger("tarflow.data")
 
 
 class _RemoteFiles:
@@ -19,27 +25,40 @@ class _RemoteFiles:
         self.remote = Remote(access)
         self.missing = False  # whether a file was asked for that is not there
 
-    def open(self, name: str, digest: str) -> Any:
+    def open(self, name: str, digest: str, most: int, checksum: str = "") -> Any:
         """The list of shards is always fetched anew; parts are kept under the digest that the list gives them."""
         url = f"{self.url}/index/{name}"
         try:
             if not digest or not self.access.cache_bytes:
-                return io.BytesIO(self.remote.load(url))
+                return io.BytesIO(self._load(url, most, checksum))
             cache = ShardCache(self.access.folder(), self.access.cache_bytes)
-            fd = cache.open(cache_name(url, digest), None, lambda file: self.remote.save(url, None, file))
+            fd = cache.open(
+                cache_name(url, digest), most if checksum else None, lambda file: file.write(self._load(url, most, checksum)),
+                lambda fd: not checksum or checksum_of_file(fd) == checksum,
+            )  # fmt: skip
             return open(fd, "rb")
         except BadSampleError as err:
             self.missing |= err.cause == "missing_shard"
             raise OSError(str(err)) from None
 
+    def _load(self, url: str, most: int, checksum: str) -> bytes:
+        """A file of the index; what came with another checksum is fetched once more. Raises OSError where it stays so."""
+        for again in (False, True):
+            data = self.remote.load(url, most)
+            if not checksum or f"{zlib.crc32(data):08x}" == checksum:
+                return data
+            if not again:
+                log.warning("%s came damaged: it is fetched once more", url)
+        raise OSError(f"{url} has another checksum than the list of shards says, twice")
+
 
 def open_remote_index(url: str, access: Access) -> Index:
-    """The index at `url`/index. Raises DataError: not there, not reachable, damaged."""
+    """The index at `url`/index. Raises DataError: not there, not reachable, damaged, or with shards elsewhere."""
     access.check()
     url = url.rstrip("/")
     files = _RemoteFiles(url, access)
     try:
-        return Index(url, files)
+        index = Index(url, files)
     except DataError:
         if files.missing:
             raise DataError(
@@ -47,3 +66,5 @@ def open_remote_index(url: str, access: Access) -> Index:
                 "and put the folder index/ beside them"
             ) from None
         raise
+    Roots(url, access.allow_roots).check_shards(index)
+    return index

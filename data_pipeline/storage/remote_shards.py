@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from pathlib import Path
 from typing import Any
 
 from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.index.content import checksum_of_file, sketch_of_file
 from tarflow.data_pipeline.index.index import Index
 from tarflow.data_pipeline.storage.local_shards import LocalShards, OpenFiles, ShardFiles, read_at
 from tarflow.data_pipeline.storage.remote import Access, NoRangesError, Remote
 from tarflow.data_pipeline.storage.shard_cache import ShardCache
-from tarflow.files import crc32
+
+log = logging.getLogger("tarflow.data")
 
 _OPEN_FILES = 16  # few: a file that the cache removed keeps its disk space while it is open
 
@@ -29,6 +31,7 @@ class RemoteShards:
         self.remote = Remote(access)
         self.cache = ShardCache(access.folder(), access.cache_bytes) if access.cache_bytes else None
         self._files = OpenFiles(_OPEN_FILES, self._open)
+        self._checked: set[int] = set()  # once in a process is enough for what has lain in the cache
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """See `ShardFiles`."""
@@ -38,29 +41,59 @@ class RemoteShards:
         return read_at(self._files.of(shard), offset, size)
 
     def fetch(self, shard: int) -> None:
-        """Put a shard into the cache unless it is there, or there is none for it."""
+        """Put a shard into the cache unless it is there, or there is none for it. One that is there is read whole, and
+        fetched anew if it is not what was indexed."""
         if self.cache is not None and int(self.index.shard_bytes[shard]) <= self.access.cache_bytes:
-            os.close(self._open(shard))
+            os.close(self._open(shard, whole=True))
 
-    def _open(self, shard: int) -> int:
+    def _open(self, shard: int, whole: bool = False) -> int:
         assert self.cache is not None
         url, total = self.index.shard_place(shard), int(self.index.shard_bytes[shard])
         name = cache_name(url, self.index.shard_digest(shard))
-        return self.cache.open(name, total, lambda file: self._fetch(shard, url, total, file))
+        return self.cache.open(
+            name, total, lambda file: self._fetch(shard, url, total, file), lambda fd: self._right(shard, fd, whole)
+        )
+
+    def _right(self, shard: int, fd: int, whole: bool) -> bool:
+        """Whether a file of the cache is the shard that was indexed: all of it, or as far as its sketch tells, since a
+        reader waits for it."""
+        content = self.index.shard_content(shard)
+        if content is None or shard in self._checked:
+            return True
+        try:
+            if whole:
+                right = checksum_of_file(fd) == content.checksum
+            else:
+                right = sketch_of_file(fd, content.file_bytes) == content.sketch
+        except OSError:
+            right = False
+        if right:
+            self._checked.add(shard)
+        else:
+            log.warning("the copy of %s in the cache is damaged and is fetched anew", self.index.shard_place(shard))
+        return right
 
     def _fetch(self, shard: int, url: str, total: int, file: Any) -> None:
-        """Write a shard into the cache and hold it against the index, once: whoever reads it there need not."""
-        self.remote.save(url, total, file)
+        """Write a shard into the cache and hold it against the index; what came wrong is fetched once more."""
         content = self.index.shard_content(shard)
-        if content is None:
-            return
-        file.flush()
-        found = f"{crc32(Path(file.name)):08x}"
-        if found != content.checksum:
-            raise DataError(
-                f"shard {url} holds other bytes than when it was indexed (checksum {found}, the index says "
-                f"{content.checksum}): put shards and index/ there that belong together"
-            )
+        found = ""
+        for again in (False, True):
+            file.seek(0)
+            self.remote.save(url, total, file)
+            file.flush()
+            if content is None:
+                return
+            found = checksum_of_file(file.fileno())
+            if found == content.checksum:
+                self._checked.add(shard)
+                return
+            if not again:
+                log.warning("shard %s came with other bytes than were indexed: it is fetched once more", url)
+        assert content is not None
+        raise DataError(
+            f"shard {url} holds other bytes than when it was indexed (checksum {found}, twice; the index says "
+            f"{content.checksum}): put shards and index/ there that belong together"
+        )
 
     def close(self) -> None:
         """Close the cached files."""
@@ -108,3 +141,14 @@ def open_shards(index: Index, access: Access) -> ShardFiles:
 def cache_name(url: str, digest: str) -> str:
     """The name in the cache: another data set, or another state of this one, never shares it."""
     return hashlib.sha256(f"{url}\0{digest}".encode()).hexdigest()[:40]
+
+
+def unchecked(index: Index, access: Access) -> str | None:
+    """Why bytes that are fetched are not held against the index, in a line; None where they are, or nothing is fetched."""
+    if not index.any_remote:
+        return None
+    if not index.knows_content:
+        return f"what is fetched from {index.root} is not checked: its index, of an earlier version, holds no checksums"
+    if not access.cache_bytes:
+        return f"what is fetched from {index.root} is not checked: without a cache (data.cache_bytes=0) no shard is read whole"
+    return None

@@ -5,6 +5,9 @@
                         fetch at the same time count it; left over by a killed process, it is fetched again
     NAME.lock, .lock    held by a process, and free the moment it is gone
 
+The folder is this user's alone (`cache_folder`); in it, files are made and opened without following links, and those of
+somebody else are not there.
+
 Room is made by removing what was opened longest ago, before a fetch and once more after it: fetches at the same time may
 be larger than the bound together. A removed file stays readable for those who have it open. So the disk may hold a few
 files more than the bound for a while.
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.storage.cache_folder import create_own_file, make_own, open_own_file, opened
 from tarflow.files import fsync_file, listed
 from tarflow.locks import locked
 
@@ -28,30 +32,34 @@ class ShardCache:
     """Files of at most `limit` bytes together in `folder`, which is made when it is first needed."""
 
     def __init__(self, folder: Path, limit: int) -> None:
-        self.folder = folder
+        self.folder = make_own(folder)
         self.limit = limit
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as err:
-            raise DataError(f"cannot make the cache folder {folder}: {err.strerror} (setting data.cache_dir)") from None
 
-    def open(self, name: str, size: int | None, fetch: Callable[[Any], None]) -> int:
+    def open(
+        self, name: str, size: int | None, fetch: Callable[[Any], None], right: Callable[[int], bool] = lambda fd: True
+    ) -> int:
         """A file descriptor of the cached file; `fetch(file)` writes it first where it is not there or has another size.
 
-        `fetch` leaves the position of `file` at the end of what it wrote.
+        `fetch` leaves the position of `file` at the end of what it wrote. `right`: looks at a file that was there before,
+        by its descriptor; where it says no, the file is fetched anew.
 
-        Several processes that want the same file fetch it once. Raises what `fetch` raises, DataError on a full disk.
+        Several processes that want the same file fetch it once. Raises what `fetch` raises, DataError on a full disk, and
+        where the folder is no longer this user's.
         """
-        path = self.folder / f"{name}.shard"
-        fd = _open_whole(path, size)
-        if fd is not None:
+        with opened(self.folder) as folder:
+            fd = _open_whole(folder, f"{name}.shard", size)
+            if fd is not None and right(fd):
+                return fd
+            _close(fd)
+            with locked(self.folder / f"{name}.lock", wait=True):
+                fd = _open_whole(folder, f"{name}.shard", size)  # another process may have been quicker
+                if fd is not None and not right(fd):
+                    _close(fd)
+                    fd = None
+                if fd is None:
+                    self.sweep()
+                    fd = self._fetch(folder, name, size or 0, fetch)
             return fd
-        with locked(self.folder / f"{name}.lock", wait=True):
-            fd = _open_whole(path, size)  # another process may have been quicker
-            if fd is None:
-                self.sweep()
-                fd = self._fetch(path, size or 0, fetch)
-        return fd
 
     def sweep(self) -> int:
         """Remove what killed processes left half-written; returns how many files. Others' fetches go on undisturbed."""
@@ -67,35 +75,38 @@ class ShardCache:
                     pass
         return removed
 
-    def _fetch(self, path: Path, size: int, fetch: Callable[[Any], None]) -> int:
+    def _fetch(self, folder: int, name: str, size: int, fetch: Callable[[Any], None]) -> int:
         """Write the file and give it its name; a descriptor to read it by.
 
         Opened before it has its name: from then on another process, short of room, may remove it at any moment.
         """
-        partial = path.with_suffix(".partial")
+        partial = f"{name}.partial"
         try:
-            with partial.open("wb") as file:
+            with os.fdopen(create_own_file(folder, partial), "w+b") as file:
                 with self._counting():
                     self._make_room(size)
                     file.truncate(size)
                 fetch(file)
                 file.truncate()
                 file.flush()
-                fsync_file(file.fileno(), partial)
-            fd = os.open(partial, os.O_RDONLY)
-            partial.rename(path)
+                fsync_file(file.fileno(), self.folder / partial)
+                fd = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            os.rename(partial, f"{name}.shard", src_dir_fd=folder, dst_dir_fd=folder)
             with self._counting():
                 self._make_room(0)
             return fd
         except OSError as err:
             if err.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DataError(
-                    f"no room for {path.name} in {self.folder}: free the disk, lower data.cache_bytes "
+                    f"no room for {name}.shard in {self.folder}: free the disk, lower data.cache_bytes "
                     f"({self.limit} bytes) or set data.cache_dir"
                 ) from None
-            raise DataError(f"cannot write {partial}: {err.strerror or err} (setting data.cache_dir)") from None
+            raise DataError(
+                f"cannot write {self.folder / partial}: {err.strerror or err} (setting data.cache_dir)"
+            ) from None
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial, dir_fd=folder)
 
     def _counting(self) -> contextlib.AbstractContextManager[bool]:
         """Nobody else counts files, makes room or takes it meanwhile."""
@@ -119,14 +130,18 @@ class ShardCache:
             held -= bytes_of_it
 
 
-def _open_whole(path: Path, size: int | None) -> int | None:
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+def _open_whole(folder: int, name: str, size: int | None) -> int | None:
+    fd = open_own_file(folder, name)
+    if fd is None:
         return None
     if size is not None and os.fstat(fd).st_size != size:
         os.close(fd)
         return None
     with contextlib.suppress(OSError):
-        os.utime(path)  # what is used stays
+        os.utime(fd)  # what is used stays
     return fd
+
+
+def _close(fd: int | None) -> None:
+    if fd is not None:
+        os.close(fd)

@@ -41,6 +41,7 @@ from tarflow.evaluation.worker.class_maps import check_class_maps
 from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import Recipe
 from tarflow.evaluation.worker.reference import Reference
+from tarflow.own_paths import fill
 from tarflow.records import write_object
 from tarflow.trainer.checkpoint.commit import Checkpoint, pinned
 from tarflow.trainer.run_dir import is_run, run_id
@@ -236,7 +237,7 @@ class Job:
             write_object(folder / results.WORK, self._work_done(done_by) | {"code": codes})
             if results.publish(root, folder, self.name, self.config.log.tensorboard):
                 self.published = results.read_result(results.evals_dir(root) / self.name)
-        path.write_text(self.name)
+        fill(path, self.name)
 
     def _measure(self, samples: SamplesPart, likelihood: MergedLikelihood, folder: Path) -> dict[str, Any]:
         problem = samples.count.problem(self.settings.max_nonfinite_share)

@@ -46,6 +46,7 @@ from tarflow.evaluation.worker.sweep_choice import Point, why_unclear, with_erro
 from tarflow.evaluation.worker.sweep_plot import plot_rounds
 from tarflow.files import put_once, write_text
 from tarflow.leases import unique_name
+from tarflow.own_paths import make_folder
 from tarflow.records import DamagedFileError, Record, load_record, save_record, write_object
 from tarflow.trainer.checkpoint.commit import find, pinned
 
@@ -132,7 +133,7 @@ def _write(sweep: "_Sweep", rounds: list[dict[str, Any]]) -> dict[str, Any]:
     folder = sweep.record.parent
     unclear = why_unclear(rounds[0]["points"], rounds[-1]["points"])
     record = _record(rounds, best, unclear, sweep.source, real, folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent, folder.name)
     write_text(folder / "guidance.svg", plot_rounds(record["rounds"], record["metric"]), shared=True)
     write_object(sweep.record, record)
     return record

@@ -254,6 +254,27 @@ def test_short_bfloat16_sequences_on_the_cpu_attend_as_long_ones_do() -> None:
     assert torch.equal(transformer.causal_attention(q, k, changed)[:, :, :9], dense[:, :, :9])  # causal
 
 
+def test_layers_computed_twice_give_the_same_bits_from_a_fraction_of_the_memory() -> None:
+    model = perturbed(config(num_blocks=2, layers_per_block=4)).requires_grad_(False)
+    images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    scores, kept = [], []
+    for recompute in (False, True):
+        sizes: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        x = images.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            total = log_likelihood(model, x, torch.tensor([0, 1, -1]), recompute=recompute).sum()
+        scores.append(torch.autograd.grad(total, x)[0])
+        kept.append(sum(sizes.values()))
+    assert torch.equal(*scores)
+    assert kept[1] < kept[0] / 4
+
+
 def test_initial_values_depend_on_seed_and_name_alone() -> None:
     a, b, other = TarFlow(config()), TarFlow(config()), TarFlow(config(num_blocks=5))
     torch.manual_seed(0)

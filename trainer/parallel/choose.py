@@ -1,5 +1,7 @@
 """Which device and which backend a configuration asks for."""
 
+import os
+
 import torch
 
 from tarflow.models.flow import TarFlow
@@ -27,6 +29,19 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def compute_deterministically(device: torch.device) -> None:
+    """Have this process use only kernels that give the same bits for the same input; the CPU's do so by themselves.
+
+    With a mere warning in place of the error (`warn_only`) attention would take its other kernels all the same. To be
+    called before the first product: cuBLAS reads its workspace's shape when it is first used.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # Nothing here reads what it did not write, and filling all memory takes time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def make_backend(config: Config, device: torch.device, world: World, plan: BatchPlan) -> Backend:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 @dataclass
 class Behaviour:
-    """`busy_every`, `cut_every`: every so many-th request gets a 503, or half of its body (0 = never)."""
+    """`busy_every`, `cut_every`: every so many-th request gets a 503, or half of its body (0 = never). `wrong`: so many answers
+    come with a flipped byte. `moved`: end of a name -> where an answer redirects to. `endless`: a body without an end.
+    `drip`: seconds between single bytes."""
 
     ranges: bool = True
     delay: float = 0.0
@@ -21,6 +23,10 @@ class Behaviour:
     cut_every: int = 0
     hang: bool = False
     status: int = 0  # of every answer for a shard, if not 0
+    wrong: int = 0
+    moved: dict[str, str] = field(default_factory=dict)
+    endless: bool = False
+    drip: float = 0.0
     only: str = ".tar"  # faults are for names that end so
     requests: list[tuple[str, str | None]] = field(default_factory=list)
 
@@ -46,7 +52,8 @@ class BadServer:
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.lock = threading.Lock()
-        self.faulty = 0
+        self.faulty = self.sent = 0
+        self.closed = False
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def answer(self, request: BaseHTTPRequestHandler, folder: Path) -> None:
@@ -57,6 +64,16 @@ class BadServer:
             for_it = request.path.endswith(what.only)
             self.faulty += for_it
             number = self.faulty
+            wrong = for_it and self.faulty <= what.wrong
+        target = next((target for end, target in what.moved.items() if request.path.endswith(end)), None)
+        if target is not None:
+            request.send_response(302)
+            request.send_header("Location", target)
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
+        if for_it and (what.endless or what.drip):
+            return self.go_on(request, what)
         path = folder / request.path.lstrip("/")
         if what.hang and for_it:
             time.sleep(3)
@@ -73,6 +90,8 @@ class BadServer:
             request.end_headers()
             return
         body = path.read_bytes()
+        if wrong:
+            body = body[:700] + bytes([body[700] ^ 1]) + body[701:]
         total = len(body)
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", asked or "") if what.ranges else None
         if match:
@@ -90,6 +109,18 @@ class BadServer:
         else:
             request.wfile.write(body)
 
+    def go_on(self, request: BaseHTTPRequestHandler, what: Behaviour) -> None:
+        """A body that never comes to its end."""
+        request.send_response(200)
+        request.end_headers()
+        request.close_connection = True
+        while not self.closed:
+            request.wfile.write(b"x" if what.drip else bytes(1 << 16))
+            self.sent += 1 if what.drip else 1 << 16
+            request.wfile.flush()
+            time.sleep(what.drip)
+
     def close(self) -> None:
+        self.closed = True
         self.server.shutdown()
         self.server.server_close()

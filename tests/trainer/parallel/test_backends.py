@@ -245,3 +245,25 @@ def test_every_configuration_passes_its_dry_run_at_its_stated_size(path: Path) -
     ranks = config.parallel.world_size or 1
     assert f"{ranks} rank{'s' if ranks > 1 else ''}, " in describe(config)
     assert 0 < rank_memory(config, ranks).total < 75 * 2**30
+
+
+def test_a_unit_of_sharding_is_what_the_plan_says_is_whole() -> None:
+    from benchmarks.golden import training_config
+    from tarflow.models.config import TarFlowConfig
+    from tarflow.models.cost import parameters, parameters_per_layer
+    from tarflow.trainer.parallel.apply import units
+    from tarflow.trainer.plan import rank_memory
+
+    shape = TarFlowConfig(image_size=8, patch_size=2, channels=64, num_blocks=3, layers_per_block=4, num_classes=4)
+    layers = list(torch.nn.ModuleList(torch.nn.Identity() for _ in range(5)))
+    assert [len(unit) for unit in units(layers, 2)] == [2, 2, 1]
+    assert units(layers, 0) == units(layers, 5) == units(layers, 9) == []  # the block is the unit
+    gathered = {
+        size: rank_memory(
+            training_config(shape, parallel={"backend": "fsdp2", "layers_per_unit": size}),
+            2,
+        ).gathered
+        for size in (0, 1, shape.layers_per_block)
+    }
+    assert gathered[1] == 4 * parameters_per_layer(shape)
+    assert gathered[0] == gathered[shape.layers_per_block] == 4 * parameters(shape) / shape.num_blocks

@@ -109,9 +109,11 @@ LABELS = [0, 0, 1, 1, -1, -1, 2, 2]
 
 GRADIENTS = """
     found = {}
-    for backend_name in ("ddp", "fsdp2"):
+    backends = {"ddp": {"backend": "ddp"}, "fsdp2": {"backend": "fsdp2"}}
+    backends["fsdp2 by layer"] = {"backend": "fsdp2", "layers_per_unit": 1}
+    for backend_name, parallel in backends.items():
         train = {"param_dtype": "bfloat16", "micro_batch_size": 2}
-        backend = start(parallel={"backend": backend_name}, train=train)
+        backend = start(parallel=parallel, train=train)
         labels = torch.tensor(json.loads(sys.argv[1]))[mine]
         for k in range(2):
             part = slice(2 * k, 2 * k + 2)
@@ -120,6 +122,7 @@ GRADIENTS = """
         grads = {n: p.grad for n, p in backend.locals().items()}
         assert all(g.dtype == torch.float32 for g in grads.values())
         found[backend_name] = {n: whole(backend.to_saved(n, g)).clone() for n, g in grads.items()}
+    assert all(torch.equal(g, found["fsdp2"][n]) for n, g in found["fsdp2 by layer"].items())
     if world.first:
         torch.save(found, sys.argv[2])
 """

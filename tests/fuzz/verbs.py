@@ -1,0 +1,73 @@
+"""The commands under which a damaged file is read."""
+
+from dataclasses import dataclass
+
+from tests.fuzz import decisions
+from tests.fuzz.server import Action
+
+
+@dataclass(frozen=True)
+class Verb:
+    """`shows`: it only shows, so it must survive any one bad file. `prints`: its figures are what it prints."""
+
+    call: str
+    shows: bool = False
+    prints: bool = False
+    limit_s: float = 15.0
+
+    @property
+    def action(self) -> Action:
+        """Words of the command line; of what no verb does, a function."""
+        return getattr(decisions, self.call) if hasattr(decisions, self.call) else self.call.split()
+
+
+VERBS = {
+    "train": Verb("train tiny.yaml --run-dir runs/one train.max_images=64"),
+    "train new": Verb("train tiny.yaml --run-dir runs/new train.max_images=16"),
+    "train --dry-run": Verb("train tiny.yaml --run-dir runs/one --dry-run", prints=True),
+    "train --init-from": Verb("train tiny.yaml --run-dir runs/new --init-from w.safetensors train.max_images=16"),
+    "sample": Verb("sample runs/one --out new --num 2"),
+    "sample (more)": Verb("sample runs/one --out drawn --num 4"),
+    "sample (file)": Verb("sample w.safetensors --out new --num 2"),
+    "sample (pth)": Verb("sample w.pth --out new --num 2 --noise-std 0.1"),
+    "evaluate": Verb("evaluate runs/one"),
+    "evaluate (png)": Verb("evaluate runs/one --images 48 --save png"),
+    "evaluate (shards)": Verb("evaluate runs/one --images 32 --save shards"),
+    "evaluate (file)": Verb(
+        "evaluate w.safetensors --out new data.train=set/train train.noise_std=0.1 evaluation.num_samples=8 evaluation.grid=[2,2]"
+    ),
+    "evaluate --watch": Verb("evaluate runs/one --watch --poll 0.01 --idle-limit 0.005"),
+    "sweep-guidance": Verb("sweep-guidance runs/one --guidance 0,1 --start 4 --final 8"),
+    "score": Verb("score images/a --reference ref.npz --out new.json", prints=True),
+    "reference": Verb("reference set/train --size 8 --channels 1 --out new.npz"),
+    "report": Verb("report runs/one --out new.html", shows=True),
+    "status": Verb("status runs", shows=True, prints=True),
+    "logs": Verb("logs runs/one", prints=True),
+    "cancel": Verb("cancel runs/one --wait 0.1", prints=True),
+    "submit --dry-run": Verb("submit tiny.yaml --run-dir runs/one --profile profile.yaml --dry-run", prints=True),
+    "submit": Verb("submit tiny.yaml --run-dir runs/one --profile profile.yaml --after-running", prints=True),
+    "checkpoint list": Verb("checkpoint list runs/one", shows=True, prints=True),
+    "checkpoint verify": Verb("checkpoint verify runs/one", prints=True),
+    "checkpoint export": Verb("checkpoint export runs/one --out new.safetensors"),
+    "checkpoint prune": Verb("checkpoint prune runs/one --keep-latest 2", prints=True),
+    "checkpoint rewind": Verb("checkpoint rewind runs/one --images 32"),
+    "ema": Verb("ema runs/one --relative-std 0.11 --out new.safetensors"),
+    "data info": Verb("data info set/train", prints=True),
+    "data verify": Verb("data verify set/train --processes 1 --report new.json"),
+    "data index": Verb("data index set/train --out new"),
+    "data info (mds)": Verb("data info mds", prints=True),
+    "data verify (mds)": Verb("data verify mds --processes 1 --report new.json"),
+    "data index (mds)": Verb("data index mds --out new"),
+    "train new (mds)": Verb("train tiny.yaml --run-dir runs/new train.max_images=16 data.train=mds"),
+    "data prepare": Verb("data prepare images new --size 8"),
+    "data prepare (classes)": Verb("data prepare images new --size 8 --classes names.json"),
+    "data prepare (npz)": Verb("data prepare sources/arrays.npz new --size 8"),
+    "data prepare (parquet)": Verb("data prepare sources/table.parquet new --size 8"),
+    "data prepare (edm)": Verb("data prepare edm new --size 8"),
+    "data prepare (idx)": Verb("data prepare idx new --size 8"),
+    "data prepare (formats)": Verb("data prepare formats new --size 8 --channels 3"),
+    "score (formats)": Verb("score formats --against formats --size 8 --out new.json", prints=True),
+    "sample (classes)": Verb("sample w.safetensors --out new --num 2 --classes names.json --labels b"),
+    "requeue": Verb("requeue", prints=True),
+    "meet": Verb("meet", prints=True),
+}
