@@ -1,11 +1,16 @@
 """From a plain model to one that trains as configured, in this order: activation checkpointing, compile, shard."""
 
+import os
+import tempfile
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from tarflow.models.flow import FlowBlock, TarFlow
+from tarflow.own_paths import private_folder
 from tarflow.trainer.config.schema import Config
 
 
@@ -17,6 +22,8 @@ def apply_parallelism(model: TarFlow, config: Config, mesh: DeviceMesh | None) -
     step of 64 layers went from 349 to 262 ms on one H200 when blocks of 8 became the units. Replicas (dp_shard = 1) go
     the same way: the mathematics is one.
     """
+    if config.compile.enable:
+        own_compiler_cache()
     number = 0
     for block in model.blocks:
         assert isinstance(block, FlowBlock)
@@ -53,3 +60,12 @@ def units(layers: list[nn.Module], size: int) -> list[list[nn.Module]]:
     if not size or size >= len(layers):
         return []
     return [layers[first : first + size] for first in range(0, len(layers), size)]
+
+
+def own_compiler_cache() -> None:
+    """torch runs what lies in its cache of compiled code, which it keeps in the system's temporary folder, under a name
+    that whoever comes first can take."""
+    if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        folder = Path(tempfile.gettempdir(), f"tarflow-compiled-{os.geteuid()}")
+        way_out = "set TORCHINDUCTOR_CACHE_DIR to a folder of your own"
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_folder(folder, way_out))
