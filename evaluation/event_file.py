@@ -16,6 +16,8 @@ from typing import Any
 
 from PIL import Image
 
+from tarflow.own_paths import make_folder, open_own
+
 FOLDER = "evaluation"
 LARGEST = 1024  # pixels of a picture's longer side; the original lies with the result
 _LENGTH, _CHECKS = struct.Struct("<Q"), 8  # a record: its length, two checksums of four bytes, its data
@@ -42,7 +44,7 @@ def append_events(
         writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
     event = Event(wall_time=wall_time, step=images_seen, summary=Summary(value=values))
     writer.write(event.SerializeToString())
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, buffer.getvalue())  # at once: other workers append, too
     finally:
@@ -66,7 +68,7 @@ def _image(path: Path) -> Any:
 
 def _whole_file(folder: Path) -> Path:
     """The newest file of events, or the next one if a crash has torn its end: nobody reads what follows a torn record."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent.parent, folder.parent.name, folder.name)
     number = 0
     while True:
         path = folder / f"events.out.tfevents.{number:010d}.{FOLDER}"

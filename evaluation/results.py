@@ -10,7 +10,6 @@ evals.jsonl                             one line per result; TensorBoard has the
 """
 
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from tarflow.evaluation.event_file import append_events
 from tarflow.evaluation.metrics.names import is_distance, is_kernel
 from tarflow.evaluation.result_file import FORMAT, RESULT, WORK, load_result, load_work
 from tarflow.files import discard, free_name, listed, publish_dir
+from tarflow.own_paths import make_folder
 from tarflow.records import DamagedFileError, append_record_line, read_lines
 from tarflow.trainer.checkpoint.names import leading_name
 from tarflow.trainer.run_dir import has_run_file, is_run, run_id
@@ -121,14 +121,13 @@ def read_results(root: Path) -> list[tuple[Path, dict[str, Any]]]:
 @contextmanager
 def building(run_dir: Path, name: str) -> Iterator[Path]:
     """A directory to build a result in; whatever ends the block, nothing half-written stays under evals/."""
-    folder = evals_dir(run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(run_dir, evals_dir(run_dir).name)
     temporary = folder / f".{name}.{os.uname().nodename}.{os.getpid()}.{uuid.uuid4().hex[:6]}.tmp"
     temporary.mkdir()
     try:
         yield temporary
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        discard(temporary)
 
 
 def sweep(run_dir: Path) -> None:
@@ -136,7 +135,7 @@ def sweep(run_dir: Path) -> None:
     for path in listed(evals_dir(run_dir), f".*.{os.uname().nodename}.*.tmp"):
         pid = path.name.split(".")[-3]
         if pid.isdigit() and Path("/proc/self").exists() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(path, ignore_errors=True)
+            discard(path)
     for path in listed(work_dir(run_dir, "")):
         name = path.name.rsplit("-", 2)[0]
         result = usable_result(evals_dir(run_dir) / name)
@@ -144,7 +143,7 @@ def sweep(run_dir: Path) -> None:
         checkpoint = leading_name(name)
         forgotten = checkpoint and not (run_dir / "checkpoints" / checkpoint).exists()
         if published or forgotten or path.name.endswith(".gone"):
-            shutil.rmtree(path, ignore_errors=True)
+            discard(path)
 
 
 def publish(run_dir: Path, temporary: Path, name: str, tensorboard: bool) -> bool:

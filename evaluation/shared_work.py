@@ -11,15 +11,15 @@ not keep. A claim is a lease (`tarflow/leases.py`).
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tarflow.files import discarded, put_once
+from tarflow.files import discard, discarded, put_once
 from tarflow.leases import HEARTBEATS, leased, unique_name
+from tarflow.own_paths import create_empty, make_folder, write_new
 from tarflow.records import DamagedFileError, read_object, sealed
 
 LARGEST = 1e9  # of a number in a plan
@@ -81,6 +81,7 @@ class SharedWork:
             temporary = self.folder / f".{name}.{self._name}.tmp"
             try:
                 with discarded(temporary):
+                    create_empty(temporary)
                     compute(name, temporary)
                     put_once(temporary, self.path(name))
             except FileNotFoundError:
@@ -102,14 +103,14 @@ class SharedWork:
             os.rename(folder, gone)
         except FileNotFoundError:
             return
-        shutil.rmtree(gone, ignore_errors=True)
+        discard(gone)
         with suppress(OSError):  # others work beside it
             folder.parent.rmdir()
 
     def _join(self, plan: dict[str, Any]) -> dict[str, Any]:
         while True:
             try:
-                self.claims.mkdir(parents=True, exist_ok=True)
+                make_folder(self.folder.parent, self.folder.name, self.claims.name)
                 return self._agree(plan)
             except FileNotFoundError:
                 continue  # another finished the work and cleared the folder away at this very moment
@@ -118,7 +119,7 @@ class SharedWork:
         path, temporary = self.folder / "plan.json", self.folder / f".plan.{self._name}.tmp"
         if not os.path.lexists(path):
             with discarded(temporary):
-                temporary.write_text(json.dumps(sealed(plan), indent=1))
+                write_new(temporary, json.dumps(sealed(plan), indent=1))
                 put_once(temporary, path)
         what, way_out = "the plan of shared work", f"remove {self.folder} to begin this work again"
         there = read_object(path, what=what, way_out=way_out)

@@ -38,6 +38,8 @@ _WORDS = {
     errno.EACCES: "permission denied",
     errno.EPERM: "the system does not permit it",
     errno.EFBIG: "the file grew beyond what is allowed here (see `ulimit -f`)",
+    errno.ELOOP: "it is a link: what tarflow writes is never written through one (folders above it may be links)",
+    errno.ENXIO: "it is a pipe or a device, where a file is meant",
     errno.ENAMETOOLONG: "the name is too long",
     errno.EMFILE: "too many open files (see `ulimit -n`)",
 }

@@ -1,4 +1,8 @@
-"""Durable writes: a crash leaves the old file or the new one, never half of one. And lines that survive a torn end."""
+"""Durable writes: a crash leaves the old file or the new one, never half of one. And lines that survive a torn end.
+
+Nothing is written through a link (`own_paths.py`): one that has the name of a file that is replaced gives way to it, one
+that has the name of a file that is appended to is an error.
+"""
 
 import errno
 import glob
@@ -15,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.file_systems import NOT_PROVIDED, note_once
+from tarflow.own_paths import create_empty, fill, open_own
 
 
 def fsync_path(path: Path) -> None:
     """Make a file's content durable, or the names in a directory: a rename is only safe once its directory is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         fsync_file(descriptor, path)
     finally:
@@ -79,10 +84,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 def write_text(path: Path, text: str, *, shared: bool = False) -> None:
     """Replace a text file in one step. Unless it is `shared`, this process is its only writer: what a kill left of the
     write before, the next one replaces."""
-    if shared:
-        write_atomic(path, lambda temporary: _write_utf8(temporary, text))
-    else:
-        _replace(path, path.with_name(f".{path.name}.tmp"), lambda temporary: _write_utf8(temporary, text))
+    name = f".{path.name}.{uuid.uuid4().hex[:12]}.tmp" if shared else f".{path.name}.tmp"
+    _replace(path, path.with_name(name), lambda temporary: fill(temporary, text))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -93,7 +96,7 @@ def write_json(path: Path, value: Any) -> None:
 def _replace(path: Path, temporary: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with discarded(temporary), naming(path):
-        temporary.touch()
+        create_empty(temporary)
         mode = temporary.stat().st_mode
         try:
             write(temporary)
@@ -101,7 +104,7 @@ def _replace(path: Path, temporary: Path, write: Callable[[Path], None]) -> None
             if not isinstance(error, OSError):
                 _ask_the_disk(temporary)
             raise
-        if temporary.stat().st_mode != mode:  # a library that writes for its user alone
+        if temporary.lstat().st_mode != mode:  # a library that writes for its user alone
             with suppress(OSError):
                 temporary.chmod(mode)
         fsync_path(temporary)
@@ -131,24 +134,23 @@ def naming(path: Path) -> Iterator[None]:
 
 def _ask_the_disk(path: Path) -> None:
     """Raise the disk's own error, which a library may have put in its own words, if it takes nothing more."""
-    with open(path, "ab") as file:
+    with open(open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as file:
         file.write(bytes(1 << 16))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _write_utf8(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
 def discard(path: Path) -> str | None:
     """Remove a directory that nobody needs, as far as that goes; why some of it stays, or None if it is gone.
 
-    A file that someone holds open over NFS, or a directory that may not be written, is no reason to fail: whoever calls
-    this says so, and tries again later.
+    Links are removed, in it or in its place, and never followed. A file that someone holds open over NFS, or a directory
+    that may not be written, is no reason to fail: whoever calls this says so, and tries again later.
     """
     try:
-        shutil.rmtree(path)
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
     except FileNotFoundError:
         shutil.rmtree(path, ignore_errors=True)  # someone else removes it, too
     except OSError as error:
@@ -215,7 +217,7 @@ class LineWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        self._descriptor = open_own(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         self._whole = ends_whole(self._descriptor)  # the last line came to its end
 
     def write(self, line: str) -> None:
@@ -237,9 +239,9 @@ def ends_whole(descriptor: int) -> bool:
 def append_line(path: Path, line: str, *, durable: bool = False) -> None:
     """Append a line to a file that others append to as well: in one write, so lines do not mix, half a line closed first.
 
-    Raises OSError where it cannot be written whole.
+    Raises OSError where it cannot be written whole, and where the name is that of a link.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = open_own(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         data = ("" if ends_whole(descriptor) else "\n").encode() + line.encode() + b"\n"
         if os.write(descriptor, data) < len(data):
@@ -248,27 +250,6 @@ def append_line(path: Path, line: str, *, durable: bool = False) -> None:
             fsync_file(descriptor, path)
     finally:
         os.close(descriptor)
-
-
-def append_json_line(path: Path, value: Any) -> None:
-    """Add one JSON object as a line, durably. A torn last line, left by a crash, is closed first and spoils no other."""
-    append_line(path, json.dumps(value, allow_nan=False), durable=True)
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file of lines; a missing file has none, a torn line is left out."""
-    rows: list[dict[str, Any]] = []
-    if not path.is_file():
-        return rows
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
-    return rows
 
 
 def crc32(path: Path) -> int:

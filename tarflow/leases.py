@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tarflow.files import discarded, listed
+from tarflow.own_paths import create_empty, open_own, write_new
 
 HEARTBEATS = 5  # renewals within a lease
 
@@ -87,7 +88,7 @@ def _create(path: Path) -> Path:
     holder = json.dumps({"host": os.uname().nodename, "pid": os.getpid()})
     temporary = path.with_name(f".{path.name}.{unique_name()}.tmp")
     with discarded(temporary):
-        temporary.write_text(holder)
+        write_new(temporary, holder)
         try:
             os.link(temporary, path)
         except FileNotFoundError:
@@ -104,7 +105,9 @@ def _create(path: Path) -> Path:
 def _holds(lease: Path, lease_s: float) -> bool:
     """Whether the process that made a lease may still be at it."""
     try:
-        with open(lease) as file:  # opening it makes a network file system ask the server for its time
+        with open(
+            open_own(lease, os.O_RDONLY)
+        ) as file:  # opening it makes a network file system ask the server for its time
             text, renewed = file.read(), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return False
@@ -114,6 +117,8 @@ def _holds(lease: Path, lease_s: float) -> bool:
         holder = json.loads(text)
     except ValueError:
         return True  # just made, where there are no hard links
+    if not isinstance(holder, dict):
+        return True
     here = holder.get("host") == os.uname().nodename and Path("/proc/self").exists()
     return not here or Path(f"/proc/{holder.get('pid')}").exists()
 
@@ -121,7 +126,7 @@ def _holds(lease: Path, lease_s: float) -> bool:
 def _now(folder: Path) -> float:
     """The file server's time."""
     clock = folder / f".clock.{unique_name()}"
-    clock.touch()
+    create_empty(clock)
     try:
         return clock.stat().st_mtime
     finally:
@@ -146,7 +151,7 @@ def _touch(lease: Path) -> None:
     except FileNotFoundError:
         raise
     except OSError:  # a file system that lets nobody set times: writing sets them as well
-        with open(lease, "r+") as file:
+        with open(open_own(lease, os.O_RDWR), "r+") as file:
             text = file.read()
             file.seek(0)
             file.write(text)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tarflow.file_systems import note_once
 from tarflow.leases import held, leased
+from tarflow.own_paths import fill, open_own
 
 LEASE_S = 60.0
 _LOOK_S = 0.2  # between two looks at a lease that another holds
@@ -58,7 +59,7 @@ def locked(
 def sign(path: Path) -> None:
     """Write into a lock file who holds it, for `holder`."""
     with suppress(OSError):  # a full disk
-        path.write_text(f"host {os.uname().nodename}, pid {os.getpid()}")
+        fill(path, f"host {os.uname().nodename}, pid {os.getpid()}")
 
 
 def holder(path: Path, who: str = "") -> str:
@@ -72,7 +73,7 @@ def holder(path: Path, who: str = "") -> str:
 def _lock(path: Path, wait: bool) -> int | None:
     """A descriptor that holds the lock; None where another process does. Raises NoLocksError."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if _is_named(path, descriptor):

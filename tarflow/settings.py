@@ -29,6 +29,13 @@ def _whole_number(value: Any) -> Any:
 
 Count = Annotated[int, BeforeValidator(_whole_number)]
 
+# Every number of every section has a lower and an upper bound: beyond anything that is meant, within what can be computed
+# with. A slip of the keyboard is said at once, and not by what it would lead to.
+MOST_IMAGES = 10**15  # seen by a run; whole in a float64
+MOST_IN_A_SET = 10**12  # of images that an evaluation draws or reads
+MOST_SECONDS = 30 * 86_400
+MOST_SEED = 2**63 - 1
+
 
 def at_home(value: Any) -> Any:
     """A path with the home directory in place of a leading `~`; whatever else is given as it is."""

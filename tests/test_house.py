@@ -84,7 +84,7 @@ ROOMS_BELOW = {
 TRAINER_FOR_EVALUATION = {"config", "run_dir", "checkpoint", "errors"}
 # Files of tarflow/ that every room may import.
 GROUND = {
-    "code_version", "errors", "file_systems", "files", "interpreter", "leases", "locks", "npz", "outputs", "records",
+    "code_version", "errors", "file_systems", "files", "interpreter", "leases", "locks", "npz", "outputs", "own_paths", "records",
     "settings", "terminal",
 }  # fmt: skip
 
@@ -169,9 +169,7 @@ def test_nothing_imports_a_room_by_its_bare_name() -> None:
         text = path.read_text()
         for room in re.findall(r"(?:^|[\"';\n])\s*(?:from|import) +(\w+)", text):  # programs in strings too
             assert room not in ROOMS, f"{path.relative_to(ROOT)}: a program in a string imports {room}"
-        for module in re.findall(
-            r"[\"'](\w+)(?:\.\w+)+[\"':]", text
-        ):  # names for monkeypatch and -m; `evaluation` is a section, too
+        for module in re.findall(r"[\"'](\w+)(?:\.\w+)+[\"':]", text):  # names for monkeypatch and -m; `evaluation` is a section, too
             assert module not in ROOMS or module == "evaluation", f"{path.relative_to(ROOT)} names a module of {module}"
 
 
@@ -193,9 +191,7 @@ def test_no_module_is_loaded_under_two_names() -> None:
         "assert len(ours) > 100 and len(ours) == len(set(ours)), sorted(f for f in ours if ours.count(f) > 1)\n"
     )
     names = sorted(n for n in SOURCES if not n.endswith("__main__"))
-    done = subprocess.run(
-        [sys.executable, "-c", program, *names], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", program, *names], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-1000:]
 
 

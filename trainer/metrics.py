@@ -21,6 +21,7 @@ from torch import Tensor
 from tarflow.files import LineWriter
 from tarflow.models.likelihood import bits_from_nats
 from tarflow.outputs import styled
+from tarflow.own_paths import make_folder
 from tarflow.records import sealed
 from tarflow.terminal import plain_lines
 
@@ -104,7 +105,7 @@ class MetricLog:
         self._curves: Path | None = None
         self._progress: Progress | None = None
         if rank:
-            (run_dir / "logs").mkdir(exist_ok=True)
+            make_folder(run_dir, "logs")
             self._text = LineWriter(run_dir / "logs" / f"rank-{rank:04d}.log")
             return
         self._jsonl = LineWriter(run_dir / "metrics.jsonl")
@@ -120,6 +121,7 @@ class MetricLog:
         if self._curves is not None:
             from torch.utils.tensorboard import SummaryWriter
 
+            make_folder(self._curves.parent, self._curves.name)
             self._writer = SummaryWriter(str(self._curves), purge_step=images_seen + 1)
 
     def say(self, text: str, *, last_words: bool = False) -> None:

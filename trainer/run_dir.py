@@ -20,6 +20,7 @@ from pydantic import Field
 from tarflow.files import append_line, write_text
 from tarflow.interpreter import JOB_VARIABLE
 from tarflow.locks import holder, locked
+from tarflow.own_paths import fill, refuse_link
 from tarflow.records import DamagedFileError, Record, load_record, save_record, sealed
 from tarflow.trainer.config.files import load_config, sealed_text
 from tarflow.trainer.config.schema import Config
@@ -138,6 +139,8 @@ def save_config(run_dir: Path, config: Config) -> None:
 def writer_lock(run_dir: Path) -> Iterator[None]:
     """Hold a run as its only writer. The lock ends with the process, however it ends (case C10)."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("checkpoints", "ema", "ema/snapshots"):  # what its writer may remove from lies in the run directory itself
+        refuse_link(run_dir / name)
     path = run_dir / LOCK
 
     def lost() -> None:
@@ -152,7 +155,7 @@ def writer_lock(run_dir: Path) -> Iterator[None]:
             who = holder(path, str(read_holder(run_dir) or ""))
             raise TrainerError(f"run {run_dir} is in use by another process ({who}); two writers would garble it")
         with suppress(OSError):  # a full disk
-            path.write_text(json.dumps(sealed(asdict(Holder.of_this_process()))))
+            fill(path, json.dumps(sealed(asdict(Holder.of_this_process()))))
         yield
 
 

@@ -49,7 +49,9 @@ class Child:
     """A running command. Its error output goes on to ours, and the last lines are kept."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
-        self._process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, errors="replace")
+        self._process = subprocess.Popen(  # noqa: S603 -- this package, or srun with it
+            command, env=env, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
         self._lines: deque[str] = deque(maxlen=20)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -27,6 +27,7 @@ from tarflow.cluster.job.rendezvous import meet
 from tarflow.errors import UserError, in_words
 from tarflow.files import listed
 from tarflow.interpreter import HOME, JOB_VARIABLE, module_command
+from tarflow.own_paths import create_empty, make_folder
 from tarflow.records import DamagedFileError, Record, load_record, save_record
 from tarflow.terminal import message
 
@@ -94,7 +95,7 @@ class Task:
     def begin(self, signals: Signals) -> None:
         if self.first:
             self.chain = self.own_chain()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.slurm_dir, self.folder.parent.name, self.folder.name)
         if self.first:  # counted before anything can fail: else a job that always fails here would restart for ever
             nodes = os.environ.get("SLURM_JOB_NODELIST", self.node)
             self.chain.begin(self.restart, self.progress(), nodes)
@@ -143,7 +144,7 @@ class Task:
                 break
             self.say(f"{(self.failure() or outcome).text}; restart {again} of {job.restarts_in_place} in place")
             self.round = self.folder / f"again-{again}"
-            self.round.mkdir(exist_ok=True)
+            make_folder(self.folder, self.round.name)
             outcome = self.attempt(signals)
         return outcome
 
@@ -226,7 +227,7 @@ class Task:
     def noted(self, outcome: Outcome) -> Outcome:
         """Let the other tasks know of a failure, or of the end."""
         if outcome.code == FINISHED:
-            (self.round / f"finished-{self.place.rank}").touch()
+            create_empty(self.round / f"finished-{self.place.rank}")
         elif not outcome.stopped and self.place.size > 1:
             note = self.round / f"failed-{self.place.rank}.json"
             if not note.exists():

@@ -14,6 +14,7 @@ from tarflow.cluster.answers import answer
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job.environment import Place
 from tarflow.interpreter import module_command
+from tarflow.own_paths import write_new
 from tarflow.records import Record, load_record, save_record
 
 CLOCK_TOLERANCE_S = 30.0
@@ -43,7 +44,7 @@ def check_node(run_dir: Path, node: str, gpus: int, min_free_gb: float) -> None:
     probe = run_dir / "slurm" / f".probe-{node}-{os.getpid()}"
     try:
         before = time.time()
-        probe.write_text(node)
+        write_new(probe, node)
         skew = probe.stat().st_mtime - before
         probe.unlink()
     except OSError as error:

@@ -10,26 +10,26 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.submission.sbatch_options import check_sbatch
-from tarflow.cluster.submission.times import minutes
+from tarflow.cluster.submission.times import LONGEST_DAYS, minutes
 from tarflow.settings import at_home
-from tarflow.trainer.config.plain_yaml import parse_yaml
+from tarflow.trainer.config.plain_yaml import parse_yaml, yaml_text
 from tarflow.trainer.errors import TrainerError
 
 
 class Profile(BaseModel):
     """How jobs are asked for on a cluster. Every field has an effect; an unknown one is refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     partition: str | None = Field(None, description="partition(s) to run in")
     account: str | None = Field(None, description="account that pays")
     qos: str | None = Field(None, description="quality of service")
     constraint: str | None = Field(None, description="features a node must have")
     exclude: str | None = Field(None, description="nodes never to use")
-    gpus: int = Field(0, ge=0, description="GPUs per node")
-    cpus: int | None = Field(None, gt=0, description="CPUs per process")
-    mem: str | None = Field(None, pattern=r"^\d+[KMGT]?B?$", description="memory per node, e.g. 64G")
-    time: int = Field(60, description="time limit: minutes, H:MM:SS or D-HH:MM:SS")
+    gpus: int = Field(0, ge=0, le=1024, description="GPUs per node")
+    cpus: int | None = Field(None, gt=0, le=1 << 16, description="CPUs per process")
+    mem: str | None = Field(None, pattern=r"^[0-9]{1,9}[KMGT]?B?$", description="memory per node, e.g. 64G")
+    time: int = Field(60, gt=0, le=LONGEST_DAYS * 1440, description="time limit: minutes, H:MM:SS or D-HH:MM:SS")
     signal_before: int = Field(
         120, gt=0, le=65535, description="seconds before the limit at which the job is told to save"
     )
@@ -42,16 +42,21 @@ class Profile(BaseModel):
     )
     sbatch: dict[str, str] = Field({}, description="further options of sbatch: name without dashes -> value")
     srun: tuple[str, ...] = Field((), description="further options of srun, with dashes")
-    array_parallelism: int = Field(256, gt=0, description="elements of a sweep that run at once")
-    max_restarts: int = Field(100, ge=0, description="restarts at which a chain of jobs stops")
-    max_no_progress: int = Field(3, ge=0, description="restarts without a newer checkpoint at which it stops")
+    array_parallelism: int = Field(256, gt=0, le=1 << 20, description="elements of a sweep that run at once")
+    max_restarts: int = Field(100, ge=0, le=10**6, description="restarts at which a chain of jobs stops")
+    max_no_progress: int = Field(3, ge=0, le=10**6, description="restarts without a newer checkpoint at which it stops")
     restarts_in_place: int = Field(
-        0, ge=0, description="restarts after a failed process that keep the allocation, before the job is requeued"
+        0,
+        ge=0,
+        le=1000,
+        description="restarts after a failed process that keep the allocation, before the job is requeued",
     )
     preflight: Literal["off", "files", "full"] = Field(
         "full", description="checks before the first step: files = the run directory; full = also devices, all-reduce"
     )
-    min_free_gb: float = Field(1.0, ge=0, description="free space in the run directory below which no job starts")
+    min_free_gb: float = Field(
+        1.0, ge=0, le=1e9, description="free space in the run directory below which no job starts"
+    )
 
     @field_validator("time", mode="before")
     @classmethod
@@ -101,9 +106,7 @@ def load_profile(path: Path | None, changes: dict[str, Any] | None = None) -> Pr
             )
         try:
             # All scalars as text: YAML would read 72:00:00 as the number 259200 (case C01).
-            tree = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
-        except UnicodeDecodeError as error:
-            raise ClusterError(f"{path} is not readable YAML: {error}") from None
+            tree = parse_yaml(yaml_text(path), str(path)) or {}
         except TrainerError as error:
             raise ClusterError(str(error)) from None
         if not isinstance(tree, dict):
@@ -114,7 +117,7 @@ def load_profile(path: Path | None, changes: dict[str, Any] | None = None) -> Pr
         profile = Profile.model_validate(tree)
     except ValidationError as error:
         typed = {key: f"--{key}" for key in changes or {}}
-        raise ClusterError("\n".join(_explain(item, source, typed) for item in error.errors())) from None
+        raise ClusterError("\n".join(_explain(item, source, typed) for item in error.errors()[:20])) from None
     check_sbatch(profile.sbatch, source)
     return profile
 

@@ -22,6 +22,7 @@ from tarflow.cluster.submission.own_folder import check_own
 from tarflow.cluster.submission.profile import Profile
 from tarflow.errors import in_words
 from tarflow.files import write_text
+from tarflow.own_paths import make_folder
 from tarflow.trainer.config.files import config_text, load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.plan import describe
@@ -217,7 +218,7 @@ def _train_job(request: Submission, run_dir: Path, config: Config, shared: Path,
         folder = run_dir / "slurm"
         code = _code(shared)
         check_own(folder)
-        folder.mkdir(exist_ok=True)
+        make_folder(folder.parent, folder.name)
         path = folder / f"config-{time.strftime('%Y%m%d-%H%M%S')}-{submission[:12]}.yaml"
         write_text(path, config_text(config))
     except OSError as error:
@@ -249,7 +250,7 @@ def evaluation_job(
 def _code(slurm_dir: Path) -> Path:
     """The snapshot of the code in a folder that nobody else can change."""
     check_own(slurm_dir)
-    slurm_dir.mkdir(exist_ok=True)
+    make_folder(slurm_dir.parent, slurm_dir.name)
     return snapshot.take(slurm_dir)
 
 
@@ -266,7 +267,7 @@ def _text(batch: Batch, count: int) -> str:
 
 def _send(batch: Batch, jobs: Sequence[Job]) -> list[str]:
     """Submit jobs, several as one array; their ids."""
-    batch.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(batch.folder.parent, batch.folder.name)
     description = batch.folder / f"job-{jobs[0].submission}.json"
     try:
         digest = save_description(description, tuple(jobs))

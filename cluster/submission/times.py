@@ -12,14 +12,15 @@ _CLOCK = re.compile(r"(\d+):(\d{1,2})(?::(\d{1,2}))?")
 
 def minutes(value: int | str, setting: str = "time") -> int:
     """Minutes of a time limit, seconds rounded up. Anything implausible is refused here, not by a queue tomorrow."""
-    total = _seconds(str(value).strip())
+    text = str(value).strip()
+    total = _seconds(text) if len(text) <= 40 else None
     if total is None:
-        raise ClusterError(f"{setting}={value!r} is not a time limit: {_FORMS}")
+        raise ClusterError(f"{setting}={text[:40]!r} is not a time limit: {_FORMS}")
     if total <= 0:
         raise ClusterError(f"{setting}={value!r} leaves a job no time: {_FORMS}")
     if total > LONGEST_DAYS * 86400:
         raise ClusterError(
-            f"{setting}={value!r} would be {total / 86400:.0f} days, over {LONGEST_DAYS}: {_FORMS} (a bare number is minutes)"
+            f"{setting}={value!r} would be {total / 86400:,.0f} days, over {LONGEST_DAYS}: {_FORMS} (a bare number is minutes)"
         )
     return -(-total // 60)
 

@@ -39,7 +39,7 @@ def look_at(data: bytes) -> Look | None:
                 if file is not None and not _too_large(webp_canvas(file)):
                     with Image.open(io.BytesIO(file), formats=FORMATS) as image:
                         return _look(image)
-            except Exception:  # whatever a plug-in raises for a damaged file
+            except Exception:  # noqa: S112 -- whatever a plug-in raises for a damaged file: another one may show more
                 continue
     return None
 

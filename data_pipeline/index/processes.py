@@ -80,7 +80,7 @@ def cores() -> int:
 
 def _start() -> subprocess.Popen[bytes]:
     with deaf_to_terminals():
-        return subprocess.Popen(
+        return subprocess.Popen(  # noqa: S603 -- this package, by its own interpreter
             module_command("tarflow.data_pipeline.index.processes"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env=child_environment(OMP_NUM_THREADS="1"),
         )  # fmt: skip
@@ -92,7 +92,7 @@ def _ask(process: subprocess.Popen[bytes], work: Callable[[Any], Any], job: Any)
     try:
         pickle.dump((work, job), process.stdin)
         process.stdin.flush()
-        good, value = pickle.load(process.stdout)
+        good, value = pickle.load(process.stdout)  # noqa: S301 -- from the process that was started above
     except (EOFError, BrokenPipeError, pickle.UnpicklingError):
         raise DataError(f"a process that worked on {job!r:.300} ended with exit code {process.wait()}") from None
     if not good:
@@ -106,7 +106,7 @@ def _serve() -> None:
     os.dup2(2, 1)
     while True:
         try:
-            work, job = pickle.load(sys.stdin.buffer)
+            work, job = pickle.load(sys.stdin.buffer)  # noqa: S301 -- from the process that started this one
         except EOFError:
             return
         try:

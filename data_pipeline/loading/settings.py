@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.storage.remote import Access, address
-from tarflow.settings import Count, Section, at_home
+from tarflow.settings import MOST_SECONDS, Count, Section, at_home
 
 
 def _place(value: Any) -> Any:
@@ -40,26 +40,34 @@ class DataSettings(Section):
         None, description="folder of a node's cache of remote shards; null = in the system's temporary folder"
     )
     cache_bytes: Count = Field(
-        32 << 30, ge=0, description="bound of that cache; 0 = none, every sample is a request for its range"
+        32 << 30, ge=0, le=1 << 50, description="bound of that cache; 0 = none, every sample is a request for its range"
     )
-    timeout_s: float = Field(30.0, gt=0, description="seconds without a byte after which a remote request is given up")
-    retries: Count = Field(5, ge=0, description="attempts after the first at a remote request")
+    timeout_s: float = Field(
+        30.0, gt=0, le=MOST_SECONDS, description="seconds without a byte after which a remote request is given up"
+    )
+    retries: Count = Field(5, ge=0, le=1000, description="attempts after the first at a remote request")
     allow_roots: tuple[str, ...] = Field(
         (),
-        description="addresses (https://cdn.example.org/sets) under which shards may lie, and redirects may lead, beside the "
+        max_length=100,
+        description="addresses (s3://bucket/sets) under which shards may lie, and redirects may lead, beside the "
         "address of the index itself",
     )
     flip: bool = Field(False, description="mirror images left to right at random")
-    num_workers: Count = Field(0, ge=0, description="decoding processes per rank; 0 = a thread of the training process")
-    prefetch_batches: Count = Field(4, gt=0, description="batches that wait ready")
-    num_canonical_nodes: Count = Field(1, gt=0, description="parts of the data set that are read apart from each other")
-    shuffle_block: Count = Field(65536, gt=0, description="samples that are shuffled among each other")
+    num_workers: Count = Field(
+        0, ge=0, le=1024, description="decoding processes per rank; 0 = a thread of the training process"
+    )
+    prefetch_batches: Count = Field(4, gt=0, le=1024, description="batches that wait ready")
+    num_canonical_nodes: Count = Field(
+        1, gt=0, le=1 << 20, description="parts of the data set that are read apart from each other"
+    )
+    shuffle_block: Count = Field(65536, gt=0, le=1 << 40, description="samples that are shuffled among each other")
     on_error: Literal["strict", "skip"] = Field(
         "strict", description="strict: a damaged image stops the run; skip: count and replace it"
     )
     max_image_pixels: Count = Field(
         MAX_PIXELS,
         gt=0,
+        le=1 << 34,
         description="pixels of the largest image that is decoded; of a JPEG, at the size it is decoded at",
     )
     max_bad_share: float = Field(

@@ -171,7 +171,7 @@ class StreamSource:
         empty = 0
         while True:
             number = self._shard_at(place)
-            mixer = random.Random(keyed.key(self.seed, "stream samples", place))
+            mixer = random.Random(keyed.key(self.seed, "stream samples", place))  # noqa: S311 -- an order, no secret
             waiting: list[tuple[dict[str, Any], int, int]] = []
             row = -1
             for row, sample in enumerate(self._open(number)):

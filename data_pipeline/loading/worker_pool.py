@@ -202,7 +202,7 @@ def _start(config: dict[str, object]) -> subprocess.Popen[bytes]:
     # Exactly these three descriptors are inherited; the workers find the package where this process found it.
     inherited = [int(str(config[name])) for name in ("memory", "tasks", "results")]
     with deaf_to_terminals():
-        return subprocess.Popen(
+        return subprocess.Popen(  # noqa: S603 -- this package, by its own interpreter
             module_command("tarflow.data_pipeline.loading.worker", json.dumps(config)),
             pass_fds=inherited, stdin=subprocess.DEVNULL, env=child_environment(OMP_NUM_THREADS="1"),
         )  # fmt: skip

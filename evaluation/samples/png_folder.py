@@ -23,6 +23,7 @@ from torch import Tensor
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.png_check import flaw_of_file
 from tarflow.files import listed, write_atomic
+from tarflow.own_paths import make_folder
 from tarflow.records import read_object, write_object
 from tarflow.terminal import plain
 
@@ -48,7 +49,7 @@ class SampleFolder:
         self._check_settings()
         self._check_names()
         self.damaged = self._damaged(shape)  # sample -> what was wrong with its file; drawn again
-        self.images.mkdir(parents=True, exist_ok=True)
+        make_folder(root, self.images.name)
         self._write_settings([], complete=False)
 
     def path(self, index: int) -> Path:

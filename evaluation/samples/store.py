@@ -30,6 +30,7 @@ from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.shared_work import SharedWork
 from tarflow.files import listed, put_once
 from tarflow.leases import unique_name
+from tarflow.own_paths import create_empty, make_folder, write_new
 from tarflow.records import DamagedFileError, save_record, write_object
 from tarflow.trainer.checkpoint.names import leading_name
 
@@ -54,7 +55,7 @@ class SampleStore:
         self._waiting: dict[int, tuple[bytes, int]] = {}
         self._check()
         self._remove_damaged(shape, say)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent.parent, folder.parent.name, folder.name)
         if not os.path.lexists(folder / SETTINGS):
             write_object(folder / SETTINGS, self.about)
 
@@ -138,6 +139,7 @@ class SampleStore:
     def _write_shard(self, indices: range, path: Path) -> None:
         temporary = path.with_name(f".{path.name}.{unique_name()}.tmp")
         try:
+            create_empty(temporary)
             with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as shard:
                 for index in indices:
                     if index in self._waiting:
@@ -150,12 +152,11 @@ class SampleStore:
             temporary.unlink(missing_ok=True)
 
     def _write_images(self, indices: range, path: Path) -> None:
-        images = self.folder / "images"
-        images.mkdir(exist_ok=True)
+        images = make_folder(self.folder, "images")
         for index in indices:
             if index in self._waiting:
                 temporary = self.folder / f".{index}.{unique_name()}.tmp"
-                temporary.write_bytes(self._waiting[index][0])
+                write_new(temporary, self._waiting[index][0])
                 put_once(temporary, images / f"{index:08d}.png")
         labels = {str(index): self._waiting[index][1] for index in indices if index in self._waiting}
         sizes = {index: (images / f"{int(index):08d}.png").stat().st_size for index in labels}

@@ -5,24 +5,27 @@ from typing import Literal
 from pydantic import Field
 
 from tarflow.models.sampling.guidance import Guidance
-from tarflow.settings import Count, Section
+from tarflow.settings import MOST_SEED, Count, Section
 
 
 class SamplingSettings(Section):
     """How images are drawn from the model: all of it goes into every result."""
 
-    guidance: float = Field(0.0, ge=0, description="weight w of a = a_c + w (a_c - a_u); 0 = none")
+    guidance: float = Field(0.0, ge=0, le=1e4, description="weight w of a = a_c + w (a_c - a_u); 0 = none")
     guide: Literal["a", "b", "ab"] = Field("ab", description="what is guided: log-scale a, shift b")
-    attn_temp: float = Field(1.0, gt=0, description="attention temperature of the unguided half")
+    attn_temp: float = Field(1.0, ge=1e-4, le=1e4, description="attention temperature of the unguided half")
     annealed: bool = Field(True, description="let the weight grow over the tokens")
     denoise: float | None = Field(
-        None, ge=0, description="multiplier of the score-based denoising step; 0 = none, null = 1 after gaussian noise"
+        None,
+        ge=0,
+        le=1e4,
+        description="multiplier of the score-based denoising step; 0 = none, null = 1 after gaussian noise",
     )
-    batch_size: Count = Field(64, gt=0, description="images drawn at once; does not change them")
+    batch_size: Count = Field(64, gt=0, le=1 << 20, description="images drawn at once; does not change them")
     param_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype of the network's products while sampling"
     )
-    seed: Count = Field(0, ge=0, description="key of the noise: image i depends on (seed, i) alone")
+    seed: Count = Field(0, ge=0, le=MOST_SEED, description="key of the noise: image i depends on (seed, i) alone")
     labels: Literal["balanced", "training"] = Field(
         "balanced", description="classes of the samples: each as often, or as often as in data.train"
     )

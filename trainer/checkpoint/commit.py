@@ -22,6 +22,7 @@ from typing import Any
 from pydantic import Field
 
 from tarflow.files import crc32, discard, free_name, fsync_path, fsync_tree, listed, write_text
+from tarflow.own_paths import make_folder
 from tarflow.records import DamagedFileError, Record, load_record, save_record
 from tarflow.trainer.checkpoint.marker import (
     MARKER,
@@ -156,6 +157,7 @@ def find(
         if is_newer(path, usable[-1]):
             (say or _warn)(f"WARNING: checkpoint {path.name} is damaged and not used: {why}")
     if step is None and images is None and not usable:
+        check_identity(run_dir)
         whys = "; ".join(f"{path.name}: {why}" for path, why in sorted(refused.items())[-4:] if why.committed)
         raise TrainerError(
             f"run {run_dir} has no {f'usable checkpoint ({whys})' if whys else 'committed checkpoint yet'}"
@@ -324,7 +326,7 @@ def pinned(checkpoint: Checkpoint, owner: str) -> Iterator[None]:
     """Keep retention away from a checkpoint while it is read. A pin of a process that died expires by itself."""
     pin = checkpoint.path.parent / "pins" / f"{checkpoint.name}.{owner.replace('/', '_')}"
     with suppress(OSError):  # who may not write here reads without a pin
-        pin.parent.mkdir(exist_ok=True)
+        make_folder(checkpoint.path.parent, "pins")
         save_record(pin, Pin(host=os.uname().nodename, pid=os.getpid()))
     try:
         if not (checkpoint.path / MARKER).exists():

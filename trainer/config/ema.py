@@ -2,7 +2,9 @@
 
 from pydantic import Field, model_validator
 
-from tarflow.settings import Count, Section
+from tarflow.settings import MOST_IMAGES, Count, Section
+
+MOST_AVERAGES = 16  # of each kind: each is as large as the weights
 
 
 def power_name(relative_std: float) -> str:
@@ -19,12 +21,17 @@ class EMAConfig(Section):
     """Averages of the weights: power-function profiles (arXiv 2312.02696), constant decays. Sharded as the weights are."""
 
     relative_stds: tuple[float, ...] = Field(
-        (0.05, 0.1), description="width of each power-function average, as a share of the run so far"
+        (0.05, 0.1),
+        max_length=MOST_AVERAGES,
+        description="width of each power-function average, as a share of the run so far",
     )
-    decays: tuple[float, ...] = Field((), description="decay per step of ordinary averages besides, e.g. [0.9999]")
+    decays: tuple[float, ...] = Field(
+        (), max_length=MOST_AVERAGES, description="decay per step of ordinary averages besides, e.g. [0.9999]"
+    )
     snapshot_every_images: Count = Field(
         0,
         ge=0,
+        le=MOST_IMAGES,
         description="images between snapshots of the averages, kept for ever, from which `tarflow ema` makes any width; "
         "each comes with a checkpoint; 0 = none",
     )

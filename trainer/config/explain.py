@@ -17,7 +17,7 @@ _WRONG_FORM = {
 
 def explain(item: Any, source: str, origin: Mapping[str, str]) -> str:
     """One of pydantic's errors. `source`: the file; `origin`: key -> the override that set it."""
-    path = [str(part) for part in item["loc"]]
+    path = [str(part)[:100] for part in item["loc"]]
     key = ".".join(path)
     where = _where(key, source, origin)
     if item["type"] == "extra_forbidden":
@@ -25,18 +25,20 @@ def explain(item: Any, source: str, origin: Mapping[str, str]) -> str:
     if item["type"] == "missing":
         return f"{where}: setting {key} is required"
     if item["type"] in _WRONG_FORM:
-        return f"{where}: {key}={item['input']!r}: {_WRONG_FORM[item['type']]}"
+        return f"{where}: {key}={shown(item['input'])}: {_WRONG_FORM[item['type']]}"
     message = item["msg"].removeprefix("Value error, ")
     if not path or (item["type"] == "value_error" and isinstance(item.get("input"), Mapping)):
         return f"{where}: {message}"
-    return f"{where}: {key}={item['input']!r}: {message[0].lower()}{message[1:]}{_near_choice(path, item['input'])}"
+    return (
+        f"{where}: {key}={shown(item['input'])}: {message[0].lower()}{message[1:]}{_near_choice(path, item['input'])}"
+    )
 
 
 def without_section(override: str) -> str:
     """What to say of an override that is no `section.key=value`."""
     key, equals, value = override.partition("=")
     meant = " or ".join(f"{name}={value}" if equals else f"{name}=VALUE" for name in _sections_with(key))
-    form = f"override {override!r} must have the form section.key=value"
+    form = f"override {shown(override)} must have the form section.key=value"
     return f"{form}: did you mean {meant}?" if meant else form
 
 
@@ -100,3 +102,9 @@ def _near_choice(path: Sequence[str], value: Any) -> str:
         return ""
     near = difflib.get_close_matches(str(value), get_args(field.annotation), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def shown(value: Any) -> str:
+    """A value as it was given, in its first characters: it may be a document."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text):,} characters)"

@@ -13,12 +13,13 @@ import yaml
 from pydantic import ValidationError
 
 from tarflow.records import DamagedFileError
-from tarflow.trainer.config.explain import explain, without_section
-from tarflow.trainer.config.plain_yaml import parse_yaml
+from tarflow.trainer.config.explain import explain, shown, without_section
+from tarflow.trainer.config.plain_yaml import parse_yaml, yaml_text
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError
 
 _SEAL = re.compile(r"# checksum ([0-9a-f]{8}) of the lines below; [^\n]*\n")
+MOST_FAULTS = 20  # that one error tells
 NULLS = {"", "~", "null", "Null", "NULL"}
 
 
@@ -27,10 +28,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     if not path.is_file():
         raise TrainerError(f"no configuration file at {path}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TrainerError(f"{path} is not readable YAML: {error}") from None
+    text = yaml_text(path)
     _check_seal(path, text)
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
@@ -46,8 +44,8 @@ def build_config(tree: Mapping[str, Any], source: str, overrides: Sequence[str])
         key, equals, value = override.partition("=")
         if not equals or "." not in key:
             raise TrainerError(without_section(override))
-        origin[key] = f"override {override!r}"
-        _assign(whole, key.split("."), parse_yaml(value, f"the value of override {override!r}"))
+        origin[key] = f"override {shown(override)}"
+        _assign(whole, key.split("."), parse_yaml(value, f"the value of {origin[key]}"))
     return parse_config(whole, source, origin)
 
 
@@ -66,8 +64,10 @@ def parse_config(tree: Mapping[str, Any], source: str, origin: Mapping[str, str]
         # A section without a setting (all commented out, say) stands for its defaults.
         return Config.model_validate({k: {} if v is None else v for k, v in _nulls(tree).items()})
     except ValidationError as error:
-        lines = [explain(item, source, origin or {}) for item in error.errors()]
-        raise TrainerError("\n".join(dict.fromkeys(lines))) from None
+        faults = error.errors()
+        lines = dict.fromkeys(explain(item, source, origin or {}) for item in faults[:MOST_FAULTS])
+        more = [f"and {len(faults) - MOST_FAULTS:,} more"] if len(faults) > MOST_FAULTS else []
+        raise TrainerError("\n".join([*lines, *more])) from None
 
 
 def _nulls(value: Any) -> Any:

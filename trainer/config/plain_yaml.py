@@ -2,16 +2,27 @@
 
 YAML's own guesses about scalars are not used (it reads 1e-4 as text, 010 as eight and 12:30:00 as 45000: case K01).
 PyYAML keeps the last of two equal keys in silence: a section written twice would lose its first half.
+
+A configuration may come from someone else: its size, its depth and the number of its nodes, aliases written out, are
+bounded while it is read (eight lines of aliases can stand for a billion nodes), and tags that would ask for more than plain
+values are refused.
 """
 
 from collections.abc import Hashable
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tarflow.trainer.errors import TrainerError
 
+MOST_BYTES = 1 << 20
+MOST_DEPTH = 32
+MOST_NODES = 20_000
+_TOO_LONG = f"it has more than {MOST_BYTES:,} bytes"
 _MERGE = "<<"
+_STANDARD = "tag:yaml.org,2002:"
+_PLAIN_TAGS = {_STANDARD + kind for kind in ("str", "int", "float", "bool", "null", "seq", "map", "merge")} | {"!"}
 
 
 class _RefusedError(Exception):
@@ -19,6 +30,45 @@ class _RefusedError(Exception):
 
 
 class _Loader(yaml.BaseLoader):
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._nodes = 0
+        self._sizes: dict[int, tuple[int, int]] = {}  # node -> (nodes in it, its height)
+        self._lowest = 0  # depth of the deepest node since the one that is read now began
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Count as aliases are followed: what is read from here on would be copied as often as it is named."""
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            node = super().compose_node(parent, index)
+            if id(node) not in self._sizes:
+                raise _RefusedError(f"line {_line(event)}: *{event.anchor} is recursive, it stands in what it names")
+            nodes, height = self._sizes[id(node)]
+            self._count(event, nodes, height)
+            return node
+        tag = getattr(event, "tag", None)
+        if tag is not None and tag not in _PLAIN_TAGS:
+            shown = tag.replace(_STANDARD, "!!")[:80]
+            raise _RefusedError(f"line {_line(event)}: the tag {shown!r} is not used here; write the value itself")
+        before, above, self._lowest = self._nodes, self._lowest, self._depth
+        self._count(event, 1, 1)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        self._sizes[id(node)] = self._nodes - before, self._lowest - self._depth
+        self._lowest = max(self._lowest, above)
+        return node
+
+    def _count(self, event: yaml.Event, nodes: int, height: int) -> None:
+        self._nodes += nodes
+        self._lowest = max(self._lowest, self._depth + height)
+        if self._depth + height > MOST_DEPTH:
+            raise _RefusedError(f"line {_line(event)}: nested too deeply, more than {MOST_DEPTH} levels")
+        if self._nodes > MOST_NODES:
+            raise _RefusedError(
+                f"line {_line(event)}: more than {MOST_NODES:,} values and lists, aliases counted as often as they stand"
+            )
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         tree: dict[Hashable, Any] = {}
         taken_in: dict[Hashable, Any] = {}
@@ -42,13 +92,32 @@ class _Loader(yaml.BaseLoader):
         return taken_in | tree  # what is taken in yields to what stands here
 
 
+def _line(event: yaml.Event) -> int:
+    return int(event.start_mark.line) + 1 if event.start_mark else 0
+
+
+def yaml_text(path: Path) -> str:
+    """The text of a file, which is not read much beyond MOST_BYTES. Raises TrainerError, OSError."""
+    with open(path, "rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise TrainerError(f"{path} is not readable YAML: {_TOO_LONG}")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TrainerError(f"{path} is not readable YAML: {error}") from None
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """Text -> nested dicts, lists and strings; an alias is the very object that it names.
 
-    Raises TrainerError, naming `source` and the line, for what is not readable and for a key that stands twice.
+    Raises TrainerError, naming `source` and the line, for what is not readable, for a key that stands twice and for what
+    goes beyond the bounds.
     """
+    if len(text) > MOST_BYTES:
+        raise TrainerError(f"{source} is not readable YAML: {_TOO_LONG}")
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 -- a BaseLoader: text, lists and mappings, no objects
     except _RefusedError as error:
         raise TrainerError(f"{source}: {error}") from None
     except yaml.MarkedYAMLError as error:
@@ -56,6 +125,6 @@ def parse_yaml(text: str, source: str) -> Any:
         why = " ".join(filter(None, (error.context, error.problem)))
         raise TrainerError(f"{source}{where} is not readable YAML: {why}") from None
     except yaml.YAMLError as error:
-        raise TrainerError(f"{source} is not readable YAML: {error}") from None
+        raise TrainerError(f"{source} is not readable YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise TrainerError(f"{source} is not readable YAML: it is nested too deeply") from None

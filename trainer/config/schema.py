@@ -11,37 +11,48 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from tarflow.data_pipeline.loading.settings import DataSettings
-from tarflow.models.config import TarFlowConfig
+from tarflow.models.config import MOST_LAYERS, TarFlowConfig
 from tarflow.models.presets import preset
 from tarflow.models.sampling.settings import SamplingSettings
-from tarflow.settings import Count, Section
+from tarflow.settings import MOST_IMAGES, MOST_SECONDS, MOST_SEED, Count, Section
 from tarflow.trainer.config.ema import EMAConfig
 from tarflow.trainer.config.evaluation import EvaluationConfig
+from tarflow.trainer.config.products import oversized
+
+MOST_BATCH, MOST_RANKS = 1 << 24, 1 << 20
+Image = Annotated[Count, Field(ge=0, le=MOST_IMAGES)]  # by its place in the run
 
 
 class TrainConfig(Section):
     """What is trained, on how many images."""
 
-    seed: Count = Field(0, ge=0, description="key of all randomness")
-    global_batch_size: Count = Field(gt=0, le=1 << 24, description="images per step, over all ranks")
-    micro_batch_size: Count = Field(0, ge=0, description="images per forward pass and rank; 0 = the rank's whole share")
-    max_images: Count = Field(gt=0, description="images seen at which the run ends")
+    seed: Count = Field(0, ge=0, le=MOST_SEED, description="key of all randomness")
+    global_batch_size: Count = Field(gt=0, le=MOST_BATCH, description="images per step, over all ranks")
+    micro_batch_size: Count = Field(
+        0, ge=0, le=MOST_BATCH, description="images per forward pass and rank; 0 = the rank's whole share"
+    )
+    max_images: Count = Field(gt=0, le=MOST_IMAGES, description="images seen at which the run ends")
     noise: Literal["gaussian", "uniform"] = Field(
         "gaussian", description="noise on the images: for samples, or for the likelihood"
     )
     noise_std: float = Field(
-        0.05, ge=0, description="standard deviation of gaussian noise, in model range (grey levels span 2)"
+        0.05, ge=0, le=100, description="standard deviation of gaussian noise, in model range (grey levels span 2)"
     )
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by `no label`, for guidance")
     skip_spikes: bool = Field(False, description="pass over steps whose gradient norm is a 6-sigma outlier")
-    max_skipped_in_a_row: Count = Field(20, gt=0, description="bad steps in a row at which the run stops")
-    skip_images: tuple[tuple[Count, Count], ...] = Field(
-        (), description="ranges [first, end) of images_seen that are passed over without training, e.g. [[1000, 2000]]"
+    max_skipped_in_a_row: Count = Field(20, gt=0, le=10**6, description="bad steps in a row at which the run stops")
+    skip_images: tuple[tuple[Image, Image], ...] = Field(
+        (),
+        max_length=1000,
+        description="ranges [first, end) of images_seen that are passed over without training, e.g. [[1000, 2000]]",
     )
     max_restarts_without_progress: Count = Field(
-        5, ge=0, description="restarts that commit no new checkpoint after which the run refuses to start; 0 = no limit"
+        5,
+        ge=0,
+        le=10**6,
+        description="restarts that commit no new checkpoint after which the run refuses to start; 0 = no limit",
     )
-    grad_clip: float = Field(0.0, ge=0, description="largest global norm of the gradient; 0 = no clipping")
+    grad_clip: float = Field(0.0, ge=0, le=1e9, description="largest global norm of the gradient; 0 = no clipping")
     param_dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="dtype of the network's products; masters are float32"
     )
@@ -66,10 +77,10 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class OptimConfig(Section):
     """AdamW and its schedule: linear warm-up, then a cosine down to final_lr at train.max_images."""
 
-    lr: float = Field(1e-4, gt=0, description="highest learning rate")
-    final_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
-    warmup_images: Count = Field(0, ge=0, description="images of the linear warm-up; 0 = one epoch")
-    weight_decay: float = Field(1e-4, ge=0, description="AdamW's decoupled decay")
+    lr: float = Field(1e-4, gt=0, le=1e9, description="highest learning rate")
+    final_lr: float = Field(1e-6, ge=0, le=1e9, description="learning rate at the end of the cosine")
+    warmup_images: Count = Field(0, ge=0, le=MOST_IMAGES, description="images of the linear warm-up; 0 = one epoch")
+    weight_decay: float = Field(1e-4, ge=0, le=1e6, description="AdamW's decoupled decay")
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's moment decays")
 
 
@@ -80,10 +91,10 @@ class ParallelConfig(Section):
         "ddp", description="ddp: whole copies; fsdp2, deepspeed: sharded"
     )
     world_size: Count = Field(
-        0, ge=0, le=1 << 20, description="processes that this configuration is made for; 0 = any number"
+        0, ge=0, le=MOST_RANKS, description="processes that this configuration is made for; 0 = any number"
     )
-    dp_replicate: Count = Field(0, ge=0, description="copies of the model; 0 = what is left")
-    dp_shard: Count = Field(0, ge=0, description="pieces that fsdp2 cuts a copy into; 0 = what is left")
+    dp_replicate: Count = Field(0, ge=0, le=MOST_RANKS, description="copies of the model; 0 = what is left")
+    dp_shard: Count = Field(0, ge=0, le=MOST_RANKS, description="pieces that fsdp2 cuts a copy into; 0 = what is left")
     zero_stage: Count = Field(
         3, ge=1, le=3, description="deepspeed: 1 shards moments, 2 also gradients, 3 also weights"
     )
@@ -92,8 +103,8 @@ class ParallelConfig(Section):
     )
     offload_optimizer: bool = Field(False, description="deepspeed: keep the optimizer's state in host memory")
     reduce_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of gradients as they are summed")
-    start_timeout_s: float = Field(1800, gt=0, description="longest start, save or end")
-    step_timeout_s: float = Field(600, gt=0, description="longest step, the first one apart")
+    start_timeout_s: float = Field(1800, gt=0, le=MOST_SECONDS, description="longest start, save or end")
+    step_timeout_s: float = Field(600, gt=0, le=MOST_SECONDS, description="longest step, the first one apart")
 
 
 class ActivationCheckpointConfig(Section):
@@ -101,7 +112,7 @@ class ActivationCheckpointConfig(Section):
 
     mode: Literal["none", "selective", "full"] = Field("none", description="none: all; full: each layer's input alone")
     every_nth_layer: Count = Field(
-        0, ge=0, description="selective: checkpoint each n-th layer; 0 = keep products by policy"
+        0, ge=0, le=MOST_LAYERS, description="selective: checkpoint each n-th layer; 0 = keep products by policy"
     )
     offload: bool = Field(False, description="full: keep the inputs in host memory")
 
@@ -123,15 +134,17 @@ class CompileConfig(Section):
 class CheckpointConfig(Section):
     """When to save and what to keep."""
 
-    every_images: Count = Field(0, ge=0, description="images between checkpoints; 0 = only at the end")
-    every_minutes: float = Field(0, ge=0, description="save also when this much time has passed; 0 = off")
+    every_images: Count = Field(0, ge=0, le=MOST_IMAGES, description="images between checkpoints; 0 = only at the end")
+    every_minutes: float = Field(
+        0, ge=0, le=MOST_SECONDS / 60, description="save also when this much time has passed; 0 = off"
+    )
     asynchronous: bool = Field(
         True, description="write beside the training, which waits only for a copy in host memory"
     )
-    max_failures: Count = Field(3, gt=0, description="saves that fail in a row at which the run stops")
-    keep_latest: Count = Field(2, ge=-1, description="newest checkpoints to keep (2 at least; -1 = all)")
+    max_failures: Count = Field(3, gt=0, le=10**6, description="saves that fail in a row at which the run stops")
+    keep_latest: Count = Field(2, ge=-1, le=10**6, description="newest checkpoints to keep (2 at least; -1 = all)")
     keep_every_images: Count = Field(
-        0, ge=0, description="keep for ever the first at or after each multiple of this; 0 = none"
+        0, ge=0, le=MOST_IMAGES, description="keep for ever the first at or after each multiple of this; 0 = none"
     )
 
     @model_validator(mode="after")
@@ -146,7 +159,7 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     """What is written while the run goes on."""
 
-    every_steps: Count = Field(50, gt=0, description="steps between lines of metrics")
+    every_steps: Count = Field(50, gt=0, le=10**9, description="steps between lines of metrics")
     tensorboard: bool = Field(True, description="write tensorboard/ beside metrics.jsonl")
 
 
@@ -184,6 +197,8 @@ class Config(Section):
             raise ValueError(
                 "sampling.denoise needs train.noise=gaussian: without its noise there is nothing to take out"
             )
+        if problems := list(oversized(self)):
+            raise ValueError("; ".join(problems))
         for variant in self.evaluation.variants:
             try:
                 self.with_variant(variant)

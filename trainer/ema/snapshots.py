@@ -7,11 +7,13 @@ Every `ema.snapshot_every_images` the save that is due writes one, before its ch
 the two comes by again and writes the same. Retention looks after `checkpoints/` and never comes here.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
 import tarflow.trainer.checkpoint.commit as ckpt
+from tarflow.own_paths import make_folder
 from tarflow.trainer.checkpoint.retention import sweep
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import is_run, run_id, write_identity
@@ -26,7 +28,7 @@ def prepare(run_dir: Path) -> Path:
     """Make the directory, as the same run's; returns it."""
     folder = snapshots_dir(run_dir)
     if not is_run(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir, "ema", "snapshots")
         write_identity(folder, run_id(run_dir))
     return check(run_dir)
 
@@ -63,9 +65,14 @@ def forget_after(run_dir: Path, images_seen: int) -> list[str]:
     return lines
 
 
-def sources(run_dir: Path) -> list[ckpt.Checkpoint]:
-    """Everything that holds averages, by images seen ascending: snapshots, and checkpoints at other moments."""
-    folder = check(run_dir)
-    snapshots = ckpt.committed(folder) if is_run(folder) else []
-    moments = {c.images_seen: c for c in [*ckpt.committed(run_dir), *snapshots]}
+def sources(run_dir: Path, say: Callable[[str], None] = lambda _: None) -> list[ckpt.Checkpoint]:
+    """Everything that holds averages, by images seen ascending: snapshots, and checkpoints at other moments. `say` is told
+    what is damaged and so left out."""
+    moments: dict[int, ckpt.Checkpoint] = {}
+    for home in (run_dir, check(run_dir)):
+        if home == run_dir or is_run(home):
+            usable, refused = ckpt.scan(home)
+            moments |= {c.images_seen: c for c in usable}
+            for path, why in ckpt.damaged(refused).items():
+                say(f"WARNING: {path} is damaged and not used: {why}")
     return [moments[images_seen] for images_seen in sorted(moments)]

@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from tarflow.data_pipeline.storage.cache_folder import make_own
 from tarflow.models.flow import FlowBlock, TarFlow
+from tarflow.own_paths import private_folder
 from tarflow.trainer.config.schema import Config
 
 
@@ -55,18 +55,17 @@ def apply_parallelism(model: TarFlow, config: Config, mesh: DeviceMesh | None) -
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=sharded)
 
 
-def own_compiler_cache() -> None:
-    """Let the compiler keep what it made where nobody else can put anything: it runs what it finds there.
-
-    Its own default is a folder of a known name in the system's temporary folder, whoever made it. Raises DataError.
-    """
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        folder = make_own(Path(tempfile.gettempdir()) / f"tarflow-compiled-{os.geteuid()}", "TORCHINDUCTOR_CACHE_DIR")
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-
-
 def units(layers: list[nn.Module], size: int) -> list[list[nn.Module]]:
     """A block's layers in units of `size`; none where the block is one unit with all that it holds."""
     if not size or size >= len(layers):
         return []
     return [layers[first : first + size] for first in range(0, len(layers), size)]
+
+
+def own_compiler_cache() -> None:
+    """torch runs what lies in its cache of compiled code, which it keeps in the system's temporary folder, under a name
+    that whoever comes first can take."""
+    if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        folder = Path(tempfile.gettempdir(), f"tarflow-compiled-{os.geteuid()}")
+        way_out = "set TORCHINDUCTOR_CACHE_DIR to a folder of your own"
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_folder(folder, way_out))

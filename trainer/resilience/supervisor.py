@@ -63,9 +63,15 @@ class Supervisor:
         threads = str(max(1, (os.cpu_count() or 1) // self.ranks))
         common = {"WORLD_SIZE": str(self.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         self._processes = [
-            subprocess.Popen(
+            subprocess.Popen(  # noqa: S603 -- this package, by its own interpreter
                 self.command,
-                env={"OMP_NUM_THREADS": threads, **child_environment(), **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env={
+                    "OMP_NUM_THREADS": threads,
+                    **child_environment(),
+                    **common,
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                },
                 preexec_fn=_before_the_rank,
             )
             for rank in range(self.ranks)

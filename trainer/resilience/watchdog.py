@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import torch.distributed as dist
 
+from tarflow.own_paths import make_folder, open_own, write_new
 from tarflow.records import sealed
 from tarflow.trainer.config.schema import ParallelConfig
 from tarflow.trainer.resilience import alive
@@ -48,12 +49,11 @@ class Watchdog:
         self._file: IO[str] | None = None
 
     def __enter__(self) -> "Watchdog":
-        folder = self.run_dir / "heartbeats"
-        folder.mkdir(exist_ok=True)
+        folder = make_folder(self.run_dir, "heartbeats")
         self._path = folder / f"rank-{self.rank:04d}.json"
         log = rank_log(self.run_dir, self.rank)
-        log.parent.mkdir(exist_ok=True)
-        self._file = open(log, "a")
+        make_folder(self.run_dir, *log.relative_to(self.run_dir).parts[:-1])
+        self._file = open(open_own(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a")
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self
@@ -128,7 +128,7 @@ class Watchdog:
         }  # fmt: skip
         temporary = self._path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(sealed(facts)))
+            write_new(temporary, json.dumps(sealed(facts)))
             os.replace(temporary, self._path)
         except OSError:  # a full disk must not end the watch
             temporary.unlink(missing_ok=True)
@@ -177,7 +177,7 @@ def deadline(seconds: float, run_dir: Path, rank: int, doing: str) -> Iterator[N
 
 def straggler(beats: list[dict[str, Any]]) -> tuple[int, float, float] | None:
     """(rank, its own seconds per step, the median's) if one rank is far slower than the median, from the heartbeats."""
-    times = {beat["rank"]: beat["own_s"] for beat in beats if beat.get("own_s")}
+    times = {beat["rank"]: beat["own_s"] for beat in beats if beat.get("own_s") and "rank" in beat}
     if len(times) < 2:
         return None
     rank = max(times, key=lambda r: times[r])

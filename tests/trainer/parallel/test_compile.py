@@ -19,12 +19,10 @@ from torch._dynamo.utils import counters
 
 from benchmarks.activation_checkpointing import KeptBytes
 from benchmarks.golden import training_config
-from tarflow.data_pipeline.errors import DataError
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.flow import TarFlow, flow_loss
 from tarflow.models.init import init_weights
-from tarflow.trainer.parallel.apply import apply_parallelism, own_compiler_cache
-from tests.helpers.other_user import OTHER
+from tarflow.trainer.parallel.apply import apply_parallelism
 
 ROOT = Path(__file__).resolve().parents[3]
 MODES: dict[str, dict[str, Any]] = {
@@ -186,28 +184,3 @@ def test_T11_two_ranks_train_compiled_and_plain_alike_and_exchange_weights(tmp_p
         assert len(found) == len(variants)
         for other in found[1:]:
             assert other == pytest.approx(found[0], rel=1e-4)
-
-
-def test_two_users_do_not_share_what_the_compiler_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is run when it is found; the compiler's own default is a name in /tmp that anybody may take first."""
-    shared = tmp_path / "tmp"
-    shared.mkdir()
-    shared.chmod(0o1777)
-    monkeypatch.setattr("tempfile.tempdir", str(shared))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "chosen")
-    own_compiler_cache()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "chosen"
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    own_compiler_cache()
-    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-    assert folder.parent == shared
-    assert folder.stat().st_mode & 0o777 == 0o700
-    folder.rename(shared / "away")
-    (tmp_path / "theirs").mkdir()
-    folder.symlink_to(tmp_path / "theirs")
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    monkeypatch.setattr(os, "geteuid", lambda: OTHER)  # to whom a folder of ours is somebody else's
-    folder.rename(shared / f"tarflow-compiled-{OTHER}")
-    with pytest.raises(DataError, match=r"TORCHINDUCTOR_CACHE_DIR"):
-        own_compiler_cache()
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ

@@ -1,0 +1,276 @@
+"""Nothing is written through a planted link: the tools, private folders, and the sources, which use them."""
+
+import ast
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tarflow.errors import UserError, in_words
+from tarflow.files import LineWriter, append_json_line, append_line, discard, put_once, write_json, write_text
+from tarflow.leases import leased
+from tarflow.locks import locked, sign
+from tarflow.own_paths import create, fill, make_folder, open_own, private_folder, write_new
+from tarflow.records import append_record_line
+
+ROOT = Path(__file__).resolve().parent.parent
+PRECIOUS = "what must stay\n"
+
+
+@pytest.fixture
+def precious(tmp_path: Path) -> Iterator[Path]:
+    """A file that nobody means to write; it is as it was afterwards."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    path = folder / "precious"
+    path.write_text(PRECIOUS)
+    yield path
+    assert path.read_text() == PRECIOUS
+    assert [p.name for p in folder.iterdir()] == ["precious"]
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    (tmp_path / "here").mkdir()
+    return tmp_path / "here"
+
+
+REPLACED: dict[str, Callable[[Path], object]] = {
+    "text": lambda path: write_text(path, "new"),
+    "json": lambda path: write_json(path, "new"),
+    "new": lambda path: write_new(path, "new"),
+    "descriptor": lambda path: os.close(create(path)),
+}
+REFUSED: dict[str, Callable[[Path], object]] = {
+    "line": lambda path: append_line(path, "new"),
+    "json line": lambda path: append_json_line(path, {}),
+    "record line": lambda path: append_record_line(path, {}),
+    "lines": lambda path: LineWriter(path),
+    "in place": lambda path: fill(path, "new"),
+    "lock": lambda path: locked(path).__enter__(),
+    "folder": lambda path: make_folder(path.parent, path.name),
+    "folder in it": lambda path: make_folder(path.parent, path.name, "more"),
+    "read own": lambda path: open_own(path, os.O_RDONLY),
+}
+links = pytest.mark.parametrize("target", ["precious", "nothing", "folder"])
+
+
+def plant(name: Path, precious: Path, target: str) -> None:
+    name.symlink_to({"precious": precious, "nothing": precious.with_name("new"), "folder": precious.parent}[target])
+
+
+@links
+@pytest.mark.parametrize("write", REPLACED.values(), ids=REPLACED.keys())
+def test_h07_a_link_gives_way_to_the_file_that_is_written(here: Path, precious: Path, write, target: str) -> None:
+    plant(here / "a", precious, target)
+    write(here / "a")
+    assert not (here / "a").is_symlink()
+    assert [path.name for path in here.iterdir()] == ["a"]
+
+
+@links
+@pytest.mark.parametrize("write", REFUSED.values(), ids=REFUSED.keys())
+def test_h07_a_link_is_an_error_where_a_file_is_added_to(here: Path, precious: Path, write, target: str) -> None:
+    plant(here / "a", precious, target)
+    with pytest.raises(OSError) as caught:
+        write(here / "a")
+    assert caught.value.errno == errno.ELOOP
+    assert in_words(caught.value).startswith(f"{here / 'a'}: it is a link")
+
+
+@links
+def test_h07_a_temporary_name_that_is_known_before_is_no_way_in(here: Path, precious: Path, target: str) -> None:
+    """A file with one writer has one temporary name, which a kill may leave and anyone can guess."""
+    plant(here / ".a.tmp", precious, target)
+    write_text(here / "a", "new")
+    assert [(path.name, path.read_text()) for path in here.iterdir()] == [("a", "new")]
+    (here / ".a.tmp").write_text("left by a kill, and longer")
+    write_text(here / "a", "newer")
+    assert [(path.name, path.read_text()) for path in here.iterdir()] == [("a", "newer")]
+
+
+@links
+def test_h07_links_are_removed_and_not_what_they_lead_to(here: Path, precious: Path, target: str) -> None:
+    plant(here / "a", precious, target)
+    assert discard(here / "a") is None
+    (here / "b" / "c").mkdir(parents=True)
+    plant(here / "b" / "c" / "d", precious, target)
+    assert discard(here / "b") is None
+    assert list(here.iterdir()) == []
+
+
+@links
+def test_h07_a_file_is_put_once_beside_a_link(here: Path, precious: Path, target: str) -> None:
+    plant(here / "a", precious, target)
+    write_new(here / ".a.tmp", "new")
+    put_once(here / ".a.tmp", here / "a")
+    assert (here / "a").is_symlink(), "there was one: it stays, and nothing is written"
+
+
+def test_h07_locks_and_leases_of_pipes_and_links_do_not_wait(here: Path, precious: Path) -> None:
+    os.mkfifo(here / "lock")
+    with pytest.raises(OSError, match="No such device") as caught:
+        locked(here / "lock").__enter__()
+    assert "a pipe or a device" in in_words(caught.value)
+    os.mkfifo(here / "name.0")
+    with pytest.raises(OSError, match="No such device"):
+        leased(here, "name", 60).__enter__()
+    (here / "other.0").symlink_to(precious)
+    with pytest.raises(OSError, match="symbolic links"):
+        leased(here, "other", 60).__enter__()
+    sign(here / "other.0")
+
+
+def test_folders_on_the_way_may_be_links(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "scratch")
+    run = tmp_path / "run"
+    append_line(make_folder(run, "logs") / "a", "line")
+    write_text(run / "b", "text")
+    with locked(run / "lock") as mine:
+        assert mine
+    assert {path.name for path in (tmp_path / "scratch").iterdir()} == {"logs", "b"}
+
+
+# --- a private folder ------------------------------------------------------------------------------------------------
+
+OTHER = 12345  # another user's number
+AS_OTHER = """
+import os, sys
+from pathlib import Path
+folder = Path(sys.argv[1])
+os.setgid(12345); os.setuid(12345)
+def tried(what):
+    try:
+        what()
+        return "done"
+    except OSError as error:
+        return type(error).__name__
+print(tried(lambda: (folder / "file").read_text()), tried(lambda: (folder / "planted").write_text("x")),
+      tried(lambda: os.listdir(folder)), tried(lambda: os.replace(folder / "file", folder / "other")),
+      tried(lambda: folder.rename(folder.with_name("gone"))))
+"""
+needs_root = os.geteuid() == 0
+
+
+def test_h07_a_private_folder_is_closed_to_others(tmp_path: Path) -> None:
+    """Really, where this process may change its user; else by the mode, which is what decides."""
+    os.chmod(tmp_path, 0o1777)
+    for parent in list(tmp_path.parents)[:2]:  # pytest's own folders are private: opened for this test
+        os.chmod(parent, 0o755)
+    old = os.umask(0)
+    try:
+        folder = private_folder(tmp_path / "cache", "way out")
+    finally:
+        os.umask(old)
+    (folder / "file").write_text("x")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    if needs_root:
+        done = subprocess.run([sys.executable, "-c", AS_OTHER, str(folder)], capture_output=True, text=True, timeout=60)
+        assert done.stdout.split() == ["PermissionError"] * 5, done.stderr
+    assert private_folder(folder, "way out") == folder
+
+
+def test_h07_a_folder_that_someone_else_made_first_is_refused(tmp_path: Path, monkeypatch) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir(mode=0o700)
+    if needs_root:
+        os.chown(theirs, OTHER, OTHER)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: OTHER)
+    with pytest.raises(UserError, match=r"theirs belongs to another user \(uid \d+\).*; set A to a folder"):
+        private_folder(theirs, "set A to a folder of your own")
+    monkeypatch.undo()
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    for mode in (0o777, 0o770, 0o707, 0o1777):
+        ours.chmod(mode)
+        with pytest.raises(UserError, match="can be written by others"):
+            private_folder(ours, "way out")
+    ours.chmod(0o755)
+    assert private_folder(ours, "way out").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "link").symlink_to(ours)
+    (tmp_path / "file").write_text("")
+    for name in ("link", "file"):
+        with pytest.raises(UserError, match="is a link or a file"):
+            private_folder(tmp_path / name, "way out")
+
+
+def test_h07_compiled_code_lies_in_a_private_folder(tmp_path: Path, monkeypatch) -> None:
+    import tempfile
+
+    from tarflow.trainer.parallel.apply import own_compiler_cache
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    (tmp_path / f"tarflow-compiled-{os.geteuid()}").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="set TORCHINDUCTOR_CACHE_DIR"):
+        own_compiler_cache()
+    (tmp_path / f"tarflow-compiled-{os.geteuid()}").unlink()
+    own_compiler_cache()
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    own_compiler_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+
+
+# --- the sources -----------------------------------------------------------------------------------------------------
+
+# Calls that write by themselves, and why they may: into a file or folder that was just made under a name of its own.
+WITH_REASON = {
+    "models/weights.py": "written by write_atomic",
+    "models/tensor_files.py": "written by write_atomic",
+    "trainer/run_dir.py": "the run directory itself, which a user has named",
+    "trainer/parallel/apply.py": "the name of the system's folder; what lies there is checked by private_folder",
+    "trainer/checkpoint/commit.py": "a new folder, which must not be there before",
+    "evaluation/results.py": "a new folder under a drawn name",
+    "evaluation/samples/store.py": "a file that create_empty has made, or SharedWork",
+    "evaluation/worker/chunk_results.py": "a file that SharedWork has made",
+    "evaluation/worker/reference.py": "a file that SharedWork or write_atomic has made",
+    "cluster/submission/snapshot.py": "a new folder under a drawn name",
+}
+TOOLS = {"files.py", "own_paths.py", "leases.py", "outputs.py", "terminal.py"}  # these are what is tried above
+WRITE = {
+    "write_text",
+    "write_bytes",
+    "touch",
+    "mkdir",
+    "makedirs",
+    "symlink_to",
+    "save_file",
+    "NamedTemporaryFile",
+    "mkstemp",
+}
+WRITE_OF = {"np": {"save", "savez"}, "torch": {"save"}, "shutil": {"copy", "copyfile", "copytree", "move", "rmtree"},
+            "os": {"open", "mkdir", "makedirs"}}  # fmt: skip
+
+
+def writes(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        function, text = node.func, ast.unparse(node)
+        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+        owner = ast.unparse(function.value) if isinstance(function, ast.Attribute) else ""
+        if (owner and name in WRITE) or owner == "tempfile" or name in WRITE_OF.get(owner, ()) or name == "save_file":
+            yield f"line {node.lineno}: {text[:100]}"
+        elif name == "open" and owner in ("", "tarfile", "io") and "open_own(" not in text and "create(" not in text:
+            given = [*node.args[1:], *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]
+            modes = [item.value for item in given if isinstance(item, ast.Constant) and isinstance(item.value, str)]
+            if any(set(mode) & set("wax+") for mode in modes):
+                yield f"line {node.lineno}: {text[:100]}"
+
+
+@pytest.mark.parametrize("room", ["tarflow", "models", "trainer", "evaluation", "cluster"])
+def test_h07_whatever_writes_goes_by_the_tools_that_follow_no_link(room: str) -> None:
+    files = (ROOT / room).glob("*.py") if room == "tarflow" else (ROOT / room).rglob("*.py")
+    for path in files:
+        name = str(path.relative_to(ROOT))
+        if not (name in WITH_REASON or (room == "tarflow" and path.name in TOOLS)):
+            assert list(writes(path)) == [], f"{name} writes by itself: use tarflow/files.py or tarflow/own_paths.py"
