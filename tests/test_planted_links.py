@@ -11,10 +11,23 @@ from pathlib import Path
 import pytest
 
 from tarflow.errors import UserError, in_words
-from tarflow.files import LineWriter, append_json_line, append_line, discard, put_once, write_json, write_text
+from tarflow.files import (
+    LineWriter,
+    append_json_line,
+    append_line,
+    create,
+    discard,
+    fill,
+    make_folder,
+    open_own,
+    private_folder,
+    put_once,
+    write_json,
+    write_new,
+    write_text,
+)
 from tarflow.leases import leased
 from tarflow.locks import locked, sign
-from tarflow.own_paths import create, fill, make_folder, open_own, private_folder, write_new
 from tarflow.records import append_record_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,7 +248,7 @@ WITH_REASON = {
     "evaluation/worker/reference.py": "a file that SharedWork or write_atomic has made",
     "cluster/submission/snapshot.py": "a new folder under a drawn name",
 }
-TOOLS = {"files.py", "own_paths.py", "leases.py", "outputs.py", "terminal.py"}  # these are what is tried above
+TOOLS = {"files.py", "leases.py", "outputs.py", "terminal.py"}  # these are what is tried above
 WRITE = {
     "write_text",
     "write_bytes",
@@ -273,4 +286,4 @@ def test_h07_whatever_writes_goes_by_the_tools_that_follow_no_link(room: str) ->
     for path in files:
         name = str(path.relative_to(ROOT))
         if not (name in WITH_REASON or (room == "tarflow" and path.name in TOOLS)):
-            assert list(writes(path)) == [], f"{name} writes by itself: use tarflow/files.py or tarflow/own_paths.py"
+            assert list(writes(path)) == [], f"{name} writes by itself: use tarflow/files.py"
