@@ -195,12 +195,13 @@ def _part(keep: int) -> Any:
 
 def _write_chunk(folder: Path, keep: int) -> None:
     from tarflow.evaluation.samples.draw import Drawn
+    from tarflow.evaluation.worker.chunk_file import Chunk
 
     n, one = 1000, _part(keep)
     image = torch.zeros(n, 1, 2, 2)
     drawn = Drawn(list(range(n)), torch.zeros(n, dtype=torch.int64), image, image, torch.ones(n, dtype=torch.bool), 0)
     one.add(drawn, drawn.pixels(), torch.randn(n, LARGE_DIM))
-    one.save(folder / f"chunk-{keep}", {})
+    one.save(Chunk(folder / f"chunk-{keep}", {}), {})
 
 
 def _peak() -> float:
@@ -211,10 +212,12 @@ def _peak() -> float:
 
 def _merge(folder: Path, chunks: int, grown: Any) -> None:
     torch.set_num_threads(1)
+    from tarflow.evaluation.worker.chunk_file import Chunk
+
     merged = _part(10_000)
     before = _peak()
     for k in range(chunks):
-        merged.merge(folder / f"chunk-{1000 if k < 10 else 0}")
+        merged.merge(Chunk(folder / f"chunk-{1000 if k < 10 else 0}", {}))
     assert merged.statistics.count == 1000 * chunks
     assert len(merged.features) == 1000 * min(chunks, 10)
     grown.put(_peak() - before)

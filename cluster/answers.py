@@ -16,10 +16,9 @@ class TooMuchError(subprocess.SubprocessError):
 
 
 def answer(
-    command: Sequence[str], timeout_s: float, *, apart: bool = False, begin: Callable[[], None] | None = None,
-    limit: int = LIMIT,
-) -> subprocess.CompletedProcess[str]:  # fmt: skip
-    """Run a command to its end, with no input. `apart`: in a session of its own; `begin`: called in the new process.
+    command: Sequence[str], timeout_s: float, *, begin: Callable[[], None] | None = None, limit: int = LIMIT
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, with no input, in a session of its own. `begin`: called in the new process.
 
     Raises:
         subprocess.TimeoutExpired: it, or what it has started, still holds its output open.
@@ -28,7 +27,7 @@ def answer(
     """
     end = time.monotonic() + timeout_s
     process = subprocess.Popen(  # noqa: S603 -- commands of Slurm, whose words are made in this room
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=apart,
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         preexec_fn=begin,
     )  # fmt: skip
     said: dict[int, bytearray] = {}
@@ -51,7 +50,7 @@ def answer(
         process.wait(max(end - time.monotonic(), 0.1))
     except BaseException:
         with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL) if apart else process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
         process.wait()
         raise
     finally:

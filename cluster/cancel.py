@@ -15,6 +15,7 @@ from tarflow.cluster.job.chain import Chain
 from tarflow.cluster.job.record import RunJobs, jobs_of
 from tarflow.errors import UserError
 from tarflow.trainer.resilience.alive import living_writer
+from tarflow.trainer.run_dir import is_run
 
 
 def cancel(run_dir: Path, wait_s: float, say: Callable[[str], None]) -> int:
@@ -86,7 +87,8 @@ def _problem(run_dir: Path, job: str) -> str | None:
     user = re.search(r"\bUserId=[^\s(]*\((\d+)\)", shown)
     if user is None or int(user[1]) != os.getuid():
         return f"it belongs to {user[0].removeprefix('UserId=') if user else 'nobody that Slurm knows'}"
-    folders = [place / "slurm" / "jobs" for place in (run_dir, run_dir.parent)]
+    places = [run_dir] if is_run(run_dir.parent) else [run_dir, run_dir.parent]  # a sweep's elements have its logs
+    folders = [place / "slurm" / "jobs" for place in places]
     if any(f" StdOut={folder}/" in shown for folder in folders):
         return None
     log = re.search(r"\bStdOut=(/.*?)(?= \w+=|\s*$)", shown, re.MULTILINE)

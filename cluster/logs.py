@@ -11,8 +11,9 @@ from tarflow.files import listed
 PIECE = 1 << 20  # bytes
 
 
-def log_text(run: Path, rank: int, kind: str) -> Iterator[str]:
-    """What a rank of the newest job of a kind has printed, with its errors after it, piece by piece.
+def log_text(run: Path, rank: int, kind: str) -> tuple[str, Iterator[str]]:
+    """A note, if the run may have newer jobs than can be told, and what a rank of the newest job of a kind has printed, with
+    its errors after it, piece by piece.
 
     It is as the job wrote it, escape sequences too: whoever shows it on a terminal escapes them. The logs are looked for in
     the run itself, or in the sweep that it lies in: where its file says that they are is of no account.
@@ -32,7 +33,8 @@ def log_text(run: Path, rank: int, kind: str) -> Iterator[str]:
         tasks = [int(name) for name in names if name.isdecimal()]
         have = f"there are ranks 0 to {max(tasks) * each + each - 1}" if tasks else "the job has not started"
         raise ClusterError(f"job {job} has no log of rank {rank} in {folder}: {have}")
-    return _pieces(*paths)
+    note = f"{known.path}: {known.problem}: there may be newer jobs than {job}" if known.problem else ""
+    return note, _pieces(*paths)
 
 
 def _folder(run: Path, entry: dict[str, Any]) -> Path | None:

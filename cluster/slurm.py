@@ -23,7 +23,7 @@ def run_shielded(command: Sequence[str], timeout_s: float) -> subprocess.Complet
     blocked until it ignores them. (`env --ignore-signal` leaves a gap before it, in which Slurm does hit.)"""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     try:
-        return answer(command, timeout_s, apart=True, begin=_ignore)
+        return answer(command, timeout_s, begin=_ignore)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

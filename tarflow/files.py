@@ -337,27 +337,6 @@ def append_line(path: Path, line: str, *, durable: bool = False) -> None:
         os.close(descriptor)
 
 
-def append_json_line(path: Path, value: Any) -> None:
-    """Add one JSON object as a line, durably. A torn last line, left by a crash, is closed first and spoils no other."""
-    append_line(path, json.dumps(value, allow_nan=False), durable=True)
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file of lines; a missing file has none, a torn line is left out."""
-    rows: list[dict[str, Any]] = []
-    if not path.is_file():
-        return rows
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
-    return rows
-
-
 def crc32(path: Path) -> int:
     """Checksum of a file's content, read in pieces."""
     value = 0

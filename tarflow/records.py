@@ -156,7 +156,7 @@ def read_lines(path: Path, tail: int | None = None) -> Lines:
                 any_sealed = any_sealed or SEAL in value
                 lines.rows.append(opened(value))
             except _FlawError:
-                if line.endswith(b"\n"):
+                if line.endswith(b"\n") or _holds_an_object(line):  # more than a line's beginning
                     lines.damaged.append(number)
                 else:
                     lines.torn = True
@@ -259,6 +259,15 @@ def _no_constant(text: str) -> float:
 
 def _none(_: str) -> None:
     return None
+
+
+def _holds_an_object(line: bytes) -> bool:
+    """Whether a JSON value is whole, whatever follows it."""
+    try:
+        json.JSONDecoder().raw_decode(line.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _bounded_lines(file: Any) -> Iterable[bytes]:

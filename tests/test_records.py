@@ -108,6 +108,8 @@ def test_lines_that_were_changed_are_left_out_and_counted(tmp_path: Path) -> Non
     assert lines.torn
     assert str(lines) == "2 damaged lines left out (4, 6)"
     assert read_lines(tmp_path / "none.jsonl").rows == []
+    path.write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\x0e")  # the end of the last line, one bit flipped
+    assert (read_lines(path).damaged, read_lines(path).torn) == ([4, 6], False)
     with open(path, "ab") as file:
         file.truncate(1 << 26)  # zeros, as a power cut leaves them
     assert len(read_lines(path).rows) == 4

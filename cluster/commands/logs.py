@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tarflow.terminal import plain_lines
+from tarflow.terminal import message, plain_lines
 
 EXAMPLE = """example:
   tarflow logs runs/in64 --rank 3
@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from tarflow.cluster.logs import log_text
 
-    for piece in log_text(args.run, args.rank, "evaluate" if args.evaluation else "train"):
+    note, pieces = log_text(args.run, args.rank, "evaluate" if args.evaluation else "train")
+    if note:
+        print(message(f"note: {note}"), file=sys.stderr)
+    for piece in pieces:
         sys.stdout.write(plain_lines(piece, len(piece)))  # a job prints what its data hold
     return 0

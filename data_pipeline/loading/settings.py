@@ -49,7 +49,7 @@ class DataSettings(Section):
     allow_roots: tuple[str, ...] = Field(
         (),
         max_length=100,
-        description="addresses (https://cdn.example.org/sets) under which shards may lie, and redirects may lead, beside the "
+        description="addresses (s3://bucket/sets) under which shards may lie, and redirects may lead, beside the "
         "address of the index itself",
     )
     flip: bool = Field(False, description="mirror images left to right at random")

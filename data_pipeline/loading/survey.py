@@ -89,7 +89,7 @@ class DataSurvey:
             "num_classes": self.num_classes,
             "image_size": list(self.image_size) if self.image_size else None,
             "channels": self.channels,
-            **({"unchecked": self.unchecked} if self.unchecked else {}),
+            "unchecked": self.unchecked,
         }
 
 

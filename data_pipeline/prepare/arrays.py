@@ -6,7 +6,6 @@ import gzip
 import math
 import re
 import struct
-import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,8 @@ from tarflow.data_pipeline.prepare.source import (
     split_note,
     split_numbers,
 )  # fmt: skip
+from tarflow.npz import declared, read_npz
+from tarflow.records import SEAL, DamagedFileError
 
 _IMAGE_ARRAYS = ("images", "image", "x", "data", "arr_0")
 _IDX_HEAD = 20  # bytes of the longest header
@@ -41,17 +42,16 @@ def npz_source(path: Path, choices: Choices | None = None) -> ImageSource:
     """
     choices = choices or Choices()
     try:
-        arrays = np.load(path, allow_pickle=False)
-        names = list(arrays.files)
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as err:
-        raise DataError(f"cannot read {shown(path)} as .npz: {err}") from None
-    pairs = _pairs(path, names, choices)
+        names = [name for name in declared(path, MAX_ARRAY) if name != SEAL]
+        pairs = _pairs(path, names, choices)
+        arrays = read_npz(path, MAX_ARRAY, {name for pair in pairs.values() for name in pair if name}).arrays
+    except DamagedFileError as err:
+        raise DataError(f"cannot read {shown(path)} as .npz: {err.problem}") from None
+    except OSError as err:
+        raise DataError(f"cannot read {shown(path)}: {err.strerror or err}") from None
     images, values, notes = [], [], []
     for image, label in pairs.values():
-        try:
-            pixels, raw = arrays[image], arrays[label] if label else None
-        except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as err:
-            raise DataError(f"cannot read {shown(path)}: {err}") from None
+        pixels, raw = arrays[image], arrays[label] if label else None
         images.append(_check_images(pixels, f"array {image!r} of {shown(path)}"))
         notes.append(f"images: array {image!r}; labels: {f'array {label!r}' if label else 'none'}")
         if raw is None:

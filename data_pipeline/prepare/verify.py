@@ -21,7 +21,7 @@ from tarflow.data_pipeline.images.bounds import MAX_PIXELS, check_bytes
 from tarflow.data_pipeline.images.decode import decode
 from tarflow.data_pipeline.index.content import content_of
 from tarflow.data_pipeline.index.index import NO_LABEL, Index
-from tarflow.data_pipeline.index.mds import mds_shards
+from tarflow.data_pipeline.index.mds import INDEX_FILE, mds_shards
 from tarflow.data_pipeline.index.processes import cores, in_processes
 from tarflow.data_pipeline.index.samples import Samples
 from tarflow.data_pipeline.index.scan_jobs import Job
@@ -209,7 +209,10 @@ def _scan(index: Index, shard: int) -> Samples:
     """What the shard holds now, by the rules that the index was made with."""
     place: Any = index.shard_path(shard)
     if index.form == "mds":
-        place = next(entry for entry in mds_shards(place.parent) if entry.path.name == place.name)
+        listed = {entry.path.name: entry for entry in mds_shards(place.parent)}
+        if place.name not in listed:
+            raise DataError(f"shard {place} is no longer listed in {place.parent / INDEX_FILE}: index the set anew")
+        place = listed[place.name]
     first = int(index.shard_starts[shard])
     label, image = index.meta.get("label_field"), index.meta.get("image_field")
     return Job(place, False, label, index.classes, False, first, image).scan()

@@ -17,39 +17,42 @@ from pathlib import Path
 
 from tarflow.data_pipeline.errors import DataError
 
-_WAY_OUT = "name a folder of your own (setting data.cache_dir)"
+SETTING = "data.cache_dir"
 _MOST_LINKS = 40
 
 
-def make_own(folder: Path) -> Path:
-    """Make the folder unless it is there; where it is, without links. Raises DataError where it is not this user's alone."""
+def make_own(folder: Path, setting: str = SETTING) -> Path:
+    """Make the folder unless it is there; where it is, without links. Raises DataError where it is not this user's alone.
+
+    `setting`: what names another one, for the message.
+    """
     try:
-        _check_way(folder)
+        _check_way(folder, setting)
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-        _check_way(folder)
+        _check_way(folder, setting)
         real = folder.resolve(strict=True)
-        with opened(real) as descriptor:
+        with opened(real, setting) as descriptor:
             if stat.S_IMODE(os.fstat(descriptor).st_mode) & 0o077:  # of an earlier version, or made by hand
                 os.fchmod(descriptor, 0o700)
         return real
     except (OSError, RuntimeError) as err:
         why = err.strerror if isinstance(err, OSError) else str(err)
-        raise DataError(f"cannot make the cache folder {folder}: {why} (setting data.cache_dir)") from None
+        raise DataError(f"cannot make the cache folder {folder}: {why} (setting {setting})") from None
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[int]:
+def opened(folder: Path, setting: str = SETTING) -> Iterator[int]:
     """A descriptor of the folder, for names in it. Raises DataError where it is gone or belongs to somebody else."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as err:
-        raise DataError(f"cannot open the cache folder {folder}: {err.strerror} (setting data.cache_dir)") from None
+        raise DataError(f"cannot open the cache folder {folder}: {err.strerror} (setting {setting})") from None
     try:
         owner = os.fstat(descriptor).st_uid
         if owner != os.geteuid():
             raise DataError(
-                f"the cache folder {folder} belongs to {_named(owner)}, who may put anything into it: {_WAY_OUT}"
+                f"the cache folder {folder} belongs to {_named(owner)}, who may put anything into it: {_way_out(setting)}"
             )
         yield descriptor
     finally:
@@ -85,7 +88,11 @@ def write_own_file(folder: Path, name: str, data: bytes) -> None:
         os.rename(partial, name, src_dir_fd=descriptor, dst_dir_fd=descriptor)
 
 
-def _check_way(folder: Path) -> None:
+def _way_out(setting: str) -> str:
+    return f"name a folder of your own (setting {setting})"
+
+
+def _check_way(folder: Path, setting: str) -> None:
     """Raise DataError where another user could put something else in the place of a part of this path."""
     for parent, entry in _steps(folder):
         about = parent.stat()
@@ -94,14 +101,14 @@ def _check_way(folder: Path) -> None:
         if not about.st_mode & stat.S_ISVTX:
             raise DataError(
                 f"the cache folder {folder} lies in {parent}, which everybody may write (mode {about.st_mode & 0o7777:o}): "
-                f"{_WAY_OUT}"
+                f"{_way_out(setting)}"
             )
         if not os.path.lexists(entry):  # nobody can take the name from whoever makes it first
             continue
         owner = entry.lstat().st_uid
         if owner not in (0, os.geteuid()):
             what = "a link" if entry.is_symlink() else "a folder"
-            raise DataError(f"the cache folder {folder}: {entry} is {what} of {_named(owner)}: {_WAY_OUT}")
+            raise DataError(f"the cache folder {folder}: {entry} is {what} of {_named(owner)}: {_way_out(setting)}")
 
 
 def _steps(path: Path) -> Iterator[tuple[Path, Path]]:

@@ -6,11 +6,8 @@ were lost, and the pixels that later steps look at. A chunk of held-out images l
 draw. Merging reads one chunk at a time: memory does not grow with their number.
 """
 
-import json
-import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +18,18 @@ from tarflow.data_pipeline.images.identical import image_hashes
 from tarflow.evaluation.metrics.bits_per_dim import BitsPerDim, NoiseSettings
 from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics
 from tarflow.evaluation.samples.draw import Drawn, SampleCount
+from tarflow.evaluation.worker.chunk_file import (
+    LIKELIHOOD,
+    SAMPLES,
+    WAY_OUT,
+    WHAT,
+    About,
+    Chunk,
+    read_chunk,
+    write_chunk,
+)
 from tarflow.evaluation.worker.pictures import GridImages
+from tarflow.records import DamagedFileError
 
 
 @dataclass
@@ -77,14 +85,14 @@ class SamplesPart:
         """int64 [m]: the labels of `pixels`."""
         return torch.cat(self._labels) if self._labels else torch.empty(0, dtype=torch.int64)
 
-    def save(self, path: Path, about: dict[str, Any]) -> None:
+    def save(self, chunk: Chunk, about: dict[str, Any]) -> None:
         """Write the chunk; `about` says who did it and how long it took."""
         number, mean, scatter = self.statistics.parts()
         rows, columns = np.triu_indices(self.statistics.dim)
-        _write(
-            path,
+        write_chunk(
+            chunk,
             about,
-            count=np.array([number]),
+            count=np.array([number], dtype=np.int64),
             mean=mean.numpy(),
             scatter=scatter.numpy()[rows, columns],  # it is symmetric
             features=self.features.numpy(),
@@ -95,9 +103,11 @@ class SamplesPart:
             **{f"grid_{key}": value for key, value in self.keep.grid.arrays().items()},
         )
 
-    def merge(self, path: Path) -> dict[str, Any]:
-        """Take in a chunk's file; what it says about itself."""
-        arrays, about = _read(path)
+    def merge(self, chunk: Chunk) -> About:
+        """Take in a chunk's file; what it says about itself. Raises DamagedFileError for one that is not the chunk's."""
+        arrays, about = read_chunk(chunk, SAMPLES)
+        if len(arrays["mean"]) != self.statistics.dim:
+            raise DamagedFileError(chunk.path, "it is of features of another width", WAY_OUT, what=WHAT)
         self.statistics.merge(_statistics(arrays))
         self.count.merge(_named(arrays, "lost_"))
         self.keep.grid.merge(_named(arrays, "grid_"))
@@ -108,27 +118,18 @@ class SamplesPart:
         return about
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a chunk's file, or figures made of chunks (`.json`), can be read to its end; what it holds is not looked at."""
-    if path.suffix != ".json":
-        return zipfile.is_zipfile(path)  # the table of its parts stands at the end
-    try:
-        return isinstance(json.loads(path.read_text()), dict)
-    except ValueError:
-        return False
-
-
-def chunk_statistics(paths: Iterable[Path]) -> Iterator[FeatureStatistics]:
+def chunk_statistics(chunks: Iterable[Chunk]) -> Iterator[FeatureStatistics]:
     """The statistics of each chunk of samples alone: for error bars from chunk to chunk."""
-    for path in paths:
-        yield _statistics(_read(path)[0])
+    for chunk in chunks:
+        yield _statistics(read_chunk(chunk, SAMPLES)[0])
 
 
-def save_likelihood(path: Path, part: BitsPerDim, about: dict[str, Any]) -> None:
+def save_likelihood(chunk: Chunk, part: BitsPerDim, about: dict[str, Any]) -> None:
     """Write the bits per dimension of a chunk of held-out images."""
     ids = sorted(part.values)
     values = np.array([part.values[i] for i in ids], dtype=np.float64).reshape(len(ids), -1)
-    _write(path, about, ids=np.array(ids, dtype=np.int64), values=values, dims=np.array([part.dims]))
+    dims = np.array([part.dims], dtype=np.int64)
+    write_chunk(chunk, about, ids=np.array(ids, dtype=np.int64), values=values, dims=dims)
 
 
 @dataclass
@@ -141,9 +142,9 @@ class MergedLikelihood:
     def __post_init__(self) -> None:
         self.bits = BitsPerDim(self.noise)
 
-    def merge(self, path: Path) -> dict[str, Any]:
-        """Take in a chunk's file; what it says about itself."""
-        arrays, about = _read(path)
+    def merge(self, chunk: Chunk) -> About:
+        """Take in a chunk's file; what it says about itself. Raises DamagedFileError for one that is not the chunk's."""
+        arrays, about = read_chunk(chunk, LIKELIHOOD)
         self.bits.put(arrays["ids"].tolist(), arrays["values"].tolist(), int(arrays["dims"][0]))
         return about
 
@@ -158,14 +159,3 @@ def _statistics(arrays: dict[str, np.ndarray]) -> FeatureStatistics:
 
 def _named(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     return {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
-
-
-def _write(path: Path, about: dict[str, Any], **arrays: np.ndarray) -> None:
-    with open(path, "wb") as file:
-        np.savez(file, about=np.array(json.dumps(about)), **arrays)
-
-
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    with np.load(path) as stored:
-        arrays = {name: stored[name] for name in stored.files}
-    return arrays, json.loads(str(arrays.pop("about")))

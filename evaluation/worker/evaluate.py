@@ -29,12 +29,12 @@ from tarflow.evaluation.samples.store import SampleStore
 from tarflow.evaluation.samples.weights_source import WeightsSource, from_checkpoint
 from tarflow.evaluation.shared_work import SharedWork, stretches
 from tarflow.evaluation.worker import pictures
+from tarflow.evaluation.worker.chunk_file import LIKELIHOOD, SAMPLES, Chunk, is_whole
 from tarflow.evaluation.worker.chunk_results import (
     Keep,
     MergedLikelihood,
     SamplesPart,
     chunk_statistics,
-    is_whole,
     save_likelihood,
 )
 from tarflow.evaluation.worker.class_maps import check_class_maps
@@ -143,9 +143,26 @@ class Job:
     def compute_chunks(self) -> bool:
         """Help until every chunk is there; False if the result is already."""
         chunks = [*self.sample_chunks, *self.likelihood_chunks]
-        for name in self.work.give_back(chunks, is_whole):
+        for name in self.work.give_back(chunks, self._is_whole):
             self.evaluator.say(f"  {self.work.path(name)} is damaged and computed again")
         return self.work.work_through(chunks, self._compute, self._is_published)
+
+    def _chunk(self, name: str, path: Path | None = None) -> Chunk:
+        """A chunk's file, or the one at `path` that will be it, with all that decides what is in it."""
+        root, source = self.evaluator.root, self.source
+        of = {
+            "chunk": name,
+            "run": run_id(root) if is_run(root) else None,
+            "checkpoint": source.checkpoint,
+            "weights": source.sha256,
+            "settings": self.settings.hash,
+            "features": self.real.features.sha256,
+            "plan": [self.batch_size, self.work.plan["chunk_samples"]],
+        }
+        return Chunk(path or self.work.path(name), of)
+
+    def _is_whole(self, path: Path) -> bool:
+        return is_whole(self._chunk(path.name), SAMPLES if path.name in self.sample_chunks else LIKELIHOOD)
 
     def _is_published(self) -> bool:
         there = results.usable_result(results.evals_dir(self.evaluator.root) / self.name)
@@ -169,12 +186,12 @@ class Job:
         if name in self.sample_chunks:
             part, indices = SamplesPart(self.real.features.dim, self._keep()), self.sample_chunks[name]
             draw_chunk(part, self.sampler, self.real.features, indices, self.batch_size, watch, self.saver)
-            part.save(path, self._about(watch))
+            part.save(self._chunk(name, path), self._about(watch))
             done = f"samples {indices.start}..{indices.stop - 1} of {self.settings.num_samples}"
         else:
             with watch.phase("likelihood"):
                 bits = self._likelihood(self.likelihood_chunks[name])
-            save_likelihood(path, bits, self._about(watch))
+            save_likelihood(self._chunk(name, path), bits, self._about(watch))
             done = f"{len(bits.values)} held-out images"
         if time.monotonic() - begun > 10:
             self.evaluator.say(f"  {done}: {time.monotonic() - begun:.0f} s")
@@ -209,10 +226,10 @@ class Job:
         codes: list[dict[str, Any]] = [code_version()]
         for chunks, merged in ((self.sample_chunks, samples), (self.likelihood_chunks, likelihood)):
             for chunk in chunks:
-                about = merged.merge(self.work.path(chunk))
-                self.watch.add(about["seconds"])
-                done_by.setdefault(about["by"], []).append(chunk)
-                codes += [code for code in [about.get("code")] if code and code not in codes]
+                about = merged.merge(self._chunk(chunk))
+                self.watch.add(about.seconds)
+                done_by.setdefault(about.by, []).append(chunk)
+                codes += [about.code] if about.code and about.code not in codes else []
         with results.building(root, self.name) as folder:
             measured = self._measure(samples, likelihood, folder)
             result = self._result(measured)
@@ -256,7 +273,7 @@ class Job:
         network = self.real.features
         if problem or samples.statistics.count < 2:
             return {distance_key(network.name): None, "warnings": [problem] if problem else [], **about}
-        chunks = chunk_statistics(self.work.path(chunk) for chunk in self.sample_chunks)
+        chunks = chunk_statistics(self._chunk(chunk) for chunk in self.sample_chunks)
         found = feature_scores(
             network, samples.statistics, samples.features, reference.statistics, reference.rows, parts=chunks
         )

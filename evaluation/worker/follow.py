@@ -23,7 +23,7 @@ from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import Recipe, file_recipe, load_recipes
 from tarflow.models.weights import read_weights
 from tarflow.terminal import plain
-from tarflow.trainer.checkpoint.commit import Checkpoint, committed, damaged, find, pinned, scan
+from tarflow.trainer.checkpoint.commit import Checkpoint, check_identity, committed, damaged, find, pinned, scan
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import is_run, load_run_config, require_run
 
@@ -65,7 +65,7 @@ def evaluate(run_dir: str | Path, watch: bool, options: WorkerOptions | None = N
     run_dir = Path(run_dir)
     if watch:
         _wait_for_run(run_dir, options.wait_for_run_s, say)
-    require_run(run_dir)
+    check_identity(require_run(run_dir))
     recipes = load_recipes(run_dir, options.overrides, say)
     worker = _Worker(_evaluators(run_dir, recipes, options, say), options, say)
     for recipe in recipes:

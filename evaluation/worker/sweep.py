@@ -36,7 +36,8 @@ from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import WeightsSource, from_checkpoint, resolve_device
 from tarflow.evaluation.shared_work import SharedWork, stretches
 from tarflow.evaluation.sweep_file import RECORD, load_sweep
-from tarflow.evaluation.worker.chunk_results import Keep, SamplesPart, is_whole
+from tarflow.evaluation.worker.chunk_file import SAMPLES, Chunk, is_whole
+from tarflow.evaluation.worker.chunk_results import Keep, SamplesPart
 from tarflow.evaluation.worker.evaluate import Stopwatch, draw_chunk
 from tarflow.evaluation.worker.pictures import GridImages
 from tarflow.evaluation.worker.real_images import RealImages
@@ -194,6 +195,7 @@ class _Sweep:
         about = [source.sha256, real.features.sha256, real.settings.hash, request.start, list(request.guidance)]
         about += [list(request.denoise), list(request.attn_temp), request.final]
         digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+        self.about = {"sweep": digest, "checkpoint": source.checkpoint, "weights": source.sha256}
         self.folder = request.run / "sweeps" / f"{source.checkpoint}-{digest}.work"
         self.record = self.folder.with_suffix("") / RECORD
         if os.path.lexists(self.record):
@@ -228,14 +230,20 @@ class _Sweep:
         chunks = {f"samples-{r.start:08d}-{r.stop:08d}": r for r in stretches(number, self.size)}
         sampler = Sampler(self.source.model, candidate)
 
+        def chunk(name: str, path: Path) -> Chunk:
+            return Chunk(path, {"chunk": name, "candidate": key, "batch_size": work.plan["batch_size"], **self.about})
+
         def compute(name: str, path: Path) -> None:
             part, watch = self._part(), Stopwatch()
             draw_chunk(part, sampler, self.real.features, chunks[name], int(work.plan["batch_size"]), watch)
-            part.save(path, {"seconds": watch.seconds})
+            part.save(chunk(name, path), {"seconds": watch.seconds})
+
+        def whole(path: Path) -> bool:
+            return is_whole(chunk(path.name, path), SAMPLES)
 
         merged = self._part()
         figures = work.path(f"distance-{number:08d}.json")
-        for name in [*work.give_back([figures.name], _is_whole), *work.give_back(list(chunks), is_whole)]:
+        for name in [*work.give_back([figures.name], _is_whole), *work.give_back(list(chunks), whole)]:
             self.say(f"{work.path(name)} is damaged and computed again")
         if not figures.exists():
             work.work_through(list(chunks), compute, over=lambda: figures.exists() or self.record.exists())
@@ -243,7 +251,7 @@ class _Sweep:
             raise _Finished
         if not figures.exists():
             for name in chunks:
-                merged.merge(work.path(name))
+                merged.merge(chunk(name, work.path(name)))
             temporary = figures.with_name(f".{figures.name}.{unique_name()}")
             save_record(temporary, self._figures(merged, number))
             put_once(temporary, figures)

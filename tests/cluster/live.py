@@ -41,10 +41,10 @@ def job_of(run_dir: Path, kind: str = "train") -> str:
 
 def log(run_dir: Path, kind: str = "train", rank: int = 0) -> str:
     """What a rank of the newest job has printed."""
-    from tarflow.cluster.status import log_text
+    from tarflow.cluster.logs import log_text
 
     try:
-        return log_text(run_dir, rank, kind)
+        return "".join(log_text(run_dir, rank, kind)[1])
     except ValueError:
         return ""
 

@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.fuzz.decisions import DESCRIPTION, DIGEST, START
 from tests.fuzz.server import Action, forked, load
 
 MODEL = {"image_size": 8, "patch_size": 4, "in_channels": 1, "channels": 16, "num_blocks": 2, "layers_per_block": 1,
@@ -16,7 +18,7 @@ CLASSES = ("a", "b", "c")
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF", "ppm": "PPM", "avif": "AVIF",
            "jp2": "JPEG2000", "ico": "ICO", "tga": "TGA", "pcx": "PCX", "dds": "DDS"}  # fmt: skip
 SLURM = {
-    "sbatch": "echo Submitted batch job 9", "srun": "exit 0", "scontrol": "exit 0", "sacct": "exit 0", "scancel": "exit 0",
+    "sbatch": "echo Submitted batch job 9", "srun": "exit 0", "scontrol": 'echo "UserId=me($(id -u)) StdOut=$PWD/runs/one/slurm/jobs/$3_0_log.out"', "sacct": "exit 0", "scancel": "exit 0",
     "squeue": "echo '8|PENDING|Priority|'", "sinfo": "exit 0",
 }  # fmt: skip
 
@@ -162,28 +164,35 @@ def _half_an_evaluation() -> int:
 
 def _jobs() -> int:
     """What submissions and their starts leave in a run: job 7 has ended, job 8 waits to be started again."""
-    from tarflow.cluster.job.chain import Chain
+    from tarflow.cluster.job.chain import Chain, Limits
+    from tarflow.cluster.job.description import Job, save_description
+    from tarflow.cluster.job.job import FailureNote
+    from tarflow.cluster.job.preflight import Here
     from tarflow.cluster.job.record import note_job
-    from tarflow.files import write_text
+    from tarflow.cluster.job.rendezvous import MeetingFile
+    from tarflow.interpreter import HOME
+    from tarflow.records import save_record
+    from tarflow.trainer.checkpoint.commit import Pin
+    from tarflow.trainer.run_dir import run_id
 
-    run = Path("runs/one")
-    pins, logs = run / "checkpoints" / "pins", run / "slurm" / "logs"
-    pins.mkdir(exist_ok=True)
-    (pins / "images-000000000016.held").write_text(json.dumps({"host": os.uname().nodename, "pid": 1}))
-    logs.mkdir(parents=True)
+    run, submission = Path("runs/one"), "ab" * 16
+    pins, logs = run / "checkpoints" / "pins", DESCRIPTION.parent
+    for folder in (pins, logs, START):
+        folder.mkdir(parents=True, exist_ok=True)
+    save_record(pins / "images-000000000016.held", Pin(host=os.uname().nodename, pid=1))
     for job in ("7", "8"):
-        note_job(run, "train", job, logs)
+        note_job(run, "train", job, logs, submission)
         for stream in ("out", "err"):
             (logs / f"{job}_0_log.{stream}").write_text(f"what job {job} printed\n")
         chain = Chain.load(run / "slurm", job)
+        chain.submission = submission
         chain.begin(0, 2, "node1")
-        chain.begin(1, 4, "node2")
     Chain.load(run / "slurm", "7").end(0, "finished at step 6 after 1 restart")
-    start = run / "slurm" / "starts" / "8-1"
-    start.mkdir(parents=True)
     for rank in (0, 1):
-        write_text(start / f"here-{rank}.json", json.dumps({"node": f"node{rank + 1}", "time": 1.0}))
-    write_text(start / "rendezvous.json", json.dumps({"host": "127.0.0.1", "check_port": 4001, "port": 4002}))
-    failed = {"code": 1, "text": "rank 1 on node2: exit code 1", "node": "", "stopped": False}
-    write_text(start / "failed-1.json", json.dumps(failed))
+        save_record(START / f"here-{rank}.json", Here(rank=rank, node=f"node{rank + 1}", time=time.time()))
+    save_record(START / "rendezvous.json", MeetingFile(host="127.0.0.1", check_port=4001, port=4002))
+    save_record(START / "failed-1.json", FailureNote(code=1, text="rank 1 on node2: exit code 1"))
+    work = Job(kind="train", run_dir="runs/one", run=run_id(run), submission=submission, code=str(HOME.resolve()),
+               arguments=(), resubmit="tarflow submit", limits=Limits())  # fmt: skip
+    DIGEST.write_text(save_description(DESCRIPTION, (work,)))
     return 0

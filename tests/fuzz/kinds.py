@@ -75,7 +75,7 @@ _KINDS = (
     Kind("samples: settings", f"{SAMPLES}/*/settings.json", _STORED, "json", ("samples",)),
     Kind("samples: note", f"{SAMPLES}/*/samples-*.json", ("evaluate (png)",), "json"),
     Kind("samples: tar", f"{SAMPLES}/*/*.tar", ("evaluate (shards)",)),
-    Kind("samples: picture", f"{SAMPLES}/*/images/*.png", ("evaluate (png)",)),
+    Kind("samples: picture", f"{SAMPLES}/*/images/*.png", ("evaluate (png)",), any_sound=True),
     Kind("reference of a run", f"{ONE}/evals/reference-*.npz", ("evaluate", "sweep-guidance"), "npz"),
     # files by themselves
     Kind("reference.npz", "ref.npz", ("score",), "npz", any_sound=True),
@@ -83,14 +83,15 @@ _KINDS = (
          any_sound=True),
     Kind("weights.pth", "w.pth", ("sample (pth)",), "zip", any_sound=True),
     Kind("drawn: settings", "drawn/settings.json", ("sample (more)",), "json", ("drawn",)),
-    Kind("drawn: picture", "drawn/images/*.png", ("sample (more)",)),
+    Kind("drawn: picture", "drawn/images/*.png", ("sample (more)",), any_sound=True),
     # jobs
     Kind("jobs.jsonl", f"{SLURM}/jobs.jsonl", ("status", "cancel", "logs", "submit"), "lines"),
     Kind("chain", f"{SLURM}/chain-*.json", ("status", "cancel", "submit", "requeue"), "json"),
+    Kind("description of a job", f"{SLURM}/jobs/job-*.json", ("requeue",), "json"),
     Kind("outcome", f"{SLURM}/starts/*/failed-*.json", ("requeue",), "json"),
     Kind("preflight", f"{SLURM}/starts/*/here-*.json", ("meet",), "json"),
     Kind("rendezvous", f"{SLURM}/starts/*/rendezvous.json", ("meet",), "json"),
-    Kind("log of a job", f"{SLURM}/logs/*", ("logs", "status"), own_words=True),
+    Kind("log of a job", f"{SLURM}/jobs/*_log.*", ("logs", "status"), own_words=True),
     # what a user writes
     Kind("configuration", "tiny.yaml", ("train new", "train --dry-run", "submit --dry-run"), "yaml", SECTIONS, own_words=True),
     Kind("profile", "profile.yaml", ("submit --dry-run",), "yaml", own_words=True),

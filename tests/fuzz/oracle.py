@@ -39,8 +39,9 @@ REFUSALS = (1, 2, 3, 4)  # exit codes that the verbs' help texts list
 
 # What a command notes of itself on the way; nothing that anyone reads as a figure.
 _PASSING = re.compile(
-    r"(^|/)(log\.txt|\.lock|rank-\d+\.json|work\.json|fontlist[^/]*|\.private/.*)$|(^|/)\.private/|/pins/|/tensorboard/|/slurm/(jobs/|code-|config-)"
+    r"(^|/)(log\.txt|\.lock|rank-\d+\.json|work\.json|fontlist[^/]*|\.private/.*)$|(^|/)\.private/|/pins/|/tensorboard/"
 )
+_NEW_EACH_TIME = re.compile(r"/slurm/(jobs/|code-|config-)")  # named by their moment
 # What anyone would take for a finished piece of work.
 _RESULT = re.compile(
     r"\.(png|npz|safetensors|pth|html|svg|tar|parquet|distcp)$|(^|/)(result|sweep|sampling|run|data)\.json$|COMMITTED$|evals\.jsonl$"
@@ -93,7 +94,7 @@ def products(ran: Ran, before: dict[str, bytes]) -> dict[str, Any]:
     """What a command has written, by value: path -> what is new in it. None: it is gone."""
     found: dict[str, Any] = {}
     for name, content in ran.changed.items():
-        if _PASSING.search(name):
+        if _PASSING.search(name) or _NEW_EACH_TIME.search(name):
             continue
         old = before.get(name)
         if content is None:
@@ -171,6 +172,9 @@ def judge(case: Question, ran: Ran, clean: Clean, sound: dict[str, bytes], hurt:
     if ran.code < 0 or ran.code == BROKEN or "Traceback (most recent call last)" in said:
         return Outcome.TRACEBACK, f"exit {ran.code}: {_last_line(ran.err or ran.out)}"
     made = new_in(products(ran, {**sound, case.path: hurt}), sound)
+    for name in made:  # what was only moved with its folder
+        if ran.changed[name] == hurt and name in clean.ran.changed and clean.ran.changed[name] == sound[case.path]:
+            made[name] = clean.products[name]
     if lost := _lost(case, ran, clean, sound):
         return Outcome.LOST, f"exit {ran.code}: {lost}"
     if found := _CONTROL.search(said.replace("\r", "")):
@@ -179,14 +183,18 @@ def judge(case: Question, ran: Ran, clean: Clean, sound: dict[str, bytes], hurt:
     if ran.code == 0 and same:
         return Outcome.RIGHT, ""
     if ran.code != 0:
-        return _refused(case, ran, clean, made)
+        return _refused(case, ran, clean, made, sound)
     return _differs(case, ran, clean, made)
 
 
-def _refused(case: Question, ran: Ran, clean: Clean, made: dict[str, Any]) -> tuple[Outcome, str]:
+def _refused(
+    case: Question, ran: Ran, clean: Clean, made: dict[str, Any], sound: dict[str, bytes]
+) -> tuple[Outcome, str]:
     message = ran.err.strip() or ran.out.strip()
-    if left := [name for name, value in made.items() if _RESULT.search(name) and clean.products.get(name, "") != value]:
-        return Outcome.LEFT, f"exit {ran.code} ({_last_line(message)}), but there is {left[0]}"
+    gone_or_moved = {None, *sound.values()}
+    for name, value in made.items():
+        if _RESULT.search(name) and clean.products.get(name, "") != value and ran.changed[name] not in gone_or_moved:
+            return Outcome.LEFT, f"exit {ran.code} ({_last_line(message)}), but there is {name}"
     if ran.code not in REFUSALS:
         return Outcome.UNCLEAR, f"exit {ran.code} is in no help text"
     said = ran.out + ran.err

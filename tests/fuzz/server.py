@@ -101,7 +101,7 @@ def _wait(child: int, limit_s: float) -> int | None:
     descriptor = os.pidfd_open(child)
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    crowd = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    crowd = min(max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), 4.0)
     ended = bool(poll.poll(limit_s * crowd * 1000))
     os.close(descriptor)
     with contextlib.suppress(ProcessLookupError):
@@ -158,17 +158,15 @@ class Workplace:
 
     def restore(self) -> None:
         now = look(self.folder)
-        for name in sorted(now.keys() | self.look.keys(), key=lambda n: -n.count("/")):
-            if now.get(name) != self.look.get(name):
+        changed = [name for name in now.keys() | self.look.keys() if now.get(name) != self.look.get(name)]
+        for name in changed:
+            _remove(self.folder / name)
+        for name in sorted(changed):
+            if name in self.look:
                 path = self.folder / name
-                _remove(path)
-                if name in self.look:
-                    for parent in list(path.relative_to(self.folder).parents)[-2::-1]:  # a file where a folder was
-                        if not (self.folder / parent).is_dir() or (self.folder / parent).is_symlink():
-                            _remove(self.folder / parent)
-                            (self.folder / parent).mkdir()
-                    shutil.copy2(self.home / name, path, follow_symlinks=False)
-                    self.look[name] = _stat(path)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(self.home / name, path, follow_symlinks=False)
+                self.look[name] = _stat(path)
         for folder, _, _ in os.walk(self.folder, topdown=False):
             if not os.listdir(folder) and not (self.home / os.path.relpath(folder, self.folder)).exists():
                 os.rmdir(folder)
@@ -177,7 +175,7 @@ class Workplace:
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    elif path.is_symlink() or path.exists():
+    elif os.path.lexists(path):  # not where the folder that it is in has become a file
         path.unlink()
 
 

@@ -36,7 +36,7 @@ VERBS = {
     "evaluate (file)": Verb(
         "evaluate w.safetensors --out new data.train=set/train train.noise_std=0.1 evaluation.num_samples=8 evaluation.grid=[2,2]"
     ),
-    "evaluate --watch": Verb("evaluate runs/one --watch --poll 0.01"),
+    "evaluate --watch": Verb("evaluate runs/one --watch --poll 0.01 --idle-limit 0.005"),
     "sweep-guidance": Verb("sweep-guidance runs/one --guidance 0,1 --start 4 --final 8"),
     "score": Verb("score images/a --reference ref.npz --out new.json", prints=True),
     "reference": Verb("reference set/train --size 8 --channels 1 --out new.npz"),

@@ -123,11 +123,9 @@ def read_marker(path: Path, owner: str | None) -> Checkpoint | Refused:
         marker = load_record(path / MARKER, Marker)
     except DamagedFileError as error:
         return Refused(f"its {MARKER} marker is damaged: {f'{error.where}: ' if error.where else ''}{error.problem}")
-    except FileNotFoundError:
-        gone = not is_marked(path)  # removed at this moment; else a link that leads nowhere
-        return Refused(
-            "it was never committed" if gone else f"its {MARKER} marker is a broken link", committed=not gone
-        )
+    except FileNotFoundError:  # removed at this moment; else a link that leads nowhere
+        torn = not is_marked(path)
+        return Refused("it was never committed" if torn else f"its {MARKER} marker is damaged", committed=not torn)
     if owner is not None and marker.run != owner:
         return Refused("it belongs to another run", run=marker.run)
     if problem := _contradiction(path.name, marker) or _missing(path, marker):

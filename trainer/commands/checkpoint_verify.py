@@ -19,15 +19,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tarflow.records import DamagedFileError
-    from tarflow.trainer.checkpoint.commit import find, pinned, scan_as
+    from tarflow.errors import UserError
+    from tarflow.trainer.checkpoint.commit import check_identity, find, pinned, scan_as
     from tarflow.trainer.checkpoint.marker import beside, damage
     from tarflow.trainer.run_dir import require_run, run_id
 
     bad, owner = 0, None
+    require_run(args.run)
     try:
-        owner = run_id(require_run(args.run))
-    except DamagedFileError as error:
+        check_identity(args.run)
+        owner = run_id(args.run)
+    except UserError as error:
         bad += 1
         print(f"DAMAGED: {error}")
     usable, refused = scan_as(args.run, owner)

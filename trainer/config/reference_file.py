@@ -92,7 +92,8 @@ def _as_reference(arrays: dict[str, np.ndarray], checked: bool, least: int) -> R
     _check(arrays, "rows", np.float32, (min(kept, count), dim))
     if "hashes" in arrays:
         _check(arrays, "hashes", np.uint64, (count,))
-    _check_scatter(arrays["scatter"])
+    if count:  # of no images the mean is none
+        _check_values(arrays)
     large = {name: arrays[name] for name in ("mean", "scatter", "rows")}
     return ReferenceFile(provenance.model_dump(), count, **large, hashes=arrays.get("hashes"), checked=checked)
 
@@ -108,12 +109,14 @@ def _check(arrays: dict[str, np.ndarray], name: str, dtype: type, shape: tuple[i
         raise ValueError(
             f"its array {name!r} is {array.dtype} {list(array.shape)}, not {np.dtype(dtype)} {list(shape)}"
         )
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ValueError(f"its array {name!r} holds values that are not finite")
 
 
-def _check_scatter(scatter: np.ndarray) -> None:
-    """A sum of outer products: symmetric, and no entry beyond what its row's and column's own sums allow."""
+def _check_values(arrays: dict[str, np.ndarray]) -> None:
+    """All finite; the scatter matrix symmetric, and no entry beyond what its row's and column's own sums allow."""
+    for name in ("mean", "scatter", "rows"):
+        if not np.isfinite(arrays[name]).all():
+            raise ValueError(f"its array {name!r} holds values that are not finite")
+    scatter = arrays["scatter"]
     own = np.diagonal(scatter)
     if (own < 0).any():
         raise ValueError("its scatter matrix has negative sums of squares")

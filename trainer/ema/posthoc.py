@@ -77,7 +77,7 @@ def reconstruct(
         raise TrainerError(f"--relative-std {relative_std:g}: a width lies between 0 and 0.28 of the run so far")
     if out is not None and (out.suffix not in (".safetensors", ".pth") or not out.parent.is_dir()):
         raise TrainerError(f"--out {out}: give a .safetensors or .pth file in a directory that exists")
-    moments = sources(run_dir)
+    moments = sources(run_dir, say)
     final = ckpt.choose(moments, step, images, f"run {run_dir}", "averages")
     wanted = Profile(final.images_seen, relative_std)
     pairs = [(c, s) for c in moments if 0 < c.images_seen <= final.images_seen for s in _widths(c)]

@@ -7,6 +7,7 @@ Every `ema.snapshot_every_images` the save that is due writes one, before its ch
 the two comes by again and writes the same. Retention looks after `checkpoints/` and never comes here.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -64,9 +65,14 @@ def forget_after(run_dir: Path, images_seen: int) -> list[str]:
     return lines
 
 
-def sources(run_dir: Path) -> list[ckpt.Checkpoint]:
-    """Everything that holds averages, by images seen ascending: snapshots, and checkpoints at other moments."""
-    folder = check(run_dir)
-    snapshots = ckpt.committed(folder) if is_run(folder) else []
-    moments = {c.images_seen: c for c in [*ckpt.committed(run_dir), *snapshots]}
+def sources(run_dir: Path, say: Callable[[str], None] = lambda _: None) -> list[ckpt.Checkpoint]:
+    """Everything that holds averages, by images seen ascending: snapshots, and checkpoints at other moments. `say` is told
+    what is damaged and so left out."""
+    moments: dict[int, ckpt.Checkpoint] = {}
+    for home in (run_dir, check(run_dir)):
+        if home == run_dir or is_run(home):
+            usable, refused = ckpt.scan(home)
+            moments |= {c.images_seen: c for c in usable}
+            for path, why in ckpt.damaged(refused).items():
+                say(f"WARNING: {path} is damaged and not used: {why}")
     return [moments[images_seen] for images_seen in sorted(moments)]

@@ -23,7 +23,7 @@ def apply_parallelism(model: TarFlow, config: Config, mesh: DeviceMesh | None) -
     the same way: the mathematics is one.
     """
     if config.compile.enable:
-        _keep_compiled_code_private()
+        own_compiler_cache()
     number = 0
     for block in model.blocks:
         assert isinstance(block, FlowBlock)
@@ -62,7 +62,7 @@ def units(layers: list[nn.Module], size: int) -> list[list[nn.Module]]:
     return [layers[first : first + size] for first in range(0, len(layers), size)]
 
 
-def _keep_compiled_code_private() -> None:
+def own_compiler_cache() -> None:
     """torch runs what lies in its cache of compiled code, which it keeps in the system's temporary folder, under a name
     that whoever comes first can take."""
     if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):

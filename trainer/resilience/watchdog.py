@@ -177,7 +177,7 @@ def deadline(seconds: float, run_dir: Path, rank: int, doing: str) -> Iterator[N
 
 def straggler(beats: list[dict[str, Any]]) -> tuple[int, float, float] | None:
     """(rank, its own seconds per step, the median's) if one rank is far slower than the median, from the heartbeats."""
-    times = {beat["rank"]: beat["own_s"] for beat in beats if beat.get("own_s")}
+    times = {beat["rank"]: beat["own_s"] for beat in beats if beat.get("own_s") and "rank" in beat}
     if len(times) < 2:
         return None
     rank = max(times, key=lambda r: times[r])

@@ -26,6 +26,7 @@ class DataSet(Record):
     num_classes: int = Field(ge=0)
     image_size: list[int] | None  # width, height in pixels
     channels: int | None
+    unchecked: str | None = None  # why what is fetched of it is not held against checksums
 
 
 class DataRecord(DataSet):

@@ -271,6 +271,10 @@ def test_h05_a_line_that_cannot_be_believed_is_left_out_and_said(tmp_path: Path)
     with pytest.raises(DamagedFileError, match=r"1 damaged line"):
         submissions(tmp_path).checked()
     path.unlink()
+    path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DamagedFileError, match="it is a link"):
+        submissions(tmp_path).checked()
+    path.unlink()
     path.mkdir()
     with pytest.raises(DamagedFileError, match="no regular file"):
         submissions(tmp_path).checked()

@@ -173,6 +173,16 @@ def test_h10_an_mds_index_that_cannot_be_is_one_error(
     assert capsys.readouterr().err.isascii()
 
 
+def test_an_mds_index_that_changed_its_mind_is_one_error_of_verify(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mds_set(tmp_path)
+    build_index(tmp_path, [tmp_path])
+    mds_set(tmp_path, raw_data={"basename": "shard.00001.mds", "bytes": 27})
+    assert main(["data", "verify", str(tmp_path)]) == 1
+    assert "is no longer listed in" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("samples", [2, 1 << 29])
 def test_h10_an_mds_index_that_counts_more_samples_than_its_shard_holds(tmp_path: Path, samples: int) -> None:
     mds_set(tmp_path, samples=samples)

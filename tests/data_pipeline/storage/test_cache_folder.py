@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +19,7 @@ from tarflow.data_pipeline.storage.remote import Access
 from tarflow.data_pipeline.storage.shard_cache import ShardCache
 from tests.data_pipeline.storage.http_server import BadServer
 from tests.helpers.loaders import make_loader
-
-OTHER = 12345
-ROOT = os.geteuid() == 0
+from tests.helpers.other_user import OTHER, ROOT, attempts_of_another, let_pass
 
 
 @pytest.fixture
@@ -210,66 +206,29 @@ def test_h07_a_flaw_that_the_sketch_misses_is_found_by_the_thread_that_fetches_a
     assert path.read_bytes() == (root / "shard-0000.tar").read_bytes()
 
 
-PROGRAM = """
-import os
-from pathlib import Path
-from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.storage.shard_cache import ShardCache
-os.setgroups([]); os.setgid({uid}); os.setuid({uid}); os.umask(0)  # only now: the interpreter may not be theirs to read
-folder = Path({folder!r})
-def attempt(what):
-    try:
-        return what()
-    except (OSError, DataError) as error:
-        return type(error).__name__ + ": " + str(error)
-print([attempt(what) for what in (
-    lambda: os.listdir(folder),
-    lambda: (folder / "a.shard").read_bytes(),
-    lambda: (folder / "b.shard").write_bytes(b"bad"),
-    lambda: (folder / "a.shard").unlink(),
-    lambda: folder.rename(folder.with_name("away")),
-    lambda: ShardCache(folder, 1000).open("b", 3, lambda file: file.write(b"bad")),
-)])
-"""
-
-
-@pytest.fixture
-def as_another(tmp_path: Path) -> Callable[..., str]:
-    """Runs a program as another user of this node. Needs root."""
-    base = tmp_path
-    while base != base.parent and ROOT:  # another user may pass through, and no more
-        base.chmod(base.stat().st_mode | 0o011)
-        base = base.parent
-        if base.stat().st_mode & 0o011 == 0o011:
-            break
-
-    def run(folder: Path) -> str:
-        text, paths = PROGRAM.format(uid=OTHER, folder=str(folder)), os.pathsep.join(path for path in sys.path if path)
-        environment = {**os.environ, "PYTHONPATH": paths}
-        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, cwd="/", env=environment)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
-
-
 def test_two_users_on_one_node_keep_out_of_each_other_s_cache(
-    shared: Path, as_another: Callable[..., str], of_another: Callable[[Path], None]
+    shared: Path, of_another: Callable[[Path], None]
 ) -> None:
     """Two real users where the tests may change theirs; else the other one's folder stands for the other user."""
-    folder = shared / "cache"
+    folder, theirs = shared / "cache", shared / "first"
     assert put(folder) == b"abc"
     if ROOT:
-        told = as_another(folder)
-        assert told.count("Error") == 6, told
-        assert re.search(r"DataError: the cache folder .*|DataError: cannot", told)
+        let_pass(shared)
+        told = attempts_of_another(
+            f"from tarflow.data_pipeline.storage.shard_cache import ShardCache; folder = Path({str(folder)!r})",
+            "os.listdir(folder)",
+            "(folder / 'a.shard').read_bytes()",
+            "(folder / 'b.shard').write_bytes(b'bad')",
+            "(folder / 'a.shard').unlink()",
+            "folder.rename(folder.with_name('away'))",
+            "ShardCache(folder, 1000).open('b', 3, lambda file: file.write(b'bad'))",
+            "[folder.with_name('first').mkdir(), (folder.with_name('first') / 'a.shard').write_bytes(b'bad')]",
+        )
+        assert all(re.match(r"PermissionError|DataError: .*data\.cache_dir", answer) for answer in told[:-1]), told
+        assert told[-1] == "[None, 3]"
         assert put(folder, b"xyz") == b"abc"  # what was there
         assert os.listdir(folder) == ["a.shard"]
-        theirs = shared / "first"  # made by the other user before
-        program = f"import os; os.setuid({OTHER}); os.umask(0); os.mkdir({str(theirs)!r}); open({str(theirs / 'a.shard')!r}, 'wb').write(b'bad')"
-        subprocess.run([sys.executable, "-c", program], check=True, cwd="/")
     else:
-        theirs = shared / "first"
         theirs.mkdir()
         (theirs / "a.shard").write_bytes(b"bad")
         of_another(theirs)

@@ -1,12 +1,15 @@
 """What only shows survives any one bad file of a run: its row, page or line says what is damaged, all else stands."""
 
+import html
 import json
 import os
+import random
 import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +20,14 @@ import tarflow.cli
 from tarflow.cluster.job.chain import Chain
 from tarflow.cluster.status import rows
 from tarflow.evaluation.report import curves
+from tarflow.evaluation.report.build import write_report
+from tarflow.evaluation.report.history import read_history
+from tarflow.evaluation.results import read_result, scan
 from tarflow.evaluation.run_config import run_config
-from tarflow.records import append_record_line, sealed, write_object
+from tarflow.records import DamagedFileError, append_record_line, read_lines, read_object, sealed, write_object
 from tarflow.trainer.config.chosen_sampling import save_choice
 from tarflow.trainer.config.files import config_text, parse_config
-from tarflow.trainer.run_dir import create_run
+from tarflow.trainer.run_dir import create_run, write_identity
 from tests.helpers.checkpoints import by_step
 from tests.helpers.results import write_result
 
@@ -152,7 +158,7 @@ def shown(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 @pytest.fixture
 def light(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots are not drawn: what they are drawn of is written out."""
-    monkeypatch.setattr(curves, "svg", lambda plot, key: f"<svg>{plot.curves}</svg>")
+    monkeypatch.setattr(curves, "svg", lambda plot, key: f"<svg>{html.escape(str(plot.curves))}</svg>")
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
@@ -162,7 +168,8 @@ def test_h05_whatever_one_file_is_the_other_runs_and_files_stand(runs: Path, lig
     sound = rows([a, b], now)
     assert [row.flaws for row in sound] == [(), ()]
     assert sound[0].score == "fd_x 32.50 @ 20"
-    page = sections(shown(capsys, "report", a), a)
+    shown(capsys, "report", a)
+    page = sections(a)
     for kind, damage in DAMAGES.items():
         if (name, kind) in NO_DAMAGE:
             continue
@@ -178,7 +185,7 @@ def test_h05_whatever_one_file_is_the_other_runs_and_files_stand(runs: Path, lig
         said = shown(capsys, "report", a)
         if not name.startswith(("slurm", "heartbeats", "checkpoints")):
             assert "left out: " in said, (name, kind)
-        for title, text in sections(said, a).items():
+        for title, text in sections(a).items():
             if title not in ("Left out", *AFFECTED.get(name, ())):
                 assert text == page[title], (name, kind, title)
         restore(a, b, name)
@@ -194,7 +201,7 @@ AFFECTED = {
 }  # fmt: skip
 
 
-def sections(said: str, run: Path) -> dict[str, str]:
+def sections(run: Path) -> dict[str, str]:
     """The sections of a report by title; the first has none."""
     text = (run / "report.html").read_text()
     parts = re.findall(r"<section>(?:<h2>(.*?)</h2>)?(.*?)</section>", text, re.DOTALL)
@@ -208,3 +215,134 @@ def restore(run: Path, like: Path, name: str) -> None:
     else:
         path.unlink()
     shutil.copy2(like / name, path)
+
+
+def flips(data: bytes, number: int, seed: int) -> Iterator[bytes]:
+    """The data with one bit flipped, at places drawn once for all."""
+    rng = random.Random(seed)
+    for _ in range(number):
+        at, bit = rng.randrange(len(data)), rng.randrange(8)
+        yield data[:at] + bytes([data[at] ^ (1 << bit)]) + data[at + 1 :]
+
+
+SEALED = sorted(FILES - {"config.yaml"})
+
+
+@pytest.mark.parametrize("name", SEALED)
+def test_h06_no_flipped_bit_changes_what_is_shown_without_a_word(runs: Path, light, name: str) -> None:
+    run, now = runs / "a", time.time()
+    write_report(run)
+    row, page = rows([run], now), sections(run)
+    data = (run / name).read_bytes()
+    for changed in flips(data, 25, seed=len(name)):
+        (run / name).write_bytes(changed)
+        said = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            write_report(run, say=said.append)
+            after, text = rows([run], now), sections(run)
+        said = [line for line in said if line.startswith("left out: ")]
+        if not said and not after[0].flaws:
+            assert (after, text) == (row, page), changed
+        elif said and not after[0].flaws:
+            assert name.startswith("sweeps"), "which the table does not look at"
+            assert after == row
+
+
+HOSTILE = [
+    None, [], {}, "x", -1, True, 1e308, -1e308, 5e-324, 10**30, 2**63, "\x1b]0;owned\x07", "<script>alert(1)</script>",
+    "[red]$x$_^{", "a\nb", "\u202e" * 300,
+]  # fmt: skip
+
+
+def places(value: object, path: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
+    """Every field of nested plain values, by the keys that lead to it."""
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in items:
+        yield from places(part, (*path, key))
+
+
+def changed(value: object, path: tuple[object, ...], to: object) -> object:
+    if not path:
+        return to
+    copy = value.copy()
+    copy[path[0]] = changed(value[path[0]], path[1:], to)
+    return copy
+
+
+@pytest.mark.parametrize(
+    "name", [f"evals/{NAME}/result.json", f"evals/{NAME}/work.json", f"sweeps/{SWEEP}/sweep.json", "sampling.json"]
+)
+def test_h06_h11_whatever_stands_in_a_field_the_page_and_the_table_are_made(runs: Path, light, capsys, name) -> None:
+    """Of a file that a stranger wrote, say: its checksum fits."""
+    run, values, rng = runs / "a", read_object(runs / "a" / name), random.Random(0)
+    fields = list(places(values))
+    for path in rng.sample(fields, min(len(fields), 25)):
+        for hostile in rng.sample(HOSTILE, 2):
+            write_object(run / name, changed(values, path, hostile))
+            assert len(rows([run])) == 1
+            text = write_report(run).read_text()
+            assert "<script>" not in text
+            assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text), (path, hostile)
+    assert "\x1b" not in shown(capsys, "status", runs) + shown(capsys, "report", run)
+
+
+def test_h06_figures_at_their_bounds_are_drawn(runs: Path) -> None:
+    """Files of versions before the checksum: nobody can tell that their digits were changed, but a plot can be made."""
+    run = runs / "a"
+    lines = [json.dumps(row) for row in read_lines(run / "metrics.jsonl").rows]
+    text = "\n".join(lines)
+    for old, new in (("3.0", "1e38"), ("20.0", "5e-324"), ("320", str(2**62)), ("0.001", "-1e38")):
+        text = text.replace(old, new)
+    (run / "metrics.jsonl").write_text(text + "\n")
+    assert len(read_history(run).rows) == 4
+    path = run / f"evals/{NAME}/result.json"
+    figures = dict.fromkeys(("fd_x", "distance_stderr", "bits_per_dim", "bits_per_dim_stderr", "precision"), 1e38)
+    write_object(path, read_object(path) | figures)
+    said: list[str] = []
+    assert write_report(run, say=said.append).read_text().count("<svg") >= 6
+    assert said == [f"samples: {run}/evals/step-00000020/grid.png"], "they are figures"
+
+
+def test_h11_text_from_files_is_text_in_table_and_page(runs: Path, tmp_path: Path, capsys) -> None:
+    name = "[red]x\x1b[2J\x1b]0;owned\x07<b>\n"
+    run = tmp_path / name / "a"
+    shutil.copytree(runs / "a", run)
+    path = run / "evals/step-00000020/result.json"
+    wicked = "fd_\x1b[31m<i>[blink]"
+    write_object(
+        path,
+        read_object(path)
+        | {wicked: 1.5, "weights": "<i>\x1b[1m", "warnings": ["\x9b5m<u>"], "grid_rows": ["\u202e<s>"], "fd_x": None},
+    )
+    write_object(run / "data.json", {"classes": ["\x1b[0m<em>"]})
+    text = shown(capsys, "status", tmp_path / name)
+    assert "\x1b" not in text
+    assert r"[red]x\x1b[2J\x1b]0;owned\x07<b>\n/a" in text
+    page = write_report(run).read_text()
+    for tag in ("<b>", "<i>", "<u>", "<s>", "<em>", "\x1b", "\x9b", "\u202e"):
+        assert tag not in page, tag
+
+
+def test_h06_another_runs_or_checkpoints_result_is_not_this_ones(runs: Path) -> None:
+    a, b = runs / "a", runs / "b"
+    write_identity(b, "0" * 32)
+    found, flaws = scan(b)
+    assert found == []
+    assert [flaw.count("it belongs to the run") for flaw in flaws] == [1, 1]
+    shutil.copytree(a / "evals/step-00000020", a / "evals/step-00000030")
+    (damaged,) = scan(a)[1]
+    assert "evals/step-00000030/result.json (a result) is damaged" in damaged
+    assert "name: it is that of 'step-00000020', and lies in 'step-00000030'" in damaged
+    values = read_object(a / "evals/step-00000020/result.json")
+    for key, value, says in (
+        ("step", 21, "step: 21, and its name says 20"),
+        ("settings_hash", "0" * 12, "is not the digest of its settings"),
+        ("num_samples", 17, "contradicts"),
+        ("checksun", "x", "no field 'checksun'"),
+    ):
+        write_object(a / "evals/step-00000020/result.json", values | {key: value})
+        with pytest.raises(DamagedFileError, match=says):
+            read_result(a / "evals/step-00000020")

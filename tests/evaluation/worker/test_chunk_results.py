@@ -1,5 +1,9 @@
 """Chunks as files: uneven and empty ones merge to what one process would have, whatever the batches."""
 
+import random
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
@@ -7,6 +11,7 @@ from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.metrics.bits_per_dim import BitsPerDim, NoiseSettings
 from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics, frechet_distance
 from tarflow.evaluation.samples.draw import Drawn
+from tarflow.evaluation.worker.chunk_file import LIKELIHOOD, SAMPLES, Chunk, is_whole
 from tarflow.evaluation.worker.chunk_results import (
     Keep,
     MergedLikelihood,
@@ -15,6 +20,8 @@ from tarflow.evaluation.worker.chunk_results import (
     save_likelihood,
 )
 from tarflow.evaluation.worker.pictures import GridImages
+from tarflow.npz import read_npz, write_npz
+from tarflow.records import DamagedFileError
 
 DIM = 4
 
@@ -42,8 +49,12 @@ def write(folder, name, indices, size=3, lost=(), shift=0.0):
     for start in range(0, len(indices), size):
         drawn = batch(indices[start : start + size], lost)
         one.add(drawn, drawn.pixels(), rows_of(drawn.finite_indices(), shift))
-    one.save(folder / name, {"by": name, "seconds": {}})
-    return folder / name
+    one.save(chunk(folder, name), {"by": name, "seconds": {}})
+    return chunk(folder, name)
+
+
+def chunk(folder, name):
+    return Chunk(folder / name, {"chunk": name, "weights": "f00d"})
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e4])
@@ -55,8 +66,8 @@ def test_S08_uneven_and_empty_chunks_have_the_value_of_their_union(tmp_path, shi
         write(tmp_path, "c", range(8, 10), lost=(8, 9), shift=shift),
     ]
     merged, whole, real = part(), FeatureStatistics(DIM), FeatureStatistics(DIM)
-    for path in chunks:
-        merged.merge(path)
+    for one in chunks:
+        merged.merge(one)
     whole.add(rows_of(range(8), shift))
     real.add(rows_of(range(20, 32), shift))
     ours, theirs = frechet_distance(merged.statistics, real), frechet_distance(whole, real)
@@ -95,9 +106,63 @@ def test_held_out_images_come_once(tmp_path):
     for name, ids in (("a", [1, 2]), ("b", [3]), ("again", [3])):
         bits = BitsPerDim(noise)
         bits.put(ids, [[float(i), float(i + 1)] for i in ids], 64)
-        save_likelihood(tmp_path / name, bits, {"by": name})
+        save_likelihood(chunk(tmp_path, name), bits, {"by": name})
     merged = MergedLikelihood(noise)
-    assert [merged.merge(tmp_path / name)["by"] for name in ("b", "a")] == ["b", "a"]
+    assert [merged.merge(chunk(tmp_path, name)).by for name in ("b", "a")] == ["b", "a"]
     assert merged.bits.result()["bits_per_dim"] == 2.5
     with pytest.raises(EvaluationError, match="sample 3 of the held-out images came twice"):
-        merged.merge(tmp_path / "again")
+        merged.merge(chunk(tmp_path, "again"))
+
+
+def test_h04_no_flipped_bit_of_a_chunk_is_merged(tmp_path):
+    one = write(tmp_path, "a", range(5))
+    data, refused = one.path.read_bytes(), 0
+    for at in random.Random(0).sample(range(len(data)), 300):
+        one.path.write_bytes(data[:at] + bytes([data[at] ^ (1 << at % 8)]) + data[at + 1 :])
+        if not is_whole(one, SAMPLES):
+            refused += 1
+            continue
+        merged = part()
+        merged.merge(one)
+        assert torch.equal(merged.features, rows_of(range(5)))
+    assert refused > 150
+
+
+@pytest.mark.parametrize("of", [{"chunk": "b", "weights": "f00d"}, {"chunk": "a", "weights": "beef"}, {}])
+def test_h04_a_chunk_of_something_else_is_never_merged(tmp_path, of):
+    one = replace(write(tmp_path, "a", range(5)), of=of)
+    assert not is_whole(one, SAMPLES)
+    with pytest.raises(DamagedFileError, match="it is another chunk's, or of other weights or settings"):
+        part().merge(one)
+
+
+CHANGES = {
+    "no checksum": ({}, "it carries no checksum"),
+    "another count": ({"count": np.array([4])}, "do not fit its 4 samples"),
+    "a negative count": ({"count": np.array([-1])}, "do not fit"),
+    "another width": ({"mean": np.zeros(5)}, "'features' is float32"),
+    "no scatter matrix": ({"scatter": np.zeros(9)}, "another width than its mean"),
+    "rows of another type": ({"features": np.zeros((2, 4), np.float16)}, "'features' is float16"),
+    "nan": ({"mean": np.full(4, np.nan)}, "not finite"),
+    "labels of other samples": ({"labels": np.zeros(7, np.int64)}, "does not fit the others"),
+    "more lost than asked": ({"lost_nonfinite": np.arange(3)}, "contradict each other"),
+    "no grid": ({"grid_images": None, "grid_noisy": None}, "images of its grid are missing"),
+    "an array less": ({"hashes": None}, "no array 'hashes'"),
+    "an array more": ({"other": np.zeros(3)}, "an unknown array 'other'"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_h06_a_chunk_that_cannot_be_is_refused_whoever_wrote_it(tmp_path, what):
+    one, (arrays, says) = write(tmp_path, "a", range(5)), CHANGES[what]
+    stored = read_npz(one.path).arrays | arrays
+    with open(one.path, "wb") as file:
+        kept = {name: array for name, array in stored.items() if array is not None}
+        (write_npz if arrays else lambda file, kept: np.savez(file, **kept))(file, kept)
+    assert not is_whole(one, SAMPLES)
+    with pytest.raises(DamagedFileError, match=says):
+        part().merge(one)
+
+
+def test_h06_samples_are_no_likelihoods(tmp_path):
+    assert not is_whole(write(tmp_path, "a", range(5)), LIKELIHOOD)

@@ -5,17 +5,19 @@ held-out or training images that do not decode, a device or a package that the e
 said at the start), results and leases in the run directory.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tarflow.errors import UserError
+from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics
 from tarflow.evaluation.networks.features import FROM_FILE, PACKAGED
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
+from tarflow.evaluation.worker.reference import save_reference
 from tarflow.trainer.config.evaluation import FEATURE_PACKAGES
 from tarflow.trainer.start.check import check_start
 
@@ -94,7 +96,8 @@ CASES: dict[str, tuple[dict[str, Any], str, str, bool]] = {
         {"evaluation": {"reference": "NOWHERE"}}, "no reference statistics at", "evaluation.reference=NOWHERE: there is no such", True,
     ),
     "reference statistics that are none": (
-        {"evaluation": {"reference": "TEXT"}}, "is no file of reference statistics", "evaluation.reference=TEXT is no file", True,
+        {"evaluation": {"reference": "TEXT"}},
+        "(reference statistics) is damaged", "evaluation.reference: TEXT (reference statistics) is damaged", True,
     ),
     "reference statistics of one image": (
         {"evaluation": {"reference_images": 1}}, "at least 2 images", "evaluation.reference_images=1: reference statistics need 2", True,
@@ -161,15 +164,19 @@ def test_N03_every_part_of_a_provenance_is_compared_that_a_start_can_know(
 
     _, config = make_run(steps=())
     stored = ImageSet(config.data, config.model).provenance() | {"features": config.evaluation.features}
+    network = {"features_sha256": "f00d", "preprocessing": "none"}
+    statistics = FeatureStatistics.from_parts(2, np.zeros(4), np.eye(4))
     free = {
         "data",
         "selection",
         "crop",
     }  # where the images lie, what follows from their number, what this version always does
     for key in stored.keys() - free:
-        np.savez(tmp_path / "r.npz", provenance=np.array(json.dumps(stored | {key: "other"})))
+        other_value = 3 if isinstance(stored[key], int) else "other"
+        said = stored | network | {key: other_value}
+        save_reference(tmp_path / "r.npz", statistics, said, torch.empty(0, 4))
         _, other = make_run(name=f"run-{key}", steps=(), evaluation={"reference": str(tmp_path / "r.npz")})
-        with pytest.raises(UserError, match=rf"made from something else: {key} other there"):
+        with pytest.raises(UserError, match=rf"made from something else: {key} {other_value} there"):
             check_start(other, Path("no/run"), 1)
 
 

@@ -244,11 +244,12 @@ def test_a_chunks_file_says_who_did_it(run_of_2000):
     path = chunks_done(run_of_2000)[-1]
     assert zipfile.is_zipfile(path)
     with np.load(path) as stored:
-        about = json.loads(str(stored["about"]))
+        said = json.loads(str(stored["said"]))
         assert stored["count"].tolist() == [200]
         assert stored["scatter"].dtype == np.float64
-    assert about["by"].endswith(f":{os.getpid()}")
-    assert {"sampling", "features", "statistics"} <= set(about["seconds"])
+    assert said["about"]["by"].endswith(f":{os.getpid()}")
+    assert {"sampling", "features", "statistics"} <= set(said["about"]["seconds"])
+    assert said["of"]["chunk"] == path.name
 
 
 def test_V08_work_by_two_versions_names_both_and_the_result_is_the_same(run_of_2000, tmp_path):

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -22,8 +23,9 @@ from tarflow.trainer.checkpoint import commit as ckpt
 from tarflow.trainer.checkpoint.retention import apply_retention
 from tarflow.trainer.config.files import config_text, load_config, parse_config
 from tarflow.trainer.config.schema import Config
+from tarflow.trainer.resilience.alive import KILLED, last_words, living_writer, read_heartbeats
 from tarflow.trainer.resilience.exit_codes import FINISHED, USAGE
-from tarflow.trainer.resilience.watchdog import Watchdog
+from tarflow.trainer.resilience.watchdog import Watchdog, straggler
 from tarflow.trainer.run_dir import create_run, note, run_id, save_config, write_identity, writer_lock
 from tarflow.trainer.saving.background_writer import Save, Writer
 from tarflow.trainer.saving.resume import count_restart, decide_start, make_tidy
@@ -204,6 +206,9 @@ def test_h02_a_run_that_disowns_its_checkpoints_names_both_and_the_way_out(
             refuses()
         assert mine in str(error.value)
         assert "0" * 32 in str(error.value)
+    assert tarflow.cli.main(["checkpoint", "verify", str(run)]) == 1
+    with pytest.raises(UserError, match="nothing is begun over them"):
+        ckpt.find(run)
     (run / "run.json").unlink()
     for refuses in (lambda: check_start(config, run, 1), lambda: decide_start(run, config, FACTS, False)):
         with pytest.raises(UserError, match=r"there is no run\.json beside them"):
@@ -297,3 +302,16 @@ def test_h02_real_starts_of_a_damaged_run_go_on_or_refuse(tiny_config: Path, tmp
     out = capsys.readouterr().out
     assert "config.yaml is damaged" in out
     assert "newest" in out
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"phase": "gone", "checksum": "00000000"}', '{"pid": -1}', "\xff"])
+def test_h06_a_damaged_heartbeat_is_a_sign_of_life_for_its_time(made: Path, place: Path, text: str) -> None:
+    run = twin(made, place / "run")
+    beat = run / "heartbeats/rank-0000.json"
+    assert living_writer(run) is None  # it said that it is gone
+    beat.unlink()
+    beat.write_text(text, encoding="latin-1")
+    assert living_writer(run) is not None
+    assert living_writer(run, time.time() + 61) is None
+    assert last_words(run) == KILLED
+    assert straggler(read_heartbeats(run) * 2) is None

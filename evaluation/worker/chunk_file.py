@@ -1,0 +1,121 @@
+"""The file of a chunk: arrays with a checksum, what the chunk is of, and who did it.
+
+It is a cache. A file that is damaged, or of another chunk, checkpoint or recipe, is computed again and never merged.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from tarflow.npz import read_npz, write_npz
+from tarflow.records import DamagedFileError, Record, as_record, parse_object
+
+WHAT = "a chunk of an evaluation"
+WAY_OUT = "start the command again, and it is computed again"
+Identity = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Where a chunk lies or will lie, and what it must be of: run, checkpoint, weights, settings, its own number."""
+
+    path: Path
+    of: Identity
+
+
+class About(Record):
+    """Who did it and how long it took."""
+
+    by: str = Field("", max_length=300)
+    seconds: dict[str, Annotated[float, Field(ge=0, le=1e12)]] = Field(default_factory=dict)
+    code: dict[str, Any] | None = None
+
+
+# Array -> its type and its shape: a letter stands for the same number wherever it occurs, `*` for any.
+Form = dict[str, tuple[type, str]]
+SAMPLES: Form = {
+    "count": (np.int64, "1"), "mean": (np.float64, "d"), "scatter": (np.float64, "t"),
+    "features": (np.float32, "m d"), "pixels": (np.uint8, "p * * *"), "labels": (np.int64, "p"), "hashes": (np.uint64, "n"),
+    "lost_sums": (np.int64, "5"), "lost_nonfinite": (np.int64, "l"),
+    "grid_seen": (np.int64, "s"), "grid_index": (np.int64, "g"),
+    "grid_images": (np.uint8, "g c h w"), "grid_noisy": (np.uint8, "g c h w"),
+}  # fmt: skip
+LIKELIHOOD: Form = {"ids": (np.int64, "n"), "values": (np.float64, "n k"), "dims": (np.int64, "1")}
+_OPTIONAL = {"grid_images", "grid_noisy"}  # of no grid there are none
+
+
+def write_chunk(chunk: Chunk, about: dict[str, Any], **arrays: np.ndarray) -> None:
+    """Write a chunk's arrays."""
+    said = {"of": chunk.of, "about": about}
+    with open(chunk.path, "wb") as file:
+        write_npz(file, {**arrays, "said": np.array(json.dumps(said, sort_keys=True))})
+
+
+def read_chunk(chunk: Chunk, form: Form) -> tuple[dict[str, np.ndarray], About]:
+    """A chunk's arrays and who did it.
+
+    Raises DamagedFileError for a file without a checksum that fits, of something else than the chunk, or of other arrays.
+    """
+    found = read_npz(chunk.path, what=WHAT, way_out=WAY_OUT)
+    try:
+        if not found.checked:
+            raise ValueError("it carries no checksum")
+        said = parse_object(str(found.arrays.pop("said", "")).encode("utf-8", "surrogatepass"))
+        if said.get("of") != json.loads(json.dumps(chunk.of)):
+            raise ValueError("it is another chunk's, or of other weights or settings")
+        about = as_record(_object(said.get("about")), About)
+        _check(found.arrays, form)
+        if form is SAMPLES:
+            _check_samples(found.arrays)
+    except ValueError as error:
+        raise DamagedFileError(chunk.path, str(error), WAY_OUT, what=WHAT) from None
+    return found.arrays, about
+
+
+def is_whole(chunk: Chunk, form: Form) -> bool:
+    """Whether a chunk's file can be merged."""
+    try:
+        read_chunk(chunk, form)
+    except DamagedFileError:
+        return False
+    return True
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("it does not say who did it")
+    return value
+
+
+def _check(arrays: dict[str, np.ndarray], form: Form) -> None:
+    if odd := sorted((arrays.keys() ^ form.keys()) - _OPTIONAL):
+        raise ValueError(f"{'no array' if odd[0] in form else 'an unknown array'} {odd[0]!r} stands in it")
+    sizes: dict[str, int] = {}
+    for name, array in arrays.items():
+        dtype, letters = form[name]
+        axes = letters.split()
+        fits = array.dtype == dtype and array.ndim == len(axes)
+        for letter, size in zip(axes, array.shape):
+            wanted = int(letter) if letter.isdigit() else size if letter == "*" else sizes.setdefault(letter, size)
+            fits = fits and size == wanted
+        if not fits:
+            raise ValueError(f"its array {name!r} is {array.dtype} {list(array.shape)}, which does not fit the others")
+
+
+def _check_samples(arrays: dict[str, np.ndarray]) -> None:
+    count, dim = int(arrays["count"][0]), len(arrays["mean"])
+    if len(arrays["scatter"]) != dim * (dim + 1) // 2:
+        raise ValueError("its scatter matrix is of another width than its mean")
+    if not len(arrays["features"]) <= len(arrays["hashes"]) == count or len(arrays["pixels"]) > count:
+        raise ValueError(f"its arrays do not fit its {count} samples")
+    asked, used, *_ = arrays["lost_sums"].tolist()
+    if used != count or asked != used + len(arrays["lost_nonfinite"]) or (arrays["lost_sums"] < 0).any():
+        raise ValueError("its numbers of samples contradict each other")
+    if len(arrays["grid_index"]) and not arrays.keys() >= _OPTIONAL:
+        raise ValueError("the images of its grid are missing")
+    if count and not all(np.isfinite(arrays[name]).all() for name in ("mean", "scatter", "features")):
+        raise ValueError("it holds features that are not finite")
