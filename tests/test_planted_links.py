@@ -14,7 +14,6 @@ import pytest
 from tarflow.errors import UserError, in_words
 from tarflow.files import (
     LineWriter,
-    append_json_line,
     append_line,
     create,
     discard,
@@ -61,7 +60,6 @@ REPLACED: dict[str, Callable[[Path], object]] = {
 }
 REFUSED: dict[str, Callable[[Path], object]] = {
     "line": lambda path: append_line(path, "new"),
-    "json line": lambda path: append_json_line(path, {}),
     "record line": lambda path: append_record_line(path, {}),
     "lines": lambda path: LineWriter(path),
     "in place": lambda path: fill(path, "new"),
@@ -246,7 +244,7 @@ WITH_REASON = {
     "trainer/checkpoint/commit.py": "a new folder, which must not be there before",
     "evaluation/results.py": "a new folder under a drawn name",
     "evaluation/samples/store.py": "a file that create_empty has made, or SharedWork",
-    "evaluation/worker/chunk_results.py": "a file that SharedWork has made",
+    "evaluation/worker/chunk_file.py": "a file that SharedWork has made",
     "evaluation/worker/reference.py": "a file that SharedWork or write_atomic has made",
     "cluster/submission/snapshot.py": "a new folder under a drawn name",
     "data_pipeline/storage/cache_folder.py": "a tool itself, with tests of its own",
