@@ -21,8 +21,7 @@ from tarflow.errors import UserError, noted
 from tarflow.evaluation.event_file import append_events
 from tarflow.evaluation.metrics.names import is_distance, is_kernel
 from tarflow.evaluation.result_file import FORMAT, RESULT, WORK, load_result, load_work
-from tarflow.files import discard, free_name, listed, publish_dir
-from tarflow.own_paths import make_folder
+from tarflow.files import discard, free_name, listed, make_folder, publish_dir
 from tarflow.records import DamagedFileError, append_record_line, read_lines
 from tarflow.trainer.checkpoint.names import leading_name
 from tarflow.trainer.run_dir import has_run_file, is_run, run_id

@@ -25,9 +25,8 @@ from tarflow.cluster.job.preflight import BadNodeError, all_reduce_command, chec
 from tarflow.cluster.job.record import submissions
 from tarflow.cluster.job.rendezvous import meet
 from tarflow.errors import UserError, in_words
-from tarflow.files import listed
+from tarflow.files import create_empty, listed, make_folder
 from tarflow.interpreter import HOME, JOB_VARIABLE, module_command
-from tarflow.own_paths import create_empty, make_folder
 from tarflow.records import DamagedFileError, Record, load_record, save_record
 from tarflow.terminal import message
 

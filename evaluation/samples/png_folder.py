@@ -23,8 +23,7 @@ from torch import Tensor
 
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.png_check import flaw_of_file
-from tarflow.files import crc32, listed, write_atomic
-from tarflow.own_paths import make_folder
+from tarflow.files import crc32, listed, make_folder, write_atomic
 from tarflow.records import read_object, write_object
 from tarflow.terminal import plain
 

@@ -41,7 +41,7 @@ from tarflow.evaluation.worker.class_maps import check_class_maps
 from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import Recipe
 from tarflow.evaluation.worker.reference import Reference
-from tarflow.own_paths import fill
+from tarflow.files import fill
 from tarflow.records import write_object
 from tarflow.trainer.checkpoint.commit import Checkpoint, pinned
 from tarflow.trainer.run_dir import is_run, run_id
