@@ -13,6 +13,7 @@ class Verb:
     call: str
     shows: bool = False
     prints: bool = False
+    light: bool = False  # it does not load torch: a case takes a fraction of the time
     limit_s: float = 15.0
 
     @property
@@ -24,7 +25,7 @@ class Verb:
 VERBS = {
     "train": Verb("train tiny.yaml --run-dir runs/one train.max_images=64"),
     "train new": Verb("train tiny.yaml --run-dir runs/new train.max_images=16"),
-    "train --dry-run": Verb("train tiny.yaml --run-dir runs/one --dry-run", prints=True),
+    "train --dry-run": Verb("train tiny.yaml --run-dir runs/one --dry-run", prints=True, light=True),
     "train --init-from": Verb("train tiny.yaml --run-dir runs/new --init-from w.safetensors train.max_images=16"),
     "sample": Verb("sample runs/one --out new --num 2"),
     "sample (more)": Verb("sample runs/one --out drawn --num 4"),
@@ -40,24 +41,28 @@ VERBS = {
     "sweep-guidance": Verb("sweep-guidance runs/one --guidance 0,1 --start 4 --final 8"),
     "score": Verb("score images/a --reference ref.npz --out new.json", prints=True),
     "reference": Verb("reference set/train --size 8 --channels 1 --out new.npz"),
-    "report": Verb("report runs/one --out new.html", shows=True),
-    "status": Verb("status runs", shows=True, prints=True),
-    "logs": Verb("logs runs/one", prints=True),
-    "cancel": Verb("cancel runs/one --wait 0.1", prints=True),
-    "submit --dry-run": Verb("submit tiny.yaml --run-dir runs/one --profile profile.yaml --dry-run", prints=True),
-    "submit": Verb("submit tiny.yaml --run-dir runs/one --profile profile.yaml --after-running", prints=True),
-    "checkpoint list": Verb("checkpoint list runs/one", shows=True, prints=True),
-    "checkpoint verify": Verb("checkpoint verify runs/one", prints=True),
+    "report": Verb("report runs/one --out new.html", shows=True, light=True),
+    "status": Verb("status runs", shows=True, prints=True, light=True),
+    "logs": Verb("logs runs/one", prints=True, light=True),
+    "cancel": Verb("cancel runs/one --wait 0.1", prints=True, light=True),
+    "submit --dry-run": Verb(
+        "submit tiny.yaml --run-dir runs/one --profile profile.yaml --dry-run", prints=True, light=True
+    ),
+    "submit": Verb(
+        "submit tiny.yaml --run-dir runs/one --profile profile.yaml --after-running", prints=True, light=True
+    ),
+    "checkpoint list": Verb("checkpoint list runs/one", shows=True, prints=True, light=True),
+    "checkpoint verify": Verb("checkpoint verify runs/one", prints=True, light=True),
     "checkpoint export": Verb("checkpoint export runs/one --out new.safetensors"),
-    "checkpoint prune": Verb("checkpoint prune runs/one --keep-latest 2", prints=True),
-    "checkpoint rewind": Verb("checkpoint rewind runs/one --images 32"),
+    "checkpoint prune": Verb("checkpoint prune runs/one --keep-latest 2", prints=True, light=True),
+    "checkpoint rewind": Verb("checkpoint rewind runs/one --images 32", light=True),
     "ema": Verb("ema runs/one --relative-std 0.11 --out new.safetensors"),
-    "data info": Verb("data info set/train", prints=True),
-    "data verify": Verb("data verify set/train --processes 1 --report new.json"),
-    "data index": Verb("data index set/train --out new"),
-    "data info (mds)": Verb("data info mds", prints=True),
-    "data verify (mds)": Verb("data verify mds --processes 1 --report new.json"),
-    "data index (mds)": Verb("data index mds --out new"),
+    "data info": Verb("data info set/train", prints=True, light=True),
+    "data verify": Verb("data verify set/train --processes 1 --report new.json", light=True),
+    "data index": Verb("data index set/train --out new", light=True),
+    "data info (mds)": Verb("data info mds", prints=True, light=True),
+    "data verify (mds)": Verb("data verify mds --processes 1 --report new.json", light=True),
+    "data index (mds)": Verb("data index mds --out new", light=True),
     "train new (mds)": Verb("train tiny.yaml --run-dir runs/new train.max_images=16 data.train=mds"),
     "data prepare": Verb("data prepare images new --size 8"),
     "data prepare (classes)": Verb("data prepare images new --size 8 --classes names.json"),
@@ -68,6 +73,6 @@ VERBS = {
     "data prepare (formats)": Verb("data prepare formats new --size 8 --channels 3"),
     "score (formats)": Verb("score formats --against formats --size 8 --out new.json", prints=True),
     "sample (classes)": Verb("sample w.safetensors --out new --num 2 --classes names.json --labels b"),
-    "requeue": Verb("requeue", prints=True),
-    "meet": Verb("meet", prints=True),
+    "requeue": Verb("requeue", prints=True, light=True),
+    "meet": Verb("meet", prints=True, light=True),
 }
