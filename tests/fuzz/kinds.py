@@ -44,7 +44,7 @@ SECTIONS = tuple(f"{name}." for name in ("data", "model", "train", "optim", "che
 
 _KINDS = (
     # a run
-    Kind("run.json", f"{ONE}/run.json", _RUN, "json"),
+    Kind("run.json", f"{ONE}/run.json", _RUN, "json", ("belongs to another run", "belongs to the run")),
     Kind("config.yaml of a run", f"{ONE}/config.yaml", _RUN, "yaml"),
     Kind("data.json", f"{ONE}/data.json", ("train", "sample", "evaluate", "report", "train --dry-run"), "json"),
     Kind("restarts.json", f"{ONE}/restarts.json", ("train", "status"), "json"),

@@ -69,7 +69,8 @@ _IN_PASSING = [
     (re.compile(r" +"), " "),
 ]
 _WORDS = re.compile(
-    r"damaged|not readable|unreadable|cannot be read|not written by tarflow|left out|torn|no json|broken|unknown", re.I
+    r"damaged|not readable|unreadable|cannot be read|not written by tarflow|left out|torn|no json|broken|unknown|another run",
+    re.I,
 )
 _LEAKS = re.compile(
     r"\[Errno|object at 0x|NoneType|errors\.pydantic|KeyError|TypeError|ValueError|AttributeError|Traceback"
