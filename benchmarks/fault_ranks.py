@@ -15,13 +15,16 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo
 import torch.distributed.checkpoint
 import torch.distributed.fsdp  # all of it here, once, and not in every rank: it takes seconds
 
+import tarflow.files
 import tarflow.trainer.loop
+import tarflow.trainer.resilience.watchdog
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.resilience.fault_injection import VARIABLE
@@ -143,12 +146,13 @@ class Life:
 
 def serve(order: dict[str, Any]) -> dict[str, Any]:
     """One start. `config`: file; `overrides`; `run`; `ranks`; `fault`; `send`: [steps of rank 0, signal, ranks], ...
-    `wait_for_file`: in the run directory, before the first of these.
+    `wait_for_file`: in the run directory, before the first of these. `full`: names in it, whose files take nothing more.
 
     Answers with each rank's exit code and whether all left by themselves within `grace_s` of the first that did.
     """
     config = load_config(Path(order["config"]), order.get("overrides", []))
-    life = Life(config, Path(order["run"]), order.get("fault", ""), order.get("ranks", RANKS))
+    with full_disk(Path(order["run"]), order.get("full", [])):
+        life = Life(config, Path(order["run"]), order.get("fault", ""), order.get("ranks", RANKS))
     if "wait_for_file" in order:  # in the run directory
         life.wait_until((Path(order["run"]) / order["wait_for_file"]).exists)
     for steps, name, ranks in order.get("send", []):
@@ -157,6 +161,22 @@ def serve(order: dict[str, Any]) -> dict[str, Any]:
     seconds = life.end(grace_s=60, patience_s=60)
     codes = [life.codes[rank] for rank in sorted(life.codes)]
     return {"codes": codes, "by_themselves": seconds != float("inf"), "leftovers": helpers(life.port, patience_s=10)}
+
+
+@contextlib.contextmanager
+def full_disk(run_dir: Path, names: Sequence[str]) -> Iterator[None]:
+    """Every write to some files fails for want of space, in processes that are forked meanwhile."""
+    open_own = tarflow.files.open_own
+
+    def opened(path: Path, flags: int, mode: int = 0o666) -> int:
+        full = str(Path(path).relative_to(run_dir)) in names if Path(path).is_relative_to(run_dir) else False
+        return os.open("/dev/full", os.O_RDWR) if full else open_own(path, flags, mode)
+
+    with (
+        mock.patch.object(tarflow.files, "open_own", opened),
+        mock.patch.object(tarflow.trainer.resilience.watchdog, "open_own", opened),
+    ):
+        yield
 
 
 def helpers(port: int, patience_s: float) -> list[int]:

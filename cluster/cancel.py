@@ -4,7 +4,6 @@ import os
 import re
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +47,10 @@ def cancel(run_dir: Path, wait_s: float, say: Callable[[str], None]) -> int:
         else:
             slurm.command("scancel", job)
             if jobs.states[job].state == "PENDING":  # nobody else will say that it is over
-                with suppress(UserError, OSError):  # a damaged record: Slurm says so as well
+                try:
                     Chain.load(run_dir / "slurm", job).end(0, "cancelled while it waited in the queue")
+                except (UserError, OSError) as error:
+                    say(f"that job {job} is over is not noted: {error}")
             say(f"job {job} ({kind}) cancelled")
     end = time.monotonic() + wait_s
     while saving and time.monotonic() < end:

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from tarflow.own_paths import make_folder, open_own
+from tarflow.files import make_folder, open_own
 
 FOLDER = "evaluation"
 LARGEST = 1024  # pixels of a picture's longer side; the original lies with the result

@@ -12,7 +12,7 @@ evals.jsonl                             one line per result; TensorBoard has the
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,15 @@ from tarflow.errors import UserError, noted
 from tarflow.evaluation.event_file import append_events
 from tarflow.evaluation.metrics.names import is_distance, is_kernel
 from tarflow.evaluation.result_file import FORMAT, RESULT, WORK, load_result, load_work
-from tarflow.files import discard, free_name, listed, publish_dir
-from tarflow.own_paths import make_folder
+from tarflow.files import discard, free_name, listed, make_folder, publish_dir
 from tarflow.records import DamagedFileError, append_record_line, read_lines
 from tarflow.trainer.checkpoint.names import leading_name
 from tarflow.trainer.run_dir import has_run_file, is_run, run_id
 
 __all__ = [
-    "FORMAT", "RESULT", "WORK", "announce", "building", "evals_dir", "metrics", "publish", "read_result", "read_results",
-    "result_name", "scan", "set_damaged_aside", "summary", "supersede", "sweep", "usable_result", "work_dir",
+    "FORMAT", "RESULT", "WORK", "announce", "building", "evals_dir", "headline", "metrics", "publish", "read_result",
+    "read_results", "result_name", "scan", "set_damaged_aside", "summary", "supersede", "sweep", "usable_result",
+    "work_dir",
 ]  # fmt: skip
 EVALS = "evals.jsonl"
 SCORES = (
@@ -184,14 +184,19 @@ def supersede(run_dir: Path, name: str, result: dict[str, Any]) -> None:
     os.rename(evals_dir(run_dir) / name, free_name(kept))
 
 
-def announce(run_dir: Path, tensorboard: bool, older_than_s: float = 0.0) -> None:
+def announce(
+    run_dir: Path, tensorboard: bool, older_than_s: float = 0.0, say: Callable[[str], None] = lambda line: None
+) -> None:
     """Add the lines of results that evals.jsonl does not hold yet: also of one whose worker died before its line, or whose
     line is damaged.
 
     `older_than_s`: leave out younger results, whose own worker is just about to announce them.
     """
     path = run_dir / EVALS
-    have = {(row.get("name"), row.get("weights_sha256")) for row in read_lines(path).rows}
+    lines = read_lines(path)
+    for flaw in lines.flaws(path):
+        say(f"{flaw}; the lines of its results are written again")
+    have = {(row.get("name"), row.get("weights_sha256")) for row in lines.rows}
     for folder, result in read_results(run_dir):
         settled = time.time() - result.get("time", 0.0) >= older_than_s
         if settled and (folder.name, result["weights_sha256"]) not in have:
@@ -215,6 +220,22 @@ def metrics(result: dict[str, Any]) -> dict[str, float | None]:
     ]
     there = [k for k in SCORES if k in result]
     return {name: result.get(name) for name in names + there}
+
+
+def headline(result: dict[str, Any]) -> str:
+    """A result in one line."""
+    parts = [f"{key} {value:.2f}" for key, value in metrics(result).items() if is_distance(key) and value is not None]
+    if result.get("bits_per_dim") is not None:
+        stderr = result.get("bits_per_dim_stderr")
+        parts.append(f"{result['bits_per_dim']:.4f}{f' +- {stderr:.4f}' if stderr else ''} bits/dim")
+    if result.get("label_agreement") is not None:
+        parts.append(f"label agreement {result['label_agreement']:.1%}")
+    parts.append(f"{result['num_samples']} samples of {result['weights']}, {result['seconds'].get('total', 0):.0f} s")
+    lost = f" | {result['problem']}" if result["problem"] else ""
+    what = result["name"]
+    if result["step"] is not None:
+        what = f"step {result['step']} ({result['images_seen']:,} images)"
+    return f"{what}: {' | '.join(parts)}{lost}"
 
 
 def _write_tensorboard(run_dir: Path, name: str, result: dict[str, Any]) -> None:

@@ -17,9 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tarflow.files import discard, discarded, put_once
+from tarflow.files import create_empty, discard, discarded, make_folder, put_once, write_new
 from tarflow.leases import HEARTBEATS, leased, unique_name
-from tarflow.own_paths import create_empty, make_folder, write_new
 from tarflow.records import DamagedFileError, read_object, sealed
 
 LARGEST = 1e9  # of a number in a plan

@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tarflow.files import discarded, listed
-from tarflow.own_paths import create_empty, open_own, write_new
+from tarflow.files import create_empty, discarded, listed, open_own, write_new
 
 HEARTBEATS = 5  # renewals within a lease
 

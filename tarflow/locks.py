@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tarflow.file_systems import note_once
+from tarflow.files import fill, open_own
 from tarflow.leases import held, leased
-from tarflow.own_paths import fill, open_own
 
 LEASE_S = 60.0
 _LOOK_S = 0.2  # between two looks at a lease that another holds

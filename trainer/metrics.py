@@ -18,10 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from tarflow.files import LineWriter
+from tarflow.files import LineWriter, make_folder
 from tarflow.models.likelihood import bits_from_nats
 from tarflow.outputs import styled
-from tarflow.own_paths import make_folder
 from tarflow.records import sealed
 from tarflow.terminal import plain_lines
 

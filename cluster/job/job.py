@@ -25,9 +25,8 @@ from tarflow.cluster.job.preflight import BadNodeError, all_reduce_command, chec
 from tarflow.cluster.job.record import submissions
 from tarflow.cluster.job.rendezvous import meet
 from tarflow.errors import UserError, in_words
-from tarflow.files import listed
+from tarflow.files import create_empty, listed, make_folder
 from tarflow.interpreter import HOME, JOB_VARIABLE, module_command
-from tarflow.own_paths import create_empty, make_folder
 from tarflow.records import DamagedFileError, Record, load_record, save_record
 from tarflow.terminal import message
 
@@ -102,11 +101,24 @@ class Task:
             self.say(f"start {self.restart}: {self.job.kind} on {nodes} at step {self.chain.starts[-1]['step']}")
             if over := exhausted(self.chain, self.job.limits):  # starts that were killed before they could decide
                 self.finish(over.code, over.text)
+            self.check_run()
         check_code(self.job)
         if self.first and self.job.kind == "train":
             from tarflow.cluster.job.writer import wait_for_writer  # here: tasks but the first load no configuration
 
             wait_for_writer(self.run_dir, self.id, self.say, signals.stopped)
+
+    def check_run(self) -> None:
+        """End, for no start will find it otherwise, where the directory holds another run now, or one that nobody can tell."""
+        from tarflow.trainer.run_dir import run_id
+
+        try:
+            found = run_id(self.run_dir)
+            problem = f"{self.run_dir} holds the run {found} now, and this job is for the run {self.job.run}"
+        except (UserError, FileNotFoundError) as error:
+            found, problem = "", str(error)
+        if found != self.job.run:
+            self.finish(FAILED, f"stopped, and not requeued: {problem}")
 
     def own_chain(self) -> Chain:
         """The record of this job's starts. Without one that can be believed nothing bounds its restarts: it ends here."""

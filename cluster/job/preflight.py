@@ -13,8 +13,8 @@ from pydantic import Field
 from tarflow.cluster.answers import answer
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job.environment import Place
+from tarflow.files import write_new
 from tarflow.interpreter import module_command
-from tarflow.own_paths import write_new
 from tarflow.records import Record, load_record, save_record
 
 CLOCK_TOLERANCE_S = 30.0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job.record import RunJobs, jobs_of, submissions
-from tarflow.trainer.resilience.alive import living_writer
+from tarflow.trainer.resilience.alive import damaged_heartbeats, living_writer
 
 WAY_OUT = "end it with `tarflow cancel {run}`, or let the new job wait for its end with --after-running"
 
@@ -40,7 +40,8 @@ def _check_by_hand(run: Path, jobs: RunJobs) -> None:
     """A process trains the run that none of its jobs started: nothing in the queue stands for it."""
     writer = living_writer(run)
     if writer is not None and writer.job not in [entry["job"] for entry in jobs.entries]:
+        damaged = "".join(f"; {flaw}" for flaw in damaged_heartbeats(run)[:1])
         raise ClusterError(
             f"run {run} is being trained by another process ({writer}), as its heartbeats say: end that one first, or "
-            "give another --run-dir. If it was killed a moment ago, try again in a minute"
+            f"give another --run-dir. If it was killed a moment ago, try again in a minute{damaged}"
         )

@@ -19,7 +19,7 @@ def check_own(slurm_dir: Path) -> None:
         except FileNotFoundError:
             continue
         if not stat.S_ISDIR(facts.st_mode):
-            raise ClusterError(f"{folder} is a link or a file, where a folder is meant: remove it, or {WAY_OUT}")
+            raise ClusterError(f"{folder} is a link or a file, where a folder is meant: move it away, or {WAY_OUT}")
         if facts.st_uid not in (os.getuid(), 0):
             raise ClusterError(
                 f"{folder} belongs to another user (uid {facts.st_uid}), who could change what a job of yours runs: {WAY_OUT}"
@@ -28,4 +28,4 @@ def check_own(slurm_dir: Path) -> None:
             raise ClusterError(f"{folder} can be written by everyone, and holds what a job of yours runs: chmod o-w it")
     links = [path for path in listed(slurm_dir, "jobs/*_log.*") if path.is_symlink()]
     if links:
-        raise ClusterError(f"{links[0]} is a link, and Slurm would write through it: remove it, or {WAY_OUT}")
+        raise ClusterError(f"{links[0]} is a link, and Slurm would write through it: move it away, or {WAY_OUT}")

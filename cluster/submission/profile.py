@@ -72,7 +72,9 @@ class Profile(BaseModel):
             bare = str(text).replace("\t", " ").replace("\n", " " if info.field_name == "setup" else "\n")
             if not bare.isprintable():
                 raise ValueError(f"{text!r} holds a line break or another invisible character")
-        if info.field_name == "setup" and any(line.startswith("#SBATCH") for text in texts for line in text.splitlines()):
+        if info.field_name == "setup" and any(
+            line.startswith("#SBATCH") for text in texts for line in text.splitlines()
+        ):
             raise ValueError("options of sbatch go into `sbatch`, not into `setup`")
         return value
 

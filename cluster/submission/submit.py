@@ -21,8 +21,7 @@ from tarflow.cluster.submission.in_use import jobs_to_wait_for
 from tarflow.cluster.submission.own_folder import check_own
 from tarflow.cluster.submission.profile import Profile
 from tarflow.errors import in_words
-from tarflow.files import write_text
-from tarflow.own_paths import make_folder
+from tarflow.files import make_folder, write_text
 from tarflow.trainer.config.files import config_text, load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.plan import describe

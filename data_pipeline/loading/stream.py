@@ -36,8 +36,10 @@ from tarflow.data_pipeline.index.samples import parse_label
 from tarflow.data_pipeline.layout.splits import by_split
 from tarflow.data_pipeline.loading.sample_reader import Skipped
 from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
+from tarflow.data_pipeline.loading.stream_tar import samples_of
 from tarflow.data_pipeline.storage.cache_folder import make_own, write_own_file
 from tarflow.data_pipeline.storage.remote import address
+from tarflow.data_pipeline.storage.roots import check_name
 from tarflow.files import listed
 from tarflow.records import DamagedFileError, read_object, sealed
 
@@ -55,6 +57,9 @@ def stream_shards(data: str | Path) -> list[str]:
         return expand_braces(text)
     url = address(data)
     if url:
+        check_name(url)
+        if any(mark in url for mark in "'\"`<> "):
+            raise DataError(f"{url!r} is no address of tars: programs that open addresses would take marks in it for commands")
         return expand_braces(url)
     shards, _ = find_shards(text)
     several = by_split(shards, Path(os.path.commonpath([path.parent for path in shards])))
@@ -188,8 +193,6 @@ class StreamSource:
             place += self.world_size
 
     def _open(self, number: int) -> Iterator[dict[str, Any]]:
-        import webdataset as wds
-
         def handler(err: Exception) -> bool:
             message = f"shard {self.shards[number]} is damaged or cannot be read: {str(err)[:300]}"
             if self.strict:
@@ -197,8 +200,7 @@ class StreamSource:
             self.skipped.append(Skipped(number << ROW_BITS, "damaged_shard", message, -1))
             return True
 
-        pipeline = wds.DataPipeline(wds.SimpleShardList([self.shards[number]]), wds.tarfile_to_samples(handler=handler))
-        yield from pipeline
+        yield from samples_of(self.shards[number], handler)
 
     def _nearest(self, samples_seen: int) -> int:
         """The place in the sequence to begin at."""

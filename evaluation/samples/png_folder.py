@@ -5,8 +5,9 @@
     DIR/grid.png            the first ones at a glance
 
 A file appears whole or not at all, so a killed run goes on where it was: only missing samples are drawn. What a disk or a
-person damaged since counts as missing. A folder made with other settings, with more samples than asked for, or holding
-other images is refused, never mixed.
+person damaged since counts as missing, and so does another picture than was drawn: `settings.json` holds the checksum of
+every one. A folder made with other settings, with more samples than asked for, or holding other images is refused, never
+mixed.
 """
 
 import json
@@ -22,14 +23,14 @@ from torch import Tensor
 
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.png_check import flaw_of_file
-from tarflow.files import listed, write_atomic
-from tarflow.own_paths import make_folder
+from tarflow.files import crc32, listed, make_folder, write_atomic
 from tarflow.records import read_object, write_object
 from tarflow.terminal import plain
 
 _NAME = re.compile(r"(\d{6,})\.png")
 # What may differ between two calls that fill one folder: it does not change the images.
-_FREE = ("num", "nonfinite", "missing", "complete", "provenance", "code")
+_FREE = ("num", "nonfinite", "missing", "complete", "provenance", "code", "crc32")
+_LIMIT = 1 << 30  # bytes of settings.json, which has a checksum for every picture
 
 
 class SampleFolder:
@@ -50,11 +51,16 @@ class SampleFolder:
         self._check_names()
         self.damaged = self._damaged(shape)  # sample -> what was wrong with its file; drawn again
         make_folder(root, self.images.name)
-        self._write_settings([], complete=False)
+        kept = {name: value for name, value in self._sums.items() if name not in map(self._name, self.damaged)}
+        self._write_settings([], kept, complete=False)
 
     def path(self, index: int) -> Path:
         """Where sample `index` lies or will lie."""
-        return self.images / f"{index:06d}.png"
+        return self.images / self._name(index)
+
+    @staticmethod
+    def _name(index: int) -> str:
+        return f"{index:06d}.png"
 
     def missing(self) -> list[int]:
         """Samples that are not there yet, ascending."""
@@ -69,21 +75,25 @@ class SampleFolder:
         """Record that all is drawn, and which samples could not be: a damaged file of theirs does not stay either."""
         for index in set(nonfinite) & self.damaged.keys():
             self.path(index).unlink(missing_ok=True)
-        self._write_settings(nonfinite, complete=True)
+        there = [path for i in range(self.num) if (path := self.path(i)).exists()]
+        self._write_settings(nonfinite, {path.name: crc32(path) for path in there}, complete=True)
 
-    def _write_settings(self, nonfinite: Sequence[int], complete: bool) -> None:
-        state = {"num": self.num, "complete": complete, "nonfinite": list(nonfinite)}
+    def _write_settings(self, nonfinite: Sequence[int], sums: dict[str, int], complete: bool) -> None:
+        state = {"num": self.num, "complete": complete, "nonfinite": list(nonfinite), "crc32": sums}
         write_object(self.root / "settings.json", self.settings | state)
 
     def _check_settings(self) -> None:
         path = self.root / "settings.json"
+        self._sums: dict[str, int] = {}  # of the pictures, as they were written
         if not os.path.lexists(path):
             if self.root.exists() and any(self.root.iterdir()):
                 raise EvaluationError(
                     f"--out {self.root} is not empty and no folder of samples (no settings.json); give a new directory"
                 )
             return
-        stored = read_object(path, what="settings of samples", way_out="give a new --out directory")
+        stored = read_object(path, what="settings of samples", way_out="give a new --out directory", limit=_LIMIT)
+        if isinstance(sums := stored.get("crc32"), dict):
+            self._sums = sums
         there = {k: v for k, v in stored.items() if k not in _FREE}
         asked = {k: v for k, v in json.loads(json.dumps(self.settings)).items() if k not in _FREE}
         differ = [
@@ -98,8 +108,13 @@ class SampleFolder:
             )
 
     def _damaged(self, shape: tuple[int, int, int] | None) -> dict[int, str]:
-        flaws = {index: flaw_of_file(self.path(index), shape) for index in range(self.num) if self.path(index).exists()}
+        there = [index for index in range(self.num) if self.path(index).exists()]
+        flaws = {index: flaw_of_file(self.path(index), shape) or self._other(self.path(index)) for index in there}
         return {index: flaw for index, flaw in flaws.items() if flaw}
+
+    def _other(self, path: Path) -> str | None:
+        known = self._sums.get(path.name)
+        return None if known in (None, crc32(path)) else "another picture than was drawn"
 
     def _check_names(self) -> None:
         for path in listed(self.images):

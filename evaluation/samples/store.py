@@ -28,9 +28,8 @@ from tarflow.evaluation.samples.store_check import Shape, damaged_pictures, dama
 from tarflow.evaluation.samples.store_files import SETTINGS, STRETCH, Note, load_settings
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.shared_work import SharedWork
-from tarflow.files import listed, put_once
+from tarflow.files import create_empty, listed, make_folder, put_once, write_new
 from tarflow.leases import unique_name
-from tarflow.own_paths import create_empty, make_folder, write_new
 from tarflow.records import DamagedFileError, save_record, write_object
 from tarflow.trainer.checkpoint.names import leading_name
 

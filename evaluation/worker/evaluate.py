@@ -22,7 +22,7 @@ from tarflow.evaluation import results
 from tarflow.evaluation.image_set import ImageSet
 from tarflow.evaluation.metrics.all_scores import feature_scores
 from tarflow.evaluation.metrics.bits_per_dim import BitsPerDim
-from tarflow.evaluation.metrics.names import distance_key, is_distance
+from tarflow.evaluation.metrics.names import distance_key
 from tarflow.evaluation.metrics.nearest_neighbours import label_agreement, nearest_neighbours
 from tarflow.evaluation.samples.draw import Sampler, check_guidance
 from tarflow.evaluation.samples.store import SampleStore
@@ -41,7 +41,7 @@ from tarflow.evaluation.worker.class_maps import check_class_maps
 from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import Recipe
 from tarflow.evaluation.worker.reference import Reference
-from tarflow.own_paths import fill
+from tarflow.files import fill
 from tarflow.records import write_object
 from tarflow.trainer.checkpoint.commit import Checkpoint, pinned
 from tarflow.trainer.run_dir import is_run, run_id
@@ -394,21 +394,3 @@ def machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
     }
-
-
-def headline(result: dict[str, Any]) -> str:
-    """A result in one line."""
-    parts = [
-        f"{key} {value:.2f}" for key, value in results.metrics(result).items() if is_distance(key) and value is not None
-    ]
-    if result.get("bits_per_dim") is not None:
-        stderr = result.get("bits_per_dim_stderr")
-        parts.append(f"{result['bits_per_dim']:.4f}{f' +- {stderr:.4f}' if stderr else ''} bits/dim")
-    if result.get("label_agreement") is not None:
-        parts.append(f"label agreement {result['label_agreement']:.1%}")
-    parts.append(f"{result['num_samples']} samples of {result['weights']}, {result['seconds'].get('total', 0):.0f} s")
-    lost = f" | {result['problem']}" if result["problem"] else ""
-    what = result["name"]
-    if result["step"] is not None:
-        what = f"step {result['step']} ({result['images_seen']:,} images)"
-    return f"{what}: {' | '.join(parts)}{lost}"

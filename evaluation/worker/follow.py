@@ -18,7 +18,7 @@ from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.file_sampling import describe_file
 from tarflow.evaluation.samples.store import SampleStore
 from tarflow.evaluation.samples.weights_source import from_checkpoint, from_file, resolve_device
-from tarflow.evaluation.worker.evaluate import Evaluator, Job, headline
+from tarflow.evaluation.worker.evaluate import Evaluator, Job
 from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import Recipe, file_recipe, load_recipes
 from tarflow.models.weights import read_weights
@@ -74,7 +74,7 @@ def evaluate(run_dir: str | Path, watch: bool, options: WorkerOptions | None = N
             f"evaluating {run_dir}: weights {settings.weights}, {settings.num_samples} samples, settings {settings.hash}"
         )
     results.sweep(run_dir)
-    results.announce(run_dir, recipes[0].config.log.tensorboard, older_than_s=ANNOUNCED_WITHIN_S)
+    results.announce(run_dir, recipes[0].config.log.tensorboard, ANNOUNCED_WITHIN_S, say)
     if watch or worker.todo():
         _ = worker.evaluators[0].real.reference  # first: a mismatch should not cost a night of sampling
     if options.step is not None or options.images is not None:
@@ -108,7 +108,7 @@ def evaluate_file(
     source = from_file(path, file, evaluator.real.device)
     results.sweep(out)
     result = Job(evaluator, source).run()
-    say(plain(headline(result), 2000) if result else f"{path} has a result under these settings already")
+    say(plain(results.headline(result), 2000) if result else f"{path} has a result under these settings already")
     return result
 
 
@@ -211,7 +211,7 @@ class _Worker:
                 self._note_problem(checkpoint, evaluator)
                 return
             self.outcome.done.append(result)
-            self.say(plain(headline(result), 2000))
+            self.say(plain(results.headline(result), 2000))
             self._note_problem(checkpoint, evaluator)
 
     def _note_problem(self, checkpoint: Checkpoint, evaluator: Evaluator) -> None:

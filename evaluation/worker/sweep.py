@@ -44,9 +44,8 @@ from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import load_recipes
 from tarflow.evaluation.worker.sweep_choice import Point, why_unclear, with_error
 from tarflow.evaluation.worker.sweep_plot import plot_rounds
-from tarflow.files import put_once, write_text
+from tarflow.files import make_folder, put_once, write_text
 from tarflow.leases import unique_name
-from tarflow.own_paths import make_folder
 from tarflow.records import DamagedFileError, Record, load_record, save_record, write_object
 from tarflow.trainer.checkpoint.commit import find, pinned
 

@@ -67,6 +67,10 @@ def read_safetensors(path: Path, header_only: bool = False) -> TensorFile:
         ModelError: there is no file.
     """
     _require(path)
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if not 0 < header <= path.stat().st_size - 8:  # before the whole file is mapped, which may be a huge hole
+        raise DamagedFileError(path, "it is not a readable safetensors file (it has no header)", WAY_OUT)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -75,3 +75,16 @@ def test_a_number_that_something_else_has_now_is_over(submitted: Path, fake_slur
     fake_slurm.command("squeue", 'echo "107|RUNNING|None|n1|somebody|elses job"')
     assert verb("cancel", submitted) == 0
     assert "no job of this run is in the queue" in capsys.readouterr().out
+
+
+def test_h05_a_job_that_waits_is_cancelled_and_its_damaged_record_named(
+    submitted: Path, fake_slurm, verb, capsys
+) -> None:
+    fake_slurm.command("squeue", 'echo "107|PENDING|None||tarflow-run"')
+    chain = submitted / "slurm" / "chain-107.json"
+    chain.write_bytes(b'{"starts": [')
+    assert verb("cancel", submitted) == 0
+    assert fake_slurm.calls("scancel") == ["107"]
+    said = capsys.readouterr().out
+    assert f"that job 107 is over is not noted: {chain} (record of the starts" in said
+    assert chain.read_bytes() == b'{"starts": ['

@@ -1,11 +1,13 @@
 """What a training shows while it runs: what matters fits a narrow terminal, the rest stands in log.txt."""
 
 import io
+import math
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from tarflow.evaluation.report.logged import read_metrics
 from tarflow.trainer import metrics
 from tarflow.trainer.metrics import MetricLog
 
@@ -66,3 +68,23 @@ def test_N13_what_is_only_recorded_is_not_on_the_screen(tmp_path: Path, capsys) 
     log.close()
     assert capsys.readouterr().out == "model: small\n"
     assert "the configuration of this start:\ndata:\n  train: x\n" in (tmp_path / "log.txt").read_text()
+
+
+def test_h06_lines_of_figures_are_sealed_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    log = MetricLog(tmp_path, False, TOTAL)
+    log.event("start", images_seen=0, step=0)
+    for step in (5, 10, 15):
+        log.figures(step, 16 * step, TOTAL, {**ROW, "train/loss": 0.25 * step})
+    log.figures(20, 320, TOTAL, {**ROW, "train/loss": math.nan, "train/bits_per_dim": math.inf})
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    found = read_metrics(tmp_path)
+    assert [row.get("train/loss") for row in found.rows] == [None, 1.25, 2.5, 3.75, None]
+    assert found.flaws == []
+    path.write_text(path.read_text().replace('"train/loss": 2.5', '"train/loss": 2.4'))
+    found = read_metrics(tmp_path)
+    assert [row["step"] for row in found.rows] == [0, 5, 15, 20]
+    assert found.flaws == [f"{path}: 1 damaged line left out (3)"]
+    with open(path, "a") as file:
+        file.write('{"step": 25, "images_seen": 400, "train/loss": 9.0}\n')  # of a hand that forgot the checksum
+    assert len(read_metrics(tmp_path).rows) == 4

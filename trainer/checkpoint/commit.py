@@ -21,8 +21,7 @@ from typing import Any
 
 from pydantic import Field
 
-from tarflow.files import crc32, discard, free_name, fsync_path, fsync_tree, listed, write_text
-from tarflow.own_paths import make_folder
+from tarflow.files import crc32, discard, free_name, fsync_path, fsync_tree, listed, make_folder, write_text
 from tarflow.records import DamagedFileError, Record, load_record, save_record
 from tarflow.trainer.checkpoint.marker import (
     MARKER,

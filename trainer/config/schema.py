@@ -99,7 +99,10 @@ class ParallelConfig(Section):
         3, ge=1, le=3, description="deepspeed: 1 shards moments, 2 also gradients, 3 also weights"
     )
     layers_per_unit: Count = Field(
-        0, ge=0, description="fsdp2: transformer layers that are gathered and summed at a time; 0 = a whole block's"
+        0,
+        ge=0,
+        le=MOST_LAYERS,
+        description="fsdp2: transformer layers that are gathered and summed at a time; 0 = a whole block's",
     )
     offload_optimizer: bool = Field(False, description="deepspeed: keep the optimizer's state in host memory")
     reduce_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of gradients as they are summed")

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 import tarflow.trainer.checkpoint.commit as ckpt
-from tarflow.own_paths import make_folder
+from tarflow.files import make_folder
 from tarflow.trainer.checkpoint.retention import sweep
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import is_run, run_id, write_identity

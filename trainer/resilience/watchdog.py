@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import torch.distributed as dist
 
-from tarflow.own_paths import make_folder, open_own, write_new
+from tarflow.files import make_folder, open_own, write_new
 from tarflow.records import sealed
 from tarflow.trainer.config.schema import ParallelConfig
 from tarflow.trainer.resilience import alive

@@ -22,8 +22,7 @@ from torch.distributed.tensor import DTensor
 import tarflow.trainer.checkpoint.commit as ckpt
 import tarflow.trainer.checkpoint.retention as retention
 import tarflow.trainer.ema.snapshots as snapshots
-from tarflow.files import crc32, discard, fsync_path, write_text
-from tarflow.own_paths import make_folder
+from tarflow.files import crc32, discard, fsync_path, make_folder, write_text
 from tarflow.trainer.checkpoint.tensors import write_tensors
 from tarflow.trainer.config.schema import CheckpointConfig
 from tarflow.trainer.errors import TrainerError

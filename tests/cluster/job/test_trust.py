@@ -175,6 +175,31 @@ def test_h06_a_chain_that_cannot_be_believed_ends_the_job_and_stays(submitted, f
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("damage", ["other run", "flipped", "gone"])
+def test_h02_a_directory_that_holds_no_longer_the_run_ends_the_job(submitted, fake, fake_slurm, damage: str) -> None:
+    from tarflow.trainer.run_dir import create_run
+
+    run = submitted()
+    assert fake_slurm.run(STUB="fail,finish") == 75
+    path = run / "run.json"
+    if damage == "flipped":
+        data = path.read_text()
+        at = data.index('"run_id": "') + 15
+        path.write_text(data[:at] + ("0" if data[at] != "0" else "1") + data[at + 1 :])
+    else:
+        path.unlink()
+    if damage == "other run":
+        create_run(run.parent / "other")
+        (run.parent / "other" / "run.json").rename(path)
+    assert fake_slurm.run(restart=1, STUB="fail,finish") == 1
+    assert len(fake.stub_calls(run)) == 1, "nothing was started"
+    assert len(fake_slurm.requeues()) == 1
+    assert "stopped, and not requeued: " in fake.said(run).splitlines()[-1]
+    assert str(run) in fake.said(run).splitlines()[-1]
+    assert fake.chain(run)["ended"]["code"] == 1
+    assert "Traceback" not in fake.said(run)
+
+
 def test_h06_a_chain_that_is_damaged_meanwhile_is_no_lost_job(submitted, fake, fake_slurm) -> None:
     run = submitted()
     running = fake_slurm.start(STUB="wait")

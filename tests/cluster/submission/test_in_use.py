@@ -114,6 +114,15 @@ def test_V12_a_run_that_is_trained_by_hand_is_refused(fake_slurm, verb, config_f
     assert verb("submit", config_file, "--run", run) == 0
 
 
+def test_h06_a_damaged_heartbeat_that_stands_for_a_process_is_named(fake_slurm, verb, config_file, tmp_path) -> None:
+    run = tmp_path / "run"
+    assert verb("submit", config_file, "--run", run) == 0
+    (run / "heartbeats").mkdir()
+    (run / "heartbeats" / "rank-0000.json").write_text("[")
+    with pytest.raises(ClusterError, match=r"being trained by another process .*rank-0000\.json .*is damaged"):
+        verb("submit", config_file, "--run", run)
+
+
 def test_V12_a_job_that_was_ended_a_moment_ago_is_no_hindrance(submitted: Path, fake_slurm, verb, config_file) -> None:
     """Its heartbeats are fresh still, but Slurm knows that it is over."""
     (submitted / "heartbeats").mkdir()

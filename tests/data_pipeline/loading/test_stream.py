@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -160,3 +161,26 @@ def test_D13_flips_of_a_stream_are_keyed_by_position(tmp_path: Path, lab: Simple
     batches = take(str(tmp_path / "s"), 8, tmp_path, global_batch_size=5, flip=True, seed=3)
     mirrored = [int(image[0, 0, 0]) == 0 for batch in batches for image in batch.images]
     assert mirrored == flips(3, np.arange(40)).tolist()
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XGLTYPE])
+def test_h10_what_a_header_of_a_stream_promises_is_bounded(
+    tmp_path: Path, lab: SimpleNamespace, kind: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An endless body behind it would be read into memory."""
+    folder = tmp_path / "s"
+    lab.write_shards(folder, [4])
+    info = tarfile.TarInfo("0.png")
+    info.type, info.size = kind, 3 << 30
+    (folder / "bad.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(20_000))
+    with pytest.raises(DataError, match=r"bad\.tar is damaged .*a member at byte 0 has 3,221,225,472 bytes, at most"):
+        take(str(folder), 9, tmp_path, global_batch_size=2)
+    batches = take(str(folder), 4, tmp_path, global_batch_size=2, on_error="skip", max_bad_share=1.0)
+    assert {lab.number_of(image) for batch in batches for image in batch.images} == {0, 1, 2, 3}
+
+
+def test_h08_an_address_of_a_stream_holds_no_marks_that_programs_obey() -> None:
+    for text in ("gs://bucket/'; touch x; '.tar", "http://a/../b.tar", "http://a/simplecache::file:///x.tar", "http://a/b\n.tar"):
+        with pytest.raises(DataError, match=r"no address of tars|no name that remote data may have"):
+            stream_shards(text)
+    assert stream_shards("https://a.org/s-{0..1}.tar?key=a&b=%20c") == [f"https://a.org/s-{i}.tar?key=a&b=%20c" for i in (0, 1)]

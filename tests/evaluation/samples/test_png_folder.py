@@ -1,6 +1,7 @@
 """Folders of samples: exactly as many as asked for, continued or refused, never mixed."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -129,6 +130,25 @@ def test_V06_an_image_of_another_size_or_colour_counts_as_missing(tmp_path):
     again = SampleFolder(tmp_path / "out", SETTINGS, 4, (1, 4, 4))
     assert again.missing() == [1, 2]
     assert again.damaged[1] == "5 x 4 pixels, 1 channels, instead of 4 x 4, 1"
+
+
+def test_h06_another_picture_in_a_samples_place_is_drawn_again(tmp_path):
+    fill(SampleFolder(tmp_path / "out", SETTINGS, 4, (1, 4, 4)))
+    SampleFolder(tmp_path / "out", SETTINGS, 4, (1, 4, 4)).finish([])
+    assert SampleFolder(tmp_path / "out", SETTINGS, 5, (1, 4, 4)).damaged == {}
+    save_png(tmp_path / "out/images/000001.png", image(3))
+    again = SampleFolder(tmp_path / "out", SETTINGS, 4, (1, 4, 4))
+    assert again.missing() == [1]
+    assert again.damaged == {1: "another picture than was drawn"}
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nothing", path)])
+def test_h06_settings_that_are_no_file_are_refused_and_nothing_waits(tmp_path, make):
+    fill(SampleFolder(tmp_path / "out", SETTINGS, 4))
+    (tmp_path / "out/settings.json").unlink()
+    make(tmp_path / "out/settings.json")
+    with pytest.raises(DamagedFileError, match="no regular file; give a new --out directory"):
+        SampleFolder(tmp_path / "out", SETTINGS, 4)
 
 
 def test_V06_nothing_is_touched_in_a_folder_that_is_refused(tmp_path):

@@ -17,7 +17,7 @@ from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.store import SampleStore
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
-from tarflow.records import read_object, write_object
+from tarflow.records import DamagedFileError, read_object, write_object
 
 SETTINGS = ResolvedSampling().with_changes(seed=3)
 
@@ -249,3 +249,31 @@ def test_V06_the_same_evaluation_again_mends_the_samples_it_keeps(make_run, fake
     lines.clear()
     evaluate(run_dir, False, WorkerOptions(save=kind), lines.append)
     assert not any("are drawn again" in line for line in lines)
+
+
+def test_h06_notes_and_settings_that_cannot_be_believed(saver, sampler, capsys):
+    """A note that says too much is drawn again; settings, which decide what the images are, are refused."""
+    folder = complete(saver(10, kind="png"), sampler)
+    note = folder / "samples-00000004-00000007.json"
+    values = read_object(note)
+    for labels in ({"8": 0}, {"-1": 0}, {"4": "x"}, {"4" * 30: 0}, {"../../x": 0}, {"4": 1 << 40}):
+        write_object(note, {"labels": labels, "sizes": {}})
+        capsys.readouterr()
+        again = saver(10, kind="png")
+        assert again.missing() == [range(4, 8)], labels
+        assert f"samples in {note} are drawn again: damaged" in capsys.readouterr().out
+        write_object(note, values)
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    settings = folder / "settings.json"
+    for text in (
+        b"{",
+        before[settings].replace(b'"num": 10', b'"num": 12'),
+        b'{"kind": "png", "files": {"../../x": 1}}',
+    ):
+        settings.write_bytes(text)
+        with pytest.raises(DamagedFileError, match=r"settings of kept samples.*move the folder away"):
+            saver(10, kind="png")
+        settings.write_bytes(before[settings])
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+    (folder / "images/odd.png").touch()
+    assert sorted(saver(10, kind="png")._indices()) == list(range(10)), "what is no sample is not counted"

@@ -64,7 +64,12 @@ def test_h05_h06_a_damaged_line_of_results_is_written_again(make_run):
         write_object(work, read_object(work) | {"time": 1e9})  # long ago: its own worker is not about to do it
     first, second = path.read_text().splitlines()
     path.write_text(re.sub(r'("fd_\w+": \d)', r"\g<1>7", first) + "\n" + second[: len(second) // 2])
-    assert evaluated(run_dir) == []
+    said = []
+    assert evaluated(run_dir, said) == []
+    assert (
+        f"{path}: 1 damaged line left out (1); its last line is cut off; the lines of its results are written again"
+        in said
+    )
     lines = read_lines(path)
     assert len(lines.damaged) == 2
     assert {row["name"] for row in lines.rows} == whole.keys()

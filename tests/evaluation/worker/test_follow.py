@@ -1,6 +1,7 @@
 """The worker: every checkpoint once, atomically, whatever dies, with all options in the result."""
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -375,6 +376,26 @@ def test_N15_a_large_grid_is_made_smaller_for_tensorboard(tmp_path):
     (image,) = events_of(tmp_path).Images("eval/grid")
     assert (image.width, image.height, image.step) == (1024, 512, 5)
     assert events_of(tmp_path).Tags()["images"] == ["eval/grid"]
+    assert events_of(tmp_path).Scalars("eval/fd")[0].value == 1.5
+
+
+def test_h06_damaged_pictures_and_event_files_cost_nothing_else(tmp_path):
+    from tarflow.evaluation.event_file import append_events
+
+    (tmp_path / "grid.png").write_bytes(b"no picture")
+    os.mkfifo(tmp_path / "pipe.png")
+    pictures = {"eval/grid": tmp_path / "grid.png", "eval/pipe": tmp_path / "pipe.png"}
+    folder = tmp_path / "tensorboard/evaluation"
+    folder.mkdir(parents=True)
+    name = "events.out.tfevents.000000000{}.evaluation"
+    os.mkfifo(folder / name.format(0))
+    (folder / name.format(1)).write_bytes(bytes(1 << 20))  # records without length, if one believes them
+    (folder / name.format(2)).symlink_to(tmp_path / "elsewhere")
+    append_events(tmp_path, 5, {"eval/fd": 1.5}, pictures, 1.0)
+    assert not (tmp_path / "elsewhere").exists()
+    assert (folder / name.format(3)).stat().st_size > 0
+    for path in (folder / name.format(number) for number in (0, 1, 2)):
+        path.unlink()
     assert events_of(tmp_path).Scalars("eval/fd")[0].value == 1.5
 
 

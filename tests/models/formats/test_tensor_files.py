@@ -335,6 +335,14 @@ def test_rubbish_is_one_error(tmp_path: Path, content: bytes, suffix: str) -> No
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_h10_a_huge_hole_is_no_file_of_weights(tmp_path: Path, suffix: str) -> None:
+    with open(tmp_path / f"w{suffix}", "wb") as file:
+        file.truncate(1 << 43)
+    with pytest.raises(DamagedFileError, match=rf"w\{suffix}"):
+        read_weights(tmp_path / f"w{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_cut_files_are_refused(tmp_path: Path, suffix: str) -> None:
     path = exported(tmp_path / f"w{suffix}")
     data = path.read_bytes()
