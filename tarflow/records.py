@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tarflow.errors import UserError
 from tarflow.files import append_line, write_text
+from tarflow.terminal import plain
 
 SEAL = "checksum"
 LINES_LIMIT = 1 << 30  # bytes of a file of lines: the figures of a hundred million steps take less
@@ -34,6 +35,7 @@ class DamagedFileError(UserError):
     """A file that cannot be believed. Says which file, where in it, what is wrong, and the way out."""
 
     def __init__(self, path: Path, problem: str, way_out: str = "", *, where: str = "", what: str = "") -> None:
+        problem, where = plain(problem, 1000), plain(where)  # a field's name is the file's own
         self.path, self.problem, self.way_out, self.where = Path(path), problem, way_out, where
         name = f"{path} ({what})" if what else str(path)
         text = f"{name} is damaged or was not written by tarflow: {f'{where}: ' if where else ''}{problem}"

@@ -4,6 +4,9 @@ import json
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from pydantic import ValidationError
+
+from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.image_set import ImageSet
 from tarflow.models.sampling.settings import SamplingSettings
 from tarflow.trainer.config.schema import Config
@@ -31,11 +34,19 @@ class ResolvedSampling:
         return cls(settings, config.train.noise_std, class_counts=counts)
 
     def with_changes(self, **changes: Any) -> "ResolvedSampling":
-        """The same with other values of the section `sampling`, or of a field here: `labels` are explicit ones."""
+        """The same with other values of the section `sampling`, or of a field here: `labels` are explicit ones.
+
+        Raises EvaluationError for values outside their bounds.
+        """
         own = {f.name: changes.pop(f.name) for f in fields(self) if f.name in changes}
         if unknown := set(changes) - set(SamplingSettings.model_fields):
             raise TypeError(f"no settings of the section sampling: {', '.join(sorted(unknown))}")
-        return replace(self, settings=self.settings.model_copy(update=changes), **own)
+        try:
+            settings = SamplingSettings.model_validate(self.settings.model_dump() | changes)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise EvaluationError(f"sampling.{first['loc'][0]} cannot be {first['input']!r}: {first['msg']}") from None
+        return replace(self, settings=settings, **own)
 
     @property
     def denoise_multiplier(self) -> float:

@@ -49,6 +49,7 @@ from tarflow.leases import unique_name
 from tarflow.records import DamagedFileError, Record, load_record, save_record, write_object
 from tarflow.trainer.checkpoint.commit import find, pinned
 
+MOST_SETTINGS = 1000  # that one sweep tries
 Say = Callable[[str], None]
 KEPT = 2000  # samples whose influence on the distance is kept, for standard errors
 
@@ -145,12 +146,16 @@ def _grid(
     denoise = list(request.denoise) or [own.denoise_multiplier]
     temperatures = list(request.attn_temp) or [own.settings.attn_temp]
     for name, values, low in (
-        ("--guidance", request.guidance, 0.0), ("--denoise", denoise, 0.0), ("--attn-temp", temperatures, 1e-6),
+        ("--guidance", request.guidance, 0.0), ("--denoise", denoise, 0.0), ("--attn-temp", temperatures, 1e-4),
     ):  # fmt: skip
         if bad := [v for v in values if not low <= v < math.inf]:
             raise EvaluationError(f"{name} {bad[0]:g} must be a number of at least {low:g}")
     if noise == "uniform" and any(denoise):
         raise EvaluationError("--denoise needs a model trained with gaussian noise; this run has train.noise=uniform")
+    if (number := len(request.guidance) * len(denoise) * len(temperatures)) > MOST_SETTINGS:
+        raise EvaluationError(
+            f"--guidance x --denoise x --attn-temp make {number:,} settings, and {MOST_SETTINGS} is the most"
+        )
     unlabelled = not num_classes or set(own.labels) == {NO_LABEL}
     found: dict[tuple[float, float, float], ResolvedSampling] = {}
     for w, m, t in product(request.guidance, denoise, temperatures):

@@ -14,7 +14,8 @@ HEAD = """# Configuration
 
 One YAML file and `section.key=value` overrides. Unknown settings are refused with the nearest known name, and so is a key
 that stands twice in the file; of two overrides of one setting the last counts, which is said. `--dry-run` prints what a
-configuration amounts to. This page is written by `python -m tarflow.trainer.config.page`.
+configuration amounts to. Every number has a lower and an upper bound, and so have products of them: beyond, the error names
+setting, value and bound. This page is written by `python -m tarflow.trainer.config.page`.
 """
 
 _NAMES = ", ".join(f"`{name}`" for name in preset_names())

@@ -1,5 +1,6 @@
 """The settings of an evaluation: written into every result, and named by a hash that later versions must find again."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -68,6 +69,15 @@ def test_what_does_not_change_an_image_does_not_make_other_settings(make_run):
 def test_a_setting_of_sampling_that_does_not_exist_is_refused():
     with pytest.raises(TypeError, match="guidence"):
         ResolvedSampling().with_changes(guidence=1.0)
+
+
+@pytest.mark.parametrize(("setting", "value"), [
+    ("guidance", float("nan")), ("guidance", -1.0), ("guidance", 1e300), ("attn_temp", 0.0), ("attn_temp", float("inf")),
+    ("denoise", -1.0), ("seed", -1), ("seed", 2**63), ("batch_size", 0), ("batch_size", 10**9), ("param_dtype", "int8"),
+])  # fmt: skip
+def test_h10_settings_that_are_changed_by_options_have_the_bounds_of_the_configuration(setting: str, value) -> None:
+    with pytest.raises(EvaluationError, match=re.escape(f"sampling.{setting} cannot be {value!r}")):
+        ResolvedSampling().with_changes(**{setting: value})
 
 
 UNIFORM = {"noise": "uniform", "noise_std": 0.0}
