@@ -12,7 +12,7 @@ from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.submission.sbatch_options import check_sbatch
 from tarflow.cluster.submission.times import LONGEST_DAYS, minutes
 from tarflow.settings import at_home
-from tarflow.trainer.config.plain_yaml import parse_yaml, yaml_text
+from tarflow.trainer.config.plain_yaml import in_words, parse_yaml, yaml_text
 from tarflow.trainer.errors import TrainerError
 
 
@@ -112,7 +112,7 @@ def load_profile(path: Path | None, changes: dict[str, Any] | None = None) -> Pr
         except TrainerError as error:
             raise ClusterError(str(error)) from None
         if not isinstance(tree, dict):
-            raise ClusterError(f"{path} must hold settings such as `partition: gpu`, not {type(tree).__name__}")
+            raise ClusterError(f"{path} must hold settings such as `partition: gpu`, not {in_words(tree)}")
     tree = {k: None if v in ("", "~", "null") else v for k, v in tree.items()} | (changes or {})
     source = str(path) if path else "profile"
     try:

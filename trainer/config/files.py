@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from tarflow.records import DamagedFileError
 from tarflow.trainer.config.explain import explain, shown, without_section
-from tarflow.trainer.config.plain_yaml import parse_yaml, yaml_text
+from tarflow.trainer.config.plain_yaml import in_words, parse_yaml, yaml_text
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError
 
@@ -32,8 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     _check_seal(path, text)
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        found = "it is empty" if tree is None else f"not {type(tree).__name__}"
-        raise TrainerError(f"{path} must hold sections (data:, model:, train:, ...), {found}")
+        raise TrainerError(f"{path} must hold sections (data:, model:, train:, ...), not {in_words(tree)}")
     return build_config(tree, str(path), overrides)
 
 

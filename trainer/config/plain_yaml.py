@@ -76,7 +76,7 @@ class _Loader(yaml.BaseLoader):
         for key_node, value_node in node.value:
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
             if not isinstance(key, str):
-                raise _RefusedError(f"line {line}: a key must be a word, not {type(key).__name__}")
+                raise _RefusedError(f"line {line}: a key must be a word, not {in_words(key)}")
             if key in lines:
                 both = f"lines {lines[key]} and {line}" if lines[key] != line else f"line {line}"
                 raise _RefusedError(f"{key!r} stands twice, in {both}: keep one of them")
@@ -94,6 +94,19 @@ class _Loader(yaml.BaseLoader):
 
 def _line(event: yaml.Event) -> int:
     return int(event.start_mark.line) + 1 if event.start_mark else 0
+
+
+def in_words(value: Any) -> str:
+    """What kind of value YAML held."""
+    return (
+        "a list"
+        if isinstance(value, list)
+        else "settings"
+        if isinstance(value, dict)
+        else "text"
+        if value
+        else "nothing"
+    )
 
 
 def yaml_text(path: Path) -> str:

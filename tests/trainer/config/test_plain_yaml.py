@@ -89,7 +89,7 @@ def test_an_override_changes_one_section_only_where_an_alias_stands_for_two() ->
     [
         ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
         ("a: [1\nb: 2", "run.yaml, line 2 is not readable YAML"),
-        ("? [a, b]\n: 3", "line 1: a key must be a word, not list"),
+        ("? [a, b]\n: 3", "line 1: a key must be a word, not a list"),
         ("a: &a [*a]", "recursive"),
         ("a: 1\n---\nb: 2\n", "single document"),
         ("<<: 3\n", "takes in sections"),
