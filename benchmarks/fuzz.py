@@ -24,8 +24,8 @@ def main() -> int:
     args = parse_args(
         __doc__ or "",
         (
-            ("--cases", {"type": int, "default": 300, "metavar": "N", "help": "of each kind of file under each verb"}),
-            ("--deal", {"action": "store_true", "help": "deal the cases of a kind out among its verbs"}),
+            ("--cases", {"type": int, "default": 300, "metavar": "N", "help": "of each kind of file"}),
+            ("--each", {"action": "store_true", "help": "so many under each verb: not dealt out among a kind's verbs"}),
             ("--only", {"action": "append", "default": [], "metavar": "KIND"}),
             ("--verb", {"action": "append", "default": [], "metavar": "VERB"}),
             ("--seed", {"type": int, "default": 0}),
@@ -40,7 +40,7 @@ def main() -> int:
         prepare(folder)
         if args.replay:
             return replay(folder, args.seed, *args.replay)
-        todo = list(cases(10 if args.quick else args.cases, args.only, args.verb, each=not args.deal))
+        todo = list(cases(10 if args.quick else args.cases, args.only, args.verb, each=args.each))
         rows = []
         for row in campaign(folder, todo, args.seed, args.processes):
             rows.append(row)

@@ -82,7 +82,7 @@ class ResultFile(Record):
 
     format: int = Field(ge=1, le=FORMAT)
     name: str = Field(min_length=1, max_length=255)
-    run: str | None
+    run: Annotated[str, Field(pattern="^[0-9a-f]{32}$")] | None
     weights: str
     weights_sha256: Sha256
     step: Count | None

@@ -35,7 +35,7 @@ EVALS = "evals.jsonl"
 SCORES = (
     "distance_stderr", "kernel_stderr", "precision", "recall", "density", "coverage", "inception_score",
 )  # fmt: skip
-SUMMARY = ("step", "images_seen", "weights", "status", "num_samples", "nonfinite", "settings_hash", "time")
+SUMMARY = ("run", "step", "images_seen", "weights", "status", "num_samples", "nonfinite", "settings_hash", "time")
 
 
 def evals_dir(run_dir: Path) -> Path:
@@ -106,10 +106,7 @@ def scan(root: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
         if result is not None:
             found.append((path, {"seconds": {}, **work, **result}))
     with noted(flaws):
-        announced = read_lines(root / EVALS)
-        flaws += announced.flaws(root / EVALS)
-        if any(not isinstance(row.get("name"), str) for row in announced.rows):
-            flaws.append(f"{root / EVALS} holds lines that are no results")
+        flaws += _announced(root, run)[1]
     return sorted(found, key=lambda item: (item[1]["images_seen"] or 0, item[0].name)), flaws
 
 
@@ -192,17 +189,27 @@ def announce(
 
     `older_than_s`: leave out younger results, whose own worker is just about to announce them.
     """
-    path = run_dir / EVALS
-    lines = read_lines(path)
-    for flaw in lines.flaws(path):
-        say(f"{flaw}; the lines of its results are written again")
-    have = {(row.get("name"), row.get("weights_sha256")) for row in lines.rows}
+    rows, flaws = _announced(run_dir, run_id(run_dir) if is_run(run_dir) else None)
+    for flaw in flaws:
+        say(f"{flaw}; what is missing in it is written again")
+    have = {(row["name"], row.get("weights_sha256")) for row in rows}
     for folder, result in read_results(run_dir):
         settled = time.time() - result.get("time", 0.0) >= older_than_s
         if settled and (folder.name, result["weights_sha256"]) not in have:
-            append_record_line(path, summary(folder.name, result))
+            append_record_line(run_dir / EVALS, summary(folder.name, result))
             if tensorboard and result.get("step") is not None:
                 _write_tensorboard(run_dir, folder.name, result)
+
+
+def _announced(root: Path, run: str | None) -> tuple[list[dict[str, Any]], list[str]]:
+    """(lines of evals.jsonl, what is wrong with others of them). `run`: whose they must be, as far as they say it."""
+    path = root / EVALS
+    lines = read_lines(path)
+    rows = [row for row in lines.rows if isinstance(row.get("name"), str) and row.get("run") in (None, run)]
+    flaws = lines.flaws(path)
+    if len(rows) < len(lines.rows) and run is not None:
+        flaws.append(f"{path} holds lines that are no results of this run: {len(lines.rows) - len(rows)}")
+    return rows, flaws
 
 
 def summary(name: str, result: dict[str, Any]) -> dict[str, Any]:

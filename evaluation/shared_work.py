@@ -48,9 +48,14 @@ class SharedWork:
 
     def give_back(self, names: Sequence[str], whole: Callable[[Path], bool]) -> list[str]:
         """Give back units that were done but whose files are no longer whole, to be done again; their names."""
-        damaged = [name for name in names if self.done(name) and not whole(self.path(name))]
+        there = [name for name in names if os.path.lexists(self.path(name))]  # a link to nothing, too: it keeps a place
+        damaged = [name for name in there if not self.path(name).is_file() or not whole(self.path(name))]
         for name in damaged:
-            self.path(name).unlink(missing_ok=True)
+            path = self.path(name)
+            if path.is_dir() and not path.is_symlink():
+                discard(path)
+            else:
+                path.unlink(missing_ok=True)
         return damaged
 
     def work_through(

@@ -83,10 +83,10 @@ OF_A_SIGNAL = 128  # exit codes of what a signal ended: this and its number
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    if argv is None:  # this process is the verb's own
-        leave_current_folder()
     with _orderly_end() as asked, guarded_outputs() as outputs:
         try:
+            if argv is None:  # this process is the verb's own
+                leave_current_folder()
             return _main(sys.argv[1:] if argv is None else argv, outputs)
         except BaseException:  # some libraries turn a KeyboardInterrupt into an error of their own
             if not asked:

@@ -24,8 +24,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tarflow.errors import UserError
 from tarflow.files import append_line, write_text
+from tarflow.terminal import plain
 
 SEAL = "checksum"
+LINES_LIMIT = 1 << 30  # bytes of a file of lines: the figures of a hundred million steps take less
 LIMIT = 16 << 20  # bytes of a record; of a file of lines: of one line
 
 
@@ -33,6 +35,7 @@ class DamagedFileError(UserError):
     """A file that cannot be believed. Says which file, where in it, what is wrong, and the way out."""
 
     def __init__(self, path: Path, problem: str, way_out: str = "", *, where: str = "", what: str = "") -> None:
+        problem, where = plain(problem, 1000), plain(where)  # a field's name is the file's own
         self.path, self.problem, self.way_out, self.where = Path(path), problem, way_out, where
         name = f"{path} ({what})" if what else str(path)
         text = f"{name} is damaged or was not written by tarflow: {f'{where}: ' if where else ''}{problem}"
@@ -128,13 +131,15 @@ def read_lines(path: Path, tail: int | None = None) -> Lines:
     """The rows of a file of sealed lines, seals taken off; a missing file has none. `tail`: only its last so many bytes.
 
     A line without a seal is believed only above the first sealed one: there, a version before the seal wrote it. Of such
-    lines, numbers that are not finite are read as null. Raises DamagedFileError if something else than a file lies there.
+    lines, numbers that are not finite are read as null. Raises DamagedFileError if it is too large, or no file.
     """
     lines = Lines()
     if not os.path.lexists(path):
         return lines
     if not path.is_file():
         raise DamagedFileError(path, "it is no regular file", "move it away")
+    if tail is None and path.stat().st_size > LINES_LIMIT:
+        raise DamagedFileError(path, f"it has more than {LINES_LIMIT} bytes", "move it away")
     any_sealed = False
     with open(path, "rb") as file:
         if tail is not None and (size := file.seek(0, os.SEEK_END)) > tail:

@@ -140,7 +140,23 @@ def test_the_end_of_a_file_of_lines_is_read_alone(tmp_path: Path) -> None:
     assert read_lines(path).rows == [{"old": None}]
     for number in range(100):
         append_record_line(path, {"n": number})
+    size = path.stat().st_size
     assert [row["n"] for row in read_lines(path, tail=100).rows] == [98, 99]
+    with open(path, "ab") as file:
+        file.truncate(1 << 40)  # a hole
+    with pytest.raises(DamagedFileError, match="more than 1073741824 bytes"):
+        read_lines(path)
+    assert read_lines(path, tail=100).damaged == [0]
+    os.truncate(path, size)
     length = len(path.read_bytes().splitlines(keepends=True)[-1])
     assert [row["n"] for row in read_lines(path, tail=length).rows] == [99]
     assert len(read_lines(path, tail=1 << 20).rows) == 101
+
+
+def test_h11_an_error_shows_the_name_of_an_unknown_field(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"name": "x", "\x1b[31m\nall is well": 1}))
+    with pytest.raises(DamagedFileError) as caught:
+        load_record(path, Made)
+    assert str(caught.value).isprintable()
+    assert r"\x1b[31m\nall is well" in str(caught.value)

@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tarflow.evaluation.report.build import write_report
+    from tarflow.terminal import plain
 
-    say(f"report: {write_report(args.run, args.out, say)}")
+    say(plain(f"report: {write_report(args.run, args.out, say)}", 4096))
     return OK

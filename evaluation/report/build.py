@@ -73,9 +73,9 @@ def write_report(run_dir: str | Path, out: Path | None = None, say: Say = lambda
     path = out or run_dir / "report.html"
     write_text(path, page)
     for line in history.flaws:
-        say(f"left out: {line}")
+        say(plain(f"left out: {line}", 4096))
     if headline and (grid := headline.result.picture("grid.png")):
-        say(f"samples: {grid}")
+        say(plain(f"samples: {grid}", 4096))
     return path
 
 

@@ -80,7 +80,7 @@ def is_whole(chunk: Chunk, form: Form) -> bool:
     """Whether a chunk's file can be merged."""
     try:
         read_chunk(chunk, form)
-    except DamagedFileError:
+    except (DamagedFileError, FileNotFoundError):  # gone: the result is there, and its work was cleared away
         return False
     return True
 

@@ -43,6 +43,7 @@ from tarflow.evaluation.worker.recipe import Recipe
 from tarflow.evaluation.worker.reference import Reference
 from tarflow.files import fill
 from tarflow.records import write_object
+from tarflow.terminal import plain
 from tarflow.trainer.checkpoint.commit import Checkpoint, pinned
 from tarflow.trainer.run_dir import is_run, run_id
 
@@ -131,7 +132,7 @@ class Job:
         self.saver = SampleStore.of(self.evaluator.save, root, self.source, self.sampler, num, self.evaluator.say)
         if aside := results.set_damaged_aside(root, self.name):
             kept, problem = aside
-            self.evaluator.say(f"{self.name}: {problem}: set aside as {kept.name}, evaluated again")
+            self.evaluator.say(f"{self.name}: {plain(problem, 1000)}: set aside as {kept.name}, evaluated again")
         plan = {"batch_size": self.config.sampling.batch_size, "chunk_samples": evaluation.chunk_samples}
         folder = results.work_dir(root, f"{self.name}-{self.settings.hash}-{self.source.sha256[:12]}")
         self.work = SharedWork(folder, plan, evaluation.lease_s)

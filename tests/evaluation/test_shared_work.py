@@ -195,3 +195,21 @@ def test_S02_a_process_killed_while_it_claims_holds_nothing(tmp_path):
     limit = time.monotonic() + 10  # far below the lease
     assert work.work_through(["unit-00"], write, over=lambda: time.monotonic() > limit)
     assert work.computed == ["unit-00"]
+
+
+def test_h07_whatever_stands_in_the_place_of_a_result_is_given_back_and_what_a_link_leads_to_is_left(tmp_path):
+    work, kept = SharedWork(tmp_path / "work", {"batch": 4}, 60), tmp_path / "kept"
+    kept.write_text("another's")
+    work.path("unit-00").symlink_to(tmp_path / "nothing")
+    work.path("unit-01").mkdir()
+    (work.path("unit-01") / "file").touch()
+    work.path("unit-02").symlink_to(kept)
+    work.path("unit-03").write_text("whole")
+    assert work.give_back(UNITS, lambda path: path.read_text() == "whole") == ["unit-00", "unit-01", "unit-02"]
+    assert work.work_through(UNITS[:4], write)
+    assert [work.path(name).read_text() for name in UNITS[:4]] == [
+        *(f"result of {name}" for name in UNITS[:3]),
+        "whole",
+    ]
+    assert kept.read_text() == "another's"
+    assert not (tmp_path / "nothing").exists()

@@ -7,13 +7,14 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 from tests.fuzz import home
 from tests.fuzz.kinds import KINDS
 from tests.fuzz.mutations import Damage, damage
 from tests.fuzz.oracle import FAULTS, Clean, Outcome, Question, judge
-from tests.fuzz.server import Ran, Workplace, load
+from tests.fuzz.server import MEMORY, Ran, Workplace, load
 from tests.fuzz.verbs import VERBS
 
 
@@ -39,8 +40,16 @@ class Row:
 
 
 def prepare(folder: Path) -> None:
-    """Make two homes, the second for swaps, and load here what commands import."""
+    """Make two homes, the second for swaps. This process loads nothing of what they need: its forks stay small."""
     os.environ["PATH"] = f"{folder / 'home' / 'bin'}:{os.environ['PATH']}"
+    maker = multiprocessing.get_context("fork").Process(target=_make_homes, args=(folder,))
+    maker.start()
+    maker.join()
+    if maker.exitcode:
+        raise RuntimeError("the homes could not be made: see above")
+
+
+def _make_homes(folder: Path) -> None:
     for seed, name in enumerate(("home", "twin")):
         home.make(folder / name, seed)
 
@@ -57,8 +66,9 @@ class Fuzzer:
     def clean(self, verb: str) -> Clean:
         """Twice, so that what differs by itself is not taken for the damage's doing."""
         if verb not in self._clean:
-            first, again = (self._run(verb) for _ in range(2))
+            first = self._run(verb, memory=None)
             load(first.modules)
+            again = self._run(verb)
             one, two = Clean.of(first, self.sound), Clean.of(again, self.sound)
             if first.code != 0:
                 raise RuntimeError(
@@ -95,8 +105,11 @@ class Fuzzer:
         outcome, seen = judge(question, ran, clean, self.sound, content)
         return Row(kind, verb, number, path, what.text, outcome, seen, ran.seconds), ran, content
 
-    def _run(self, verb: str, hurt: Callable[[], None] | None = None) -> Ran:
-        return self.place.run(VERBS[verb].action, VERBS[verb].limit_s, hurt, home.set_up)
+    def _run(self, verb: str, hurt: Callable[[], None] | None = None, memory: int | None = MEMORY) -> Ran:
+        about = VERBS[verb]
+        return self.place.run(
+            about.action, about.limit_s, hurt, home.set_up_light if about.light else home.set_up, memory
+        )
 
 
 _fuzzer: Fuzzer
@@ -112,22 +125,29 @@ def _work(case: tuple[str, str, int]) -> Row:
 
 
 def cases(
-    count: int, kinds: Sequence[str] = (), verbs: Sequence[str] = (), each: bool = True
+    number_of_each: int, kinds: Sequence[str] = (), verbs: Sequence[str] = (), each: bool = False
 ) -> Iterator[tuple[str, str, int]]:
-    """`count` cases of each kind under each of its verbs, or (not `each`) dealt out among them."""
+    """So many cases of each kind, dealt out among its verbs, or (`each`) as many under each of them."""
     for name, kind in KINDS.items():
-        if kinds and name not in kinds:
-            continue
         mine = [verb for verb in kind.verbs if not verbs or verb in verbs]
-        if not mine:
+        if (kinds and name not in kinds) or not mine:
             continue
-        for number in range(count):
-            for verb in mine if each else [mine[number % len(mine)]]:
+        dealt = _dealt(mine)
+        for number in range(number_of_each):
+            for verb in mine if each else [next(dealt)]:
                 yield name, verb, number
 
 
+def _dealt(verbs: Sequence[str]) -> Iterator[str]:
+    """Verbs in turn without an end; slow ones in each third round."""
+    quick = [verb for verb in verbs if not VERBS[verb].slow] or verbs
+    for number in count():
+        yield from verbs if number % 3 == 0 else quick
+
+
 def campaign(folder: Path, todo: Sequence[tuple[str, str, int]], seed: int = 0, processes: int = 2) -> Iterator[Row]:
-    """The cases' rows as they come."""
+    """The cases' rows as they come; those of light verbs first, from processes that have not loaded torch yet."""
+    todo = sorted(todo, key=lambda case: not VERBS[case[1]].light)
     context = multiprocessing.get_context("fork")
     with context.Pool(processes, partial(_begin, folder, seed)) as pool:
         yield from pool.imap_unordered(_work, todo, chunksize=4)

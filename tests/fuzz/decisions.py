@@ -7,6 +7,7 @@ from pathlib import Path
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job.chain import Outcome
 from tarflow.errors import UserError
+from tarflow.terminal import message
 
 START = Path("runs/one/slurm/starts/8-1")
 DESCRIPTION = Path("runs/one/slurm/jobs") / f"job-{'ab' * 16}.json"
@@ -57,5 +58,5 @@ def _in_job(rank: int) -> None:
 
 
 def _refused(error: Exception) -> int:
-    print(f"job 8: error: {error}", file=sys.stderr)
+    print(message(f"job 8: error: {error}"), file=sys.stderr)
     return 2

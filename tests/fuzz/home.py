@@ -36,8 +36,15 @@ class FakeFeatures:
         return images.float().flatten(1)[:, 1::7][:, :8]
 
 
+def set_up_light(seed: str = "") -> None:
+    """The same for a command that does not load torch."""
+    rng = random.Random(seed)
+    uuid.uuid4 = lambda: uuid.UUID(int=rng.getrandbits(128), version=4)
+
+
 def set_up(seed: str = "") -> None:
-    """In each child, before its command: one thread, an instant feature network, no two ids by chance."""
+    """In a child, before its command: no two ids by chance, one thread, an instant feature network."""
+    set_up_light(seed)
     import torch
     import torch.distributed.checkpoint.filesystem
 
@@ -47,8 +54,6 @@ def set_up(seed: str = "") -> None:
     import tarflow.evaluation.worker.score_folder
 
     torch.set_num_threads(1)
-    rng = random.Random(seed)
-    uuid.uuid4 = lambda: uuid.UUID(int=rng.getrandbits(128), version=4)
     torch.distributed.checkpoint.filesystem._generate_uuid = lambda: "an id"
     for module in (
         tarflow.evaluation.networks.features,
@@ -60,7 +65,7 @@ def set_up(seed: str = "") -> None:
 
 
 def make(folder: Path, seed: int, limit_s: float = 120) -> None:
-    """Make a home, and load here what its commands import. Another seed: other data, other weights, another run."""
+    """Make a home. Another seed: other data, other weights, another run."""
     (folder / ".private").mkdir(parents=True)
 
     def do(action: Action) -> None:

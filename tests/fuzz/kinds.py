@@ -23,9 +23,9 @@ class Kind:
         return found
 
     def called(self, path: str) -> tuple[str, ...]:
-        """What a message about a file may call it by: its own name, its checkpoint's, its result's."""
+        """What a message about a file may call it by: its own name, its checkpoint's, its result's; of a link its target's."""
         folder = Path(path).parent.name
-        return Path(path).name, *self.names, *([folder] if "images-" in folder else [])
+        return Path(path).name, "another.txt", *self.names, *([folder] if "images-" in folder else [])
 
 
 ONE = "runs/one"
@@ -44,7 +44,7 @@ SECTIONS = tuple(f"{name}." for name in ("data", "model", "train", "optim", "che
 
 _KINDS = (
     # a run
-    Kind("run.json", f"{ONE}/run.json", _RUN, "json"),
+    Kind("run.json", f"{ONE}/run.json", _RUN, "json", ("belongs to another run", "belongs to the run")),
     Kind("config.yaml of a run", f"{ONE}/config.yaml", _RUN, "yaml"),
     Kind("data.json", f"{ONE}/data.json", ("train", "sample", "evaluate", "report", "train --dry-run"), "json"),
     Kind("restarts.json", f"{ONE}/restarts.json", ("train", "status"), "json"),
@@ -99,8 +99,9 @@ _KINDS = (
     # data
     Kind("index", "set/train/index/*.parquet", _DATA, names=_INDEX),
     Kind("tar shard", "set/train/*.tar", _DATA),
-    Kind("mds: index.json", "mds/index.json", (*_MDS, "data index (mds)"), "json"),
-    Kind("mds: shard", "mds/*.mds", (*_MDS, "data index (mds)")),
+    Kind("mds: index.json", "mds/index.json", (*_MDS, "data index (mds)"), "json", ("shard.00000.mds",)),
+    Kind("mds: shard", "mds/*.mds", _MDS),
+    Kind("source: mds", "mds/*.mds", ("data index (mds)",), own_words=True),
     Kind("source: tar", "set/train/*.tar", ("data index",), own_words=True),
     Kind("source: classes.json", "set/train/classes.json", ("data index",), "json", own_words=True),
     Kind("source: picture", "images/a/*.png", ("data prepare", "score"), own_words=True),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 SEAL = "checksum"
-HUGE = 1 << 34  # bytes of a file that is nothing but a hole
+HUGE = 4 << 30  # bytes of a file that is nothing but a hole
 VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 3, 10**30, 1e308, -0.5, float("nan"), float("-inf"), "", "x", "../../x", "/etc/passwd", [], {}, [[]],
     "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "two\nlines", "\0", "x" * 100_000, "\ud800",
@@ -27,6 +27,7 @@ class Damage:
     text: str
     valid: bool = False
     twin: bool = False
+    place: bool = False  # something else lies in the file's place
 
 
 def damage(path: Path, form: str, twin: Path, home: Path, rng: random.Random) -> Damage:
@@ -109,7 +110,7 @@ def _place(path: Path, twin: Path, home: Path, rng: random.Random) -> Damage:
     else:
         with open(path, "wb") as file:
             file.truncate(HUGE)
-    return Damage(f"a {name} in its place")
+    return Damage(f"a {name} in its place", place=True)
 
 
 def _twin(path: Path, twin: Path, home: Path, rng: random.Random) -> Damage:

@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -69,7 +69,8 @@ _IN_PASSING = [
     (re.compile(r" +"), " "),
 ]
 _WORDS = re.compile(
-    r"damaged|not readable|unreadable|cannot be read|not written by tarflow|left out|torn|no json|broken|unknown", re.I
+    r"damaged|not readable|unreadable|cannot be read|not written by tarflow|left out|torn|no json|broken|unknown|another run",
+    re.I,
 )
 _LEAKS = re.compile(
     r"\[Errno|object at 0x|NoneType|errors\.pydantic|KeyError|TypeError|ValueError|AttributeError|Traceback"
@@ -99,7 +100,7 @@ def products(ran: Ran, before: dict[str, bytes]) -> dict[str, Any]:
         old = before.get(name)
         if content is None:
             found[name] = None
-        elif old and content != old and content.startswith(old):
+        elif old and name.endswith(".jsonl") and content.startswith(old):
             found[name] = ("more", value_of(name, content[len(old) :].lstrip(b"\n")))
         else:
             found[name] = ("whole", value_of(name, content))
@@ -179,6 +180,9 @@ def judge(case: Question, ran: Ran, clean: Clean, sound: dict[str, bytes], hurt:
         return Outcome.LOST, f"exit {ran.code}: {lost}"
     if found := _CONTROL.search(said.replace("\r", "")):
         return Outcome.RAW, f"{found[0]!r} is printed"
+    if case.done.place:  # what would have been written into the file
+        made.pop(case.path, None)
+        clean = replace(clean, products={name: value for name, value in clean.products.items() if name != case.path})
     same = made == clean.products and (not case.verb.prints or in_essence(ran.out) == clean.printed)
     if ran.code == 0 and same:
         return Outcome.RIGHT, ""
@@ -251,11 +255,15 @@ def _aside(name: str, ran: Ran) -> bool:
 
 def new_in(made: dict[str, Any], sound: dict[str, bytes]) -> dict[str, Any]:
     """Products without the files that were only written again, or are again what they were before the damage."""
-    return {
-        name: value
-        for name, value in made.items()
-        if value is None or name not in sound or value != ("whole", value_of(name, sound[name]))
-    }
+    new = {}
+    for name, value in made.items():
+        old = value_of(name, sound[name]) if name in sound else None
+        if value is not None and value == ("whole", old):
+            continue
+        if value is not None and value[0] == "more" and old:  # a row that was damaged, again
+            value = "more", [row for row in value[1] if row not in old]
+        new[name] = value
+    return new
 
 
 def _text(content: bytes | None) -> str:

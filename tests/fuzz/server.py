@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MEMORY = 3 << 30  # bytes that a case may take beyond what is loaded
-FILE_SIZE = 64 << 20  # of anything that a case writes
+FILE_SIZE = 5 << 30  # of anything that a case writes
+LOOKED_AT = 64 << 20  # of a file that is compared
 BROKEN = 70  # exit code of a child that ended with an exception
 
 
@@ -137,13 +138,14 @@ class Workplace:
         limit_s: float = 10,
         hurt: Callable[[], None] | None = None,
         setup: Callable[[], None] | None = None,
+        memory: int | None = MEMORY,
     ) -> Ran:
         """Damage something, run a command; what it changed. Then everything is as it was."""
         try:
             if hurt:
                 hurt()
             before = look(self.folder)
-            ran = forked(action, self.folder, limit_s, setup)
+            ran = forked(action, self.folder, limit_s, setup, memory)
             after = look(self.folder)
             for name in sorted(before.keys() | after.keys()):
                 if before.get(name) != after.get(name):
@@ -154,7 +156,7 @@ class Workplace:
 
     def _content(self, name: str) -> bytes:
         path = self.folder / name
-        return path.read_bytes() if path.is_file() and path.stat().st_size < FILE_SIZE else b"(no file)"
+        return path.read_bytes() if path.is_file() and path.stat().st_size < LOOKED_AT else b"(no file)"
 
     def restore(self) -> None:
         now = look(self.folder)

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def faults() -> list[str]:
     """Lines of the faulty cases; how to run each again stands in it."""
-    words = ["-m", "benchmarks.fuzz", "--cases", "20", "--deal", "--processes", "1", "--show", "--check"]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    words = ["-m", "benchmarks.fuzz", "--cases", "20", "--processes", "1", "--show", "--check"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=1800)
     lines = [line for line in done.stdout.splitlines() if line.startswith("--replay")]
     assert done.returncode == bool(lines), done.stdout[-2000:] + done.stderr[-4000:]
     assert f"{20 * len(KINDS)} cases in " in done.stdout

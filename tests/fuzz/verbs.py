@@ -13,6 +13,8 @@ class Verb:
     call: str
     shows: bool = False
     prints: bool = False
+    light: bool = False  # it does not load torch: a case takes a fraction of the time
+    slow: bool = False  # it takes its turn more rarely
     limit_s: float = 15.0
 
     @property
@@ -22,43 +24,50 @@ class Verb:
 
 
 VERBS = {
-    "train": Verb("train tiny.yaml --run-dir runs/one train.max_images=64"),
+    "train": Verb("train tiny.yaml --run-dir runs/one train.max_images=64", slow=True),
     "train new": Verb("train tiny.yaml --run-dir runs/new train.max_images=16"),
-    "train --dry-run": Verb("train tiny.yaml --run-dir runs/one --dry-run", prints=True),
-    "train --init-from": Verb("train tiny.yaml --run-dir runs/new --init-from w.safetensors train.max_images=16"),
+    "train --dry-run": Verb("train tiny.yaml --run-dir runs/one --dry-run", prints=True, light=True),
+    "train --init-from": Verb(
+        "train tiny.yaml --run-dir runs/new --init-from w.safetensors train.max_images=16", slow=True
+    ),
     "sample": Verb("sample runs/one --out new --num 2"),
     "sample (more)": Verb("sample runs/one --out drawn --num 4"),
     "sample (file)": Verb("sample w.safetensors --out new --num 2"),
     "sample (pth)": Verb("sample w.pth --out new --num 2 --noise-std 0.1"),
-    "evaluate": Verb("evaluate runs/one"),
+    "evaluate": Verb("evaluate runs/one", slow=True),
     "evaluate (png)": Verb("evaluate runs/one --images 48 --save png"),
     "evaluate (shards)": Verb("evaluate runs/one --images 32 --save shards"),
     "evaluate (file)": Verb(
-        "evaluate w.safetensors --out new data.train=set/train train.noise_std=0.1 evaluation.num_samples=8 evaluation.grid=[2,2]"
+        "evaluate w.safetensors --out new data.train=set/train train.noise_std=0.1 evaluation.num_samples=8 evaluation.grid=[2,2]",
+        slow=True,
     ),
-    "evaluate --watch": Verb("evaluate runs/one --watch --poll 0.01 --idle-limit 0.005"),
-    "sweep-guidance": Verb("sweep-guidance runs/one --guidance 0,1 --start 4 --final 8"),
+    "evaluate --watch": Verb("evaluate runs/one --watch --poll 0.01 --idle-limit 0.005", slow=True),
+    "sweep-guidance": Verb("sweep-guidance runs/one --guidance 0,1 --start 4 --final 8", slow=True),
     "score": Verb("score images/a --reference ref.npz --out new.json", prints=True),
     "reference": Verb("reference set/train --size 8 --channels 1 --out new.npz"),
-    "report": Verb("report runs/one --out new.html", shows=True),
-    "status": Verb("status runs", shows=True, prints=True),
-    "logs": Verb("logs runs/one", prints=True),
-    "cancel": Verb("cancel runs/one --wait 0.1", prints=True),
-    "submit --dry-run": Verb("submit tiny.yaml --run-dir runs/one --profile profile.yaml --dry-run", prints=True),
-    "submit": Verb("submit tiny.yaml --run-dir runs/one --profile profile.yaml --after-running", prints=True),
-    "checkpoint list": Verb("checkpoint list runs/one", shows=True, prints=True),
-    "checkpoint verify": Verb("checkpoint verify runs/one", prints=True),
+    "report": Verb("report runs/one --out new.html", shows=True, light=True, slow=True),
+    "status": Verb("status runs", shows=True, prints=True, light=True),
+    "logs": Verb("logs runs/one", prints=True, light=True),
+    "cancel": Verb("cancel runs/one --wait 0.1", prints=True, light=True),
+    "submit --dry-run": Verb(
+        "submit tiny.yaml --run-dir runs/one --profile profile.yaml --dry-run", prints=True, light=True
+    ),
+    "submit": Verb(
+        "submit tiny.yaml --run-dir runs/one --profile profile.yaml --after-running", prints=True, light=True, slow=True
+    ),
+    "checkpoint list": Verb("checkpoint list runs/one", shows=True, prints=True, light=True),
+    "checkpoint verify": Verb("checkpoint verify runs/one", prints=True, light=True),
     "checkpoint export": Verb("checkpoint export runs/one --out new.safetensors"),
-    "checkpoint prune": Verb("checkpoint prune runs/one --keep-latest 2", prints=True),
-    "checkpoint rewind": Verb("checkpoint rewind runs/one --images 32"),
-    "ema": Verb("ema runs/one --relative-std 0.11 --out new.safetensors"),
-    "data info": Verb("data info set/train", prints=True),
-    "data verify": Verb("data verify set/train --processes 1 --report new.json"),
-    "data index": Verb("data index set/train --out new"),
-    "data info (mds)": Verb("data info mds", prints=True),
-    "data verify (mds)": Verb("data verify mds --processes 1 --report new.json"),
-    "data index (mds)": Verb("data index mds --out new"),
-    "train new (mds)": Verb("train tiny.yaml --run-dir runs/new train.max_images=16 data.train=mds"),
+    "checkpoint prune": Verb("checkpoint prune runs/one --keep-latest 2", prints=True, light=True),
+    "checkpoint rewind": Verb("checkpoint rewind runs/one --images 32", light=True),
+    "ema": Verb("ema runs/one --relative-std 0.11 --out new.safetensors", slow=True),
+    "data info": Verb("data info set/train", prints=True, light=True),
+    "data verify": Verb("data verify set/train --processes 1 --report new.json", light=True),
+    "data index": Verb("data index set/train --out new", light=True),
+    "data info (mds)": Verb("data info mds", prints=True, light=True),
+    "data verify (mds)": Verb("data verify mds --processes 1 --report new.json", light=True),
+    "data index (mds)": Verb("data index mds --out new", light=True),
+    "train new (mds)": Verb("train tiny.yaml --run-dir runs/new train.max_images=16 data.train=mds", slow=True),
     "data prepare": Verb("data prepare images new --size 8"),
     "data prepare (classes)": Verb("data prepare images new --size 8 --classes names.json"),
     "data prepare (npz)": Verb("data prepare sources/arrays.npz new --size 8"),
@@ -68,6 +77,6 @@ VERBS = {
     "data prepare (formats)": Verb("data prepare formats new --size 8 --channels 3"),
     "score (formats)": Verb("score formats --against formats --size 8 --out new.json", prints=True),
     "sample (classes)": Verb("sample w.safetensors --out new --num 2 --classes names.json --labels b"),
-    "requeue": Verb("requeue", prints=True),
-    "meet": Verb("meet", prints=True),
+    "requeue": Verb("requeue", prints=True, light=True),
+    "meet": Verb("meet", prints=True, light=True),
 }

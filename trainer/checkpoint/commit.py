@@ -155,8 +155,9 @@ def find(
     for path, why in damaged(refused).items() if step is None and images is None and usable else ():
         if is_newer(path, usable[-1]):
             (say or _warn)(f"WARNING: checkpoint {path.name} is damaged and not used: {why}")
-    if step is None and images is None and not usable:
+    if not usable:
         check_identity(run_dir)
+    if step is None and images is None and not usable:
         whys = "; ".join(f"{path.name}: {why}" for path, why in sorted(refused.items())[-4:] if why.committed)
         raise TrainerError(
             f"run {run_dir} has no {f'usable checkpoint ({whys})' if whys else 'committed checkpoint yet'}"

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tarflow.errors import noted
-    from tarflow.trainer.checkpoint.commit import ASIDE, DAMAGED, pinned_names, scan_as, set_aside_dirs
+    from tarflow.trainer.checkpoint.commit import ASIDE, DAMAGED, check_identity, pinned_names, scan_as, set_aside_dirs
     from tarflow.trainer.checkpoint.retention import permanent
     from tarflow.trainer.config.files import load_config
     from tarflow.trainer.run_dir import has_run_file, require_run, run_id
@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
         require_run(args.run)
     owner, every, flaws = None, 0, list[str]()
     with noted(flaws):
+        check_identity(args.run)
         owner = run_id(args.run)
     with noted(flaws):
         every = load_config(args.run / "config.yaml").checkpoint.keep_every_images

@@ -28,7 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tarflow.trainer.checkpoint.commit import ASIDE, DAMAGED, committed, damage
+    from tarflow.trainer.checkpoint.commit import (
+        ASIDE,
+        DAMAGED,
+        check_identity,
+        committed,
+        damage,
+        damaged,
+        scan,
+    )
     from tarflow.trainer.checkpoint.retention import apply_retention, remove_set_aside
     from tarflow.trainer.errors import TrainerError
     from tarflow.trainer.run_dir import load_run_config, writer_lock
@@ -40,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise TrainerError(f"--keep-latest {latest}: 2 at least, or -1 to keep all")
     if every < 0:
         raise TrainerError(f"--keep-every-images {every}: 0 at least (0 keeps none for ever)")
+    check_identity(args.run)
     with writer_lock(args.run):  # a run under way applies its own retention
         kept = committed(args.run)[-latest:] if latest != -1 else []
         if kept and all(damage(c) for c in kept):  # what is removed could be the last that is whole
@@ -51,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         removed = apply_retention(args.run, latest, every, warn=stuck.append)
         for asked, ending in ((args.damaged, DAMAGED), (args.aside, ASIDE)):
             removed += remove_set_aside(args.run, ending, warn=stuck.append) if asked else []
+    for path, why in damaged(scan(args.run)[1]).items():
+        print(f"{path.name} is damaged and not touched: {why}")
     for name in removed:
         print(f"removed {name}")
     print(f"{len(removed)} removed, {len(committed(args.run))} stay")

@@ -186,7 +186,7 @@ def test_an_mds_index_that_changed_its_mind_is_one_error_of_verify(
 @pytest.mark.parametrize("samples", [2, 1 << 29])
 def test_h10_an_mds_index_that_counts_more_samples_than_its_shard_holds(tmp_path: Path, samples: int) -> None:
     mds_set(tmp_path, samples=samples)
-    with pytest.raises(DataError, match=r"damaged: (its header|\d+ samples do not fit)"):
+    with pytest.raises(DataError, match=r"damaged: .*index\.json"):
         build_index(tmp_path, [tmp_path])
 
 

@@ -67,8 +67,7 @@ def test_h05_h06_a_damaged_line_of_results_is_written_again(make_run):
     said = []
     assert evaluated(run_dir, said) == []
     assert (
-        f"{path}: 1 damaged line left out (1); its last line is cut off; the lines of its results are written again"
-        in said
+        f"{path}: 1 damaged line left out (1); its last line is cut off; what is missing in it is written again" in said
     )
     lines = read_lines(path)
     assert len(lines.damaged) == 2
@@ -77,6 +76,22 @@ def test_h05_h06_a_damaged_line_of_results_is_written_again(make_run):
         assert {k: v for k, v in row.items() if k != "time"} == {
             k: v for k, v in whole[row["name"]].items() if k != "time"
         }
+
+
+def test_h06_lines_of_another_run_are_not_taken_for_this_ones(make_run):
+    run_dir, _ = make_run(steps=(20,))
+    evaluated(run_dir)
+    work, path = run_dir / f"evals/{NAME}/work.json", run_dir / "evals.jsonl"
+    write_object(work, read_object(work) | {"time": 1e9})
+    (row,) = read_lines(path).rows
+    path.unlink()
+    append_record_line(path, row | {"run": "0" * 32})
+    said = []
+    evaluated(run_dir, said)
+    foreign = f"{path} holds lines that are no results of this run: 1"
+    assert f"{foreign}; what is missing in it is written again" in said
+    assert [line["run"] == row["run"] for line in read_lines(path).rows] == [False, True]
+    assert results.scan(run_dir)[1] == [foreign]
 
 
 @pytest.mark.parametrize(

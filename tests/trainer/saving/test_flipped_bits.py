@@ -196,7 +196,7 @@ def test_h02_every_byte_of_the_identity_is_held_against_the_others(made: Path, p
 
 
 def test_h02_a_run_that_disowns_its_checkpoints_names_both_and_the_way_out(
-    made: Path, config: Config, place: Path
+    made: Path, config: Config, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, mine = twin(made, place / "run"), run_id(made)
     (run / "run.json").unlink()
@@ -207,8 +207,15 @@ def test_h02_a_run_that_disowns_its_checkpoints_names_both_and_the_way_out(
         assert mine in str(error.value)
         assert "0" * 32 in str(error.value)
     assert tarflow.cli.main(["checkpoint", "verify", str(run)]) == 1
-    with pytest.raises(UserError, match="nothing is begun over them"):
-        ckpt.find(run)
+    for images in (None, 48):
+        with pytest.raises(UserError, match="nothing is begun over them"):
+            ckpt.find(run, images=images)
+    assert tarflow.cli.main(["checkpoint", "prune", str(run)]) == USAGE
+    capsys.readouterr()
+    assert tarflow.cli.main(["checkpoint", "list", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "nothing is begun over them" in out
+    assert "newest" in out
     (run / "run.json").unlink()
     for refuses in (lambda: check_start(config, run, 1), lambda: decide_start(run, config, FACTS, False)):
         with pytest.raises(UserError, match=r"there is no run\.json beside them"):
