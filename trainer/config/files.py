@@ -32,7 +32,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     _check_seal(path, text)
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise TrainerError(f"{path} must hold sections (data:, model:, train:, ...), not {in_words(tree)}")
+        found = "it is empty" if tree is None else f"not {in_words(tree)}"
+        raise TrainerError(f"{path} must hold sections (data:, model:, train:, ...), {found}")
     return build_config(tree, str(path), overrides)
 
 

@@ -98,15 +98,9 @@ def _line(event: yaml.Event) -> int:
 
 def in_words(value: Any) -> str:
     """What kind of value YAML held."""
-    return (
-        "a list"
-        if isinstance(value, list)
-        else "settings"
-        if isinstance(value, dict)
-        else "text"
-        if value
-        else "nothing"
-    )
+    if isinstance(value, list):
+        return "a list"
+    return "settings" if isinstance(value, dict) else "text"
 
 
 def yaml_text(path: Path) -> str:

@@ -254,7 +254,8 @@ def test_h10_a_section_by_itself_is_bounded_as_well() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "kind"), [("", "nothing"), ("# all commented out", "nothing"), ("- a", "a list"), ("a", "text")]
+    ("text", "kind"),
+    [("", "it is empty"), ("# all commented out", "it is empty"), ("- a", "not a list"), ("a", "not text")],
 )
 def test_a_file_that_holds_no_sections_is_said_in_words(tmp_path: Path, text: str, kind: str) -> None:
-    assert refused(tmp_path, text).endswith(f"must hold sections (data:, model:, train:, ...), not {kind}")
+    assert refused(tmp_path, text).endswith(f"must hold sections (data:, model:, train:, ...), {kind}")
