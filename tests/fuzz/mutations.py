@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -277,7 +278,10 @@ def _zip(path: Path, twin: Path, home: Path, rng: random.Random) -> Damage:
         members[number] = (name, re.sub(rb"'descr': '[^']*'", b"'descr': '|O'", content, count=1))
     else:
         members[number] = (name, b"")
-    with zipfile.ZipFile(path, "w") as archive:
+    with (
+        zipfile.ZipFile(path, "w") as archive,
+        warnings.catch_warnings(action="ignore"),
+    ):  # of a name that is there twice
         for member, data in members:
             archive.writestr(member, data)
     return Damage(f"member {name} {what}", valid=what in ("changed", "twice"))
