@@ -152,9 +152,9 @@ def find(
     """
     run_dir = Path(run_dir)
     usable, refused = scan(run_dir)
-    for path, why in damaged(refused).items() if step is None and images is None and usable else ():
+    for path, text in passed_over(refused, "used").items() if step is None and images is None and usable else ():
         if is_newer(path, usable[-1]):
-            (say or _warn)(f"WARNING: checkpoint {path.name} is damaged and not used: {why}")
+            (say or _warn)(f"WARNING: checkpoint {text}")
     if not usable:
         check_identity(run_dir)
     if step is None and images is None and not usable:
@@ -195,6 +195,14 @@ def damaged(refused: dict[Path, Refused]) -> dict[Path, Refused]:
     """Of the directories that are no checkpoint: this run's that were whole once, under their own names."""
     ours = {path: why for path, why in refused.items() if why.committed and not why.foreign}
     return {path: ours[path] for path in sorted(ours) if is_checkpoint_name(path.name)}
+
+
+def passed_over(refused: dict[Path, Refused], doing: str) -> dict[Path, str]:
+    """What is to be said of committed checkpoints that are not used (evaluated, touched): damaged ones, and another run's."""
+    theirs = {path: why for path, why in refused.items() if why.foreign and is_checkpoint_name(path.name)}
+    texts = {path: f"{path.name} belongs to another run and is not {doing}" for path in theirs}
+    texts |= {path: f"{path.name} is damaged and not {doing}: {why}" for path, why in damaged(refused).items()}
+    return {path: texts[path] for path in sorted(texts)}
 
 
 def is_newer(path: Path, chosen: Checkpoint) -> bool:

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         check_identity,
         committed,
         damage,
-        damaged,
+        passed_over,
         scan,
     )
     from tarflow.trainer.checkpoint.retention import apply_retention, remove_set_aside
@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
         removed = apply_retention(args.run, latest, every, warn=stuck.append)
         for asked, ending in ((args.damaged, DAMAGED), (args.aside, ASIDE)):
             removed += remove_set_aside(args.run, ending, warn=stuck.append) if asked else []
-    for path, why in damaged(scan(args.run)[1]).items():
-        print(f"{path.name} is damaged and not touched: {why}")
+    for text in passed_over(scan(args.run)[1], "touched").values():
+        print(text)
     for name in removed:
         print(f"removed {name}")
     print(f"{len(removed)} removed, {len(committed(args.run))} stay")

@@ -73,6 +73,6 @@ def sources(run_dir: Path, say: Callable[[str], None] = lambda _: None) -> list[
         if home == run_dir or is_run(home):
             usable, refused = ckpt.scan(home)
             moments |= {c.images_seen: c for c in usable}
-            for path, why in ckpt.damaged(refused).items():
-                say(f"WARNING: {path} is damaged and not used: {why}")
+            for path, text in ckpt.passed_over(refused, "used").items():
+                say(f"WARNING: {path.parent}/{text}")
     return [moments[images_seen] for images_seen in sorted(moments)]
