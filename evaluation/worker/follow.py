@@ -23,7 +23,7 @@ from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import Recipe, file_recipe, load_recipes
 from tarflow.models.weights import read_weights
 from tarflow.terminal import plain
-from tarflow.trainer.checkpoint.commit import Checkpoint, committed, find, passed_over, pinned, scan
+from tarflow.trainer.checkpoint.commit import Checkpoint, check_identity, committed, find, passed_over, pinned, scan
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import is_run, load_run_config, require_run
 
