@@ -12,7 +12,7 @@ from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job.cancel_note import leave_note
 from tarflow.cluster.job.chain import Chain
 from tarflow.cluster.job.record import RunJobs, jobs_of
-from tarflow.errors import UserError
+from tarflow.errors import UserError, why
 from tarflow.trainer.resilience.alive import living_writer
 from tarflow.trainer.run_dir import is_run
 
@@ -50,7 +50,7 @@ def cancel(run_dir: Path, wait_s: float, say: Callable[[str], None]) -> int:
                 try:
                     Chain.load(run_dir / "slurm", job).end(0, "cancelled while it waited in the queue")
                 except (UserError, OSError) as error:
-                    say(f"that job {job} is over is not noted: {error}")
+                    say(f"that job {job} is over is not noted: {why(error)}")
             say(f"job {job} ({kind}) cancelled")
     end = time.monotonic() + wait_s
     while saving and time.monotonic() < end:

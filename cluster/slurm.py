@@ -12,6 +12,7 @@ from pathlib import Path
 from tarflow.cluster.answers import TooMuchError, answer
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.hosts import expand
+from tarflow.errors import why
 from tarflow.terminal import plain
 
 # What a step is sent when it is preempted, requeued or near its limit.
@@ -55,7 +56,7 @@ def requeue(job: str, timeout_s: float = 40) -> str | None:
     except FileNotFoundError:
         return "scontrol was not found on this node"
     except (OSError, TooMuchError) as error:
-        return f"`scontrol requeue {job}` could not be run: {error}"
+        return f"`scontrol requeue {job}` could not be run: {why(error)}"
     said = (done.stderr + done.stdout).strip()
     if done.returncode == 0 or "pending execution" in said.lower():
         return None
@@ -138,7 +139,7 @@ def submit(script: Path, name: str) -> str:
     except subprocess.TimeoutExpired:
         raise ClusterError(f"sbatch did not answer within two minutes; {way_out}") from None
     except (OSError, TooMuchError) as error:
-        raise ClusterError(f"sbatch could not be asked: {error}") from None
+        raise ClusterError(f"sbatch could not be asked: {why(error)}") from None
     said = plain((done.stderr.strip() or done.stdout.strip()), 2000)
     if done.returncode:
         raise ClusterError(f"sbatch did not take the job: {said or f'it ended with {done.returncode}'}")

@@ -41,6 +41,7 @@ _WORDS = {
     errno.ELOOP: "it is a link: what tarflow writes is never written through one (folders above it may be links)",
     errno.ENXIO: "it is a pipe or a device, where a file is meant",
     errno.ENAMETOOLONG: "the name is too long",
+    errno.ELOOP: "it is a link, and links are not followed here, or run in a circle",
     errno.EMFILE: "too many open files (see `ulimit -n`)",
 }
 _OF_THE_DISK = {

@@ -5,6 +5,7 @@ Sums stay on the device and are read once every `log.every_steps` steps: a step 
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from torch import Tensor
 from tarflow.files import LineWriter, make_folder
 from tarflow.models.likelihood import bits_from_nats
 from tarflow.outputs import styled
-from tarflow.records import sealed
+from tarflow.records import read_lines, sealed
 from tarflow.terminal import plain_lines
 
 WIDE = 130  # columns of a terminal that has room for all figures beside a progress bar
@@ -107,13 +108,19 @@ class MetricLog:
             make_folder(run_dir, "logs")
             self._text = LineWriter(run_dir / "logs" / f"rank-{rank:04d}.log")
             return
-        self._jsonl = LineWriter(run_dir / "metrics.jsonl")
+        figures = run_dir / "metrics.jsonl"
+        emptied = os.path.lexists(figures) and not read_lines(figures, tail=1 << 20).rows  # a start writes at once
+        self._jsonl = LineWriter(figures)
         self._text = LineWriter(run_dir / "log.txt")
         self._curves = run_dir / "tensorboard" if tensorboard else None
         if sys.stderr.isatty():
             self._progress = _progress_bar()
             self._task = self._progress.add_task("", total=total_images, figures="")
             self._progress.start()
+        if emptied:
+            self.say(
+                f"WARNING: {figures} holds no figures any more of the starts before this one; they begin anew here"
+            )
 
     def open_curves(self, images_seen: int) -> None:
         """Begin to write for TensorBoard. Points past `images_seen`, of a start that was killed, come again: hidden."""

@@ -24,7 +24,7 @@ from tarflow.cluster.job.environment import Place, find_place, job_id, restart_c
 from tarflow.cluster.job.preflight import BadNodeError, all_reduce_command, check_node, check_shared
 from tarflow.cluster.job.record import submissions
 from tarflow.cluster.job.rendezvous import meet
-from tarflow.errors import UserError, in_words
+from tarflow.errors import UserError, in_words, why
 from tarflow.files import create_empty, listed, make_folder
 from tarflow.interpreter import HOME, JOB_VARIABLE, module_command
 from tarflow.records import DamagedFileError, Record, load_record, save_record
@@ -139,7 +139,7 @@ class Task:
         try:
             return progress(self.job)
         except (UserError, OSError) as error:
-            self.say(f"{error}")
+            self.say(why(error))
             return int(self.chain.starts[-1]["step"]) if self.chain.starts else 0
 
     def work(self, signals: Signals) -> Outcome:
@@ -320,7 +320,7 @@ class Task:
         try:
             self.chain.end(code, text, cancelled)
         except OSError as error:
-            self.say(f"{self.chain.path} cannot be written: {error}")
+            self.say(f"{self.chain.path} cannot be written: {why(error)}")
         self.say(text)
         if code != FINISHED:
             sys.exit(code)
@@ -343,7 +343,7 @@ def _noted(file: Path) -> Outcome:
     try:
         return Outcome(**load_record(file, FailureNote).model_dump())
     except (DamagedFileError, OSError) as error:
-        return Outcome(FAILED, f"a task failed, and its note cannot be read: {error}")
+        return Outcome(FAILED, f"a task failed, and its note cannot be read: {why(error)}")
 
 
 def check_code(job: Job) -> None:

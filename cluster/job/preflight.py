@@ -13,6 +13,7 @@ from pydantic import Field
 from tarflow.cluster.answers import answer
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job.environment import Place
+from tarflow.errors import why
 from tarflow.files import write_new
 from tarflow.interpreter import module_command
 from tarflow.records import Record, load_record, save_record
@@ -48,7 +49,7 @@ def check_node(run_dir: Path, node: str, gpus: int, min_free_gb: float) -> None:
         skew = probe.stat().st_mtime - before
         probe.unlink()
     except OSError as error:
-        raise BadNodeError(node, f"the run directory {run_dir} cannot be written: {error}") from None
+        raise BadNodeError(node, f"the run directory {run_dir} cannot be written: {why(error)}") from None
     if abs(skew) > CLOCK_TOLERANCE_S:
         raise BadNodeError(node, f"its clock is {skew:+.0f} s off that of the file system of {run_dir}")
     free = shutil.disk_usage(run_dir).free / 1e9

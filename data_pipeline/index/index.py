@@ -24,6 +24,7 @@ from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.content import ShardContent
 from tarflow.data_pipeline.index.labels import MAX_CLASSES
 from tarflow.data_pipeline.index.shard_list import MOST_BYTES, NO_LABEL, read_list
+from tarflow.errors import why
 
 FORMAT_VERSION = 1
 SHARDS_PER_PART = 512
@@ -196,7 +197,7 @@ class Index:
         except DataError:
             raise
         except (OSError, ValueError, KeyError, IndexError, MemoryError, pa.ArrowException) as err:
-            raise self._damaged(shard, str(err)) from None
+            raise self._damaged(shard, why(err)) from None
 
     def _damaged(self, shard: int, problem: str) -> DataError:
         return DataError(

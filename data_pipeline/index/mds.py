@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.labels import check_label
 from tarflow.data_pipeline.index.samples import Samples, parse_label
+from tarflow.errors import why
 from tarflow.records import parse_object, read_bounded
 
 INDEX_FILE = "index.json"
@@ -145,7 +146,7 @@ def scan_mds(
     try:
         data, starts, sizes = _table(shard)
     except (OSError, ValueError) as err:
-        out.problem("damaged_shard", f"shard {shard.path}: damaged: {err}", strict)
+        out.problem("damaged_shard", f"shard {shard.path}: damaged: {why(err)}", strict)
         return out
     labels = _labels(shard, label, data, starts, sizes)
     out.label_from = "" if label is None else shard.names[label]

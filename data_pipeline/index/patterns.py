@@ -23,6 +23,7 @@ from tarflow.data_pipeline.index.kinds import what_file, what_folder
 from tarflow.data_pipeline.layout.names import shown
 from tarflow.data_pipeline.layout.splits import ALL, asked_splits, by_split
 from tarflow.data_pipeline.layout.walk import walk
+from tarflow.files import listed
 
 _BRACES = re.compile(r"\{([^{}]*)\}")  # the innermost groups
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
@@ -42,7 +43,9 @@ def expand_braces(pattern: str) -> list[str]:
         if not match and "," not in body:
             raise DataError(f"cannot read {{{body}}} in {pattern!r}: expected a range {{000..012}} or a list {{a,b}}")
     if (count := _names(pattern)) > MOST_NAMES:
-        raise DataError(f"{pattern[:200]!r} stands for {count:,} names, at most {MOST_NAMES:,} are taken: name fewer at once")
+        raise DataError(
+            f"{pattern[:200]!r} stands for {count:,} names, at most {MOST_NAMES:,} are taken: name fewer at once"
+        )
     try:
         return list(braceexpand(pattern, escape=False))
     except ValueError:
@@ -114,8 +117,12 @@ def of_one_split(shards: list[Path], asked: str | None) -> tuple[list[Path], lis
     if wanted == [ALL]:
         return shards, [f"the splits {told} are taken as one set (--split {ALL})"] if told else []
     if len(wanted) > 1 or wanted[0] not in groups:
-        raise DataError(f"--split {asked}: an index is of one split; the shards in {shown(root)} name: {told or 'none'}")
-    return groups[wanted[0]], [f"the split {wanted[0]}: {len(groups[wanted[0]])} of {len(shards)} shards, told by their names"]
+        raise DataError(
+            f"--split {asked}: an index is of one split; the shards in {shown(root)} name: {told or 'none'}"
+        )
+    return groups[wanted[0]], [
+        f"the split {wanted[0]}: {len(groups[wanted[0]])} of {len(shards)} shards, told by their names"
+    ]
 
 
 def _count(shards: list[Path]) -> str:
@@ -133,7 +140,9 @@ def _one_pattern(pattern: str, missing: list[str], notes: list[str]) -> list[Pat
         tars = [file for file in _walked(path, notes) if file.suffix == ".tar"]
         if not tars:
             what = what_folder(path)
-            raise DataError(f"folder {shown(pattern)!r} holds no *.tar files" + (f"; {what}" if what else ""))
+            raise DataError(
+                f"folder {shown(pattern)!r} holds no *.tar files{_no_files(path)}" + (f"; {what}" if what else "")
+            )
         return tars
     words = pattern.split()
     if len(words) > 1 and sum(any(mark in word for mark in "{*?") for word in words) > 1:
@@ -163,6 +172,13 @@ def _walked(folder: Path, notes: list[str]) -> list[Path]:
         notes.append(found.links_followed())
     notes += [f"{shown(again)} is the folder {shown(first)}: it counts once" for again, first in found.again[:5]]
     return found.files
+
+
+def _no_files(folder: Path) -> str:
+    """Names in a folder that would be shards, or a list of them, if there were a file behind them."""
+    names = [p.name for p in listed(folder) if p.suffix in (".tar", ".json") and not p.is_file() and not p.is_dir()]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f" ({', '.join(map(shown, names[:3]))}{more} in it: no regular file, or a link to nothing)" if names else ""
 
 
 def _matches(pattern: str, notes: list[str]) -> list[Path]:

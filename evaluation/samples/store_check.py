@@ -64,6 +64,10 @@ def damaged_pictures(folder: Path, shape: Shape | None) -> dict[Path, str]:
             path = folder / "images" / f"{index:08d}.png"
             if not path.exists():
                 found[note] = f"{path.name} is missing"
-            elif (not path.is_file() or path.stat().st_size != size) and (reason := flaw_of_file(path, shape)):
-                found |= {note: f"{path.name} is {reason}", path: reason}
+            elif not path.is_file() or path.stat().st_size != size:
+                reason = flaw_of_file(path, shape)
+                if reason is None and size is not None:
+                    reason = f"not the one that was written: {path.stat().st_size} bytes instead of {size}"
+                if reason:
+                    found |= {note: f"{path.name} is {reason}", path: reason}
     return found

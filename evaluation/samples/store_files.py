@@ -48,6 +48,6 @@ def load_note(path: Path) -> Note:
     note = load_record(path, Note)
     name = STRETCH.fullmatch(path.name)
     strange = [i for i in note.labels if name is None or not int(name[1]) <= int(i) <= int(name[2])]
-    if strange or not note.sizes.keys() <= note.labels.keys():
-        raise DamagedFileError(path, "it holds samples that are not of this stretch", Note.way_out, what=Note.what)
+    if strange or (note.sizes and note.sizes.keys() != note.labels.keys()):  # without sizes: of version 0.1
+        raise DamagedFileError(path, "its samples are not those of this stretch", Note.way_out, what=Note.what)
     return note

@@ -95,7 +95,8 @@ _KINDS = (
     # what a user writes
     Kind("configuration", "tiny.yaml", ("train new", "train --dry-run", "submit --dry-run"), "yaml", SECTIONS, own_words=True),
     Kind("profile", "profile.yaml", ("submit --dry-run",), "yaml", own_words=True),
-    Kind("names of classes", "names.json", ("data prepare (classes)", "sample (classes)"), "json", own_words=True),
+    Kind("names of classes", "names.json", ("data prepare (classes)", "sample (classes)"), "json", ("--classes",),
+         own_words=True),
     # data
     Kind("index", "set/train/index/*.parquet", _DATA, names=_INDEX),
     Kind("tar shard", "set/train/*.tar", _DATA),

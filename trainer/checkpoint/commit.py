@@ -238,11 +238,10 @@ def unpoint(path: Path) -> None:
 
 def _named(pointer: Path) -> str:
     """Name in the pointer; empty without one. What is damaged names nothing: it is written anew, and nobody goes by it."""
-    try:
-        with open(pointer, "rb") as file:
-            return file.read(300).decode(errors="replace").strip()
-    except FileNotFoundError:
+    if not pointer.is_file():  # a pipe in its place would be waited for
         return ""
+    with open(pointer, "rb") as file:
+        return file.read(300).decode(errors="replace").strip()
 
 
 def commit(
