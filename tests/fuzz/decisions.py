@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job.chain import Outcome
-from tarflow.errors import UserError
+from tarflow.errors import UserError, in_words
 from tarflow.terminal import message
 
 START = Path("runs/one/slurm/starts/8-1")
@@ -58,5 +58,6 @@ def _in_job(rank: int) -> None:
 
 
 def _refused(error: Exception) -> int:
-    print(message(f"job 8: error: {error}"), file=sys.stderr)
+    text = in_words(error) if isinstance(error, OSError) else str(error)  # as the front door says it
+    print(message(f"job 8: error: {text}"), file=sys.stderr)
     return 2
