@@ -94,6 +94,7 @@ def test_V08_a_copy_for_a_job_says_the_commit_of_its_submission(
     assert ask(take("cd" * 20))["commit"] == "cd" * 20
     monkeypatch.undo()
     monkeypatch.setattr(snapshot, "code_version", lambda: ask(first))
+    (tmp_path / "again").mkdir()
     assert snapshot.take(tmp_path / "again", first).name == first.name, "a job's own copy, submitted from there"
 
 

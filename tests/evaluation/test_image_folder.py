@@ -270,7 +270,7 @@ def test_V09_samples_that_are_training_images_are_counted(digit_like, tmp_path):
     result = score_folder(request(folder, reference=tmp_path / "r.npz"), lambda _: None)
     assert result["identical_images"] == 13
     with np.load(tmp_path / "r.npz") as file:  # as an earlier version wrote it: it cannot be told
-        arrays = {name: file[name] for name in file.files if name != "hashes"}
+        arrays = {name: file[name] for name in file.files if name not in ("hashes", "checksum")}
     np.savez(tmp_path / "r.npz", **arrays)
     assert score_folder(request(folder, reference=tmp_path / "r.npz"), lambda _: None)["identical_images"] is None
 

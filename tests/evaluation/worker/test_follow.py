@@ -430,17 +430,17 @@ def test_a_checkpoint_removed_by_retention_is_passed_over(make_run, monkeypatch)
     run_dir, _ = make_run()
     from tarflow.evaluation.worker import follow as worker
 
-    real = worker.committed
+    real = worker.scan
     calls = []
 
-    def committed_then_removed(path):
+    def listed_then_removed(path):
         found = real(path)
         if not calls:
             shutil.rmtree(run_dir / "checkpoints/images-000000000160")
         calls.append(1)
         return found
 
-    monkeypatch.setattr(worker, "committed", committed_then_removed)
+    monkeypatch.setattr(worker, "scan", listed_then_removed)
     outcome = run_once(run_dir)
     assert [r["step"] for r in outcome.done] == [20]
     assert outcome.failed == {}

@@ -114,7 +114,7 @@ def test_every_setting_of_training_is_read_when_a_run_is_planned_and_made(
     config.model_dump(mode="json")
     assert not wanted & read  # writing a configuration down does not count
     assert train(config, tmp_path / "run") == FINISHED
-    describe(config)
+    describe(config, 2)
     mesh_shape(config.parallel, 1)
     zero_config(config, plan_batch(16, 1, 0))
     assert sorted(wanted - read) == []

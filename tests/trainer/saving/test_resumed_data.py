@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tarflow.files import crc32
 from tarflow.trainer.config.files import build_config, config_text
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.saving.resume import check_resume
@@ -28,9 +29,9 @@ def resume(tmp_path: Path, stored: str, *arguments: Any) -> list[str]:
     """What is said when a checkpoint that holds `stored` is resumed on data of these fingerprints."""
     config = build_config(TREE, "test", [])
     (tmp_path / "config.yaml").write_text(config_text(config))
-    checkpoint: Any = SimpleNamespace(
-        path=tmp_path, info={"data": stored}, step=3, images_seen=12, name="step-00000003"
-    )
+    files = {"config.yaml": {"crc32": crc32(tmp_path / "config.yaml")}}
+    info = {"data": stored, "files": files}
+    checkpoint: Any = SimpleNamespace(path=tmp_path, info=info, step=3, images_seen=12, name="step-00000003")
     lines: list[str] = []
     fingerprint, accept, *former = arguments
     check_resume(checkpoint, config, fingerprint, accept, lines.append, *former)

@@ -36,7 +36,7 @@ def test_N03_every_way_to_train_refuses_before_anything_is_made(wrong: Path, tmp
     assert said.err.splitlines() == [
         f"tarflow train: error: data.validation={tmp_path}/nope: there is no data set at {tmp_path}/nope: the path does not exist "
         "(settings data.train, data.validation)",
-        "sampling.guidance=2.0 has no effect without labels while sampling.attn_temp=1: guided and unguided network are the same. "
+        "  sampling.guidance=2.0 has no effect without labels while sampling.attn_temp=1: guided and unguided network are the same. "
         "Set sampling.attn_temp (for example 0.3), or sampling.guidance=0",
     ]
     assert not (tmp_path / "run").exists()
