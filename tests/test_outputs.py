@@ -19,8 +19,10 @@ ENV = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP
 
 
 def start(*words: object, **options: object) -> "subprocess.Popen[str]":
+    """A verb as from a terminal, also where these tests themselves run under nohup."""
     return subprocess.Popen(
         [sys.executable, "-m", "tarflow", *map(str, words)], env=ENV, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
     )  # fmt: skip
 
