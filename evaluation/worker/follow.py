@@ -4,6 +4,7 @@ The worker is a process of its own and only reads checkpoints. It can be killed 
 any number may run: they share the chunks of each result, which is published once.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -131,7 +132,8 @@ def _wait_for_run(run_dir: Path, seconds: float, say: Say) -> None:
 
 
 def _has_started(run_dir: Path) -> bool:
-    return (run_dir / "run.json").is_file() and (run_dir / "config.yaml").is_file()
+    # Whatever stands there: what is no file is said by whoever reads it, not waited for.
+    return os.path.lexists(run_dir / "run.json") and os.path.lexists(run_dir / "config.yaml")
 
 
 class _Worker:
