@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
@@ -137,7 +137,7 @@ class Task:
         """What the job has reached; what it began with where that cannot be told: a run that nobody can read is not
         called progress."""
         try:
-            return progress(self.job)
+            return progress(self.job, self.say)
         except (UserError, OSError) as error:
             self.say(why(error))
             return int(self.chain.starts[-1]["step"]) if self.chain.starts else 0
@@ -356,15 +356,21 @@ def check_code(job: Job) -> None:
         )
 
 
-def progress(job: Job) -> int:
-    """What must grow from start to start: the newest committed step; of an evaluation its results, then its chunks."""
+def progress(job: Job, say: Callable[[str], None] = lambda _: None) -> int:
+    """What must grow from start to start: the newest committed step; of an evaluation its results, then its chunks.
+
+    `say` is told which newer checkpoints do not count, and why.
+    """
     run_dir = Path(job.run_dir)
     if job.kind == "evaluate":
         chunks = len(listed(run_dir, "evals/work/*/*-[0-9]*[0-9]"))  # of a result that takes longer than a start
         return 1_000_000 * len(listed(run_dir, "evals/*/result.json")) + chunks
-    from tarflow.trainer.checkpoint.commit import committed
+    from tarflow.trainer.checkpoint.commit import is_newer, passed_over, scan
 
-    found = committed(run_dir)
+    found, refused = scan(run_dir)
+    for path, text in passed_over(refused, "counted").items():
+        if not found or is_newer(path, found[-1]):
+            say(f"checkpoint {text}")
     return found[-1].step if found else 0
 
 

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tarflow.trainer.checkpoint.commit import ASIDE, find
+    from tarflow.trainer.checkpoint.commit import ASIDE, find, is_newer, passed_over, scan
     from tarflow.trainer.checkpoint.marker import require_whole
     from tarflow.trainer.checkpoint.retention import set_aside
     from tarflow.trainer.errors import TrainerError
@@ -33,6 +33,9 @@ def run(args: argparse.Namespace) -> int:
     with writer_lock(args.run):
         chosen = find(args.run, args.step, args.images)
         require_whole(chosen)
+        for path, text in passed_over(scan(args.run)[1], "used").items():
+            if is_newer(path, chosen):
+                print(text)
         for line in set_aside(args.run, chosen, ASIDE):
             print(line)
     print(f"the next `tarflow train` of {args.run} goes on from {chosen.name}")
