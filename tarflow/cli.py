@@ -141,15 +141,26 @@ def _orderly_end() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         raise SystemExit(OF_A_SIGNAL + number)
 
-    changed = {}
+    def lost(unraisable: Any) -> None:
+        """An exception that rises in a callback of the interpreter's own (a weak reference's) ends there: the signal is sent
+        once more, a moment later."""
+        if not asked or not isinstance(unraisable.exc_value, KeyboardInterrupt | SystemExit):
+            hook(unraisable)
+            return
+        main = threading.main_thread().ident or 0
+        threading.Timer(0.01, signal.pthread_kill, (main, asked[-1])).start()
+
+    changed, hook = {}, sys.unraisablehook
     if threading.current_thread() is threading.main_thread():  # no other may
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if (before := signal.getsignal(number)) in (signal.SIG_DFL, signal.default_int_handler):
                 changed[number] = before
                 signal.signal(number, stop)
+    sys.unraisablehook = lost
     try:
         yield asked
     finally:
+        sys.unraisablehook = hook
         for number, before in changed.items():
             signal.signal(number, before)
 

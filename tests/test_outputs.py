@@ -174,3 +174,23 @@ def test_h11_whatever_is_printed_is_escaped_but_what_a_library_draws() -> None:
     done = subprocess.run([sys.executable, "-c", program], env=ENV, capture_output=True, timeout=60)
     assert done.stdout.decode() == "a\\x1b[31m\\x9b1m\tb\n50%\\u202e\n\x1b[1mbar\x1b[0m\nafter\n"
     assert done.stderr == b"err\\x07\n"
+
+
+def test_F19_a_signal_that_comes_within_a_callback_of_the_interpreter_is_not_lost() -> None:
+    """What rises in a weak reference's callback is only printed, and the program goes on."""
+    program = """
+import gc, os, signal, time, weakref
+from tarflow.cli import _orderly_end
+class Thing: pass
+with _orderly_end() as asked:
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGINT) or [None for _ in range(10)])
+    try:
+        del thing
+        time.sleep(20)
+        print("lost")
+    except KeyboardInterrupt:
+        print("ended", set(asked) == {signal.SIGINT})
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=ENV, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("ended True\n", "")

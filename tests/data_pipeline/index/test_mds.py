@@ -165,7 +165,7 @@ def test_D02_damaged_mds_shards_are_named_or_left_out(tmp_path: Path, lab: Simpl
         (whole[:-5], r"has \d+ bytes, index\.json says \d+"),
         (np.uint32(9).tobytes() + whole[4:], "does not hold 4 samples"),
         (bytes(backwards), "run backwards or beyond|has columns of"),
-        (None, "No such file"),
+        (None, "there is no such file"),
     ):
         path.unlink(missing_ok=True)
         if bad is not None:
