@@ -364,10 +364,8 @@ def _pin_holds(pin: Path) -> bool:
         reader = load_record(pin, Pin)
         if reader.host == os.uname().nodename:
             return Path(f"/proc/{reader.pid}").exists() or not Path("/proc").exists()
-    except FileNotFoundError:
-        return False
     except (DamagedFileError, OSError):
         pass
-    with suppress(OSError):
-        return time.time() - pin.stat().st_mtime < _PIN_LIFETIME_S
+    with suppress(OSError):  # it is gone
+        return time.time() - pin.lstat().st_mtime < _PIN_LIFETIME_S  # of the name itself: it may be a link to nothing
     return False

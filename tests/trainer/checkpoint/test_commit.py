@@ -173,6 +173,17 @@ def test_T04_permanent_and_pinned_checkpoints_stay(run: Path) -> None:
     assert retention.apply_retention(run, 2, 160) == ["images-000000000080"]
 
 
+@pytest.mark.parametrize("target", ["nowhere", "images-000000000016.held"], ids=["to nothing", "to itself"])
+def test_h06_a_pin_that_is_a_broken_link_holds_as_any_other_that_cannot_be_read(run: Path, target: str) -> None:
+    pins = ckpt.checkpoints_dir(run) / "pins"
+    pins.mkdir(parents=True, exist_ok=True)
+    (pins / "images-000000000016.held").symlink_to(target)
+    assert ckpt.pinned_names(run) == {"images-000000000016"}
+    day = 25 * 3600
+    os.utime(pins / "images-000000000016.held", (time.time() - day,) * 2, follow_symlinks=False)
+    assert ckpt.pinned_names(run) == set()
+
+
 def test_pin_of_a_dead_process_expires(run: Path) -> None:
     code = f"""
 import os, signal
