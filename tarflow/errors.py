@@ -38,10 +38,9 @@ _WORDS = {
     errno.EACCES: "permission denied",
     errno.EPERM: "the system does not permit it",
     errno.EFBIG: "the file grew beyond what is allowed here (see `ulimit -f`)",
-    errno.ELOOP: "it is a link: what tarflow writes is never written through one (folders above it may be links)",
+    errno.ELOOP: "it is a link: nothing is written through one (folders above it may be links), or it leads in a circle",
     errno.ENXIO: "it is a pipe or a device, where a file is meant",
     errno.ENAMETOOLONG: "the name is too long",
-    errno.ELOOP: "it is a link, and links are not followed here, or run in a circle",
     errno.EMFILE: "too many open files (see `ulimit -n`)",
 }
 _OF_THE_DISK = {
