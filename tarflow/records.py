@@ -235,8 +235,8 @@ class _FlawError(ValueError):
     """What is wrong, before the file's name is known."""
 
     def __init__(self, problem: str, where: str = "") -> None:
-        super().__init__(f"{where}: {problem}" if where else problem)
-        self.problem, self.where = problem, where
+        self.problem, self.where = plain(problem, 1000), plain(where)  # a field's name is the file's own
+        super().__init__(f"{self.where}: {self.problem}" if where else self.problem)
 
 
 def _checksum(value: dict[str, Any]) -> str:
