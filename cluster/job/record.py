@@ -24,7 +24,8 @@ class JobLine(Record):
 
     what: ClassVar[str] = "jobs of the run"
     way_out: ClassVar[str] = (
-        "if `squeue --me` shows no job of this run beside those that its sound lines name, remove the line"
+        "if `squeue --me` shows no job of this run beside those that its sound lines name, remove the line, or the file if it "
+        "is empty"
     )
 
     job: str = Field(pattern=JOB_ID)
@@ -72,6 +73,8 @@ def submissions(run_dir: Path) -> Submissions:
         return found
     if lines.damaged or lines.torn:
         found.problem = str(lines) or "the last line has no end"
+    elif not lines.rows:
+        found.problem = "it is empty, and is made with its first line"
     for row in lines.rows:
         try:
             line = as_record(row, JobLine)

@@ -295,6 +295,11 @@ def test_h05_a_line_that_cannot_be_believed_is_left_out_and_said(tmp_path: Path)
     append_line(path, json.dumps({"job": "109", "kind": "train"}))
     with pytest.raises(DamagedFileError, match=r"1 damaged line"):
         submissions(tmp_path).checked()
+    path.write_bytes(b"")
+    with pytest.raises(DamagedFileError, match=r"it is empty.*squeue --me.*or the file if it is empty"):
+        submissions(tmp_path).checked()
+    append_line(path, json.dumps({"job": "110", "kind": "train", "more\x1b[31m": 1}))
+    assert "\\x1b[31m" in submissions(tmp_path).problem, "not a colour of the terminal's"
     path.unlink()
     path.symlink_to(tmp_path / "nowhere")
     with pytest.raises(DamagedFileError, match="it is a link"):
