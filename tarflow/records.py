@@ -50,6 +50,7 @@ class Record(BaseModel):
     what: ClassVar[str] = ""  # in the error: what the file is for
     way_out: ClassVar[str] = "restore it from a copy"
     limit: ClassVar[int] = LIMIT
+    must_be_sealed: ClassVar[bool] = False  # also what looks like an earlier version's is not believed
 
 
 RecordT = TypeVar("RecordT", bound=Record)
@@ -185,6 +186,8 @@ def opened(value: dict[str, Any]) -> dict[str, Any]:
 
 def as_record(value: dict[str, Any], kind: type[RecordT]) -> RecordT:
     """The record in a JSON object, sealed or not. Raises ValueError with the first field that does not fit."""
+    if kind.must_be_sealed and SEAL not in value:
+        raise _FlawError("it carries no checksum")
     try:
         return kind.model_validate_json(json.dumps(opened(value)))
     except ValidationError as error:

@@ -47,6 +47,7 @@ class Pin(Record):
     """Who reads a checkpoint."""
 
     what = "pin of a checkpoint"
+    must_be_sealed = True  # whom it names decides whether its checkpoint may be removed; one of before holds for a day
     host: Words
     pid: int = Field(ge=1, lt=1 << 32)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tarflow.records import save_record
 from tarflow.trainer.checkpoint import commit as ckpt
 from tarflow.trainer.checkpoint import retention
 from tarflow.trainer.checkpoint.tensors import load_weights, read_tensors, write_tensors
@@ -182,6 +183,15 @@ def test_h06_a_pin_that_is_a_broken_link_holds_as_any_other_that_cannot_be_read(
     day = 25 * 3600
     os.utime(pins / "images-000000000016.held", (time.time() - day,) * 2, follow_symlinks=False)
     assert ckpt.pinned_names(run) == set()
+
+
+def test_h06_a_pin_without_its_checksum_holds_whatever_process_it_names(run: Path) -> None:
+    pin = ckpt.checkpoints_dir(run) / "pins" / "images-000000000016.held"
+    dead = ckpt.Pin(host=os.uname().nodename, pid=2**31)
+    save_record(pin, dead)
+    assert ckpt.pinned_names(run) == set()
+    pin.write_text(dead.model_dump_json())
+    assert ckpt.pinned_names(run) == {"images-000000000016"}
 
 
 def test_pin_of_a_dead_process_expires(run: Path) -> None:
