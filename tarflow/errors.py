@@ -19,7 +19,7 @@ def noted(flaws: list[str]) -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
-        text = in_words(error) if isinstance(error, OSError) else str(error)
+        text = in_words(error)
         if text not in flaws:
             flaws.append(text)
 
@@ -56,9 +56,9 @@ def path_of(error: OSError) -> str:
     return os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
 
 
-def in_words(error: OSError) -> str:
-    """An error of the system as `PATH: what is wrong`, without its number."""
-    path = path_of(error)
+def in_words(error: BaseException) -> str:
+    """An error of the system as `PATH: what is wrong`, without its number; of others what they say."""
+    path = path_of(error) if isinstance(error, OSError) else ""
     return f"{path}: {why(error)}" if path else why(error)
 
 

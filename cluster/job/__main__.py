@@ -19,8 +19,7 @@ def main(file: str, digest: str) -> int:
         try:
             task = Task(load_job(Path(file), digest, os.environ))
         except (UserError, OSError) as error:
-            text = in_words(error) if isinstance(error, OSError) else str(error)
-            print(message(f"this job cannot begin: {text}"), flush=True)
+            print(message(f"this job cannot begin: {in_words(error)}"), flush=True)
             return USAGE
         return task.run(signals)
 

@@ -88,7 +88,7 @@ class Task:
         except BadNodeError as error:
             outcome = Outcome(FAILED, str(error), error.node)
         except (UserError, OSError) as error:
-            outcome = Outcome(FAILED, in_words(error) if isinstance(error, OSError) else str(error))
+            outcome = Outcome(FAILED, in_words(error))
         return self.end_first(outcome) if self.first else self.end_other(outcome, signals)
 
     def begin(self, signals: Signals) -> None:
@@ -127,8 +127,7 @@ class Task:
             if chain.starts and chain.submission != self.job.submission:
                 raise foreign(chain.path, "it was not written by this submission", "submission")
         except (DamagedFileError, OSError) as error:
-            text = in_words(error) if isinstance(error, OSError) else str(error)
-            self.say(f"stopped, and not requeued: {text}. Then go on with:\n  {self.job.resubmit}")
+            self.say(f"stopped, and not requeued: {in_words(error)}. Then go on with:\n  {self.job.resubmit}")
             sys.exit(FAILED)
         chain.submission = self.job.submission
         return chain

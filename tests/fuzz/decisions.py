@@ -58,6 +58,5 @@ def _in_job(rank: int) -> None:
 
 
 def _refused(error: Exception) -> int:
-    text = in_words(error) if isinstance(error, OSError) else str(error)  # as the front door says it
-    print(message(f"job 8: error: {text}"), file=sys.stderr)
+    print(message(f"job 8: error: {in_words(error)}"), file=sys.stderr)  # as the front door says it
     return 2

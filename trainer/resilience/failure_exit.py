@@ -33,7 +33,7 @@ def failure_exit(world: World, run_dir: Path) -> Iterator[FailureRecord]:
         yield record
     except Exception as error:
         meant = isinstance(error, UserError | OSError)
-        text = in_words(error) if isinstance(error, OSError) else str(error) if meant else f"{type(error).__name__}: {error}"
+        text = in_words(error) if meant else f"{type(error).__name__}: {error}"
         with suppress(OSError):
             if is_run(run_dir) and (record.begun or not meant):
                 note(run_dir, f"FAILED: rank {world.rank} of {world.size} (host {os.uname().nodename}): {text}")
