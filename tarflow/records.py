@@ -111,6 +111,7 @@ class Lines:
     rows: list[dict[str, Any]] = field(default_factory=list)
     damaged: list[int] = field(default_factory=list)  # numbers of lines, from 1
     torn: bool = False  # the last line has no end: a kill or a full disk, no damage
+    emptied: bool = False  # it is there, and holds nothing: `append_record_line` makes it with its first line
 
     def __str__(self) -> str:
         lines = ", ".join(str(number) for number in self.damaged[:5]) + (", ..." if len(self.damaged) > 5 else "")
@@ -120,6 +121,7 @@ class Lines:
         """What is wrong with the file, in words, for whoever shows it."""
         said = [str(self)] if self.damaged else []
         said += ["its last line is cut off"] if self.torn else []
+        said += ["it is empty, and is made with its first line"] if self.emptied else []
         return [f"{path}: {'; '.join(said)}"] if said else []
 
 
@@ -166,6 +168,7 @@ def read_lines(path: Path, tail: int | None = None) -> Lines:
                     lines.damaged.append(number)
                 else:
                     lines.torn = True
+    lines.emptied = not (lines.rows or lines.damaged or lines.torn)
     return lines
 
 

@@ -160,3 +160,14 @@ def test_h11_an_error_shows_the_name_of_an_unknown_field(tmp_path: Path) -> None
         load_record(path, Made)
     assert str(caught.value).isprintable()
     assert r"\x1b[31m\nall is well" in str(caught.value)
+
+
+def test_h06_a_file_of_lines_that_was_emptied_is_no_missing_one(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert not read_lines(path).emptied
+    append_record_line(path, {"n": 1})
+    assert not read_lines(path).emptied
+    for nothing in (b"", b"\n\n"):
+        path.write_bytes(nothing)
+        assert read_lines(path).emptied
+        assert read_lines(path).flaws(path) == [f"{path}: it is empty, and is made with its first line"]

@@ -109,7 +109,7 @@ class MetricLog:
             self._text = LineWriter(run_dir / "logs" / f"rank-{rank:04d}.log")
             return
         figures = run_dir / "metrics.jsonl"
-        emptied = os.path.lexists(figures) and not read_lines(figures, tail=1 << 20).rows  # a start writes at once
+        emptied = os.path.lexists(figures) and not read_lines(figures, tail=1 << 20).rows  # rubbish counts as little
         self._jsonl = LineWriter(figures)
         self._text = LineWriter(run_dir / "log.txt")
         self._curves = run_dir / "tensorboard" if tensorboard else None

@@ -73,7 +73,7 @@ def submissions(run_dir: Path) -> Submissions:
         return found
     if lines.damaged or lines.torn:
         found.problem = str(lines) or "the last line has no end"
-    elif not lines.rows:
+    elif lines.emptied:
         found.problem = "it is empty, and is made with its first line"
     for row in lines.rows:
         try:
