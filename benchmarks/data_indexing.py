@@ -151,7 +151,9 @@ def main() -> int:
     )
     million = 4e-6 * PER_SHARD * len(some)
     print(f"checksums: {median(cpu.pop('checksums')) / gigabytes:.2f} CPU seconds per GB")
-    print("CPU seconds per million headers: " + ", ".join(f"{name} {median(s) / million:.2f}" for name, s in cpu.items()))
+    print(
+        "CPU seconds per million headers: " + ", ".join(f"{name} {median(s) / million:.2f}" for name, s in cpu.items())
+    )
     print(f"tarfile / ours, CPU: {median(t / o for t, o in zip(cpu['tarfile'], cpu['ours'])):.1f}")
     speed = median(b / t for b, t in zip(bare, several))
     bars = [

@@ -408,7 +408,10 @@ def main() -> int:
             figures = check(bench)
         except Exception as error:  # the other checks are worth having
             failed += 1
-            figures = {"ERROR": f"{type(error).__name__}: {error}"[:300], "at": traceback.format_exc().splitlines()[-4:]}
+            figures = {
+                "ERROR": f"{type(error).__name__}: {error}"[:300],
+                "at": traceback.format_exc().splitlines()[-4:],
+            }
         rows.append({"check": check.__name__, "seconds": round(time.perf_counter() - began, 1), **figures})
         print(json.dumps(rows[-1], default=str), flush=True)
     for bar in bench.bars:

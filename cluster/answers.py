@@ -24,6 +24,7 @@ def answer(
         subprocess.TimeoutExpired: it, or what it has started, still holds its output open.
         TooMuchError: it has printed more than `limit` bytes.
         OSError: it cannot be run.
+
     """
     end = time.monotonic() + timeout_s
     process = subprocess.Popen(  # noqa: S603 -- commands of Slurm, whose words are made in this room

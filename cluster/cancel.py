@@ -67,7 +67,8 @@ def cancel(run_dir: Path, wait_s: float, say: Callable[[str], None]) -> int:
 
 def _told_apart(run_dir: Path, jobs: RunJobs) -> tuple[list[dict[str, Any]], list[str]]:
     """The jobs in the queue that Slurm itself says are this run's, and what to say of the others: a file that was copied,
-    or made up, names jobs that have nothing to do with this directory."""
+    or made up, names jobs that have nothing to do with this directory.
+    """
     ours, others = [], []
     for entry in jobs.live:
         problem = _problem(run_dir, entry["job"])

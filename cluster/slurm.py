@@ -21,7 +21,8 @@ END_SIGNALS = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2)
 
 def run_shielded(command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
     """Run a command that the signals which end the step around it do not reach, from its first instruction on: they are
-    blocked until it ignores them. (`env --ignore-signal` leaves a gap before it, in which Slurm does hit.)"""
+    blocked until it ignores them. (`env --ignore-signal` leaves a gap before it, in which Slurm does hit.)
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     try:
         return answer(command, timeout_s, begin=_ignore)
@@ -65,7 +66,8 @@ def requeue(job: str, timeout_s: float = 40) -> str | None:
 
 def exclude_nodes(job: str, nodes: Sequence[str], timeout_s: float = 10, tries: int = 3) -> bool:
     """Keep a job that waits to start again off some nodes, beside those that it avoids already. A job that runs cannot
-    be changed: so this comes after the request to requeue, while Slurm gives the step its last seconds."""
+    be changed: so this comes after the request to requeue, while Slurm gives the step its last seconds.
+    """
     for left in reversed(range(tries)):
         shown = ask(["scontrol", "show", "job", job, "-o"], timeout_s, shielded=True)
         found = re.search(r"\bExcNodeList=(\S+)", shown or "")

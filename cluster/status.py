@@ -243,7 +243,8 @@ def last_rate(logged: Sequence[dict[str, Any]]) -> float | None:
 
 def headline_score(run: Path, config: Config | None, flaws: list[str]) -> str | None:
     """The Frechet distance of the result that stands for the run, as in its report; a star if its settings are not the
-    run's own, or those are not known."""
+    run's own, or those are not known.
+    """
     found, damaged = scan(run)
     flaws += [flaw for flaw in damaged if flaw not in flaws]
     headline = find_headline([Result(folder, values) for folder, values in found], config)

@@ -56,7 +56,9 @@ class ImageFolder:
             raise EvaluationError(f"{self.root} is no folder of images")
         found = walk(self.root)
         for again, first in found.again:
-            raise EvaluationError(f"{again} and {first} are one folder, its images would count twice: remove one of the links")
+            raise EvaluationError(
+                f"{again} and {first} are one folder, its images would count twice: remove one of the links"
+            )
         for path in found.files:
             ending = extension_of(path.name)
             if ending in IMAGE_EXTENSIONS:

@@ -57,7 +57,9 @@ class ImageSet:
             labels = self.index.rows(shard).labels
             counts += np.bincount(labels[labels >= 0], minlength=len(counts))[: len(counts)]
         if not counts.any():
-            raise EvaluationError(f"sampling.labels=training: {self.data.train} has no labels; set sampling.labels=balanced")
+            raise EvaluationError(
+                f"sampling.labels=training: {self.data.train} has no labels; set sampling.labels=balanced"
+            )
         return tuple(counts.tolist())
 
     def provenance(self) -> dict[str, str | int]:

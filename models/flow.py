@@ -81,7 +81,7 @@ class FlowBlock(nn.Module):
         return self.split(F.pad(self.proj_out(h)[:, :-1], (0, 0, 1, 0)))
 
     def forward(self, x: Tensor, y: Tensor | None = None, recompute: bool = False) -> tuple[Tensor, Tensor]:
-        """x [N, T, D], labels y [N] -> (z [N, T, D], log-determinant per dimension [N])."""
+        """X [N, T, D], labels y [N] -> (z [N, T, D], log-determinant per dimension [N])."""
         x = self.order(x)
         a, b = self.scale_and_shift(x, y, recompute)
         z = (x - b) * torch.exp(-a)

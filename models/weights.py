@@ -115,6 +115,7 @@ def read_weights(path: str | Path, like: TarFlowConfig | None = None) -> Weights
     Raises:
         DamagedFileError: its bytes do not fit its checksum, or what it says of itself cannot be believed.
         ModelError: no such file, a pickle with code, names or shapes that do not fit.
+
     """
     path = Path(path)
     file = _read(path)

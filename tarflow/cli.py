@@ -132,7 +132,8 @@ def _prog(args: argparse.Namespace | None) -> str:
 @contextmanager
 def _orderly_end() -> Iterator[list[int]]:
     """While entered, SIGINT, SIGTERM and SIGHUP unwind the stack, so that half-written files are removed; yields the list of
-    those that came. What is ignored, as by `nohup`, or handled by others stays so."""
+    those that came. What is ignored, as by `nohup`, or handled by others stays so.
+    """
     asked: list[int] = []
 
     def stop(number: int, _: Any) -> NoReturn:
@@ -143,7 +144,8 @@ def _orderly_end() -> Iterator[list[int]]:
 
     def lost(unraisable: Any) -> None:
         """An exception that rises in a callback of the interpreter's own (a weak reference's) ends there: the signal is sent
-        once more, a moment later."""
+        once more, a moment later.
+        """
         if not asked or not isinstance(unraisable.exc_value, KeyboardInterrupt | SystemExit):
             hook(unraisable)
             return

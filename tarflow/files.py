@@ -38,7 +38,8 @@ def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
 
 def create(path: Path, mode: int = 0o666) -> int:
     """A descriptor of a new, empty file, open for writing. What has the name, a file or a link that a kill left or someone
-    planted, is removed first."""
+    planted, is removed first.
+    """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         return os.open(path, flags, mode)
@@ -168,7 +169,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str, *, shared: bool = False) -> None:
     """Replace a text file in one step. Unless it is `shared`, this process is its only writer: what a kill left of the
-    write before, the next one replaces."""
+    write before, the next one replaces.
+    """
     name = f".{path.name}.{uuid.uuid4().hex[:12]}.tmp" if shared else f".{path.name}.tmp"
     _replace(path, path.with_name(name), lambda temporary: fill(temporary, text))
 

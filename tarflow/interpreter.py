@@ -46,7 +46,8 @@ def _named_paths() -> list[str]:
 @contextmanager
 def deaf_to_terminals() -> Iterator[None]:
     """Processes that are started meanwhile never hear Ctrl-C or a closed terminal, not even in their first moments: whoever
-    started them does, and ends them."""
+    started them does, and ends them.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     try:
         yield

@@ -83,7 +83,8 @@ def _take(folder: Path, name: str, lease_s: float) -> Path | None:
 
 def _create(path: Path) -> Path:
     """Make a lease with its holder in it: an empty one, left by a process killed between the two, names nobody whose
-    death could be seen, and would hold for its whole time."""
+    death could be seen, and would hold for its whole time.
+    """
     holder = json.dumps({"host": os.uname().nodename, "pid": os.getpid()})
     temporary = path.with_name(f".{path.name}.{unique_name()}.tmp")
     with discarded(temporary):

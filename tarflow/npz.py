@@ -54,6 +54,7 @@ def declared(path: Path, limit: int | None = None, *, what: str = "", way_out: s
     Raises:
         DamagedFileError: it is no such file, or one that must not be read.
         OSError: it is not there, or cannot be read.
+
     """
     with _opened(path, limit, what, way_out) as (_, found):
         return {name: array for name, (_, array) in found.items()}

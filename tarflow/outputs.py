@@ -74,7 +74,8 @@ def guarded_outputs() -> Iterator["list[Output]"]:
 
 def styled(stream: TextIO) -> TextIO:
     """A guarded stream for a library that draws: its colours and movements reach the terminal. What it draws of data must
-    have gone through `tarflow.terminal`."""
+    have gone through `tarflow.terminal`.
+    """
     return cast(TextIO, _Drawn(stream)) if isinstance(stream, _Shown) else stream
 
 

@@ -63,6 +63,7 @@ def load_record(path: Path, kind: type[RecordT]) -> RecordT:
         DamagedFileError: it is too large, no JSON object, its seal is broken, or a field is missing, unknown or
             outside its bounds.
         FileNotFoundError, OSError: it is not there, or cannot be read.
+
     """
     try:
         return as_record(parse_object(read_bounded(path, kind.limit)), kind)

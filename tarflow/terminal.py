@@ -11,7 +11,8 @@ ELLIPSIS = "…"
 
 def plain(value: object, limit: int = 200) -> str:
     """One line of at most `limit` characters, in which everything can be seen: controls, line ends, invisible characters,
-    directions of writing and bytes that are no text stand as escapes such as \\x1b, \\n or \\u202e."""
+    directions of writing and bytes that are no text stand as escapes such as \\x1b, \\n or \\u202e.
+    """
     text = str(value)
     shown = _visible(text[: limit + 1])
     return shown if len(shown) <= limit else shown[: max(limit - 1, 0)] + ELLIPSIS
@@ -19,7 +20,8 @@ def plain(value: object, limit: int = 200) -> str:
 
 def plain_lines(value: object, limit: int = 100_000) -> str:
     """The same for text of several lines, as a message or a log has them: line ends and tabs stay what they are, and a
-    carriage return, with which a line would write over itself, ends it."""
+    carriage return, with which a line would write over itself, ends it.
+    """
     text = str(value)
     text = text[:limit] + (ELLIPSIS if len(text) > limit else "")
     lines = re.split(r"\r\n|\r|\n", text)

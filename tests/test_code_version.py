@@ -48,7 +48,8 @@ def package(tmp_path: Path) -> Path:
     return home
 
 
-def test_V08_a_checkout_says_its_commit_and_whether_files_differ(package: Path) -> None:
+@pytest.mark.case("V08")
+def test_a_checkout_says_its_commit_and_whether_files_differ(package: Path) -> None:
     git(package, "init")
     (package / ".gitignore").write_text("__pycache__\n")
     git(package, "add", ".")
@@ -69,7 +70,8 @@ def test_V08_a_checkout_says_its_commit_and_whether_files_differ(package: Path) 
     assert ask(package) == clean | {"dirty": True}
 
 
-def test_V08_an_installed_package_says_its_version_alone(package: Path, tmp_path: Path) -> None:
+@pytest.mark.case("V08")
+def test_an_installed_package_says_its_version_alone(package: Path, tmp_path: Path) -> None:
     git(tmp_path, "init")  # a repository further up is that of whoever installed it
     git(tmp_path, "commit", "--allow-empty", "-m", "theirs")
     assert ask(package) == {"version": __version__}
@@ -80,9 +82,8 @@ def test_V08_an_installed_package_says_its_version_alone(package: Path, tmp_path
     assert ask(package) == {"version": __version__}
 
 
-def test_V08_a_copy_for_a_job_says_the_commit_of_its_submission(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.case("V08")
+def test_a_copy_for_a_job_says_the_commit_of_its_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def take(commit: str) -> Path:
         here = {"version": __version__, "commit": commit, "dirty": True}
         monkeypatch.setattr(snapshot, "code_version", lambda: here)
@@ -98,7 +99,8 @@ def test_V08_a_copy_for_a_job_says_the_commit_of_its_submission(
     assert snapshot.take(tmp_path / "again", first).name == first.name, "a job's own copy, submitted from there"
 
 
-def test_V08_in_words() -> None:
+@pytest.mark.case("V08")
+def test_in_words() -> None:
     assert describe_code({"version": "1.2"}) == "tarflow 1.2"
     assert describe_code({"version": "1.2", "commit": "ab" * 20, "dirty": False}) == "tarflow 1.2, commit abababababab"
     assert "with changes that are not committed" in describe_code(

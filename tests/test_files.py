@@ -83,7 +83,8 @@ def filled(path):
 @by_writer
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS], ids=lambda n: errno.errorcode[n])
 @pytest.mark.parametrize("what", ["fsync_dir", "fsync_file"])
-def test_F02_a_file_system_without_fsync_is_written_and_noted_once(tmp_path, monkeypatch, capsys, write, number, what):
+@pytest.mark.case("F02")
+def test_a_file_system_without_fsync_is_written_and_noted_once(tmp_path, monkeypatch, capsys, write, number, what):
     monkeypatch.setattr(file_systems, "_said", set())
     lack(monkeypatch, **{what: number})
     for folder in ("1", "2"):
@@ -97,7 +98,8 @@ def test_F02_a_file_system_without_fsync_is_written_and_noted_once(tmp_path, mon
 
 @by_writer
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT], ids=lambda n: errno.errorcode[n])
-def test_F02_a_disk_that_could_not_write_is_an_error_that_names_the_file(tmp_path, monkeypatch, write, number):
+@pytest.mark.case("F02")
+def test_a_disk_that_could_not_write_is_an_error_that_names_the_file(tmp_path, monkeypatch, write, number):
     lack(monkeypatch, fsync_file=number)
     with pytest.raises(OSError) as caught:
         write(tmp_path)
@@ -106,13 +108,15 @@ def test_F02_a_disk_that_could_not_write_is_an_error_that_names_the_file(tmp_pat
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EMLINK], ids=lambda n: errno.errorcode[n])
-def test_F02_a_file_is_put_in_place_where_links_are_refused(tmp_path, monkeypatch, number):
+@pytest.mark.case("F02")
+def test_a_file_is_put_in_place_where_links_are_refused(tmp_path, monkeypatch, number):
     lack(monkeypatch, link=number)
     put_once(filled(tmp_path / ".a.tmp"), tmp_path / "a")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "1")]
 
 
-def test_V11_half_a_line_is_closed_before_the_next_one_in_every_kind_of_file(tmp_path):
+@pytest.mark.case("V11")
+def test_half_a_line_is_closed_before_the_next_one_in_every_kind_of_file(tmp_path):
     from tarflow.trainer.run_dir import note
 
     path = tmp_path / "log.txt"
@@ -136,7 +140,8 @@ def line_writer(path):
     writer.close()
 
 
-def test_V11_a_line_that_a_full_disk_cut_is_closed_by_whoever_writes_next(tmp_path, monkeypatch):
+@pytest.mark.case("V11")
+def test_a_line_that_a_full_disk_cut_is_closed_by_whoever_writes_next(tmp_path, monkeypatch):
     path, write = tmp_path / "metrics.jsonl", os.write
     first = LineWriter(path)
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:4]))

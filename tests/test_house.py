@@ -169,7 +169,9 @@ def test_nothing_imports_a_room_by_its_bare_name() -> None:
         text = path.read_text()
         for room in re.findall(r"(?:^|[\"';\n])\s*(?:from|import) +(\w+)", text):  # programs in strings too
             assert room not in ROOMS, f"{path.relative_to(ROOT)}: a program in a string imports {room}"
-        for module in re.findall(r"[\"'](\w+)(?:\.\w+)+[\"':]", text):  # names for monkeypatch and -m; `evaluation` is a section, too
+        for module in re.findall(
+            r"[\"'](\w+)(?:\.\w+)+[\"':]", text
+        ):  # names for monkeypatch and -m; `evaluation` is a section, too
             assert module not in ROOMS or module == "evaluation", f"{path.relative_to(ROOT)} names a module of {module}"
 
 
@@ -191,7 +193,9 @@ def test_no_module_is_loaded_under_two_names() -> None:
         "assert len(ours) > 100 and len(ours) == len(set(ours)), sorted(f for f in ours if ours.count(f) > 1)\n"
     )
     names = sorted(n for n in SOURCES if not n.endswith("__main__"))
-    done = subprocess.run([sys.executable, "-c", program, *names], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *names], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-1000:]
 
 
@@ -298,3 +302,31 @@ def test_pages_that_the_readme_points_to_exist_and_every_setting_is_described() 
         for name, value in field.annotation.model_fields.items():
             assert f"`{section}.{name}`" in text
             assert value.description, f"{section}.{name} has no description"
+
+
+def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """All functions of a file, those inside classes and functions as well."""
+    return [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    programs = [*SOURCES.values(), *(ROOT / "benchmarks").rglob("*.py")]
+    lengths = {
+        f"{path.relative_to(ROOT)}:{f.lineno} {f.name}": f.end_lineno - f.lineno + 1
+        for path in programs
+        for f in functions(path)
+        if f.end_lineno is not None
+    }
+    assert {name: lines for name, lines in lengths.items() if lines > 60} == {}
+
+
+def test_reported_faults_are_marks_not_names_of_tests() -> None:
+    seen = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for function in functions(path):
+            assert not re.match(r"test_[A-Za-z]\d{2}[a-z]?_", function.name), f"{path.relative_to(ROOT)}: {function.name}"
+            for mark in function.decorator_list:
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.case":
+                    seen |= {ast.literal_eval(given) for given in mark.args}
+    assert len(seen) > 90
+    assert all(re.fullmatch(r"[A-Z]\d{2}[a-z]?", name) for name in seen)

@@ -30,7 +30,8 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("path", [None, "", ":", ":/nowhere", "/nowhere:", "/nowhere::/nowhere"])
-def test_h09_nothing_in_the_current_folder_stands_in_for_a_module(
+@pytest.mark.case("H09")
+def test_nothing_in_the_current_folder_stands_in_for_a_module(
     trap: Path, monkeypatch: pytest.MonkeyPatch, path: str | None
 ) -> None:
     if path is not None:
@@ -55,7 +56,8 @@ def test_own_code_comes_before_what_the_user_has_on_the_path(trap: Path, monkeyp
     assert child_environment(OMP_NUM_THREADS="1")["OMP_NUM_THREADS"] == "1"
 
 
-def test_h09_a_process_and_what_its_libraries_start_leave_the_current_folder(
+@pytest.mark.case("H09")
+def test_a_process_and_what_its_libraries_start_leave_the_current_folder(
     trap: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONSAFEPATH", "")
@@ -105,7 +107,8 @@ MODULE = [sys.executable, "-m", "tarflow"]
     ],
     ids=["sample", "python -m, index", "an empty entry in PYTHONPATH, train"],
 )
-def test_h09_verbs_and_their_workers_import_nothing_from_the_current_folder(
+@pytest.mark.case("H09")
+def test_verbs_and_their_workers_import_nothing_from_the_current_folder(
     trap: Path, trained: Path, command: list[str], path: str, words: list[str], early: list[str]
 ) -> None:
     """But for what python itself loads before anything of ours runs, `early`."""

@@ -72,7 +72,8 @@ def refuse(*_, **__):
     raise PermissionError(1, "Operation not permitted")
 
 
-def test_F02_a_lease_lives_where_links_and_times_are_refused(tmp_path, monkeypatch):
+@pytest.mark.case("F02")
+def test_a_lease_lives_where_links_and_times_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", refuse)
     monkeypatch.setattr(os, "utime", refuse)
     with leased(tmp_path, "a", 0.5) as mine:

@@ -34,7 +34,8 @@ def _nothing_said_yet(monkeypatch):
 
 
 @by_name
-def test_F01_a_run_is_written_by_one_process_without_flock(tmp_path, monkeypatch, capsys, number):
+@pytest.mark.case("F01")
+def test_a_run_is_written_by_one_process_without_flock(tmp_path, monkeypatch, capsys, number):
     lack(monkeypatch, flock=number)
     run = tmp_path / "run"
     with writer_lock(run):
@@ -54,14 +55,16 @@ def test_F01_a_run_is_written_by_one_process_without_flock(tmp_path, monkeypatch
     assert f"leases of 60 s stand in for them ({run}/.lock.*)" in notes[0]
 
 
-def test_F01_a_lock_that_is_held_is_held(tmp_path):
+@pytest.mark.case("F01")
+def test_a_lock_that_is_held_is_held(tmp_path):
     who = rf"in use .*\(host \S+, pid {os.getpid()}\); two writers"
     with writer_lock(tmp_path), refused(TrainerError, who), writer_lock(tmp_path):
         pass
 
 
 @by_name
-def test_F01_two_writers_of_one_data_set_without_flock(tmp_path, monkeypatch, number):
+@pytest.mark.case("F01")
+def test_two_writers_of_one_data_set_without_flock(tmp_path, monkeypatch, number):
     lack(monkeypatch, flock=number)
     out = tmp_path / "out[1]"
     with partial_folder(out), refused(DataError, "another process is writing"), partial_folder(out):
@@ -70,7 +73,8 @@ def test_F01_two_writers_of_one_data_set_without_flock(tmp_path, monkeypatch, nu
 
 
 @by_name
-def test_F01_the_shard_cache_fetches_once_without_flock(tmp_path, monkeypatch, number):
+@pytest.mark.case("F01")
+def test_the_shard_cache_fetches_once_without_flock(tmp_path, monkeypatch, number):
     lack(monkeypatch, flock=number)
     monkeypatch.setattr(locks, "_LOOK_S", 0.01)
     fetched, began = [], threading.Barrier(4)
@@ -97,7 +101,8 @@ def test_F01_the_shard_cache_fetches_once_without_flock(tmp_path, monkeypatch, n
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["a.shard"]
 
 
-def test_F01_a_job_that_waits_for_the_last_writer_goes_on_without_flock(tmp_path, monkeypatch):
+@pytest.mark.case("F01")
+def test_a_job_that_waits_for_the_last_writer_goes_on_without_flock(tmp_path, monkeypatch):
     from tarflow.cluster.job.writer import RunInUseError, wait_for_writer
 
     lack(monkeypatch, flock=errno.ENOLCK)
@@ -134,7 +139,8 @@ def start_holder(run, lease_s=60.0):
     return child
 
 
-def test_F01_a_writer_whose_lease_went_to_another_ends_at_once(tmp_path):
+@pytest.mark.case("F01")
+def test_a_writer_whose_lease_went_to_another_ends_at_once(tmp_path):
     """It was paused for longer than the lease: a save now would be a second writer's."""
     child = start_holder(tmp_path, lease_s=0.5)
     (tmp_path / ".lock.0").unlink()  # what one who takes over does
@@ -144,7 +150,8 @@ def test_F01_a_writer_whose_lease_went_to_another_ends_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("here", ["poor", "rich"])
-def test_F01_a_lease_is_seen_and_ends_with_its_process(tmp_path, monkeypatch, here):
+@pytest.mark.case("F01")
+def test_a_lease_is_seen_and_ends_with_its_process(tmp_path, monkeypatch, here):
     """Also by a process whose machine can lock: mount options differ."""
     if here == "poor":
         lack(monkeypatch, flock=errno.ENOSYS)

@@ -56,12 +56,14 @@ def faults(table: list[Row]) -> Iterator[Row]:
             yield row
 
 
-def test_N14_the_table_holds_every_verb() -> None:
+@pytest.mark.case("N14")
+def test_the_table_holds_every_verb() -> None:
     words = {verb.partition(" (")[0].partition(" --")[0] for verb in VERBS}
     assert words == set(ALL) - VERBS_ABOVE_OTHERS
 
 
-def test_N14_every_fault_is_one_line_and_its_exit_code(table: list[Row]) -> None:
+@pytest.mark.case("N14")
+def test_every_fault_is_one_line_and_its_exit_code(table: list[Row]) -> None:
     assert len(list(faults(table))) > 120
     for row in faults(table):
         if row["fault"] == "run is read-only" and row["code"] == 0:
@@ -75,7 +77,8 @@ def test_N14_every_fault_is_one_line_and_its_exit_code(table: list[Row]) -> None
             assert inside not in said(row), row
 
 
-def test_N14_what_could_not_be_written_is_named_with_its_option(table: list[Row]) -> None:
+@pytest.mark.case("N14")
+def test_what_could_not_be_written_is_named_with_its_option(table: list[Row]) -> None:
     for row in faults(table):
         if row["fault"] in ("locked", "read-only", "full"):
             if row["message"].startswith("tarflow evaluate: error: cannot write reference statistics to "):
@@ -86,11 +89,13 @@ def test_N14_what_could_not_be_written_is_named_with_its_option(table: list[Row]
             assert re.search(rf"(^|/){row['fault']}/", option[2]), row
 
 
-def test_N14_nothing_half_written_is_left(table: list[Row]) -> None:
+@pytest.mark.case("N14")
+def test_nothing_half_written_is_left(table: list[Row]) -> None:
     assert [row for row in table if row["left"] and row["code"]] == []
 
 
-def test_N14_ctrl_c_ends_every_verb_without_a_word(table: list[Row]) -> None:
+@pytest.mark.case("N14")
+def test_ctrl_c_ends_every_verb_without_a_word(table: list[Row]) -> None:
     """Or it was over already; a training has saved, `logs` finds none."""
     rows = [row for row in table if "Ctrl-C" in row["fault"]]
     for row in rows:
@@ -111,7 +116,8 @@ sys.exit(tarflow.cli.main(["data", "verify", "set"]))
 """
 
 
-def test_N14_ctrl_c_at_a_terminal_reaches_the_processes_of_a_command_too() -> None:
+@pytest.mark.case("N14")
+def test_ctrl_c_at_a_terminal_reaches_the_processes_of_a_command_too() -> None:
     """They say nothing of it either, not even in their first moments."""
     process = subprocess.Popen([sys.executable, "-c", SLEEPING_VERB], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                start_new_session=True)  # fmt: skip
@@ -151,7 +157,8 @@ def children(pid: int) -> list[str]:
         (["sample", "run", "--out", "x", "--labls", "1"], "did you mean --labels?"),
     ],
 )
-def test_N14_wrong_usage_is_one_line_with_the_nearest_word(words: list[str], message: str, capsys: Any) -> None:
+@pytest.mark.case("N14")
+def test_wrong_usage_is_one_line_with_the_nearest_word(words: list[str], message: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as caught:
         tarflow.cli.main(words)
     err = capsys.readouterr().err
@@ -163,7 +170,8 @@ def test_N14_wrong_usage_is_one_line_with_the_nearest_word(words: list[str], mes
 OTHER_PROGRAMS = {"--ntasks", "--ntasks-per-node", "--no-deps", "--force-reinstall", "--ignore-scripts"}
 
 
-def test_N14_advice_names_verbs_and_options_that_exist() -> None:
+@pytest.mark.case("N14")
+def test_advice_names_verbs_and_options_that_exist() -> None:
     options = {*OTHER_PROGRAMS, "--help", "--version"}
     for module in map(importlib.import_module, ALL.values()):
         parser = argparse.ArgumentParser()
@@ -194,7 +202,8 @@ def texts(tree: ast.AST) -> list[str]:
 
 
 @pytest.mark.parametrize("words", sorted(set(ALL) - VERBS_ABOVE_OTHERS))
-def test_F19_a_tilde_is_the_home_directory_in_every_path_of_every_verb(words: str, monkeypatch: Any) -> None:
+@pytest.mark.case("F19")
+def test_a_tilde_is_the_home_directory_in_every_path_of_every_verb(words: str, monkeypatch: Any) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     parser = argparse.ArgumentParser()
     importlib.import_module(ALL[words]).add_arguments(parser)
@@ -214,7 +223,8 @@ def test_F19_a_tilde_is_the_home_directory_in_every_path_of_every_verb(words: st
         assert str(args[name][0] if isinstance(args[name], list) else args[name]) == "/home/me/x y", name
 
 
-def test_F19_a_tilde_is_the_home_directory_in_every_setting_that_is_a_path(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.case("F19")
+def test_a_tilde_is_the_home_directory_in_every_setting_that_is_a_path(tmp_path: Path, monkeypatch: Any) -> None:
     from tarflow.cluster.submission.profile import load_profile
     from tarflow.trainer.config.files import load_config
 
@@ -231,7 +241,8 @@ def test_F19_a_tilde_is_the_home_directory_in_every_setting_that_is_a_path(tmp_p
     assert load_profile(tmp_path / "p.yaml").python == "/home/me/env/bin/python"
 
 
-def test_N14_too_little_memory_is_one_line(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.case("N14")
+def test_too_little_memory_is_one_line(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from tarflow.data_pipeline.commands import info
 
     def run(args: object) -> int:
@@ -243,7 +254,8 @@ def test_N14_too_little_memory_is_one_line(capsys: Any, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("words", [["reference", "x"], ["score", "x", "--against", "y"]], ids=lambda words: words[0])
-def test_N14_a_side_that_no_model_has_is_refused(words: list[str], capsys: Any) -> None:
+@pytest.mark.case("N14")
+def test_a_side_that_no_model_has_is_refused(words: list[str], capsys: Any) -> None:
     words = [*words, "--size", "99999", *(["--channels", "3"] if words[0] == "reference" else [])]
     assert tarflow.cli.main(words) == 2
     assert "--size must be at most 16384 pixels, got 99999" in capsys.readouterr().err

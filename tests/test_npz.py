@@ -68,7 +68,8 @@ def test_files_of_numpy_are_read_and_said_to_be_unchecked(tmp_path: Path, save: 
     assert np.array_equal(found.arrays["f"], ARRAYS["f"])
 
 
-def test_h04_no_flipped_bit_changes_an_array(tmp_path: Path) -> None:
+@pytest.mark.case("H04")
+def test_no_flipped_bit_changes_an_array(tmp_path: Path) -> None:
     path = written(tmp_path / "a.npz", a=np.arange(3.0), t=np.array("x"))
     data, refused = path.read_bytes(), 0
     for at in range(len(data)):
@@ -83,7 +84,8 @@ def test_h04_no_flipped_bit_changes_an_array(tmp_path: Path) -> None:
     assert refused > len(data) // 2  # the others are dates and attributes, which numpy does not look at
 
 
-def test_h01_objects_are_refused_and_not_unpickled(tmp_path: Path) -> None:
+@pytest.mark.case("H01")
+def test_objects_are_refused_and_not_unpickled(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     np.savez(tmp_path / "a.npz", a=np.array([Planted(marker)], dtype=object))
     for look in (declared, read_npz):
@@ -118,7 +120,8 @@ HUGE = "{'descr': '<f8', 'fortran_order': False, 'shape': (%s,), }"
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_h10_what_a_member_declares_is_held_against_its_size(
+@pytest.mark.case("H10")
+def test_what_a_member_declares_is_held_against_its_size(
     tmp_path: Path, members: list[tuple[str, bytes]], says: str
 ) -> None:
     path = packed(tmp_path / "a.npz", *members)
@@ -129,7 +132,8 @@ def test_h10_what_a_member_declares_is_held_against_its_size(
     assert str(caught.value).endswith("make them anew")
 
 
-def test_h10_a_zip_bomb_is_refused_unread(tmp_path: Path) -> None:
+@pytest.mark.case("H10")
+def test_a_zip_bomb_is_refused_unread(tmp_path: Path) -> None:
     path = packed(tmp_path / "a.npz", ("a.npy", npy(HUGE % (1 << 24), bytes(1 << 27))), how=zipfile.ZIP_DEFLATED)
     tracemalloc.start()
     with pytest.raises(DamagedFileError, match=r"134,217,.* bytes, more than 1,048,576"):

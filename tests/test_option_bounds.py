@@ -18,7 +18,8 @@ def numeric(words: str) -> tuple[argparse.ArgumentParser, list[argparse.Action]]
     return parser, [action for action in parser._actions if action.type in (int, float) and not action.choices]
 
 
-def test_h10_no_number_of_any_verb_is_without_bounds() -> None:
+@pytest.mark.case("H10")
+def test_no_number_of_any_verb_is_without_bounds() -> None:
     names, tried = set(), 0
     for words in set(ALL) - VERBS_ABOVE_OTHERS:
         parser, actions = numeric(words)
@@ -56,7 +57,8 @@ def test_h10_no_number_of_any_verb_is_without_bounds() -> None:
     ],
     ids=" ".join,
 )
-def test_h10_the_front_door_refuses_in_one_line(words: tuple[str, ...], tmp_path: Path, monkeypatch, capsys) -> None:
+@pytest.mark.case("H10")
+def test_the_front_door_refuses_in_one_line(words: tuple[str, ...], tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert tarflow.cli.main(words) == 2
     shown = capsys.readouterr()

@@ -40,7 +40,8 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("words", [["data", "info", "SET"], ["data", "verify", "SET", "--processes", "1"], ["--help"]])
-def test_F19_a_reader_that_goes_ends_a_command_without_a_word(small_set: Path, words: list[str]) -> None:
+@pytest.mark.case("F19")
+def test_a_reader_that_goes_ends_a_command_without_a_word(small_set: Path, words: list[str]) -> None:
     process = start(*[str(small_set) if word == "SET" else word for word in words])
     assert process.stdout is not None
     assert process.stderr is not None
@@ -49,7 +50,8 @@ def test_F19_a_reader_that_goes_ends_a_command_without_a_word(small_set: Path, w
     assert process.wait(60) == (0 if words == ["--help"] else 128 + signal.SIGPIPE)
 
 
-def test_N14_a_full_disk_under_the_output_is_one_line(small_set: Path) -> None:
+@pytest.mark.case("N14")
+def test_a_full_disk_under_the_output_is_one_line(small_set: Path) -> None:
     with open("/dev/full", "w") as full:
         process = start("data", "info", small_set, stdout=full)
         _, err = process.communicate(timeout=60)
@@ -65,9 +67,8 @@ def until(what: object, limit_s: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_F19_a_training_outlives_its_reader_and_saves_when_its_terminal_is_closed(
-    small_set: Path, tmp_path: Path
-) -> None:
+@pytest.mark.case("F19")
+def test_a_training_outlives_its_reader_and_saves_when_its_terminal_is_closed(small_set: Path, tmp_path: Path) -> None:
     """`tarflow train ... | head -1`, and then SIGHUP, as for SIGTERM."""
     config, run = tmp_path / "tiny.yaml", tmp_path / "run"
     config.write_text(yaml.safe_dump(CONFIG | {"data": {"train": str(small_set), "num_workers": 1}}))
@@ -97,7 +98,8 @@ print(stop.received)
 
 
 @pytest.mark.parametrize(("ignored", "received"), [(True, "None"), (False, "SIGHUP")], ids=["nohup", "terminal"])
-def test_F19_nohup_stays_in_force(ignored: bool, received: str) -> None:
+@pytest.mark.case("F19")
+def test_nohup_stays_in_force(ignored: bool, received: str) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
     try:
         done = subprocess.run([sys.executable, "-c", CATCH], env=ENV, capture_output=True, text=True, timeout=60)
@@ -115,7 +117,8 @@ sys.exit(Supervisor([sys.executable, "-c", {RANK!r}], 2, Path("none"), 3).run())
 """
 
 
-def test_F19_ranks_are_told_that_the_terminal_of_their_supervisor_is_closed() -> None:
+@pytest.mark.case("F19")
+def test_ranks_are_told_that_the_terminal_of_their_supervisor_is_closed() -> None:
     process = subprocess.Popen([sys.executable, "-c", SUPERVISE], env=ENV, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(2)] == ["up\n", "up\n"]
@@ -140,7 +143,8 @@ def test_an_output_goes_nowhere_once_nobody_reads_it(ends: Callable[[], tuple[in
     os.close(write)
 
 
-def test_h11_names_of_classes_reach_a_terminal_as_escapes(small_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.case("H11")
+def test_names_of_classes_reach_a_terminal_as_escapes(small_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tarflow.data_pipeline.commands.info import _print_classes
     from tarflow.data_pipeline.storage.open_index import open_index
 
@@ -154,7 +158,8 @@ def test_h11_names_of_classes_reach_a_terminal_as_escapes(small_set: Path, capsy
     assert len(out) < 600
 
 
-def test_h11_the_line_of_an_error_shows_what_a_name_holds(tmp_path: Path) -> None:
+@pytest.mark.case("H11")
+def test_the_line_of_an_error_shows_what_a_name_holds(tmp_path: Path) -> None:
     missing = tmp_path / "a\x1b[2J\ntarflow: finished.yaml"
     process = start("train", missing, "--run-dir", tmp_path / "run")
     _, err = process.communicate(timeout=60)
@@ -164,7 +169,8 @@ def test_h11_the_line_of_an_error_shows_what_a_name_holds(tmp_path: Path) -> Non
     assert len(err.splitlines()) == 2
 
 
-def test_h11_whatever_is_printed_is_escaped_but_what_a_library_draws() -> None:
+@pytest.mark.case("H11")
+def test_whatever_is_printed_is_escaped_but_what_a_library_draws() -> None:
     program = (
         "import sys; from tarflow.outputs import guarded_outputs, styled\n"
         "with guarded_outputs():\n"
@@ -176,7 +182,8 @@ def test_h11_whatever_is_printed_is_escaped_but_what_a_library_draws() -> None:
     assert done.stderr == b"err\\x07\n"
 
 
-def test_F19_a_signal_that_comes_within_a_callback_of_the_interpreter_is_not_lost() -> None:
+@pytest.mark.case("F19")
+def test_a_signal_that_comes_within_a_callback_of_the_interpreter_is_not_lost() -> None:
     """What rises in a weak reference's callback is only printed, and the program goes on."""
     program = """
 import gc, os, signal, time, weakref

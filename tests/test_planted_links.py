@@ -77,7 +77,8 @@ def plant(name: Path, precious: Path, target: str) -> None:
 
 @links
 @pytest.mark.parametrize("write", REPLACED.values(), ids=REPLACED.keys())
-def test_h07_a_link_gives_way_to_the_file_that_is_written(here: Path, precious: Path, write, target: str) -> None:
+@pytest.mark.case("H07")
+def test_a_link_gives_way_to_the_file_that_is_written(here: Path, precious: Path, write, target: str) -> None:
     plant(here / "a", precious, target)
     write(here / "a")
     assert not (here / "a").is_symlink()
@@ -86,7 +87,8 @@ def test_h07_a_link_gives_way_to_the_file_that_is_written(here: Path, precious: 
 
 @links
 @pytest.mark.parametrize("write", REFUSED.values(), ids=REFUSED.keys())
-def test_h07_a_link_is_an_error_where_a_file_is_added_to(here: Path, precious: Path, write, target: str) -> None:
+@pytest.mark.case("H07")
+def test_a_link_is_an_error_where_a_file_is_added_to(here: Path, precious: Path, write, target: str) -> None:
     plant(here / "a", precious, target)
     with pytest.raises(OSError) as caught:
         write(here / "a")
@@ -95,7 +97,8 @@ def test_h07_a_link_is_an_error_where_a_file_is_added_to(here: Path, precious: P
 
 
 @links
-def test_h07_a_temporary_name_that_is_known_before_is_no_way_in(here: Path, precious: Path, target: str) -> None:
+@pytest.mark.case("H07")
+def test_a_temporary_name_that_is_known_before_is_no_way_in(here: Path, precious: Path, target: str) -> None:
     """A file with one writer has one temporary name, which a kill may leave and anyone can guess."""
     plant(here / ".a.tmp", precious, target)
     write_text(here / "a", "new")
@@ -106,7 +109,8 @@ def test_h07_a_temporary_name_that_is_known_before_is_no_way_in(here: Path, prec
 
 
 @links
-def test_h07_links_are_removed_and_not_what_they_lead_to(here: Path, precious: Path, target: str) -> None:
+@pytest.mark.case("H07")
+def test_links_are_removed_and_not_what_they_lead_to(here: Path, precious: Path, target: str) -> None:
     plant(here / "a", precious, target)
     assert discard(here / "a") is None
     (here / "b" / "c").mkdir(parents=True)
@@ -116,14 +120,16 @@ def test_h07_links_are_removed_and_not_what_they_lead_to(here: Path, precious: P
 
 
 @links
-def test_h07_a_file_is_put_once_beside_a_link(here: Path, precious: Path, target: str) -> None:
+@pytest.mark.case("H07")
+def test_a_file_is_put_once_beside_a_link(here: Path, precious: Path, target: str) -> None:
     plant(here / "a", precious, target)
     write_new(here / ".a.tmp", "new")
     put_once(here / ".a.tmp", here / "a")
     assert (here / "a").is_symlink(), "there was one: it stays, and nothing is written"
 
 
-def test_h07_locks_and_leases_of_pipes_and_links_do_not_wait(here: Path, precious: Path) -> None:
+@pytest.mark.case("H07")
+def test_locks_and_leases_of_pipes_and_links_do_not_wait(here: Path, precious: Path) -> None:
     os.mkfifo(here / "lock")
     with pytest.raises(OSError, match="No such device") as caught:
         locked(here / "lock").__enter__()
@@ -169,7 +175,8 @@ print(tried(lambda: (folder / "file").read_text()), tried(lambda: (folder / "pla
 needs_root = os.geteuid() == 0
 
 
-def test_h07_a_private_folder_is_closed_to_others(tmp_path: Path) -> None:
+@pytest.mark.case("H07")
+def test_a_private_folder_is_closed_to_others(tmp_path: Path) -> None:
     """Really, where this process may change its user; else by the mode, which is what decides."""
     os.chmod(tmp_path, 0o1777)
     for parent in list(tmp_path.parents)[:2]:  # pytest's own folders are private: opened for this test
@@ -187,7 +194,8 @@ def test_h07_a_private_folder_is_closed_to_others(tmp_path: Path) -> None:
     assert private_folder(folder, "way out") == folder
 
 
-def test_h07_a_folder_that_someone_else_made_first_is_refused(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.case("H07")
+def test_a_folder_that_someone_else_made_first_is_refused(tmp_path: Path, monkeypatch) -> None:
     theirs = tmp_path / "theirs"
     theirs.mkdir(mode=0o700)
     if needs_root:
@@ -212,7 +220,8 @@ def test_h07_a_folder_that_someone_else_made_first_is_refused(tmp_path: Path, mo
             private_folder(tmp_path / name, "way out")
 
 
-def test_h07_compiled_code_lies_in_a_private_folder(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.case("H07")
+def test_compiled_code_lies_in_a_private_folder(tmp_path: Path, monkeypatch) -> None:
     import tempfile
 
     from tarflow.trainer.parallel.apply import own_compiler_cache
@@ -294,7 +303,8 @@ def writes(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("room", ["tarflow", "models", "data_pipeline", "trainer", "evaluation", "cluster"])
-def test_h07_whatever_writes_goes_by_the_tools_that_follow_no_link(room: str) -> None:
+@pytest.mark.case("H07")
+def test_whatever_writes_goes_by_the_tools_that_follow_no_link(room: str) -> None:
     files = (ROOT / room).glob("*.py") if room == "tarflow" else (ROOT / room).rglob("*.py")
     for path in files:
         name = str(path.relative_to(ROOT))

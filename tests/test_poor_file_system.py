@@ -63,7 +63,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     return folder, ran.stdout, ran.stderr
 
 
-def test_F01_F02_every_command_does_its_work(done: tuple[Path, str, str]) -> None:
+@pytest.mark.case("F01", "F02")
+def test_every_command_does_its_work(done: tuple[Path, str, str]) -> None:
     _, out, err = done
     assert [line for line in out.splitlines() if line.startswith("= ")] == ["= 0"] * len(
         COMMANDS.strip().splitlines()
@@ -75,14 +76,16 @@ def test_F01_F02_every_command_does_its_work(done: tuple[Path, str, str]) -> Non
     assert "finished: 96 images" in out
 
 
-def test_F01_F02_what_is_lacking_is_said_once(done: tuple[Path, str, str]) -> None:
+@pytest.mark.case("F01", "F02")
+def test_what_is_lacking_is_said_once(done: tuple[Path, str, str]) -> None:
     _, _, err = done
     lacks = [line.partition(") has no ")[2] for line in err.splitlines() if line.startswith("note: the file system ")]
     notes = [lack.partition(" (")[0] for lack in lacks]
     assert sorted(notes) == ["fsync of directories", "fsync of files", "locks"]
 
 
-def test_F01_F02_nothing_is_left_behind(done: tuple[Path, str, str]) -> None:
+@pytest.mark.case("F01", "F02")
+def test_nothing_is_left_behind(done: tuple[Path, str, str]) -> None:
     folder, _, _ = done
     left = [
         p for p in folder.rglob("*") if p.suffix in (".tmp", ".partial", ".gone", ".old") or p.name.startswith(".lock.")

@@ -153,7 +153,8 @@ def test_the_end_of_a_file_of_lines_is_read_alone(tmp_path: Path) -> None:
     assert len(read_lines(path, tail=1 << 20).rows) == 101
 
 
-def test_h11_an_error_shows_the_name_of_an_unknown_field(tmp_path: Path) -> None:
+@pytest.mark.case("H11")
+def test_an_error_shows_the_name_of_an_unknown_field(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"name": "x", "\x1b[31m\nall is well": 1}))
     with pytest.raises(DamagedFileError) as caught:
@@ -162,7 +163,8 @@ def test_h11_an_error_shows_the_name_of_an_unknown_field(tmp_path: Path) -> None
     assert r"\x1b[31m\nall is well" in str(caught.value)
 
 
-def test_h06_a_file_of_lines_that_was_emptied_is_no_missing_one(tmp_path: Path) -> None:
+@pytest.mark.case("H06")
+def test_a_file_of_lines_that_was_emptied_is_no_missing_one(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     assert not read_lines(path).emptied
     append_record_line(path, {"n": 1})

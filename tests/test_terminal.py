@@ -26,19 +26,22 @@ OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u20
         ("\U000e0041", r"\U000e0041"),
     ],
 )
-def test_h11_one_line_in_which_everything_can_be_seen(text: str, shown: str) -> None:
+@pytest.mark.case("H11")
+def test_one_line_in_which_everything_can_be_seen(text: str, shown: str) -> None:
     assert plain(text) == shown
     shown.encode("utf-8")
 
 
-def test_h11_every_character_is_shown_or_escaped() -> None:
+@pytest.mark.case("H11")
+def test_every_character_is_shown_or_escaped() -> None:
     for start in range(0, 0x110000, 256):
         shown = plain("".join(map(chr, range(start, start + 256))), limit=10**4)
         assert shown.isprintable()
         assert not OBEYED.search(shown), hex(start)
 
 
-def test_h11_its_length_is_bounded_after_the_escapes() -> None:
+@pytest.mark.case("H11")
+def test_its_length_is_bounded_after_the_escapes() -> None:
     assert plain("x" * 200) == "x" * 200
     assert plain("x" * 201) == "x" * 199 + "…"
     assert len(plain("\x1b" * 10**6)) == 200
@@ -46,11 +49,13 @@ def test_h11_its_length_is_bounded_after_the_escapes() -> None:
     assert len(plain_lines("\n" * 10**6)) == 100_001
 
 
-def test_h11_lines_stay_lines_and_none_is_written_over() -> None:
+@pytest.mark.case("H11")
+def test_lines_stay_lines_and_none_is_written_over() -> None:
     assert plain_lines("a\tb\nc\r\nd") == "a\tb\nc\nd"
     assert plain_lines(" 10%\r 20%\x1b[K") == " 10%\n 20%\\x1b[K"
     assert plain_lines("a\u2028b\x0cc") == "a\\u2028b\\x0cc"
 
 
-def test_h11_a_later_line_of_a_message_begins_with_white_space() -> None:
+@pytest.mark.case("H11")
+def test_a_later_line_of_a_message_begins_with_white_space() -> None:
     assert message("bad name 'x\ntarflow: all is well\n\n  so'") == "bad name 'x\n  tarflow: all is well\n\n  so'"

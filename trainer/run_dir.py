@@ -138,7 +138,11 @@ def save_config(run_dir: Path, config: Config) -> None:
 def writer_lock(run_dir: Path) -> Iterator[None]:
     """Hold a run as its only writer. The lock ends with the process, however it ends (case C10)."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("checkpoints", "ema", "ema/snapshots"):  # what its writer may remove from lies in the run directory itself
+    for name in (
+        "checkpoints",
+        "ema",
+        "ema/snapshots",
+    ):  # what its writer may remove from lies in the run directory itself
         refuse_link(run_dir / name)
     path = run_dir / LOCK
 

@@ -28,7 +28,8 @@ def leave_note(slurm_dir: Path, job: str, submission: str | None) -> None:
 
 def is_cancelled(slurm_dir: Path, job: str, submission: str) -> bool:
     """Whether a person cancelled this very job. A note that cannot be read ends nothing: `tarflow cancel` waits for the end
-    of the job, and takes it out of the queue itself if it goes on."""
+    of the job, and takes it out of the queue itself if it goes on.
+    """
     try:
         note = load_record(slurm_dir / f"cancel-{job}", CancelNote)
     except (DamagedFileError, OSError):

@@ -99,6 +99,7 @@ class Chain:
 
         Raises:
             DamagedFileError: its file cannot be believed, or is another job's.
+
         """
         path = slurm_dir / f"chain-{job}.json"
         try:
@@ -159,7 +160,8 @@ def fruitless(starts: Sequence[Mapping[str, Any]], step: int) -> int:
 def decide(outcome: Outcome, chain: Chain, step: int, limits: Limits, cancelled: bool = False) -> Decision:
     """The rule. Whatever failed may be the node's or the file system's fault and is tried again, while there is
     progress: a chain ends by finishing, by being cancelled, by "no progress", by the limit of restarts, or because the run is
-    another's."""
+    another's.
+    """
     restarts = chain.restarts
     times = f"{restarts} restart{'s' if restarts != 1 else ''}"
     why = outcome.text or ("stopped on request" if outcome.stopped else f"exit code {outcome.code}")

@@ -17,7 +17,8 @@ HANDED_ON = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, sign
 
 class Signals:
     """While entered, stop signals set a flag and go on to the child, and afterwards they are ignored. Nothing else happens
-    inside a handler (case C07)."""
+    inside a handler (case C07).
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None

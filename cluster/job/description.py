@@ -60,6 +60,7 @@ def load_job(path: Path, digest: str, env: Mapping[str, str], wait_s: float = LA
     Raises:
         DamagedFileError: the file is not the one that was submitted, or of another run directory.
         ClusterError: it does not come into sight, or has no element of this number.
+
     """
     end = time.monotonic() + wait_s
     while not path.exists():

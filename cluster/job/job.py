@@ -134,7 +134,8 @@ class Task:
 
     def progress(self) -> int:
         """What the job has reached; what it began with where that cannot be told: a run that nobody can read is not
-        called progress."""
+        called progress.
+        """
         try:
             return progress(self.job, self.say)
         except (UserError, OSError) as error:
@@ -186,7 +187,8 @@ class Task:
 
     def watch(self, children: Children, places: Sequence[Place], signals: Signals) -> Outcome:
         """Wait for the processes. Rank 0 also watches for other tasks' failures (and so does everyone who may start
-        again in place), an evaluation for the training's end."""
+        again in place), an evaluation for the training's end.
+        """
         signals.child = children
         if signals.stopped():  # while they were started: nobody has told them
             children.send(signal.SIGTERM)

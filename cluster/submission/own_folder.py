@@ -12,7 +12,8 @@ WAY_OUT = "copy the run to a directory of your own, without its slurm/, and subm
 
 def check_own(slurm_dir: Path) -> None:
     """Refuse a folder that is a link, another user's, or open to everyone, and logs that are links: Slurm would write through
-    them. One that is not there yet is fine."""
+    them. One that is not there yet is fine.
+    """
     for folder in (slurm_dir, slurm_dir / "jobs"):
         try:
             facts = os.lstat(folder)

@@ -58,7 +58,8 @@ def take(folder: Path, source: Path = HOME) -> Path:
 
 def _holds(target: Path, digest: str) -> bool:
     """Whether a snapshot holds this very code, and nothing else that python would run: no link, and what it has compiled
-    is removed, for nobody can tell whether that came from these files."""
+    is removed, for nobody can tell whether that came from these files.
+    """
     if target.is_symlink() or any(
         path.is_symlink() or not (path.is_dir() or path.is_file()) for path in target.rglob("*")
     ):

@@ -211,7 +211,8 @@ def _runs(request: Submission, run_dir: Path) -> list[tuple[Path, Config]]:
 
 def _train_job(request: Submission, run_dir: Path, config: Config, shared: Path, submission: str) -> Job:
     """The training of a run, whose directory is made, with the resolved configuration in it, before Slurm opens a log there.
-    The code goes to `shared`: the elements of a sweep have one batch script, so they must have one snapshot."""
+    The code goes to `shared`: the elements of a sweep have one batch script, so they must have one snapshot.
+    """
     try:
         create_run(run_dir)
         folder = run_dir / "slurm"

@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
     parser.add_argument("--size", type=int, help="side of the images (photos: 256, 512 or 1024)")
     parser.add_argument("--source", type=Path, help="where the package's files are, if not in the usual place")
-    parser.add_argument("--val-fraction", type=float, help="share held out (0.1; photos and fashion-mnist come with a split)")
+    parser.add_argument(
+        "--val-fraction", type=float, help="share held out (0.1; photos and fashion-mnist come with a split)"
+    )
     add_writing(parser)
 
 

@@ -23,7 +23,8 @@ _SPREAD = 12  # grey levels by which channels of a grey picture may differ: JPEG
 @dataclass(frozen=True)
 class Look:
     """`width`, `height`: pixels as the image is shown, its EXIF orientation applied. `grey`: it has no colours, however
-    many channels its file stores."""
+    many channels its file stores.
+    """
 
     width: int
     height: int

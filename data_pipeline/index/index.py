@@ -51,7 +51,8 @@ class IndexFiles(Protocol):
 
     def open(self, name: str, digest: str, most: int, checksum: str = "") -> Any:
         """A path, or an open file, of at most so many bytes, or exactly so many with a checksum (CRC-32, hex). Raises
-        OSError."""
+        OSError.
+        """
 
 
 class _LocalFiles:

@@ -182,7 +182,9 @@ def _table(shard: MdsShard) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarr
         empty = [np.zeros(0, dtype=np.int64) for _ in shard.names]
         return np.zeros(0, dtype=np.uint8), empty, empty
     if 4 * (shard.samples + 2) > have:
-        raise ValueError(f"{INDEX_FILE} says that it holds {shard.samples} samples, which do not fit into its {have} bytes")
+        raise ValueError(
+            f"{INDEX_FILE} says that it holds {shard.samples} samples, which do not fit into its {have} bytes"
+        )
     data = np.memmap(shard.path, dtype=np.uint8, mode="r")
     head = np.frombuffer(data[: 4 * (shard.samples + 2)], dtype="<u4").astype(np.int64)
     if head.size < shard.samples + 2 or head[0] != shard.samples:

@@ -108,9 +108,7 @@ def group(
     return out
 
 
-def _samples(
-    scan: TarScan, shard: str, reader: LabelReader, wanted: bytes | None, out: Samples, strict: bool
-) -> None:
+def _samples(scan: TarScan, shard: str, reader: LabelReader, wanted: bytes | None, out: Samples, strict: bool) -> None:
     """Fill `out` with the samples of a scan; `wanted` is the field of the image, where one was asked for."""
     for member in scan.sparse:
         _, what = split_name(member) or (b"", b"")
@@ -210,7 +208,9 @@ def _json_keys(scan: TarScan) -> list[str]:
         return []
     if not isinstance(value, dict):
         return []
-    return [key for key, inside in value.items() if isinstance(inside, (int, str)) and len(str(inside)) < 80][:_MOST_KEYS]
+    return [key for key, inside in value.items() if isinstance(inside, (int, str)) and len(str(inside)) < 80][
+        :_MOST_KEYS
+    ]
 
 
 def label_gaps(used: Sequence[int], classes: int) -> str | None:
@@ -219,8 +219,12 @@ def label_gaps(used: Sequence[int], classes: int) -> str | None:
     parts = []
     count = classes - len(have)
     if have and count:
-        missing = list(islice((label for label in range(classes) if label not in have), 8))  # a wild label means billions
-        parts.append(f"{count} of {classes} classes have no image: {', '.join(map(str, missing))}{' ...' * (count > 8)}")
+        missing = list(
+            islice((label for label in range(classes) if label not in have), 8)
+        )  # a wild label means billions
+        parts.append(
+            f"{count} of {classes} classes have no image: {', '.join(map(str, missing))}{' ...' * (count > 8)}"
+        )
         if missing == [0]:
             parts.append(f"labels run from 1 to {max(have)}, so a model needs {classes} classes")
     if used and used[0] < 0:

@@ -62,7 +62,12 @@ class Job:
         field = self.label_field or "cls"
         scan = scan_tar(self.shard, keep=4096 if ":" in field else SMALL)
         return group(
-            scan, shown(self.shard), strict=self.strict, label_field=field, classes=self.classes, image_field=self.image_field
+            scan,
+            shown(self.shard),
+            strict=self.strict,
+            label_field=field,
+            classes=self.classes,
+            image_field=self.image_field,
         )
 
 

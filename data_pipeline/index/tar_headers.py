@@ -14,7 +14,7 @@ _LOW = np.uint64(0x00FF00FF00FF00FF)
 
 
 def checksums_right(table: np.ndarray) -> np.ndarray:
-    """bool [n]: whether the headers (uint8 [n, 512]) hold their checksum in the usual six octal digits.
+    """Bool [n]: whether the headers (uint8 [n, 512]) hold their checksum in the usual six octal digits.
 
     The sum runs over all bytes with the eight of the checksum itself counted as spaces. Bytes are added in pairs, four
     16-bit lanes to a word: 128 bytes of at most 255 a lane cannot overflow it.

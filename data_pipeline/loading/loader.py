@@ -146,7 +146,8 @@ class Loader:
 
     def _share_of_order(self) -> Callable[[int, int], np.ndarray]:
         """(position, batches) -> ids of this rank's samples there; an order of its own, since the caches of one are not
-        to be shared between threads."""
+        to be shared between threads.
+        """
         order, place, size = self.order.copy(), self.place, self.place.global_batch_size
 
         def ids(position: int, batches: int) -> np.ndarray:

@@ -59,7 +59,9 @@ def stream_shards(data: str | Path) -> list[str]:
     if url:
         check_name(url)
         if any(mark in url for mark in "'\"`<> "):
-            raise DataError(f"{url!r} is no address of tars: programs that open addresses would take marks in it for commands")
+            raise DataError(
+                f"{url!r} is no address of tars: programs that open addresses would take marks in it for commands"
+            )
         return expand_braces(url)
     shards, _ = find_shards(text)
     several = by_split(shards, Path(os.path.commonpath([path.parent for path in shards])))
@@ -74,7 +76,8 @@ def stream_shards(data: str | Path) -> list[str]:
 
 def stream_fingerprint(shards: list[str]) -> str:
     """The names of the shards, and of those in the file system the sizes and some blocks: no more is known before they are
-    read. Of pipes and addresses it is the names alone."""
+    read. Of pipes and addresses it is the names alone.
+    """
     with ThreadPoolExecutor(16) as pool:
         sketches = list(pool.map(_sketch, shards))
     if not any(sketches):

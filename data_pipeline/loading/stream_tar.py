@@ -30,7 +30,9 @@ class _Member(tarfile.TarInfo):
     def _proc_member(self, tar: tarfile.TarFile) -> Any:
         most = _MOST_HEADER if self.type in _HEADERS else MAX_BYTES
         if not 0 <= self.size <= most:
-            raise tarfile.ReadError(f"a member at byte {self.offset} has {self.size:,} bytes, at most {most:,} are read")
+            raise tarfile.ReadError(
+                f"a member at byte {self.offset} has {self.size:,} bytes, at most {most:,} are read"
+            )
         return super()._proc_member(tar)  # type: ignore[misc]
 
 

@@ -21,7 +21,8 @@ LOOKED_AT = 16  # images; of a remote set, a quarter of that
 @dataclass(frozen=True)
 class DataSurvey:
     """`place`: the path or address. `looks`: at a few images, spread evenly; fewer where some cannot be read, none of a
-    stream, of which neither length nor classes are known."""
+    stream, of which neither length nor classes are known.
+    """
 
     place: str
     facts: DataFacts

@@ -191,7 +191,14 @@ def _of_arrays(
     sizes = {split: len(part) for split, part in zip(splits, images)}
     told = split_note(how, sizes) if len(sizes) > 1 else []
     return ImageSource(
-        labels, classes, read, called, named=named, pixels=True, splits=split_numbers(sizes, choices), notes=told + notes
+        labels,
+        classes,
+        read,
+        called,
+        named=named,
+        pixels=True,
+        splits=split_numbers(sizes, choices),
+        notes=told + notes,
     )
 
 

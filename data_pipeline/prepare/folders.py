@@ -33,7 +33,8 @@ _CHUNK = re.compile(r"\d{5,}")  # 00000, 00001, ...: chunks of one set as often 
 @dataclass
 class _Part:
     """One split: its folder, images, and a label (number, name or None) for each. `how` tells where they come from, and
-    `by_folders` whether that is the folders."""
+    `by_folders` whether that is the folders.
+    """
 
     root: Path
     files: list[Path]

@@ -121,9 +121,13 @@ def _open(file: Path) -> Any:
         raise DataError(f"cannot read {shown(file)} as Parquet: {err}") from None
     groups = [handle.metadata.row_group(group).num_rows for group in range(handle.num_row_groups)]
     if sum(groups) != handle.metadata.num_rows or min(groups, default=0) < 0:
-        raise DataError(f"{shown(file)} is damaged: it promises {handle.metadata.num_rows} rows, its groups {sum(groups)}")
+        raise DataError(
+            f"{shown(file)} is damaged: it promises {handle.metadata.num_rows} rows, its groups {sum(groups)}"
+        )
     if sum(groups) > size:  # no image takes less than a byte
-        raise DataError(f"{shown(file)} promises {sum(groups):,} rows in {size:,} bytes: so many images cannot be in it")
+        raise DataError(
+            f"{shown(file)} promises {sum(groups):,} rows in {size:,} bytes: so many images cannot be in it"
+        )
     return handle
 
 
@@ -135,7 +139,10 @@ def _values(handle: Any, file: Path, column: str, group: int | None = None) -> A
         if group is None:
             found, rows = handle.read(columns=[column])[column], handle.metadata.num_rows
         else:
-            found, rows = handle.read_row_group(group, columns=[column])[column], handle.metadata.row_group(group).num_rows
+            found, rows = (
+                handle.read_row_group(group, columns=[column])[column],
+                handle.metadata.row_group(group).num_rows,
+            )
     except (OSError, ValueError, KeyError, MemoryError, pa.ArrowException) as err:
         raise DataError(f"cannot read column {column!r} of {shown(file)}: {err}") from None
     if len(found) != rows:

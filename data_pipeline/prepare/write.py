@@ -143,7 +143,9 @@ def prepare(
     if not storable(out):
         raise DataError(f"the name of the folder to write, {shown(out)}, is not UTF-8: give another one")
     if options.max_pixels is not None and source.pixels:
-        raise DataError(f"--max-pixels {options.max_pixels} bounds what is decoded, and the source holds pixels: leave it away")
+        raise DataError(
+            f"--max-pixels {options.max_pixels} bounds what is decoded, and the source holds pixels: leave it away"
+        )
     check_new(out)
     of_split = _splits(source, options)
     if options.container == "mds":
@@ -204,7 +206,7 @@ def _offset(progress: Callable[[int, int], None], before: int, total: int) -> Ca
 
 
 def held_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """bool [n]: the same share of every class (and of the unlabelled), chosen by the seed; at least one of each."""
+    """Bool [n]: the same share of every class (and of the unlabelled), chosen by the seed; at least one of each."""
     val = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)

@@ -110,7 +110,8 @@ class Remote:
 
     def load(self, url: str, most: int) -> bytes:
         """A whole small file, of at most so many bytes. Raises BadSampleError (`missing_shard`) where there is none, or
-        DataError."""
+        DataError.
+        """
         got = bytearray()
 
         def attempt() -> bytes:

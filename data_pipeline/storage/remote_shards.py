@@ -42,7 +42,8 @@ class RemoteShards:
 
     def fetch(self, shard: int) -> None:
         """Put a shard into the cache unless it is there, or there is none for it. One that is there is read whole, and
-        fetched anew if it is not what was indexed."""
+        fetched anew if it is not what was indexed.
+        """
         if self.cache is not None and int(self.index.shard_bytes[shard]) <= self.access.cache_bytes:
             os.close(self._open(shard, whole=True))
 
@@ -56,7 +57,8 @@ class RemoteShards:
 
     def _right(self, shard: int, fd: int, whole: bool) -> bool:
         """Whether a file of the cache is the shard that was indexed: all of it, or as far as its sketch tells, since a
-        reader waits for it."""
+        reader waits for it.
+        """
         content = self.index.shard_content(shard)
         if content is None or shard in self._checked:
             return True

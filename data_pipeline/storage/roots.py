@@ -65,7 +65,8 @@ class _Address:
 
 def check_name(text: str) -> None:
     """Raise DataError for a name, or an address, with a part that leads upwards, however it is written, for marks that
-    libraries take for instructions (`simplecache::`), and for control characters."""
+    libraries take for instructions (`simplecache::`), and for control characters.
+    """
     plain, before = text, ""
     while plain != before:  # %252e%252e, too
         plain, before = unquote(plain), plain

@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
     if args.watch and one:
         option = "--images" if args.step is None else "--step"
         raise EvaluationError(f"{option} is one checkpoint, --watch follows a run: give one of them")
-    is_file = args.run.suffix in (".safetensors", ".pth") or args.run.is_file()  # `is_weights_file`, without loading torch
+    is_file = (
+        args.run.suffix in (".safetensors", ".pth") or args.run.is_file()
+    )  # `is_weights_file`, without loading torch
     if is_file and (args.watch or args.newest or one):
         raise EvaluationError(
             f"--watch, --newest, --images and --step choose among a run's checkpoints; {args.run} is a weights file"

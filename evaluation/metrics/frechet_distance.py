@@ -150,7 +150,7 @@ def _too_few(count: int, dim: int, name: str) -> list[str]:
 
 
 def _trace_of_root(first: Tensor, second: Tensor) -> float:
-    """tr (C1 C2)^(1/2) of symmetric, positive semidefinite [d, d].
+    """Tr (C1 C2)^(1/2) of symmetric, positive semidefinite [d, d].
 
     With C1 = L L^T the eigenvalues of C1 C2 are those of the symmetric L^T C2 L. They err by one rounding of the largest,
     their roots by that divided by twice the root: too much where some are near zero. There the sum of the singular

@@ -13,7 +13,8 @@ from tarflow.trainer.checkpoint.names import leading_name
 
 def by_settings(history: History, headline: Headline) -> dict[str, list[Result]]:
     """The curves over training: the headline's settings with each set of weights, and what the run was evaluated with
-    before its settings were changed."""
+    before its settings were changed.
+    """
     wanted = settings_of(headline.result)
     found: dict[str, list[Result]] = {str(headline.result.values["weights"]): []}
     for result in alike(history.results, headline.result, apart_from=["weights"]):

@@ -48,7 +48,8 @@ def with_error(value: float, stderr: float | None) -> str:
 
 def difference_stderr(one: Point, other: Point) -> float | None:
     """Standard error of the difference of two distances. All settings see the same noise, so the samples come in pairs,
-    and what moves both alike does not count."""
+    and what moves both alike does not count.
+    """
     pairs = zip(one.influence, other.influence)
     return _stderr([a - b for a, b in pairs if a is not None and b is not None], min(one.count, other.count))
 

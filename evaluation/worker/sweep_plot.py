@@ -12,7 +12,8 @@ from tarflow.evaluation.report.plots import COLOURS
 
 def plot_rounds(rounds: list[dict[str, Any]], metric: str) -> str:
     """The rounds of a `sweep.json` -> an SVG file; settings without a distance have no point. Bars: one standard
-    error."""
+    error.
+    """
     keys = sorted({(p["denoise"], p["attn_temp"]) for r in rounds for p in r["points"]})
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tarflow", "font.size": 9}):
         figure = Figure(figsize=(3.2 * len(rounds) + 0.6, 3.0), layout="constrained")

@@ -65,6 +65,7 @@ def read_safetensors(path: Path, header_only: bool = False) -> TensorFile:
     Raises:
         DamagedFileError: it is no such file, or its checksum does not fit.
         ModelError: there is no file.
+
     """
     _require(path)
     with open(path, "rb") as file:
@@ -112,6 +113,7 @@ def read_pickled(path: Path, attribute: str = "") -> TensorFile:
     Raises:
         ModelError: there is no file, or it is a pickle of more than tensors, which is refused unopened.
         DamagedFileError: it is no such file, a record's checksum does not fit, or its tensors are larger than the file.
+
     """
     _require(path)
     with open(path, "rb") as file:

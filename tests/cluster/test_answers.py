@@ -10,7 +10,8 @@ from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.hosts import MOST_HOSTS, expand, tasks_of_nodes
 
 
-def test_h06_an_answer_comes_whole_and_is_text(fake_slurm) -> None:
+@pytest.mark.case("H06")
+def test_an_answer_comes_whole_and_is_text(fake_slurm) -> None:
     fake_slurm.command("squeue", r"printf 'a\377b\n'; printf 'wrong' >&2; exit 3")
     done = answer(["squeue"], 20)
     assert (done.returncode, done.stdout, done.stderr) == (3, "a\ufffdb\n", "wrong")
@@ -19,7 +20,8 @@ def test_h06_an_answer_comes_whole_and_is_text(fake_slurm) -> None:
     assert (len(done.stdout), len(done.stderr)) == (3_000_000, 3_000_000), "neither output blocks the other"
 
 
-def test_h06_a_command_without_an_end_is_ended(fake_slurm) -> None:
+@pytest.mark.case("H06")
+def test_a_command_without_an_end_is_ended(fake_slurm) -> None:
     fake_slurm.command("squeue", "exec cat /dev/zero")
     with pytest.raises(TooMuchError, match="printed more than 1 MiB"):
         answer(["squeue"], 60, limit=1 << 20)
@@ -43,7 +45,8 @@ def test_h06_a_command_without_an_end_is_ended(fake_slurm) -> None:
         ("exit 1", "sbatch did not take the job: it ended with 1"),
     ],
 )
-def test_h06_what_sbatch_answers_is_a_job_or_an_error(script: str, says: str, fake_slurm, tmp_path) -> None:
+@pytest.mark.case("H06")
+def test_what_sbatch_answers_is_a_job_or_an_error(script: str, says: str, fake_slurm, tmp_path) -> None:
     fake_slurm.command("sbatch", script)
     with pytest.raises(ClusterError) as caught:
         slurm.submit(tmp_path / "script", "tarflow-a")
@@ -57,7 +60,8 @@ def test_h06_what_sbatch_answers_is_a_job_or_an_error(script: str, says: str, fa
     ["n[1-99999999999]", "n[1-999][1-999]", "n[0-999999999999999999999999]", ",".join(["n[1-60000]"] * 2),
      "n[9999999999-1,1-9999999999]", "a[1-2]" * 40],
 )  # fmt: skip
-def test_h06_lists_of_hosts_are_counted_before_they_are_made(text: str) -> None:
+@pytest.mark.case("H06")
+def test_lists_of_hosts_are_counted_before_they_are_made(text: str) -> None:
     began = time.monotonic()
     with pytest.raises(ClusterError, match=f"names more than {MOST_HOSTS:,} hosts"):
         expand(text)
@@ -72,6 +76,7 @@ def test_lists_of_hosts_up_to_the_bound_are_made() -> None:
 @pytest.mark.parametrize(
     "text", ["1(x99999999999)", "1(x999999999)", ",".join(["1(x60000)"] * 2), "99999999999999999999(x1)"]
 )
-def test_h06_tasks_of_more_nodes_than_a_cluster_has_are_refused(text: str) -> None:
+@pytest.mark.case("H06")
+def test_tasks_of_more_nodes_than_a_cluster_has_are_refused(text: str) -> None:
     with pytest.raises(ClusterError, match="is more than a cluster has"):
         tasks_of_nodes(text)

@@ -23,7 +23,8 @@ def submitted(fake_slurm, verb, config_file, tmp_path: Path) -> Path:
     return run
 
 
-def test_h01_jobs_that_a_copied_file_names_are_left_alone(submitted: Path, fake_slurm, verb, tmp_path, capsys) -> None:
+@pytest.mark.case("H01")
+def test_jobs_that_a_copied_file_names_are_left_alone(submitted: Path, fake_slurm, verb, tmp_path, capsys) -> None:
     for place in ("copy", "more/run", "run/inside"):
         shutil.copytree(submitted, tmp_path / place, ignore=shutil.ignore_patterns("inside"))
         assert verb("cancel", tmp_path / place) == 1
@@ -51,7 +52,8 @@ def test_h01_jobs_that_a_copied_file_names_are_left_alone(submitted: Path, fake_
         ("", "it belongs to nobody that Slurm knows"),
     ],
 )
-def test_h01_what_slurm_does_not_call_this_runs_is_left_alone(
+@pytest.mark.case("H01")
+def test_what_slurm_does_not_call_this_runs_is_left_alone(
     submitted: Path, fake_slurm, verb, capsys, shown: str, says: str
 ) -> None:
     text = shown.format(uid=os.getuid(), log=submitted / "slurm" / "jobs" / "107_0_log.out")
@@ -61,7 +63,8 @@ def test_h01_what_slurm_does_not_call_this_runs_is_left_alone(
     assert fake_slurm.calls("scancel") == []
 
 
-def test_h05_jobs_of_sound_lines_are_cancelled_and_it_is_said_that_there_may_be_others(
+@pytest.mark.case("H05")
+def test_jobs_of_sound_lines_are_cancelled_and_it_is_said_that_there_may_be_others(
     submitted: Path, fake_slurm, verb, capsys
 ) -> None:
     with open(submitted / "slurm" / "jobs.jsonl", "a") as file:
@@ -77,9 +80,8 @@ def test_a_number_that_something_else_has_now_is_over(submitted: Path, fake_slur
     assert "no job of this run is in the queue" in capsys.readouterr().out
 
 
-def test_h05_a_job_that_waits_is_cancelled_and_its_damaged_record_named(
-    submitted: Path, fake_slurm, verb, capsys
-) -> None:
+@pytest.mark.case("H05")
+def test_a_job_that_waits_is_cancelled_and_its_damaged_record_named(submitted: Path, fake_slurm, verb, capsys) -> None:
     fake_slurm.command("squeue", 'echo "107|PENDING|None||tarflow-run"')
     chain = submitted / "slurm" / "chain-107.json"
     chain.write_bytes(b'{"starts": [')

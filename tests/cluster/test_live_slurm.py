@@ -227,9 +227,11 @@ def test_cancel_saves_first(slurm_cluster, verb, config_file, profile, tmp_path,
     assert "cancelled" in capsys.readouterr().out
 
 
-def test_V12_one_living_job_per_run(slurm_cluster, verb, config_file, profile, tmp_path, capsys, monkeypatch) -> None:
+@pytest.mark.case("V12")
+def test_one_living_job_per_run(slurm_cluster, verb, config_file, profile, tmp_path, capsys, monkeypatch) -> None:
     """A second submission is refused; a job that comes by another way leaves the run alone; one that is queued behind
-    waits through a requeue of the first, and is gone when the run is cancelled."""
+    waits through a requeue of the first, and is gone when the run is cancelled.
+    """
     run = tmp_path / "once"
     words = ["submit", config_file, "train.max_images=10_000_000", "--run", run, "--profile", profile]
     assert verb(*words) == 0

@@ -21,7 +21,8 @@ def run(tmp_path: Path) -> Path:
     return path
 
 
-def test_h11_escape_sequences_of_a_job_are_shown(run: Path, verb, capsys) -> None:
+@pytest.mark.case("H11")
+def test_escape_sequences_of_a_job_are_shown(run: Path, verb, capsys) -> None:
     log = run / "slurm" / "jobs" / "107_0_log.out"
     log.write_bytes(b"\x1b]0;title\x07\x1b[31mred\x1b[0m\tx\r\n 10%\r 20%\r\n\xff\xc2\x9b2J \xe2\x80\xae\n")
     assert verb("logs", run) == 0
@@ -29,7 +30,8 @@ def test_h11_escape_sequences_of_a_job_are_shown(run: Path, verb, capsys) -> Non
     assert capsys.readouterr().out == shown
 
 
-def test_h11_a_log_is_read_piece_by_piece(run: Path) -> None:
+@pytest.mark.case("H11")
+def test_a_log_is_read_piece_by_piece(run: Path) -> None:
     log = run / "slurm" / "jobs" / "107_0_log.out"
     with open(log, "wb") as file:
         file.truncate(3 << 30)
@@ -44,7 +46,8 @@ def test_h11_a_log_is_read_piece_by_piece(run: Path) -> None:
     process.wait(60)
 
 
-def test_h01_a_log_that_lies_elsewhere_is_not_shown(run: Path, verb, tmp_path) -> None:
+@pytest.mark.case("H01")
+def test_a_log_that_lies_elsewhere_is_not_shown(run: Path, verb, tmp_path) -> None:
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret" / "107_0_log.out").write_text("secret\n")
     with pytest.raises(ClusterError, match="the job has not started"):
@@ -65,7 +68,8 @@ def test_logs_of_a_run_that_was_moved_are_found(run: Path, verb, tmp_path, capsy
     assert capsys.readouterr().out == "so far\n"
 
 
-def test_h05_a_damaged_list_of_jobs_is_named(run: Path, verb) -> None:
+@pytest.mark.case("H05")
+def test_a_damaged_list_of_jobs_is_named(run: Path, verb) -> None:
     (run / "slurm" / "jobs.jsonl").write_bytes(b'{"job": "107"\n')
     with pytest.raises(
         ClusterError, match=r"no submitted train job \(1 damaged line left out \(1\) in .*jobs\.jsonl\)"
@@ -73,7 +77,8 @@ def test_h05_a_damaged_list_of_jobs_is_named(run: Path, verb) -> None:
         verb("logs", run)
 
 
-def test_h05_with_a_damaged_line_there_may_be_newer_jobs(run: Path, verb, capsys) -> None:
+@pytest.mark.case("H05")
+def test_with_a_damaged_line_there_may_be_newer_jobs(run: Path, verb, capsys) -> None:
     (run / "slurm" / "jobs" / "107_0_log.out").write_text("so far\n")
     with open(run / "slurm" / "jobs.jsonl", "a") as file:
         file.write('{"job": "108", "kind": "tr')

@@ -163,7 +163,8 @@ DEAD = {"pid": 2**22 + 1}  # above the largest number that Linux gives
         ([{"phase": "gone"}, {**ELSEWHERE, "age_s": 5}], "running"),
     ],
 )
-def test_N09_what_a_run_does_is_known_without_slurm(by_hand: Path, no_slurm, beats, state) -> None:
+@pytest.mark.case("N09")
+def test_what_a_run_does_is_known_without_slurm(by_hand: Path, no_slurm, beats, state) -> None:
     for rank, facts in enumerate(beats):
         beat(by_hand, rank, len(beats), **facts)
     (row,) = rows([by_hand])
@@ -172,7 +173,8 @@ def test_N09_what_a_run_does_is_known_without_slurm(by_hand: Path, no_slurm, bea
     assert (row.jobs, row.requeues, row.step, row.images) == ("-", "-", "95", "1,520 / 3,200")
 
 
-def test_N09_a_number_that_another_process_has_now_is_not_the_run(by_hand: Path, no_slurm) -> None:
+@pytest.mark.case("N09")
+def test_a_number_that_another_process_has_now_is_not_the_run(by_hand: Path, no_slurm) -> None:
     """The heartbeat is older than the process that bears its number: after a restart of the machine, say."""
     began = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     up = float(Path("/proc/uptime").read_text().split()[0])
@@ -181,14 +183,16 @@ def test_N09_a_number_that_another_process_has_now_is_not_the_run(by_hand: Path,
     assert row.state == "failed (killed)"
 
 
-def test_N09_what_a_larger_world_left_behind_does_not_count(by_hand: Path, no_slurm) -> None:
+@pytest.mark.case("N09")
+def test_what_a_larger_world_left_behind_does_not_count(by_hand: Path, no_slurm) -> None:
     beat(by_hand, 0, 1, phase="gone")
     beat(by_hand, 1, 2, age_s=9000, **DEAD)
     (row,) = rows([by_hand])
     assert (row.state, row.heartbeat) == ("stopped", "0:00 min ago")
 
 
-def test_N09_the_step_is_the_newest_that_is_known(by_hand: Path, no_slurm) -> None:
+@pytest.mark.case("N09")
+def test_the_step_is_the_newest_that_is_known(by_hand: Path, no_slurm) -> None:
     beat(by_hand, phase="gone")
     by_step(by_hand, 90, 1440)
     assert rows([by_hand])[0].step == "95", "a line of figures may be ahead of the last checkpoint"
@@ -199,14 +203,16 @@ def test_N09_the_step_is_the_newest_that_is_known(by_hand: Path, no_slurm) -> No
     assert rows([by_hand])[0].images == "1,536 / 3,200"
 
 
-def test_N09_a_run_with_all_its_images_is_finished(by_hand: Path, no_slurm) -> None:
+@pytest.mark.case("N09")
+def test_a_run_with_all_its_images_is_finished(by_hand: Path, no_slurm) -> None:
     beat(by_hand, phase="gone")
     by_step(by_hand, 200, 3200)
     (row,) = rows([by_hand])
     assert (row.state, row.step, row.eta) == ("finished", "200", "-")
 
 
-def test_N09_a_real_run_that_is_killed_is_seen_to_run_and_then_not(verb, config_file, tmp_path, no_slurm) -> None:
+@pytest.mark.case("N09")
+def test_a_real_run_that_is_killed_is_seen_to_run_and_then_not(verb, config_file, tmp_path, no_slurm) -> None:
     run = tmp_path / "run"
     words = [sys.executable, "-m", "tarflow", "train", config_file, "--run-dir", run, "train.max_images=10_000_000"]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -227,7 +233,8 @@ def test_N09_a_real_run_that_is_killed_is_seen_to_run_and_then_not(verb, config_
 
 
 @pytest.mark.parametrize("width", [80, 120, 300])
-def test_N13_what_matters_fits_a_narrow_terminal(run: Path, fake_slurm, config_file, width: int) -> None:
+@pytest.mark.case("N13")
+def test_what_matters_fits_a_narrow_terminal(run: Path, fake_slurm, config_file, width: int) -> None:
     fake_slurm.command("squeue", 'echo "107|RUNNING|None|n1"; echo "109|PENDING|Dependency|"')
     with open(run / "slurm" / "jobs.jsonl", "a") as file:
         file.write(json.dumps({"job": "109", "kind": "train", "logs": "x"}) + "\n")
@@ -245,7 +252,8 @@ def test_N13_what_matters_fits_a_narrow_terminal(run: Path, fake_slurm, config_f
     assert found[0].run.endswith("/one")
 
 
-def test_N13_the_table_says_what_it_leaves_out(run: Path, fake_slurm, tmp_path: Path) -> None:
+@pytest.mark.case("N13")
+def test_the_table_says_what_it_leaves_out(run: Path, fake_slurm, tmp_path: Path) -> None:
     beat(run, phase="gone")
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))

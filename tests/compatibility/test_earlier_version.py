@@ -32,7 +32,9 @@ from tarflow.models.weights import load_weights_file
 from tarflow.trainer.checkpoint.commit import committed, damage, find
 from tarflow.trainer.checkpoint.tensors import load_weights, stored_shapes
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # read by one process alone: it is meant
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled"
+)  # read by one process alone: it is meant
 ARCHIVE = Path(__file__).with_name("version-0.1.tar.xz")
 Verb = Callable[..., str]
 
@@ -62,7 +64,9 @@ def verb(old: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
 def same_processor(old: Path) -> bool:
     made_on = json.loads((old / "machine.json").read_text())
-    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines(keepends=True) if line.startswith("flags"))
+    flags = next(
+        line for line in Path("/proc/cpuinfo").read_text().splitlines(keepends=True) if line.startswith("flags")
+    )
     here = {
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -112,7 +116,10 @@ def resume(verb: Verb, old: Path, run: str, *more: str) -> list[str]:
 def test_a_run_goes_on_to_the_weights_that_the_earlier_version_reached(old: Path, verb: Verb) -> None:
     lines = resume(verb, old, "single")
     assert any("step-00000016" in line and "resum" in line for line in lines), lines
-    assert [line.partition("changed: ")[2] for line in lines if "changed:" in line] in ([], ["train.device: auto -> cpu"]), lines
+    assert [line.partition("changed: ")[2] for line in lines if "changed:" in line] in (
+        [],
+        ["train.device: auto -> cpu"],
+    ), lines
     assert "finished: 192 images" in lines[-1]
     for which in ("raw", "ema-0.100"):
         _, expected = load_weights_file(old / f"expected-{which}.safetensors")
@@ -130,7 +137,8 @@ def test_a_sharded_run_goes_on_with_two_ranks_and_with_one(old: Path, verb: Verb
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_V04_a_run_goes_on_when_its_data_are_indexed_anew(old: Path, verb: Verb) -> None:
+@pytest.mark.case("V04")
+def test_a_run_goes_on_when_its_data_are_indexed_anew(old: Path, verb: Verb) -> None:
     """The index then holds checksums, and so another fingerprint; the run knows the one without."""
     stored = json.loads((old / "single/checkpoints/step-00000016/COMMITTED").read_text())["data"]
     for split in ("train", "val"):
@@ -192,7 +200,9 @@ def test_samples_are_the_ones_of_the_earlier_version(old: Path, verb: Verb, fold
     theirs, ours = (json.loads((old / f / "settings.json").read_text()) for f in (folder, "again"))
     assert {"provenance", "code", "crc32", "checksum"} == ours.keys() - theirs.keys()
     assert {key: ours[key] for key in theirs} == theirs
-    verb("sample", "single", "--out", folder, "--num", "6", "--device", "cpu", *options)  # nothing is missing: no refusal
+    verb(
+        "sample", "single", "--out", folder, "--num", "6", "--device", "cpu", *options
+    )  # nothing is missing: no refusal
 
 
 def test_exported_weights_are_read(old: Path) -> None:

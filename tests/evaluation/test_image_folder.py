@@ -86,7 +86,8 @@ def request(folder, **changes):
     return ScoreRequest(**(values | changes))
 
 
-def test_S05_every_decodable_image_counts_once_and_the_rest_is_listed(mixed):
+@pytest.mark.case("S05")
+def test_every_decodable_image_counts_once_and_the_rest_is_listed(mixed):
     folder = ImageFolder(mixed, 3, 16, "skip")
     images = torch.cat(list(folder.batches(3)))
     assert images.shape == (7, 3, 16, 16)
@@ -101,12 +102,14 @@ def test_S05_every_decodable_image_counts_once_and_the_rest_is_listed(mixed):
     assert (deep == round(40_000 * 255 / 65535)).all()
 
 
-def test_S05_a_broken_image_is_an_error_unless_it_may_be_left_out(mixed):
+@pytest.mark.case("S05")
+def test_a_broken_image_is_an_error_unless_it_may_be_left_out(mixed):
     with pytest.raises(EvaluationError, match=r"broken\.png.*--on-error skip"):
         list(ImageFolder(mixed, 3, 16).batches())
 
 
-def test_S05_mixed_sizes_need_a_size_and_an_empty_folder_is_an_error(mixed, tmp_path):
+@pytest.mark.case("S05")
+def test_mixed_sizes_need_a_size_and_an_empty_folder_is_an_error(mixed, tmp_path):
     (mixed / "rgba.PNG").unlink()
     with pytest.raises(EvaluationError, match=r"is \d+ x \d+, images before it are \d+ x \d+; give --size"):
         list(ImageFolder(mixed, 3, None, "skip").batches())
@@ -138,14 +141,16 @@ def write_pngs(folder, pixels):
     return folder
 
 
-def test_S04_memory_equals_png_exactly(samples, tmp_path):
+@pytest.mark.case("S04")
+def test_memory_equals_png_exactly(samples, tmp_path):
     pixels = to_pixels(samples)
     assert pixels[0, 0, 0, :3].tolist() == [255, 255, 0]
     read = torch.cat(list(ImageFolder(write_pngs(tmp_path / "png", pixels), 3, None).batches()))
     assert torch.equal(read, pixels)
 
 
-def test_S04_jpegs_are_flagged_and_move_the_score(samples, tmp_path):
+@pytest.mark.case("S04")
+def test_jpegs_are_flagged_and_move_the_score(samples, tmp_path):
     pixels = to_pixels(samples)
     pngs = write_pngs(tmp_path / "png", pixels)
     (tmp_path / "jpeg").mkdir()
@@ -160,7 +165,8 @@ def test_S04_jpegs_are_flagged_and_move_the_score(samples, tmp_path):
     assert any("40 of 40 images" in line and "JPEG" in line for line in lossy["warnings"])
 
 
-def test_S04_both_sides_go_through_one_preprocessing_which_the_result_names(tmp_path):
+@pytest.mark.case("S04")
+def test_both_sides_go_through_one_preprocessing_which_the_result_names(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "wide").mkdir()
     for i in range(12):
@@ -238,7 +244,8 @@ def test_statistics_beside_the_data_serve_every_run_on_them(make_run, digit_like
 # --- the same images on both sides -----------------------------------------------------------------------------------
 
 
-def test_V09_a_folder_against_itself_is_said_to_be_that(samples, tmp_path):
+@pytest.mark.case("V09")
+def test_a_folder_against_itself_is_said_to_be_that(samples, tmp_path):
     pngs = write_pngs(tmp_path / "png", to_pixels(samples))
     lines = []
     result = score_folder(request(pngs, against=pngs), lines.append)
@@ -248,7 +255,8 @@ def test_V09_a_folder_against_itself_is_said_to_be_that(samples, tmp_path):
     assert sum("suspiciously" in line for line in result["warnings"]) == 1
 
 
-def test_V09_some_copies_are_counted_and_independent_images_are_no_cause_for_suspicion(samples, tmp_path):
+@pytest.mark.case("V09")
+def test_some_copies_are_counted_and_independent_images_are_no_cause_for_suspicion(samples, tmp_path):
     pixels = to_pixels(samples)
     ours = write_pngs(tmp_path / "ours", pixels[:25])
     theirs = write_pngs(tmp_path / "theirs", pixels[20:])
@@ -260,7 +268,8 @@ def test_V09_some_copies_are_counted_and_independent_images_are_no_cause_for_sus
     assert not any("suspiciously" in line or "pixel for pixel" in line for line in apart["warnings"])
 
 
-def test_V09_samples_that_are_training_images_are_counted(digit_like, tmp_path):
+@pytest.mark.case("V09")
+def test_samples_that_are_training_images_are_counted(digit_like, tmp_path):
     where = str(digit_like / "train")
     make_reference(ReferenceRequest(where, 8, 1, 0, "fake", None, tmp_path / "r.npz", "strict", "cpu"), lambda _: None)
     data = ImageSet(DataSettings.of(where), TarFlowConfig(**SHAPE))
@@ -278,7 +287,8 @@ def test_V09_samples_that_are_training_images_are_counted(digit_like, tmp_path):
 # --- formats, the bound, places that cannot be written ---------------------------------------------------------------
 
 
-def test_F11_every_format_that_is_read_is_scored_and_others_are_named(tmp_path):
+@pytest.mark.case("F11")
+def test_every_format_that_is_read_is_scored_and_others_are_named(tmp_path):
     for extension, format in (("avif", "AVIF"), ("jp2", "JPEG2000"), ("tga", "TGA"), ("png", "PNG"), ("JPE", "JPEG")):
         Image.fromarray(noise(16, 16, 3)).save(tmp_path / f"a.{extension}", format)
     (tmp_path / "b.heic").write_bytes(b"x")
@@ -295,7 +305,8 @@ def test_F11_every_format_that_is_read_is_scored_and_others_are_named(tmp_path):
         ImageFolder(tmp_path, 3, 16)
 
 
-def test_F19_the_bound_holds_for_scores_and_references(mixed, digit_like, tmp_path):
+@pytest.mark.case("F19")
+def test_the_bound_holds_for_scores_and_references(mixed, digit_like, tmp_path):
     with pytest.raises(EvaluationError, match=r"at most 255 are decoded .*--max-pixels"):
         score_folder(request(mixed, against=mixed, size=16, max_pixels=255), lambda _: None)
     folder = ImageFolder(mixed, 3, 16, "skip", 256)
@@ -308,7 +319,8 @@ def test_F19_the_bound_holds_for_scores_and_references(mixed, digit_like, tmp_pa
         make_reference(wanted, lambda _: None)
 
 
-def test_F17_reference_where_nothing_can_be_written_names_the_way_out(digit_like, tmp_path, monkeypatch):
+@pytest.mark.case("F17")
+def test_reference_where_nothing_can_be_written_names_the_way_out(digit_like, tmp_path, monkeypatch):
     where = str(digit_like / "train")
     before = sorted((digit_like / "train").rglob("*"))
 
@@ -329,7 +341,8 @@ def test_F17_reference_where_nothing_can_be_written_names_the_way_out(digit_like
             make_reference(ReferenceRequest(where, 8, 1, 0, "fake", None, wrong, "strict", "cpu"), lambda _: None)
 
 
-def test_F17_reference_of_data_behind_an_address_needs_a_place(tmp_path, monkeypatch):
+@pytest.mark.case("F17")
+def test_reference_of_data_behind_an_address_needs_a_place(tmp_path, monkeypatch):
     """It went into a folder called `http:` in the current one."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(EvaluationError, match=r"http://127.* is an address, .*--out FILE"):

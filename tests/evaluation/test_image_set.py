@@ -46,7 +46,8 @@ def statistics(folder: Path) -> Reference:
     return reference_statistics(path, images, FakeFeatures())
 
 
-def test_V04_statistics_of_other_images_of_the_same_sizes_are_made_anew(tmp_path: Path) -> None:
+@pytest.mark.case("V04")
+def test_statistics_of_other_images_of_the_same_sizes_are_made_anew(tmp_path: Path) -> None:
     """Those of the images that had been there gave a feature mean of .741 for .185."""
     shard = tmp_path / "a.tar"
     write_set(shard, 10)

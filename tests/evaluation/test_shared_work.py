@@ -55,7 +55,8 @@ def claimed_by(folder, pid):
     return [p for p in (folder / "claims").glob("unit-*") if f'"pid": {pid}}}' in p.read_text()]
 
 
-def test_S02_three_processes_do_every_unit_once(tmp_path):
+@pytest.mark.case("S02")
+def test_three_processes_do_every_unit_once(tmp_path):
     done_by = tmp_path / "done"
     done_by.mkdir()
     gate = fork.Barrier(3)  # none is done before the others have begun, however busy the machine
@@ -159,7 +160,8 @@ def test_work_that_is_over_or_was_cleared_away_ends_without_an_error(tmp_path):
     assert again.computed == UNITS[:1]
 
 
-def test_S02_stretches_hold_every_index_once():
+@pytest.mark.case("S02")
+def test_stretches_hold_every_index_once():
     for total, size in ((10, 3), (9, 3), (2, 5), (1, 1)):
         assert [i for part in stretches(total, size) for i in part] == list(range(total))
 
@@ -186,7 +188,8 @@ def dies_while_it_claims(folder):
     work.work_through(["unit-00"], write)
 
 
-def test_S02_a_process_killed_while_it_claims_holds_nothing(tmp_path):
+@pytest.mark.case("S02")
+def test_a_process_killed_while_it_claims_holds_nothing(tmp_path):
     process = fork.Process(target=dies_while_it_claims, args=(tmp_path / "work",))
     process.start()
     process.join(20)
@@ -197,7 +200,8 @@ def test_S02_a_process_killed_while_it_claims_holds_nothing(tmp_path):
     assert work.computed == ["unit-00"]
 
 
-def test_h07_whatever_stands_in_the_place_of_a_result_is_given_back_and_what_a_link_leads_to_is_left(tmp_path):
+@pytest.mark.case("H07")
+def test_whatever_stands_in_the_place_of_a_result_is_given_back_and_what_a_link_leads_to_is_left(tmp_path):
     work, kept = SharedWork(tmp_path / "work", {"batch": 4}, 60), tmp_path / "kept"
     kept.write_text("another's")
     work.path("unit-00").symlink_to(tmp_path / "nothing")

@@ -1,5 +1,6 @@
 """Runs a verb in a fork of this process, which has everything loaded: a case costs milliseconds, and a hang costs no more
-than its limit. The command writes into a copy of the home, which is put right again after each case."""
+than its limit. The command writes into a copy of the home, which is put right again after each case.
+"""
 
 import contextlib
 import gc

@@ -1,5 +1,6 @@
 """Twenty damaged files of each kind, dealt out among the verbs that read them: no faults. The long run is
-`python -m benchmarks.fuzz --cases 300 --check`."""
+`python -m benchmarks.fuzz --cases 300 --check`.
+"""
 
 import subprocess
 import sys

@@ -32,12 +32,14 @@ SMALL: dict[str, Any] = {"image_size": 16, "patch_size": 4, "channels": 64, "num
         ({"image_size": 1 << 14, "patch_size": 1 << 14, "channels": 1 << 12}, "parameters"),
     ],
 )
-def test_h10_numbers_of_a_model_and_their_products_are_bounded(change: dict[str, Any], said: str) -> None:
+@pytest.mark.case("H10")
+def test_numbers_of_a_model_and_their_products_are_bounded(change: dict[str, Any], said: str) -> None:
     start = time.perf_counter()
     with pytest.raises(ValidationError, match=said):
         TarFlowConfig.model_validate(SMALL | change)
     assert time.perf_counter() - start < 1
 
 
-def test_h10_no_published_model_comes_near_the_bounds() -> None:
+@pytest.mark.case("H10")
+def test_no_published_model_comes_near_the_bounds() -> None:
     assert all(100 * parameters(preset(name)) < 1 << 40 for name in preset_names())

@@ -52,7 +52,8 @@ def test_patches_are_channel_major_and_row_by_row() -> None:
 @pytest.mark.parametrize("nvp", [True, False])
 @pytest.mark.parametrize("classes", [0, 4])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_S11_image_to_latent_to_image(nvp: bool, classes: int, batch: int) -> None:
+@pytest.mark.case("S11")
+def test_image_to_latent_to_image(nvp: bool, classes: int, batch: int) -> None:
     model = perturbed(config(nvp=nvp, num_classes=classes))
     x = images(batch, model.config)
     y = torch.arange(batch) % 4 if classes else None
@@ -61,7 +62,8 @@ def test_S11_image_to_latent_to_image(nvp: bool, classes: int, batch: int) -> No
     assert (back - x).abs().max() <= 1e-4
 
 
-def test_S11_latent_to_image_to_latent() -> None:
+@pytest.mark.case("S11")
+def test_latent_to_image_to_latent() -> None:
     model = perturbed(config())
     z = torch.randn(3, 16, 12, generator=torch.Generator().manual_seed(0))
     y = torch.tensor([0, 3, -1])
@@ -70,7 +72,8 @@ def test_S11_latent_to_image_to_latent() -> None:
     assert (again - z).abs().max() <= 1e-4
 
 
-def test_S11_cached_inverse_equals_the_inverse_without_a_cache() -> None:
+@pytest.mark.case("S11")
+def test_cached_inverse_equals_the_inverse_without_a_cache() -> None:
     model = perturbed(config(num_blocks=2))
     y = torch.tensor([1, -1])
     z = torch.randn(2, 16, 12, generator=torch.Generator().manual_seed(0))
@@ -88,7 +91,8 @@ def test_S11_cached_inverse_equals_the_inverse_without_a_cache() -> None:
 
 
 @pytest.mark.parametrize("nvp", [True, False])
-def test_S11_logdet_is_the_jacobians(nvp: bool) -> None:
+@pytest.mark.case("S11")
+def test_logdet_is_the_jacobians(nvp: bool) -> None:
     model = perturbed(config(image_size=2, patch_size=1, in_channels=1, num_classes=0, nvp=nvp), size=0.1).double()
     x = images(1, model.config).double()
     flat = lambda v: model(v.view(1, 1, 2, 2))[0].flatten()  # noqa: E731
@@ -100,7 +104,8 @@ def test_S11_logdet_is_the_jacobians(nvp: bool) -> None:
     assert nvp == (abs(float(logdet)) > 1e-3)  # the affine flow's is not trivially zero, the shift's is
 
 
-def test_S11_uniform_images_have_exactly_eight_bits_under_a_uniform_density() -> None:
+@pytest.mark.case("S11")
+def test_uniform_images_have_exactly_eight_bits_under_a_uniform_density() -> None:
     """A density that is uniform on [-1, 1] says 8 bits for every 8-bit image; through the Gaussian prior by its CDF."""
     c = config(num_classes=0)
     pixels = torch.randint(0, 256, (64, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
@@ -113,7 +118,8 @@ def test_S11_uniform_images_have_exactly_eight_bits_under_a_uniform_density() ->
     assert torch.allclose(bits, torch.full_like(bits, 8.0), atol=1e-3)
 
 
-def test_S11_identity_flow_says_eight_bits_of_uniform_noise_with_the_priors_width() -> None:
+@pytest.mark.case("S11")
+def test_identity_flow_says_eight_bits_of_uniform_noise_with_the_priors_width() -> None:
     """The identity flow's bits on uniform data are known in closed form: 0.5 E[x^2] / ln 2 + the constant."""
     model = TarFlow(config(num_classes=0))  # all weights of the last projection are zero ...
     init_weights(model, 0)
@@ -145,7 +151,8 @@ def test_pixels_survive_the_round_trip_and_dequantisation_stays_in_its_cell() ->
         assert torch.equal(cell.to(torch.uint8), pixels)
 
 
-def test_S04_pixels_are_rounded_to_nearest_not_cut() -> None:
+@pytest.mark.case("S04")
+def test_pixels_are_rounded_to_nearest_not_cut() -> None:
     k = torch.arange(256).float()
     for offset in (-0.49, 0.49):
         assert torch.equal(to_pixels((k + offset) / 127.5 - 1), k.to(torch.uint8))
@@ -161,7 +168,8 @@ def test_data_stay_float32_when_the_network_computes_in_bfloat16() -> None:
     assert (back - images(2, model.config)).abs().max() < 0.05
 
 
-def test_S11_extreme_scales_stay_finite_with_the_soft_clip() -> None:
+@pytest.mark.case("S11")
+def test_extreme_scales_stay_finite_with_the_soft_clip() -> None:
     for clip, finite in ((0.0, False), (4.0, True)):
         model = perturbed(config(soft_clip=clip), size=0.05)
         with torch.no_grad():
@@ -179,18 +187,21 @@ class TestGuidance:
         self.noise = torch.randn(3, 16, 12, generator=torch.Generator().manual_seed(0))
         self.y = torch.tensor([0, 1, 3])
 
-    def test_S10_weight_zero_is_plain_conditional_sampling(self) -> None:
+    @pytest.mark.case("S10")
+    def test_weight_zero_is_plain_conditional_sampling(self) -> None:
         assert torch.equal(
             sample(self.model, self.noise, self.y, Guidance(0.0)), sample(self.model, self.noise, self.y)
         )
 
-    def test_S10_no_label_guided_by_no_label_is_no_label(self) -> None:
+    @pytest.mark.case("S10")
+    def test_no_label_guided_by_no_label_is_no_label(self) -> None:
         none = torch.full((3,), -1)
         guided = sample(self.model, self.noise, none, Guidance(1.7))
         assert torch.allclose(guided, sample(self.model, self.noise, none), atol=1e-5)
         assert torch.allclose(guided, sample(self.model, self.noise), atol=1e-5)
 
-    def test_S10_formula_with_known_outputs(self) -> None:
+    @pytest.mark.case("S10")
+    def test_formula_with_known_outputs(self) -> None:
         """With outputs that depend on the label alone, x = z exp(a_c + w (a_c - a_u)) + b_c + w (b_c - b_u)."""
         model = TarFlow(config(num_blocks=1, layers_per_block=1, channels=64))
         init_weights(model, 0)
@@ -210,7 +221,8 @@ class TestGuidance:
             a, b = a_c + w * (a_c - a_u), b_c + w * (b_c - b_u)
             assert torch.allclose(x[:, 1:], self.noise[:1, 1:] * math.exp(a) + b, atol=1e-5)
 
-    def test_S10_one_batch_of_both_halves_equals_two_passes(self) -> None:
+    @pytest.mark.case("S10")
+    def test_one_batch_of_both_halves_equals_two_passes(self) -> None:
         block, y = self.model.blocks[0], self.y
         x = self.noise.clone()
         with torch.no_grad():
@@ -224,12 +236,14 @@ class TestGuidance:
         with torch.no_grad():
             assert torch.allclose(invert_block(block, self.noise, y, Guidance(1.5)), x, atol=1e-5)
 
-    def test_S10_label_outside_the_classes_is_refused(self) -> None:
+    @pytest.mark.case("S10")
+    def test_label_outside_the_classes_is_refused(self) -> None:
         for bad in (4, -2):
             with pytest.raises(ValueError, match=f"label {bad} is outside the model's 4 classes"):
                 sample(self.model, self.noise, torch.tensor([0, 1, bad]))
 
-    def test_S01_an_image_does_not_depend_on_its_batch(self) -> None:
+    @pytest.mark.case("S01")
+    def test_an_image_does_not_depend_on_its_batch(self) -> None:
         together = sample(self.model, self.noise, self.y, Guidance(1.0, annealed=True))
         alone = sample(self.model, self.noise[1:2], self.y[1:2], Guidance(1.0, annealed=True))
         assert (together[1] - alone[0]).abs().max() < 1e-4
@@ -289,7 +303,8 @@ def test_initial_values_depend_on_seed_and_name_alone() -> None:
     assert all(block.proj_out.weight.abs().max() == 0 for block in a.blocks)
 
 
-def test_T14_a_batch_that_is_not_finite_leaves_the_prior_alone() -> None:
+@pytest.mark.case("T14")
+def test_a_batch_that_is_not_finite_leaves_the_prior_alone() -> None:
     model = TarFlow(config(nvp=False))
     model.update_prior(torch.full((16, 12), 3.0))
     before = model.var.clone()

@@ -64,7 +64,8 @@ class PublishedModel(torch.nn.Module):
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_classes": 0}, {"nvp": False}, {"in_channels": 1, "num_blocks": 3}])
-def test_I01_an_exported_pth_loads_strictly_into_the_published_code(tmp_path: Path, changes: dict[str, int]) -> None:
+@pytest.mark.case("I01")
+def test_an_exported_pth_loads_strictly_into_the_published_code(tmp_path: Path, changes: dict[str, int]) -> None:
     config = CONFIG.model_copy(update=changes)
     model = TarFlow(config)
     init_weights(model, 3)
@@ -82,7 +83,8 @@ def test_I01_an_exported_pth_loads_strictly_into_the_published_code(tmp_path: Pa
     assert (tmp_path / "w.pth").stat().st_size < 1.3 * (tmp_path / "theirs.pth").stat().st_size
 
 
-def test_I01_a_mask_that_is_not_causal_is_refused(tmp_path: Path) -> None:
+@pytest.mark.case("I01")
+def test_a_mask_that_is_not_causal_is_refused(tmp_path: Path) -> None:
     for mask in (torch.ones(16, 16), torch.ones(16, 16).triu(), torch.ones(4, 4).tril()):
         torch.save(weights() | {"blocks.1.attn_mask": mask}, tmp_path / "w.pth")
         with pytest.raises(ValueError, match=r"blocks\.1\.attn_mask is not the lower triangle"):
@@ -92,7 +94,8 @@ def test_I01_a_mask_that_is_not_causal_is_refused(tmp_path: Path) -> None:
         read_weights(tmp_path / "w.pth")
 
 
-def test_I01_shapes_that_say_no_model_are_refused(tmp_path: Path) -> None:
+@pytest.mark.case("I01")
+def test_shapes_that_say_no_model_are_refused(tmp_path: Path) -> None:
     narrow = TarFlowConfig(image_size=8, patch_size=2, channels=16, head_channels=8, num_blocks=1, layers_per_block=1)
     torch.save(TarFlow(narrow).state_dict(), tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"w\.pth does not say its model.*model\.channels=16 is not a multiple"):
@@ -111,7 +114,8 @@ KNOWN = Provenance(
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_V05_a_weights_file_says_what_sampling_depends_on(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.case("V05")
+def test_a_weights_file_says_what_sampling_depends_on(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"w{suffix}"
     save_weights_file(path, CONFIG, weights(), KNOWN)
     file = read_weights(path)
@@ -122,7 +126,8 @@ def test_V05_a_weights_file_says_what_sampling_depends_on(tmp_path: Path, suffix
     assert read_weights(path).provenance == Provenance(), "nothing is made up"
 
 
-def test_V05_provenance_that_this_version_does_not_know_is_refused(tmp_path: Path) -> None:
+@pytest.mark.case("V05")
+def test_provenance_that_this_version_does_not_know_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     for text in ('{"noise": "poisson"}', '{"noise_std": -1}', '{"timesteps": 3}', "[]", "{"):

@@ -81,7 +81,8 @@ def test_loss_falls_and_every_weight_moves(tiny_config: Path, whole: dict[str, P
     assert [c.step for c in committed(run)] == [25, 30]  # keep_latest = 2
 
 
-def test_S11_a_trained_model_inverts(tiny_config: Path, whole: dict[str, Path]) -> None:
+@pytest.mark.case("S11")
+def test_a_trained_model_inverts(tiny_config: Path, whole: dict[str, Path]) -> None:
     from tarflow.models.sampling.sequential import sample
     from tarflow.models.weights import load_model
 
@@ -95,7 +96,8 @@ def test_S11_a_trained_model_inverts(tiny_config: Path, whole: dict[str, Path]) 
     assert logdet.abs().min() > 0.1  # trained: not the identity
 
 
-def test_D10_killed_mid_way_and_started_again_equals_the_uninterrupted_run(
+@pytest.mark.case("D10")
+def test_killed_mid_way_and_started_again_equals_the_uninterrupted_run(
     tiny_config: Path, whole: dict[str, Path], tmp_path: Path
 ) -> None:
     expected = uninterrupted(whole, tiny_config)
@@ -129,7 +131,8 @@ def test_D10_killed_mid_way_and_started_again_equals_the_uninterrupted_run(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
-def test_C07_a_signal_saves_at_the_next_step_and_says_so(
+@pytest.mark.case("C07")
+def test_a_signal_saves_at_the_next_step_and_says_so(
     tiny_config: Path, whole: dict[str, Path], tmp_path: Path, number: signal.Signals
 ) -> None:
     run = tmp_path / "run"
@@ -180,7 +183,8 @@ def test_finished_run_started_again_does_nothing_and_a_longer_one_goes_on(tiny_c
         ("ema.relative_stds=[0.05]", "ema.relative_stds: [0.05, 0.1] in the checkpoint, [0.05] now"),
     ],
 )
-def test_K03_structural_changes_are_refused_before_loading(
+@pytest.mark.case("K03")
+def test_structural_changes_are_refused_before_loading(
     tiny_config: Path, whole: dict[str, Path], override: str, message: str
 ) -> None:
     run = uninterrupted(whole, tiny_config)
@@ -193,7 +197,8 @@ def test_K03_structural_changes_are_refused_before_loading(
     assert load_config(run / "config.yaml").model.channels == 64
 
 
-def test_K03_another_data_set_is_refused_unless_accepted(tiny_config: Path, tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.case("K03")
+def test_another_data_set_is_refused_unless_accepted(tiny_config: Path, tiny_data: Path, tmp_path: Path) -> None:
     import numpy as np
 
     from tarflow.data_pipeline.prepare.sources import open_source
@@ -212,7 +217,8 @@ def test_K03_another_data_set_is_refused_unless_accepted(tiny_config: Path, tiny
     assert "changed: the data set" in accepted.stdout
 
 
-def test_T15_a_checkpoint_that_does_not_load_stops_the_run_instead_of_starting_over(
+@pytest.mark.case("T15")
+def test_a_checkpoint_that_does_not_load_stops_the_run_instead_of_starting_over(
     tiny_config: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

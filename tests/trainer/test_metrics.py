@@ -38,7 +38,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 @pytest.mark.parametrize("width", [80, 100, 200])
-def test_N13_a_progress_bar_of_any_width_has_its_bar_and_its_figures(terminal, width: int) -> None:
+@pytest.mark.case("N13")
+def test_a_progress_bar_of_any_width_has_its_bar_and_its_figures(terminal, width: int) -> None:
     log = terminal(width)
     log.figures(123456, TOTAL // 2, TOTAL, ROW)
     shown = Console(width=width, color_system=None, file=io.StringIO())
@@ -51,7 +52,8 @@ def test_N13_a_progress_bar_of_any_width_has_its_bar_and_its_figures(terminal, w
     assert ("loss -0.1234 | grad 12.34 | lr 1.00e-04" in line) == (width == 200)
 
 
-def test_N13_a_line_begins_with_what_one_looks_for_first(tmp_path: Path, capsys) -> None:
+@pytest.mark.case("N13")
+def test_a_line_begins_with_what_one_looks_for_first(tmp_path: Path, capsys) -> None:
     log = MetricLog(tmp_path, False, TOTAL)
     log.figures(123456, TOTAL // 2, TOTAL, ROW)
     log.close()
@@ -61,7 +63,8 @@ def test_N13_a_line_begins_with_what_one_looks_for_first(tmp_path: Path, capsys)
     assert (tmp_path / "log.txt").read_text().rstrip().endswith(line)
 
 
-def test_N13_what_is_only_recorded_is_not_on_the_screen(tmp_path: Path, capsys) -> None:
+@pytest.mark.case("N13")
+def test_what_is_only_recorded_is_not_on_the_screen(tmp_path: Path, capsys) -> None:
     log = MetricLog(tmp_path, False, TOTAL)
     log.record("the configuration of this start:\ndata:\n  train: x")
     log.say("model: small")
@@ -70,7 +73,8 @@ def test_N13_what_is_only_recorded_is_not_on_the_screen(tmp_path: Path, capsys) 
     assert "the configuration of this start:\ndata:\n  train: x\n" in (tmp_path / "log.txt").read_text()
 
 
-def test_h06_lines_of_figures_are_sealed_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
+@pytest.mark.case("H06")
+def test_lines_of_figures_are_sealed_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
     log = MetricLog(tmp_path, False, TOTAL)
     log.event("start", images_seen=0, step=0)
     for step in (5, 10, 15):

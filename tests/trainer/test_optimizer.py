@@ -31,7 +31,8 @@ def around(level: float, count: int, spread: float = 0.02) -> list[float]:
 
 @pytest.mark.parametrize("level", [1.15, 1.5, 2.0, 3.0])
 @pytest.mark.parametrize("grad_clip", [0.0, 1.0])
-def test_V02b_a_new_level_is_accepted_before_the_run_would_be_ended(level: float, grad_clip: float) -> None:
+@pytest.mark.case("V02b")
+def test_a_new_level_is_accepted_before_the_run_would_be_ended(level: float, grad_clip: float) -> None:
     optimizer = guarded(grad_clip)
     assert not any(feed(optimizer, around(1.0, 150)))
     found = feed(optimizer, around(level, 200))
@@ -40,13 +41,15 @@ def test_V02b_a_new_level_is_accepted_before_the_run_would_be_ended(level: float
     assert feed(optimizer, [40 * level]) == [True]
 
 
-def test_V02b_15_percent_is_no_spike_where_norms_hardly_vary() -> None:
+@pytest.mark.case("V02b")
+def test_15_percent_is_no_spike_where_norms_hardly_vary() -> None:
     for spread in (0.0, 0.001, 0.02):
         optimizer = guarded()
         assert not any(feed(optimizer, around(1.0, 100, spread) + around(1.15, 100, spread)))
 
 
-def test_V02b_one_spike_moves_the_threshold_little_and_each_of_several_is_passed_over() -> None:
+@pytest.mark.case("V02b")
+def test_one_spike_moves_the_threshold_little_and_each_of_several_is_passed_over() -> None:
     optimizer = guarded()
     feed(optimizer, around(1.0, 100))
     before = float(optimizer._highest_ordinary_norm())
@@ -58,7 +61,8 @@ def test_V02b_one_spike_moves_the_threshold_little_and_each_of_several_is_passed
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
-def test_V02b_what_is_not_finite_is_not_remembered(norm: float) -> None:
+@pytest.mark.case("V02b")
+def test_what_is_not_finite_is_not_remembered(norm: float) -> None:
     optimizer = guarded()
     feed(optimizer, around(1.0, 100))
     before = {name: value.clone() for name, value in optimizer.guard_state().items()}
@@ -70,18 +74,21 @@ def test_V02b_what_is_not_finite_is_not_remembered(norm: float) -> None:
     assert feed(optimizer, [1.0]) == [False]
 
 
-def test_V02b_norms_that_are_always_above_the_clip_are_no_spikes_and_those_far_out_are() -> None:
+@pytest.mark.case("V02b")
+def test_norms_that_are_always_above_the_clip_are_no_spikes_and_those_far_out_are() -> None:
     optimizer = guarded(grad_clip=1.0)
     assert not any(feed(optimizer, around(5.0, 100) + around(5.75, 100) + around(15.0, 100)))
     assert feed(optimizer, [1e5]) == [True]
 
 
-def test_V02b_spikes_are_not_looked_for_unless_asked_and_not_before_there_is_a_measure() -> None:
+@pytest.mark.case("V02b")
+def test_spikes_are_not_looked_for_unless_asked_and_not_before_there_is_a_measure() -> None:
     assert not any(feed(guarded(skip_spikes=False), [1.0] * 100 + [1e6]))
     assert not any(feed(guarded(), [1.0] * (WARMUP - 1) + [1e6]))
 
 
-def test_V02b_a_restored_guard_decides_as_the_one_that_was_saved() -> None:
+@pytest.mark.case("V02b")
+def test_a_restored_guard_decides_as_the_one_that_was_saved() -> None:
     optimizer, again = guarded(), guarded()
     feed(optimizer, around(1.0, WINDOW) + [3.0] * 5)
     for name, value in optimizer.guard_state().items():

@@ -13,7 +13,8 @@ from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.schedule import learning_rate
 
 
-def test_T08_rate_is_a_function_of_images_seen_alone() -> None:
+@pytest.mark.case("T08")
+def test_rate_is_a_function_of_images_seen_alone() -> None:
     optim = OptimConfig(lr=1e-3, final_lr=1e-5)
     rate = lambda seen: learning_rate(optim, seen, 100, 1000)  # noqa: E731
     assert rate(50) == pytest.approx(5e-4)
@@ -77,7 +78,8 @@ def test_average_does_not_depend_on_the_batch_size() -> None:
         ({"preset": "imagenet256-8-1280-8-8"}, ["1.29B parameters", " GiB per rank: weights ", " TFLOP per image"]),
     ],
 )  # fmt: skip
-def test_N14_a_plan_counts_in_units_that_fit_and_in_whole_words(model: dict[str, object], parts: list[str]) -> None:
+@pytest.mark.case("N14")
+def test_a_plan_counts_in_units_that_fit_and_in_whole_words(model: dict[str, object], parts: list[str]) -> None:
     from tarflow.trainer.config.files import parse_config
     from tarflow.trainer.plan import describe
 
@@ -88,7 +90,8 @@ def test_N14_a_plan_counts_in_units_that_fit_and_in_whole_words(model: dict[str,
     assert "1 ranks" not in text
 
 
-def test_N14_a_last_step_that_is_not_full_counts() -> None:
+@pytest.mark.case("N14")
+def test_a_last_step_that_is_not_full_counts() -> None:
     from tarflow.trainer.config.files import parse_config
     from tarflow.trainer.plan import describe
 

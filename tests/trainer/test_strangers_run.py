@@ -56,7 +56,8 @@ REFUSED = ["log.txt", "metrics.jsonl", "heartbeats", "checkpoints", "ema", "ema/
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_h07_training_refuses_a_link_where_it_adds_something(trained, run, precious, capfd, name: str) -> None:
+@pytest.mark.case("H07")
+def test_training_refuses_a_link_where_it_adds_something(trained, run, precious, capfd, name: str) -> None:
     planted = run / name
     if name == ".lock":
         from tarflow.trainer.run_dir import LOCK
@@ -71,7 +72,8 @@ def test_h07_training_refuses_a_link_where_it_adds_something(trained, run, preci
     assert "Traceback" not in shown.err + shown.out
 
 
-def test_h07_temporary_names_that_are_known_before_are_no_way_in(trained, run, precious, capfd) -> None:
+@pytest.mark.case("H07")
+def test_temporary_names_that_are_known_before_are_no_way_in(trained, run, precious, capfd) -> None:
     names = [".config.yaml.tmp", ".restarts.json.tmp", ".data.json.tmp", ".run.json.tmp", "heartbeats/rank-0000.tmp",
              "checkpoints/.latest.tmp", "checkpoints/images-000000000032.tmp", "logs"]  # fmt: skip
     for name in names:
@@ -82,7 +84,8 @@ def test_h07_temporary_names_that_are_known_before_are_no_way_in(trained, run, p
     assert not (run / "config.yaml").is_symlink()
 
 
-def test_h07_the_run_directory_itself_may_be_a_link(trained, run, capfd) -> None:
+@pytest.mark.case("H07")
+def test_the_run_directory_itself_may_be_a_link(trained, run, capfd) -> None:
     scratch = run.rename(run.parent / "scratch")
     run.symlink_to(scratch)
     assert go_on(trained, run) == 0, capfd.readouterr().err
@@ -91,7 +94,8 @@ def test_h07_the_run_directory_itself_may_be_a_link(trained, run, capfd) -> None
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "ema"])
-def test_h07_nothing_is_pruned_through_a_link(run, capsys, name: str) -> None:
+@pytest.mark.case("H07")
+def test_nothing_is_pruned_through_a_link(run, capsys, name: str) -> None:
     """Another run's checkpoints, of the same identity: a copy of this one."""
     other = shutil.copytree(run, run.parent / "other")
     shutil.rmtree(run / name)
@@ -125,7 +129,8 @@ READERS = {
 
 
 @pytest.mark.parametrize("verb", READERS)
-def test_h01_the_configuration_in_a_run_directory_has_no_command_run(run, tmp_path, capfd, verb: str) -> None:
+@pytest.mark.case("H01")
+def test_the_configuration_in_a_run_directory_has_no_command_run(run, tmp_path, capfd, verb: str) -> None:
     """`pipe:` in a configuration that a user gives to `train` is meant; in a run directory it came along."""
     mark = tmp_path / "mark"
     for path in [run / "config.yaml", *run.glob("checkpoints/*/config.yaml"), *run.glob("ema/snapshots/*/config.yaml")]:

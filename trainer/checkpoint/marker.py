@@ -167,7 +167,8 @@ def _wrong(file: Path, checksum: int) -> str | None:
 
 def damage(checkpoint: Checkpoint) -> str | None:
     """What is wrong with a checkpoint's files: a checksum, or a tensor whose bytes are in none of them; None if all is
-    well. Reads it all."""
+    well. Reads it all.
+    """
     for name, facts in checkpoint.info["files"].items():
         if problem := _wrong(checkpoint.path / name, facts["crc32"]):
             return problem

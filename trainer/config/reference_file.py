@@ -46,7 +46,8 @@ class _Provenance(Record):
 @dataclass(frozen=True)
 class ReferenceFile:
     """Statistics as they are stored: mean [d] and scatter matrix [d, d] float64, features kept [m, d] float32, hashes of
-    the pixels uint64 [count] or None. `checked`: they agree with a checksum in the file."""
+    the pixels uint64 [count] or None. `checked`: they agree with a checksum in the file.
+    """
 
     provenance: dict[str, str | int]
     count: int
@@ -63,6 +64,7 @@ def read_reference(path: Path, least: int = 2) -> ReferenceFile:
     Raises:
         DamagedFileError: it is no such file, its checksum does not fit, or its arrays are no statistics.
         OSError: it is not there, or cannot be read.
+
     """
     found = read_npz(path, what=WHAT, way_out=WAY_OUT)
     try:

@@ -67,7 +67,8 @@ def forget_after(run_dir: Path, images_seen: int) -> list[str]:
 
 def sources(run_dir: Path, say: Callable[[str], None] = lambda _: None) -> list[ckpt.Checkpoint]:
     """Everything that holds averages, by images seen ascending: snapshots, and checkpoints at other moments. `say` is told
-    what is damaged and so left out."""
+    what is damaged and so left out.
+    """
     moments: dict[int, ckpt.Checkpoint] = {}
     for home in (run_dir, check(run_dir)):
         if home == run_dir or is_run(home):

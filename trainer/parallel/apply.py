@@ -63,8 +63,9 @@ def units(layers: list[nn.Module], size: int) -> list[list[nn.Module]]:
 
 
 def own_compiler_cache() -> None:
-    """torch runs what lies in its cache of compiled code, which it keeps in the system's temporary folder, under a name
-    that whoever comes first can take."""
+    """Torch runs what lies in its cache of compiled code, which it keeps in the system's temporary folder, under a name
+    that whoever comes first can take.
+    """
     if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         folder = Path(tempfile.gettempdir(), f"tarflow-compiled-{os.geteuid()}")
         way_out = "set TORCHINDUCTOR_CACHE_DIR to a folder of your own"

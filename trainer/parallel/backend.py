@@ -50,7 +50,8 @@ class Backend(Protocol):
 
     def state(self) -> dict[str, Tensor]:
         """Saved form of everything but averages: "model/NAME", "optim/exp_avg/NAME", "optim/exp_avg_sq/NAME",
-        "optim/step", "buffer/var", "guard/...". Fill these tensors and pass them to `load` to restore."""
+        "optim/step", "buffer/var", "guard/...". Fill these tensors and pass them to `load` to restore.
+        """
         ...
 
     def load(self, state: dict[str, Tensor]) -> None:

@@ -68,7 +68,8 @@ class Saver:
 
     def overdue(self) -> bool:
         """Whether checkpoint.every_minutes have passed since the last save by this rank's clock, or a save was put off
-        amid steps that were passed over, and as far as this rank knows they are over."""
+        amid steps that were passed over, and as far as this rank knows they are over.
+        """
         minutes = self.config.checkpoint.every_minutes
         if self._postponed and self._streak_over:
             return True

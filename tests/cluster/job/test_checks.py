@@ -35,7 +35,8 @@ os._exit(0)
 """
 
 
-def test_C06_two_jobs_on_a_node_meet_apart_although_their_ids_end_alike(tmp_path: Path) -> None:
+@pytest.mark.case("C06")
+def test_two_jobs_on_a_node_meet_apart_although_their_ids_end_alike(tmp_path: Path) -> None:
     """Job ids 1500 and 2500 (equal modulo 1000), and a second array element: three worlds at once."""
     jobs = {"1500-0": 1.0, "2500-0": 10.0, "1500_1-0": 100.0}
     processes = {}
@@ -55,7 +56,8 @@ def test_C06_two_jobs_on_a_node_meet_apart_although_their_ids_end_alike(tmp_path
     assert len({pair[0][1] for pair in said.values()}) == 3
 
 
-def test_C06_a_busy_port_set_by_hand_is_an_error_at_once_that_names_it(tmp_path: Path) -> None:
+@pytest.mark.case("C06")
+def test_a_busy_port_set_by_hand_is_an_error_at_once_that_names_it(tmp_path: Path) -> None:
     with socket.socket() as busy:
         busy.bind(("0.0.0.0", 0))
         busy.listen()

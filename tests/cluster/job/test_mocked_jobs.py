@@ -34,7 +34,8 @@ def impatient(run: Path) -> None:
     code.write_text(code.read_text().replace("PATIENCE_S = 20.0", "PATIENCE_S = 1.0"))
 
 
-def test_C02_one_requeue_of_the_array_element_from_rank_0_after_the_save(submitted, fake, fake_slurm) -> None:
+@pytest.mark.case("C02")
+def test_one_requeue_of_the_array_element_from_rank_0_after_the_save(submitted, fake, fake_slurm) -> None:
     run = submitted("--nodes", 2, "--array", "seed=1,2,3,4") / "seed-4"
     saved = run / "checkpoints" / "step-00000010" / "COMMITTED"
     fake_slurm.command("scontrol", f'[ "$1" != requeue ] || {{ [ -e "{saved}" ] && touch "{run}/saved-before"; }}')
@@ -60,7 +61,8 @@ def test_C02_one_requeue_of_the_array_element_from_rank_0_after_the_save(submitt
     ],
     ids=["missing", "failing", "hanging"],
 )
-def test_C02_a_requeue_that_fails_leaves_the_save_and_says_how_to_go_on(
+@pytest.mark.case("C02")
+def test_a_requeue_that_fails_leaves_the_save_and_says_how_to_go_on(
     submitted, fake, fake_slurm, script, why, monkeypatch
 ) -> None:
     run = submitted()
@@ -92,7 +94,8 @@ def test_C02_a_requeue_that_fails_leaves_the_save_and_says_how_to_go_on(
     assert (run / "checkpoints" / "step-00000010" / "COMMITTED").exists()
 
 
-def test_C07_a_signal_to_one_task_alone_ends_in_one_save_of_all_ranks_and_one_requeue(
+@pytest.mark.case("C07")
+def test_a_signal_to_one_task_alone_ends_in_one_save_of_all_ranks_and_one_requeue(
     fake, fake_slurm, verb, config_file, plain, tmp_path
 ) -> None:
     """With real training in two ranks: the second alone hears of it, also twice."""
@@ -112,7 +115,8 @@ def test_C07_a_signal_to_one_task_alone_ends_in_one_save_of_all_ranks_and_one_re
     assert fake.chain(run)["ended"] is None
 
 
-def test_C07_a_signal_before_the_training_is_started_is_not_lost(submitted, fake, fake_slurm) -> None:
+@pytest.mark.case("C07")
+def test_a_signal_before_the_training_is_started_is_not_lost(submitted, fake, fake_slurm) -> None:
     """Here while the job waits for an old writer of the run to die."""
     run = submitted()
     with open(run / ".lock", "a+") as lock:
@@ -126,14 +130,16 @@ def test_C07_a_signal_before_the_training_is_started_is_not_lost(submitted, fake
     assert fake_slurm.requeues() == ["requeue 107"]
 
 
-def test_C07_the_script_has_slurm_signal_the_steps_and_not_only_the_shell(submitted, fake_slurm) -> None:
+@pytest.mark.case("C07")
+def test_the_script_has_slurm_signal_the_steps_and_not_only_the_shell(submitted, fake_slurm) -> None:
     submitted(profile="signal_before: 77\n")
     lines = fake_slurm.script.read_text().splitlines()
     assert "#SBATCH --signal=USR2@77" in lines, "with B: before it only the shell would hear of it"
     assert "#SBATCH --requeue" in lines
 
 
-def test_C10_a_requeued_job_and_a_resubmitted_one_return_to_the_same_directory(submitted, fake, fake_slurm) -> None:
+@pytest.mark.case("C10")
+def test_a_requeued_job_and_a_resubmitted_one_return_to_the_same_directory(submitted, fake, fake_slurm) -> None:
     run = submitted()
     fake_slurm.run(restart=0, STUB="fail,finish")
     assert fake_slurm.run(restart=1, STUB="fail,finish") == 0
@@ -146,7 +152,8 @@ def test_C10_a_requeued_job_and_a_resubmitted_one_return_to_the_same_directory(s
     assert (run / "run.json").read_text() == identity
 
 
-def test_C10_elements_of_a_sweep_have_directories_of_their_own(submitted, fake, fake_slurm) -> None:
+@pytest.mark.case("C10")
+def test_elements_of_a_sweep_have_directories_of_their_own(submitted, fake, fake_slurm) -> None:
     sweep = submitted("--array", "seed=1,2,3,4")
     jobs = [fake_slurm.start(element=i, STUB="finish") for i in range(4)]
     assert [job.wait(60) for job in jobs] == [0] * 4
@@ -158,7 +165,8 @@ def test_C10_elements_of_a_sweep_have_directories_of_their_own(submitted, fake, 
         )
 
 
-def test_C11_a_failing_rank_takes_the_others_with_it_and_is_named_last(submitted, fake, fake_slurm) -> None:
+@pytest.mark.case("C11")
+def test_a_failing_rank_takes_the_others_with_it_and_is_named_last(submitted, fake, fake_slurm) -> None:
     run = submitted("--nodes", 2, profile="max_no_progress: 0\n")
     impatient(run)
     began = time.monotonic()
@@ -171,7 +179,8 @@ def test_C11_a_failing_rank_takes_the_others_with_it_and_is_named_last(submitted
         assert not Path(f"/proc/{pid}").exists()
 
 
-def test_C11_a_finished_rank_0_does_not_leave_the_job_to_a_rank_that_hangs(submitted, fake, fake_slurm) -> None:
+@pytest.mark.case("C11")
+def test_a_finished_rank_0_does_not_leave_the_job_to_a_rank_that_hangs(submitted, fake, fake_slurm) -> None:
     run = submitted("--nodes", 2)
     impatient(run)
     assert fake_slurm.run(tasks=2, STUB="finish", STUB_1="deaf") == 0
@@ -180,7 +189,7 @@ def test_C11_a_finished_rank_0_does_not_leave_the_job_to_a_rank_that_hangs(submi
 
 
 def test_kill_on_bad_exit_is_asked_of_srun_for_whatever_happens_outside_of_us(submitted, fake_slurm) -> None:
-    """submitit's default leaves the other ranks running until the time limit."""
+    """Submitit's default leaves the other ranks running until the time limit."""
     submitted("--nodes", 2)
     assert "--kill-on-bad-exit=1" in fake_slurm.script.read_text()
 

@@ -15,7 +15,8 @@ THREE_DAYS = 4320
 
 
 @pytest.mark.parametrize("text", ["4320", '"4320"', "72:00:00", '"72:00:00"', "3-00:00:00", "3-00", "3-00:00"])
-def test_C01_three_days_in_every_form_reach_sbatch_as_minutes(
+@pytest.mark.case("C01")
+def test_three_days_in_every_form_reach_sbatch_as_minutes(
     text: str, fake_slurm, verb, config_file, tmp_path: Path
 ) -> None:
     profile = tmp_path / "profile.yaml"
@@ -27,7 +28,8 @@ def test_C01_three_days_in_every_form_reach_sbatch_as_minutes(
 @pytest.mark.parametrize(
     ("text", "expected"), [("90", 90), ("1:30:00", 90), ("2-00:00:00", 2880), ("90:00", 90), ("0:01", 1)]
 )
-def test_C01_times_of_the_command_line(text: str, expected: int) -> None:
+@pytest.mark.case("C01")
+def test_times_of_the_command_line(text: str, expected: int) -> None:
     assert minutes(text) == expected
     assert load_profile(None, {"time": text}).time == expected
 
@@ -36,7 +38,8 @@ def test_C01_times_of_the_command_line(text: str, expected: int) -> None:
     "text",
     ["0", "0:00", "-5", "3600.0", "1e3", "soon", "", "1:99:00", "1-25:00:00", "259200", "1:2:3:4", "90 min", "99-00"],
 )
-def test_C01_nonsense_is_refused_at_submission(text: str, tmp_path: Path) -> None:
+@pytest.mark.case("C01")
+def test_nonsense_is_refused_at_submission(text: str, tmp_path: Path) -> None:
     """259200 is what YAML makes of an unquoted 72:00:00: as minutes it would be half a year."""
     with pytest.raises(ClusterError, match="time"):
         load_profile(None, {"time": text})
@@ -56,7 +59,8 @@ def test_C01_nonsense_is_refused_at_submission(text: str, tmp_path: Path) -> Non
         ("node[08-11]", ["node08", "node09", "node10", "node11"]),
     ],
 )
-def test_C03_host_lists(text: str, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.case("C03")
+def test_host_lists(text: str, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")  # no scontrol is needed
     assert expand(text) == names
 
@@ -64,22 +68,23 @@ def test_C03_host_lists(text: str, names: list[str], monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "text", ["", "  ", "node[3-1", "node3]", "node[a-b]", "node[[1]]", "a,,b", "node[3-1]", "node[]"]
 )
-def test_C03_malformed_lists_are_quoted(text: str) -> None:
+@pytest.mark.case("C03")
+def test_malformed_lists_are_quoted(text: str) -> None:
     with pytest.raises(ClusterError, match="SLURM_JOB_NODELIST") as caught:
         expand(text)
     assert text.strip() in str(caught.value)
 
 
-def test_C03_the_first_host_is_the_meeting_point_by_the_address_slurm_knows(fake_slurm) -> None:
+@pytest.mark.case("C03")
+def test_the_first_host_is_the_meeting_point_by_the_address_slurm_knows(fake_slurm) -> None:
     fake_slurm.command("scontrol", 'echo "NodeName=node001 NodeAddr=127.0.0.7 NodeHostName=x"')
     assert address(expand("node[001-003]")[0]) == "127.0.0.7"
     assert fake_slurm.calls("scontrol") == ["show node node001 -o"]
 
 
 @pytest.mark.parametrize("script", ["exit 1", "echo nothing of use"])
-def test_C03_without_an_answer_the_name_itself_is_used_and_one_that_resolves_nowhere_is_named(
-    fake_slurm, script
-) -> None:
+@pytest.mark.case("C03")
+def test_without_an_answer_the_name_itself_is_used_and_one_that_resolves_nowhere_is_named(fake_slurm, script) -> None:
     fake_slurm.command("scontrol", script)
     assert address("localhost").startswith("127.")
     with pytest.raises(ClusterError, match=r"no-such-host\.invalid.*MASTER_ADDR"):
@@ -118,7 +123,8 @@ def network(monkeypatch: pytest.MonkeyPatch, fake_slurm):
     return make  # fmt: skip
 
 
-def test_F14_a_first_node_whose_own_name_is_a_loopback_is_met_where_it_talks_to_the_others_from(network) -> None:
+@pytest.mark.case("F14")
+def test_a_first_node_whose_own_name_is_a_loopback_is_met_where_it_talks_to_the_others_from(network) -> None:
     network({"node1": "127.0.1.1", "node2": "10.0.0.2"}, routed="10.0.0.1")
     assert address("node1", ["node2"]) == "10.0.0.1"
     assert address("node1") == "127.0.1.1", "alone there is nobody else to reach it"
@@ -127,7 +133,8 @@ def test_F14_a_first_node_whose_own_name_is_a_loopback_is_met_where_it_talks_to_
 
 
 @pytest.mark.parametrize("table", [{"node2": "127.0.1.1"}, {}, {"node2": "127.0.0.1", "node3": "127.0.0.1"}])
-def test_F14_without_a_way_to_the_others_it_stops_and_names_what_to_set(network, table) -> None:
+@pytest.mark.case("F14")
+def test_without_a_way_to_the_others_it_stops_and_names_what_to_set(network, table) -> None:
     network({"node1": "127.0.1.1", **table}, routed="127.0.0.1")
     with pytest.raises(ClusterError) as caught:
         address("node1", ["node2", "node3"])
@@ -143,14 +150,16 @@ def test_F14_without_a_way_to_the_others_it_stops_and_names_what_to_set(network,
         assert named in str(caught.value)
 
 
-def test_F14_nodes_that_slurm_itself_places_on_one_machine_meet_there(network, fake_slurm) -> None:
+@pytest.mark.case("F14")
+def test_nodes_that_slurm_itself_places_on_one_machine_meet_there(network, fake_slurm) -> None:
     network({"node1": "127.0.0.1"}, routed="127.0.0.1")
     fake_slurm.command("scontrol", 'echo "NodeName=$3 NodeAddr=127.0.0.1"')
     assert address("node1", ["node2"]) == "127.0.0.1"
     assert gloo_interface("node1", ["node2"]) is None
 
 
-def test_F14_gloo_is_told_the_interface_where_it_would_listen_on_a_loopback(network, monkeypatch) -> None:
+@pytest.mark.case("F14")
+def test_gloo_is_told_the_interface_where_it_would_listen_on_a_loopback(network, monkeypatch) -> None:
     monkeypatch.setattr(hosts, "interface_of", {"10.0.0.1": "ib0"}.get)
     network({"node1": "127.0.1.1", "node2": "10.0.0.2"}, routed="10.0.0.1")
     assert gloo_interface("node1", ["node2"]) == "ib0"
@@ -161,14 +170,16 @@ def test_F14_gloo_is_told_the_interface_where_it_would_listen_on_a_loopback(netw
     assert gloo_interface("node1", ["node2"]) is None
 
 
-def test_F14_the_systems_own_answers() -> None:
+@pytest.mark.case("F14")
+def test_the_systems_own_answers() -> None:
     assert hosts.interface_of("127.0.0.1") == "lo"
     assert hosts.interface_of("203.0.113.9") is None
     assert hosts.route_to_any(["localhost"]) is None
     assert [hosts.is_loopback(a) for a in ("127.0.1.1", "::1", "10.0.0.1", "localhost")] == [True, True, False, False]
 
 
-def test_F14_two_nodes_without_a_way_to_each_other_stop_at_once(
+@pytest.mark.case("F14")
+def test_two_nodes_without_a_way_to_each_other_stop_at_once(
     fake, fake_slurm, verb, config_file, plain, tmp_path
 ) -> None:
     run = tmp_path / "run"
@@ -209,12 +220,14 @@ TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "h
     ],
     ids=["step over job", "only NPROCS", "uneven nodes", "torchrun in a job", "torchrun", "nothing"],
 )  # fmt: skip
-def test_C04_which_task_this_is(env, rank, size, local) -> None:
+@pytest.mark.case("C04")
+def test_which_task_this_is(env, rank, size, local) -> None:
     place = find_place(env)
     assert (place.rank, place.size, (place.local_rank, place.local_size)) == (rank, size, local)
 
 
-def test_C04_plain_python_in_an_allocation_is_alone_with_a_note() -> None:
+@pytest.mark.case("C04")
+def test_plain_python_in_an_allocation_is_alone_with_a_note() -> None:
     place = find_place({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"})
     assert (place.rank, place.size) == (0, 1)
     assert "allocation 7 of 4 task(s) but not started by srun" in place.note
@@ -237,14 +250,16 @@ def test_C04_plain_python_in_an_allocation_is_alone_with_a_note() -> None:
         ({**TORCHRUN, "RANK": "one"}, ["RANK='one'"]),
     ],
 )
-def test_C04_contradictions_are_refused_with_the_values(env, named) -> None:
+@pytest.mark.case("C04")
+def test_contradictions_are_refused_with_the_values(env, named) -> None:
     with pytest.raises(ClusterError) as caught:
         find_place(env)
     for text in named:
         assert text in str(caught.value)
 
 
-def test_C02_an_element_of_an_array_is_named_by_both_numbers() -> None:
+@pytest.mark.case("C02")
+def test_an_element_of_an_array_is_named_by_both_numbers() -> None:
     assert job_id({"SLURM_JOB_ID": "107", "SLURM_ARRAY_JOB_ID": "100", "SLURM_ARRAY_TASK_ID": "3"}) == "100_3"
     assert job_id({"SLURM_JOB_ID": "107"}) == "107"
 

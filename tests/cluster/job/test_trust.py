@@ -64,9 +64,8 @@ def job(run_dir: Path, **changes: object) -> Job:
     return Job.model_validate(facts | changes)
 
 
-def test_h01_no_file_of_a_strangers_run_runs_code(
-    submitted, fake, fake_slurm, verb, config_file, plain, tmp_path
-) -> None:
+@pytest.mark.case("H01")
+def test_no_file_of_a_strangers_run_runs_code(submitted, fake, fake_slurm, verb, config_file, plain, tmp_path) -> None:
     """Pickles where submitit had them, a snapshot under the very name of ours, its compiled files, links."""
     mark = tmp_path / "mark"
     run = submitted()
@@ -93,9 +92,8 @@ def test_h01_no_file_of_a_strangers_run_runs_code(
     assert not mark.exists()
 
 
-def test_h01_compiled_files_that_came_with_a_snapshot_are_not_used(
-    submitted, verb, config_file, plain, tmp_path
-) -> None:
+@pytest.mark.case("H01")
+def test_compiled_files_that_came_with_a_snapshot_are_not_used(submitted, verb, config_file, plain, tmp_path) -> None:
     run = tmp_path / "run"
     for _ in range(2):
         assert verb("submit", config_file, "--run", run, "--profile", plain) == 0
@@ -109,7 +107,8 @@ def test_h01_compiled_files_that_came_with_a_snapshot_are_not_used(
     assert len(list((run / "slurm").glob("code-*"))) == 2, "another copy, and the old one stays for who runs it"
 
 
-def test_h01_a_job_does_what_was_submitted_or_nothing(tmp_path: Path) -> None:
+@pytest.mark.case("H01")
+def test_a_job_does_what_was_submitted_or_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
     path = run / "slurm" / "jobs" / "job-x.json"
     digest = save_description(path, (job(run), job(run, arguments=("other",))))
@@ -133,7 +132,8 @@ def test_h01_a_job_does_what_was_submitted_or_nothing(tmp_path: Path) -> None:
         load_job(elsewhere, digest, {})
 
 
-def test_h01_a_changed_description_ends_the_job_without_a_start(submitted, fake, fake_slurm) -> None:
+@pytest.mark.case("H01")
+def test_a_changed_description_ends_the_job_without_a_start(submitted, fake, fake_slurm) -> None:
     run = submitted()
     (path,) = (run / "slurm" / "jobs").glob("job-*.json")
     path.write_text(path.read_text().replace('"preflight": "off"', '"preflight": "full"'))
@@ -144,7 +144,8 @@ def test_h01_a_changed_description_ends_the_job_without_a_start(submitted, fake,
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "list", "other job", "other submission", "directory"])
-def test_h06_a_chain_that_cannot_be_believed_ends_the_job_and_stays(submitted, fake, fake_slurm, damage: str) -> None:
+@pytest.mark.case("H06")
+def test_a_chain_that_cannot_be_believed_ends_the_job_and_stays(submitted, fake, fake_slurm, damage: str) -> None:
     run = submitted()
     assert fake_slurm.run(STUB="fail,finish") == 75
     path = run / "slurm" / "chain-107.json"
@@ -176,7 +177,8 @@ def test_h06_a_chain_that_cannot_be_believed_ends_the_job_and_stays(submitted, f
 
 
 @pytest.mark.parametrize("damage", ["other run", "flipped", "gone"])
-def test_h02_a_directory_that_holds_no_longer_the_run_ends_the_job(submitted, fake, fake_slurm, damage: str) -> None:
+@pytest.mark.case("H02")
+def test_a_directory_that_holds_no_longer_the_run_ends_the_job(submitted, fake, fake_slurm, damage: str) -> None:
     from tarflow.trainer.run_dir import create_run
 
     run = submitted()
@@ -200,7 +202,8 @@ def test_h02_a_directory_that_holds_no_longer_the_run_ends_the_job(submitted, fa
     assert "Traceback" not in fake.said(run)
 
 
-def test_h06_a_chain_that_is_damaged_meanwhile_is_no_lost_job(submitted, fake, fake_slurm) -> None:
+@pytest.mark.case("H06")
+def test_a_chain_that_is_damaged_meanwhile_is_no_lost_job(submitted, fake, fake_slurm) -> None:
     run = submitted()
     running = fake_slurm.start(STUB="wait")
     fake.until("the training", lambda: fake.stub_calls(run))
@@ -213,7 +216,8 @@ def test_h06_a_chain_that_is_damaged_meanwhile_is_no_lost_job(submitted, fake, f
     assert "written anew" in fake.said(run)
 
 
-def test_h06_every_small_file_of_a_job_is_believed_whole_or_not_at_all(tmp_path: Path) -> None:
+@pytest.mark.case("H06")
+def test_every_small_file_of_a_job_is_believed_whole_or_not_at_all(tmp_path: Path) -> None:
     start, end = (
         {"restart": 1, "step": 40, "nodes": "n[1-2]", "time": 1.5},
         {"code": 76, "text": "no progress", "time": 2.0},
@@ -245,7 +249,8 @@ def test_h06_every_small_file_of_a_job_is_believed_whole_or_not_at_all(tmp_path:
         (JobLine, {"ranks_per_task": 0}), (JobLine, {"time": 1e300}), (JobLine, {"job": "107\n"}),
     ],
 )  # fmt: skip
-def test_h06_bounds_of_what_is_used_further(kind, changes: dict[str, object]) -> None:
+@pytest.mark.case("H06")
+def test_bounds_of_what_is_used_further(kind, changes: dict[str, object]) -> None:
     sound = {
         MeetingFile: {"host": "n1", "check_port": 1, "port": 1}, Here: {"rank": 0, "node": "n", "time": 0.0},
         FailureNote: {"code": 1}, JobLine: {"job": "7_1", "kind": "train"},
@@ -255,7 +260,8 @@ def test_h06_bounds_of_what_is_used_further(kind, changes: dict[str, object]) ->
         kind.model_validate(sound[kind] | changes)
 
 
-def test_h06_a_note_of_a_failure_counts_whatever_is_left_of_it(tmp_path: Path) -> None:
+@pytest.mark.case("H06")
+def test_a_note_of_a_failure_counts_whatever_is_left_of_it(tmp_path: Path) -> None:
     path = tmp_path / "failed-1.json"
     path.write_bytes(b'{"code": 13')
     assert _noted(path).code == 1
@@ -272,7 +278,8 @@ def test_a_note_of_a_cancellation_is_for_one_submission(tmp_path: Path) -> None:
     assert is_cancelled(tmp_path, "107", SUBMISSION)
 
 
-def test_h05_a_line_that_cannot_be_believed_is_left_out_and_said(tmp_path: Path) -> None:
+@pytest.mark.case("H05")
+def test_a_line_that_cannot_be_believed_is_left_out_and_said(tmp_path: Path) -> None:
     path = tmp_path / "slurm" / "jobs.jsonl"
     path.parent.mkdir()
     assert submissions(tmp_path).checked().entries == []
@@ -310,7 +317,8 @@ def test_h05_a_line_that_cannot_be_believed_is_left_out_and_said(tmp_path: Path)
         submissions(tmp_path).checked()
 
 
-def test_h05_jobs_of_another_run_are_not_this_runs(tmp_path: Path) -> None:
+@pytest.mark.case("H05")
+def test_jobs_of_another_run_are_not_this_runs(tmp_path: Path) -> None:
     from tarflow.trainer.run_dir import create_run, run_id
 
     create_run(tmp_path)
@@ -324,9 +332,8 @@ def test_h05_jobs_of_another_run_are_not_this_runs(tmp_path: Path) -> None:
         submissions(tmp_path).checked()
 
 
-def test_h05_a_submission_is_refused_while_a_job_may_be_unknown(
-    submitted, fake_slurm, verb, config_file, plain
-) -> None:
+@pytest.mark.case("H05")
+def test_a_submission_is_refused_while_a_job_may_be_unknown(submitted, fake_slurm, verb, config_file, plain) -> None:
     run = submitted()
     path = run / "slurm" / "jobs.jsonl"
     path.write_bytes(path.read_bytes().replace(b'"job": "107"', b'"job": "187"'))

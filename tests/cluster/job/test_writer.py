@@ -73,19 +73,22 @@ def wait(run: Path, patience_s: float = 20.0) -> list[str]:
 
 @pytest.mark.parametrize("job", ["107", ""])
 @pytest.mark.parametrize("lock", [True, False], ids=["locked", "a file system without locks between nodes"])
-def test_V12_a_living_writer_ends_the_wait_at_once(run: Path, job: str, lock: bool) -> None:
+@pytest.mark.case("V12")
+def test_a_living_writer_ends_the_wait_at_once(run: Path, job: str, lock: bool) -> None:
     named = r"host node9, pid 4711, Slurm job 107\)" if job else r"host node9, pid 4711\)"
     held = locked(run, job) if lock else nullcontext()
     with beating(run, job), held, pytest.raises(RunInUseError, match=named):
         wait(run)
 
 
-def test_V12_fresh_heartbeats_of_a_dead_process_cost_a_moment_only(run: Path) -> None:
+@pytest.mark.case("V12")
+def test_fresh_heartbeats_of_a_dead_process_cost_a_moment_only(run: Path) -> None:
     beat(run, "107")
     assert wait(run) == ["waiting for the process that still holds the run (host node9, pid 4711, Slurm job 107)"]
 
 
-def test_V12_heartbeats_of_this_very_job_and_old_ones_cost_nothing(run: Path) -> None:
+@pytest.mark.case("V12")
+def test_heartbeats_of_this_very_job_and_old_ones_cost_nothing(run: Path) -> None:
     assert wait(run) == []
     beat(run, "108")
     assert wait(run) == [], "an earlier start, which has let go of the lock"
@@ -96,7 +99,8 @@ def test_V12_heartbeats_of_this_very_job_and_old_ones_cost_nothing(run: Path) ->
     assert wait(run) == [], "killed on this machine"
 
 
-def test_V12_an_earlier_start_of_the_same_job_is_waited_for(run: Path) -> None:
+@pytest.mark.case("V12")
+def test_an_earlier_start_of_the_same_job_is_waited_for(run: Path) -> None:
     with locked(run, "108"), beating(run, "108"):
         with pytest.raises(ClusterError, match=r"still in use by an earlier start after 1 s .*job 108") as caught:
             wait(run, patience_s=1)
@@ -104,13 +108,15 @@ def test_V12_an_earlier_start_of_the_same_job_is_waited_for(run: Path) -> None:
     assert wait(run) == []
 
 
-def test_V12_a_lock_whose_holder_shows_no_life_is_waited_for_and_then_left(run: Path) -> None:
+@pytest.mark.case("V12")
+def test_a_lock_whose_holder_shows_no_life_is_waited_for_and_then_left(run: Path) -> None:
     """The file server keeps the lock of a lost node for a while."""
     with locked(run, "107"), pytest.raises(RunInUseError, match="Slurm job 107"):
         wait(run, patience_s=0.5)
 
 
-def test_V12_only_a_living_holder_stands_in_the_way_of_a_requeue(run: Path) -> None:
+@pytest.mark.case("V12")
+def test_only_a_living_holder_stands_in_the_way_of_a_requeue(run: Path) -> None:
     with locked(run, "107"):
         assert other_writer(run, "108") is None
         beat(run, "107")
@@ -134,7 +140,8 @@ def trained(verb, config_file, plain, tmp_path, fake, fake_slurm) -> Iterator[Pa
     process.wait()
 
 
-def test_V12_a_job_that_finds_a_living_writer_ends_without_a_requeue(trained: Path, fake, fake_slurm, verb) -> None:
+@pytest.mark.case("V12")
+def test_a_job_that_finds_a_living_writer_ends_without_a_requeue(trained: Path, fake, fake_slurm, verb) -> None:
     assert fake_slurm.run() == 80
     last = fake.said(trained).splitlines()[-1]
     assert f"run {trained} is being trained by another process (host {os.uname().nodename}, pid " in last
@@ -147,7 +154,8 @@ def test_V12_a_job_that_finds_a_living_writer_ends_without_a_requeue(trained: Pa
     assert (row.state, row.jobs) == ("running", "107 stopped")
 
 
-def test_V12_a_training_by_hand_names_the_job_that_holds_the_run(trained: Path, config_file) -> None:
+@pytest.mark.case("V12")
+def test_a_training_by_hand_names_the_job_that_holds_the_run(trained: Path, config_file) -> None:
     from tarflow.trainer.errors import TrainerError
     from tarflow.trainer.run_dir import writer_lock
 
@@ -156,7 +164,8 @@ def test_V12_a_training_by_hand_names_the_job_that_holds_the_run(trained: Path, 
         pass
 
 
-def test_V12_the_evaluation_follows_the_run_through_all_its_jobs(run: Path) -> None:
+@pytest.mark.case("V12")
+def test_the_evaluation_follows_the_run_through_all_its_jobs(run: Path) -> None:
     """Job 108 is queued behind 107; 109 found the run in use and left it to those before."""
     folder = run / "slurm"
     folder.mkdir()

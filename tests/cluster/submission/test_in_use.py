@@ -22,7 +22,8 @@ def submitted(fake_slurm, verb, config_file, tmp_path: Path) -> Path:
     return run
 
 
-def test_V12_a_run_in_the_queue_is_refused_naming_the_job(submitted: Path, fake_slurm, verb, config_file) -> None:
+@pytest.mark.case("V12")
+def test_a_run_in_the_queue_is_refused_naming_the_job(submitted: Path, fake_slurm, verb, config_file) -> None:
     before = sorted(submitted.rglob("*"))
     with pytest.raises(ClusterError) as caught:
         verb("submit", config_file, "--run", submitted)
@@ -36,15 +37,15 @@ def test_V12_a_run_in_the_queue_is_refused_naming_the_job(submitted: Path, fake_
 
 
 @pytest.mark.parametrize("state", ["PENDING", "COMPLETING", "REQUEUED", "SUSPENDED"])
-def test_V12_whatever_is_in_the_queue_lives(submitted: Path, fake_slurm, verb, config_file, state: str) -> None:
+@pytest.mark.case("V12")
+def test_whatever_is_in_the_queue_lives(submitted: Path, fake_slurm, verb, config_file, state: str) -> None:
     fake_slurm.command("squeue", f'echo "107|{state}|None|"')
     with pytest.raises(ClusterError, match=rf"train job 107 \({state}, "):
         verb("submit", config_file, "--run", submitted)
 
 
-def test_V12_a_job_can_be_queued_behind_all_that_are_there(
-    submitted: Path, fake_slurm, verb, config_file, capsys
-) -> None:
+@pytest.mark.case("V12")
+def test_a_job_can_be_queued_behind_all_that_are_there(submitted: Path, fake_slurm, verb, config_file, capsys) -> None:
     assert verb("submit", config_file, "--run", submitted, "--after-running") == 0
     assert "#SBATCH --dependency=afterany:107\n" in fake_slurm.script.read_text()
     assert "it waits for job 107 to end" in capsys.readouterr().out
@@ -57,7 +58,8 @@ def test_V12_a_job_can_be_queued_behind_all_that_are_there(
     assert (row.state, row.jobs) == ("starting", "107 RUNNING, 108 PENDING"), "the table knows all jobs of the run"
 
 
-def test_V12_what_has_left_the_queue_is_no_hindrance(submitted: Path, fake_slurm, verb, config_file, capsys) -> None:
+@pytest.mark.case("V12")
+def test_what_has_left_the_queue_is_no_hindrance(submitted: Path, fake_slurm, verb, config_file, capsys) -> None:
     """Also where accounting is off and knows nothing. There is nothing to wait for, then."""
     fake_slurm.command("squeue", 'echo "999|RUNNING|None|n1"')
     assert verb("submit", config_file, "--run", submitted, "--after-running") == 0
@@ -67,7 +69,8 @@ def test_V12_what_has_left_the_queue_is_no_hindrance(submitted: Path, fake_slurm
 
 
 @pytest.mark.parametrize("more", [[], ["--after-running"]])
-def test_V12_a_queue_that_does_not_answer_is_said_and_not_guessed(
+@pytest.mark.case("V12")
+def test_a_queue_that_does_not_answer_is_said_and_not_guessed(
     submitted: Path, fake_slurm, verb, config_file, more
 ) -> None:
     fake_slurm.command("squeue", "exit 1")
@@ -79,7 +82,8 @@ def test_V12_a_queue_that_does_not_answer_is_said_and_not_guessed(
     assert verb("submit", config_file, "--run", submitted) == 0, "its own record says that it is over"
 
 
-def test_V12_a_number_of_another_cluster_is_not_taken_for_a_job_of_this_one(
+@pytest.mark.case("V12")
+def test_a_number_of_another_cluster_is_not_taken_for_a_job_of_this_one(
     submitted: Path, fake_slurm, verb, config_file, capsys
 ) -> None:
     """Two clusters that share a file system count their jobs apart."""
@@ -100,7 +104,8 @@ def test_V12_a_number_of_another_cluster_is_not_taken_for_a_job_of_this_one(
         verb("submit", config_file, "--run", submitted)
 
 
-def test_V12_a_run_that_is_trained_by_hand_is_refused(fake_slurm, verb, config_file, tmp_path) -> None:
+@pytest.mark.case("V12")
+def test_a_run_that_is_trained_by_hand_is_refused(fake_slurm, verb, config_file, tmp_path) -> None:
     """Nothing in the queue stands for such a process, so there is nothing to wait for either."""
     run = tmp_path / "run"
     assert verb("submit", config_file, "--run", run) == 0
@@ -114,7 +119,8 @@ def test_V12_a_run_that_is_trained_by_hand_is_refused(fake_slurm, verb, config_f
     assert verb("submit", config_file, "--run", run) == 0
 
 
-def test_h06_a_damaged_heartbeat_that_stands_for_a_process_is_named(fake_slurm, verb, config_file, tmp_path) -> None:
+@pytest.mark.case("H06")
+def test_a_damaged_heartbeat_that_stands_for_a_process_is_named(fake_slurm, verb, config_file, tmp_path) -> None:
     run = tmp_path / "run"
     assert verb("submit", config_file, "--run", run) == 0
     (run / "heartbeats").mkdir()
@@ -123,7 +129,8 @@ def test_h06_a_damaged_heartbeat_that_stands_for_a_process_is_named(fake_slurm, 
         verb("submit", config_file, "--run", run)
 
 
-def test_V12_a_job_that_was_ended_a_moment_ago_is_no_hindrance(submitted: Path, fake_slurm, verb, config_file) -> None:
+@pytest.mark.case("V12")
+def test_a_job_that_was_ended_a_moment_ago_is_no_hindrance(submitted: Path, fake_slurm, verb, config_file) -> None:
     """Its heartbeats are fresh still, but Slurm knows that it is over."""
     (submitted / "heartbeats").mkdir()
     facts = {"rank": 0, "world_size": 1, "host": "n1", "pid": 4711, "job": "107", "phase": "step"}
@@ -132,7 +139,8 @@ def test_V12_a_job_that_was_ended_a_moment_ago_is_no_hindrance(submitted: Path, 
     assert verb("submit", config_file, "--run", submitted) == 0
 
 
-def test_V12_an_element_of_a_sweep_that_lives_stops_the_sweep(fake_slurm, verb, config_file, tmp_path) -> None:
+@pytest.mark.case("V12")
+def test_an_element_of_a_sweep_that_lives_stops_the_sweep(fake_slurm, verb, config_file, tmp_path) -> None:
     words = ["submit", config_file, "--run", tmp_path / "sweep", "--array", "seed=1,2"]
     assert verb(*words) == 0
     fake_slurm.command("squeue", 'echo "107_1|RUNNING|None|n1"')
@@ -142,7 +150,8 @@ def test_V12_an_element_of_a_sweep_that_lives_stops_the_sweep(fake_slurm, verb, 
     assert "#SBATCH --dependency=afterany:107_1\n" in fake_slurm.script.read_text()
 
 
-def test_V12_a_second_evaluation_is_said(submitted: Path, fake_slurm, verb, capsys) -> None:
+@pytest.mark.case("V12")
+def test_a_second_evaluation_is_said(submitted: Path, fake_slurm, verb, capsys) -> None:
     """Any number may share the work, but that it happens is worth a line."""
     assert verb("submit-eval", submitted) == 0
     assert "note:" not in capsys.readouterr().out
@@ -155,9 +164,8 @@ def test_V12_a_second_evaluation_is_said(submitted: Path, fake_slurm, verb, caps
     assert rows([submitted])[0].jobs == "107 RUNNING, evaluation 108 PENDING, evaluation 109 PENDING"
 
 
-def test_V12_cancel_ends_all_jobs_of_a_run_those_that_wait_first(
-    submitted: Path, fake_slurm, verb, config_file
-) -> None:
+@pytest.mark.case("V12")
+def test_cancel_ends_all_jobs_of_a_run_those_that_wait_first(submitted: Path, fake_slurm, verb, config_file) -> None:
     assert verb("submit", config_file, "--run", submitted, "--after-running") == 0
     gone = fake_slurm.folder / "gone"
     fake_slurm.command(
@@ -171,7 +179,8 @@ def test_V12_cancel_ends_all_jobs_of_a_run_those_that_wait_first(
     assert (ended["code"], ended["text"]) == (0, "cancelled while it waited in the queue")
 
 
-def test_V12_a_run_without_jobs_that_is_trained_by_hand_is_not_silently_left_alone(verb, config_file, tmp_path) -> None:
+@pytest.mark.case("V12")
+def test_a_run_without_jobs_that_is_trained_by_hand_is_not_silently_left_alone(verb, config_file, tmp_path) -> None:
     from tarflow.trainer.run_dir import create_run
 
     create_run(tmp_path / "run")

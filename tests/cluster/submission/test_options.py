@@ -23,7 +23,8 @@ def options(module: str) -> set[str]:
     return {option for action in parser._actions for option in action.option_strings}
 
 
-def test_V13_whatever_train_takes_for_a_start_submit_takes() -> None:
+@pytest.mark.case("V13")
+def test_whatever_train_takes_for_a_start_submit_takes() -> None:
     """The rest says how processes are started on this machine: a job's are Slurm's."""
     of_processes = {"--ranks", "--max-restarts", "--world-size"}
     train, submit = options("tarflow.trainer.commands.train"), options("tarflow.cluster.commands.submit")
@@ -31,7 +32,8 @@ def test_V13_whatever_train_takes_for_a_start_submit_takes() -> None:
     assert set(START_OPTIONS) <= train & submit
 
 
-def test_V13_options_of_a_start_reach_every_rank_of_the_job(
+@pytest.mark.case("V13")
+def test_options_of_a_start_reach_every_rank_of_the_job(
     fake, fake_slurm, verb, config_file, plain, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -48,14 +50,16 @@ def test_V13_options_of_a_start_reach_every_rank_of_the_job(
     )
 
 
-def test_V13_weights_that_are_not_there_are_refused_at_submission(fake_slurm, verb, config_file, tmp_path) -> None:
+@pytest.mark.case("V13")
+def test_weights_that_are_not_there_are_refused_at_submission(fake_slurm, verb, config_file, tmp_path) -> None:
     with pytest.raises(ClusterError, match=r"--init-from .*none\.safetensors: there is no such file"):
         verb("submit", config_file, "--init-from", tmp_path / "none.safetensors", "--run", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("override", ["train.sede=1", "trian.seed=1", "train.seed.x=1", "train.seed=one"])
-def test_V13_an_override_with_a_typo_is_blamed_and_not_the_file(
+@pytest.mark.case("V13")
+def test_an_override_with_a_typo_is_blamed_and_not_the_file(
     override: str, fake_slurm, verb, config_file, tmp_path
 ) -> None:
     with pytest.raises(ValueError, match=f"override '{override}'") as caught:
@@ -63,7 +67,8 @@ def test_V13_an_override_with_a_typo_is_blamed_and_not_the_file(
     assert config_file.name not in str(caught.value)
 
 
-def test_V13_a_value_from_the_command_line_is_blamed_and_not_the_profile(
+@pytest.mark.case("V13")
+def test_a_value_from_the_command_line_is_blamed_and_not_the_profile(
     fake_slurm, verb, config_file, plain, tmp_path
 ) -> None:
     with pytest.raises(ClusterError, match=r"^--time: time='soon' is not a time limit"):
@@ -89,7 +94,8 @@ HELP = "echo 'Usage: sbatch [OPTIONS...]\n  -a, --array=indexes  x\n      --gres
         ("output: x", "sbatch.output is set by tarflow itself, whose logs and restarts rely on it"),
     ],
 )
-def test_V13_options_that_sbatch_does_not_know_are_refused(option: str, said: str, fake_slurm, tmp_path) -> None:
+@pytest.mark.case("V13")
+def test_options_that_sbatch_does_not_know_are_refused(option: str, said: str, fake_slurm, tmp_path) -> None:
     fake_slurm.command("sbatch", HELP)
     path = tmp_path / "p.yaml"
     path.write_text(f"sbatch:\n  {option}\n")
@@ -101,7 +107,8 @@ def test_V13_options_that_sbatch_does_not_know_are_refused(option: str, said: st
     assert str(caught.value).startswith(f"{path}: {said}")
 
 
-def test_V13_an_sbatch_that_does_not_tell_refuses_nothing(fake_slurm, tmp_path, monkeypatch) -> None:
+@pytest.mark.case("V13")
+def test_an_sbatch_that_does_not_tell_refuses_nothing(fake_slurm, tmp_path, monkeypatch) -> None:
     path = tmp_path / "p.yaml"
     path.write_text("sbatch: {gress: gpu:8}\n")
     fake_slurm.command("sbatch", "exit 1")
@@ -117,7 +124,8 @@ def gpus(tmp_path: Path) -> Path:
     return path
 
 
-def test_N08_more_processes_than_gpus_are_refused_naming_both(fake_slurm, verb, config_file, gpus, tmp_path) -> None:
+@pytest.mark.case("N08")
+def test_more_processes_than_gpus_are_refused_naming_both(fake_slurm, verb, config_file, gpus, tmp_path) -> None:
     words = ["submit", config_file, "--run", tmp_path / "run", "--profile", gpus, "--tasks-per-node"]
     with pytest.raises(ClusterError) as caught:
         verb(*words, 8)
@@ -133,7 +141,8 @@ def test_N08_more_processes_than_gpus_are_refused_naming_both(fake_slurm, verb, 
     assert verb(*words, 4) == 0
 
 
-def test_N08_gpus_without_a_process_are_said(fake_slurm, verb, config_file, gpus, tmp_path, capsys) -> None:
+@pytest.mark.case("N08")
+def test_gpus_without_a_process_are_said(fake_slurm, verb, config_file, gpus, tmp_path, capsys) -> None:
     words = ["submit", config_file, "--run", tmp_path / "run", "--profile", gpus]
     assert verb(*words, "--tasks-per-node", 1) == 0
     assert "note: 3 of the 4 GPUs of each node have no process (--tasks-per-node)" in capsys.readouterr().out
@@ -142,7 +151,8 @@ def test_N08_gpus_without_a_process_are_said(fake_slurm, verb, config_file, gpus
 
 
 @pytest.mark.parametrize("option", ["gres: gpu:8", "gres: 'gpu:a100:2'", "gpus: 8", "gpus-per-task: 1"])
-def test_N08_gpus_asked_for_behind_the_products_back_are_said(
+@pytest.mark.case("N08")
+def test_gpus_asked_for_behind_the_products_back_are_said(
     option: str, fake_slurm, verb, config_file, tmp_path, capsys
 ) -> None:
     profile = tmp_path / "p.yaml"
@@ -151,7 +161,8 @@ def test_N08_gpus_asked_for_behind_the_products_back_are_said(
     assert "asks for GPUs that tarflow does not know of: set gpus: N in the profile" in capsys.readouterr().out
 
 
-def test_N08_an_evaluation_without_its_own_profile_takes_one_process_s_share(
+@pytest.mark.case("N08")
+def test_an_evaluation_without_its_own_profile_takes_one_process_s_share(
     fake_slurm, verb, config_file, gpus, tmp_path, capsys
 ) -> None:
     assert verb("submit", config_file, "--run", tmp_path / "run", "--profile", gpus, "--evaluate") == 0
@@ -165,14 +176,16 @@ def test_N08_an_evaluation_without_its_own_profile_takes_one_process_s_share(
     assert "#SBATCH --mem=400G\n" in training
 
 
-def test_N08_an_evaluation_that_takes_a_whole_node_says_so(fake_slurm, verb, config_file, tmp_path, capsys) -> None:
+@pytest.mark.case("N08")
+def test_an_evaluation_that_takes_a_whole_node_says_so(fake_slurm, verb, config_file, tmp_path, capsys) -> None:
     profile = tmp_path / "p.yaml"
     profile.write_text("gpus: 4\nsbatch: {exclusive: user}\n")
     assert verb("submit", config_file, "--run", tmp_path / "run", "--profile", profile, "--evaluate") == 0
     assert "the evaluation asks for 1 GPU, a whole node (sbatch.exclusive) of --profile" in capsys.readouterr().out
 
 
-def test_N08_gpus_of_an_evaluations_own_profile_that_stay_idle_are_said(
+@pytest.mark.case("N08")
+def test_gpus_of_an_evaluations_own_profile_that_stay_idle_are_said(
     fake_slurm, verb, config_file, gpus, tmp_path, capsys
 ) -> None:
     idle = "note: the evaluation is one process: 3 of its 4 GPUs stay idle"
@@ -183,9 +196,8 @@ def test_N08_gpus_of_an_evaluations_own_profile_that_stay_idle_are_said(
     assert idle in capsys.readouterr().out
 
 
-def test_N08_a_missing_profile_names_one_that_is_there_and_can_be_used(
-    verb, config_file, tmp_path, monkeypatch
-) -> None:
+@pytest.mark.case("N08")
+def test_a_missing_profile_names_one_that_is_there_and_can_be_used(verb, config_file, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(ClusterError, match=r"no profile at my\.yaml; configs/slurm/example\.yaml is one to copy"):
         verb("submit", config_file, "--run", tmp_path / "run", "--profile", "my.yaml")

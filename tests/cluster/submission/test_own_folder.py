@@ -12,7 +12,8 @@ from tarflow.cluster.errors import ClusterError
 @pytest.mark.parametrize(
     "fault", ["link", "jobs link", "everyone", "jobs everyone", "another user", "log link", "file"]
 )
-def test_h01_a_folder_that_others_can_change_is_refused(
+@pytest.mark.case("H01")
+def test_a_folder_that_others_can_change_is_refused(
     fault: str, words: list[str], fake_slurm, verb, config_file, tmp_path: Path
 ) -> None:
     from tarflow.trainer.run_dir import create_run

@@ -44,7 +44,8 @@ def settings(value: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("mark", BREAKS, ids=repr)
-def test_h11_a_value_that_would_begin_a_line_is_refused(mark: str, tmp_path: Path) -> None:
+@pytest.mark.case("H11")
+def test_a_value_that_would_begin_a_line_is_refused(mark: str, tmp_path: Path) -> None:
     for tree in [*settings(f"x{mark}touch /tmp/x"), {"sbatch": {f"comment{mark}touch": "x"}}]:
         with pytest.raises(ClusterError, match=r"p\.yaml: ") as caught:
             load_profile(profile_file(tmp_path, tree))
@@ -52,7 +53,8 @@ def test_h11_a_value_that_would_begin_a_line_is_refused(mark: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("mark", BREAKS, ids=repr)
-def test_h11_so_is_what_came_by_another_way(mark: str) -> None:
+@pytest.mark.case("H11")
+def test_so_is_what_came_by_another_way(mark: str) -> None:
     with pytest.raises(ClusterError, match="folder of the batch script"):
         script({}, run=Path(f"/runs/a{mark}b"))
     with pytest.raises(ClusterError, match="setup of the batch script"):
@@ -62,7 +64,8 @@ def test_h11_so_is_what_came_by_another_way(mark: str) -> None:
 
 
 @pytest.mark.parametrize("value", HARMLESS)
-def test_h11_what_is_harmless_arrives_as_it_is_and_changes_no_other_line(value: str, tmp_path: Path) -> None:
+@pytest.mark.case("H11")
+def test_what_is_harmless_arrives_as_it_is_and_changes_no_other_line(value: str, tmp_path: Path) -> None:
     value = value.format(mark=tmp_path / "mark")
     plain = script({"partition": "x", "account": "x", "sbatch": {"comment": "x"}, "srun": ["--x"], "python": "/py"})
     tree = {"partition": value, "account": value, "sbatch": {"comment": value}, "srun": [value], "python": value}
@@ -77,7 +80,8 @@ def test_h11_what_is_harmless_arrives_as_it_is_and_changes_no_other_line(value: 
     assert command[-6:] == [value, "-P", "-u", "-m", "tarflow.cluster.job", "/d.json", "0" * 64][-6:]
 
 
-def test_h11_the_shell_runs_nothing_of_a_name(tmp_path: Path) -> None:
+@pytest.mark.case("H11")
+def test_the_shell_runs_nothing_of_a_name(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "srun").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >"{tmp_path}/words"\n')
     (tmp_path / "bin" / "srun").chmod(0o755)
@@ -94,7 +98,8 @@ def test_h11_the_shell_runs_nothing_of_a_name(tmp_path: Path) -> None:
     assert words[words.index("--output") + 1] == f"/runs/{evil}/slurm/jobs/%j_%t_log.out"
 
 
-def test_h11_lines_of_setup_are_lines_and_no_options_of_sbatch(tmp_path: Path) -> None:
+@pytest.mark.case("H11")
+def test_lines_of_setup_are_lines_and_no_options_of_sbatch(tmp_path: Path) -> None:
     tree = {"setup": ["module purge", "if true; then\n\texport A=1\nfi\n"]}
     found = script({"setup": tuple(load_profile(profile_file(tmp_path, tree)).setup)})
     at = found.index("# setup")

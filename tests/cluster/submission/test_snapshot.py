@@ -40,7 +40,8 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("plant", PLANTED.values(), ids=PLANTED.keys())
-def test_h01_a_planted_copy_of_the_code_is_not_run(source: Path, tmp_path: Path, plant) -> None:
+@pytest.mark.case("H01")
+def test_a_planted_copy_of_the_code_is_not_run(source: Path, tmp_path: Path, plant) -> None:
     slurm = tmp_path / "run" / "slurm"
     slurm.mkdir(parents=True)
     copy = take(slurm, source)
@@ -52,14 +53,16 @@ def test_h01_a_planted_copy_of_the_code_is_not_run(source: Path, tmp_path: Path,
     assert take(slurm, source) == other, "the second copy is used again"
 
 
-def test_h01_a_link_in_the_place_of_the_copy_is_not_followed(source: Path, tmp_path: Path) -> None:
+@pytest.mark.case("H01")
+def test_a_link_in_the_place_of_the_copy_is_not_followed(source: Path, tmp_path: Path) -> None:
     copy = take(tmp_path, source)
     real = copy.rename(tmp_path / "real")
     copy.symlink_to(real)
     assert take(tmp_path, source).name == f"{copy.name}-2"
 
 
-def test_h01_what_was_compiled_in_a_copy_is_compiled_again(source: Path, tmp_path: Path) -> None:
+@pytest.mark.case("H01")
+def test_what_was_compiled_in_a_copy_is_compiled_again(source: Path, tmp_path: Path) -> None:
     copy = take(tmp_path, source)
     compiled = copy / "tarflow" / "room" / "__pycache__"
     compiled.mkdir()

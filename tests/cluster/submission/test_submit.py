@@ -15,9 +15,8 @@ ODD = ["it's a run", 'say "so"', "a=b (1) & co; $HOME `x`", "ünïcode #1", "new
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_C12_odd_names_reach_the_tasks_unchanged(
-    name: str, fake, fake_slurm, verb, config_file, plain, tmp_path
-) -> None:
+@pytest.mark.case("C12")
+def test_odd_names_reach_the_tasks_unchanged(name: str, fake, fake_slurm, verb, config_file, plain, tmp_path) -> None:
     run = tmp_path / "not made yet" / name
     odd_config = tmp_path / f"{name}.yaml"
     odd_config.write_text(config_file.read_text())
@@ -39,7 +38,8 @@ def test_C12_odd_names_reach_the_tasks_unchanged(
 @pytest.mark.parametrize(
     "name", ["50%", "back\\slash", "two\nlines", "a\u2028b", "a\x85b", "a\x0bb", "\x1b[1m", "gpj\u202e", "\udcff"]
 )
-def test_h11_C12_names_that_slurm_would_rewrite_are_refused(name: str, fake_slurm, verb, config_file, tmp_path) -> None:
+@pytest.mark.case("H11", "C12")
+def test_names_that_slurm_would_rewrite_are_refused(name: str, fake_slurm, verb, config_file, tmp_path) -> None:
     with pytest.raises(ClusterError, match="--run-dir"):
         verb("submit", config_file, "--run", tmp_path / name)
     assert not (tmp_path / name).exists()
@@ -48,7 +48,8 @@ def test_h11_C12_names_that_slurm_would_rewrite_are_refused(name: str, fake_slur
     assert fake_slurm.calls("sbatch") == []
 
 
-def test_C12_what_sbatch_says_is_shown_and_the_exit_is_not_zero(fake_slurm, config_file, tmp_path, capsys) -> None:
+@pytest.mark.case("C12")
+def test_what_sbatch_says_is_shown_and_the_exit_is_not_zero(fake_slurm, config_file, tmp_path, capsys) -> None:
     from tarflow.cli import main
 
     fake_slurm.command("sbatch", "echo 'sbatch: error: Invalid account vision' >&2; exit 1")
@@ -59,9 +60,8 @@ def test_C12_what_sbatch_says_is_shown_and_the_exit_is_not_zero(fake_slurm, conf
     assert not list(tmp_path.rglob("jobs.jsonl")), "no job is noted"
 
 
-def test_C12_a_training_that_was_taken_is_told_when_its_evaluation_is_not(
-    fake_slurm, verb, config_file, tmp_path
-) -> None:
+@pytest.mark.case("C12")
+def test_a_training_that_was_taken_is_told_when_its_evaluation_is_not(fake_slurm, verb, config_file, tmp_path) -> None:
     fake_slurm.command(
         "sbatch",
         'grep -q "tarflow-.*-eval" "$1" && { echo "no such partition" >&2; exit 1; }; echo "Submitted batch job 9"',
@@ -72,7 +72,8 @@ def test_C12_a_training_that_was_taken_is_told_when_its_evaluation_is_not(
     assert json.loads(line)["job"] == "9"
 
 
-def test_C12_a_place_that_cannot_be_written_is_named(fake_slurm, verb, config_file, tmp_path, monkeypatch) -> None:
+@pytest.mark.case("C12")
+def test_a_place_that_cannot_be_written_is_named(fake_slurm, verb, config_file, tmp_path, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ClusterError, match="file/run cannot be written"):
         verb("submit", config_file, "--run", tmp_path / "file" / "run")
@@ -86,7 +87,8 @@ def test_C12_a_place_that_cannot_be_written_is_named(fake_slurm, verb, config_fi
     assert fake_slurm.calls("sbatch") == []
 
 
-def test_C12_an_array_over_the_sites_limit_is_refused_before_anything_is_made(
+@pytest.mark.case("C12")
+def test_an_array_over_the_sites_limit_is_refused_before_anything_is_made(
     fake_slurm, verb, config_file, tmp_path
 ) -> None:
     fake_slurm.command("scontrol", 'echo "MaxArraySize            = 1001"')

@@ -63,9 +63,8 @@ def test_index_by_pattern(tmp_path: Path, lab: SimpleNamespace, capsys: pytest.C
     assert open_index(tmp_path / "deep").num_samples == 9
 
 
-def test_D02_verify_names_every_problem(
-    tmp_path: Path, lab: SimpleNamespace, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.case("D02")
+def test_verify_names_every_problem(tmp_path: Path, lab: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     good = [("0.png", lab.image_bytes(0)), ("0.cls", b"0")]
     lab.write_tar(tmp_path / "a.tar", [*good, ("1.png", b"broken"), ("1.cls", b"1")])
     lab.write_tar(tmp_path / "b.tar", [*good, ("2.png", lab.image_bytes(2)), ("2.cls", b"-3")])
@@ -100,7 +99,8 @@ def test_user_errors_are_for_users(words: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     "words", [["prepare", "a", "b"], ["prepare", "a", "b", "--size", "x"], ["nothing"], [], ["info"]]
 )
-def test_K01_values_of_the_wrong_type_are_refused_by_the_parser(words: list[str]) -> None:
+@pytest.mark.case("K01")
+def test_values_of_the_wrong_type_are_refused_by_the_parser(words: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         tarflow_data(*words)
     assert caught.value.code == 2

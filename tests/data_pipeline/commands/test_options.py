@@ -70,7 +70,8 @@ SOURCE_OPTIONS = {
 
 @pytest.mark.parametrize("kind", sorted(EVERY))
 @pytest.mark.parametrize("option", list(SOURCE_OPTIONS))
-def test_I04_options_of_the_source_have_an_effect_or_are_refused(
+@pytest.mark.case("I04")
+def test_options_of_the_source_have_an_effect_or_are_refused(
     tmp_path: Path, sources: dict[str, Path], kind: str, option: str
 ) -> None:
     value, effective = SOURCE_OPTIONS[option]
@@ -121,7 +122,8 @@ def test_I04_options_of_the_source_have_an_effect_or_are_refused(
         (["--size", 16_385], "--size cannot be 16385"),
     ],
 )
-def test_I04_options_of_the_writing_that_would_be_passed_over(
+@pytest.mark.case("I04")
+def test_options_of_the_writing_that_would_be_passed_over(
     tmp_path: Path, sources: dict[str, Path], words: list[object], message: str
 ) -> None:
     words = [str(sources["classes"]) if word == "CLASSES" else word for word in words]
@@ -130,7 +132,8 @@ def test_I04_options_of_the_writing_that_would_be_passed_over(
 
 
 @pytest.mark.parametrize("container", ["webdataset", "mds"])
-def test_I04_options_of_the_writing_have_an_effect_in_both_containers(
+@pytest.mark.case("I04")
+def test_options_of_the_writing_have_an_effect_in_both_containers(
     tmp_path: Path, sources: dict[str, Path], container: str
 ) -> None:
     def content(name: str, *words: object) -> tuple[bytes, list[int], Any]:
@@ -153,14 +156,16 @@ def test_I04_options_of_the_writing_have_an_effect_in_both_containers(
         assert results[-1][1] == [5, 5, 2]
 
 
-def test_I04_mds_columns_hold_all_labels_or_none_which_is_said_before_the_work(tmp_path: Path) -> None:
+@pytest.mark.case("I04")
+def test_mds_columns_hold_all_labels_or_none_which_is_said_before_the_work(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [b"never read"] * 3, "label": [0, None, 1]}), tmp_path / "a.parquet")
     text = refused("prepare", tmp_path / "a.parquet", tmp_path / "out", "--size", 4, "--container", "mds")
     assert text.startswith("2 of 3 images have a label, MDS columns hold one for all or none")
     assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
 
 
-def test_V03_classes_of_another_set_number_this_one(tmp_path: Path, sources: dict[str, Path]) -> None:
+@pytest.mark.case("V03")
+def test_classes_of_another_set_number_this_one(tmp_path: Path, sources: dict[str, Path]) -> None:
     """A held-out set that lacks a class gets the numbers of the training set."""
     for kind in ("npz", "parquet", "folder"):
         tarflow_data("prepare", sources[kind], tmp_path / kind, "--size", 4, "--classes", sources["classes"])
@@ -176,7 +181,8 @@ def test_V03_classes_of_another_set_number_this_one(tmp_path: Path, sources: dic
     assert "holds the label 1, --classes lists 1 names" in text
 
 
-def test_I04_val_fraction_of_fetch(tmp_path: Path) -> None:
+@pytest.mark.case("I04")
+def test_val_fraction_of_fetch(tmp_path: Path) -> None:
     rows = "\n".join(",".join(["1"] * 784 + [str(i // 10)]) for i in range(100))
     import gzip
 
@@ -197,7 +203,8 @@ def test_I04_val_fraction_of_fetch(tmp_path: Path) -> None:
     assert "--size cannot be 0" in refused(*fetch, tmp_path / "e", "--size", 0)
 
 
-def test_I04_options_of_index_and_info(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("I04")
+def test_options_of_index_and_info(tmp_path: Path, lab: SimpleNamespace) -> None:
     lab.write_shards(tmp_path, [2])
     tarflow_data("index", tmp_path)
     for flag in ("--count", "--tile"):
@@ -218,7 +225,8 @@ def test_I04_options_of_index_and_info(tmp_path: Path, lab: SimpleNamespace) -> 
     assert open_index(mds).read(0, ["width"])["width"].to_pylist() == [4, 4, 4]
 
 
-def test_I04_this_page_knows_every_option() -> None:
+@pytest.mark.case("I04")
+def test_this_page_knows_every_option() -> None:
     """A new option comes here, too: its effect is tested or it is refused."""
     tested = {
         "prepare": {"size", "val_fraction", "format", "quality", "channels", "shard_size", "container", "seed", "on_error",

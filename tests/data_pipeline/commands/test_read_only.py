@@ -55,7 +55,8 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     return refuse
 
 
-def test_F17_index_on_a_read_only_mount(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("F17")
+def test_index_on_a_read_only_mount(tmp_path: Path, lab: SimpleNamespace) -> None:
     lab.write_shards(tmp_path / "data", [3, 2])
     done = read_only(tmp_path / "data", sys.executable, "-m", "tarflow", "data", "index", str(tmp_path / "data"))
     assert done.returncode not in (0, 97)
@@ -65,7 +66,8 @@ def test_F17_index_on_a_read_only_mount(tmp_path: Path, lab: SimpleNamespace) ->
 
 
 @pytest.mark.parametrize("form", ["tar", "mds"])
-def test_F17_the_index_elsewhere_serves_as_the_one_beside_the_shards(
+@pytest.mark.case("F17")
+def test_the_index_elsewhere_serves_as_the_one_beside_the_shards(
     tmp_path: Path, lab: SimpleNamespace, refused: Callable[[Path], None], capsys: pytest.CaptureFixture[str], form: str
 ) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
@@ -93,7 +95,8 @@ def test_F17_the_index_elsewhere_serves_as_the_one_beside_the_shards(
     assert f"--out {data / 'deep' / 'er'}: its file system" in capsys.readouterr().err
 
 
-def test_F17_an_index_that_cannot_be_replaced_stays(
+@pytest.mark.case("F17")
+def test_an_index_that_cannot_be_replaced_stays(
     tmp_path: Path, lab: SimpleNamespace, refused: Callable[[Path], None]
 ) -> None:
     lab.write_shards(tmp_path / "data", [3])

@@ -39,7 +39,8 @@ def written(name: str, side: int) -> bytes:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_h10_more_pixels_than_allowed_are_refused_before_they_are_decoded(
+@pytest.mark.case("H10")
+def test_more_pixels_than_allowed_are_refused_before_they_are_decoded(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = written(name, 128)
@@ -72,7 +73,8 @@ def animated_webp(side: int) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
-def test_h10_the_canvas_of_a_webp_is_not_made_before_its_size_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.case("H10")
+def test_the_canvas_of_a_webp_is_not_made_before_its_size_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decode(animated_webp(64), 3).shape == (64, 64, 3)
     assert size_of(animated_webp(64)) == (64, 64)
     data = animated_webp(60_000)
@@ -96,7 +98,8 @@ def many_scans(side: int, scans: int) -> bytes:
     return data[:-2] + last * scans + data[-2:]
 
 
-def test_h10_a_jpeg_of_thousands_of_scans_is_refused_at_once() -> None:
+@pytest.mark.case("H10")
+def test_a_jpeg_of_thousands_of_scans_is_refused_at_once() -> None:
     data = many_scans(3000, 4000)
     assert len(data) < 64 << 20
     out = np.empty((3000, 3000, 3), dtype=np.uint8)
@@ -109,7 +112,8 @@ def test_h10_a_jpeg_of_thousands_of_scans_is_refused_at_once() -> None:
     assert decode(many_scans(100, 0), 3).shape == (100, 100, 3)
 
 
-def test_h10_metadata_of_a_png_that_unpacks_to_much_costs_nothing() -> None:
+@pytest.mark.case("H10")
+def test_metadata_of_a_png_that_unpacks_to_much_costs_nothing() -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), (1, 2, 3)).save(buffer, "PNG")
     data = buffer.getvalue()
@@ -161,7 +165,8 @@ class _Index:
         return "shard a.tar, sample '0'"
 
 
-def test_h10_a_file_of_gigabytes_is_not_read_into_memory(tmp_path: Path) -> None:
+@pytest.mark.case("H10")
+def test_a_file_of_gigabytes_is_not_read_into_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     with path.open("wb") as file:
         file.truncate(bounds.MAX_BYTES + 1)  # a hole

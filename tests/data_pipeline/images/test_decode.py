@@ -27,7 +27,8 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def test_D08_sixteen_bit_grey_is_scaled_not_clipped() -> None:
+@pytest.mark.case("D08")
+def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
     ramp = np.linspace(0, 65535, 512).astype(np.uint16)[None].repeat(4, 0)
     for channels in (1, 3):
         image = decode(encoded(Image.fromarray(ramp), "PNG"), channels)
@@ -39,7 +40,8 @@ def test_D08_sixteen_bit_grey_is_scaled_not_clipped() -> None:
         assert np.abs(row - np.linspace(0, 255, 512)).max() <= 0.51
 
 
-def test_D08_sixteen_bit_colour_keeps_its_levels() -> None:
+@pytest.mark.case("D08")
+def test_sixteen_bit_colour_keeps_its_levels() -> None:
     """A hand-made 16-bit RGB PNG: Pillow cannot write one."""
     import zlib
 
@@ -59,14 +61,16 @@ def test_D08_sixteen_bit_colour_keeps_its_levels() -> None:
     assert len(set(image[0, :, 0].tolist())) >= 200
 
 
-def test_D08_cmyk_is_converted() -> None:
+@pytest.mark.case("D08")
+def test_cmyk_is_converted() -> None:
     image = decode(encoded(Image.new("CMYK", (20, 10), (0, 255, 255, 0)), "JPEG"), 3)
     assert image.shape == (10, 20, 3)
     assert np.abs(image.astype(int) - [254, 0, 0]).max() <= 3
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "P with RGBA palette", "RGB keyed", "WEBP", "1 keyed"])
-def test_D08_transparency_is_composited_on_white(mode: str) -> None:
+@pytest.mark.case("D08")
+def test_transparency_is_composited_on_white(mode: str) -> None:
     image = Image.new("RGBA", (4, 2), (255, 0, 0, 0))
     image.paste((0, 0, 255, 255), (2, 0, 4, 2))
     if mode == "LA":
@@ -95,14 +99,16 @@ def test_D08_transparency_is_composited_on_white(mode: str) -> None:
     assert (decode(data, 1)[:, :2] == 255).all()
 
 
-def test_D08_half_transparency_is_blended() -> None:
+@pytest.mark.case("D08")
+def test_half_transparency_is_blended() -> None:
     half = decode(encoded(Image.new("RGBA", (2, 2), (0, 100, 255, 128)), "PNG"), 3)
     assert half[0, 0].tolist() == [127, 177, 255]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_D08_exif_orientation_is_applied_on_every_path(orientation: int, format: str) -> None:
+@pytest.mark.case("D08")
+def test_exif_orientation_is_applied_on_every_path(orientation: int, format: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if format == "WEBP" else {}
@@ -114,7 +120,8 @@ def test_D08_exif_orientation_is_applied_on_every_path(orientation: int, format:
     assert decode(data, 1).shape[:2] == image.shape[:2]
 
 
-def test_D08_grey_palette_one_pixel_and_first_frame() -> None:
+@pytest.mark.case("D08")
+def test_grey_palette_one_pixel_and_first_frame() -> None:
     grey = encoded(picture(9, 7).convert("L"), "PNG")
     image = decode(grey, 3)
     assert (image[..., 0] == image[..., 2]).all()
@@ -127,7 +134,8 @@ def test_D08_grey_palette_one_pixel_and_first_frame() -> None:
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_D08_a_file_cut_in_half_is_refused(format: str) -> None:
+@pytest.mark.case("D08")
+def test_a_file_cut_in_half_is_refused(format: str) -> None:
     data = encoded(picture(200, 150), format)
     with pytest.raises(BadSampleError) as caught:
         decode(data[: len(data) // 2], 3)
@@ -136,12 +144,14 @@ def test_D08_a_file_cut_in_half_is_refused(format: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"x", b"no image at all", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
-def test_D08_what_is_no_image_is_refused(data: bytes) -> None:
+@pytest.mark.case("D08")
+def test_what_is_no_image_is_refused(data: bytes) -> None:
     with pytest.raises(BadSampleError):
         decode(data, 3)
 
 
-def test_D08_floats_and_32_bit_are_refused_by_name() -> None:
+@pytest.mark.case("D08")
+def test_floats_and_32_bit_are_refused_by_name() -> None:
     for image in (Image.new("F", (2, 2), 0.5), Image.fromarray(np.full((2, 2), 70_000, dtype=np.int32))):
         with pytest.raises(BadSampleError) as caught:
             decode(encoded(image, "TIFF"), 3)
@@ -177,7 +187,8 @@ def test_fit_cuts_the_centre() -> None:
             assert fit(image[..., :channels], size).shape == (size, size, channels)
 
 
-def test_S04_shrinking_is_antialiased() -> None:
+@pytest.mark.case("S04")
+def test_shrinking_is_antialiased() -> None:
     """A one-pixel checkerboard becomes an even grey, not a pattern."""
     board = ((np.indices((256, 256)).sum(0) % 2) * 255).astype(np.uint8)[..., None].repeat(3, 2)
     small = fit(board, 64)
@@ -191,7 +202,8 @@ def test_pixels_follow_the_same_rules_as_files() -> None:
     assert from_pixels(np.full((3, 2, 1), 9, dtype=np.uint8), 3).tolist() == np.full((3, 2, 3), 9).tolist()
 
 
-def test_D13_flips_are_keyed_by_seed_and_position_only() -> None:
+@pytest.mark.case("D13")
+def test_flips_are_keyed_by_seed_and_position_only() -> None:
     positions = np.arange(10_000)
     first = flips(0, positions)
     assert abs(first.mean() - 0.5) < 0.02

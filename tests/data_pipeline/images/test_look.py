@@ -21,7 +21,8 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
 @pytest.mark.parametrize(("pixels", "grey"), [(GREY, True), (COLOUR, False)])
-def test_N02_colours_are_told_by_the_pixels(kind: str, pixels: np.ndarray, grey: bool) -> None:
+@pytest.mark.case("N02")
+def test_colours_are_told_by_the_pixels(kind: str, pixels: np.ndarray, grey: bool) -> None:
     assert look_at(encoded(Image.fromarray(pixels), kind)) == Look(30, 20, grey)
 
 

@@ -55,7 +55,8 @@ NAMES = {"XMP": b"iTXt", "bomb": b"zTXt", "many": b"zTXt", "cut": b"iCCP"}
 
 
 @pytest.mark.parametrize("what", METADATA)
-def test_F09_metadata_of_a_png_cost_no_image(what: str) -> None:
+@pytest.mark.case("F09")
+def test_metadata_of_a_png_cost_no_image(what: str) -> None:
     extra = [chunk(NAMES.get(what, what[:4].encode()), METADATA[what])] * (70 if what == "many" else 1)
     for mode in (
         ("RGB", "RGBA", "P", "I;16") if len(b"".join(extra)) < 1 << 20 and what not in ("bomb", "many") else ("RGB",)
@@ -67,7 +68,8 @@ def test_F09_metadata_of_a_png_cost_no_image(what: str) -> None:
             assert np.array_equal(decode(with_chunk(plain, *extra, last=last), 3), decode(plain, 3)), (mode, last)
 
 
-def test_F09_a_wrong_checksum_in_metadata_costs_no_image_and_one_in_pixels_does() -> None:
+@pytest.mark.case("F09")
+def test_a_wrong_checksum_in_metadata_costs_no_image_and_one_in_pixels_does() -> None:
     plain = encoded(picture())
     bad = bytearray(chunk(b"tEXt", b"note\0hello"))
     bad[-1] ^= 1
@@ -79,7 +81,8 @@ def test_F09_a_wrong_checksum_in_metadata_costs_no_image_and_one_in_pixels_does(
             decode(data, 3)
 
 
-def test_F09_what_pixels_need_is_kept() -> None:
+@pytest.mark.case("F09")
+def test_what_pixels_need_is_kept() -> None:
     """Orientation, transparency and palette survive when the rest is passed over; a cut file stays an error."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -98,7 +101,8 @@ def test_F09_what_pixels_need_is_kept() -> None:
     assert png_without_metadata(encoded(picture())) is None
 
 
-def test_F09_the_first_frame_of_an_animation_with_large_metadata() -> None:
+@pytest.mark.case("F09")
+def test_the_first_frame_of_an_animation_with_large_metadata() -> None:
     frames = [picture(width=5), picture(width=5).rotate(180)]
     for format in ("PNG", "GIF", "WEBP"):
         options = {"lossless": True} if format == "WEBP" else {}
@@ -110,7 +114,8 @@ def test_F09_the_first_frame_of_an_animation_with_large_metadata() -> None:
 
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "AVIF", "TIFF", "CMYK"])
-def test_F09_large_exif_xmp_and_profiles_of_other_formats(format: str) -> None:
+@pytest.mark.case("F09")
+def test_large_exif_xmp_and_profiles_of_other_formats(format: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3
     exif[0x010E] = "x" * 60_000
@@ -128,7 +133,8 @@ def test_F09_large_exif_xmp_and_profiles_of_other_formats(format: str) -> None:
     "exif", [b"Exif\0\0II*\0", b"Exif\0\0" + b"\xff" * 40, b"Exif\0\0MM\0*\0\0\xff\xff" + bytes(20)]
 )
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG", "CMYK"])
-def test_F09_damaged_exif_costs_no_image(format: str, exif: bytes) -> None:
+@pytest.mark.case("F09")
+def test_damaged_exif_costs_no_image(format: str, exif: bytes) -> None:
     image = picture("CMYK" if format == "CMYK" else "RGB")
     options: dict[str, Any] = {"lossless": True} if format == "WEBP" else {}
     format = "JPEG" if format == "CMYK" else format
@@ -136,7 +142,8 @@ def test_F09_damaged_exif_costs_no_image(format: str, exif: bytes) -> None:
     assert np.array_equal(decode(encoded(image, format, exif=exif, **options), 3), plain)
 
 
-def test_F09_the_size_of_an_image_is_told_from_its_head_whatever_its_metadata() -> None:
+@pytest.mark.case("F09")
+def test_the_size_of_an_image_is_told_from_its_head_whatever_its_metadata() -> None:
     large = with_chunk(encoded(picture()), chunk(b"zTXt", METADATA["zTXt"]), chunk(b"iCCP", METADATA["iCCP"]))
     assert size_of(large) == (12, 9)
     assert size_of(large[: len(large) - 5]) == (12, 9)
@@ -155,7 +162,8 @@ def huge_jpeg(width: int, height: int, progressive: bool = False) -> bytes:
     return bytes(data)
 
 
-def test_F19_a_jpeg_of_16_000_pixels_a_side_is_bounded_as_a_png_is() -> None:
+@pytest.mark.case("F19")
+def test_a_jpeg_of_16_000_pixels_a_side_is_bounded_as_a_png_is() -> None:
     header = struct.pack(">IIBBBBB", 16_000, 16_000, 8, 2, 0, 0, 0)
     png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
     for data in (huge_jpeg(16_000, 16_000), png, huge_jpeg(16_000, 16_000, progressive=True)):
@@ -170,7 +178,8 @@ def test_F19_a_jpeg_of_16_000_pixels_a_side_is_bounded_as_a_png_is() -> None:
     "format",
     ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "MPO", "AVIF", "JPEG2000", "ICO", "TGA", "CMYK", "QOI"],
 )
-def test_F19_one_bound_for_all_formats(format: str) -> None:
+@pytest.mark.case("F19")
+def test_one_bound_for_all_formats(format: str) -> None:
     image = picture("CMYK" if format == "CMYK" else "RGB", 32, 32)
     options: dict[str, Any] = {"sizes": [(32, 32)]} if format == "ICO" else {}
     if format == "QOI":
@@ -193,7 +202,8 @@ def qoi(width: int, height: int) -> bytes:
     return b"qoif" + struct.pack(">IIBB", width, height, 3, 0) + pixels + bytes(7) + b"\1"
 
 
-def test_F19_of_a_jpeg_the_reduced_size_counts_unless_it_is_progressive() -> None:
+@pytest.mark.case("F19")
+def test_of_a_jpeg_the_reduced_size_counts_unless_it_is_progressive() -> None:
     image = picture("RGB", 160, 120)
     assert decode(encoded(image, "JPEG"), 3, 15, 400).shape == (15, 20, 3)
     assert decode(encoded(image, "JPEG", progressive=True), 3, 15, 160 * 120).shape == (15, 20, 3)
@@ -208,7 +218,8 @@ def test_F19_of_a_jpeg_the_reduced_size_counts_unless_it_is_progressive() -> Non
 # --- formats -------------------------------------------------------------------------------------------------------
 
 
-def test_F11_what_the_decoder_reads_counts_as_an_image() -> None:
+@pytest.mark.case("F11")
+def test_what_the_decoder_reads_counts_as_an_image() -> None:
     kinds = {
         "avif": "AVIF",
         "jp2": "JPEG2000",
@@ -256,7 +267,8 @@ def test_F11_what_the_decoder_reads_counts_as_an_image() -> None:
     }
 
 
-def test_F11_pictures_that_are_not_read_are_called_so() -> None:
+@pytest.mark.case("F11")
+def test_pictures_that_are_not_read_are_called_so() -> None:
     assert {"heic", "heif", "jxl", "svg", "cr2", "exr"} <= UNREAD_PICTURES
     assert not UNREAD_PICTURES & IMAGE_EXTENSIONS
     assert (cause_of("heic"), cause_of("txt")) == ("unreadable_heic", "not_an_image")
@@ -264,7 +276,8 @@ def test_F11_pictures_that_are_not_read_are_called_so() -> None:
     assert [extension_of(name) for name in names] == ["heic", "", "", "gz"]
 
 
-def test_F11_no_other_program_is_started_for_an_image() -> None:
+@pytest.mark.case("F11")
+def test_no_other_program_is_started_for_an_image() -> None:
     """Pillow gives EPS files to Ghostscript, whatever their names are."""
     assert "EPS" not in FORMATS
     eps = io.BytesIO()

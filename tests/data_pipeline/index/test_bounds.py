@@ -35,7 +35,8 @@ from tarflow.data_pipeline.index.tar_scan import scan_tar
         ("{" * 20 + "0..1" + ",a}" * 19 + "}" + "{0..99999999}", None),
     ],
 )
-def test_h10_names_of_braces_are_counted_before_they_are_made(pattern: str, count: str | None) -> None:
+@pytest.mark.case("H10")
+def test_names_of_braces_are_counted_before_they_are_made(pattern: str, count: str | None) -> None:
     began = time.monotonic()
     with pytest.raises(DataError, match=f"stands for {count} names" if count else "braces|stands for|cannot read"):
         expand_braces(pattern)
@@ -74,20 +75,23 @@ def pax(path: Path, headers: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("size", ["9" * 5000, "9" * 19, "-1", "1e9", ""])
-def test_h10_a_size_in_a_pax_header_that_no_file_has(tmp_path: Path, size: str) -> None:
+@pytest.mark.case("H10")
+def test_a_size_in_a_pax_header_that_no_file_has(tmp_path: Path, size: str) -> None:
     pax(tmp_path / "a.tar", {"size": size})
     scan = scan_tar(tmp_path / "a.tar")
     assert scan.names in ([b"a.png"], [])
     assert all(offset + size <= scan.file_bytes for offset, size in zip(scan.offsets, scan.sizes))
 
 
-def test_h10_a_header_that_promises_more_than_there_is(tmp_path: Path) -> None:
+@pytest.mark.case("H10")
+def test_a_header_that_promises_more_than_there_is(tmp_path: Path) -> None:
     pax(tmp_path / "a.tar", {"size": str(1 << 60)})
     with pytest.raises(DataError, match=r"damaged, member 'a\.png'"):
         build_index(tmp_path, [tmp_path / "a.tar"])
 
 
-def test_h10_a_label_of_gigabytes_is_not_read(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("H10")
+def test_a_label_of_gigabytes_is_not_read(tmp_path: Path, lab: SimpleNamespace) -> None:
     """The file has holes: it takes no room, and would take all memory."""
     path = tmp_path / "a.tar"
     size = 40 << 30
@@ -109,7 +113,8 @@ def test_h10_a_label_of_gigabytes_is_not_read(tmp_path: Path, lab: SimpleNamespa
 @pytest.mark.parametrize(
     "content", [b"[" * 50_000, b'{"label": ' + b"[" * 50_000, b'{"label": 1e400}', b'{"label": ' + b"9" * 5000 + b"}", b"\xff"]
 )  # fmt: skip
-def test_h10_labels_in_json_that_cannot_be(tmp_path: Path, lab: SimpleNamespace, content: bytes) -> None:
+@pytest.mark.case("H10")
+def test_labels_in_json_that_cannot_be(tmp_path: Path, lab: SimpleNamespace, content: bytes) -> None:
     lab.write_tar(tmp_path / "a.tar", [("a.png", lab.image_bytes(1)), ("a.json", content)])
     with pytest.raises(DataError, match=r"a\.json.*(is no JSON|is inf|expected)"):
         build_index(tmp_path, [tmp_path / "a.tar"], label_field="json:label")
@@ -163,7 +168,8 @@ def test_an_mds_set_as_it_should_be(tmp_path: Path) -> None:
         {"version": "2"},
     ],
 )
-def test_h10_an_mds_index_that_cannot_be_is_one_error(
+@pytest.mark.case("H10")
+def test_an_mds_index_that_cannot_be_is_one_error(
     tmp_path: Path, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     mds_set(tmp_path, **changes)
@@ -184,7 +190,8 @@ def test_an_mds_index_that_changed_its_mind_is_one_error_of_verify(
 
 
 @pytest.mark.parametrize("samples", [2, 1 << 29])
-def test_h10_an_mds_index_that_counts_more_samples_than_its_shard_holds(tmp_path: Path, samples: int) -> None:
+@pytest.mark.case("H10")
+def test_an_mds_index_that_counts_more_samples_than_its_shard_holds(tmp_path: Path, samples: int) -> None:
     mds_set(tmp_path, samples=samples)
     with pytest.raises(DataError, match=r"damaged: .*index\.json"):
         build_index(tmp_path, [tmp_path])
@@ -192,7 +199,8 @@ def test_h10_an_mds_index_that_counts_more_samples_than_its_shard_holds(tmp_path
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{}", "[1]", '["a", "a"]', "", '"a"', "[" + "9" * 5000 + "]"])
 @pytest.mark.parametrize("where", ["classes", "mds", "beside"])
-def test_h10_lists_that_are_none_are_one_error(
+@pytest.mark.case("H10")
+def test_lists_that_are_none_are_one_error(
     tmp_path: Path, text: str, where: str, make_set: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = make_set([2])
@@ -207,7 +215,8 @@ def test_h10_lists_that_are_none_are_one_error(
     assert str(file) in "".join(capsys.readouterr().err.split())
 
 
-def test_h10_a_list_of_classes_from_a_pipe_or_a_device_is_not_read(tmp_path: Path) -> None:
+@pytest.mark.case("H10")
+def test_a_list_of_classes_from_a_pipe_or_a_device_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
     for name in ("pipe", "zero"):

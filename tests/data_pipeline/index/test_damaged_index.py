@@ -109,7 +109,8 @@ def column(name: str, values: list[Any]) -> Callable[[pa.Table], pa.Table]:
         ("sketch", ["../../x"] * 4),
     ],
 )
-def test_h10_numbers_that_cannot_be_are_named(root: Path, name: str, values: list[Any]) -> None:
+@pytest.mark.case("H10")
+def test_numbers_that_cannot_be_are_named(root: Path, name: str, values: list[Any]) -> None:
     if name == "label_max":
         values = [2, None, 2, 0]  # not what the rows say
     rewrite(root, column(name, values))
@@ -138,7 +139,8 @@ def test_h10_numbers_that_cannot_be_are_named(root: Path, name: str, values: lis
         {"label_field": 7},
     ],
 )
-def test_h10_fields_that_cannot_be_are_named(root: Path, meta: dict[str, Any]) -> None:
+@pytest.mark.case("H10")
+def test_fields_that_cannot_be_are_named(root: Path, meta: dict[str, Any]) -> None:
     rewrite(root, **meta)
     with pytest.raises(DataError, match=r"cannot read .*; write the index anew: tarflow data index"):
         contents(root)
@@ -147,7 +149,8 @@ def test_h10_fields_that_cannot_be_are_named(root: Path, meta: dict[str, Any]) -
 @pytest.mark.parametrize(
     "text", [b"[" * 100_000, b'{"format_version": 1', b"7", b'{"format_version": 1}', b"\xff", b'{"format_version": 1, "checksum": 7}']
 )  # fmt: skip
-def test_h10_metadata_that_is_none_is_one_error(root: Path, text: bytes) -> None:
+@pytest.mark.case("H10")
+def test_metadata_that_is_none_is_one_error(root: Path, text: bytes) -> None:
     path = root / "index" / "shards.parquet"
     pq.write_table(pq.read_table(path).replace_schema_metadata({META_KEY: text}), path)
     with pytest.raises(DataError, match="write the index anew"):
@@ -165,7 +168,8 @@ def test_a_changed_name_in_the_metadata_is_noticed_by_its_seal(root: Path) -> No
     assert Index(root).classes == ["cat", "dog", "cow"]
 
 
-def test_h10_a_list_of_a_billion_shards_is_not_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.case("H10")
+def test_a_list_of_a_billion_shards_is_not_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_list, "_MOST_SHARDS", 30_000)  # as large, a test would be slow
     monkeypatch.setattr(shard_list, "_MOST_TEXT", 10 << 20)
     path = root / "index" / "shards.parquet"
@@ -194,7 +198,8 @@ def test_h10_a_list_of_a_billion_shards_is_not_unpacked(root: Path, monkeypatch:
         ("shard", [2, 2, 2, 2, 2], "those of another shard"),
     ],
 )
-def test_h10_rows_that_do_not_fit_their_shard_are_named(root: Path, name: str, values: list[Any], problem: str) -> None:
+@pytest.mark.case("H10")
+def test_rows_that_do_not_fit_their_shard_are_named(root: Path, name: str, values: list[Any], problem: str) -> None:
     path = root / "index" / "samples-00000.parquet"
     table = pq.ParquetFile(path).read_row_group(0)
     digest = pq.ParquetFile(path).metadata.metadata[META_KEY]

@@ -51,7 +51,8 @@ FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_F18_a_hard_link_to_a_member_is_that_member(tmp_path: Path, format: int) -> None:
+@pytest.mark.case("F18")
+def test_a_hard_link_to_a_member_is_that_member(tmp_path: Path, format: int) -> None:
     """As tar itself writes equal files that are links of each other on the disk."""
     with tarfile.open(tmp_path / "a.tar", "w", format=format) as tar:
         add(tar, "./0.png", b"zero")
@@ -71,7 +72,8 @@ def test_F18_a_hard_link_to_a_member_is_that_member(tmp_path: Path, format: int)
 
 
 @pytest.mark.parametrize("format", FORMATS[1:])
-def test_F18_links_with_long_names_and_symbolic_ones(tmp_path: Path, format: int) -> None:
+@pytest.mark.case("F18")
+def test_links_with_long_names_and_symbolic_ones(tmp_path: Path, format: int) -> None:
     long = "x" * 150
     with tarfile.open(tmp_path / "a.tar", "w", format=format) as tar:
         add(tar, f"labels/{long}.cls", b"3")
@@ -86,7 +88,8 @@ def test_F18_links_with_long_names_and_symbolic_ones(tmp_path: Path, format: int
     assert report.ignored == {"link_to_nothing": 1, "no_image": 1}
 
 
-def test_F18_a_tar_of_linked_files_as_gnu_tar_packs_them(tmp_path: Path) -> None:
+@pytest.mark.case("F18")
+def test_a_tar_of_linked_files_as_gnu_tar_packs_them(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "a0.cls").write_text("5")
@@ -101,7 +104,8 @@ def test_F18_a_tar_of_linked_files_as_gnu_tar_packs_them(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("format", ["gnu", "posix", "oldgnu"])
-def test_F18_sparse_members_are_named_and_what_follows_is_read(tmp_path: Path, format: str) -> None:
+@pytest.mark.case("F18")
+def test_sparse_members_are_named_and_what_follows_is_read(tmp_path: Path, format: str) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     with (folder / "b.png").open("wb") as file:
@@ -127,7 +131,8 @@ def test_F18_sparse_members_are_named_and_what_follows_is_read(tmp_path: Path, f
 
 
 @pytest.mark.parametrize("minor", ["0.0", "0.1", "1.0"])
-def test_F18_sparse_members_of_every_posix_version(tmp_path: Path, minor: str) -> None:
+@pytest.mark.case("F18")
+def test_sparse_members_of_every_posix_version(tmp_path: Path, minor: str) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     with (folder / "b.png").open("wb") as file:
@@ -142,7 +147,8 @@ def test_F18_sparse_members_of_every_posix_version(tmp_path: Path, minor: str) -
     assert (scan.names, scan.sparse, scan.damage) == ([b"c.png"], [b"b.png"], None)
 
 
-def test_F18_a_label_behind_the_name_of_the_image(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("F18")
+def test_a_label_behind_the_name_of_the_image(tmp_path: Path, lab: SimpleNamespace) -> None:
     pairs = [(f"{i}.{end}", str(i).encode()) for i in range(3) for end in ("jpg", "jpg.cls")]
     odd = [*pairs, ("d/v.1/3.png", b"3"), ("d/v.1/3.png.cls", b"3"), ("4.05.png", b"4"), ("4.05.cls", b"4")]
     for members, count in ((pairs, 3), (odd, 5)):  # the quick way and the general one
@@ -153,7 +159,8 @@ def test_F18_a_label_behind_the_name_of_the_image(tmp_path: Path, lab: SimpleNam
         ]
 
 
-def test_F18_several_images_need_a_choice(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("F18")
+def test_several_images_need_a_choice(tmp_path: Path, lab: SimpleNamespace) -> None:
     fields = ("input.png", "target.png", "cls")
     members = [(f"{i}.{what}", what.encode() if what != "cls" else b"1") for i in range(2) for what in fields]
     lab.write_tar(tmp_path / "a.tar", members)
@@ -182,7 +189,8 @@ def run_index(*words: object) -> int:
     return int(args.command.run(args))
 
 
-def test_F18_indexing_says_which_fields_it_saw_and_what_has_no_label(
+@pytest.mark.case("F18")
+def test_indexing_says_which_fields_it_saw_and_what_has_no_label(
     tmp_path: Path, lab: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     members = [(f"{i}.png", b"x") for i in range(5)] + [(f"{i}.cls", str(i % 2).encode()) for i in range(3)]
@@ -207,7 +215,8 @@ def test_F18_indexing_says_which_fields_it_saw_and_what_has_no_label(
         ([("0.png", b"x")], "(looked for in cls)"),
     ],
 )  # fmt: skip
-def test_F18_where_labels_may_be_is_said(
+@pytest.mark.case("F18")
+def test_where_labels_may_be_is_said(
     tmp_path: Path, lab: SimpleNamespace, members: list[tuple[str, bytes]], hint: str
 ) -> None:
     lab.write_tar(tmp_path / "a.tar", members)
@@ -230,7 +239,10 @@ def test_labels_that_do_not_fit_the_classes_are_said(tmp_path: Path, lab: Simple
     assert said([0, 1, 2]) == []
     assert said([1, 2, 3]) == ["1 of 4 classes have no image: 0; labels run from 1 to 3, so a model needs 4 classes"]
     assert said([0, 5]) == ["4 of 6 classes have no image: 1, 2, 3, 4"]
-    assert label_gaps([0, 10**15], 10**15 + 1) == f"{10**15 - 1} of {10**15 + 1} classes have no image: 1, 2, 3, 4, 5, 6, 7, 8 ..."
+    assert (
+        label_gaps([0, 10**15], 10**15 + 1)
+        == f"{10**15 - 1} of {10**15 + 1} classes have no image: 1, 2, 3, 4, 5, 6, 7, 8 ..."
+    )
     assert said([0, -1]) == ["some labels are below 0 (smallest -1), which training refuses"]
     assert said([0, 2], ["a", "b", "c"]) == ["1 of 3 classes have no image: 1"]
     assert said([0, 1, 5], ["a", "b"]) == [

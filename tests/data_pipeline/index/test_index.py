@@ -72,7 +72,8 @@ def test_many_parts(tmp_path: Path, lab: SimpleNamespace, monkeypatch: pytest.Mo
     assert keys == [f"{i:05d}" for i in range(11)]
 
 
-def test_D05_dotted_unicode_and_hidden_names(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("D05")
+def test_dotted_unicode_and_hidden_names(tmp_path: Path, lab: SimpleNamespace) -> None:
     composed, decomposed = (unicodedata.normalize(form, "été_01") for form in ("NFC", "NFD"))
     bases = ["train.v1/0001", "a/22.05", "x.y.z", composed, decomposed]
     members = []
@@ -104,7 +105,8 @@ def test_D05_dotted_unicode_and_hidden_names(tmp_path: Path, lab: SimpleNamespac
         assert tuple(part.decode() for part in ours) == wds.tariterators.base_plus_ext(name)
 
 
-def test_D05_dotted_names_that_collide_are_named(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("D05")
+def test_dotted_names_that_collide_are_named(tmp_path: Path, lab: SimpleNamespace) -> None:
     lab.write_tar(tmp_path / "a.tar", [("v1.5_1.jpg", b"x"), ("v1.5_2.jpg", b"y"), ("ok.jpg", b"z")])
     with pytest.raises(DataError, match=r"a\.tar: sample 'v1' has 2 images .*v1\.5_1\.jpg.*first dot"):
         build_index(tmp_path, [tmp_path / "a.tar"])
@@ -118,7 +120,8 @@ def test_a_member_without_image_is_counted(tmp_path: Path, lab: SimpleNamespace)
     assert (index.num_samples, report.ignored, index.key(0, 0)) == (1, {"no_image": 1}, "b")
 
 
-def test_D06_labels_are_parsed_or_named(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("D06")
+def test_labels_are_parsed_or_named(tmp_path: Path, lab: SimpleNamespace) -> None:
     good = {"0000": b"7\n", "0001": b"999", "0002": b"1000", "0003": b"-1", "0004": None}
     members: list[tuple[str, bytes]] = []
     for key, label in good.items():
@@ -144,7 +147,8 @@ def test_labels_by_class_name(tmp_path: Path, lab: SimpleNamespace) -> None:
         build_index(tmp_path, [tmp_path / "a.tar"])
 
 
-def test_D02_a_cut_shard_gives_exactly_its_whole_samples(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("D02")
+def test_a_cut_shard_gives_exactly_its_whole_samples(tmp_path: Path, lab: SimpleNamespace) -> None:
     shards = []
     for name in ("a", "b", "c"):
         path = tmp_path / f"{name}.tar"
@@ -175,7 +179,8 @@ def test_duplicate_members_strict_names_them_skip_keeps_the_first(tmp_path: Path
     assert (index.num_samples, report.problems, index.rows(0).sizes.tolist()) == (2, {"duplicate_member": 1}, [5, 1])
 
 
-def test_D01_empty_shards_are_named_and_only_empty_ones_refused(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("D01")
+def test_empty_shards_are_named_and_only_empty_ones_refused(tmp_path: Path, lab: SimpleNamespace) -> None:
     shards = lab.write_shards(tmp_path, [2, 0, 1])
     _, report = build_index(tmp_path, shards)
     assert report.empty_shards == [str(shards[1])]
@@ -185,7 +190,8 @@ def test_D01_empty_shards_are_named_and_only_empty_ones_refused(tmp_path: Path, 
         build_index(tmp_path, shards)
 
 
-def test_D09_globs_braces_and_lists_mean_the_same(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("D09")
+def test_globs_braces_and_lists_mean_the_same(tmp_path: Path, lab: SimpleNamespace) -> None:
     lab.write_shards(tmp_path, [])
     for name in ("train_000", "train_001", "train_002", "val_8", "val_9", "val_10", "val_11"):
         lab.write_tar(tmp_path / f"{name}.tar", [("a.png", b"x")])
@@ -220,7 +226,8 @@ def test_D09_globs_braces_and_lists_mean_the_same(tmp_path: Path, lab: SimpleNam
         ("{root}/empty", r"empty' holds no \*\.tar"),
     ],
 )
-def test_D09_patterns_that_cannot_be_right_are_refused(
+@pytest.mark.case("D09")
+def test_patterns_that_cannot_be_right_are_refused(
     tmp_path: Path, lab: SimpleNamespace, pattern: str, message: str
 ) -> None:
     lab.write_shards(tmp_path, [])
@@ -339,7 +346,8 @@ member_names = st.one_of(
     )
 )  # fmt: skip
 @settings(max_examples=200, deadline=None)
-def test_D05_the_quick_way_for_regular_shards_gives_what_the_general_way_gives(
+@pytest.mark.case("D05")
+def test_the_quick_way_for_regular_shards_gives_what_the_general_way_gives(
     members: list[tuple[str, bytes]],
 ) -> None:
     scan = TarScan(Path("s.tar"), 0, [name.encode() for name, _ in members], list(range(len(members))),
@@ -351,7 +359,8 @@ def test_D05_the_quick_way_for_regular_shards_gives_what_the_general_way_gives(
             assert quick == samples.group(scan, "s.tar", strict=False, image_field=wanted)
 
 
-def test_D06_labels_inside_json_members(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("D06")
+def test_labels_inside_json_members(tmp_path: Path, lab: SimpleNamespace) -> None:
     """img2dataset writes key.jpg, key.json and key.txt."""
     fields = [{"label": 3}, {"label": "2"}, {"other": 1}, {"label": None}, {"label": 7, "caption": "x" * 5000}]
     members: list[tuple[str, bytes]] = []

@@ -39,7 +39,8 @@ def write_tar(lab: SimpleNamespace, root: Path, label: bytes, field: str = "cls"
     return root / "a.tar"
 
 
-def test_F16_a_label_beyond_the_bound_is_named_with_shard_and_key(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("F16")
+def test_a_label_beyond_the_bound_is_named_with_shard_and_key(tmp_path: Path, lab: SimpleNamespace) -> None:
     path = write_tar(lab, tmp_path, b"%d" % WILD)
     with pytest.raises(DataError, match=rf"shard .*a\.tar: member '1\.cls': {BEYOND}"):
         build_index(tmp_path, [path])
@@ -51,7 +52,8 @@ def test_F16_a_label_beyond_the_bound_is_named_with_shard_and_key(tmp_path: Path
 
 
 @pytest.mark.parametrize("label", [MAX_CLASSES, 2**63 - 1, -WILD])
-def test_F16_mds_columns(tmp_path: Path, lab: SimpleNamespace, label: int) -> None:
+@pytest.mark.case("F16")
+def test_mds_columns(tmp_path: Path, lab: SimpleNamespace, label: int) -> None:
     write_mds(tmp_path, ((lab.image_bytes(i), 123_456 + i) for i in range(2)), 1 << 20)
     shard = next(tmp_path.glob("*.mds"))
     here, there = ((value).to_bytes(8, "little", signed=True) for value in (123_457, label))
@@ -60,7 +62,8 @@ def test_F16_mds_columns(tmp_path: Path, lab: SimpleNamespace, label: int) -> No
         build_index(tmp_path, [tmp_path])
 
 
-def test_F16_streams_and_prepared_sources(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("F16")
+def test_streams_and_prepared_sources(tmp_path: Path, lab: SimpleNamespace) -> None:
     path = write_tar(lab, tmp_path / "s", b"%d" % WILD)
     with (
         make_loader(path, reader="stream", image_size=8, channels=3, global_batch_size=2, num_classes=3) as loader,
@@ -75,7 +78,8 @@ def test_F16_streams_and_prepared_sources(tmp_path: Path, lab: SimpleNamespace) 
             open_source(tmp_path / name)
 
 
-def test_F16_an_index_that_holds_one_is_refused_before_anything_is_counted(
+@pytest.mark.case("F16")
+def test_an_index_that_holds_one_is_refused_before_anything_is_counted(
     tmp_path: Path, lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As version 0.1 wrote it: `data info` then asked for 36 TiB."""
@@ -95,7 +99,8 @@ def test_F16_an_index_that_holds_one_is_refused_before_anything_is_counted(
     assert build.FORMAT_VERSION == 1
 
 
-def test_F16_what_a_label_may_look_like() -> None:
+@pytest.mark.case("F16")
+def test_what_a_label_may_look_like() -> None:
     assert [parse_label(text, {}) for text in (b" 7\n", b"+7", b"007", b"999999", b"-1", "\u00a07".encode())] == [
         7, 7, 7, 999_999, -1, 7,
     ]  # fmt: skip
@@ -121,7 +126,8 @@ def test_F16_what_a_label_may_look_like() -> None:
     assert parse_label(b"1000000", {"1000000": 4}) == 4  # a class of that name
 
 
-def test_F11_tars_hold_what_the_decoder_reads_and_name_what_it_does_not(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("F11")
+def test_tars_hold_what_the_decoder_reads_and_name_what_it_does_not(tmp_path: Path, lab: SimpleNamespace) -> None:
     read = ("AVIF", "avif"), ("JPEG2000", "jp2"), ("TGA", "tga"), ("ICO", "ico")
     members = [(f"{i}.{extension}", lab.image_bytes(i, format=format)) for i, (format, extension) in enumerate(read)]
     members += [("x.heic", b"heic"), ("y.heic", b"heic"), ("z.a.jxl", b"jxl"), ("w.txt", b"text")]

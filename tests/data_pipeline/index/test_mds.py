@@ -154,7 +154,8 @@ def test_compressed_shards_are_refused(tmp_path: Path, lab: SimpleNamespace) -> 
         build_index(folder, [folder])
 
 
-def test_D02_damaged_mds_shards_are_named_or_left_out(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("D02")
+def test_damaged_mds_shards_are_named_or_left_out(tmp_path: Path, lab: SimpleNamespace) -> None:
     folder = tmp_path / "set"
     forge(folder, [4, 4, 4], lab.image_bytes)
     path = folder / "shard.00001.mds"
@@ -196,7 +197,8 @@ def test_the_reader_that_was_asked_for_must_fit(
         make_loader(tars, **ARGS, reader="wds")
 
 
-def test_D12_nothing_of_mds_lands_in_shared_memory(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("D12")
+def test_nothing_of_mds_lands_in_shared_memory(tmp_path: Path, lab: SimpleNamespace) -> None:
     forge(tmp_path / "mds", [20], lab.image_bytes)
     build_index(tmp_path / "mds", [tmp_path / "mds"])
     before = set(os.listdir("/dev/shm"))

@@ -81,7 +81,8 @@ def test_a_size_beyond_the_octal_field_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", range(0, 4097, 128))
-def test_D02_every_cut_is_noticed_and_leaves_only_whole_members(tmp_path: Path, lab: SimpleNamespace, cut: int) -> None:
+@pytest.mark.case("D02")
+def test_every_cut_is_noticed_and_leaves_only_whole_members(tmp_path: Path, lab: SimpleNamespace, cut: int) -> None:
     path = tmp_path / "a.tar"
     lab.write_tar(path, [("a.png", b"a" * 700), ("a.cls", b"1"), ("b.png", b"b" * 700)])
     with path.open("r+b") as file:
@@ -94,7 +95,8 @@ def test_D02_every_cut_is_noticed_and_leaves_only_whole_members(tmp_path: Path, 
         assert scan.cut_member == b"a.png"
 
 
-def test_D02_garbage_in_a_header_stops_there(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("D02")
+def test_garbage_in_a_header_stops_there(tmp_path: Path, lab: SimpleNamespace) -> None:
     path = tmp_path / "a.tar"
     lab.write_tar(path, [(f"{i}.png", bytes([i]) * 600) for i in range(6)])
     data = bytearray(path.read_bytes())

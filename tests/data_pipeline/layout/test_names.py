@@ -35,7 +35,8 @@ def classes_of(root: Path, *names: str) -> Path:
     return root
 
 
-def test_F15_a_class_folder_that_is_not_utf8_is_refused_before_the_work(tmp_path: Path) -> None:
+@pytest.mark.case("F15")
+def test_a_class_folder_that_is_not_utf8_is_refused_before_the_work(tmp_path: Path) -> None:
     source = classes_of(tmp_path / "in", LATIN, "tea")
     done = subprocess.run(
         [sys.executable, "-m", "tarflow", "data", "prepare", source, tmp_path / "out", "--size", "4"],
@@ -47,7 +48,8 @@ def test_F15_a_class_folder_that_is_not_utf8_is_refused_before_the_work(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_F15_files_that_are_not_utf8_are_read_and_shown(tmp_path: Path) -> None:
+@pytest.mark.case("F15")
+def test_files_that_are_not_utf8_are_read_and_shown(tmp_path: Path) -> None:
     source = classes_of(tmp_path / "in", "tea")
     (source / "tea" / "a.png").rename(source / "tea" / f"{LATIN}\n.png")
     prepare(open_source(source), tmp_path / "out", Options(size=4))
@@ -72,7 +74,8 @@ def test_F15_files_that_are_not_utf8_are_read_and_shown(tmp_path: Path) -> None:
         (["\udce9"], "is not UTF-8"),
     ],
 )
-def test_F15_names_that_cannot_be_stored_or_told_apart(tmp_path: Path, names: list[str], message: str) -> None:
+@pytest.mark.case("F15")
+def test_names_that_cannot_be_stored_or_told_apart(tmp_path: Path, names: list[str], message: str) -> None:
     with pytest.raises(DataError) as caught:
         class_names(names, "here")
     assert message in str(caught.value)
@@ -86,7 +89,8 @@ def test_F15_names_that_cannot_be_stored_or_told_apart(tmp_path: Path, names: li
             open_source(tmp_path / "a.parquet")
 
 
-def test_F15_composed_and_decomposed_names_are_one_class_over_all_sources(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("F15")
+def test_composed_and_decomposed_names_are_one_class_over_all_sources(tmp_path: Path, lab: SimpleNamespace) -> None:
     assert open_source(classes_of(tmp_path / "in", NFD)).classes == [NFC]
     (tmp_path / "classes.json").write_text(json.dumps(["tea", NFD]))
     lab.write_tar(
@@ -96,16 +100,16 @@ def test_F15_composed_and_decomposed_names_are_one_class_over_all_sources(tmp_pa
     assert (index.classes, index.rows(0).labels.tolist()) == (["tea", NFC], [1, 1])
 
 
-def test_F15_names_that_differ_in_case_are_two_classes_and_said(tmp_path: Path) -> None:
+@pytest.mark.case("F15")
+def test_names_that_differ_in_case_are_two_classes_and_said(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=np.zeros((3, 4, 4), np.uint8), labels=np.array(["a", "A", "b"]))
     source = open_source(tmp_path / "a.npz")
     assert source.classes == ["A", "a", "b"]
     assert source.notes[-1] == "classes that differ in case alone are kept apart: 'A' and 'a'"
 
 
-def test_F15_folders_and_shards_that_are_not_utf8_are_refused_before_the_work(
-    tmp_path: Path, lab: SimpleNamespace
-) -> None:
+@pytest.mark.case("F15")
+def test_folders_and_shards_that_are_not_utf8_are_refused_before_the_work(tmp_path: Path, lab: SimpleNamespace) -> None:
     root = tmp_path / LATIN
     (shard,) = lab.write_shards(root, [1])
     source = open_source(classes_of(tmp_path / "in", "a"))
@@ -121,7 +125,8 @@ def test_F15_folders_and_shards_that_are_not_utf8_are_refused_before_the_work(
         open_source(root / "a.parquet")
 
 
-def test_F15_a_json_list_and_labels_by_name_from_parquet_keep_what_is_odd_but_fine(tmp_path: Path) -> None:
+@pytest.mark.case("F15")
+def test_a_json_list_and_labels_by_name_from_parquet_keep_what_is_odd_but_fine(tmp_path: Path) -> None:
     names = ["a/b", "c: d", "'q'", "#", "日本", "😀", "-1", "null"]
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4)).save(buffer, "PNG")

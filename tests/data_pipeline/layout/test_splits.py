@@ -22,18 +22,21 @@ from tarflow.data_pipeline.layout.splits import asked_splits, by_split, chosen, 
         ("trains.tar", None), ("devices.tar", None), ("shard-000000.tar", None), ("00000.tar", None), ("retest.tar", None),
     ],
 )  # fmt: skip
-def test_F07_words_of_their_own_tell_a_split(name: str, split: str | None) -> None:
+@pytest.mark.case("F07")
+def test_words_of_their_own_tell_a_split(name: str, split: str | None) -> None:
     assert split_of(Path(name)) == split
 
 
-def test_F07_folders_above_the_root_tell_nothing() -> None:
+@pytest.mark.case("F07")
+def test_folders_above_the_root_tell_nothing() -> None:
     root = Path("/data/train/set")
     found = by_split([root / "a.tar", root / "val" / "b.tar", root / "train-1.tar"], root)
     assert found == {"train": [root / "train-1.tar"], "val": [root / "val" / "b.tar"], "": [root / "a.tar"]}
     assert list(found) == ["train", "val", ""]
 
 
-def test_F07_what_is_asked_for() -> None:
+@pytest.mark.case("F07")
+def test_what_is_asked_for() -> None:
     assert asked_splits("train, Validation") == ["train", "val"]
     assert asked_splits("all") == ["all"]
     for text in ("", "middle", "train,all", "val,valid", "train,"):

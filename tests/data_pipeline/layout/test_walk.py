@@ -32,7 +32,8 @@ def pictures(tmp_path: Path, lab: SimpleNamespace) -> Callable[..., Path]:
     return make
 
 
-def test_F05_linked_class_folders_count_as_real_ones(tmp_path: Path, pictures: Callable[..., Path]) -> None:
+@pytest.mark.case("F05")
+def test_linked_class_folders_count_as_real_ones(tmp_path: Path, pictures: Callable[..., Path]) -> None:
     pictures("set/cat", 2)
     (tmp_path / "set" / "dog").symlink_to(pictures("elsewhere/dogs", 3))
     (tmp_path / "set" / "eel").mkdir()
@@ -45,7 +46,8 @@ def test_F05_linked_class_folders_count_as_real_ones(tmp_path: Path, pictures: C
     assert len(open_source(tmp_path / "all")) == 6
 
 
-def test_F05_linked_files_count_and_dangling_ones_are_counted(tmp_path: Path, pictures: Callable[..., Path]) -> None:
+@pytest.mark.case("F05")
+def test_linked_files_count_and_dangling_ones_are_counted(tmp_path: Path, pictures: Callable[..., Path]) -> None:
     real = pictures("real", 2)
     folder = pictures("set/cat", 0)
     (folder / "a.png").symlink_to(real / "0.png")
@@ -56,7 +58,8 @@ def test_F05_linked_files_count_and_dangling_ones_are_counted(tmp_path: Path, pi
     assert (len(source), dict(source.ignored)) == (1, {"broken_link": 2, "not_a_file": 1})
 
 
-def test_F05_loops_end_and_a_folder_counts_once(tmp_path: Path, pictures: Callable[..., Path]) -> None:
+@pytest.mark.case("F05")
+def test_loops_end_and_a_folder_counts_once(tmp_path: Path, pictures: Callable[..., Path]) -> None:
     cat = pictures("set/cat", 2)
     (cat / "up").symlink_to(tmp_path / "set")
     (cat / "here").symlink_to(".")
@@ -69,9 +72,8 @@ def test_F05_loops_end_and_a_folder_counts_once(tmp_path: Path, pictures: Callab
         open_source(tmp_path / "set")
 
 
-def test_F05_many_folders_that_link_to_each_other_are_walked_once(
-    tmp_path: Path, pictures: Callable[..., Path]
-) -> None:
+@pytest.mark.case("F05")
+def test_many_folders_that_link_to_each_other_are_walked_once(tmp_path: Path, pictures: Callable[..., Path]) -> None:
     folders = [pictures(f"set/{i:02d}") for i in range(12)]
     for folder in folders:
         for other in folders:
@@ -79,7 +81,8 @@ def test_F05_many_folders_that_link_to_each_other_are_walked_once(
     assert len(walk(tmp_path / "set").files) == 12
 
 
-def test_F05_tars_below_a_linked_folder_are_shards(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("F05")
+def test_tars_below_a_linked_folder_are_shards(tmp_path: Path, lab: SimpleNamespace) -> None:
     lab.write_shards(tmp_path / "far", [1, 1])
     lab.write_shards(tmp_path / "set" / "near", [1])
     (tmp_path / "set" / "far").symlink_to(tmp_path / "far")
@@ -97,7 +100,8 @@ def test_F05_tars_below_a_linked_folder_are_shards(tmp_path: Path, lab: SimpleNa
         find_shards(f"{tmp_path}/set/**/near")
 
 
-def test_F05_score_follows_links_too(tmp_path: Path, pictures: Callable[..., Path]) -> None:
+@pytest.mark.case("F05")
+def test_score_follows_links_too(tmp_path: Path, pictures: Callable[..., Path]) -> None:
     pictures("samples", 2)
     more = pictures("more", 3)
     (tmp_path / "samples" / "linked").symlink_to(more)

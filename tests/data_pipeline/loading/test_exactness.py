@@ -40,7 +40,15 @@ def one_run(draw: st.DrawFn, size: int, processes: bool) -> tuple[int, int, int]
 
 
 def run(
-    data: Path, lab: SimpleNamespace, world: int, count: int, *, size: int, seed: int, images_seen: int = 0, **options: Any
+    data: Path,
+    lab: SimpleNamespace,
+    world: int,
+    count: int,
+    *,
+    size: int,
+    seed: int,
+    images_seen: int = 0,
+    **options: Any,
 ) -> list[list[int]]:
     """The ids of `count` global batches as the pictures show them, put together by slot from all ranks."""
     out = np.full((count, size), -1)
@@ -91,7 +99,8 @@ def check(root: Path, lab: SimpleNamespace, data: st.DataObject, processes: bool
 
 @given(data=st.data())
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_D10_interrupted_runs_of_any_world_equal_the_uninterrupted_single_process(
+@pytest.mark.case("D10")
+def test_interrupted_runs_of_any_world_equal_the_uninterrupted_single_process(
     tmp_path_factory: pytest.TempPathFactory, lab: SimpleNamespace, data: st.DataObject
 ) -> None:
     check(tmp_path_factory.mktemp("set"), lab, data, processes=False)
@@ -99,7 +108,8 @@ def test_D10_interrupted_runs_of_any_world_equal_the_uninterrupted_single_proces
 
 @given(data=st.data())
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-def test_D10_the_same_with_worker_processes(
+@pytest.mark.case("D10")
+def test_the_same_with_worker_processes(
     tmp_path_factory: pytest.TempPathFactory, lab: SimpleNamespace, data: st.DataObject
 ) -> None:
     """Real processes in every example: each run but the last has one to three on every rank."""

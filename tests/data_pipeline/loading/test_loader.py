@@ -83,7 +83,8 @@ def test_batches_that_are_kept_are_not_overwritten(make_set: Callable[..., Path]
     assert lab.number_of(first) == expected
 
 
-def test_D01_uneven_tiny_and_empty_shards_give_every_rank_the_same_steps(make_set: Callable[..., Path]) -> None:
+@pytest.mark.case("D01")
+def test_uneven_tiny_and_empty_shards_give_every_rank_the_same_steps(make_set: Callable[..., Path]) -> None:
     root = make_set([10, 7, 1])
     single = global_ids(root, 18, 1, global_batch_size=2)
     assert global_ids(root, 18, 2, global_batch_size=2, num_workers=1) == single
@@ -91,12 +92,14 @@ def test_D01_uneven_tiny_and_empty_shards_give_every_rank_the_same_steps(make_se
         assert sorted(flat(single[9 * epoch : 9 * epoch + 9])) == list(range(18))
 
 
-def test_D01_one_shard_for_two_ranks_with_two_workers_each(make_set: Callable[..., Path]) -> None:
+@pytest.mark.case("D01")
+def test_one_shard_for_two_ranks_with_two_workers_each(make_set: Callable[..., Path]) -> None:
     root = make_set([12], name="one")
     assert global_ids(root, 6, 2, global_batch_size=4, num_workers=2) == global_ids(root, 6, 1, global_batch_size=4)
 
 
-def test_D01_an_empty_shard_is_named(make_set: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.case("D01")
+def test_an_empty_shard_is_named(make_set: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
     root = make_set([3, 0, 2])
     with caplog.at_level(logging.INFO, "tarflow.data"):
         assert len(batches(root, 5, global_batch_size=2)) == 5
@@ -109,7 +112,8 @@ def test_D01_an_empty_shard_is_named(make_set: Callable[..., Path], caplog: pyte
     world=st.integers(1, 4), share=st.integers(1, 4), nodes=st.integers(1, 3), start=st.integers(0, 40),
 )  # fmt: skip
 @settings(max_examples=20, deadline=None)
-def test_D10_resume_anywhere_in_another_world(
+@pytest.mark.case("D10")
+def test_resume_anywhere_in_another_world(
     tmp_path_factory: pytest.TempPathFactory,
     lab: SimpleNamespace,
     sizes: list[int],
@@ -129,7 +133,8 @@ def test_D10_resume_anywhere_in_another_world(
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop", [3, 14])  # in epoch 0, and in epoch 1 (12 global batches an epoch)
-def test_D10_a_resumed_run_sees_what_an_uninterrupted_one_sees(
+@pytest.mark.case("D10")
+def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(
     make_set: Callable[..., Path], workers: int, stop: int
 ) -> None:
     root = make_set([9, 4, 11])
@@ -143,7 +148,8 @@ def test_D10_a_resumed_run_sees_what_an_uninterrupted_one_sees(
     assert len(set(epochs)) == 3, "an epoch is replayed"
 
 
-def test_D10_prefetched_is_not_trained_on(make_set: Callable[..., Path]) -> None:
+@pytest.mark.case("D10")
+def test_prefetched_is_not_trained_on(make_set: Callable[..., Path]) -> None:
     """The position is the consumer's: whatever was decoded ahead is not lost."""
     root = make_set([50])
     with make_loader(root, **ARGS, global_batch_size=4, prefetch_batches=8) as loader:
@@ -152,7 +158,8 @@ def test_D10_prefetched_is_not_trained_on(make_set: Callable[..., Path]) -> None
     assert after.ids.tolist() == batches(root, 4, global_batch_size=4)[3].ids.tolist()
 
 
-def test_D13_flips_differ_between_ranks_workers_and_epochs_and_repeat(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("D13")
+def test_flips_differ_between_ranks_workers_and_epochs_and_repeat(tmp_path: Path, lab: SimpleNamespace) -> None:
     members = []
     half = np.zeros((8, 8, 3), dtype=np.uint8)
     half[:, :4] = 255
@@ -199,14 +206,16 @@ def damaged_set(root: Path, lab: SimpleNamespace, sizes: list[int], bad: set[int
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_D02_strict_stops_naming_shard_and_member(tmp_path: Path, lab: SimpleNamespace, workers: int) -> None:
+@pytest.mark.case("D02")
+def test_strict_stops_naming_shard_and_member(tmp_path: Path, lab: SimpleNamespace, workers: int) -> None:
     root = damaged_set(tmp_path, lab, [5, 5], {7})
     with pytest.raises(DataError, match=r"shard-1\.tar, sample '00007': .*data\.on_error=skip"):
         batches(root, 5, global_batch_size=2, num_workers=workers)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_D02_one_bad_image_on_one_rank_changes_no_step(
+@pytest.mark.case("D02")
+def test_one_bad_image_on_one_rank_changes_no_step(
     tmp_path: Path, lab: SimpleNamespace, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = damaged_set(tmp_path, lab, [6, 6], {4, 11})
@@ -221,7 +230,8 @@ def test_D02_one_bad_image_on_one_rank_changes_no_step(
         assert loader.counters == {"undecodable": 4}
 
 
-def test_D02_a_shard_of_bad_images_is_replaced_from_the_next(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("D02")
+def test_a_shard_of_bad_images_is_replaced_from_the_next(tmp_path: Path, lab: SimpleNamespace) -> None:
     root = damaged_set(tmp_path, lab, [3, 4], {0, 1, 2})
     with make_loader(root, **ARGS, global_batch_size=7, on_error="skip", max_bad_share=1.0) as loader:
         batch = next(iter(loader))
@@ -230,7 +240,8 @@ def test_D02_a_shard_of_bad_images_is_replaced_from_the_next(tmp_path: Path, lab
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_D02_too_many_bad_images_stop_the_run(tmp_path: Path, lab: SimpleNamespace, workers: int) -> None:
+@pytest.mark.case("D02")
+def test_too_many_bad_images_stop_the_run(tmp_path: Path, lab: SimpleNamespace, workers: int) -> None:
     root = damaged_set(tmp_path, lab, [20, 20], set(range(20)))
     with pytest.raises(DataError, match=r"11 of \d+ images had to be replaced .*data\.max_bad_share=0\.01"):
         batches(root, 100, global_batch_size=1, on_error="skip", num_workers=workers)
@@ -250,7 +261,8 @@ def labelled_set(root: Path, lab: SimpleNamespace, labels: list[str | None]) -> 
     return root
 
 
-def test_D06_labels_are_checked_before_anything_is_read(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("D06")
+def test_labels_are_checked_before_anything_is_read(tmp_path: Path, lab: SimpleNamespace) -> None:
     root = labelled_set(tmp_path, lab, ["0", "999", "1000", "5"])
     with pytest.raises(DataError, match=r"a\.tar, sample '0002': label 1000 is outside 0\.\.999"):
         make_loader(root, **ARGS, global_batch_size=2, num_classes=1000)
@@ -272,7 +284,8 @@ def test_D06_labels_are_checked_before_anything_is_read(tmp_path: Path, lab: Sim
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_D01_validation_covers_each_sample_once_on_any_number_of_ranks(
+@pytest.mark.case("D01")
+def test_validation_covers_each_sample_once_on_any_number_of_ranks(
     make_set: Callable[..., Path], lab: SimpleNamespace, world: int
 ) -> None:
     root = make_set([10, 0, 7, 1])

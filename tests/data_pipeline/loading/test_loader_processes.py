@@ -85,7 +85,8 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10) -> bool:
     return condition()
 
 
-def test_D12_kill_9_leaves_nothing_and_the_next_run_goes_on(make_set: Callable[..., Path]) -> None:
+@pytest.mark.case("D12")
+def test_kill_9_leaves_nothing_and_the_next_run_goes_on(make_set: Callable[..., Path]) -> None:
     """Interrupted and continued runs together see each id once an epoch, with nothing left in memory or /dev/shm."""
     root = make_set([30, 1, 29])
     before = set(os.listdir("/dev/shm"))
@@ -151,7 +152,8 @@ def test_close_and_the_end_of_the_interpreter_end_the_workers(make_set: Callable
     assert not any(alive(int(pid)) for pid in output.splitlines()[-1].split())
 
 
-def test_D12_two_jobs_at_once(make_set: Callable[..., Path]) -> None:
+@pytest.mark.case("D12")
+def test_two_jobs_at_once(make_set: Callable[..., Path]) -> None:
     a, b = make_set([20], name="a"), make_set([25], name="b")
     processes = [start(CONSUMER, root, 0) for root in (a, b, a)]
     found: list[list[int]] = []
@@ -169,7 +171,8 @@ def test_D12_two_jobs_at_once(make_set: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize(("sizes", "batch"), [([10, 7, 1], 2), ([8], 4)])
-def test_D01_ranks_that_meet_at_every_step_end_together(
+@pytest.mark.case("D01")
+def test_ranks_that_meet_at_every_step_end_together(
     make_set: Callable[..., Path], tmp_path: Path, sizes: list[int], batch: int
 ) -> None:
     root = make_set(sizes)

@@ -55,7 +55,8 @@ def test_the_stream_does_not_depend_on_how_it_is_cut(sizes: list[int], nodes: in
     assert np.concatenate(pieces[::-1]).tolist() == whole.tolist()
 
 
-def test_D13_epochs_and_seeds_differ_and_repeat_exactly() -> None:
+@pytest.mark.case("D13")
+def test_epochs_and_seeds_differ_and_repeat_exactly() -> None:
     sizes = np.full(20, 50)
     orders = {
         (seed, epoch): tuple(Order(sizes, seed=seed).batch(epoch * 1000, 1000)) for seed in (0, 1) for epoch in range(3)

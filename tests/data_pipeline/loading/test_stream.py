@@ -69,7 +69,8 @@ def test_every_epoch_holds_every_sample_once(
     assert "4 shards as streams, without an index: the order depends on the number of ranks" in caplog.text
 
 
-def test_D10_a_resume_goes_to_the_nearest_shard_and_says_so(
+@pytest.mark.case("D10")
+def test_a_resume_goes_to_the_nearest_shard_and_says_so(
     stream: Callable[..., str], tmp_path: Path, lab: SimpleNamespace, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = stream([6, 6, 6])
@@ -87,7 +88,8 @@ def test_D10_a_resume_goes_to_the_nearest_shard_and_says_so(
     assert numbers(take(data, 1, tmp_path / "new", global_batch_size=2, images_seen=12), lab) == whole[12:14]
 
 
-def test_D01_ranks_never_run_out_and_share_the_shards(
+@pytest.mark.case("D01")
+def test_ranks_never_run_out_and_share_the_shards(
     stream: Callable[..., str], tmp_path: Path, lab: SimpleNamespace
 ) -> None:
     """More ranks than shards, uneven shards, an empty one: every rank makes every step, all samples come."""
@@ -101,13 +103,15 @@ def test_D01_ranks_never_run_out_and_share_the_shards(
     assert set(seen) == set(range(9))
 
 
-def test_D01_only_empty_shards_end_at_once(stream: Callable[..., str], tmp_path: Path) -> None:
+@pytest.mark.case("D01")
+def test_only_empty_shards_end_at_once(stream: Callable[..., str], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no sample in any of the last 2 shards"):
         take(stream([0, 0]), 1, tmp_path, global_batch_size=1)
 
 
 @pytest.mark.parametrize("on_error", ["strict", "skip"])
-def test_D02_bad_samples_and_cut_shards(tmp_path: Path, lab: SimpleNamespace, on_error: str) -> None:
+@pytest.mark.case("D02")
+def test_bad_samples_and_cut_shards(tmp_path: Path, lab: SimpleNamespace, on_error: str) -> None:
     good = [(f"{i}.png", lab.image_bytes(i)) for i in range(6)]
     (tmp_path / "s").mkdir()
     lab.write_tar(tmp_path / "s" / "a.tar", [*good[:3], ("x.png", b"no image"), ("y.txt", b"text"), *good[3:]])
@@ -125,7 +129,8 @@ def test_D02_bad_samples_and_cut_shards(tmp_path: Path, lab: SimpleNamespace, on
             assert loader.counters["undecodable"] == 1
 
 
-def test_D06_labels_out_of_range_are_named(stream: Callable[..., str], tmp_path: Path) -> None:
+@pytest.mark.case("D06")
+def test_labels_out_of_range_are_named(stream: Callable[..., str], tmp_path: Path) -> None:
     data = stream([6], classes=3)
     with pytest.raises(DataError, match=r"shard-0000\.tar, sample '0000\d': label 2 is outside 0\.\.1"):
         take(data, 3, tmp_path, global_batch_size=2, num_classes=2)
@@ -153,7 +158,8 @@ def test_the_reader_is_chosen_by_what_lies_there(stream: Callable[..., str], tmp
     assert stream_shards("https://h/{a,b}.tar") == ["https://h/a.tar", "https://h/b.tar"]
 
 
-def test_D13_flips_of_a_stream_are_keyed_by_position(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("D13")
+def test_flips_of_a_stream_are_keyed_by_position(tmp_path: Path, lab: SimpleNamespace) -> None:
     half = np.zeros((8, 8, 3), dtype=np.uint8)
     half[:, :4] = 255
     (tmp_path / "s").mkdir()
@@ -164,7 +170,8 @@ def test_D13_flips_of_a_stream_are_keyed_by_position(tmp_path: Path, lab: Simple
 
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XGLTYPE])
-def test_h10_what_a_header_of_a_stream_promises_is_bounded(
+@pytest.mark.case("H10")
+def test_what_a_header_of_a_stream_promises_is_bounded(
     tmp_path: Path, lab: SimpleNamespace, kind: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An endless body behind it would be read into memory."""
@@ -179,8 +186,16 @@ def test_h10_what_a_header_of_a_stream_promises_is_bounded(
     assert {lab.number_of(image) for batch in batches for image in batch.images} == {0, 1, 2, 3}
 
 
-def test_h08_an_address_of_a_stream_holds_no_marks_that_programs_obey() -> None:
-    for text in ("gs://bucket/'; touch x; '.tar", "http://a/../b.tar", "http://a/simplecache::file:///x.tar", "http://a/b\n.tar"):
+@pytest.mark.case("H08")
+def test_an_address_of_a_stream_holds_no_marks_that_programs_obey() -> None:
+    for text in (
+        "gs://bucket/'; touch x; '.tar",
+        "http://a/../b.tar",
+        "http://a/simplecache::file:///x.tar",
+        "http://a/b\n.tar",
+    ):
         with pytest.raises(DataError, match=r"no address of tars|no name that remote data may have"):
             stream_shards(text)
-    assert stream_shards("https://a.org/s-{0..1}.tar?key=a&b=%20c") == [f"https://a.org/s-{i}.tar?key=a&b=%20c" for i in (0, 1)]
+    assert stream_shards("https://a.org/s-{0..1}.tar?key=a&b=%20c") == [
+        f"https://a.org/s-{i}.tar?key=a&b=%20c" for i in (0, 1)
+    ]

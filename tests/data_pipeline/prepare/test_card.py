@@ -30,7 +30,8 @@ def files(folder: Path) -> dict[str, list[str]]:
     }
 
 
-def test_I03_the_card_names_the_shards_of_every_split_and_nothing_of_the_index(tmp_path: Path) -> None:
+@pytest.mark.case("I03")
+def test_the_card_names_the_shards_of_every_split_and_nothing_of_the_index(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=np.zeros((20, 4, 4), np.uint8), labels=np.array(["'a: é", "#b"] * 10))
     out = tmp_path / "out"
     prepare(open_source(tmp_path / "a.npz"), out, Options(size=4, val_fraction=0.5, shard_size=6))
@@ -50,7 +51,8 @@ def test_I03_the_card_names_the_shards_of_every_split_and_nothing_of_the_index(t
 
 
 @pytest.mark.parametrize(("format", "field"), [("png", "png"), ("jpeg", "jpg"), ("webp", "webp")])
-def test_I03_a_set_without_splits_and_labels(tmp_path: Path, format: str, field: str) -> None:
+@pytest.mark.case("I03")
+def test_a_set_without_splits_and_labels(tmp_path: Path, format: str, field: str) -> None:
     np.savez(tmp_path / "a.npz", images=np.zeros((3, 4, 4), np.uint8))
     prepare(open_source(tmp_path / "a.npz"), tmp_path / "out", Options(size=4, format=format))
     assert files(tmp_path / "out") == {"train": ["shard-000000.tar"]}
@@ -61,7 +63,8 @@ def test_I03_a_set_without_splits_and_labels(tmp_path: Path, format: str, field:
     ]
 
 
-def test_I03_found_splits_have_the_names_of_datasets(tmp_path: Path) -> None:
+@pytest.mark.case("I03")
+def test_found_splits_have_the_names_of_datasets(tmp_path: Path) -> None:
     one = np.zeros((1, 4, 4), np.uint8)
     np.savez(tmp_path / "a.npz", x_train=one, x_val=one, x_test=one)
     prepare(open_source(tmp_path / "a.npz"), tmp_path / "out", Options(size=4))
@@ -70,7 +73,8 @@ def test_I03_found_splits_have_the_names_of_datasets(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_I03_mds_shards_have_no_card_since_datasets_does_not_read_them(tmp_path: Path) -> None:
+@pytest.mark.case("I03")
+def test_mds_shards_have_no_card_since_datasets_does_not_read_them(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=np.zeros((3, 4, 4), np.uint8))
     prepare(open_source(tmp_path / "a.npz"), tmp_path / "out", Options(size=4, container="mds"))
     assert not list((tmp_path / "out").rglob("README.md"))

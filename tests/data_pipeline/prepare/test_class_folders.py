@@ -27,7 +27,8 @@ def photos(tmp_path: Path, lab: SimpleNamespace) -> Path:
     return root
 
 
-def test_F11_class_folders_of_any_format_that_is_read(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.case("F11")
+def test_class_folders_of_any_format_that_is_read(photos: Path, tmp_path: Path) -> None:
     source = open_source(photos)
     assert (source.classes, source.labels.tolist()) == (["a", "b", "c", "d"], [0, 0, 1, 1, 2, 2, 3, 3])
     report = prepare(source, tmp_path / "out", Options(size=8))
@@ -35,7 +36,8 @@ def test_F11_class_folders_of_any_format_that_is_read(photos: Path, tmp_path: Pa
     assert not report.skipped
 
 
-def test_F11_a_class_of_pictures_that_are_not_read_is_an_error(photos: Path) -> None:
+@pytest.mark.case("F11")
+def test_a_class_of_pictures_that_are_not_read_is_an_error(photos: Path) -> None:
     (photos / "e").mkdir()
     for name in ("1.heic", "2.HEIC", "3.jxl", "note.txt"):
         (photos / "e" / name).write_bytes(b"x")
@@ -49,7 +51,8 @@ def test_F11_a_class_of_pictures_that_are_not_read_is_an_error(photos: Path) -> 
     assert source.ignored == {"unreadable_heic": 2, "unreadable_jxl": 1, "not_an_image": 1}
 
 
-def test_F11_folders_without_pictures_are_named(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.case("F11")
+def test_folders_without_pictures_are_named(photos: Path, tmp_path: Path) -> None:
     (photos / "notes").mkdir()
     (photos / "notes" / "a.txt").write_text("x")
     (photos / "empty").mkdir()
@@ -59,21 +62,24 @@ def test_F11_folders_without_pictures_are_named(photos: Path, tmp_path: Path) ->
     assert "folder without images 'notes' 1" in text
 
 
-def test_F11_a_class_that_damage_empties_is_named(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.case("F11")
+def test_a_class_that_damage_empties_is_named(photos: Path, tmp_path: Path) -> None:
     for file in (photos / "c").iterdir():
         file.write_bytes(b"x")
     report = prepare(open_source(photos), tmp_path / "out", Options(size=8, on_error="skip"))
     assert "1 classes without a single image: c" in report.lines()
 
 
-def test_F11_a_folder_of_nothing_that_is_read_says_what_it_holds(tmp_path: Path) -> None:
+@pytest.mark.case("F11")
+def test_a_folder_of_nothing_that_is_read_says_what_it_holds(tmp_path: Path) -> None:
     for name in ("1.heic", "2.heic", "a.txt"):
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(DataError, match=r"holds no images \(not_an_image 1, unreadable_heic 2\)"):
         open_source(tmp_path)
 
 
-def test_F19_images_beyond_the_bound_are_left_out_or_named(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.case("F19")
+def test_images_beyond_the_bound_are_left_out_or_named(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"8 x 8, 64 pixels, and at most 63 are decoded .*--max-pixels.*--on-error skip"
     ):

@@ -84,7 +84,8 @@ def edm_labels(values: list[Any]) -> list[list[Any]]:
     return [[f"{i // 2:05d}/img{i:08d}.png", value] for i, value in enumerate(values)]
 
 
-def test_F04_labels_come_from_dataset_json_not_from_the_chunks(tmp_path: Path) -> None:
+@pytest.mark.case("F04")
+def test_labels_come_from_dataset_json_not_from_the_chunks(tmp_path: Path) -> None:
     source = edm(tmp_path / "in", edm_labels([6, 9, 0, 6]))
     assert prepared(source, tmp_path / "out") == {"": {0: "6", 1: "9", 2: "0", 3: "6"}}
     index = open_index(tmp_path / "out")
@@ -95,12 +96,14 @@ def test_F04_labels_come_from_dataset_json_not_from_the_chunks(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("labels", [None, edm_labels([None] * 4)])
-def test_F04_null_labels_are_none(tmp_path: Path, labels: Any) -> None:
+@pytest.mark.case("F04")
+def test_null_labels_are_none(tmp_path: Path, labels: Any) -> None:
     assert prepared(edm(tmp_path / "in", labels), tmp_path / "out") == {"": dict.fromkeys(range(4))}
     assert open_index(tmp_path / "out").classes is None
 
 
-def test_F04_single_nulls_backslashes_and_names(tmp_path: Path) -> None:
+@pytest.mark.case("F04")
+def test_single_nulls_backslashes_and_names(tmp_path: Path) -> None:
     labels = [[name.replace("/", "\\"), value] for name, value in edm_labels([1, None, 0, 1])]
     assert prepared(edm(tmp_path / "in", labels), tmp_path / "out") == {"": {0: "1", 1: None, 2: "0", 3: "1"}}
     named = edm(tmp_path / "named", edm_labels(["dog", "cat", "dog", "eel"]))
@@ -125,7 +128,8 @@ def test_F04_single_nulls_backslashes_and_names(tmp_path: Path) -> None:
         ({"00000/img00000000.png": 1}, "cannot read labels from"),
     ],
 )
-def test_F04_a_list_that_does_not_fit_names_the_option_that_passes_it_over(
+@pytest.mark.case("F04")
+def test_a_list_that_does_not_fit_names_the_option_that_passes_it_over(
     tmp_path: Path, labels: Any, message: str
 ) -> None:
     source = edm(tmp_path / "in", labels)
@@ -136,7 +140,8 @@ def test_F04_a_list_that_does_not_fit_names_the_option_that_passes_it_over(
     assert set(prepared(source, tmp_path / "none", labels="none")[""].values()) == {None}
 
 
-def test_F04_other_json_is_named_and_a_missing_list_too(tmp_path: Path) -> None:
+@pytest.mark.case("F04")
+def test_other_json_is_named_and_a_missing_list_too(tmp_path: Path) -> None:
     source = tree(tmp_path / "in", "a/0.png", "b/1.png")
     for text in ("[1, 2", "[" * 100_000, '{"labels": [["a/0.png"]]}', '{"labels": [[3, 1]]}', '{"labels": 7}'):
         (source / "dataset.json").write_text(text)
@@ -145,7 +150,8 @@ def test_F04_other_json_is_named_and_a_missing_list_too(tmp_path: Path) -> None:
     assert "there is no" in refusal(source, labels="dataset.json")
 
 
-def test_F04_chunks_without_a_list_are_a_question(tmp_path: Path) -> None:
+@pytest.mark.case("F04")
+def test_chunks_without_a_list_are_a_question(tmp_path: Path) -> None:
     for name, chunks in {"plain": ("00000", "00001"), "thousands": ("00000", "01000"), "one": ("00000",)}.items():
         source = tree(tmp_path / name, *(f"{chunk}/{chunk}.png" for chunk in chunks))
         text = refusal(source)
@@ -199,7 +205,8 @@ def test_one_folder_below_each_class_is_no_question(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [("train", "val"), ("Training", "validation"), ("train", "valid"), ("train", "dev")])
-def test_F07_train_and_val_of_class_folders_are_splits(tmp_path: Path, names: tuple[str, str]) -> None:
+@pytest.mark.case("F07")
+def test_train_and_val_of_class_folders_are_splits(tmp_path: Path, names: tuple[str, str]) -> None:
     train, val = names
     source = tree(
         tmp_path / "in", f"{train}/cat/0.png", f"{train}/dog/1.png", f"{train}/eel/2.png", f"{val}/dog/3.png", f"{val}/eel/4.png"
@@ -209,7 +216,8 @@ def test_F07_train_and_val_of_class_folders_are_splits(tmp_path: Path, names: tu
     assert "splits by folder name: train (3 images), val (2 images)" in open_source(source).notes
 
 
-def test_F07_a_third_split_and_the_choice_of_some(tmp_path: Path) -> None:
+@pytest.mark.case("F07")
+def test_a_third_split_and_the_choice_of_some(tmp_path: Path) -> None:
     source = tree(tmp_path / "in", "train/cat/0.png", "val/cat/1.png", "test/cat/2.png", "train/dog/3.png")
     everything = {"train": {0: "cat", 3: "dog"}, "val": {1: "cat"}, "test": {2: "cat"}}
     assert prepared(source, tmp_path / "a") == everything
@@ -219,7 +227,8 @@ def test_F07_a_third_split_and_the_choice_of_some(tmp_path: Path) -> None:
     assert prepared(source, tmp_path / "e", split="all") == {"": {0: "cat", 1: "cat", 2: "cat", 3: "dog"}}
 
 
-def test_F07_splits_that_contradict_each_other_are_named(tmp_path: Path) -> None:
+@pytest.mark.case("F07")
+def test_splits_that_contradict_each_other_are_named(tmp_path: Path) -> None:
     more = tree(tmp_path / "more", "train/cat/0.png", "val/cat/1.png", "val/yak/2.png")
     assert "val has classes that train lacks (1): yak" in refusal(more)
     bare = tree(tmp_path / "bare", "train/cat/0.png", "train/dog/1.png", "val/2.png")
@@ -238,7 +247,8 @@ def test_F07_splits_that_contradict_each_other_are_named(tmp_path: Path) -> None
     assert "names no splits" in refusal(more, split="middle")
 
 
-def test_F07_val_fraction_beside_splits(tmp_path: Path) -> None:
+@pytest.mark.case("F07")
+def test_val_fraction_beside_splits(tmp_path: Path) -> None:
     both = tree(tmp_path / "both", "train/cat/0.png", "val/cat/1.png")
     with pytest.raises(DataError, match="has the splits train, val already"):
         prepare(open_source(both), tmp_path / "out", Options(size=4, val_fraction=0.5))
@@ -249,7 +259,8 @@ def test_F07_val_fraction_beside_splits(tmp_path: Path) -> None:
     assert list(content(tmp_path / "out" / "test")) == [8]
 
 
-def test_F07_a_class_may_be_called_test(tmp_path: Path) -> None:
+@pytest.mark.case("F07")
+def test_a_class_may_be_called_test(tmp_path: Path) -> None:
     source = tree(tmp_path / "in", "car/0.png", "train/1.png", "ship/2.png")
     assert prepared(source, tmp_path / "out") == {"": {0: "car", 1: "train", 2: "ship"}}
 
@@ -280,7 +291,8 @@ def class_label(*names: str) -> dict[str, Any]:
 NAMED = {"image": IMAGE, "label": class_label("airplane", "bird", "cat")}
 
 
-def test_F07_parquet_splits_are_made_and_names_of_the_schema_used(tmp_path: Path) -> None:
+@pytest.mark.case("F07")
+def test_parquet_splits_are_made_and_names_of_the_schema_used(tmp_path: Path) -> None:
     source = tmp_path / "in"
     table(source / "train-00000-of-00002.parquet", [0, 1], [2, 0], NAMED)
     table(source / "train-00001-of-00002.parquet", [2], [1], NAMED)
@@ -299,7 +311,8 @@ def test_F07_parquet_splits_are_made_and_names_of_the_schema_used(tmp_path: Path
     assert prepared(source, tmp_path / "one", split="test,val").keys() == {"val", "test"}
 
 
-def test_F07_parquet_below_folders_and_of_several_sets(tmp_path: Path) -> None:
+@pytest.mark.case("F07")
+def test_parquet_below_folders_and_of_several_sets(tmp_path: Path) -> None:
     table(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet", [0], [0], NAMED)
     (tmp_path / "hub" / "README.md").write_text("card")
     assert prepared(tmp_path / "hub", tmp_path / "a") == {"": {0: "airplane"}}
@@ -315,7 +328,8 @@ def test_F07_parquet_below_folders_and_of_several_sets(tmp_path: Path) -> None:
     assert prepared(tmp_path / "part", tmp_path / "c", split="all") == {"": {0: "0", 1: "0"}}
 
 
-def test_F07_columns_are_told_by_the_schema_or_asked_for(tmp_path: Path) -> None:
+@pytest.mark.case("F07")
+def test_columns_are_told_by_the_schema_or_asked_for(tmp_path: Path) -> None:
     fine = {
         "image": IMAGE,
         "coarse_label": class_label("fish", "trees"),
@@ -344,7 +358,8 @@ def test_F07_columns_are_told_by_the_schema_or_asked_for(tmp_path: Path) -> None
     assert open_source(path, labels="none").classes is None
 
 
-def test_F07_files_that_do_not_belong_together_are_named(tmp_path: Path) -> None:
+@pytest.mark.case("F07")
+def test_files_that_do_not_belong_together_are_named(tmp_path: Path) -> None:
     table(tmp_path / "names" / "train-0.parquet", [0], [0], NAMED)
     table(tmp_path / "names" / "train-1.parquet", [1], [0], {"image": IMAGE, "label": class_label("bird", "airplane")})
     text = refusal(tmp_path / "names")
@@ -366,7 +381,8 @@ def test_F07_files_that_do_not_belong_together_are_named(tmp_path: Path) -> None
     assert "holds the label 3 (row 1), its names end at 2" in refusal(tmp_path / "beyond.parquet")
 
 
-def test_I06_parquet_of_paths_alone_is_named(tmp_path: Path) -> None:
+@pytest.mark.case("I06")
+def test_parquet_of_paths_alone_is_named(tmp_path: Path) -> None:
     paths = [{"bytes": None, "path": f"x/{i}.png"} for i in range(3)]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     pq.write_table(pa.table({"image": pa.array(paths, kind)}), tmp_path / "paths.parquet")
@@ -398,7 +414,8 @@ def test_npz_of_adm_holds_images_and_labels_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "names", ["x_train y_train x_test y_test", "train_images train_labels test_images test_labels", "images_train labels_train images_test labels_test"]
 )  # fmt: skip
-def test_F07_npz_arrays_of_several_splits(tmp_path: Path, names: str) -> None:
+@pytest.mark.case("F07")
+def test_npz_arrays_of_several_splits(tmp_path: Path, names: str) -> None:
     arrays = dict(zip(names.split(), (pixels(0, 1), np.array([1, 0]), pixels(2), np.array([[1]]))))
     np.savez(tmp_path / "set.npz", **arrays, extra=np.zeros(3))
     assert prepared(tmp_path / "set.npz", tmp_path / "out") == {"train": {0: "1", 1: "0"}, "test": {2: "1"}}
@@ -410,7 +427,8 @@ def test_F07_npz_arrays_of_several_splits(tmp_path: Path, names: str) -> None:
     assert "--label-column names one array" in refusal(tmp_path / "set.npz", label_column=names.split()[1])
 
 
-def test_F07_npz_one_hot_labels_are_read_and_other_tables_refused(tmp_path: Path) -> None:
+@pytest.mark.case("F07")
+def test_npz_one_hot_labels_are_read_and_other_tables_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "hot.npz", images=pixels(0, 1, 2), labels=np.eye(4, dtype=np.float32)[[2, 0, 3]])
     assert prepared(tmp_path / "hot.npz", tmp_path / "out") == {"": {0: "2", 1: "0", 2: "3"}}
     np.savez(tmp_path / "many.npz", images=pixels(0, 1), labels=np.array([[1, 1], [0, 1]]))
@@ -425,7 +443,8 @@ def test_labels_from_1_are_said(tmp_path: Path) -> None:
     assert notes[-1] == "1 of 4 classes have no image: 0; labels run from 1 to 3, so a model needs 4 classes"
 
 
-def test_F07_idx_files_of_both_splits(tmp_path: Path) -> None:
+@pytest.mark.case("F07")
+def test_idx_files_of_both_splits(tmp_path: Path) -> None:
     def idx(path: Path, array: np.ndarray) -> None:
         path.parent.mkdir(exist_ok=True)
         sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
@@ -490,7 +509,8 @@ def imagenet(root: Path, lab: SimpleNamespace) -> None:
         lab.write_tar(root / f"imagenet1k-{name}.tar", members)
 
 
-def test_F07_imagenet_in_webdataset_form_is_indexed_split_by_split(
+@pytest.mark.case("F07")
+def test_imagenet_in_webdataset_form_is_indexed_split_by_split(
     tmp_path: Path, lab: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "imagenet1k"
@@ -519,7 +539,8 @@ def content_of_tars(root: Path) -> list[int]:
     return [label for shard in range(len(index.shard_sizes)) for label in index.rows(shard).labels.tolist()]
 
 
-def test_F07_splits_by_folder_of_tars_and_of_streams(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("F07")
+def test_splits_by_folder_of_tars_and_of_streams(tmp_path: Path, lab: SimpleNamespace) -> None:
     lab.write_shards(tmp_path / "set" / "train", [2])
     lab.write_shards(tmp_path / "set" / "val", [1])
     with pytest.raises(DataError, match="name the splits train"):
@@ -532,7 +553,8 @@ def test_F07_splits_by_folder_of_tars_and_of_streams(tmp_path: Path, lab: Simple
     assert len(stream_shards(tmp_path / "set" / "val")) == 1
 
 
-def test_I06_parquet_beside_images_and_paths_that_cannot_be(tmp_path: Path) -> None:
+@pytest.mark.case("I06")
+def test_parquet_beside_images_and_paths_that_cannot_be(tmp_path: Path) -> None:
     source = tree(tmp_path / "in", "a/0.png")
     pq.write_table(pa.table({"file_name": ["a/0.png"]}), source / "metadata.parquet")
     assert "holds Parquet files (first: metadata.parquet) and 1 images: name a Parquet file" in refusal(source)
@@ -572,7 +594,8 @@ def write(name: str, data: bytes = b"x") -> Callable[[Path], Path]:
         (write("a.txt"), "cannot tell what"),
     ],
 )  # fmt: skip
-def test_I06_what_a_file_is_and_what_to_do(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
+@pytest.mark.case("I06")
+def test_what_a_file_is_and_what_to_do(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
     path = make(tmp_path)
     text = refusal(path)
     assert str(path) in text
@@ -599,7 +622,8 @@ def test_I06_what_a_file_is_and_what_to_do(tmp_path: Path, make: Callable[[Path]
         (["a/b/c/d/x.txt"], "holds no images (not_an_image 1)"),
     ],
 )
-def test_I06_what_a_folder_holds_and_what_to_do(tmp_path: Path, names: list[str], message: str) -> None:
+@pytest.mark.case("I06")
+def test_what_a_folder_holds_and_what_to_do(tmp_path: Path, names: list[str], message: str) -> None:
     for name in names:
         write(name)(tmp_path / "in")
     assert message in refusal(tmp_path / "in")
@@ -609,7 +633,8 @@ def test_I06_what_a_folder_holds_and_what_to_do(tmp_path: Path, names: list[str]
         assert message in str(caught.value) or "no images" in message
 
 
-def test_I06_a_path_for_training_that_is_no_data_set_is_named(tmp_path: Path) -> None:
+@pytest.mark.case("I06")
+def test_a_path_for_training_that_is_no_data_set_is_named(tmp_path: Path) -> None:
     for name, message in (
         ("train/index.json", "holds the MDS sets train: index each"),
         ("a.zip", "holds 1 .zip file, a zip archive"),
@@ -624,7 +649,8 @@ def test_I06_a_path_for_training_that_is_no_data_set_is_named(tmp_path: Path) ->
         open_index(write("b.npz")(tmp_path))
 
 
-def test_I06_index_says_what_prepare_is_for(tmp_path: Path) -> None:
+@pytest.mark.case("I06")
+def test_index_says_what_prepare_is_for(tmp_path: Path) -> None:
     tree(tmp_path / "in", "a/0.png", "b/1.png")
     with pytest.raises(
         DataError, match=r"holds no \*\.tar files; .*holds 2 images: tarflow data prepare .* OUT --size"

@@ -20,7 +20,8 @@ from tarflow.data_pipeline.storage.open_index import open_index
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_D02_every_problem_is_counted_and_named(tmp_path: Path, lab: SimpleNamespace, processes: int) -> None:
+@pytest.mark.case("D02")
+def test_every_problem_is_counted_and_named(tmp_path: Path, lab: SimpleNamespace, processes: int) -> None:
     picture = lab.image_bytes
     lab.write_tar(tmp_path / "a.tar", [("0.png", picture(0)), ("0.cls", b"0"), ("1.png", picture(1)), ("1.cls", b"5")])
     lab.write_tar(tmp_path / "b.tar", [("2.png", b"broken"), ("2.cls", b"1"), ("0.png", picture(3)), ("0.cls", b"0")])

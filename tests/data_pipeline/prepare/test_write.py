@@ -154,7 +154,8 @@ def test_idx_files_find_their_labels(tmp_path: Path, end: str) -> None:
     assert dict(zip(batch.images[:, 0, 0, 0].tolist(), batch.labels.tolist())) == {0: 3, 1: 1, 2: 2, 3: 0}
 
 
-def test_S05_odd_files_in_a_folder(tmp_path: Path) -> None:
+@pytest.mark.case("S05")
+def test_odd_files_in_a_folder(tmp_path: Path) -> None:
     root = tmp_path / "photos" / "one"
     save(root / "grey.png", 9, "L")
     save(root / "clear.png", (0, 0, 0, 0), "RGBA", (30, 20))

@@ -15,7 +15,8 @@ from pathlib import Path
 class Behaviour:
     """`busy_every`, `cut_every`: every so many-th request gets a 503, or half of its body (0 = never). `wrong`: so many answers
     come with a flipped byte. `moved`: end of a name -> where an answer redirects to. `endless`: a body without an end.
-    `drip`: seconds between single bytes."""
+    `drip`: seconds between single bytes.
+    """
 
     ranges: bool = True
     delay: float = 0.0
@@ -71,7 +72,7 @@ class BadServer:
             request.send_header("Location", target)
             request.send_header("Content-Length", "0")
             request.end_headers()
-            return
+            return None
         if for_it and (what.endless or what.drip):
             return self.go_on(request, what)
         path = folder / request.path.lstrip("/")
@@ -88,7 +89,7 @@ class BadServer:
             request.send_response(code)
             request.send_header("Content-Length", "0")
             request.end_headers()
-            return
+            return None
         body = path.read_bytes()
         if wrong:
             body = body[:700] + bytes([body[700] ^ 1]) + body[701:]

@@ -77,7 +77,8 @@ def put(folder: Path, content: bytes = b"abc") -> bytes:
         os.close(fd)
 
 
-def test_h07_the_cache_is_made_for_its_owner_alone(shared: Path) -> None:
+@pytest.mark.case("H07")
+def test_the_cache_is_made_for_its_owner_alone(shared: Path) -> None:
     old = os.umask(0)
     try:
         put(shared / "cache")
@@ -90,7 +91,8 @@ def test_h07_the_cache_is_made_for_its_owner_alone(shared: Path) -> None:
     assert (shared / "cache").stat().st_mode & 0o777 == 0o700
 
 
-def test_h07_a_folder_that_someone_else_made_first_is_refused(shared: Path, of_another: Callable[[Path], None]) -> None:
+@pytest.mark.case("H07")
+def test_a_folder_that_someone_else_made_first_is_refused(shared: Path, of_another: Callable[[Path], None]) -> None:
     (shared / "cache").mkdir()
     (shared / "cache").chmod(0o777)
     of_another(shared / "cache")
@@ -101,14 +103,16 @@ def test_h07_a_folder_that_someone_else_made_first_is_refused(shared: Path, of_a
     assert list((shared / "cache").iterdir()) == []
 
 
-def test_h07_a_folder_that_changes_hands_later_is_refused(tmp_path: Path, of_another: Callable[[Path], None]) -> None:
+@pytest.mark.case("H07")
+def test_a_folder_that_changes_hands_later_is_refused(tmp_path: Path, of_another: Callable[[Path], None]) -> None:
     cache = ShardCache(tmp_path / "cache", 1000)
     of_another(tmp_path / "cache")
     with pytest.raises(DataError, match=rf"belongs to .*uid {OTHER}"):
         cache.open("a", 3, lambda file: file.write(b"abc"))
 
 
-def test_h07_a_link_that_someone_else_planted_is_not_followed(
+@pytest.mark.case("H07")
+def test_a_link_that_someone_else_planted_is_not_followed(
     shared: Path, tmp_path: Path, of_another: Callable[[Path], None]
 ) -> None:
     mine = tmp_path / "mine"
@@ -125,7 +129,8 @@ def test_h07_a_link_that_someone_else_planted_is_not_followed(
     assert make_own(tmp_path / "scratch" / "cache") == mine / "cache"
 
 
-def test_h07_a_place_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
+@pytest.mark.case("H07")
+def test_a_place_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
     open_to_all = tmp_path / "all"
     open_to_all.mkdir()
     open_to_all.chmod(0o777)
@@ -136,7 +141,8 @@ def test_h07_a_place_that_everybody_may_write_is_refused(tmp_path: Path) -> None
     assert put(open_to_all / "cache") == b"abc"
 
 
-def test_h07_links_in_a_circle_and_files_in_the_way_are_named(tmp_path: Path) -> None:
+@pytest.mark.case("H07")
+def test_links_in_a_circle_and_files_in_the_way_are_named(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     (tmp_path / "file").touch()
@@ -147,7 +153,8 @@ def test_h07_links_in_a_circle_and_files_in_the_way_are_named(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["a.partial", "a.shard"])
 @pytest.mark.parametrize("kind", ["link", "hanging link", "pipe", "theirs"])
-def test_h07_what_was_planted_under_a_name_is_neither_followed_nor_used(
+@pytest.mark.case("H07")
+def test_what_was_planted_under_a_name_is_neither_followed_nor_used(
     tmp_path: Path, name: str, kind: str, of_another: Callable[[Path], None]
 ) -> None:
     target = tmp_path / "target"
@@ -169,7 +176,8 @@ def test_h07_what_was_planted_under_a_name_is_neither_followed_nor_used(
 
 
 @pytest.mark.parametrize("ending", [".tar", ".parquet"])
-def test_h07_a_planted_or_damaged_copy_in_the_cache_is_fetched_anew(
+@pytest.mark.case("H07")
+def test_a_planted_or_damaged_copy_in_the_cache_is_fetched_anew(
     served: tuple[BadServer, Path], tmp_path: Path, ending: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     server, root = served
@@ -187,7 +195,8 @@ def test_h07_a_planted_or_damaged_copy_in_the_cache_is_fetched_anew(
         assert "in the cache is damaged and is fetched anew" in caplog.text
 
 
-def test_h07_a_flaw_that_the_sketch_misses_is_found_by_the_thread_that_fetches_ahead(
+@pytest.mark.case("H07")
+def test_a_flaw_that_the_sketch_misses_is_found_by_the_thread_that_fetches_ahead(
     served: tuple[BadServer, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tarflow.data_pipeline.storage import remote_shards
@@ -206,9 +215,7 @@ def test_h07_a_flaw_that_the_sketch_misses_is_found_by_the_thread_that_fetches_a
     assert path.read_bytes() == (root / "shard-0000.tar").read_bytes()
 
 
-def test_two_users_on_one_node_keep_out_of_each_other_s_cache(
-    shared: Path, of_another: Callable[[Path], None]
-) -> None:
+def test_two_users_on_one_node_keep_out_of_each_other_s_cache(shared: Path, of_another: Callable[[Path], None]) -> None:
     """Two real users where the tests may change theirs; else the other one's folder stands for the other user."""
     folder, theirs = shared / "cache", shared / "first"
     assert put(folder) == b"abc"

@@ -62,7 +62,8 @@ def take(data: Any, count: int = 1, **options: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("form", ["tar", "mds", "stream"])
-def test_V04_other_images_of_the_same_sizes_give_another_fingerprint(
+@pytest.mark.case("V04")
+def test_other_images_of_the_same_sizes_give_another_fingerprint(
     tmp_path: Path, lab: SimpleNamespace, form: str
 ) -> None:
     def fingerprint(first: int) -> str:
@@ -81,14 +82,16 @@ def test_V04_other_images_of_the_same_sizes_give_another_fingerprint(
     assert fingerprint(0) == first
 
 
-def test_V04_streams_of_which_nothing_is_known_keep_the_fingerprint_of_their_names() -> None:
+@pytest.mark.case("V04")
+def test_streams_of_which_nothing_is_known_keep_the_fingerprint_of_their_names() -> None:
     facts = data_facts(DataSettings.of("pipe:cat /nowhere/{0..1}.tar"))
     names = b"pipe:cat /nowhere/0.tar\npipe:cat /nowhere/1.tar"
     assert facts.fingerprint == facts.former_fingerprint == "stream-" + hashlib.sha256(names).hexdigest()[:25]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_V04_a_shard_replaced_by_one_of_the_same_size_is_refused(
+@pytest.mark.case("V04")
+def test_a_shard_replaced_by_one_of_the_same_size_is_refused(
     tmp_path: Path, lab: SimpleNamespace, workers: int
 ) -> None:
     index, _ = build_index(tmp_path / "set", write_bmps(lab, tmp_path / "set", 0))
@@ -104,7 +107,8 @@ def test_V04_a_shard_replaced_by_one_of_the_same_size_is_refused(
             take(tmp_path / "set", 4, num_workers=workers, rank=rank, world_size=3, on_error="skip")
 
 
-def test_V04_copies_and_touched_shards_go_on(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("V04")
+def test_copies_and_touched_shards_go_on(tmp_path: Path, lab: SimpleNamespace) -> None:
     for path in write_bmps(lab, tmp_path / "set", 0):
         build_index(tmp_path / "set", sorted((tmp_path / "set").glob("*.tar")))
         other_time(path)
@@ -114,7 +118,8 @@ def test_V04_copies_and_touched_shards_go_on(tmp_path: Path, lab: SimpleNamespac
     check_shards(open_index(tmp_path / "set"))
 
 
-def test_V04_a_sketch_covers_small_files_and_both_ends_of_large_ones(tmp_path: Path) -> None:
+@pytest.mark.case("V04")
+def test_a_sketch_covers_small_files_and_both_ends_of_large_ones(tmp_path: Path) -> None:
     def sketch(path: Path) -> str:
         with path.open("rb") as file:
             return sketch_of_file(file.fileno(), path.stat().st_size)
@@ -139,7 +144,8 @@ def test_V04_a_sketch_covers_small_files_and_both_ends_of_large_ones(tmp_path: P
     assert content_of(tmp_path / "1").file_bytes == 1
 
 
-def test_V04_verify_finds_what_kept_size_and_time(tmp_path: Path, lab: SimpleNamespace) -> None:
+@pytest.mark.case("V04")
+def test_verify_finds_what_kept_size_and_time(tmp_path: Path, lab: SimpleNamespace) -> None:
     """Then neither a start nor the sketch sees it; the whole checksum does."""
     (path,) = write_bmps(lab, tmp_path / "set", 0, shards=1)
     index, _ = build_index(tmp_path / "set", [path])
@@ -152,7 +158,8 @@ def test_V04_verify_finds_what_kept_size_and_time(tmp_path: Path, lab: SimpleNam
     assert f"shard {path}: its bytes are not those that were indexed" in report.lines()[-1]
 
 
-def test_V04_an_index_of_an_earlier_version_goes_on_with_its_fingerprint(
+@pytest.mark.case("V04")
+def test_an_index_of_an_earlier_version_goes_on_with_its_fingerprint(
     make_set: Callable[..., Path], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = make_set([4, 4])
@@ -194,7 +201,8 @@ def served(tmp_path: Path, lab: SimpleNamespace) -> Iterator[tuple[str, Path]]:
     server.server_close()
 
 
-def test_V04_a_shard_changed_behind_an_address_is_noticed_when_it_is_fetched(
+@pytest.mark.case("V04")
+def test_a_shard_changed_behind_an_address_is_noticed_when_it_is_fetched(
     served: tuple[str, Path], tmp_path: Path, lab: SimpleNamespace
 ) -> None:
     url, root = served

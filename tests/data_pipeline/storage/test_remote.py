@@ -179,7 +179,8 @@ def test_an_address_without_an_index_says_what_to_do(served: tuple[Any, Path], t
         open_index("http://127.0.0.1:9", Access(cache_dir=str(tmp_path), retries=1, timeout_s=0.5))
 
 
-def test_I07_an_address_without_an_index_goes_by_the_answer_not_by_the_words(
+@pytest.mark.case("I07")
+def test_an_address_without_an_index_goes_by_the_answer_not_by_the_words(
     served: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A damaged list of shards whose reader happens to complain in the same words is a damaged one."""
@@ -192,7 +193,7 @@ def test_I07_an_address_without_an_index_goes_by_the_answer_not_by_the_words(
 def test_an_object_store_s_file_system_is_read_through_the_same_cache(
     make_set: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """fsspec's `file://` stands for every store that is no HTTP server."""
+    """Fsspec's `file://` stands for every store that is no HTTP server."""
     root = make_set([20, 11])
     for cache_bytes in (1 << 20, 0):
         same(take(f"file://{root}", 5, cache_dir=str(tmp_path / "c"), cache_bytes=cache_bytes), take(root, 5))
@@ -227,7 +228,8 @@ def test_the_cache_is_bounded_and_keeps_what_was_used_last(tmp_path: Path) -> No
     assert sum(path.stat().st_size for path in (tmp_path / "c").iterdir()) <= 1000
 
 
-def test_D12_a_half_written_cache_file_is_fetched_again(served: tuple[Any, Path], tmp_path: Path) -> None:
+@pytest.mark.case("D12")
+def test_a_half_written_cache_file_is_fetched_again(served: tuple[Any, Path], tmp_path: Path) -> None:
     """Killed while fetching: the next run is not disturbed, fetches the shard again and leaves nothing behind."""
     server, root = served
     cache = tmp_path / "cache"
@@ -257,9 +259,8 @@ def test_D12_a_half_written_cache_file_is_fetched_again(served: tuple[Any, Path]
     same(take(server.url, 10, cache_dir=str(cache)), take(root, 10))
 
 
-def test_D12_two_jobs_at_once_on_one_cache(
-    served: tuple[Any, Path], make_set: Callable[..., Path], tmp_path: Path
-) -> None:
+@pytest.mark.case("D12")
+def test_two_jobs_at_once_on_one_cache(served: tuple[Any, Path], make_set: Callable[..., Path], tmp_path: Path) -> None:
     """The same data twice and other data of the same names, all at once through one cache that is too small for them."""
     server, root = served
     other_root = make_set([30, 0, 25, 5], name="other", classes=2)
@@ -297,9 +298,11 @@ def test_D12_two_jobs_at_once_on_one_cache(
 
 
 @pytest.mark.parametrize(("limit", "left"), [(1000, "ab"), (500, "a")])
-def test_D12_fetches_at_the_same_time_count_each_other(tmp_path: Path, limit: int, left: str) -> None:
+@pytest.mark.case("D12")
+def test_fetches_at_the_same_time_count_each_other(tmp_path: Path, limit: int, left: str) -> None:
     """The first has written nothing yet when the second makes room; with 500 bytes there is none for both, and the second
-    one's stays for those only who have it open."""
+    one's stays for those only who have it open.
+    """
     cache = ShardCache(tmp_path, limit)
     os.close(put(cache, "old", 400))
 
@@ -328,7 +331,8 @@ def test_what_a_fetch_reserved_and_did_not_write_is_not_in_the_file(tmp_path: Pa
     assert (tmp_path / "a.shard").read_bytes() == b"abc"
 
 
-def test_D12_a_running_fetch_is_not_swept_away(tmp_path: Path) -> None:
+@pytest.mark.case("D12")
+def test_a_running_fetch_is_not_swept_away(tmp_path: Path) -> None:
     cache = ShardCache(tmp_path, 1 << 20)
     seen: list[int] = []
 

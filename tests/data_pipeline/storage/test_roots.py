@@ -80,7 +80,8 @@ def fetched(server: BadServer) -> list[str]:
         "http://127.0.0.1:1/x.tar",
     ],
 )
-def test_h08_a_name_that_leads_elsewhere_is_refused_before_anything_is_fetched(
+@pytest.mark.case("H08")
+def test_a_name_that_leads_elsewhere_is_refused_before_anything_is_fetched(
     served: tuple[BadServer, Path], tmp_path: Path, name: str
 ) -> None:
     server, root = served
@@ -93,7 +94,8 @@ def test_h08_a_name_that_leads_elsewhere_is_refused_before_anything_is_fetched(
         assert "data.allow_roots" in str(caught.value)
 
 
-def test_h08_a_folder_s_index_names_no_address_that_is_not_allowed(
+@pytest.mark.case("H08")
+def test_a_folder_s_index_names_no_address_that_is_not_allowed(
     served: tuple[BadServer, Path], tmp_path: Path, make_set: Callable[..., Path]
 ) -> None:
     server, root = served
@@ -108,7 +110,8 @@ def test_h08_a_folder_s_index_names_no_address_that_is_not_allowed(
     assert fetched(server) == ["/shard-0000.tar"]
 
 
-def test_h08_what_a_setting_allows_is_read_by_workers_and_by_info_too(
+@pytest.mark.case("H08")
+def test_what_a_setting_allows_is_read_by_workers_and_by_info_too(
     served: tuple[BadServer, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, root = served
@@ -131,7 +134,8 @@ def test_h08_what_a_setting_allows_is_read_by_workers_and_by_info_too(
 
 @pytest.mark.parametrize("what", [".tar", "shards.parquet", "samples-00000.parquet"])
 @pytest.mark.parametrize("cache_bytes", [1 << 20, 0], ids=["cache", "ranges"])
-def test_h08_redirects_stay_with_the_host_unless_allowed(
+@pytest.mark.case("H08")
+def test_redirects_stay_with_the_host_unless_allowed(
     served: tuple[BadServer, Path], tmp_path: Path, what: str, cache_bytes: int
 ) -> None:
     server, root = served
@@ -163,7 +167,8 @@ def test_h08_redirects_stay_with_the_host_unless_allowed(
         other.close()
 
 
-def test_h08_a_redirect_to_an_allowed_host_and_one_on_the_same_host_are_followed(
+@pytest.mark.case("H08")
+def test_a_redirect_to_an_allowed_host_and_one_on_the_same_host_are_followed(
     served: tuple[BadServer, Path], tmp_path: Path
 ) -> None:
     server, root = served
@@ -179,7 +184,8 @@ def test_h08_a_redirect_to_an_allowed_host_and_one_on_the_same_host_are_followed
         other.close()
 
 
-def test_h08_https_of_the_same_host_is_no_other_one() -> None:
+@pytest.mark.case("H08")
+def test_https_of_the_same_host_is_no_other_one() -> None:
     assert redirected("http://a.org/x", "http://a.org/x", "https://a.org/y", ()) == "https://a.org/y"
     for here, to in (
         ("https://a.org/x", "http://a.org/x"),
@@ -203,7 +209,8 @@ def test_names_that_shards_have_pass() -> None:
 
 @pytest.mark.parametrize("what", ["shards.parquet", "samples-00000.parquet", ".tar"])
 @pytest.mark.parametrize("cache_bytes", [1 << 20, 0], ids=["cache", "ranges"])
-def test_h08_an_endless_body_is_given_up(
+@pytest.mark.case("H08")
+def test_an_endless_body_is_given_up(
     served: tuple[BadServer, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, cache_bytes: int
 ) -> None:
     server, _ = served
@@ -214,9 +221,8 @@ def test_h08_an_endless_body_is_given_up(
     assert server.sent < 32 << 20
 
 
-def test_h08_a_server_that_sends_a_byte_now_and_then_is_given_up(
-    served: tuple[BadServer, Path], tmp_path: Path
-) -> None:
+@pytest.mark.case("H08")
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up(served: tuple[BadServer, Path], tmp_path: Path) -> None:
     """Each byte comes in time; all of them would take days."""
     server, _ = served
     server.behaviour = Behaviour(drip=0.02, only="shards.parquet")
@@ -229,7 +235,8 @@ def test_h08_a_server_that_sends_a_byte_now_and_then_is_given_up(
 @pytest.mark.parametrize(
     ("only", "name"), [(".tar", r"shard http.*\.tar holds"), ("samples-00000.parquet", "http.*samples")]
 )
-def test_h07_what_came_wrong_is_fetched_once_more_and_then_named(
+@pytest.mark.case("H07")
+def test_what_came_wrong_is_fetched_once_more_and_then_named(
     served: tuple[BadServer, Path], tmp_path: Path, only: str, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     server, root = served
@@ -243,7 +250,8 @@ def test_h07_what_came_wrong_is_fetched_once_more_and_then_named(
     assert not [path for path in os.listdir(tmp_path / "b") if "partial" in path]
 
 
-def test_h07_what_cannot_be_checked_is_said_and_kept(
+@pytest.mark.case("H07")
+def test_what_cannot_be_checked_is_said_and_kept(
     served: tuple[BadServer, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from tarflow.data_pipeline.loading.settings import DataSettings

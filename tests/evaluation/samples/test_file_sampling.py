@@ -44,7 +44,8 @@ def save_file(make_model, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_V05_N05_an_exported_file_draws_the_images_of_its_run(make_run, tmp_path, suffix):
+@pytest.mark.case("V05", "N05")
+def test_an_exported_file_draws_the_images_of_its_run(make_run, tmp_path, suffix):
     sampling = {"guidance": 1.5, "guide": "b", "annealed": False, "denoise": 0.5, "seed": 9}
     run_dir, _ = make_run(steps=(10,), sampling=sampling)
     file, lines = export(run_dir, tmp_path / f"v{suffix}"), []
@@ -58,7 +59,8 @@ def test_V05_N05_an_exported_file_draws_the_images_of_its_run(make_run, tmp_path
     assert "guidance=1.5" in lines[0]
 
 
-def test_V05_an_exported_file_goes_by_the_choice_of_a_sweep_as_its_run_does(make_run, tmp_path, capsys):
+@pytest.mark.case("V05")
+def test_an_exported_file_goes_by_the_choice_of_a_sweep_as_its_run_does(make_run, tmp_path, capsys):
     from tarflow.evaluation.run_config import choose
 
     run_dir, _ = make_run(steps=(10,))
@@ -73,7 +75,8 @@ def test_V05_an_exported_file_goes_by_the_choice_of_a_sweep_as_its_run_does(make
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_V05_guidance_without_label_dropout_is_refused_as_for_the_run(make_run, tmp_path, suffix):
+@pytest.mark.case("V05")
+def test_guidance_without_label_dropout_is_refused_as_for_the_run(make_run, tmp_path, suffix):
     run_dir, _ = make_run(steps=(10,), train={"label_dropout": 0.0}, sampling={"guidance": 0.0})
     file = export(run_dir, tmp_path / f"v{suffix}", "--weights", "raw")
     for source in (run_dir, file):
@@ -83,7 +86,8 @@ def test_V05_guidance_without_label_dropout_is_refused_as_for_the_run(make_run, 
     assert draw(file, tmp_path / "out", settings={"guidance": 2.0, "labels": (-1,), "attn_temp": 0.5})
 
 
-def test_V05_denoising_after_uniform_noise_is_refused_as_for_the_run(make_run, tmp_path):
+@pytest.mark.case("V05")
+def test_denoising_after_uniform_noise_is_refused_as_for_the_run(make_run, tmp_path):
     run_dir, _ = make_run(steps=(10,), train={"noise": "uniform"})
     file = export(run_dir, tmp_path / "v.safetensors")
     for source in (run_dir, file):
@@ -93,7 +97,8 @@ def test_V05_denoising_after_uniform_noise_is_refused_as_for_the_run(make_run, t
     assert sampling_of(tmp_path / "out")["denoise"] == 0.0
 
 
-def test_V05_the_marker_of_the_checkpoint_goes_into_the_file(make_run, make_model, save_checkpoint, tmp_path):
+@pytest.mark.case("V05")
+def test_the_marker_of_the_checkpoint_goes_into_the_file(make_run, make_model, save_checkpoint, tmp_path):
     run_dir, _ = make_run(steps=(10,))
     marker = run_dir / "checkpoints/images-000000000160/COMMITTED"
     code = {"version": "0.2.0", "commit": "ab" * 20, "dirty": False}
@@ -106,7 +111,8 @@ def test_V05_the_marker_of_the_checkpoint_goes_into_the_file(make_run, make_mode
     assert (found.noise, found.noise_std, found.label_dropout) == ("gaussian", 0.1, 0.1)
 
 
-def test_V05_an_average_made_afterwards_says_the_same(make_run, tmp_path):
+@pytest.mark.case("V05")
+def test_an_average_made_afterwards_says_the_same(make_run, tmp_path):
     run_dir, _ = make_run(steps=(10, 20))
     out = tmp_path / "wide.safetensors"
     assert tarflow.cli.main(["ema", str(run_dir), "--relative-std", "0.07", "--out", str(out)]) == 0
@@ -114,7 +120,8 @@ def test_V05_an_average_made_afterwards_says_the_same(make_run, tmp_path):
     assert (found.weights, found.ema_relative_std, found.step, found.noise_std) == ("ema-0.070", 0.07, 20, 0.1)
 
 
-def test_N05_a_file_that_does_not_say_its_noise_is_asked_for_it(save_file, tmp_path):
+@pytest.mark.case("N05")
+def test_a_file_that_does_not_say_its_noise_is_asked_for_it(save_file, tmp_path):
     for number, name in enumerate(("m.safetensors", "m.pth")):
         file, out = save_file(name), tmp_path / f"out{number}"
         with pytest.raises(EvaluationError, match=r"sampling needs --noise-std: .*does not say the noise"):
@@ -128,14 +135,16 @@ def test_N05_a_file_that_does_not_say_its_noise_is_asked_for_it(save_file, tmp_p
     assert not torch.equal(pixels(tmp_path / "denoised"), pixels(tmp_path / "undenoised"))
 
 
-def test_N05_an_option_that_contradicts_the_file_is_refused(save_file, tmp_path):
+@pytest.mark.case("N05")
+def test_an_option_that_contradicts_the_file_is_refused(save_file, tmp_path):
     file = save_file(noise="gaussian", noise_std=0.1)
     with pytest.raises(EvaluationError, match=r"--noise-std 0\.2, but .*m\.safetensors was trained with 0\.1"):
         draw(file, tmp_path / "out", settings={"noise_std": 0.2})
     assert draw(file, tmp_path / "out", settings={"noise_std": 0.1})
 
 
-def test_N05_what_the_file_leaves_open_is_said(save_file, tmp_path):
+@pytest.mark.case("N05")
+def test_what_the_file_leaves_open_is_said(save_file, tmp_path):
     lines = []
     file = save_file(noise="gaussian", noise_std=0.1, sampling={"labels": "training", "guidance": 1.0})
     draw(file, tmp_path / "out", quiet=lines)
@@ -145,7 +154,8 @@ def test_N05_what_the_file_leaves_open_is_said(save_file, tmp_path):
         draw(save_file(noise="gaussian", noise_std=0.1, sampling={"guidence": 1.0}), tmp_path / "new")
 
 
-def test_I01_a_published_file_is_sampled_and_what_was_inferred_is_said(tmp_path):
+@pytest.mark.case("I01")
+def test_a_published_file_is_sampled_and_what_was_inferred_is_said(tmp_path):
     from tarflow.models.config import TarFlowConfig
     from tarflow.models.flow import TarFlow
     from tarflow.models.init import init_weights
@@ -161,7 +171,8 @@ def test_I01_a_published_file_is_sampled_and_what_was_inferred_is_said(tmp_path)
     assert "attention heads of 64 channels" in lines[0]
 
 
-def test_V08_a_folder_of_samples_says_which_code_trained_and_which_drew(make_run, tmp_path):
+@pytest.mark.case("V08")
+def test_a_folder_of_samples_says_which_code_trained_and_which_drew(make_run, tmp_path):
     from tarflow.code_version import code_version
 
     run_dir, _ = make_run(steps=(10,))

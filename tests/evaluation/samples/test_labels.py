@@ -25,7 +25,8 @@ NAMES = ["food", "smileys", "flags, coloured"]
         ("name:food,number:2", (0, 2)),
     ],
 )
-def test_N15_classes_go_by_name_or_number(text, labels):
+@pytest.mark.case("N15")
+def test_classes_go_by_name_or_number(text, labels):
     assert parse_labels(text, 3, NAMES) == labels
 
 
@@ -47,14 +48,16 @@ def test_N15_classes_go_by_name_or_number(text, labels):
         ("food\nsmileys", NAMES, "--labels"),
     ],
 )
-def test_N15_what_is_no_class_is_one_line(text, names, message):
+@pytest.mark.case("N15")
+def test_what_is_no_class_is_one_line(text, names, message):
     with pytest.raises(EvaluationError) as error:
         parse_labels(text, 3, names)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_N15_a_word_that_could_mean_two_classes_is_asked_about():
+@pytest.mark.case("N15")
+def test_a_word_that_could_mean_two_classes_is_asked_about():
     digits = ["1", "10", "none", "7"]
     assert parse_labels("10", 4, digits) == (1,), "10 is no number of a class"
     assert parse_labels("2,name:1,number:1,name:none,-1", 4, digits) == (2, 0, 1, 2, -1)
@@ -65,7 +68,8 @@ def test_N15_a_word_that_could_mean_two_classes_is_asked_about():
     assert parse_labels("0,1", 2, ["0", "1"]) == (0, 1), "names that are the numbers leave no doubt"
 
 
-def test_N15_a_model_without_classes_has_no_labels():
+@pytest.mark.case("N15")
+def test_a_model_without_classes_has_no_labels():
     assert parse_labels("none", 0, None) == (-1,)
     for text in ("0", "food"):
         with pytest.raises(EvaluationError, match="model without classes: leave --labels out"):
@@ -81,7 +85,8 @@ def set_marker(run_dir, **facts):
     tell(run_dir / "checkpoints/images-000000000160", **facts)
 
 
-def test_N15_names_come_from_the_checkpoint_the_file_or_an_option(make_run, make_model, tmp_path):
+@pytest.mark.case("N15")
+def test_names_come_from_the_checkpoint_the_file_or_an_option(make_run, make_model, tmp_path):
     run_dir, _ = make_run(steps=(10,))
     (tmp_path / "names.json").write_text(json.dumps(NAMES))
     with pytest.raises(EvaluationError, match="are not known"):
@@ -101,7 +106,8 @@ def test_N15_names_come_from_the_checkpoint_the_file_or_an_option(make_run, make
     assert not (tmp_path / "no").exists()
 
 
-def test_N15_an_older_checkpoint_takes_the_names_of_the_very_data_it_was_trained_on(make_run, tmp_path, digit_like):
+@pytest.mark.case("N15")
+def test_an_older_checkpoint_takes_the_names_of_the_very_data_it_was_trained_on(make_run, tmp_path, digit_like):
     import shutil
 
     from tarflow.data_pipeline.index.build import build_index
@@ -121,7 +127,8 @@ def test_N15_an_older_checkpoint_takes_the_names_of_the_very_data_it_was_trained
     assert sampled(tmp_path / "w.safetensors", tmp_path / "file", "smileys") == [1], "the file has them from then on"
 
 
-def test_N15_wrong_labels_as_typed_are_one_line(make_run, tmp_path, capsys):
+@pytest.mark.case("N15")
+def test_wrong_labels_as_typed_are_one_line(make_run, tmp_path, capsys):
     run_dir, _ = make_run(steps=(10,))
     set_marker(run_dir, classes=NAMES)
     for labels, message in (("9", "label 9 is none"), ("fod", "did you mean 'food'?")):

@@ -24,14 +24,16 @@ def fill(folder, indices=None):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_S04_a_png_holds_the_pixels_exactly(tmp_path, channels):
+@pytest.mark.case("S04")
+def test_a_png_holds_the_pixels_exactly(tmp_path, channels):
     pixels = torch.randint(0, 256, (channels, 9, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     save_png(tmp_path / "a.png", pixels)
     assert torch.equal(load_png(tmp_path / "a.png"), pixels)
     assert Image.open(tmp_path / "a.png").mode == ("L" if channels == 1 else "RGB")
 
 
-def test_S02_the_folder_holds_exactly_the_samples_asked_for(tmp_path):
+@pytest.mark.case("S02")
+def test_the_folder_holds_exactly_the_samples_asked_for(tmp_path):
     folder = SampleFolder(tmp_path / "out", SETTINGS, 10)
     assert folder.missing() == list(range(10))
     fill(folder)
@@ -40,7 +42,8 @@ def test_S02_the_folder_holds_exactly_the_samples_asked_for(tmp_path):
     assert json.loads((tmp_path / "out/settings.json").read_text())["complete"] is True
 
 
-def test_S02_a_killed_run_goes_on_with_what_is_missing(tmp_path):
+@pytest.mark.case("S02")
+def test_a_killed_run_goes_on_with_what_is_missing(tmp_path):
     fill(SampleFolder(tmp_path / "out", SETTINGS, 10), [0, 1, 2, 7])
     (tmp_path / "out/images/.000003.png.99.tmp").write_bytes(b"half")
     again = SampleFolder(tmp_path / "out", SETTINGS, 10)
@@ -49,14 +52,16 @@ def test_S02_a_killed_run_goes_on_with_what_is_missing(tmp_path):
     assert SampleFolder(tmp_path / "out", SETTINGS, 12).missing() == [3, 4, 5, 6, 8, 9, 10, 11]
 
 
-def test_S02_fewer_than_there_are_is_refused(tmp_path):
+@pytest.mark.case("S02")
+def test_fewer_than_there_are_is_refused(tmp_path):
     fill(SampleFolder(tmp_path / "out", SETTINGS, 10))
     with pytest.raises(EvaluationError, match=r"holds sample 5, beyond the 5 asked for; ask for --num 6 or more"):
         SampleFolder(tmp_path / "out", SETTINGS, 5)
     assert len(list((tmp_path / "out/images").iterdir())) == 10
 
 
-def test_S02_samples_of_other_settings_are_refused_and_left_alone(tmp_path):
+@pytest.mark.case("S02")
+def test_samples_of_other_settings_are_refused_and_left_alone(tmp_path):
     fill(SampleFolder(tmp_path / "out", SETTINGS, 3))
     other = SETTINGS | {"weights_sha256": "def"}
     with pytest.raises(EvaluationError, match=r"other settings \(weights_sha256: 'abc' there, 'def' asked\)"):
@@ -64,7 +69,8 @@ def test_S02_samples_of_other_settings_are_refused_and_left_alone(tmp_path):
     assert len(list((tmp_path / "out/images").iterdir())) == 3
 
 
-def test_S02_foreign_images_and_folders_are_refused(tmp_path):
+@pytest.mark.case("S02")
+def test_foreign_images_and_folders_are_refused(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/holiday.jpg").write_bytes(b"x")
     with pytest.raises(EvaluationError, match="not empty and no folder of samples"):
@@ -89,7 +95,8 @@ def test_damaged_settings_are_refused(tmp_path):
         SampleFolder(tmp_path / "out", SETTINGS, 3)
 
 
-def test_S03_missing_samples_are_recorded(tmp_path):
+@pytest.mark.case("S03")
+def test_missing_samples_are_recorded(tmp_path):
     folder = SampleFolder(tmp_path / "out", SETTINGS, 3)
     fill(folder, [0, 2])
     folder.finish([1])
@@ -113,7 +120,8 @@ def damage(path, how):
 @pytest.mark.parametrize(
     "how", ["empty", "half", "without its last byte", "zeros at the end", "a flipped bit", "not a PNG"]
 )
-def test_V06_a_damaged_image_counts_as_missing(tmp_path, how):
+@pytest.mark.case("V06")
+def test_a_damaged_image_counts_as_missing(tmp_path, how):
     fill(SampleFolder(tmp_path / "out", SETTINGS, 5, (1, 4, 4)))
     damage(tmp_path / "out/images/000003.png", how)
     again = SampleFolder(tmp_path / "out", SETTINGS, 5, (1, 4, 4))
@@ -123,7 +131,8 @@ def test_V06_a_damaged_image_counts_as_missing(tmp_path, how):
     assert torch.equal(load_png(again.path(3)), image(3))
 
 
-def test_V06_an_image_of_another_size_or_colour_counts_as_missing(tmp_path):
+@pytest.mark.case("V06")
+def test_an_image_of_another_size_or_colour_counts_as_missing(tmp_path):
     fill(SampleFolder(tmp_path / "out", SETTINGS, 4, (1, 4, 4)))
     save_png(tmp_path / "out/images/000001.png", torch.zeros(1, 4, 5, dtype=torch.uint8))
     save_png(tmp_path / "out/images/000002.png", image(2, channels=3))
@@ -132,7 +141,8 @@ def test_V06_an_image_of_another_size_or_colour_counts_as_missing(tmp_path):
     assert again.damaged[1] == "5 x 4 pixels, 1 channels, instead of 4 x 4, 1"
 
 
-def test_h06_another_picture_in_a_samples_place_is_drawn_again(tmp_path):
+@pytest.mark.case("H06")
+def test_another_picture_in_a_samples_place_is_drawn_again(tmp_path):
     fill(SampleFolder(tmp_path / "out", SETTINGS, 4, (1, 4, 4)))
     SampleFolder(tmp_path / "out", SETTINGS, 4, (1, 4, 4)).finish([])
     assert SampleFolder(tmp_path / "out", SETTINGS, 5, (1, 4, 4)).damaged == {}
@@ -143,7 +153,8 @@ def test_h06_another_picture_in_a_samples_place_is_drawn_again(tmp_path):
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nothing", path)])
-def test_h06_settings_that_are_no_file_are_refused_and_nothing_waits(tmp_path, make):
+@pytest.mark.case("H06")
+def test_settings_that_are_no_file_are_refused_and_nothing_waits(tmp_path, make):
     fill(SampleFolder(tmp_path / "out", SETTINGS, 4))
     (tmp_path / "out/settings.json").unlink()
     make(tmp_path / "out/settings.json")
@@ -151,7 +162,8 @@ def test_h06_settings_that_are_no_file_are_refused_and_nothing_waits(tmp_path, m
         SampleFolder(tmp_path / "out", SETTINGS, 4)
 
 
-def test_V06_nothing_is_touched_in_a_folder_that_is_refused(tmp_path):
+@pytest.mark.case("V06")
+def test_nothing_is_touched_in_a_folder_that_is_refused(tmp_path):
     fill(SampleFolder(tmp_path / "out", SETTINGS, 4, (1, 4, 4)))
     damage(tmp_path / "out/images/000001.png", "half")
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.*")}
@@ -164,7 +176,8 @@ def test_V06_nothing_is_touched_in_a_folder_that_is_refused(tmp_path):
         SampleFolder(tmp_path / "out", SETTINGS, 4, (1, 4, 4))
 
 
-def test_V06_a_damaged_image_of_a_sample_that_is_lost_does_not_stay(tmp_path):
+@pytest.mark.case("V06")
+def test_a_damaged_image_of_a_sample_that_is_lost_does_not_stay(tmp_path):
     fill(SampleFolder(tmp_path / "out", SETTINGS, 3))
     damage(tmp_path / "out/images/000001.png", "half")
     again = SampleFolder(tmp_path / "out", SETTINGS, 3)

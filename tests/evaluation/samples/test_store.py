@@ -55,7 +55,8 @@ def pixels_of(folder):
     return images, labels
 
 
-def test_S02_the_shards_hold_exactly_the_samples_asked_for(saver, sampler):
+@pytest.mark.case("S02")
+def test_the_shards_hold_exactly_the_samples_asked_for(saver, sampler):
     folder = complete(saver(10), sampler)
     images, labels = pixels_of(folder)
     assert sorted(images) == list(range(10))
@@ -70,7 +71,8 @@ def test_S02_the_shards_hold_exactly_the_samples_asked_for(saver, sampler):
     ]  # fmt: skip
 
 
-def test_S02_more_samples_add_only_what_is_missing(saver, sampler, monkeypatch):
+@pytest.mark.case("S02")
+def test_more_samples_add_only_what_is_missing(saver, sampler, monkeypatch):
     folder = complete(saver(6), sampler)
     (folder / "samples-00000000-00000003.tar").unlink()
     before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.glob("*.tar")}
@@ -86,7 +88,8 @@ def test_S02_more_samples_add_only_what_is_missing(saver, sampler, monkeypatch):
     assert drawn == []
 
 
-def test_S02_fewer_than_there_are_and_foreign_files_are_refused(saver, sampler):
+@pytest.mark.case("S02")
+def test_fewer_than_there_are_and_foreign_files_are_refused(saver, sampler):
     folder = complete(saver(6), sampler)
     with pytest.raises(EvaluationError, match=r"samples up to 5, beyond the 4 asked for.*num_samples=6"):
         saver(4)
@@ -102,7 +105,8 @@ def test_other_weights_or_settings_have_a_folder_of_their_own(saver):
         saver(4)
 
 
-def test_S04_pngs_hold_the_same_pixels_as_shards(saver, sampler):
+@pytest.mark.case("S04")
+def test_pngs_hold_the_same_pixels_as_shards(saver, sampler):
     images, _ = pixels_of(complete(saver(7), sampler))
     folder = complete(saver(7, kind="png"), sampler)
     found = {int(p.stem): load_png(p) for p in (folder / "images").iterdir()}
@@ -110,7 +114,8 @@ def test_S04_pngs_hold_the_same_pixels_as_shards(saver, sampler):
     assert all(torch.equal(found[i], images[i]) for i in found)
 
 
-def test_S03_lost_samples_are_in_no_file_and_are_named(saver, sampler):
+@pytest.mark.case("S03")
+def test_lost_samples_are_in_no_file_and_are_named(saver, sampler):
     honest = sampler.noise
 
     def noise(indices):
@@ -150,7 +155,8 @@ def test_an_evaluation_keeps_its_samples_also_when_it_is_told_so_afterwards(make
 
 @pytest.mark.parametrize("num", [10, 2])
 @pytest.mark.parametrize("kind", ["shards", "png"])
-def test_S02_four_processes_keep_exactly_what_was_asked_for(saver, sampler, num, kind):
+@pytest.mark.case("S02")
+def test_four_processes_keep_exactly_what_was_asked_for(saver, sampler, num, kind):
     def work():
         torch.set_num_threads(1)
         saver(num, kind=kind).complete(sampler, batch_size=3, chunk=2, lease_s=60)
@@ -180,7 +186,8 @@ SHARD = "samples-00000004-00000007.tar"
 @pytest.mark.parametrize(
     "how", ["empty", "a block", "half a member", "without its end", "zeros", "a flipped bit", "not a tar"]
 )
-def test_V06_a_damaged_shard_is_drawn_again_and_said(saver, sampler, capsys, how):
+@pytest.mark.case("V06")
+def test_a_damaged_shard_is_drawn_again_and_said(saver, sampler, capsys, how):
     folder = complete(saver(10), sampler)
     whole = {p.name: p.read_bytes() for p in folder.glob("*.tar")}
     shard = folder / SHARD
@@ -206,7 +213,8 @@ def test_V06_a_damaged_shard_is_drawn_again_and_said(saver, sampler, capsys, how
 
 
 @pytest.mark.parametrize("what", ["picture", "gone", "note", "half a note"])
-def test_V06_damaged_pictures_and_notes_are_drawn_again_and_said(saver, sampler, capsys, what):
+@pytest.mark.case("V06")
+def test_damaged_pictures_and_notes_are_drawn_again_and_said(saver, sampler, capsys, what):
     folder = complete(saver(10, kind="png"), sampler)
     pictures = {p.name: p.read_bytes() for p in (folder / "images").iterdir()}
     victim, note = folder / "images/00000005.png", folder / "samples-00000004-00000007.json"
@@ -225,7 +233,8 @@ def test_V06_damaged_pictures_and_notes_are_drawn_again_and_said(saver, sampler,
     assert saver(10, kind="png").missing() == []
 
 
-def test_V06_nothing_is_removed_from_a_folder_that_is_refused(saver, sampler):
+@pytest.mark.case("V06")
+def test_nothing_is_removed_from_a_folder_that_is_refused(saver, sampler):
     folder = complete(saver(10), sampler)
     cut(folder / SHARD, 600)
     write_object(folder / "settings.json", read_object(folder / "settings.json") | {"weights": "another"})
@@ -235,7 +244,8 @@ def test_V06_nothing_is_removed_from_a_folder_that_is_refused(saver, sampler):
 
 
 @pytest.mark.parametrize("kind", ["shards", "png"])
-def test_V06_the_same_evaluation_again_mends_the_samples_it_keeps(make_run, fake_features, kind):
+@pytest.mark.case("V06")
+def test_the_same_evaluation_again_mends_the_samples_it_keeps(make_run, fake_features, kind):
     run_dir, _ = make_run(steps=(20,), evaluation={"chunk_samples": 10})
     evaluate(run_dir, False, WorkerOptions(save=kind), lambda _: None)
     (folder,) = (run_dir / "samples").iterdir()
@@ -251,7 +261,8 @@ def test_V06_the_same_evaluation_again_mends_the_samples_it_keeps(make_run, fake
     assert not any("are drawn again" in line for line in lines)
 
 
-def test_h06_notes_and_settings_that_cannot_be_believed(saver, sampler, capsys):
+@pytest.mark.case("H06")
+def test_notes_and_settings_that_cannot_be_believed(saver, sampler, capsys):
     """A note that says too much is drawn again; settings, which decide what the images are, are refused."""
     folder = complete(saver(10, kind="png"), sampler)
     note = folder / "samples-00000004-00000007.json"

@@ -58,7 +58,8 @@ def chunk(folder, name):
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e4])
-def test_S08_uneven_and_empty_chunks_have_the_value_of_their_union(tmp_path, shift):
+@pytest.mark.case("S08")
+def test_uneven_and_empty_chunks_have_the_value_of_their_union(tmp_path, shift):
     """5, 3 and 0 samples against 12 real images."""
     chunks = [
         write(tmp_path, "a", range(5), shift=shift),
@@ -77,7 +78,8 @@ def test_S08_uneven_and_empty_chunks_have_the_value_of_their_union(tmp_path, shi
     assert [statistics.count for statistics in chunk_statistics(chunks)] == [5, 3, 0]
 
 
-def test_S06_a_chunk_has_the_same_bits_in_any_batches(tmp_path):
+@pytest.mark.case("S06")
+def test_a_chunk_has_the_same_bits_in_any_batches(tmp_path):
     found = []
     for size in (1, 7, 1000):
         merged = part()
@@ -89,7 +91,8 @@ def test_S06_a_chunk_has_the_same_bits_in_any_batches(tmp_path):
         assert torch.equal(scatter, found[0][2])
 
 
-def test_S01_pixels_and_grid_are_kept_by_index_wherever_the_chunks_end(tmp_path):
+@pytest.mark.case("S01")
+def test_pixels_and_grid_are_kept_by_index_wherever_the_chunks_end(tmp_path):
     whole, pieces = part(features=6), part(features=6)
     whole.merge(write(tmp_path, "whole", range(12), lost=(1,)))
     for start in (0, 2, 4, 6, 8, 10):
@@ -114,7 +117,8 @@ def test_held_out_images_come_once(tmp_path):
         merged.merge(chunk(tmp_path, "again"))
 
 
-def test_h04_no_flipped_bit_of_a_chunk_is_merged(tmp_path):
+@pytest.mark.case("H04")
+def test_no_flipped_bit_of_a_chunk_is_merged(tmp_path):
     one = write(tmp_path, "a", range(5))
     data, refused = one.path.read_bytes(), 0
     for at in random.Random(0).sample(range(len(data)), 300):
@@ -129,7 +133,8 @@ def test_h04_no_flipped_bit_of_a_chunk_is_merged(tmp_path):
 
 
 @pytest.mark.parametrize("of", [{"chunk": "b", "weights": "f00d"}, {"chunk": "a", "weights": "beef"}, {}])
-def test_h04_a_chunk_of_something_else_is_never_merged(tmp_path, of):
+@pytest.mark.case("H04")
+def test_a_chunk_of_something_else_is_never_merged(tmp_path, of):
     one = replace(write(tmp_path, "a", range(5)), of=of)
     assert not is_whole(one, SAMPLES)
     with pytest.raises(DamagedFileError, match="it is another chunk's, or of other weights or settings"):
@@ -153,7 +158,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_h06_a_chunk_that_cannot_be_is_refused_whoever_wrote_it(tmp_path, what):
+@pytest.mark.case("H06")
+def test_a_chunk_that_cannot_be_is_refused_whoever_wrote_it(tmp_path, what):
     one, (arrays, says) = write(tmp_path, "a", range(5)), CHANGES[what]
     stored = read_npz(one.path).arrays | arrays
     with open(one.path, "wb") as file:
@@ -164,5 +170,6 @@ def test_h06_a_chunk_that_cannot_be_is_refused_whoever_wrote_it(tmp_path, what):
         part().merge(one)
 
 
-def test_h06_samples_are_no_likelihoods(tmp_path):
+@pytest.mark.case("H06")
+def test_samples_are_no_likelihoods(tmp_path):
     assert not is_whole(write(tmp_path, "a", range(5)), LIKELIHOOD)

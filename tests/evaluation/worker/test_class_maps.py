@@ -45,7 +45,8 @@ def score(weights: Path, out: Path, train: Path, validation: Path, *more: str):
     return evaluate_file(weights, out, WorkerOptions(device="cpu", overrides=overrides), lambda line: None)
 
 
-def test_V03_held_out_images_of_other_classes_are_refused_by_the_evaluation_too(
+@pytest.mark.case("V03")
+def test_held_out_images_of_other_classes_are_refused_by_the_evaluation_too(
     weights: Path, held_out, tmp_path: Path
 ) -> None:
     train, other = held_out(["ant", "bee", "cat"]), held_out(["ant", "cat"])
@@ -61,7 +62,8 @@ def test_V03_held_out_images_of_other_classes_are_refused_by_the_evaluation_too(
     assert meant["bits_per_dim"] is not None
 
 
-def test_V03_held_out_images_of_the_same_classes_are_taken(weights: Path, held_out, tmp_path: Path) -> None:
+@pytest.mark.case("V03")
+def test_held_out_images_of_the_same_classes_are_taken(weights: Path, held_out, tmp_path: Path) -> None:
     same = held_out(["ant", "bee", "cat"])
     result = score(weights, tmp_path / "out", same, same)
     assert result is not None

@@ -37,7 +37,8 @@ def evaluated(run_dir, lines=None):
     return evaluate(run_dir, False, WorkerOptions(), (lambda _: None) if lines is None else lines.append).done
 
 
-def test_h06_a_result_that_cannot_be_believed_is_set_aside_said_and_made_again(make_run):
+@pytest.mark.case("H06")
+def test_a_result_that_cannot_be_believed_is_set_aside_said_and_made_again(make_run):
     run_dir, _ = make_run(steps=(20,))
     assert len(evaluated(run_dir)) == 1
     path = run_dir / f"evals/{NAME}/result.json"
@@ -55,7 +56,8 @@ def test_h06_a_result_that_cannot_be_believed_is_set_aside_said_and_made_again(m
     assert [row["name"] for row in rows] == [NAME], "it was announced before, with the same figures"
 
 
-def test_h05_h06_a_damaged_line_of_results_is_written_again(make_run):
+@pytest.mark.case("H05", "H06")
+def test_a_damaged_line_of_results_is_written_again(make_run):
     run_dir, _ = make_run(steps=(10, 20))
     evaluated(run_dir)
     path = run_dir / "evals.jsonl"
@@ -78,7 +80,8 @@ def test_h05_h06_a_damaged_line_of_results_is_written_again(make_run):
         }
 
 
-def test_h06_lines_of_another_run_are_not_taken_for_this_ones(make_run):
+@pytest.mark.case("H06")
+def test_lines_of_another_run_are_not_taken_for_this_ones(make_run):
     run_dir, _ = make_run(steps=(20,))
     evaluated(run_dir)
     work, path = run_dir / f"evals/{NAME}/work.json", run_dir / "evals.jsonl"
@@ -97,7 +100,8 @@ def test_h06_lines_of_another_run_are_not_taken_for_this_ones(make_run):
 @pytest.mark.parametrize(
     "make", [pipe, lambda path: (path.unlink(), path.mkdir()), lambda path: (path.unlink(), path.symlink_to("x"))]
 )
-def test_h06_what_is_no_file_of_lines_is_refused_before_any_work(make_run, make):
+@pytest.mark.case("H06")
+def test_what_is_no_file_of_lines_is_refused_before_any_work(make_run, make):
     run_dir, _ = make_run(steps=(20,))
     append_record_line(run_dir / "evals.jsonl", {"name": "x"})
     make(run_dir / "evals.jsonl")
@@ -112,7 +116,8 @@ def sweep(run_dir, lines=None, **options):
     return sweep_guidance(SweepRequest(run_dir, **asked), (lambda _: None) if lines is None else lines.append)
 
 
-def test_h06_a_sweeps_record_that_cannot_be_believed_chooses_nothing(make_run, monkeypatch):
+@pytest.mark.case("H06")
+def test_a_sweeps_record_that_cannot_be_believed_chooses_nothing(make_run, monkeypatch):
     run_dir, _ = make_run(steps=(20,))
     record = sweep(run_dir, choose="none")
     path = run_dir / "sweeps" / record["name"] / "sweep.json"
@@ -139,7 +144,8 @@ def test_h06_a_sweeps_record_that_cannot_be_believed_chooses_nothing(make_run, m
 
 
 @pytest.mark.parametrize("kind", ["digit", "pipe", "folder", "link to nothing", "cut", "list"])
-def test_h06_a_choice_that_cannot_be_believed_is_refused_with_the_way_out(make_run, kind):
+@pytest.mark.case("H06")
+def test_a_choice_that_cannot_be_believed_is_refused_with_the_way_out(make_run, kind):
     run_dir, _ = make_run(steps=(20,))
     save_choice(run_dir, {"guidance": 2.25}, "sweeps/x")
     path = run_dir / "sampling.json"
@@ -157,7 +163,8 @@ def test_h06_a_choice_that_cannot_be_believed_is_refused_with_the_way_out(make_r
     assert not list((run_dir / "evals").glob("*")) if (run_dir / "evals").exists() else True
 
 
-def test_h06_a_plan_whose_numbers_were_changed_is_refused(tmp_path):
+@pytest.mark.case("H06")
+def test_a_plan_whose_numbers_were_changed_is_refused(tmp_path):
     from tarflow.evaluation.shared_work import SharedWork
 
     SharedWork(tmp_path / "work", {"batch_size": 3}, 60)

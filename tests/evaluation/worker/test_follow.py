@@ -54,7 +54,8 @@ def test_every_checkpoint_is_evaluated_once_and_left_alone_afterwards(make_run):
     assert [row["name"] for row in evals_lines(run_dir)] == names
 
 
-def test_V09_samples_that_are_images_of_the_reference_are_counted_and_said(make_run, monkeypatch):
+@pytest.mark.case("V09")
+def test_samples_that_are_images_of_the_reference_are_counted_and_said(make_run, monkeypatch):
     """The reference's hashes are made those of the samples: a flow that reproduces its training images."""
     run_dir, _ = make_run()
     run_once(run_dir, step=10)
@@ -72,7 +73,8 @@ def test_V09_samples_that_are_images_of_the_reference_are_counted_and_said(make_
     assert "24 of 24 samples are, pixel for pixel, images of the reference" in result["warnings"]
 
 
-def test_V15_damaged_statistics_beside_the_data_are_passed_over_and_the_run_makes_its_own(make_run):
+@pytest.mark.case("V15")
+def test_damaged_statistics_beside_the_data_are_passed_over_and_the_run_makes_its_own(make_run):
     run_dir, _ = make_run()
     (recipe, *_) = load_recipes(run_dir, [])
     lines = []
@@ -96,7 +98,8 @@ def test_V15_damaged_statistics_beside_the_data_are_passed_over_and_the_run_make
         assert any(line.startswith(f"{damaged} is ") and "it is damaged" in line for line in lines)
 
 
-def test_S11_the_result_holds_every_option(make_run):
+@pytest.mark.case("S11")
+def test_the_result_holds_every_option(make_run):
     run_dir, _ = make_run()
     run_once(run_dir)
     result = result_of(run_dir)
@@ -232,7 +235,8 @@ def test_a_step_saved_again_with_other_weights_is_evaluated_again(make_run, save
     assert len(evals_lines(run_dir)) == 2
 
 
-def test_T06_a_missing_set_of_weights_is_an_error_without_fallback(make_run, save_checkpoint):
+@pytest.mark.case("T06")
+def test_a_missing_set_of_weights_is_an_error_without_fallback(make_run, save_checkpoint):
     run_dir, config = make_run(steps=())
     save_checkpoint(run_dir, config, 10, 160, averages=["ema-0.050"])
     outcome = run_once(run_dir)
@@ -272,7 +276,8 @@ def test_a_directory_that_is_no_run_is_a_clear_error(tmp_path, make_run):
         run_once(empty)
 
 
-def test_S03_too_many_lost_samples_fail_the_distance_and_are_said(make_run, save_checkpoint):
+@pytest.mark.case("S03")
+def test_too_many_lost_samples_fail_the_distance_and_are_said(make_run, save_checkpoint):
     run_dir, config = make_run(steps=())
     save_checkpoint(run_dir, config, 20, 320, scale=float("inf"))
     outcome = run_once(run_dir)
@@ -284,14 +289,16 @@ def test_S03_too_many_lost_samples_fail_the_distance_and_are_said(make_run, save
     assert evals_lines(run_dir)[0]["status"] == "failed"
 
 
-def test_S10_guiding_a_run_trained_without_dropped_labels_is_refused(make_run):
+@pytest.mark.case("S10")
+def test_guiding_a_run_trained_without_dropped_labels_is_refused(make_run):
     run_dir, _ = make_run(steps=(20,), train={"label_dropout": 0})
     with pytest.raises(EvaluationError, match=r"train\.label_dropout=0"):
         run_once(run_dir)
     assert len(run_once(run_dir, overrides=["sampling.guidance=0"]).done) == 1
 
 
-def test_S04_given_reference_statistics_must_match(make_run):
+@pytest.mark.case("S04")
+def test_given_reference_statistics_must_match(make_run):
     run_dir, _ = make_run(steps=(20,))
     run_once(run_dir)
     reference = next((run_dir / "evals").glob("reference-*.npz"))
@@ -337,7 +344,8 @@ def test_figures_go_to_tensorboard(make_run):
     assert not (quiet / "tensorboard").exists()
 
 
-def test_N15_a_runs_evaluations_share_one_file_of_events_and_grids_are_in_it(make_run):
+@pytest.mark.case("N15")
+def test_a_runs_evaluations_share_one_file_of_events_and_grids_are_in_it(make_run):
     """In a folder of its own: TensorBoard would not go back to the training's file after reading a later one."""
     import io
 
@@ -364,7 +372,8 @@ def test_N15_a_runs_evaluations_share_one_file_of_events_and_grids_are_in_it(mak
     assert len(events_of(run_dir).Tags()["images"]) == 2  # the torn one is lost, the new one is read
 
 
-def test_N15_a_large_grid_is_made_smaller_for_tensorboard(tmp_path):
+@pytest.mark.case("N15")
+def test_a_large_grid_is_made_smaller_for_tensorboard(tmp_path):
     from PIL import Image
 
     from tarflow.evaluation.event_file import append_events
@@ -379,7 +388,8 @@ def test_N15_a_large_grid_is_made_smaller_for_tensorboard(tmp_path):
     assert events_of(tmp_path).Scalars("eval/fd")[0].value == 1.5
 
 
-def test_h06_damaged_pictures_and_event_files_cost_nothing_else(tmp_path):
+@pytest.mark.case("H06")
+def test_damaged_pictures_and_event_files_cost_nothing_else(tmp_path):
     from tarflow.evaluation.event_file import append_events
 
     (tmp_path / "grid.png").write_bytes(b"no picture")

@@ -28,7 +28,8 @@ def work(run_dir):
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "uniform"])
-def test_S08_the_figure_is_the_same_for_1_2_3_workers_and_batches_of_1_7_64(make_run, fake_features, noise):
+@pytest.mark.case("S08")
+def test_the_figure_is_the_same_for_1_2_3_workers_and_batches_of_1_7_64(make_run, fake_features, noise):
     """Whole runs with real processes: 12 held-out images in chunks of 5, 5 and 2."""
     found = []
     for workers, batch_size in ((1, 1), (2, 7), (3, 64)):

@@ -75,7 +75,8 @@ def test_a_setting_of_sampling_that_does_not_exist_is_refused():
     ("guidance", float("nan")), ("guidance", -1.0), ("guidance", 1e300), ("attn_temp", 0.0), ("attn_temp", float("inf")),
     ("denoise", -1.0), ("seed", -1), ("seed", 2**63), ("batch_size", 0), ("batch_size", 10**9), ("param_dtype", "int8"),
 ])  # fmt: skip
-def test_h10_settings_that_are_changed_by_options_have_the_bounds_of_the_configuration(setting: str, value) -> None:
+@pytest.mark.case("H10")
+def test_settings_that_are_changed_by_options_have_the_bounds_of_the_configuration(setting: str, value) -> None:
     with pytest.raises(EvaluationError, match=re.escape(f"sampling.{setting} cannot be {value!r}")):
         ResolvedSampling().with_changes(**{setting: value})
 
@@ -99,7 +100,8 @@ def recipe_of(make_model, tmp_path, digit_like):
 @pytest.mark.parametrize(
     "overrides", [[], ["train.noise=gaussian"], ["train.noise= gaussian"], ["train.label_dropout=0.1"]]
 )
-def test_I07_noise_that_nobody_says_is_asked_for(recipe_of, overrides):
+@pytest.mark.case("I07")
+def test_noise_that_nobody_says_is_asked_for(recipe_of, overrides):
     with pytest.raises(
         EvaluationError, match=r"does not say its noise: give train\.noise_std=S.*or train\.noise=uniform"
     ):
@@ -118,7 +120,8 @@ def test_I07_noise_that_nobody_says_is_asked_for(recipe_of, overrides):
         (GAUSSIAN, ["train.noise=gaussian", "train.noise_std=2e-1"], "gaussian, standard deviation 0.2"),
     ],
 )
-def test_I07_the_noise_is_what_file_or_overrides_say(recipe_of, known, overrides, likelihood):
+@pytest.mark.case("I07")
+def test_the_noise_is_what_file_or_overrides_say(recipe_of, known, overrides, likelihood):
     recipe = recipe_of(known, *overrides)
     assert recipe.settings.describe()["likelihood"].startswith(likelihood)
 
@@ -131,7 +134,8 @@ def test_I07_the_noise_is_what_file_or_overrides_say(recipe_of, known, overrides
         (GAUSSIAN | {"label_dropout": 0.0}, "train.label_dropout=0.1", r"label_dropout=0\.1, but .* with 0\.0"),
     ],
 )
-def test_I07_an_override_that_contradicts_the_file_names_both(recipe_of, known, override, message):
+@pytest.mark.case("I07")
+def test_an_override_that_contradicts_the_file_names_both(recipe_of, known, override, message):
     with pytest.raises(EvaluationError, match=message):
         recipe_of(known, override)
 
@@ -139,7 +143,8 @@ def test_I07_an_override_that_contradicts_the_file_names_both(recipe_of, known, 
 @pytest.mark.parametrize(
     "key", ["train.noises", "train.noise_stdx", "train.seed", "dataset.train", "sampling", "optim.lr"]
 )
-def test_I07_settings_go_by_their_whole_names(recipe_of, make_run, key):
+@pytest.mark.case("I07")
+def test_settings_go_by_their_whole_names(recipe_of, make_run, key):
     """`train.noise` begins like others do; a section is one, not the beginning of a word."""
     with pytest.raises(EvaluationError, match=f"override {key}: the evaluation of a weights file takes"):
         recipe_of(GAUSSIAN, f"{key}=1")
@@ -148,7 +153,8 @@ def test_I07_settings_go_by_their_whole_names(recipe_of, make_run, key):
         load_recipes(run_dir, [f"{key}=1"])
 
 
-def test_V05_a_file_is_evaluated_with_its_own_sampling_settings(recipe_of):
+@pytest.mark.case("V05")
+def test_a_file_is_evaluated_with_its_own_sampling_settings(recipe_of):
     own = {"guidance": 1.5, "denoise": 0.5, "labels": "training"}
     described = recipe_of(GAUSSIAN | {"sampling": own}).settings.describe()["sampling"]
     assert (described["guidance"], described["denoise"], described["noise_std"]) == (1.5, 0.5, 0.2)
@@ -157,7 +163,8 @@ def test_V05_a_file_is_evaluated_with_its_own_sampling_settings(recipe_of):
     assert overridden.settings.describe()["sampling"]["guidance"] == 0
 
 
-def test_V05_a_files_label_dropout_decides_about_guidance(recipe_of, tmp_path):
+@pytest.mark.case("V05")
+def test_a_files_label_dropout_decides_about_guidance(recipe_of, tmp_path):
     from tarflow.evaluation.worker.follow import WorkerOptions, evaluate_file
 
     recipe = recipe_of(GAUSSIAN | {"label_dropout": 0.0})

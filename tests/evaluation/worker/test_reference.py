@@ -120,7 +120,8 @@ make_reference(ReferenceRequest(sys.argv[1], 8, 1, 0, "slow", None, Path(sys.arg
 """
 
 
-def test_S08_processes_of_any_number_and_a_killed_one_make_the_same_file(tmp_path, digit_like):
+@pytest.mark.case("S08")
+def test_processes_of_any_number_and_a_killed_one_make_the_same_file(tmp_path, digit_like):
     def start(out, threads=1):
         command = [sys.executable, "-c", WORKER, str(digit_like / "train"), str(out), str(threads)]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
@@ -141,7 +142,8 @@ def test_S08_processes_of_any_number_and_a_killed_one_make_the_same_file(tmp_pat
     assert [path.name for path in shared.parent.iterdir()] == ["ref.npz"]
 
 
-def test_S04_what_a_killed_process_left_for_other_data_is_not_taken_in(tmp_path, monkeypatch):
+@pytest.mark.case("S04")
+def test_what_a_killed_process_left_for_other_data_is_not_taken_in(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "CHUNK", 10)
 
     class Killed(Images):
@@ -160,7 +162,8 @@ def test_S04_what_a_killed_process_left_for_other_data_is_not_taken_in(tmp_path,
     torch.testing.assert_close(found.statistics.parts()[1], other.pixels.double().flatten(1)[:, :4].mean(0))
 
 
-def test_S08_uneven_and_empty_parts_weigh_by_their_images(tmp_path, monkeypatch):
+@pytest.mark.case("S08")
+def test_uneven_and_empty_parts_weigh_by_their_images(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "CHUNK", 7)  # 30 images: chunks of six
     found, _ = make(tmp_path)
     pixels = Images().pixels.double().flatten(1)[:, :4]
@@ -177,21 +180,24 @@ def test_the_kept_features_are_spread_over_the_data(tmp_path, monkeypatch):
     assert torch.equal(found.rows, wanted)
 
 
-def test_S04_the_same_data_elsewhere_is_the_same_data(tmp_path):
+@pytest.mark.case("S04")
+def test_the_same_data_elsewhere_is_the_same_data(tmp_path):
     first, _ = make(tmp_path, DATA | {"data": "/here"})
     again, images = make(tmp_path, DATA | {"data": "/there"})
     assert again.path == first.path
     assert images.read == []
 
 
-def test_S04_other_data_size_or_network_has_a_file_of_its_own(tmp_path):
+@pytest.mark.case("S04")
+def test_other_data_size_or_network_has_a_file_of_its_own(tmp_path):
     names = {make(tmp_path)[0].path.name}
     for change in ({"fingerprint": "bb22"}, {"image_size": 16}, {"crop": "stretched"}):
         names.add(make(tmp_path, DATA | change)[0].path.name)
     assert len(names) == 4
 
 
-def test_S04_a_mismatch_is_refused_naming_both_values(tmp_path):
+@pytest.mark.case("S04")
+def test_a_mismatch_is_refused_naming_both_values(tmp_path):
     path = make(tmp_path)[0].path
     expected = full_provenance(DATA | {"fingerprint": "bb22", "image_size": 64}, FakeFeatures())
     with pytest.raises(EvaluationError) as error:
@@ -201,7 +207,8 @@ def test_S04_a_mismatch_is_refused_naming_both_values(tmp_path):
     assert "channels" not in str(error.value)
 
 
-def test_S06_weights_of_the_network_are_part_of_the_provenance(tmp_path):
+@pytest.mark.case("S06")
+def test_weights_of_the_network_are_part_of_the_provenance(tmp_path):
     path = make(tmp_path)[0].path
     other = FakeFeatures()
     other.sha256 = "beef"
@@ -209,7 +216,8 @@ def test_S06_weights_of_the_network_are_part_of_the_provenance(tmp_path):
         load_reference(path, full_provenance(DATA, other))
 
 
-def test_S02_a_data_set_with_another_number_of_images_is_an_error(tmp_path):
+@pytest.mark.case("S02")
+def test_a_data_set_with_another_number_of_images_is_an_error(tmp_path):
     with pytest.raises(EvaluationError, match="the reference has 20 images, 30 were announced"):
         make(tmp_path, there=20)
     assert not list(tmp_path.rglob("*.npz"))
@@ -248,7 +256,8 @@ def damage(path, what):
 
 
 @pytest.mark.parametrize("what", DAMAGES)
-def test_V15_damaged_statistics_of_our_own_are_made_anew_and_anybody_else_s_are_an_error(tmp_path, what):
+@pytest.mark.case("V15")
+def test_damaged_statistics_of_our_own_are_made_anew_and_anybody_else_s_are_an_error(tmp_path, what):
     before, _ = make(tmp_path)
     path = before.path
     damage(path, what)
@@ -270,7 +279,8 @@ def test_V15_damaged_statistics_of_our_own_are_made_anew_and_anybody_else_s_are_
     assert path.read_bytes() == left
 
 
-def test_V15_what_another_worker_put_in_the_place_of_the_damage_stays(tmp_path):
+@pytest.mark.case("V15")
+def test_what_another_worker_put_in_the_place_of_the_damage_stays(tmp_path):
     first = make(tmp_path)[0]
     path = first.path
     path.write_bytes(b"")
@@ -285,7 +295,8 @@ def test_V15_what_another_worker_put_in_the_place_of_the_damage_stays(tmp_path):
     assert load_reference(path, first.provenance).statistics.count == 30
 
 
-def test_V15_a_file_that_cannot_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
+@pytest.mark.case("V15")
+def test_a_file_that_cannot_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
     path = make(tmp_path)[0].path
 
     def broken(*_, **__):
@@ -297,7 +308,8 @@ def test_V15_a_file_that_cannot_be_read_is_not_taken_for_a_damaged_one(tmp_path,
     assert not isinstance(error.value, DamagedFileError)
 
 
-def test_I02_no_message_tells_to_remove_what_the_product_did_not_make():
+@pytest.mark.case("I02")
+def test_no_message_tells_to_remove_what_the_product_did_not_make():
     """Of files that a person names, that is. Its own choices and notes it may name: sampling.json, restarts.json."""
     own = {
         "trainer/config/chosen_sampling.py", "trainer/config/files.py", "trainer/saving/resume.py", "trainer/start/record.py",
@@ -315,7 +327,8 @@ def test_I02_no_message_tells_to_remove_what_the_product_did_not_make():
     assert found == []
 
 
-def test_V09_hashes_of_the_images_are_kept_in_their_order(tmp_path, monkeypatch):
+@pytest.mark.case("V09")
+def test_hashes_of_the_images_are_kept_in_their_order(tmp_path, monkeypatch):
     whole, images = make(tmp_path / "a")
     assert whole.hashes.tolist() == image_hashes(images.pixels.numpy()).tolist()
     monkeypatch.setattr(reference, "CHUNK", 7)
@@ -323,7 +336,8 @@ def test_V09_hashes_of_the_images_are_kept_in_their_order(tmp_path, monkeypatch)
     assert parts.hashes.tolist() == whole.hashes.tolist()
 
 
-def test_V09_statistics_of_an_earlier_version_have_none(tmp_path):
+@pytest.mark.case("V09")
+def test_statistics_of_an_earlier_version_have_none(tmp_path):
     path = make(tmp_path)[0].path
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files if name not in ("hashes", "checksum")}
@@ -374,7 +388,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_h06_statistics_that_cannot_be_are_refused_whoever_wrote_them(tmp_path, what):
+@pytest.mark.case("H06")
+def test_statistics_that_cannot_be_are_refused_whoever_wrote_them(tmp_path, what):
     path = make(tmp_path)[0].path
     arrays, says = CHANGES[what]
     changed(path, **arrays(path))
@@ -382,7 +397,8 @@ def test_h06_statistics_that_cannot_be_are_refused_whoever_wrote_them(tmp_path, 
         load_reference(path, full_provenance(DATA, FakeFeatures()))
 
 
-def test_h04_no_flipped_bit_of_statistics_changes_a_figure(tmp_path):
+@pytest.mark.case("H04")
+def test_no_flipped_bit_of_statistics_changes_a_figure(tmp_path):
     made = make(tmp_path)[0]
     data, expected, refused = made.path.read_bytes(), full_provenance(DATA, FakeFeatures()), 0
     assert made.checked
@@ -399,13 +415,15 @@ def test_h04_no_flipped_bit_of_statistics_changes_a_figure(tmp_path):
     assert refused > 150
 
 
-def test_h04_statistics_of_another_width_than_the_network_s_are_refused(tmp_path):
+@pytest.mark.case("H04")
+def test_statistics_of_another_width_than_the_network_s_are_refused(tmp_path):
     path = make(tmp_path)[0].path
     with pytest.raises(EvaluationError, match="features of an image: 4 in the file, 5 here"):
         load_reference(path, full_provenance(DATA, FakeFeatures()), dim=5)
 
 
-def test_h01_pickled_statistics_are_refused_and_run_nothing(tmp_path):
+@pytest.mark.case("H01")
+def test_pickled_statistics_are_refused_and_run_nothing(tmp_path):
     path = make(tmp_path)[0].path
 
     class Planted:
@@ -419,7 +437,8 @@ def test_h01_pickled_statistics_are_refused_and_run_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "another chunk's", "other data's"])
-def test_h04_a_damaged_or_swapped_chunk_is_made_anew_and_never_merged(tmp_path, monkeypatch, damage):
+@pytest.mark.case("H04")
+def test_a_damaged_or_swapped_chunk_is_made_anew_and_never_merged(tmp_path, monkeypatch, damage):
     monkeypatch.setattr(reference, "CHUNK", 10)
     whole, _ = make(tmp_path / "a")
 

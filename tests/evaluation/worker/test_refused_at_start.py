@@ -115,7 +115,8 @@ def filled(value: Any, places: dict[str, Path]) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_N03_what_the_evaluation_refuses_is_refused_at_the_start(
+@pytest.mark.case("N03")
+def test_what_the_evaluation_refuses_is_refused_at_the_start(
     case: str, make_run: Callable[..., Any], places: dict[str, Path], request: pytest.FixtureRequest
 ) -> None:
     settings, evaluation_says, start_says, stand_in = CASES[case]
@@ -135,12 +136,14 @@ def test_N03_what_the_evaluation_refuses_is_refused_at_the_start(
     assert [line for line in lines if filled(start_says, places) in line or start_says in line], lines
 
 
-def test_N03_what_the_evaluation_takes_is_taken(make_run: Callable[..., Any]) -> None:
+@pytest.mark.case("N03")
+def test_what_the_evaluation_takes_is_taken(make_run: Callable[..., Any]) -> None:
     _, config = make_run(steps=())
     assert check_start(config, Path("no/run"), 1).notes == []
 
 
-def test_N03_reference_statistics_of_something_else(
+@pytest.mark.case("N03")
+def test_reference_statistics_of_something_else(
     make_run: Callable[..., Any], fake_features: Any, tmp_path: Path
 ) -> None:
     run_dir, _ = make_run(steps=(20,))
@@ -157,7 +160,8 @@ def test_N03_reference_statistics_of_something_else(
         check_start(other, Path("no/run"), 1)
 
 
-def test_N03_every_part_of_a_provenance_is_compared_that_a_start_can_know(
+@pytest.mark.case("N03")
+def test_every_part_of_a_provenance_is_compared_that_a_start_can_know(
     make_run: Callable[..., Any], tmp_path: Path
 ) -> None:
     from tarflow.evaluation.image_set import ImageSet
@@ -185,7 +189,8 @@ def test_the_start_knows_every_feature_network_and_its_package() -> None:
     assert not FEATURE_PACKAGES.keys() & FROM_FILE.keys()
 
 
-def test_N03_a_network_whose_package_is_missing_here_is_said(
+@pytest.mark.case("N03")
+def test_a_network_whose_package_is_missing_here_is_said(
     make_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, config = make_run(steps=())

@@ -76,7 +76,8 @@ def test_the_choice_is_the_default_until_it_is_overridden_and_whoever_uses_it_sa
         run_config(run_dir)
 
 
-def test_N11_within_the_noise_nothing_is_chosen_unless_asked(run_dir, capsys):
+@pytest.mark.case("N11")
+def test_within_the_noise_nothing_is_chosen_unless_asked(run_dir, capsys):
     """48 samples hardly tell guidance 1 from 1.01."""
     words = ["sweep-guidance", str(run_dir), "--guidance", "1,1.01", "--start", "8", "--final", "48", "--threads", "1"]
     assert tarflow.cli.main(words) == 0
@@ -96,7 +97,8 @@ def test_N11_within_the_noise_nothing_is_chosen_unless_asked(run_dir, capsys):
     assert read_object(path) == record
 
 
-def test_N11_standard_errors_stand_in_record_plot_and_report(run_dir):
+@pytest.mark.case("N11")
+def test_standard_errors_stand_in_record_plot_and_report(run_dir):
     from tarflow.evaluation.report.build import write_report
 
     record = sweep_guidance(request(run_dir), lambda _: None)
@@ -109,7 +111,8 @@ def test_N11_standard_errors_stand_in_record_plot_and_report(run_dir):
     assert f"best is {best} with {record['distance']:.2f} ± {record['distance_stderr']:.2f}" in text
 
 
-def test_N11_a_record_of_an_earlier_version_is_read(run_dir):
+@pytest.mark.case("N11")
+def test_a_record_of_an_earlier_version_is_read(run_dir):
     record = sweep_guidance(request(run_dir), lambda _: None)
     path = run_dir / "sweeps" / record["name"] / "sweep.json"
     old = {k: v for k, v in record.items() if k not in ("best", "unclear", "distance_stderr")}
@@ -122,7 +125,8 @@ def test_N11_a_record_of_an_earlier_version_is_read(run_dir):
     assert run_config(run_dir).sampling.guidance == record["best"]["guidance"]
 
 
-def test_V06_damaged_parts_of_a_sweep_are_computed_again_and_said(run_dir):
+@pytest.mark.case("V06")
+def test_damaged_parts_of_a_sweep_are_computed_again_and_said(run_dir):
     def stop(line):
         if " samples, guidance" in line:  # the first setting has its distance
             raise SystemExit(143)
@@ -183,7 +187,8 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(run_dir, monkeypatch):
     assert len(again) == len(set(again)), "a round goes on from the samples of the one before"
 
 
-def test_S10_settings_that_mean_nothing_are_refused_or_said(make_run):
+@pytest.mark.case("S10")
+def test_settings_that_mean_nothing_are_refused_or_said(make_run):
     plain, _ = make_run(steps=(20,), model={"num_classes": 0}, sampling={"guidance": 0})
     lines = []
     record = sweep_guidance(
@@ -200,7 +205,8 @@ def test_S10_settings_that_mean_nothing_are_refused_or_said(make_run):
         sweep_guidance(request(untrained, guidance=(-1,)))
 
 
-def test_S03_a_setting_that_loses_samples_is_never_chosen(run_dir, monkeypatch):
+@pytest.mark.case("S03")
+def test_a_setting_that_loses_samples_is_never_chosen(run_dir, monkeypatch):
     from tarflow.evaluation.samples.draw import Sampler
 
     honest = Sampler.noise

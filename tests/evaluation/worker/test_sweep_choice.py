@@ -15,13 +15,15 @@ def point(guidance, distance, influence=NOISE, denoise=1.0, attn_temp=1.0, count
     return Point(guidance, denoise, attn_temp, distance, 0, count, values or ())
 
 
-def test_N11_a_clear_best_in_the_middle_of_the_range_is_clear():
+@pytest.mark.case("N11")
+def test_a_clear_best_in_the_middle_of_the_range_is_clear():
     tried = [point(0, 9.0), point(1, 5.0), point(2, 9.0, influence=NOISE + 0.01)]
     assert why_unclear(tried, tried[1:]) == []
 
 
 @pytest.mark.parametrize(("errors", "clear"), [(0.1, False), (1.9, False), (2.1, True)])
-def test_N11_two_standard_errors_of_the_difference_decide(errors, clear):
+@pytest.mark.case("N11")
+def test_two_standard_errors_of_the_difference_decide(errors, clear):
     """Independent samples of spread 1 and 2: sqrt(5 / 100) = 0.224 is one standard error, if they are as drawn."""
     other = 2 * np.random.default_rng(1).normal(0, 1, 100)
     error = np.std(NOISE - other, ddof=1) / 10
@@ -36,7 +38,8 @@ def test_N11_two_standard_errors_of_the_difference_decide(errors, clear):
         assert "guidance 1.5, denoise 1, attention temperature 1 is as good within the noise: 337." in reasons[0]
 
 
-def test_N11_samples_of_the_same_noise_are_compared_in_pairs():
+@pytest.mark.case("N11")
+def test_samples_of_the_same_noise_are_compared_in_pairs():
     """Each distance alone is uncertain by 0.1; what moves both alike tells nothing about which is better."""
     one, other = point(1, 5.0), point(2, 5.05, influence=NOISE + 0.01 * np.cos(np.arange(100)))
     assert one.stderr == pytest.approx(np.std(NOISE, ddof=1) / 10, rel=1e-5)
@@ -44,13 +47,15 @@ def test_N11_samples_of_the_same_noise_are_compared_in_pairs():
     assert why_unclear([point(0, 9.0), one, other], [one, other]) == []
 
 
-def test_N11_samples_that_either_lost_are_left_out_of_both():
+@pytest.mark.case("N11")
+def test_samples_that_either_lost_are_left_out_of_both():
     lost = [None, *NOISE[1:]]
     assert difference_stderr(point(1, 5.0), point(2, 5.1, influence=lost)) == 0.0
     assert point(2, 5.1, influence=lost).stderr == pytest.approx(np.std(NOISE[1:], ddof=1) / 10, rel=1e-5)
 
 
-def test_N11_without_errors_nothing_is_clear_and_a_setting_without_a_distance_does_not_compete():
+@pytest.mark.case("N11")
+def test_without_errors_nothing_is_clear_and_a_setting_without_a_distance_does_not_compete():
     tried = [point(0, 9.0), point(1, 5.0, influence=None), point(2, 7.0, influence=None)]
     (reason,) = why_unclear(tried, tried[1:])
     assert "7.00, a difference of 2.00;" in reason
@@ -68,7 +73,8 @@ def test_N11_without_errors_nothing_is_clear_and_a_setting_without_a_distance_do
          "(--attn-temp)"),
     ],
 )  # fmt: skip
-def test_N11_the_end_of_a_range_is_named(best, said):
+@pytest.mark.case("N11")
+def test_the_end_of_a_range_is_named(best, said):
     others = [
         point(w, 9.0, denoise=m, attn_temp=t) for w in (0.5, 1, 3) for m in (0.0, 1.0, 2.0) for t in (0.3, 1.0, 1.5)
     ]
@@ -76,13 +82,15 @@ def test_N11_the_end_of_a_range_is_named(best, said):
     assert reason == said
 
 
-def test_N11_zero_and_one_of_two_are_no_ends():
+@pytest.mark.case("N11")
+def test_zero_and_one_of_two_are_no_ends():
     """Less than no guidance there is not, and two values are alternatives, not a range."""
     others = [point(w, 9.0, denoise=m) for w in (0, 1, 3) for m in (0.5, 1.0)]
     assert why_unclear(others, [point(0, 1.0, denoise=0.5)]) == []
 
 
-def test_N11_the_error_is_that_of_an_evaluation():
+@pytest.mark.case("N11")
+def test_the_error_is_that_of_an_evaluation():
     rows = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
     sides = FeatureStatistics(4), FeatureStatistics(4)
     sides[0].add(rows)

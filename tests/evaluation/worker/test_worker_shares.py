@@ -79,7 +79,8 @@ def run_of_2000(make_run):
     return run_dir
 
 
-def test_S01_S08_three_workers_one_killed_one_late_write_the_bytes_of_one(run_of_2000, tmp_path):
+@pytest.mark.case("S01", "S08")
+def test_three_workers_one_killed_one_late_write_the_bytes_of_one(run_of_2000, tmp_path):
     """Chunks of 200: 2,000 samples and 12 held-out images. The killed one holds a chunk, and its lease is ten minutes."""
     alone = tmp_path / "alone"
     shutil.copytree(run_of_2000, alone)
@@ -108,7 +109,8 @@ def test_S01_S08_three_workers_one_killed_one_late_write_the_bytes_of_one(run_of
         assert not (run_dir / "evals/work").exists()
 
 
-def test_S02_all_killed_and_one_started_again_draws_only_what_is_missing(run_of_2000, tmp_path):
+@pytest.mark.case("S02")
+def test_all_killed_and_one_started_again_draws_only_what_is_missing(run_of_2000, tmp_path):
     alone = tmp_path / "alone"
     shutil.copytree(run_of_2000, alone)
     workers = [start(run_of_2000, delay_s=0.3) for _ in range(2)]
@@ -252,7 +254,8 @@ def test_a_chunks_file_says_who_did_it(run_of_2000):
     assert said["of"]["chunk"] == path.name
 
 
-def test_V08_work_by_two_versions_names_both_and_the_result_is_the_same(run_of_2000, tmp_path):
+@pytest.mark.case("V08")
+def test_work_by_two_versions_names_both_and_the_result_is_the_same(run_of_2000, tmp_path):
     """The code that trained is a fact of the result; who evaluated with which code stands beside it."""
     old, new = {"version": "0.2.0", "commit": "ab" * 20, "dirty": False}, {"version": "0.3.0"}
     trained = {"version": "0.1.0", "commit": "cd" * 20, "dirty": True}
@@ -321,7 +324,8 @@ def test_chunks_count_as_progress_of_a_requeued_job(run_of_2000):
 
 
 @pytest.mark.parametrize("size", [0, -1])
-def test_V06_a_damaged_chunk_is_computed_again_and_said(run_of_2000, tmp_path, size):
+@pytest.mark.case("V06")
+def test_a_damaged_chunk_is_computed_again_and_said(run_of_2000, tmp_path, size):
     alone, lines = tmp_path / "alone", []
     shutil.copytree(run_of_2000, alone)
     evaluate(alone, False, WorkerOptions(), lambda _: None)
@@ -336,7 +340,8 @@ def test_V06_a_damaged_chunk_is_computed_again_and_said(run_of_2000, tmp_path, s
     assert files(run_of_2000) == files(alone)
 
 
-def test_V06_a_damaged_plan_says_what_to_remove(run_of_2000):
+@pytest.mark.case("V06")
+def test_a_damaged_plan_says_what_to_remove(run_of_2000):
     from tarflow.evaluation.shared_work import SharedWork
 
     SharedWork(run_of_2000 / "work", {"batch_size": 3}, 60)
@@ -348,7 +353,8 @@ def test_V06_a_damaged_plan_says_what_to_remove(run_of_2000):
 
 
 @pytest.mark.parametrize("text", ["", "[]", None])
-def test_V06_a_result_that_cannot_be_read_is_set_aside_and_evaluated_again(make_run, text):
+@pytest.mark.case("V06")
+def test_a_result_that_cannot_be_read_is_set_aside_and_evaluated_again(make_run, text):
     run_dir, _ = make_run(steps=(20,))
     evaluate(run_dir, False, WorkerOptions(), lambda _: None)
     before, lines = files(run_dir), []

@@ -48,14 +48,16 @@ def same(tensors: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_h04_the_same_weights_are_the_same_bytes(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.case("H04")
+def test_the_same_weights_are_the_same_bytes(tmp_path: Path, suffix: str) -> None:
     first, second = exported(tmp_path / f"a{suffix}"), exported(tmp_path / f"another name{suffix}")
     assert first.read_bytes() == second.read_bytes()
     assert read_weights(first).checked
     assert same(read_weights(first).tensors)
 
 
-def test_h04_no_flipped_bit_of_exported_safetensors_is_believed(tmp_path: Path) -> None:
+@pytest.mark.case("H04")
+def test_no_flipped_bit_of_exported_safetensors_is_believed(tmp_path: Path) -> None:
     path = exported(tmp_path / "w.safetensors")
     data = path.read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
@@ -67,7 +69,8 @@ def test_h04_no_flipped_bit_of_exported_safetensors_is_believed(tmp_path: Path) 
             read_weights(path)
 
 
-def test_h04_a_header_alone_is_not_believed_beside_damaged_tensors(tmp_path: Path) -> None:
+@pytest.mark.case("H04")
+def test_a_header_alone_is_not_believed_beside_damaged_tensors(tmp_path: Path) -> None:
     path = exported(tmp_path / "w.safetensors")
     assert read_header(path).checked
     with open(path, "r+b") as file:
@@ -77,7 +80,8 @@ def test_h04_a_header_alone_is_not_believed_beside_damaged_tensors(tmp_path: Pat
         read_header(path)
 
 
-def test_h04_flipped_bits_of_an_exported_pth_change_nothing_that_is_used(tmp_path: Path) -> None:
+@pytest.mark.case("H04")
+def test_flipped_bits_of_an_exported_pth_change_nothing_that_is_used(tmp_path: Path) -> None:
     path = exported(tmp_path / "w.pth")
     data, refused, draw = path.read_bytes(), 0, random.Random(1)
     places = draw.sample(range(len(data)), 250)
@@ -93,7 +97,8 @@ def test_h04_flipped_bits_of_an_exported_pth_change_nothing_that_is_used(tmp_pat
     assert refused > len(places) // 3
 
 
-def test_h04_a_file_without_a_checksum_says_so(tmp_path: Path) -> None:
+@pytest.mark.case("H04")
+def test_a_file_without_a_checksum_says_so(tmp_path: Path) -> None:
     """Files of versions before, and of other programs."""
     save_file(weights(), tmp_path / "w.safetensors", metadata={"tarflow_config": CONFIG.model_dump_json()})
     torch.save(weights(), tmp_path / "w.pth", _use_new_zipfile_serialization=False)
@@ -105,7 +110,8 @@ def test_h04_a_file_without_a_checksum_says_so(tmp_path: Path) -> None:
     assert read_weights(tmp_path / "new.safetensors").caveat == ""
 
 
-def test_h04_the_check_takes_no_memory_of_the_size_of_the_file(tmp_path: Path) -> None:
+@pytest.mark.case("H04")
+def test_the_check_takes_no_memory_of_the_size_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     big = TarFlowConfig(image_size=4, patch_size=2, channels=512, num_blocks=1, layers_per_block=4)
     save_weights_file(path, big, weights(big))
@@ -145,7 +151,8 @@ def edm2(value: Any, path: Path) -> None:
         ("no-suffix", lambda value, path: path.write_bytes(pickle.dumps(value, protocol=0))),
     ],
 )
-def test_h01_a_pickle_with_code_is_refused_and_the_safe_way_named(
+@pytest.mark.case("H01")
+def test_a_pickle_with_code_is_refused_and_the_safe_way_named(
     tmp_path: Path, name: str, write: Callable[[Any, Path], None]
 ) -> None:
     marker = tmp_path / "ran"
@@ -167,7 +174,8 @@ def packed_anew(path: Path, change: Callable[[bytes], bytes], how: int = zipfile
             archive.writestr(name, change(data) if name.endswith("data.pkl") else data)
 
 
-def test_h01_metadata_beside_the_tensors_run_nothing_and_hide_nothing(tmp_path: Path) -> None:
+@pytest.mark.case("H01")
+def test_metadata_beside_the_tensors_run_nothing_and_hide_nothing(tmp_path: Path) -> None:
     content = OrderedDict(weights())
     for attributes in ({"tarflow": {"tarflow_config": 5}}, {"tarflow": "text"}, {"tarflow": {"a": ["b"]}}):
         vars(content).update(attributes)
@@ -238,7 +246,8 @@ def flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         (flat, "does not say its model"),
     ],
 )
-def test_h10_tensors_that_are_not_what_they_claim_are_refused_before_a_model_is_built(
+@pytest.mark.case("H10")
+def test_tensors_that_are_not_what_they_claim_are_refused_before_a_model_is_built(
     tmp_path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], says: str
 ) -> None:
     torch.save(change(weights()), tmp_path / "w.pth")
@@ -246,7 +255,8 @@ def test_h10_tensors_that_are_not_what_they_claim_are_refused_before_a_model_is_
         read_weights(tmp_path / "w.pth", like=CONFIG)
 
 
-def test_h10_compressed_records_are_refused_unread(tmp_path: Path) -> None:
+@pytest.mark.case("H10")
+def test_compressed_records_are_refused_unread(tmp_path: Path) -> None:
     """A bomb: a gigabyte of zeros takes a megabyte so."""
     exported(tmp_path / "w.pth")
     packed_anew(tmp_path / "w.pth", lambda data: data, zipfile.ZIP_DEFLATED)
@@ -278,7 +288,8 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("change", "says"), CHANGES)
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_h10_a_configuration_in_a_file_is_bounded_before_a_model_is_built(
+@pytest.mark.case("H10")
+def test_a_configuration_in_a_file_is_bounded_before_a_model_is_built(
     tmp_path: Path, change: dict[str, Any], says: str, suffix: str
 ) -> None:
     config = json.dumps(CONFIG.model_dump() | change)
@@ -315,7 +326,8 @@ def test_h10_a_configuration_in_a_file_is_bounded_before_a_model_is_built(
         ('{"step": 1, "step": 2}', "twice"),
     ],
 )
-def test_h04_what_a_file_says_of_its_weights_is_plain_and_fits_the_model(
+@pytest.mark.case("H04")
+def test_what_a_file_says_of_its_weights_is_plain_and_fits_the_model(
     tmp_path: Path, provenance: str, says: str
 ) -> None:
     path = says_of_itself(tmp_path / "w.safetensors", CONFIG.model_dump_json(), provenance)
@@ -335,7 +347,8 @@ def test_rubbish_is_one_error(tmp_path: Path, content: bytes, suffix: str) -> No
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_h10_a_huge_hole_is_no_file_of_weights(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.case("H10")
+def test_a_huge_hole_is_no_file_of_weights(tmp_path: Path, suffix: str) -> None:
     with open(tmp_path / f"w{suffix}", "wb") as file:
         file.truncate(1 << 43)
     with pytest.raises(DamagedFileError, match=rf"w\{suffix}"):

@@ -61,7 +61,8 @@ def test_committed_checkpoint_reads_back_bit_for_bit(run: Path) -> None:
         (lambda p: os.rename(p, p.with_name(p.name + ".tmp")), "a save was interrupted"),
     ],
 )
-def test_T01_partial_checkpoint_is_not_the_newest(run: Path, damage, reason: str) -> None:
+@pytest.mark.case("T01")
+def test_partial_checkpoint_is_not_the_newest(run: Path, damage, reason: str) -> None:
     save(run, 10)
     damage(save(run, 20).path)
     assert ckpt.find(run).step == 10
@@ -104,7 +105,8 @@ retention.apply_retention(run, 2, 0)
                                    "tarflow.trainer.checkpoint.commit:save_record",
                                    "os:replace", "tarflow.trainer.checkpoint.retention:remove"])  # fmt: skip
 @pytest.mark.parametrize("calls", [0, 1])
-def test_T01_killed_at_any_point_of_a_save_the_newest_whole_checkpoint_wins(run: Path, point: str, calls: int) -> None:
+@pytest.mark.case("T01")
+def test_killed_at_any_point_of_a_save_the_newest_whole_checkpoint_wins(run: Path, point: str, calls: int) -> None:
     for step in (5, 8, 10):
         save(run, step)
     process = subprocess.run([sys.executable, "-c", KILLED, str(run), point, str(calls)], capture_output=True)
@@ -120,7 +122,8 @@ def test_T01_killed_at_any_point_of_a_save_the_newest_whole_checkpoint_wins(run:
     assert [c.step for c in ckpt.committed(run)] == steps
 
 
-def test_T15_damaged_bytes_are_found_by_checksum_and_an_older_checkpoint_is_taken_loudly(run: Path) -> None:
+@pytest.mark.case("T15")
+def test_damaged_bytes_are_found_by_checksum_and_an_older_checkpoint_is_taken_loudly(run: Path) -> None:
     for step in (10, 20):
         save(run, step)
     assert ckpt.newest_sound(run, pytest.fail).step == 20
@@ -138,13 +141,15 @@ def test_T15_damaged_bytes_are_found_by_checksum_and_an_older_checkpoint_is_take
         ckpt.newest_sound(run, said.append)
 
 
-def test_T15_fresh_start_only_if_nothing_was_ever_committed(run: Path) -> None:
+@pytest.mark.case("T15")
+def test_fresh_start_only_if_nothing_was_ever_committed(run: Path) -> None:
     assert ckpt.newest_sound(run, pytest.fail) is None
     ckpt.temporary_dir(run, 80)
     assert ckpt.newest_sound(run, pytest.fail) is None
 
 
-def test_T04_retention_is_numeric_and_never_takes_the_last(run: Path) -> None:
+@pytest.mark.case("T04")
+def test_retention_is_numeric_and_never_takes_the_last(run: Path) -> None:
     for step in (8000, 9000, 10000):
         save(run, step)
     assert retention.apply_retention(run, -1, 0) == []
@@ -152,7 +157,8 @@ def test_T04_retention_is_numeric_and_never_takes_the_last(run: Path) -> None:
     assert [c.step for c in ckpt.committed(run)] == [9000, 10000]
 
 
-def test_T04_foreign_and_other_runs_folders_are_left_alone_and_not_used(run: Path, tmp_path: Path) -> None:
+@pytest.mark.case("T04")
+def test_foreign_and_other_runs_folders_are_left_alone_and_not_used(run: Path, tmp_path: Path) -> None:
     create_run(tmp_path / "other")
     stale = save(tmp_path / "other", 50000)
     save(run, 1)
@@ -166,7 +172,8 @@ def test_T04_foreign_and_other_runs_folders_are_left_alone_and_not_used(run: Pat
     assert names(run) == ["images-000000000024", "images-000000000032", "images-000000400000", "latest", "my notes"]
 
 
-def test_T04_permanent_and_pinned_checkpoints_stay(run: Path) -> None:
+@pytest.mark.case("T04")
+def test_permanent_and_pinned_checkpoints_stay(run: Path) -> None:
     for step in (10, 20, 30, 40, 50):
         save(run, step)
     with ckpt.pinned(ckpt.find(run, 10), owner="reader"):
@@ -175,7 +182,8 @@ def test_T04_permanent_and_pinned_checkpoints_stay(run: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["nowhere", "images-000000000016.held"], ids=["to nothing", "to itself"])
-def test_h06_a_pin_that_is_a_broken_link_holds_as_any_other_that_cannot_be_read(run: Path, target: str) -> None:
+@pytest.mark.case("H06")
+def test_a_pin_that_is_a_broken_link_holds_as_any_other_that_cannot_be_read(run: Path, target: str) -> None:
     pins = ckpt.checkpoints_dir(run) / "pins"
     pins.mkdir(parents=True, exist_ok=True)
     (pins / "images-000000000016.held").symlink_to(target)
@@ -185,7 +193,8 @@ def test_h06_a_pin_that_is_a_broken_link_holds_as_any_other_that_cannot_be_read(
     assert ckpt.pinned_names(run) == set()
 
 
-def test_h06_a_pin_without_its_checksum_holds_whatever_process_it_names(run: Path) -> None:
+@pytest.mark.case("H06")
+def test_a_pin_without_its_checksum_holds_whatever_process_it_names(run: Path) -> None:
     pin = ckpt.checkpoints_dir(run) / "pins" / "images-000000000016.held"
     dead = ckpt.Pin(host=os.uname().nodename, pid=2**31)
     save_record(pin, dead)
@@ -209,7 +218,8 @@ with ckpt.pinned(ckpt.find(Path({str(run)!r}), 10), owner="reader"):
     assert retention.apply_retention(run, 2, 0) == ["images-000000000080"]
 
 
-def test_T15_missing_and_unexpected_tensors_are_listed(run: Path) -> None:
+@pytest.mark.case("T15")
+def test_missing_and_unexpected_tensors_are_listed(run: Path) -> None:
     save(run, 10)
     with pytest.raises(TrainerError) as caught:
         read_tensors(
@@ -224,13 +234,15 @@ def test_T15_missing_and_unexpected_tensors_are_listed(run: Path) -> None:
         assert part in text
 
 
-def test_T06_missing_average_is_an_error_not_a_fallback(run: Path) -> None:
+@pytest.mark.case("T06")
+def test_missing_average_is_an_error_not_a_fallback(run: Path) -> None:
     save(run, 10)
     with pytest.raises(TrainerError, match=r"holds no weights 'ema-0.100'; it holds: ema-0.050, raw"):
         load_weights(ckpt.find(run), "ema-0.100")
 
 
-def test_C10_two_writers_in_one_run_are_refused(run: Path) -> None:
+@pytest.mark.case("C10")
+def test_two_writers_in_one_run_are_refused(run: Path) -> None:
     with writer_lock(run):
         code = f"from pathlib import Path; from tarflow.trainer.run_dir import writer_lock\nwith writer_lock(Path({str(run)!r})): pass"
         process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -163,7 +164,8 @@ def flip(run: Path) -> str:
 
 @given(history=st.lists(lives, min_size=2, max_size=7), old=st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_V01_no_history_loses_a_checkpoint_outside_the_rule(history: list[Life], old: bool) -> None:
+@pytest.mark.case("V01")
+def test_no_history_loses_a_checkpoint_outside_the_rule(history: list[Life], old: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="histories-", dir=MEMORY) as folder:
         run = Path(folder) / "run"
         create_run(run)

@@ -34,7 +34,8 @@ def latest(run: Path) -> str:
     return (run / "checkpoints" / "latest").read_text().strip()
 
 
-def test_V01_names_of_both_kinds_are_ordered_by_images(run: Path) -> None:
+@pytest.mark.case("V01")
+def test_names_of_both_kinds_are_ordered_by_images(run: Path) -> None:
     for step, images in ((400, 1600), (500, 2000)):
         by_step(run, step, images)
     save(run, 2400, 525)
@@ -45,7 +46,8 @@ def test_V01_names_of_both_kinds_are_ordered_by_images(run: Path) -> None:
     assert retention.apply_retention(run, 2, 0) == ["step-00000400"]
 
 
-def test_V01_steps_that_went_back_under_an_earlier_version_do_no_harm(run: Path) -> None:
+@pytest.mark.case("V01")
+def test_steps_that_went_back_under_an_earlier_version_do_no_harm(run: Path) -> None:
     for step, images in ((400, 1600), (500, 2000), (150, 2400)):
         by_step(run, step, images)
     assert ckpt.find(run).images_seen == 2400
@@ -56,7 +58,8 @@ def test_V01_steps_that_went_back_under_an_earlier_version_do_no_harm(run: Path)
 
 
 @pytest.mark.parametrize("below", [1, 2400])
-def test_V01_what_was_just_committed_stays_even_if_it_is_not_of_most_images(run: Path, below: int) -> None:
+@pytest.mark.case("V01")
+def test_what_was_just_committed_stays_even_if_it_is_not_of_most_images(run: Path, below: int) -> None:
     for images in (2400, 3200, 4000):
         save(run, images)
     fresh = save(run, below)
@@ -66,14 +69,16 @@ def test_V01_what_was_just_committed_stays_even_if_it_is_not_of_most_images(run:
 
 
 @pytest.mark.parametrize("keep_latest", [-5, 0, 1, 2])
-def test_V01_the_two_newest_stay_whatever_the_settings_say(run: Path, keep_latest: int) -> None:
+@pytest.mark.case("V01")
+def test_the_two_newest_stay_whatever_the_settings_say(run: Path, keep_latest: int) -> None:
     for images in (9, 10, 100, 1000):
         save(run, images)
     retention.apply_retention(run, keep_latest, 0)
     assert seen(run) == [100, 1000]
 
 
-def test_V01_the_first_at_or_after_each_multiple_is_permanent(run: Path) -> None:
+@pytest.mark.case("V01")
+def test_the_first_at_or_after_each_multiple_is_permanent(run: Path) -> None:
     checkpoints = [ckpt.Checkpoint(run / checkpoint_name(n), n, n, {}) for n in (8, 16, 24, 32, 40, 64, 72, 100)]
     kept = {int(name.removeprefix("images-")) for name in retention.permanent(checkpoints, 20)}
     assert kept == {24, 40, 64, 100}
@@ -95,7 +100,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("point", ["save.renamed", "save.marked", "save.pointed", "rename", "second rename"])
-def test_V01_a_save_at_the_same_images_again_never_costs_the_good_one(run: Path, monkeypatch, point: str) -> None:
+@pytest.mark.case("V01")
+def test_a_save_at_the_same_images_again_never_costs_the_good_one(run: Path, monkeypatch, point: str) -> None:
     save(run, 8)
     save(run, 16, content="first")
     renames, rename = [], os.rename
@@ -128,7 +134,8 @@ def test_V01_a_save_at_the_same_images_again_never_costs_the_good_one(run: Path,
     ]
 
 
-def test_V01_another_runs_checkpoint_of_the_same_name_is_moved_not_removed(run: Path, tmp_path: Path) -> None:
+@pytest.mark.case("V01")
+def test_another_runs_checkpoint_of_the_same_name_is_moved_not_removed(run: Path, tmp_path: Path) -> None:
     create_run(tmp_path / "other")
     (run / "checkpoints").mkdir()
     os.rename(save(tmp_path / "other", 8, content="theirs").path, run / "checkpoints" / checkpoint_name(8))
@@ -137,7 +144,8 @@ def test_V01_another_runs_checkpoint_of_the_same_name_is_moved_not_removed(run: 
     assert (run / "checkpoints" / "images-000000000008.other-run" / WEIGHTS).read_text() == "theirs"
 
 
-def test_V01_a_choice_by_step_that_is_not_unique_names_both(run: Path) -> None:
+@pytest.mark.case("V01")
+def test_a_choice_by_step_that_is_not_unique_names_both(run: Path) -> None:
     for images in (8, 16, 24):
         save(run, images, step=5 if images > 8 else 4)
     assert ckpt.find(run, step=4).images_seen == 8
@@ -148,7 +156,8 @@ def test_V01_a_choice_by_step_that_is_not_unique_names_both(run: Path) -> None:
         ckpt.find(run, step=4, images=16)
 
 
-def test_V01_a_marker_that_contradicts_its_directory_is_not_used(run: Path) -> None:
+@pytest.mark.case("V01")
+def test_a_marker_that_contradicts_its_directory_is_not_used(run: Path) -> None:
     save(run, 8)
     os.rename(save(run, 16).path, run / "checkpoints" / checkpoint_name(999))
     assert seen(run) == [8]
@@ -168,5 +177,6 @@ def test_V01_a_marker_that_contradicts_its_directory_is_not_used(run: Path) -> N
         ("latest", ""),
     ],
 )
-def test_V01_names_are_read_from_other_names(text: str, name: str) -> None:
+@pytest.mark.case("V01")
+def test_names_are_read_from_other_names(text: str, name: str) -> None:
     assert leading_name(text) == name

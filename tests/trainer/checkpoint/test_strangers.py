@@ -60,7 +60,7 @@ class RunsByEval(Runs):
 
 
 def hidden(kind: type[Runs], where: str, mark: Path, found: dcp.Metadata) -> Any:
-    """torch's metadata with something that runs hidden in them."""
+    """Torch's metadata with something that runs hidden in them."""
     harm = kind(mark)
     if where == "instead of them":
         return harm
@@ -79,7 +79,8 @@ def hidden(kind: type[Runs], where: str, mark: Path, found: dcp.Metadata) -> Any
 @pytest.mark.parametrize(
     "where", ["instead of them", "in planner_data", "as a size", "as a file's name", "in a field that nobody knows"]
 )
-def test_h01_a_pickle_in_the_metadata_runs_nothing(run: Path, tmp_path: Path, kind: type[Runs], where: str) -> None:
+@pytest.mark.case("H01")
+def test_a_pickle_in_the_metadata_runs_nothing(run: Path, tmp_path: Path, kind: type[Runs], where: str) -> None:
     mark, folder = tmp_path / "ran", ckpt.find(run).path
     found = pickle.loads((folder / ".metadata").read_bytes())
     (folder / ".metadata").write_bytes(pickle.dumps(hidden(kind, where, mark, found)))
@@ -98,7 +99,8 @@ def test_h01_a_pickle_in_the_metadata_runs_nothing(run: Path, tmp_path: Path, ki
     assert not mark.exists()
 
 
-def test_h01_a_value_that_is_no_tensor_is_not_unpickled(run: Path, tmp_path: Path) -> None:
+@pytest.mark.case("H01")
+def test_a_value_that_is_no_tensor_is_not_unpickled(run: Path, tmp_path: Path) -> None:
     mark, folder = tmp_path / "ran", ckpt.find(run).path
     payload = io.BytesIO()
     torch.save(Runs(mark), payload)
@@ -119,7 +121,8 @@ def test_h01_a_value_that_is_no_tensor_is_not_unpickled(run: Path, tmp_path: Pat
     assert not mark.exists()
 
 
-def test_h01_a_tensors_own_bytes_may_be_a_pickle_and_run_nothing(run: Path, tmp_path: Path) -> None:
+@pytest.mark.case("H01")
+def test_a_tensors_own_bytes_may_be_a_pickle_and_run_nothing(run: Path, tmp_path: Path) -> None:
     mark, folder = tmp_path / "ran", ckpt.find(run).path
     payload = io.BytesIO()
     torch.save({"w": Runs(mark)}, payload)
@@ -145,7 +148,8 @@ OF_METADATA: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", OF_METADATA)
-def test_h03_places_of_tensors_lie_within_the_checkpoints_own_files(run: Path, case: str) -> None:
+@pytest.mark.case("H03")
+def test_places_of_tensors_lie_within_the_checkpoints_own_files(run: Path, case: str) -> None:
     how, message = OF_METADATA[case]
     folder = ckpt.find(run).path
     (folder / ".metadata").write_bytes(metadata(3, **how))
@@ -155,7 +159,8 @@ def test_h03_places_of_tensors_lie_within_the_checkpoints_own_files(run: Path, c
     assert message in str(ckpt.damage(ckpt.find(run)))
 
 
-def test_h03_pieces_fill_their_tensor_and_all_of_torchs_files_are_there(run: Path) -> None:
+@pytest.mark.case("H03")
+def test_pieces_fill_their_tensor_and_all_of_torchs_files_are_there(run: Path) -> None:
     folder = ckpt.find(run).path
     found = pickle.loads((folder / ".metadata").read_bytes())
     found.state_dict_metadata["model/w"].chunks[0].sizes = torch.Size([2])
@@ -185,7 +190,8 @@ def test_metadata_are_read_as_torch_wrote_them(run: Path, protocol: int) -> None
 
 @given(at=st.integers(0, 10**6), byte=st.integers(0, 255), cut=st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_h06_changed_metadata_are_read_or_refused_in_one_line(made: Path, at: int, byte: int, cut: bool) -> None:
+@pytest.mark.case("H06")
+def test_changed_metadata_are_read_or_refused_in_one_line(made: Path, at: int, byte: int, cut: bool) -> None:
     checkpoint = ckpt.find(made, 1)
     data = bytearray((checkpoint.path / ".metadata").read_bytes())
     data[at % len(data)] = byte
@@ -217,7 +223,8 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_h06_pickles_made_to_take_for_ever_or_all_memory_are_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.case("H06")
+def test_pickles_made_to_take_for_ever_or_all_memory_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / ".metadata").write_bytes(BOMBS[name])
     with pytest.raises(DamagedFileError, match="torch's list of tensors"):
         read_metadata(tmp_path, {})
@@ -245,7 +252,8 @@ MARKERS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", MARKERS)
-def test_h03_a_marker_that_lies_is_not_the_newest(run: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.case("H03")
+def test_a_marker_that_lies_is_not_the_newest(run: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     said, message = MARKERS[name]
     folder = ckpt.find(run).path
     tell(folder, **said)
@@ -260,14 +268,16 @@ def test_h03_a_marker_that_lies_is_not_the_newest(run: Path, name: str, capsys: 
 @pytest.mark.parametrize(
     "text", ['{"step": 2, "images_seen": Infinity}', '{"step": NaN}', "[]", "{", "\x00", "[" * 9999]
 )
-def test_h03_a_marker_that_is_no_record_is_not_the_newest(run: Path, text: str) -> None:
+@pytest.mark.case("H03")
+def test_a_marker_that_is_no_record_is_not_the_newest(run: Path, text: str) -> None:
     folder = ckpt.find(run).path
     (folder / ckpt.MARKER).write_text(text)
     assert ckpt.find(run).images_seen == 8
     assert ckpt.scan(run)[1][folder].committed
 
 
-def test_h03_a_marker_behind_a_broken_link_counts_as_damaged_and_nothing_is_removed(run: Path) -> None:
+@pytest.mark.case("H03")
+def test_a_marker_behind_a_broken_link_counts_as_damaged_and_nothing_is_removed(run: Path) -> None:
     folder = ckpt.find(run).path
     (folder / ckpt.MARKER).unlink()
     (folder / ckpt.MARKER).symlink_to("nowhere")
@@ -277,13 +287,15 @@ def test_h03_a_marker_behind_a_broken_link_counts_as_damaged_and_nothing_is_remo
     assert retention.remove_torn(run) == ([], [])
 
 
-def test_h03_verify_says_what_is_there_besides(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.case("H03")
+def test_verify_says_what_is_there_besides(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (ckpt.find(run).path / "__9_0.distcp").write_text("x")
     assert tarflow.cli.main(["checkpoint", "verify", str(run)]) == 0
     assert "; not of the checkpoint: '__9_0.distcp'" in capsys.readouterr().out
 
 
-def test_h06_flipped_bits_of_tensors_are_not_sampled(run: Path) -> None:
+@pytest.mark.case("H06")
+def test_flipped_bits_of_tensors_are_not_sampled(run: Path) -> None:
     assert load_weights(ckpt.find(run), "raw")["w"].tolist() == [0.5] * 3  # whole: so this process has found it
     file = ckpt.find(run).path / WEIGHTS
     data = bytearray(file.read_bytes())

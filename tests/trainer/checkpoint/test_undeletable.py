@@ -54,7 +54,8 @@ def seen(run: Path) -> list[int]:
     return [c.images_seen for c in ckpt.committed(run)]
 
 
-def test_F03_a_commit_whose_clean_up_fails_is_a_save_that_worked(run: Path, held) -> None:
+@pytest.mark.case("F03")
+def test_a_commit_whose_clean_up_fails_is_a_save_that_worked(run: Path, held) -> None:
     for images in (8, 16):
         save(run, images)
     held(ckpt.find(run, images=8).path)
@@ -68,7 +69,8 @@ def test_F03_a_commit_whose_clean_up_fails_is_a_save_that_worked(run: Path, held
     assert os.listdir(run / "checkpoints" / "images-000000000008") == [HELD]  # the rest of it takes no space
 
 
-def test_F03_a_start_says_what_it_cannot_remove_and_the_next_one_removes_it(run: Path, held, monkeypatch) -> None:
+@pytest.mark.case("F03")
+def test_a_start_says_what_it_cannot_remove_and_the_next_one_removes_it(run: Path, held, monkeypatch) -> None:
     for images in (8, 16):
         save(run, images)
     for name in ("images-000000000024.tmp", "images-000000000032", "step-00000001.tmp"):
@@ -85,7 +87,8 @@ def test_F03_a_start_says_what_it_cannot_remove_and_the_next_one_removes_it(run:
     assert sorted(os.listdir(run / "checkpoints")) == ["images-000000000024", "images-000000000032", "latest"]
 
 
-def test_F03_a_directory_without_a_marker_that_stays_is_not_counted(run: Path, held) -> None:
+@pytest.mark.case("F03")
+def test_a_directory_without_a_marker_that_stays_is_not_counted(run: Path, held) -> None:
     for images in (8, 16, 24):
         save(run, images)
     held(ckpt.find(run, images=16).path)
@@ -97,7 +100,8 @@ def test_F03_a_directory_without_a_marker_that_stays_is_not_counted(run: Path, h
     assert seen(run) == [24, 32]
 
 
-def test_F03_a_marker_that_cannot_be_removed_leaves_a_whole_checkpoint(run: Path, monkeypatch) -> None:
+@pytest.mark.case("F03")
+def test_a_marker_that_cannot_be_removed_leaves_a_whole_checkpoint(run: Path, monkeypatch) -> None:
     for images in (8, 16, 24):
         save(run, images)
     save_by_hand = ckpt.temporary_dir(run, 32)
@@ -117,7 +121,8 @@ def test_F03_a_marker_that_cannot_be_removed_leaves_a_whole_checkpoint(run: Path
     assert ckpt.damage(ckpt.find(run, images=16)) is None
 
 
-def test_F03_set_aside_and_prune_and_pins_do_not_die_of_it(run: Path, held) -> None:
+@pytest.mark.case("F03")
+def test_set_aside_and_prune_and_pins_do_not_die_of_it(run: Path, held) -> None:
     for images in (8, 16):
         save(run, images)
     aside = ckpt.find(run).path.with_name("images-000000000016.damaged")
@@ -134,7 +139,8 @@ def test_F03_set_aside_and_prune_and_pins_do_not_die_of_it(run: Path, held) -> N
     assert ckpt.pinned_names(run) == set()
 
 
-def test_F03_who_may_not_pin_reads_all_the_same(run: Path, monkeypatch) -> None:
+@pytest.mark.case("F03")
+def test_who_may_not_pin_reads_all_the_same(run: Path, monkeypatch) -> None:
     save(run, 8)
 
     def refuse(*_: object, **__: object) -> None:
@@ -145,7 +151,8 @@ def test_F03_who_may_not_pin_reads_all_the_same(run: Path, monkeypatch) -> None:
         assert ckpt.damage(ckpt.find(run)) is None
 
 
-def test_F03_other_folders_that_are_replaced_or_cleared_away(tmp_path: Path, held) -> None:
+@pytest.mark.case("F03")
+def test_other_folders_that_are_replaced_or_cleared_away(tmp_path: Path, held) -> None:
     final, published = tmp_path / "final", tmp_path / "published"
     for content in ("one", "two", "three"):
         new = tmp_path / "new"

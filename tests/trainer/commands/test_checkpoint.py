@@ -85,7 +85,8 @@ def test_verify_reads_every_byte_of_every_file(run: Path, capsys) -> None:
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize(("asked", "meant"), [("auto", "ema-0.100"), ("raw", "raw"), ("ema-0.050", "ema-0.050")])
-def test_T06_export_writes_the_set_that_was_asked_for_and_names_it(
+@pytest.mark.case("T06")
+def test_export_writes_the_set_that_was_asked_for_and_names_it(
     trained: Path, tmp_path: Path, capsys, suffix: str, asked: str, meant: str
 ) -> None:
     out = tmp_path / f"weights{suffix}"
@@ -100,7 +101,8 @@ def test_T06_export_writes_the_set_that_was_asked_for_and_names_it(
     assert not list((trained / "checkpoints" / "pins").iterdir())
 
 
-def test_T06_export_refuses_and_writes_nothing(run: Path, tmp_path: Path, capsys) -> None:
+@pytest.mark.case("T06")
+def test_export_refuses_and_writes_nothing(run: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "old.pth").write_text("mine")
 
     def refused(*arguments: str) -> str:
@@ -119,7 +121,8 @@ def test_T06_export_refuses_and_writes_nothing(run: Path, tmp_path: Path, capsys
     assert sorted(p.name for p in tmp_path.iterdir()) == ["old.pth", "run"]
 
 
-def test_T04_prune_follows_retention_and_keeps_the_newest_and_the_pinned(run: Path, capsys) -> None:
+@pytest.mark.case("T04")
+def test_prune_follows_retention_and_keeps_the_newest_and_the_pinned(run: Path, capsys) -> None:
     prune = ["checkpoint", "prune", str(run)]
     assert tarflow.cli.main(prune) == 0  # the run keeps all
     assert steps(run) == [1, 2, 3, 4, 5]
@@ -135,7 +138,8 @@ def test_T04_prune_follows_retention_and_keeps_the_newest_and_the_pinned(run: Pa
     assert (run / "checkpoints" / "latest").read_text().strip() == "images-000000000080"
 
 
-def test_T04_prune_never_removes_the_last_whole_one_nor_works_beside_a_writer(run: Path, capsys) -> None:
+@pytest.mark.case("T04")
+def test_prune_never_removes_the_last_whole_one_nor_works_beside_a_writer(run: Path, capsys) -> None:
     prune = ["checkpoint", "prune", str(run), "--keep-latest", "2"]
     for step in (4, 5):
         flip(next(find(run, step).path.glob("*.distcp")), 7)
@@ -163,7 +167,8 @@ def test_what_is_no_run_is_said(tmp_path: Path, capsys) -> None:
     assert "no run directory at" in capsys.readouterr().err
 
 
-def test_V02_rewind_sets_the_later_ones_aside_and_says_what_comes_next(run: Path, capsys) -> None:
+@pytest.mark.case("V02")
+def test_rewind_sets_the_later_ones_aside_and_says_what_comes_next(run: Path, capsys) -> None:
     rewind = ["checkpoint", "rewind", str(run)]
     assert tarflow.cli.main(rewind) == 2
     assert "--images N" in capsys.readouterr().err
@@ -193,7 +198,8 @@ def test_V02_rewind_sets_the_later_ones_aside_and_says_what_comes_next(run: Path
         "checkpoint rewind {run} --images 80", "checkpoint list {run}", "checkpoint prune {run} --keep-latest 2",
     ],
 )  # fmt: skip
-def test_h01_no_verb_runs_what_a_strangers_run_hides(run: Path, tmp_path: Path, capsys, words: str) -> None:
+@pytest.mark.case("H01")
+def test_no_verb_runs_what_a_strangers_run_hides(run: Path, tmp_path: Path, capsys, words: str) -> None:
     """In every checkpoint's metadata, sizes and checksums made to fit."""
     mark = tmp_path / "ran"
     for checkpoint in committed(run):

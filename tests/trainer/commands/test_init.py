@@ -34,7 +34,8 @@ def make(folder: Path, number: int, size: int, channels: int, classes: int, val:
         (2, 300, 1, 2, 0.0, (256, 16, 1, 2, 2)),  # larger than a first run should have
     ],
 )
-def test_N02_init_writes_a_configuration_that_fits(
+@pytest.mark.case("N02")
+def test_init_writes_a_configuration_that_fits(
     tmp_path: Path, capsys, number: int, size: int, channels: int, classes: int, val: float, expected: tuple[int, ...]
 ) -> None:
     data, out = make(tmp_path / "my set", number, size, channels, classes, val), tmp_path / "my.yaml"
@@ -54,7 +55,8 @@ def test_N02_init_writes_a_configuration_that_fits(
     assert not (tmp_path / "runs").exists()
 
 
-def test_N02_images_of_several_sizes_are_not_enlarged_for_the_most_part(tmp_path: Path) -> None:
+@pytest.mark.case("N02")
+def test_images_of_several_sizes_are_not_enlarged_for_the_most_part(tmp_path: Path) -> None:
     import tarfile
 
     from PIL import Image
@@ -74,7 +76,8 @@ def test_N02_images_of_several_sizes_are_not_enlarged_for_the_most_part(tmp_path
     assert "image_size: 50  # half of the images have 50 px or more" in text
 
 
-def test_N02_labels_that_some_images_lack_are_not_asked_of_the_others(tmp_path: Path, capsys) -> None:
+@pytest.mark.case("N02")
+def test_labels_that_some_images_lack_are_not_asked_of_the_others(tmp_path: Path, capsys) -> None:
     import tarfile
 
     from tarflow.data_pipeline.index.build import build_index
@@ -92,7 +95,8 @@ def test_N02_labels_that_some_images_lack_are_not_asked_of_the_others(tmp_path: 
     assert "num_classes: 0  # 1 of the images have no label" in (tmp_path / "my.yaml").read_text()
 
 
-def test_N02_the_model_suits_the_number_of_images(tmp_path: Path) -> None:
+@pytest.mark.case("N02")
+def test_the_model_suits_the_number_of_images(tmp_path: Path) -> None:
     from dataclasses import replace
     from unittest.mock import patch
 
@@ -110,7 +114,8 @@ def test_N02_the_model_suits_the_number_of_images(tmp_path: Path) -> None:
     assert widths == [128, 384, 768]
 
 
-def test_N02_init_never_replaces_a_file_and_names_what_is_no_data_set(tmp_path: Path, capsys) -> None:
+@pytest.mark.case("N02")
+def test_init_never_replaces_a_file_and_names_what_is_no_data_set(tmp_path: Path, capsys) -> None:
     data, out = make(tmp_path / "set", 4, 8, 3, 2), tmp_path / "my.yaml"
     out.write_text("mine")
     assert tarflow.cli.main(["init", str(data), "--out", str(out)]) == 2

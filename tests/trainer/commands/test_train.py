@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 import tarflow.cli
 from tarflow.trainer.commands import train
 from tarflow.trainer.resilience import exit_codes
@@ -29,7 +31,8 @@ def test_help_names_every_exit_code() -> None:
     assert [code for code in codes if str(code) not in words] == []
 
 
-def test_V07_torchrun_hands_the_run_directory_on() -> None:
+@pytest.mark.case("V07")
+def test_torchrun_hands_the_run_directory_on() -> None:
     """`--run`, the short name, is the beginning of options of torchrun's own, which some versions of Python refuse."""
     from torch.distributed.run import parse_args
 
@@ -41,7 +44,8 @@ def test_V07_torchrun_hands_the_run_directory_on() -> None:
     assert (args.run, args.overrides) == (Path("X"), ["train.seed=1"])
 
 
-def test_V07_the_pages_never_give_torchrun_a_run_that_it_refuses() -> None:
+@pytest.mark.case("V07")
+def test_the_pages_never_give_torchrun_a_run_that_it_refuses() -> None:
     """The short name is for commands that this project reads itself."""
     pages = [train.EXAMPLE, *(p.read_text() for p in [Path("README.md"), *Path("docs").glob("*.md")])]
     lines = [line for page in pages for line in page.splitlines() if "torchrun --" in line and "tarflow train" in line]
@@ -49,7 +53,8 @@ def test_V07_the_pages_never_give_torchrun_a_run_that_it_refuses() -> None:
     assert [line for line in lines if "--run " in line] == []
 
 
-def test_N13_an_error_stands_alone(tiny_config: Path, tmp_path: Path, capsys) -> None:
+@pytest.mark.case("N13")
+def test_an_error_stands_alone(tiny_config: Path, tmp_path: Path, capsys) -> None:
     """Fifty lines of settings stood before it. In a dry run as well."""
     run = tmp_path / "run"
     for command in (["--run-dir", str(run), "data.train=nowhere"], ["--dry-run", "--world-size", "7"]):
@@ -59,7 +64,8 @@ def test_N13_an_error_stands_alone(tiny_config: Path, tmp_path: Path, capsys) ->
         assert len(said.err.splitlines()) == 1, said.err
 
 
-def test_N13_a_start_shows_a_short_header_and_keeps_the_configuration_in_the_log(
+@pytest.mark.case("N13")
+def test_a_start_shows_a_short_header_and_keeps_the_configuration_in_the_log(
     tiny_config: Path, tmp_path: Path, capsys
 ) -> None:
     run = tmp_path / "run"
@@ -72,7 +78,8 @@ def test_N13_a_start_shows_a_short_header_and_keeps_the_configuration_in_the_log
     assert (run / "config.yaml").read_text().partition("\n")[2] in log
 
 
-def test_N13_deepspeeds_old_names_are_not_said_at_every_step_and_all_else_is(monkeypatch) -> None:
+@pytest.mark.case("N13")
+def test_deepspeeds_old_names_are_not_said_at_every_step_and_all_else_is(monkeypatch) -> None:
     import types
     import warnings
 

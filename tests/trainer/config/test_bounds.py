@@ -83,7 +83,8 @@ def refused(folder: Path, text: str, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_h10_every_number_of_a_configuration_and_of_a_profile_has_bounds_on_both_sides() -> None:
+@pytest.mark.case("H10")
+def test_every_number_of_a_configuration_and_of_a_profile_has_bounds_on_both_sides() -> None:
     assert len(NUMBERS) > 50
     assert {key.split(".")[0] for key in NUMBERS} == set(Config.model_fields) - {"compile"}
     without = [key for key, (constraints, _) in NUMBERS.items() if not has_bounds(constraints)]
@@ -99,16 +100,19 @@ def test_the_words_of_validators_bound_both_sides(tmp_path: Path) -> None:
             assert key in refused(tmp_path, yaml.safe_dump(TREE), f"{key}={value}")
 
 
-def test_h10_lists_of_a_configuration_are_short(tmp_path: Path) -> None:
+@pytest.mark.case("H10")
+def test_lists_of_a_configuration_are_short(tmp_path: Path) -> None:
     for key, value in (("ema.relative_stds", 0.1), ("ema.decays", 0.9), ("evaluation.variants", {"guidance": 1}),
                        ("train.skip_images", [1, 2])):  # fmt: skip
         assert key in refused(tmp_path, yaml.safe_dump(TREE), f"{key}={yaml.safe_dump([value] * 1200, width=1e9)}")
 
 
 @pytest.mark.parametrize("way", ["override", "file"])
-def test_h10_no_number_gets_further_than_to_one_error_that_names_its_setting(tmp_path: Path, way: str) -> None:
+@pytest.mark.case("H10")
+def test_no_number_gets_further_than_to_one_error_that_names_its_setting(tmp_path: Path, way: str) -> None:
     """Of the values that every field is tried with, each is refused in a line that names field and value, or means a
-    number within the field's bounds."""
+    number within the field's bounds.
+    """
     refused = 0
     for key, (_, many) in NUMBERS.items():
         for value in HUGE if way == "override" else HUGE[:8]:
@@ -130,7 +134,8 @@ def test_h10_no_number_gets_further_than_to_one_error_that_names_its_setting(tmp
     assert refused > 10 * len(NUMBERS) if way == "override" else 6 * len(NUMBERS)
 
 
-def test_h10_a_profile_is_bounded_in_the_same_way(tmp_path: Path) -> None:
+@pytest.mark.case("H10")
+def test_a_profile_is_bounded_in_the_same_way(tmp_path: Path) -> None:
     path = tmp_path / "site.yaml"
     for key in OF_PROFILES:
         for value in ("1e400", ".nan", "9" * 400, "9" * 5000, "-1e400", "1e18"):
@@ -146,7 +151,8 @@ def test_h10_a_profile_is_bounded_in_the_same_way(tmp_path: Path) -> None:
         load_profile(None, {"gpus": 2000})
 
 
-def test_h10_products_are_bounded_and_name_their_factors(tmp_path: Path) -> None:
+@pytest.mark.case("H10")
+def test_products_are_bounded_and_name_their_factors(tmp_path: Path) -> None:
     """The largest value that each factor may have by itself: of every product, some pair is too much."""
     for keys, most, what in PRODUCTS:
         largest = {key: limit(key) for key in keys if not key.startswith("model.")} or {"model.image_size": 1 << 14}
@@ -170,7 +176,8 @@ def limit(key: str) -> int:
     return min(int(item.le) for item in constraints if isinstance(item, annotated_types.Le))
 
 
-def test_h10_the_settings_that_the_product_ships_are_within_every_bound() -> None:
+@pytest.mark.case("H10")
+def test_the_settings_that_the_product_ships_are_within_every_bound() -> None:
     configs = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
     assert len(configs) > 5
     for path in configs:
@@ -199,7 +206,8 @@ DOCUMENTS = {
 
 
 @pytest.mark.parametrize(("text", "message"), DOCUMENTS.values(), ids=DOCUMENTS.keys())
-def test_h10_documents_are_bounded_in_files_overrides_and_profiles(tmp_path: Path, text: str, message: str) -> None:
+@pytest.mark.case("H10")
+def test_documents_are_bounded_in_files_overrides_and_profiles(tmp_path: Path, text: str, message: str) -> None:
     assert message in refused(tmp_path, text)
     assert message in refused(tmp_path, yaml.safe_dump(TREE), f"data.accept={text}")
     path = tmp_path / "site.yaml"
@@ -210,7 +218,8 @@ def test_h10_documents_are_bounded_in_files_overrides_and_profiles(tmp_path: Pat
     assert "\n" not in str(caught.value)
 
 
-def test_h10_plain_tags_and_repeated_aliases_are_read() -> None:
+@pytest.mark.case("H10")
+def test_plain_tags_and_repeated_aliases_are_read() -> None:
     text = "a: &a {x: !!int 3, y: ! z}\nb: [*a, *a]\n" + "".join(f"k{i}: *a\n" for i in range(1000))
     tree = parse_yaml(text, "text")
     assert tree["a"] == {"x": "3", "y": "z"}
@@ -220,7 +229,8 @@ def test_h10_plain_tags_and_repeated_aliases_are_read() -> None:
     assert parse_yaml(deep, "text") != []
 
 
-def test_h10_a_value_is_shown_in_its_first_characters_and_faults_are_counted(tmp_path: Path) -> None:
+@pytest.mark.case("H10")
+def test_a_value_is_shown_in_its_first_characters_and_faults_are_counted(tmp_path: Path) -> None:
     assert "... (900,002 characters)" in refused(tmp_path, yaml.safe_dump(TREE), f"train.seed={'x' * 900_000}")
     many = TREE | {f"part{i}": {} for i in range(500)}
     with pytest.raises(TrainerError) as caught:
@@ -231,7 +241,8 @@ def test_h10_a_value_is_shown_in_its_first_characters_and_faults_are_counted(tmp
 @pytest.mark.parametrize("override", ["model.num_blocks=2000000000", "model.num_classes=3e11", "model.channels=1e400",
                                       "train.max_images=1e400", "train.global_batch_size=1e400",
                                       "data.prefetch_batches=99999999999"])  # fmt: skip
-def test_h10_the_dry_run_refuses_in_one_line(tmp_path: Path, override: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.case("H10")
+def test_the_dry_run_refuses_in_one_line(tmp_path: Path, override: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(TREE))
     began = time.process_time()
@@ -243,7 +254,8 @@ def test_h10_the_dry_run_refuses_in_one_line(tmp_path: Path, override: str, caps
     assert len(shown.err.strip().splitlines()) == 1
 
 
-def test_h10_a_section_by_itself_is_bounded_as_well() -> None:
+@pytest.mark.case("H10")
+def test_a_section_by_itself_is_bounded_as_well() -> None:
     """Whoever builds a section without a file meets the same bounds."""
     for section in (field.annotation for field in Config.model_fields.values()):
         assert isinstance(section, type)

@@ -52,7 +52,8 @@ def error_of(tmp_path: Path, *overrides: str, text: str = BASE) -> str:
         ("train.global_batch_size=1e12", "less than or equal to 16777216"),
     ],
 )  # fmt: skip
-def test_N14_a_wrong_setting_names_its_override_and_the_nearest_right_one(
+@pytest.mark.case("N14")
+def test_a_wrong_setting_names_its_override_and_the_nearest_right_one(
     tmp_path: Path, override: str, message: str
 ) -> None:
     assert message in error_of(tmp_path, override)
@@ -70,7 +71,8 @@ def test_N14_a_wrong_setting_names_its_override_and_the_nearest_right_one(
         ("nothing_like_it: 3\n", "known: data, model, train"),
     ],
 )
-def test_N14_a_wrong_setting_in_the_file_names_the_file(tmp_path: Path, more: str, message: str) -> None:
+@pytest.mark.case("N14")
+def test_a_wrong_setting_in_the_file_names_the_file(tmp_path: Path, more: str, message: str) -> None:
     assert message in error_of(tmp_path, text=BASE + more)
 
 

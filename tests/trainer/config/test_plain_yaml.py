@@ -40,12 +40,14 @@ def load(tmp_path: Path, *overrides: str, text: str = BASE) -> Config:
         ("log:\n  <<: {every_steps: 3}\n  <<: {every_steps: 4}\n", "'<<' stands twice, in lines 6 and 7"),
     ],
 )
-def test_F12_a_key_twice_is_refused_with_both_lines(tmp_path: Path, more: str, message: str) -> None:
+@pytest.mark.case("F12")
+def test_a_key_twice_is_refused_with_both_lines(tmp_path: Path, more: str, message: str) -> None:
     with pytest.raises(TrainerError, match=re.escape(message)):
         load(tmp_path, text=BASE + more)
 
 
-def test_F12_twice_on_the_command_line_the_last_counts_and_is_said(tmp_path: Path, capsys) -> None:
+@pytest.mark.case("F12")
+def test_twice_on_the_command_line_the_last_counts_and_is_said(tmp_path: Path, capsys) -> None:
     assert load(tmp_path, "optim.lr=1", "train.seed=3", "optim.lr=2").optim.lr == 2
     words = ["optim.lr=1", "train.seed=3", "optim.lr=2", "train.seed=3", "train.seed=3"]
     assert tarflow.cli.main(["train", str(tmp_path / "run.yaml"), "--dry-run", *words]) == 2  # there are no data
@@ -53,19 +55,22 @@ def test_F12_twice_on_the_command_line_the_last_counts_and_is_said(tmp_path: Pat
     assert first == "tarflow train: note: optim.lr is given as 1, then 2: the last counts"
 
 
-def test_F12_twice_within_an_override(tmp_path: Path) -> None:
+@pytest.mark.case("F12")
+def test_twice_within_an_override(tmp_path: Path) -> None:
     with pytest.raises(TrainerError, match=r"override 'evaluation.variants=.*'guidance' stands twice"):
         load(tmp_path, "evaluation.variants=[{guidance: 1, guidance: 2}]")
 
 
-def test_F12_twice_in_a_cluster_profile(tmp_path: Path) -> None:
+@pytest.mark.case("F12")
+def test_twice_in_a_cluster_profile(tmp_path: Path) -> None:
     path = tmp_path / "site.yaml"
     path.write_text("partition: gpu\nsbatch:\n  mail-type: END\n  mail-type: FAIL\n")
     with pytest.raises(ClusterError, match=r"site\.yaml: 'mail-type' stands twice, in lines 3 and 4"):
         load_profile(path)
 
 
-def test_F12_anchors_and_merge_keys_are_no_repetition(tmp_path: Path) -> None:
+@pytest.mark.case("F12")
+def test_anchors_and_merge_keys_are_no_repetition(tmp_path: Path) -> None:
     text = BASE.replace("train:", "train: &train").replace("800}", "800, seed: 1}")
     text = text.replace("train: &train some", "train: some")
     both = text + "optim: &o {lr: 3}\nlog: {every_steps: 7}\nsampling: {<<: {seed: 4, guidance: 1}, seed: 5}\n"

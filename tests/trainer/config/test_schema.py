@@ -23,7 +23,8 @@ def load(tmp_path: Path, *overrides: str, text: str = BASE) -> Config:
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", '"1e-4"', "1E-4"])
-def test_K01_floats_however_written(tmp_path: Path, text: str) -> None:
+@pytest.mark.case("K01")
+def test_floats_however_written(tmp_path: Path, text: str) -> None:
     assert load(tmp_path, f"optim.lr={text}").optim.lr == 1e-4
     assert load(tmp_path, text=BASE + f"optim: {{lr: {text}}}\n").optim.lr == 1e-4
 
@@ -32,25 +33,29 @@ def test_K01_floats_however_written(tmp_path: Path, text: str) -> None:
     ("text", "value"),
     [("1e4", 10_000), ("010", 10), ("270_000", 270_000), ("256Ki", 262_144), ("1.5e3", 1500), ("8", 8)],
 )
-def test_K01_counts_however_written(tmp_path: Path, text: str, value: int) -> None:
+@pytest.mark.case("K01")
+def test_counts_however_written(tmp_path: Path, text: str, value: int) -> None:
     assert load(tmp_path, f"train.max_images={text}").train.max_images == value
     assert load(tmp_path, text=BASE.replace("max_images: 800", f"max_images: {text}")).train.max_images == value
 
 
 @pytest.mark.parametrize("text", ["1.5", "many", "12:30:00", "yes"])
-def test_K01_what_is_no_count_is_refused_with_key_and_value(tmp_path: Path, text: str) -> None:
+@pytest.mark.case("K01")
+def test_what_is_no_count_is_refused_with_key_and_value(tmp_path: Path, text: str) -> None:
     with pytest.raises(TrainerError, match=rf"train\.max_images={text}|train\.max_images='{text}'"):
         load(tmp_path, f"train.max_images={text}")
 
 
 @pytest.mark.parametrize(("text", "value"), [(t, True) for t in ("true", "True", "on", "yes", "1")]
                          + [(t, False) for t in ("false", "False", "FALSE", "off", "no", "0")])  # fmt: skip
-def test_K01_booleans_in_every_spelling(tmp_path: Path, text: str, value: bool) -> None:
+@pytest.mark.case("K01")
+def test_booleans_in_every_spelling(tmp_path: Path, text: str, value: bool) -> None:
     assert load(tmp_path, f"data.flip={text}").data.flip is value
     assert load(tmp_path, text=BASE.replace("some/where", f"some/where, flip: {text}")).data.flip is value
 
 
-def test_K01_text_stays_text_and_null_is_nothing(tmp_path: Path) -> None:
+@pytest.mark.case("K01")
+def test_text_stays_text_and_null_is_nothing(tmp_path: Path) -> None:
     assert load(tmp_path, "data.train=010").data.train == "010"
     assert load(tmp_path, "data.validation=null").data.validation is None
 

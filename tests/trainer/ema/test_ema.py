@@ -88,7 +88,8 @@ def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_T06_snapshots_hold_averages_alone_and_outlive_retention(run: Path) -> None:
+@pytest.mark.case("T06")
+def test_snapshots_hold_averages_alone_and_outlive_retention(run: Path) -> None:
     kept = ckpt.committed(run)
     assert [c.step for c in kept] == [88, 96]  # a snapshot comes with a checkpoint, which retention removes
     snapshots = ckpt.committed(snapshots_dir(run))
@@ -115,7 +116,8 @@ def without_the_middle(run: Path, folder: Path) -> Path:
     return copy
 
 
-def test_T06_a_width_made_after_training_is_the_one_tracked_in_training(
+@pytest.mark.case("T06")
+def test_a_width_made_after_training_is_the_one_tracked_in_training(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy, out = without_the_middle(run, tmp_path), tmp_path / "mid.safetensors"

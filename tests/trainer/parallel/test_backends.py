@@ -34,7 +34,8 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, int, str
     return parity.matrix(VARIANTS, tmp_path_factory.mktemp("parity"))
 
 
-def test_T12_every_backend_computes_the_golden_curve(matrix: list) -> None:
+@pytest.mark.case("T12")
+def test_every_backend_computes_the_golden_curve(matrix: list) -> None:
     assert {row[0] for row in matrix} == {"golden file", *VARIANTS}
     assert len(matrix) == 1 + 4 * len(VARIANTS)  # accumulation 1 and 2, clipping off and on
     for name, accumulation, clip, *differences in matrix:
@@ -42,7 +43,8 @@ def test_T12_every_backend_computes_the_golden_curve(matrix: list) -> None:
     assert all(d == d for row in matrix for d in row[3:])  # max() passes over NaN
 
 
-def test_T12_clipping_really_clips(tmp_path: Path) -> None:
+@pytest.mark.case("T12")
+def test_clipping_really_clips(tmp_path: Path) -> None:
     free, clipped = parity.launch(
         1, [{"parallel": {}, "accumulation": 1, "grad_clip": c} for c in (0.0, parity.CLIP)], tmp_path / "out.pt"
     )
@@ -50,7 +52,8 @@ def test_T12_clipping_really_clips(tmp_path: Path) -> None:
     assert not torch.equal(free["weights"]["blocks.0.proj_in.weight"], clipped["weights"]["blocks.0.proj_in.weight"])
 
 
-def test_T13_zero_3_gives_whole_weights(tmp_path: Path) -> None:
+@pytest.mark.case("T13")
+def test_zero_3_gives_whole_weights(tmp_path: Path) -> None:
     job = {"parallel": {"backend": "deepspeed", "zero_stage": 3}, "accumulation": 1, "grad_clip": 0.0}
     (answer,) = parity.launch(2, [job], tmp_path / "out.pt")
     _, model = parity.load("training_curve")
@@ -108,7 +111,8 @@ class NoisyLayer(nn.Module):
     "settings", [{"mode": "full"}, {"mode": "selective"}, {"mode": "selective", "every_nth_layer": 2},
                  {"mode": "full", "offload": True}], ids=str
 )  # fmt: skip
-def test_T10_recomputation_sees_the_same_dropout_and_noise(settings: dict) -> None:
+@pytest.mark.case("T10")
+def test_recomputation_sees_the_same_dropout_and_noise(settings: dict) -> None:
     def run(config: ActivationCheckpointConfig) -> tuple[list[torch.Tensor], torch.Tensor]:
         torch.manual_seed(0)
         layers = [NoisyLayer() for _ in range(2)]
@@ -126,7 +130,8 @@ def test_T10_recomputation_sees_the_same_dropout_and_noise(settings: dict) -> No
     assert torch.equal(after, after_too)
 
 
-def test_T11_checkpointing_and_compile_leave_the_names_alone() -> None:
+@pytest.mark.case("T11")
+def test_checkpointing_and_compile_leave_the_names_alone() -> None:
     shape = TarFlowConfig(image_size=8, patch_size=2, channels=64, num_blocks=2, layers_per_block=2)
     from benchmarks.golden import training_config
     from tarflow.trainer.parallel.apply import apply_parallelism
@@ -176,7 +181,8 @@ print(f"rank {world.rank} agrees\\n", end="")
     "parallel", [{"backend": "ddp"}, {"backend": "fsdp2"}, {"backend": "deepspeed", "zero_stage": 2},
                  {"backend": "deepspeed", "zero_stage": 3}], ids=lambda p: "-".join(map(str, p.values()))
 )  # fmt: skip
-def test_T14_a_step_that_is_not_finite_on_one_rank_is_passed_over_by_all(tmp_path: Path, parallel: dict) -> None:
+@pytest.mark.case("T14")
+def test_a_step_that_is_not_finite_on_one_rank_is_passed_over_by_all(tmp_path: Path, parallel: dict) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     root = str(Path(__file__).resolve().parents[3])
@@ -189,7 +195,8 @@ def test_T14_a_step_that_is_not_finite_on_one_rank_is_passed_over_by_all(tmp_pat
     assert "rank 1 agrees" in done.stdout
 
 
-def test_T14_spikes_are_passed_over_and_counted_and_ordinary_steps_are_not() -> None:
+@pytest.mark.case("T14")
+def test_spikes_are_passed_over_and_counted_and_ordinary_steps_are_not() -> None:
     p = torch.nn.Parameter(torch.zeros(4))
     optimizer = GuardedAdamW([p], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0, skip_spikes=True)
     noise = torch.Generator().manual_seed(0)
@@ -209,7 +216,8 @@ def test_T14_spikes_are_passed_over_and_counted_and_ordinary_steps_are_not() -> 
     assert not torch.equal(p.detach(), before)
 
 
-def test_C04_partial_or_contradicting_environment_names_the_variables() -> None:
+@pytest.mark.case("C04")
+def test_partial_or_contradicting_environment_names_the_variables() -> None:
     assert world_from_env({}).size == 1
     with pytest.raises(TrainerError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"):
         world_from_env({"RANK": "0", "WORLD_SIZE": "2"})

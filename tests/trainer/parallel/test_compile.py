@@ -89,7 +89,8 @@ def compare(mode: str, width: int, batches: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(("mode", "width"), GRID)
-def test_T11_checkpointing_and_compile_agree_with_plain_and_share_one_graph(
+@pytest.mark.case("T11")
+def test_checkpointing_and_compile_agree_with_plain_and_share_one_graph(
     front_half: None, mode: str, width: int
 ) -> None:
     compare(mode, width, (4, 4, 4))
@@ -102,13 +103,15 @@ def test_T11_checkpointing_and_compile_agree_with_plain_and_share_one_graph(
         assert counters["stats"]["unique_graphs"] <= 2 * GRAPHS[mode]
 
 
-def test_T11_generated_code_agrees_with_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.case("T11")
+def test_generated_code_agrees_with_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", True)  # instead of a compilation to find out
     compare("full", 128, (4,))
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_T11_compiled_layers_still_keep_their_inputs_alone(front_half: None) -> None:
+@pytest.mark.case("T11")
+def test_compiled_layers_still_keep_their_inputs_alone(front_half: None) -> None:
     def kept(mode: str) -> int:
         torch._dynamo.reset()
         model = build(mode, 128, True)
@@ -164,7 +167,8 @@ print(json.dumps({"rank": world.rank, "losses": losses}) + "\\n", end="")
 """
 
 
-def test_T11_two_ranks_train_compiled_and_plain_alike_and_exchange_weights(tmp_path: Path) -> None:
+@pytest.mark.case("T11")
+def test_two_ranks_train_compiled_and_plain_alike_and_exchange_weights(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(WORLD)
     variants = [
         (MODES[mode], {"backend": backend}, compiled)

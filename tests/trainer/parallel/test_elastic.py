@@ -109,7 +109,8 @@ def tensors(run: Path, step: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("legs", [WORLDS, BACKENDS], ids=["4-2-1-3 ranks", "ddp-fsdp2-zero3-fsdp2"])
-def test_T05_T06_T08_T09_a_run_goes_on_in_another_world_as_if_nothing_happened(
+@pytest.mark.case("T05", "T06", "T08", "T09")
+def test_a_run_goes_on_in_another_world_as_if_nothing_happened(
     elastic_config: Path, reference: Path, tmp_path: Path, legs: list[tuple[int, str, int]]
 ) -> None:
     run = tmp_path / "run"
@@ -131,7 +132,8 @@ def test_T05_T06_T08_T09_a_run_goes_on_in_another_world_as_if_nothing_happened(
     assert torch.equal(a["optim/step"], torch.tensor(float(STEPS)))
 
 
-def test_T06_averages_and_raw_weights_stay_apart_over_a_resume_and_an_export(reference: Path) -> None:
+@pytest.mark.case("T06")
+def test_averages_and_raw_weights_stay_apart_over_a_resume_and_an_export(reference: Path) -> None:
     raw, narrow, wide = (load_weights(find(reference), kind) for kind in ("raw", "ema-0.050", "ema-0.100"))
     for name in raw:
         if name != "var":

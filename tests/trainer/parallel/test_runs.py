@@ -94,7 +94,8 @@ def config_file(tiny_data: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_T06_sharded_averages_are_those_of_one_process_before_and_after_a_resume_on_one(
+@pytest.mark.case("T06")
+def test_sharded_averages_are_those_of_one_process_before_and_after_a_resume_on_one(
     config_file: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -131,7 +132,8 @@ def load_weights_of(path: Path) -> dict[str, torch.Tensor]:
     return load_weights_file(path)[1]
 
 
-def test_T14_a_run_that_goes_bad_on_one_rank_stops_all_and_saves_nothing_that_is_not_finite(
+@pytest.mark.case("T14")
+def test_a_run_that_goes_bad_on_one_rank_stops_all_and_saves_nothing_that_is_not_finite(
     config_file: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -155,7 +157,8 @@ def test_T14_a_run_that_goes_bad_on_one_rank_stops_all_and_saves_nothing_that_is
     assert codes == [[FINISHED] * 2], said[-2000:]
 
 
-def test_T13_a_run_directory_that_the_ranks_do_not_share_is_refused_before_training(
+@pytest.mark.case("T13")
+def test_a_run_directory_that_the_ranks_do_not_share_is_refused_before_training(
     config_file: Path, tmp_path: Path
 ) -> None:
     codes, said = run_ranks(config_file, Path("run"), (2, [], "apart", 0))  # each rank in a directory of its own
@@ -181,7 +184,8 @@ def noise_of(config: Config, world: int, seen: int) -> list[StepInput]:
     return found
 
 
-def test_T09_noise_belongs_to_the_sample_not_to_a_rank_its_history_or_its_restarts(config_file: Path) -> None:
+@pytest.mark.case("T09")
+def test_noise_belongs_to_the_sample_not_to_a_rank_its_history_or_its_restarts(config_file: Path) -> None:
     config = load_config(config_file, ["train.label_dropout=0.5"])
     torch.manual_seed(5)
     before = torch.get_rng_state()

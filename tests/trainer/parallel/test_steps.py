@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks.golden import load, training_config
@@ -97,7 +98,8 @@ OFFLOAD = """
 """
 
 
-def test_T12_T14_spikes_on_one_rank_are_passed_over_by_all_and_host_memory_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.case("T12", "T14")
+def test_spikes_on_one_rank_are_passed_over_by_all_and_host_memory_changes_nothing(tmp_path: Path) -> None:
     """One launch for both: importing DeepSpeed takes longer than either."""
     parallel = [{"backend": "ddp"}, {"backend": "fsdp2"}, {"backend": "deepspeed", "zero_stage": 3}]
     offloaded = [{"backend": "deepspeed", "zero_stage": stage, "offload_optimizer": True} for stage in (2, 3)]
@@ -128,7 +130,8 @@ GRADIENTS = """
 """
 
 
-def test_T12_accumulation_in_bfloat16_sums_in_float32_also_where_a_micro_batch_uses_no_row(tmp_path: Path) -> None:
+@pytest.mark.case("T12")
+def test_accumulation_in_bfloat16_sums_in_float32_also_where_a_micro_batch_uses_no_row(tmp_path: Path) -> None:
     two_ranks(GRADIENTS, tmp_path, json.dumps(LABELS), str(tmp_path / "out.pt"))
     data, model = load("training_curve")
     with torch.no_grad():

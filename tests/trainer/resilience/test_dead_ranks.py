@@ -30,7 +30,8 @@ def log(run: Path) -> str:
 
 @pytest.mark.parametrize("how", CODE)
 @pytest.mark.parametrize("where", ["step@8", "save.written@2"], ids=["at a step", "during a save"])
-def test_C11_one_dead_rank_takes_all_with_it_and_the_log_says_why(start, tiny_config, run, where, how) -> None:
+@pytest.mark.case("C11")
+def test_one_dead_rank_takes_all_with_it_and_the_log_says_why(start, tiny_config, run, where, how) -> None:
     end = start(tiny_config, run, *SETTINGS, ranks=3, fault=f"{where}/1={how}")
     assert end["by_themselves"]
     assert end["leftovers"] == []
@@ -57,7 +58,8 @@ def test_C11_one_dead_rank_takes_all_with_it_and_the_log_says_why(start, tiny_co
     assert find(run).step in ((3, 6) if where == "step@8" else (3,))  # a save under way may or may not have been done
 
 
-def test_C11_restart_after_a_death_forms_a_clean_world_of_another_size(start, tiny_config, run) -> None:
+@pytest.mark.case("C11")
+def test_restart_after_a_death_forms_a_clean_world_of_another_size(start, tiny_config, run) -> None:
     end = start(tiny_config, run, *SETTINGS, ranks=3, fault="save.written@2/2=kill")
     assert end["codes"][2] == -9
     assert (run / "heartbeats" / "rank-0002.json").exists()  # what the dead left: heartbeats, a torn save, a lock
@@ -69,19 +71,22 @@ def test_C11_restart_after_a_death_forms_a_clean_world_of_another_size(start, ti
     assert find(run).step == 12
 
 
-def test_C11_normal_end_with_workers_leaves_nothing_behind(start, tiny_config, run) -> None:
+@pytest.mark.case("C11")
+def test_normal_end_with_workers_leaves_nothing_behind(start, tiny_config, run) -> None:
     end = start(tiny_config, run, *SETTINGS, "data.num_workers=2", ranks=2)
     assert end == {"codes": [FINISHED, FINISHED], "by_themselves": True, "leftovers": []}
 
 
-def test_C11_killed_rank_does_not_leave_its_workers_behind(start, tiny_config, run) -> None:
+@pytest.mark.case("C11")
+def test_killed_rank_does_not_leave_its_workers_behind(start, tiny_config, run) -> None:
     end = start(tiny_config, run, *SETTINGS, "data.num_workers=2", ranks=2, fault="step@4=kill")
     assert end["codes"] == [-9, -9]
     assert end["leftovers"] == []
 
 
 @pytest.mark.parametrize(("dead", "alive"), [(0, 1), (1, 0)])
-def test_C11_rank_that_dies_before_it_could_join_does_not_keep_the_other(start, tiny_config, run, dead, alive) -> None:
+@pytest.mark.case("C11")
+def test_rank_that_dies_before_it_could_join_does_not_keep_the_other(start, tiny_config, run, dead, alive) -> None:
     end = start(tiny_config, run, *SETTINGS, "parallel.start_timeout_s=2", ranks=2, fault=f"join/{dead}=kill")
     assert end["by_themselves"]
     said = (run.parent.parent / "run-output.txt").read_text()
@@ -165,7 +170,8 @@ def test_full_disk_costs_log_lines_but_not_the_run(start, tiny_config, run) -> N
     assert hung["codes"][1] == HUNG  # the watchdog does not need the disk, either
 
 
-def test_T01_pointer_is_never_ahead_of_the_data(start, tiny_config, run) -> None:
+@pytest.mark.case("T01")
+def test_pointer_is_never_ahead_of_the_data(start, tiny_config, run) -> None:
     """A slow disk, and SIGKILL while it writes: the pointer names a checkpoint whose every byte is there."""
     for number, point in enumerate(("save.written", "save.renamed"), 1):
         slow = "save.begin@2=slow:0.2,save.written@2=slow:0.2,save.renamed@2=slow:0.2"
@@ -178,7 +184,8 @@ def test_T01_pointer_is_never_ahead_of_the_data(start, tiny_config, run) -> None
         assert damage(whole[named]) is None
 
 
-def test_T15_damaged_newest_checkpoint_is_set_aside_and_the_one_before_goes_on(start, tiny_config, run) -> None:
+@pytest.mark.case("T15")
+def test_damaged_newest_checkpoint_is_set_aside_and_the_one_before_goes_on(start, tiny_config, run) -> None:
     settings = (*SETTINGS, "train.max_images=72")
     assert start(tiny_config, run, *settings, ranks=1)["codes"] == [FINISHED]
     file = next((run / "checkpoints" / "images-000000000072").glob("*.distcp"))
@@ -195,7 +202,8 @@ def test_T15_damaged_newest_checkpoint_is_set_aside_and_the_one_before_goes_on(s
     assert [c.step for c in committed(run)] == [3, 6]
 
 
-def test_K03_changes_are_printed_and_those_of_the_order_are_flagged(start, tiny_config, run) -> None:
+@pytest.mark.case("K03")
+def test_changes_are_printed_and_those_of_the_order_are_flagged(start, tiny_config, run) -> None:
     assert start(tiny_config, run, *SETTINGS, "train.max_images=48", ranks=1)["codes"] == [FINISHED]
     changed = ("train.max_images=96", "train.global_batch_size=8", "train.seed=7", "optim.lr=2e-3")
     assert start(tiny_config, run, *SETTINGS, *changed, ranks=1)["codes"] == [FINISHED]

@@ -27,7 +27,8 @@ SETTINGS = ("train.max_images=16_000", "checkpoint.every_images=48", "log.every_
     ],
     ids=["USR2 to rank 1", "TERM to rank 0", "several to both", "during a save", "at the start"],
 )
-def test_C07_all_ranks_save_the_same_step_once(start, tiny_config, tmp_path, send, fault) -> None:
+@pytest.mark.case("C07")
+def test_all_ranks_save_the_same_step_once(start, tiny_config, tmp_path, send, fault) -> None:
     run = tmp_path / "runs" / "run"
     end = start(tiny_config, run, *SETTINGS, ranks=2, send=send, fault=fault, wait_for_file="heartbeats/rank-0001.json")
     assert end == {"codes": [REQUEUE, REQUEUE], "by_themselves": True, "leftovers": []}
@@ -40,7 +41,8 @@ def test_C07_all_ranks_save_the_same_step_once(start, tiny_config, tmp_path, sen
     assert "WARNING" not in text
 
 
-def test_C07_stopped_run_goes_on_to_the_same_end(start, tiny_config, tmp_path) -> None:
+@pytest.mark.case("C07")
+def test_stopped_run_goes_on_to_the_same_end(start, tiny_config, tmp_path) -> None:
     run = tmp_path / "runs" / "run"
     settings = (*SETTINGS, "train.max_images=480")
     assert start(tiny_config, run, *settings, ranks=2, send=[[4, "SIGUSR2", [1]]])["codes"] == [REQUEUE] * 2
@@ -55,7 +57,8 @@ def launch(config: Path, run: Path, **env: str) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
-def test_C07_signal_before_torch_is_loaded_is_a_request_too(tiny_config: Path, tmp_path: Path) -> None:
+@pytest.mark.case("C07")
+def test_signal_before_torch_is_loaded_is_a_request_too(tiny_config: Path, tmp_path: Path) -> None:
     process = launch(tiny_config, tmp_path / "run")
     assert process.stdout is not None
     process.stdout.readline()  # the configuration: torch comes after it
@@ -65,9 +68,8 @@ def test_C07_signal_before_torch_is_loaded_is_a_request_too(tiny_config: Path, t
     assert "stopped by SIGTERM at 0 images" in output
 
 
-def test_C07_second_interrupt_leaves_at_once_even_while_waiting_inside_a_library(
-    tiny_config: Path, tmp_path: Path
-) -> None:
+@pytest.mark.case("C07")
+def test_second_interrupt_leaves_at_once_even_while_waiting_inside_a_library(tiny_config: Path, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

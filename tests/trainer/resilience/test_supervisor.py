@@ -63,7 +63,8 @@ if life == 0:
 """
 
 
-def test_C11_lost_process_is_named_its_peers_are_ended_and_all_start_again(folder: Path) -> None:
+@pytest.mark.case("C11")
+def test_lost_process_is_named_its_peers_are_ended_and_all_start_again(folder: Path) -> None:
     assert supervise(folder, LOSE_RANK_1_ONCE, restarts=1) == FINISHED
     assert (starts(folder, 0), starts(folder, 1)) == (2, 2)
     (line,) = log(folder)
@@ -100,7 +101,8 @@ def when(ready: Callable[[], bool], action: Callable[[], None]) -> None:
 
 
 @pytest.mark.parametrize(("sent", "arrives"), [("SIGTERM", "SIGTERM"), ("SIGUSR2", "SIGUSR2"), ("SIGINT", "SIGTERM")])
-def test_C07_signal_to_the_launcher_reaches_every_rank_once(folder: Path, sent: str, arrives: str) -> None:
+@pytest.mark.case("C07")
+def test_signal_to_the_launcher_reaches_every_rank_once(folder: Path, sent: str, arrives: str) -> None:
     ready = lambda: starts(folder, 0) + starts(folder, 1) == 2  # noqa: E731
     when(ready, lambda: os.kill(os.getpid(), signal.Signals[sent]))
     assert supervise(folder, "time.sleep(30)", restarts=5) == REQUEUE
@@ -109,7 +111,8 @@ def test_C07_signal_to_the_launcher_reaches_every_rank_once(folder: Path, sent: 
     assert starts(folder, 0) == 1
 
 
-def test_C07_signal_while_the_ranks_are_started_is_not_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.case("C07")
+def test_signal_while_the_ranks_are_started_is_not_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start = subprocess.Popen
 
     def signalled(*arguments: Any, **settings: Any) -> "subprocess.Popen[bytes]":
@@ -159,7 +162,8 @@ def wait_for_log(run: Path, text: str) -> None:
         time.sleep(0.02)
 
 
-def test_C11_killed_rank_of_a_real_run_costs_a_restart_and_no_work(tiny_config: Path, tmp_path: Path) -> None:
+@pytest.mark.case("C11")
+def test_killed_rank_of_a_real_run_costs_a_restart_and_no_work(tiny_config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = ("train.max_images=160", "checkpoint.every_images=48", "checkpoint.asynchronous=false")
     process = launch(tiny_config, run, *settings, "--ranks", "2", "--max-restarts", "1", TARFLOW_FAULT="step@8/1=kill")
@@ -173,7 +177,8 @@ def test_C11_killed_rank_of_a_real_run_costs_a_restart_and_no_work(tiny_config: 
     assert members(process.pid) == []
 
 
-def test_C07_interrupt_of_the_whole_terminal_saves_once_and_leaves_nothing(tiny_config: Path, tmp_path: Path) -> None:
+@pytest.mark.case("C07")
+def test_interrupt_of_the_whole_terminal_saves_once_and_leaves_nothing(tiny_config: Path, tmp_path: Path) -> None:
     """As a keyboard does it: the launcher, its ranks and their workers all get the signal at once."""
     run = tmp_path / "run"
     process = launch(
@@ -188,7 +193,8 @@ def test_C07_interrupt_of_the_whole_terminal_saves_once_and_leaves_nothing(tiny_
     assert members(process.pid) == []
 
 
-def test_C07_ranks_of_a_killed_launcher_save_and_leave(tiny_config: Path, tmp_path: Path) -> None:
+@pytest.mark.case("C07")
+def test_ranks_of_a_killed_launcher_save_and_leave(tiny_config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = launch(tiny_config, run, "--ranks", "1", "train.max_images=160_000", "log.every_steps=1")
     wait_for_log(run, "step 3 ")

@@ -40,7 +40,8 @@ def test_what_is_written_is_the_moment_of_the_copy(writer: Writer, monkeypatch: 
     assert held.data_ptr() == staging.copy({"model/w": weights})["model/w"].data_ptr()  # the buffer is used again
 
 
-def test_T01_save_that_does_not_fit_is_refused_before_a_byte_is_written(
+@pytest.mark.case("T01")
+def test_save_that_does_not_fit_is_refused_before_a_byte_is_written(
     writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=500_000))
@@ -61,7 +62,10 @@ def test_failed_write_leaves_no_space_taken_and_the_one_before_untouched(
     writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer.write(Save(1, 8), {"model/w": torch.ones(4)}, describe)
-    monkeypatch.setattr("tarflow.trainer.saving.background_writer.fault_point", lambda point: full() if point == "save.written" else None)
+    monkeypatch.setattr(
+        "tarflow.trainer.saving.background_writer.fault_point",
+        lambda point: full() if point == "save.written" else None,
+    )
     save = Save(2, 16, began=time.monotonic())
     writer.start(save, {"model/w": torch.zeros(4)}, describe)
     assert writer.collect(wait=True) is save

@@ -31,7 +31,8 @@ def latest(run: Path) -> str:
     return (run / "checkpoints" / "latest").read_text().strip()
 
 
-def test_V01_a_larger_batch_removes_nothing_that_was_just_saved_and_steps_go_on(start, tiny_config, run) -> None:
+@pytest.mark.case("V01")
+def test_a_larger_batch_removes_nothing_that_was_just_saved_and_steps_go_on(start, tiny_config, run) -> None:
     assert start(tiny_config, run, *until(96, 4), ranks=1)["codes"] == [FINISHED]
     assert moments(run) == [("images-000000000048", 12), ("images-000000000096", 24)]
     assert start(tiny_config, run, *until(192, 16), ranks=1)["codes"] == [FINISHED]
@@ -46,7 +47,8 @@ def test_V01_a_larger_batch_removes_nothing_that_was_just_saved_and_steps_go_on(
     assert seen == [*range(4, 97, 4), *range(112, 193, 16), *range(200, 241, 8)]
 
 
-def test_V01_two_ranks_with_a_larger_batch_are_killed_and_go_on_from_their_own_save(start, tiny_config, run) -> None:
+@pytest.mark.case("V01")
+def test_two_ranks_with_a_larger_batch_are_killed_and_go_on_from_their_own_save(start, tiny_config, run) -> None:
     assert start(tiny_config, run, *until(96, 4), ranks=1)["codes"] == [FINISHED]
     two = until(288, 16, "parallel.backend=ddp")
     end = start(tiny_config, run, *two, ranks=2, fault="save.begin@3=kill")
@@ -58,9 +60,8 @@ def test_V01_two_ranks_with_a_larger_batch_are_killed_and_go_on_from_their_own_s
     assert find(run).images_seen == 288
 
 
-def test_V01_export_takes_the_checkpoint_of_most_images_and_a_choice_by_images(
-    start, tiny_config, run, tmp_path
-) -> None:
+@pytest.mark.case("V01")
+def test_export_takes_the_checkpoint_of_most_images_and_a_choice_by_images(start, tiny_config, run, tmp_path) -> None:
     keep_all = "checkpoint.keep_latest=-1"
     assert start(tiny_config, run, *until(96, 4, keep_all), ranks=1)["codes"] == [FINISHED]
     assert start(tiny_config, run, *until(144, 16, keep_all), ranks=1)["codes"] == [FINISHED]
@@ -71,7 +72,8 @@ def test_V01_export_takes_the_checkpoint_of_most_images_and_a_choice_by_images(
         assert all((value == stored[key]).all() for key, value in load_weights_file(out)[1].items())
 
 
-def test_V01_what_crosses_a_multiple_is_kept_for_ever_though_no_batch_size_divides_it(start, tiny_config, run) -> None:
+@pytest.mark.case("V01")
+def test_what_crosses_a_multiple_is_kept_for_ever_though_no_batch_size_divides_it(start, tiny_config, run) -> None:
     settings = ("checkpoint.every_images=1", "checkpoint.keep_every_images=50")
     assert start(tiny_config, run, *until(120, 12, *settings), ranks=1)["codes"] == [FINISHED]
     assert [c.images_seen for c in committed(run)] == [60, 108, 120]

@@ -145,7 +145,8 @@ def rewind(run: Path, config: Config) -> None:
 
 
 @pytest.mark.parametrize(("verb", "most"), [(begin, 8), (prune, 3), (rewind, 1)])
-def test_h02_no_changed_byte_begins_a_run_afresh_or_loses_a_checkpoint(
+@pytest.mark.case("H02")
+def test_no_changed_byte_begins_a_run_afresh_or_loses_a_checkpoint(
     made: Path, config: Config, place: Path, capsys, verb: Callable[[Path, Config], None], most: int
 ) -> None:
     dice, whole = random.Random(14), twin(made, place / "whole")
@@ -177,7 +178,8 @@ def every_byte(path: Path) -> list[tuple[int, int]]:
     return [(at, bit) for at in range(path.stat().st_size) for bit in (0, 3, 6)]
 
 
-def test_h02_every_byte_of_the_identity_is_held_against_the_others(made: Path, place: Path) -> None:
+@pytest.mark.case("H02")
+def test_every_byte_of_the_identity_is_held_against_the_others(made: Path, place: Path) -> None:
     """Also in the form of the earlier version, which had no checksum inside."""
     mine = run_id(made)
     for text in ((made / "run.json").read_text(), json.dumps({"run_id": mine})):
@@ -195,7 +197,8 @@ def test_h02_every_byte_of_the_identity_is_held_against_the_others(made: Path, p
             flip(run / "run.json", at, bit)
 
 
-def test_h02_a_run_that_disowns_its_checkpoints_names_both_and_the_way_out(
+@pytest.mark.case("H02")
+def test_a_run_that_disowns_its_checkpoints_names_both_and_the_way_out(
     made: Path, config: Config, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, mine = twin(made, place / "run"), run_id(made)
@@ -224,7 +227,8 @@ def test_h02_a_run_that_disowns_its_checkpoints_names_both_and_the_way_out(
     assert decide_start(run, config, FACTS, False).images_seen == 80
 
 
-def test_h02_snapshots_of_another_run_are_not_mixed_with_its_own(made: Path, config: Config, place: Path) -> None:
+@pytest.mark.case("H02")
+def test_snapshots_of_another_run_are_not_mixed_with_its_own(made: Path, config: Config, place: Path) -> None:
     run = twin(made, place / "run")
     (run / "ema/snapshots/run.json").unlink()
     write_identity(run / "ema/snapshots", "0" * 32)
@@ -238,9 +242,8 @@ def test_h02_snapshots_of_another_run_are_not_mixed_with_its_own(made: Path, con
 @pytest.mark.parametrize(
     "text", ["", "[]", "{", '{"images_seen": 80}', '{"images_seen": 80, "restarts": 1e400}', "\x00\xff"]
 )
-def test_h06_a_damaged_count_of_restarts_is_no_count_of_none(
-    made: Path, config: Config, place: Path, text: str
-) -> None:
+@pytest.mark.case("H06")
+def test_a_damaged_count_of_restarts_is_no_count_of_none(made: Path, config: Config, place: Path, text: str) -> None:
     run = twin(made, place / "run")
     (run / "restarts.json").unlink()
     assert count_restart(run, 80, 3) is None  # not there: the first
@@ -255,7 +258,8 @@ def test_h06_a_damaged_count_of_restarts_is_no_count_of_none(
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"host": "x"}', '{"host": "here", "pid": "../1"}', "host vm, pid 5441", "\xff"]
 )
-def test_h06_a_pin_that_cannot_be_read_holds(made: Path, place: Path, text: str) -> None:
+@pytest.mark.case("H06")
+def test_a_pin_that_cannot_be_read_holds(made: Path, place: Path, text: str) -> None:
     run = twin(made, place / "run")
     pin = run / "checkpoints/pins" / PINNED
     pin.unlink()
@@ -265,7 +269,8 @@ def test_h06_a_pin_that_cannot_be_read_holds(made: Path, place: Path, text: str)
     assert ckpt.pinned_names(run) == set()
 
 
-def test_h02_real_starts_of_a_damaged_run_go_on_or_refuse(tiny_config: Path, tmp_path: Path, capsys) -> None:
+@pytest.mark.case("H02")
+def test_real_starts_of_a_damaged_run_go_on_or_refuse(tiny_config: Path, tmp_path: Path, capsys) -> None:
     run = tmp_path / "run"
     words = [
         "train",
@@ -312,7 +317,8 @@ def test_h02_real_starts_of_a_damaged_run_go_on_or_refuse(tiny_config: Path, tmp
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"phase": "gone", "checksum": "00000000"}', '{"pid": -1}', "\xff"])
-def test_h06_a_damaged_heartbeat_is_a_sign_of_life_for_its_time(made: Path, place: Path, text: str) -> None:
+@pytest.mark.case("H06")
+def test_a_damaged_heartbeat_is_a_sign_of_life_for_its_time(made: Path, place: Path, text: str) -> None:
     run = twin(made, place / "run")
     beat = run / "heartbeats/rank-0000.json"
     assert living_writer(run) is None  # it said that it is gone

@@ -3,6 +3,8 @@
 import random
 from pathlib import Path
 
+import pytest
+
 from tarflow.trainer.checkpoint.commit import committed, damage, find
 from tarflow.trainer.resilience.exit_codes import FINISHED
 
@@ -11,7 +13,8 @@ WORLDS = ((1, "ddp"), (2, "ddp"), (2, "fsdp2"))
 LIVES = 4
 
 
-def test_V01_a_random_history_of_real_ranks_ends_with_all_its_images(start, tiny_config, tmp_path: Path) -> None:
+@pytest.mark.case("V01")
+def test_a_random_history_of_real_ranks_ends_with_all_its_images(start, tiny_config, tmp_path: Path) -> None:
     dice, run, codes = random.Random(0), tmp_path / "runs" / "run", []
     there: list[int] = []
     for life in range(LIVES):

@@ -78,7 +78,8 @@ def latents(model: TarFlow, y: list[int] | None, x: torch.Tensor) -> torch.Tenso
         ({"nvp": False}, ["model.nvp: False there, True here", "Set model.nvp as there"]),
     ],
 )  # fmt: skip
-def test_N04_settings_that_differ_are_named(save, config, name, changes, lines) -> None:
+@pytest.mark.case("N04")
+def test_settings_that_differ_are_named(save, config, name, changes, lines) -> None:
     path, _ = save(name, **changes)
     for refuse in (check_initial, initial_weights):
         with pytest.raises(TrainerError) as error:
@@ -91,7 +92,8 @@ def test_N04_settings_that_differ_are_named(save, config, name, changes, lines) 
             check_initial(path, config, True)
 
 
-def test_h04_damaged_weights_are_refused_before_a_run_is_made(save, config) -> None:
+@pytest.mark.case("H04")
+def test_damaged_weights_are_refused_before_a_run_is_made(save, config) -> None:
     path, _ = save("w.safetensors")
     damaged = bytearray(path.read_bytes())
     damaged[-2] ^= 4
@@ -101,13 +103,15 @@ def test_h04_damaged_weights_are_refused_before_a_run_is_made(save, config) -> N
             refuse(path, config, False)
 
 
-def test_h04_a_run_notes_that_its_weights_carry_no_checksum(save, config) -> None:
+@pytest.mark.case("H04")
+def test_a_run_notes_that_its_weights_carry_no_checksum(save, config) -> None:
     path, model = save("w.pth")
     torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False)
     assert "it carries no checksum" in initial_weights(path, config, False)[1][0]
 
 
-def test_N04_the_same_model_is_taken_over_whole(save, config) -> None:
+@pytest.mark.case("N04")
+def test_the_same_model_is_taken_over_whole(save, config) -> None:
     for name in ("w.safetensors", "w.pth"):
         path, model = save(name)
         for partial in (False, True):
@@ -117,7 +121,8 @@ def test_N04_the_same_model_is_taken_over_whole(save, config) -> None:
 
 
 @pytest.mark.parametrize("there", [5, 2])
-def test_N04_new_classes_start_as_the_old_models_images_without_a_label(save, config, there) -> None:
+@pytest.mark.case("N04")
+def test_new_classes_start_as_the_old_models_images_without_a_label(save, config, there) -> None:
     path, old = save(num_classes=there)
     tensors, lines = initial_weights(path, config, True)
     x = images(config.model)
@@ -127,7 +132,8 @@ def test_N04_new_classes_start_as_the_old_models_images_without_a_label(save, co
     assert any("classes changed: names are not compared" in line for line in lines)
 
 
-def test_N04_classes_known_by_name_keep_their_embeddings(save, config, monkeypatch) -> None:
+@pytest.mark.case("N04")
+def test_classes_known_by_name_keep_their_embeddings(save, config, monkeypatch) -> None:
     monkeypatch.setattr("tarflow.trainer.saving.initial_weights.class_names", lambda config: ["food", "new", "smileys"])
     for there in (NAMES, NAMES[:3]):  # also as many classes under other names
         path, old = save(classes=there, num_classes=len(there))
@@ -138,7 +144,8 @@ def test_N04_classes_known_by_name_keep_their_embeddings(save, config, monkeypat
         assert any("2 of 3 classes are known by name" in line for line in lines)
 
 
-def test_N04_to_an_unconditional_model_and_back(save, config) -> None:
+@pytest.mark.case("N04")
+def test_to_an_unconditional_model_and_back(save, config) -> None:
     """Also from the published layout, which tells nothing but shapes."""
     path, old = save("w.pth")
     torch.save(dict(old.state_dict()), path)
@@ -160,7 +167,8 @@ def test_N04_to_an_unconditional_model_and_back(save, config) -> None:
 
 
 @pytest.mark.parametrize("there", [4, 8, 16, 12])
-def test_N04_positions_are_resampled(save, config, there) -> None:
+@pytest.mark.case("N04")
+def test_positions_are_resampled(save, config, there) -> None:
     path, old = save(image_size=there, nvp=False)
     config = config.model_copy(update={"model": config.model.model_copy(update={"nvp": False})})
     ramp = torch.linspace(0, 1, there // 2)
@@ -178,7 +186,8 @@ def test_N04_positions_are_resampled(save, config, there) -> None:
     assert load_model(config.model, tensors)
 
 
-def test_N04_a_run_is_begun_from_the_newest_average_of_another(tiny_config, config, tmp_path, capsys) -> None:
+@pytest.mark.case("N04")
+def test_a_run_is_begun_from_the_newest_average_of_another(tiny_config, config, tmp_path, capsys) -> None:
     """Through the front door: refused before anything is made, then with --init-partial, then from the run that it made."""
 
     def main(run: str, *arguments: object) -> int:
@@ -222,7 +231,8 @@ def test_N04_a_run_is_begun_from_the_newest_average_of_another(tiny_config, conf
     assert "--init-partial goes with --init-from" in capsys.readouterr().err
 
 
-def test_N04_sources_that_are_none_are_clear_errors(config, tmp_path) -> None:
+@pytest.mark.case("N04")
+def test_sources_that_are_none_are_clear_errors(config, tmp_path) -> None:
     with pytest.raises(TrainerError, match="no run directory at"):
         check_initial(tmp_path / "nothing", config, False)
     with pytest.raises(ValueError, match="no weights file at"):
@@ -232,7 +242,8 @@ def test_N04_sources_that_are_none_are_clear_errors(config, tmp_path) -> None:
         check_initial(tmp_path / "empty", config, False)
 
 
-def test_V08_a_checkpoint_and_the_log_say_which_code_trained(tiny_config, tmp_path) -> None:
+@pytest.mark.case("V08")
+def test_a_checkpoint_and_the_log_say_which_code_trained(tiny_config, tmp_path) -> None:
     from tarflow.code_version import code_version, describe_code
 
     arguments = ["train", str(tiny_config), "--run-dir", str(tmp_path / "run"), "train.max_images=16"]

@@ -32,7 +32,8 @@ def last_line(run: Path) -> str:
     return (run / "log.txt").read_text().splitlines()[-1]
 
 
-def test_V02_a_diverged_run_leaves_good_checkpoints_alone_however_often_it_is_started(start, tiny_config, run) -> None:
+@pytest.mark.case("V02")
+def test_a_diverged_run_leaves_good_checkpoints_alone_however_often_it_is_started(start, tiny_config, run) -> None:
     good = (*SETTINGS, "train.max_images=144")
     assert start(tiny_config, run, *good, ranks=1)["codes"] == [FINISHED]
     before = tree(run)
@@ -47,14 +48,16 @@ def test_V02_a_diverged_run_leaves_good_checkpoints_alone_however_often_it_is_st
     assert find(run).images_seen == 180
 
 
-def test_V02_a_run_that_diverges_from_the_start_says_so_on_all_ranks(start, tiny_config, run) -> None:
+@pytest.mark.case("V02")
+def test_a_run_that_diverges_from_the_start_says_so_on_all_ranks(start, tiny_config, run) -> None:
     bad = (*SETTINGS, "train.max_images=1440", "optim.lr=1e9", "checkpoint.every_images=60", "parallel.backend=fsdp2")
     assert start(tiny_config, run, *bad, ranks=2)["codes"] == [NO_PROGRESS] * 2
     assert committed(run) == []
     assert "there is no checkpoint yet" in last_line(run)
 
 
-def test_V02_an_end_that_no_step_was_taken_for_is_not_finished(start, tiny_config, run) -> None:
+@pytest.mark.case("V02")
+def test_an_end_that_no_step_was_taken_for_is_not_finished(start, tiny_config, run) -> None:
     settings = (*SETTINGS, "checkpoint.every_images=108", "train.skip_spikes=true", "train.max_skipped_in_a_row=1000")
     # As many steps as the guard against spikes needs to know what is ordinary.
     assert start(tiny_config, run, *settings, "train.max_images=432", ranks=1)["codes"] == [FINISHED]
@@ -84,7 +87,8 @@ def saved(saver: Saver) -> list[tuple[int, int]]:
     return [(c.images_seen, c.step) for c in committed(saver.run_dir)]
 
 
-def test_V02_a_save_amid_steps_that_are_passed_over_waits_for_the_next_that_is_taken(saver: Saver) -> None:
+@pytest.mark.case("V02")
+def test_a_save_amid_steps_that_are_passed_over_waits_for_the_next_that_is_taken(saver: Saver) -> None:
     saver.save(10, 10)
     skip(saver, in_all=2, in_a_row=2)
     saver.save(20, 20)  # eight were taken, then two passed over
@@ -100,7 +104,8 @@ def test_V02_a_save_amid_steps_that_are_passed_over_waits_for_the_next_that_is_t
     assert not saver.overdue()
 
 
-def test_V02_steps_that_were_all_passed_over_are_no_checkpoint_not_even_at_the_end(saver: Saver) -> None:
+@pytest.mark.case("V02")
+def test_steps_that_were_all_passed_over_are_no_checkpoint_not_even_at_the_end(saver: Saver) -> None:
     saver.save(10, 10)
     skip(saver, in_all=5, in_a_row=5)
     saver.save(15, 15)
@@ -113,7 +118,8 @@ def test_V02_steps_that_were_all_passed_over_are_no_checkpoint_not_even_at_the_e
     assert saver.learned(17)
 
 
-def test_V02_the_last_steps_of_a_run_that_has_learned_may_be_passed_over(saver: Saver) -> None:
+@pytest.mark.case("V02")
+def test_the_last_steps_of_a_run_that_has_learned_may_be_passed_over(saver: Saver) -> None:
     saver.save(10, 10)
     skip(saver, in_all=1, in_a_row=1)
     saver.save(11, 11, last=True, complete=True)
@@ -121,14 +127,16 @@ def test_V02_the_last_steps_of_a_run_that_has_learned_may_be_passed_over(saver: 
     assert saver.learned(11)
 
 
-def test_V02_images_that_are_left_out_on_purpose_are_progress(saver: Saver) -> None:
+@pytest.mark.case("V02")
+def test_images_that_are_left_out_on_purpose_are_progress(saver: Saver) -> None:
     saver.save(10, 10)
     saver.save(20, 10, last=True)
     assert saved(saver) == [(10, 10), (20, 10)]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_V02_weights_that_are_not_finite_are_no_checkpoint_though_the_gradient_was(saver: Saver, value: float) -> None:
+@pytest.mark.case("V02")
+def test_weights_that_are_not_finite_are_no_checkpoint_though_the_gradient_was(saver: Saver, value: float) -> None:
     saver.save(10, 10)
     with torch.no_grad():
         next(reversed(saver.backend.locals().values())).view(-1)[-1] = value
@@ -137,7 +145,8 @@ def test_V02_weights_that_are_not_finite_are_no_checkpoint_though_the_gradient_w
     assert saver.diverged
 
 
-def test_V02_a_save_that_failed_is_no_checkpoint_to_measure_by(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.case("V02")
+def test_a_save_that_failed_is_no_checkpoint_to_measure_by(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
     saver.save(10, 10)
     saver.collect(wait=True)
     full = SimpleNamespace(free=0)

@@ -53,7 +53,8 @@ def output(run: Path) -> str:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_N10_a_finished_run_started_again_with_other_settings_is_left_as_it_is(start, config, run, ranks) -> None:
+@pytest.mark.case("N10")
+def test_a_finished_run_started_again_with_other_settings_is_left_as_it_is(start, config, run, ranks) -> None:
     before = everything(run)
     others = ("optim.lr=5e-4", "train.max_images=60", "parallel.backend=ddp")
     assert start(config, run, *SETTINGS, *others, ranks=ranks)["codes"] == [FINISHED] * ranks
@@ -73,7 +74,8 @@ def test_N10_a_finished_run_started_again_with_other_settings_is_left_as_it_is(s
     ],
 )
 @pytest.mark.parametrize("images", [72, 144], ids=["finished", "to go on"])
-def test_N10_a_start_that_is_refused_writes_nothing(start, config, run, override, said, images) -> None:
+@pytest.mark.case("N10")
+def test_a_start_that_is_refused_writes_nothing(start, config, run, override, said, images) -> None:
     before = everything(run)
     settings = (*SETTINGS, f"train.max_images={images}", override)
     for ranks in (1, 2) if images == 144 else (1,):
@@ -83,7 +85,8 @@ def test_N10_a_start_that_is_refused_writes_nothing(start, config, run, override
         assert everything(run) == before
 
 
-def test_N10_a_start_beside_a_living_writer_writes_nothing(start, config, run) -> None:
+@pytest.mark.case("N10")
+def test_a_start_beside_a_living_writer_writes_nothing(start, config, run) -> None:
     before = everything(run)
     with writer_lock(run):
         assert set(start(config, run, *SETTINGS, "train.max_images=144", ranks=2)["codes"]) == {USAGE}
@@ -91,14 +94,16 @@ def test_N10_a_start_beside_a_living_writer_writes_nothing(start, config, run) -
     assert everything(run) == before
 
 
-def test_N10_a_finished_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(start, config, run) -> None:
+@pytest.mark.case("N10")
+def test_a_finished_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(start, config, run) -> None:
     next(find(run).path.glob("*.distcp")).write_bytes(b"cut")
     assert start(config, run, *SETTINGS, ranks=1)["codes"] == [FINISHED]
     assert "resuming at 36 images" in (run / "log.txt").read_text()
     assert find(run).images_seen == 72
 
 
-def test_F19_curves_of_a_killed_and_resumed_run_do_not_run_back(start, config, tmp_path) -> None:
+@pytest.mark.case("F19")
+def test_curves_of_a_killed_and_resumed_run_do_not_run_back(start, config, tmp_path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "runs" / "killed"

@@ -38,14 +38,16 @@ def resume(tmp_path: Path, stored: str, *arguments: Any) -> list[str]:
     return lines
 
 
-def test_V04_a_run_of_an_earlier_version_goes_on_with_data_indexed_anew(tmp_path: Path) -> None:
+@pytest.mark.case("V04")
+def test_a_run_of_an_earlier_version_goes_on_with_data_indexed_anew(tmp_path: Path) -> None:
     assert resume(tmp_path, "contents", "contents", False, "places") == []
     (line,) = resume(tmp_path, "places", "contents", False, "places")
     assert "names, sizes and labels are those at 12 images; what the shards held was not recorded then" in line
     assert "places -> contents" in line
 
 
-def test_V04_other_data_are_refused_and_an_old_index_is_named_as_the_cause(tmp_path: Path) -> None:
+@pytest.mark.case("V04")
+def test_other_data_are_refused_and_an_old_index_is_named_as_the_cause(tmp_path: Path) -> None:
     with pytest.raises(
         TrainerError, match=r"another one than at 12 images \(fingerprint other -> contents\); .*--accept-new"
     ):

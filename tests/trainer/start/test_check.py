@@ -30,7 +30,8 @@ def wrong(make_set, make_config, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("words", [[], ["--dry-run"], ["--ranks", "2"], ["--dry-run", "--world-size", "2"]])
-def test_N03_every_way_to_train_refuses_before_anything_is_made(wrong: Path, tmp_path: Path, words, capsys) -> None:
+@pytest.mark.case("N03")
+def test_every_way_to_train_refuses_before_anything_is_made(wrong: Path, tmp_path: Path, words, capsys) -> None:
     assert tarflow.cli.main(["train", str(wrong), "--run-dir", str(tmp_path / "run"), *words]) == 2
     said = capsys.readouterr()
     assert said.err.splitlines() == [
@@ -42,7 +43,8 @@ def test_N03_every_way_to_train_refuses_before_anything_is_made(wrong: Path, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_N03_a_dry_run_without_its_data_is_one_line(wrong: Path, tmp_path: Path, capsys) -> None:
+@pytest.mark.case("N03")
+def test_a_dry_run_without_its_data_is_one_line(wrong: Path, tmp_path: Path, capsys) -> None:
     words = [
         "train",
         str(wrong),
@@ -59,7 +61,8 @@ def test_N03_a_dry_run_without_its_data_is_one_line(wrong: Path, tmp_path: Path,
     ]
 
 
-def test_N02_a_dry_run_says_what_the_data_are(make_set, make_config, tmp_path: Path, capsys) -> None:
+@pytest.mark.case("N02")
+def test_a_dry_run_says_what_the_data_are(make_set, make_config, tmp_path: Path, capsys) -> None:
     path = tmp_path / "right.yaml"
     path.write_text(config_text(make_config(make_set("pictures"))))
     assert tarflow.cli.main(["train", str(path), "--dry-run"]) == 0
@@ -87,7 +90,8 @@ def began(run: Path, config) -> None:
     (run / "checkpoints" / "step-00000001" / "COMMITTED").write_text("{}")
 
 
-def test_N03_a_run_that_goes_on_hears_what_it_was_once_started_with_and_is_refused_what_is_new(
+@pytest.mark.case("N03")
+def test_a_run_that_goes_on_hears_what_it_was_once_started_with_and_is_refused_what_is_new(
     make_set, make_config, tmp_path: Path
 ) -> None:
     data = make_set("pictures")
@@ -108,7 +112,8 @@ def test_N03_a_run_that_goes_on_hears_what_it_was_once_started_with_and_is_refus
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"classes": 3}', "\xff"])
-def test_h06_a_damaged_record_of_the_data_is_refused_and_a_missing_one_is_said(
+@pytest.mark.case("H06")
+def test_a_damaged_record_of_the_data_is_refused_and_a_missing_one_is_said(
     make_set, make_config, tmp_path: Path, content: str
 ) -> None:
     config = make_config(make_set("pictures", classes=list("abcd")))

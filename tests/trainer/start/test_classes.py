@@ -36,7 +36,8 @@ def with_validation(make_config, train: Path, validation: Path, **data):
     return make_config(train, data={"validation": str(validation), **data}, model={"num_classes": 3})
 
 
-def test_V03_held_out_images_that_lack_a_class_in_the_middle_are_refused_naming_both(
+@pytest.mark.case("V03")
+def test_held_out_images_that_lack_a_class_in_the_middle_are_refused_naming_both(
     make_set, make_config, train_set
 ) -> None:
     held_out = make_set("val", labels=[0, 1] * 2, classes=["ant", "cat"])
@@ -55,13 +56,15 @@ def test_V03_held_out_images_that_lack_a_class_in_the_middle_are_refused_naming_
 @pytest.mark.parametrize(
     ("names", "labels"), [(["bee", "ant", "cat"], [0, 1, 2]), (["Ant", "bee", "cat"], [0, 1, 2]), (["x", "y"], [0, 1])]
 )
-def test_V03_other_orders_and_names_are_refused(make_set, make_config, train_set, names, labels) -> None:
+@pytest.mark.case("V03")
+def test_other_orders_and_names_are_refused(make_set, make_config, train_set, names, labels) -> None:
     assert "the classes differ" in refused(
         with_validation(make_config, train_set, make_set("val", labels, classes=names))
     )
 
 
-def test_V03_what_changes_no_label_is_said(make_set, make_config, train_set) -> None:
+@pytest.mark.case("V03")
+def test_what_changes_no_label_is_said(make_set, make_config, train_set) -> None:
     fewer = make_set("fewer", labels=[0, 1], classes=["ant", "bee"])
     assert f"data.validation={fewer} lacks classes that data.train={train_set} has: cat" in notes(
         with_validation(make_config, train_set, fewer)
@@ -75,16 +78,16 @@ def test_V03_what_changes_no_label_is_said(make_set, make_config, train_set) -> 
     assert notes(with_validation(make_config, train_set, same)) == []
 
 
-def test_V03_an_unconditional_model_has_no_classes_to_compare(make_set, make_config, train_set) -> None:
+@pytest.mark.case("V03")
+def test_an_unconditional_model_has_no_classes_to_compare(make_set, make_config, train_set) -> None:
     held_out = make_set("val", labels=[0, 1], classes=["ant", "cat"])
     config = make_config(train_set, data={"validation": str(held_out)}, model={"num_classes": 0})
     assert not any("differ" in note for note in notes(config))
 
 
 @pytest.mark.parametrize("label", [3, 7, -2])
-def test_V10_a_held_out_label_out_of_range_is_refused_at_the_start(
-    make_set, make_config, train_set, label: int
-) -> None:
+@pytest.mark.case("V10")
+def test_a_held_out_label_out_of_range_is_refused_at_the_start(make_set, make_config, train_set, label: int) -> None:
     held_out = make_set("val", labels=[0, 1, 2, max(label, 0)])
     if label < 0:
         from tarflow.data_pipeline.index.build import build_index
@@ -112,7 +115,8 @@ def relabel(shard: Path, label: int) -> None:
             tar.addfile(member, io.BytesIO(content))
 
 
-def test_V10_held_out_images_without_labels_are_refused_at_the_start(make_set, make_config, train_set) -> None:
+@pytest.mark.case("V10")
+def test_held_out_images_without_labels_are_refused_at_the_start(make_set, make_config, train_set) -> None:
     held_out = make_set("val", labels=None)
     said = refused(with_validation(make_config, train_set, held_out))
     assert said.startswith(f"data.validation: the data set at {held_out} has no labels, the model has 3 classes")
@@ -125,7 +129,8 @@ def weights_of(path: Path, classes: list[str] | None) -> Path:
     return path
 
 
-def test_V14_weights_of_other_classes_do_not_start_a_run(make_set, make_config, tmp_path: Path) -> None:
+@pytest.mark.case("V14")
+def test_weights_of_other_classes_do_not_start_a_run(make_set, make_config, tmp_path: Path) -> None:
     data = make_set("data", labels=[0, 1, 2], classes=["A0", "a", "b"])
     config = make_config(data, model={"num_classes": 3})
     theirs = weights_of(tmp_path / "w.safetensors", ["a", "b", "c"])
@@ -142,7 +147,8 @@ def test_V14_weights_of_other_classes_do_not_start_a_run(make_set, make_config, 
     assert any("says that this is meant" in note for note in notes(meant, init_from=theirs))
 
 
-def test_V03_the_map_goes_into_run_and_checkpoints_and_holds_on_resume(make_set, make_config, tmp_path, capsys) -> None:
+@pytest.mark.case("V03")
+def test_the_map_goes_into_run_and_checkpoints_and_holds_on_resume(make_set, make_config, tmp_path, capsys) -> None:
     from tarflow.trainer.config.files import config_text
 
     data = make_set("first/train", labels=[0, 1, 2] * 4, classes=ABC)

@@ -18,7 +18,8 @@ def lines(config, run_dir: Path = Path("no/run")) -> list[str]:
     return check_start(config, run_dir, 1).lines()
 
 
-def test_N02_one_line_says_what_the_data_are(make_set, make_config) -> None:
+@pytest.mark.case("N02")
+def test_one_line_says_what_the_data_are(make_set, make_config) -> None:
     data = make_set("pictures", labels=[0, 1, 2, 3] * 10, val=0.2)
     config = make_config(data / "train", data={"validation": str(data / "val")})
     assert lines(config) == ["data: 32 images, 8 x 8, RGB, 4 classes; held out: 8 images"]
@@ -28,7 +29,8 @@ def test_N02_one_line_says_what_the_data_are(make_set, make_config) -> None:
     assert lines(grey)[0] == "data: 1,000 images, 12 x 12, grey, no labels"
 
 
-def test_N02_grey_training_on_colours_is_refused_unless_meant(make_set, make_config) -> None:
+@pytest.mark.case("N02")
+def test_grey_training_on_colours_is_refused_unless_meant(make_set, make_config) -> None:
     data = make_set("pictures", val=0.4)
     both = {"validation": str(data / "val")}
     said = refused(make_config(data / "train", data=both, model={"in_channels": 1})).splitlines()
@@ -44,7 +46,8 @@ def test_N02_grey_training_on_colours_is_refused_unless_meant(make_set, make_con
     )
 
 
-def test_N02_pictures_of_one_channel_stored_as_three_are_grey(tmp_path: Path, make_config) -> None:
+@pytest.mark.case("N02")
+def test_pictures_of_one_channel_stored_as_three_are_grey(tmp_path: Path, make_config) -> None:
     """`data prepare` stores what a folder holds as RGB: the pixels decide, not the file's mode."""
     import numpy as np
     from PIL import Image
@@ -66,7 +69,8 @@ def test_N02_pictures_of_one_channel_stored_as_three_are_grey(tmp_path: Path, ma
     )
 
 
-def test_N02_the_number_of_classes_must_fit_or_be_meant(make_set, make_config) -> None:
+@pytest.mark.case("N02")
+def test_the_number_of_classes_must_fit_or_be_meant(make_set, make_config) -> None:
     data = make_set("pictures")
     assert refused(make_config(data, model={"num_classes": 10})) == (
         f"model.num_classes=10, but the data in {data} have 4 classes: the others learn nothing; set model.num_classes=4, or "
@@ -87,7 +91,8 @@ def test_N02_the_number_of_classes_must_fit_or_be_meant(make_set, make_config) -
     assert f"model.num_classes=4, but the data in {plain} have no labels" in refused(make_config(plain))
 
 
-def test_N02_enlarged_images_are_said(make_set, make_config) -> None:
+@pytest.mark.case("N02")
+def test_enlarged_images_are_said(make_set, make_config) -> None:
     data = make_set("pictures")
     said = lines(make_config(data, model={"image_size": 16}))
     assert (
@@ -104,11 +109,13 @@ def test_N02_enlarged_images_are_said(make_set, make_config) -> None:
         ({"global_batch_size": 16}, "train.global_batch_size=16, but"),
     ],
 )
-def test_N02_odd_settings_of_the_training_are_said(make_set, make_config, train: dict[str, object], note: str) -> None:
+@pytest.mark.case("N02")
+def test_odd_settings_of_the_training_are_said(make_set, make_config, train: dict[str, object], note: str) -> None:
     assert any(line.startswith(f"note: {note}") for line in lines(make_config(make_set("pictures"), train=train)))
 
 
-def test_N02_missing_held_out_images_are_said_with_those_that_lie_beside(make_set, make_config) -> None:
+@pytest.mark.case("N02")
+def test_missing_held_out_images_are_said_with_those_that_lie_beside(make_set, make_config) -> None:
     data = make_set("pictures", val=0.4)
     said = lines(make_config(data / "train"))
     assert said[1] == (
