@@ -172,7 +172,8 @@ def test_cut_files_are_refused_wherever_they_end(tmp_path: Path) -> None:
             read_npz(tmp_path / "a.npz", LIMIT)
 
 
-def test_h06_files_with_a_hole_are_refused_in_words(tmp_path: Path) -> None:
+@pytest.mark.case("H06")
+def test_files_with_a_hole_are_refused_in_words(tmp_path: Path) -> None:
     """Without some of its bytes the directory lies elsewhere, and zipfile seeks to places before the file."""
     buffer = io.BytesIO()
     write_npz(buffer, {"a": np.arange(20.0)})
