@@ -36,6 +36,7 @@ class Drawn:
     images: Tensor  # [n, C, H, W] after denoising
     finite: Tensor  # [n] bool: fit for use
     retried: int  # drawn again in float32
+    trajectory: list[Tensor] = field(default_factory=list)  # [n, C, H, W] after 0, 1, ... blocks, if asked for
 
     def pixels(self) -> Tensor:
         """uint8 [m, C, H, W] of the m finite samples, as a PNG would hold them."""
@@ -51,7 +52,6 @@ class Sampler:
     def __init__(self, model: TarFlow, sampling: ResolvedSampling) -> None:
         self.model = model.eval()
         self.sampling = sampling
-        self.guidance = sampling.settings.make_guidance()
         self._fast = self._in_dtype(sampling.settings.param_dtype)
         classes = model.config.num_classes
         for label in sampling.labels:
@@ -87,21 +87,30 @@ class Sampler:
         """int64 [n]"""
         return torch.tensor([self.label_of(i) for i in indices], dtype=torch.int64)
 
-    def draw(self, indices: Sequence[int], sequence: list[Tensor] | None = None) -> Drawn:
-        """The samples of these indices, in one batch. `sequence` receives the images after 0, 1, ... blocks."""
-        device = self.model.var.device
+    def draw(self, indices: Sequence[int], with_trajectory: bool = False) -> Drawn:
+        """The samples of these indices, in one batch."""
+        settings, device = self.sampling.settings, self.model.var.device
         noise, labels = self.noise(indices).to(device), self.labels(indices)
         y = labels.to(device) if self.model.config.num_classes else None
-        noisy = sample(self._fast, noise, y, self.guidance, sequence).clone()  # out of inference mode, for denoising
+        trajectory: list[Tensor] = []
+        if with_trajectory:
+            noisy, trajectory = sample(self._fast, noise, y, settings, return_trajectory=True)
+        else:
+            noisy = sample(self._fast, noise, y, settings)
+        noisy = noisy.clone()  # outside inference mode: denoising takes the gradient at these images
+
+        # bfloat16 can overflow in exp(a) where float32 does not: only the samples that did are drawn again.
         bad = ~_finite(noisy)
         retried = int(bad.sum()) if self._fast is not self.model else 0
         if retried:
-            noisy[bad] = sample(self.model, noise[bad], None if y is None else y[bad], self.guidance)
+            noisy[bad] = sample(self.model, noise[bad], None if y is None else y[bad], settings)
+
+        # The score is always that of the float32 network; the step can overflow too, so its result is checked as well.
         images = noisy
         if self.sampling.denoise_multiplier:
             images = denoise(self.model, noisy, y, self.sampling.noise_std, self.sampling.denoise_multiplier)
         finite = _finite(noisy) & _finite(images)
-        return Drawn(list(indices), labels, noisy.cpu(), images.detach().cpu(), finite.cpu(), retried)
+        return Drawn(list(indices), labels, noisy.cpu(), images.detach().cpu(), finite.cpu(), retried, trajectory)
 
     def draw_all(self, indices: Sequence[int], batch_size: int) -> Iterator[Drawn]:
         """The samples of these indices, batch by batch."""

@@ -1,6 +1,7 @@
 """The flow inverts, its log-determinant is the Jacobian's, its likelihood counts bits (cases S10, S11)."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from tarflow.models.flow import TarFlow, flow_loss, patchify, unpatchify
 from tarflow.models.init import init_weights
 from tarflow.models.likelihood import bits_from_nats, bits_per_dim, log_likelihood
 from tarflow.models.noise import dequantize, to_model_range, to_pixels
-from tarflow.models.sampling.guidance import Guidance
 from tarflow.models.sampling.sequential import sample
+from tarflow.models.sampling.settings import SamplingSettings
 
 
 def config(**changes: object) -> TarFlowConfig:
@@ -39,6 +40,10 @@ def images(n: int, c: TarFlowConfig, seed: int = 0) -> torch.Tensor:
 
 def tokens(x: torch.Tensor, model: TarFlow, y: torch.Tensor | None) -> torch.Tensor:
     return model(x, y)[0] / model.var.sqrt()
+
+
+def guidance(weight: float, **others: Any) -> SamplingSettings:
+    return SamplingSettings(guidance=weight, **{"annealed": False} | others)
 
 
 def test_patches_are_channel_major_and_row_by_row() -> None:
@@ -190,13 +195,13 @@ class TestGuidance:
     @pytest.mark.case("S10")
     def test_weight_zero_is_plain_conditional_sampling(self) -> None:
         assert torch.equal(
-            sample(self.model, self.noise, self.y, Guidance(0.0)), sample(self.model, self.noise, self.y)
+            sample(self.model, self.noise, self.y, guidance(0.0)), sample(self.model, self.noise, self.y)
         )
 
     @pytest.mark.case("S10")
     def test_no_label_guided_by_no_label_is_no_label(self) -> None:
         none = torch.full((3,), -1)
-        guided = sample(self.model, self.noise, none, Guidance(1.7))
+        guided = sample(self.model, self.noise, none, guidance(1.7))
         assert torch.allclose(guided, sample(self.model, self.noise, none), atol=1e-5)
         assert torch.allclose(guided, sample(self.model, self.noise), atol=1e-5)
 
@@ -217,7 +222,7 @@ class TestGuidance:
             block.proj_out.weight[:, 0] = torch.cat([torch.full((12,), 0.3), torch.full((12,), -0.7)])
         a_c, b_c, a_u, b_u = 0.3, -0.7, 0.3 / 4, -0.7 / 4  # no label: the mean of the four embeddings
         for w in (0.0, 1.0, 2.3):
-            x = model.patchify(sample(model, self.noise[:1], torch.tensor([1]), Guidance(w)))
+            x = model.patchify(sample(model, self.noise[:1], torch.tensor([1]), guidance(w)))
             a, b = a_c + w * (a_c - a_u), b_c + w * (b_c - b_u)
             assert torch.allclose(x[:, 1:], self.noise[:1, 1:] * math.exp(a) + b, atol=1e-5)
 
@@ -234,7 +239,7 @@ class TestGuidance:
         from tarflow.models.sampling.sequential import invert_block
 
         with torch.no_grad():
-            assert torch.allclose(invert_block(block, self.noise, y, Guidance(1.5)), x, atol=1e-5)
+            assert torch.allclose(invert_block(block, self.noise, y, guidance(1.5)), x, atol=1e-5)
 
     @pytest.mark.case("S10")
     def test_label_outside_the_classes_is_refused(self) -> None:
@@ -244,16 +249,16 @@ class TestGuidance:
 
     @pytest.mark.case("S01")
     def test_an_image_does_not_depend_on_its_batch(self) -> None:
-        together = sample(self.model, self.noise, self.y, Guidance(1.0, annealed=True))
-        alone = sample(self.model, self.noise[1:2], self.y[1:2], Guidance(1.0, annealed=True))
+        together = sample(self.model, self.noise, self.y, guidance(1.0, annealed=True))
+        alone = sample(self.model, self.noise[1:2], self.y[1:2], guidance(1.0, annealed=True))
         assert (together[1] - alone[0]).abs().max() < 1e-4
         assert (to_pixels(together[1]).int() - to_pixels(alone[0]).int()).abs().max() <= 1
 
     def test_wrong_settings_name_the_setting(self) -> None:
-        with pytest.raises(ValueError, match=r"sampling.guide must be"):
-            Guidance(1.0, "c")
-        with pytest.raises(ValueError, match=r"sampling.attn_temp must be > 0"):
-            Guidance(1.0, attn_temp=0)
+        with pytest.raises(ValueError, match=r"guide\n.*should be 'a', 'b' or 'ab'"):
+            guidance(1.0, guide="c")
+        with pytest.raises(ValueError, match=r"attn_temp\n.*should be greater than"):
+            guidance(1.0, attn_temp=0)
 
 
 def test_short_bfloat16_sequences_on_the_cpu_attend_as_long_ones_do() -> None:

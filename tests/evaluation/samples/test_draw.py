@@ -8,8 +8,8 @@ from tarflow.evaluation.samples.draw import SampleCount, Sampler, check_guidance
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.models.denoise import denoise
 from tarflow.models.noise import to_pixels
-from tarflow.models.sampling.guidance import Guidance
 from tarflow.models.sampling.sequential import sample
+from tarflow.models.sampling.settings import SamplingSettings
 
 
 def sampling(**changes):
@@ -51,7 +51,7 @@ def test_a_sample_is_what_the_models_own_functions_make_of_its_noise(model):
     sampler = Sampler(model, GUIDED)
     drawn = sampler.draw([4, 5])
     y = torch.tensor([1, 2])
-    noisy = sample(model, sampler.noise([4, 5]), y, Guidance(1.5, "ab", 1.0, True)).clone()
+    noisy = sample(model, sampler.noise([4, 5]), y, SamplingSettings(guidance=1.5)).clone()
     torch.testing.assert_close(drawn.noisy, noisy)
     torch.testing.assert_close(drawn.images, denoise(model, noisy, y, 0.2, 1.0))
     assert torch.equal(drawn.pixels(), to_pixels(drawn.images))

@@ -80,7 +80,7 @@ def test_guidance_without_label_dropout_is_refused_as_for_the_run(make_run, tmp_
     run_dir, _ = make_run(steps=(10,), train={"label_dropout": 0.0}, sampling={"guidance": 0.0})
     file = export(run_dir, tmp_path / f"v{suffix}", "--weights", "raw")
     for source in (run_dir, file):
-        with pytest.raises(EvaluationError, match="needs a model that was trained without labels now and then"):
+        with pytest.raises(EvaluationError, match="needs a model trained with label dropout, but train"):
             draw(source, tmp_path / "out", settings={"guidance": 2.0})
     assert not (tmp_path / "out").exists()
     assert draw(file, tmp_path / "out", settings={"guidance": 2.0, "labels": (-1,), "attn_temp": 0.5})
