@@ -1,4 +1,4 @@
-"""Images of a run or a weights file, as PNGs with a grid and the settings that made them."""
+"""Samples of a run or a weights file, as PNGs with a grid and the settings that made them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -27,26 +27,26 @@ GRID_IMAGES = 100
 
 @dataclass
 class SampleRequest:
-    """What to draw; `settings` holds what was asked for, everything else comes from the run."""
+    """What to draw. `settings` overrides the run's sampling settings."""
 
     source: Path
     out: Path
     num: int = 64
     step: int | None = None
-    images: int | None = None  # seen by the checkpoint
+    images: int | None = None  # seen by the checkpoint to use
     weights: str | None = None
     batch_size: int | None = None
     columns: int | None = None
     device: str = "auto"
     settings: dict[str, Any] = field(default_factory=dict)
-    labels: str | None = None  # as typed; else those in `settings`
-    classes: Path | None = None  # names of the classes, where neither run nor file tells them
+    labels: str | None = None  # as typed on the command line
+    classes: Path | None = None  # file of class names, if neither run nor weights file holds them
 
 
 def sample_images(request: SampleRequest, say: Callable[[str], None] = print) -> bool:
-    """Draw what is missing in `request.out`; whether every sample asked for is there.
+    """Draw what is missing in `request.out`; returns whether every requested sample is there.
 
-    Raises EvaluationError for settings that mean nothing and for a directory that holds something else.
+    Raises EvaluationError for meaningless settings, and for a directory that holds anything else.
     """
     source, settings, batch_size = _open(request, say)
     model = source.model.config
@@ -79,12 +79,12 @@ def sample_images(request: SampleRequest, say: Callable[[str], None] = print) ->
 
 
 def _grid_order(sampler: Sampler, num: int) -> list[int]:
-    """Samples of one class beside each other."""
+    """Indices sorted by class, so that samples of a class are next to each other."""
     return sorted(range(num), key=lambda i: (sampler.label_of(i), i))
 
 
 def _columns(sampler: Sampler, num: int) -> int:
-    """One row per class if that comes out even, otherwise about square."""
+    """One row per class if that fills all rows, otherwise about square."""
     classes = len({sampler.label_of(i) for i in range(num)} - {NO_LABEL})
     if classes > 1 and num % classes == 0 and num // classes >= 4:
         return num // classes
@@ -92,14 +92,14 @@ def _columns(sampler: Sampler, num: int) -> int:
 
 
 def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[WeightsSource, ResolvedSampling, int]:
-    """(model, settings, batch size) of a request."""
+    """(model, settings, batch size) of a request; the settings are checked before the weights are read."""
     device = resolve_device(request.device)
     if is_weights_file(request.source):
         return _open_file(request, device, say)
     config = run_config(request.source, say=say, given=request.settings)
     if "noise_std" in request.settings:
         raise EvaluationError(
-            f"--noise-std belongs to weights files; {request.source} was trained with {config.train.noise_std}"
+            f"--noise-std is for weights files; {request.source} was trained with {config.train.noise_std}"
         )
     checkpoint = find(request.source, request.step, request.images)
     given = request.settings
@@ -120,7 +120,7 @@ def _open_file(
     chosen = (("--step", request.step), ("--images", request.images), ("--weights", request.weights))
     for option, value in chosen:
         if value is not None:
-            raise EvaluationError(f"{option} chooses among a run's checkpoints; {request.source} is a weights file")
+            raise EvaluationError(f"{option} selects among a run's checkpoints; {request.source} is a weights file")
     file = read_weights(request.source)
     say(describe_file(request.source, file))
     given = request.settings
@@ -132,6 +132,6 @@ def _open_file(
 
 
 def _labels(request: SampleRequest, known: Sequence[str] | None, num_classes: int) -> dict[str, Any]:
-    """The setting `labels`, if any were typed."""
+    """The setting `labels`, if it was given."""
     classes = given_names(request.classes, known, num_classes, str(request.source))
     return {} if request.labels is None else {"labels": parse_labels(request.labels, num_classes, classes)}

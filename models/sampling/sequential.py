@@ -1,4 +1,4 @@
-"""Sampling, from noise to image: each block inverted token by token, with a key-value cache (paper, sections 3.3, 3.5).
+"""Sampling: each block inverted token by token with a key-value cache (arXiv 2412.06329, sections 2.2 and 2.6).
 
 Guidance runs the conditional and the unconditional half as one batch of 2N rows.
 """
@@ -14,7 +14,8 @@ from tarflow.models.flow import FlowBlock, TarFlow
 from tarflow.models.sampling.settings import SamplingSettings
 from tarflow.models.transformer import empty_cache
 
-# Not cuDNN's: it plans anew for each length, and here every token has its own. On an H100 that was six sevenths of the time.
+# Without cuDNN's kernel, which plans anew for each length: here every token has its own, and planning took six sevenths of
+# the time on an H100.
 KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 UNGUIDED = SamplingSettings(guidance=0.0)
 
@@ -104,7 +105,7 @@ def invert_block(block: FlowBlock, z: Tensor, labels: Tensor | None, settings: S
             h = layer.step(h, layer_cache, i, inverse_temp)  # type: ignore[operator]
         a, b = block.split(block.proj_out(h)[:, 0])
 
-        # Annealed guidance (section 3.5) grows linearly with the token's position, since later tokens have more context.
+        # Annealed, the weight of token j is w * j / (T - 1): none for the first token, all of it for the last.
         if settings.guided:
             weight = settings.guidance * (i + 1) / (tokens - 1) if settings.annealed else settings.guidance
             a, b = (_guide(value, weight, name in settings.guide) for name, value in (("a", a), ("b", b)))

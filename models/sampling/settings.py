@@ -10,7 +10,7 @@ from tarflow.settings import MOST_SEED, Count, Section
 class SamplingSettings(Section):
     """How images are sampled: guidance, denoising, dtype, seed and labels. Recorded in every result.
 
-    Guidance is the paper's linear rule (arXiv 2412.06329, section 3.5): with a_c, b_c of the conditional network and
+    Guidance is the paper's linear rule (arXiv 2412.06329, section 2.6): with a_c, b_c of the conditional network and
     a_u, b_u of the unconditional one, which sees no label and divides its attention logits by `attn_temp`,
     a = a_c + w (a_c - a_u), and the same for b.
     """
