@@ -54,6 +54,7 @@ class TarFlowConfig(Section):
             )
         if 0 < self.soft_clip < 1e-6:
             raise ValueError(f"model.soft_clip={self.soft_clip:g} must be 0 (off) or at least 1e-6")
+        # Each setting is bounded on its own; their products decide what fits into memory.
         _at_most(self.num_tokens, MOST_TOKENS, "tokens", "a larger model.patch_size, or smaller images")
         layers = self.num_blocks * self.layers_per_block
         _at_most(layers, MOST_LAYERS_IN_ALL, "layers in total", "fewer model.num_blocks or model.layers_per_block")

@@ -122,6 +122,7 @@ def read_history(run_dir: Path) -> History:
         images = row["images_seen"]
         history.images_seen = images
         event = row.get("event")
+        # A resume continues from a checkpoint: rows after it are of steps that are repeated from here on.
         if event in ("start", "resume"):
             history.rows = [old for old in history.rows if old["images_seen"] <= images]
             if event == "resume":

@@ -66,6 +66,7 @@ def svg(plot: Plot, key: str) -> str:
         figure = Figure(figsize=(4.6, 2.7), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots()
+        # Transparent, so that the page's background shows through in light and in dark mode.
         figure.patch.set_alpha(0)
         axes.patch.set_alpha(0)
         for colour, curve in zip(COLOURS * (1 + len(plot.curves) // len(COLOURS)), plot.curves):
@@ -80,6 +81,7 @@ def svg(plot: Plot, key: str) -> str:
         axes.grid(alpha=0.15, color=_PAGE_COLOUR)
         if plot.from_zero:
             axes.set_ylim(bottom=0)
+        # A single curve is named by the title.
         if len(plot.curves) + bool(plot.restarts) > 1:
             axes.legend(frameon=False, fontsize=8)
         buffer = io.StringIO()

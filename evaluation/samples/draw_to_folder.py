@@ -48,13 +48,15 @@ def sample_images(request: SampleRequest, say: Callable[[str], None] = print) ->
 
     Raises EvaluationError for meaningless settings, and for a directory that holds anything else.
     """
-    source, settings, batch_size = _open(request, say)
+    source, sampling, batch_size = _open(request, say)
     model = source.model.config
-    sampler = Sampler(source.model, settings)
-    about = source.describe() | {"source": source.origin, "sampling": settings.describe()}
+    sampler = Sampler(source.model, sampling)
+    about = source.describe() | {"source": source.origin, "sampling": sampling.describe()}
     about |= {"provenance": source.describe_provenance(), "code": code_version()}
     folder = SampleFolder(request.out, about, request.num, model.image_shape)
     missing, damaged = folder.missing(), folder.damaged
+
+    # Any number of calls fill one folder: each draws only what is missing or damaged.
     say(f"{request.num} images of {model.image_size} pixels from {source.origin}, weights {source.weights}")
     if len(missing) < request.num:
         say(f"{request.num - len(missing)} are there already")
@@ -68,6 +70,8 @@ def sample_images(request: SampleRequest, say: Callable[[str], None] = print) ->
             folder.save(index, pixels)
         count.add(drawn)
     folder.finish(count.nonfinite)
+
+    # The grid is made from the files, since samples of earlier calls belong in it too.
     shown = _grid_order(sampler, min(request.num, GRID_IMAGES))
     images = [load_png(folder.path(i)) if folder.path(i).exists() else None for i in shown]
     if any(image is not None for image in images):
@@ -92,11 +96,12 @@ def _columns(sampler: Sampler, num: int) -> int:
 
 
 def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[WeightsSource, ResolvedSampling, int]:
-    """(model, settings, batch size) of a request; the settings are checked before the weights are read."""
+    """(weights, sampling settings, batch size) of a request."""
     device = resolve_device(request.device)
     if is_weights_file(request.source):
         return _open_file(request, device, say)
     config = run_config(request.source, say=say, given=request.settings)
+    # A run knows its noise; given another one, denoising would take out what is not there.
     if "noise_std" in request.settings:
         raise EvaluationError(
             f"--noise-std is for weights files; {request.source} was trained with {config.train.noise_std}"
@@ -105,13 +110,13 @@ def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[WeightsSo
     given = request.settings
     if request.labels is not None or request.classes is not None:
         given = given | _labels(request, names_of_checkpoint(checkpoint, config), config.model.num_classes)
-    settings = ResolvedSampling.of_run(config).with_changes(**given)
-    if settings.denoise_multiplier and config.train.noise == "uniform":
+    sampling = ResolvedSampling.of_run(config).with_changes(**given)
+    if sampling.denoise_multiplier and config.train.noise == "uniform":
         raise EvaluationError("--denoise needs a model trained with gaussian noise; this run has train.noise=uniform")
-    check_guidance(settings, config.model.num_classes, config.train.label_dropout)
+    check_guidance(sampling, config.model.num_classes, config.train.label_dropout)
     with pinned(checkpoint, f"sample-{id(request)}"):
         source = from_checkpoint(config, checkpoint, request.weights or config.evaluated_weights, device)
-    return source, settings, request.batch_size or config.sampling.batch_size
+    return source, sampling, request.batch_size or config.sampling.batch_size
 
 
 def _open_file(
@@ -126,9 +131,9 @@ def _open_file(
     given = request.settings
     if request.labels is not None or request.classes is not None:
         given = given | _labels(request, file.provenance.classes, file.config.num_classes)
-    settings = sampling_of_file(request.source, file, given, say)
+    sampling = sampling_of_file(request.source, file, given, say)
     source = from_file(request.source, file, device)
-    return source, settings, request.batch_size or settings.settings.batch_size
+    return source, sampling, request.batch_size or sampling.settings.batch_size
 
 
 def _labels(request: SampleRequest, known: Sequence[str] | None, num_classes: int) -> dict[str, Any]:

@@ -33,6 +33,8 @@ def _label(part: str, num_classes: int, classes: Sequence[str] | None) -> int:
     kind, colon, rest = part.partition(":")
     kinds = {kind} if colon and kind in ("number", "name") else {"number", "name", "none"}
     word = rest if len(kinds) == 1 else part
+
+    # All readings that the text allows, so that an ambiguous one is an error and not the first that fits.
     meanings: dict[int, str] = {}
     if "none" in kinds and word.lower() == "none":
         meanings[NO_LABEL] = "no label"

@@ -93,6 +93,8 @@ class SampleFolder:
         stored = read_object(path, what="settings of samples", way_out="give a new --out directory", limit=_LIMIT)
         if isinstance(sums := stored.get("crc32"), dict):
             self._sums = sums
+
+        # Compared as JSON stores them: a tuple comes back as a list.
         there = {k: v for k, v in stored.items() if k not in _FREE}
         asked = {k: v for k, v in json.loads(json.dumps(self.settings)).items() if k not in _FREE}
         differ = [

@@ -125,6 +125,8 @@ class SampleStore:
             path.touch()
 
         work.work_through(list(pieces), draw, over=lambda: not self.missing())
+
+        # Recorded only when no range is missing, by every worker that finds it so: all of them write the same.
         if not self.missing():
             stored = set(self._indices())
             lost = [i for i in range(self.num) if i not in stored]

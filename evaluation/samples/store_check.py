@@ -43,6 +43,7 @@ def _flaw_of_shard(path: Path, shape: Shape | None) -> str | None:
                 reason = flaw(data, shape) if member.name.endswith(".png") else None
                 if reason:
                     return f"its member {member.name} is {reason}"
+            # tarfile reads a tar without its end marker silently, and a truncated copy may lack just that.
             file.seek(-ending, 2)
             return "cut off" if any(file.read()) else None
     except tarfile.TarError as error:
@@ -67,6 +68,7 @@ def damaged_pictures(folder: Path, sizes: Mapping[str, int], shape: Shape | None
         if length != sizes.get(note.name, length):  # readable, but not the note that was written
             found[note] = f"{length} bytes instead of {sizes[note.name]}"
             continue
+        # Only a picture whose size differs is opened: reading every picture would take as long as drawing some.
         for index, size in ((int(i), content.sizes.get(i)) for i in content.labels):
             path = folder / "images" / f"{index:08d}.png"
             if not path.exists():

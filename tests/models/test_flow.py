@@ -1,4 +1,4 @@
-"""The flow inverts, its log-determinant is the Jacobian's, its likelihood counts bits (cases S10, S11)."""
+"""The flow inverts, its log-determinant is the Jacobian's, its likelihood counts bits."""
 
 import math
 from typing import Any
@@ -190,7 +190,7 @@ def test_extreme_scales_stay_finite_with_the_soft_clip() -> None:
 
 
 class TestGuidance:
-    """Case S10: what guidance means."""
+    """What guidance means."""
 
     def setup_method(self) -> None:
         self.model = perturbed(config())
