@@ -168,8 +168,8 @@ def _parsed(path: Path, metadata: Mapping[str, str]) -> tuple[TarFlowConfig | No
     config = _section(path, "configuration", metadata[CONFIG_KEY], TarFlowConfig) if CONFIG_KEY in metadata else None
     provenance = _section(path, "provenance", metadata.get(PROVENANCE_KEY, "{}"), Provenance)
     if config is not None and config.num_classes and len(provenance.classes or ()) > config.num_classes:
-        said = f"it names {len(provenance.classes or ()):,} classes, its model has {config.num_classes:,}"
-        raise DamagedFileError(path, said, WAY_OUT, where="provenance.classes")
+        problem = f"it names {len(provenance.classes or ()):,} classes, its model has {config.num_classes:,}"
+        raise DamagedFileError(path, problem, WAY_OUT, where="provenance.classes")
     return config, provenance
 
 

@@ -37,7 +37,7 @@ def training_curves(history: History, headline: Headline | None) -> str:
     note = ""
     if restarts:
         note = paragraphs([f"Restarted at {', '.join(f'{images:,}' for images in restarts)} images seen."])
-    return note + _figures([*_training_plots(history, headline)], "plot")
+    return note + _drawn([*_training_plots(history, headline)], "plot")
 
 
 def _training_plots(history: History, headline: Headline | None) -> Iterator[Plot]:
@@ -78,7 +78,7 @@ def sampling_curves(history: History) -> str:
     for sweep in history.sweeps:
         plots += [_round_plot(sweep, part) for part in sweep["rounds"]]
     outcomes = paragraphs(_outcome(sweep) for sweep in history.sweeps if sweep.get("best"))
-    return outcomes + _figures(plots, "sampling")
+    return outcomes + _drawn(plots, "sampling")
 
 
 def _setting_plot(history: History, setting: str, label: str) -> Plot:
@@ -117,7 +117,7 @@ def _outcome(sweep: dict[str, Any]) -> str:
     return f"{sweep['name']}: the best is {best}, at a distance of {distance}. {verdict}"
 
 
-def _figures(plots: Sequence[Plot], key: str) -> str:
+def _drawn(plots: Sequence[Plot], key: str) -> str:
     """Plots that have points as figures. Curves without points are dropped first, so that no legend names them."""
     for plot in plots:
         plot.curves = [curve for curve in plot.curves if curve.points]

@@ -132,8 +132,8 @@ def read_pickled(path: Path, attribute: str = "") -> TensorFile:
         raise
     except Exception as error:  # noqa: BLE001  (the unpickler fails in any way on arbitrary bytes: KeyError, IndexError, ...)
         flaw = _flaw(error)
-        said = flaw.splitlines() if isinstance(error, RuntimeError | EOFError | OSError) else []
-        text = said[0] if said else "unknown format"
+        lines = flaw.splitlines() if isinstance(error, RuntimeError | EOFError | OSError) else []
+        text = lines[0] if lines else "unknown format"
         raise DamagedFileError(path, f"it is not a readable weights file ({text})", WAY_OUT) from None
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in dict.values(content)):
         raise ModelError(f"{path} is not a dictionary of tensors, as published TarFlow weights are")
