@@ -15,8 +15,7 @@ import io
 import json
 import os
 import re
-import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,16 @@ from typing import Any
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.draw import Drawn, Sampler
 from tarflow.evaluation.samples.png_folder import to_picture
-from tarflow.evaluation.samples.store_check import Shape, damaged_pictures, damaged_shards
-from tarflow.evaluation.samples.store_files import RANGE_NAME, SETTINGS, Note, load_settings
+from tarflow.evaluation.samples.store_check import Shape
+from tarflow.evaluation.samples.store_files import RANGE_NAME, SETTINGS, load_settings
+from tarflow.evaluation.samples.store_formats import FORMATS, Encoded
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.shared_work import SharedWork
-from tarflow.files import create_empty, listed, make_folder, put_once, write_new
-from tarflow.leases import unique_name
-from tarflow.records import DamagedFileError, save_record, write_object
+from tarflow.files import listed, make_folder
+from tarflow.records import DamagedFileError, write_object
 from tarflow.trainer.checkpoint.names import leading_name
 
 Say = Callable[[str], None]
-KINDS = {"shards": "tar", "png": "json"}
-_PICTURE = re.compile(r"\d{8,18}\.png")
 _OURS = re.compile(r"settings\.json|images|index|\..*")  # users may add an index of the shards
 
 
@@ -49,11 +46,10 @@ class SampleStore:
 
         `shape`: (channels, height, width) of the images; None = any.
         """
-        self.folder, self.kind, self.num = folder, kind, num
+        self.folder, self.format, self.num = folder, FORMATS[kind], num
         self.about = json.loads(json.dumps({"kind": kind, **about}))
-        self._waiting: dict[int, tuple[bytes, int]] = {}
-        self._check()
-        self._remove_damaged(shape, say)
+        self._waiting: dict[int, Encoded] = {}
+        self._remove_damaged(self._check(), shape, say)
         make_folder(folder.parent.parent, folder.parent.name, folder.name)
         if not os.path.lexists(folder / SETTINGS):
             write_object(folder / SETTINGS, self.about)
@@ -100,13 +96,13 @@ class SampleStore:
         for index, pixels, label in zip(drawn.finite_indices(), drawn.pixels(), labels):
             buffer = io.BytesIO()
             to_picture(pixels).save(buffer, "PNG")
-            self._waiting[index] = (buffer.getvalue(), label)
+            self._waiting[index] = Encoded(buffer.getvalue(), label)
 
     def flush(self, indices: range) -> None:
         """Write the buffered samples of this range, all of which were drawn; existing files are left as they are."""
         for gap in self.missing(indices):
-            write = self._write_shard if self.kind == "shards" else self._write_images
-            write(gap, self.folder / f"samples-{gap.start:08d}-{gap.stop - 1:08d}.{KINDS[self.kind]}")
+            path = self.folder / f"samples-{gap.start:08d}-{gap.stop - 1:08d}{self.format.suffix}"
+            self.format.write(path, {index: self._waiting[index] for index in gap if index in self._waiting})
         self._waiting.clear()
 
     def complete(self, sampler: Sampler, batch_size: int, chunk: int, lease_s: float) -> None:
@@ -128,71 +124,26 @@ class SampleStore:
 
         # Recorded only when no range is missing, by every worker that finds it so: all of them write the same.
         if not self.missing():
-            stored = set(self._indices())
+            stored = set(self.format.stored(self.folder))
             lost = [i for i in range(self.num) if i not in stored]
             state = {"num": self.num, "images": len(stored), "nonfinite": lost}
             state |= {"files": _sizes(self.folder), "picture_bytes": _picture_bytes(self.folder)}
             write_object(self.folder / SETTINGS, self.about | state)
             work.remove()
 
-    # --- files -----------------------------------------------------------------------------------------------------
-
-    def _write_shard(self, indices: range, path: Path) -> None:
-        temporary = path.with_name(f".{path.name}.{unique_name()}.tmp")
-        try:
-            create_empty(temporary)
-            with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as shard:
-                for index in indices:
-                    if index in self._waiting:
-                        image, label = self._waiting[index]
-                        _member(shard, f"{index:08d}.png", image)
-                        if label >= 0:
-                            _member(shard, f"{index:08d}.cls", str(label).encode())
-            put_once(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def _write_images(self, indices: range, path: Path) -> None:
-        images = make_folder(self.folder, "images")
-        for index in indices:
-            if index in self._waiting:
-                temporary = self.folder / f".{index}.{unique_name()}.tmp"
-                write_new(temporary, self._waiting[index][0])
-                put_once(temporary, images / f"{index:08d}.png")
-        labels = {str(index): self._waiting[index][1] for index in indices if index in self._waiting}
-        sizes = {index: (images / f"{int(index):08d}.png").stat().st_size for index in labels}
-        temporary = path.with_name(f".{path.name}.{unique_name()}.tmp")
-        save_record(temporary, Note.model_validate({"labels": labels, "sizes": sizes}))
-        put_once(temporary, path)
-
     def _covered(self) -> list[range]:
         names = (RANGE_NAME.fullmatch(path.name) for path in listed(self.folder))
         return sorted((range(int(n[1]), int(n[2]) + 1) for n in names if n), key=lambda r: (r.start, r.stop))
 
-    def _indices(self) -> Iterator[int]:
-        """Every stored sample, read from the shards or the folder of images."""
-        if self.kind == "png":
-            yield from _numbers(path.name for path in listed(self.folder / "images", "*.png"))
-            return
-        for path in listed(self.folder, "samples-*.tar"):
-            try:
-                with tarfile.open(path, "r:") as shard:
-                    yield from _numbers(shard.getnames())
-            except tarfile.TarError as error:
-                raise DamagedFileError(path, str(error), "remove it, and its samples are drawn again") from None
-
-    def _remove_damaged(self, shape: Shape | None, say: Say) -> None:
+    def _remove_damaged(self, sizes: dict[str, int], shape: Shape | None, say: Say) -> None:
         """Remove incomplete files: their samples are then missing, and so they are drawn again."""
-        if self.kind == "shards":
-            damaged = damaged_shards(self.folder, self._complete_sizes, shape)
-        else:
-            damaged = damaged_pictures(self.folder, self._complete_sizes, shape)
-        for path, reason in damaged.items():
+        for path, reason in self.format.damaged(self.folder, sizes, shape).items():
             if path.parent == self.folder:
                 say(f"samples in {path} are drawn again: {reason}")
             path.unlink(missing_ok=True)
 
-    def _check(self) -> None:
+    def _check(self) -> dict[str, int]:
+        """Raise EvaluationError for what does not belong here; returns bytes of the files recorded as complete, by name."""
         for path in listed(self.folder):
             match = RANGE_NAME.fullmatch(path.name)
             if match is None and not _OURS.fullmatch(path.name):
@@ -202,15 +153,15 @@ class SampleStore:
                     f"{self.folder} holds samples up to {int(match[2])}, beyond the {self.num} requested: set "
                     f"evaluation.num_samples={int(match[2]) + 1} or more, or move the folder away"
                 )
-        self._complete_sizes: dict[str, int] = {}
         try:
-            there = load_settings(self.folder)
+            stored = load_settings(self.folder)
         except FileNotFoundError:
-            return
-        self._complete_sizes = there["files"]
-        differ = [key for key, value in self.about.items() if there.get(key) != value]
+            return {}
+        differ = [key for key, value in self.about.items() if stored.get(key) != value]
         if differ:
             raise EvaluationError(f"{self.folder} holds samples drawn with other {', '.join(differ)}; move it away")
+        sizes: dict[str, int] = stored["files"]
+        return sizes
 
 
 def _folder(root: Path, kind: str, about: dict[str, Any], checkpoint: str | None) -> Path:
@@ -223,11 +174,6 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in listed(folder) if RANGE_NAME.fullmatch(path.name)}
 
 
-def _numbers(names: Iterable[str]) -> Iterator[int]:
-    """Sample numbers in the names of pictures; other names are skipped."""
-    return (int(name[:-4]) for name in names if _PICTURE.fullmatch(name))
-
-
 def _picture_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in listed(folder / "images"))
 
@@ -236,9 +182,3 @@ def _picture_bytes(folder: Path) -> int:
 def _picture_bytes_once(folder: Path, stamp: int) -> int:  # noqa: ARG001  (a key of the cache)
     """`_picture_bytes`, counted once per completion (`stamp`): a worker that follows a run asks every few seconds."""
     return _picture_bytes(folder)
-
-
-def _member(shard: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    shard.addfile(info, io.BytesIO(content))

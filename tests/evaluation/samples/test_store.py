@@ -176,7 +176,7 @@ def test_four_processes_keep_exactly_what_was_asked_for(saver, sampler, num, kin
         assert process.exitcode == 0
     there = saver(num, kind=kind)
     assert there.missing() == []
-    assert sorted(there._indices()) == list(range(num))
+    assert sorted(there.format.stored(there.folder)) == list(range(num))
     kept = "samples-*.tar" if kind == "shards" else "samples-*.json"
     assert len(list(there.folder.glob(kept))) == -(-num // 2)
     assert not list(there.folder.glob(".*"))
@@ -299,4 +299,5 @@ def test_notes_and_settings_that_cannot_be_believed(saver, sampler, capsys):
         settings.write_bytes(before[settings])
     assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
     (folder / "images/odd.png").touch()
-    assert sorted(saver(10, kind="png")._indices()) == list(range(10)), "what is no sample is not counted"
+    store = saver(10, kind="png")
+    assert sorted(store.format.stored(store.folder)) == list(range(10)), "what is not a sample is not counted"
