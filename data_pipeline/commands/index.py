@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tarflow.data_pipeline.errors import DataError
-    from tarflow.data_pipeline.index.build import build_index, parse_classes
+    from tarflow.data_pipeline.index.build import build_index
+    from tarflow.data_pipeline.index.classes import parse_classes
     from tarflow.data_pipeline.index.mds import INDEX_FILE
     from tarflow.data_pipeline.index.patterns import find_shards, of_one_split
 

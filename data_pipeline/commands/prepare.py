@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tarflow.data_pipeline.index.build import parse_classes
+    from tarflow.data_pipeline.index.classes import parse_classes
     from tarflow.data_pipeline.prepare.sources import open_source
     from tarflow.data_pipeline.prepare.write import check_new, prepare
 

@@ -15,19 +15,15 @@ from typing import Any
 import numpy as np
 
 from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.index.classes import CLASSES_FILE, read_classes
 from tarflow.data_pipeline.index.content import ShardContent, content_of
 from tarflow.data_pipeline.index.index import FORMAT_VERSION, PART_KEY, SHARDS_PER_PART, Index
-from tarflow.data_pipeline.index.labels import MAX_CLASSES
 from tarflow.data_pipeline.index.labels_seen import LabelsSeen
 from tarflow.data_pipeline.index.samples import Samples
 from tarflow.data_pipeline.index.scan_jobs import run_jobs, scan_jobs
 from tarflow.data_pipeline.index.shard_list import META_KEY, NO_LABEL, SHARD_FIELDS, sealed
-from tarflow.data_pipeline.layout.names import class_names, shown, storable
+from tarflow.data_pipeline.layout.names import shown, storable
 from tarflow.files import replace_dir
-from tarflow.records import read_bounded
-
-CLASSES_FILE = "classes.json"
-_MOST_NAMES = 256 << 20  # bytes of it
 
 
 @dataclass
@@ -277,22 +273,3 @@ def _digest(name: str, file_bytes: int, samples: Samples) -> str:
     labels = [NO_LABEL if label is None else label for label in samples.labels]
     parts.update(np.array([samples.offsets, samples.sizes, labels], dtype="<i8").tobytes())
     return parts.hexdigest()[:32]
-
-
-def read_classes(root: Path) -> list[str] | None:
-    """The class names in `root/classes.json`, or None without that file."""
-    path = root / CLASSES_FILE
-    return parse_classes(path) if path.is_file() else None
-
-
-def parse_classes(path: Path) -> list[str]:
-    """The class names in a JSON file, in label order. Raises DataError if it holds no list of distinct names."""
-    try:
-        names = json.loads(read_bounded(path, _MOST_NAMES))
-    except (OSError, ValueError, RecursionError) as err:
-        raise DataError(f"cannot read class names from {path}: {err}: it must hold a JSON list of names") from None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{path} must hold a list of class names")
-    if len(names) > MAX_CLASSES:
-        raise DataError(f"{path} holds {len(names)} class names, at most {MAX_CLASSES} are possible")
-    return class_names(names, str(path))

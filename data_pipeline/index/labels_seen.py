@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from tarflow.data_pipeline.index.samples import Samples, label_gaps
+from tarflow.data_pipeline.index.labels import label_gaps
+from tarflow.data_pipeline.index.samples import Samples
 from tarflow.data_pipeline.layout.names import shown
 
 _MOST = 12  # fields that are listed

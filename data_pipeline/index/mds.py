@@ -21,8 +21,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.index.labels import check_label
-from tarflow.data_pipeline.index.samples import Samples, parse_label
+from tarflow.data_pipeline.index.labels import check_label, parse_label
+from tarflow.data_pipeline.index.samples import Samples
 from tarflow.errors import why
 from tarflow.records import parse_object, read_bounded
 

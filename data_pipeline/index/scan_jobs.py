@@ -13,8 +13,9 @@ from tarflow.data_pipeline.images.opening import size_of
 from tarflow.data_pipeline.index.content import ShardContent, content_of
 from tarflow.data_pipeline.index.mds import INDEX_FILE, MdsShard, mds_shards, scan_mds
 from tarflow.data_pipeline.index.processes import cores, in_processes
-from tarflow.data_pipeline.index.samples import Samples, group
-from tarflow.data_pipeline.index.tar_scan import SMALL, scan_tar
+from tarflow.data_pipeline.index.samples import Samples
+from tarflow.data_pipeline.index.tar.grouping import group
+from tarflow.data_pipeline.index.tar.scan import SMALL, scan_tar
 from tarflow.data_pipeline.layout.names import shown
 
 _WORTH_IT = 1 << 30  # bytes of shards below which starting processes takes longer than the scan

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.index.labels import MAX_CLASSES
-from tarflow.data_pipeline.index.samples import label_gaps
+from tarflow.data_pipeline.index.labels import MAX_CLASSES, label_gaps
 from tarflow.data_pipeline.layout.names import class_names, normal, only_case, shown
 
 

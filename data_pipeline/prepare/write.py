@@ -6,7 +6,6 @@ and the same command started again begins afresh. The result depends on the sour
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -18,19 +17,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from tarflow.data_pipeline import keyed
 from tarflow.data_pipeline.errors import BadSampleError, DataError
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS, MAX_SIDE
 from tarflow.data_pipeline.images.decode import decode, from_pixels
 from tarflow.data_pipeline.images.transform import fit
-from tarflow.data_pipeline.index.build import CLASSES_FILE, build_index, by_cause
+from tarflow.data_pipeline.index.build import build_index, by_cause
+from tarflow.data_pipeline.index.classes import CLASSES_FILE
 from tarflow.data_pipeline.index.mds import write_mds
 from tarflow.data_pipeline.layout.names import shown, storable
 from tarflow.data_pipeline.prepare.card import write_cards
+from tarflow.data_pipeline.prepare.encode import QUALITY, encode
+from tarflow.data_pipeline.prepare.order import held_out, shuffled
 from tarflow.data_pipeline.prepare.source import ImageSource
-from tarflow.data_pipeline.prepare.tables import WINDOW_BYTES
 from tarflow.files import replace_dir
 from tarflow.locks import locked
 
@@ -40,7 +39,6 @@ CONTAINERS = ("webdataset", "mds")
 _SHARD_BYTES = 512 << 20
 _MDS_SHARD_BYTES = 64 << 20  # streaming's own default: its readers fetch whole shards
 _SHARD_SIZE = 10_000
-_QUALITY = 95
 _CHUNK = 256  # images in flight between the threads and the writer
 
 
@@ -174,7 +172,7 @@ def prepare(
         if options.container == "webdataset":
             write_cards(staging, [*report.written], _EXTENSIONS[options.format], source.classes)
         made = asdict(
-            replace(options, quality=options.quality or _QUALITY, shard_size=options.shard_size or _SHARD_SIZE)
+            replace(options, quality=options.quality or QUALITY, shard_size=options.shard_size or _SHARD_SIZE)
         )
         note = {"options": made, "written": report.written, "skipped": report.skipped, "source": source.notes}
         (staging / "prepare.json").write_text(json.dumps(note, indent=1) + "\n")
@@ -203,36 +201,6 @@ def _splits(source: ImageSource, options: Options) -> dict[str, np.ndarray]:
 
 def _offset(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int], None]:
     return lambda done: progress(before + done, total)
-
-
-def held_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Bool [n]: the same share of every class (and of the unlabelled), chosen by the seed; at least one of each."""
-    val = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        count = max(1, round(fraction * len(members))) if len(members) > 1 else 0
-        val[members[keyed.permutation(keyed.key(seed, "held out", int(label)), len(members))[:count]]] = True
-    return val
-
-
-def shuffled(source: ImageSource, seed: int) -> np.ndarray:
-    """The order of writing, int64 [n]: a permutation; where reading goes by runs, within windows of about 1 GiB."""
-    runs = source.runs
-    if runs is None or sum(size for _, size in runs) <= WINDOW_BYTES:
-        return keyed.permutation(keyed.key(seed, "prepare"), len(source)).astype(np.int64)
-    starts = np.concatenate([[0], np.cumsum([rows for rows, _ in runs])])
-    pieces: list[np.ndarray] = []
-    window: list[np.ndarray] = []
-    held = 0
-    for run in [*keyed.permutation(keyed.key(seed, "prepare runs"), len(runs)).tolist(), None]:
-        if window and (run is None or held + runs[run][1] > WINDOW_BYTES):
-            together = np.concatenate(window)
-            pieces.append(together[keyed.permutation(keyed.key(seed, "prepare", len(pieces)), len(together))])
-            window, held = [], 0
-        if run is not None:
-            window.append(np.arange(starts[run], starts[run + 1]))
-            held += runs[run][1]
-    return np.concatenate(pieces)
 
 
 def check_new(out: Path) -> None:
@@ -348,7 +316,7 @@ def _encoded(
         except BadSampleError as err:
             return err
         small = min(pixels.shape[:2]) < options.size
-        return encode(fit(pixels, options.size), options.format, options.quality or _QUALITY), small
+        return encode(fit(pixels, options.size), options.format, options.quality or QUALITY), small
 
     with ThreadPoolExecutor(max_workers=min(16, len(os.sched_getaffinity(0)))) as pool:
         for start in range(0, len(numbers), _CHUNK):
@@ -365,16 +333,3 @@ def _encoded(
                 else:
                     report.enlarged += result[1]
                     yield number, result[0]
-
-
-def encode(pixels: np.ndarray, format: str, quality: int = _QUALITY) -> bytes:
-    """uint8 [H, W, 1 | 3] as the bytes of a file. PNG and WebP are lossless; JPEG keeps full colour resolution."""
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else np.ascontiguousarray(pixels))
-    buffer = io.BytesIO()
-    if format == "jpeg":
-        image.save(buffer, "JPEG", quality=quality, subsampling=0)
-    elif format == "webp":
-        image.save(buffer, "WEBP", lossless=True)
-    else:
-        image.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -16,12 +16,13 @@ import pytest
 
 from tarflow.cli import main
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.index.build import build_index, parse_classes
+from tarflow.data_pipeline.index.build import build_index
+from tarflow.data_pipeline.index.classes import parse_classes
 from tarflow.data_pipeline.index.mds import mds_shards
 from tarflow.data_pipeline.index.patterns import expand_braces, find_shards
-from tarflow.data_pipeline.index.samples import group
-from tarflow.data_pipeline.index.tar_headers import TarLink, followed
-from tarflow.data_pipeline.index.tar_scan import scan_tar
+from tarflow.data_pipeline.index.tar.grouping import group
+from tarflow.data_pipeline.index.tar.headers import TarLink, followed
+from tarflow.data_pipeline.index.tar.scan import scan_tar
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_a_label_of_gigabytes_is_not_read(tmp_path: Path, lab: SimpleNamespace) 
 @pytest.mark.case("H10")
 def test_labels_in_json_that_cannot_be(tmp_path: Path, lab: SimpleNamespace, content: bytes) -> None:
     lab.write_tar(tmp_path / "a.tar", [("a.png", lab.image_bytes(1)), ("a.json", content)])
-    with pytest.raises(DataError, match=r"a\.json.*(is no JSON|is inf|expected)"):
+    with pytest.raises(DataError, match=r"a\.json.*(is not JSON|is inf|expected)"):
         build_index(tmp_path, [tmp_path / "a.tar"], label_field="json:label")
     build_index(tmp_path, [tmp_path / "a.tar"])
 

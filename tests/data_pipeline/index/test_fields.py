@@ -15,8 +15,8 @@ from tarflow.cli import parse
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.build import build_index
 from tarflow.data_pipeline.index.index import NO_LABEL, Index
-from tarflow.data_pipeline.index.samples import label_gaps
-from tarflow.data_pipeline.index.tar_scan import scan_tar
+from tarflow.data_pipeline.index.labels import label_gaps
+from tarflow.data_pipeline.index.tar.scan import scan_tar
 from tarflow.data_pipeline.prepare.verify import verify
 from tarflow.data_pipeline.storage.local_shards import LocalShards
 from tarflow.data_pipeline.storage.open_index import open_index

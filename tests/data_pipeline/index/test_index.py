@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.index import samples
 from tarflow.data_pipeline.index.build import build_index
 from tarflow.data_pipeline.index.index import NO_LABEL
 from tarflow.data_pipeline.index.patterns import expand_braces, find_shards
-from tarflow.data_pipeline.index.samples import split_name
-from tarflow.data_pipeline.index.tar_scan import TarScan
+from tarflow.data_pipeline.index.tar import grouping
+from tarflow.data_pipeline.index.tar.grouping import split_name
+from tarflow.data_pipeline.index.tar.scan import TarScan
 from tarflow.data_pipeline.storage.open_index import open_index
 
 
@@ -353,10 +353,10 @@ def test_the_quick_way_for_regular_shards_gives_what_the_general_way_gives(
     scan = TarScan(Path("s.tar"), 0, [name.encode() for name, _ in members], list(range(len(members))),
                    [len(content) for _, content in members], {i: content for i, (_, content) in enumerate(members)})  # fmt: skip
     for wanted in (None, "jpg", "a.jpg"):
-        quick = samples.group(scan, "s.tar", strict=False, image_field=wanted)
+        quick = grouping.group(scan, "s.tar", strict=False, image_field=wanted)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(samples, "_regular", lambda *_: False)
-            assert quick == samples.group(scan, "s.tar", strict=False, image_field=wanted)
+            patch.setattr(grouping, "_regular", lambda *_: False)
+            assert quick == grouping.group(scan, "s.tar", strict=False, image_field=wanted)
 
 
 @pytest.mark.case("D06")
@@ -380,8 +380,8 @@ def test_labels_inside_json_members(tmp_path: Path, lab: SimpleNamespace) -> Non
         (b'{"label": "cat"}', r"the label is 'cat', expected an integer .*--classes"),
         (b'{"label": 1.5}', "'label' is 1.5"),
         (b'{"label": true}', "'label' is True"),
-        (b"[1]", "no JSON object"),
-        (b"{", "is no JSON"),
+        (b"[1]", "not a JSON object"),
+        (b"{", "is not JSON"),
     ):
         lab.write_tar(tmp_path / "a.tar", [*members, ("x.jpg", b"x"), ("x.json", bad)])
         with pytest.raises(DataError, match=rf"a\.tar: member 'x\.json': .*{message}"):

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.index import tar_scan
-from tarflow.data_pipeline.index.tar_scan import scan_tar
+from tarflow.data_pipeline.index.tar import scan as tar_scan
+from tarflow.data_pipeline.index.tar.scan import scan_tar
 
 names = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=60).filter(
     lambda name: name not in (".", "..")
@@ -160,9 +160,9 @@ def test_leaps_over_regular_members_find_what_going_one_by_one_finds(
                 file.seek(-1, os.SEEK_CUR)
                 file.write(bytes([before[0] ^ 1]))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tarflow.data_pipeline.index.tar_scan._WINDOWS", 4)
+            patch.setattr("tarflow.data_pipeline.index.tar.scan._WINDOWS", 4)
             leaping = scan_tar(path)
-            patch.setattr("tarflow.data_pipeline.index.tar_scan._GUESSES", 0)
+            patch.setattr("tarflow.data_pipeline.index.tar.scan._GUESSES", 0)
             careful = scan_tar(path)
         assert leaping == careful
         found = [(n.decode(), o, s) for n, o, s in zip(leaping.names, leaping.offsets, leaping.sizes)]

@@ -25,10 +25,11 @@ from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.evaluation_batches import evaluation_batches
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.shape import ImageShape
-from tarflow.data_pipeline.prepare import write as prepare_module
+from tarflow.data_pipeline.prepare import order as order_module
 from tarflow.data_pipeline.prepare.fetch import KNOWN, fetch
+from tarflow.data_pipeline.prepare.order import held_out, shuffled
 from tarflow.data_pipeline.prepare.sources import ImageSource, folder_source, open_source
-from tarflow.data_pipeline.prepare.write import Options, held_out, prepare, shuffled
+from tarflow.data_pipeline.prepare.write import Options, prepare
 from tarflow.data_pipeline.storage.open_index import open_index
 
 
@@ -121,7 +122,7 @@ def test_parquet_with_image_bytes(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_large_parquet_is_shuffled_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "WINDOW_BYTES", 250)
+    monkeypatch.setattr(order_module, "WINDOW_BYTES", 250)
     runs = [(10, 100)] * 7
     source = ImageSource(np.zeros(70, dtype=np.int64), None, lambda i: b"", str, runs=runs)
     order = shuffled(source, 0)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.index.tar_headers import (
+from tarflow.data_pipeline.index.tar.headers import (
     BLOCK,
     TarLink,
     checksum_right,
