@@ -26,7 +26,7 @@ from collections.abc import Collection
 from tarflow.data_pipeline.images.formats import IMAGE_EXTENSIONS, UNREAD_PICTURES, cause_of
 from tarflow.data_pipeline.index.labels import parse_json_label, parse_label
 from tarflow.data_pipeline.index.samples import Samples, text
-from tarflow.data_pipeline.index.tar.scan import TarScan
+from tarflow.data_pipeline.index.tar.members import TarScan
 
 _MOST_FIELDS = 64  # kinds of fields that are counted: dotted names may make one for every sample
 _MOST_KEYS = 12

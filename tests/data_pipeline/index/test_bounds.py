@@ -21,7 +21,7 @@ from tarflow.data_pipeline.index.classes import parse_classes
 from tarflow.data_pipeline.index.mds import mds_shards
 from tarflow.data_pipeline.index.patterns import expand_braces, find_shards
 from tarflow.data_pipeline.index.tar.grouping import group
-from tarflow.data_pipeline.index.tar.headers import TarLink, followed
+from tarflow.data_pipeline.index.tar.links import TarLink, follow
 from tarflow.data_pipeline.index.tar.scan import scan_tar
 
 
@@ -62,10 +62,10 @@ def test_links_that_lead_to_each_other_take_the_time_of_one_look_each() -> None:
     count = 20_000
     links = [TarLink(b"l%d" % i, b"l%d" % (i + 1), symbolic=False) for i in range(count)]
     began = time.monotonic()
-    found, left = followed(links, [b"l%d" % count])
+    found, left = follow(links, [b"l%d" % count])
     assert (len(found), left) == (count, [])
     assert time.monotonic() - began < 5, "a round through all links for each of them takes minutes"
-    assert followed(links, []) == ([], links)
+    assert follow(links, []) == ([], links)
 
 
 def pax(path: Path, headers: dict[str, str]) -> None:

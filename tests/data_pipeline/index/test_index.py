@@ -23,7 +23,7 @@ from tarflow.data_pipeline.index.index import NO_LABEL
 from tarflow.data_pipeline.index.patterns import expand_braces, find_shards
 from tarflow.data_pipeline.index.tar import grouping
 from tarflow.data_pipeline.index.tar.grouping import split_name
-from tarflow.data_pipeline.index.tar.scan import TarScan
+from tarflow.data_pipeline.index.tar.members import TarScan
 from tarflow.data_pipeline.storage.open_index import open_index
 
 
