@@ -23,7 +23,7 @@ from tarflow.data_pipeline.index.content import content_of
 from tarflow.data_pipeline.index.index import NO_LABEL, Index
 from tarflow.data_pipeline.index.mds import INDEX_FILE, mds_shards
 from tarflow.data_pipeline.index.processes import cores, in_processes
-from tarflow.data_pipeline.index.samples import Samples
+from tarflow.data_pipeline.index.samples import Rules, Samples
 from tarflow.data_pipeline.index.scan_jobs import Job
 from tarflow.data_pipeline.storage.local_shards import LocalShards
 
@@ -214,8 +214,8 @@ def _scan(index: Index, shard: int) -> Samples:
             raise DataError(f"shard {place} is no longer listed in {place.parent / INDEX_FILE}: index the set anew")
         place = listed[place.name]
     first = int(index.shard_starts[shard])
-    label, image = index.meta.get("label_field"), index.meta.get("image_field")
-    return Job(place, False, label, index.classes, False, first, image).scan()
+    rules = Rules(False, index.meta.get("label_field"), index.meta.get("image_field"), index.classes)
+    return Job(place, rules, first).scan()
 
 
 def _hash(data: bytes) -> int:

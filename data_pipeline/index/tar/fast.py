@@ -92,7 +92,7 @@ class _Batch:
 
 
 class FastScan:
-    """One scan of one file. `windows` and `guesses` are the constants above, for tests; `leaps` counts the batches leapt over."""
+    """One scan of one file. `windows`, `guesses`: the constants above, for tests. `leaps`: batches that were leapt over."""
 
     def __init__(self, fd: int, scan: TarScan, keep: int, windows: int = WINDOWS, guesses: int = GUESSES) -> None:
         self.fd = fd
@@ -162,7 +162,7 @@ class FastScan:
             position += BLOCK + (size + BLOCK - 1 & -BLOCK)  # `padded`, without the call
 
     def _fill(self, window: memoryview, position: int) -> int:
-        """Read into the window, again after a short read; the bytes that came, which are fewer only at the end of the file."""
+        """Read into the window, again after a short read; the bytes that came, fewer than asked for only at the file's end."""
         got = os.preadv(self.fd, [window], position)
         while 0 < got < len(window) and position + got < self.scan.file_bytes:
             more = os.preadv(self.fd, [window[got:]], position + got)
@@ -300,8 +300,8 @@ class FastScan:
         if not (
             ((digits & ~7) == 0).all()
             and (np.isin(headers[:, TYPE], _REGULAR) | extended).all()
+            and not extended[len(layout) - 1 :: len(layout)].any()  # its content might lie behind the window
             and self._say_nothing(at[extended], sizes[extended])
-            and not extended[len(layout) - 1 :: len(layout)].any()  # else its content might lie behind the window
         ):
             return position
         ends = places + BLOCK + -(-sizes.reshape(-1, len(layout)) // BLOCK) * BLOCK

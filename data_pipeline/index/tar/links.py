@@ -9,7 +9,7 @@ from heapq import heappop, heappush
 
 @dataclass(frozen=True)
 class TarLink:
-    """A member that is a link. The target of a hard link is relative to the root of the tar, of a symbolic one to its folder."""
+    """A member that is a link. Targets are relative to the root of the tar (hard) or to the link's folder (symbolic)."""
 
     name: bytes
     target: bytes

@@ -20,6 +20,7 @@ from tarflow.data_pipeline.index.build import build_index
 from tarflow.data_pipeline.index.classes import parse_classes
 from tarflow.data_pipeline.index.mds import mds_shards
 from tarflow.data_pipeline.index.patterns import expand_braces, find_shards
+from tarflow.data_pipeline.index.samples import Rules
 from tarflow.data_pipeline.index.tar.grouping import group
 from tarflow.data_pipeline.index.tar.links import TarLink, follow
 from tarflow.data_pipeline.index.tar.scan import scan_tar
@@ -106,9 +107,9 @@ def test_a_label_of_gigabytes_is_not_read(tmp_path: Path, lab: SimpleNamespace) 
     scan = scan_tar(path)
     assert scan.sizes == [3, size]
     with pytest.raises(DataError, match=r"a\.cls.*has 42949672960 bytes, a label at most"):
-        group(scan, str(path))
+        group(scan, str(path), Rules())
     with pytest.raises(DataError, match=r"a\.cls.*has 42949672960 bytes, a label at most"):
-        group(scan, str(path), label_field="cls:x")
+        group(scan, str(path), Rules(label_field="cls:x"))
 
 
 @pytest.mark.parametrize(

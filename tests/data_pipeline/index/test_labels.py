@@ -14,8 +14,8 @@ import pytest
 
 from tarflow.cli import main
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.index import build
 from tarflow.data_pipeline.index.build import build_index
+from tarflow.data_pipeline.index.index import FORMAT_VERSION
 from tarflow.data_pipeline.index.labels import MAX_CLASSES, check_label, parse_label
 from tarflow.data_pipeline.index.mds import write_mds
 from tarflow.data_pipeline.loading.choose_reader import data_facts
@@ -95,7 +95,7 @@ def test_an_index_that_holds_one_is_refused_before_anything_is_counted(
         data_facts(DataSettings.of(tmp_path))
     with pytest.raises(DataError, match=r"sample '1': the label is"):
         open_index(tmp_path)
-    assert build.FORMAT_VERSION == 1
+    assert FORMAT_VERSION == 1
 
 
 @pytest.mark.case("F16")

@@ -306,3 +306,15 @@ def test_leaps_are_made(tmp_path: Path, lab: SimpleNamespace) -> None:
 
     assert len(scan_tar(tmp_path / "a.tar", by=by).names) == 198
     assert scans[0].leaps >= 10
+
+
+def test_extended_headers_at_the_very_end_of_windows(tmp_path: Path) -> None:
+    """Only the first member has no extended header, so those of all others come last in the windows that begin with a member."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for number in range(600):
+            info = tarfile.TarInfo(f"{number:06d}.jpg")
+            info.size, info.mtime = 3000, 1_700_000_000 + 0.25 * (number > 0)
+            tar.addfile(info, io.BytesIO(bytes(3000)))
+    scan = assert_scans_agree(path)
+    assert (len(scan.names), scan.damage) == (600, None)
