@@ -103,7 +103,7 @@ class FastScan:
         self.buffer = bytearray(windows * WINDOW)
         self.windows = [memoryview(self.buffer)[i : i + WINDOW] for i in range(0, len(self.buffer), WINDOW)]
         self.blocks: Headers = np.frombuffer(self.buffer, dtype=np.uint8).reshape(-1, BLOCK)
-        self.extension: Extension | None = None  # said of the next member; outlives a batch
+        self.extension: Extension | None = None  # for the next member, which may be in the next batch
 
     def run(self) -> None:
         """Scan the file from its beginning to its end or first damage."""
@@ -112,7 +112,7 @@ class FastScan:
             batch = _Batch()
             position, stop = self._walk(batch, position)
             if not self._take(batch):
-                return  # at a wrong checksum: what the walk met behind it means nothing
+                return  # at a wrong checksum: what the walk met behind it is meaningless
             if stop is not _Stop.FULL:
                 break
             if self.guesses and self.extension is None:
@@ -132,6 +132,7 @@ class FastScan:
         filled = 0
         start, base, used = position, 0, 0  # the newest window: buffer[base:used] holds the file from `start` on
         while True:
+            # Have the header in a window: mostly it is in the newest one already, behind a small content.
             inside = base + position - start
             if inside + BLOCK > used:
                 if position >= self.scan.file_bytes:
@@ -143,6 +144,7 @@ class FastScan:
                 filled += 1
                 if used < inside + BLOCK:
                     return position, _Stop.END_OF_FILE
+            # Its size is all that is needed to go on. Eleven octal digits, nearly always.
             try:
                 size = int(buffer[inside + size_starts : inside + size_stops], 8)
             except ValueError:
@@ -154,6 +156,7 @@ class FastScan:
                 size = size_of(header)
                 if size < 0:
                     return position, _Stop.BAD_HEADER
+            # Leave it there for `_take`, unless it changes what the size means or says something of other headers.
             at.append(inside)
             positions.append(position)
             if buffer[inside + TYPE] != FILE or self.extension is not None:
@@ -225,6 +228,8 @@ class FastScan:
         headers = self.blocks[np.array(batch.at) // BLOCK] if checked is None else checked
         good = self._first_wrong(batch, headers) if checked is None else len(batch.at)
         names = self._names(batch, headers)
+
+        # What is not a file is only counted or noted by name.
         for i, target in batch.links.items():
             if i < good:
                 scan.links.append(TarLink(names[i], target, self.buffer[batch.at[i] + TYPE] == SYMBOLIC_LINK))
@@ -232,6 +237,8 @@ class FastScan:
         scan.not_files += sum(
             self.buffer[batch.at[i] + TYPE] not in _NOT_MEMBERS for i in batch.not_files - batch.sparse if i < good
         )
+
+        # The files, with their offsets, sizes and small contents; mostly that is every header.
         offsets, sizes, at = [position + BLOCK for position in batch.positions], batch.sizes, batch.at
         if good < len(batch.at) or batch.not_files:
             files = [i for i in range(good) if i not in batch.not_files]
@@ -286,14 +293,18 @@ class FastScan:
     def _leap(self, position: int, layout: list[int]) -> int:
         """Take a batch of windows with headers at the places of `layout` in each; the position behind them.
 
-        Where anything is not as guessed, the scan stays as it was and `position` is given back.
+        Where anything is not as guessed, the scan is left as it was and `position` is returned.
         """
+        # The size of a window's last member says where the next window begins. Reading on by it, right or wrong, is cheap.
         starts, behind = self._read_windows(position, layout[-1])
         if not starts or behind > self.scan.file_bytes:
             return position
         places = np.array(layout)
         at = (np.arange(len(starts))[:, None] * WINDOW + places).ravel()
         headers = self.blocks[at // BLOCK]
+
+        # All of it has to be as a walk would have found it: sizes in plain digits, regular files or pax headers that say
+        # nothing of the next member, each header right behind the content before it, right checksums.
         digits = headers[:, SIZE_DIGITS].astype(np.int64) - ord("0")
         sizes = digits @ _ELEVEN_DIGITS
         extended = headers[:, TYPE] == PAX
@@ -307,6 +318,7 @@ class FastScan:
         ends = places + BLOCK + -(-sizes.reshape(-1, len(layout)) // BLOCK) * BLOCK
         if (ends[:, :-1] != places[1:]).any() or not checksums_ok(headers).all():
             return position
+
         batch = _Batch()
         batch.at, batch.sizes, batch.not_files = at.tolist(), sizes.tolist(), set(np.flatnonzero(extended).tolist())
         batch.positions = (np.array(starts)[:, None] + places).ravel().tolist()

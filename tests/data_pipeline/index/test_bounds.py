@@ -52,9 +52,9 @@ def test_names_of_braces_are_counted_before_they_are_made(pattern: str, count: s
 )
 def test_the_count_is_that_of_the_names(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     names = expand_braces(pattern)
-    monkeypatch.setattr("tarflow.data_pipeline.index.patterns.MOST_NAMES", len(names))
+    monkeypatch.setattr("tarflow.data_pipeline.index.patterns.MAX_NAMES", len(names))
     assert expand_braces(pattern) == names
-    monkeypatch.setattr("tarflow.data_pipeline.index.patterns.MOST_NAMES", len(names) - 1)
+    monkeypatch.setattr("tarflow.data_pipeline.index.patterns.MAX_NAMES", len(names) - 1)
     with pytest.raises(DataError, match=f"stands for {len(names)} names"):
         expand_braces(pattern)
 

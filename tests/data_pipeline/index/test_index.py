@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from tarflow.data_pipeline.index.tar.members import TarScan
 from tarflow.data_pipeline.storage.open_index import open_index
 
 
-def index_of(root: Path, shards: list[Path], **options: object) -> list[tuple[str, str, int]]:
+def index_of(root: Path, shards: list[Path], **options: Any) -> list[tuple[str, str, int]]:
     """(key, field, label) of every sample, after indexing."""
     index, _ = build_index(root, shards, **options)
     rows = []
