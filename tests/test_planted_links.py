@@ -263,7 +263,7 @@ WITH_REASON = {
     "data_pipeline/prepare/verify.py": "a temporary folder of its own",
     "data_pipeline/prepare/write.py": "a new folder, which must not be there before",
     "data_pipeline/prepare/card.py": "the same folder",
-    "data_pipeline/index/build.py": "a new folder, which must not be there before",
+    "data_pipeline/index/writer.py": "a new folder, which must not be there before",
 }
 TOOLS = {"files.py", "leases.py", "outputs.py", "terminal.py"}  # these are what is tried above
 WRITE = {

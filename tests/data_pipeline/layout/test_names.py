@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.index.build import build_index, parse_classes
+from tarflow.data_pipeline.index.build import build_index
+from tarflow.data_pipeline.index.classes import parse_classes
 from tarflow.data_pipeline.layout.names import LONGEST, class_names, shown
 from tarflow.data_pipeline.prepare.sources import open_source
 from tarflow.data_pipeline.prepare.write import Options, prepare
