@@ -15,7 +15,7 @@ import torch
 from benchmarks.common import Bar, finish, parse_args
 from benchmarks.data_images import scratch
 from tarflow.trainer.batch import plan_batch
-from tarflow.trainer.checkpoint.commit import find
+from tarflow.trainer.checkpoint.find import find
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.ema.ema import EMA
 from tarflow.trainer.metrics import MetricLog

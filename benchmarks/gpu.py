@@ -37,7 +37,7 @@ from tarflow.models.presets import preset
 from tarflow.models.sampling.guidance import Guidance
 from tarflow.models.sampling.sequential import invert_block, sample
 from tarflow.trainer.batch import plan_batch
-from tarflow.trainer.checkpoint.commit import find
+from tarflow.trainer.checkpoint.find import find
 from tarflow.trainer.checkpoint.tensors import read_tensors
 from tarflow.trainer.config.schema import CheckpointConfig, Config
 from tarflow.trainer.ema.ema import EMA

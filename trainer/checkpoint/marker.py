@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from tarflow.files import crc32
 from tarflow.records import DamagedFileError, Record, load_record
 from tarflow.trainer.checkpoint.metadata import NAME as METADATA
 from tarflow.trainer.checkpoint.metadata import WAY_OUT, read_metadata
-from tarflow.trainer.checkpoint.names import says
+from tarflow.trainer.checkpoint.names import parse_name
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.run_dir import RunId
@@ -91,20 +92,35 @@ class Checkpoint:
         return sum(self.sizes.values())
 
 
-@dataclass(frozen=True)
-class Refused:
-    """Why a directory is no checkpoint that can be used."""
+class Reason(Enum):
+    """Why a directory is not a usable checkpoint."""
 
-    reason: str
-    committed: bool = True  # it has a marker: it was whole once
-    run: str = ""  # the other run whose checkpoint it is
+    UNCOMMITTED = auto()  # a save or a removal was interrupted; what is left counts for nothing
+    REPLACED = auto()  # whole, renamed to make room for a save that was interrupted
+    OTHER_RUN = auto()
+    DAMAGED = auto()  # it was whole once
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A directory that is not a usable checkpoint: the reason for programs, and the text for people."""
+
+    reason: Reason
+    text: str
+    run: str = ""  # OTHER_RUN: the one that it belongs to
 
     @property
-    def foreign(self) -> bool:
-        return bool(self.run)
+    def committed(self) -> bool:
+        """Whether it was whole once."""
+        return self.reason is not Reason.UNCOMMITTED
+
+    @property
+    def ours(self) -> bool:
+        """Whether it was whole once, and this run's."""
+        return self.committed and self.reason is not Reason.OTHER_RUN
 
     def __str__(self) -> str:
-        return self.reason
+        return self.text
 
 
 def is_marked(path: Path) -> bool:
@@ -112,29 +128,31 @@ def is_marked(path: Path) -> bool:
     return os.path.lexists(path / MARKER)
 
 
-def read_marker(path: Path, owner: str | None) -> Checkpoint | Refused:
-    """The checkpoint in a directory, or the reason why it is none. `owner`: the run whose it must be.
+def inspect(path: Path, owner: str | None) -> Checkpoint | Unusable:
+    """The checkpoint in a directory, or why there is none. `owner`: the run that it must belong to (None: any).
 
-    Names and sizes of its files are looked at; `damage` reads their bytes.
+    Looks at the names and sizes of its files only; `damage` reads their bytes.
     """
+    never = Unusable(Reason.UNCOMMITTED, "it was never committed")
     if not is_marked(path):
-        return Refused("it was never committed", committed=False)
+        return never
     try:
         marker = load_record(path / MARKER, Marker)
     except DamagedFileError as error:
-        return Refused(f"its {MARKER} marker is damaged: {f'{error.where}: ' if error.where else ''}{error.problem}")
-    except FileNotFoundError:  # removed at this moment; else a link that leads nowhere
-        torn = not is_marked(path)
-        return Refused("it was never committed" if torn else f"its {MARKER} marker is damaged", committed=not torn)
+        where = f"{error.where}: " if error.where else ""
+        return Unusable(Reason.DAMAGED, f"its {MARKER} marker is damaged: {where}{error.problem}")
+    except FileNotFoundError:
+        # Removed between the two looks at it, or else a link that leads nowhere.
+        return Unusable(Reason.DAMAGED, f"its {MARKER} marker is damaged") if is_marked(path) else never
     if owner is not None and marker.run != owner:
-        return Refused("it belongs to another run", run=marker.run)
+        return Unusable(Reason.OTHER_RUN, "it belongs to another run", run=marker.run)
     if problem := _contradiction(path.name, marker) or _missing(path, marker):
-        return Refused(problem)
+        return Unusable(Reason.DAMAGED, problem)
     return Checkpoint.of(path, marker)
 
 
 def _contradiction(name: str, marker: Marker) -> str | None:
-    kind, number = says(name)
+    kind, number = parse_name(name)
     said = marker.step if kind == "step" else marker.images_seen
     if said != number:
         return f"its {MARKER} marker says {kind} {said}"

@@ -1,9 +1,17 @@
 """Names of checkpoints: by images seen, which never go back. Those of version 0.1, by steps, are still read."""
 
 import re
+from pathlib import Path
 
+# Endings of names: being written, replaced by a save at the same images, set aside at a start, set aside by a person.
+TEMPORARY, REPLACED, DAMAGED, ASIDE = ".tmp", ".replaced", ".damaged", ".aside"
 _NAME = re.compile(r"(?:images-\d{12,}|step-\d{8,})")
 _LEADING = re.compile(rf"({_NAME.pattern})(?:[-.].*)?")
+
+
+def checkpoints_dir(run_dir: Path) -> Path:
+    """Where a run's checkpoints are."""
+    return run_dir / "checkpoints"
 
 
 def checkpoint_name(images_seen: int) -> str:
@@ -22,7 +30,7 @@ def leading_name(text: str) -> str:
     return found[1] if found else ""
 
 
-def says(name: str) -> tuple[str, int]:
+def parse_name(name: str) -> tuple[str, int]:
     """What a checkpoint's name says of it: ("images_seen", N), or of version 0.1 ("step", N)."""
     kind, _, number = name.partition("-")
     return ("images_seen" if kind == "images" else "step"), int(number)

@@ -6,7 +6,7 @@ from typing import Any
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.models.provenance import Provenance
-from tarflow.trainer.checkpoint.commit import Checkpoint
+from tarflow.trainer.checkpoint.marker import Checkpoint
 from tarflow.trainer.config.ema import power_name
 from tarflow.trainer.config.schema import Config
 

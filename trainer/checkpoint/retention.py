@@ -13,26 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tarflow.files import discard, free_name
-from tarflow.trainer.checkpoint.commit import (
-    DAMAGED,
-    MARKER,
-    REPLACED,
-    TEMPORARY,
-    Checkpoint,
-    Refused,
-    committed,
-    damage,
-    damaged,
-    is_newer,
-    pinned_names,
-    point_to,
-    read_marker,
-    remove,
-    scan,
-    set_aside_dirs,
-    stuck,
-)
-from tarflow.trainer.checkpoint.names import leading_name
+from tarflow.trainer.checkpoint.commit import point_to, remove, stuck
+from tarflow.trainer.checkpoint.find import committed, damaged, is_newer, scan, set_aside_dirs
+from tarflow.trainer.checkpoint.marker import MARKER, Checkpoint, Reason, Unusable, damage, inspect
+from tarflow.trainer.checkpoint.names import DAMAGED, REPLACED, TEMPORARY, leading_name
+from tarflow.trainer.checkpoint.pins import pinned_names
 from tarflow.trainer.run_dir import run_id
 
 Say = Callable[[str], object]
@@ -74,7 +59,7 @@ def remove_torn(run_dir: Path) -> tuple[list[Path], list[str]]:
     """Remove what interrupted saves and removals left; what is gone, and a line for each that stays."""
     gone, left = [], []
     for path, why in sorted(scan(run_dir)[1].items()):
-        if not why.committed:
+        if why.reason is Reason.UNCOMMITTED:
             problem = discard(path)
             if problem:
                 left.append(stuck(path, problem))
@@ -102,16 +87,16 @@ def put_back(run_dir: Path) -> list[str]:
     """Of a save that was killed while it replaced a checkpoint at the same images: the new one if it is whole, or the old."""
     lines, owner = [], run_id(run_dir)
     for path, why in sorted(scan(run_dir)[1].items()):
-        if not path.name.startswith(leading_name(path.name) + REPLACED) or not why.committed:
-            continue
         final = path.with_name(leading_name(path.name))
-        there = read_marker(final, owner)
+        if why.reason is not Reason.REPLACED or not path.name.startswith(final.name + REPLACED):
+            continue
+        there = inspect(final, owner)
         if isinstance(there, Checkpoint) and damage(there) is None:
             problem = remove(path)
             lines += [stuck(path, problem)] if problem else []
             continue
         if final.exists():
-            torn = isinstance(there, Refused) and not there.committed
+            torn = isinstance(there, Unusable) and there.reason is Reason.UNCOMMITTED
             os.rename(final, free_name(final.with_name(final.name + (TEMPORARY if torn else DAMAGED))))
         os.rename(path, final)
         lines.append(f"checkpoint {final.name} is put back: the save that was to replace it was interrupted")

@@ -27,7 +27,7 @@ def write_tensors(path: Path, tensors: dict[str, Any], group: Any = None) -> Non
 def read_tensors(checkpoint: Checkpoint, into: dict[str, Any]) -> None:
     """Fill tensors in place from a checkpoint, whatever world size wrote it. Names and shapes must agree exactly.
 
-    Whether the bytes are whole is not looked at: whoever chose the checkpoint has done that (`commit.newest_sound`).
+    Whether the bytes are whole is not looked at: whoever chose the checkpoint has done that (`commit.newest_intact`).
     """
     stored = _stored(checkpoint)
     _check_names_and_shapes(checkpoint, stored, {name: tuple(t.shape) for name, t in into.items()})

@@ -23,6 +23,7 @@ import tarflow.trainer.checkpoint.commit as ckpt
 import tarflow.trainer.checkpoint.retention as retention
 import tarflow.trainer.ema.snapshots as snapshots
 from tarflow.files import crc32, discard, fsync_path, make_folder, write_text
+from tarflow.trainer.checkpoint.names import checkpoints_dir
 from tarflow.trainer.checkpoint.tensors import write_tensors
 from tarflow.trainer.config.schema import CheckpointConfig
 from tarflow.trainer.errors import TrainerError
@@ -183,7 +184,7 @@ class Writer:
             return None
         fault_point("save.begin")
         home = snapshots.prepare(self.run_dir) if snapshot else self.run_dir
-        folder = make_folder(home, ckpt.checkpoints_dir(home).name)
+        folder = make_folder(home, checkpoints_dir(home).name)
         temporary = ckpt.temporary_dir(home, images_seen)  # first, because it frees what an interrupted save left
         needed = int(sum(t.numel() * t.element_size() for t in state.values()) * SPARE) + SPARE_BYTES
         free = shutil.disk_usage(folder).free

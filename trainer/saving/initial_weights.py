@@ -15,8 +15,9 @@ from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.weights import WeightsFile, WeightsHeader, is_weights_file, read_header, read_weights
-from tarflow.trainer.checkpoint.commit import Checkpoint, find, pinned
-from tarflow.trainer.checkpoint.marker import config_of, require_whole
+from tarflow.trainer.checkpoint.find import find
+from tarflow.trainer.checkpoint.marker import Checkpoint, config_of, require_whole
+from tarflow.trainer.checkpoint.pins import pinned
 from tarflow.trainer.checkpoint.provenance import provenance_of
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.schema import Config

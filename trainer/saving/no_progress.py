@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tarflow.trainer.checkpoint.commit import committed
+from tarflow.trainer.checkpoint.find import committed
 from tarflow.trainer.config.schema import Config
 
 

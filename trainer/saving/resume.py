@@ -15,8 +15,8 @@ from pydantic import Field
 from tarflow.code_version import code_version, describe_code
 from tarflow.data_pipeline.loading.choose_reader import DataFacts
 from tarflow.records import Record, load_record, save_record
-from tarflow.trainer.checkpoint.commit import Checkpoint, check_identity, committed, newest_sound
-from tarflow.trainer.checkpoint.marker import config_of
+from tarflow.trainer.checkpoint.find import check_identity, committed, newest_intact
+from tarflow.trainer.checkpoint.marker import Checkpoint, config_of
 from tarflow.trainer.checkpoint.retention import put_back, set_aside, sweep
 from tarflow.trainer.config.files import config_diff
 from tarflow.trainer.config.schema import Config
@@ -50,7 +50,7 @@ def finished(run_dir: Path, config: Config, facts: DataFacts, accept_new_data: b
     newest = committed(run_dir)[-1:] if is_run(run_dir) else []
     if not newest or newest[0].images_seen < total:
         return None
-    checkpoint = newest_sound(run_dir, lambda _: None)
+    checkpoint = newest_intact(run_dir, lambda _: None)
     if checkpoint is None or checkpoint.images_seen < total:
         return None  # the newest is damaged
     changes: list[str] = []
@@ -70,7 +70,7 @@ def decide_start(run_dir: Path, config: Config, facts: DataFacts, accept_new_dat
     snapshots.check(run_dir)
     read_restarts(run_dir)
     lines = put_back(run_dir)
-    newest = newest_sound(run_dir, lines.append)
+    newest = newest_intact(run_dir, lines.append)
     if newest is not None:
         check_resume(newest, config, facts.fingerprint, accept_new_data, lines.append, facts.former_fingerprint)
     return Start(newest, lines)

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from torch import Tensor
 
-from tarflow.trainer.checkpoint.commit import committed, find
+from tarflow.trainer.checkpoint.find import committed, find
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.resilience.exit_codes import FINISHED
 

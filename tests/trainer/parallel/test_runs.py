@@ -19,7 +19,7 @@ import yaml
 
 from tarflow.models.flow import TarFlow
 from tarflow.models.init import init_weights
-from tarflow.trainer.checkpoint.commit import committed, find
+from tarflow.trainer.checkpoint.find import committed, find
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.config.schema import Config

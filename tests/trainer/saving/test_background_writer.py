@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tarflow.trainer.checkpoint.commit import committed
+from tarflow.trainer.checkpoint.find import committed
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.schema import CheckpointConfig
 from tarflow.trainer.run_dir import create_run

@@ -7,7 +7,7 @@ import pytest
 
 import tarflow.cli
 from tarflow.models.weights import load_weights_file
-from tarflow.trainer.checkpoint.commit import committed, find
+from tarflow.trainer.checkpoint.find import committed, find
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.resilience.exit_codes import FINISHED
 

@@ -19,7 +19,8 @@ import tarflow.cli
 from tarflow.data_pipeline.loading.survey import survey
 from tarflow.errors import UserError
 from tarflow.records import DamagedFileError
-from tarflow.trainer.checkpoint import commit as ckpt
+from tarflow.trainer.checkpoint.find import find, newest_intact
+from tarflow.trainer.checkpoint.pins import pinned, pinned_names
 from tarflow.trainer.checkpoint.retention import apply_retention
 from tarflow.trainer.config.files import config_text, load_config, parse_config
 from tarflow.trainer.config.schema import Config
@@ -61,7 +62,7 @@ def made(config: Config) -> Iterator[Path]:
         patch.setattr("tarflow.trainer.start.check.survey", lambda _: seen)  # the data are not what is damaged here
         run = Path(folder) / "run"
         fill(run, config)
-        with ckpt.pinned(ckpt.find(run, 1), "reader"):
+        with pinned(find(run, 1), "reader"):
             yield run
 
 
@@ -190,7 +191,7 @@ def test_every_byte_of_the_identity_is_held_against_the_others(made: Path, place
             flip(run / "run.json", at, bit)
             found = None
             with suppress(UserError):
-                found = ckpt.newest_sound(run, pytest.fail)
+                found = newest_intact(run, pytest.fail)
                 assert found is not None
                 assert found.images_seen == 80
             assert found is None or run_id(run) == mine
@@ -212,7 +213,7 @@ def test_a_run_that_disowns_its_checkpoints_names_both_and_the_way_out(
     assert tarflow.cli.main(["checkpoint", "verify", str(run)]) == 1
     for images in (None, 48):
         with pytest.raises(UserError, match="nothing is begun over them"):
-            ckpt.find(run, images=images)
+            find(run, images=images)
     assert tarflow.cli.main(["checkpoint", "prune", str(run)]) == USAGE
     capsys.readouterr()
     assert tarflow.cli.main(["checkpoint", "list", str(run)]) == 0
@@ -264,9 +265,9 @@ def test_a_pin_that_cannot_be_read_holds(made: Path, place: Path, text: str) -> 
     pin = run / "checkpoints/pins" / PINNED
     pin.unlink()
     pin.write_text(text, encoding="latin-1")
-    assert ckpt.pinned_names(run) == {"images-000000000016"}
+    assert pinned_names(run) == {"images-000000000016"}
     os.utime(pin, (0, 0))
-    assert ckpt.pinned_names(run) == set()
+    assert pinned_names(run) == set()
 
 
 @pytest.mark.case("H02")

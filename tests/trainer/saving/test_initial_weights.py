@@ -14,7 +14,7 @@ from tarflow.models.init import init_weights
 from tarflow.models.provenance import Provenance
 from tarflow.models.weights import load_model, save_weights_file
 from tarflow.records import DamagedFileError
-from tarflow.trainer.checkpoint.commit import find
+from tarflow.trainer.checkpoint.find import find
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.config.schema import Config

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.async_save import make_saver
-from tarflow.trainer.checkpoint.commit import committed, find
+from tarflow.trainer.checkpoint.find import committed, find
 from tarflow.trainer.resilience.exit_codes import FINISHED, NO_PROGRESS
 from tarflow.trainer.saving.saver import Saver
 

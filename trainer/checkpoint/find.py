@@ -1,0 +1,186 @@
+"""Which checkpoints a run has: the usable ones, why others are not, and the one that is asked for. Writes nothing."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tarflow.files import listed
+from tarflow.records import DamagedFileError, load_record
+from tarflow.trainer.checkpoint.marker import MARKER, Checkpoint, Marker, Reason, Unusable, damage, inspect, is_marked
+from tarflow.trainer.checkpoint.names import (
+    ASIDE,
+    DAMAGED,
+    REPLACED,
+    TEMPORARY,
+    checkpoints_dir,
+    leading_name,
+    parse_name,
+)
+from tarflow.trainer.errors import TrainerError
+from tarflow.trainer.run_dir import is_run, run_id
+
+
+def newest_intact(run_dir: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint to resume from: the newest whose bytes are whole; None if none was ever committed.
+
+    Passing over a damaged one is said; if every one is damaged or another run's, that is an error: never a silent fresh
+    start (T15).
+    """
+    check_identity(run_dir)
+    usable, refused = scan(run_dir)
+    for checkpoint in reversed(usable):
+        problem = damage(checkpoint)
+        if problem is None:
+            return checkpoint
+        say(f"WARNING: checkpoint {checkpoint.name} is damaged and not used: {problem}")
+        refused[checkpoint.path] = Unusable(Reason.DAMAGED, problem)
+    ours = {path: why for path, why in refused.items() if why.ours}
+    if ours:
+        reasons = "; ".join(f"{path.name}: {why}" for path, why in sorted(ours.items()))
+        raise TrainerError(
+            f"run {run_dir} has checkpoints, but none can be used ({reasons}). "
+            f"Restore one, or move {checkpoints_dir(run_dir)} away to start from the beginning."
+        )
+    return None
+
+
+def check_identity(run_dir: Path) -> None:
+    """Refuse a directory whose committed checkpoints are all another run's, or nobody's. To begin a run there would write
+    over them, and one changed letter of an identity is enough to disown a run's own.
+
+    Raises TrainerError, or DamagedFileError for run.json itself.
+    """
+    mine = run_id(run_dir) if is_run(run_dir) else None
+    usable, refused = scan_as(run_dir, mine)
+    marked = {path: why for path, why in refused.items() if why.committed}
+    if mine is not None and (usable or not marked or any(why.ours for why in marked.values())):
+        return
+    theirs = sorted({why.run for why in marked.values() if why.run} | {str(c.info["run"]) for c in usable})
+    if not usable and not marked:
+        return
+    whose = f"run {theirs[0]}" if len(theirs) == 1 else f"runs {', '.join(theirs)}" if theirs else "a run"
+    here = f"run.json says that this is run {mine}" if mine else "there is no run.json beside them"
+    mend = (
+        f'write {{"run_id": "{theirs[0]}"}} into {run_dir / "run.json"}' if theirs else "restore run.json from a copy"
+    )
+    raise TrainerError(
+        f"{checkpoints_dir(run_dir)} holds committed checkpoints of {whose}, but {here}; nothing is begun over them. If they "
+        f"are this run's, {mend}; if not, move {checkpoints_dir(run_dir)} away or give another --run-dir"
+    )
+
+
+def scan(run_dir: Path) -> tuple[list[Checkpoint], dict[Path, Unusable]]:
+    """Usable checkpoints of a run, by images seen ascending, and the directories that are none, each with the reason.
+
+    Raises DamagedFileError for run.json.
+    """
+    return scan_as(run_dir, run_id(run_dir))
+
+
+def scan_as(run_dir: Path, owner: str | None) -> tuple[list[Checkpoint], dict[Path, Unusable]]:
+    """The same for an owner that is known otherwise; None: whosever they are."""
+    usable, refused = [], {}
+    for path in listed(checkpoints_dir(run_dir)):
+        name, ending = leading_name(path.name), path.suffix.partition("-")[0]
+        if not path.is_dir():
+            continue
+        if name == path.name:
+            found = inspect(path, owner)
+        elif name and ending == TEMPORARY:
+            found = Unusable(Reason.UNCOMMITTED, "a save was interrupted")
+        elif name and ending == REPLACED:
+            reason = Reason.REPLACED if is_marked(path) else Reason.UNCOMMITTED
+            found = Unusable(reason, "it made way for a save that was interrupted")
+        else:
+            continue  # not ours: never touched (case T04)
+        if isinstance(found, Checkpoint):
+            usable.append(found)
+        else:
+            refused[path] = found
+    return sorted(usable, key=lambda c: (c.images_seen, c.step)), refused
+
+
+def committed(run_dir: str | Path) -> list[Checkpoint]:
+    """Usable checkpoints of a run, by images seen ascending."""
+    return scan(Path(run_dir))[0]
+
+
+def find(
+    run_dir: str | Path,
+    step: int | None = None,
+    images: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Checkpoint:
+    """The checkpoint of a step or at so many images, or the one of most images; `say` (or the error output) is
+    told which newer ones are damaged.
+
+    If there is none, or more than one of that step, the error says what there is and how to choose.
+    """
+    run_dir = Path(run_dir)
+    usable, refused = scan(run_dir)
+    for path, text in why_skipped(refused, "used").items() if step is None and images is None and usable else ():
+        if is_newer(path, usable[-1]):
+            (say or _warn)(f"WARNING: checkpoint {text}")
+    if not usable:
+        check_identity(run_dir)
+    if step is None and images is None and not usable:
+        whys = "; ".join(f"{path.name}: {why}" for path, why in sorted(refused.items())[-4:] if why.committed)
+        raise TrainerError(
+            f"run {run_dir} has no {f'usable checkpoint ({whys})' if whys else 'committed checkpoint yet'}"
+        )
+    reasons = [f"{path.name}: {why}" for path, why in sorted(refused.items())]
+    reasons += [f"{path.name} is set aside" for ending in (DAMAGED, ASIDE) for path in set_aside_dirs(run_dir, ending)]
+    return choose(usable, step, images, f"run {run_dir}", "usable checkpoint", ", ".join(reasons[-4:]))
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def choose(
+    among: Sequence[Checkpoint], step: int | None, images: int | None, whose: str, what: str, unusable: str = ""
+) -> Checkpoint:
+    """The one of a step or at so many images, or of most images, of checkpoints by images seen ascending."""
+    found = [c for c in among if step in (None, c.step) and images in (None, c.images_seen)]
+    if len(found) == 1 or (found and step is None and images is None):
+        return found[-1]
+    asked = ([] if step is None else [f"of step {step}"]) + ([] if images is None else [f"at {images} images"])
+    if found:
+        raise TrainerError(
+            f"{whose} has {len(found)} checkpoints {' and '.join(asked)}: at "
+            f"{', '.join(str(c.images_seen) for c in found)} images; choose one with --images"
+        )
+    raise TrainerError(
+        f"{whose} has no {what} {' and '.join(asked)}{f': {unusable}' if unusable else ''}; "
+        f"usable steps: {', '.join(str(c.step) for c in among) or 'none'}; "
+        f"images: {', '.join(str(c.images_seen) for c in among) or 'none'}"
+    )
+
+
+def damaged(refused: dict[Path, Unusable]) -> dict[Path, Unusable]:
+    """Of the directories that are no checkpoint: this run's that were whole once, under their own names."""
+    return {path: why for path, why in sorted(refused.items()) if why.reason is Reason.DAMAGED}
+
+
+def why_skipped(refused: dict[Path, Unusable], doing: str) -> dict[Path, str]:
+    """What is to be said of committed checkpoints that are not used (evaluated, touched): damaged ones, and another run's."""
+    theirs = [path for path, why in refused.items() if why.reason is Reason.OTHER_RUN]
+    texts = {path: f"{path.name} belongs to another run and is not {doing}" for path in theirs}
+    texts |= {path: f"{path.name} is damaged and not {doing}: {why}" for path, why in damaged(refused).items()}
+    return {path: texts[path] for path in sorted(texts)}
+
+
+def is_newer(path: Path, chosen: Checkpoint) -> bool:
+    """Whether a directory holds a newer checkpoint than another, by its name, or of version 0.1 by its marker as well."""
+    kind, number = parse_name(path.name)
+    if kind == "images_seen":
+        return number > chosen.images_seen
+    try:
+        return load_record(path / MARKER, Marker).images_seen > chosen.images_seen
+    except (OSError, DamagedFileError):
+        return number > chosen.step
+
+
+def set_aside_dirs(run_dir: Path, ending: str) -> list[Path]:
+    """Checkpoints that a start has set aside as DAMAGED, or a person as ASIDE."""
+    return [p for p in listed(checkpoints_dir(run_dir), f"*{ending}*") if leading_name(p.name)]
