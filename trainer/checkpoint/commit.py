@@ -1,14 +1,14 @@
-"""Checkpoints: committed or not there at all (design contract 5).
+"""The commit protocol: a checkpoint is committed or it does not exist.
 
     checkpoints/images-000000016000/  tensors (torch's distributed checkpoint), config.yaml
                         COMMITTED     json, written last: step, images_seen, run, files with sizes and checksums, ...
     checkpoints/latest                name of the newest committed checkpoint
-    checkpoints/pins/                 who is reading which checkpoint
+    checkpoints/pins/                 who is reading which checkpoint (`pins.py`)
 
-Their order, their names and the pointer go by `images_seen` alone: a batch size that changes on resume changes what a step
-is, never what is newer. Writing: `images-N.tmp/` -> fsync -> rename -> `COMMITTED` -> `latest` -> retention
-(`retention.py`). Removing goes the other way: first the pointer, if it names what goes, then the marker. So whatever moment
-a process is killed at, a directory with a marker is whole, and the pointer names one with a marker.
+Order, names and the pointer go by `images_seen` alone: a batch size that changes on resume changes what a step is, but not
+which checkpoint is newer. Writing: `images-N.tmp/` -> fsync -> rename -> `COMMITTED` -> `latest` -> retention
+(`retention.py`). Removing goes the other way: the pointer, if it names this checkpoint, then the marker, then the files. So
+at whatever moment a process is killed, a directory with a marker is whole, and the pointer names one with a marker.
 """
 
 import os
@@ -36,16 +36,19 @@ def commit(
 ) -> Checkpoint:
     """Turn a fully written `images-N.tmp/` into a committed checkpoint and point `latest` at the newest.
 
-    `sums`: checksums of files that their writers know already; the others are read for theirs. `warn` is told what went
-    wrong after the checkpoint was committed, which makes it no less committed.
+    `sums`: CRC-32 of the files whose writers know it already; the others are read for theirs. `warn` receives what went
+    wrong after the marker was written: the checkpoint is committed all the same.
     """
     sums = sums or {}
+    # Contents first, name second: on disk, nothing under the final name is ever incomplete.
     final = checkpoints_dir(run_dir) / checkpoint_name(images_seen)
     fsync_tree(temporary)
     before = _make_way(final, run_id(run_dir))
     os.rename(temporary, final)
     fsync_path(final.parent)
     fault_point("save.renamed")
+
+    # The marker makes it a checkpoint. It records size and checksum of every file, so that damage shows later.
     files = {
         p.name: FileFacts(size=p.stat().st_size, crc32=sums[p.name] if p.name in sums else crc32(p))
         for p in sorted(final.iterdir())
@@ -55,19 +58,23 @@ def commit(
     marker = Marker.model_validate(known)
     save_record(final / MARKER, marker, shared=False)
     fault_point("save.marked")
+
+    # The pointer is for people and scripts; nothing here goes by it, so a failure is only a warning.
     checkpoint = Checkpoint.of(final, marker)
     try:
         point_to(run_dir, max([checkpoint, *committed(run_dir)], key=lambda c: c.images_seen))
     except OSError as error:
         warn(f"`latest` could not be written ({error.strerror or error}); the next start does it")
     fault_point("save.pointed")
+
+    # Only now may the checkpoint that this one replaced go.
     if before is not None and (problem := remove(before)):
         warn(stuck(before, problem))
     return checkpoint
 
 
 def remove(path: Path) -> str | None:
-    """Take a checkpoint away: pointer, marker, files. Why some of it stays, or None; without a marker it counts as none."""
+    """Remove pointer, marker and files of a checkpoint; why some of it stays, or None. Without its marker it is not one."""
     try:
         unpoint(path)
         (path / MARKER).unlink(missing_ok=True)
@@ -78,14 +85,14 @@ def remove(path: Path) -> str | None:
 
 
 def stuck(path: Path, problem: str) -> str:
-    """What is said of a directory that could not be removed."""
+    """The warning about a directory that could not be removed."""
     return f"WARNING: checkpoint {path.name} could not be removed ({problem}); the next save or start tries again"
 
 
 def _make_way(final: Path, owner: str) -> Path | None:
-    """Move what stands where a checkpoint is to be; returns what may be removed once the new one is committed.
+    """Rename what is in a new checkpoint's place; returns what may be removed once the new one is committed.
 
-    A whole checkpoint at the same images stays whole until then: should this be killed, the next start puts it back.
+    A whole checkpoint at the same images stays whole until then: if this process is killed, the next start restores it.
     """
     if not final.exists():
         return None
@@ -101,7 +108,7 @@ def _make_way(final: Path, owner: str) -> Path | None:
 
 
 def temporary_dir(run_dir: Path, images_seen: int) -> Path:
-    """A fresh, empty `images-N.tmp/`; under a further name if what a killed save left there cannot be removed."""
+    """A new, empty `images-N.tmp/`, with a number appended if what a killed save left there cannot be removed."""
     path = checkpoints_dir(run_dir) / f"{checkpoint_name(images_seen)}{TEMPORARY}"
     discard(path)
     path = free_name(path)
@@ -110,14 +117,14 @@ def temporary_dir(run_dir: Path, images_seen: int) -> Path:
 
 
 def point_to(run_dir: Path, checkpoint: Checkpoint) -> None:
-    """Let `latest` name a checkpoint."""
+    """Point `latest` at a checkpoint."""
     pointer = checkpoints_dir(run_dir) / "latest"
     if _named(pointer) != checkpoint.name:
         write_text(pointer, checkpoint.name + "\n")
 
 
 def unpoint(path: Path) -> None:
-    """Remove `latest` if it names a checkpoint that goes away: no pointer is better than one to what is not there."""
+    """Remove `latest` if it names a checkpoint that is about to go: no pointer is better than a dangling one."""
     pointer = path.parent / "latest"
     if _named(pointer) == path.name:
         pointer.unlink()
@@ -125,8 +132,8 @@ def unpoint(path: Path) -> None:
 
 
 def _named(pointer: Path) -> str:
-    """Name in the pointer; empty without one. What is damaged names nothing: it is written anew, and nobody goes by it."""
-    if not pointer.is_file():  # a pipe in its place would be waited for
+    """The name in the pointer; empty without one. A damaged pointer names no checkpoint and is rewritten."""
+    if not pointer.is_file():  # reading a pipe in its place would block
         return ""
     with open(pointer, "rb") as file:
         return file.read(300).decode(errors="replace").strip()

@@ -20,11 +20,11 @@ from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import is_run, run_id
 
 
-def newest_intact(run_dir: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint to resume from: the newest whose bytes are whole; None if none was ever committed.
+def newest_intact(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint to resume from: the newest whose bytes are intact; None if none was ever committed.
 
-    Passing over a damaged one is said; if every one is damaged or another run's, that is an error: never a silent fresh
-    start (T15).
+    `warn` receives a line for each damaged one that is skipped. If all are damaged, or another run's, that is an error:
+    silently starting from the beginning would throw the run away.
     """
     check_identity(run_dir)
     usable, refused = scan(run_dir)
@@ -32,7 +32,7 @@ def newest_intact(run_dir: Path, say: Callable[[str], None]) -> Checkpoint | Non
         problem = damage(checkpoint)
         if problem is None:
             return checkpoint
-        say(f"WARNING: checkpoint {checkpoint.name} is damaged and not used: {problem}")
+        warn(f"WARNING: checkpoint {checkpoint.name} is damaged and not used: {problem}")
         refused[checkpoint.path] = Unusable(Reason.DAMAGED, problem)
     ours = {path: why for path, why in refused.items() if why.ours}
     if ours:
@@ -45,10 +45,10 @@ def newest_intact(run_dir: Path, say: Callable[[str], None]) -> Checkpoint | Non
 
 
 def check_identity(run_dir: Path) -> None:
-    """Refuse a directory whose committed checkpoints are all another run's, or nobody's. To begin a run there would write
-    over them, and one changed letter of an identity is enough to disown a run's own.
+    """Refuse a directory whose committed checkpoints all belong to another run, or to none.
 
-    Raises TrainerError, or DamagedFileError for run.json itself.
+    Starting a run there would overwrite them, and one changed letter in run.json is enough to disown a run's own. Raises
+    TrainerError, or DamagedFileError for run.json itself.
     """
     mine = run_id(run_dir) if is_run(run_dir) else None
     usable, refused = scan_as(run_dir, mine)
@@ -60,17 +60,15 @@ def check_identity(run_dir: Path) -> None:
         return
     whose = f"run {theirs[0]}" if len(theirs) == 1 else f"runs {', '.join(theirs)}" if theirs else "a run"
     here = f"run.json says that this is run {mine}" if mine else "there is no run.json beside them"
-    mend = (
-        f'write {{"run_id": "{theirs[0]}"}} into {run_dir / "run.json"}' if theirs else "restore run.json from a copy"
-    )
+    fix = f'write {{"run_id": "{theirs[0]}"}} into {run_dir / "run.json"}' if theirs else "restore run.json from a copy"
     raise TrainerError(
         f"{checkpoints_dir(run_dir)} holds committed checkpoints of {whose}, but {here}; nothing is begun over them. If they "
-        f"are this run's, {mend}; if not, move {checkpoints_dir(run_dir)} away or give another --run-dir"
+        f"are this run's, {fix}; if not, move {checkpoints_dir(run_dir)} away or give another --run-dir"
     )
 
 
 def scan(run_dir: Path) -> tuple[list[Checkpoint], dict[Path, Unusable]]:
-    """Usable checkpoints of a run, by images seen ascending, and the directories that are none, each with the reason.
+    """Usable checkpoints of a run, by images seen ascending, and the directories that are not, with the reasons.
 
     Raises DamagedFileError for run.json.
     """
@@ -78,7 +76,7 @@ def scan(run_dir: Path) -> tuple[list[Checkpoint], dict[Path, Unusable]]:
 
 
 def scan_as(run_dir: Path, owner: str | None) -> tuple[list[Checkpoint], dict[Path, Unusable]]:
-    """The same for an owner that is known otherwise; None: whosever they are."""
+    """Like `scan`, for an owner that the caller knows; None: whatever run they belong to."""
     usable, refused = [], {}
     for path in listed(checkpoints_dir(run_dir)):
         name, ending = leading_name(path.name), path.suffix.partition("-")[0]
@@ -92,7 +90,7 @@ def scan_as(run_dir: Path, owner: str | None) -> tuple[list[Checkpoint], dict[Pa
             reason = Reason.REPLACED if is_marked(path) else Reason.UNCOMMITTED
             found = Unusable(reason, "it made way for a save that was interrupted")
         else:
-            continue  # not ours: never touched (case T04)
+            continue  # not ours: never touched
         if isinstance(found, Checkpoint):
             usable.append(found)
         else:
@@ -109,18 +107,18 @@ def find(
     run_dir: str | Path,
     step: int | None = None,
     images: int | None = None,
-    say: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> Checkpoint:
-    """The checkpoint of a step or at so many images, or the one of most images; `say` (or the error output) is
-    told which newer ones are damaged.
+    """The checkpoint of a step or at a number of images seen; by default the one of most images.
 
-    If there is none, or more than one of that step, the error says what there is and how to choose.
+    `warn` (default: to standard error) receives a line for each newer one that is damaged. Without a match, or with more
+    than one of a step, the error lists what there is and how to choose.
     """
     run_dir = Path(run_dir)
     usable, refused = scan(run_dir)
     for path, text in why_skipped(refused, "used").items() if step is None and images is None and usable else ():
         if is_newer(path, usable[-1]):
-            (say or _warn)(f"WARNING: checkpoint {text}")
+            (warn or _warn)(f"WARNING: checkpoint {text}")
     if not usable:
         check_identity(run_dir)
     if step is None and images is None and not usable:
@@ -140,7 +138,7 @@ def _warn(line: str) -> None:
 def choose(
     among: Sequence[Checkpoint], step: int | None, images: int | None, whose: str, what: str, unusable: str = ""
 ) -> Checkpoint:
-    """The one of a step or at so many images, or of most images, of checkpoints by images seen ascending."""
+    """The checkpoint of a step, at a number of images, or (by default) the last of some by images seen ascending."""
     found = [c for c in among if step in (None, c.step) and images in (None, c.images_seen)]
     if len(found) == 1 or (found and step is None and images is None):
         return found[-1]
@@ -158,12 +156,12 @@ def choose(
 
 
 def damaged(refused: dict[Path, Unusable]) -> dict[Path, Unusable]:
-    """Of the directories that are no checkpoint: this run's that were whole once, under their own names."""
+    """Of the unusable directories, this run's checkpoints that were whole once and still have their names."""
     return {path: why for path, why in sorted(refused.items()) if why.reason is Reason.DAMAGED}
 
 
 def why_skipped(refused: dict[Path, Unusable], doing: str) -> dict[Path, str]:
-    """What is to be said of committed checkpoints that are not used (evaluated, touched): damaged ones, and another run's."""
+    """Warnings about committed checkpoints that are not `doing` (used, evaluated, ...): damaged ones, and another run's."""
     theirs = [path for path, why in refused.items() if why.reason is Reason.OTHER_RUN]
     texts = {path: f"{path.name} belongs to another run and is not {doing}" for path in theirs}
     texts |= {path: f"{path.name} is damaged and not {doing}: {why}" for path, why in damaged(refused).items()}
@@ -171,7 +169,7 @@ def why_skipped(refused: dict[Path, Unusable], doing: str) -> dict[Path, str]:
 
 
 def is_newer(path: Path, chosen: Checkpoint) -> bool:
-    """Whether a directory holds a newer checkpoint than another, by its name, or of version 0.1 by its marker as well."""
+    """Whether a directory's checkpoint is newer than another, by its name, or for version 0.1 by its marker as well."""
     kind, number = parse_name(path.name)
     if kind == "images_seen":
         return number > chosen.images_seen
@@ -182,5 +180,5 @@ def is_newer(path: Path, chosen: Checkpoint) -> bool:
 
 
 def set_aside_dirs(run_dir: Path, ending: str) -> list[Path]:
-    """Checkpoints that a start has set aside as DAMAGED, or a person as ASIDE."""
+    """Checkpoints that were set aside: at a start (DAMAGED), or by a person (ASIDE)."""
     return [p for p in listed(checkpoints_dir(run_dir), f"*{ending}*") if leading_name(p.name)]

@@ -1,4 +1,4 @@
-"""COMMITTED, the marker of a checkpoint: what it says, and whether directory and files agree with it."""
+"""COMMITTED, the marker of a checkpoint: what it records, and whether directory and files agree with it."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tarflow.trainer.run_dir import RunId
 
 MARKER = "COMMITTED"
 CONFIG = "config.yaml"
-_WHOLE: set[tuple[Any, ...]] = set()  # checkpoints whose bytes this process has found whole
+_WHOLE: set[tuple[Any, ...]] = set()  # checkpoints whose bytes this process has found intact
 
 
 class _Part(BaseModel):
@@ -28,14 +28,14 @@ class _Part(BaseModel):
 
 
 class FileFacts(_Part):
-    """Of a file of a checkpoint."""
+    """Size and checksum of a checkpoint's file."""
 
     size: int = Field(ge=0, lt=1 << 60)  # bytes
     crc32: int = Field(ge=0, lt=1 << 32)
 
 
 class Code(_Part):
-    """Which code wrote a checkpoint, as `code_version` says it."""
+    """The code that wrote a checkpoint, as `code_version` gives it."""
 
     version: str = Field(max_length=100)
     commit: str | None = Field(None, max_length=100)
@@ -49,7 +49,7 @@ def _plain(name: str) -> str:
 
 
 class Marker(Record):
-    """`run` stands in run.json, too, and the number in the directory's name here."""
+    """COMMITTED. `run` must agree with run.json, and the counter with the directory's name."""
 
     what = "marker of a checkpoint"
     way_out = WAY_OUT
@@ -69,26 +69,28 @@ class Checkpoint:
     """A committed checkpoint."""
 
     path: Path
-    step: int  # optimizer steps taken until then; for people, nothing goes by it
+    step: int  # optimizer steps taken until then; for people: the order is by images
     images_seen: int
     info: dict[str, Any]
 
     @classmethod
     def of(cls, path: Path, marker: Marker) -> "Checkpoint":
+        """The checkpoint in a directory whose marker was read."""
         return cls(path, marker.step, marker.images_seen, marker.model_dump(exclude_none=True))
 
     @property
     def name(self) -> str:
+        """Of its directory."""
         return self.path.name
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Name -> bytes of every file of it."""
+        """Size in bytes of each of its files, by name."""
         return {name: int(facts["size"]) for name, facts in self.info["files"].items()}
 
     @property
     def num_bytes(self) -> int:
-        """Size of all its files together."""
+        """Total size of its files."""
         return sum(self.sizes.values())
 
 
@@ -124,7 +126,7 @@ class Unusable:
 
 
 def is_marked(path: Path) -> bool:
-    """Whether a directory has a marker, whatever stands in it."""
+    """Whether a directory has a marker, whatever it contains."""
     return os.path.lexists(path / MARKER)
 
 
@@ -165,7 +167,7 @@ def _contradiction(name: str, marker: Marker) -> str | None:
 
 
 def _missing(path: Path, marker: Marker) -> str | None:
-    """A file that is not there or not as long as it was."""
+    """The first file that is missing or has another size than it had."""
     for name, facts in marker.files.items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
@@ -184,8 +186,9 @@ def _wrong(file: Path, checksum: int) -> str | None:
 
 
 def damage(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with a checkpoint's files: a checksum, or a tensor whose bytes are in none of them; None if all is
-    well. Reads it all.
+    """What is wrong with a checkpoint's files; None if they are intact. Reads all of them.
+
+    Wrong is a checksum, or a tensor whose bytes are in none of the files.
     """
     for name, facts in checkpoint.info["files"].items():
         if problem := _wrong(checkpoint.path / name, facts["crc32"]):
@@ -198,19 +201,20 @@ def damage(checkpoint: Checkpoint) -> str | None:
 
 
 def config_of(checkpoint: Checkpoint) -> Config:
-    """The configuration that a checkpoint was trained with, if it is what was committed; else DamagedFileError."""
+    """The configuration that a checkpoint was trained with. Raises DamagedFileError if it is not what was committed."""
     if problem := _wrong(checkpoint.path / CONFIG, checkpoint.info["files"][CONFIG]["crc32"]):
         raise DamagedFileError(checkpoint.path, problem, WAY_OUT)
     return load_config(checkpoint.path / CONFIG)
 
 
 def beside(checkpoint: Checkpoint) -> list[str]:
-    """Names of what lies in a checkpoint's directory and was not committed with it."""
+    """Names of files in a checkpoint's directory that were not committed with it."""
     return sorted({p.name for p in checkpoint.path.iterdir()} - {MARKER, *checkpoint.info["files"]})
 
 
 def require_whole(checkpoint: Checkpoint) -> None:
-    """Raise DamagedFileError if anything is wrong with a checkpoint's files. Reads them once for all calls of a process."""
+    """Raise DamagedFileError if anything is wrong with a checkpoint's files. Reads them once per process."""
+    # Files that were touched since are read again.
     facts = [(checkpoint.path / name).stat() for name in checkpoint.info["files"]]
     stamp = (
         checkpoint.path,

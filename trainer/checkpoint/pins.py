@@ -1,4 +1,4 @@
-"""Pins: who reads which checkpoint, so that retention keeps it meanwhile (`checkpoints/pins/`)."""
+"""Pins (`checkpoints/pins/`): who is reading which checkpoint, so that retention keeps it meanwhile."""
 
 import os
 import time
@@ -19,19 +19,19 @@ _PIN_LIFETIME_S = 24 * 3600
 
 
 class Pin(Record):
-    """Who reads a checkpoint."""
+    """The process that reads a checkpoint."""
 
     what = "pin of a checkpoint"
-    must_be_sealed = True  # whom it names decides whether its checkpoint may be removed; one of before holds for a day
+    must_be_sealed = True  # the process decides whether the checkpoint may be removed; an unsealed pin holds for a day
     host: Words
     pid: int = Field(ge=1, lt=1 << 32)
 
 
 @contextmanager
 def pinned(checkpoint: Checkpoint, owner: str) -> Iterator[None]:
-    """Keep retention away from a checkpoint while it is read. A pin of a process that died expires by itself."""
+    """Keep retention away from a checkpoint while it is read. The pin of a process that died expires by itself."""
     pin = checkpoint.path.parent / "pins" / f"{checkpoint.name}.{owner.replace('/', '_')}"
-    with suppress(OSError):  # who may not write here reads without a pin
+    with suppress(OSError):  # without permission to write here, read without a pin
         make_folder(checkpoint.path.parent, "pins")
         save_record(pin, Pin(host=os.uname().nodename, pid=os.getpid()))
     try:
@@ -44,7 +44,7 @@ def pinned(checkpoint: Checkpoint, owner: str) -> Iterator[None]:
 
 
 def pinned_names(run_dir: Path) -> set[str]:
-    """Checkpoints that someone reads now."""
+    """Checkpoints that are being read now. Removes expired pins."""
     names = set()
     for pin in listed(checkpoints_dir(run_dir) / "pins"):
         if not (name := leading_name(pin.name)):
@@ -58,7 +58,7 @@ def pinned_names(run_dir: Path) -> set[str]:
 
 
 def _pin_holds(pin: Path) -> bool:
-    """Whether a pin's reader may be there. One that cannot be read holds for its time: somebody may be reading."""
+    """Whether the reader may still be there. A pin that cannot be read holds for its lifetime, to be safe."""
     try:
         reader = load_record(pin, Pin)
         if reader.host == os.uname().nodename:
@@ -66,5 +66,5 @@ def _pin_holds(pin: Path) -> bool:
     except (DamagedFileError, OSError):
         pass
     with suppress(OSError):  # it is gone
-        return time.time() - pin.lstat().st_mtime < _PIN_LIFETIME_S  # of the name itself: it may be a link to nothing
+        return time.time() - pin.lstat().st_mtime < _PIN_LIFETIME_S  # of the name itself: it may be a dangling link
     return False

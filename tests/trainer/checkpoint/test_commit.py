@@ -1,4 +1,4 @@
-"""The commit protocol: a checkpoint is whole or it is none (cases T01, T04, T15)."""
+"""The commit protocol: a checkpoint is whole, or it is not a checkpoint."""
 
 import json
 import os
@@ -130,13 +130,17 @@ def test_killed_at_any_point_of_a_save_the_newest_whole_checkpoint_wins(run: Pat
 def test_damaged_bytes_are_found_by_checksum_and_an_older_checkpoint_is_taken_loudly(run: Path) -> None:
     for step in (10, 20):
         save(run, step)
-    assert newest_intact(run, pytest.fail).step == 20
+    newest = newest_intact(run, pytest.fail)
+    assert newest is not None
+    assert newest.step == 20
     file = next((run / "checkpoints" / "images-000000000160").glob("*.distcp"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     said: list[str] = []
-    assert newest_intact(run, said.append).step == 10
+    older = newest_intact(run, said.append)
+    assert older is not None
+    assert older.step == 10
     assert said == [
         f"WARNING: checkpoint images-000000000160 is damaged and not used: the checksum of its file {file.name} is wrong"
     ]

@@ -1,7 +1,7 @@
-"""Random histories of a run: whatever batch sizes, retention settings, kills, damage and readers it meets, no committed
-checkpoint is lost outside the rule of docs/failures.md, `latest` is the one of most images, and the end has all its images.
+"""Random histories of a run lose no committed checkpoint outside the rule of docs/failures.md.
 
-Here the checkpoint layer is driven by hand, with files in the place of tensors, and killed at its every change of the file
+Whatever batch sizes, retention settings, kills, damage and readers it meets, `latest` is the checkpoint of most images, and
+the end has all its images. Here the checkpoint layer is driven by hand, with files in the place of tensors, and killed at its every change of the file
 system. `saving/test_histories.py` does a few with real ranks.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -23,7 +24,7 @@ from tarflow.trainer.checkpoint.find import committed, find, newest_intact
 from tarflow.trainer.checkpoint.marker import MARKER, damage
 from tarflow.trainer.checkpoint.pins import pinned, pinned_names
 from tarflow.trainer.run_dir import create_run
-from tarflow.trainer.saving.resume import Start, make_tidy
+from tarflow.trainer.saving.resume import Start, clean_up
 from tests.helpers.checkpoints import WEIGHTS, by_step, fill
 
 MEMORY = next((folder for folder in ("/dev/shm",) if os.access(folder, os.W_OK)), None)  # not the disk
@@ -36,7 +37,7 @@ class Killed(BaseException):
 
 @contextmanager
 def killed_at(change: int | None) -> Iterator[None]:
-    """Die before so many changes of the file system; no change is made once dead, not by a `finally` either."""
+    """Die before the N-th change of the file system; once dead no change is made, not even by a `finally`."""
     made = [0]
 
     def counted(function):
@@ -48,11 +49,7 @@ def killed_at(change: int | None) -> Iterator[None]:
 
         return call
 
-    with contextmanager(patched)({name: counted(getattr(os, name)) for name in CHANGES}):
-        yield
-
-
-def patched(functions: dict[str, object]) -> Iterator[None]:
+    functions: dict[str, Any] = {name: counted(getattr(os, name)) for name in CHANGES}
     with mock.patch.multiple(os, fsync=lambda _: None, **functions):
         yield
 
@@ -123,9 +120,9 @@ def save(run: Path, images: int, step: int, life: Life) -> None:
 def start(run: Path, before: dict[int, str], damaged: str | None) -> int:
     """As a start does it; the images to go on from. Nothing is lost by it but what is damaged."""
     with killed_at(None):
-        retention.put_back(run)
+        retention.restore_replaced(run)
         newest = newest_intact(run, lambda _: None)
-        make_tidy(run, Start(newest))
+        clean_up(run, Start(newest))
     wanted = {images for images, name in before.items() if name != damaged}
     assert wanted <= on_disk(run).keys()
     assert newest is not None or not before

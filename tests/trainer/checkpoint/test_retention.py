@@ -113,7 +113,7 @@ def test_a_save_at_the_same_images_again_never_costs_the_good_one(run: Path, mon
         if at == point:
             raise Killed
 
-    def counted(*names: object) -> None:
+    def counted(*names: Path) -> None:
         renames.append(names)
         die("rename" if len(renames) == 1 else "second rename")
         rename(*names)

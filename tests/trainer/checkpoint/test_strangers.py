@@ -1,4 +1,4 @@
-"""A checkpoint that a stranger made: nothing in it is run, and nothing outside it is opened (cases H01 and H03)."""
+"""A checkpoint that a stranger made: nothing in it is run, and nothing outside it is opened."""
 
 import io
 import json
@@ -69,7 +69,7 @@ def hidden(kind: type[Runs], where: str, mark: Path, found: dcp.Metadata) -> Any
     if where == "in planner_data":
         found.planner_data = {"model/w": harm}
     elif where == "as a size":
-        found.state_dict_metadata["model/w"].size = harm  # type: ignore[union-attr, assignment]
+        found.state_dict_metadata["model/w"].size = harm  # type: ignore[union-attr]
     elif where == "as a file's name":
         next(iter(found.storage_data.values())).relative_path = harm
     elif where == "in a field that nobody knows":
@@ -92,11 +92,11 @@ def test_a_pickle_in_the_metadata_runs_nothing(run: Path, tmp_path: Path, kind: 
     into = {"model/w": torch.empty(3), "ema-0.050/w": torch.empty(2, 2), "buffer/var": torch.empty(2)}
     for read in (lambda: load_weights(checkpoint, "raw"), lambda: read_tensors(checkpoint, into)):
         with pytest.raises(
-            DamagedFileError, match=r"\.metadata.*no part of the metadata of tensors.*choose another"
+            DamagedFileError, match=r"\.metadata.*not part of the metadata of tensors.*choose another"
         ) as error:
             read()
         assert len(str(error.value).splitlines()) == 1
-    assert "no part of the metadata" in str(damage(checkpoint))
+    assert "not part of the metadata" in str(damage(checkpoint))
     assert newest_intact(run, lambda _: None).images_seen == 8  # type: ignore[union-attr]
     assert not mark.exists()
 
@@ -142,8 +142,8 @@ def test_a_tensors_own_bytes_may_be_a_pickle_and_run_nothing(run: Path, tmp_path
 
 
 OF_METADATA: dict[str, tuple[dict[str, Any], str]] = {
-    "another folder's file": ({"file": "../images-000000000008/" + WEIGHTS}, "is no file of the checkpoint"),
-    "a file of the machine": ({"file": "/etc/passwd"}, "is no file of the checkpoint"),
+    "another folder's file": ({"file": "../images-000000000008/" + WEIGHTS}, "is not a file of the checkpoint"),
+    "a file of the machine": ({"file": "/etc/passwd"}, "is not a file of the checkpoint"),
     "beyond the end": ({"length": 10**6}, "is not within the"),
     "before the beginning": ({"length": -1}, "is not within the"),
 }
@@ -173,7 +173,7 @@ def test_pieces_fill_their_tensor_and_all_of_torchs_files_are_there(run: Path) -
     (folder / ".metadata").write_bytes(pickle.dumps(found))
     (folder / WEIGHTS).unlink()
     forge(folder)
-    assert f"it lies in '{WEIGHTS}', which is no file of the checkpoint" in str(damage(find(run)))
+    assert f"it lies in '{WEIGHTS}', which is not a file of the checkpoint" in str(damage(find(run)))
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])

@@ -20,7 +20,8 @@ from tarflow.trainer.checkpoint.names import DAMAGED
 from tarflow.trainer.checkpoint.pins import pinned, pinned_names
 from tarflow.trainer.config.schema import CheckpointConfig
 from tarflow.trainer.run_dir import create_run
-from tarflow.trainer.saving.background_writer import Save, Writer
+from tarflow.trainer.saving.async_writer import AsyncWriter
+from tarflow.trainer.saving.handle import Position, SaveHandle
 from tests.helpers.checkpoints import fill
 
 HELD = ".nfs0001"  # what an NFS client makes of a removed file that is still open
@@ -48,8 +49,8 @@ def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     assert os.rmdir is rmdir
 
 
-def save(run: Path, images: int) -> Save:
-    writer, save = Writer(run, CheckpointConfig(keep_latest=2)), Save(images, images)
+def save(run: Path, images: int) -> SaveHandle:
+    writer, save = AsyncWriter(run, CheckpointConfig(keep_latest=2)), SaveHandle(Position(images, images))
     writer.write(save, {"model/w": torch.ones(3)}, lambda: ("config", {}))
     return save
 
@@ -111,7 +112,7 @@ def test_a_marker_that_cannot_be_removed_leaves_a_whole_checkpoint(run: Path, mo
     save_by_hand = ckpt.temporary_dir(run, 32)
     fill(save_by_hand)
     ckpt.commit(run, save_by_hand, 32, 32, {})
-    unlink, warned = Path.unlink, []
+    unlink, warned = Path.unlink, list[str]()
 
     def refuse(path: Path, missing_ok: bool = False) -> None:
         if path.name == MARKER:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ class NoisyLayer(nn.Module):
 )  # fmt: skip
 @pytest.mark.case("T10")
 def test_recomputation_sees_the_same_dropout_and_noise(settings: dict) -> None:
-    def run(config: ActivationCheckpointConfig) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def run(config: ActivationCheckpointConfig) -> tuple[list[Any], torch.Tensor]:
         torch.manual_seed(0)
         layers = [NoisyLayer() for _ in range(2)]
         for number, layer in enumerate(layers):
@@ -138,7 +139,7 @@ def test_checkpointing_and_compile_leave_the_names_alone() -> None:
 
     model = TarFlow(shape)
     names = list(model.state_dict())
-    settings = {"activation_checkpoint": {"mode": "selective"}, "compile": {"enable": True}}
+    settings: dict[str, Any] = {"activation_checkpoint": {"mode": "selective"}, "compile": {"enable": True}}
     apply_parallelism(model, training_config(shape, **settings), mesh=None)  # compiling happens at the first call
     assert list(model.state_dict()) == names
 

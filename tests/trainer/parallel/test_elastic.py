@@ -1,4 +1,4 @@
-"""A run goes on at any world size and in any backend as if it had been one: case T05, T06, T08, T09.
+"""A run goes on at any world size and in any backend as if it had been one.
 
 Real processes over gloo. The reference is one uninterrupted process in float32.
 """
@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def samples(run: Path) -> dict[int, dict[int, int]]:
 
 def tensors(run: Path, step: int) -> dict[str, Tensor]:
     path = find(run, step).path
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    metadata: dict[str, Any] = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
     dcp.load(found, storage_reader=dcp.FileSystemReader(path), no_dist=True)
     return found

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_peak_rates_by_the_name_that_the_driver_gives(name: str, rate: float | N
     assert peak_rate(name) == rate
 
 
-SECTIONS = {
+SECTIONS: dict[str, Any] = {
     "train": settings.TrainConfig, "optim": settings.OptimConfig, "parallel": settings.ParallelConfig,
     "activation_checkpoint": settings.ActivationCheckpointConfig, "compile": settings.CompileConfig,
     "ema": settings.EMAConfig, "checkpoint": settings.CheckpointConfig, "log": settings.LogConfig,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.golden import load, training_config
+from tarflow.models.flow import FlowBlock
 from tarflow.trainer.parallel.torch_backend import SingleBackend
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -136,6 +137,7 @@ def test_accumulation_in_bfloat16_sums_in_float32_also_where_a_micro_batch_uses_
     data, model = load("training_curve")
     with torch.no_grad():
         for number, block in enumerate(model.blocks):  # as in the script
+            assert isinstance(block, FlowBlock)
             block.proj_out.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(number))
     config = training_config(model.config, train={"param_dtype": "bfloat16", "micro_batch_size": 2})
     backend = SingleBackend(model, config, torch.device("cpu"))

@@ -33,7 +33,7 @@ def moved(config: TarFlowConfig) -> TarFlow:
     rng = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=rng)
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
         model.var.uniform_(0.5, 2, generator=rng)
     return model.eval()
 

@@ -1,9 +1,6 @@
-"""A save beside the training: what is written is the moment of the copy, what does not fit is not begun. Case T01."""
+"""A save beside the training: what is written is the moment of the copy, what does not fit is not begun."""
 
-import shutil
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,27 +9,36 @@ from tarflow.trainer.checkpoint.find import committed
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.schema import CheckpointConfig
 from tarflow.trainer.run_dir import create_run
-from tarflow.trainer.saving.background_writer import Save, Staging, Writer
+from tarflow.trainer.saving.async_writer import AsyncWriter
+from tarflow.trainer.saving.handle import Position, SaveHandle
+from tarflow.trainer.saving.staging import Staging
+from tests.helpers.storage import Disk
 
 
 @pytest.fixture
-def writer(tmp_path: Path) -> Writer:
+def disk() -> Disk:
+    return Disk()
+
+
+@pytest.fixture
+def writer(tmp_path: Path, disk: Disk) -> AsyncWriter:
     create_run(tmp_path / "run")
-    return Writer(tmp_path / "run", CheckpointConfig())
+    return AsyncWriter(tmp_path / "run", CheckpointConfig(), disk)
 
 
 def describe() -> tuple[str, dict[str, object]]:
     return "config", {}
 
 
-def test_what_is_written_is_the_moment_of_the_copy(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_written_is_the_moment_of_the_copy(writer: AsyncWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TARFLOW_FAULT", "save.begin@1=slow:0.3")  # training goes on meanwhile
-    weights, staging, save = torch.ones(4), Staging(), Save(1, 8)
+    weights, staging, save = torch.ones(4), Staging(), SaveHandle(Position(8, 1))
     writer.start(save, staging.copy({"model/w": weights}), describe)
     weights.fill_(2)
-    assert writer.collect(wait=False) is None
+    assert not save.done
     assert committed(writer.run_dir) == []
-    assert writer.collect(wait=True) is save
+    save.wait()
+    assert save.done
     assert save.error is None
     assert torch.equal(load_weights(committed(writer.run_dir)[0], "raw")["w"], torch.ones(4))
     held = staging.copy({"model/w": weights})["model/w"]
@@ -41,41 +47,28 @@ def test_what_is_written_is_the_moment_of_the_copy(writer: Writer, monkeypatch: 
 
 
 @pytest.mark.case("T01")
-def test_save_that_does_not_fit_is_refused_before_a_byte_is_written(
-    writer: Writer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=500_000))
-    save = Save(1, 8)
+def test_save_that_does_not_fit_is_refused_before_a_byte_is_written(writer: AsyncWriter, disk: Disk) -> None:
+    disk.free = 500_000
+    save = SaveHandle(Position(8, 1))
     writer.write(save, {"model/w": torch.ones(1000)}, describe)
     assert save.error is not None
     assert "a checkpoint needs 1 MB, but" in save.error
     assert "checkpoint.keep_latest=2" in save.error
     assert list((writer.run_dir / "checkpoints").iterdir()) == []
-    monkeypatch.undo()
-    again = Save(1, 8)
+    disk.free = None
+    again = SaveHandle(Position(8, 1))
     writer.write(again, {"model/w": torch.ones(1000)}, describe)
     assert again.error is None
     assert [c.step for c in committed(writer.run_dir)] == [1]
 
 
-def test_failed_write_leaves_no_space_taken_and_the_one_before_untouched(
-    writer: Writer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    writer.write(Save(1, 8), {"model/w": torch.ones(4)}, describe)
-    monkeypatch.setattr(
-        "tarflow.trainer.saving.background_writer.fault_point",
-        lambda point: full() if point == "save.written" else None,
-    )
-    save = Save(2, 16, began=time.monotonic())
+def test_failed_write_leaves_no_space_taken_and_the_one_before_untouched(writer: AsyncWriter, disk: Disk) -> None:
+    writer.write(SaveHandle(Position(8, 1)), {"model/w": torch.ones(4)}, describe)
+    disk.breaks = True
+    save = SaveHandle(Position(16, 2))
     writer.start(save, {"model/w": torch.zeros(4)}, describe)
-    assert writer.collect(wait=True) is save
+    save.wait()
+    assert save.done
     assert save.error == "rank 0: No space left on device: file"
     assert sorted(p.name for p in (writer.run_dir / "checkpoints").iterdir()) == ["images-000000000008", "latest"]
     assert torch.equal(load_weights(committed(writer.run_dir)[0], "raw")["w"], torch.ones(4))
-
-
-def full() -> None:
-    import errno
-    import os
-
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "file")
