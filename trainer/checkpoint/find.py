@@ -116,22 +116,25 @@ def find(
     """
     run_dir = Path(run_dir)
     usable, refused = scan(run_dir)
-    for path, text in why_skipped(refused, "used").items() if step is None and images is None and usable else ():
-        if is_newer(path, usable[-1]):
-            (warn or _warn)(f"WARNING: checkpoint {text}")
     if not usable:
-        check_identity(run_dir)
-    if step is None and images is None and not usable:
+        check_identity(run_dir)  # they may all be another run's, and that error says more
+    if step is not None or images is not None:
+        aside = [path for ending in (DAMAGED, ASIDE) for path in set_aside_dirs(run_dir, ending)]
+        reasons = [f"{path.name}: {why}" for path, why in sorted(refused.items())]
+        reasons += [f"{path.name} is set aside" for path in aside]
+        return choose(usable, step, images, f"run {run_dir}", "usable checkpoint", ", ".join(reasons[-4:]))
+    if not usable:
         whys = "; ".join(f"{path.name}: {why}" for path, why in sorted(refused.items())[-4:] if why.committed)
         raise TrainerError(
             f"run {run_dir} has no {f'usable checkpoint ({whys})' if whys else 'committed checkpoint yet'}"
         )
-    reasons = [f"{path.name}: {why}" for path, why in sorted(refused.items())]
-    reasons += [f"{path.name} is set aside" for ending in (DAMAGED, ASIDE) for path in set_aside_dirs(run_dir, ending)]
-    return choose(usable, step, images, f"run {run_dir}", "usable checkpoint", ", ".join(reasons[-4:]))
+    for path, text in why_skipped(refused, "used").items():
+        if is_newer(path, usable[-1]):
+            (warn or _to_stderr)(f"WARNING: checkpoint {text}")
+    return usable[-1]
 
 
-def _warn(line: str) -> None:
+def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

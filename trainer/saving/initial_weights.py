@@ -42,8 +42,13 @@ def check_initial(source: Path, config: Config, partial: bool) -> WeightsHeader:
     return header
 
 
-def initial_weights(source: Path, config: Config, partial: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """(tensors by the model's names, lines for the log). Parameters that are not among them keep their fresh values."""
+def initial_weights(
+    source: Path, config: Config, partial: bool, classes: Sequence[str] | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """(tensors by the model's names, lines for the log). Parameters that are not among them keep their fresh values.
+
+    `classes`: class names of the training data, if known; the embeddings of those that the old model knew are kept.
+    """
     file, lines = _read(source, config.model)
     changed = _check_fits(source, file.config, config.model, partial)
     if file.by_shapes:
@@ -54,11 +59,11 @@ def initial_weights(source: Path, config: Config, partial: bool) -> tuple[dict[s
     if trained.noise and (trained.noise, trained.noise_std) != (train.noise, _noise_std(config)):
         lines.append(f"note: this run trains on other noise: {train.noise}, standard deviation {_noise_std(config):g}")
     tensors = dict(file.tensors)
-    # As many classes can still be other ones, or in another order: their names tell.
-    ours = class_names(config) if partial else None
-    renamed = None not in (ours, file.provenance.classes) and list(ours or ()) != list(file.provenance.classes or ())
-    if "num_classes" in changed or renamed:
-        lines.append(_change_classes(tensors, config.model, file.provenance.classes, ours))
+    # The same number of classes may still be other classes, or in another order.
+    theirs = file.provenance.classes
+    renamed = classes is not None and theirs is not None and list(classes) != list(theirs)
+    if "num_classes" in changed or (partial and renamed):
+        lines.append(_change_classes(tensors, config.model, theirs, classes))
     if "image_size" in changed:
         _resample(tensors, config.model)
         lines.append(

@@ -20,7 +20,7 @@ from tarflow.trainer.parallel.world import World, first_decides, gather
 from tarflow.trainer.resilience.fault_injection import fault_point
 from tarflow.trainer.saving.async_writer import AsyncWriter
 from tarflow.trainer.saving.handle import Position, SaveHandle
-from tarflow.trainer.saving.initial_weights import initial_weights
+from tarflow.trainer.saving.initial_weights import class_names, initial_weights
 from tarflow.trainer.saving.resume import Start, clean_up
 from tarflow.trainer.saving.staging import Staging
 from tarflow.trainer.saving.storage import CheckpointStorage
@@ -106,6 +106,7 @@ class CheckpointManager:
         learned from some.
         """
         began = time.monotonic()
+        # One save at a time. If the one before failed, its state is not saved after all.
         self.collect(wait=True)
         if images_seen == self._saved_at or not self._worth_saving(tried, last, complete):
             return None
@@ -119,6 +120,8 @@ class CheckpointManager:
             self._running = save
             self._writer.start(save, staged, self._describe)
             return save
+
+        # Nothing changes the state meanwhile, so it is written from where it is.
         self._writer.write(save, self._state(), self._describe)
         save.blocked_s = save.seconds
         self._record(save)
@@ -206,7 +209,8 @@ class CheckpointManager:
         return self._newest
 
     def _load_initial_weights(self, source: Path, partial: bool) -> None:
-        weights, lines = initial_weights(source, self.config, partial)
+        classes = class_names(self.config) if partial else None
+        weights, lines = initial_weights(source, self.config, partial, classes)
         for line in lines:
             self.log.say(line)
         state: dict[str, Tensor] = self.backend.state()

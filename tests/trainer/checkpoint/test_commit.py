@@ -86,29 +86,32 @@ import sys, os, signal, torch
 from pathlib import Path
 from tarflow.trainer.checkpoint import commit as ckpt, retention
 from tarflow.trainer.checkpoint.tensors import write_tensors
-run, point = Path(sys.argv[1]), sys.argv[2]
-module, name = point.split(":")
-import importlib
-owner = importlib.import_module(module) if module != "os" else os
-real, count = getattr(owner, name), [int(sys.argv[3])]
+run, name = Path(sys.argv[1]), sys.argv[2]
+real, count = getattr(os, name), [int(sys.argv[3])]
 def die(*a, **k):
     count[0] -= 1
     if count[0] < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*a, **k)
-setattr(owner, name, die)
 temporary = ckpt.temporary_dir(run, 160)
 write_tensors(temporary, {"model/w": torch.ones(3)})
 (temporary / "config.yaml").write_text("")
+setattr(os, name, die)
 ckpt.commit(run, temporary, 20, 160, {})
 retention.apply_retention(run, 2, 0)
 """
 
 
-@pytest.mark.parametrize("point", ["tarflow.trainer.checkpoint.commit:fsync_tree", "os:rename", "tarflow.trainer.checkpoint.commit:write_text",
-                                   "tarflow.trainer.checkpoint.commit:save_record",
-                                   "os:replace", "tarflow.trainer.checkpoint.retention:remove"])  # fmt: skip
-@pytest.mark.parametrize("calls", [0, 1])
+KILLED_BEFORE = [
+    *(("fsync", calls) for calls in (0, 3)),  # of the first file, of the directory
+    ("rename", 0), ("fsync", 4),  # to the final name, and its parent
+    ("fsync", 5), ("replace", 0),  # of the marker
+    ("fsync", 7), ("replace", 1),  # of the pointer
+    ("unlink", 2), ("fsync", 9), ("unlink", 3), ("rmdir", 0),  # of what retention removes: marker, files, directory
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("point", "calls"), KILLED_BEFORE)
 @pytest.mark.case("T01")
 def test_killed_at_any_point_of_a_save_the_newest_whole_checkpoint_wins(run: Path, point: str, calls: int) -> None:
     for step in (5, 8, 10):

@@ -102,7 +102,7 @@ def test_a_pickle_in_the_metadata_runs_nothing(run: Path, tmp_path: Path, kind: 
 
 
 @pytest.mark.case("H01")
-def test_a_value_that_is_no_tensor_is_not_unpickled(run: Path, tmp_path: Path) -> None:
+def test_a_value_that_is_not_a_tensor_is_not_unpickled(run: Path, tmp_path: Path) -> None:
     mark, folder = tmp_path / "ran", find(run).path
     payload = io.BytesIO()
     torch.save(Runs(mark), payload)
@@ -247,8 +247,8 @@ MARKERS: dict[str, tuple[dict[str, Any], str]] = {
     "a size below none": ({"files": {".metadata": {"size": -1, "crc32": 0}}}, "size: input should be greater"),
     "a list for a table": ({"files": []}, "files: input should be"),
     "no identity": ({"run": "../x"}, "run: "),
-    "classes that are no names": ({"classes": [1, 2]}, "classes.0: "),
-    "code that is no code": ({"code": {"version": "1", "commit": True}}, "code.commit: "),
+    "classes that are not names": ({"classes": [1, 2]}, "classes.0: "),
+    "code that is not code": ({"code": {"version": "1", "commit": True}}, "code.commit: "),
     "a field that nobody knows": ({"more": 1}, "more: extra"),
 }
 
@@ -271,7 +271,7 @@ def test_a_marker_that_lies_is_not_the_newest(run: Path, name: str, capsys: pyte
     "text", ['{"step": 2, "images_seen": Infinity}', '{"step": NaN}', "[]", "{", "\x00", "[" * 9999]
 )
 @pytest.mark.case("H03")
-def test_a_marker_that_is_no_record_is_not_the_newest(run: Path, text: str) -> None:
+def test_a_marker_that_is_not_a_record_is_not_the_newest(run: Path, text: str) -> None:
     folder = find(run).path
     (folder / MARKER).write_text(text)
     assert find(run).images_seen == 8

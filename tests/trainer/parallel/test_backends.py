@@ -1,4 +1,4 @@
-"""One loop, one mathematics: backends agree, checkpointing changes no gradient, bad steps are passed over by all ranks.
+"""One loop, one mathematics: backends agree, checkpointing changes no gradient, bad steps are skipped by all ranks.
 
 Real processes over gloo. Cases T10, T12, T13, T14; `benchmarks.parity` runs the whole matrix, and so does this in CI.
 """
@@ -183,7 +183,7 @@ print(f"rank {world.rank} agrees\\n", end="")
                  {"backend": "deepspeed", "zero_stage": 3}], ids=lambda p: "-".join(map(str, p.values()))
 )  # fmt: skip
 @pytest.mark.case("T14")
-def test_a_step_that_is_not_finite_on_one_rank_is_passed_over_by_all(tmp_path: Path, parallel: dict) -> None:
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: Path, parallel: dict) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     root = str(Path(__file__).resolve().parents[3])
@@ -197,7 +197,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_passed_over_by_all(tmp_path: P
 
 
 @pytest.mark.case("T14")
-def test_spikes_are_passed_over_and_counted_and_ordinary_steps_are_not() -> None:
+def test_spikes_are_skipped_and_counted_and_ordinary_steps_are_not() -> None:
     p = torch.nn.Parameter(torch.zeros(4))
     optimizer = GuardedAdamW([p], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0, skip_spikes=True)
     noise = torch.Generator().manual_seed(0)

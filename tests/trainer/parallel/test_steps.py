@@ -100,7 +100,7 @@ OFFLOAD = """
 
 
 @pytest.mark.case("T12", "T14")
-def test_spikes_on_one_rank_are_passed_over_by_all_and_host_memory_changes_nothing(tmp_path: Path) -> None:
+def test_spikes_on_one_rank_are_skipped_by_all_and_host_memory_changes_nothing(tmp_path: Path) -> None:
     """One launch for both: importing DeepSpeed takes longer than either."""
     parallel = [{"backend": "ddp"}, {"backend": "fsdp2"}, {"backend": "deepspeed", "zero_stage": 3}]
     offloaded = [{"backend": "deepspeed", "zero_stage": stage, "offload_optimizer": True} for stage in (2, 3)]

@@ -30,13 +30,14 @@ def describe() -> tuple[str, dict[str, object]]:
     return "config", {}
 
 
-def test_what_is_written_is_the_moment_of_the_copy(writer: AsyncWriter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TARFLOW_FAULT", "save.begin@1=slow:0.3")  # training goes on meanwhile
+def test_what_is_written_is_the_moment_of_the_copy(writer: AsyncWriter, disk: Disk) -> None:
+    disk.ready.clear()  # training goes on meanwhile
     weights, staging, save = torch.ones(4), Staging(), SaveHandle(Position(8, 1))
     writer.start(save, staging.copy({"model/w": weights}), describe)
     weights.fill_(2)
     assert not save.done
     assert committed(writer.run_dir) == []
+    disk.ready.set()
     save.wait()
     assert save.done
     assert save.error is None

@@ -239,7 +239,7 @@ def test_snapshots_of_another_run_are_not_mixed_with_its_own(made: Path, config:
     "text", ["", "[]", "{", '{"images_seen": 80}', '{"images_seen": 80, "restarts": 1e400}', "\x00\xff"]
 )
 @pytest.mark.case("H06")
-def test_a_damaged_count_of_restarts_is_no_count_of_none(made: Path, config: Config, place: Path, text: str) -> None:
+def test_a_damaged_count_of_restarts_does_not_count_as_none(made: Path, config: Config, place: Path, text: str) -> None:
     run = twin(made, place / "run")
     (run / "restarts.json").unlink()
     assert count_restart(run, 80, 3) is None  # not there: the first

@@ -93,10 +93,10 @@ def saved(manager: CheckpointManager) -> list[tuple[int, int]]:
 
 
 @pytest.mark.case("V02")
-def test_a_save_amid_steps_that_are_passed_over_waits_for_the_next_that_is_taken(manager: CheckpointManager) -> None:
+def test_a_save_amid_skipped_steps_waits_for_the_next_that_is_taken(manager: CheckpointManager) -> None:
     manager.save(10, 10)
     skip(manager, in_all=2, in_a_row=2)
-    manager.save(20, 20)  # eight were taken, then two passed over
+    manager.save(20, 20)  # eight were taken, then two skipped
     assert saved(manager) == [(10, 10)]
     assert not manager.overdue()  # nothing is known of the steps after it
     manager.observe_skipped(3.0)
@@ -110,7 +110,7 @@ def test_a_save_amid_steps_that_are_passed_over_waits_for_the_next_that_is_taken
 
 
 @pytest.mark.case("V02")
-def test_steps_that_were_all_passed_over_are_no_checkpoint_not_even_at_the_end(manager: CheckpointManager) -> None:
+def test_skipped_steps_alone_make_no_checkpoint_not_even_at_the_end(manager: CheckpointManager) -> None:
     manager.save(10, 10)
     skip(manager, in_all=5, in_a_row=5)
     manager.save(15, 15)
@@ -124,7 +124,7 @@ def test_steps_that_were_all_passed_over_are_no_checkpoint_not_even_at_the_end(m
 
 
 @pytest.mark.case("V02")
-def test_the_last_steps_of_a_run_that_has_learned_may_be_passed_over(manager: CheckpointManager) -> None:
+def test_the_last_steps_of_a_run_that_has_learned_may_be_skipped(manager: CheckpointManager) -> None:
     manager.save(10, 10)
     skip(manager, in_all=1, in_a_row=1)
     manager.save(11, 11, last=True, complete=True)
@@ -141,7 +141,7 @@ def test_images_that_are_left_out_on_purpose_are_progress(manager: CheckpointMan
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.case("V02")
-def test_weights_that_are_not_finite_are_no_checkpoint_though_the_gradient_was(
+def test_weights_that_are_not_finite_are_not_saved_though_the_gradient_was(
     manager: CheckpointManager, value: float
 ) -> None:
     manager.save(10, 10)
@@ -153,7 +153,7 @@ def test_weights_that_are_not_finite_are_no_checkpoint_though_the_gradient_was(
 
 
 @pytest.mark.case("V02")
-def test_a_save_that_failed_is_no_checkpoint_to_measure_by(manager: CheckpointManager, disk: Disk) -> None:
+def test_a_save_that_failed_is_not_a_checkpoint_to_measure_by(manager: CheckpointManager, disk: Disk) -> None:
     manager.save(10, 10)
     manager.collect(wait=True)
     disk.free = 0
