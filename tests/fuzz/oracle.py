@@ -39,7 +39,7 @@ REFUSALS = (1, 2, 3, 4)  # exit codes that the verbs' help texts list
 
 # What a command notes of itself on the way; nothing that anyone reads as a figure.
 _PASSING = re.compile(
-    r"(^|/)(log\.txt|\.lock|rank-\d+\.json|work\.json|fontlist[^/]*|\.private/.*)$|(^|/)\.private/|/pins/|/tensorboard/"
+    r"(^|/)(log\.txt|\.lock|rank-\d+\.json|work\.json|fontlist[^/]*|\.private/.*)$|(^|/)\.private/|/pins/|/claims/|/tensorboard/"
 )
 _NEW_EACH_TIME = re.compile(r"/slurm/(jobs/|code-|config-)")  # named by their moment
 # What anyone would take for a finished piece of work.
