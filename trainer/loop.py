@@ -143,7 +143,7 @@ class Run:
         """False, with a last line in the log, if restarts keep coming back to this position."""
         most = self.config.train.max_restarts_without_progress
         reason = count_restart(run_dir, self.images_seen, most) if self.world.first else None
-        reason = broadcast(reason)  # type: ignore[assignment]
+        reason = broadcast(reason)
         if reason is not None:
             self.log.say(reason, last_words=True)
         return reason is None

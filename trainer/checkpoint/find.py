@@ -128,6 +128,7 @@ def find(
         raise TrainerError(
             f"run {run_dir} has no {f'usable checkpoint ({whys})' if whys else 'committed checkpoint yet'}"
         )
+    # The newest one there is may not be the newest there was, which must not go unnoticed.
     for path, text in why_skipped(refused, "used").items():
         if is_newer(path, usable[-1]):
             (warn or _to_stderr)(f"WARNING: checkpoint {text}")

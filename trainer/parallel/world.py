@@ -78,7 +78,7 @@ def process_group(world: World, device: torch.device, timeout_s: float, always: 
         time.sleep(0.2)  # gloo's threads finish; leaving at once sometimes aborts the interpreter
 
 
-def broadcast(value: object, group: dist.ProcessGroup | None = None) -> object:
+def broadcast(value: T, group: dist.ProcessGroup | None = None) -> T:
     """Rank 0's value on every rank; the value itself when alone."""
     if not dist.is_initialized():
         return value
@@ -104,7 +104,7 @@ def first_decides(world: World, decide: Callable[[], T]) -> T:
             answer = decide()
         except (UserError, OSError) as error:
             answer = error
-    answer = broadcast(answer)  # type: ignore[assignment]
+    answer = broadcast(answer)
     if isinstance(answer, UserError | OSError):
         raise answer
     return answer  # type: ignore[return-value]

@@ -138,8 +138,7 @@ class AsyncWriter:
 
     def _on_first(self, action: Callable[[], T]) -> T:
         """What an action returns on rank 0, on every rank; or its failure, raised on every rank as a SaveError."""
-        outcome = _attempt(action) if self.first else None
-        outcome = broadcast(outcome, self.group)  # type: ignore[assignment]
+        outcome = broadcast(_attempt(action) if self.first else None, self.group)
         if isinstance(outcome, SaveError):
             raise outcome
         return outcome  # type: ignore[return-value]
