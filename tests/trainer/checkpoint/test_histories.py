@@ -7,12 +7,9 @@ system. `saving/test_histories.py` does a few with real ranks.
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -26,32 +23,9 @@ from tarflow.trainer.checkpoint.pins import pinned, pinned_names
 from tarflow.trainer.run_dir import create_run
 from tarflow.trainer.saving.resume import Start, clean_up
 from tests.helpers.checkpoints import WEIGHTS, by_step, fill
+from tests.helpers.killed import Killed, killed_at
 
 MEMORY = next((folder for folder in ("/dev/shm",) if os.access(folder, os.W_OK)), None)  # not the disk
-CHANGES = ("rename", "replace", "unlink", "rmdir", "mkdir", "open")
-
-
-class Killed(BaseException):
-    """SIGKILL: nothing after it is done."""
-
-
-@contextmanager
-def killed_at(change: int | None) -> Iterator[None]:
-    """Die before the N-th change of the file system; once dead no change is made, not even by a `finally`."""
-    made = [0]
-
-    def counted(function):
-        def call(*args: object, **kwargs: object) -> object:
-            made[0] += 1
-            if change is not None and made[0] > change:
-                raise Killed
-            return function(*args, **kwargs)
-
-        return call
-
-    functions: dict[str, Any] = {name: counted(getattr(os, name)) for name in CHANGES}
-    with mock.patch.multiple(os, fsync=lambda _: None, **functions):
-        yield
 
 
 @dataclass(frozen=True)
