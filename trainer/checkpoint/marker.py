@@ -80,7 +80,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Of its directory."""
+        """The name of its directory."""
         return self.path.name
 
     @property

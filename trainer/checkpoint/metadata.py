@@ -173,7 +173,7 @@ def _tensor(name: str, value: dict[str, Any], places: dict[tuple[str, Ints], tup
         raise _FlawError(f"{name}: it has no known dtype")
     if not isinstance(chunks, list):
         raise _FlawError(f"{name}: it has no pieces")
-    # Pieces inside the shape, no two at the same offset and as many numbers as the shape has: together they fill it.
+    # Pieces lie inside the shape, start at different offsets, and together hold as many numbers as it does.
     pieces, filled = [], 0
     for chunk in chunks:
         box = _fields(chunk, "ChunkStorageMetadata", name)
