@@ -189,7 +189,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: Path,
     root = str(Path(__file__).resolve().parents[3])
     done = subprocess.run(
         [*launcher, str(tmp_path / "script.py"), json.dumps(parallel)],
-        capture_output=True, text=True, timeout=180, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+        capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "rank 0 agrees" in done.stdout

@@ -57,7 +57,7 @@ for ranks, backend, until in json.loads(sys.argv[4]):
 def train(config: Path, run: Path, legs: list[tuple[int, str, int]]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LEGS, str(config), str(run), str(BATCH), json.dumps(legs)], cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == FINISHED, done.stderr[-2000:]
 

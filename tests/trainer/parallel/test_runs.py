@@ -71,7 +71,7 @@ def run_ranks(config: Path, run: Path, *legs: tuple[int, list[str], str, int]) -
     """Legs (ranks, overrides, rank that goes bad or "", from which position) in turn: their exit codes, what they said."""
     done = subprocess.run(
         [sys.executable, "-c", RANKS, str(config), str(run), json.dumps(legs)], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=150,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")], done.stderr

@@ -51,7 +51,7 @@ def two_ranks(body: str, folder: Path, *arguments: str) -> None:
     (folder / "script.py").write_text(BEGIN + body + '\nprint(f"rank {world.rank} agrees\\n", end="")\n')
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*launcher, str(folder / "script.py"), *arguments], capture_output=True, text=True, timeout=180,
+        [*launcher, str(folder / "script.py"), *arguments], capture_output=True, text=True, timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
