@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.golden import load, training_config
+from tarflow.models.flow import FlowBlock
 from tarflow.trainer.parallel.torch_backend import SingleBackend
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -50,7 +51,7 @@ def two_ranks(body: str, folder: Path, *arguments: str) -> None:
     (folder / "script.py").write_text(BEGIN + body + '\nprint(f"rank {world.rank} agrees\\n", end="")\n')
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*launcher, str(folder / "script.py"), *arguments], capture_output=True, text=True, timeout=180,
+        [*launcher, str(folder / "script.py"), *arguments], capture_output=True, text=True, timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -99,7 +100,7 @@ OFFLOAD = """
 
 
 @pytest.mark.case("T12", "T14")
-def test_spikes_on_one_rank_are_passed_over_by_all_and_host_memory_changes_nothing(tmp_path: Path) -> None:
+def test_spikes_on_one_rank_are_skipped_by_all_and_host_memory_changes_nothing(tmp_path: Path) -> None:
     """One launch for both: importing DeepSpeed takes longer than either."""
     parallel = [{"backend": "ddp"}, {"backend": "fsdp2"}, {"backend": "deepspeed", "zero_stage": 3}]
     offloaded = [{"backend": "deepspeed", "zero_stage": stage, "offload_optimizer": True} for stage in (2, 3)]
@@ -136,6 +137,7 @@ def test_accumulation_in_bfloat16_sums_in_float32_also_where_a_micro_batch_uses_
     data, model = load("training_curve")
     with torch.no_grad():
         for number, block in enumerate(model.blocks):  # as in the script
+            assert isinstance(block, FlowBlock)
             block.proj_out.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(number))
     config = training_config(model.config, train={"param_dtype": "bfloat16", "micro_batch_size": 2})
     backend = SingleBackend(model, config, torch.device("cpu"))
