@@ -1,6 +1,5 @@
 """Tiny data, a profile, the verbs as functions, and the live cluster of tests marked `slurm`."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -14,6 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+
+import tests.cluster.fake_slurm
+from tests.cluster import live
 
 
 @pytest.fixture(scope="session")
@@ -65,24 +67,16 @@ def verb():
     return call
 
 
-def load_module(name: str) -> ModuleType:
-    """A file beside this one, as a module."""
-    spec = importlib.util.spec_from_file_location(f"cluster_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def fake() -> ModuleType:
     """What tests with a mocked Slurm look at."""
-    return load_module("fake_slurm")
+    return tests.cluster.fake_slurm
 
 
 @pytest.fixture
-def fake_slurm(fake: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def fake_slurm(
+    fake: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tests.cluster.fake_slurm.FakeSlurm]:
     """A Slurm of scripts on PATH, in the place of a real one."""
     made = fake.FakeSlurm(tmp_path / "fake", os.environ["PATH"])
     monkeypatch.setenv("PATH", made.path)
@@ -125,7 +119,6 @@ def slurm_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     if conf:
         monkeypatch.setenv("SLURM_CONF", conf)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    live = load_module("live")
     yield live
     subprocess.run(["sh", "-c", "squeue -h -o %A | sort -u | xargs -r scancel"], check=False)
 

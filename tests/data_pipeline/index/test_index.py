@@ -25,6 +25,7 @@ from tarflow.data_pipeline.index.patterns import expand_braces, find_shards
 from tarflow.data_pipeline.index.samples import split_name
 from tarflow.data_pipeline.index.tar_scan import TarScan
 from tarflow.data_pipeline.storage.open_index import open_index
+from tests.helpers.effort import draws
 
 
 def index_of(root: Path, shards: list[Path], **options: object) -> list[tuple[str, str, int]]:
@@ -345,7 +346,7 @@ member_names = st.one_of(
         st.integers(1, 5), st.lists(st.sampled_from(["jpg", "cls", "json", "png", "a.jpg", "b.jpg", "jpg.cls"]), min_size=1, max_size=3),
     )
 )  # fmt: skip
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=draws(200), deadline=None)
 @pytest.mark.case("D05")
 def test_the_quick_way_for_regular_shards_gives_what_the_general_way_gives(
     members: list[tuple[str, bytes]],

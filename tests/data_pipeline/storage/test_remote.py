@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 import subprocess
@@ -24,14 +23,9 @@ from tarflow.data_pipeline.loading.shape import ImageShape
 from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.data_pipeline.storage.remote import Access, address
 from tarflow.data_pipeline.storage.shard_cache import ShardCache
+from tests.data_pipeline.storage import http_server
 from tests.helpers.loaders import make_loader
-
-_spec = importlib.util.spec_from_file_location("http_server", Path(__file__).with_name("http_server.py"))
-assert _spec is not None
-assert _spec.loader is not None
-http_server: Any = importlib.util.module_from_spec(_spec)
-sys.modules["http_server"] = http_server
-_spec.loader.exec_module(http_server)
+from tests.helpers.waiting import until
 
 REPOSITORY = Path(__file__).parents[3]
 ARGS: dict[str, Any] = {"image_size": 8, "channels": 3, "global_batch_size": 6, "num_classes": 3}
@@ -354,13 +348,6 @@ def test_a_full_disk_names_the_settings(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_shards_are_fetched_before_they_are_wanted(make_set: Callable[..., Path], tmp_path: Path, workers: int) -> None:
     """As far as half the cache reaches, and further as the consumer goes on."""
@@ -374,11 +361,11 @@ def test_shards_are_fetched_before_they_are_wanted(make_set: Callable[..., Path]
         with make_loader(server.url, **(ARGS | options | order)) as loader:
             iterator = iter(loader)
             first = [next(iterator)]
-            assert wait_until(lambda: asked() >= 5), "the consumer needs one shard, half of the cache holds five"
+            until("half of the cache to be full: five shards, of which the consumer needs one", lambda: asked() >= 5)
             time.sleep(0.2)
             assert asked() <= 7, "more was fetched than half of the cache holds"
             first += [next(iterator) for _ in range(30)]  # six shards on
-            assert wait_until(lambda: asked() >= 10)
+            until("five shards more", lambda: asked() >= 10)
         same(first, take(root, 31, **order))
     finally:
         server.close()

@@ -22,6 +22,7 @@ from tarflow.trainer.checkpoint import retention
 from tarflow.trainer.run_dir import create_run
 from tarflow.trainer.saving.resume import Start, make_tidy
 from tests.helpers.checkpoints import WEIGHTS, by_step, fill
+from tests.helpers.effort import draws
 
 MEMORY = next((folder for folder in ("/dev/shm",) if os.access(folder, os.W_OK)), None)  # not the disk
 CHANGES = ("rename", "replace", "unlink", "rmdir", "mkdir", "open")
@@ -163,7 +164,7 @@ def flip(run: Path) -> str:
 
 
 @given(history=st.lists(lives, min_size=2, max_size=7), old=st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=draws(100), deadline=None)
 @pytest.mark.case("V01")
 def test_no_history_loses_a_checkpoint_outside_the_rule(history: list[Life], old: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="histories-", dir=MEMORY) as folder:

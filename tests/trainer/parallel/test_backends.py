@@ -3,7 +3,6 @@
 Real processes over gloo. Cases T10, T12, T13, T14; `benchmarks.parity` runs the whole matrix, and so does this in CI.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,10 @@ from tarflow.trainer.parallel.checkpointing import checkpoint_layer
 from tarflow.trainer.parallel.choose import make_backend
 from tarflow.trainer.parallel.saved import whole
 from tarflow.trainer.parallel.world import process_group, world_from_env
+from tests.helpers.effort import IN_CI
 from tests.helpers.ranks import launch_ranks
 
-VARIANTS = list(parity.VARIANTS) if os.environ.get("CI") else list(parity.QUICK)
+VARIANTS = list(parity.VARIANTS) if IN_CI else list(parity.QUICK)
 
 
 def launch(size: int, jobs: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:

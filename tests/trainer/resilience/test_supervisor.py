@@ -16,22 +16,8 @@ import tarflow.trainer.resilience.supervisor
 from tarflow.trainer.resilience.exit_codes import FAILED, FINISHED, HUNG, NO_PROGRESS, REQUEUE, USAGE
 from tarflow.trainer.resilience.supervisor import Supervisor
 from tarflow.trainer.run_dir import create_run
-
-# A rank without torch: notes its start in the folder given, then does as told for that start.
-RANK = """
-import os, signal, sys, time
-from pathlib import Path
-folder, rank = Path(sys.argv[1]), os.environ["RANK"]
-life = len(list(folder.glob(f"began-{rank}-*")))
-got = []
-def stop(number, frame):
-    (folder / f"signal-{rank}").write_text(signal.Signals(number).name)
-    sys.exit(75)
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-    signal.signal(number, stop)
-signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2))
-(folder / f"began-{rank}-{life}").touch()
-"""
+from tests.helpers.programs import program
+from tests.helpers.waiting import until
 
 
 @pytest.fixture
@@ -43,7 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def supervise(folder: Path, what: str, restarts: int, ranks: int = 2) -> int:
-    command = [sys.executable, "-S", "-c", RANK + what, str(folder / "notes")]
+    command = [sys.executable, "-S", *program("scripted_rank", folder / "notes", what)[1:]]
     return Supervisor(command, ranks, folder / "run", restarts).run()
 
 
@@ -55,17 +41,9 @@ def log(folder: Path) -> list[str]:
     return (folder / "run" / "log.txt").read_text().splitlines() if (folder / "run" / "log.txt").exists() else []
 
 
-LOSE_RANK_1_ONCE = """
-if life == 0:
-    if rank == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(1000)  # waits for its peer
-"""
-
-
 @pytest.mark.case("C11")
 def test_lost_process_is_named_its_peers_are_ended_and_all_start_again(folder: Path) -> None:
-    assert supervise(folder, LOSE_RANK_1_ONCE, restarts=1) == FINISHED
+    assert supervise(folder, "lose-rank-1-once", restarts=1) == FINISHED
     assert (starts(folder, 0), starts(folder, 1)) == (2, 2)
     (line,) = log(folder)
     assert line.endswith(
@@ -75,7 +53,7 @@ def test_lost_process_is_named_its_peers_are_ended_and_all_start_again(folder: P
 
 @pytest.mark.parametrize(("code", "passed_on"), [(FAILED, FAILED), (HUNG, HUNG), (3, FAILED)])
 def test_restarts_are_counted_and_the_last_failure_is_the_exit_code(folder: Path, code: int, passed_on: int) -> None:
-    assert supervise(folder, f"sys.exit({code})", restarts=2) == passed_on
+    assert supervise(folder, f"exit-{code}", restarts=2) == passed_on
     assert starts(folder, 0) == 3
     assert "restart 2 of 2" in log(folder)[1]
     assert log(folder)[-1].endswith("no restarts are left (--max-restarts)")
@@ -84,7 +62,7 @@ def test_restarts_are_counted_and_the_last_failure_is_the_exit_code(folder: Path
 
 @pytest.mark.parametrize("code", [NO_PROGRESS, USAGE, REQUEUE])
 def test_what_would_end_the_same_way_is_not_started_again(folder: Path, code: int) -> None:
-    assert supervise(folder, f"sys.exit({code})", restarts=5) == code
+    assert supervise(folder, f"exit-{code}", restarts=5) == code
     assert starts(folder, 0) == 1
 
 
@@ -105,7 +83,7 @@ def when(ready: Callable[[], bool], action: Callable[[], None]) -> None:
 def test_signal_to_the_launcher_reaches_every_rank_once(folder: Path, sent: str, arrives: str) -> None:
     ready = lambda: starts(folder, 0) + starts(folder, 1) == 2  # noqa: E731
     when(ready, lambda: os.kill(os.getpid(), signal.Signals[sent]))
-    assert supervise(folder, "time.sleep(30)", restarts=5) == REQUEUE
+    assert supervise(folder, "wait", restarts=5) == REQUEUE
     # A SIGINT from a keyboard reaches the ranks by itself; two of them would end them unsaved.
     assert [(folder / "notes" / f"signal-{rank}").read_text() for rank in (0, 1)] == [arrives] * 2
     assert starts(folder, 0) == 1
@@ -120,7 +98,7 @@ def test_signal_while_the_ranks_are_started_is_not_lost(folder: Path, monkeypatc
         return start(*arguments, **settings)
 
     monkeypatch.setattr(tarflow.trainer.resilience.supervisor.subprocess, "Popen", signalled)
-    assert supervise(folder, "time.sleep(30)", restarts=5) == REQUEUE
+    assert supervise(folder, "wait", restarts=5) == REQUEUE
     assert [(folder / "notes" / f"signal-{rank}").read_text() for rank in (0, 1)] == ["SIGTERM"] * 2
 
 
@@ -130,9 +108,8 @@ def test_second_interrupt_ends_ranks_that_do_not_listen(folder: Path) -> None:
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGINT)
 
-    deaf = "for number in (15, 2): signal.signal(number, signal.SIG_IGN)\n(folder / 'deaf').touch()\ntime.sleep(30)"
     when(lambda: (folder / "notes" / "deaf").exists(), twice)
-    assert supervise(folder, deaf, restarts=5, ranks=1) == FAILED
+    assert supervise(folder, "deaf", restarts=5, ranks=1) == FAILED
     assert starts(folder, 0) == 1
 
 
@@ -156,10 +133,8 @@ def members(group: int) -> list[int]:
 
 
 def wait_for_log(run: Path, text: str) -> None:
-    end = time.monotonic() + 60
-    while not ((run / "log.txt").exists() and text in (run / "log.txt").read_text()):
-        assert time.monotonic() < end, f"{text!r} was never said"
-        time.sleep(0.02)
+    log = run / "log.txt"
+    until(f"{text!r} in the log", lambda: log.exists() and text in log.read_text())
 
 
 @pytest.mark.case("C11")
