@@ -209,20 +209,20 @@ def test_a_folder_that_someone_else_made_first_is_refused(tmp_path: Path, monkey
 def test_compiled_code_lies_in_a_private_folder(tmp_path: Path, monkeypatch) -> None:
     import tempfile
 
-    from tarflow.trainer.parallel.apply import own_compiler_cache
+    from tarflow.trainer.parallel.apply import use_private_compiler_cache
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     (tmp_path / f"tarflow-compiled-{os.geteuid()}").symlink_to(tmp_path)
     with pytest.raises(UserError, match="set TORCHINDUCTOR_CACHE_DIR"):
-        own_compiler_cache()
+        use_private_compiler_cache()
     (tmp_path / f"tarflow-compiled-{os.geteuid()}").unlink()
-    own_compiler_cache()
+    use_private_compiler_cache()
     folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     assert folder.parent == tmp_path
     assert folder.stat().st_mode & 0o777 == 0o700
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
-    own_compiler_cache()
+    use_private_compiler_cache()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
 
 

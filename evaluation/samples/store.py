@@ -184,7 +184,7 @@ class SampleStore:
         if self.kind == "shards":
             damaged = damaged_shards(self.folder, self._complete_sizes, shape)
         else:
-            damaged = damaged_pictures(self.folder, shape)
+            damaged = damaged_pictures(self.folder, self._complete_sizes, shape)
         for path, reason in damaged.items():
             if path.parent == self.folder:
                 say(f"samples in {path} are drawn again: {reason}")

@@ -51,14 +51,21 @@ def _flaw_of_shard(path: Path, shape: Shape | None) -> str | None:
         raise EvaluationError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def damaged_pictures(folder: Path, shape: Shape | None) -> dict[Path, str]:
-    """Pictures that are missing or not whole, and the notes `samples-FIRST-LAST.json` of the stretches they belong to."""
+def damaged_pictures(folder: Path, sizes: Mapping[str, int], shape: Shape | None) -> dict[Path, str]:
+    """Pictures that are missing or not whole, and the notes `samples-FIRST-LAST.json` of the stretches they belong to.
+
+    `sizes`: bytes of those notes that were once complete, by name.
+    """
     found: dict[Path, str] = {}
     for note in listed(folder, "samples-*.json"):
         try:
             stretch = load_note(note)
         except DamagedFileError as error:
             found[note] = f"damaged ({error.problem})"
+            continue
+        length = note.stat().st_size
+        if length != sizes.get(note.name, length):  # it may be read, but it is not the one that was written
+            found[note] = f"{length} bytes instead of {sizes[note.name]}"
             continue
         for index, size in ((int(i), stretch.sizes.get(i)) for i in stretch.labels):
             path = folder / "images" / f"{index:08d}.png"

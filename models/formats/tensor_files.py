@@ -83,8 +83,7 @@ def read_safetensors(path: Path, header_only: bool = False) -> TensorFile:
     except DamagedFileError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
-        _not_the_system(error)
-        raise DamagedFileError(path, f"it is not a readable safetensors file ({error})", WAY_OUT) from None
+        raise DamagedFileError(path, f"it is not a readable safetensors file ({_flaw(error)})", WAY_OUT) from None
     return TensorFile(tensors, metadata, checked)
 
 
@@ -132,8 +131,8 @@ def read_pickled(path: Path, attribute: str = "") -> TensorFile:
     except MemoryError:
         raise
     except Exception as error:  # bytes that are no pickle lead its machine astray in any way: KeyError, IndexError, ...
-        _not_the_system(error)
-        said = str(error).splitlines() if isinstance(error, RuntimeError | EOFError) else []
+        flaw = _flaw(error)
+        said = flaw.splitlines() if isinstance(error, RuntimeError | EOFError | OSError) else []
         text = said[0] if said else "no such format"
         raise DamagedFileError(path, f"it is not a readable weights file ({text})", WAY_OUT) from None
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in dict.values(content)):
@@ -154,8 +153,7 @@ def _check_records(path: Path) -> None:
     except DamagedFileError:
         raise
     except (zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError) as error:
-        _not_the_system(error)
-        raise DamagedFileError(path, f"its records cannot be read ({error})", WAY_OUT) from None
+        raise DamagedFileError(path, f"its records cannot be read ({_flaw(error)})", WAY_OUT) from None
     if damaged is not None:
         raise DamagedFileError(path, f"the checksum of its record {damaged!r} does not fit", WAY_OUT)
 
@@ -186,10 +184,13 @@ def _texts(path: Path, value: Any) -> dict[str, str]:
     return dict(dict.items(value))
 
 
-def _not_the_system(error: Exception) -> None:
-    """Raise an error of the system again, unless it is of a seek to a place that damage made up."""
-    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+def _flaw(error: Exception) -> str:
+    """What is wrong with a file that cannot be parsed; an error of the system is raised again."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error) or type(error).__name__
+    if error.errno != errno.EINVAL:
         raise error
+    return "its directory points outside the file"  # a seek to a place that damage made up
 
 
 def _require(path: Path) -> None:

@@ -82,7 +82,7 @@ def accounted(job: str) -> str:
 
 def committed_steps(run_dir: Path) -> list[int]:
     """Steps of the checkpoints that are there."""
-    from tarflow.trainer.checkpoint.commit import committed
+    from tarflow.trainer.checkpoint.find import committed
 
     return [checkpoint.step for checkpoint in committed(run_dir)]
 
@@ -93,7 +93,7 @@ def final_tensors(run_dir: Path) -> dict[str, Any]:
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from tarflow.trainer.checkpoint.commit import find
+    from tarflow.trainer.checkpoint.find import find
     from tarflow.trainer.checkpoint.tensors import read_tensors
 
     checkpoint = find(run_dir)

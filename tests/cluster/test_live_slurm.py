@@ -215,7 +215,7 @@ def test_a_sweep_is_one_array_whose_elements_are_requeued_alone(
 
 
 def test_cancel_saves_first(slurm_cluster, verb, config_file, profile, tmp_path, capsys) -> None:
-    from tarflow.trainer.checkpoint.commit import find
+    from tarflow.trainer.checkpoint.find import find
 
     run = tmp_path / "cancelled"
     assert verb("submit", config_file, "checkpoint.every_images=0", "--run", run, "--profile", profile) == 0
@@ -339,7 +339,7 @@ def test_a_finished_run_is_evaluated_after_the_fact_and_the_table_shows_it(
     assert verb("submit-eval", run, "--profile", profile, "evaluation.reference_images=32") == 0
     chain = slurm_cluster.ended(run, "evaluate")
     assert chain["ended"]["code"] == 0
-    from tarflow.trainer.checkpoint.commit import committed
+    from tarflow.trainer.checkpoint.find import committed
 
     steps = [json.loads(line)["step"] for line in (run / "evals.jsonl").read_text().splitlines()]
     assert sorted(steps) == sorted({c.step for c in committed(run)})

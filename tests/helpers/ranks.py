@@ -30,7 +30,7 @@ class Ended:
 
 
 def launch_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, may_fail: bool = False, patience_s: float = 300
+    fn: Callable[..., Any], world_size: int, *args: Any, may_fail: bool = False, patience_s: float = 600
 ) -> Ended:
     """Call `fn(*args)` in `world_size` processes under the variables that torchrun sets, and wait for their end.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tarflow.trainer.checkpoint.commit import committed
+from tarflow.trainer.checkpoint.find import committed
 from tests.helpers.waiting import until
 
 

@@ -15,9 +15,10 @@ from tarflow.evaluation.samples.draw import Sampler
 from tarflow.evaluation.samples.png_folder import load_png
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.store import SampleStore
+from tarflow.evaluation.samples.store_files import Note
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
-from tarflow.records import DamagedFileError, read_object, write_object
+from tarflow.records import DamagedFileError, read_object, save_record, write_object
 
 SETTINGS = ResolvedSampling().with_changes(seed=3)
 
@@ -212,13 +213,17 @@ def test_a_damaged_shard_is_drawn_again_and_said(saver, sampler, capsys, how):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("what", ["picture", "gone", "note", "half a note"])
+@pytest.mark.parametrize("what", ["picture", "gone", "note", "half a note", "another note"])
 @pytest.mark.case("V06")
 def test_damaged_pictures_and_notes_are_drawn_again_and_said(saver, sampler, capsys, what):
     folder = complete(saver(10, kind="png"), sampler)
     pictures = {p.name: p.read_bytes() for p in (folder / "images").iterdir()}
     victim, note = folder / "images/00000005.png", folder / "samples-00000004-00000007.json"
-    if what == "picture":
+    written = note.read_bytes()
+    if what == "another note":
+        note.unlink()
+        save_record(note, Note.model_validate({"labels": {"4": 2000}, "sizes": {"4": victim.stat().st_size}}))
+    elif what == "picture":
         cut(victim, 30)
     elif what == "gone":
         victim.unlink()
@@ -230,6 +235,7 @@ def test_damaged_pictures_and_notes_are_drawn_again_and_said(saver, sampler, cap
     assert f"samples in {note} are drawn again" in capsys.readouterr().out
     complete(again, sampler)
     assert {p.name: p.read_bytes() for p in (folder / "images").iterdir()} == pictures
+    assert note.read_bytes() == written
     assert saver(10, kind="png").missing() == []
 
 

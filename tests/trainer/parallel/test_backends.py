@@ -1,4 +1,4 @@
-"""One loop, one mathematics: backends agree, checkpointing changes no gradient, bad steps are passed over by all ranks.
+"""One loop, one mathematics: backends agree, checkpointing changes no gradient, bad steps are skipped by all ranks.
 
 Real processes over gloo. Cases T10, T12, T13, T14; `benchmarks.parity` runs the whole matrix, and so does this in CI.
 """
@@ -123,7 +123,7 @@ class NoisyLayer(nn.Module):
 )  # fmt: skip
 @pytest.mark.case("T10")
 def test_recomputation_sees_the_same_dropout_and_noise(settings: dict) -> None:
-    def run(config: ActivationCheckpointConfig) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def run(config: ActivationCheckpointConfig) -> tuple[list[Any], torch.Tensor]:
         torch.manual_seed(0)
         layers = [NoisyLayer() for _ in range(2)]
         for number, layer in enumerate(layers):
@@ -147,7 +147,7 @@ def test_checkpointing_and_compile_leave_the_names_alone() -> None:
 
     model = TarFlow(shape)
     names = list(model.state_dict())
-    settings = {"activation_checkpoint": {"mode": "selective"}, "compile": {"enable": True}}
+    settings: dict[str, Any] = {"activation_checkpoint": {"mode": "selective"}, "compile": {"enable": True}}
     apply_parallelism(model, training_config(shape, **settings), mesh=None)  # compiling happens at the first call
     assert list(model.state_dict()) == names
 
@@ -185,12 +185,12 @@ def one_bad_step_of_three(parallel: dict[str, Any]) -> None:
                  {"backend": "deepspeed", "zero_stage": 3}], ids=lambda p: "-".join(map(str, p.values()))
 )  # fmt: skip
 @pytest.mark.case("T14")
-def test_a_step_that_is_not_finite_on_one_rank_is_passed_over_by_all(parallel: dict[str, Any]) -> None:
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(parallel: dict[str, Any]) -> None:
     launch_ranks(one_bad_step_of_three, 2, parallel)
 
 
 @pytest.mark.case("T14")
-def test_spikes_are_passed_over_and_counted_and_ordinary_steps_are_not() -> None:
+def test_spikes_are_skipped_and_counted_and_ordinary_steps_are_not() -> None:
     p = torch.nn.Parameter(torch.zeros(4))
     optimizer = GuardedAdamW([p], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0, skip_spikes=True)
     noise = torch.Generator().manual_seed(0)

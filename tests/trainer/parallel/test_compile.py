@@ -1,4 +1,4 @@
-"""Compiling the layers under every way of activation checkpointing: it really happens, once, and changes nothing (T11).
+"""Compiling the layers under every way of activation checkpointing: it really happens, once, and changes nothing.
 
 Most of it runs the compiler's front half (`aot_eager`): graphs, recomputation and their guards, without the minutes that
 generating code takes. One test generates code.
@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from benchmarks.activation_checkpointing import KeptBytes
 from benchmarks.golden import load, training_config
 from tarflow.models.config import TarFlowConfig
-from tarflow.models.flow import TarFlow, flow_loss
+from tarflow.models.flow import FlowBlock, TarFlow, flow_loss
 from tarflow.models.init import init_weights
 from tarflow.trainer.batch import plan_batch
 from tarflow.trainer.parallel.apply import apply_parallelism
@@ -60,8 +60,9 @@ def build(mode: str, width: int, compiled: bool) -> TarFlow:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for block in model.blocks:
+            assert isinstance(block, FlowBlock)
             block.proj_out.weight.normal_(0, 0.02, generator=generator)
-    settings = {"activation_checkpoint": MODES[mode], "compile": {"enable": compiled}}
+    settings: dict[str, Any] = {"activation_checkpoint": MODES[mode], "compile": {"enable": compiled}}
     apply_parallelism(model, training_config(shape, **settings), mesh=None)
     return model
 

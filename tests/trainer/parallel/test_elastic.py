@@ -1,4 +1,4 @@
-"""A run goes on at any world size and in any backend as if it had been one: case T05, T06, T08, T09.
+"""A run goes on at any world size and in any backend as if it had been one.
 
 Real processes over gloo. The reference is one uninterrupted process in float32.
 """
@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from torch import Tensor
 
-from tarflow.trainer.checkpoint.commit import committed, find
+from tarflow.trainer.checkpoint.find import committed, find
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.resilience.exit_codes import FINISHED
 
@@ -56,7 +57,7 @@ for ranks, backend, until in json.loads(sys.argv[4]):
 def train(config: Path, run: Path, legs: list[tuple[int, str, int]]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LEGS, str(config), str(run), str(BATCH), json.dumps(legs)], cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == FINISHED, done.stderr[-2000:]
 
@@ -102,7 +103,7 @@ def samples(run: Path) -> dict[int, dict[int, int]]:
 
 def tensors(run: Path, step: int) -> dict[str, Tensor]:
     path = find(run, step).path
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    metadata: dict[str, Any] = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
     dcp.load(found, storage_reader=dcp.FileSystemReader(path), no_dist=True)
     return found

@@ -9,7 +9,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +17,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 
+from tarflow.data_pipeline.loading.batch import Batch
 from tarflow.models.flow import TarFlow
 from tarflow.models.init import init_weights
-from tarflow.trainer.checkpoint.commit import committed, find
+from tarflow.trainer.checkpoint.find import committed, find
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.config.schema import Config
@@ -70,7 +71,7 @@ def run_ranks(config: Path, run: Path, *legs: tuple[int, list[str], str, int]) -
     """Legs (ranks, overrides, rank that goes bad or "", from which position) in turn: their exit codes, what they said."""
     done = subprocess.run(
         [sys.executable, "-c", RANKS, str(config), str(run), json.dumps(legs)], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=150,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")], done.stderr
@@ -148,7 +149,8 @@ def test_a_run_that_goes_bad_on_one_rank_stops_all_and_saves_nothing_that_is_not
     assert 5 in [c.step for c in committed(run)]
     for checkpoint in committed(run):
         found = {}
-        for name, entry in dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata.items():
+        metadata: dict[str, Any] = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
+        for name, entry in metadata.items():
             found[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
         dcp.load(found, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=True)
         assert all(torch.isfinite(t).all() for t in found.values()), checkpoint.name
@@ -177,9 +179,8 @@ def noise_of(config: Config, world: int, seen: int) -> list[StepInput]:
         for _ in range(rank * world):  # ranks differ, and worlds
             torch.rand(7), np.random.rand(3), random.random()
         slots = torch.arange(rank * per_rank, (rank + 1) * per_rank)
-        batch = SimpleNamespace(
-            images=torch.zeros(per_rank, 1, 8, 8, dtype=torch.uint8), labels=slots % 3, slots=slots, images_seen=seen
-        )
+        images = torch.zeros(per_rank, 1, 8, 8, dtype=torch.uint8)
+        batch = Batch(images, labels=slots % 3, ids=slots, slots=slots, images_seen=seen)
         found.append(step_input(batch, config.train))
     return found
 
@@ -189,8 +190,8 @@ def test_noise_belongs_to_the_sample_not_to_a_rank_its_history_or_its_restarts(c
     config = load_config(config_file, ["train.label_dropout=0.5"])
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    step_input(SimpleNamespace(images=torch.zeros(2, 1, 8, 8), labels=torch.zeros(2, dtype=torch.long),
-                               slots=torch.arange(2), images_seen=0), config.train)  # fmt: skip
+    labels, slots = torch.zeros(2, dtype=torch.long), torch.arange(2)
+    step_input(Batch(torch.zeros(2, 1, 8, 8), labels, ids=slots, slots=slots, images_seen=0), config.train)
     assert torch.equal(torch.get_rng_state(), before)  # nor does it move anybody else's randomness
     drawn = []
     for seen in (0, BATCH, 2 * BATCH):

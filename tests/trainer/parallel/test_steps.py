@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tarflow.trainer.optimizer
 from benchmarks.golden import load, training_config
-from tarflow.models.flow import TarFlow
+from tarflow.models.flow import FlowBlock, TarFlow
 from tarflow.trainer.batch import plan_batch
 from tarflow.trainer.parallel.choose import make_backend
 from tarflow.trainer.parallel.saved import place, whole
@@ -26,6 +26,7 @@ def golden_start() -> tuple[dict[str, Tensor], TarFlow]:
     data, model = load("training_curve")
     with torch.no_grad():
         for number, block in enumerate(model.blocks):
+            assert isinstance(block, FlowBlock)
             block.proj_out.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(number))
     return data, model
 
@@ -106,7 +107,7 @@ def optimizer_state_in_host_memory(backends: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.case("T12", "T14")
-def test_spikes_on_one_rank_are_passed_over_by_all_and_host_memory_changes_nothing() -> None:
+def test_spikes_on_one_rank_are_skipped_by_all_and_host_memory_changes_nothing() -> None:
     parallel = [{"backend": "ddp"}, {"backend": "fsdp2"}, {"backend": "deepspeed", "zero_stage": 3}]
     launch_ranks(spikes_on_one_rank, 2, parallel)
     offloaded = [{"backend": "deepspeed", "zero_stage": stage, "offload_optimizer": True} for stage in (2, 3)]
