@@ -106,24 +106,3 @@ def _rank(call: bytes, environment: Mapping[str, str], at: str, folder: Path, ra
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def fork_ranks(ranks: int, work: Callable[[int], int]) -> list[int]:
-    """Run `work(rank)` in as many processes, under torchrun's variables unless it is one alone; their exit codes."""
-    port = free_port()
-    children = []
-    for rank in range(ranks):
-        pid = os.fork()
-        if pid == 0:
-            if ranks > 1:
-                os.environ |= torchrun_variables(rank, ranks, port)
-            code = 1
-            try:
-                code = work(rank)
-            except BaseException:  # noqa: BLE001 - whatever it is, the test hears of it
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        children.append(pid)
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]

@@ -17,7 +17,13 @@ from tarflow.trainer.resilience.exit_codes import FAILED, FINISHED, HUNG, NO_PRO
 from tarflow.trainer.resilience.supervisor import Supervisor
 from tarflow.trainer.run_dir import create_run
 from tests.helpers.programs import program
-from tests.helpers.waiting import until
+from tests.helpers.waiting import PATIENCE_S, until
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks have time to heed a signal, on a crowded machine too."""
+    monkeypatch.setattr(tarflow.trainer.resilience.supervisor, "GRACE_S", PATIENCE_S)
 
 
 @pytest.fixture
@@ -67,12 +73,10 @@ def test_what_would_end_the_same_way_is_not_started_again(folder: Path, code: in
 
 
 def when(ready: Callable[[], bool], action: Callable[[], None]) -> None:
-    """Do something from a thread, once it is time (after 20 s, in any case)."""
+    """Do something from a thread, once it is time."""
 
     def wait() -> None:
-        end = time.monotonic() + 20
-        while not ready() and time.monotonic() < end:
-            time.sleep(0.01)
+        until("the time to act", ready)
         action()
 
     threading.Thread(target=wait, daemon=True).start()
@@ -80,7 +84,7 @@ def when(ready: Callable[[], bool], action: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize(("sent", "arrives"), [("SIGTERM", "SIGTERM"), ("SIGUSR2", "SIGUSR2"), ("SIGINT", "SIGTERM")])
 @pytest.mark.case("C07")
-def test_signal_to_the_launcher_reaches_every_rank_once(folder: Path, sent: str, arrives: str) -> None:
+def test_signal_to_the_launcher_reaches_every_rank_once(folder: Path, patient: None, sent: str, arrives: str) -> None:
     ready = lambda: starts(folder, 0) + starts(folder, 1) == 2  # noqa: E731
     when(ready, lambda: os.kill(os.getpid(), signal.Signals[sent]))
     assert supervise(folder, "wait", restarts=5) == REQUEUE
@@ -90,7 +94,9 @@ def test_signal_to_the_launcher_reaches_every_rank_once(folder: Path, sent: str,
 
 
 @pytest.mark.case("C07")
-def test_signal_while_the_ranks_are_started_is_not_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_while_the_ranks_are_started_is_not_lost(
+    folder: Path, patient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start = subprocess.Popen
 
     def signalled(*arguments: Any, **settings: Any) -> "subprocess.Popen[bytes]":
@@ -142,7 +148,7 @@ def test_killed_rank_of_a_real_run_costs_a_restart_and_no_work(tiny_config: Path
     run = tmp_path / "run"
     settings = ("train.max_images=160", "checkpoint.every_images=48", "checkpoint.asynchronous=false")
     process = launch(tiny_config, run, *settings, "--ranks", "2", "--max-restarts", "1", TARFLOW_FAULT="step@8/1=kill")
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == FINISHED, errors[-2000:]
     said = (run / "log.txt").read_text()
     assert "supervisor: rank 1 was killed by SIGKILL (often: out of memory) first" in errors
@@ -162,7 +168,7 @@ def test_interrupt_of_the_whole_terminal_saves_once_and_leaves_nothing(tiny_conf
     wait_for_log(run, "step 3 ")
     assert len(members(process.pid)) >= 7  # the launcher, two ranks, four workers
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == REQUEUE, errors[-2000:]
     assert (run / "log.txt").read_text().count("the same command goes on from here") == 1
     assert members(process.pid) == []
@@ -174,9 +180,6 @@ def test_ranks_of_a_killed_launcher_save_and_leave(tiny_config: Path, tmp_path: 
     process = launch(tiny_config, run, "--ranks", "1", "train.max_images=160_000", "log.every_steps=1")
     wait_for_log(run, "step 3 ")
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     wait_for_log(run, "stopped by SIGTERM")
-    end = time.monotonic() + 30
-    while members(process.pid) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert members(process.pid) == []
+    until("the end of all processes", lambda: members(process.pid) == [])
