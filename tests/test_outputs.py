@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tarflow.outputs import Output, ReaderGoneError
+from tests.helpers.data import prepared
 from tests.helpers.programs import ENV, program
 from tests.helpers.waiting import until
 from tests.test_poor_file_system import CONFIG
@@ -28,14 +29,8 @@ def start(*words: object, **options: object) -> "subprocess.Popen[str]":
 
 @pytest.fixture(scope="module")
 def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tarflow.data_pipeline.prepare.sources import open_source
-    from tarflow.data_pipeline.prepare.write import Options, prepare
-
-    folder = tmp_path_factory.mktemp("small")
     images = np.random.default_rng(0).integers(0, 255, (30, 8, 8, 1), dtype=np.uint8)
-    np.savez(folder / "images.npz", images=images, labels=np.arange(30) % 3)
-    prepare(open_source(folder / "images.npz"), folder / "set", Options(size=8))
-    return folder / "set"
+    return prepared(tmp_path_factory.mktemp("small"), images, np.arange(30) % 3)
 
 
 @pytest.mark.parametrize("words", [["data", "info", "SET"], ["data", "verify", "SET", "--processes", "1"], ["--help"]])

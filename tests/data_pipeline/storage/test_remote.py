@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
-import sys
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,16 +14,18 @@ from typing import Any
 import pytest
 import torch
 
+import tarflow.data_pipeline.storage.remote_shards as shards
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.evaluation_batches import evaluation_batches
 from tarflow.data_pipeline.loading.loader import Batch
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.shape import ImageShape
 from tarflow.data_pipeline.storage.open_index import open_index
-from tarflow.data_pipeline.storage.remote import Access, address
+from tarflow.data_pipeline.storage.remote import Access, Remote, address
 from tarflow.data_pipeline.storage.shard_cache import ShardCache
 from tests.data_pipeline.storage import http_server
 from tests.helpers.loaders import make_loader
+from tests.helpers.ranks import launch_ranks
 from tests.helpers.waiting import until
 
 REPOSITORY = Path(__file__).parents[3]
@@ -222,29 +223,29 @@ def test_the_cache_is_bounded_and_keeps_what_was_used_last(tmp_path: Path) -> No
     assert sum(path.stat().st_size for path in (tmp_path / "c").iterdir()) <= 1000
 
 
+class DyingRemote(Remote):
+    """Kills its process within the first shard."""
+
+    def save(self, url: str, total: int, file: Any) -> None:
+        file.write(b"half")
+        file.flush()
+        if url.endswith(".tar"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().save(url, total, file)
+
+
+def fetch_and_be_killed(url: str, cache: Path) -> None:
+    shards.Remote = DyingRemote  # type: ignore[misc, attr-defined]
+    take(url, 1, cache_dir=str(cache))
+
+
 @pytest.mark.case("D12")
 def test_a_half_written_cache_file_is_fetched_again(served: tuple[Any, Path], tmp_path: Path) -> None:
     """Killed while fetching: the next run is not disturbed, fetches the shard again and leaves nothing behind."""
     server, root = served
     cache = tmp_path / "cache"
-    code = (
-        "import os, signal, sys; from tarflow.data_pipeline.storage import remote\n"
-        "class Killed(remote.Remote):\n"
-        "    def save(self, url, total, file):\n"
-        "        file.write(b'half'); file.flush()\n"
-        "        if url.endswith('.tar'): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        super().save(url, None if total is None else total, file)\n"
-        "import tarflow.data_pipeline.storage.remote_shards as shards; shards.Remote = Killed\n"
-        "from tarflow.data_pipeline.loading.loader import Loader\n"
-        "from tarflow.data_pipeline.loading.settings import DataSettings\n"
-        "from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape\n"
-        "data = DataSettings.of(sys.argv[1], cache_dir=sys.argv[2])\n"
-        "next(iter(Loader(data, ImageShape(8), BatchPlace(6))))"
-    )
-    killed = subprocess.run(
-        [sys.executable, "-c", code, server.url, str(cache)], env={**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    )
-    assert killed.returncode == -9
+    killed = launch_ranks(fetch_and_be_killed, 1, server.url, cache, may_fail=True)
+    assert killed.codes == [-signal.SIGKILL]
     assert len(list(cache.glob("*.partial"))) in (1, 2)  # the reader's, and maybe that of the thread that fetches ahead
     same(take(server.url, 10, cache_dir=str(cache)), take(root, 10))
     assert not [path for path in cache.iterdir() if path.suffix != ".shard"]

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-import yaml
 from torch import Tensor
 
 import tarflow.trainer.loop as loop
@@ -20,6 +19,7 @@ from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.resilience.exit_codes import FINISHED
 from tests.helpers.ranks import launch_ranks
+from tests.helpers.runs import write_config
 
 # (ranks, backend, steps until which it trains): every leg resumes what the one before saved.
 BATCH = 12
@@ -56,17 +56,11 @@ def train(config: Path, run: Path, legs: list[tuple[int, str, int]]) -> None:
 @pytest.fixture(scope="module")
 def elastic_config(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The schedule reaches its end in the warm-up, so that it does not depend on the length of a leg."""
-    tree = {
-        "data": {"train": str(tiny_data)},
-        "model": {"image_size": 8, "patch_size": 2, "in_channels": 1, "channels": 64, "num_blocks": 2, "layers_per_block": 1, "num_classes": 3},
-        "train": {"global_batch_size": BATCH, "max_images": STEPS * BATCH, "noise_std": 0.1, "param_dtype": "float32", "grad_clip": 1.0},
-        "optim": {"lr": 1e-3, "warmup_images": 10_000},
-        "checkpoint": {"every_images": 4 * BATCH, "keep_latest": -1},
-        "log": {"every_steps": 1, "tensorboard": False},
-    }  # fmt: skip
-    path = tmp_path_factory.mktemp("elastic") / "elastic.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
+    return write_config(
+        tmp_path_factory.mktemp("elastic") / "elastic.yaml", tiny_data,
+        train={"global_batch_size": BATCH, "max_images": STEPS * BATCH, "noise_std": 0.1, "param_dtype": "float32", "grad_clip": 1.0},
+        optim={"lr": 1e-3, "warmup_images": 10_000}, checkpoint={"every_images": 4 * BATCH, "keep_latest": -1},
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-import yaml
 
 import tarflow.trainer.loop as loop
 from tarflow.data_pipeline.loading.batch import Batch
@@ -31,6 +30,7 @@ from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.resilience.exit_codes import FINISHED, NO_PROGRESS, USAGE
 from tarflow.trainer.step_inputs import StepInput, step_input
 from tests.helpers.ranks import launch_ranks
+from tests.helpers.runs import write_config
 
 BATCH = 12
 
@@ -71,19 +71,14 @@ def train_apart(config: Path, run: Path, overrides: list[str]) -> int:
 @pytest.fixture
 def config_file(tiny_data: Path, tmp_path: Path) -> Path:
     """Three classes: an embedding whose rows do not divide among two ranks. A checkpoint after each step."""
-    tree = {
-        "data": {"train": str(tiny_data)},
-        "model": {"image_size": 8, "patch_size": 2, "in_channels": 1, "channels": 64, "num_blocks": 2, "layers_per_block": 1, "num_classes": 3},
-        "train": {"global_batch_size": BATCH, "max_images": 5 * BATCH, "noise_std": 0.1, "param_dtype": "float32"},
-        "optim": {"lr": 1e-3, "warmup_images": 12},
-        "parallel": {"backend": "fsdp2", "start_timeout_s": 60, "step_timeout_s": 60},
-        "ema": {"relative_stds": [0.1], "decays": [0.9], "snapshot_every_images": BATCH},
-        "checkpoint": {"every_images": BATCH, "keep_latest": -1},
-        "log": {"every_steps": 1, "tensorboard": False},
-    }  # fmt: skip
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
+    return write_config(
+        tmp_path / "config.yaml", tiny_data,
+        train={"global_batch_size": BATCH, "max_images": 5 * BATCH, "noise_std": 0.1, "param_dtype": "float32"},
+        optim={"lr": 1e-3, "warmup_images": 12},
+        parallel={"backend": "fsdp2", "start_timeout_s": 60, "step_timeout_s": 60},
+        ema={"relative_stds": [0.1], "decays": [0.9], "snapshot_every_images": BATCH},
+        checkpoint={"every_images": BATCH, "keep_latest": -1},
+    )  # fmt: skip
 
 
 @pytest.mark.case("T06")
