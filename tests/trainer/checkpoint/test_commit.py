@@ -1,13 +1,13 @@
 """The commit protocol: a checkpoint is whole, or it is not a checkpoint."""
 
+import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from tarflow.trainer.checkpoint.pins import Pin, pinned, pinned_names
 from tarflow.trainer.checkpoint.tensors import load_weights, read_tensors, write_tensors
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import create_run, run_id, writer_lock
+from tests.helpers.ranks import launch_ranks
 
 
 @pytest.fixture
@@ -81,25 +82,21 @@ def test_partial_checkpoint_is_not_the_newest(run: Path, damage, reason: str) ->
     assert load_weights(find(run), "raw")["w"][0] == 0.5
 
 
-KILLED = """
-import sys, os, signal, torch
-from pathlib import Path
-from tarflow.trainer.checkpoint import commit as ckpt, retention
-from tarflow.trainer.checkpoint.tensors import write_tensors
-run, name = Path(sys.argv[1]), sys.argv[2]
-real, count = getattr(os, name), [int(sys.argv[3])]
-def die(*a, **k):
-    count[0] -= 1
-    if count[0] < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*a, **k)
-temporary = ckpt.temporary_dir(run, 160)
-write_tensors(temporary, {"model/w": torch.ones(3)})
-(temporary / "config.yaml").write_text("")
-setattr(os, name, die)
-ckpt.commit(run, temporary, 20, 160, {})
-retention.apply_retention(run, 2, 0)
-"""
+def save_and_be_killed(run: Path, name: str, calls: int) -> None:
+    """A process of its own: it is killed at a call of the system's `name`, after as many that were made."""
+    temporary = ckpt.temporary_dir(run, 160)
+    write_tensors(temporary, {"model/w": torch.ones(3)})
+    (temporary / "config.yaml").write_text("")
+    real, made = getattr(os, name), itertools.count()
+
+    def die(*args: Any, **kwargs: Any) -> Any:
+        if next(made) >= calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    setattr(os, name, die)
+    ckpt.commit(run, temporary, 20, 160, {})
+    retention.apply_retention(run, 2, 0)
 
 
 KILLED_BEFORE = [
@@ -116,8 +113,8 @@ KILLED_BEFORE = [
 def test_killed_at_any_point_of_a_save_the_newest_whole_checkpoint_wins(run: Path, point: str, calls: int) -> None:
     for step in (5, 8, 10):
         save(run, step)
-    process = subprocess.run([sys.executable, "-c", KILLED, str(run), point, str(calls)], capture_output=True)
-    assert process.returncode in (0, -signal.SIGKILL), process.stderr[-500:]
+    ended = launch_ranks(save_and_be_killed, 1, run, point, calls, may_fail=True)
+    assert ended.codes[0] in (0, -signal.SIGKILL), ended.output[-500:]
     steps = [c.step for c in committed(run)]
     assert steps[-1] in (10, 20)
     assert len(steps) >= 2
@@ -214,18 +211,15 @@ def test_a_pin_without_its_checksum_holds_whatever_process_it_names(run: Path) -
     assert pinned_names(run) == {"images-000000000016"}
 
 
+def pin_and_be_killed(run: Path) -> None:
+    with pinned(find(run, 10), owner="reader"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_pin_of_a_dead_process_expires(run: Path) -> None:
-    code = f"""
-import os, signal
-from pathlib import Path
-from tarflow.trainer.checkpoint.find import find
-from tarflow.trainer.checkpoint.pins import pinned
-with pinned(find(Path({str(run)!r}), 10), owner="reader"):
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
     for step in (10, 20, 30):
         save(run, step)
-    subprocess.run([sys.executable, "-c", code], check=False)
+    assert launch_ranks(pin_and_be_killed, 1, run, may_fail=True).codes == [-signal.SIGKILL]
     assert list((run / "checkpoints" / "pins").iterdir())
     assert retention.apply_retention(run, 2, 0) == ["images-000000000080"]
 
@@ -253,13 +247,17 @@ def test_missing_average_is_an_error_not_a_fallback(run: Path) -> None:
         load_weights(find(run), "ema-0.100")
 
 
+def lock(run: Path) -> None:
+    with writer_lock(run):
+        pass
+
+
 @pytest.mark.case("C10")
 def test_two_writers_in_one_run_are_refused(run: Path) -> None:
     with writer_lock(run):
-        code = f"from pathlib import Path; from tarflow.trainer.run_dir import writer_lock\nwith writer_lock(Path({str(run)!r})): pass"
-        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert "is in use by another process" in process.stderr
-        assert f"pid {os.getpid()}" in process.stderr
+        output = launch_ranks(lock, 1, run, may_fail=True).output
+        assert "is in use by another process" in output
+        assert f"pid {os.getpid()}" in output
     with writer_lock(run):
         pass
 

@@ -23,6 +23,7 @@ from tarflow.trainer.checkpoint.pins import pinned, pinned_names
 from tarflow.trainer.run_dir import create_run
 from tarflow.trainer.saving.resume import Start, clean_up
 from tests.helpers.checkpoints import WEIGHTS, by_step, fill
+from tests.helpers.effort import draws
 from tests.helpers.killed import Killed, killed_at
 
 MEMORY = next((folder for folder in ("/dev/shm",) if os.access(folder, os.W_OK)), None)  # not the disk
@@ -137,7 +138,7 @@ def flip(run: Path) -> str:
 
 
 @given(history=st.lists(lives, min_size=2, max_size=7), old=st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=draws(100), deadline=None)
 @pytest.mark.case("V01")
 def test_no_history_loses_a_checkpoint_outside_the_rule(history: list[Life], old: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="histories-", dir=MEMORY) as folder:

@@ -24,6 +24,7 @@ from tarflow.trainer.checkpoint.metadata import read_metadata
 from tarflow.trainer.checkpoint.tensors import load_weights, read_tensors, write_tensors
 from tarflow.trainer.run_dir import create_run
 from tests.helpers.checkpoints import WEIGHTS, by_step, forge, metadata, tell
+from tests.helpers.effort import draws
 
 START = torch.Size([0])
 
@@ -191,7 +192,7 @@ def test_metadata_are_read_as_torch_wrote_them(run: Path, protocol: int) -> None
 
 
 @given(at=st.integers(0, 10**6), byte=st.integers(0, 255), cut=st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=draws(150), deadline=None)
 @pytest.mark.case("H06")
 def test_changed_metadata_are_read_or_refused_in_one_line(made: Path, at: int, byte: int, cut: bool) -> None:
     checkpoint = find(made, 1)
