@@ -109,7 +109,11 @@ def test_every_command_in_a_page_is_one(page: Path) -> None:
             parse(words[1:])
         except SystemExit as ended:
             if ended.code:  # a verb in passing, without what it needs: its options are known at least
-                known = subprocess.run([sys.executable, "-m", "tarflow", *words[1:2], "--help"], capture_output=True, text=True)
-                missing = [word for word in words[2:] if word.startswith("--") and word.partition("=")[0] not in known.stdout]
+                known = subprocess.run(
+                    [sys.executable, "-m", "tarflow", *words[1:2], "--help"], capture_output=True, text=True
+                )
+                missing = [
+                    word for word in words[2:] if word.startswith("--") and word.partition("=")[0] not in known.stdout
+                ]
                 assert known.returncode == 0, line
                 assert not missing, line
