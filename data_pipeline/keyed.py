@@ -7,8 +7,10 @@ after an upgrade. These few lines of integer arithmetic (the finaliser of SplitM
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -21,7 +23,7 @@ def key(seed: int, stream: str, *parts: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def bits(key: int, counters: np.ndarray) -> np.ndarray:
+def bits(key: int, counters: NDArray[Any]) -> NDArray[np.uint64]:
     """64 random bits for each counter, uint64 of the same shape: counter i gives the same bits in any batch."""
     with np.errstate(over="ignore"):
         x = (counters.astype(np.uint64) + np.uint64(1)) * _GOLDEN + np.uint64(key)
@@ -34,7 +36,7 @@ def bits(key: int, counters: np.ndarray) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
-def permutation(key: int, n: int) -> np.ndarray:
+def permutation(key: int, n: int) -> NDArray[np.int64]:
     """A permutation of 0..n-1 as unsigned integers of the smallest sufficient type (uint16 up to 65,536).
 
     Sorting (random high bits, index in the low bits) settles ties by index, so the result is the same on every

@@ -20,10 +20,12 @@ class BatchPlan:
 
     @property
     def per_rank(self) -> int:
+        """Images of one rank in a global batch."""
         return self.global_batch_size // self.world_size
 
     @property
     def accumulation_steps(self) -> int:
+        """Micro-batches of one rank in a step."""
         return self.per_rank // self.micro_batch_size
 
     def __str__(self) -> str:

@@ -73,6 +73,7 @@ class PendingMetrics:
             self._event.record()
 
     def ready(self) -> bool:
+        """Whether `wait` would return at once."""
         if self._event is not None:
             return bool(self._event.query())
         return self._work is None or self._work.is_completed()
@@ -180,6 +181,7 @@ class MetricLog:
             self._jsonl.write(json.dumps(sealed(finite)))
 
     def close(self) -> None:
+        """Take the progress bar away and close the files."""
         if self._progress is not None:
             self._progress.stop()
         if self._writer is not None:

@@ -80,6 +80,7 @@ class GuardedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update the masters, or skip the step if the guard says so; no closure is taken."""
         assert closure is None
         self.calls += 1
         norm = self._global_norm()

@@ -30,6 +30,7 @@ class RankMemory:
 
     @property
     def total(self) -> float:
+        """Bytes of all parts."""
         return self.state + self.averages + self.gathered + self.activations
 
 

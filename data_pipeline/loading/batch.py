@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 @dataclass
 class Batch:
-    """This rank's share (b samples) of one global batch.
+    """The share (b samples) of one rank in a global batch.
 
     `images`: uint8 [b, C, H, W], laid out channels last in memory (a permuted view: use reshape, not view).
     `labels`: int64 [b], -1 = no label. `ids`: int64 [b], index of each sample in the data set, after replacement of
@@ -26,7 +27,12 @@ class Batch:
 
     @classmethod
     def of(
-        cls, images: torch.Tensor, labels: np.ndarray, ids: np.ndarray, slots: np.ndarray, images_seen: int
+        cls,
+        images: torch.Tensor,
+        labels: NDArray[np.int64],
+        ids: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        images_seen: int,
     ) -> Batch:
         """From images as they are decoded, uint8 [b, H, W, C]."""
         return cls(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
 from tarflow.data_pipeline.loading.batch import Batch
@@ -46,7 +47,7 @@ def evaluation_batches(
         reader = SampleReader(index, shape, open_shards(index, data.access), data.max_image_pixels)
         for start in range(first, last, batch_size):
             places = np.arange(start, min(start + batch_size, last), dtype=np.int64)
-            good: list[tuple[np.ndarray, int, int]] = []
+            good: list[tuple[NDArray[np.uint8], int, int]] = []
             for sample in (places * index.num_samples // total).tolist():
                 try:
                     image, label = reader.read(sample)

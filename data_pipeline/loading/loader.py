@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.transform import flips
@@ -135,7 +136,7 @@ class Loader:
             self._ahead.close()
             self._ahead = None
 
-    def _plan(self) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    def _plan(self) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
         """(images_seen, slots, stream positions, ids) of each batch, int64 [b]."""
         place, seen = self.place, self.place.images_seen
         while True:
@@ -144,13 +145,14 @@ class Loader:
             yield seen, slots, positions, self.order.ids(positions)
             seen += place.global_batch_size
 
-    def _share_of_order(self) -> Callable[[int, int], np.ndarray]:
-        """(position, batches) -> ids of this rank's samples there; an order of its own, since the caches of one are not
-        to be shared between threads.
+    def _share_of_order(self) -> Callable[[int, int], NDArray[np.int64]]:
+        """A function (position, batches) -> ids of this rank's samples there.
+
+        It has an order of its own, since two threads must not share the caches of one.
         """
         order, place, size = self.order.copy(), self.place, self.place.global_batch_size
 
-        def ids(position: int, batches: int) -> np.ndarray:
+        def ids(position: int, batches: int) -> NDArray[np.int64]:
             starts = range(position, position + batches * size, size)
             return order.ids(
                 np.concatenate([seen + order.slots(seen, size, place.rank, place.world_size) for seen in starts])
@@ -166,7 +168,7 @@ class Loader:
             self._account(skipped)
             yield batch
 
-    def _empty(self) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    def _empty(self) -> tuple[torch.Tensor, NDArray[np.int64], NDArray[np.int64]]:
         """(images uint8 [b, H, W, C], labels int64 [b], ids int64 [b]) to be filled."""
         rows = self.layout.rows
         images = torch.empty((rows, *self.spec.shape.pixels), dtype=torch.uint8, pin_memory=self.pin_memory)
@@ -204,7 +206,7 @@ class Loader:
         self._stop, self._pids = pool.close, pool.pids
         register = _PinnedMemory(pool) if self.pin_memory else None
         plan = self._plan()
-        ahead: deque[tuple[int, int, np.ndarray]] = deque()
+        ahead: deque[tuple[int, int, NDArray[np.int64]]] = deque()
         while True:
             while pool.can_submit():
                 seen, slots, positions, ids = next(plan)

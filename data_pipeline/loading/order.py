@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tarflow.data_pipeline import keyed
 from tarflow.data_pipeline.errors import DataError
@@ -36,7 +37,7 @@ class Order:
     """
 
     def __init__(
-        self, shard_sizes: np.ndarray, *, seed: int = 0, num_canonical_nodes: int = 1, shuffle_block: int = 65536
+        self, shard_sizes: NDArray[np.int64], *, seed: int = 0, num_canonical_nodes: int = 1, shuffle_block: int = 65536
     ) -> None:
         for name, value in (("num_canonical_nodes", num_canonical_nodes), ("shuffle_block", shuffle_block)):
             if value < 1:
@@ -52,8 +53,8 @@ class Order:
         self.seed = seed
         self.num_canonical_nodes = num_canonical_nodes
         self.shuffle_block = shuffle_block
-        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._blocks: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
+        self._epochs: OrderedDict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int, int], NDArray[np.int64]] = OrderedDict()
         self._block_bytes = 0
 
     def copy(self) -> Order:
@@ -62,7 +63,7 @@ class Order:
             self.shard_sizes, seed=self.seed, num_canonical_nodes=self.num_canonical_nodes, shuffle_block=self.shuffle_block
         )  # fmt: skip
 
-    def ids(self, positions: np.ndarray) -> np.ndarray:
+    def ids(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Sample ids, int64 of the same shape, at these stream positions (int64 [n], >= 0, any order)."""
         positions = np.asarray(positions, dtype=np.int64)
         epochs, places = np.divmod(positions, self.num_samples)
@@ -77,11 +78,11 @@ class Order:
             out[chosen] = self._ids_in_epoch(epoch, places[chosen])
         return out
 
-    def batch(self, images_seen: int, global_batch_size: int) -> np.ndarray:
+    def batch(self, images_seen: int, global_batch_size: int) -> NDArray[np.int64]:
         """Ids, int64 [G], of the global batch that starts at `images_seen`; entry i is slot i."""
         return self.ids(np.arange(images_seen, images_seen + global_batch_size, dtype=np.int64))
 
-    def slots(self, images_seen: int, global_batch_size: int, rank: int, world_size: int) -> np.ndarray:
+    def slots(self, images_seen: int, global_batch_size: int, rank: int, world_size: int) -> NDArray[np.int64]:
         """Slots, int64 [G / world_size], that `rank` reads of the global batch that starts at `images_seen`."""
         check_world(global_batch_size, rank, world_size)
         share = global_batch_size // world_size
@@ -91,12 +92,12 @@ class Order:
         nodes = positions % self.num_samples % self.num_canonical_nodes
         return np.argsort(nodes, kind="stable")[rank * share : (rank + 1) * share]
 
-    def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(shard, row inside the shard), both int64 of the shape of `ids`."""
         shards = np.searchsorted(self.shard_starts, ids, side="right") - 1
         return shards, ids - self.shard_starts[shards]
 
-    def _ids_in_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
+    def _ids_in_epoch(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
         n, c, block = self.num_samples, self.num_canonical_nodes, self.shuffle_block
         parts, offsets = np.divmod(places, c) if c > 1 else (np.zeros_like(places), places)
         if c > 1:
@@ -121,7 +122,7 @@ class Order:
         shard = shards[rank_in_line].astype(np.int64)
         return line - (ends[rank_in_line] - self.shard_sizes[shard]) + self.shard_starts[shard]
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(shards in this epoch's order, end of each on the line)."""
         if epoch not in self._epochs:
             shards = keyed.permutation(keyed.key(self.seed, "shards", epoch), len(self.shard_sizes))
@@ -130,7 +131,7 @@ class Order:
                 self._epochs.popitem(last=False)
         return self._epochs[epoch]
 
-    def _block(self, epoch: int, part: int, number: int, size: int) -> np.ndarray:
+    def _block(self, epoch: int, part: int, number: int, size: int) -> NDArray[np.int64]:
         name = (epoch, part, number)
         if name in self._blocks:
             self._blocks.move_to_end(name)

@@ -24,7 +24,7 @@ class Prefetched:
                 if not self._put("item", item):
                     return
             self._put("end", None)
-        except BaseException as err:
+        except BaseException as err:  # noqa: BLE001 - it is raised again where the batches are taken
             self._put("error", err)
 
     def _put(self, kind: str, value: Any) -> bool:

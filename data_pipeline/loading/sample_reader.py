@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS, check_bytes
@@ -32,12 +33,12 @@ class SampleReader:
         self.files: ShardFiles = files or LocalShards(index)
         self._starts: list[int] = index.shard_starts.tolist()  # bisecting a list is quicker than an array, one by one
 
-    def read(self, sample: int) -> tuple[np.ndarray, int]:
+    def read(self, sample: int) -> tuple[NDArray[np.uint8], int]:
         """(uint8 [image_size, image_size, channels], label). Raises BadSampleError naming shard and key."""
         image = np.empty(self.shape.pixels, dtype=np.uint8)
         return image, self.read_into(sample, image)
 
-    def read_into(self, sample: int, out: np.ndarray) -> int:
+    def read_into(self, sample: int, out: NDArray[np.uint8]) -> int:
         """Write the image into `out`, contiguous uint8 [image_size, image_size, channels]; returns the label.
 
         A JPEG of that size is decoded where it is wanted, without a copy. Raises BadSampleError naming shard and key;
@@ -52,7 +53,7 @@ class SampleReader:
         except BadSampleError as err:
             raise BadSampleError(err.cause, f"{self.index.where(sample)}: {err}") from None
 
-    def read_full(self, sample: int) -> tuple[np.ndarray, int]:
+    def read_full(self, sample: int) -> tuple[NDArray[np.uint8], int]:
         """(uint8 [H, W, channels] as stored, label). Raises BadSampleError naming shard and key."""
         try:
             data, label = self._fetch(sample)
@@ -105,7 +106,7 @@ class SkippingReader:
         self.strict = on_error == "strict"
         self._bad: dict[int, Skipped] = {}
 
-    def read_into(self, sample: int, out: np.ndarray) -> tuple[int, int, Skipped | None]:
+    def read_into(self, sample: int, out: NDArray[np.uint8]) -> tuple[int, int, Skipped | None]:
         """Fill `out` as `SampleReader.read_into`; (label, id of the sample delivered, what was skipped or None)."""
         known = self._bad.get(sample)
         if known is not None:

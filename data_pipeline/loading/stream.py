@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tarflow.data_pipeline import keyed
 from tarflow.data_pipeline.errors import BadSampleError, DataError
@@ -75,8 +76,9 @@ def stream_shards(data: str | Path) -> list[str]:
 
 
 def stream_fingerprint(shards: list[str]) -> str:
-    """The names of the shards, and of those in the file system the sizes and some blocks: no more is known before they are
-    read. Of pipes and addresses it is the names alone.
+    """A digest of the names of the shards and, of those in the file system, of their sizes and some blocks.
+
+    More is not known before they are read; of pipes and addresses it is the names alone.
     """
     with ThreadPoolExecutor(16) as pool:
         sketches = list(pool.map(_sketch, shards))
@@ -106,7 +108,7 @@ def _sketch(shard: str) -> str:
 
 
 class StreamSource:
-    """This rank's endless stream of samples, from the beginning of the shard nearest to its place.
+    """The endless stream of one rank's samples, from the beginning of the shard nearest to its place.
 
     `read_into(out)` fills uint8 [size, size, channels] with the next good sample. `counts_folder`: where the counts of
     shards are kept. Raises DataError: no samples in a whole round of shards, in strict mode the first bad one.
@@ -124,10 +126,10 @@ class StreamSource:
         self.buffer = buffer
         self.counts = ShardCounts(counts_folder, shards, f"{place.rank}of{place.world_size}")
         self.skipped: list[Skipped] = []  # since the last look; `replacement` is -1
-        self._orders: dict[int, np.ndarray] = {}
+        self._orders: dict[int, NDArray[np.int64]] = {}
         self._samples = self._endless(self._nearest(place.images_seen * place.share // place.global_batch_size))
 
-    def read_into(self, out: np.ndarray) -> tuple[int, int]:
+    def read_into(self, out: NDArray[np.uint8]) -> tuple[int, int]:
         """(label, id) of the next sample, whose pixels are in `out`."""
         size = self.shape.image_size
         while True:

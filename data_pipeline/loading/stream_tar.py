@@ -49,7 +49,7 @@ def _files(sources: Iterator[dict[str, Any]], handler: Callable[[Exception], boo
         try:
             for name, data in _members(source["stream"]):
                 yield {"fname": name, "data": data, "__url__": source["url"]}
-        except Exception as err:  # whatever a reader of tars, pipes or compressed streams raises
+        except Exception as err:  # noqa: BLE001 - whatever a reader of tars, pipes or compressed streams raises
             handler(err)
 
 

@@ -20,7 +20,9 @@ LOOKED_AT = 16  # images; of a remote set, a quarter of that
 
 @dataclass(frozen=True)
 class DataSurvey:
-    """`place`: the path or address. `looks`: at a few images, spread evenly; fewer where some cannot be read, none of a
+    """What a look at a data set tells.
+
+    `place`: the path or address. `looks`: at a few images, spread evenly; fewer where some cannot be read, none of a
     stream, of which neither length nor classes are known.
     """
 
@@ -31,6 +33,7 @@ class DataSurvey:
 
     @property
     def index(self) -> Index | None:
+        """The index of the set; None of a stream."""
         return self.facts.index
 
     @property

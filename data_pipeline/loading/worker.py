@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
@@ -80,7 +81,7 @@ class Layout:
         """Bytes of one slot, a whole number of pages."""
         return -(-(self.pixel_bytes + 16 * self.rows) // mmap.PAGESIZE) * mmap.PAGESIZE
 
-    def views(self, memory: object, slot: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def views(self, memory: object, slot: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
         """(images uint8 [rows, H, W, C], labels int64 [rows], ids int64 [rows]) of a slot, as views of `memory`."""
         start = slot * self.slot_bytes
         shape = (self.rows, self.image_size, self.image_size, self.channels)
@@ -102,7 +103,12 @@ class Producer:
         self.reader = SkippingReader(reader, spec.on_error)
 
     def fill(
-        self, ids: np.ndarray, positions: np.ndarray, images: np.ndarray, labels: np.ndarray, delivered: np.ndarray
+        self,
+        ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        images: NDArray[np.uint8],
+        labels: NDArray[np.int64],
+        delivered: NDArray[np.int64],
     ) -> list[Skipped]:
         """Write the samples `ids` (int64 [n]) into images [n, H, W, C], labels [n] and delivered ids [n].
 
@@ -146,12 +152,13 @@ def main(arguments: list[str]) -> None:
         reply: dict[str, object] = {"slot": slot, "rows": n}
         try:
             producer = producer or Producer(Spec.from_json(config["spec"]))
-            views = (view[first : first + n] for view in layout.views(memory, slot))
-            skipped = producer.fill(numbers[3 : 3 + n], numbers[3 + n :], *views)
+            rows = slice(first, first + n)
+            images, labels, delivered = layout.views(memory, slot)
+            skipped = producer.fill(numbers[3 : 3 + n], numbers[3 + n :], images[rows], labels[rows], delivered[rows])
             reply["skipped"] = [asdict(bad) | {"message": bad.message[:500]} for bad in skipped]
         except DataError as err:
             reply["error"] = str(err)[:4000]
-        except Exception:
+        except Exception:  # noqa: BLE001 - the loader raises it again, with this text
             reply["crash"] = traceback.format_exc()[-8000:]
         try:
             results.send(json.dumps(reply).encode())

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.sample_reader import Skipped
@@ -84,7 +85,7 @@ class WorkerPool:
         """Whether another batch may be started: a slot is free and fewer than `prefetch` are under way or ready."""
         return bool(self.free) and len(self._missing) < self.prefetch
 
-    def submit(self, ids: np.ndarray, positions: np.ndarray) -> int:
+    def submit(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> int:
         """Start a batch (int64 [rows] each); returns its slot."""
         # The slot that was freed last is still in the caches; where a copy must be waited for, the one freed first.
         slot, ready = self.free.pop() if self.free[-1][1] is None else self.free.popleft()
@@ -108,7 +109,7 @@ class WorkerPool:
         del self._missing[slot]
         return self._skipped.pop(slot)
 
-    def take(self, slot: int, on_free: Callable[[], Ready | None]) -> np.ndarray:
+    def take(self, slot: int, on_free: Callable[[], Ready | None]) -> NDArray[np.uint8]:
         """The images of a whole batch, uint8 [rows, H, W, C]: a view of the slot, or a copy when too many are held.
 
         `on_free()` is called when the last view is gone; what it returns is called before the slot is written again.
@@ -126,7 +127,7 @@ class WorkerPool:
         watch.atexit = False
         return np.frombuffer(bottom, dtype=np.uint8).reshape(shape)  # type: ignore[call-overload]
 
-    def labels_and_ids(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
+    def labels_and_ids(self, slot: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Copies of the labels and delivered ids of a whole batch, int64 [rows] each."""
         _, labels, ids = self.layout.views(self.memory, slot)
         return labels.copy(), ids.copy()

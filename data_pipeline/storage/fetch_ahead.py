@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.index import Index
@@ -26,7 +27,7 @@ class FetchAhead:
     """
 
     def __init__(
-        self, index: Index, access: Access, batch: int, start: int, ids: Callable[[int, int], np.ndarray]
+        self, index: Index, access: Access, batch: int, start: int, ids: Callable[[int, int], NDArray[np.int64]]
     ) -> None:
         self.index = index
         self.batch = batch

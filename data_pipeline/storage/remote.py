@@ -109,8 +109,9 @@ class Remote:
         return self._persist(url, attempt)
 
     def load(self, url: str, most: int) -> bytes:
-        """A whole small file, of at most so many bytes. Raises BadSampleError (`missing_shard`) where there is none, or
-        DataError.
+        """Read a whole small file of at most `most` bytes.
+
+        Raises BadSampleError (`missing_shard`) where there is none, else DataError.
         """
         got = bytearray()
 

@@ -41,8 +41,9 @@ class RemoteShards:
         return read_at(self._files.of(shard), offset, size)
 
     def fetch(self, shard: int) -> None:
-        """Put a shard into the cache unless it is there, or there is none for it. One that is there is read whole, and
-        fetched anew if it is not what was indexed.
+        """Put a shard into the cache, where there is a cache that can hold it.
+
+        A cached one is read whole, and fetched again if it is not what was indexed.
         """
         if self.cache is not None and int(self.index.shard_bytes[shard]) <= self.access.cache_bytes:
             os.close(self._open(shard, whole=True))
@@ -56,8 +57,9 @@ class RemoteShards:
         )
 
     def _right(self, shard: int, fd: int, whole: bool) -> bool:
-        """Whether a file of the cache is the shard that was indexed: all of it, or as far as its sketch tells, since a
-        reader waits for it.
+        """Whether a cached file is the shard that was indexed.
+
+        `whole`: compare all of it, not only its sketch, which is enough while a reader waits.
         """
         content = self.index.shard_content(shard)
         if content is None or shard in self._checked:

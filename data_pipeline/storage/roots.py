@@ -64,8 +64,10 @@ class _Address:
 
 
 def check_name(text: str) -> None:
-    """Raise DataError for a name, or an address, with a part that leads upwards, however it is written, for marks that
-    libraries take for instructions (`simplecache::`), and for control characters.
+    """Refuse names and addresses that lead elsewhere.
+
+    Raises DataError for a part that leads upwards, however it is written, for marks that libraries take for instructions
+    (`simplecache::`), and for control characters.
     """
     plain, before = text, ""
     while plain != before:  # %252e%252e, too

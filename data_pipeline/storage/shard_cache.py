@@ -36,7 +36,7 @@ class ShardCache:
         self.limit = limit
 
     def open(
-        self, name: str, size: int | None, fetch: Callable[[Any], None], right: Callable[[int], bool] = lambda fd: True
+        self, name: str, size: int | None, fetch: Callable[[Any], None], right: Callable[[int], bool] = lambda _: True
     ) -> int:
         """A file descriptor of the cached file; `fetch(file)` writes it first where it is not there or has another size.
 

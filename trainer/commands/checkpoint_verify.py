@@ -1,4 +1,4 @@
-"""`tarflow checkpoint verify`: is every committed checkpoint still what was committed?"""
+"""`tarflow checkpoint verify`: check that every committed checkpoint is still what was committed."""
 
 import argparse
 from pathlib import Path

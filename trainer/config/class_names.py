@@ -1,4 +1,4 @@
-"""Names of classes, in label order: do two lists give the labels the same meaning?
+"""Names of classes, in label order: whether two lists give the labels the same meaning.
 
 Sets that were prepared apart may give one label to two classes, and nothing but wrong figures would tell.
 """

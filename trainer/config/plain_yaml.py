@@ -69,7 +69,7 @@ class _Loader(yaml.BaseLoader):
                 f"line {_line(event)}: more than {MOST_NODES:,} values and lists, aliases counted as often as they stand"
             )
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: ARG002 - yaml asks
         tree: dict[Hashable, Any] = {}
         taken_in: dict[Hashable, Any] = {}
         lines: dict[Hashable, int] = {}

@@ -6,9 +6,10 @@ not compressed, and a provenance in JSON that says of which images and which net
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, model_validator
 
 from tarflow.npz import read_npz
@@ -45,16 +46,18 @@ class _Provenance(Record):
 
 @dataclass(frozen=True)
 class ReferenceFile:
-    """Statistics as they are stored: mean [d] and scatter matrix [d, d] float64, features kept [m, d] float32, hashes of
-    the pixels uint64 [count] or None. `checked`: they agree with a checksum in the file.
+    """Statistics as they are stored.
+
+    Mean [d] and scatter matrix [d, d] float64, features kept [m, d] float32, hashes of the pixels uint64 [count] or None.
+    `checked`: they agree with a checksum in the file.
     """
 
     provenance: dict[str, str | int]
     count: int
-    mean: np.ndarray
-    scatter: np.ndarray
-    rows: np.ndarray
-    hashes: np.ndarray | None
+    mean: NDArray[np.float64]
+    scatter: NDArray[np.float64]
+    rows: NDArray[np.float32]
+    hashes: NDArray[np.uint64] | None
     checked: bool
 
 
@@ -73,7 +76,7 @@ def read_reference(path: Path, least: int = 2) -> ReferenceFile:
         raise DamagedFileError(path, str(error), WAY_OUT, what=WHAT) from None
 
 
-def _as_reference(arrays: dict[str, np.ndarray], checked: bool, least: int) -> ReferenceFile:
+def _as_reference(arrays: dict[str, NDArray[Any]], checked: bool, least: int) -> ReferenceFile:
     names = arrays.keys() - {"hashes"}
     if odd := sorted(names ^ _NAMES):
         raise ValueError(f"{'no array' if odd[0] in _NAMES else 'an unknown array'} {odd[0]!r} stands in it")
@@ -100,12 +103,12 @@ def _as_reference(arrays: dict[str, np.ndarray], checked: bool, least: int) -> R
     return ReferenceFile(provenance.model_dump(), count, **large, hashes=arrays.get("hashes"), checked=checked)
 
 
-def _number(arrays: dict[str, np.ndarray], name: str) -> int:
+def _number(arrays: dict[str, NDArray[Any]], name: str) -> int:
     _check(arrays, name, np.int64, ())
     return int(arrays[name])
 
 
-def _check(arrays: dict[str, np.ndarray], name: str, dtype: type, shape: tuple[int, ...]) -> None:
+def _check(arrays: dict[str, NDArray[Any]], name: str, dtype: type, shape: tuple[int, ...]) -> None:
     array = arrays[name]
     if array.dtype != dtype or array.shape != shape:
         raise ValueError(
@@ -113,7 +116,7 @@ def _check(arrays: dict[str, np.ndarray], name: str, dtype: type, shape: tuple[i
         )
 
 
-def _check_values(arrays: dict[str, np.ndarray]) -> None:
+def _check_values(arrays: dict[str, NDArray[Any]]) -> None:
     """All finite; the scatter matrix symmetric, and no entry beyond what its row's and column's own sums allow."""
     for name in ("mean", "scatter", "rows"):
         if not np.isfinite(arrays[name]).all():

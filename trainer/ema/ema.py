@@ -1,5 +1,6 @@
-"""Averages of the weights: power-function profiles (Karras et al., arXiv 2312.02696, section 3 and appendix C), or a
-constant decay.
+"""Averages of the weights: power-function profiles, or a constant decay.
+
+The profiles are those of Karras et al. (arXiv 2312.02696, section 3 and appendix C).
 
 A power average of relative width s weighs the weights of the past by a power of training time, so its memory grows with
 the run. It is tracked in `images_seen`: batch size and world size do not change it. The live model is never swapped.

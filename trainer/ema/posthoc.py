@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tarflow.models.weights import save_weights_file
 from tarflow.trainer.checkpoint.find import choose
@@ -42,7 +43,7 @@ class Profile:
         return float((a + 1) * (b + 1) / (a + b + 1) * np.exp(log) * earlier / self.end / other.end)
 
 
-def fit(stored: Sequence[Profile], wanted: Profile) -> tuple[np.ndarray, float]:
+def fit(stored: Sequence[Profile], wanted: Profile) -> tuple[NDArray[np.float64], float]:
     """Coefficients of the stored profiles [n] and how far their sum is from the wanted one, as a share of its norm.
 
     The coefficients add up to one, which plain least squares only comes near to: a weight is large beside the way it
@@ -67,8 +68,9 @@ def reconstruct(
     say: Callable[[str], None],
     images: int | None = None,
 ) -> Path:
-    """Write the average of a width at a step or so many images (None: the newest stored moment) as a weights file;
-    returns its path.
+    """Write the average of a width as a weights file; returns its path.
+
+    It is that at a step, or at so many images seen (None: the newest stored moment).
 
     Errors: a width out of range, a file that cannot be written, no such moment or several of that step, no power averages
     stored, or too few of them for a fit within WORST_FIT.
@@ -105,7 +107,7 @@ def _widths(checkpoint: Checkpoint) -> tuple[float, ...]:
     return config_of(checkpoint).ema.relative_stds
 
 
-def _combine(pairs: Sequence[tuple[Checkpoint, float]], coefficients: np.ndarray) -> dict[str, Any]:
+def _combine(pairs: Sequence[tuple[Checkpoint, float]], coefficients: NDArray[np.float64]) -> dict[str, Any]:
     """Sum of stored averages, in float64 one average at a time; the prior's variance is the last moment's."""
     total: dict[str, torch.Tensor] = {}
     for (checkpoint, std), coefficient in zip(pairs, coefficients.tolist()):

@@ -69,8 +69,9 @@ def forget_after(run_dir: Path, images_seen: int) -> list[str]:
 
 
 def sources(run_dir: Path, say: Callable[[str], None] = lambda _: None) -> list[Checkpoint]:
-    """Everything that holds averages, by images seen ascending: snapshots, and checkpoints at other moments. `say` is told
-    what is damaged and so left out.
+    """Everything that holds averages, by images seen ascending: snapshots, and checkpoints at other moments.
+
+    `say` is told what is damaged and so left out.
     """
     moments: dict[int, Checkpoint] = {}
     for home in (run_dir, check(run_dir)):

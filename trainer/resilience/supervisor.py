@@ -103,7 +103,9 @@ class Supervisor:
         return (known[0] if known else FAILED), f"rank {first[0]} {_how(first[1])} first"
 
     def _forward(self, number: int, _: object) -> None:
-        """Hand a stop signal on. A SIGINT from a keyboard reaches the ranks by itself, and two would end them unsaved, so
+        """Hand a stop signal on.
+
+        A SIGINT from a keyboard reaches the ranks by itself, and two would end them unsaved, so
         it goes on as a SIGTERM; a second one ends them, since that is what it means.
         """
         interrupts = number == signal.SIGINT
@@ -141,8 +143,10 @@ def _how(code: int) -> str:
 
 
 def _before_the_rank() -> None:
-    """In the new process. A rank whose supervisor is killed is asked to stop: nobody else would (Linux only). And stop
-    signals wait until it listens to them, or a signal while it starts would be a plain kill.
+    """Prepare the new process, before it runs the rank.
+
+    A rank whose supervisor is killed is asked to stop: nobody else would (Linux only). And stop signals wait until it
+    listens to them, or a signal while it starts would be a plain kill.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     with suppress(OSError, AttributeError):

@@ -68,7 +68,7 @@ class Watchdog:
         self._file.close()
 
     def phase(self, name: str) -> None:
-        """This rank begins something else: it is alive."""
+        """Note that the rank begins something else: it is alive."""
         self.name, self._still_s = name, 0.0
 
     def step_done(self, step: int, own_s: float) -> None:
@@ -78,6 +78,7 @@ class Watchdog:
 
     @property
     def limit_s(self) -> float:
+        """Seconds that the present phase may take."""
         return self.limits.step_timeout_s if self.name in QUICK else self.limits.start_timeout_s
 
     def _watch(self) -> None:

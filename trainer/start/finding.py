@@ -8,7 +8,9 @@ from tarflow.errors import UserError
 
 @dataclass(frozen=True)
 class Finding:
-    """`settings`: those that would change it. Unless it is a `note`, a new run is refused for it; a run that goes on
+    """Something that a start has found out.
+
+    `settings`: those that would change it. Unless it is a `note`, a new run is refused for it; a run that goes on
     hears of it, if none of these settings has changed: work that is half done is not lost for what was accepted once.
     `always`: training itself cannot go on.
     """

@@ -38,8 +38,10 @@ _SCALES = (
 
 
 def suggest(data: str) -> str:
-    """The text of a configuration file for the data set at `data`: its folder or address, or the folder that holds its
-    splits train and val. Raises DataError, or TrainerError where too little is known of its images.
+    """The text of a configuration file for a data set.
+
+    `data`: its folder or address, or the folder that holds its splits train and val.
+    Raises DataError, or TrainerError where too little is known of its images.
     """
     train, validation = splits(data)
     seen = survey(DataSettings.of(train))

@@ -13,7 +13,9 @@ from pathlib import Path
 
 @dataclass
 class Behaviour:
-    """`busy_every`, `cut_every`: every so many-th request gets a 503, or half of its body (0 = never). `wrong`: so many answers
+    """What goes wrong.
+
+    `busy_every`, `cut_every`: every so many-th request gets a 503, or half of its body (0 = never). `wrong`: so many answers
     come with a flipped byte. `moved`: end of a name -> where an answer redirects to. `endless`: a body without an end.
     `drip`: seconds between single bytes.
     """
