@@ -23,11 +23,13 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp  # all of it here, once, and not in every rank: it takes seconds
 
 import tarflow.files
-import tarflow.trainer.loop
 import tarflow.trainer.resilience.watchdog
+import tarflow.trainer.train
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.config.schema import Config
+from tarflow.trainer.hooks import Hook
 from tarflow.trainer.resilience.fault_injection import VARIABLE
+from tarflow.trainer.step_inputs import StepInput
 
 RANKS = 2
 
@@ -40,26 +42,14 @@ def rank_main(config: Config, run_dir: Path, rank: int, ranks: int, port: int, f
     notes, out = (os.open(beside(run_dir, name), flags) for name in ("trained.jsonl", "output.txt"))
     os.dup2(out, 1)
     os.dup2(out, 2)
-    ids: dict[int, list[int]] = {}
-    prefetch_inputs, step = tarflow.trainer.loop.prefetch_inputs, tarflow.trainer.loop.Run.step
 
-    def noting_feed(loader: Any, *args: Any, **kwargs: Any) -> Any:
-        def batches() -> Iterator[Any]:
-            for batch in loader:
-                ids[batch.images_seen] = batch.ids.tolist()
-                yield batch
+    class NoteSamples(Hook):
+        def on_step(self, step: int, batch: StepInput) -> None:  # noqa: ARG002 - the hook's signature
+            os.write(notes, (json.dumps([batch.images_seen, rank, batch.ids.tolist()]) + "\n").encode())
 
-        return prefetch_inputs(batches(), *args, **kwargs)
-
-    def noting_step(run: Any, batch: Any, window: Any) -> float:
-        lr = step(run, batch, window)
-        os.write(notes, (json.dumps([batch.images_seen, rank, ids.pop(batch.images_seen)]) + "\n").encode())
-        return lr
-
-    tarflow.trainer.loop.prefetch_inputs, tarflow.trainer.loop.Run.step = noting_feed, noting_step  # type: ignore[assignment, method-assign]
     code = 1
     try:
-        code = tarflow.trainer.loop.train(config, run_dir)
+        code = tarflow.trainer.train.train(config, run_dir, hooks=[NoteSamples()])
     except BaseException:  # noqa: BLE001 - whatever ends a rank is shown, and its exit code says that it ended
         traceback.print_exc()
     sys.stdout.flush()

@@ -41,7 +41,7 @@ from tarflow.trainer.checkpoint.find import find
 from tarflow.trainer.checkpoint.tensors import read_tensors
 from tarflow.trainer.config.schema import CheckpointConfig, Config
 from tarflow.trainer.ema.ema import EMA
-from tarflow.trainer.metrics import Window
+from tarflow.trainer.metrics import MetricAccumulator
 from tarflow.trainer.optimizer import GuardedAdamW
 from tarflow.trainer.parallel.choose import compute_deterministically
 from tarflow.trainer.parallel.torch_backend import ShardedBackend
@@ -115,7 +115,7 @@ class Steps:
         )  # fmt: skip
         self.backend = ShardedBackend(self.config, bench.device, World())
         self.ema = EMA(self.backend, self.config.ema.relative_stds)
-        self.window = Window(bench.device)
+        self.window = MetricAccumulator(bench.device)
 
     def take(self, number: int) -> None:
         """One optimizer step; its images, noise and labels depend on `number` alone."""
@@ -149,7 +149,8 @@ def step_input(config: Config, number: int, pin: bool = False) -> StepInput:
     labels = torch.randint(-1, config.model.num_classes, (n,), generator=generator)
     if pin:
         pixels, noise, labels = (t.pin_memory() for t in (pixels, noise, labels))
-    return StepInput(pixels, noise, labels, 0)
+    places = torch.arange(n)
+    return StepInput(pixels, noise, labels, 0, ids=places, slots=places)
 
 
 def environment(bench: Bench) -> Figures:

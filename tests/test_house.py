@@ -36,8 +36,9 @@ LAYERS = {
     """,
     "trainer": """
         commands
+        train
         loop
-        start
+        hooks start
         saving
         ema
         checkpoint

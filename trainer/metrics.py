@@ -1,11 +1,13 @@
-"""Figures of a run as it goes: metrics.jsonl, TensorBoard, the log, and a progress bar where someone looks at it.
+"""Metrics of a run: accumulated on the device, reduced asynchronously, logged.
 
-Sums stay on the device and are read once every `log.every_steps` steps: a step never waits for its metrics.
+They go to metrics.jsonl, TensorBoard, the log, and a progress bar on a terminal. Sums stay on the device and are read
+once every `log.every_steps` steps: a step never waits for its metrics.
 """
 
 import json
 import math
 import os
+import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -28,7 +30,7 @@ from tarflow.terminal import plain_lines
 WIDE = 130  # columns of a terminal that has room for all figures beside a progress bar
 
 
-class Window:
+class MetricAccumulator:
     """Sums over the steps since the last line, kept on the device."""
 
     def __init__(self, device: torch.device) -> None:
@@ -37,27 +39,42 @@ class Window:
         self.data_wait_s = 0.0
         self.checkpoint_stall_s = 0.0
         self._start = time.monotonic()
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
 
     def add(self, stats: Tensor, grad_norm: Tensor) -> None:
         """One step's [loss, mse_z, logdet] of this rank and the global gradient norm, on the device."""
         self._sums[:3] += stats
-        self._sums[3] += torch.nan_to_num(grad_norm, nan=0.0, posinf=0.0)  # a step passed over is counted elsewhere
+        self._sums[3] += torch.nan_to_num(grad_norm, nan=0.0, posinf=0.0)  # skipped steps are counted elsewhere
         self.steps += 1
 
     def close(self, skipped: Tensor, images: int) -> "PendingMetrics":
-        """End the window; its figures arrive in the background. `skipped`: [in all, in a row]."""
+        """End the window; its metrics are reduced in the background. `skipped`: [in all, in a row]."""
         seconds = time.monotonic() - self._start
         times = {
             "throughput/images_per_sec": images / seconds,
             "time/step_s": seconds / max(self.steps, 1),
             "time/data_wait_s": self.data_wait_s / max(self.steps, 1),
             "time/checkpoint_stall_s": self.checkpoint_stall_s,
+            **peak_memory(self._device),
         }
         return PendingMetrics(torch.cat([self._sums / max(self.steps, 1), skipped]), times)
 
 
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Peak memory of this rank in GB (1e9 bytes).
+
+    On a GPU what torch allocated since the window began. Elsewhere the resident set of the process, of which the system
+    tells the peak since its start alone.
+    """
+    if device.type == "cuda":
+        return {"memory/peak_allocated_gb": torch.cuda.max_memory_allocated(device) / 1e9}
+    return {"memory/peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+
+
 class PendingMetrics:
-    """Figures on their way from the devices of all ranks to the host; nobody waits for them."""
+    """Metrics being reduced asynchronously, from the devices of all ranks to the host."""
 
     def __init__(self, figures: Tensor, times: dict[str, float]) -> None:
         self._times, self._work, self._event = times, None, None
@@ -79,7 +96,7 @@ class PendingMetrics:
         return self._work is None or self._work.is_completed()
 
     def wait(self) -> dict[str, float]:
-        """The figures by name."""
+        """The metrics by name, once they are here."""
         if self._event is not None:
             self._event.synchronize()
         elif self._work is not None:
@@ -97,8 +114,8 @@ class PendingMetrics:
         }
 
 
-class MetricLog:
-    """Where the figures go: rank 0 writes for all, the others only their own log."""
+class MetricLogger:
+    """Where metrics and messages go: rank 0 writes for all, the others only their own log."""
 
     def __init__(self, run_dir: Path, tensorboard: bool, total_images: int, rank: int = 0) -> None:
         self._jsonl: LineWriter | None = None
@@ -161,7 +178,9 @@ class MetricLog:
         rate, share = row["throughput/images_per_sec"], images_seen / total_images
         # What one looks for first comes first: the end of a line is lost in a narrow terminal.
         text = f"{row['train/bits_per_dim']:.3f} bits/dim | {rate:.0f} img/s"
-        more = f"loss {row['train/loss']:.4f} | grad {row['optim/grad_norm']:.2f} | lr {row['optim/lr']:.2e}"
+        peak = next((value for name, value in row.items() if name.startswith("memory/peak")), None)
+        memory = "" if peak is None else f" | peak {peak:.1f} GB"
+        more = f"loss {row['train/loss']:.4f} | grad {row['optim/grad_norm']:.2f} | lr {row['optim/lr']:.2e}{memory}"
         seen = f"{images_seen:,}/{total_images:,} images"
         eta = _duration((total_images - images_seen) / max(rate, 1e-9))
         line = f"step {step} | {share:.1%} | ETA {eta} | {text} | {seen} | {more}"

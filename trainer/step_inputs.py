@@ -1,6 +1,6 @@
 """From the loader's batches to what a step needs: images, their noise, labels after dropout.
 
-Noise and label dropout are keyed by the position of the sample in the endless stream of samples (contract 2). They are
+Noise and label dropout are keyed by the position of the sample in the endless stream of samples . They are
 drawn in a thread while the device computes, so the loop never waits for them.
 """
 
@@ -28,6 +28,8 @@ class StepInput:
     noise: Tensor  # float32 [b, C, H, W], standard normal or uniform
     labels: Tensor  # int64 [b], -1 = no label
     images_seen: int  # before this step
+    ids: Tensor  # int64 [b], the samples in the data set
+    slots: Tensor  # int64 [b], their places in the global batch
 
     def micro_batches(
         self, size: int, train: TrainConfig, device: torch.device
@@ -51,7 +53,7 @@ def step_input(batch: "Batch", train: TrainConfig) -> StepInput:
     if train.label_dropout:
         dropped = keyed_uniform(train.seed, "label_dropout", 0, positions, ()) < train.label_dropout
         labels = torch.where(dropped, -1, labels)
-    return StepInput(batch.images, noise, labels, batch.images_seen)
+    return StepInput(batch.images, noise, labels, batch.images_seen, batch.ids, batch.slots)
 
 
 def prefetch_inputs(batches: "Iterable[Batch]", train: TrainConfig, pin: bool, ahead: int = 2) -> Prefetched:

@@ -15,7 +15,7 @@ import torch._inductor.compile_fx  # DistributedDataParallel and DeepSpeed come 
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
 
-import tarflow.trainer.loop  # noqa: F401
+import tarflow.trainer.train  # noqa: F401
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.parallel.zero import import_deepspeed
 

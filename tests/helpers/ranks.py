@@ -88,7 +88,7 @@ def _rank(call: bytes, environment: Mapping[str, str], at: str, folder: Path, ra
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     for descriptor in (1, 2):
         os.dup2(os.open(folder / "output", flags), descriptor)
-    assert "tarflow.trainer.loop" in sys.modules, "the fork server has loaded nothing: run pytest from the repository"
+    assert "tarflow.trainer.train" in sys.modules, "the fork server has loaded nothing: run pytest from the repository"
     os.chdir(at)
     os.environ.clear()
     os.environ.update(environment)

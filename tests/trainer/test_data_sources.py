@@ -14,8 +14,8 @@ from tarflow.trainer.checkpoint.find import find
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.errors import TrainerError
-from tarflow.trainer.loop import train
 from tarflow.trainer.resilience.exit_codes import FINISHED
+from tarflow.trainer.train import train
 
 
 class Quiet(SimpleHTTPRequestHandler):

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from tarflow.evaluation.report.logged import read_metrics
 from tarflow.trainer import metrics
-from tarflow.trainer.metrics import MetricLog
+from tarflow.trainer.metrics import MetricLogger
 
 ROW = {
     "train/loss": -0.1234, "train/bits_per_dim": 4.123, "optim/grad_norm": 12.34, "optim/lr": 1e-4,
@@ -21,15 +21,15 @@ TOTAL = 1_281_167_000
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """`terminal(80)`: the log of a run whose errors go to a terminal of so many columns."""
-    made: list[MetricLog] = []
+    made: list[MetricLogger] = []
 
-    def make(width: int) -> MetricLog:
+    def make(width: int) -> MetricLogger:
         monkeypatch.setenv("TERM", "xterm")  # a dumb terminal is taken to have 80 columns
         console = Console(width=width, force_terminal=True, color_system=None, file=io.StringIO())
         bar = metrics._progress_bar
         monkeypatch.setattr("tarflow.trainer.metrics._progress_bar", lambda: bar(console))
         monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-        made.append(MetricLog(tmp_path, False, TOTAL))
+        made.append(MetricLogger(tmp_path, False, TOTAL))
         return made[0]
 
     yield make
@@ -54,7 +54,7 @@ def test_a_progress_bar_of_any_width_has_its_bar_and_its_figures(terminal, width
 
 @pytest.mark.case("N13")
 def test_a_line_begins_with_what_one_looks_for_first(tmp_path: Path, capsys) -> None:
-    log = MetricLog(tmp_path, False, TOTAL)
+    log = MetricLogger(tmp_path, False, TOTAL)
     log.figures(123456, TOTAL // 2, TOTAL, ROW)
     log.close()
     (line,) = capsys.readouterr().out.splitlines()
@@ -65,7 +65,7 @@ def test_a_line_begins_with_what_one_looks_for_first(tmp_path: Path, capsys) -> 
 
 @pytest.mark.case("N13")
 def test_what_is_only_recorded_is_not_on_the_screen(tmp_path: Path, capsys) -> None:
-    log = MetricLog(tmp_path, False, TOTAL)
+    log = MetricLogger(tmp_path, False, TOTAL)
     log.record("the configuration of this start:\ndata:\n  train: x")
     log.say("model: small")
     log.close()
@@ -75,7 +75,7 @@ def test_what_is_only_recorded_is_not_on_the_screen(tmp_path: Path, capsys) -> N
 
 @pytest.mark.case("H06")
 def test_lines_of_figures_are_sealed_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
-    log = MetricLog(tmp_path, False, TOTAL)
+    log = MetricLogger(tmp_path, False, TOTAL)
     log.event("start", images_seen=0, step=0)
     for step in (5, 10, 15):
         log.figures(step, 16 * step, TOTAL, {**ROW, "train/loss": 0.25 * step})

@@ -82,7 +82,7 @@ def _run(args: argparse.Namespace, stop: "StopRequest") -> int:
         from tarflow.trainer.resilience.supervisor import supervise
 
         return supervise(rank_arguments(args, run_dir), ranks, run_dir, args.max_restarts or 0)
-    from tarflow.trainer.loop import train
+    from tarflow.trainer.train import train
 
     return train(
         config, run_dir, init_from=args.init_from, accept_new_data=args.accept_new_data, init_partial=args.init_partial,

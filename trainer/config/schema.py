@@ -61,6 +61,19 @@ class TrainConfig(Section):
         False, description="on GPUs: only kernels that repeat to the last bit, as those of the CPU do"
     )
 
+    matmul_precision: Literal["highest", "high", "medium"] = Field(
+        "highest",
+        description="float32 matrix products on GPUs: highest computes in float32, high in TF32, medium in bfloat16; "
+        "changes the last digits of a run",
+    )
+    gc_every_steps: Count = Field(
+        0,
+        ge=0,
+        le=10**6,
+        description="steps between garbage collections, on all ranks at the same step; 0 leaves them to Python. Set it to "
+        "1000 or so when single ranks stall",
+    )
+
     @model_validator(mode="after")
     def _ranges(self) -> "TrainConfig":
         for first, end in self.skip_images:
@@ -166,6 +179,24 @@ class LogConfig(Section):
     tensorboard: bool = Field(True, description="write tensorboard/ beside metrics.jsonl")
 
 
+class ProfileConfig(Section):
+    """A torch.profiler trace of a few steps, written to RUN/traces/ by every rank. Changes no result."""
+
+    start_step: Count = Field(10, gt=0, le=10**12, description="first step of the trace")
+    end_step: Count = Field(
+        0, ge=0, le=10**12, description="last step of the trace, at most 100 steps in all; 0 = no trace"
+    )
+
+    @model_validator(mode="after")
+    def _few(self) -> "ProfileConfig":
+        if self.end_step and not self.start_step <= self.end_step < self.start_step + 100:
+            raise ValueError(
+                f"profile.end_step={self.end_step}: from profile.start_step={self.start_step} to 99 steps later, or 0 for no "
+                "trace"
+            )
+        return self
+
+
 def _expand_preset(value: Any) -> Any:
     """`model: {preset: NAME, num_classes: 3}` is the preset with these settings replaced."""
     if isinstance(value, dict) and "preset" in value:
@@ -186,6 +217,7 @@ class Config(Section):
     ema: EMAConfig = EMAConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    profile: ProfileConfig = ProfileConfig()
     sampling: SamplingSettings = SamplingSettings()
     evaluation: EvaluationConfig = EvaluationConfig()
 

@@ -13,7 +13,7 @@ from tarflow.trainer.config.files import config_hash, config_text
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.ema.ema import EMA
 from tarflow.trainer.errors import TrainerError
-from tarflow.trainer.metrics import MetricLog
+from tarflow.trainer.metrics import MetricLogger
 from tarflow.trainer.parallel.backend import Backend
 from tarflow.trainer.parallel.saved import place
 from tarflow.trainer.parallel.world import World, first_decides, gather
@@ -30,7 +30,7 @@ class CheckpointManager:
     """Saves and loads one run. Every rank has one and calls it at the same steps; rank 0 decides and commits."""
 
     def __init__(
-        self, config: Config, run_dir: Path, backend: Backend, ema: EMA, world: World, log: MetricLog,
+        self, config: Config, run_dir: Path, backend: Backend, ema: EMA, world: World, log: MetricLogger,
         storage: CheckpointStorage | None = None,
     ) -> None:  # fmt: skip
         self.config, self.run_dir, self.backend, self.ema = config, run_dir, backend, ema

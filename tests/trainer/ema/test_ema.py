@@ -19,9 +19,9 @@ from tarflow.trainer.ema.ema import EMA, power_of_width
 from tarflow.trainer.ema.posthoc import Profile, fit, reconstruct
 from tarflow.trainer.ema.snapshots import forget_after, prepare, snapshots_dir, sources
 from tarflow.trainer.errors import TrainerError
-from tarflow.trainer.loop import train
 from tarflow.trainer.resilience.exit_codes import FINISHED
 from tarflow.trainer.run_dir import create_run
+from tarflow.trainer.train import train
 from tests.helpers.checkpoints import forge
 
 TRACKED = (0.05, 0.075, 0.1)  # the run tracks the middle one too, as the truth

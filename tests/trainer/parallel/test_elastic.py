@@ -4,7 +4,6 @@ Real processes over gloo. The reference is one uninterrupted process in float32.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-import tarflow.trainer.loop as loop
 from tarflow.trainer.checkpoint.find import committed, find
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.files import load_config
+from tarflow.trainer.hooks import Hook
 from tarflow.trainer.resilience.exit_codes import FINISHED
+from tarflow.trainer.step_inputs import StepInput
+from tarflow.trainer.train import train as train_run
 from tests.helpers.ranks import launch_ranks
 from tests.helpers.runs import write_config
 
@@ -30,19 +31,13 @@ STEPS = 16
 
 def train_and_note(config: Path, overrides: list[str], run: Path) -> int:
     """A rank: train as `tarflow train` does, and write down which samples this rank gets; the exit code."""
-    prefetch_inputs = loop.prefetch_inputs
 
-    def noting(loader: Any, *args: Any, **options: Any) -> Any:
-        def batches() -> Iterator[Any]:
-            for batch in loader:
-                with open(run / "ids.jsonl", "a") as file:
-                    file.write(json.dumps([batch.images_seen, batch.slots.tolist(), batch.ids.tolist()]) + "\n")
-                yield batch
+    class NoteSamples(Hook):
+        def on_batch(self, batch: StepInput) -> None:
+            with open(run / "ids.jsonl", "a") as file:
+                file.write(json.dumps([batch.images_seen, batch.slots.tolist(), batch.ids.tolist()]) + "\n")
 
-        return prefetch_inputs(batches(), *args, **options)
-
-    loop.prefetch_inputs = noting
-    return loop.train(load_config(config, overrides), run)
+    return train_run(load_config(config, overrides), run, hooks=[NoteSamples()])
 
 
 def train(config: Path, run: Path, legs: list[tuple[int, str, int]]) -> None:

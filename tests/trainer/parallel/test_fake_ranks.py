@@ -17,11 +17,11 @@ from tarflow.models.cost import largest_piece, parameters, peak_rate
 from tarflow.models.flow import TarFlow
 from tarflow.trainer.batch import plan_batch
 from tarflow.trainer.config.files import load_config
-from tarflow.trainer.loop import train
 from tarflow.trainer.parallel.mesh import mesh_shape
 from tarflow.trainer.parallel.zero import zero_config
 from tarflow.trainer.plan import describe, rank_memory
 from tarflow.trainer.resilience.exit_codes import FINISHED
+from tarflow.trainer.train import train
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -6,7 +6,7 @@ Cases T06, T09, T14.
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-import tarflow.trainer.loop as loop
+import tarflow.trainer.train as set_up
 from tarflow.data_pipeline.loading.batch import Batch
 from tarflow.models.flow import TarFlow
 from tarflow.models.init import init_weights
@@ -27,6 +27,7 @@ from tarflow.trainer.ema.ema import power_decay
 from tarflow.trainer.ema.posthoc import reconstruct
 from tarflow.trainer.ema.snapshots import snapshots_dir
 from tarflow.trainer.errors import TrainerError
+from tarflow.trainer.hooks import Hook
 from tarflow.trainer.resilience.exit_codes import FINISHED, NO_PROGRESS, USAGE
 from tarflow.trainer.step_inputs import StepInput, step_input
 from tests.helpers.ranks import launch_ranks
@@ -35,10 +36,10 @@ from tests.helpers.runs import write_config
 BATCH = 12
 
 
-def train(config: Path, run: Path, overrides: list[str]) -> int:
+def train(config: Path, run: Path, overrides: list[str], hooks: Sequence[Hook] = ()) -> int:
     """A rank; its exit code."""
     try:
-        return loop.train(load_config(config, overrides), run)
+        return set_up.train(load_config(config, overrides), run, hooks=hooks)
     except TrainerError as error:
         print(f"refused on rank {os.environ.get('RANK', 0)}: {error}", file=sys.stderr)
         return USAGE
@@ -46,22 +47,19 @@ def train(config: Path, run: Path, overrides: list[str]) -> int:
 
 def train_with_bad_noise(config: Path, run: Path, overrides: list[str], bad_rank: int, bad_from: int) -> int:
     """A rank; the noise of one of them is not finite from a position on."""
-    prefetch_inputs = loop.prefetch_inputs
 
-    def poisoned(loader: Any, *args: Any, **options: Any) -> Iterator[StepInput]:
-        for item in prefetch_inputs(loader, *args, **options):
-            if int(os.environ["RANK"]) == bad_rank and item.images_seen >= bad_from:
-                item.noise[0].fill_(float("nan"))
-            yield item
+    class BadNoise(Hook):
+        def on_batch(self, batch: StepInput) -> None:
+            if int(os.environ["RANK"]) == bad_rank and batch.images_seen >= bad_from:
+                batch.noise[0].fill_(float("nan"))
 
-    loop.prefetch_inputs = poisoned
-    return train(config, run, overrides)
+    return train(config, run, overrides, [BadNoise()])
 
 
 def train_apart(config: Path, run: Path, overrides: list[str]) -> int:
     """A rank in a directory of its own, as on nodes that share no storage."""
-    check_shared = loop.check_shared
-    loop.check_shared = lambda run_dir: check_shared(run_dir, patience_s=1)
+    check_shared = set_up.check_shared
+    set_up.check_shared = lambda run_dir: check_shared(run_dir, patience_s=1)
     place = config.parent / f"node{os.environ['RANK']}"
     place.mkdir()
     os.chdir(place)

@@ -130,8 +130,8 @@ def test_restarts_without_progress_end_with_a_reason_and_a_way_out(start, tiny_c
     (run / "restarts.json").unlink()
     end = start(tiny_config, run, *settings, "train.skip_images=[[12, 36]]", ranks=1)
     assert end["codes"] == [FINISHED]
-    assert "passed over images 12 to 24: train.skip_images" in log(run)
-    assert "passed over images 24 to 36: train.skip_images" in log(run)
+    assert "skipped images 12 to 24: train.skip_images" in log(run)
+    assert "skipped images 24 to 36: train.skip_images" in log(run)
     trained = [json.loads(line)[0] for line in (run.parent.parent / "run-trained.jsonl").read_text().splitlines()]
     assert trained[-10:] == [p for p in range(0, 144, 12) if p not in (12, 24)]
 

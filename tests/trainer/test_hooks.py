@@ -1,0 +1,112 @@
+"""Hooks of the loop: they see every step, collect garbage on schedule and trace some steps; none changes a result."""
+
+import gc
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tarflow.trainer.checkpoint.find import find
+from tarflow.trainer.checkpoint.tensors import load_weights
+from tarflow.trainer.config.files import load_config
+from tarflow.trainer.errors import TrainerError
+from tarflow.trainer.hooks import Hook, ScheduledGC
+from tarflow.trainer.resilience.exit_codes import FINISHED
+from tarflow.trainer.step_inputs import StepInput
+from tarflow.trainer.train import train
+
+STEPS = 6
+
+
+class Notes(Hook):
+    """What it was told."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.steps: list[tuple[int, int]] = []
+        self.collecting: list[bool] = []
+        self.closed = 0
+
+    def on_batch(self, batch: StepInput) -> None:
+        self.batches.append(batch.images_seen)
+
+    def on_step(self, step: int, batch: StepInput) -> None:
+        self.steps.append((step, batch.images_seen))
+        self.collecting.append(gc.isenabled())
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture(autouse=True)
+def garbage_as_before() -> Iterator[None]:
+    yield
+    gc.enable()
+
+
+def run(config: Path, folder: Path, *overrides: str) -> tuple[Notes, dict[str, bytes]]:
+    """Train six steps; what a hook saw, and the weights at the end."""
+    notes = Notes()
+    settings = load_config(config, [f"train.max_images={STEPS * 16}", "log.every_steps=2", *overrides])
+    assert train(settings, folder, hooks=[notes]) == FINISHED
+    weights = load_weights(find(folder), "raw")
+    return notes, {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
+
+
+def test_hooks_traces_and_scheduled_collection_change_no_weight(tiny_config: Path, tmp_path: Path) -> None:
+    plain, expected = run(tiny_config, tmp_path / "plain")
+    assert plain.batches == [16 * step for step in range(STEPS)]
+    assert plain.steps == [(step + 1, 16 * step) for step in range(STEPS)]
+    assert plain.collecting == [True] * STEPS
+    assert plain.closed == 1
+    assert not (tmp_path / "plain/traces").exists()
+
+    hooked, weights = run(
+        tiny_config, tmp_path / "hooked", "train.gc_every_steps=2", "profile.start_step=3", "profile.end_step=4",
+        "train.skip_images=[[16,32]]",
+    )  # fmt: skip
+    assert hooked.batches == plain.batches, "a skipped batch is seen"
+    assert [seen for _, seen in hooked.steps] == [0, 32, 48, 64, 80], "its step is not"
+    assert hooked.collecting == [False] * 5
+    assert gc.isenabled()
+
+    _, weights = run(
+        tiny_config, tmp_path / "traced", "train.gc_every_steps=2", "profile.start_step=3", "profile.end_step=4"
+    )
+    assert weights == expected
+    (trace,) = (tmp_path / "traced/traces").iterdir()
+    assert trace.name == "steps-3-4-rank-0000.json"
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert sum(event["name"] == "Optimizer.step#GuardedAdamW.step" for event in events) == 2
+    assert any(event["name"] == "aten::addmm" for event in events)
+    assert f"trace of steps 3 to 4: {trace}" in (tmp_path / "traced/log.txt").read_text()
+
+
+def test_a_trace_that_cannot_be_complete_is_said(tiny_config: Path, tmp_path: Path) -> None:
+    run(tiny_config, tmp_path / "run", "profile.start_step=5", "profile.end_step=9")
+    assert "the run ended before profile.end_step" in (tmp_path / "run/log.txt").read_text()
+    assert not (tmp_path / "run/traces").exists()
+    with pytest.raises(TrainerError, match=r"profile.end_step=3: from profile.start_step=5 to 99 steps later"):
+        load_config(tiny_config, ["profile.start_step=5", "profile.end_step=3"])
+
+
+def test_garbage_is_collected_at_multiples_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    hook = ScheduledGC(3)
+    collected: list[int] = []
+    monkeypatch.setattr(gc, "collect", lambda generation=2: collected.append(generation))
+    for step in range(1, 8):
+        hook.on_step(step, None)  # type: ignore[arg-type]
+    assert collected == [1, 1]
+    assert not gc.isenabled()
+    hook.close()
+    assert gc.isenabled()
+
+
+def test_peak_memory_is_in_the_metrics_and_the_line(tiny_config: Path, tmp_path: Path) -> None:
+    run(tiny_config, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    peaks = [row["memory/peak_rss_gb"] for row in rows if "train/loss" in row]
+    assert len(peaks) == 3
+    assert 0.1 < peaks[0] <= peaks[-1] < 24
+    assert f"| peak {peaks[-1]:.1f} GB" in (tmp_path / "run/log.txt").read_text()

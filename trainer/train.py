@@ -1,0 +1,90 @@
+"""Setting up a run: what is checked, joined and loaded before the first step. The steps are in `loop.py`."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+
+import torch
+
+from tarflow.trainer.batch import plan_batch
+from tarflow.trainer.config.files import config_text
+from tarflow.trainer.config.schema import Config
+from tarflow.trainer.hooks import Hook
+from tarflow.trainer.loop import Trainer
+from tarflow.trainer.metrics import MetricLogger
+from tarflow.trainer.parallel.choose import compute_deterministically, pick_device
+from tarflow.trainer.parallel.shared import check_shared
+from tarflow.trainer.parallel.world import World, first_decides, process_group, world_from_env
+from tarflow.trainer.resilience.exit_codes import FINISHED, NO_PROGRESS
+from tarflow.trainer.resilience.failure_exit import FailureRecord, failure_exit
+from tarflow.trainer.resilience.fault_injection import fault_point
+from tarflow.trainer.resilience.signals import StopRequest
+from tarflow.trainer.resilience.watchdog import Watchdog, deadline
+from tarflow.trainer.run_dir import create_run, save_config, writer_lock
+from tarflow.trainer.saving.resume import decide_start, finished
+from tarflow.trainer.start.check import check_start
+from tarflow.trainer.start.record import write_record
+
+
+def train(
+    config: Config, run_dir: Path, *, init_from: Path | None = None, accept_new_data: bool = False,
+    init_partial: bool = False, stop: StopRequest | None = None, hooks: Sequence[Hook] = (),
+) -> int:  # fmt: skip
+    """Train until `train.max_images`, from the newest sound checkpoint if there is one. Returns an exit code.
+
+    Runs alone, or as one rank of the world that the environment describes. `stop`: a request that is listened to already.
+    `hooks` are called at every batch and step of this rank.
+    """
+    world = world_from_env()
+    with nullcontext(stop) if stop else StopRequest() as stop, failure_exit(world, run_dir) as record:
+        return _train(config, run_dir, world, stop, init_from, accept_new_data, init_partial, record, hooks)
+
+
+def _train(
+    config: Config, run_dir: Path, world: World, stop: StopRequest, init_from: Path | None, accept_new_data: bool,
+    init_partial: bool, record: FailureRecord, hooks: Sequence[Hook],
+) -> int:  # fmt: skip
+    # --- what one process can check alone, before anything is started or written
+    checked = check_start(config, run_dir, world.size, init_from, init_partial)
+    plan = plan_batch(config.train.global_batch_size, world.size, config.train.micro_batch_size)
+    device = pick_device(config.train.device, world.local_rank)
+    torch.set_float32_matmul_precision(config.train.matmul_precision)
+    if config.train.deterministic:
+        compute_deterministically(device)
+    zero = config.parallel.backend == "deepspeed"
+    with ExitStack() as stack:
+        # --- join the other ranks; rank 0 picks the checkpoint and broadcasts it, or the error
+        fault_point("join")
+        limit = config.parallel.start_timeout_s
+        with deadline(limit + 2, run_dir, world.rank, "joining the other ranks"):  # torch's own error comes first
+            stack.enter_context(process_group(world, device, limit, always=zero))
+        given = (run_dir, config, checked.train.facts, accept_new_data)
+        with deadline(limit, run_dir, world.rank, "reading the newest checkpoint"):
+            if nothing_to_do := first_decides(world, lambda: finished(*given)):
+                if world.first:
+                    print(nothing_to_do, flush=True)
+                return FINISHED
+            first_decides(world, lambda: stack.enter_context(writer_lock(run_dir)))
+            start = first_decides(world, lambda: decide_start(*given))
+
+        # --- from here on the run directory is written to
+        record.begun = True  # what was refused until here has left no trace in the run
+        first_decides(world, lambda: create_run(run_dir))
+        check_shared(run_dir)
+        watchdog = stack.enter_context(Watchdog(run_dir, world.rank, world.size, config.parallel))
+        fault_point("start")
+        log = MetricLogger(run_dir, config.log.tensorboard, config.train.max_images, world.rank)
+        stack.callback(log.close)
+        for line in checked.lines():
+            log.say(line)
+
+        # --- build the model, load the checkpoint, and note that a start got this far
+        trainer = Trainer(config, run_dir, plan, log, world, device, watchdog, checked.warmup_images, hooks)
+        trainer.start(start, checked.train.facts, init_from, init_partial)
+        if not trainer.check_progress(run_dir):
+            return NO_PROGRESS
+        if world.first:
+            save_config(run_dir, config)
+            write_record(run_dir, checked.record())
+            log.record(f"the configuration of this start:\n{config_text(config)}")
+        return trainer.fit(stop)
