@@ -77,7 +77,7 @@ def open_job(run: Path) -> Any:
     from tarflow.evaluation.worker.evaluate import Evaluator, Job
     from tarflow.evaluation.worker.real_images import RealImages
     from tarflow.evaluation.worker.recipe import load_recipes
-    from tarflow.trainer.checkpoint.commit import find
+    from tarflow.trainer.checkpoint.find import find
 
     (recipe,) = load_recipes(run, [])
     real = RealImages(results.evals_dir(run), recipe.config, recipe.settings, torch.device("cpu"), say=lambda _: None)

@@ -19,7 +19,8 @@ from tarflow.evaluation.samples.png_folder import SampleFolder, load_png, save_p
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import WeightsSource, from_checkpoint, from_file, resolve_device
 from tarflow.models.weights import is_weights_file, read_weights
-from tarflow.trainer.checkpoint.commit import find, pinned
+from tarflow.trainer.checkpoint.find import find
+from tarflow.trainer.checkpoint.pins import pinned
 from tarflow.trainer.checkpoint.provenance import names_of_checkpoint
 
 GRID_IMAGES = 100

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tarflow.data_pipeline.index.build import parse_classes
+from tarflow.data_pipeline.index.classes import parse_classes
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.draw import NO_LABEL
 

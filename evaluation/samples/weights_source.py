@@ -17,7 +17,7 @@ from tarflow.evaluation.errors import EvaluationError
 from tarflow.models.flow import TarFlow
 from tarflow.models.provenance import Provenance
 from tarflow.models.weights import WeightsFile, check_weights, load_model
-from tarflow.trainer.checkpoint.commit import Checkpoint
+from tarflow.trainer.checkpoint.marker import Checkpoint
 from tarflow.trainer.checkpoint.provenance import provenance_of
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.schema import Config

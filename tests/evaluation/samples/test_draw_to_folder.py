@@ -14,7 +14,7 @@ from tarflow.evaluation.samples.weights_source import from_checkpoint, resolve_d
 from tarflow.models.errors import ModelError
 from tarflow.models.weights import save_weights_file
 from tarflow.records import DamagedFileError
-from tarflow.trainer.checkpoint.commit import find
+from tarflow.trainer.checkpoint.find import find
 from tarflow.trainer.errors import TrainerError
 
 
