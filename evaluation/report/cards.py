@@ -42,7 +42,8 @@ def cards_section(config: Config | None, history: History, headline: Headline | 
     if headline is None or result is None:
         notes = "<p>No evaluation yet: run <code>tarflow evaluate RUN --once</code>.</p>"
     else:
-        notes = paragraphs([f"Metrics of {headline.describe()}.", *(f"{line[:1].upper()}{line[1:]}." for line in chosen)])
+        choices = [f"{line[:1].upper()}{line[1:]}." for line in chosen]
+        notes = paragraphs([f"Metrics of {headline.describe()}.", *choices])
         notes += paragraphs(result.values.get("warnings", []), warning=True)
     return f"<section><div class='cards'>{items}</div>{notes}</section>"
 

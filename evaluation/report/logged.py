@@ -39,12 +39,12 @@ def _fits(row: dict[str, Any]) -> bool:
         return False
     if "event" in row:
         return isinstance(row["event"], str)
-    return all(_is_figure(value) for value in row.values())
+    return all(_is_metric(value) for value in row.values())
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
-def _is_figure(value: Any) -> bool:
+def _is_metric(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST)
