@@ -164,6 +164,8 @@ def scan_mds(shard: MdsShard, first: int, rules: Rules) -> Samples:
     except (OSError, ValueError) as err:
         out.problem("damaged_shard", f"shard {shard.path}: damaged: {why(err)}", rules.strict)
         return out
+
+    # Labels as a whole column, then sample by sample.
     labels = None if label is None else _values(shard, label, data, starts, sizes)
     out.label_from = "" if label is None else shard.names[label]
     out.fields = Counter(dict.fromkeys(shard.names, shard.samples))

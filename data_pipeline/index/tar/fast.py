@@ -179,6 +179,8 @@ class FastScan:
         number, kind, content = len(batch.sizes), self.buffer[inside + TYPE], inside + BLOCK
         if kind not in REGULAR:
             batch.not_files.add(number)
+
+        # Extended headers are about the next member.
         if kind in EXTENDED:
             data = bytes(self.buffer[content : min(content + size, used)])
             if len(data) < size:  # it goes on behind the window
@@ -188,6 +190,7 @@ class FastScan:
         if kind == PAX_GLOBAL:
             return size
 
+        # A member: it uses up what they said.
         said, self.extension = self.extension or Extension(), None
         if said.name is not None:
             batch.long_names[number] = said.name

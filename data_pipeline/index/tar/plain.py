@@ -43,12 +43,14 @@ def plain_scan(fd: int, scan: TarScan, keep: int) -> None:
             return
         if len(header) < BLOCK:
             break
+        # Not a header, or a damaged one: nothing behind it can be found.
         size = size_of(header)
         if size < 0 or not checksum_ok(header):
             scan.damaged_header(position)
             return
         kind, offset = header[TYPE], position + BLOCK
 
+        # An extended header is about the next member; any other header is a member, and uses up what was said of it.
         if kind in EXTENDED:
             extension = extend(extension, kind, os.pread(fd, min(size, MAX_EXTENDED), offset))
         elif kind != PAX_GLOBAL:
@@ -72,6 +74,7 @@ def plain_scan(fd: int, scan: TarScan, keep: int) -> None:
                 target = text_of(header[LINK_TARGET]) if said.link_target is None else said.link_target
                 scan.links.append(TarLink(name, target, kind == SYMBOLIC_LINK))
 
+        # What comes next is known by the size of this content alone.
         if offset + size > scan.file_bytes:
             scan.damaged_content(position, size)
             return
