@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import signal
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,8 @@ from tarflow.data_pipeline.index.tar.fields import split_name
 from tarflow.data_pipeline.index.tar.grouping import group
 from tarflow.data_pipeline.index.tar.members import TarScan
 from tarflow.data_pipeline.storage.open_index import open_index
+from tests.helpers.effort import draws
+from tests.helpers.ranks import launch_ranks
 
 
 def index_of(root: Path, shards: list[Path], **options: Any) -> list[tuple[str, str, int]]:
@@ -264,6 +265,10 @@ def test_the_fingerprint_follows_the_data_not_the_folder(tmp_path: Path, lab: Si
     )
 
 
+def index_and_be_killed(root: Path) -> None:
+    build_index(root, sorted(root.glob("*0.tar")), progress=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+
+
 def test_a_failed_or_killed_rewrite_leaves_the_old_index(make_set: Callable[..., Path], lab: SimpleNamespace) -> None:
     root = make_set([3, 2])
     before = open_index(root).fingerprint
@@ -271,15 +276,8 @@ def test_a_failed_or_killed_rewrite_leaves_the_old_index(make_set: Callable[...,
     with pytest.raises(DataError, match=r"shard-0001\.tar"):
         build_index(root, sorted(root.glob("*.tar")))
     assert open_index(root).fingerprint == before
-    code = (
-        "import os, signal, sys; from pathlib import Path; from tarflow.data_pipeline.index.build import build_index\n"
-        "root = Path(sys.argv[1])\n"
-        "build_index(root, sorted(root.glob('*0.tar')), progress=lambda *_: os.kill(os.getpid(), signal.SIGKILL))"
-    )
-    killed = subprocess.run(
-        [sys.executable, "-c", code, str(root)], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    )
-    assert killed.returncode == -9
+    killed = launch_ranks(index_and_be_killed, 1, root, may_fail=True)
+    assert killed.codes == [-signal.SIGKILL]
     assert (root / "index.partial").exists()
     assert open_index(root).fingerprint == before
     build_index(root, sorted(root.glob("*0.tar")))
@@ -347,7 +345,7 @@ member_names = st.one_of(
         st.integers(1, 5), st.lists(st.sampled_from(["jpg", "cls", "json", "png", "a.jpg", "b.jpg", "jpg.cls"]), min_size=1, max_size=3),
     )
 )  # fmt: skip
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=draws(200), deadline=None)
 @pytest.mark.case("D05")
 def test_the_quick_way_for_regular_shards_gives_what_the_general_way_gives(
     members: list[tuple[str, bytes]],

@@ -19,6 +19,7 @@ from tarflow.data_pipeline.index.tar.fast import WINDOWS, FastScan
 from tarflow.data_pipeline.index.tar.members import TarScan
 from tarflow.data_pipeline.index.tar.plain import plain_scan
 from tarflow.data_pipeline.index.tar.scan import scan_tar
+from tests.helpers.effort import draws
 
 names = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=60).filter(
     lambda name: name not in (".", "..")
@@ -29,7 +30,7 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size
     st.lists(st.tuples(st.lists(names, min_size=1, max_size=4), st.integers(0, 3000)), max_size=12),
     st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=draws(120), deadline=None)
 def test_members_equal_those_of_tarfile(members: list[tuple[list[str], int]], format: int) -> None:
     path = Path(os.environ.get("TMPDIR", "/tmp")) / f"scan-{os.getpid()}.tar"
     try:
@@ -254,7 +255,7 @@ def test_an_extended_header_is_about_the_next_member_only(
     st.lists(st.tuples(st.integers(0, 59), st.sampled_from(["long", "folder", "odd", "big label"])), max_size=2),
     st.none() | st.tuples(st.integers(0, 59), st.sampled_from([5, 126, 150, 156])),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=draws(150), deadline=None)
 def test_leaps_over_regular_members_find_what_going_one_by_one_finds(
     sizes: list[int], format: int, fractions: bool, odd: list[tuple[int, str]], damage: tuple[int, int] | None
 ) -> None:

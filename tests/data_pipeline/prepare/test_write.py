@@ -10,8 +10,6 @@ import json
 import os
 import signal
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,11 +26,13 @@ from tarflow.data_pipeline.loading.evaluation_batches import evaluation_batches
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.shape import ImageShape
 from tarflow.data_pipeline.prepare import order as order_module
+from tarflow.data_pipeline.prepare import write
 from tarflow.data_pipeline.prepare.fetch import KNOWN, fetch
 from tarflow.data_pipeline.prepare.order import held_out, shuffled
 from tarflow.data_pipeline.prepare.sources import ImageSource, folder_source, open_source
 from tarflow.data_pipeline.prepare.write import Options, prepare
 from tarflow.data_pipeline.storage.open_index import open_index
+from tests.helpers.ranks import launch_ranks
 
 
 def save(path: Path, colour: tuple[int, ...] | int, mode: str = "RGB", size: tuple[int, int] = (12, 10)) -> None:
@@ -269,16 +269,19 @@ def test_a_folder_that_is_not_empty_is_refused(folder: Path, tmp_path: Path) -> 
     assert sorted((tmp_path / "out").rglob("*")) == before
 
 
+def prepare_and_be_killed(source: Path, out: Path) -> None:
+    """Killed when all is written and nothing in its place."""
+
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    write.replace_dir = die  # type: ignore[assignment, attr-defined]
+    prepare(open_source(source), out, Options(size=8))
+
+
 def test_a_killed_run_leaves_no_data_set_and_the_next_one_works(folder: Path, tmp_path: Path) -> None:
-    code = (
-        "import os, signal, sys; from pathlib import Path\n"
-        "from tarflow.data_pipeline.prepare import write as p; from tarflow.data_pipeline.prepare.sources import open_source\n"
-        "p.replace_dir = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "p.prepare(open_source(Path(sys.argv[1])), Path(sys.argv[2]), p.Options(size=8))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    killed = subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path / "out")], env=environment)
-    assert killed.returncode == -signal.SIGKILL
+    killed = launch_ranks(prepare_and_be_killed, 1, folder, tmp_path / "out", may_fail=True)
+    assert killed.codes == [-signal.SIGKILL]
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial").exists()
     prepare(open_source(folder), tmp_path / "out", Options(size=8))
