@@ -41,7 +41,7 @@ Int64s = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Role:
-    """What a column is looked for as: by which names, if nobody gave one, and in which encodings."""
+    """What a column is looked for as: its usual names, if none is given, and its encodings."""
 
     what: str
     flag: str  # that names the column
