@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     for flag, value in (("--count", args.count), ("--tile", args.tile)):
         if value is not None and (args.sheet is None or value < 1):
             raise DataError(f"{flag} {value} is for the contact sheet, and at least 1: give --sheet FILE too")
+    # Facts, then classes, then the sheet, which reads images.
     access = Access(allow_roots=tuple(args.allow_root or ()))
     index = open_index(args.data, access)
     sizes = index.shard_sizes

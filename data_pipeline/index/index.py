@@ -101,6 +101,8 @@ class Index:
                 f"the index at {folder} has format {meta.get('format_version')}, this program reads {FORMAT_VERSION}: "
                 f"rebuild it: tarflow data index {root}"
             )
+
+        # The columns of the list of shards, and what follows from them.
         self.meta = meta
         self.shard_paths: list[str] = table["path"]
         self.shard_sizes: NDArray[np.int64] = table["samples"]
@@ -120,11 +122,15 @@ class Index:
         self._contents: list[tuple[int, str, str]] = []
         if self.knows_content:
             self._contents = list(zip(table["modified_ns"].tolist(), table["checksum"], table["sketch"]))
+
+        # Where samples are read from.
         self._remote_root = "://" in str(root)
         self.any_remote = self._remote_root or any("://" in path for path in self.shard_paths)
         self.form: str = meta.get("form") or "tar"
         self._part: NDArray[np.int64] = table["part"]
         self._row_group: NDArray[np.int64] = table["row_group"]
+
+        # Rows and open parts, the least recently used first.
         self._rows: OrderedDict[int, Rows] = OrderedDict()
         self._cached_rows = 0
         self._parts: OrderedDict[int, Any] = OrderedDict()

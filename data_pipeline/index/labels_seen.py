@@ -59,6 +59,7 @@ class LabelsSeen:
             out.append(f"labels: {self.labelled:,} of {self.samples:,} samples, from {source}{rest}")
             if self.names_from and self.classes is not None:
                 out.append(f"class names: {len(self.classes):,}, from {self.names_from}")
+            # Numbers that never occur, and such as the names do not cover.
             last = max(self.used)
             gaps = label_gaps(sorted(self.used), last + 1 if self.classes is None else len(self.classes))
             out += [gaps] if gaps else []

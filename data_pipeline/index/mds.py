@@ -41,7 +41,7 @@ Int64s = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Role:
-    """What a column is looked for as: by which names, if nobody gave one, and in which encodings."""
+    """What a column is looked for as: its usual names, if none is given, and its encodings."""
 
     what: str
     flag: str  # that names the column
@@ -164,6 +164,8 @@ def scan_mds(shard: MdsShard, first: int, rules: Rules) -> Samples:
     except (OSError, ValueError) as err:
         out.problem("damaged_shard", f"shard {shard.path}: damaged: {why(err)}", rules.strict)
         return out
+
+    # Labels as a whole column, then sample by sample.
     labels = None if label is None else _values(shard, label, data, starts, sizes)
     out.label_from = "" if label is None else shard.names[label]
     out.fields = Counter(dict.fromkeys(shard.names, shard.samples))

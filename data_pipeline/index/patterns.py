@@ -138,6 +138,7 @@ def _one_pattern(pattern: str, missing: list[str], notes: list[str]) -> list[Pat
         return [path]
     if path.is_dir():
         return _tars_in(path, notes)
+    # Two patterns in one string would match nothing, which says little.
     words = pattern.split()
     if len(words) > 1 and sum(any(mark in word for mark in "{*?") for word in words) > 1:
         raise DataError(f"{pattern!r} looks like {len(words)} patterns in one string: give them as separate arguments")

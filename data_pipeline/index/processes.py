@@ -34,6 +34,7 @@ def in_processes(work: Callable[[Job], Result], jobs: Sequence[Job], processes: 
     if processes <= 1 or len(jobs) <= 1:
         yield from map(work, jobs)
         return
+    # A thread per process waits for its answers. Each starts its process itself, when it gets its first job.
     own = threading.local()
     started: list[subprocess.Popen[bytes]] = []
     starting, over = threading.Lock(), threading.Event()

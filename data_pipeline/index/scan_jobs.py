@@ -88,7 +88,7 @@ def _size(job: Job) -> int:
 
 
 def _measure(path: Path, samples: Samples) -> None:
-    """Fill in width and height as stored, from the first bytes of each image; None where these do not tell."""
+    """Fill in width and height as stored, from the first bytes of each image; None where that is not enough."""
     with path.open("rb") as file:
         sizes = [_size_of_image(file, offset, size) for offset, size in zip(samples.offsets, samples.sizes)]
     samples.widths = [size[0] if size else None for size in sizes]

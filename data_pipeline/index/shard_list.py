@@ -154,7 +154,7 @@ def _check(columns: dict[str, Any], parts: int) -> None:
     """Raise ValueError for the first shard with an impossible value."""
     samples, size, part = columns["samples"], columns["bytes"], columns["part"]
     least, largest, labelled = columns["label_min"], columns["label_max"], columns["labelled"]
-    full = samples > 0
+    full = samples > 0  # a shard without samples has no row group
     rules: Sequence[tuple[str, NDArray[np.bool_]]] = (
         ("samples", (samples >= 0) & (samples <= _MAX_SAMPLES // len(samples))),
         ("bytes", (size >= samples) & (size < 1 << 62)),  # a sample takes at least one byte
@@ -168,6 +168,7 @@ def _check(columns: dict[str, Any], parts: int) -> None:
         if not right.all():
             shard = int(np.argmin(right))
             raise ValueError(f"{name!r} of shard {shard} is {columns[name][shard]}")
+    # Strings one by one: there are few shards, and the first wrong one is named.
     texts: Sequence[tuple[str, Callable[[str], Any]]] = (
         ("path", lambda path: path and "\0" not in path),
         ("digest", _HEX32.fullmatch),

@@ -50,6 +50,7 @@ def npz_source(path: Path, choices: Choices | None = None) -> ImageSource:
         raise DataError(f"cannot read {shown(path)} as .npz: {err.problem}") from None
     except OSError as err:
         raise DataError(f"cannot read {shown(path)}: {err.strerror or err}") from None
+    # The splits one after the other; each image array has as many labels as images, or none.
     images, values, notes = [], [], []
     for image, label in pairs.values():
         pixels, raw = arrays[image], arrays[label] if label else None
@@ -66,6 +67,7 @@ def npz_source(path: Path, choices: Choices | None = None) -> ImageSource:
         found, note = array_labels(raw, f"array {label!r} of {shown(path)}")
         values += found
         notes += [note] if note else []
+    # Report what was left aside, and refuse what only some splits have.
     used = {name for pair in pairs.values() for name in pair}
     unused = [name for name in names if name not in used]
     if unused:
@@ -136,6 +138,7 @@ def idx_source(files: Path | Sequence[Path], choices: Choices | None = None) -> 
     wanted = chosen([*groups], choices.split, shown(root)) if len(several) > 1 or choices.split else [*groups]
     if wanted == [ALL]:
         wanted = [*groups]
+    # Each file with the labels beside it; a split is one file.
     images, values, notes, paths = [], [], [], {}
     for split in wanted:
         (path,) = groups[split]

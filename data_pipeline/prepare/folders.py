@@ -65,10 +65,11 @@ def folder_source(path: Path, choices: Choices | None = None, found: Walk | None
             ignored[cause_of(extension)] += 1
     if not images:
         raise DataError(_nothing(path, found))
-    for again, first in found.again:
+    for again, first in found.again:  # the first is enough
         raise DataError(
             f"{shown(again)} and {shown(first)} are one folder, whose images would count twice: remove one of the links"
         )
+    # Labels are looked for split by split, and then have to agree.
     parts = _parts(path, images, choices)
     for name, part in parts.items():
         part.values, part.how = _labels(part, choices.labels, name)
@@ -158,6 +159,7 @@ def _labels(part: _Part, asked: str | None, split: str) -> tuple[list[Any], str]
             return _from_label_file(path, part)
         if asked:
             raise DataError(f"there is no {shown(path)} (--labels {_LABEL_FILE})")
+    # Class folders: every image has to be in one.
     folders = [file.relative_to(part.root).parts[:-1] for file in part.files]
     loose = [file for file, above in zip(part.files, folders) if not above]
     if len(loose) == count:
@@ -225,6 +227,7 @@ def _from_label_file(path: Path, part: _Part) -> tuple[list[Any], str]:
         raise DataError(f"cannot read labels from {shown(path)} ({err!r}): expected {form}; {other}") from None
     if pairs is None:
         return [None] * len(part.files), f"none ({_LABEL_FILE} holds null)"
+    # Each image exactly one label, and no label for anything else: a list of another set may match by accident.
     by_name = dict(pairs)
     if len(by_name) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)

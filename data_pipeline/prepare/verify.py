@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,52 +158,71 @@ class _Marks:
 def _verify_shard(job: tuple[str, int, int]) -> tuple[VerifyReport, NDArray[np.void], NDArray[np.void]]:
     """(what was found, marks of keys, marks of contents) of one shard, with an index of its own."""
     root, shard, max_pixels = job
-    index = Index(Path(root))
-    report = VerifyReport(shards=1)
-    path, rows = index.shard_path(shard), index.rows(shard)
-    nothing = np.zeros(0, _MARK)
-    try:
-        found = _scan(index, shard)
-    except DataError as err:
-        report.add("unreadable_shard", str(err))
+    index, report, nothing = Index(Path(root)), VerifyReport(shards=1), np.zeros(0, _MARK)
+    found = _scan_as_indexed(index, shard, report)
+    if found is None:
         return report, nothing, nothing
-    report.problems += found.problems
-    report.examples += found.examples
-    if found.offsets != rows.offsets.tolist() or found.sizes != rows.sizes.tolist():
-        report.add("index_differs", f"shard {path}: its members are not where the index says; index it again")
-        return report, nothing, nothing
-    if [NO_LABEL if label is None else label for label in found.labels] != rows.labels.tolist():
-        report.add("index_differs", f"shard {path}: its labels are not those of the index; index it again")
-    classes = index.num_classes or 0
-    files = LocalShards(index, by_size=True)
+
+    # Every sample: its label, its key, its image.
+    path, first = index.shard_path(shard), int(index.shard_starts[shard])
     keys, contents = np.zeros(len(found.keys), _MARK), np.zeros(len(found.keys), _MARK)
+    files = LocalShards(index, by_size=True)
     try:
-        for row, label in enumerate(rows.labels.tolist()):
-            report.samples += 1
+        for row, label in enumerate(index.rows(shard).labels.tolist()):
             where = f"shard {path}, sample {found.keys[row]!r}"
-            report.labels[-1 if label == NO_LABEL else label] += 1
-            if label != NO_LABEL and not 0 <= label < classes:
-                report.add("label_out_of_range", f"{where}: label {label} is outside 0..{classes - 1}")
-            sample = int(index.shard_starts[shard]) + row
-            keys[row] = (_hash(found.keys[row].encode()), sample)
-            try:
-                check_bytes(found.sizes[row])
-                data = files.read(shard, found.offsets[row], found.sizes[row])
-                contents[row] = (_hash(data), sample)
-                image = decode(data, 3, None, max_pixels)
-                report.saw(image.shape[1], image.shape[0])
-            except BadSampleError as err:
-                contents[row] = (_hash(where.encode()), sample)
-                report.add(err.cause, f"{where}: {err}")
+            report.samples += 1
+            _check_label(label, index.num_classes or 0, where, report)
+            keys[row] = (_hash(found.keys[row].encode()), first + row)
+            content = partial(files.read, shard, found.offsets[row], found.sizes[row])
+            contents[row] = (_check_image(content, found.sizes[row], max_pixels, where, report), first + row)
     except DataError as err:
         report.add("unreadable_shard", str(err))
         return report, keys[: report.samples], nothing
     finally:
         files.close()
+
+    # What lies between the samples, too, unless the shard is known to be bad already.
     stored = index.shard_content(shard)
     if stored is not None and not report.problems and content_of(path).checksum != stored.checksum:
         report.add("content_differs", f"shard {path}: its bytes are not those that were indexed; index it again")
     return report, keys, contents
+
+
+def _scan_as_indexed(index: Index, shard: int, report: VerifyReport) -> Samples | None:
+    """The samples in the shard now, their problems and differences from the index reported; None if they cannot be checked."""
+    path, rows = index.shard_path(shard), index.rows(shard)
+    try:
+        found = _scan(index, shard)
+    except DataError as err:
+        report.add("unreadable_shard", str(err))
+        return None
+    report.problems += found.problems
+    report.examples += found.examples
+    if found.offsets != rows.offsets.tolist() or found.sizes != rows.sizes.tolist():
+        report.add("index_differs", f"shard {path}: its members are not where the index says; index it again")
+        return None
+    if [NO_LABEL if label is None else label for label in found.labels] != rows.labels.tolist():
+        report.add("index_differs", f"shard {path}: its labels are not those of the index; index it again")
+    return found
+
+
+def _check_label(label: int, classes: int, where: str, report: VerifyReport) -> None:
+    report.labels[-1 if label == NO_LABEL else label] += 1
+    if label != NO_LABEL and not 0 <= label < classes:
+        report.add("label_out_of_range", f"{where}: label {label} is outside 0..{classes - 1}")
+
+
+def _check_image(read: Callable[[], bytes], size: int, max_pixels: int, where: str, report: VerifyReport) -> int:
+    """Decode an image of `size` bytes; the hash of its bytes, or of its place if it is bad: then it equals no other."""
+    try:
+        check_bytes(size)
+        data = read()
+        image = decode(data, 3, None, max_pixels)
+    except BadSampleError as err:
+        report.add(err.cause, f"{where}: {err}")
+        return _hash(where.encode())
+    report.saw(image.shape[1], image.shape[0])
+    return _hash(data)
 
 
 def _scan(index: Index, shard: int) -> Samples:

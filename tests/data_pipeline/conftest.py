@@ -30,9 +30,9 @@ def number_of(image: object) -> int:
     return int(pixels[0, 0, 0]) + 256 * int(pixels[1, 0, 0])
 
 
-def write_tar(path: Path, members: Sequence[tuple[str, bytes]], **options: int) -> None:
+def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> None:
     """A tar with exactly these members."""
-    with tarfile.open(path, "w", **options) as tar:
+    with tarfile.open(path, "w") as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
             info.size = len(content)

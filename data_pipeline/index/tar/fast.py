@@ -156,7 +156,7 @@ class FastScan:
                 size = size_of(header)
                 if size < 0:
                     return position, _Stop.BAD_HEADER
-            # Leave it there for `_take`, unless it changes what the size means or says something of other headers.
+            # Leave it there for `_take`, unless it is not a plain file or has extended headers.
             at.append(inside)
             positions.append(position)
             if buffer[inside + TYPE] != FILE or self.extension is not None:
@@ -179,6 +179,8 @@ class FastScan:
         number, kind, content = len(batch.sizes), self.buffer[inside + TYPE], inside + BLOCK
         if kind not in REGULAR:
             batch.not_files.add(number)
+
+        # Extended headers are about the next member.
         if kind in EXTENDED:
             data = bytes(self.buffer[content : min(content + size, used)])
             if len(data) < size:  # it goes on behind the window
@@ -188,17 +190,20 @@ class FastScan:
         if kind == PAX_GLOBAL:
             return size
 
-        said, self.extension = self.extension or Extension(), None
-        if said.name is not None:
-            batch.long_names[number] = said.name
+        # A member: what they hold is about it and no other.
+        extension, self.extension = self.extension or Extension(), None
+        if extension.name is not None:
+            batch.long_names[number] = extension.name
         if kind in REGULAR:
-            if said.sparse:
+            if extension.sparse:
                 batch.not_files.add(number)
                 batch.sparse.add(number)
-            return size if said.size is None else said.size
+            return size if extension.size is None else extension.size
         header = bytes(self.buffer[inside:content])
         if kind in (HARD_LINK, SYMBOLIC_LINK):
-            batch.links[number] = text_of(header[LINK_TARGET]) if said.link_target is None else said.link_target
+            batch.links[number] = (
+                text_of(header[LINK_TARGET]) if extension.link_target is None else extension.link_target
+            )
         if kind == SPARSE:
             batch.sparse.add(number)
             return size + sparse_map_bytes(self.fd, position, header)
@@ -303,8 +308,8 @@ class FastScan:
         at = (np.arange(len(starts))[:, None] * WINDOW + places).ravel()
         headers = self.blocks[at // BLOCK]
 
-        # All of it has to be as a walk would have found it: sizes in plain digits, regular files or pax headers that say
-        # nothing of the next member, each header right behind the content before it, right checksums.
+        # All of it has to be as a walk would have found it: sizes in plain digits, regular files or pax headers that do
+        # not concern the next member, each header right behind the content before it, right checksums.
         digits = headers[:, SIZE_DIGITS].astype(np.int64) - ord("0")
         sizes = digits @ _ELEVEN_DIGITS
         extended = headers[:, TYPE] == PAX
@@ -312,7 +317,7 @@ class FastScan:
             ((digits & ~7) == 0).all()
             and (np.isin(headers[:, TYPE], _REGULAR) | extended).all()
             and not extended[len(layout) - 1 :: len(layout)].any()  # its content might lie behind the window
-            and self._say_nothing(at[extended], sizes[extended])
+            and self._ignorable(at[extended], sizes[extended])
         ):
             return position
         ends = places + BLOCK + -(-sizes.reshape(-1, len(layout)) // BLOCK) * BLOCK
@@ -342,8 +347,8 @@ class FastScan:
             position += last + BLOCK + padded(size)
         return starts, position
 
-    def _say_nothing(self, at: NDArray[np.int64], sizes: NDArray[np.int64]) -> bool:
-        """Whether pax headers at these places in the buffer only hold what a scan does not need, such as times."""
+    def _ignorable(self, at: NDArray[np.int64], sizes: NDArray[np.int64]) -> bool:
+        """Whether pax headers at these places in the buffer only hold records that a scan ignores, such as times."""
         if not len(at):
             return True
         records = self.blocks[at // BLOCK + 1].tobytes()

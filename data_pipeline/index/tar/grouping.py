@@ -131,7 +131,7 @@ class _Grouping:
     def _add(self, key: bytes, fields: dict[bytes, int], images: list[bytes], label_in: bytes | None) -> None:
         """Add one sample, or count why it is left out. `fields`: field -> member."""
         scan = self.scan
-        if not images:
+        if not images:  # pictures that cannot be read are counted by name
             extensions = [text(extension_of(what)) for what in fields]
             unread = next((extension for extension in extensions if extension in UNREAD_PICTURES), None)
             self.out.ignored[cause_of(unread) if unread else "no_image"] += 1
@@ -145,6 +145,7 @@ class _Grouping:
             )
             if b"." in images[0]:  # dotted names merged by the key rule: no telling which labels belong to which
                 return
+        # In skip mode, the first of several images is used.
         at = fields[images[0]]
         if scan.sizes[at] == 0:
             self._problem("empty_image", f"member {text(scan.names[at])!r} has 0 bytes")

@@ -1,4 +1,4 @@
-"""The blocks of a tar: the fields of a header, its checksum, and what extended headers say of the member behind them.
+"""The blocks of a tar: the fields of a header, its checksum, and what extended headers add to the member behind them.
 
 A tar is a sequence of blocks of 512 bytes. A member is a header and its content, padded to whole blocks; a block of NULs ends
 the archive. What a header's fields cannot hold (long names, sizes from 8 GiB, fractions of a second) stands in an extended
@@ -118,7 +118,7 @@ def checksums_ok(headers: Headers) -> NDArray[np.bool_]:
 
 
 class Extension:
-    """What extended headers say of the next member, instead of its own header; None where they say nothing."""
+    """What extended headers hold about the next member, which overrides its own header; None where they hold nothing."""
 
     # Not a dataclass: one is made for every member with a long name, and this takes a fifth of the time.
 

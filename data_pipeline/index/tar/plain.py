@@ -1,6 +1,6 @@
 """The plain scan of a tar: one header after the other, each read and understood by itself.
 
-It says what a scan has to find. Indexing uses `fast`, which must find exactly the same and is several times as fast.
+It defines what a scan has to find. Indexing uses `fast`, which must find exactly the same and is several times as fast.
 """
 
 from __future__ import annotations
@@ -36,27 +36,29 @@ from tarflow.data_pipeline.index.tar.members import TarScan
 def plain_scan(fd: int, scan: TarScan, keep: int) -> None:
     """Fill `scan` with the members of the open tar; contents of up to `keep` bytes are kept. Raises OSError."""
     position = 0
-    extension: Extension | None = None
+    pending: Extension | None = None  # of the extended headers since the last member
     while position < scan.file_bytes:
         header = os.pread(fd, BLOCK, position)
         if header == END_MARK:
             return
         if len(header) < BLOCK:
             break
+        # Not a header, or a damaged one: nothing behind it can be found.
         size = size_of(header)
         if size < 0 or not checksum_ok(header):
             scan.damaged_header(position)
             return
         kind, offset = header[TYPE], position + BLOCK
 
+        # An extended header is about the next member; any other header is a member, to which they apply.
         if kind in EXTENDED:
-            extension = extend(extension, kind, os.pread(fd, min(size, MAX_EXTENDED), offset))
+            pending = extend(pending, kind, os.pread(fd, min(size, MAX_EXTENDED), offset))
         elif kind != PAX_GLOBAL:
-            said, extension = extension or Extension(), None
-            name = name_of(header) if said.name is None else said.name
-            size = _size_of_content(fd, position, header, size, said)
+            extension, pending = pending or Extension(), None
+            name = name_of(header) if extension.name is None else extension.name
+            size = _size_of_content(fd, position, header, size, extension)
             whole = offset + size <= scan.file_bytes
-            if kind == SPARSE or (said.sparse and kind in REGULAR):
+            if kind == SPARSE or (extension.sparse and kind in REGULAR):
                 scan.sparse.append(name)
             elif kind not in REGULAR:
                 scan.not_files += 1
@@ -69,9 +71,10 @@ def plain_scan(fd: int, scan: TarScan, keep: int) -> None:
                 scan.offsets.append(offset)
                 scan.sizes.append(size)
             if kind in (HARD_LINK, SYMBOLIC_LINK):
-                target = text_of(header[LINK_TARGET]) if said.link_target is None else said.link_target
+                target = text_of(header[LINK_TARGET]) if extension.link_target is None else extension.link_target
                 scan.links.append(TarLink(name, target, kind == SYMBOLIC_LINK))
 
+        # What comes next is known by the size of this content alone.
         if offset + size > scan.file_bytes:
             scan.damaged_content(position, size)
             return
@@ -79,11 +82,11 @@ def plain_scan(fd: int, scan: TarScan, keep: int) -> None:
     scan.damaged_end(position)
 
 
-def _size_of_content(fd: int, position: int, header: bytes, size: int, said: Extension) -> int:
+def _size_of_content(fd: int, position: int, header: bytes, size: int, extension: Extension) -> int:
     """Bytes between a member's header and its padding; `size` is that of the header."""
     kind = header[TYPE]
     if kind in NO_CONTENT:
         return 0
     if kind == SPARSE:
         return size + sparse_map_bytes(fd, position, header)
-    return said.size if said.size is not None and kind in REGULAR else size
+    return extension.size if extension.size is not None and kind in REGULAR else size

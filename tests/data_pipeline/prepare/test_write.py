@@ -275,7 +275,7 @@ def prepare_and_be_killed(source: Path, out: Path) -> None:
     def die(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    write.replace_dir = die  # type: ignore[assignment, attr-defined]
+    write.replace_dir = die  # type: ignore[assignment]
     prepare(open_source(source), out, Options(size=8))
 
 
