@@ -7,6 +7,7 @@ import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def number_of(image: object) -> int:
     return int(pixels[0, 0, 0]) + 256 * int(pixels[1, 0, 0])
 
 
-def write_tar(path: Path, members: Sequence[tuple[str, bytes]], **options: int) -> None:
+def write_tar(path: Path, members: Sequence[tuple[str, bytes]], **options: Any) -> None:
     """A tar with exactly these members."""
     with tarfile.open(path, "w", **options) as tar:
         for name, content in members:

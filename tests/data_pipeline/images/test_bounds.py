@@ -8,6 +8,7 @@ import time
 import tracemalloc
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,12 @@ def test_more_pixels_than_allowed_are_refused_before_they_are_decoded(
     assert decode(data, 3, None, width * height).shape == (height, width, 3)
     loaded: list[bool] = []
     real = kind.load
-    monkeypatch.setattr(kind, "load", lambda self, *a: loaded.append(True) or real(self, *a))
+
+    def noted(self: Any, *arguments: Any) -> Any:
+        loaded.append(True)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(kind, "load", noted)
     with pytest.raises(
         BadSampleError, match=f"{width * height:,} pixels, and at most {width * height - 1:,}"
     ) as caught:
@@ -103,12 +109,12 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_at_once() -> None:
     data = many_scans(3000, 4000)
     assert len(data) < 64 << 20
     out = np.empty((3000, 3000, 3), dtype=np.uint8)
-    began = time.monotonic()
+    began = time.process_time()
     assert not decode_into(data, out)
     with pytest.raises(BadSampleError, match=r"9,000,000 pixels has 4,010 scans") as caught:
         decode(data, 3)
     assert caught.value.cause == "too_large"
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
     assert decode(many_scans(100, 0), 3).shape == (100, 100, 3)
 
 

@@ -115,7 +115,18 @@ def test_sparse_members_are_named_and_what_follows_is_read(tmp_path: Path, forma
         file.truncate(41 << 16)
     (folder / "a.png").write_bytes(b"a")
     (folder / "c.png").write_bytes(b"c")
-    tar = ["tar", f"--format={format}", "--sparse", "-cf", tmp_path / "a.tar", "-C", folder, "a.png", "b.png", "c.png"]
+    tar = [
+        "tar",
+        f"--format={format}",
+        "--sparse",
+        "-cf",
+        str(tmp_path / "a.tar"),
+        "-C",
+        str(folder),
+        "a.png",
+        "b.png",
+        "c.png",
+    ]
     subprocess.run(tar, check=True)
     scan = scan_tar(tmp_path / "a.tar")
     assert (scan.names, scan.sparse, scan.damage, scan.not_files) == ([b"a.png", b"c.png"], [b"b.png"], None, 0)

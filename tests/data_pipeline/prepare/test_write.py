@@ -10,7 +10,9 @@ import json
 import os
 import signal
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -196,14 +198,14 @@ def test_a_folder_without_subfolders_has_no_labels(tmp_path: Path) -> None:
         (lambda p: (save(p / "a.png", 1, "L"), save(p / "cat" / "b.png", 1, "L")), r"1 images beside 1 class folders"),
     ],
 )
-def test_bad_folders_are_named(tmp_path: Path, make: object, message: str) -> None:
+def test_bad_folders_are_named(tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
     make(tmp_path / "in")
     with pytest.raises(DataError, match=message):
         open_source(tmp_path / "in")
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
-    def refused(name: str, message: str, **options: str) -> None:
+    def refused(name: str, message: str, **options: Any) -> None:
         with pytest.raises(DataError, match=message):
             open_source(tmp_path / name, **options)
 
@@ -245,7 +247,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_bad_options_are_named_and_nothing_is_written(
-    folder: Path, tmp_path: Path, options: dict[str, object], message: str
+    folder: Path, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
         prepare(open_source(folder), tmp_path / "out", Options(**{"size": 8} | options))
@@ -267,7 +269,7 @@ def prepare_and_be_killed(source: Path, out: Path) -> None:
     def die(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    write.replace_dir = die  # type: ignore[assignment, attr-defined]
+    write.replace_dir = die  # type: ignore[assignment]
     prepare(open_source(source), out, Options(size=8))
 
 

@@ -173,7 +173,7 @@ def test_products_are_bounded_and_name_their_factors(tmp_path: Path) -> None:
 
 def limit(key: str) -> int:
     constraints, _ = NUMBERS[key]
-    return min(int(item.le) for item in constraints if isinstance(item, annotated_types.Le))
+    return min(int(str(item.le)) for item in constraints if isinstance(item, annotated_types.Le))
 
 
 @pytest.mark.case("H10")
