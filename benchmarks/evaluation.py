@@ -108,11 +108,11 @@ def parts(run: Path, rounds: int) -> dict[str, float]:
     sampler = job.sampler
     n, y = 64, sampler.labels(range(64))
     noise = sampler.noise(range(n))
-    noisy = sample(sampler.model, noise, y, sampler.guidance).clone()
+    noisy = sample(sampler.model, noise, y, sampler.sampling.settings).clone()
     pixels = sampler.draw(range(n)).pixels()
     rows = torch.randn(2048, DIM)
     return {
-        "sampling": n / timed(lambda: sample(sampler.model, noise, y, sampler.guidance), rounds),
+        "sampling": n / timed(lambda: sample(sampler.model, noise, y, sampler.sampling.settings), rounds),
         "denoising": n / timed(lambda: denoise(sampler.model, noisy, y, 0.1), rounds),
         "features": n / timed(lambda: job.real.features(pixels), rounds),
         "statistics": len(rows) / timed(lambda: FeatureStatistics(DIM).add(rows), rounds),

@@ -34,8 +34,8 @@ from tarflow.models.denoise import denoise
 from tarflow.models.flow import FlowBlock, TarFlow
 from tarflow.models.likelihood import log_likelihood
 from tarflow.models.presets import preset
-from tarflow.models.sampling.guidance import Guidance
 from tarflow.models.sampling.sequential import invert_block, sample
+from tarflow.models.sampling.settings import SamplingSettings
 from tarflow.trainer.batch import plan_batch
 from tarflow.trainer.checkpoint.find import find
 from tarflow.trainer.checkpoint.tensors import read_tensors
@@ -272,7 +272,7 @@ def numbers(bench: Bench) -> Figures:
     low = copy.deepcopy(there).to(torch.bfloat16)
     low.var = there.var
     zb, _ = low(x.to(bench.device), y.to(bench.device))
-    back = sample(there, zg, y.to(bench.device), Guidance())
+    back = sample(there, zg, y.to(bench.device))
     apart, trip = float((zg.cpu() - z).abs().max()), float((back.cpu() - x).abs().max())
     bench.bars += [Bar("float32 against the CPU", apart, at_most=1e-4), Bar("round trip", trip, at_most=1e-4)]
     return {"float32 apart": apart, "round trip": trip, "bfloat16 apart": float((zb - zg).abs().max())}
@@ -318,7 +318,7 @@ def decoding(bench: Bench) -> Figures:
         with torch.inference_mode():
             bench.wait()
             began = time.perf_counter()
-            invert_block(block, z, y, Guidance(2.3))
+            invert_block(block, z, y, SamplingSettings(guidance=2.3))
             bench.wait()
         seconds = (time.perf_counter() - began) * config.num_blocks
         hours = seconds * 50_000 / count / 3600

@@ -237,7 +237,8 @@ WITH_REASON = {
     "trainer/parallel/apply.py": "the name of the system's folder; what lies there is checked by private_folder",
     "trainer/checkpoint/commit.py": "a new folder, which must not be there before",
     "evaluation/results.py": "a new folder under a drawn name",
-    "evaluation/samples/store.py": "a file that create_empty has made, or SharedWork",
+    "evaluation/samples/store.py": "a file that SharedWork has made",
+    "evaluation/samples/store_formats.py": "a file that create_empty has made",
     "evaluation/worker/chunk_file.py": "a file that SharedWork has made",
     "evaluation/worker/reference.py": "a file that SharedWork or write_atomic has made",
     "cluster/submission/snapshot.py": "a new folder under a drawn name",
@@ -247,7 +248,7 @@ WITH_REASON = {
     "data_pipeline/prepare/verify.py": "a temporary folder of its own",
     "data_pipeline/prepare/write.py": "a new folder, which must not be there before",
     "data_pipeline/prepare/card.py": "the same folder",
-    "data_pipeline/index/build.py": "a new folder, which must not be there before",
+    "data_pipeline/index/writer.py": "a new folder, which must not be there before",
 }
 TOOLS = {"files.py", "leases.py", "outputs.py", "terminal.py"}  # these are what is tried above
 WRITE = {

@@ -8,11 +8,10 @@ import time
 import tracemalloc
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from tarflow.data_pipeline.errors import BadSampleError
 from tarflow.data_pipeline.images import bounds, opening
@@ -52,11 +51,11 @@ def test_more_pixels_than_allowed_are_refused_before_they_are_decoded(
     loaded: list[bool] = []
     real = kind.load
 
-    def noted(self: Any, *arguments: Any) -> Any:
+    def load(self: ImageFile.ImageFile, *arguments: object) -> object:
         loaded.append(True)
         return real(self, *arguments)
 
-    monkeypatch.setattr(kind, "load", noted)
+    monkeypatch.setattr(kind, "load", load)
     with pytest.raises(
         BadSampleError, match=f"{width * height:,} pixels, and at most {width * height - 1:,}"
     ) as caught:

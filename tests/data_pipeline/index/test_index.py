@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,18 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.index import samples
 from tarflow.data_pipeline.index.build import build_index
 from tarflow.data_pipeline.index.index import NO_LABEL
 from tarflow.data_pipeline.index.patterns import expand_braces, find_shards
-from tarflow.data_pipeline.index.samples import split_name
-from tarflow.data_pipeline.index.tar_scan import TarScan
+from tarflow.data_pipeline.index.samples import Rules
+from tarflow.data_pipeline.index.tar.fields import split_name
+from tarflow.data_pipeline.index.tar.grouping import group
+from tarflow.data_pipeline.index.tar.members import TarScan
 from tarflow.data_pipeline.storage.open_index import open_index
 from tests.helpers.effort import draws
 from tests.helpers.ranks import launch_ranks
 
 
-def index_of(root: Path, shards: list[Path], **options: object) -> list[tuple[str, str, int]]:
+def index_of(root: Path, shards: list[Path], **options: Any) -> list[tuple[str, str, int]]:
     """(key, field, label) of every sample, after indexing."""
     index, _ = build_index(root, shards, **options)
     rows = []
@@ -65,7 +67,7 @@ def test_a_set_written_by_plain_webdataset_is_read_by_it_and_by_us(tmp_path: Pat
 
 
 def test_many_parts(tmp_path: Path, lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tarflow.data_pipeline.index.build.SHARDS_PER_PART", 3)
+    monkeypatch.setattr("tarflow.data_pipeline.index.writer.SHARDS_PER_PART", 3)
     shards = lab.write_shards(tmp_path, [1, 2, 0, 3, 1, 1, 2, 1])
     index, _ = build_index(tmp_path, shards)
     assert len(list((tmp_path / "index").glob("samples-*.parquet"))) == 3
@@ -351,10 +353,8 @@ def test_the_quick_way_for_regular_shards_gives_what_the_general_way_gives(
     scan = TarScan(Path("s.tar"), 0, [name.encode() for name, _ in members], list(range(len(members))),
                    [len(content) for _, content in members], {i: content for i, (_, content) in enumerate(members)})  # fmt: skip
     for wanted in (None, "jpg", "a.jpg"):
-        quick = samples.group(scan, "s.tar", strict=False, image_field=wanted)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(samples, "_regular", lambda *_: False)
-            assert quick == samples.group(scan, "s.tar", strict=False, image_field=wanted)
+        rules = Rules(strict=False, image_field=wanted)
+        assert group(scan, "s.tar", rules) == group(scan, "s.tar", rules, quick=False)
 
 
 @pytest.mark.case("D06")
@@ -378,8 +378,8 @@ def test_labels_inside_json_members(tmp_path: Path, lab: SimpleNamespace) -> Non
         (b'{"label": "cat"}', r"the label is 'cat', expected an integer .*--classes"),
         (b'{"label": 1.5}', "'label' is 1.5"),
         (b'{"label": true}', "'label' is True"),
-        (b"[1]", "no JSON object"),
-        (b"{", "is no JSON"),
+        (b"[1]", "not a JSON object"),
+        (b"{", "is not JSON"),
     ):
         lab.write_tar(tmp_path / "a.tar", [*members, ("x.jpg", b"x"), ("x.json", bad)])
         with pytest.raises(DataError, match=rf"a\.tar: member 'x\.json': .*{message}"):

@@ -185,7 +185,7 @@ def test_flips_differ_between_ranks_workers_and_epochs_and_repeat(tmp_path: Path
 
 
 def png(pixels: np.ndarray) -> bytes:
-    from tarflow.data_pipeline.prepare.write import encode
+    from tarflow.data_pipeline.prepare.encode import encode
 
     return encode(pixels, "png")
 

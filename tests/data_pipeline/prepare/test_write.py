@@ -25,11 +25,12 @@ from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.evaluation_batches import evaluation_batches
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.shape import ImageShape
+from tarflow.data_pipeline.prepare import order as order_module
 from tarflow.data_pipeline.prepare import write
-from tarflow.data_pipeline.prepare import write as prepare_module
 from tarflow.data_pipeline.prepare.fetch import KNOWN, fetch
+from tarflow.data_pipeline.prepare.order import held_out, shuffled
 from tarflow.data_pipeline.prepare.sources import ImageSource, folder_source, open_source
-from tarflow.data_pipeline.prepare.write import Options, held_out, prepare, shuffled
+from tarflow.data_pipeline.prepare.write import Options, prepare
 from tarflow.data_pipeline.storage.open_index import open_index
 from tests.helpers.ranks import launch_ranks
 
@@ -38,6 +39,11 @@ def save(path: Path, colour: tuple[int, ...] | int, mode: str = "RGB", size: tup
     path.parent.mkdir(parents=True, exist_ok=True)
     format = {".jpeg": "JPEG", ".jpg": "JPEG"}.get(path.suffix.lower())
     Image.new(mode, size, colour).save(path, format)
+
+
+def save_grey(*paths: Path) -> None:
+    for path in paths:
+        save(path, 1, "L")
 
 
 @pytest.fixture
@@ -123,7 +129,7 @@ def test_parquet_with_image_bytes(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_large_parquet_is_shuffled_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "WINDOW_BYTES", 250)
+    monkeypatch.setattr(order_module, "WINDOW_BYTES", 250)
     runs = [(10, 100)] * 7
     source = ImageSource(np.zeros(70, dtype=np.int64), None, lambda i: b"", str, runs=runs)
     order = shuffled(source, 0)
@@ -195,7 +201,7 @@ def test_a_folder_without_subfolders_has_no_labels(tmp_path: Path) -> None:
         (lambda p: None, "there is nothing at"),
         (lambda p: p.mkdir(), "holds no images"),
         (lambda p: (p / "a").mkdir(parents=True), "holds no images"),
-        (lambda p: (save(p / "a.png", 1, "L"), save(p / "cat" / "b.png", 1, "L")), r"1 images beside 1 class folders"),
+        (lambda p: save_grey(p / "a.png", p / "cat" / "b.png"), r"1 images beside 1 class folders"),
     ],
 )
 def test_bad_folders_are_named(tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
@@ -205,9 +211,9 @@ def test_bad_folders_are_named(tmp_path: Path, make: Callable[[Path], object], m
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
-    def refused(name: str, message: str, **options: Any) -> None:
+    def refused(name: str, message: str, image_column: str | None = None) -> None:
         with pytest.raises(DataError, match=message):
-            open_source(tmp_path / name, **options)
+            open_source(tmp_path / name, image_column=image_column)
 
     (tmp_path / "a.txt").write_text("x")
     refused("a.txt", "cannot tell what")
@@ -235,7 +241,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "x-idx3-ubyte").write_bytes(whole[:-4])
     refused("x-idx3-ubyte", "is cut: its header promises")
     (tmp_path / "x-idx3-ubyte").write_bytes(b"what")
-    refused("x-idx3-ubyte", "no IDX file")
+    refused("x-idx3-ubyte", "not an IDX file")
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_an_address_without_an_index_goes_by_the_answer_not_by_the_words(
     """A damaged list of shards whose reader happens to complain in the same words is a damaged one."""
     server, _ = served
     monkeypatch.setattr("tarflow.data_pipeline.index.shard_list.META_KEY", b"there is nothing at all")
-    with pytest.raises(DataError, match=r"cannot read .*there is nothing at all.*; write the index anew"):
+    with pytest.raises(DataError, match=r"cannot read .*there is nothing at all.*; rebuild the index"):
         open_index(server.url, Access(cache_dir=str(tmp_path)))
 
 

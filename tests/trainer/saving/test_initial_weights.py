@@ -99,7 +99,7 @@ def test_damaged_weights_are_refused_before_a_run_is_made(save, config) -> None:
     damaged[-2] ^= 4
     path.write_bytes(damaged)
     for refuse in (check_initial, initial_weights):
-        with pytest.raises(DamagedFileError, match="its checksum does not fit its content; copy it again"):
+        with pytest.raises(DamagedFileError, match="its checksum does not match its content; copy it again"):
             refuse(path, config, False)
 
 
