@@ -49,6 +49,6 @@ def test_a_process_that_dies_is_an_error_and_stopping_early_ends_them(others: se
     results = in_processes(time.sleep, [0.01] * 3 + [600.0] * 20, 2)
     next(results)
     began = time.monotonic()
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert time.monotonic() - began < 300
     assert children() <= others

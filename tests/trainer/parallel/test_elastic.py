@@ -41,7 +41,7 @@ def train_and_note(config: Path, overrides: list[str], run: Path) -> int:
 
         return prefetch_inputs(batches(), *args, **options)
 
-    loop.prefetch_inputs = noting
+    loop.prefetch_inputs = noting  # type: ignore[assignment]
     return loop.train(load_config(config, overrides), run)
 
 
