@@ -55,7 +55,7 @@ def train_with_bad_noise(config: Path, run: Path, overrides: list[str], bad_rank
 
 def train_apart(config: Path, run: Path, overrides: list[str]) -> int:
     """A rank in a directory of its own, as on nodes that share no storage."""
-    loop.check_shared = partial(loop.check_shared, patience_s=1)  # type: ignore[assignment]
+    loop.check_shared = partial(loop.check_shared, patience_s=1)
     place = config.parent / f"node{os.environ['RANK']}"
     place.mkdir()
     os.chdir(place)
