@@ -300,6 +300,7 @@ def test_pages_that_the_readme_points_to_exist_and_every_setting_is_described() 
     text = (ROOT / "docs" / "configuration.md").read_text()
     assert text == page(), "run `python -m tarflow.trainer.config.page > docs/configuration.md`"
     for section, field in Config.model_fields.items():
+        assert field.annotation is not None
         for name, value in field.annotation.model_fields.items():
             assert f"`{section}.{name}`" in text
             assert value.description, f"{section}.{name} has no description"
@@ -325,7 +326,9 @@ def test_reported_faults_are_marks_not_names_of_tests() -> None:
     seen = set()
     for path in (ROOT / "tests").rglob("test_*.py"):
         for function in functions(path):
-            assert not re.match(r"test_[A-Za-z]\d{2}[a-z]?_", function.name), f"{path.relative_to(ROOT)}: {function.name}"
+            assert not re.match(r"test_[A-Za-z]\d{2}[a-z]?_", function.name), (
+                f"{path.relative_to(ROOT)}: {function.name}"
+            )
             for mark in function.decorator_list:
                 if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.case":
                     seen |= {ast.literal_eval(given) for given in mark.args}

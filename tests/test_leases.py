@@ -39,7 +39,8 @@ def test_only_one_of_many_takes_over_a_void_lease_and_removes_it(tmp_path):
 def test_one_who_looked_long_ago_does_not_hold_beside_another(tmp_path, monkeypatch):
     """Between its look and its taking, two others have come: its number is free again, but is not the highest."""
     void(tmp_path / "a.0")
-    link, done = os.link, []
+    link = os.link
+    done: list[int] = []
 
     def late(source, target):
         if not done:

@@ -90,7 +90,7 @@ def test_the_shard_cache_fetches_once_without_flock(tmp_path, monkeypatch, numbe
         got.append(os.read(descriptor, 9))
         os.close(descriptor)
 
-    got = []
+    got: list[bytes] = []
     threads = [threading.Thread(target=read) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -106,7 +106,7 @@ def test_a_job_that_waits_for_the_last_writer_goes_on_without_flock(tmp_path, mo
     from tarflow.cluster.job.writer import RunInUseError, wait_for_writer
 
     lack(monkeypatch, flock=errno.ENOLCK)
-    said = []
+    said: list[str] = []
     wait_for_writer(tmp_path, "7", said.append)
     assert said == []
     with writer_lock(tmp_path), pytest.raises(RunInUseError, match=rf"being trained by .* pid {os.getpid()}"):

@@ -43,7 +43,7 @@ def written(path: Path, **arrays: np.ndarray) -> Path:
     return path
 
 
-ARRAYS = {
+ARRAYS: dict[str, Any] = {
     "a": np.arange(6.0).reshape(2, 3), "n": np.int64(4), "t": np.array("text"), "e": np.zeros((0, 3), np.uint8),
     "f": np.asfortranarray(np.arange(6).reshape(3, 2)),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,9 +26,10 @@ def test_no_number_of_any_verb_is_without_bounds() -> None:
         parser, actions = numeric(words)
         for action in actions:
             names.add(action.dest)
+            kind: Any = action.type
             for text in HUGE:
                 try:
-                    value = action.type(text)
+                    value = kind(text)
                 except ValueError:  # argparse says so
                     continue
                 if action.dest == "seed" and text == "-7":
@@ -39,7 +41,7 @@ def test_no_number_of_any_verb_is_without_bounds() -> None:
                 tried += 1
             least, most = BOUNDS.get(action.dest, (0, 10**15))
             for value in (least, most):
-                assert out_of_bounds(parser, argparse.Namespace(**{action.dest: action.type(value)})) is None
+                assert out_of_bounds(parser, argparse.Namespace(**{action.dest: kind(value)})) is None
     assert tried > 200
     assert set(BOUNDS) <= names | {"guidance", "denoise", "attn_temp"}, "a bound of an option that is gone"
 

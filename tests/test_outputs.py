@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +19,15 @@ from tests.helpers.waiting import until
 from tests.test_poor_file_system import CONFIG
 
 
-def start(*words: object, **options: object) -> "subprocess.Popen[str]":
+def heed_hangup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def start(*words: object, **options: Any) -> "subprocess.Popen[str]":
     """A verb as from a terminal, also where these tests themselves run under nohup."""
     return subprocess.Popen(
         [sys.executable, "-m", "tarflow", *map(str, words)], env=ENV, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        preexec_fn=heed_hangup,
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
     )  # fmt: skip
 

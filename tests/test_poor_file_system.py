@@ -38,7 +38,7 @@ checkpoint prune run
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """(folder, what the commands printed, their errors)"""
+    """The folder, what the commands printed, their errors."""
     folder = tmp_path_factory.mktemp("poor")
     labels = np.arange(60) % 3
     images = np.random.default_rng(0).integers(0, 255, (60, 8, 8, 1), dtype=np.uint8)

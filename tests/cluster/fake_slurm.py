@@ -89,10 +89,10 @@ class FakeSlurm:
     def kill(self) -> None:
         """What the loss of the nodes does: no process of any step is left, nor time to say anything."""
         mark = f"FAKE_SRUN_CALLS={self.folder}/".encode()
-        for process in Path("/proc").glob("[0-9]*"):
+        for entry in Path("/proc").glob("[0-9]*"):
             try:
-                if mark in (process / "environ").read_bytes():
-                    os.kill(int(process.name), signal.SIGKILL)
+                if mark in (entry / "environ").read_bytes():
+                    os.kill(int(entry.name), signal.SIGKILL)
             except OSError:
                 continue
         for process in self.started:

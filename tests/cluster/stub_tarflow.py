@@ -12,7 +12,7 @@ from pathlib import Path
 
 run = Path(sys.argv[sys.argv.index("--run-dir") + 1]) if "--run-dir" in sys.argv else Path(sys.argv[2])
 rank = os.environ.get("RANK", "0")
-stopped = []
+stopped: list[int] = []
 for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
     signal.signal(number, lambda n, _: stopped.append(n))
 with open(run / f"stub-{rank}.calls", "a") as file:

@@ -62,10 +62,10 @@ def test_what_sbatch_answers_is_a_job_or_an_error(script: str, says: str, fake_s
 )  # fmt: skip
 @pytest.mark.case("H06")
 def test_lists_of_hosts_are_counted_before_they_are_made(text: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ClusterError, match=f"names more than {MOST_HOSTS:,} hosts"):
         expand(text)
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_lists_of_hosts_up_to_the_bound_are_made() -> None:

@@ -87,7 +87,7 @@ def assert_same(old: Path, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -
 
 def stored_tensors(checkpoint: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, read by torch alone."""
-    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    metadata: dict[str, Any] = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
     dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
     return tensors

@@ -1,5 +1,7 @@
-"""Runs a verb in a fork of this process, which has everything loaded: a case costs milliseconds, and a hang costs no more
-than its limit. The command writes into a copy of the home, which is put right again after each case.
+"""Runs a verb in a fork of this process, which has everything loaded.
+
+A case costs milliseconds, and a hang costs no more than its limit. The command writes into a copy of the home, which is
+restored after each case.
 """
 
 import contextlib
@@ -89,7 +91,7 @@ def _in_child(action: Action, folder: Path, notes: Path, setup: Callable[[], Non
         (notes / "modules").write_text("\n".join(sorted(set(sys.modules) - before)))
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it is, the oracle judges it
         traceback.print_exc()
     finally:
         with contextlib.suppress(BaseException):

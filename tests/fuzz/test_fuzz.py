@@ -1,5 +1,6 @@
-"""Some damaged files of each kind, dealt out among the verbs that read them: no faults. Twenty of each in CI; the long run is
-`python -m benchmarks.fuzz --cases 300 --check`.
+"""Some damaged files of each kind, dealt out among the verbs that read them: no faults.
+
+Twenty of each in CI; the long run is `python -m benchmarks.fuzz --cases 300 --check`.
 """
 
 import subprocess

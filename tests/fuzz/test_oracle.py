@@ -56,7 +56,11 @@ def outcome(
     assert clean.ran.code == 0
     file = place.folder / "state.json"
     hurt = file.read_text().replace(old, new).encode()
-    ran = place.run(reader, limit_s, lambda: file.write_bytes(hurt) and None)
+
+    def write() -> None:
+        file.write_bytes(hurt)
+
+    ran = place.run(reader, limit_s, write)
     question = Question("state.json", ("state.json",), False, Damage("", valid), verb)
     return judge(question, ran, clean, before, hurt)[0]
 
@@ -72,7 +76,7 @@ def test_bytes_that_mean_nothing_change_nothing(place):
 
 def test_a_reader_that_ignores_the_checksum_is_silent(place):
     def careless() -> int:
-        records._checksum = lambda value: value and "00000000"
+        records._checksum = lambda value: value and "00000000"  # type: ignore[assignment, return-value]
         Path("state.json").write_text(Path("state.json").read_text().split(records.SEAL)[0].rstrip(' ,\n"') + "}")
         return sound()
 

@@ -10,8 +10,9 @@ from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 
 def make_loader(data: Any, **options: Any) -> Loader:
     """A loader from single settings: each goes to the group that knows it."""
-    groups = [
-        group(**{f.name: options.pop(f.name) for f in fields(group) if f.name in options})
-        for group in (ImageShape, BatchPlace)
-    ]
-    return Loader(DataSettings.of(data, **options), *groups)
+
+    def of(group: type) -> dict[str, Any]:
+        return {f.name: options.pop(f.name) for f in fields(group) if f.name in options}
+
+    shape, place = ImageShape(**of(ImageShape)), BatchPlace(**of(BatchPlace))
+    return Loader(DataSettings.of(data, **options), shape, place)

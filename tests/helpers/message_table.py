@@ -1,5 +1,7 @@
-"""Every verb against what goes wrong around it: `python -m tests.helpers.message_table FOLDER [WORD]` prints verb x fault ->
-exit code and message, and writes FOLDER/table.json. WORD: only rows with it.
+"""Every verb against what goes wrong around it.
+
+`python -m tests.helpers.message_table FOLDER [WORD]` prints verb x fault -> exit code and message, and writes
+FOLDER/table.json. WORD: only rows with it.
 
 Runs in one process, in a mount namespace of its own where that is allowed: a full disk and a read-only one are real then.
 Otherwise the limit on the size of files and a folder without permissions stand in for them.
@@ -151,7 +153,7 @@ def call(argv: list[str], verb: str = "", fault: str = "") -> Outcome:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - a row of the table, whatever it is
             code = None
             err.write(f"TRACEBACK {type(error).__name__}: {error}")
     message = err.getvalue().strip()

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +27,12 @@ class Ended:
 
     codes: list[int]  # negative: killed by that signal
     values: list[Any]  # what the function returned, None where it did not
-    output: str  # stdout and stderr of all
+    stdout: str  # of all
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
 
 
 def launch_ranks(
@@ -61,10 +67,25 @@ def launch_ranks(
             codes.append(process.exitcode)
         files = [folder / f"{rank}.value" for rank in range(world_size)]
         values = [pickle.loads(file.read_bytes()) if file.exists() else None for file in files]
-        output = (folder / "output").read_text(errors="backslashreplace") if (folder / "output").exists() else ""
-    assert not late, f"ranks {late} have not ended after {patience_s} s\n{output[-6000:]}"
-    assert may_fail or not any(codes), f"exit codes {codes}\n{output[-6000:]}"
-    return Ended(codes, values, output)
+        printed = [folder / name for name in ("stdout", "stderr")]
+        stdout, stderr = (file.read_text(errors="backslashreplace") if file.exists() else "" for file in printed)
+    ended = Ended(codes, values, stdout, stderr)
+    assert not late, f"ranks {late} have not ended after {patience_s} s\n{ended.output[-6000:]}"
+    assert may_fail or not any(codes), f"exit codes {codes}\n{ended.output[-6000:]}"
+    return ended
+
+
+def tarflow(*words: object) -> subprocess.CompletedProcess[str]:
+    """`tarflow WORDS` in a process of its own, which has loaded torch already."""
+    line = [str(word) for word in words]
+    ended = launch_ranks(_front_door, 1, line, may_fail=True)
+    return subprocess.CompletedProcess(line, ended.codes[0], ended.stdout, ended.stderr)
+
+
+def _front_door(words: list[str]) -> None:
+    from tarflow.cli import main
+
+    sys.exit(main(words))
 
 
 def free_port() -> int:
@@ -86,8 +107,8 @@ def torchrun_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
 def _rank(call: bytes, environment: Mapping[str, str], at: str, folder: Path, rank: int) -> None:
     """One rank, from its fork to its end."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    for descriptor in (1, 2):
-        os.dup2(os.open(folder / "output", flags), descriptor)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / name, flags), descriptor)
     assert "tarflow.trainer.train" in sys.modules, "the fork server has loaded nothing: run pytest from the repository"
     os.chdir(at)
     os.environ.clear()

@@ -19,6 +19,7 @@ from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.resilience.exit_codes import FINISHED, REQUEUE
 from tarflow.trainer.schedule import learning_rate
+from tests.helpers.ranks import tarflow
 
 
 def command(config: Path, run: Path, *overrides: str) -> list[str]:
@@ -26,13 +27,7 @@ def command(config: Path, run: Path, *overrides: str) -> list[str]:
 
 
 def train(config: Path, run: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(config, run, *overrides),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    return tarflow("train", config, "--run", run, *overrides)
 
 
 def rows(run: Path) -> list[dict]:

@@ -42,9 +42,9 @@ def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_a_progress_bar_of_any_width_has_its_bar_and_its_figures(terminal, width: int) -> None:
     log = terminal(width)
     log.figures(123456, TOTAL // 2, TOTAL, ROW)
-    shown = Console(width=width, color_system=None, file=io.StringIO())
-    shown.print(log._progress.get_renderable())
-    (line,) = shown.file.getvalue().splitlines()
+    shown = io.StringIO()
+    Console(width=width, color_system=None, file=shown).print(log._progress.get_renderable())
+    (line,) = shown.getvalue().splitlines()
     assert len(line) <= width
     assert line.startswith(" 50.0% ━━━━━"), "a bar that can be seen"
     assert "4.123 bits/dim | 1234 img/s" in line

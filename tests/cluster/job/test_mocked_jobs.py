@@ -230,7 +230,7 @@ def test_the_limit_of_restarts_holds_for_starts_that_were_killed_before_they_cou
     run = submitted(profile="max_restarts: 1\n")
     for restart in (0, 1):
         fake_slurm.start(restart=restart, STUB="deaf")
-        until("the start", lambda n=restart: len(fake.stub_calls(run)) > n)
+        until(f"start {restart}", lambda: len(fake.stub_calls(run)) > restart)  # noqa: B023 - it is called in this round
         fake_slurm.kill()
     assert fake_slurm.run(restart=2, STUB="deaf") == 78
     assert len(fake.stub_calls(run)) == 2, "nothing is started any more"

@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -252,7 +253,7 @@ def test_every_small_file_of_a_job_is_believed_whole_or_not_at_all(tmp_path: Pat
 )  # fmt: skip
 @pytest.mark.case("H06")
 def test_bounds_of_what_is_used_further(kind, changes: dict[str, object]) -> None:
-    sound = {
+    sound: dict[Any, dict[str, Any]] = {
         MeetingFile: {"host": "n1", "check_port": 1, "port": 1}, Here: {"rank": 0, "node": "n", "time": 0.0},
         FailureNote: {"code": 1}, JobLine: {"job": "7_1", "kind": "train"},
     }  # fmt: skip

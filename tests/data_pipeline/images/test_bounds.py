@@ -108,12 +108,12 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_at_once() -> None:
     data = many_scans(3000, 4000)
     assert len(data) < 64 << 20
     out = np.empty((3000, 3000, 3), dtype=np.uint8)
-    began = time.monotonic()
+    began = time.process_time()
     assert not decode_into(data, out)
     with pytest.raises(BadSampleError, match=r"9,000,000 pixels has 4,010 scans") as caught:
         decode(data, 3)
     assert caught.value.cause == "too_large"
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
     assert decode(many_scans(100, 0), 3).shape == (100, 100, 3)
 
 

@@ -39,12 +39,12 @@ from tarflow.data_pipeline.index.tar.scan import scan_tar
 )
 @pytest.mark.case("H10")
 def test_names_of_braces_are_counted_before_they_are_made(pattern: str, count: str | None) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(DataError, match=f"stands for {count} names" if count else "braces|stands for|cannot read"):
         expand_braces(pattern)
     with pytest.raises(DataError):
         find_shards(pattern)
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize(
@@ -62,10 +62,10 @@ def test_the_count_is_that_of_the_names(pattern: str, monkeypatch: pytest.Monkey
 def test_links_that_lead_to_each_other_take_the_time_of_one_look_each() -> None:
     count = 20_000
     links = [TarLink(b"l%d" % i, b"l%d" % (i + 1), symbolic=False) for i in range(count)]
-    began = time.monotonic()
+    began = time.process_time()
     found, left = follow(links, [b"l%d" % count])
     assert (len(found), left) == (count, [])
-    assert time.monotonic() - began < 5, "a round through all links for each of them takes minutes"
+    assert time.process_time() - began < 5, "a round through all links for each of them takes minutes"
     assert follow(links, []) == ([], links)
 
 

@@ -46,9 +46,9 @@ def test_errors_are_raised_when_their_turn_comes(others: set[str]) -> None:
 def test_a_process_that_dies_is_an_error_and_stopping_early_ends_them(others: set[str]) -> None:
     with pytest.raises(DataError, match=r"worked on 7 ended with exit code 7"):
         list(in_processes(os._exit, [7, 7], 2))
-    results = in_processes(time.sleep, [0.01] * 3 + [20.0] * 20, 2)
+    results = in_processes(time.sleep, [0.01] * 3 + [600.0] * 20, 2)
     next(results)
     began = time.monotonic()
     results.close()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 300
     assert children() <= others

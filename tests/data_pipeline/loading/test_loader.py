@@ -161,11 +161,9 @@ def test_prefetched_is_not_trained_on(make_set: Callable[..., Path]) -> None:
 
 @pytest.mark.case("D13")
 def test_flips_differ_between_ranks_workers_and_epochs_and_repeat(tmp_path: Path, lab: SimpleNamespace) -> None:
-    members = []
     half = np.zeros((8, 8, 3), dtype=np.uint8)
     half[:, :4] = 255
-    for i in range(64):
-        members.append((f"{i:03d}.png", png(half)))
+    members = [(f"{i:03d}.png", png(half)) for i in range(64)]
     lab.write_tar(tmp_path / "a.tar", members)
     build_index(tmp_path, [tmp_path / "a.tar"])
 

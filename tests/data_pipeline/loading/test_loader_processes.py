@@ -76,7 +76,8 @@ def test_kill_9_leaves_nothing_and_the_next_run_goes_on(make_set: Callable[..., 
             ids += found
         process.kill()
         process.wait()
-        until("the end of the workers of a killed trainer", lambda pids=workers: not any(map(alive, pids)))
+        for pid in workers:
+            until("the end of the worker of a killed trainer", lambda pid=pid: not alive(pid))  # type: ignore[misc]
     assert set(os.listdir("/dev/shm")) <= before
     with Loader(DataSettings.of(root), ImageShape(8), BatchPlace(12, images_seen=48)) as loader:
         ids += next(iter(loader)).ids.tolist()

@@ -13,9 +13,9 @@ from pathlib import Path
 
 @dataclass
 class Behaviour:
-    """What goes wrong.
+    """What is wrong with a server.
 
-    `busy_every`, `cut_every`: every so many-th request gets a 503, or half of its body (0 = never). `wrong`: so many answers
+    `busy_every`, `cut_every`: every N-th request gets a 503, or half of its body (0 = never). `wrong`: the first N answers
     come with a flipped byte. `moved`: end of a name -> where an answer redirects to. `endless`: a body without an end.
     `drip`: seconds between single bytes.
     """
@@ -74,9 +74,10 @@ class BadServer:
             request.send_header("Location", target)
             request.send_header("Content-Length", "0")
             request.end_headers()
-            return None
+            return
         if for_it and (what.endless or what.drip):
-            return self.go_on(request, what)
+            self.go_on(request, what)
+            return
         path = folder / request.path.lstrip("/")
         if what.hang and for_it:
             time.sleep(3)
@@ -91,7 +92,7 @@ class BadServer:
             request.send_response(code)
             request.send_header("Content-Length", "0")
             request.end_headers()
-            return None
+            return
         body = path.read_bytes()
         if wrong:
             body = body[:700] + bytes([body[700] ^ 1]) + body[701:]

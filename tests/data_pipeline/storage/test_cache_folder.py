@@ -203,11 +203,11 @@ def test_a_flaw_that_the_sketch_misses_is_found_by_the_thread_that_fetches_ahead
     from tarflow.data_pipeline.storage.open_index import open_index
 
     server, root = served
-    monkeypatch.setattr(remote_shards, "sketch_of_file", lambda fd, size: content.sketch)
     access = Access(str(tmp_path / "c"))
     index = open_index(server.url, access)
     content = index.shard_content(0)
     assert content is not None
+    monkeypatch.setattr(remote_shards, "sketch_of_file", lambda fd, size: content.sketch)
     remote_shards.RemoteShards(index, access).fetch(0)
     (path,) = (path for path in (tmp_path / "c").glob("*.shard"))
     path.write_bytes(b"x" * path.stat().st_size)

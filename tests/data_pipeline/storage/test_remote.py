@@ -235,7 +235,7 @@ class DyingRemote(Remote):
 
 
 def fetch_and_be_killed(url: str, cache: Path) -> None:
-    shards.Remote = DyingRemote  # type: ignore[misc, attr-defined]
+    shards.Remote = DyingRemote  # type: ignore[misc]
     take(url, 1, cache_dir=str(cache))
 
 
@@ -295,8 +295,9 @@ def test_two_jobs_at_once_on_one_cache(served: tuple[Any, Path], make_set: Calla
 @pytest.mark.parametrize(("limit", "left"), [(1000, "ab"), (500, "a")])
 @pytest.mark.case("D12")
 def test_fetches_at_the_same_time_count_each_other(tmp_path: Path, limit: int, left: str) -> None:
-    """The first has written nothing yet when the second makes room; with 500 bytes there is none for both, and the second
-    one's stays for those only who have it open.
+    """The first has written nothing yet when the second makes room.
+
+    With 500 bytes there is none for both, and the second one's stays for those only who have it open.
     """
     cache = ShardCache(tmp_path, limit)
     os.close(put(cache, "old", 400))

@@ -85,7 +85,7 @@ def test_labels_that_some_images_lack_are_not_asked_of_the_others(tmp_path: Path
     data = make(tmp_path / "set", 6, 8, 3, 2)
     shard = next(data.glob("*.tar"))
     with tarfile.open(shard) as tar:
-        members = [(m, tar.extractfile(m).read()) for m in tar.getmembers()]
+        members = [(m, file.read()) for m in tar.getmembers() if (file := tar.extractfile(m))]
     with tarfile.open(shard, "w") as tar:
         for member, content in members:
             if member.name != "00000002.cls":
@@ -106,11 +106,13 @@ def test_the_model_suits_the_number_of_images(tmp_path: Path) -> None:
     widths = []
     for number in (8, 50_000, 5_000_000):
         seen = module.survey(module.DataSettings.of(data))
+        assert seen.index is not None
         seen.index.num_samples = number
         seen = replace(seen, facts=replace(seen.facts, num_samples=number))
         with patch.object(module, "survey", lambda _, seen=seen: seen):
             text = suggest(str(data))
-        widths.append(int(re.search(r"^  channels: (\d+)", text, re.MULTILINE)[1]))
+        (width,) = re.findall(r"^  channels: (\d+)", text, re.MULTILINE)
+        widths.append(int(width))
     assert widths == [128, 384, 768]
 
 

@@ -89,8 +89,8 @@ def test_deepspeeds_old_names_are_not_said_at_every_step_and_all_else_is(monkeyp
 
     for name in ("deepspeed", "deepspeed.comm", "deepspeed.comm.torch"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    sys.modules["deepspeed"].comm = sys.modules["deepspeed.comm"]
-    sys.modules["deepspeed.comm"].torch = sys.modules["deepspeed.comm.torch"]
+    monkeypatch.setattr(sys.modules["deepspeed"], "comm", sys.modules["deepspeed.comm"], raising=False)
+    monkeypatch.setattr(sys.modules["deepspeed.comm"], "torch", sys.modules["deepspeed.comm.torch"], raising=False)
     old = "`torch.distributed.reduce_scatter_tensor` is deprecated. Please use `torch.distributed.reduce_scatter_single` instead."
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from tarflow.trainer.config.files import config_diff, config_text, load_config
 from tarflow.trainer.config.schema import Config
@@ -122,9 +123,7 @@ def test_preset_with_changes(tmp_path: Path) -> None:
     assert (model.image_size, model.num_classes, model.channels, model.patch_size) == (256, 3, 64, 2)
 
 
-def leaves(model: type, prefix: str = "") -> list[str]:
-    from pydantic import BaseModel
-
+def leaves(model: type[BaseModel], prefix: str = "") -> list[str]:
     found = []
     for name, field in model.model_fields.items():
         kind = field.annotation

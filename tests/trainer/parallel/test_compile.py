@@ -156,7 +156,8 @@ def train_variants(variants: list[tuple[dict[str, Any], dict[str, Any], bool]]) 
             graphs = counters["stats"]["unique_graphs"]
             assert bool(graphs) == compiled, (mode, parallel, dict(counters["stats"]))
             assert graphs <= (2 if "offload" in mode else 1), (mode, parallel, dict(counters["stats"]))
-            states = {n: t.full_tensor().clone() for n, t in backend.state().items() if n.startswith("model/")}
+            saved: dict[str, Any] = {n: t for n, t in backend.state().items() if n.startswith("model/")}
+            states = {n: t.full_tensor().clone() for n, t in saved.items()}
             assert list(states) == ["model/" + n for n in start if n != "var"]
     return losses
 

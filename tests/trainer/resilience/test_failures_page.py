@@ -32,4 +32,6 @@ def test_settings_on_the_failures_page_exist() -> None:
     from tarflow.trainer.config.schema import Config
 
     for section, name in re.findall(r"`(train|data|parallel|checkpoint|optim)\.([a-z_]+)\b[^`]*`", PAGE.read_text()):
-        assert name in Config.model_fields[section].annotation.model_fields, f"{section}.{name}"
+        kind = Config.model_fields[section].annotation
+        assert kind is not None
+        assert name in kind.model_fields, f"{section}.{name}"

@@ -32,7 +32,7 @@ def train_set(make_set) -> Path:
     return make_set("train", labels=[0, 1, 2] * 4, classes=ABC)
 
 
-def with_validation(make_config, train: Path, validation: Path, **data):
+def with_validation(make_config, train: Path, validation: Path | str, **data):
     return make_config(train, data={"validation": str(validation), **data}, model={"num_classes": 3})
 
 
@@ -106,7 +106,7 @@ def relabel(shard: Path, label: int) -> None:
     import tarfile
 
     with tarfile.open(shard) as tar:
-        members = [(member, tar.extractfile(member).read()) for member in tar.getmembers()]
+        members = [(member, file.read()) for member in tar.getmembers() if (file := tar.extractfile(member))]
     first = next(k for k, (member, _) in enumerate(members) if member.name.endswith(".cls"))
     with tarfile.open(shard, "w") as tar:
         for k, (member, content) in enumerate(members):
