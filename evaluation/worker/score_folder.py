@@ -1,7 +1,6 @@
-"""A folder of images, scored against reference statistics or another folder."""
+"""`tarflow score`: a folder of images against reference statistics or another folder."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,22 @@ from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.images.identical import count_identical
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.image_folder import ImageFolder
+from tarflow.evaluation.log import Log
 from tarflow.evaluation.metrics.all_scores import feature_scores
 from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics
 from tarflow.evaluation.metrics.names import is_distance, is_kernel
 from tarflow.evaluation.networks.features import Features
+from tarflow.evaluation.references.compute import KEEP, spread_evenly
+from tarflow.evaluation.references.reference import Reference, load_reference
 from tarflow.evaluation.samples.weights_source import resolve_device
-from tarflow.evaluation.worker.reference import KEEP, Reference, load_reference, spread
 from tarflow.records import write_object
 
 FORMAT = 1
-Say = Callable[[str], None]
 
 
 @dataclass
 class ScoreRequest:
-    """Which folder to score against what."""
+    """Which folder to compare with what."""
 
     folder: Path
     reference: Path | None  # statistics of `tarflow reference`
@@ -43,10 +43,11 @@ class ScoreRequest:
     max_pixels: int = MAX_PIXELS
 
 
-def score_folder(request: ScoreRequest, say: Say = print) -> dict[str, Any]:
-    """Score a folder; the result, which is also written to `request.out`."""
+def score_folder(request: ScoreRequest, log: Log = print) -> dict[str, Any]:
+    """Measure a folder; the result, which is also written to `request.out`."""
     if (request.reference is None) == (request.against is None):
         raise EvaluationError("give what to compare with: either --reference FILE or --against FOLDER")
+    # The reference decides at which size and with how many channels the folder is read.
     network = Features(request.features, resolve_device(request.device), request.features_file)
     if request.reference is not None:
         reference = _matching(request, network)
@@ -58,11 +59,11 @@ def score_folder(request: ScoreRequest, say: Say = print) -> dict[str, Any]:
         assert request.against is not None
         channels = request.channels or 3
         other = ImageFolder(request.against, channels, request.size, request.on_error, request.max_pixels)
-        theirs = measure(other, network, say)
+        theirs = measure(other, network, log)
         their_hashes = other.hashes
         size, about, warnings = other.size or 0, other.describe(), other.warnings()
     folder = ImageFolder(request.folder, channels, size, request.on_error, request.max_pixels)
-    statistics, rows = measure(folder, network, say)
+    statistics, rows = measure(folder, network, log)
     scores = feature_scores(network, statistics, rows, *theirs, names=("scored", "reference"))
     warnings = folder.warnings() + warnings + scores.pop("warnings")
     identical = None if their_hashes is None else count_identical(folder.hashes, their_hashes)
@@ -82,14 +83,14 @@ def score_folder(request: ScoreRequest, say: Say = print) -> dict[str, Any]:
     if request.out:
         write_object(request.out, result)
     for line in warnings:
-        say(f"note: {line}")
-    say(terminal.plain(_headline(result), 2000))
+        log(f"note: {line}")
+    log(terminal.plain(_headline(result), 2000))
     plain: dict[str, Any] = json.loads(json.dumps(result))
     return plain
 
 
 def _matching(request: ScoreRequest, network: Features) -> Reference:
-    """The statistics of `request.reference`; made with another network, or at another size than asked for: an error."""
+    """The statistics of `request.reference`. Raises EvaluationError if they are of another network or size."""
     expected: dict[str, str | int] = {
         "features": network.name,
         "features_sha256": network.sha256,
@@ -101,15 +102,15 @@ def _matching(request: ScoreRequest, network: Features) -> Reference:
     return load_reference(request.reference, expected, tuple(expected), network.dim)
 
 
-def measure(folder: ImageFolder, network: Features, say: Say) -> tuple[FeatureStatistics, Tensor]:
+def measure(folder: ImageFolder, network: Features, log: Log) -> tuple[FeatureStatistics, Tensor]:
     """Statistics of all images, and the features of at most 10,000 of them, spread evenly."""
-    say(f"{len(folder.files):,} images in {folder.root} with {network.name}")
+    log(f"{len(folder.files):,} images in {folder.root} with {network.name}")
     statistics, kept = FeatureStatistics(network.dim), [torch.empty(0, network.dim)]
     seen = 0
     for pixels in folder.batches():
         rows = network(pixels)
         statistics.add(rows)
-        kept.append(rows[spread(seen + torch.arange(len(rows)), len(folder.files), KEEP)])
+        kept.append(rows[spread_evenly(seen + torch.arange(len(rows)), len(folder.files), KEEP)])
         seen += len(rows)
     return statistics, torch.cat(kept)
 

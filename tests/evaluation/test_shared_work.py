@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tarflow.evaluation.shared_work import SharedWork, stretches
+from tarflow.evaluation.shared_work import SharedWork, index_ranges
 
 UNITS = [f"unit-{i:02d}" for i in range(12)]
 fork = multiprocessing.get_context("fork")
@@ -161,9 +161,9 @@ def test_work_that_is_over_or_was_cleared_away_ends_without_an_error(tmp_path):
 
 
 @pytest.mark.case("S02")
-def test_stretches_hold_every_index_once():
+def test_ranges_hold_every_index_once():
     for total, size in ((10, 3), (9, 3), (2, 5), (1, 1)):
-        assert [i for part in stretches(total, size) for i in part] == list(range(total))
+        assert [i for part in index_ranges(total, size) for i in part] == list(range(total))
 
 
 def test_joining_work_that_is_cleared_away_at_this_moment_begins_it_anew(tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ def test_an_empty_or_repeating_set_is_an_error(model):
     noise = NoiseSettings("gaussian", 0.1)
     with pytest.raises(EvaluationError, match="no held-out images"):
         measure_bits_per_dim(model, [], noise)
-    with pytest.raises(EvaluationError, match="sample 100 of the held-out images came twice"):
+    with pytest.raises(EvaluationError, match="sample 100 of the held-out images was added twice"):
         measure_bits_per_dim(model, [*batches(data(), 20), *batches(data(), 20)], noise)
 
 

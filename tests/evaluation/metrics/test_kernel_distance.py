@@ -167,5 +167,5 @@ def test_what_is_no_probability_is_refused(bad):
 def test_a_score_of_nothing_is_an_error():
     with pytest.raises(EvaluationError, match="at least one"):
         InceptionScore(2, 10).result()
-    with pytest.raises(EvaluationError, match="different wholes"):
+    with pytest.raises(EvaluationError, match="different totals"):
         InceptionScore(2, 10).merge(InceptionScore(2, 11))

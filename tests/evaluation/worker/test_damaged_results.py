@@ -8,8 +8,9 @@ import pytest
 
 from tarflow.evaluation import results
 from tarflow.evaluation.run_config import run_config
+from tarflow.evaluation.sweep.candidates import SweepRequest
+from tarflow.evaluation.sweep.guidance import sweep_guidance
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
-from tarflow.evaluation.worker.sweep import SweepRequest, sweep_guidance
 from tarflow.records import DamagedFileError, append_record_line, read_lines, read_object, write_object
 from tarflow.trainer.config.chosen_sampling import chosen_sampling, save_choice
 
@@ -68,9 +69,7 @@ def test_a_damaged_line_of_results_is_written_again(make_run):
     path.write_text(re.sub(r'("fd_\w+": \d)', r"\g<1>7", first) + "\n" + second[: len(second) // 2])
     said = []
     assert evaluated(run_dir, said) == []
-    assert (
-        f"{path}: 1 damaged line left out (1); its last line is cut off; what is missing in it is written again" in said
-    )
+    assert f"{path}: 1 damaged line left out (1); its last line is cut off; missing lines are written again" in said
     lines = read_lines(path)
     assert len(lines.damaged) == 2
     assert {row["name"] for row in lines.rows} == whole.keys()
@@ -91,8 +90,8 @@ def test_lines_of_another_run_are_not_taken_for_this_ones(make_run):
     append_record_line(path, row | {"run": "0" * 32})
     said = []
     evaluated(run_dir, said)
-    foreign = f"{path} holds lines that are no results of this run: 1"
-    assert f"{foreign}; what is missing in it is written again" in said
+    foreign = f"{path} holds lines that are not results of this run: 1"
+    assert f"{foreign}; missing lines are written again" in said
     assert [line["run"] == row["run"] for line in read_lines(path).rows] == [False, True]
     assert results.scan(run_dir)[1] == [foreign]
 
@@ -131,7 +130,7 @@ def test_a_sweeps_record_that_cannot_be_believed_chooses_nothing(make_run, monke
 
     for damage, says in (
         (digit, "checksum"), (pipe, "no regular file"), (best_is_another, "best: it is not the best of the last round"),
-        (lambda path: write_object(path, read_object(path) | {"name": "images-000000000320-other"}), "name: it is that of"),
+        (lambda path: write_object(path, read_object(path) | {"name": "images-000000000320-other"}), "name: it names"),
     ):  # fmt: skip
         damage(path)
         with pytest.raises(DamagedFileError, match=f"{says}.*remove its folder to do the sweep again"):

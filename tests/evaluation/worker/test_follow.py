@@ -13,7 +13,8 @@ import yaml
 
 from tarflow.evaluation import results
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.worker.evaluate import Evaluator, Job
+from tarflow.evaluation.worker.compute_chunk import Hooks
+from tarflow.evaluation.worker.evaluate import Evaluator
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import load_recipes
@@ -64,7 +65,7 @@ def test_samples_that_are_images_of_the_reference_are_counted_and_said(make_run,
     assert result["kernel_estimate"] == "all pairs"
     drawn = []
     monkeypatch.setattr(
-        "tarflow.evaluation.worker.evaluate.count_identical", lambda ours, theirs: drawn.extend(ours) or len(ours)
+        "tarflow.evaluation.worker.measure.count_identical", lambda ours, theirs: drawn.extend(ours) or len(ours)
     )
     run_once(run_dir, step=20)
     result = result_of(run_dir)
@@ -81,7 +82,7 @@ def test_damaged_statistics_beside_the_data_are_passed_over_and_the_run_makes_it
 
     def real():
         return RealImages(
-            results.evals_dir(run_dir), recipe.config, recipe.settings, torch.device("cpu"), say=lines.append
+            results.evals_dir(run_dir), recipe.config, recipe.settings, torch.device("cpu"), log=lines.append
         )
 
     first = real().reference  # of the run, since nothing lies beside the data
@@ -95,7 +96,7 @@ def test_damaged_statistics_beside_the_data_are_passed_over_and_the_run_makes_it
             beside.unlink(missing_ok=True)
         assert again.path == first.path
         assert torch.equal(again.rows, first.rows)
-        assert any(line.startswith(f"{damaged} is ") and "it is damaged" in line for line in lines)
+        assert any(line.startswith(f"{damaged} is ") and "damaged" in line for line in lines)
 
 
 @pytest.mark.case("S11")
@@ -185,16 +186,14 @@ def test_a_worker_killed_before_its_line_is_announced_by_the_next(make_run):
     assert len(lines) == 2
 
 
-def test_a_killed_evaluation_leaves_no_half_result(make_run, monkeypatch):
+def test_a_killed_evaluation_leaves_no_half_result(make_run):
     run_dir, _ = make_run(steps=(20,))
 
-    def killed(self, *args):
+    def killed(_merged):
         raise SystemExit(143)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Job, "_measure", killed)
-        with pytest.raises(SystemExit):
-            run_once(run_dir)
+    with pytest.raises(SystemExit):
+        run_once(run_dir, hooks=Hooks(before_measure=killed))
     assert not (run_dir / "evals/images-000000000320").exists()
     assert not (run_dir / "evals.jsonl").exists()
     assert not list((run_dir / "checkpoints/pins").iterdir())
@@ -210,7 +209,7 @@ def test_two_workers_publish_a_result_once(make_run):
     from tarflow.trainer.checkpoint.commit import find
 
     (recipe,) = load_recipes(run_dir, [])
-    quiet = {"say": lambda _: None}
+    quiet = {"log": lambda _: None}
     real = RealImages(results.evals_dir(run_dir), recipe.config, recipe.settings, torch.device("cpu"), **quiet)
     workers = [Evaluator(run_dir, recipe, real, **quiet) for _ in range(2)]
     published = [worker.evaluate(find(run_dir, 20)) for worker in workers]

@@ -16,8 +16,8 @@ import torch
 from tarflow.errors import UserError
 from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics
 from tarflow.evaluation.networks.features import FROM_FILE, PACKAGED
+from tarflow.evaluation.references.reference import save_reference
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
-from tarflow.evaluation.worker.reference import save_reference
 from tarflow.trainer.config.evaluation import FEATURE_PACKAGES
 from tarflow.trainer.start.check import check_start
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics, FrechetInfluence
-from tarflow.evaluation.worker.sweep_choice import Point, difference_stderr, why_unclear, with_error
+from tarflow.evaluation.sweep.choice import Point, difference_stderr, why_unclear, with_error
 
 NOISE = np.random.default_rng(0).normal(0, 1, 100)
 

@@ -10,9 +10,10 @@ import torch
 import tarflow.cli
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.run_config import run_config
-from tarflow.evaluation.worker import sweep as sweep_module
+from tarflow.evaluation.sweep import candidate_score
+from tarflow.evaluation.sweep.candidates import SweepRequest
+from tarflow.evaluation.sweep.guidance import sweep_guidance
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
-from tarflow.evaluation.worker.sweep import SweepRequest, sweep_guidance
 from tarflow.records import DamagedFileError, read_object
 
 pytestmark = pytest.mark.usefixtures("fake_features")
@@ -89,7 +90,7 @@ def test_within_the_noise_nothing_is_chosen_unless_asked(run_dir, capsys):
     assert f"distance {distance:.2f} ± {error:.2f} with 48 samples" in said
     assert "not clear: guidance 1" in said
     assert "as good within the noise" in said
-    assert "nothing is chosen, the run's default stays as it is (--choose best takes the best all the same)" in said
+    assert "nothing is chosen, the run's default stays as it is (--choose best takes the best anyway)" in said
     assert not (run_dir / "sampling.json").exists()
     assert run_config(run_dir).sampling.guidance == 1.0
     assert tarflow.cli.main([*words, "--choose", "best"]) == 0, "with the samples that are there"
@@ -168,7 +169,7 @@ def test_two_processes_share_a_sweep_and_agree_with_one(run_dir, tmp_path):
 
 def test_a_killed_sweep_goes_on_with_what_is_missing(run_dir, monkeypatch):
     drawn = []
-    draw = sweep_module.draw_chunk
+    draw = candidate_score.draw_chunk
 
     def dying(part, sampler, features, indices, *rest):
         if len(drawn) == 5:
@@ -176,7 +177,7 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(run_dir, monkeypatch):
         drawn.append((sampler.sampling, indices.start))
         draw(part, sampler, features, indices, *rest)
 
-    monkeypatch.setattr(sweep_module, "draw_chunk", dying)
+    monkeypatch.setattr(candidate_score, "draw_chunk", dying)
     with pytest.raises(SystemExit):
         sweep_guidance(request(run_dir), lambda _: None)
     first, drawn[:] = set(drawn), [None] * 6  # never dies again
@@ -194,7 +195,7 @@ def test_settings_that_mean_nothing_are_refused_or_said(make_run):
     record = sweep_guidance(
         SweepRequest(plain, guidance=(0, 1), attn_temp=(1.0, 0.5), denoise=(1.0,), start=4, final=8), lines.append
     )
-    assert "left out: guidance 1 with attention temperature 1 has no effect without labels" in lines
+    assert "skipped: guidance 1 with attention temperature 1 has no effect without labels" in lines
     assert len(record["rounds"][0]["points"]) == 2
     untrained, _ = make_run(steps=(20,), name="untrained", train={"label_dropout": 0}, sampling={"guidance": 0})
     with pytest.raises(EvaluationError, match=r"train\.label_dropout=0"):
