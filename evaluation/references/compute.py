@@ -164,7 +164,7 @@ class _Computation:
             hashes.append(part.hashes)
         _check_count(statistics.count, self.images)
         save_reference(self.path, statistics, self.provenance, torch.cat(kept), _concatenated(hashes))
-        temporary.touch()  # the unit of work needs a result; the statistics themselves lie at `path`
+        temporary.touch()  # the unit of work needs a result; the statistics themselves are at `path`
 
     def _provenance_of(self, chunk: str) -> Provenance:
         return self.provenance | {"part": f"{self.chunks[chunk] + 1} of {self.parts}"}

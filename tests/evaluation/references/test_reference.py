@@ -8,6 +8,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ class FakeFeatures:
 
 
 ROOT = Path(__file__).resolve().parents[3]
-DATA = {"fingerprint": "aa11", "images": 30, "image_size": 8, "channels": 1, "crop": "centre"}
+DATA: dict[str, str | int] = {"fingerprint": "aa11", "images": 30, "image_size": 8, "channels": 1, "crop": "centre"}
 
 
 class Images:
@@ -245,7 +246,6 @@ DAMAGES = {
     "cut": lambda data: data[: len(data) // 2],
     "junk": lambda data: b"no statistics" * 50,
     "flipped": lambda data: data[:60] + bytes(b ^ 255 for b in data[60:90]) + data[90:],
-    "other arrays": None,
 }
 
 
@@ -258,13 +258,14 @@ def damage(path, what):
         path.write_bytes(DAMAGES[what](path.read_bytes()))
 
 
-@pytest.mark.parametrize("what", DAMAGES)
+@pytest.mark.parametrize("what", [*DAMAGES, "other arrays"])
 @pytest.mark.case("V15")
 def test_damaged_statistics_of_our_own_are_made_anew_and_anybody_else_s_are_an_error(tmp_path, what):
     before, _ = make(tmp_path)
     path = before.path
     damage(path, what)
-    images, lines = Images(), []
+    lines: list[str] = []
+    images = Images()
     found = reference_statistics(path, images, FakeFeatures(), log=lines.append)
     assert images.read == [0]
     assert lines[0].startswith(f"{path} is damaged and will be rebuilt: ")
@@ -364,7 +365,7 @@ def of(path, **fields):
     return np.array(json.dumps({name: value for name, value in (stored | fields).items() if value is not None}))
 
 
-CHANGES = {
+CHANGES: dict[str, tuple[Any, str]] = {
     "of one image": (lambda path: {"count": np.int64(1)}, "1 images: 2 to 30 can be"),
     "of too many": (lambda path: {"count": np.int64(31)}, "31 images"),
     "a count of another type": (lambda path: {"count": np.float64(30)}, "'count' is float64"),
@@ -451,7 +452,8 @@ def test_a_damaged_or_swapped_chunk_is_made_anew_and_never_merged(tmp_path, monk
                 raise KeyboardInterrupt
             return super().batches(labelled, batch_size, part, parts)
 
-    path, lines = tmp_path / "b" / whole.path.name, []
+    lines: list[str] = []
+    path = tmp_path / "b" / whole.path.name
     with pytest.raises(KeyboardInterrupt):
         reference_statistics(path, Killed(), FakeFeatures())
     first, second = sorted((path.parent / "work").rglob("reference-0*"))

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -25,12 +26,12 @@ def run_dir(make_run):
 
 
 def request(run_dir, **changes):
-    plain = {"guidance": (0, 1, 2, 4), "denoise": (0.0, 1.0), "start": 8, "final": 64}
+    plain: dict[str, Any] = {"guidance": (0, 1, 2, 4), "denoise": (0.0, 1.0), "start": 8, "final": 64}
     return SweepRequest(run_dir, **(plain | changes))
 
 
 def test_the_better_half_goes_on_to_more_samples_and_the_best_is_chosen(run_dir):
-    lines = []
+    lines: list[str] = []
     record = sweep_guidance(request(run_dir), lines.append)
     assert [r["num_samples"] for r in record["rounds"]] == [8, 24, 64]
     assert [len(r["points"]) for r in record["rounds"]] == [8, 4, 2]
@@ -118,7 +119,7 @@ def test_a_record_of_an_earlier_version_is_read(run_dir):
     path = run_dir / "sweeps" / record["name"] / "sweep.json"
     old = {k: v for k, v in record.items() if k not in ("best", "unclear", "distance_stderr")}
     path.write_text(json.dumps(old | {"chosen": record["best"]}))
-    lines = []
+    lines: list[str] = []
     sweep_guidance(request(run_dir), lines.append)
     assert "not clear: this sweep was recorded without standard errors; remove its folder to do it again" in lines
     assert not (run_dir / "sampling.json").exists()
@@ -138,7 +139,7 @@ def test_damaged_parts_of_a_sweep_are_computed_again_and_said(run_dir):
     chunk = sorted(figures.parent.glob("samples-*"))[0]
     for path in (figures, chunk):
         os.truncate(path, path.stat().st_size // 2)
-    lines = []
+    lines: list[str] = []
     sweep_guidance(request(run_dir), lines.append)
     assert [line for line in lines if "damaged" in line] == [
         f"{path} is damaged and computed again" for path in (figures, chunk)
@@ -168,7 +169,7 @@ def test_two_processes_share_a_sweep_and_agree_with_one(run_dir, tmp_path):
 
 
 def test_a_killed_sweep_goes_on_with_what_is_missing(run_dir, monkeypatch):
-    drawn = []
+    drawn: list[Any] = []
     draw = candidate_score.draw_chunk
 
     def dying(part, sampler, features, indices, *rest):
@@ -191,7 +192,7 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(run_dir, monkeypatch):
 @pytest.mark.case("S10")
 def test_settings_that_mean_nothing_are_refused_or_said(make_run):
     plain, _ = make_run(steps=(20,), model={"num_classes": 0}, sampling={"guidance": 0})
-    lines = []
+    lines: list[str] = []
     record = sweep_guidance(
         SweepRequest(plain, guidance=(0, 1), attn_temp=(1.0, 0.5), denoise=(1.0,), start=4, final=8), lines.append
     )

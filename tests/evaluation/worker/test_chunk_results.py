@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,7 +142,7 @@ def test_a_chunk_of_something_else_is_never_merged(tmp_path, of):
         part().merge(one)
 
 
-CHANGES = {
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "no checksum": ({}, "it carries no checksum"),
     "another count": ({"count": np.array([4])}, "do not match its 4 samples"),
     "a negative count": ({"count": np.array([-1])}, "do not match"),

@@ -21,7 +21,9 @@ NAME = "images-000000000320"
 def digit(path):
     """Change one digit of a figure: valid JSON, another number."""
     text = path.read_text()
-    at = re.search(r'"(?:fd_\w+|bits_per_dim|distance|guidance)": \d+\.\d*?([1-8])', text).start(1)
+    found = re.search(r'"(?:fd_\w+|bits_per_dim|distance|guidance)": \d+\.\d*?([1-8])', text)
+    assert found is not None
+    at = found.start(1)
     path.write_text(text[:at] + str(int(text[at]) + 1) + text[at + 1 :])
 
 
@@ -46,7 +48,7 @@ def test_a_result_that_cannot_be_believed_is_set_aside_said_and_made_again(make_
     before = path.read_bytes()
     for number, damage in enumerate((digit, other_run, pipe), 1):
         damage(path)
-        lines = []
+        lines: list[str] = []
         assert len(evaluated(run_dir, lines)) == 1, damage
         assert path.read_bytes() == before
         aside = f"damaged-{NAME}" + (f"-{number}" if number > 1 else "")
@@ -67,7 +69,7 @@ def test_a_damaged_line_of_results_is_written_again(make_run):
         write_object(work, read_object(work) | {"time": 1e9})  # long ago: its own worker is not about to do it
     first, second = path.read_text().splitlines()
     path.write_text(re.sub(r'("fd_\w+": \d)', r"\g<1>7", first) + "\n" + second[: len(second) // 2])
-    said = []
+    said: list[str] = []
     assert evaluated(run_dir, said) == []
     assert f"{path}: 1 damaged line left out (1); its last line is cut off; missing lines are written again" in said
     lines = read_lines(path)
@@ -88,7 +90,7 @@ def test_lines_of_another_run_are_not_taken_for_this_ones(make_run):
     (row,) = read_lines(path).rows
     path.unlink()
     append_record_line(path, row | {"run": "0" * 32})
-    said = []
+    said: list[str] = []
     evaluated(run_dir, said)
     foreign = f"{path} holds lines that are not results of this run: 1"
     assert f"{foreign}; missing lines are written again" in said

@@ -6,6 +6,8 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +26,9 @@ pytestmark = pytest.mark.usefixtures("fake_features")
 
 
 def run_once(run_dir, **options):
-    lines = []
+    lines: list[str] = []
     outcome = evaluate(run_dir, False, WorkerOptions(**options), lines.append)
-    outcome.lines = lines
-    return outcome
+    return SimpleNamespace(done=outcome.done, failed=outcome.failed, lines=lines)
 
 
 def result_of(run_dir, name="images-000000000320"):
@@ -63,10 +64,13 @@ def test_samples_that_are_images_of_the_reference_are_counted_and_said(make_run,
     result = result_of(run_dir, "images-000000000160")
     assert result["identical_images"] == 0
     assert result["kernel_estimate"] == "all pairs"
-    drawn = []
-    monkeypatch.setattr(
-        "tarflow.evaluation.worker.measure.count_identical", lambda ours, theirs: drawn.extend(ours) or len(ours)
-    )
+    drawn: list[int] = []
+
+    def all_of_them(ours, theirs):
+        drawn.extend(ours)
+        return len(ours)
+
+    monkeypatch.setattr("tarflow.evaluation.worker.measure.count_identical", all_of_them)
     run_once(run_dir, step=20)
     result = result_of(run_dir)
     assert len(drawn) == result["num_samples"] == 24
@@ -78,7 +82,7 @@ def test_samples_that_are_images_of_the_reference_are_counted_and_said(make_run,
 def test_damaged_statistics_beside_the_data_are_passed_over_and_the_run_makes_its_own(make_run):
     run_dir, _ = make_run()
     (recipe, *_) = load_recipes(run_dir, [])
-    lines = []
+    lines: list[str] = []
 
     def real():
         return RealImages(
@@ -209,7 +213,7 @@ def test_two_workers_publish_a_result_once(make_run):
     from tarflow.trainer.checkpoint.commit import find
 
     (recipe,) = load_recipes(run_dir, [])
-    quiet = {"log": lambda _: None}
+    quiet: dict[str, Any] = {"log": lambda _: None}
     real = RealImages(results.evals_dir(run_dir), recipe.config, recipe.settings, torch.device("cpu"), **quiet)
     workers = [Evaluator(run_dir, recipe, real, **quiet) for _ in range(2)]
     published = [worker.evaluate(find(run_dir, 20)) for worker in workers]
@@ -424,7 +428,7 @@ def test_watching_ends_when_the_last_checkpoint_is_evaluated(make_run, save_chec
 
 
 def test_watching_waits_for_a_run_that_is_being_made_and_gives_up_when_idle(make_run, tmp_path):
-    lines = []
+    lines: list[str] = []
     started = time.monotonic()
     with pytest.raises(TrainerError, match="no run directory"):
         evaluate(tmp_path / "later", True, WorkerOptions(wait_for_run_s=0.3), lines.append)
@@ -440,7 +444,7 @@ def test_a_checkpoint_removed_by_retention_is_passed_over(make_run, monkeypatch)
     from tarflow.evaluation.worker import follow as worker
 
     real = worker.scan
-    calls = []
+    calls: list[int] = []
 
     def listed_then_removed(path):
         found = real(path)

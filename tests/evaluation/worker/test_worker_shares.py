@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 import zipfile
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def test_all_killed_and_one_started_again_draws_only_what_is_missing(run_of_2000
         kill(process)
     before = {p.name: p.read_bytes() for p in chunks_done(run_of_2000)}
     assert 4 <= len(before) < CHUNKS
-    drawn = []
+    drawn: list[str] = []
     counting = WorkerOptions(hooks=Hooks(after_chunk=drawn.append))
     for run_dir, options in ((run_of_2000, counting), (alone, WorkerOptions())):
         assert len(evaluate(run_dir, False, options, lambda _: None).done) == 1
@@ -134,7 +135,7 @@ def test_all_killed_and_one_started_again_draws_only_what_is_missing(run_of_2000
 
 def test_the_statistics_are_those_of_all_features_at_once(run_of_2000):
     """Merged chunks against two passes over everything; the features are kept for measures that need them."""
-    seen = {}
+    seen: dict[str, Any] = {}
 
     def keep(merged):
         seen.update(features=merged.samples.features, parts=merged.samples.statistics.parts())
@@ -288,9 +289,10 @@ def test_chunks_count_as_progress_of_a_requeued_job(run_of_2000):
     """A result that takes longer than one allocation must not look like a job that gets nowhere."""
     from types import SimpleNamespace
 
+    from tarflow.cluster.job.description import Job
     from tarflow.cluster.job.job import progress
 
-    job = SimpleNamespace(kind="evaluate", run_dir=str(run_of_2000))
+    job = cast(Job, SimpleNamespace(kind="evaluate", run_dir=str(run_of_2000)))
     seen = [progress(job)]
     hooks = Hooks(after_chunk=lambda _: seen.append(progress(job)))
     evaluate(run_of_2000, False, WorkerOptions(hooks=hooks), lambda _: None)
@@ -301,7 +303,8 @@ def test_chunks_count_as_progress_of_a_requeued_job(run_of_2000):
 @pytest.mark.parametrize("size", [0, -1])
 @pytest.mark.case("V06")
 def test_a_damaged_chunk_is_computed_again_and_said(run_of_2000, tmp_path, size):
-    alone, lines = tmp_path / "alone", []
+    lines: list[str] = []
+    alone = tmp_path / "alone"
     shutil.copytree(run_of_2000, alone)
     evaluate(alone, False, WorkerOptions(), lambda _: None)
     stop_before_the_result(run_of_2000)
@@ -329,7 +332,8 @@ def test_a_damaged_plan_says_what_to_remove(run_of_2000):
 def test_a_result_that_cannot_be_read_is_set_aside_and_evaluated_again(make_run, text):
     run_dir, _ = make_run(steps=(20,))
     evaluate(run_dir, False, WorkerOptions(), lambda _: None)
-    before, lines = files(run_dir), []
+    lines: list[str] = []
+    before = files(run_dir)
     result = run_dir / "evals/images-000000000320/result.json"
     result.unlink() if text is None else result.write_text(text)
     assert len(evaluate(run_dir, False, WorkerOptions(), lines.append).done) == 1
