@@ -9,7 +9,7 @@ READY := .venv/.ready
 RUN := runs/demo
 JOBS ?= 2
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-fast slow-list lint setup clean
 
 setup: $(READY)
 
@@ -33,6 +33,14 @@ demo: $(READY)
 # In JOBS processes at a time; each takes up to 3 GB.
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# The edit loop: without the tests of over a second, which tests/slow.txt lists.
+test-fast: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" -q
+
+# Measure every test anew and write tests/slow.txt, on a quiet machine.
+slow-list: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --write-slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -78,7 +78,7 @@ def open_plan(run: Path) -> Any:
     from tarflow.evaluation.worker.real_images import RealImages
     from tarflow.evaluation.worker.recipe import load_recipes
     from tarflow.evaluation.worker.task import EvaluationTask
-    from tarflow.trainer.checkpoint.commit import find
+    from tarflow.trainer.checkpoint.find import find
 
     (recipe,) = load_recipes(run, [])
     real = RealImages(results.evals_dir(run), recipe.config, recipe.settings, torch.device("cpu"), log=lambda _: None)
@@ -109,11 +109,11 @@ def parts(run: Path, rounds: int) -> dict[str, float]:
     sampler = task.sampler
     n, y = 64, sampler.labels(range(64))
     noise = sampler.noise(range(n))
-    noisy = sample(sampler.model, noise, y, sampler.guidance).clone()
+    noisy = sample(sampler.model, noise, y, sampler.sampling.settings).clone()
     pixels = sampler.draw(range(n)).pixels()
     rows = torch.randn(2048, DIM)
     return {
-        "sampling": n / timed(lambda: sample(sampler.model, noise, y, sampler.guidance), rounds),
+        "sampling": n / timed(lambda: sample(sampler.model, noise, y, sampler.sampling.settings), rounds),
         "denoising": n / timed(lambda: denoise(sampler.model, noisy, y, 0.1), rounds),
         "features": n / timed(lambda: task.real.features(pixels), rounds),
         "statistics": len(rows) / timed(lambda: FeatureStatistics(DIM).add(rows), rounds),

@@ -104,9 +104,9 @@ def _opened(path: Path, limit: int | None, what: str, way_out: str) -> Iterator[
             size = path.stat().st_size
             yield archive, _directory(archive, size, size if limit is None else limit)
     except OSError as error:
-        if error.errno not in (None, errno.EINVAL):  # a seek to a place that the damage made up
+        if error.errno not in (None, errno.EINVAL):
             raise
-        raise damaged(str(error)) from None
+        raise damaged("its directory points outside the file" if error.errno else str(error)) from None
     except DamagedFileError:
         raise
     # What readers of zip files and numpy's headers say to rubbish.

@@ -170,3 +170,19 @@ def test_cut_files_are_refused_wherever_they_end(tmp_path: Path) -> None:
         (tmp_path / "a.npz").write_bytes(buffer.getvalue()[:end])
         with pytest.raises(DamagedFileError):
             read_npz(tmp_path / "a.npz", LIMIT)
+
+
+@pytest.mark.case("H06")
+def test_files_with_a_hole_are_refused_in_words(tmp_path: Path) -> None:
+    """Without some of its bytes the directory lies elsewhere, and zipfile seeks to places before the file."""
+    buffer = io.BytesIO()
+    write_npz(buffer, {"a": np.arange(20.0)})
+    whole, said = buffer.getvalue(), set()
+    for start in range(0, len(whole), 5):
+        for length in (1, 12, 60):
+            (tmp_path / "a.npz").write_bytes(whole[:start] + whole[start + length :])
+            with pytest.raises(DamagedFileError) as caught:
+                read_npz(tmp_path / "a.npz", LIMIT)
+            said.add(caught.value.problem)
+    assert "its directory points outside the file" in said
+    assert not [text for text in said if "Errno" in text]

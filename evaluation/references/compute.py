@@ -30,7 +30,7 @@ from tarflow.evaluation.references.reference import (
     write_statistics,
 )
 from tarflow.evaluation.shared_work import SharedWork
-from tarflow.files import check_writable
+from tarflow.files import check_writable, fill
 from tarflow.records import DamagedFileError
 
 CHUNK = 1024  # images
@@ -164,7 +164,7 @@ class _Computation:
             hashes.append(part.hashes)
         _check_count(statistics.count, self.images)
         save_reference(self.path, statistics, self.provenance, torch.cat(kept), _concatenated(hashes))
-        temporary.touch()  # the unit of work needs a result; the statistics themselves are at `path`
+        fill(temporary, "")  # the unit of work needs a result; the statistics themselves are at `path`
 
     def _provenance_of(self, chunk: str) -> Provenance:
         return self.provenance | {"part": f"{self.chunks[chunk] + 1} of {self.parts}"}

@@ -29,7 +29,8 @@ from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import load_recipes
 from tarflow.files import make_folder, write_text
 from tarflow.records import write_object
-from tarflow.trainer.checkpoint.commit import find, pinned
+from tarflow.trainer.checkpoint.find import find
+from tarflow.trainer.checkpoint.pins import pinned
 
 BEFORE_ERRORS = "this sweep was recorded without standard errors; remove its folder to do it again"
 

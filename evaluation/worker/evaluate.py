@@ -28,7 +28,8 @@ from tarflow.evaluation.worker.task import EvaluationTask
 from tarflow.files import fill
 from tarflow.records import write_object
 from tarflow.terminal import plain
-from tarflow.trainer.checkpoint.commit import Checkpoint, pinned
+from tarflow.trainer.checkpoint.marker import Checkpoint
+from tarflow.trainer.checkpoint.pins import pinned
 
 
 @dataclass

@@ -294,7 +294,7 @@ def test_a_network_without_its_file_is_an_error_never_a_random_network(name, tmp
         EvaluationError, match=rf"no package provides the feature network {name}.*evaluation\.features_file=PATH"
     ):
         Features(name)
-    with pytest.raises(EvaluationError, match="are not at"):
+    with pytest.raises(EvaluationError, match="there are no weights of"):
         Features(name, file=tmp_path / "missing.pth")
     (tmp_path / "junk.pth").write_text("hello")
     with pytest.raises(EvaluationError, match=r"features_file .*not a readable weights file"):

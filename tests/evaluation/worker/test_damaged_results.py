@@ -171,7 +171,7 @@ def test_a_plan_whose_numbers_were_changed_is_refused(tmp_path):
     SharedWork(tmp_path / "work", {"batch_size": 3}, 60)
     path = tmp_path / "work/plan.json"
     for changes, says in (
-        ({"batch_size": 0}, "batch_size: 0 cannot be"), ({"batch_size": 1 << 60}, "cannot be"), ({"lease_s": "x"}, "lease_s"),
+        ({"batch_size": 0}, "batch_size: 0 is out of range"), ({"batch_size": 1 << 60}, "is out of range"), ({"lease_s": "x"}, "lease_s"),
         ({"batch_size": 2.5}, "batch_size"), ({"batch_size": True}, "batch_size"),
     ):  # fmt: skip
         write_object(path, {"batch_size": 3, "lease_s": 60.0} | changes)

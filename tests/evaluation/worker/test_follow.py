@@ -162,7 +162,7 @@ def test_other_settings_have_a_directory_of_their_own(make_run):
 
 def test_only_settings_of_the_evaluation_can_be_overridden(make_run):
     run_dir, _ = make_run(steps=(20,))
-    with pytest.raises(EvaluationError, match=r"override 'train\.noise_std=0\.2'.*sections sampling and evaluation"):
+    with pytest.raises(EvaluationError, match=r"override 'train\.noise_std=0\.2'.*sections sampling, evaluation and data"):
         run_once(run_dir, overrides=["train.noise_std=0.2"])
     with pytest.raises(TrainerError, match=r"did you mean sampling\.guidance"):
         run_once(run_dir, overrides=["sampling.guidence=2"])
@@ -210,7 +210,7 @@ def test_a_killed_evaluation_leaves_no_half_result(make_run):
 def test_two_workers_publish_a_result_once(make_run):
     """Both start before there is a result; the second finds everything done."""
     run_dir, _ = make_run(steps=(20,))
-    from tarflow.trainer.checkpoint.commit import find
+    from tarflow.trainer.checkpoint.find import find
 
     (recipe,) = load_recipes(run_dir, [])
     quiet: dict[str, Any] = {"log": lambda _: None}
