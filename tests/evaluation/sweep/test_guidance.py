@@ -110,7 +110,7 @@ def test_standard_errors_stand_in_record_plot_and_report(run_dir):
     assert plot.count("LineCollection") >= len(record["rounds"]), "error bars"
     text = write_report(run_dir).read_text()
     best = ", ".join(f"{key} {value:g}" for key, value in record["best"].items())
-    assert f"best is {best} with {record['distance']:.2f} ± {record['distance_stderr']:.2f}" in text
+    assert f"best is {best}, at a distance of {record['distance']:.2f} ± {record['distance_stderr']:.2f}" in text
 
 
 @pytest.mark.case("N11")
