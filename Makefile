@@ -9,7 +9,7 @@ READY := .venv/.ready
 RUN := runs/demo
 JOBS ?= 2
 
-.PHONY: demo test test-fast slow-list lint setup clean
+.PHONY: demo test test-fast slow-list lint docs setup clean
 
 setup: $(READY)
 
@@ -42,9 +42,15 @@ test-fast: $(READY)
 slow-list: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --write-slow
 
+# The same commands as in .pre-commit-config.yaml.
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages of docs/ and the API from docstrings -> build/docs/index.html. Warnings are errors; nothing is fetched.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:
 	rm -rf .venv runs data build *.egg-info

@@ -1,8 +1,8 @@
 """How long training is blocked by a save: synchronous and asynchronous, alternating in one run.
 
 A model whose state (weights, two moments, two averages, float32) is 400 MB is saved again and again with the run's own
-checkpoint manager; between the saves its weights change, as in training. The asynchronous save is waited for outside the measured
-time, so both kinds meet an idle disk.
+checkpoint manager; between the saves its weights change, as in training. The asynchronous save is waited for outside the
+measured time, so both kinds meet an idle disk.
 """
 
 import statistics

@@ -209,7 +209,7 @@ def _write_chunk(folder: Path, keep: int) -> None:
 
 
 def _peak() -> float:
-    """Megabytes that this process held at most. (The figure of `getrusage` would be inherited from its parent.)"""
+    """Peak memory of this process in megabytes; `getrusage` would inherit its parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 

@@ -408,7 +408,7 @@ def main() -> int:
         began = time.perf_counter()
         try:
             figures = check(bench)
-        except Exception as error:  # the other checks are worth having
+        except Exception as error:  # noqa: BLE001 - the other checks are worth having
             failed += 1
             figures = {
                 "ERROR": f"{type(error).__name__}: {error}"[:300],

@@ -44,7 +44,7 @@ QUICK = ("one process", "ddp x2", "fsdp2 x2", "ZeRO-2 x2", "ZeRO-3 x2")
 
 
 def train_curve(parallel: dict[str, Any], accumulation: int, grad_clip: float) -> dict[str, Any]:
-    """This process's part of the golden training curve; losses, norms and final weights (whole) of the run."""
+    """Compute the part of this process of the golden training curve: losses, norms and final weights (whole) of the run."""
     torch.set_num_threads(1)
     world = world_from_env()
     data, model = load("training_curve")
