@@ -162,7 +162,9 @@ def test_other_settings_have_a_directory_of_their_own(make_run):
 
 def test_only_settings_of_the_evaluation_can_be_overridden(make_run):
     run_dir, _ = make_run(steps=(20,))
-    with pytest.raises(EvaluationError, match=r"override 'train\.noise_std=0\.2'.*sections sampling, evaluation and data"):
+    with pytest.raises(
+        EvaluationError, match=r"override 'train\.noise_std=0\.2'.*sections sampling, evaluation and data"
+    ):
         run_once(run_dir, overrides=["train.noise_std=0.2"])
     with pytest.raises(TrainerError, match=r"did you mean sampling\.guidance"):
         run_once(run_dir, overrides=["sampling.guidence=2"])
