@@ -70,22 +70,23 @@ def make_run(folder: Path, samples: int, chunk: int) -> Path:
     return run
 
 
-def open_job(run: Path) -> Any:
-    """A worker as `tarflow evaluate` makes it, loaded, with its network warm."""
+def open_plan(run: Path) -> Any:
+    """The chunks of a result as `tarflow evaluate` plans them, with the weights loaded and the network warm."""
     from tarflow.evaluation import results
     from tarflow.evaluation.samples.weights_source import from_checkpoint
-    from tarflow.evaluation.worker.evaluate import Evaluator, Job
+    from tarflow.evaluation.worker.chunk_plan import plan_chunks
     from tarflow.evaluation.worker.real_images import RealImages
     from tarflow.evaluation.worker.recipe import load_recipes
+    from tarflow.evaluation.worker.task import EvaluationTask
     from tarflow.trainer.checkpoint.find import find
 
     (recipe,) = load_recipes(run, [])
-    real = RealImages(results.evals_dir(run), recipe.config, recipe.settings, torch.device("cpu"), say=lambda _: None)
-    evaluator = Evaluator(run, recipe, real, say=lambda _: None)
-    job = Job(evaluator, from_checkpoint(recipe.config, find(run), "raw", real.device))
-    real.features(job.sampler.draw(range(4)).pixels())
-    job.open()
-    return job
+    real = RealImages(results.evals_dir(run), recipe.config, recipe.settings, torch.device("cpu"), log=lambda _: None)
+    checkpoint = find(run)
+    source = from_checkpoint(recipe.config, checkpoint, "raw", real.device)
+    task = EvaluationTask(run, checkpoint.name, source, recipe, real, log=lambda _: None)
+    real.features(task.sampler.draw(range(4)).pixels())
+    return plan_chunks(task)
 
 
 def timed(call: Callable[[], Any], rounds: int) -> float:
@@ -104,8 +105,8 @@ def parts(run: Path, rounds: int) -> dict[str, float]:
     from tarflow.models.denoise import denoise
     from tarflow.models.sampling.sequential import sample
 
-    job = open_job(run)
-    sampler = job.sampler
+    task = open_plan(run).task
+    sampler = task.sampler
     n, y = 64, sampler.labels(range(64))
     noise = sampler.noise(range(n))
     noisy = sample(sampler.model, noise, y, sampler.sampling.settings).clone()
@@ -114,7 +115,7 @@ def parts(run: Path, rounds: int) -> dict[str, float]:
     return {
         "sampling": n / timed(lambda: sample(sampler.model, noise, y, sampler.sampling.settings), rounds),
         "denoising": n / timed(lambda: denoise(sampler.model, noisy, y, 0.1), rounds),
-        "features": n / timed(lambda: job.real.features(pixels), rounds),
+        "features": n / timed(lambda: task.real.features(pixels), rounds),
         "statistics": len(rows) / timed(lambda: FeatureStatistics(DIM).add(rows), rounds),
     }
 
@@ -122,8 +123,9 @@ def parts(run: Path, rounds: int) -> dict[str, float]:
 def overhead(run: Path) -> tuple[float, float]:
     """(seconds of a chunk, share beyond the networks' own calls)."""
     from tarflow.evaluation.samples import draw as sampling
+    from tarflow.evaluation.worker.compute_chunk import compute_chunks
 
-    job = open_job(run)
+    plan = open_plan(run)
     inside = [0.0]
 
     def clocked(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,25 +139,27 @@ def overhead(run: Path) -> tuple[float, float]:
         return run_call
 
     originals = sampling.sample, sampling.denoise
-    network: torch.nn.Module = job.real.features._module
+    network: torch.nn.Module = plan.task.real.features._module
     network.forward = clocked(network.forward)
     sampling.sample, sampling.denoise = clocked(sampling.sample), clocked(sampling.denoise)
     try:
         begun = time.perf_counter()
-        job.compute_chunks()
+        compute_chunks(plan, lambda: False)
         whole = time.perf_counter() - begun
     finally:
         sampling.sample, sampling.denoise = originals
-    job.work.remove()
+    plan.work.remove()
     return whole, whole / inside[0] - 1
 
 
 def _worker(run: Path, gate: Any, ends: Any) -> None:
     torch.set_num_threads(1)
-    job = open_job(run)
+    from tarflow.evaluation.worker.compute_chunk import compute_chunks
+
+    plan = open_plan(run)
     gate.wait(300)
     begun = time.monotonic()
-    job.compute_chunks()
+    compute_chunks(plan, lambda: False)
     ends.put((begun, time.monotonic()))
 
 

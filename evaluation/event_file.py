@@ -1,7 +1,7 @@
-"""The evaluation's figures and pictures for TensorBoard: one file of events per run, whatever the number of workers.
+"""The evaluation's metrics and pictures for TensorBoard: one event file per run, whatever the number of workers.
 
-It lies in a folder of its own, RUN/tensorboard/evaluation: TensorBoard reads the files of a folder one after the other and
-does not go back, so that a second file beside that of a living training would end the training's curves.
+It has a folder of its own, RUN/tensorboard/evaluation: TensorBoard reads the files of a folder one after the other and
+never returns to one, so that a second file beside that of a running training would end the training's curves.
 """
 
 import io
@@ -19,25 +19,25 @@ from PIL import Image
 from tarflow.files import make_folder, open_own
 
 FOLDER = "evaluation"
-LARGEST = 1024  # pixels of a picture's longer side; the original lies with the result
-_LENGTH, _CHECKS = struct.Struct("<Q"), 8  # a record: its length, two checksums of four bytes, its data
+MAX_SIDE = 1024  # pixels of a picture's longer side; the original is with the result
+_LENGTH, _CHECKS = struct.Struct("<Q"), 8  # a record: length, two checksums of four bytes, data
 _HEAD = struct.Struct("<QI")  # the length, and the first of the checksums, which is the length's
 _NO_PICTURE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 def append_events(
-    run_dir: Path, images_seen: int, figures: Mapping[str, float], pictures: Mapping[str, Path], wall_time: float
+    run_dir: Path, images_seen: int, scalars: Mapping[str, float], pictures: Mapping[str, Path], wall_time: float
 ) -> None:
-    """Add figures and PNG files, by tag, at a position of the run. Pictures that are not there or damaged are left out."""
+    """Add scalars and PNG files, by tag, at a number of images seen. Missing and damaged pictures are skipped."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
+    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
     for tag, path in pictures.items():
         with suppress(*_NO_PICTURE):
             values.append(Summary.Value(tag=tag, image=_image(path)))
-    path = _whole_file(run_dir / "tensorboard" / FOLDER)
+    path = _intact_file(run_dir / "tensorboard" / FOLDER)
     buffer = io.BytesIO()
     writer = RecordWriter(buffer)
     if not path.exists():
@@ -46,7 +46,7 @@ def append_events(
     writer.write(event.SerializeToString())
     descriptor = open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, buffer.getvalue())  # at once: other workers append, too
+        os.write(descriptor, buffer.getvalue())  # in one write: other workers append, too
     finally:
         os.close(descriptor)
 
@@ -57,7 +57,7 @@ def _image(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(path)
     with Image.open(path, formats=["PNG"]) as picture:
-        picture.thumbnail((LARGEST, LARGEST))
+        picture.thumbnail((MAX_SIDE, MAX_SIDE))
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
         channels = len(picture.getbands())
@@ -66,19 +66,19 @@ def _image(path: Path) -> Any:
     )
 
 
-def _whole_file(folder: Path) -> Path:
-    """The newest file of events, or the next one if a crash has torn its end: nobody reads what follows a torn record."""
+def _intact_file(folder: Path) -> Path:
+    """The newest event file, or the next one if a crash truncated it: no reader gets past a truncated record."""
     make_folder(folder.parent.parent, folder.parent.name, folder.name)
     number = 0
     while True:
         path = folder / f"events.out.tfevents.{number:010d}.{FOLDER}"
-        if not os.path.lexists(path) or _is_whole(path):
+        if not os.path.lexists(path) or _is_intact(path):
             return path
         number += 1
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a file's records follow each other to its end. Each length has a checksum: so a damaged one is seen at once."""
+def _is_intact(path: Path) -> bool:
+    """Whether a file's records are complete up to its end. Each length has a checksum, which shows a damaged one."""
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
     if path.is_symlink() or not path.is_file():

@@ -39,6 +39,11 @@ class ImageSet:
         total = self.index.num_samples
         return min(self.limit, total) if self.limit else total
 
+    @property
+    def skips_damaged(self) -> bool:
+        """Whether damaged images are skipped, so that `batches` may give fewer than `num_images`."""
+        return self.data.on_error != "strict"
+
     def batches(
         self, labelled: bool, batch_size: int = BATCH, part: int = 0, parts: int = 1
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -75,5 +80,5 @@ class ImageSet:
             "image_size": self.model.image_size,
             "channels": self.model.in_channels,
             "crop": CROP,
-            "damaged images": "refused" if self.data.on_error == "strict" else "left out",
+            "damaged images": "left out" if self.skips_damaged else "refused",
         }

@@ -1,7 +1,7 @@
-"""The model of a result's file: what `result.json` must hold, and that it lies where it belongs.
+"""The schema of a result's files, `result.json` and `work.json`, and the check that a result is where it belongs.
 
-A result says itself of which run, checkpoint, weights and settings it is, and its directory's name says it again: a result
-that was copied, renamed or changed is not taken for another's.
+A result names its run, checkpoint, weights and settings, and so does its directory: one that was copied, renamed or changed
+is never mistaken for another.
 """
 
 import hashlib
@@ -16,31 +16,31 @@ from tarflow.records import DamagedFileError, Record, read_object
 from tarflow.trainer.checkpoint.names import leading_name, parse_name
 
 RESULT = "result.json"
-WORK = "work.json"  # who did it and how long it took: apart, so that equal settings give equal result files
+WORK = "work.json"  # who computed it and how long it took: separate, so that equal settings give equal result files
 FORMAT = 2
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
-# Figures are those of float32 networks: what is larger is none, and no plot could show it.
-Figure = Annotated[float, Field(ge=-1e38, le=1e38)]
+# Networks compute in float32: a larger number is damage, and could not be plotted.
+Number = Annotated[float, Field(ge=-1e38, le=1e38)]
 StandardError = Annotated[float, Field(ge=0, le=1e38)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Open(Record):
-    """Part of a result with fields beside those that are looked at."""
+    """Part of a result with more fields than those checked here."""
 
     model_config = ConfigDict(extra="allow")
 
 
 class Sampling(_Open):
-    """How its samples were drawn."""
+    """How the samples were drawn."""
 
-    guidance: Figure
+    guidance: Number
     guide: str
-    attn_temp: Figure
+    attn_temp: Number
     annealed: bool
-    denoise: Figure
-    noise_std: Figure
+    denoise: Number
+    noise_std: Number
     param_dtype: str
     seed: Count
     labels: str | list[int]
@@ -48,7 +48,7 @@ class Sampling(_Open):
 
 
 class Settings(_Open):
-    """Everything that decides its figures."""
+    """Everything that decides the metrics."""
 
     weights: str
     sampling: Sampling
@@ -57,7 +57,7 @@ class Settings(_Open):
 
 
 class Samples(_Open):
-    """What became of the samples."""
+    """How many samples were drawn, used and lost."""
 
     asked: Count
     used: Count
@@ -69,16 +69,16 @@ class Neighbours(_Open):
 
     samples: Count
     training_images: Count
-    nearest_rms_median: Figure
-    nearest_rms_min: Figure
+    nearest_rms_median: Number
+    nearest_rms_min: Number
 
 
 class ResultFile(Record):
-    """`result.json`. Besides these fields it has scores named after the feature network, and no others."""
+    """`result.json`: these fields, and metrics named after the feature network."""
 
     model_config = ConfigDict(extra="allow")
     what: ClassVar[str] = "a result"
-    way_out: ClassVar[str] = "move its directory away, and `tarflow evaluate` makes it again"
+    way_out: ClassVar[str] = "move its directory away, and `tarflow evaluate` computes it again"
 
     format: int = Field(ge=1, le=FORMAT)
     name: str = Field(min_length=1, max_length=255)
@@ -91,21 +91,21 @@ class ResultFile(Record):
     status: Literal["ok", "failed"]
     problem: str | None
     samples: Samples
-    distance_terms: dict[str, Figure] = Field(default_factory=dict)
+    distance_terms: dict[str, Number] = Field(default_factory=dict)
     distance_stderr: StandardError | None = None
     kernel_stderr: StandardError | None = None
     kernel_estimate: str | None = None
-    precision: Figure | None = None
-    recall: Figure | None = None
-    density: Figure | None = None
-    coverage: Figure | None = None
-    inception_score: Figure | None = None
-    inception_score_std: Figure | None = None
+    precision: Number | None = None
+    recall: Number | None = None
+    density: Number | None = None
+    coverage: Number | None = None
+    inception_score: Number | None = None
+    inception_score_std: Number | None = None
     kept_features: list[Count] = Field(default_factory=list)
     warnings: list[str]
     identical_images: Count | None = None
     reference: dict[str, Any]
-    bits_per_dim: Figure | None
+    bits_per_dim: Number | None
     bits_per_dim_stderr: StandardError | None
     likelihood: dict[str, Any]
     label_agreement: Share | None
@@ -121,11 +121,11 @@ class ResultFile(Record):
     def _scores(self) -> "ResultFile":
         for key, value in (self.model_extra or {}).items():
             if not (is_distance(key) or is_kernel(key)):
-                raise ValueError(f"there is no field {key!r} in a result")
+                raise ValueError(f"a result has no field {key!r}")
             if value is not None and (
                 isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e38
             ):
-                raise ValueError(f"{key} is no figure")
+                raise ValueError(f"{key} is not a number")
         return self
 
 
@@ -133,7 +133,7 @@ class WorkFile(Record):
     """`work.json`."""
 
     what: ClassVar[str] = "how long a result took"
-    way_out: ClassVar[str] = "remove it: no figure depends on it"
+    way_out: ClassVar[str] = "remove it: no metric depends on it"
 
     seconds: dict[str, Annotated[float, Field(ge=0, le=1e12)]]
     workers: dict[str, list[str]] = Field(default_factory=dict)
@@ -143,37 +143,37 @@ class WorkFile(Record):
 
 
 def settings_digest(settings: dict[str, Any]) -> str:
-    """Twelve hex digits: what tells results of one checkpoint apart."""
+    """Twelve hex digits that distinguish the results of one checkpoint."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def load_result(folder: Path, run: str | None) -> dict[str, Any]:
-    """The result in a directory. `run`: whose it must be; None: anyone's.
+    """The result in a directory. `run`: the run that it must belong to; None: any.
 
-    Raises DamagedFileError for one that cannot be believed, and FileNotFoundError where there is none.
+    Raises DamagedFileError for one that is not valid, and FileNotFoundError where there is none.
     """
     value = read_object(folder / RESULT, ResultFile)
-    for field, problem in _misfits(folder.name, value, run):
+    for field, problem in _contradictions(folder.name, value, run):
         raise DamagedFileError(folder / RESULT, problem, ResultFile.way_out, where=field, what=ResultFile.what)
     return value
 
 
 def load_work(folder: Path) -> dict[str, Any]:
-    """What is said about the work on a result; nothing where nothing is. Raises DamagedFileError."""
+    """The content of `work.json`; empty if there is none. Raises DamagedFileError."""
     try:
         return read_object(folder / WORK, WorkFile)
     except FileNotFoundError:
         return {}
 
 
-def _misfits(folder: str, value: dict[str, Any], run: str | None) -> list[tuple[str, str]]:
-    """What contradicts itself, the run or the directory's name, as (field, problem)."""
+def _contradictions(folder: str, value: dict[str, Any], run: str | None) -> list[tuple[str, str]]:
+    """Contradictions within a result, or to its run or directory, as (field, problem)."""
     name, digest = value["name"], value["settings_hash"]
     found = []
     if run is not None and value["run"] != run:
         found.append(("run", f"it belongs to the run {value['run']}, and this is {run}"))
     if name != folder:
-        found.append(("name", f"it is that of {name!r}, and lies in {folder!r}"))
+        found.append(("name", f"it names {name!r}, and is in {folder!r}"))
     if settings_digest(value["settings"]) != digest:
         found.append(("settings_hash", f"{digest} is not the digest of its settings"))
     if checkpoint := leading_name(name):
@@ -186,7 +186,7 @@ def _misfits(folder: str, value: dict[str, Any], run: str | None) -> list[tuple[
     else:
         names = {f"weights-{value['weights_sha256'][:12]}-{digest}"}
     if name not in names:
-        found.append(("name", f"{name!r} does not fit its weights and settings: {', '.join(sorted(names))} would"))
+        found.append(("name", f"{name!r} does not match its weights and settings, unlike {' or '.join(sorted(names))}"))
     if value["num_samples"] != value["samples"]["used"] or value["nonfinite"] != value["samples"]["nonfinite"]:
         found.append(("num_samples", "it contradicts the field samples"))
     return found

@@ -1,24 +1,25 @@
-"""Results on disk: one directory per checkpoint and settings, written once (contract 9).
+"""Results on disk: one directory per checkpoint and settings, written once.
 
 evals/images-000000016000/              the run's own settings, by the checkpoint's name
 evals/images-000000016000-0123456789ab/ other settings, by their hash
-    result.json  every figure and every setting; the same bytes whoever did the work
-    work.json    who did it, when, how long it took
+    result.json  every metric and every setting; the same bytes whoever computed it
+    work.json    who computed it, when, how long it took
 evals/weights-0123456789ab-.../         of a weights file
-evals/work/                             chunks of results in the making
-evals.jsonl                             one line per result; TensorBoard has the same figures
+evals/work/                             chunks of results that are not published yet
+evals.jsonl                             one line per result; TensorBoard has the same metrics
 """
 
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tarflow.errors import UserError, noted
 from tarflow.evaluation.event_file import append_events
+from tarflow.evaluation.log import Log, no_log
 from tarflow.evaluation.metrics.names import is_distance, is_kernel
 from tarflow.evaluation.result_file import FORMAT, RESULT, WORK, load_result, load_work
 from tarflow.files import discard, free_name, listed, make_folder, publish_dir
@@ -28,7 +29,7 @@ from tarflow.trainer.run_dir import has_run_file, is_run, run_id
 
 __all__ = [
     "FORMAT", "RESULT", "WORK", "announce", "building", "evals_dir", "headline", "metrics", "publish", "read_result",
-    "read_results", "result_name", "scan", "set_damaged_aside", "summary", "supersede", "sweep", "usable_result",
+    "read_results", "remove_leftovers", "result_name", "scan", "set_damaged_aside", "summary", "supersede", "usable_result",
     "work_dir",
 ]  # fmt: skip
 EVALS = "evals.jsonl"
@@ -39,18 +40,19 @@ SUMMARY = ("run", "step", "images_seen", "weights", "status", "num_samples", "no
 
 
 def evals_dir(run_dir: Path) -> Path:
+    """Where the results of a run are."""
     return run_dir / "evals"
 
 
 def work_dir(run_dir: Path, key: str) -> Path:
-    """Where the chunks of a result in the making lie."""
+    """Where the chunks of a result are until it is published."""
     return evals_dir(run_dir) / "work" / key
 
 
 def result_name(run_dir: Path, checkpoint: str, settings_hash: str, own: bool) -> str:
     """Name of the directory of a checkpoint's result: the checkpoint's for the run's own settings, otherwise with their hash.
 
-    If the run's own settings changed after a checkpoint was evaluated, the new result stands beside the old one.
+    If the run's own settings changed after a checkpoint was evaluated, the old result keeps the plain name.
     """
     if own:
         there = usable_result(evals_dir(run_dir) / checkpoint)
@@ -60,9 +62,9 @@ def result_name(run_dir: Path, checkpoint: str, settings_hash: str, own: bool) -
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """The result in a directory below `evals/`, with what is said about the work, or None if there is none.
+    """The result in a directory below `evals/`, with the content of `work.json`; None if there is none.
 
-    Raises DamagedFileError for one that cannot be believed.
+    Raises DamagedFileError for one that is not valid.
     """
     root = folder.parent.parent
     try:
@@ -70,13 +72,13 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     work: dict[str, Any] = {}
-    with suppress(UserError, OSError):  # no figure depends on it, and without its time more is looked at, not less
+    with suppress(UserError, OSError):  # no metric depends on it, and without its time more is checked, not less
         work = load_work(folder)
     return {"seconds": {}, **work, **result}
 
 
 def usable_result(folder: Path) -> dict[str, Any] | None:
-    """The same, but None also for a damaged one: it is no result, and its place is free (see `set_damaged_aside`)."""
+    """The same, but None for a damaged one, too: `set_damaged_aside` makes room for a new one."""
     try:
         return read_result(folder)
     except DamagedFileError as error:
@@ -86,7 +88,7 @@ def usable_result(folder: Path) -> dict[str, Any] | None:
 
 
 def scan(root: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
-    """All results of a run with their directories, by images seen and name; and what is damaged, in words."""
+    """All results of a run with their directories, by images seen and name; and a message for each damaged one."""
     found: list[tuple[Path, dict[str, Any]]] = []
     flaws: list[str] = []
     run = None
@@ -96,10 +98,7 @@ def scan(root: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
         if not (leading_name(path.name) or path.name.startswith("weights-")):
             continue
         result, work = None, dict[str, Any]()
-        with (
-            noted(flaws),
-            suppress(FileNotFoundError),
-        ):  # being removed, or never finished: nobody takes it for a result
+        with noted(flaws), suppress(FileNotFoundError):  # being removed, or never finished
             result = load_result(path, run)
         with noted(flaws):
             work = load_work(path)
@@ -111,13 +110,13 @@ def scan(root: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
 
 
 def read_results(root: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The results of a run that can be believed; see `scan`."""
+    """The valid results of a run; see `scan`."""
     return scan(root)[0]
 
 
 @contextmanager
 def building(run_dir: Path, name: str) -> Iterator[Path]:
-    """A directory to build a result in; whatever ends the block, nothing half-written stays under evals/."""
+    """A temporary directory to build a result in; however the block ends, nothing incomplete stays under evals/."""
     folder = make_folder(run_dir, evals_dir(run_dir).name)
     temporary = folder / f".{name}.{os.uname().nodename}.{os.getpid()}.{uuid.uuid4().hex[:6]}.tmp"
     temporary.mkdir()
@@ -127,19 +126,21 @@ def building(run_dir: Path, name: str) -> Iterator[Path]:
         discard(temporary)
 
 
-def sweep(run_dir: Path) -> None:
-    """Remove what evaluations of this machine that were killed left behind."""
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what killed evaluations of this machine left behind."""
+    # Results half-built by a process that no longer lives, which only its own machine can tell.
     for path in listed(evals_dir(run_dir), f".*.{os.uname().nodename}.*.tmp"):
         pid = path.name.split(".")[-3]
         if pid.isdigit() and Path("/proc/self").exists() and not Path(f"/proc/{pid}").exists():
             discard(path)
+    # Chunks of results that are published, or whose checkpoint was removed.
     for path in listed(work_dir(run_dir, "")):
         name = path.name.rsplit("-", 2)[0]
         result = usable_result(evals_dir(run_dir) / name)
         published = result and path.name == f"{name}-{result['settings_hash']}-{result['weights_sha256'][:12]}"
         checkpoint = leading_name(name)
-        forgotten = checkpoint and not (run_dir / "checkpoints" / checkpoint).exists()
-        if published or forgotten or path.name.endswith(".gone"):
+        orphaned = checkpoint and not (run_dir / "checkpoints" / checkpoint).exists()
+        if published or orphaned or path.name.endswith(".gone"):
             discard(path)
 
 
@@ -152,7 +153,7 @@ def publish(run_dir: Path, temporary: Path, name: str, tensorboard: bool) -> boo
 
 
 def set_damaged_aside(run_dir: Path, name: str) -> tuple[Path, str] | None:
-    """Make room where no result is that can be believed: (where it lies now, what is wrong with it)."""
+    """Make room where the result is not valid: (its new path, what is wrong with it); None if there is nothing to move."""
     folder = evals_dir(run_dir) / name
     if not os.path.lexists(folder):
         return None
@@ -165,11 +166,11 @@ def set_damaged_aside(run_dir: Path, name: str) -> tuple[Path, str] | None:
             raise
         problem = f"{error.path.name} is damaged: {error.where}{': ' if error.where else ''}{error.problem}"
     except NotADirectoryError:
-        problem = "it is no folder"
+        problem = "it is not a folder"
     kept = free_name(evals_dir(run_dir) / f"damaged-{name}")
     try:
         os.rename(folder, kept)
-    except FileNotFoundError:  # another worker saw it too
+    except FileNotFoundError:  # another worker moved it first
         return None
     return kept, problem
 
@@ -181,17 +182,15 @@ def supersede(run_dir: Path, name: str, result: dict[str, Any]) -> None:
     os.rename(evals_dir(run_dir) / name, free_name(kept))
 
 
-def announce(
-    run_dir: Path, tensorboard: bool, older_than_s: float = 0.0, say: Callable[[str], None] = lambda line: None
-) -> None:
-    """Add the lines of results that evals.jsonl does not hold yet: also of one whose worker died before its line, or whose
-    line is damaged.
+def announce(run_dir: Path, tensorboard: bool, older_than_s: float = 0.0, log: Log = no_log) -> None:
+    """Add the lines of results that evals.jsonl does not hold yet.
 
-    `older_than_s`: leave out younger results, whose own worker is just about to announce them.
+    Also of a result whose worker died before its line, or whose line is damaged. `older_than_s`: skip younger results,
+    whose own worker is just about to announce them.
     """
     rows, flaws = _announced(run_dir, run_id(run_dir) if is_run(run_dir) else None)
     for flaw in flaws:
-        say(f"{flaw}; what is missing in it is written again")
+        log(f"{flaw}; missing lines are written again")
     have = {(row["name"], row.get("weights_sha256")) for row in rows}
     for folder, result in read_results(run_dir):
         settled = time.time() - result.get("time", 0.0) >= older_than_s
@@ -202,13 +201,13 @@ def announce(
 
 
 def _announced(root: Path, run: str | None) -> tuple[list[dict[str, Any]], list[str]]:
-    """(lines of evals.jsonl, what is wrong with others of them). `run`: whose they must be, as far as they say it."""
+    """(valid lines of evals.jsonl, messages about the others). `run`: the run that they must belong to, if they name one."""
     path = root / EVALS
     lines = read_lines(path)
     rows = [row for row in lines.rows if isinstance(row.get("name"), str) and row.get("run") in (None, run)]
     flaws = lines.flaws(path)
     if len(rows) < len(lines.rows) and run is not None:
-        flaws.append(f"{path} holds lines that are no results of this run: {len(lines.rows) - len(rows)}")
+        flaws.append(f"{path} holds lines that are not results of this run: {len(lines.rows) - len(rows)}")
     return rows, flaws
 
 
@@ -219,14 +218,13 @@ def summary(name: str, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def metrics(result: dict[str, Any]) -> dict[str, float | None]:
-    """The figures of a result by name (see `scores`), bits_per_dim and its standard error, label_agreement."""
+    """The metrics of a result by name."""
     names = [k for k in result if is_distance(k) or is_kernel(k)] + [
         "bits_per_dim",
         "bits_per_dim_stderr",
         "label_agreement",
     ]
-    there = [k for k in SCORES if k in result]
-    return {name: result.get(name) for name in names + there}
+    return {name: result.get(name) for name in names + [k for k in SCORES if k in result]}
 
 
 def headline(result: dict[str, Any]) -> str:
@@ -246,7 +244,7 @@ def headline(result: dict[str, Any]) -> str:
 
 
 def _write_tensorboard(run_dir: Path, name: str, result: dict[str, Any]) -> None:
-    suffix = name.removeprefix(leading_name(name))  # other settings are curves of their own
-    figures = {f"eval{suffix}/{key}": value for key, value in metrics(result).items() if value is not None}
+    suffix = name.removeprefix(leading_name(name))  # other settings get curves of their own
+    scalars = {f"eval{suffix}/{key}": value for key, value in metrics(result).items() if value is not None}
     grid = {f"eval{suffix}/grid": evals_dir(run_dir) / name / "grid.png"}
-    append_events(run_dir, result["images_seen"], figures, grid, float(result.get("time") or time.time()))
+    append_events(run_dir, result["images_seen"], scalars, grid, float(result.get("time") or time.time()))

@@ -1,12 +1,12 @@
 """Work that any number of processes share through a directory, on one machine or on a shared file system.
 
-    FOLDER/plan.json            what all must agree on (batch size, chunk size, lease), by whoever came first
-    FOLDER/NAME                 the result of a unit of work, put there whole; the first one stays
+    FOLDER/plan.json            what all must agree on (batch size, chunk size, lease), written by the first
+    FOLDER/NAME                 the result of a unit of work, put there atomically; the first one stays
     FOLDER/claims/NAME.0 .1 ... who computes a unit; the highest number holds
 
-A unit's result is a pure function of the plan, and putting it in place is one step that only the first can do. So nothing
-depends on claims but the time that two would waste on one unit, and no lock is needed, which a network file system might
-not keep. A claim is a lease (`tarflow/leases.py`).
+A unit's result is a pure function of the plan, and only the first process can put it in place. So claims only save two
+processes from computing the same unit, and no file lock is needed, which a network file system might not honour. A claim
+is a lease (`tarflow/leases.py`).
 """
 
 import json
@@ -21,15 +21,14 @@ from tarflow.files import create_empty, discard, discarded, make_folder, put_onc
 from tarflow.leases import HEARTBEATS, leased, unique_name
 from tarflow.records import DamagedFileError, read_object, sealed
 
-LARGEST = 1e9  # of a number in a plan
-_LONGEST_WAIT_S = 2.0  # between two looks at units that others hold
+MAX_NUMBER = 1e9  # in a plan
+_MAX_WAIT_S = 2.0  # between two polls for units that others hold
 
 
 class SharedWork:
     """One process's view of a folder of shared work.
 
-    `plan`: positive numbers, of the same names for all. It is what this process would have; `self.plan` is what holds,
-    since the first to come decides.
+    `plan`: positive numbers by name, proposed by this process. `self.plan` is what holds: the first process decides.
     """
 
     def __init__(self, folder: Path, plan: dict[str, Any], lease_s: float) -> None:
@@ -37,19 +36,20 @@ class SharedWork:
         self._name = unique_name()
         self.plan = self._join(plan | {"lease_s": float(lease_s)})
         self.lease_s: float = self.plan["lease_s"]
-        self.computed: list[str] = []  # units that this process did
+        self.computed: list[str] = []  # units that this process computed
 
     def path(self, name: str) -> Path:
-        """Where the result of a unit lies or will lie."""
+        """The result of a unit, which need not exist yet."""
         return self.folder / name
 
     def done(self, name: str) -> bool:
+        """Whether a unit has its result."""
         return self.path(name).exists()
 
-    def give_back(self, names: Sequence[str], whole: Callable[[Path], bool]) -> list[str]:
-        """Give back units that were done but whose files are no longer whole, to be done again; their names."""
-        there = [name for name in names if os.path.lexists(self.path(name))]  # a link to nothing, too: it keeps a place
-        damaged = [name for name in there if not self.path(name).is_file() or not whole(self.path(name))]
+    def give_back(self, names: Sequence[str], is_valid: Callable[[Path], bool]) -> list[str]:
+        """Remove the results of units that are no longer valid, so that they are computed again; their names."""
+        present = [name for name in names if os.path.lexists(self.path(name))]  # broken links, too: they block the name
+        damaged = [name for name in present if not self.path(name).is_file() or not is_valid(self.path(name))]
         for name in damaged:
             path = self.path(name)
             if path.is_dir() and not path.is_symlink():
@@ -61,10 +61,10 @@ class SharedWork:
     def work_through(
         self, names: Sequence[str], compute: Callable[[str, Path], None], over: Callable[[], bool] = lambda: False
     ) -> bool:
-        """Help until every unit is done, by whomever; False if the work is `over` or its folder gone before that.
+        """Help until every unit is done, by any process; False if the work is `over` or its folder removed before that.
 
-        `compute(name, path)` writes the unit's result to `path`, a temporary file. What it raises is raised here, after
-        the unit has been given back.
+        `compute(name, path)` writes the unit's result to `path`, a temporary file. Its exceptions propagate after the
+        claim on the unit has been released.
         """
         wait = 0.05
         while waiting := [name for name in names if not self.done(name)]:
@@ -74,11 +74,11 @@ class SharedWork:
                 wait = 0.05
                 continue
             time.sleep(wait)
-            wait = min(2 * wait, _LONGEST_WAIT_S, self.lease_s / HEARTBEATS)
+            wait = min(2 * wait, _MAX_WAIT_S, self.lease_s / HEARTBEATS)
         return True
 
     def _try(self, name: str, compute: Callable[[str, Path], None]) -> bool:
-        """Do one unit if nobody else does; whether it was done here."""
+        """Compute one unit unless another process does; whether it was computed here."""
         with leased(self.claims, name, self.lease_s) as mine:
             if not mine or self.done(name):
                 return False
@@ -91,12 +91,12 @@ class SharedWork:
             except FileNotFoundError:
                 if self.folder.is_dir():
                     raise
-                return False  # the work was finished and cleared away by others meanwhile
+                return False  # others finished the work and removed it meanwhile
             self.computed.append(name)
             return True
 
     def remove(self) -> None:
-        """Clear the folder away; it is gone for all in one step, then its files are removed."""
+        """Remove the folder: renamed first, so that it disappears for all at once."""
         self.clear(self.folder)
 
     @staticmethod
@@ -108,7 +108,7 @@ class SharedWork:
         except FileNotFoundError:
             return
         discard(gone)
-        with suppress(OSError):  # others work beside it
+        with suppress(OSError):  # there is other work in it
             folder.parent.rmdir()
 
     def _join(self, plan: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class SharedWork:
                 make_folder(self.folder.parent, self.folder.name, self.claims.name)
                 return self._agree(plan)
             except FileNotFoundError:
-                continue  # another finished the work and cleared the folder away at this very moment
+                continue  # another process finished the work and removed the folder at this moment
 
     def _agree(self, plan: dict[str, Any]) -> dict[str, Any]:
         path, temporary = self.folder / "plan.json", self.folder / f".plan.{self._name}.tmp"
@@ -126,16 +126,16 @@ class SharedWork:
                 write_new(temporary, json.dumps(sealed(plan), indent=1))
                 put_once(temporary, path)
         what, way_out = "the plan of shared work", f"remove {self.folder} to begin this work again"
-        there = read_object(path, what=what, way_out=way_out)
-        for key in plan.keys() - there.keys():
+        agreed = read_object(path, what=what, way_out=way_out)
+        for key in plan.keys() - agreed.keys():
             raise DamagedFileError(path, "it is missing", way_out, where=key, what=what)
-        for key, value in there.items():
+        for key, value in agreed.items():
             kinds = int if isinstance(plan.get(key), int) else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= LARGEST:
-                raise DamagedFileError(path, f"{value!r} cannot be", way_out, where=key, what=what)
-        return there
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= MAX_NUMBER:
+                raise DamagedFileError(path, f"{value!r} is out of range", way_out, where=key, what=what)
+        return agreed
 
 
-def stretches(total: int, size: int) -> list[range]:
-    """0 .. total-1 in consecutive pieces of `size`; the last one may be shorter."""
+def index_ranges(total: int, size: int) -> list[range]:
+    """0 .. total-1 in consecutive ranges of `size`; the last one may be shorter."""
     return [range(start, min(start + size, total)) for start in range(0, total, size)]

@@ -42,7 +42,7 @@ def test_a_folder_that_goes_while_it_is_listed_is_empty(tmp_path, monkeypatch):
         monkeypatch.setattr(os, "scandir", scandir_too_late)
 
     for look in (
-        lambda: results.sweep(tmp_path),
+        lambda: results.remove_leftovers(tmp_path),
         lambda: listed(work),
         lambda: listed(work / SWEPT),
         lambda: listed(tmp_path, "evals/work/*/*"),

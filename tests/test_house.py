@@ -52,8 +52,9 @@ LAYERS = {
     """,
     "evaluation": """
         commands
+        sweep
         worker
-        report
+        references report
         results
         samples
         networks
@@ -61,7 +62,7 @@ LAYERS = {
         result_file
         metrics
         run_config image_set image_folder shared_work event_file
-        errors
+        errors log stopwatch
     """,
     "cluster": """
         commands

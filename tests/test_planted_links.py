@@ -240,7 +240,7 @@ WITH_REASON = {
     "evaluation/samples/store.py": "a file that SharedWork has made",
     "evaluation/samples/store_formats.py": "a file that create_empty has made",
     "evaluation/worker/chunk_file.py": "a file that SharedWork has made",
-    "evaluation/worker/reference.py": "a file that SharedWork or write_atomic has made",
+    "evaluation/references/reference.py": "a file that SharedWork or write_atomic has made",
     "cluster/submission/snapshot.py": "a new folder under a drawn name",
     "data_pipeline/storage/cache_folder.py": "a tool itself, with tests of its own",
     "data_pipeline/storage/remote.py": "the name of the system's folder; what lies there is checked by cache_folder",

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from tarflow.evaluation.commands.options import FAILED, OK, add_machine, say, set_up_process
+from tarflow.evaluation.commands.options import FAILED, OK, add_machine, log, set_up_process
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.trainer.checkpoint.choice import add_choice
 
@@ -12,38 +12,39 @@ EXAMPLE = """example:
   tarflow evaluate runs/demo sampling.guidance=1.5 evaluation.num_samples=1000 --once
   tarflow evaluate model.safetensors --out scores data.train=data/mnist5k/train
 
-Start as many as you like, on any machines that see RUN: they share the samples, and a killed one loses a chunk at most.
+Start any number, on any machines that see RUN: they share the samples, and a killed one loses at most one chunk.
 Results: RUN/evals/images-NNNNNNNNNNNN/ (result.json and pictures), RUN/evals.jsonl, TensorBoard.
-A checkpoint that has a result under the same settings is left alone; other settings get a directory of their own.
+A checkpoint that has a result under the same settings is skipped; other settings get a directory of their own.
 Exit codes: 0 all evaluated, 1 some could not be (the text says why), 2 wrong settings.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments and options."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or a weights file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of sampling and evaluation")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="of a weights file: where its results go")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for a weights file: where its results go")
     parser.add_argument("--save", choices=("shards", "png"), help="keep the samples: WebDataset shards, or PNGs")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--once", action="store_true", help="evaluate the checkpoints there are, then stop (default)")
+    mode.add_argument("--once", action="store_true", help="evaluate the existing checkpoints, then stop (default)")
     mode.add_argument("--watch", action="store_true", help="follow the run until its last checkpoint is evaluated")
     parser.add_argument("--newest", action="store_true", help="only the newest checkpoint, not those before it")
     add_choice(parser, "all")
     parser.add_argument("--reference", type=Path, metavar="FILE", help="reference statistics to use, checked (.npz)")
-    parser.add_argument("--poll", type=float, default=5.0, metavar="S", help="seconds between looks (default 5)")
+    parser.add_argument("--poll", type=float, default=5.0, metavar="S", help="seconds between polls (default 5)")
     parser.add_argument(
         "--wait-for-run",
         type=float,
         default=60.0,
         metavar="S",
-        help="with --watch: seconds that the run may take to appear (default 60)",
+        help="with --watch: seconds to wait for the run directory (default 60)",
     )
     parser.add_argument(
         "--idle-limit",
         type=float,
         default=0.0,
         metavar="MIN",
-        help="with --watch: stop after MIN minutes without a checkpoint (default: never)",
+        help="with --watch: stop after MIN minutes without a new checkpoint (default: never)",
     )
     add_machine(parser)
 
@@ -53,13 +54,12 @@ def run(args: argparse.Namespace) -> int:
     one = args.step is not None or args.images is not None
     if args.watch and one:
         option = "--images" if args.step is None else "--step"
-        raise EvaluationError(f"{option} is one checkpoint, --watch follows a run: give one of them")
-    is_file = (
-        args.run.suffix in (".safetensors", ".pth") or args.run.is_file()
-    )  # `is_weights_file`, without loading torch
+        raise EvaluationError(f"{option} selects one checkpoint, --watch follows a run: give one of the two")
+    # The same test as `is_weights_file`, which would load torch.
+    is_file = args.run.suffix in (".safetensors", ".pth") or args.run.is_file()
     if is_file and (args.watch or args.newest or one):
         raise EvaluationError(
-            f"--watch, --newest, --images and --step choose among a run's checkpoints; {args.run} is a weights file"
+            f"--watch, --newest, --images and --step select among a run's checkpoints; {args.run} is a weights file"
         )
     if is_file != (args.out is not None):
         raise EvaluationError("--out DIR goes with a weights file (.safetensors), and a weights file needs it")
@@ -79,11 +79,11 @@ def run(args: argparse.Namespace) -> int:
         overrides=args.overrides,
     )
     if is_file:
-        result = evaluate_file(args.run, args.out, options, say)
+        result = evaluate_file(args.run, args.out, options, log)
         return FAILED if result and result["problem"] else OK
-    outcome = evaluate(args.run, args.watch, options, say)
+    outcome = evaluate(args.run, args.watch, options, log)
     for name, reason in outcome.failed.items():
-        say(f"not scored: {name}: {reason}")
+        log(f"not evaluated: {name}: {reason}")
     if not outcome.done and not outcome.failed:
-        say("nothing to do: every checkpoint has a result under these settings")
+        log("nothing to do: every checkpoint has a result under these settings")
     return FAILED if outcome.failed else OK

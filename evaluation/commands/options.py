@@ -1,4 +1,4 @@
-"""Options, checks and output that the verbs of this room share."""
+"""Options, checks and output shared by the commands of this room."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ OK, FAILED = 0, 1
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
-    """Options of everything that computes; `set_up_process` puts them to work."""
+    """Options of every command that computes; `set_up_process` applies them."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
@@ -19,14 +19,16 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def add_features(parser: argparse.ArgumentParser) -> None:
-    """Options of what measures a folder or a data set outside a run."""
+    """Options for measuring a folder or a data set outside a run."""
     names = "efficientnet_lite0 (default), mobilenet_v2, fid_inception, torchvision_inception, dinov2"
     parser.add_argument("--features", default="efficientnet_lite0", metavar="NAME", help=f"feature network: {names}")
-    parser.add_argument("--features-file", type=Path, metavar="FILE", help="weights of one that no package brings")
+    parser.add_argument(
+        "--features-file", type=Path, metavar="FILE", help="weights of a network that no package provides"
+    )
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N",
                         help=f"pixels of the largest image that is decoded ({MAX_PIXELS})")  # fmt: skip
     parser.add_argument(
-        "--on-error", choices=("strict", "skip"), default="strict", help="damaged images: an error, or left out"
+        "--on-error", choices=("strict", "skip"), default="strict", help="damaged images: an error, or skipped"
     )
 
 
@@ -46,5 +48,6 @@ def set_up_process(args: argparse.Namespace, **lowest: int) -> None:
         torch.set_num_threads(args.threads)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
+    """Print a line at once, also into a pipe."""
     print(text, flush=True)

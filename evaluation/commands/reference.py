@@ -1,20 +1,21 @@
-"""`tarflow reference`: make the reference statistics of a data set."""
+"""`tarflow reference`: compute the reference statistics of a data set."""
 
 import argparse
 from pathlib import Path
 
-from tarflow.evaluation.commands.options import OK, add_features, add_machine, say, set_up_process
+from tarflow.evaluation.commands.options import OK, add_features, add_machine, log, set_up_process
 
 EXAMPLE = """example:
   tarflow reference data/mnist5k/train --size 28 --channels 1
   tarflow reference data/photos/train --size 256 --features fid_inception --features-file inception.pth
 
-Once per data set: by itself the file goes beside the shards, where every evaluation of a run on them looks for it. Start
-as many as you like, on any machines that see the folder: they share the images, and the bits do not depend on how many.
+Once per data set: by default the file goes beside the shards, where every evaluation of a run on them finds it. Start
+any number, on any machines that see the folder: they share the images, and the bits do not depend on how many.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments and options."""
     parser.add_argument("data", metavar="DATA", help="folder of indexed shards")
     parser.add_argument("--size", type=int, required=True, metavar="N", help="pixels that models of this data see")
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1 for grey (default 3)")
@@ -25,8 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Compute the statistics of one data set."""
     set_up_process(args, size=1, images=0, max_pixels=1)
-    from tarflow.evaluation.worker.make_reference import ReferenceRequest, make_reference
+    from tarflow.evaluation.references.make import ReferenceRequest, make_reference
 
     request = ReferenceRequest(
         data=args.data,
@@ -40,5 +42,5 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         max_pixels=args.max_pixels,
     )
-    make_reference(request, say)
+    make_reference(request, log)
     return OK

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from tarflow.evaluation.commands.options import FAILED, OK, add_machine, say, set_up_process
+from tarflow.evaluation.commands.options import FAILED, OK, add_machine, log, set_up_process
 from tarflow.trainer.checkpoint.choice import add_choice
 
 EXAMPLE = """example:
@@ -16,7 +16,7 @@ command adds only what is missing, other settings are refused.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is not given is taken from the run's configuration."""
+    """The defaults are those of the run's configuration."""
     parser.add_argument(
         "source", type=Path, metavar="RUN_OR_WEIGHTS", help="run directory, or a weights file (.safetensors, .pth)"
     )
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="classes in turn, by name or number; none = no label (default: all classes in turn)",
     )
     parser.add_argument(
-        "--classes", type=Path, metavar="FILE", help="JSON list of class names in label order, where they are not known"
+        "--classes", type=Path, metavar="FILE", help="JSON list of class names in label order, if the source has none"
     )
     parser.add_argument("--guidance", type=float, metavar="W", help="guidance weight; 0 = none")
     parser.add_argument("--guide", choices=("a", "b", "ab"), help="what is guided: log-scale a, shift b")
@@ -40,17 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--denoise", type=float, metavar="M", help="multiplier of the denoising step; 0 = none")
     parser.add_argument(
-        "--noise-std", type=float, metavar="S", help="training noise of a weights file that does not say it"
+        "--noise-std", type=float, metavar="S", help="training noise of a weights file that does not record it"
     )
     parser.add_argument("--seed", type=int, help="key of the noise")
-    parser.add_argument("--param-dtype", choices=("float32", "bfloat16"), help="dtype of the network's products")
+    parser.add_argument("--param-dtype", choices=("float32", "bfloat16"), help="dtype of the network's matrix products")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at once; does not change them")
     parser.add_argument("--columns", type=int, metavar="N", help="columns of the grid (default: about square)")
     add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw images; 1 if some came out not finite and are missing."""
+    """Draw images; 1 if some are missing because they were not finite."""
     set_up_process(args, num=1, batch_size=1, columns=1)
     from tarflow.evaluation.samples.draw_to_folder import SampleRequest, sample_images
 
@@ -78,4 +78,4 @@ def run(args: argparse.Namespace) -> int:
         labels=args.labels,
         classes=args.classes,
     )
-    return OK if sample_images(request, say) else FAILED
+    return OK if sample_images(request, log) else FAILED

@@ -1,24 +1,23 @@
-"""`tarflow score`: score a folder of images."""
+"""`tarflow score`: measure a folder of images."""
 
 import argparse
 from pathlib import Path
 
-from tarflow.evaluation.commands.options import OK, add_features, add_machine, say, set_up_process
+from tarflow.evaluation.commands.options import OK, add_features, add_machine, log, set_up_process
 
 EXAMPLE = """example:
   tarflow score samples/images --reference data/mnist5k/train/reference-efficientnet_lite0-0123456789ab.npz
   tarflow score samples/images --against other/images --size 64 --out scores.json
 
-Every image of the folder and its subfolders counts once, at the size of the reference (largest centred square). Broken
-files are an error, or are listed with --on-error skip; files that are not images are listed.
+Every image in the folder and its subfolders counts once, at the size of the reference (largest centred square). Damaged
+files are an error, or listed with --on-error skip; files that are not images are listed.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments and options."""
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="images to score")
-    parser.add_argument(
-        "--reference", type=Path, metavar="FILE", help="statistics made by `tarflow reference`, checked"
-    )
+    parser.add_argument("--reference", type=Path, metavar="FILE", help="statistics from `tarflow reference`, checked")
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="compare with the images of another folder")
     parser.add_argument("--size", type=int, metavar="N", help="pixels (default: the reference's, or the images' own)")
     parser.add_argument("--channels", type=int, choices=(1, 3), help="1 for grey (default: the reference's, or 3)")
@@ -28,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Measure the folder and print its metrics."""
     set_up_process(args, size=1, max_pixels=1)
     from tarflow.evaluation.worker.score_folder import ScoreRequest, score_folder
 
@@ -44,5 +44,5 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         max_pixels=args.max_pixels,
     )
-    score_folder(request, say)
+    score_folder(request, log)
     return OK

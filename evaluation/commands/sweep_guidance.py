@@ -1,23 +1,24 @@
-"""`tarflow sweep-guidance`: find the guidance of the smallest distance."""
+"""`tarflow sweep-guidance`: find the guidance with the smallest distance."""
 
 import argparse
 from pathlib import Path
 
-from tarflow.evaluation.commands.options import OK, add_machine, say, set_up_process
+from tarflow.evaluation.commands.options import OK, add_machine, log, set_up_process
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.trainer.checkpoint.choice import add_choice
 
 EXAMPLE = """example:
   tarflow sweep-guidance runs/demo --guidance 0,0.5,1,2 --denoise 0.5,1 --start 500 --final 5000
 
-Every setting is scored on --start samples, the better half on more, the last two on --final. Start as many processes as
-you like: they share the work. Rounds and plot lie in RUN/sweeps/. The best setting is written to RUN/sampling.json, which
-`sample` and `evaluate` go by from then on, if it is clearly the best: more than two standard errors ahead of the next one,
-and not at an end of the range. --choose best takes it in any case, --choose none in no case.
+Every setting is scored on --start samples, the better half on more, the last two on --final. Start any number of
+processes: they share the work. Rounds and plot are in RUN/sweeps/. The best setting is written to RUN/sampling.json, which
+`sample` and `evaluate` use from then on, if it is clearly the best: more than two standard errors ahead of the next one,
+and not at an end of the range. --choose best always takes it, --choose none never.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments and options."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of sampling and evaluation")
     parser.add_argument(
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--choose",
         choices=("clear", "best", "none"),
         default="clear",
-        help="make the best setting the run's default: if it is clear (default), in any case, never",
+        help="make the best setting the run's default: if it is clear (default), always, never",
     )
     parser.add_argument(
         "--no-default", dest="choose", action="store_const", const="none", help="the same as --choose none"
@@ -43,12 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Sweep, print the best setting, make it the run's default if that is clear or asked for."""
+    """Sweep, print the best setting, make it the run's default if that is clear or requested."""
     guidance = _numbers("--guidance", args.guidance)
     denoise = _numbers("--denoise", args.denoise)
     attn_temp = _numbers("--attn-temp", args.attn_temp)
     set_up_process(args)
-    from tarflow.evaluation.worker.sweep import SweepRequest, sweep_guidance
+    from tarflow.evaluation.sweep.candidates import SweepRequest
+    from tarflow.evaluation.sweep.guidance import sweep_guidance
 
     request = SweepRequest(
         run=args.run,
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         overrides=args.overrides,
     )
-    sweep_guidance(request, say)
+    sweep_guidance(request, log)
     return OK
 
 
@@ -72,4 +74,4 @@ def _numbers(option: str, text: str | None) -> list[float]:
     try:
         return list(dict.fromkeys(float(part) for part in (text or "").split(",") if part.strip()))
     except ValueError:
-        raise EvaluationError(f"{option} {text!r} must be numbers with commas between, e.g. 0,0.5,1") from None
+        raise EvaluationError(f"{option} {text!r} must be numbers separated by commas, e.g. 0,0.5,1") from None

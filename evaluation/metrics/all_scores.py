@@ -1,4 +1,4 @@
-"""All scores of one set of images against reference statistics: what a result and `tarflow score` say of them.
+"""All metrics of one set of images against reference statistics, for results and for `tarflow score`.
 
 The Frechet distance uses the sums of all images; kernel distance, precision, recall, density, coverage, the Inception
 score and the distance's error bar use the features that were kept (10,000 a side, unless set otherwise).
@@ -17,19 +17,21 @@ from tarflow.evaluation.metrics.kernel_distance import ALL_PAIRS, kernel_distanc
 from tarflow.evaluation.metrics.names import distance_key, kernel_key
 from tarflow.evaluation.metrics.precision_recall import K_COVERAGE, manifold_scores
 
-SUSPICIOUS = 0.01  # share of what chance alone makes of a distance
+SUSPICIOUS = 0.01  # share of the distance between two independent sets that are alike
 
 
 class Network(Protocol):
-    """What is asked of a feature network here."""
+    """What the metrics need of a feature network; `features.Features` implements it."""
 
     name: str
     warnings: list[str]
 
     @property
-    def num_classes(self) -> int: ...
+    def num_classes(self) -> int:
+        """Classes that it tells apart; 0 if it only has features."""
 
-    def probabilities(self, features: Tensor) -> Tensor: ...
+    def probabilities(self, features: Tensor) -> Tensor:
+        """Features [n, d] to class probabilities [n, num_classes]."""
 
 
 def feature_scores(
@@ -41,10 +43,11 @@ def feature_scores(
     names: tuple[str, str] = ("sampled", "reference"),
     parts: Iterable[FeatureStatistics] = (),
 ) -> dict[str, Any]:
-    """Scores by name. `rows` [n, d] and `reference_rows` [m, d] are the features kept of each side, possibly none;
-    `parts`: statistics of disjoint parts of the first side, for the error bar where no features were kept.
+    """Metrics by name.
 
-    Raises EvaluationError under two images on a side. What cannot be had from so few rows is left out.
+    `rows` [n, d] and `reference_rows` [m, d] are the features kept of each side, possibly none; `parts`: statistics of
+    disjoint parts of the first side, for the error bar where no features were kept. A metric that needs more rows than
+    there are is left out. Raises EvaluationError below two images on a side.
     """
     found = frechet_distance(statistics, reference, names)
     out: dict[str, Any] = {
@@ -53,16 +56,19 @@ def feature_scores(
         "distance_stderr": None,
         "warnings": [*network.warnings, *found.warnings],
     }
+    # Two independent sets that are alike still differ by chance: a much smaller distance means shared images.
     if found.distance < SUSPICIOUS * found.by_chance:
         out["warnings"].append(
             f"the distance {found.distance:.2g} is suspiciously small: independent sets of {statistics.count:,} and "
             f"{reference.count:,} images of one kind differ by {found.by_chance:.2g} or more; are the {names[0]} images those "
             f"of the {names[1]}?"
         )
+    # The error bar: from the features kept, else from the spread between parts, if there are at least two.
     if len(rows) >= 2:
         out["distance_stderr"] = FrechetInfluence(statistics, reference).stderr(rows)
     elif (first := next(rest := iter(parts), None)) is not None and first.count < statistics.count:
         out["distance_stderr"] = FrechetInfluence(statistics, reference).stderr_of_parts(chain([first], rest))
+    # Metrics of pairs of images need features on both sides.
     fewer = min(len(rows), len(reference_rows))
     if fewer >= 2:
         kernel = kernel_distance(rows, reference_rows)

@@ -1,15 +1,15 @@
 """Bits per dimension of held-out images, with the noise that the model was trained on.
 
 The noise of an image is keyed by (seed, stream, draw, sample id): batch size, order and number of workers do not change
-the figure. Several draws of the noise per image are averaged; the standard error is over images. After uniform
-dequantisation the importance-weighted bound is given too (Ho et al., arXiv 1902.00275, section 3.1; Burda et al., arXiv
-1509.00519, equation 8): it lies between the average and the likelihood of the 8-bit image itself.
+the result. Several draws of the noise per image are averaged; the standard error is over images. After uniform
+dequantisation the importance-weighted bound is computed too (Ho et al., arXiv 1902.00275, section 3.1; Burda et al.,
+arXiv 1509.00519, equation 8): it lies between the average and the likelihood of the 8-bit image itself.
 """
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,20 +27,20 @@ STREAM = "evaluation/likelihood"
 class NoiseSettings:
     """The noise added to 8-bit images before their likelihood is taken."""
 
-    kind: str  # "gaussian" or "uniform"
+    kind: Literal["gaussian", "uniform"]
     std: float  # of gaussian noise, in model range
     seed: int = 0
     draws: int = 1  # per image
 
     def describe(self) -> str:
-        """For results: two figures compare only under the same noise."""
-        drawn = f"seed {self.seed}" + (f", {self.draws} draws" if self.draws > 1 else "")
+        """For results: bits per dimension compare only under the same noise."""
+        draws = f"seed {self.seed}" + (f", {self.draws} draws" if self.draws > 1 else "")
         if self.kind == "uniform":
-            return f"uniform dequantisation, {drawn}"
-        return f"gaussian, standard deviation {self.std:g} in [-1, 1], {drawn}"
+            return f"uniform dequantisation, {draws}"
+        return f"gaussian, standard deviation {self.std:g} in [-1, 1], {draws}"
 
     def apply(self, pixels: Tensor, ids: list[int], draw: int = 0) -> Tensor:
-        """uint8 [N, C, H, W] with sample ids -> float32 in model range with each sample's own noise of one draw."""
+        """uint8 [N, C, H, W] with sample ids -> float32 in model range with the noise of each sample and draw."""
         generate = keyed_uniform if self.kind == "uniform" else keyed_normal
         return add_noise(pixels, generate(self.seed, STREAM, draw, ids, tuple(pixels.shape[1:])), self.kind, self.std)
 
@@ -55,7 +55,7 @@ class BitsPerDim:
 
     @torch.inference_mode()
     def add(self, model: TarFlow, pixels: Tensor, labels: Tensor, ids: Tensor) -> None:
-        """Images uint8 [N, C, H, W], labels [N] (-1 = none), ids [N]. An id that was there already is an error."""
+        """Images uint8 [N, C, H, W], labels [N] (-1 = none), ids [N]. An id that was added before is an error."""
         names = [int(i) for i in ids]
         device = model.var.device
         y = labels.to(device) if model.config.num_classes else None
@@ -66,23 +66,24 @@ class BitsPerDim:
         self.put(names, [list(values) for values in zip(*drawn)], pixels[0].numel())
 
     def put(self, names: Iterable[int], values: Iterable[list[float]], dims: int) -> None:
-        """Take in the values of images: one list per image, a value per draw."""
+        """Add the values of images: one list per image, a value per draw."""
         self.dims = dims
         for name, row in zip(names, values):
             if name in self.values:
-                raise EvaluationError(f"sample {name} of the held-out images came twice")
+                raise EvaluationError(f"sample {name} of the held-out images was added twice")
             self.values[name] = row
 
     def merge(self, other: "BitsPerDim") -> None:
-        """Take in what another worker did."""
+        """Add the images of another worker."""
         self.put(other.values, other.values.values(), other.dims or self.dims)
 
     def result(self) -> dict[str, Any]:
-        """Mean and standard error over images, summed by sample id; an infinite likelihood is said, not averaged.
+        """Mean and standard error over images, summed by sample id; an infinite likelihood is counted, not averaged.
 
         `importance_weighted`: bits per dimension of log (1/K) sum_k p(x + u_k), K draws u of uniform noise; None for
-        gaussian noise, which is no dequantisation and bounds nothing.
+        gaussian noise, which is not a dequantisation and gives no bound.
         """
+        # In the order of ids and with exact sums: the same bits for any number of workers.
         rows = [self.values[i] for i in sorted(self.values)]
         means = [math.fsum(row) / len(row) for row in rows]
         count = sum(math.isfinite(mean) for mean in means)
@@ -114,7 +115,7 @@ class BitsPerDim:
 def measure_bits_per_dim(
     model: TarFlow, batches: Iterable[tuple[Tensor, Tensor, Tensor]], noise: NoiseSettings
 ) -> dict[str, Any]:
-    """(pixels, labels, ids) batches -> the figures of `BitsPerDim.result`."""
+    """(pixels, labels, ids) batches -> `BitsPerDim.result`."""
     measured = BitsPerDim(noise)
     for pixels, labels, ids in batches:
         measured.add(model, pixels, labels, ids)

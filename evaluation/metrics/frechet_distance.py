@@ -1,7 +1,7 @@
 """Frechet distance between two clouds of features (Heusel et al., arXiv 1706.08500, equation 6).
 
-Everything is float64. Statistics are streamed in blocks of fixed size, so feeding 1, 7 or 1000 rows at a time gives
-the same bits, and they are centred as they go, so a mean of 1e4 costs no digits (case S06). Two streams can be merged.
+Everything is float64. Statistics are accumulated in blocks of fixed size, so adding 1, 7 or 1000 rows at a time gives
+the same bits, and they are centred as they grow, so a mean of 1e4 costs no digits. Two streams can be merged.
 """
 
 from collections.abc import Iterable
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tarflow.evaluation.errors import EvaluationError
 
-BLOCK = 256  # rows folded in at once: fixed, so that sums do not depend on how the rows came
-ENOUGH = 10_000  # images on a side under which a distance is said to be too large
+BLOCK = 256  # rows accumulated at once: fixed, so that sums do not depend on the batch size
+ENOUGH = 10_000  # images on a side; below that, a warning says that the distance is biased
 _EPS = torch.finfo(torch.float64).eps
-_NEGLIGIBLE = 1e-10  # share of a trace that rounding may cost
+_NEGLIGIBLE = 1e-10  # relative error of a trace that is accepted
 
 
 class FeatureStatistics:
@@ -26,38 +26,38 @@ class FeatureStatistics:
         self.dim = dim
         zero = torch.zeros(dim, dtype=torch.float64)
         self._parts: Parts = (0, zero, torch.outer(zero, zero))
-        self._waiting: list[Tensor] = []
+        self._pending: list[Tensor] = []
 
     def add(self, features: Tensor | np.ndarray) -> None:
-        """Take in rows [n, d] of any float dtype. A row that is not finite is an error: it would spoil everything."""
+        """Add rows [n, d] of any float dtype. A row that is not finite is an error: it would make every sum NaN."""
         rows = torch.as_tensor(features).detach().to("cpu", torch.float64)
         if rows.ndim != 2 or rows.shape[1] != self.dim:
             raise EvaluationError(f"features must have shape [n, {self.dim}], got {list(rows.shape)}")
         if not torch.isfinite(rows).all():
             bad = int((~torch.isfinite(rows).all(dim=1)).sum())
             raise EvaluationError(f"{bad} of {len(rows)} feature rows are not finite; leave such images out first")
-        self._waiting.append(rows)
-        if sum(map(len, self._waiting)) >= BLOCK:
-            rows = torch.cat(self._waiting)
+        self._pending.append(rows)
+        if sum(map(len, self._pending)) >= BLOCK:
+            rows = torch.cat(self._pending)
             end = len(rows) // BLOCK * BLOCK
             self._parts = _fold(self._parts, rows[:end])
-            self._waiting = [rows[end:]]
+            self._pending = [rows[end:]]
 
     def parts(self) -> "Parts":
-        """(count, mean [d], scatter [d, d]) of all rows so far. Looking does not change what comes after."""
-        return _fold(self._parts, torch.cat(self._waiting)) if self._waiting else self._parts
+        """(count, mean [d], scatter [d, d]) of all rows so far; the stream itself is unchanged."""
+        return _fold(self._parts, torch.cat(self._pending)) if self._pending else self._parts
 
     def merge(self, other: "FeatureStatistics") -> None:
-        """Take in another stream; for equal bits, merge the same streams in the same order."""
+        """Add another stream; for equal bits, merge the same streams in the same order."""
         if other.dim != self.dim:
             raise EvaluationError(f"cannot merge statistics of {self.dim} and {other.dim} features")
         self._parts = _join(self.parts(), other.parts())
-        self._waiting = []
+        self._pending = []
 
     @property
     def count(self) -> int:
-        """Rows taken in."""
-        return self._parts[0] + sum(map(len, self._waiting))
+        """Rows added so far."""
+        return self._parts[0] + sum(map(len, self._pending))
 
     @classmethod
     def from_parts(cls, count: int, mean: np.ndarray, scatter: np.ndarray) -> "FeatureStatistics":
@@ -71,7 +71,7 @@ Parts = tuple[int, Tensor, Tensor]
 
 
 def _fold(parts: Parts, rows: Tensor) -> Parts:
-    # On one thread: how a product is divided between threads decides its last bits, and processes may have any number.
+    # On one thread: how a product is split between threads decides its last bits, and processes may have any number.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -96,9 +96,9 @@ def _join(ours: Parts, theirs: Parts) -> Parts:
 
 @dataclass(frozen=True)
 class FrechetResult:
-    """distance = mean_term + covariance_term, and what to know before believing it.
+    """distance = mean_term + covariance_term, with caveats in `warnings`.
 
-    `by_chance`: the mean term to be expected of two independent sets of so many images of one kind.
+    `by_chance`: the mean term expected between two independent sets of that many like images.
     """
 
     distance: float
@@ -113,9 +113,9 @@ def frechet_distance(
 ) -> FrechetResult:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)): real, finite and never negative.
 
-    Raises EvaluationError under two images on a side. Few images make the distance too large, with no more images than
-    features the covariance is even singular: the result is finite all the same and says so in `warnings`, calling the
-    sides by their `names`.
+    Few images make the distance too large; with no more images than features the covariance is even singular. The result
+    is finite anyway, and `warnings` names the side by its entry in `names`. Raises EvaluationError below two images on a
+    side.
     """
     if first.dim != second.dim:
         raise EvaluationError(f"cannot compare {first.dim} features with {second.dim}: use one network for both")
@@ -152,9 +152,10 @@ def _too_few(count: int, dim: int, name: str) -> list[str]:
 def _trace_of_root(first: Tensor, second: Tensor) -> float:
     """Tr (C1 C2)^(1/2) of symmetric, positive semidefinite [d, d].
 
-    With C1 = L L^T the eigenvalues of C1 C2 are those of the symmetric L^T C2 L. They err by one rounding of the largest,
-    their roots by that divided by twice the root: too much where some are near zero. There the sum of the singular
-    values of C1^(1/2) C2^(1/2), the same number, errs by roundings of the largest only, at three times the time.
+    With C1 = L L^T the eigenvalues of C1 C2 are those of the symmetric L^T C2 L. Their error is one rounding of the
+    largest, and that of their roots is this divided by twice the root: too much where some are near zero. There we take
+    the sum of the singular values of C1^(1/2) C2^(1/2), the same number, whose error is a few roundings of the largest,
+    at three times the time.
     """
     lower, failed = torch.linalg.cholesky_ex(first)
     if not failed:
@@ -176,7 +177,7 @@ def _root(covariance: Tensor) -> Tensor:
 def _spectrum(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues [r] and eigenvectors [d, r] of a symmetric matrix, without those that are zero.
 
-    Eigenvalues below d roundings of the largest cannot be told from zero; their roots would be noise of size 1e-8.
+    Eigenvalues below d roundings of the largest are indistinguishable from zero; their roots would be noise of 1e-8.
     """
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     keep = values > len(values) * _EPS * values[-1].clamp(min=0)
@@ -184,12 +185,12 @@ def _spectrum(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FrechetInfluence:
-    """How much each row of the first side moves the distance: its error bar, without drawing samples again.
+    """How much each row of the first side moves the distance: gives its error bar without drawing samples again.
 
-    The first-order influence of a row x on the distance is 2 (m1 - m2).(x - m1) + (x - m1)^T (I - T) (x - m1) less its
-    mean, where T = C1^(-1/2) (C1^(1/2) C2 C1^(1/2))^(1/2) C1^(-1/2) carries one covariance to the other (the gradient
+    The first-order influence of a row x on the distance is 2 (m1 - m2).(x - m1) + (x - m1)^T (I - T) (x - m1) minus its
+    mean, where T = C1^(-1/2) (C1^(1/2) C2 C1^(1/2))^(1/2) C1^(-1/2) maps one covariance to the other (the gradient
     of the Bures distance; an infinitesimal jackknife, Efron 1981). The second side is taken as exact. The error bar does
-    not hold the bias of few images, which `frechet_distance` warns of.
+    not include the bias of few images, which `frechet_distance` warns of.
     """
 
     def __init__(self, first: FeatureStatistics, second: FeatureStatistics) -> None:
@@ -201,25 +202,26 @@ class FrechetInfluence:
         root = vectors * values.sqrt()
         inner, axes = _spectrum(root.T @ (other_scatter / (second.count - 1)) @ root)
         # T = K K^T
-        self._carry = (vectors / values.sqrt()) @ (axes * inner.sqrt().sqrt())
+        self._map = (vectors / values.sqrt()) @ (axes * inner.sqrt().sqrt())
 
     def of_rows(self, rows: Tensor | np.ndarray) -> Tensor:
-        """Rows [m, d] of the first side -> float64 [m], without taking off the mean."""
+        """Rows [m, d] of the first side -> float64 [m], before the mean is subtracted."""
         centred = torch.as_tensor(rows).double() - self._mean
-        return centred @ self._slope + centred.square().sum(dim=1) - (centred @ self._carry).square().sum(dim=1)
+        return centred @ self._slope + centred.square().sum(dim=1) - (centred @ self._map).square().sum(dim=1)
 
     def stderr(self, rows: Tensor | np.ndarray) -> float:
-        """Standard error of the distance, from some rows of the first side (1,000 or more give it to a few percent)."""
+        """Standard error of the distance, from some rows of the first side (1,000 or more are accurate to a few percent)."""
         return float(self.of_rows(rows).std()) / self.count**0.5
 
     def stderr_of_parts(self, parts: Iterable[FeatureStatistics]) -> float:
         """The same from the statistics of disjoint parts that make up the first side (ten or more), without rows."""
+        # The influence is quadratic in a row, so that its sum over a part follows from the part's mean and scatter.
         sums = []
         for count, mean, scatter in (part.parts() for part in parts if part.count):
             shift = mean - self._mean
             spread = scatter + count * torch.outer(shift, shift)
-            carried = float((self._carry.T @ spread @ self._carry).trace())
-            sums.append((count, count * float(shift @ self._slope) + float(spread.trace()) - carried))
+            mapped = float((self._map.T @ spread @ self._map).trace())
+            sums.append((count, count * float(shift @ self._slope) + float(spread.trace()) - mapped))
         if len(sums) < 2:
             raise EvaluationError("the error bar of a distance needs at least two parts")
         total = sum(count for count, _ in sums)

@@ -10,9 +10,9 @@ SPLITS = 10
 
 
 class InceptionScore:
-    """Sums over `total` samples in `splits` runs of neighbouring samples, streamed: memory holds a row per split.
+    """Sums over `total` samples in `splits` contiguous splits, streamed: memory holds a row per split.
 
-    Neighbouring, not every tenth: labels come in turn, so every tenth sample of ten classes has the same label.
+    Contiguous, not every tenth sample: labels alternate, so every tenth sample of ten classes has the same label.
     """
 
     def __init__(self, classes: int, total: int, splits: int = SPLITS) -> None:
@@ -24,7 +24,7 @@ class InceptionScore:
         self._negative_entropy = torch.zeros(self.splits, dtype=torch.float64)
 
     def add(self, positions: Tensor, probabilities: Tensor) -> None:
-        """Take in samples at `positions` int64 [n] in 0..total-1, with `probabilities` [n, classes] that sum to 1."""
+        """Add samples at `positions` int64 [n] in 0..total-1, with `probabilities` [n, classes] that sum to 1."""
         p = probabilities.double().cpu()
         if not torch.isfinite(p).all() or (p < 0).any() or ((p.sum(dim=1) - 1).abs() > 1e-3).any():
             raise EvaluationError("class probabilities must be finite, not negative and sum to 1")
@@ -34,19 +34,20 @@ class InceptionScore:
         self._negative_entropy.index_add_(0, split, torch.special.xlogy(p, p).sum(dim=1))
 
     def merge(self, other: "InceptionScore") -> None:
-        """Take in the sums of other samples of the same whole."""
+        """Add the sums of other samples of the same total."""
         if (self.total, self._sums.shape) != (other.total, other._sums.shape):
-            raise EvaluationError("Inception scores of different wholes cannot be merged")
+            raise EvaluationError("Inception scores of different totals cannot be merged")
         self._count += other._count
         self._sums += other._sums
         self._negative_entropy += other._negative_entropy
 
     def result(self) -> tuple[float, float]:
-        """(mean over the splits, standard deviation between them), as published scores are given."""
-        there = self._count > 0
-        if not there.any():
+        """(mean over the splits, standard deviation between them), as scores are published."""
+        filled = self._count > 0
+        if not filled.any():
             raise EvaluationError("an Inception score needs at least one sample")
-        count, mean = self._count[there], self._sums[there] / self._count[there].unsqueeze(1)
-        divergence = self._negative_entropy[there] / count - torch.special.xlogy(mean, mean).sum(dim=1)
+        count, mean = self._count[filled], self._sums[filled] / self._count[filled].unsqueeze(1)
+        # KL(p(y|x) || p(y)), averaged over x, is the entropy of the mean minus the mean entropy.
+        divergence = self._negative_entropy[filled] / count - torch.special.xlogy(mean, mean).sum(dim=1)
         scores = divergence.exp().numpy()
         return float(np.mean(scores)), float(np.std(scores))

@@ -1,11 +1,11 @@
 """Kernel distance between two clouds of features, the KID (Binkowski et al., arXiv 1801.01401).
 
 The unbiased estimate of the squared maximum mean discrepancy under the kernel (x.y / d + 1)^3, over all pairs of images:
-what subsets leave out only adds noise. Its kernel matrices are summed tile by tile and never held.
+subsets would only add noise. The kernel matrices are summed tile by tile and never held in memory.
 
-The standard error is a jackknife's: both sides are dealt to disjoint blocks, and the estimate is taken again without each of
-them (the usual recipe draws overlapping subsets, whose spread is no standard error). Unlike a Frechet distance the estimate
-does not grow with fewer images, and it may come out below zero for equal clouds.
+The standard error is a jackknife's: both sides are split into disjoint blocks, and the estimate is repeated without each of
+them (the usual recipe draws overlapping subsets, whose spread is not a standard error). Unlike a Frechet distance the
+estimate does not grow with fewer images, and it may be negative for equal clouds.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from torch import Tensor
 from tarflow.evaluation.errors import EvaluationError
 
 BLOCK = 1000  # images of a side in a block
-LEAST_BLOCKS = 10  # with fewer images the blocks are smaller instead
+MIN_BLOCKS = 10  # with fewer images the blocks are smaller instead
 TILE = 2000  # rows of a tile of a kernel matrix
-ALL_PAIRS = "all pairs"  # how results say that theirs is this estimate; those of version 0.1 are means over the blocks
+ALL_PAIRS = "all pairs"  # marks this estimate in results; those of version 0.1 hold means over the blocks
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class KernelResult:
 def kernel_distance(first: Tensor, second: Tensor, block: int = BLOCK, seed: int = 0) -> KernelResult:
     """Features [n, d] and [m, d] -> KID. Memory beyond the features: one tile of a kernel matrix, float64.
 
-    The rows are dealt to blocks in an order keyed by `seed`: data sets are often sorted. Raises EvaluationError under
-    two images on a side.
+    The rows are shuffled into blocks by `seed`, since data sets are often sorted. Raises EvaluationError below two
+    images on a side.
     """
     fewer = min(len(first), len(second))
     if first.shape[1] != second.shape[1]:
@@ -44,8 +44,8 @@ def kernel_distance(first: Tensor, second: Tensor, block: int = BLOCK, seed: int
         raise EvaluationError(
             f"a kernel distance needs at least 2 images on each side, got {len(first)}, {len(second)}"
         )
-    blocks = max(fewer // block, min(LEAST_BLOCKS, fewer // 2))
-    ours, theirs = _deal(first, blocks, seed), _deal(second, blocks, seed + 1)
+    blocks = max(fewer // block, min(MIN_BLOCKS, fewer // 2))
+    ours, theirs = _split(first, blocks, seed), _split(second, blocks, seed + 1)
     sums = _Sums(
         np.array([len(rows) for rows in ours]),
         np.array([len(rows) for rows in theirs]),
@@ -53,6 +53,7 @@ def kernel_distance(first: Tensor, second: Tensor, block: int = BLOCK, seed: int
         _block_sums(theirs, theirs),
         _block_sums(ours, theirs),
     )
+    # Leave out one block of one side at a time.
     whole = np.ones(blocks)
     if blocks == 1:
         return KernelResult(sums.estimate(whole, whole), None, blocks)
@@ -81,8 +82,8 @@ class _Sums:
         return float(own - 2 * (first @ self.across @ second) / (n * m))
 
 
-def _deal(rows: Tensor, blocks: int, seed: int) -> list[Tensor]:
-    """All rows in `blocks` disjoint blocks, as even as can be."""
+def _split(rows: Tensor, blocks: int, seed: int) -> list[Tensor]:
+    """All rows in `blocks` disjoint blocks of nearly equal size."""
     order = np.random.default_rng(seed).permutation(len(rows))
     return [rows[torch.from_numpy(part)] for part in np.array_split(order, blocks)]
 

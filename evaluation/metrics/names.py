@@ -1,6 +1,6 @@
-"""What scores are called. Only the Inception network of 2015 with its known weights makes an FID or a KID.
+"""Names of metrics. Only the Inception network of 2015 with its published weights gives an FID or a KID.
 
-Every other network names its scores: `fd_efficientnet_lite0`, `kd_mobilenet_v2`. Nothing heavy is imported here.
+Those of any other network carry its name: `fd_efficientnet_lite0`, `kd_mobilenet_v2`. Nothing heavy is imported here.
 """
 
 FID_NETWORK = "fid_inception"

@@ -1,4 +1,4 @@
-"""Nearest training images of samples, and whether they carry the label that the sample was asked to have.
+"""Nearest training images of samples, and whether they have the label that the sample was drawn with.
 
 Distances are between 8-bit pixels; images above 64 pixels are first averaged down to 64 at most. Sums of whole numbers
 in float64 are exact, so the neighbours do not depend on batches or machines. Training images are streamed: memory holds
@@ -26,7 +26,7 @@ class Neighbours:
     ids: Tensor  # [n, k] int64 sample ids
     distances: Tensor  # [n, k] root mean square difference, in grey levels
     nearest: Tensor  # [n, C, H, W] uint8: the nearest one itself
-    searched: int  # training images looked at
+    searched: int  # training images compared
 
 
 def nearest_neighbours(
@@ -46,6 +46,7 @@ def nearest_neighbours(
             )
         theirs = _comparable(pixels)
         new = ours.square().sum(1, keepdim=True) + theirs.square().sum(1) - 2 * ours @ theirs.T
+        # The nearest image itself is kept on the way: the training images are read only once.
         closer = new.min(dim=1)
         better = closer.values < squares[:, 0] if squares.shape[1] else torch.ones(n, dtype=torch.bool)
         nearest[better] = pixels[closer.indices[better]]
@@ -56,7 +57,7 @@ def nearest_neighbours(
         squares, labels, ids = (t.gather(1, order) for t in (squares, labels, ids))
         searched += len(pixels)
     if not searched:
-        raise EvaluationError("there are no training images to look for neighbours in: data.train is empty")
+        raise EvaluationError("there are no training images to search for neighbours: data.train is empty")
     return Neighbours(labels, ids, (squares / ours.shape[1]).sqrt(), nearest, searched)
 
 
@@ -69,14 +70,14 @@ def _comparable(pixels: Tensor) -> Tensor:
 
 
 def vote(neighbour_labels: Tensor) -> Tensor:
-    """[n, k] labels, nearest first -> the most frequent one [n]; among equally frequent ones that of the nearest."""
+    """[n, k] labels, nearest first -> the most frequent one [n]; ties go to the label of the nearest."""
     same = neighbour_labels.unsqueeze(2) == neighbour_labels.unsqueeze(1)
     votes = same.sum(dim=2).masked_fill(neighbour_labels < 0, 0)
     return neighbour_labels.gather(1, _first_max(votes).unsqueeze(1)).squeeze(1)
 
 
 def _first_max(values: Tensor) -> Tensor:
-    """Index of the first largest entry of each row (torch's argmax does not promise the first)."""
+    """Index of the first largest entry of each row (torch's argmax does not guarantee the first)."""
     largest = values == values.max(dim=1, keepdim=True).values
     return (largest & (largest.cumsum(dim=1) == 1)).int().argmax(dim=1)
 

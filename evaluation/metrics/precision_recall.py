@@ -1,4 +1,4 @@
-"""Are samples like real images, and are all real images covered: two pairs of figures from nearest neighbours.
+"""Are samples like real images, and are all real images covered: two pairs of metrics from nearest neighbours.
 
 A real (or sampled) image stands for the ball around it that reaches to its k-th neighbour on its own side.
 Precision: share of samples in some real ball; recall: share of real images in some ball of samples (Kynkaanniemi et al.,
@@ -19,7 +19,7 @@ BLOCK = 1000  # rows of a distance matrix held at once
 
 @dataclass(frozen=True)
 class ManifoldResult:
-    """Shares in 0..1; density may pass 1."""
+    """Shares in 0..1; density may exceed 1."""
 
     precision: float
     recall: float
@@ -30,9 +30,9 @@ class ManifoldResult:
 def manifold_scores(
     sampled: Tensor, real: Tensor, k_precision: int = K_PRECISION, k_coverage: int = K_COVERAGE
 ) -> ManifoldResult:
-    """Features [n, d] and [m, d] -> the four figures. Memory beyond the features: blocks of 1,000 x max(n, m) float64.
+    """Features [n, d] and [m, d] -> the four metrics. Memory beyond the features: blocks of 1,000 x max(n, m) float64.
 
-    Distances on the rim count as inside. Raises EvaluationError for no more images than neighbours.
+    Distances on the rim count as inside. Raises EvaluationError unless a side has more images than neighbours.
     """
     most = max(k_precision, k_coverage)
     if sampled.shape[1] != real.shape[1]:
@@ -42,7 +42,7 @@ def manifold_scores(
             f"precision, recall, density and coverage need more than {most} images on each side, "
             f"got {len(sampled)} and {len(real)}"
         )
-    # About a common centre, so that squares cost no digits.
+    # Centred, so that squares cost no digits.
     centre = real.double().mean(dim=0)
     ours, theirs = sampled.double() - centre, real.double() - centre
     (real_precision, real_coverage) = _radii(theirs, (k_precision, k_coverage))

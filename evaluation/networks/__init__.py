@@ -1,4 +1,4 @@
-"""Feature networks: those that come in packages, those whose weights a user supplies, and how images are fed to them.
+"""Feature networks: those from packages, those whose weights a user supplies, and the preprocessing of their input.
 
-Sees the names of the scores that each gives.
+Below them: only the names of the metrics that each gives.
 """

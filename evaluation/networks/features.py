@@ -1,8 +1,8 @@
 """Pretrained networks that turn images into features, by name. Never random weights: a missing file is an error.
 
-A score is named after its network (see `score_names`); only the FID Inception with its known weights makes an FID.
-Weights come from packages, or from a file that the user supplies; their SHA-256 goes into every result and every file of
-reference statistics. A file of unknown hash is used under a name that says so.
+A metric is named after its network (see `metrics.names`); only the FID Inception with its published weights gives an FID.
+Weights come from packages, or from a file that the user supplies; their SHA-256 is recorded in every result and every file
+of reference statistics. A file of unknown hash is used under a name that carries its hash.
 """
 
 import logging
@@ -25,7 +25,7 @@ from tarflow.evaluation.networks.weights_file import fill, read_tensors, sha256_
 log = logging.getLogger("tarflow.evaluation")
 
 INPUT_SIZE = 224
-# Images per forward pass. On a CPU small passes stay in the cache and are three times as fast as passes of 64.
+# Images per forward pass. On a CPU small passes fit the cache and are three times as fast as passes of 64.
 _CHUNK_CPU = 4
 _CHUNK_ELSEWHERE = 64
 _IMAGENET = ((255 * 0.485, 255 * 0.456, 255 * 0.406), (255 * 0.229, 255 * 0.224, 255 * 0.225))
@@ -42,7 +42,7 @@ def to_network_input(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
 
 
 def to_fid_input(images: Tensor) -> Tensor:
-    """The same for the network of 2015, with the resize that FID is defined by: float32 [N, 3, 299, 299] in 0..255."""
+    """The same for the network of 2015, with the resize that defines FID: float32 [N, 3, 299, 299] in 0..255."""
     from tarflow.evaluation.networks.inception import resize_like_2015
 
     _check(images)
@@ -64,7 +64,7 @@ def _resize_text(size: int) -> str:
 
 @dataclass
 class _Network:
-    """A network ready to use: input scaling, the layer in front of the features, and class probabilities if it has any."""
+    """A network ready to use: module, preprocessing, input scaling, and the classifier on its features if it has one."""
 
     module: nn.Module
     sha256: str
@@ -74,7 +74,7 @@ class _Network:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     logits: Callable[[Tensor], Tensor] | None = None
-    num_classes: int = 0  # that `logits` tells apart
+    num_classes: int = 0  # of `logits`
 
 
 def _packaged(name: str) -> _Network:
@@ -88,7 +88,7 @@ def _packaged(name: str) -> _Network:
 def _inception(
     path: Path, variant: str, prepare: Callable[[Tensor], Tensor], text: str, grey: float, beside: tuple[str, ...] = ()
 ) -> _Network:
-    """`grey`: what is taken off the pixels, and what they are divided by then."""
+    """`grey`: subtracted from the pixels, which are then divided by it."""
     from tarflow.evaluation.networks.inception import DIM, Inception  # loads torchvision, which takes a second
 
     network = Inception(variant).eval()
@@ -111,7 +111,7 @@ def _torchvision_inception(path: Path) -> _Network:
         return to_network_input(images, SIZE)
 
     text = f"{_resize_text(SIZE)}; (x - 127.5) / 127.5; last pooling"
-    # The second output served the training only.
+    # The auxiliary classifier is used in training only.
     return _inception(path, "torchvision", prepare, text, 127.5, beside=("AuxLogits.",))
 
 
@@ -123,10 +123,10 @@ def _dinov2(path: Path) -> _Network:
 
 @dataclass(frozen=True)
 class _FromFile:
-    """A network whose weights the user supplies, and the beginning of the hash of the published file, if it is known."""
+    """A network whose weights the user supplies, and the first digits of the published file's hash, if known."""
 
     build: Callable[[Path], _Network]
-    file: str  # what the file is called where it is published
+    file: str  # its published name
     sha256: str = ""
 
 
@@ -136,7 +136,7 @@ FROM_FILE = {
         "pt_inception-2015-12-05-6726825d.pth",
         "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
     ),
-    # The hash's beginning stands in the published name.
+    # The published file name holds the first digits of the hash.
     "torchvision_inception": _FromFile(_torchvision_inception, "inception_v3_google-0cc3c7bd.pth", "0cc3c7bd"),
     "dinov2": _FromFile(_dinov2, "dinov2_vits14_pretrain.pth, or another of the family"),
 }
@@ -146,21 +146,21 @@ NETWORKS = (*PACKAGED, *FROM_FILE)
 class Features:
     """A feature network: call it with uint8 images [N, C, H, W] to get float32 features [N, dim] on the CPU.
 
-    `name`, `sha256` (of the weights file) and `preprocessing` identify it; `warnings` says what to know of its weights.
-    `file`: weights of a network that no package brings. Images are taken in small chunks, so memory is bounded, and the
-    batch an image is in moves its features by float rounding only.
+    `name`, `sha256` (of the weights file) and `preprocessing` identify it; `warnings` lists caveats about its weights.
+    `file`: weights of a network that no package provides. Images are processed in small chunks, so memory is bounded, and
+    the batch that an image is in changes its features by float rounding only.
     """
 
     def __init__(self, name: str, device: str | torch.device = "cpu", file: str | Path | None = None) -> None:
         if name not in NETWORKS:
             raise EvaluationError(
-                f"evaluation.features={name!r} is no known feature network; choose one of {', '.join(NETWORKS)}"
+                f"evaluation.features={name!r} is not a feature network; choose one of {', '.join(NETWORKS)}"
             )
         self.name, self.warnings = name, list[str]()
         self.device = torch.device(device)
         network = self._from_file(name, file) if name in FROM_FILE else _packaged(name)
         if name in PACKAGED and file is not None:
-            raise EvaluationError(f"{name} has its weights in a package; leave evaluation.features_file out")
+            raise EvaluationError(f"the weights of {name} come with a package; leave evaluation.features_file out")
         self.dim, self.sha256, self.preprocessing = network.dim, network.sha256, network.preprocessing
         self._network = network
         self._module = network.module.requires_grad_(False).to(self.device).to(memory_format=torch.channels_last)
@@ -171,18 +171,18 @@ class Features:
         source = FROM_FILE[name]
         if file is None:
             raise EvaluationError(
-                f"the feature network {name} comes in no package: give the file of its weights ({source.file}) as "
+                f"no package provides the feature network {name}: give the file of its weights ({source.file}) as "
                 "evaluation.features_file=PATH (of `tarflow reference` and `tarflow score`: --features-file PATH)"
             )
         path = Path(file)
         if not path.is_file():
             raise EvaluationError(
-                f"the weights of {name} are not at {path}; set evaluation.features_file to {source.file}"
+                f"there are no weights of {name} at {path}; set evaluation.features_file to {source.file}"
             )
         try:
             network = source.build(path)
         except UserError as error:
-            raise EvaluationError(f"evaluation.features_file ({source.file} is meant): {error}") from None
+            raise EvaluationError(f"evaluation.features_file (expected {source.file}): {error}") from None
         if not source.sha256 or not network.sha256.startswith(source.sha256):
             self.name = f"{name}-{network.sha256[:8]}"
             expected = f"; the published file's begins with {source.sha256[:8]}" if source.sha256 else ""
@@ -195,16 +195,17 @@ class Features:
 
     @property
     def num_classes(self) -> int:
-        """Classes that the network tells apart; 0 if it only has features."""
+        """Number of classes; 0 if the network only has features."""
         return self._network.num_classes
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Pixels uint8 [N, C, H, W] to features float32 [N, dim], on the CPU."""
         if not len(images):
             return torch.empty(0, self.dim)
         if self.device.type != "cpu":
             return torch.cat([self._forward(part) for part in images.split(_CHUNK_ELSEWHERE)])
-        # Whole chunks in parallel, each on one thread: the threads never wait for each other inside an operation. On
-        # cores that others use too, two threads inside every operation are ten times slower than one.
+        # Chunks in parallel, each on one thread, so that threads never wait for each other inside an operation: on
+        # shared cores, two threads inside every operation are ten times slower than one.
         threads = torch.get_num_threads()
         if threads == 1:
             return torch.cat([self._forward(part) for part in images.split(_CHUNK_CPU)])
@@ -219,7 +220,7 @@ class Features:
 
     @torch.inference_mode()
     def probabilities(self, features: Tensor) -> Tensor:
-        """Class probabilities [N, classes] that follow from features [N, dim]: what an Inception score is made of."""
+        """Class probabilities [N, classes] of features [N, dim], for the Inception score."""
         if self._network.logits is None:
             raise EvaluationError(f"{self.name} has no classes: an Inception score needs an Inception network")
         return self._network.logits(features.to(self.device)).softmax(dim=1).cpu()

@@ -1,7 +1,7 @@
 """Inception v3 (Szegedy et al., arXiv 1512.00567) out of torchvision's blocks, for weights in a file.
 
-`fid`: the network of 2015 that FID is defined by, as converted to PyTorch (1,008 classes): averages leave the padding
-out, and the last block takes a maximum. `torchvision`: torchvision's network as it is. The names of the tensors are
+`fid`: the network of 2015 that FID is defined by, as converted to PyTorch (1,008 classes): averages exclude the
+padding, and the last block takes a maximum. `torchvision`: torchvision's network as it is. The names of the tensors are
 those of both files, which agree.
 """
 
@@ -25,20 +25,21 @@ class Inception(Inception3):
         self.fid = fid
         if fid:
             for name in _AVERAGING:
-                self.get_submodule(f"Mixed_{name}.branch_pool").register_forward_pre_hook(_leave_padding_out)
+                self.get_submodule(f"Mixed_{name}.branch_pool").register_forward_pre_hook(_exclude_padding)
             self.Mixed_7c = _LastBlock(DIM)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, 299, 299] -> the output of the last pooling, [N, 2048]."""
         for layer in list(self.children())[:-1]:  # all but the classifier, in torchvision's order
             x = layer(x)
         return x.flatten(1)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Features [N, 2048] -> [N, classes]. The Inception score of the 2015 network leaves the bias out."""
+        """Features [N, 2048] -> [N, classes]. The Inception score of the 2015 network is without the bias."""
         return F.linear(features, self.fc.weight, None if self.fid else self.fc.bias)
 
     def fold(self) -> "Inception":
-        """The same function at less cost, for evaluation: every batch norm goes into the convolution before it."""
+        """The same function at less cost, for evaluation: every batch norm is folded into the convolution before it."""
         for part in self.modules():
             if isinstance(part, BasicConv2d):
                 assert isinstance(part.bn, nn.BatchNorm2d), "folded twice"
@@ -46,8 +47,8 @@ class Inception(Inception3):
         return self
 
 
-def _leave_padding_out(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-    """Averages over 3 x 3 places with padding -> averages over those of them that lie in the image."""
+def _exclude_padding(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """Averages over 3 x 3 positions with padding -> averages over those inside the image."""
     (x,) = inputs
     return x / F.avg_pool2d(torch.ones_like(x[:1, :1]), 3, stride=1, padding=1)
 
@@ -63,16 +64,16 @@ class _LastBlock(InceptionE):
 def resize_like_2015(images: Tensor, size: int = SIZE) -> Tensor:
     """[N, C, H, W] in 0..255 -> float32 [N, C, size, size]: bilinear between the pixels at i * H / size, no antialias.
 
-    That is what the graph of 2015 does (TensorFlow 1, corners and pixel centres not aligned); FID is defined by it.
+    As in the graph of 2015 that defines FID (TensorFlow 1, neither corners nor pixel centres aligned).
     """
     x = images.float()
 
-    def places(length: int) -> tuple[Tensor, Tensor, Tensor]:
+    def neighbours(length: int) -> tuple[Tensor, Tensor, Tensor]:
         at = torch.arange(size, device=x.device, dtype=torch.float32) * (length / size)
         low = at.floor().long()
         return low, (low + 1).clamp(max=length - 1), at - low
 
-    top, bottom, down = places(x.shape[2])
-    left, right, across = places(x.shape[3])
+    top, bottom, down = neighbours(x.shape[2])
+    left, right, across = neighbours(x.shape[3])
     upper = x[:, :, top].lerp(x[:, :, bottom], down[:, None])
     return upper[..., left].lerp(upper[..., right], across)

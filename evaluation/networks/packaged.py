@@ -1,4 +1,4 @@
-"""Feature networks whose weights come inside Python packages; every one is known by the SHA-256 of its file."""
+"""Feature networks whose weights come with Python packages, each identified by the SHA-256 of its file."""
 
 import importlib.util
 from collections.abc import Callable
@@ -18,7 +18,7 @@ FEATURE_DIM = 1280
 
 @dataclass(frozen=True)
 class Packaged:
-    """Where a network's weights lie and how its input is scaled."""
+    """Where a network's weights are and how its input is scaled."""
 
     package: str
     file: str
@@ -31,20 +31,20 @@ class Packaged:
 
 
 def weights_of_package(name: str, source: Packaged) -> Path:
-    """The weights file of a network, in the package that brings it; its hash must be the known one."""
+    """The weights file of a network, in the package that provides it; its hash must match."""
     spec = importlib.util.find_spec(source.package)
     path = Path(spec.origin).parent / source.file if spec is not None and spec.origin else None
     if path is None or not path.is_file():
         missing = f"package {source.package} is not installed" if path is None else f"{path} is missing"
         raise EvaluationError(
-            f"the weights of the feature network {name} are not here: {missing}. Install them with "
+            f"the weights of the feature network {name} are missing: {missing}. Install them with "
             f"`{source.install}`, or set evaluation.features to another network"
         )
     digest = sha256_of(path)
     if digest != source.sha256:
         raise EvaluationError(
-            f"the weights of {name} at {path} are not the known ones (SHA-256 {digest}, expected {source.sha256}); "
-            f"install them anew with `{source.install} --force-reinstall`"
+            f"the weights of {name} at {path} are not the published ones (SHA-256 {digest}, expected {source.sha256}); "
+            f"reinstall them with `{source.install} --force-reinstall`"
         )
     return path
 
@@ -54,7 +54,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 class _Pointwise(nn.Module):
-    """A 1 x 1 convolution as one matrix product: on channels-last data that needs no copy, and a CPU likes it best."""
+    """A 1 x 1 convolution as one matrix product: on channels-last data it needs no copy, and is fastest on a CPU."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class _Lite0(nn.Module):
         network = EfficientNet.from_name("efficientnet-lite0")
         network.load_state_dict(_load(path), strict=True)
         network.eval()
-        # Every batch norm goes into the convolution before it: half the time.
+        # Folding every batch norm into the convolution before it halves the time.
         fold = [(network, "_conv_stem", "_bn0"), (network, "_conv_head", "_bn1")]
         for block in network._blocks:
             fold += [(block, "_expand_conv", "_bn0")] if hasattr(block, "_expand_conv") else []
@@ -113,7 +113,7 @@ def _mobilenet_v2(path: Path) -> nn.Module:
 
     network: nn.Sequential = mobilenet_v2(weights=None).features
     ours, stored = network.state_dict(), list(_load(path).values())
-    # The file names its tensors otherwise, in the same order.
+    # The file names its tensors differently, but in the same order.
     if [tuple(t.shape) for t in ours.values()] != [tuple(t.shape) for t in stored]:
         raise EvaluationError(
             f"{path} does not hold the tensors of torchvision's MobileNetV2; is torchvision the locked version?"

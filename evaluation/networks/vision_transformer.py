@@ -16,8 +16,8 @@ from tarflow.evaluation.networks.weights_file import fill
 
 HEAD = 64
 SIZE = 224
-DEEPEST = 100  # blocks; the largest of the family has 40
-_OFFSET = 0.1  # published with the weights: positions are stretched by (n + 0.1) / m, not n / m
+MAX_DEPTH = 100  # blocks; the largest of the family has 40
+_OFFSET = 0.1  # as in the published code: positions are scaled by (n + 0.1) / m, not n / m
 
 
 class Attention(nn.Module):
@@ -29,6 +29,7 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, T, width] -> the same shape."""
         n, t, width = x.shape
         q, k, v = self.qkv(x).view(n, t, 3, self.heads, HEAD).permute(2, 0, 3, 1, 4)
         mixed: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, width))
@@ -43,18 +44,20 @@ class Mlp(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, T, width] -> the same shape."""
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 
 
 class GatedMlp(nn.Module):
-    """SwiGLU, in the largest of the family."""
+    """SwiGLU, which the largest of the family uses."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.w12, self.w3 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, T, width] -> the same shape."""
         gate, value = self.w12(x).chunk(2, dim=-1)
         out: Tensor = self.w3(F.silu(gate) * value)
         return out
@@ -68,6 +71,7 @@ class Scale(nn.Module):
         self.gamma = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, T, width] -> the same shape."""
         return x * self.gamma
 
 
@@ -81,6 +85,7 @@ class Block(nn.Module):
         self.ls1, self.ls2 = Scale(width), Scale(width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, T, width] -> the same shape."""
         x = x + self.ls1(self.attn(self.norm1(x)))
         out: Tensor = x + self.ls2(self.mlp(self.norm2(x)))
         return out
@@ -103,6 +108,7 @@ class VisionTransformer(nn.Module):
         self.dim = width
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W] -> the class token after the last norm, [N, width]."""
         patches = self.patch_embed["proj"](x)
         rows, columns = patches.shape[2:]
         tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), patches.flatten(2).transpose(1, 2)], 1)
@@ -115,19 +121,19 @@ class VisionTransformer(nn.Module):
         return out
 
     def _positions(self, rows: int, columns: int) -> Tensor:
-        """[1, 1 + rows * columns, width]: as stored, or interpolated as the weights were published with."""
+        """[1, 1 + rows * columns, width]: as stored, or interpolated as in the published code."""
         side = round((self.pos_embed.shape[1] - 1) ** 0.5)
         if (rows, columns) == (side, side):
             return self.pos_embed
         grid = self.pos_embed[:, 1:].view(1, side, side, self.dim).permute(0, 3, 1, 2)
         factors = ((rows + _OFFSET) / side, (columns + _OFFSET) / side)
-        # The factor itself, not the one that the two sizes make, places the points.
+        # Sampled by the factor itself, not by the ratio of the two sizes.
         grid = F.interpolate(grid, scale_factor=factors, mode="bicubic", recompute_scale_factor=False)
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
 
 def from_weights(tensors: Mapping[str, Tensor], origin: str) -> VisionTransformer:
-    """The transformer that a file's tensors are for; EvaluationError for a file of something else."""
+    """The transformer whose tensors a file holds. Raises EvaluationError for a file of something else."""
     try:
         width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
         positions = tensors["pos_embed"].shape[1]
@@ -137,15 +143,15 @@ def from_weights(tensors: Mapping[str, Tensor], origin: str) -> VisionTransforme
         registers = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0
     except (KeyError, ValueError, IndexError):
         raise EvaluationError(
-            f"{origin} holds no vision transformer in DINOv2's layout (patch_embed.proj, pos_embed, blocks.0.mlp ...)"
+            f"{origin} does not hold a vision transformer in DINOv2's layout (patch_embed.proj, pos_embed, blocks.0.mlp ...)"
         ) from None
     side = math.isqrt(max(positions - 1, 0))
-    if depth > DEEPEST or not width or width % HEAD or not patch or side * side != positions - 1 or not side:
+    if depth > MAX_DEPTH or not width or width % HEAD or not patch or side * side != positions - 1 or not side:
         raise EvaluationError(
-            f"{origin} holds no vision transformer of DINOv2's family: {depth} blocks of width {width}, patches of {patch}, "
-            f"{positions} positions"
+            f"{origin} does not hold a vision transformer of DINOv2's family: {depth} blocks of width {width}, "
+            f"patches of {patch}, {positions} positions"
         )
-    with torch.device("meta"):  # nothing is allocated that the file's tensors do not fit
+    with torch.device("meta"):  # allocates nothing before the shapes are known to match
         network = VisionTransformer(width, depth, patch, positions, registers, hidden, gated)
-    fill(network, tensors, origin, beside=("mask_token",))  # which belongs to the training
+    fill(network, tensors, origin, beside=("mask_token",))  # used in training only
     return network

@@ -1,4 +1,4 @@
-"""Files of weights that a user supplies: read safely, known by their hash, refused with what does not fit."""
+"""Files of weights that a user supplies: read safely, identified by their hash, refused where they do not match."""
 
 import hashlib
 from collections.abc import Mapping
@@ -17,18 +17,18 @@ def sha256_of(path: Path) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a .safetensors file or a PyTorch file; nothing in it is executed. Raises as the formats' readers do."""
+    """The tensors in a .safetensors or PyTorch file; nothing in it is executed. Raises what the formats' readers raise."""
     return (read_safetensors(path) if path.suffix == ".safetensors" else read_pickled(path)).tensors
 
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], origin: str, beside: tuple[str, ...] = ()) -> None:
-    """Put tensors into a network: all of them, with the shapes they must have. `beside`: prefixes that may be there too.
+    """Load tensors into a network: all of them, with matching shapes. `beside`: prefixes of further tensors to ignore.
 
-    A network on the meta device takes them as they are, in float32.
+    A network on the meta device takes the tensors themselves, in float32.
     """
     wanted = network.state_dict()
     given = {name: tensor for name, tensor in tensors.items() if not name.startswith(beside or ("\0",))}
-    # Counters of batch norms are not in every file and mean nothing here.
+    # Counters of batch norms are not in every file and are not used here.
     optional = {name for name in wanted if name.endswith("num_batches_tracked")}
     missing, extra = wanted.keys() - given.keys() - optional, given.keys() - wanted.keys()
     shapes = [name for name in wanted.keys() & given.keys() if _kind(wanted[name]) != _kind(given[name])]

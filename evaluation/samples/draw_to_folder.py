@@ -101,7 +101,7 @@ def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[WeightsSo
     device = resolve_device(request.device)
     if is_weights_file(request.source):
         return _open_file(request, device, say)
-    config = run_config(request.source, say=say, given=request.settings)
+    config = run_config(request.source, log=say, given=request.settings)
     # A run knows its noise; given another one, denoising would take out what is not there.
     if "noise_std" in request.settings:
         raise EvaluationError(

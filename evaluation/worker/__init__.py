@@ -1,4 +1,4 @@
-"""Evaluation of checkpoints as shared work of any number of processes: chunks, references, sweeps; scores of image folders.
+"""Evaluation of checkpoints as shared work of any number of processes; metrics of image folders.
 
-Follows a run; sees samples, networks, metrics and results.
+`follow.py` finds what to evaluate, `evaluate.py` holds the steps of one evaluation: plan, compute, merge, measure, publish.
 """

@@ -1,4 +1,4 @@
-"""The file of a chunk: arrays with a checksum, what the chunk is of, and who did it.
+"""The file of a chunk: arrays with a checksum, the chunk's identity, and who computed it.
 
 It is a cache. A file that is damaged, or of another chunk, checkpoint or recipe, is computed again and never merged.
 """
@@ -21,21 +21,21 @@ Identity = dict[str, Any]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Where a chunk lies or will lie, and what it must be of: run, checkpoint, weights, settings, its own number."""
+    """A chunk's file, which need not exist yet, and its identity: run, checkpoint, weights, settings, its own name."""
 
     path: Path
-    of: Identity
+    identity: Identity
 
 
 class About(Record):
-    """Who did it and how long it took."""
+    """Who computed a chunk and how long it took."""
 
     by: str = Field("", max_length=300)
     seconds: dict[str, Annotated[float, Field(ge=0, le=1e12)]] = Field(default_factory=dict)
     code: dict[str, Any] | None = None
 
 
-# Array -> its type and its shape: a letter stands for the same number wherever it occurs, `*` for any.
+# Array -> its dtype and shape: a letter is the same size wherever it occurs, `*` is any size.
 Form = dict[str, tuple[type, str]]
 SAMPLES: Form = {
     "count": (np.int64, "1"), "mean": (np.float64, "d"), "scatter": (np.float64, "t"),
@@ -45,30 +45,30 @@ SAMPLES: Form = {
     "grid_images": (np.uint8, "g c h w"), "grid_noisy": (np.uint8, "g c h w"),
 }  # fmt: skip
 LIKELIHOOD: Form = {"ids": (np.int64, "n"), "values": (np.float64, "n k"), "dims": (np.int64, "1")}
-_OPTIONAL = {"grid_images", "grid_noisy"}  # of no grid there are none
+_OPTIONAL = {"grid_images", "grid_noisy"}  # missing where no sample is in the grid
 
 
 def write_chunk(chunk: Chunk, about: dict[str, Any], **arrays: np.ndarray) -> None:
     """Write a chunk's arrays."""
-    said = {"of": chunk.of, "about": about}
+    header = {"of": chunk.identity, "about": about}
     with open(chunk.path, "wb") as file:
-        write_npz(file, {**arrays, "said": np.array(json.dumps(said, sort_keys=True))})
+        write_npz(file, {**arrays, "said": np.array(json.dumps(header, sort_keys=True))})
 
 
 def read_chunk(chunk: Chunk, form: Form) -> tuple[dict[str, np.ndarray], About]:
-    """A chunk's arrays and who did it.
+    """A chunk's arrays and who computed it.
 
-    Raises DamagedFileError for a file without a checksum that fits, of something else than the chunk, or of other arrays.
+    Raises DamagedFileError for a file without a matching checksum, of another identity, or with other arrays.
     """
     found = read_npz(chunk.path, what=WHAT, way_out=WAY_OUT)
     try:
         if not found.checked:
             raise ValueError("it carries no checksum")
-        said = parse_object(str(found.arrays.pop("said", "")).encode("utf-8", "surrogatepass"))
-        if said.get("of") != json.loads(json.dumps(chunk.of)):
-            raise ValueError("it is another chunk's, or of other weights or settings")
-        about = as_record(_object(said.get("about")), About)
-        _check(found.arrays, form)
+        header = parse_object(str(found.arrays.pop("said", "")).encode("utf-8", "surrogatepass"))
+        if header.get("of") != json.loads(json.dumps(chunk.identity)):
+            raise ValueError("it belongs to another chunk, or to other weights or settings")
+        about = as_record(_object(header.get("about")), About)
+        _check_arrays(found.arrays, form)
         if form is SAMPLES:
             _check_samples(found.arrays)
     except ValueError as error:
@@ -76,24 +76,24 @@ def read_chunk(chunk: Chunk, form: Form) -> tuple[dict[str, np.ndarray], About]:
     return found.arrays, about
 
 
-def is_whole(chunk: Chunk, form: Form) -> bool:
+def is_valid(chunk: Chunk, form: Form) -> bool:
     """Whether a chunk's file can be merged."""
     try:
         read_chunk(chunk, form)
-    except (DamagedFileError, FileNotFoundError):  # gone: the result is there, and its work was cleared away
+    except (DamagedFileError, FileNotFoundError):  # gone: the result is published, and its chunks were removed
         return False
     return True
 
 
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError("it does not say who did it")
+        raise ValueError("it does not say who computed it")
     return value
 
 
-def _check(arrays: dict[str, np.ndarray], form: Form) -> None:
+def _check_arrays(arrays: dict[str, np.ndarray], form: Form) -> None:
     if odd := sorted((arrays.keys() ^ form.keys()) - _OPTIONAL):
-        raise ValueError(f"{'no array' if odd[0] in form else 'an unknown array'} {odd[0]!r} stands in it")
+        raise ValueError(f"{'it lacks the array' if odd[0] in form else 'it has an unknown array'} {odd[0]!r}")
     sizes: dict[str, int] = {}
     for name, array in arrays.items():
         dtype, letters = form[name]
@@ -103,15 +103,17 @@ def _check(arrays: dict[str, np.ndarray], form: Form) -> None:
             wanted = int(letter) if letter.isdigit() else size if letter == "*" else sizes.setdefault(letter, size)
             fits = fits and size == wanted
         if not fits:
-            raise ValueError(f"its array {name!r} is {array.dtype} {list(array.shape)}, which does not fit the others")
+            raise ValueError(
+                f"its array {name!r} is {array.dtype} {list(array.shape)}, which does not match the others"
+            )
 
 
 def _check_samples(arrays: dict[str, np.ndarray]) -> None:
     count, dim = int(arrays["count"][0]), len(arrays["mean"])
     if len(arrays["scatter"]) != dim * (dim + 1) // 2:
-        raise ValueError("its scatter matrix is of another width than its mean")
+        raise ValueError("its scatter matrix and its mean have different widths")
     if not len(arrays["features"]) <= len(arrays["hashes"]) == count or len(arrays["pixels"]) > count:
-        raise ValueError(f"its arrays do not fit its {count} samples")
+        raise ValueError(f"its arrays do not match its {count} samples")
     asked, used, *_ = arrays["lost_sums"].tolist()
     if used != count or asked != used + len(arrays["lost_nonfinite"]) or (arrays["lost_sums"] < 0).any():
         raise ValueError("its numbers of samples contradict each other")

@@ -1,9 +1,9 @@
 """What a chunk contributes to a result: small arrays in a file, merged in the order of chunks and in no other.
 
-A chunk of samples leaves the count, mean and scatter matrix of its features (float64; they are the sums and sums of outer
-products, centred so that a large mean costs no digits), the features themselves as far as they are kept, how many samples
-were lost, and the pixels that later steps look at. A chunk of held-out images leaves bits per dimension per image and
-draw. Merging reads one chunk at a time: memory does not grow with their number.
+A chunk of samples holds the count, mean and scatter matrix of its features (float64, centred so that a large mean costs
+no digits), the features themselves as far as they are kept, how many samples were lost, and the pixels that later steps
+need. A chunk of held-out images holds bits per dimension per image and draw. Merging reads one chunk at a time: memory
+does not grow with their number.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,6 +18,7 @@ from tarflow.data_pipeline.images.identical import image_hashes
 from tarflow.evaluation.metrics.bits_per_dim import BitsPerDim, NoiseSettings
 from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics
 from tarflow.evaluation.samples.draw import Drawn, SampleCount
+from tarflow.evaluation.stopwatch import Stopwatch
 from tarflow.evaluation.worker.chunk_file import (
     LIKELIHOOD,
     SAMPLES,
@@ -28,21 +29,23 @@ from tarflow.evaluation.worker.chunk_file import (
     read_chunk,
     write_chunk,
 )
+from tarflow.evaluation.worker.chunk_plan import ChunkPlan
 from tarflow.evaluation.worker.pictures import GridImages
+from tarflow.evaluation.worker.task import EvaluationTask
 from tarflow.records import DamagedFileError
 
 
 @dataclass
 class Keep:
-    """Which samples leave more than sums, by their index."""
+    """Which samples contribute more than sums, by their index."""
 
-    features: int  # the first so many
-    pixels: int
+    features: int  # of the first N samples
+    pixels: int  # of the first N samples
     grid: GridImages
 
 
 class SamplesPart:
-    """The samples of one chunk, as they come; or several chunks merged."""
+    """The samples of one chunk, added batch by batch; or several chunks, merged."""
 
     def __init__(self, dim: int, keep: Keep) -> None:
         self.count = SampleCount()
@@ -54,7 +57,7 @@ class SamplesPart:
         self._hashes: list[np.ndarray | None] = []
 
     def add(self, drawn: Drawn, pixels: Tensor, features: Tensor) -> None:
-        """A batch with the pixels uint8 [m, C, H, W] and features [m, d] of its finite samples."""
+        """Add a batch with the pixels uint8 [m, C, H, W] and features [m, d] of its finite samples."""
         self.count.add(drawn)
         self.keep.grid.add(drawn)
         self.statistics.add(features)
@@ -71,9 +74,9 @@ class SamplesPart:
 
     @property
     def hashes(self) -> np.ndarray | None:
-        """uint64 [samples], of their pixels; None where a chunk was left by a version that made none."""
-        there = [part for part in self._hashes if part is not None]
-        return np.concatenate(there) if there and len(there) == len(self._hashes) else None
+        """uint64 [samples], of their pixels; None where a version without hashes wrote a chunk."""
+        known = [part for part in self._hashes if part is not None]
+        return np.concatenate(known) if known and len(known) == len(self._hashes) else None
 
     @property
     def pixels(self) -> Tensor:
@@ -86,7 +89,7 @@ class SamplesPart:
         return torch.cat(self._labels) if self._labels else torch.empty(0, dtype=torch.int64)
 
     def save(self, chunk: Chunk, about: dict[str, Any]) -> None:
-        """Write the chunk; `about` says who did it and how long it took."""
+        """Write the chunk; `about`: who computed it and how long it took."""
         number, mean, scatter = self.statistics.parts()
         rows, columns = np.triu_indices(self.statistics.dim)
         write_chunk(
@@ -104,10 +107,10 @@ class SamplesPart:
         )
 
     def merge(self, chunk: Chunk) -> About:
-        """Take in a chunk's file; what it says about itself. Raises DamagedFileError for one that is not the chunk's."""
+        """Add a chunk's file; who computed it. Raises DamagedFileError for a file of another chunk."""
         arrays, about = read_chunk(chunk, SAMPLES)
         if len(arrays["mean"]) != self.statistics.dim:
-            raise DamagedFileError(chunk.path, "it is of features of another width", WAY_OUT, what=WHAT)
+            raise DamagedFileError(chunk.path, "its features have another width", WAY_OUT, what=WHAT)
         self.statistics.merge(_statistics(arrays))
         self.count.merge(_named(arrays, "lost_"))
         self.keep.grid.merge(_named(arrays, "grid_"))
@@ -116,6 +119,14 @@ class SamplesPart:
             if len(arrays[name]):
                 kept.append(torch.from_numpy(arrays[name]))
         return about
+
+
+def empty_part(task: EvaluationTask) -> SamplesPart:
+    """A part without samples, which keeps what the result of `task` needs."""
+    # Where the grid is drawn separately, no sample belongs to it.
+    grid = task.empty_grid() if task.grid_is_sampled else GridImages(0, 0, 0)
+    keep = Keep(task.settings.keep_features, task.settings.neighbour_samples, grid)
+    return SamplesPart(task.real.features.dim, keep)
 
 
 def chunk_statistics(chunks: Iterable[Chunk]) -> Iterator[FeatureStatistics]:
@@ -134,7 +145,7 @@ def save_likelihood(chunk: Chunk, part: BitsPerDim, about: dict[str, Any]) -> No
 
 @dataclass
 class MergedLikelihood:
-    """Chunks of held-out images, merged."""
+    """The chunks of held-out images, merged."""
 
     noise: NoiseSettings
     bits: BitsPerDim = field(init=False)
@@ -143,10 +154,34 @@ class MergedLikelihood:
         self.bits = BitsPerDim(self.noise)
 
     def merge(self, chunk: Chunk) -> About:
-        """Take in a chunk's file; what it says about itself. Raises DamagedFileError for one that is not the chunk's."""
+        """Add a chunk's file; who computed it. Raises DamagedFileError for a file of another chunk."""
         arrays, about = read_chunk(chunk, LIKELIHOOD)
         self.bits.put(arrays["ids"].tolist(), arrays["values"].tolist(), int(arrays["dims"][0]))
         return about
+
+
+@dataclass
+class MergedChunks:
+    """All chunks of a result, and who computed them."""
+
+    samples: SamplesPart
+    likelihood: MergedLikelihood
+    seconds: dict[str, float]  # by phase, all workers together
+    workers: dict[str, list[str]]  # worker -> chunks
+    codes: list[dict[str, Any]]  # versions of the code, this process's first
+
+
+def merge_chunks(plan: ChunkPlan) -> MergedChunks:
+    """Read all chunks in the order of the plan. Raises DamagedFileError."""
+    samples, likelihood = empty_part(plan.task), MergedLikelihood(plan.task.settings.likelihood)
+    watch, workers, codes = Stopwatch(), dict[str, list[str]](), [plan.task.code]
+    for name in plan.names:
+        about = (samples if name in plan.samples else likelihood).merge(plan.chunk(name))
+        watch.add(about.seconds)
+        workers.setdefault(about.by, []).append(name)
+        if about.code and about.code not in codes:
+            codes.append(about.code)
+    return MergedChunks(samples, likelihood, watch.seconds, workers, codes)
 
 
 def _statistics(arrays: dict[str, np.ndarray]) -> FeatureStatistics:

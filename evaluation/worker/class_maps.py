@@ -1,4 +1,4 @@
-"""The classes that weights were trained on against those of the images that they are held against."""
+"""Whether labels mean the same classes in the weights and in the real images."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,8 @@ from tarflow.trainer.config.schema import Config
 def check_class_maps(config: Config, classes: Sequence[str] | None) -> None:
     """Raise EvaluationError where a label means one class in the weights and another in the images, naming both.
 
-    `classes`: names that the weights came with. Compared with the names in the indexes of data.train and data.validation,
-    as far as there are any; `data.accept=[class_names]` passes over it.
+    `classes`: names recorded with the weights. They are compared with those in the indexes of data.train and
+    data.validation, if there are any; `data.accept=[class_names]` skips the check.
     """
     if classes is None or not config.model.num_classes or "class_names" in config.data.accept:
         return

@@ -1,9 +1,9 @@
-"""The pictures of a result: grids of samples, neighbours in the training data, the way from noise to image.
+"""The pictures of a result: grids of samples, neighbours in the training data, the trajectory from noise to image.
 
 grid.png           samples as configured, a row per class
 grid-noisy.png     the same before denoising           (when there is denoising)
 grid-unguided.png  the same noise without guidance     (when there is guidance)
-neighbours.png     samples above their nearest training image
+neighbours.png     samples above their nearest training images
 trajectory.png     one sample a row: noise, after each block, denoised
 """
 
@@ -25,7 +25,7 @@ TRAJECTORY_ROWS = 4
 
 
 class GridImages:
-    """Collects the images of a grid from the batches that are drawn anyway, and draws the rest."""
+    """The images of a grid: collected from batches that are drawn anyway; the rest is drawn at the end."""
 
     def __init__(self, rows: int, columns: int, num_classes: int) -> None:
         self.columns = columns
@@ -36,7 +36,7 @@ class GridImages:
         self._seen: set[int] = set()
 
     def add(self, drawn: Drawn) -> None:
-        """Keep what the grid shows of a batch; a sample that is not finite leaves its place empty."""
+        """Keep the images of a batch that are in the grid; a sample that is not finite leaves its cell empty."""
         for row, (index, good) in enumerate(zip(drawn.indices, drawn.finite.tolist())):
             if index in self._wanted:
                 self._seen.add(index)
@@ -45,28 +45,30 @@ class GridImages:
                     self._noisy[index] = to_pixels(drawn.noisy[row])
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What was kept, as arrays, for the file of a chunk."""
-        there = sorted(self._images)
+        """The images kept, as arrays for a chunk's file."""
+        kept_indices = sorted(self._images)
         pictures = {"images": self._images, "noisy": self._noisy}
-        stacked = {name: np.stack([kept[i].numpy() for i in there]) for name, kept in pictures.items() if there}
+        stacked = {
+            name: np.stack([kept[i].numpy() for i in kept_indices]) for name, kept in pictures.items() if kept_indices
+        }
         seen = np.array(sorted(self._seen), dtype=np.int64)
-        return {"seen": seen, "index": np.array(there, dtype=np.int64), **stacked}
+        return {"seen": seen, "index": np.array(kept_indices, dtype=np.int64), **stacked}
 
     def merge(self, arrays: dict[str, np.ndarray]) -> None:
-        """Take in another chunk's `arrays`."""
+        """Add another chunk's `arrays`."""
         self._seen |= set(arrays["seen"].tolist())
         for row, index in enumerate(arrays["index"].tolist()):
             self._images[index] = torch.from_numpy(arrays["images"][row])
             self._noisy[index] = torch.from_numpy(arrays["noisy"][row])
 
     def complete(self, sampler: Sampler, batch_size: int) -> None:
-        """Draw what no batch brought."""
+        """Draw the images that were in no batch."""
         rest = [index for index in self.indices if index not in self._seen]
         for drawn in sampler.draw_all(rest, batch_size):
             self.add(drawn)
 
     def save(self, path: Path, noisy: bool = False) -> None:
-        """Write the grid; of nothing but empty places there is none to write."""
+        """Write the grid, unless all of its cells are empty."""
         images = self._noisy if noisy else self._images
         if images:
             save_png(path, make_grid([images.get(index) for index in self.indices], self.columns))

@@ -1,9 +1,8 @@
-"""The real images that samples are held against: feature network, training images, their statistics.
+"""The reference images: feature network, training images, their statistics.
 
 All checkpoints and all variants of a run share them.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,32 +10,29 @@ from pathlib import Path
 import torch
 
 from tarflow.evaluation.image_set import ImageSet
+from tarflow.evaluation.log import Log
 from tarflow.evaluation.networks.features import Features
+from tarflow.evaluation.references.compute import reference_statistics
+from tarflow.evaluation.references.reference import Reference, cache_path, full_provenance, load_reference
 from tarflow.evaluation.worker.recipe import EvaluationSettings
-from tarflow.evaluation.worker.reference import (
-    Reference,
-    cache_path,
-    full_provenance,
-    load_reference,
-    reference_statistics,
-)
 from tarflow.records import DamagedFileError
 from tarflow.trainer.config.schema import Config
 
 
 @dataclass
 class RealImages:
-    """Made on first use and kept."""
+    """Loaded or computed on first use, then kept."""
 
-    evals: Path  # where statistics are stored
+    evals: Path  # where new statistics are stored
     config: Config
     settings: EvaluationSettings
     device: torch.device
     path: Path | None = None  # stored statistics to use; None = computed once from data.train
-    say: Callable[[str], None] = print
+    log: Log = print
 
     @cached_property
     def features(self) -> Features:
+        """The feature network."""
         return Features(self.settings.features, self.device, self.settings.features_file)
 
     def images(self, limit: int) -> ImageSet:
@@ -45,23 +41,23 @@ class RealImages:
 
     @cached_property
     def reference(self) -> Reference:
-        """Reference statistics: from the file given, from beside the data, or of this run; made if there are none."""
+        """Reference statistics: from the given file, from beside the data, or of this run; computed if there are none."""
         images = self.images(self.settings.reference_images)
         provenance = full_provenance(images.provenance(), self.features)
         if self.path is not None:
-            return self._noted(load_reference(self.path, provenance, dim=self.features.dim))
-        beside = cache_path(Path(images.data.train), provenance)  # where `tarflow reference` leaves them
+            return self._with_note(load_reference(self.path, provenance, dim=self.features.dim))
+        beside = cache_path(Path(images.data.train), provenance)  # where `tarflow reference` writes them
         if beside.is_file():
             try:
-                return self._noted(load_reference(beside, provenance, dim=self.features.dim))
+                return self._with_note(load_reference(beside, provenance, dim=self.features.dim))
             except DamagedFileError as error:
-                self.say(f"{beside} is not used, it is damaged: {error.problem} (`tarflow reference` makes it anew)")
+                self.log(f"{beside} is damaged and not used: {error.problem} (`tarflow reference` rebuilds it)")
         path = cache_path(self.evals, provenance)
-        return self._noted(reference_statistics(path, images, self.features, self.config.evaluation.lease_s, self.say))
+        return self._with_note(
+            reference_statistics(path, images, self.features, self.config.evaluation.lease_s, self.log)
+        )
 
-    def _noted(self, reference: Reference) -> Reference:
+    def _with_note(self, reference: Reference) -> Reference:
         if not reference.checked:
-            self.say(
-                f"note: {reference.path} carries no checksum: whether its bytes are as they were written is not known"
-            )
+            self.log(f"note: {reference.path} carries no checksum: its bytes cannot be verified")
         return reference

@@ -1,7 +1,6 @@
-"""Everything that decides the figures of a result. Equal settings, equal result; the hash of them names it."""
+"""Everything that decides a result. Equal settings give equal results; their hash names the result."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.log import Log
 from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
 from tarflow.evaluation.result_file import settings_digest
 from tarflow.evaluation.run_config import run_config
@@ -21,7 +21,7 @@ from tarflow.trainer.config.schema import Config
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured, and how. Batch sizes and devices are not here: they do not change figures beyond rounding."""
+    """What is measured, and how. Batch sizes and devices are not included: they change metrics by rounding only."""
 
     weights: str
     sampling: ResolvedSampling
@@ -41,7 +41,7 @@ class EvaluationSettings:
 
     @classmethod
     def of_run(cls, config: Config) -> "EvaluationSettings":
-        """The settings that a run's configuration asks for. Opens the indexes of its data sets."""
+        """The settings in a run's configuration. Opens the indexes of its data sets."""
         e = config.evaluation
         data, held_out = config.data, config.data.held_out
         return cls(
@@ -88,25 +88,25 @@ class Recipe:
     own: bool  # the run's own settings, not overridden and no variant
 
 
-def load_recipes(run_dir: Path, overrides: list[str], say: Callable[[str], None] = print) -> list[Recipe]:
+def load_recipes(run_dir: Path, overrides: list[str], log: Log = print) -> list[Recipe]:
     """The run's own settings under `section.key=value` overrides, then each of `evaluation.variants`.
 
-    Only what evaluation decides can be overridden: the sections sampling and evaluation, and where the data lie.
+    Only what belongs to evaluation can be overridden: the sections sampling and evaluation, and the data's paths.
     """
     for override, key in zip(overrides, _keys(overrides)):
         if not _overridable(key):
             raise EvaluationError(
-                f"override {override!r}: an evaluation takes settings of the sections sampling and evaluation, and "
+                f"override {override!r}: an evaluation takes settings of the sections sampling, evaluation and "
                 "data; everything else belongs to the run as it was trained"
             )
     own_config = run_config(run_dir)
-    config = run_config(run_dir, overrides, say)
+    config = run_config(run_dir, overrides, log)
     settings = EvaluationSettings.of_run(config)
     own = not overrides
     if overrides:
         try:
             own = settings == EvaluationSettings.of_run(own_config)
-        except DataError:  # the run's own data sets are not where they were: that is what the override mends
+        except DataError:  # the run's own data sets were moved, which the override is there for
             own = False
     recipes = [Recipe(config, settings, own)]
     for variant in config.evaluation.variants:
@@ -117,24 +117,24 @@ def load_recipes(run_dir: Path, overrides: list[str], say: Callable[[str], None]
     return recipes
 
 
-# What a weights file may say of its training, and an override where it does not.
+# What a weights file may record of its training; an override where it does not.
 TRAINING = ("train.noise", "train.noise_std", "train.label_dropout")
 
 
 def file_recipe(path: Path, file: WeightsFile, overrides: list[str]) -> Recipe:
-    """How a weights file is evaluated: its model, noise and sampling settings are its own, all else is overridden.
+    """How a weights file is evaluated: model, noise and sampling settings come from the file, the rest from overrides.
 
-    Raises EvaluationError for an override that contradicts the file, and where neither says the noise.
+    Raises EvaluationError for an override that contradicts the file, and where neither gives the noise.
     """
     given = set(_keys(overrides))
     for key in given:
         if not _overridable(key) and key not in TRAINING:
             raise EvaluationError(
                 f"override {key}: the evaluation of a weights file takes settings of the sections data, sampling and "
-                f"evaluation, and {', '.join(TRAINING)} where the file does not say them"
+                f"evaluation, and {', '.join(TRAINING)} where the file does not record them"
             )
     if "data.train" not in given:
-        raise EvaluationError(f"{path} does not say what it was trained on: give data.train=FOLDER")
+        raise EvaluationError(f"{path} does not record what it was trained on: give data.train=FOLDER")
     known = file.provenance.model_dump(include={key.partition(".")[2] for key in TRAINING}, exclude_none=True)
     tree = {
         "data": {"train": ""},
@@ -150,17 +150,19 @@ def file_recipe(path: Path, file: WeightsFile, overrides: list[str]) -> Recipe:
             raise EvaluationError(
                 f"override train.{name}={getattr(config.train, name)}, but {path} was trained with {value}: leave it out"
             )
-    said = given | {f"train.{name}" for name in known}
-    if "train.noise_std" not in said and (config.train.noise == "gaussian" or "train.noise" not in said):
+    known_settings = given | {f"train.{name}" for name in known}
+    if "train.noise_std" not in known_settings and (
+        config.train.noise == "gaussian" or "train.noise" not in known_settings
+    ):
         raise EvaluationError(
-            f"{path} does not say its noise: give train.noise_std=S (its standard deviation), or train.noise=uniform"
+            f"{path} does not record its noise: give train.noise_std=S (its standard deviation), or train.noise=uniform"
         )
     settings = replace(EvaluationSettings.of_run(config), weights="file")
     return Recipe(config, settings, own=False)
 
 
 def _keys(overrides: list[str]) -> list[str]:
-    """The settings that overrides name, in their order."""
+    """The keys of overrides, in order."""
     return [override.partition("=")[0] for override in overrides]
 
 

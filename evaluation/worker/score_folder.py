@@ -1,12 +1,13 @@
-"""A folder of images, scored against reference statistics or another folder."""
+"""`tarflow score`: a folder of images against reference statistics or another folder."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tarflow import terminal
@@ -14,21 +15,22 @@ from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.images.identical import count_identical
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.image_folder import ImageFolder
+from tarflow.evaluation.log import Log
 from tarflow.evaluation.metrics.all_scores import feature_scores
 from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics
 from tarflow.evaluation.metrics.names import is_distance, is_kernel
 from tarflow.evaluation.networks.features import Features
+from tarflow.evaluation.references.compute import KEEP, spread_evenly
+from tarflow.evaluation.references.reference import load_reference
 from tarflow.evaluation.samples.weights_source import resolve_device
-from tarflow.evaluation.worker.reference import KEEP, Reference, load_reference, spread
 from tarflow.records import write_object
 
 FORMAT = 1
-Say = Callable[[str], None]
 
 
 @dataclass
 class ScoreRequest:
-    """Which folder to score against what."""
+    """Which folder to compare with what."""
 
     folder: Path
     reference: Path | None  # statistics of `tarflow reference`
@@ -43,29 +45,33 @@ class ScoreRequest:
     max_pixels: int = MAX_PIXELS
 
 
-def score_folder(request: ScoreRequest, say: Say = print) -> dict[str, Any]:
-    """Score a folder; the result, which is also written to `request.out`."""
+@dataclass
+class _Baseline:
+    """What the folder is compared with, and the size at which it is read."""
+
+    statistics: FeatureStatistics
+    rows: Tensor
+    hashes: NDArray[np.uint64] | None
+    size: int
+    channels: int
+    about: dict[str, Any]
+    warnings: list[str]
+
+
+def score_folder(request: ScoreRequest, log: Log = print) -> dict[str, Any]:
+    """Measure a folder; the result, which is also written to `request.out`."""
     if (request.reference is None) == (request.against is None):
         raise EvaluationError("give what to compare with: either --reference FILE or --against FOLDER")
     network = Features(request.features, resolve_device(request.device), request.features_file)
-    if request.reference is not None:
-        reference = _matching(request, network)
-        size, channels = int(reference.provenance["image_size"]), int(reference.provenance["channels"])
-        theirs, their_hashes = (reference.statistics, reference.rows), reference.hashes
-        about: dict[str, Any] = {"file": request.reference.name, **reference.describe()}
-        warnings = [] if reference.checked else [f"{request.reference} carries no checksum: its bytes are unchecked"]
-    else:
-        assert request.against is not None
-        channels = request.channels or 3
-        other = ImageFolder(request.against, channels, request.size, request.on_error, request.max_pixels)
-        theirs = measure(other, network, say)
-        their_hashes = other.hashes
-        size, about, warnings = other.size or 0, other.describe(), other.warnings()
-    folder = ImageFolder(request.folder, channels, size, request.on_error, request.max_pixels)
-    statistics, rows = measure(folder, network, say)
-    scores = feature_scores(network, statistics, rows, *theirs, names=("scored", "reference"))
-    warnings = folder.warnings() + warnings + scores.pop("warnings")
-    identical = None if their_hashes is None else count_identical(folder.hashes, their_hashes)
+    baseline = _stored(request, network) if request.reference is not None else _other_folder(request, network, log)
+    folder = ImageFolder(request.folder, baseline.channels, baseline.size, request.on_error, request.max_pixels)
+    statistics, rows = measure(folder, network, log)
+    scores = feature_scores(
+        network, statistics, rows, baseline.statistics, baseline.rows, names=("scored", "reference")
+    )
+    warnings = folder.warnings() + baseline.warnings + scores.pop("warnings")
+    # Only known once every image was read: the hashes are of the pixels that the network saw.
+    identical = None if baseline.hashes is None else count_identical(folder.hashes, baseline.hashes)
     if identical:
         warnings.append(
             f"{identical} of {folder.used} images in {folder.root} are, pixel for pixel, among the reference's"
@@ -75,21 +81,21 @@ def score_folder(request: ScoreRequest, say: Say = print) -> dict[str, Any]:
         **scores,
         "identical_images": identical,
         "images": folder.describe(),
-        "reference": about,
+        "reference": baseline.about,
         "features": {"name": network.name, "sha256": network.sha256, "preprocessing": network.preprocessing},
         "warnings": warnings,
     }
     if request.out:
         write_object(request.out, result)
     for line in warnings:
-        say(f"note: {line}")
-    say(terminal.plain(_headline(result), 2000))
+        log(f"note: {line}")
+    log(terminal.plain(_headline(result), 2000))
     plain: dict[str, Any] = json.loads(json.dumps(result))
     return plain
 
 
-def _matching(request: ScoreRequest, network: Features) -> Reference:
-    """The statistics of `request.reference`; made with another network, or at another size than asked for: an error."""
+def _stored(request: ScoreRequest, network: Features) -> _Baseline:
+    """The statistics of `request.reference`. Raises EvaluationError if they are of another network or size."""
     expected: dict[str, str | int] = {
         "features": network.name,
         "features_sha256": network.sha256,
@@ -98,18 +104,31 @@ def _matching(request: ScoreRequest, network: Features) -> Reference:
     given = {"image_size": request.size, "channels": request.channels}
     expected |= {key: value for key, value in given.items() if value is not None}
     assert request.reference is not None
-    return load_reference(request.reference, expected, tuple(expected), network.dim)
+    found = load_reference(request.reference, expected, tuple(expected), network.dim)
+    size, channels = int(found.provenance["image_size"]), int(found.provenance["channels"])
+    about = {"file": request.reference.name, **found.describe()}
+    warnings = [] if found.checked else [f"{request.reference} carries no checksum: its bytes are unchecked"]
+    return _Baseline(found.statistics, found.rows, found.hashes, size, channels, about, warnings)
 
 
-def measure(folder: ImageFolder, network: Features, say: Say) -> tuple[FeatureStatistics, Tensor]:
+def _other_folder(request: ScoreRequest, network: Features, log: Log) -> _Baseline:
+    """The images of `request.against`; without --size, theirs is the size at which the folder is read, too."""
+    assert request.against is not None
+    channels = request.channels or 3
+    other = ImageFolder(request.against, channels, request.size, request.on_error, request.max_pixels)
+    statistics, rows = measure(other, network, log)
+    return _Baseline(statistics, rows, other.hashes, other.size or 0, channels, other.describe(), other.warnings())
+
+
+def measure(folder: ImageFolder, network: Features, log: Log) -> tuple[FeatureStatistics, Tensor]:
     """Statistics of all images, and the features of at most 10,000 of them, spread evenly."""
-    say(f"{len(folder.files):,} images in {folder.root} with {network.name}")
+    log(f"{len(folder.files):,} images in {folder.root} with {network.name}")
     statistics, kept = FeatureStatistics(network.dim), [torch.empty(0, network.dim)]
     seen = 0
     for pixels in folder.batches():
         rows = network(pixels)
         statistics.add(rows)
-        kept.append(rows[spread(seen + torch.arange(len(rows)), len(folder.files), KEEP)])
+        kept.append(rows[spread_evenly(seen + torch.arange(len(rows)), len(folder.files), KEEP)])
         seen += len(rows)
     return statistics, torch.cat(kept)
 

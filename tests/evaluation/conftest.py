@@ -32,7 +32,7 @@ def tiny_model(seed=0, scale=0.1, **changes):
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += scale * torch.randn(parameter.shape, generator=rng)
+            parameter.add_(scale * torch.randn(parameter.shape, generator=rng))
     return model.eval()
 
 

@@ -15,11 +15,11 @@ from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.image_folder import ImageFolder
 from tarflow.evaluation.image_set import ImageSet
+from tarflow.evaluation.references import compute as storing
+from tarflow.evaluation.references import make as making
+from tarflow.evaluation.references.make import ReferenceRequest, make_reference
 from tarflow.evaluation.samples.png_folder import save_png
-from tarflow.evaluation.worker import make_reference as making
-from tarflow.evaluation.worker import reference as storing
 from tarflow.evaluation.worker import score_folder as scoring
-from tarflow.evaluation.worker.make_reference import ReferenceRequest, make_reference
 from tarflow.evaluation.worker.score_folder import ScoreRequest, score_folder
 from tarflow.files import check_writable
 from tarflow.models.config import TarFlowConfig

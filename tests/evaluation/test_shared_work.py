@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tarflow.evaluation.shared_work import SharedWork, stretches
+from tarflow.evaluation.shared_work import SharedWork, index_ranges
 from tests.helpers.waiting import until
 
 UNITS = [f"unit-{i:02d}" for i in range(12)]
@@ -107,10 +107,13 @@ def test_a_holder_that_was_paused_beyond_its_lease_does_no_harm(tmp_path):
     """Two compute the same unit; the first result stays, and no claim or temporary file does."""
     slow, quick = SharedWork(tmp_path, {}, 60), SharedWork(tmp_path, {}, 60)
 
+    def write_first(name, path):
+        path.write_text("first")
+
     def overtaken(name, path):
         (claim,) = (tmp_path / "claims").glob("unit-00.*")
         os.utime(claim, (0, 0))
-        assert quick.work_through([name], lambda name, path: path.write_text("first"))
+        assert quick.work_through([name], write_first)
         path.write_text("second")
 
     assert slow.work_through(["unit-00"], overtaken)
@@ -155,9 +158,9 @@ def test_work_that_is_over_or_was_cleared_away_ends_without_an_error(tmp_path):
 
 
 @pytest.mark.case("S02")
-def test_stretches_hold_every_index_once():
+def test_ranges_hold_every_index_once():
     for total, size in ((10, 3), (9, 3), (2, 5), (1, 1)):
-        assert [i for part in stretches(total, size) for i in part] == list(range(total))
+        assert [i for part in index_ranges(total, size) for i in part] == list(range(total))
 
 
 def test_joining_work_that_is_cleared_away_at_this_moment_begins_it_anew(tmp_path, monkeypatch):
@@ -178,7 +181,7 @@ def test_joining_work_that_is_cleared_away_at_this_moment_begins_it_anew(tmp_pat
 def dies_while_it_claims(folder):
     work = SharedWork(folder, {}, 3600)
     die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
-    Path.write_text = os.fdopen = die  # whichever way the holder is about to be written
+    Path.write_text = os.fdopen = die  # type: ignore[method-assign,assignment]  # whichever way the holder is written
     work.work_through(["unit-00"], write)
 
 

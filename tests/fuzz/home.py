@@ -49,7 +49,7 @@ def set_up(seed: str = "") -> None:
     import torch.distributed.checkpoint.filesystem
 
     import tarflow.evaluation.networks.features
-    import tarflow.evaluation.worker.make_reference
+    import tarflow.evaluation.references.make
     import tarflow.evaluation.worker.real_images
     import tarflow.evaluation.worker.score_folder
 
@@ -57,7 +57,7 @@ def set_up(seed: str = "") -> None:
     torch.distributed.checkpoint.filesystem._generate_uuid = lambda: "an id"
     for module in (
         tarflow.evaluation.networks.features,
-        tarflow.evaluation.worker.make_reference,
+        tarflow.evaluation.references.make,
         tarflow.evaluation.worker.real_images,
         tarflow.evaluation.worker.score_folder,
     ):

@@ -357,13 +357,17 @@ def main() -> None:
                 os.execvpe("unshare", ["unshare", flags, *sys.orig_argv], os.environ | {"TABLE_NAMESPACE": name})
     import torch
 
-    import tarflow.evaluation.worker.make_reference
+    import tarflow.evaluation.references.make
     import tarflow.evaluation.worker.real_images
     import tarflow.evaluation.worker.score_folder
     from tests.evaluation.conftest import FakeFeatures
 
-    for module in ("real_images", "make_reference", "score_folder"):
-        setattr(getattr(tarflow.evaluation.worker, module), "Features", FakeFeatures)  # noqa: B010
+    for module in (
+        tarflow.evaluation.references.make,
+        tarflow.evaluation.worker.real_images,
+        tarflow.evaluation.worker.score_folder,
+    ):
+        module.Features = FakeFeatures  # type: ignore[attr-defined]
     torch.set_num_threads(1)
     torch.set_num_interop_threads(1)
     home.mkdir(parents=True, exist_ok=True)

@@ -45,14 +45,14 @@ def test_a_checkpoint_that_cannot_be_scored_gives_exit_code_1(make_run, save_che
     run_dir, config = make_run(steps=())
     save_checkpoint(run_dir, config, 10, 160, averages=[])
     assert run("evaluate", run_dir, "--once") == FAILED
-    assert "not scored: images-000000000160: checkpoint" in capsys.readouterr().out
+    assert "not evaluated: images-000000000160: checkpoint" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("evaluate", "nowhere"), "no run directory at nowhere"),
-        (("evaluate", "nowhere", "--watch", "--step", "3"), "--step is one checkpoint"),
+        (("evaluate", "nowhere", "--watch", "--step", "3"), "--step selects one checkpoint"),
         (("evaluate", "nowhere", "--threads", "0"), "--threads must be at least 1, got 0"),
         (("sample", "nowhere", "--out", "x", "--num", "0"), "--num must be at least 1, got 0"),
         (("sample", "nowhere", "--out", "x", "--labels", "cat"), "no run directory at nowhere"),

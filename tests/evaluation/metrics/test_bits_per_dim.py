@@ -40,7 +40,7 @@ def test_the_figure_equals_the_training_loss_in_bits(model):
     pixels, labels, ids = data()
     noise = NoiseSettings("gaussian", 0.1, seed=5)
     with torch.no_grad():
-        each = bits_from_nats(flow_loss(*model(noise.apply(pixels, ids.tolist()), labels))).double()
+        each = torch.as_tensor(bits_from_nats(flow_loss(*model(noise.apply(pixels, ids.tolist()), labels)))).double()
     result = measure_bits_per_dim(model, [(pixels, labels, ids)], noise)
     assert result["bits_per_dim"] == pytest.approx(float(each.mean()), abs=1e-5)
     assert result["stderr"] == pytest.approx(float(each.std() / math.sqrt(20)), rel=1e-4)
@@ -87,7 +87,7 @@ def test_an_empty_or_repeating_set_is_an_error(model):
     noise = NoiseSettings("gaussian", 0.1)
     with pytest.raises(EvaluationError, match="no held-out images"):
         measure_bits_per_dim(model, [], noise)
-    with pytest.raises(EvaluationError, match="sample 100 of the held-out images came twice"):
+    with pytest.raises(EvaluationError, match="sample 100 of the held-out images was added twice"):
         measure_bits_per_dim(model, [*batches(data(), 20), *batches(data(), 20)], noise)
 
 

@@ -342,13 +342,13 @@ def test_another_runs_or_checkpoints_result_is_not_this_ones(runs: Path) -> None
     shutil.copytree(a / "evals/step-00000020", a / "evals/step-00000030")
     (damaged,) = scan(a)[1]
     assert "evals/step-00000030/result.json (a result) is damaged" in damaged
-    assert "name: it is that of 'step-00000020', and lies in 'step-00000030'" in damaged
+    assert "name: it names 'step-00000020', and is in 'step-00000030'" in damaged
     values = read_object(a / "evals/step-00000020/result.json")
     for key, value, says in (
         ("step", 21, "step: 21, and its name says 20"),
         ("settings_hash", "0" * 12, "is not the digest of its settings"),
         ("num_samples", 17, "contradicts"),
-        ("checksun", "x", "no field 'checksun'"),
+        ("checksun", "x", "has no field 'checksun'"),
     ):
         write_object(a / "evals/step-00000020/result.json", values | {key: value})
         with pytest.raises(DamagedFileError, match=says):

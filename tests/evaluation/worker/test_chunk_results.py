@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.metrics.bits_per_dim import BitsPerDim, NoiseSettings
 from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics, frechet_distance
 from tarflow.evaluation.samples.draw import Drawn
-from tarflow.evaluation.worker.chunk_file import LIKELIHOOD, SAMPLES, Chunk, is_whole
+from tarflow.evaluation.worker.chunk_file import LIKELIHOOD, SAMPLES, Chunk, is_valid
 from tarflow.evaluation.worker.chunk_results import (
     Keep,
     MergedLikelihood,
@@ -113,7 +114,7 @@ def test_held_out_images_come_once(tmp_path):
     merged = MergedLikelihood(noise)
     assert [merged.merge(chunk(tmp_path, name)).by for name in ("b", "a")] == ["b", "a"]
     assert merged.bits.result()["bits_per_dim"] == 2.5
-    with pytest.raises(EvaluationError, match="sample 3 of the held-out images came twice"):
+    with pytest.raises(EvaluationError, match="sample 3 of the held-out images was added twice"):
         merged.merge(chunk(tmp_path, "again"))
 
 
@@ -123,7 +124,7 @@ def test_no_flipped_bit_of_a_chunk_is_merged(tmp_path):
     data, refused = one.path.read_bytes(), 0
     for at in random.Random(0).sample(range(len(data)), 300):
         one.path.write_bytes(data[:at] + bytes([data[at] ^ (1 << at % 8)]) + data[at + 1 :])
-        if not is_whole(one, SAMPLES):
+        if not is_valid(one, SAMPLES):
             refused += 1
             continue
         merged = part()
@@ -135,24 +136,24 @@ def test_no_flipped_bit_of_a_chunk_is_merged(tmp_path):
 @pytest.mark.parametrize("of", [{"chunk": "b", "weights": "f00d"}, {"chunk": "a", "weights": "beef"}, {}])
 @pytest.mark.case("H04")
 def test_a_chunk_of_something_else_is_never_merged(tmp_path, of):
-    one = replace(write(tmp_path, "a", range(5)), of=of)
-    assert not is_whole(one, SAMPLES)
-    with pytest.raises(DamagedFileError, match="it is another chunk's, or of other weights or settings"):
+    one = replace(write(tmp_path, "a", range(5)), identity=of)
+    assert not is_valid(one, SAMPLES)
+    with pytest.raises(DamagedFileError, match="it belongs to another chunk, or to other weights or settings"):
         part().merge(one)
 
 
-CHANGES = {
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "no checksum": ({}, "it carries no checksum"),
-    "another count": ({"count": np.array([4])}, "do not fit its 4 samples"),
-    "a negative count": ({"count": np.array([-1])}, "do not fit"),
+    "another count": ({"count": np.array([4])}, "do not match its 4 samples"),
+    "a negative count": ({"count": np.array([-1])}, "do not match"),
     "another width": ({"mean": np.zeros(5)}, "'features' is float32"),
-    "no scatter matrix": ({"scatter": np.zeros(9)}, "another width than its mean"),
+    "no scatter matrix": ({"scatter": np.zeros(9)}, "scatter matrix and its mean have different widths"),
     "rows of another type": ({"features": np.zeros((2, 4), np.float16)}, "'features' is float16"),
     "nan": ({"mean": np.full(4, np.nan)}, "not finite"),
-    "labels of other samples": ({"labels": np.zeros(7, np.int64)}, "does not fit the others"),
+    "labels of other samples": ({"labels": np.zeros(7, np.int64)}, "does not match the others"),
     "more lost than asked": ({"lost_nonfinite": np.arange(3)}, "contradict each other"),
     "no grid": ({"grid_images": None, "grid_noisy": None}, "images of its grid are missing"),
-    "an array less": ({"hashes": None}, "no array 'hashes'"),
+    "an array less": ({"hashes": None}, "lacks the array 'hashes'"),
     "an array more": ({"other": np.zeros(3)}, "an unknown array 'other'"),
 }
 
@@ -165,11 +166,11 @@ def test_a_chunk_that_cannot_be_is_refused_whoever_wrote_it(tmp_path, what):
     with open(one.path, "wb") as file:
         kept = {name: array for name, array in stored.items() if array is not None}
         (write_npz if arrays else lambda file, kept: np.savez(file, **kept))(file, kept)
-    assert not is_whole(one, SAMPLES)
+    assert not is_valid(one, SAMPLES)
     with pytest.raises(DamagedFileError, match=says):
         part().merge(one)
 
 
 @pytest.mark.case("H06")
 def test_samples_are_no_likelihoods(tmp_path):
-    assert not is_whole(write(tmp_path, "a", range(5)), LIKELIHOOD)
+    assert not is_valid(write(tmp_path, "a", range(5)), LIKELIHOOD)

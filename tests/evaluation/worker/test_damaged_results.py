@@ -8,8 +8,9 @@ import pytest
 
 from tarflow.evaluation import results
 from tarflow.evaluation.run_config import run_config
+from tarflow.evaluation.sweep.candidates import SweepRequest
+from tarflow.evaluation.sweep.guidance import sweep_guidance
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
-from tarflow.evaluation.worker.sweep import SweepRequest, sweep_guidance
 from tarflow.records import DamagedFileError, append_record_line, read_lines, read_object, write_object
 from tarflow.trainer.config.chosen_sampling import chosen_sampling, save_choice
 
@@ -20,7 +21,9 @@ NAME = "images-000000000320"
 def digit(path):
     """Change one digit of a figure: valid JSON, another number."""
     text = path.read_text()
-    at = re.search(r'"(?:fd_\w+|bits_per_dim|distance|guidance)": \d+\.\d*?([1-8])', text).start(1)
+    found = re.search(r'"(?:fd_\w+|bits_per_dim|distance|guidance)": \d+\.\d*?([1-8])', text)
+    assert found is not None
+    at = found.start(1)
     path.write_text(text[:at] + str(int(text[at]) + 1) + text[at + 1 :])
 
 
@@ -45,7 +48,7 @@ def test_a_result_that_cannot_be_believed_is_set_aside_said_and_made_again(make_
     before = path.read_bytes()
     for number, damage in enumerate((digit, other_run, pipe), 1):
         damage(path)
-        lines = []
+        lines: list[str] = []
         assert len(evaluated(run_dir, lines)) == 1, damage
         assert path.read_bytes() == before
         aside = f"damaged-{NAME}" + (f"-{number}" if number > 1 else "")
@@ -66,11 +69,9 @@ def test_a_damaged_line_of_results_is_written_again(make_run):
         write_object(work, read_object(work) | {"time": 1e9})  # long ago: its own worker is not about to do it
     first, second = path.read_text().splitlines()
     path.write_text(re.sub(r'("fd_\w+": \d)', r"\g<1>7", first) + "\n" + second[: len(second) // 2])
-    said = []
+    said: list[str] = []
     assert evaluated(run_dir, said) == []
-    assert (
-        f"{path}: 1 damaged line left out (1); its last line is cut off; what is missing in it is written again" in said
-    )
+    assert f"{path}: 1 damaged line left out (1); its last line is cut off; missing lines are written again" in said
     lines = read_lines(path)
     assert len(lines.damaged) == 2
     assert {row["name"] for row in lines.rows} == whole.keys()
@@ -89,10 +90,10 @@ def test_lines_of_another_run_are_not_taken_for_this_ones(make_run):
     (row,) = read_lines(path).rows
     path.unlink()
     append_record_line(path, row | {"run": "0" * 32})
-    said = []
+    said: list[str] = []
     evaluated(run_dir, said)
-    foreign = f"{path} holds lines that are no results of this run: 1"
-    assert f"{foreign}; what is missing in it is written again" in said
+    foreign = f"{path} holds lines that are not results of this run: 1"
+    assert f"{foreign}; missing lines are written again" in said
     assert [line["run"] == row["run"] for line in read_lines(path).rows] == [False, True]
     assert results.scan(run_dir)[1] == [foreign]
 
@@ -131,7 +132,7 @@ def test_a_sweeps_record_that_cannot_be_believed_chooses_nothing(make_run, monke
 
     for damage, says in (
         (digit, "checksum"), (pipe, "no regular file"), (best_is_another, "best: it is not the best of the last round"),
-        (lambda path: write_object(path, read_object(path) | {"name": "images-000000000320-other"}), "name: it is that of"),
+        (lambda path: write_object(path, read_object(path) | {"name": "images-000000000320-other"}), "name: it names"),
     ):  # fmt: skip
         damage(path)
         with pytest.raises(DamagedFileError, match=f"{says}.*remove its folder to do the sweep again"):
@@ -170,7 +171,7 @@ def test_a_plan_whose_numbers_were_changed_is_refused(tmp_path):
     SharedWork(tmp_path / "work", {"batch_size": 3}, 60)
     path = tmp_path / "work/plan.json"
     for changes, says in (
-        ({"batch_size": 0}, "batch_size: 0 cannot be"), ({"batch_size": 1 << 60}, "cannot be"), ({"lease_s": "x"}, "lease_s"),
+        ({"batch_size": 0}, "batch_size: 0 is out of range"), ({"batch_size": 1 << 60}, "is out of range"), ({"lease_s": "x"}, "lease_s"),
         ({"batch_size": 2.5}, "batch_size"), ({"batch_size": True}, "batch_size"),
     ):  # fmt: skip
         write_object(path, {"batch_size": 3, "lease_s": 60.0} | changes)

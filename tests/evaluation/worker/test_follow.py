@@ -6,6 +6,8 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ import yaml
 
 from tarflow.evaluation import results
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.worker.evaluate import Evaluator, Job
+from tarflow.evaluation.worker.compute_chunk import Hooks
+from tarflow.evaluation.worker.evaluate import Evaluator
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import load_recipes
@@ -23,10 +26,9 @@ pytestmark = pytest.mark.usefixtures("fake_features")
 
 
 def run_once(run_dir, **options):
-    lines = []
+    lines: list[str] = []
     outcome = evaluate(run_dir, False, WorkerOptions(**options), lines.append)
-    outcome.lines = lines
-    return outcome
+    return SimpleNamespace(done=outcome.done, failed=outcome.failed, lines=lines)
 
 
 def result_of(run_dir, name="images-000000000320"):
@@ -62,10 +64,13 @@ def test_samples_that_are_images_of_the_reference_are_counted_and_said(make_run,
     result = result_of(run_dir, "images-000000000160")
     assert result["identical_images"] == 0
     assert result["kernel_estimate"] == "all pairs"
-    drawn = []
-    monkeypatch.setattr(
-        "tarflow.evaluation.worker.evaluate.count_identical", lambda ours, theirs: drawn.extend(ours) or len(ours)
-    )
+    drawn: list[int] = []
+
+    def all_of_them(ours, theirs):
+        drawn.extend(ours)
+        return len(ours)
+
+    monkeypatch.setattr("tarflow.evaluation.worker.measure.count_identical", all_of_them)
     run_once(run_dir, step=20)
     result = result_of(run_dir)
     assert len(drawn) == result["num_samples"] == 24
@@ -77,11 +82,11 @@ def test_samples_that_are_images_of_the_reference_are_counted_and_said(make_run,
 def test_damaged_statistics_beside_the_data_are_passed_over_and_the_run_makes_its_own(make_run):
     run_dir, _ = make_run()
     (recipe, *_) = load_recipes(run_dir, [])
-    lines = []
+    lines: list[str] = []
 
     def real():
         return RealImages(
-            results.evals_dir(run_dir), recipe.config, recipe.settings, torch.device("cpu"), say=lines.append
+            results.evals_dir(run_dir), recipe.config, recipe.settings, torch.device("cpu"), log=lines.append
         )
 
     first = real().reference  # of the run, since nothing lies beside the data
@@ -95,7 +100,7 @@ def test_damaged_statistics_beside_the_data_are_passed_over_and_the_run_makes_it
             beside.unlink(missing_ok=True)
         assert again.path == first.path
         assert torch.equal(again.rows, first.rows)
-        assert any(line.startswith(f"{damaged} is ") and "it is damaged" in line for line in lines)
+        assert any(line.startswith(f"{damaged} is ") and "damaged" in line for line in lines)
 
 
 @pytest.mark.case("S11")
@@ -157,7 +162,9 @@ def test_other_settings_have_a_directory_of_their_own(make_run):
 
 def test_only_settings_of_the_evaluation_can_be_overridden(make_run):
     run_dir, _ = make_run(steps=(20,))
-    with pytest.raises(EvaluationError, match=r"override 'train\.noise_std=0\.2'.*sections sampling and evaluation"):
+    with pytest.raises(
+        EvaluationError, match=r"override 'train\.noise_std=0\.2'.*sections sampling, evaluation and data"
+    ):
         run_once(run_dir, overrides=["train.noise_std=0.2"])
     with pytest.raises(TrainerError, match=r"did you mean sampling\.guidance"):
         run_once(run_dir, overrides=["sampling.guidence=2"])
@@ -185,16 +192,14 @@ def test_a_worker_killed_before_its_line_is_announced_by_the_next(make_run):
     assert len(lines) == 2
 
 
-def test_a_killed_evaluation_leaves_no_half_result(make_run, monkeypatch):
+def test_a_killed_evaluation_leaves_no_half_result(make_run):
     run_dir, _ = make_run(steps=(20,))
 
-    def killed(self, *args):
+    def killed(_merged):
         raise SystemExit(143)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Job, "_measure", killed)
-        with pytest.raises(SystemExit):
-            run_once(run_dir)
+    with pytest.raises(SystemExit):
+        run_once(run_dir, hooks=Hooks(before_measure=killed))
     assert not (run_dir / "evals/images-000000000320").exists()
     assert not (run_dir / "evals.jsonl").exists()
     assert not list((run_dir / "checkpoints/pins").iterdir())
@@ -210,7 +215,7 @@ def test_two_workers_publish_a_result_once(make_run):
     from tarflow.trainer.checkpoint.find import find
 
     (recipe,) = load_recipes(run_dir, [])
-    quiet = {"say": lambda _: None}
+    quiet: dict[str, Any] = {"log": lambda _: None}
     real = RealImages(results.evals_dir(run_dir), recipe.config, recipe.settings, torch.device("cpu"), **quiet)
     workers = [Evaluator(run_dir, recipe, real, **quiet) for _ in range(2)]
     published = [worker.evaluate(find(run_dir, 20)) for worker in workers]
@@ -425,7 +430,7 @@ def test_watching_ends_when_the_last_checkpoint_is_evaluated(make_run, save_chec
 
 
 def test_watching_waits_for_a_run_that_is_being_made_and_gives_up_when_idle(make_run, tmp_path):
-    lines = []
+    lines: list[str] = []
     started = time.monotonic()
     with pytest.raises(TrainerError, match="no run directory"):
         evaluate(tmp_path / "later", True, WorkerOptions(wait_for_run_s=0.3), lines.append)
@@ -441,7 +446,7 @@ def test_a_checkpoint_removed_by_retention_is_passed_over(make_run, monkeypatch)
     from tarflow.evaluation.worker import follow as worker
 
     real = worker.scan
-    calls = []
+    calls: list[int] = []
 
     def listed_then_removed(path):
         found = real(path)

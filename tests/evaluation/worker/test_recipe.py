@@ -103,7 +103,7 @@ def recipe_of(make_model, tmp_path, digit_like):
 @pytest.mark.case("I07")
 def test_noise_that_nobody_says_is_asked_for(recipe_of, overrides):
     with pytest.raises(
-        EvaluationError, match=r"does not say its noise: give train\.noise_std=S.*or train\.noise=uniform"
+        EvaluationError, match=r"does not record its noise: give train\.noise_std=S.*or train\.noise=uniform"
     ):
         recipe_of({}, *overrides)
 

@@ -16,8 +16,8 @@ import torch
 from tarflow.errors import UserError
 from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics
 from tarflow.evaluation.networks.features import FROM_FILE, PACKAGED
+from tarflow.evaluation.references.reference import save_reference
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
-from tarflow.evaluation.worker.reference import save_reference
 from tarflow.trainer.config.evaluation import FEATURE_PACKAGES
 from tarflow.trainer.start.check import check_start
 
@@ -82,11 +82,11 @@ CASES: dict[str, tuple[dict[str, Any], str, str, bool]] = {
     ),
     "training images are nowhere": ({"data": {"train": "NOWHERE"}}, "no data set", "there is no data set at NOWHERE", True),
     "a network that no package brings": (
-        {"evaluation": {"features": "fid_inception"}}, "comes in no package", "evaluation.features=fid_inception", False,
+        {"evaluation": {"features": "fid_inception"}}, "no package provides", "evaluation.features=fid_inception", False,
     ),
     "its weights are not there": (
         {"evaluation": {"features": "dinov2", "features_file": "NOWHERE"}},
-        "are not at", "evaluation.features_file=NOWHERE: there is no such file", False,
+        "there are no weights of", "evaluation.features_file=NOWHERE: there is no such file", False,
     ),
     "weights for a network that a package brings": (
         {"evaluation": {"features": "mobilenet_v2", "features_file": "TEXT"}},

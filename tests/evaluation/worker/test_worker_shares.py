@@ -7,12 +7,13 @@ import shutil
 import signal
 import time
 import zipfile
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
-from tarflow.evaluation.worker import evaluate as evaluate_module
+from tarflow.evaluation.worker.compute_chunk import Hooks
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 from tarflow.records import DamagedFileError
 from tests.helpers.checkpoints import tell
@@ -26,14 +27,8 @@ CHUNKS = 10
 def work(run_dir, options, first_delay_s=0.0, delay_s=0.0):
     """A worker; its first chunk takes longer so that others surely have time to come, or to be killed."""
     torch.set_num_threads(1)
-    compute = evaluate_module.Job._compute
     delays = [first_delay_s]
-
-    def slow(self, name, path):
-        time.sleep(delays.pop() if delays else delay_s)
-        compute(self, name, path)
-
-    evaluate_module.Job._compute = slow
+    options.hooks = Hooks(before_chunk=lambda _: time.sleep(delays.pop() if delays else delay_s))
     evaluate(run_dir, False, options, lambda _: None)
     os._exit(0)
 
@@ -51,6 +46,16 @@ def claims_of(run_dir, process):
 
 def chunks_done(run_dir):
     return sorted((run_dir / "evals").glob("work/images-*/*-0????"))
+
+
+def stop_before_the_result(run_dir):
+    """All chunks are computed, then the worker ends."""
+
+    def stop(_merged):
+        raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        evaluate(run_dir, False, WorkerOptions(hooks=Hooks(before_measure=stop)), lambda _: None)
 
 
 def kill(process):
@@ -113,34 +118,23 @@ def test_all_killed_and_one_started_again_draws_only_what_is_missing(run_of_2000
         kill(process)
     before = {p.name: p.read_bytes() for p in chunks_done(run_of_2000)}
     assert 4 <= len(before) < CHUNKS
-    drawn = []
-    sample = evaluate_module.draw_chunk
-
-    def noting(part, sampler, features, indices, *rest):
-        drawn.append(indices.start)
-        sample(part, sampler, features, indices, *rest)
-
-    for run_dir in (run_of_2000, alone):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(evaluate_module, "draw_chunk", noting if run_dir == run_of_2000 else sample)
-            assert len(evaluate(run_dir, False, WorkerOptions(), lambda _: None).done) == 1
-    done_before = [200 * int(name[-5:]) for name in before if name.startswith("samples")]
-    assert sorted(drawn + done_before) == list(range(0, 2000, 200))
+    drawn: list[str] = []
+    counting = WorkerOptions(hooks=Hooks(after_chunk=drawn.append))
+    for run_dir, options in ((run_of_2000, counting), (alone, WorkerOptions())):
+        assert len(evaluate(run_dir, False, options, lambda _: None).done) == 1
+    starts = [200 * int(name[-5:]) for name in [*drawn, *before] if name.startswith("samples")]
+    assert sorted(starts) == list(range(0, 2000, 200))
     assert files(run_of_2000) == files(alone)
 
 
 def test_the_statistics_are_those_of_all_features_at_once(run_of_2000):
     """Merged chunks against two passes over everything; the features are kept for measures that need them."""
-    seen = {}
-    finish = evaluate_module.Job._measure
+    seen: dict[str, Any] = {}
 
-    def noting(self, samples, likelihood, folder):
-        seen.update(features=samples.features, parts=samples.statistics.parts())
-        return finish(self, samples, likelihood, folder)
+    def keep(merged):
+        seen.update(features=merged.samples.features, parts=merged.samples.statistics.parts())
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate_module.Job, "_measure", noting)
-        evaluate(run_of_2000, False, WorkerOptions(), lambda _: None)
+    evaluate(run_of_2000, False, WorkerOptions(hooks=Hooks(before_measure=keep)), lambda _: None)
     rows = seen["features"].double()
     assert rows.shape == (2000, 8)
     count, mean, scatter = seen["parts"]
@@ -168,19 +162,13 @@ def test_the_order_is_a_setting(make_run):
     assert [r["step"] for r in evaluate(run_dir, False, WorkerOptions(), lambda _: None).done] == [20, 10]
 
 
-def test_what_is_evaluated_is_pinned_all_the_while(make_run, monkeypatch):
+def test_what_is_evaluated_is_pinned_all_the_while(make_run):
     from tarflow.trainer.checkpoint.retention import apply_retention
 
     run_dir, _ = make_run(steps=(10, 20, 30))
     removed = []
-    compute = evaluate_module.Job._compute
-
-    def with_retention(self, name, path):
-        removed.append(apply_retention(run_dir, 2, 0))
-        compute(self, name, path)
-
-    monkeypatch.setattr(evaluate_module.Job, "_compute", with_retention)
-    evaluate(run_dir, False, WorkerOptions(step=10), lambda _: None)
+    hooks = Hooks(before_chunk=lambda _: removed.append(apply_retention(run_dir, 2, 0)))
+    evaluate(run_dir, False, WorkerOptions(step=10, hooks=hooks), lambda _: None)
     assert set(map(tuple, removed)) == {()}
     assert apply_retention(run_dir, 2, 0) == ["images-000000000160"]
 
@@ -233,10 +221,7 @@ def test_a_refused_weights_file_writes_nothing_and_leaves_a_run_as_it_is(make_ru
 
 def test_a_chunks_file_says_who_did_it(run_of_2000):
     """Stopped before the result: the chunks stay, with their owner and nothing that is not an array."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate_module.Job, "_finish", lambda self, name, path: (_ for _ in ()).throw(SystemExit(143)))
-        with pytest.raises(SystemExit):
-            evaluate(run_of_2000, False, WorkerOptions(), lambda _: None)
+    stop_before_the_result(run_of_2000)
     path = chunks_done(run_of_2000)[-1]
     assert zipfile.is_zipfile(path)
     with np.load(path) as stored:
@@ -257,12 +242,10 @@ def test_work_by_two_versions_names_both_and_the_result_is_the_same(run_of_2000,
     alone = tmp_path / "alone"
     shutil.copytree(run_of_2000, alone)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate_module, "code_version", lambda: old)
-        patch.setattr(evaluate_module.Job, "_finish", lambda self, name, path: (_ for _ in ()).throw(SystemExit(143)))
-        with pytest.raises(SystemExit):
-            evaluate(run_of_2000, False, WorkerOptions(), lambda _: None)
+        patch.setattr("tarflow.evaluation.worker.task.code_version", lambda: old)
+        stop_before_the_result(run_of_2000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate_module, "code_version", lambda: new)
+        patch.setattr("tarflow.evaluation.worker.task.code_version", lambda: new)
         for run_dir in (run_of_2000, alone):
             evaluate(run_dir, False, WorkerOptions(), lambda _: None)
     assert files(run_of_2000) == files(alone)
@@ -300,19 +283,13 @@ def test_chunks_count_as_progress_of_a_requeued_job(run_of_2000):
     """A result that takes longer than one allocation must not look like a job that gets nowhere."""
     from types import SimpleNamespace
 
+    from tarflow.cluster.job.description import Job
     from tarflow.cluster.job.job import progress
 
-    job = SimpleNamespace(kind="evaluate", run_dir=str(run_of_2000))
+    job = cast(Job, SimpleNamespace(kind="evaluate", run_dir=str(run_of_2000)))
     seen = [progress(job)]
-    compute = evaluate_module.Job._compute
-
-    def counting(self, name, path):
-        compute(self, name, path)
-        seen.append(progress(job))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate_module.Job, "_compute", counting)
-        evaluate(run_of_2000, False, WorkerOptions(), lambda _: None)
+    hooks = Hooks(after_chunk=lambda _: seen.append(progress(job)))
+    evaluate(run_of_2000, False, WorkerOptions(hooks=hooks), lambda _: None)
     seen.append(progress(job))
     assert seen == [0, *range(CHUNKS + 1), 1_000_000]
 
@@ -320,13 +297,11 @@ def test_chunks_count_as_progress_of_a_requeued_job(run_of_2000):
 @pytest.mark.parametrize("size", [0, -1])
 @pytest.mark.case("V06")
 def test_a_damaged_chunk_is_computed_again_and_said(run_of_2000, tmp_path, size):
-    alone, lines = tmp_path / "alone", []
+    lines: list[str] = []
+    alone = tmp_path / "alone"
     shutil.copytree(run_of_2000, alone)
     evaluate(alone, False, WorkerOptions(), lambda _: None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate_module.Job, "_finish", lambda self, name, path: (_ for _ in ()).throw(SystemExit(143)))
-        with pytest.raises(SystemExit):
-            evaluate(run_of_2000, False, WorkerOptions(), lambda _: None)
+    stop_before_the_result(run_of_2000)
     for chunk in (chunks_done(run_of_2000)[0], chunks_done(run_of_2000)[-1]):
         os.truncate(chunk, size if size >= 0 else chunk.stat().st_size + size)
     evaluate(run_of_2000, False, WorkerOptions(), lines.append)
@@ -351,7 +326,8 @@ def test_a_damaged_plan_says_what_to_remove(run_of_2000):
 def test_a_result_that_cannot_be_read_is_set_aside_and_evaluated_again(make_run, text):
     run_dir, _ = make_run(steps=(20,))
     evaluate(run_dir, False, WorkerOptions(), lambda _: None)
-    before, lines = files(run_dir), []
+    lines: list[str] = []
+    before = files(run_dir)
     result = run_dir / "evals/images-000000000320/result.json"
     result.unlink() if text is None else result.write_text(text)
     assert len(evaluate(run_dir, False, WorkerOptions(), lines.append).done) == 1

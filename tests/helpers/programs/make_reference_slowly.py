@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tarflow.evaluation.worker import make_reference as making
-from tarflow.evaluation.worker import reference
-from tarflow.evaluation.worker.make_reference import ReferenceRequest, make_reference
+from tarflow.evaluation.references import compute
+from tarflow.evaluation.references import make as making
+from tarflow.evaluation.references.make import ReferenceRequest, make_reference
 
 
 class SlowFeatures:
@@ -24,7 +24,7 @@ class SlowFeatures:
 
 
 if __name__ == "__main__":
-    reference.CHUNK = 3
+    compute.CHUNK = 3
     making.Features = SlowFeatures  # type: ignore[misc, assignment]
     data, out, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))

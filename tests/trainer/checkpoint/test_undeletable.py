@@ -176,7 +176,7 @@ def test_other_folders_that_are_replaced_or_cleared_away(tmp_path: Path, held) -
     work = tmp_path / "evals" / "work" / "images-000000000008-hash-weights"
     work.mkdir(parents=True)
     held(work)
-    results.sweep(tmp_path)  # the checkpoint is gone
+    results.remove_leftovers(tmp_path)  # the checkpoint is gone
     SharedWork.clear(work)
     result = tmp_path / "evals" / "images-000000000008"
     kept = tmp_path / "evals" / "superseded-images-000000000008-0123456789"[:-2]

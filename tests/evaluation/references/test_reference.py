@@ -6,6 +6,7 @@ import re
 import subprocess
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ import torch
 from tarflow.data_pipeline.images.identical import image_hashes
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.metrics.frechet_distance import frechet_distance
-from tarflow.evaluation.worker import reference
-from tarflow.evaluation.worker.reference import cache_path, full_provenance, load_reference, reference_statistics
+from tarflow.evaluation.references import compute
+from tarflow.evaluation.references.compute import reference_statistics
+from tarflow.evaluation.references.reference import cache_path, full_provenance, load_reference, save_reference
 from tarflow.records import DamagedFileError
 from tests.helpers.programs import ENV, program
 from tests.helpers.waiting import until
@@ -29,7 +31,7 @@ class FakeFeatures:
 
 
 ROOT = Path(__file__).resolve().parents[3]
-DATA = {"fingerprint": "aa11", "images": 30, "image_size": 8, "channels": 1, "crop": "centre"}
+DATA: dict[str, str | int] = {"fingerprint": "aa11", "images": 30, "image_size": 8, "channels": 1, "crop": "centre"}
 
 
 class Images:
@@ -40,6 +42,8 @@ class Images:
         rng = torch.Generator().manual_seed(0)
         self.pixels = torch.randint(0, 256, (there, 1, 8, 8), dtype=torch.uint8, generator=rng)
         self.read = []
+
+    skips_damaged = False
 
     @property
     def num_images(self):
@@ -77,8 +81,8 @@ def test_statistics_are_computed_once_and_read_back_exactly(tmp_path):
 
 def test_chunks_in_any_hands_make_the_same_bits(tmp_path, monkeypatch):
     """Nine chunks: one process, and one that finds four of them done by another that was killed."""
-    monkeypatch.setattr(reference, "CHUNK", 4)
-    monkeypatch.setattr(reference, "KEEP", 11)
+    monkeypatch.setattr(compute, "CHUNK", 4)
+    monkeypatch.setattr(compute, "KEEP", 11)
     whole, _ = make(tmp_path / "a")
 
     class Killed(Images):
@@ -121,7 +125,7 @@ def test_processes_of_any_number_and_a_killed_one_make_the_same_file(tmp_path, d
 
 @pytest.mark.case("S04")
 def test_what_a_killed_process_left_for_other_data_is_not_taken_in(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "CHUNK", 10)
+    monkeypatch.setattr(compute, "CHUNK", 10)
 
     class Killed(Images):
         def batches(self, labelled, batch_size=7, part=0, parts=1):
@@ -141,7 +145,7 @@ def test_what_a_killed_process_left_for_other_data_is_not_taken_in(tmp_path, mon
 
 @pytest.mark.case("S08")
 def test_uneven_and_empty_parts_weigh_by_their_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "CHUNK", 7)  # 30 images: chunks of six
+    monkeypatch.setattr(compute, "CHUNK", 7)  # 30 images: chunks of six
     found, _ = make(tmp_path)
     pixels = Images().pixels.double().flatten(1)[:, :4]
     count, mean, scatter = found.statistics.parts()
@@ -151,7 +155,7 @@ def test_uneven_and_empty_parts_weigh_by_their_images(tmp_path, monkeypatch):
 
 
 def test_the_kept_features_are_spread_over_the_data(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "KEEP", 3)
+    monkeypatch.setattr(compute, "KEEP", 3)
     found, images = make(tmp_path)
     wanted = images.pixels.float().flatten(1)[[9, 19, 29], :4]
     assert torch.equal(found.rows, wanted)
@@ -219,7 +223,6 @@ DAMAGES = {
     "cut": lambda data: data[: len(data) // 2],
     "junk": lambda data: b"no statistics" * 50,
     "flipped": lambda data: data[:60] + bytes(b ^ 255 for b in data[60:90]) + data[90:],
-    "other arrays": None,
 }
 
 
@@ -232,16 +235,17 @@ def damage(path, what):
         path.write_bytes(DAMAGES[what](path.read_bytes()))
 
 
-@pytest.mark.parametrize("what", DAMAGES)
+@pytest.mark.parametrize("what", [*DAMAGES, "other arrays"])
 @pytest.mark.case("V15")
 def test_damaged_statistics_of_our_own_are_made_anew_and_anybody_else_s_are_an_error(tmp_path, what):
     before, _ = make(tmp_path)
     path = before.path
     damage(path, what)
-    images, lines = Images(), []
-    found = reference_statistics(path, images, FakeFeatures(), say=lines.append)
+    lines: list[str] = []
+    images = Images()
+    found = reference_statistics(path, images, FakeFeatures(), log=lines.append)
     assert images.read == [0]
-    assert lines[0].startswith(f"{path} is made anew, it is damaged: ")
+    assert lines[0].startswith(f"{path} is damaged and will be rebuilt: ")
     assert torch.equal(found.statistics.parts()[1], before.statistics.parts()[1])
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     damage(path, what)
@@ -264,7 +268,7 @@ def test_what_another_worker_put_in_the_place_of_the_damage_stays(tmp_path):
 
     class Meanwhile(Images):
         def batches(self, *rest, **named):
-            reference.save_reference(path, first.statistics, first.provenance, first.rows, first.hashes)
+            save_reference(path, first.statistics, first.provenance, first.rows, first.hashes)
             return super().batches(*rest, **named)
 
     found = reference_statistics(path, Meanwhile(), FakeFeatures())
@@ -290,7 +294,7 @@ def test_no_message_tells_to_remove_what_the_product_did_not_make():
     """Of files that a person names, that is. Its own choices and notes it may name: sampling.json, restarts.json."""
     own = {
         "trainer/config/chosen_sampling.py", "trainer/config/files.py", "trainer/saving/resume.py", "trainer/start/record.py",
-        "evaluation/result_file.py", "evaluation/samples/store_formats.py", "evaluation/worker/sweep.py",
+        "evaluation/result_file.py", "evaluation/samples/store_formats.py", "evaluation/sweep/candidate_score.py",
     }  # fmt: skip
     advice = re.compile(r"\b(remove|delete) (it|them|this|that|the file)\b")
     found = []
@@ -308,7 +312,7 @@ def test_no_message_tells_to_remove_what_the_product_did_not_make():
 def test_hashes_of_the_images_are_kept_in_their_order(tmp_path, monkeypatch):
     whole, images = make(tmp_path / "a")
     assert whole.hashes.tolist() == image_hashes(images.pixels.numpy()).tolist()
-    monkeypatch.setattr(reference, "CHUNK", 7)
+    monkeypatch.setattr(compute, "CHUNK", 7)
     parts, _ = make(tmp_path / "b")
     assert parts.hashes.tolist() == whole.hashes.tolist()
 
@@ -338,7 +342,7 @@ def of(path, **fields):
     return np.array(json.dumps({name: value for name, value in (stored | fields).items() if value is not None}))
 
 
-CHANGES = {
+CHANGES: dict[str, tuple[Any, str]] = {
     "of one image": (lambda path: {"count": np.int64(1)}, "1 images: 2 to 30 can be"),
     "of too many": (lambda path: {"count": np.int64(31)}, "31 images"),
     "a count of another type": (lambda path: {"count": np.float64(30)}, "'count' is float64"),
@@ -416,7 +420,7 @@ def test_pickled_statistics_are_refused_and_run_nothing(tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "another chunk's", "other data's"])
 @pytest.mark.case("H04")
 def test_a_damaged_or_swapped_chunk_is_made_anew_and_never_merged(tmp_path, monkeypatch, damage):
-    monkeypatch.setattr(reference, "CHUNK", 10)
+    monkeypatch.setattr(compute, "CHUNK", 10)
     whole, _ = make(tmp_path / "a")
 
     class Killed(Images):
@@ -425,7 +429,8 @@ def test_a_damaged_or_swapped_chunk_is_made_anew_and_never_merged(tmp_path, monk
                 raise KeyboardInterrupt
             return super().batches(labelled, batch_size, part, parts)
 
-    path, lines = tmp_path / "b" / whole.path.name, []
+    lines: list[str] = []
+    path = tmp_path / "b" / whole.path.name
     with pytest.raises(KeyboardInterrupt):
         reference_statistics(path, Killed(), FakeFeatures())
     first, second = sorted((path.parent / "work").rglob("reference-0*"))
@@ -436,7 +441,7 @@ def test_a_damaged_or_swapped_chunk_is_made_anew_and_never_merged(tmp_path, monk
     else:
         changed(second, provenance=of(second, fingerprint="bb22"))
     rest = Images()
-    reference_statistics(path, rest, FakeFeatures(), say=lines.append)
+    reference_statistics(path, rest, FakeFeatures(), log=lines.append)
     assert rest.read == [1, 2]
     assert sum("is damaged and computed again" in line for line in lines) == 1
     assert path.read_bytes() == whole.path.read_bytes()

@@ -1,6 +1,5 @@
-"""Reference statistics of a data set, made once and ahead of the evaluations that look for them."""
+"""`tarflow reference`: compute the statistics of a data set once, ahead of the evaluations that use them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,15 +8,17 @@ from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.storage.remote import address
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.image_set import ImageSet
+from tarflow.evaluation.log import Log
 from tarflow.evaluation.networks.features import Features
+from tarflow.evaluation.references.compute import reference_statistics
+from tarflow.evaluation.references.reference import Reference, cache_path, full_provenance
 from tarflow.evaluation.samples.weights_source import resolve_device
-from tarflow.evaluation.worker.reference import Reference, cache_path, full_provenance, reference_statistics
 from tarflow.models.config import TarFlowConfig
 
 
 @dataclass
 class ReferenceRequest:
-    """Which statistics to make."""
+    """Which statistics to compute."""
 
     data: str
     size: int
@@ -31,9 +32,9 @@ class ReferenceRequest:
     max_pixels: int = MAX_PIXELS
 
 
-def make_reference(request: ReferenceRequest, say: Callable[[str], None] = print) -> Reference:
-    """Compute statistics, with whoever runs the same command, or find them there already."""
-    # Of the model only the shape of its images counts.
+def make_reference(request: ReferenceRequest, log: Log = print) -> Reference:
+    """Compute statistics together with any other workers, or load them if they exist."""
+    # Only the shape of the images is used; the rest of the model is a placeholder.
     shape = TarFlowConfig(
         image_size=request.size, patch_size=request.size, in_channels=request.channels, channels=64, num_blocks=1,
         layers_per_block=1,
@@ -41,14 +42,14 @@ def make_reference(request: ReferenceRequest, say: Callable[[str], None] = print
     images = ImageSet(_data(request), shape, request.images)
     network = Features(request.features, resolve_device(request.device), request.features_file)
     if request.out is None and address(request.data):
-        raise EvaluationError(f"{request.data} is an address, where nothing can be written: --out FILE says where to")
+        raise EvaluationError(f"{request.data} is an address, which cannot be written to: give --out FILE")
     path = request.out or cache_path(Path(request.data), full_provenance(images.provenance(), network))
     if path.is_file():
-        say(f"{path} is there already")
+        log(f"{path} exists already")
     if path.is_dir():
         raise EvaluationError(f"--out {path} is a folder: name the file to write")
-    found = reference_statistics(path, images, network, say=say, ours=request.out is None)
-    say(
+    found = reference_statistics(path, images, network, log=log, ours=request.out is None)
+    log(
         f"{path}: {found.statistics.count:,} images, {network.dim} features of {network.name}, {len(found.rows):,} kept"
     )
     return found

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ import torch
 import tarflow.cli
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.run_config import run_config
-from tarflow.evaluation.worker import sweep as sweep_module
+from tarflow.evaluation.sweep import candidate_score
+from tarflow.evaluation.sweep.candidates import SweepRequest
+from tarflow.evaluation.sweep.guidance import sweep_guidance
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
-from tarflow.evaluation.worker.sweep import SweepRequest, sweep_guidance
 from tarflow.records import DamagedFileError, read_object
 
 pytestmark = pytest.mark.usefixtures("fake_features")
@@ -24,12 +26,12 @@ def run_dir(make_run):
 
 
 def request(run_dir, **changes):
-    plain = {"guidance": (0, 1, 2, 4), "denoise": (0.0, 1.0), "start": 8, "final": 64}
+    plain: dict[str, Any] = {"guidance": (0, 1, 2, 4), "denoise": (0.0, 1.0), "start": 8, "final": 64}
     return SweepRequest(run_dir, **(plain | changes))
 
 
 def test_the_better_half_goes_on_to_more_samples_and_the_best_is_chosen(run_dir):
-    lines = []
+    lines: list[str] = []
     record = sweep_guidance(request(run_dir), lines.append)
     assert [r["num_samples"] for r in record["rounds"]] == [8, 24, 64]
     assert [len(r["points"]) for r in record["rounds"]] == [8, 4, 2]
@@ -89,7 +91,7 @@ def test_within_the_noise_nothing_is_chosen_unless_asked(run_dir, capsys):
     assert f"distance {distance:.2f} ± {error:.2f} with 48 samples" in said
     assert "not clear: guidance 1" in said
     assert "as good within the noise" in said
-    assert "nothing is chosen, the run's default stays as it is (--choose best takes the best all the same)" in said
+    assert "nothing is chosen, the run's default stays as it is (--choose best takes the best anyway)" in said
     assert not (run_dir / "sampling.json").exists()
     assert run_config(run_dir).sampling.guidance == 1.0
     assert tarflow.cli.main([*words, "--choose", "best"]) == 0, "with the samples that are there"
@@ -117,7 +119,7 @@ def test_a_record_of_an_earlier_version_is_read(run_dir):
     path = run_dir / "sweeps" / record["name"] / "sweep.json"
     old = {k: v for k, v in record.items() if k not in ("best", "unclear", "distance_stderr")}
     path.write_text(json.dumps(old | {"chosen": record["best"]}))
-    lines = []
+    lines: list[str] = []
     sweep_guidance(request(run_dir), lines.append)
     assert "not clear: this sweep was recorded without standard errors; remove its folder to do it again" in lines
     assert not (run_dir / "sampling.json").exists()
@@ -137,7 +139,7 @@ def test_damaged_parts_of_a_sweep_are_computed_again_and_said(run_dir):
     chunk = sorted(figures.parent.glob("samples-*"))[0]
     for path in (figures, chunk):
         os.truncate(path, path.stat().st_size // 2)
-    lines = []
+    lines: list[str] = []
     sweep_guidance(request(run_dir), lines.append)
     assert [line for line in lines if "damaged" in line] == [
         f"{path} is damaged and computed again" for path in (figures, chunk)
@@ -167,8 +169,8 @@ def test_two_processes_share_a_sweep_and_agree_with_one(run_dir, tmp_path):
 
 
 def test_a_killed_sweep_goes_on_with_what_is_missing(run_dir, monkeypatch):
-    drawn = []
-    draw = sweep_module.draw_chunk
+    drawn: list[Any] = []
+    draw = candidate_score.draw_chunk
 
     def dying(part, sampler, features, indices, *rest):
         if len(drawn) == 5:
@@ -176,7 +178,7 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(run_dir, monkeypatch):
         drawn.append((sampler.sampling, indices.start))
         draw(part, sampler, features, indices, *rest)
 
-    monkeypatch.setattr(sweep_module, "draw_chunk", dying)
+    monkeypatch.setattr(candidate_score, "draw_chunk", dying)
     with pytest.raises(SystemExit):
         sweep_guidance(request(run_dir), lambda _: None)
     first, drawn[:] = set(drawn), [None] * 6  # never dies again
@@ -190,11 +192,11 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(run_dir, monkeypatch):
 @pytest.mark.case("S10")
 def test_settings_that_mean_nothing_are_refused_or_said(make_run):
     plain, _ = make_run(steps=(20,), model={"num_classes": 0}, sampling={"guidance": 0})
-    lines = []
+    lines: list[str] = []
     record = sweep_guidance(
         SweepRequest(plain, guidance=(0, 1), attn_temp=(1.0, 0.5), denoise=(1.0,), start=4, final=8), lines.append
     )
-    assert "left out: guidance 1 with attention temperature 1 has no effect without labels" in lines
+    assert "skipped: guidance 1 with attention temperature 1 has no effect without labels" in lines
     assert len(record["rounds"][0]["points"]) == 2
     untrained, _ = make_run(steps=(20,), name="untrained", train={"label_dropout": 0}, sampling={"guidance": 0})
     with pytest.raises(EvaluationError, match=r"train\.label_dropout=0"):

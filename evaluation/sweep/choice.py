@@ -1,17 +1,17 @@
-"""When a sweep's best setting is clearly the best: standard errors, and the ends of the range that was tried."""
+"""Whether a sweep's best candidate is clearly the best: standard errors, and the ends of the range tried."""
 
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-NOISE = 2.0  # standard errors of their difference within which two settings are not told apart
-RANGE = 3  # so many values of a setting make a range, which has ends; two are alternatives
+NOISE = 2.0  # standard errors of their difference within which two candidates are indistinguishable
+MIN_RANGE = 3  # values of a setting that make a range, which has ends; two are alternatives
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting in one round."""
+    """The score of one candidate in one round."""
 
     guidance: float
     denoise: float
@@ -19,7 +19,7 @@ class Point:
     distance: float | None  # None where too many samples were lost
     lost: int = 0
     count: int = 0  # samples behind the distance
-    # What each of the first samples adds to the distance (see FrechetInfluence); None for one that was lost.
+    # How much each of the first samples moves the distance (see FrechetInfluence); None for one that was lost.
     influence: Sequence[float | None] = field(default=(), repr=False)
 
     @property
@@ -30,6 +30,7 @@ class Point:
 
     @property
     def settings(self) -> dict[str, float]:
+        """What the sweep varies, by name."""
         return {"guidance": self.guidance, "denoise": self.denoise, "attn_temp": self.attn_temp}
 
     @property
@@ -42,25 +43,26 @@ class Point:
 
 
 def with_error(value: float, stderr: float | None) -> str:
-    """A figure with its standard error, where that is known."""
+    """A distance with its standard error, where that is known."""
     return f"{value:.2f}" + (f" ± {stderr:.2f}" if stderr is not None else "")
 
 
 def difference_stderr(one: Point, other: Point) -> float | None:
-    """Standard error of the difference of two distances. All settings see the same noise, so the samples come in pairs,
-    and what moves both alike does not count.
+    """Standard error of the difference of two distances.
+
+    All candidates see the same noise, so the samples come in pairs, and what moves both distances alike cancels.
     """
     pairs = zip(one.influence, other.influence)
     return _stderr([a - b for a, b in pairs if a is not None and b is not None], min(one.count, other.count))
 
 
 def _stderr(values: Sequence[float], count: int) -> float | None:
-    """Of a sum over `count` samples, from what some of them add; six digits, so that equal work gives equal files."""
+    """Of a mean over `count` samples, from the influence of some; six digits, so that equal work gives equal files."""
     return float(f"{statistics.stdev(values) / math.sqrt(count):.6g}") if len(values) > 1 else None
 
 
 def why_unclear(tried: Sequence[Point], last: Sequence[Point]) -> list[str]:
-    """Reasons not to choose the best setting of the last round by itself; none if it is clear."""
+    """Reasons against choosing the best candidate of the last round automatically; none if it is clear."""
     best, *others = sorted(last, key=lambda point: point.order)
     return [*_within_noise(best, others), *_at_an_end(best, tried)]
 
@@ -72,9 +74,9 @@ def _within_noise(best: Point, others: Sequence[Point]) -> list[str]:
             continue
         error, difference = difference_stderr(best, other), other.distance - best.distance
         if error is None or difference <= NOISE * error:
-            said = f"{difference:.2f} ± {error:.2f}" if error is not None else f"{difference:.2f}"
+            shown = f"{difference:.2f} ± {error:.2f}" if error is not None else f"{difference:.2f}"
             reasons.append(
-                f"{other} is as good within the noise: {with_error(other.distance, other.stderr)}, a difference of {said}; "
+                f"{other} is as good within the noise: {with_error(other.distance, other.stderr)}, a difference of {shown}; "
                 "more samples (--final) may tell them apart"
             )
     return reasons
@@ -84,7 +86,9 @@ def _at_an_end(best: Point, tried: Sequence[Point]) -> list[str]:
     reasons = []
     for name, value in best.settings.items():
         values = {point.settings[name] for point in tried}
-        if len(values) < RANGE or value not in (min(values), max(values)) or value == 0:  # nothing lies below zero
+        if (
+            len(values) < MIN_RANGE or value not in (min(values), max(values)) or value == 0
+        ):  # there is nothing below zero
             continue
         end = "largest" if value == max(values) else "smallest"
         further = "larger" if value == max(values) else "smaller"

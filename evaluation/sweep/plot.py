@@ -11,8 +11,9 @@ from tarflow.evaluation.report.plots import COLOURS
 
 
 def plot_rounds(rounds: list[dict[str, Any]], metric: str) -> str:
-    """The rounds of a `sweep.json` -> an SVG file; settings without a distance have no point. Bars: one standard
-    error.
+    """The rounds of a `sweep.json` as SVG text.
+
+    Bars are one standard error; candidates without a distance have no point.
     """
     keys = sorted({(p["denoise"], p["attn_temp"]) for r in rounds for p in r["points"]})
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tarflow", "font.size": 9}):

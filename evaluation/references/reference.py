@@ -1,0 +1,137 @@
+"""Reference statistics on disk: the features of a real data set, with their provenance inside.
+
+The provenance holds the data (fingerprint, images, size, channels, crop) and the feature network (weights,
+preprocessing). Statistics of another provenance are refused, naming both values. The path of the data is recorded but
+not compared: the fingerprint decides, so a copy elsewhere is the same data.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics
+from tarflow.files import write_atomic
+from tarflow.npz import write_npz
+from tarflow.trainer.config.reference_file import FORMAT, ReferenceFile, read_reference
+
+Provenance = dict[str, str | int]
+Hashes = NDArray[np.uint64]
+_DATA_PATH = "data"  # the only entry that may differ
+
+
+class Network(Protocol):
+    """A feature network, as `networks.features.Features` implements it."""
+
+    name: str
+    sha256: str
+    preprocessing: str
+    dim: int
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Pixels uint8 [n, C, H, W] to features [n, dim]."""
+
+
+@dataclass
+class Reference:
+    """Statistics of the real images and their provenance; `rows` [m, d] are the features kept."""
+
+    statistics: FeatureStatistics
+    provenance: Provenance
+    path: Path
+    rows: Tensor
+    hashes: Hashes | None = None  # [images], of the pixels; files of version 0.1 have none
+    checked: bool = True  # False: a file without a checksum
+
+    def describe(self) -> dict[str, Any]:
+        """The provenance for a result; `checked` is false if the file carries no checksum."""
+        return self.provenance | ({} if self.checked else {"checked": False})
+
+
+def full_provenance(data: Provenance, features: Network) -> Provenance:
+    """Provenance of statistics: of the data (fingerprint, images, size, channels, crop) and of the network."""
+    return {
+        **data,
+        "features": features.name,
+        "features_sha256": features.sha256,
+        "preprocessing": features.preprocessing,
+    }
+
+
+def cache_path(folder: Path, provenance: Provenance) -> Path:
+    """`reference-<features>-<hash>.npz`: one file per provenance."""
+    identity = {key: value for key, value in provenance.items() if key != _DATA_PATH} | {"format": FORMAT}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return folder / f"reference-{provenance['features']}-{digest}.npz"
+
+
+def save_reference(
+    path: Path, statistics: FeatureStatistics, provenance: Provenance, rows: Tensor, hashes: Hashes | None = None
+) -> None:
+    """Write statistics, kept features, hashes and provenance; the file appears complete or not at all."""
+    write_atomic(path, lambda temporary: write_statistics(temporary, statistics, provenance, rows, hashes))
+
+
+def write_statistics(
+    path: Path, statistics: FeatureStatistics, provenance: Provenance, rows: Tensor, hashes: Hashes | None
+) -> None:
+    """The same, straight to `path`: for a temporary file that is renamed later."""
+    count, mean, scatter = statistics.parts()
+    arrays = {
+        "format": np.array(FORMAT, dtype=np.int64),
+        "count": np.array(count, dtype=np.int64),
+        "mean": mean.numpy(),
+        "scatter": scatter.numpy(),
+        "rows": rows.numpy(),
+        "provenance": np.array(json.dumps(provenance, sort_keys=True)),
+    }
+    with open(path, "wb") as file:
+        write_npz(file, arrays if hashes is None else arrays | {"hashes": hashes})
+
+
+def load_reference(
+    path: Path, expected: Provenance, keys: tuple[str, ...] = (), dim: int = 0, at_least: int = 2
+) -> Reference:
+    """Read statistics; any difference between their provenance and `expected` is an error that names both values.
+
+    `keys`: entries to compare (default: all but the path of the data). `dim`: number of features of the network, 0 if
+    it is not at hand. `at_least`: fewest images. Raises DamagedFileError for a file that does not hold statistics, or
+    not those that were written.
+    """
+    file = _read(path, at_least)
+    differences = _differences(file, expected, keys, dim)
+    if differences:
+        raise EvaluationError(
+            f"the reference statistics at {path} were made from something else:\n  " + "\n  ".join(differences) + "\n"
+            "name another file, or leave evaluation.reference out to have them computed from data.train"
+        )
+    statistics = FeatureStatistics.from_parts(file.count, file.mean, file.scatter)
+    return Reference(statistics, file.provenance, path, torch.from_numpy(file.rows), file.hashes, file.checked)
+
+
+def _read(path: Path, at_least: int) -> ReferenceFile:
+    if not path.is_file():
+        raise EvaluationError(f"no reference statistics at {path}")
+    try:
+        return read_reference(path, at_least)
+    except OSError as error:
+        raise EvaluationError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _differences(file: ReferenceFile, expected: Provenance, keys: tuple[str, ...], dim: int) -> list[str]:
+    stored = file.provenance
+    found = [
+        f"{key}: {stored.get(key)!r} in the file, {expected.get(key)!r} here"
+        for key in keys or sorted((stored.keys() | expected.keys()) - {_DATA_PATH})
+        if stored.get(key) != expected.get(key)
+    ]
+    if dim not in (0, len(file.mean)):
+        found.append(f"features of an image: {len(file.mean)} in the file, {dim} here")
+    return found

@@ -1,0 +1,70 @@
+"""What a guidance sweep tries: every combination of guidance, denoising and attention temperature that differs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.log import Log
+from tarflow.evaluation.samples.draw import NO_LABEL, check_guidance
+from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
+from tarflow.trainer.config.schema import Config
+
+MAX_CANDIDATES = 1000
+
+
+@dataclass
+class SweepRequest:
+    """What to try; an empty list stands for the run's own value."""
+
+    run: Path
+    guidance: Sequence[float] = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+    denoise: Sequence[float] = ()
+    attn_temp: Sequence[float] = ()
+    start: int = 500  # samples of the first round
+    final: int = 0  # samples of the last round; 0 = evaluation.num_samples
+    step: int | None = None
+    images: int | None = None
+    choose: Literal["clear", "best", "none"] = "clear"  # when the best becomes the run's default
+    device: str = "auto"
+    overrides: list[str] = field(default_factory=list)
+
+
+def sweep_candidates(request: SweepRequest, own: ResolvedSampling, config: Config, log: Log) -> list[ResolvedSampling]:
+    """Every combination that differs from the others; one without any effect is logged and skipped.
+
+    Raises EvaluationError for values out of range, and for what a model of this configuration cannot do.
+    """
+    denoise = list(request.denoise) or [own.denoise_multiplier]
+    temperatures = list(request.attn_temp) or [own.settings.attn_temp]
+    _check_range("--guidance", request.guidance, 0.0)
+    _check_range("--denoise", denoise, 0.0)
+    _check_range("--attn-temp", temperatures, 1e-4)
+    if config.train.noise == "uniform" and any(denoise):
+        raise EvaluationError("--denoise needs a model trained with gaussian noise; this run has train.noise=uniform")
+    if (number := len(request.guidance) * len(denoise) * len(temperatures)) > MAX_CANDIDATES:
+        raise EvaluationError(
+            f"--guidance x --denoise x --attn-temp make {number:,} settings, more than the limit of {MAX_CANDIDATES}"
+        )
+    unlabelled = not config.model.num_classes or set(own.labels) == {NO_LABEL}
+    found: dict[tuple[float, float, float], ResolvedSampling] = {}
+    for w, m, t in product(request.guidance, denoise, temperatures):
+        # Without labels, only the temperature tells the guided pass from the other one.
+        if w and unlabelled and t == 1:
+            log(f"skipped: guidance {w:g} with attention temperature 1 has no effect without labels")
+            continue
+        key = (w, m, t if w else temperatures[0])  # without guidance the temperature has no effect
+        found.setdefault(key, own.with_changes(guidance=w, denoise=m, attn_temp=key[2]))
+    if not found:
+        raise EvaluationError("nothing is left to sweep: without labels give --attn-temp values other than 1")
+    for candidate in found.values():
+        check_guidance(candidate, config.model.num_classes, config.train.label_dropout)
+    return list(found.values())
+
+
+def _check_range(option: str, values: Sequence[float], low: float) -> None:
+    if bad := [v for v in values if not low <= v < math.inf]:
+        raise EvaluationError(f"{option} {bad[0]:g} must be a number of at least {low:g}")
