@@ -41,12 +41,12 @@ def train_and_note(config: Path, overrides: list[str], run: Path) -> int:
 
         return prefetch_inputs(batches(), *args, **options)
 
-    loop.prefetch_inputs = noting
+    loop.prefetch_inputs = noting  # type: ignore[assignment]
     return loop.train(load_config(config, overrides), run)
 
 
 def train(config: Path, run: Path, legs: list[tuple[int, str, int]]) -> None:
-    """Leg after leg: so many ranks of a backend, until a step."""
+    """Leg after leg: N ranks of a backend, until a step."""
     for ranks, backend, until in legs:
         overrides = [f"parallel.backend={backend}", f"train.max_images={until * BATCH}"]
         ended = launch_ranks(train_and_note, ranks, config, overrides, run)

@@ -7,6 +7,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,14 @@ def train_with_bad_noise(config: Path, run: Path, overrides: list[str], bad_rank
                 item.noise[0].fill_(float("nan"))
             yield item
 
-    loop.prefetch_inputs = poisoned
+    loop.prefetch_inputs = poisoned  # type: ignore[assignment]
     return train(config, run, overrides)
 
 
 def train_apart(config: Path, run: Path, overrides: list[str]) -> int:
     """A rank in a directory of its own, as on nodes that share no storage."""
     check_shared = loop.check_shared
-    loop.check_shared = lambda run_dir: check_shared(run_dir, patience_s=1)
+    loop.check_shared = partial(check_shared, patience_s=1)
     place = config.parent / f"node{os.environ['RANK']}"
     place.mkdir()
     os.chdir(place)

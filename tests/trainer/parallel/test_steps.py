@@ -61,7 +61,7 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> int:
 def spikes_on_one_rank(backends: list[dict[str, Any]]) -> None:
     """A rank: images of rank 1 alone make the norm of two gradients jump."""
     # The full number takes a while; in one process it is held to elsewhere.
-    warmup = tarflow.trainer.optimizer.WARMUP = 8  # type: ignore[misc]
+    warmup = tarflow.trainer.optimizer.WARMUP = 8
     data, model = golden_start()
     x, y = data["x"][0].clone(), data["y"][0].clone()
     with two_ranks() as (world, mine):
