@@ -20,7 +20,7 @@ from tarflow.models.init import init_weights
 from tarflow.trainer.batch import plan_batch
 from tarflow.trainer.parallel.apply import apply_parallelism
 from tarflow.trainer.parallel.choose import make_backend
-from tarflow.trainer.parallel.saved import place
+from tarflow.trainer.parallel.saved import place, whole
 from tarflow.trainer.parallel.world import process_group, world_from_env
 from tests.helpers.ranks import launch_ranks
 
@@ -156,8 +156,7 @@ def train_variants(variants: list[tuple[dict[str, Any], dict[str, Any], bool]]) 
             graphs = counters["stats"]["unique_graphs"]
             assert bool(graphs) == compiled, (mode, parallel, dict(counters["stats"]))
             assert graphs <= (2 if "offload" in mode else 1), (mode, parallel, dict(counters["stats"]))
-            saved: dict[str, Any] = {n: t for n, t in backend.state().items() if n.startswith("model/")}
-            states = {n: t.full_tensor().clone() for n, t in saved.items()}
+            states = {n: whole(t).clone() for n, t in backend.state().items() if n.startswith("model/")}
             assert list(states) == ["model/" + n for n in start if n != "var"]
     return losses
 
