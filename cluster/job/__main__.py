@@ -12,7 +12,7 @@ def main(file: str, digest: str) -> int:
     with Signals() as signals:  # before what takes time: from here on a signal means "save", and no longer "die"
         from tarflow.cluster.exit_codes import USAGE
         from tarflow.cluster.job.description import load_job
-        from tarflow.cluster.job.job import Task
+        from tarflow.cluster.job.task import Task
         from tarflow.errors import UserError, in_words
         from tarflow.terminal import message
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tarflow.cluster import slurm
 from tarflow.cluster.errors import ClusterError
-from tarflow.cluster.submission.profile import Profile
+from tarflow.cluster.submission.profile import ClusterProfile
 from tarflow.files import write_text
 
 
@@ -47,7 +47,7 @@ class Batch:
 
 
 def make_batch(
-    profile: Profile, run_dir: Path, name: str, nodes: int, tasks: int, ranks_per_task: int, dry_run: bool,
+    profile: ClusterProfile, run_dir: Path, name: str, nodes: int, tasks: int, ranks_per_task: int, dry_run: bool,
     dependency: str | None = None,
 ) -> Batch:  # fmt: skip
     """The batch of a run's or a sweep's directory, with the profile's settings."""

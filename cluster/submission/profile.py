@@ -16,7 +16,7 @@ from tarflow.trainer.config.plain_yaml import in_words, parse_yaml, yaml_text
 from tarflow.trainer.errors import TrainerError
 
 
-class Profile(BaseModel):
+class ClusterProfile(BaseModel):
     """How jobs are asked for on a cluster. Every field has an effect; an unknown one is refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -83,7 +83,7 @@ class Profile(BaseModel):
         """Entries of `sbatch` that ask for GPUs."""
         return [k for k, v in self.sbatch.items() if k.startswith("gpu") or (k == "gres" and v.startswith("gpu"))]
 
-    def for_one_process(self, processes: int) -> "Profile":
+    def for_one_process(self, processes: int) -> "ClusterProfile":
         """A share of it: one GPU, if it has any, and one process's part of the memory, of so many on a node."""
         match = re.fullmatch(r"(\d+)([KMGT]?B?)", self.mem or "")
         mem = f"{-(-int(match[1]) // processes)}{match[2]}" if match else None
@@ -98,7 +98,7 @@ class Profile(BaseModel):
         return ", ".join(parts)
 
 
-def load_profile(path: Path | None, changes: dict[str, Any] | None = None) -> Profile:
+def load_profile(path: Path | None, changes: dict[str, Any] | None = None) -> ClusterProfile:
     """A profile from its file (None: the defaults), with some fields replaced."""
     tree: Any = {}
     if path is not None:
@@ -116,7 +116,7 @@ def load_profile(path: Path | None, changes: dict[str, Any] | None = None) -> Pr
     tree = {k: None if v in ("", "~", "null") else v for k, v in tree.items()} | (changes or {})
     source = str(path) if path else "profile"
     try:
-        profile = Profile.model_validate(tree)
+        profile = ClusterProfile.model_validate(tree)
     except ValidationError as error:
         typed = {key: f"--{key}" for key in changes or {}}
         raise ClusterError("\n".join(_explain(item, source, typed) for item in error.errors()[:20])) from None
@@ -129,7 +129,7 @@ def _explain(item: Any, source: str, typed: Mapping[str, str]) -> str:
     key = ".".join(str(part) for part in item["loc"])
     source = typed.get(key, source)
     if item["type"] == "extra_forbidden":
-        known = list(Profile.model_fields)
+        known = list(ClusterProfile.model_fields)
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
         return f"{source}: unknown setting {key}; {hint}"

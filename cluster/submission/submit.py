@@ -19,7 +19,7 @@ from tarflow.cluster.submission import snapshot
 from tarflow.cluster.submission.batch import Batch, make_batch
 from tarflow.cluster.submission.in_use import jobs_to_wait_for
 from tarflow.cluster.submission.own_folder import check_own
-from tarflow.cluster.submission.profile import Profile
+from tarflow.cluster.submission.profile import ClusterProfile
 from tarflow.errors import in_words
 from tarflow.files import make_folder, write_text
 from tarflow.trainer.config.files import config_text, load_config
@@ -35,14 +35,14 @@ class Submission:
 
     config: Path
     run_dir: Path
-    profile: Profile
+    profile: ClusterProfile
     nodes: int = 1
     tasks_per_node: int = 1
     one_task_per_node: bool = False  # Slurm starts one task per node, and that starts the node's processes
     overrides: list[str] = field(default_factory=list)
     sweep: str | None = None  # key=value,value,...
     evaluate: bool = False
-    eval_profile: Profile | None = None
+    eval_profile: ClusterProfile | None = None
     after_running: bool = False  # start once the run's jobs in the queue are over
     options: list[str] = field(default_factory=list)  # of the start, as `tarflow train` takes them
     init_from: Path | None = None
@@ -51,7 +51,7 @@ class Submission:
     arguments: list[str] = field(default_factory=list)  # of the command line, to say how to go on by hand
 
     @property
-    def evaluation_profile(self) -> Profile:
+    def evaluation_profile(self) -> ClusterProfile:
         """The worker's own profile, or a share of the training's for one process."""
         return self.eval_profile or self.profile.for_one_process(self.tasks_per_node)
 
@@ -78,7 +78,7 @@ class Submission:
         return (1, self.tasks_per_node) if self.one_task_per_node else (self.tasks_per_node, 1)
 
 
-def unused_gpus(profile: Profile) -> list[str]:
+def unused_gpus(profile: ClusterProfile) -> list[str]:
     """A worker is one process."""
     return [f"the evaluation is one process: {profile.gpus - 1} of its {profile.gpus} GPUs stay idle"] \
         if profile.gpus > 1 else []  # fmt: skip
@@ -134,7 +134,7 @@ def submit(request: Submission) -> list[str]:
     return lines
 
 
-def submit_evaluation(run_dir: Path, profile: Profile, overrides: Sequence[str], dry_run: bool) -> list[str]:
+def submit_evaluation(run_dir: Path, profile: ClusterProfile, overrides: Sequence[str], dry_run: bool) -> list[str]:
     """Submit a worker that evaluates a run's checkpoints as they appear and ends with the run."""
     run_dir = Path(os.path.abspath(run_dir))
     check_path(run_dir)
@@ -235,7 +235,12 @@ def _train_job(request: Submission, run_dir: Path, config: Config, shared: Path,
 
 
 def evaluation_job(
-    run_dir: Path, code: str, profile: Profile, follows: str | None, submission: str, overrides: Sequence[str] = ()
+    run_dir: Path,
+    code: str,
+    profile: ClusterProfile,
+    follows: str | None,
+    submission: str,
+    overrides: Sequence[str] = (),
 ) -> Job:
     """The worker that follows a run."""
     return Job(

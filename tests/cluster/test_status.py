@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tarflow.cluster.errors import ClusterError
-from tarflow.cluster.job.chain import Chain, Limits, Outcome, decide, exhausted, fruitless
+from tarflow.cluster.job.chain import Chain, Limits, AttemptResult, decide, exhausted, fruitless
 from tarflow.cluster.slurm import JobState, states
 from tarflow.cluster.status import COLUMNS, find_runs, fitting, job_state, rows, shortened
 from tarflow.trainer.config.files import load_config
@@ -351,7 +351,7 @@ def chain_of(tmp_path: Path, *steps: int) -> Chain:
     ],
 )
 def test_the_rule(tmp_path: Path, code, steps, now, requeue, ends) -> None:
-    decision = decide(Outcome(code), chain_of(tmp_path, *steps), now, Limits(max_restarts=5, max_no_progress=3))
+    decision = decide(AttemptResult(code), chain_of(tmp_path, *steps), now, Limits(max_restarts=5, max_no_progress=3))
     assert (decision.requeue, decision.code) == (requeue, ends)
     assert decision.text
 

@@ -306,7 +306,7 @@ def test_chunks_count_as_progress_of_a_requeued_job(run_of_2000):
     """A result that takes longer than one allocation must not look like a job that gets nowhere."""
     from types import SimpleNamespace
 
-    from tarflow.cluster.job.job import progress
+    from tarflow.cluster.job.requeue import progress
 
     job = SimpleNamespace(kind="evaluate", run_dir=str(run_of_2000))
     seen = [progress(job)]
