@@ -61,7 +61,7 @@ def _assign(tree: dict[str, Any], keys: list[str], value: Any) -> None:
 def parse_config(tree: Mapping[str, Any], source: str, origin: Mapping[str, str] | None = None) -> Config:
     """A `Config` from nested mappings; `source` and `origin` (key -> where it was set) appear in errors."""
     try:
-        # A section without a setting (all commented out, say) stands for its defaults.
+        # An empty section (all commented out, say) means its defaults.
         return Config.model_validate({k: {} if v is None else v for k, v in _nulls(tree).items()})
     except ValidationError as error:
         faults = error.errors()
@@ -89,7 +89,7 @@ def config_text(config: Config) -> str:
 
 
 def sealed_text(config: Config) -> str:
-    """The same under a line with its checksum: for a file that is read again, and that people copy and edit."""
+    """The same below a line with its checksum, to detect damage when it is read again."""
     text = config_text(config)
     return f"# checksum {zlib.crc32(text.encode()):08x} of the lines below; remove this line when you edit them\n{text}"
 
