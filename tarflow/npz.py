@@ -42,7 +42,7 @@ class Declared:
 class Arrays:
     """Arrays of a file; `checked`: they agree with the checksum in it (False: it has none)."""
 
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, NDArray[Any]]
     checked: bool
 
 
@@ -74,12 +74,12 @@ def read_npz(
         return Arrays(arrays, checked=True)
 
 
-def write_npz(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
+def write_npz(file: BinaryIO, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays with their checksum; the same bytes for the same arrays."""
     np.savez(file, **arrays, **{SEAL: np.array(checksum(arrays))})
 
 
-def checksum(arrays: Mapping[str, np.ndarray]) -> str:
+def checksum(arrays: Mapping[str, NDArray[Any]]) -> str:
     """CRC-32 of names, types, shapes and values."""
     crc = 0
     for name in sorted(arrays):
@@ -160,9 +160,9 @@ def _declared(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> Dec
     return Declared(dtype, shape, nbytes)
 
 
-def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
     with archive.open(info) as member:
-        array: np.ndarray = np.lib.format.read_array(member, allow_pickle=False)
+        array: NDArray[Any] = np.lib.format.read_array(member, allow_pickle=False)
         if member.read(1):  # at its end its CRC-32 is checked
             raise ValueError(f"{info.filename} goes on beyond its array")
     return array

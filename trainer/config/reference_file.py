@@ -6,7 +6,7 @@ provenance in JSON: which images and which feature network the statistics come f
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +72,7 @@ def read_reference(path: Path, least: int = 2) -> ReferenceFile:
         raise DamagedFileError(path, str(error), WAY_OUT, what=WHAT) from None
 
 
-def _as_reference(arrays: dict[str, np.ndarray], checked: bool, least: int) -> ReferenceFile:
+def _as_reference(arrays: dict[str, NDArray[Any]], checked: bool, least: int) -> ReferenceFile:
     names = arrays.keys() - {"hashes"}
     if odd := sorted(names ^ _NAMES):
         raise ValueError(f"{'no array' if odd[0] in _NAMES else 'an unknown array'} {odd[0]!r} stands in it")
@@ -99,12 +99,12 @@ def _as_reference(arrays: dict[str, np.ndarray], checked: bool, least: int) -> R
     return ReferenceFile(provenance.model_dump(), count, **large, hashes=arrays.get("hashes"), checked=checked)
 
 
-def _number(arrays: dict[str, np.ndarray], name: str) -> int:
+def _number(arrays: dict[str, NDArray[Any]], name: str) -> int:
     _check(arrays, name, np.int64, ())
     return int(arrays[name])
 
 
-def _check(arrays: dict[str, np.ndarray], name: str, dtype: type, shape: tuple[int, ...]) -> None:
+def _check(arrays: dict[str, NDArray[Any]], name: str, dtype: type, shape: tuple[int, ...]) -> None:
     array = arrays[name]
     if array.dtype != dtype or array.shape != shape:
         raise ValueError(
@@ -112,7 +112,7 @@ def _check(arrays: dict[str, np.ndarray], name: str, dtype: type, shape: tuple[i
         )
 
 
-def _check_values(arrays: dict[str, np.ndarray]) -> None:
+def _check_values(arrays: dict[str, NDArray[Any]]) -> None:
     """All values are finite, and the scatter matrix is symmetric with entries within the Cauchy-Schwarz bound."""
     for name in ("mean", "scatter", "rows"):
         if not np.isfinite(arrays[name]).all():

@@ -137,7 +137,7 @@ def test_the_code_that_runs_is_what_was_submitted(fake_slurm, verb, config_file,
     assert verb("submit", config_file, "--run", run) == 0
     (code,) = (run / "slurm").glob("code-*")
     assert (code / "tarflow" / "cli.py").is_file()
-    assert (code / "tarflow" / "cluster" / "job" / "job.py").is_file()
+    assert (code / "tarflow" / "cluster" / "job" / "task.py").is_file()
     assert f"export PYTHONPATH={code}\n" in fake_slurm.script.read_text()
     assert verb("submit", config_file, "--run", run) == 0
     assert list((run / "slurm").glob("code-*")) == [code], "the same code is kept once"

@@ -380,7 +380,7 @@ CHANGES = {
     "an array more": (lambda path: {"extra": np.zeros(7)}, "an unknown array 'extra'"),
     "an array less": (lambda path: {"rows": None}, "no array 'rows'"),
     "no object": (lambda path: {"provenance": np.array("[1]")}, "no JSON object"),
-    "bytes": (lambda path: {"provenance": np.array(b"{}")}, "its provenance is no text"),
+    "bytes": (lambda path: {"provenance": np.array(b"{}")}, "its provenance is not text"),
     "no network": (lambda path: {"provenance": of(path, features=None)}, "features: field required"),
     "no size": (lambda path: {"provenance": of(path, image_size="8")}, "image_size"),
     "a list": (lambda path: {"provenance": of(path, data=["x"])}, "data is neither text nor a number"),
