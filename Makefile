@@ -9,7 +9,7 @@ READY := .venv/.ready
 RUN := runs/demo
 JOBS ?= 2
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-fast slow-list lint docs setup clean
 
 setup: $(READY)
 
@@ -34,9 +34,23 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
+# The edit loop: without the tests of over a second, which tests/slow.txt lists.
+test-fast: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" -q
+
+# Measure every test anew and write tests/slow.txt, on a quiet machine.
+slow-list: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --write-slow
+
+# The same commands as in .pre-commit-config.yaml.
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages of docs/ and the API from docstrings -> build/docs/index.html. Warnings are errors; nothing is fetched.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:
 	rm -rf .venv runs data build *.egg-info

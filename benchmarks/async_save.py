@@ -1,8 +1,8 @@
-"""How long training stands still for a save: synchronous and asynchronous, alternating in one run.
+"""How long training is blocked by a save: synchronous and asynchronous, alternating in one run.
 
 A model whose state (weights, two moments, two averages, float32) is 400 MB is saved again and again with the run's own
-saver; between the saves its weights change, as in training. The asynchronous save is waited for outside the measured
-time, so both kinds meet an idle disk.
+checkpoint manager; between the saves its weights change, as in training. The asynchronous save is waited for outside the
+measured time, so both kinds meet an idle disk.
 """
 
 import statistics
@@ -15,18 +15,19 @@ import torch
 from benchmarks.common import Bar, finish, parse_args
 from benchmarks.data_images import scratch
 from tarflow.trainer.batch import plan_batch
-from tarflow.trainer.checkpoint.commit import find
+from tarflow.trainer.checkpoint.find import find
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.ema.ema import EMA
 from tarflow.trainer.metrics import MetricLog
 from tarflow.trainer.parallel.choose import make_backend
 from tarflow.trainer.parallel.world import World
 from tarflow.trainer.run_dir import create_run
-from tarflow.trainer.saving.saver import Saver
+from tarflow.trainer.saving.manager import CheckpointManager
+from tarflow.trainer.saving.storage import CheckpointStorage
 
 
-def make_saver(folder: Any, quick: bool) -> tuple[Saver, int]:
-    """A saver over a fresh training state, and the state's bytes."""
+def make_manager(folder: Any, quick: bool, storage: CheckpointStorage | None = None) -> tuple[CheckpointManager, int]:
+    """A checkpoint manager over a fresh training state, and the state's bytes."""
     config = Config.model_validate(
         {
             "data": {"train": "unused"},
@@ -41,9 +42,9 @@ def make_saver(folder: Any, quick: bool) -> tuple[Saver, int]:
     backend = make_backend(config, torch.device("cpu"), world, plan_batch(1, 1, 1))
     ema = EMA(backend, config.ema.relative_stds)
     log = MetricLog(folder / "run", False, 10**6)
-    saver = Saver(config, folder / "run", backend, ema, world, log)
+    manager = CheckpointManager(config, folder / "run", backend, ema, world, log, storage)
     size = sum(t.numel() * t.element_size() for t in (backend.state() | ema.state()).values())
-    return saver, size
+    return manager, size
 
 
 def main() -> int:
@@ -52,24 +53,27 @@ def main() -> int:
     times: dict[str, list[float]] = {"synchronous": [], "asynchronous": []}
     whole: list[float] = []
     with scratch() as folder:
-        saver, size = make_saver(folder, args.quick)
+        manager, size = make_manager(folder, args.quick)
         for number in range(2 * (rounds + 1)):  # the first pair allocates buffers and is not counted
-            for tensor in saver.backend.locals().values():
+            for tensor in manager.backend.locals().values():
                 tensor.data.add_(1e-3)
             kind = "asynchronous" if number % 2 else "synchronous"
             began = time.monotonic()
-            stall = saver.save(number + 1, number + 1, last=kind == "synchronous")
-            saver.collect(wait=True)
+            manager.save(number + 1, number + 1, last=kind == "synchronous")
+            stall = time.monotonic() - began
+            manager.collect(wait=True)
             if number >= 2:
                 times[kind].append(stall)
                 whole += [time.monotonic() - began] if number % 2 else []
-            saved = find(saver.run_dir)
+            saved = find(manager.run_dir)
             assert saved.step == number + 1, "the save failed"
     sync, stall = (statistics.median(times[kind]) for kind in ("synchronous", "asynchronous"))
     rows = [
         (kind, len(values), statistics.median(values), min(values), max(values)) for kind, values in times.items()
     ] + [("asynchronous, until committed", len(whole), statistics.median(whole), min(whole), max(whole))]
-    print(f"state: {size / 1e6:.0f} MB in {len(saver.sizes)} weights, two moments and two averages of each")
+    print(
+        f"state: {size / 1e6:.0f} MB in {len(manager.backend.locals())} weights, two moments and two averages of each"
+    )
     bars = [
         Bar(
             "stall / synchronous save", stall / sync, at_most=0.25, reason="only the copy to host memory is waited for"

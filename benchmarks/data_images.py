@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.sample_reader import SampleReader
@@ -56,7 +57,7 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _natural(number: int) -> np.ndarray:
+def _natural(number: int) -> NDArray[np.uint8]:
     """uint8 [256, 256, 3] with the power spectrum of photographs."""
     rng = np.random.default_rng(number)
     fy, fx = np.fft.fftfreq(SIZE)[:, None], np.fft.rfftfreq(SIZE)[None]

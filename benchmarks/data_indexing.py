@@ -25,11 +25,11 @@ from benchmarks.common import Bar, finish, parse_args
 from benchmarks.data_images import scratch
 from tarflow.data_pipeline.index.build import build_index
 from tarflow.data_pipeline.index.content import ShardContent, content_of
-from tarflow.data_pipeline.index.tar_scan import scan_tar
+from tarflow.data_pipeline.index.tar.scan import scan_tar
 from tarflow.data_pipeline.loading.loader import Loader
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
-from tarflow.data_pipeline.prepare.write import encode
+from tarflow.data_pipeline.prepare.encode import encode
 
 PER_SHARD = 10_000
 IMAGE_BYTES = 1500  # of no importance to the scan

@@ -31,7 +31,7 @@ from tarflow.data_pipeline.loading.loader import Loader
 from tarflow.data_pipeline.loading.order import Order
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
-from tarflow.data_pipeline.prepare.write import encode
+from tarflow.data_pipeline.prepare.encode import encode
 from tarflow.data_pipeline.storage.open_index import open_index
 
 logging.getLogger("tarflow.data").setLevel(logging.ERROR)  # each of a hundred runs would name the empty shard

@@ -77,7 +77,7 @@ def open_job(run: Path) -> Any:
     from tarflow.evaluation.worker.evaluate import Evaluator, Job
     from tarflow.evaluation.worker.real_images import RealImages
     from tarflow.evaluation.worker.recipe import load_recipes
-    from tarflow.trainer.checkpoint.commit import find
+    from tarflow.trainer.checkpoint.find import find
 
     (recipe,) = load_recipes(run, [])
     real = RealImages(results.evals_dir(run), recipe.config, recipe.settings, torch.device("cpu"), say=lambda _: None)
@@ -108,11 +108,11 @@ def parts(run: Path, rounds: int) -> dict[str, float]:
     sampler = job.sampler
     n, y = 64, sampler.labels(range(64))
     noise = sampler.noise(range(n))
-    noisy = sample(sampler.model, noise, y, sampler.guidance).clone()
+    noisy = sample(sampler.model, noise, y, sampler.sampling.settings).clone()
     pixels = sampler.draw(range(n)).pixels()
     rows = torch.randn(2048, DIM)
     return {
-        "sampling": n / timed(lambda: sample(sampler.model, noise, y, sampler.guidance), rounds),
+        "sampling": n / timed(lambda: sample(sampler.model, noise, y, sampler.sampling.settings), rounds),
         "denoising": n / timed(lambda: denoise(sampler.model, noisy, y, 0.1), rounds),
         "features": n / timed(lambda: job.real.features(pixels), rounds),
         "statistics": len(rows) / timed(lambda: FeatureStatistics(DIM).add(rows), rounds),
@@ -205,7 +205,7 @@ def _write_chunk(folder: Path, keep: int) -> None:
 
 
 def _peak() -> float:
-    """Megabytes that this process held at most. (The figure of `getrusage` would be inherited from its parent.)"""
+    """Peak memory of this process in megabytes; `getrusage` would inherit its parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 

@@ -104,7 +104,7 @@ def _really(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def fake_world(rank: int) -> Any:
-    """This process as one rank of RANKS whose collectives return at once."""
+    """Make this process one rank of RANKS whose collectives return at once."""
     dist.init_process_group("fake", rank=rank, world_size=RANKS, store=FakeStore())
     try:
         names = ("init_device_mesh", "TarFlow", "apply_parallelism")

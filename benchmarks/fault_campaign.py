@@ -33,7 +33,7 @@ from tarflow.data_pipeline.loading.order import Order
 from tarflow.data_pipeline.prepare.sources import open_source
 from tarflow.data_pipeline.prepare.write import Options, prepare
 from tarflow.data_pipeline.storage.open_index import open_index
-from tarflow.trainer.checkpoint import commit as ckpt
+from tarflow.trainer.checkpoint.find import committed, find, newest_intact, scan
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.resilience.exit_codes import FINISHED, REQUEUE
 
@@ -91,7 +91,7 @@ class Tally:
 
 def newest(run_dir: Path) -> int:
     """Position of the newest checkpoint whose bytes are whole."""
-    found = ckpt.newest_sound(run_dir, lambda _: None) if (run_dir / "run.json").exists() else None
+    found = newest_intact(run_dir, lambda _: None) if (run_dir / "run.json").exists() else None
     return found.images_seen if found else 0
 
 
@@ -100,7 +100,7 @@ def look(run_dir: Path, tally: Tally) -> None:
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
         return
-    usable, refused = ckpt.scan(run_dir)
+    usable, refused = scan(run_dir)
     pointer = folder / "latest"
     if pointer.exists() and (name := pointer.read_text().strip()) not in {c.name for c in usable}:
         # Excused if that very checkpoint was whole until it was damaged here, and no start has come to look at it since.
@@ -115,7 +115,7 @@ def damage(run_dir: Path, dice: random.Random, tally: Tally) -> None:
     """Flip a bit of the newest checkpoint, cut a file short, or lose one."""
     for old in (run_dir / "checkpoints").glob("*.damaged"):  # looked at, as it were: the disk is small
         shutil.rmtree(old)
-    victim = ckpt.committed(run_dir)[-1].path
+    victim = committed(run_dir)[-1].path
     tally.damaged[victim.name] = (victim / "COMMITTED").stat().st_ino
     file = dice.choice(sorted(p for p in victim.iterdir() if p.suffix == ".distcp"))
     how = dice.choice(["flip", "cut", "lose"])
@@ -161,7 +161,7 @@ def disaster(
     if kind in ("SIGTERM", "SIGUSR2", "full disk"):
         tally.wrong_codes += set(life.codes.values()) not in ({REQUEUE}, {FINISHED})
     look(run_dir, tally)
-    if kind == "damaged newest checkpoint" and len(ckpt.committed(run_dir)) > 1:
+    if kind == "damaged newest checkpoint" and len(committed(run_dir)) > 1:
         damage(run_dir, dice, tally)
     return life
 
@@ -202,7 +202,7 @@ def every_tensor(run_dir: Path) -> dict[str, torch.Tensor]:
     """All of the newest checkpoint: weights, averages, moments, counters."""
     import torch.distributed.checkpoint as dcp
 
-    newest = ckpt.find(run_dir)
+    newest = find(run_dir)
     metadata = dcp.FileSystemReader(newest.path).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in metadata.items()}  # type: ignore[union-attr]
     dcp.load(tensors, storage_reader=dcp.FileSystemReader(newest.path), no_dist=True)

@@ -60,7 +60,7 @@ def rank_main(config: Config, run_dir: Path, rank: int, ranks: int, port: int, f
     code = 1
     try:
         code = tarflow.trainer.loop.train(config, run_dir)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever ends a rank is shown, and its exit code says that it ended
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -145,7 +145,9 @@ class Life:
 
 
 def serve(order: dict[str, Any]) -> dict[str, Any]:
-    """One start. `config`: file; `overrides`; `run`; `ranks`; `fault`; `send`: [steps of rank 0, signal, ranks], ...
+    """Start the ranks once.
+
+    `config`: file; `overrides`; `run`; `ranks`; `fault`; `send`: [steps of rank 0, signal, ranks], ...
     `wait_for_file`: in the run directory, before the first of these. `full`: names in it, whose files take nothing more.
 
     Answers with each rank's exit code and whether all left by themselves within `grace_s` of the first that did.

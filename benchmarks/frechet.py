@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 import scipy.linalg
+from numpy.typing import NDArray
 
 from benchmarks.common import Bar, finish, parse_args
 from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics, FrechetInfluence, frechet_distance
@@ -21,7 +22,10 @@ FASTER = 4.0
 AGREE = 1e-6
 
 
-def moments(dim: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+Moments = tuple[NDArray[np.float64], NDArray[np.float64]]  # mean [d], covariance [d, d]
+
+
+def moments(dim: int, seed: int) -> Moments:
     """A mean [d] and a covariance [d, d] with eigenvalues from 0.01 to 10."""
     rng = np.random.default_rng(seed)
     axes = np.linalg.qr(rng.standard_normal((dim, dim)))[0]
@@ -29,7 +33,7 @@ def moments(dim: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.standard_normal(dim) * 0.1, (covariance + covariance.T) / 2
 
 
-def by_square_root(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> float:
+def by_square_root(first: Moments, second: Moments) -> float:
     """The formula as it is usually written."""
     (m1, c1), (m2, c2) = first, second
     root = scipy.linalg.sqrtm(c1 @ c2)

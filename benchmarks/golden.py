@@ -20,8 +20,8 @@ from tarflow.models.denoise import denoise
 from tarflow.models.flow import TarFlow, flow_loss
 from tarflow.models.likelihood import bits_per_dim
 from tarflow.models.noise import dequantize
-from tarflow.models.sampling.guidance import Guidance
 from tarflow.models.sampling.sequential import sample
+from tarflow.models.sampling.settings import SamplingSettings
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.parallel.torch_backend import SingleBackend
 
@@ -84,14 +84,14 @@ def reverse(name: str) -> Iterator[Result]:
         if not key.startswith("reverse/guidance"):
             continue
         s = settings(key)
-        guidance = Guidance(
-            float(s["guidance"]), s.get("what", "ab"), float(s.get("attn_temp", 1)), s.get("annealed") == "True"
-        )
-        yield name, key, error(sample(model, data["noise"], y, guidance), golden)
+        how = SamplingSettings(
+            guidance=float(s["guidance"]), guide=s.get("what", "ab"), attn_temp=float(s.get("attn_temp", 1)),
+            annealed=s.get("annealed") == "True",
+        )  # fmt: skip
+        yield name, key, error(sample(model, data["noise"], y, how), golden)
     if "reverse/no_label" in data:
         yield name, "reverse/no_label", error(sample(model, data["noise"]), data["reverse/no_label"])
-        images: list[Tensor] = []
-        sample(model, data["noise"], y, sequence=images)
+        _, images = sample(model, data["noise"], y, return_trajectory=True)
         yield name, "reverse_sequence", max(error(im, data[f"reverse_sequence/{i}"]) for i, im in enumerate(images))
 
 

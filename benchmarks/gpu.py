@@ -34,10 +34,10 @@ from tarflow.models.denoise import denoise
 from tarflow.models.flow import FlowBlock, TarFlow
 from tarflow.models.likelihood import log_likelihood
 from tarflow.models.presets import preset
-from tarflow.models.sampling.guidance import Guidance
 from tarflow.models.sampling.sequential import invert_block, sample
+from tarflow.models.sampling.settings import SamplingSettings
 from tarflow.trainer.batch import plan_batch
-from tarflow.trainer.checkpoint.commit import find
+from tarflow.trainer.checkpoint.find import find
 from tarflow.trainer.checkpoint.tensors import read_tensors
 from tarflow.trainer.config.schema import CheckpointConfig, Config
 from tarflow.trainer.ema.ema import EMA
@@ -48,7 +48,9 @@ from tarflow.trainer.parallel.torch_backend import ShardedBackend
 from tarflow.trainer.parallel.world import World
 from tarflow.trainer.plan import rank_memory
 from tarflow.trainer.run_dir import create_run
-from tarflow.trainer.saving.background_writer import Save, Staging, Writer
+from tarflow.trainer.saving.async_writer import AsyncWriter
+from tarflow.trainer.saving.handle import Position, SaveHandle
+from tarflow.trainer.saving.staging import Staging
 from tarflow.trainer.step_inputs import StepInput
 
 SMALL = TarFlowConfig(image_size=16, patch_size=4, channels=64, num_blocks=2, layers_per_block=2, num_classes=10)
@@ -214,16 +216,16 @@ def save_is_a_snapshot(bench: Bench) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         create_run(run)
-        staging, writer, save = Staging(), Writer(run, CheckpointConfig()), Save(1, 8)
+        staging, writer, save = Staging(), AsyncWriter(run, CheckpointConfig()), SaveHandle(Position(8, 1))
         began = time.perf_counter()
         staged = staging.copy(state)
         stall = time.perf_counter() - began
         writer.start(save, staged, lambda: ("{}", {}))
         taken = 1
-        while writer._thread is not None and writer._thread.is_alive():
+        while not save.done:
             steps.take(taken)
             taken += 1
-        writer.collect(True)
+        save.wait()
         found = {name: torch.empty_like(t) for name, t in wanted.items()}
         read_tensors(find(run), found)
         began = time.perf_counter()
@@ -270,7 +272,7 @@ def numbers(bench: Bench) -> Figures:
     low = copy.deepcopy(there).to(torch.bfloat16)
     low.var = there.var
     zb, _ = low(x.to(bench.device), y.to(bench.device))
-    back = sample(there, zg, y.to(bench.device), Guidance())
+    back = sample(there, zg, y.to(bench.device))
     apart, trip = float((zg.cpu() - z).abs().max()), float((back.cpu() - x).abs().max())
     bench.bars += [Bar("float32 against the CPU", apart, at_most=1e-4), Bar("round trip", trip, at_most=1e-4)]
     return {"float32 apart": apart, "round trip": trip, "bfloat16 apart": float((zb - zg).abs().max())}
@@ -316,7 +318,7 @@ def decoding(bench: Bench) -> Figures:
         with torch.inference_mode():
             bench.wait()
             began = time.perf_counter()
-            invert_block(block, z, y, Guidance(2.3))
+            invert_block(block, z, y, SamplingSettings(guidance=2.3))
             bench.wait()
         seconds = (time.perf_counter() - began) * config.num_blocks
         hours = seconds * 50_000 / count / 3600
@@ -406,7 +408,7 @@ def main() -> int:
         began = time.perf_counter()
         try:
             figures = check(bench)
-        except Exception as error:  # the other checks are worth having
+        except Exception as error:  # noqa: BLE001 - the other checks are worth having
             failed += 1
             figures = {
                 "ERROR": f"{type(error).__name__}: {error}"[:300],

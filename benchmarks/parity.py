@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,13 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ZeRO-3 x2": (2, {"backend": "deepspeed", "zero_stage": 3}),
     "ZeRO-3 x4": (4, {"backend": "deepspeed", "zero_stage": 3}),
 }
+Launch = Callable[[int, list[dict[str, Any]], Path], list[dict[str, Any]]]  # processes, jobs, file -> answers
+
 QUICK = ("one process", "ddp x2", "fsdp2 x2", "ZeRO-2 x2", "ZeRO-3 x2")
 
 
 def train_curve(parallel: dict[str, Any], accumulation: int, grad_clip: float) -> dict[str, Any]:
-    """This process's part of the golden training curve; losses, norms and final weights (whole) of the run."""
+    """Compute the part of this process of the golden training curve: losses, norms and final weights (whole) of the run."""
     torch.set_num_threads(1)
     world = world_from_env()
     data, model = load("training_curve")
@@ -97,7 +99,9 @@ def launch(size: int, jobs: list[dict[str, Any]], out: Path) -> list[dict[str, A
     return answers
 
 
-def run_variants(names: Sequence[str], folder: Path) -> dict[tuple[str, int, float], dict[str, Any]]:
+def run_variants(
+    names: Sequence[str], folder: Path, launch: Launch = launch
+) -> dict[tuple[str, int, float], dict[str, Any]]:
     """(variant, accumulation, clipping) -> its curve. One launch per world size and engine."""
     launches: dict[tuple[int, bool], list[tuple[str, int, float]]] = {}
     for name, accumulation, clip in product(names, (1, 2), (0.0, CLIP)):
@@ -122,9 +126,11 @@ def compare(got: dict[str, Any], expected: dict[str, Any]) -> tuple[float, float
     return relative(got["losses"], expected["losses"]), relative(got["norms"], expected["norms"]), weights
 
 
-def matrix(names: Sequence[str], folder: Path) -> list[tuple[str, int, str, float, float, float]]:
+def matrix(
+    names: Sequence[str], folder: Path, launch: Launch = launch
+) -> list[tuple[str, int, str, float, float, float]]:
     """Rows (variant, accumulation, clipping, worst relative differences of losses, norms, weights)."""
-    results = run_variants(names, folder)
+    results = run_variants(names, folder, launch)
     golden, _ = load("training_curve")
     final = {k.removeprefix("final_param/"): v for k, v in golden.items() if k.startswith("final_param/")}
     final.pop("var")

@@ -68,7 +68,9 @@ class DenseBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        flip = (lambda t, dim: t.flip(dim)) if self.reverse else (lambda t, dim: t)
+        def flip(tokens: Tensor, dim: int) -> Tensor:
+            return tokens.flip(dim) if self.reverse else tokens
+
         x = flip(x, 1)
         inputs = x
         x = self.proj_in(x) + flip(self.pos_embed, 0)

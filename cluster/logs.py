@@ -1,5 +1,6 @@
 """What the ranks of a run's jobs have printed."""
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from tarflow.cluster.job.record import submissions
 from tarflow.files import listed
 
 PIECE = 1 << 20  # bytes
+MOST = 16 << 20  # bytes of a log that are shown: the last ones
 
 
 def log_text(run: Path, rank: int, kind: str) -> tuple[str, Iterator[str]]:
@@ -51,6 +53,11 @@ def _pieces(out: Path, err: Path) -> Iterator[str]:
         if _is_plain_file(path) and path.stat().st_size:
             if path is err:
                 yield f"--- {err.name} ---\n"
-            with open(path, encoding="utf-8", errors="replace") as file:
-                while piece := file.read(PIECE):
+            with open(path, "rb") as file:
+                before = max(0, path.stat().st_size - MOST)
+                if before:
+                    yield f"--- the last {MOST >> 20} MiB; {before:,} bytes before them are in {path} ---\n"
+                    file.seek(before)
+                text = io.TextIOWrapper(file, encoding="utf-8", errors="replace")
+                while piece := text.read(PIECE):
                     yield piece

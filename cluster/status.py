@@ -28,7 +28,8 @@ from tarflow.files import listed
 from tarflow.outputs import styled
 from tarflow.records import DamagedFileError
 from tarflow.terminal import plain
-from tarflow.trainer.checkpoint.commit import Checkpoint, scan_as
+from tarflow.trainer.checkpoint.find import scan_as
+from tarflow.trainer.checkpoint.marker import Checkpoint
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.resilience import alive
 from tarflow.trainer.run_dir import has_run_file, run_id

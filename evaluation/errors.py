@@ -1,7 +1,7 @@
-"""The error that a user of this room can cause and fix."""
+"""User errors of this room; the message says how to fix them."""
 
 from tarflow.errors import UserError
 
 
 class EvaluationError(UserError):
-    """A run, file or setting that cannot be evaluated; the text says which, and what to change."""
+    """A run, file or setting cannot be evaluated; the message says which, and what to change."""

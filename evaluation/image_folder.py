@@ -1,10 +1,10 @@
-"""A folder of images to be scored: each decodable file once, in the order of names, under the one rule for pixels.
+"""A folder of images to score: each decodable file once, in the order of names, converted as training data is.
 
-Subfolders count, linked ones too and each once; files and folders whose names begin with a dot do not. An image is told by
-its ending, in any case (`formats.IMAGE_EXTENSIONS`); other files are counted and named, never silently passed over. What does
-not decode is an error, or, with `on_error="skip"`, left out and listed. Everything is converted as training data is
-(`images.decode` of the data pipeline): grey, palette, 16-bit, transparency on white, orientation. JPEGs are counted by content:
-their losses move every score, so the result says how many there are (case S04).
+Subfolders count, linked ones too and each once; files and folders whose names begin with a dot do not. An image is known
+by its extension, in any case (`formats.IMAGE_EXTENSIONS`); other files are counted and named, never silently skipped. A
+file that cannot be decoded is an error or, with `on_error="skip"`, skipped and listed. Conversion is that of training data
+(`data_pipeline.images.decode`): grey, palette, 16-bit, transparency on white, orientation. JPEGs are recognized by content
+and counted, since compression artifacts move every metric.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tarflow.data_pipeline.errors import BadSampleError
@@ -33,31 +34,31 @@ _JPEG = b"\xff\xd8\xff"
 
 @dataclass
 class ImageFolder:
-    """The images of a folder at one size; the counts are complete once `batches` has ended."""
+    """The images of a folder at one size. The counts are complete once `batches` is exhausted."""
 
     root: Path
     channels: int
-    size: int | None  # of the square that is scored; None = every image must have one size already
+    size: int | None  # side of the square to score; None = all images must already have one size
     on_error: str = "strict"
-    max_pixels: int = MAX_PIXELS  # of the largest image that is decoded
+    max_pixels: int = MAX_PIXELS  # of the largest image to decode
     files: list[Path] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)  # files that are no images, or none that can be read
-    unread: Counter[str] = field(default_factory=Counter)  # of these the pictures, by ending
+    others: list[str] = field(default_factory=list)  # files that are not images, or not readable ones
+    unread: Counter[str] = field(default_factory=Counter)  # of these, images in unsupported formats, by extension
     broken: list[str] = field(default_factory=list)
     jpegs: int = 0
     resized: int = 0
     used: int = 0
-    linked: int = 0  # folders that were entered through a link
-    sha256: str = ""  # of all pixels scored, in their order
-    hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))  # of each image scored
+    linked: int = 0  # folders entered through a link
+    sha256: str = ""  # of all scored pixels, in order
+    hashes: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))  # of each scored image
 
     def __post_init__(self) -> None:
         if not self.root.is_dir():
-            raise EvaluationError(f"{self.root} is no folder of images")
+            raise EvaluationError(f"{self.root} is not a folder of images")
         found = walk(self.root)
         for again, first in found.again:
             raise EvaluationError(
-                f"{again} and {first} are one folder, its images would count twice: remove one of the links"
+                f"{again} and {first} are the same folder, and its images would count twice: remove one of the links"
             )
         for path in found.files:
             ending = extension_of(path.name)
@@ -74,15 +75,15 @@ class ImageFolder:
         if not self.files:
             unread = f", {self._unread()}" if self.unread else ""
             raise EvaluationError(
-                f"{self.root} holds no image that can be read (png, jpg, webp, ...); {len(self.others)} other files{unread}"
+                f"{self.root} holds no readable image (png, jpg, webp, ...); {len(self.others)} other files{unread}"
             )
 
     def batches(self, batch_size: int = 64) -> Iterator[Tensor]:
-        """uint8 [n, C, size, size]"""
+        """Yield uint8 [n, C, size, size] in the order of names. Raises EvaluationError if no image can be decoded."""
         self.broken, self.jpegs, self.resized, self.used = [], 0, 0, 0
         digest = hashlib.sha256()
-        waiting: list[np.ndarray] = []
-        hashes: list[np.ndarray] = []
+        waiting: list[NDArray[np.uint8]] = []
+        hashes: list[NDArray[np.uint64]] = []
         for path in self.files:
             image = self._read(path, digest)
             if image is None:
@@ -103,19 +104,20 @@ class ImageFolder:
                 f"none of the {len(self.files)} images in {self.root} can be decoded: {self.broken[0]}"
             )
 
-    def _read(self, path: Path, digest: Any) -> np.ndarray | None:
+    def _read(self, path: Path, digest: Any) -> NDArray[np.uint8] | None:
+        """One image, uint8 [size, size, C], counted and added to `digest`; None if it was skipped."""
         name = path.relative_to(self.root).as_posix()
         try:
             data = path.read_bytes()
             image = decode(data, self.channels, None, self.max_pixels)
         except (BadSampleError, OSError) as error:
             if self.on_error == "strict":
-                raise EvaluationError(
-                    f"{path}: {error}; --on-error skip leaves such files out and lists them"
-                ) from None
+                raise EvaluationError(f"{path}: {error}; --on-error skip skips such files and lists them") from None
             self.broken.append(f"{name}: {error}")
             return None
         self.jpegs += data.startswith(_JPEG)
+
+        # Without --size the first image decides: resizing unasked would change the metrics.
         height, width = image.shape[:2]
         if self.size is None:
             if height != width:
@@ -124,8 +126,8 @@ class ImageFolder:
         if (height, width) != (self.size, self.size):
             if self._first_decides:
                 raise EvaluationError(
-                    f"{path} is {width} x {height}, images before it are {self.size} x {self.size}; give --size to crop "
-                    "and resize all to"
+                    f"{path} is {width} x {height}, the images before it are {self.size} x {self.size}; give --size to "
+                    "crop and resize all to"
                 )
             self.resized += 1
         image = fit(image, self.size)
@@ -133,7 +135,7 @@ class ImageFolder:
         return image
 
     def describe(self) -> dict[str, Any]:
-        """What was scored and what was not, for results."""
+        """What was scored and what was not, for result files."""
         return {
             "folder": str(self.root),
             "images": self.used,
@@ -153,15 +155,15 @@ class ImageFolder:
 
     def _unread(self) -> str:
         counts = ", ".join(f"{count} .{ending}" for ending, count in sorted(self.unread.items()))
-        return f"pictures in formats that cannot be read here ({counts})"
+        return f"images in unsupported formats ({counts})"
 
     def warnings(self) -> list[str]:
-        """What to know before believing a score of this folder."""
+        """Reasons to distrust a score of this folder."""
         lines = []
         if self.jpegs:
             lines.append(
-                f"{self.jpegs} of {self.used} images in {self.root} are JPEGs: their losses move every score; keep samples "
-                "as PNG"
+                f"{self.jpegs} of {self.used} images in {self.root} are JPEGs, whose compression artifacts move every metric; "
+                "store samples as PNG"
             )
         if self.resized:
             lines.append(
@@ -174,5 +176,5 @@ class ImageFolder:
         return lines
 
 
-def _stack(images: list[np.ndarray]) -> Tensor:
+def _stack(images: list[NDArray[np.uint8]]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Real images as the model sees them, and what a result must say about where they come from."""
+"""Real images at the model's resolution, and the provenance that results record of them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,27 +22,29 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A data set at the size and channels of a model; `limit` images spread evenly over the index (0 = all)."""
+    """A data set at the size and channels of a model: `limit` images, evenly spaced over the index (0 = all)."""
 
-    data: DataSettings  # its data.train, whatever that is
+    data: DataSettings  # `data.train` is the set, be it training or held-out images
     model: TarFlowConfig
     limit: int = 0
 
     @cached_property
     def index(self) -> Index:
+        """The index of the data set, opened on first use."""
         return open_index(self.data.train, self.data.access)
 
     @property
     def num_images(self) -> int:
+        """Images of the selection."""
         total = self.index.num_samples
         return min(self.limit, total) if self.limit else total
 
     def batches(
         self, labelled: bool, batch_size: int = BATCH, part: int = 0, parts: int = 1
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(pixels uint8 [n, C, H, W], labels int64 [n], ids int64 [n]); labels are -1 unless `labelled`.
+        """Yield (pixels uint8 [n, C, H, W], labels int64 [n], ids int64 [n]); labels are -1 unless `labelled`.
 
-        `part` of `parts`: one stretch of the images; together the stretches hold every image once.
+        `part` of `parts`: one range of the images; together the parts hold every image once.
         """
         classes = self.model.num_classes if labelled else 0
         shape = ImageShape(self.model.image_size, self.model.in_channels, classes)
@@ -51,7 +53,7 @@ class ImageSet:
             yield batch.images, batch.labels, batch.ids
 
     def class_counts(self) -> tuple[int, ...]:
-        """How many images each class has, from the index."""
+        """Images per class, from the index. Raises EvaluationError if the set has no labels."""
         counts = np.zeros(self.model.num_classes, dtype=np.int64)
         for shard in range(len(self.index.shard_sizes)):
             labels = self.index.rows(shard).labels
@@ -63,7 +65,7 @@ class ImageSet:
         return tuple(counts.tolist())
 
     def provenance(self) -> dict[str, str | int]:
-        """What statistics of these images depend on. Raises DataError if the shards are not those that were indexed."""
+        """What statistics of these images depend on. Raises DataError if the shards changed since they were indexed."""
         check_shards(self.index)
         return {
             "data": self.data.train,

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from tarflow.evaluation.metrics.names import is_distance, is_kernel
 from tarflow.records import DamagedFileError, Record, read_object
-from tarflow.trainer.checkpoint.names import leading_name, says
+from tarflow.trainer.checkpoint.names import leading_name, parse_name
 
 RESULT = "result.json"
 WORK = "work.json"  # who did it and how long it took: apart, so that equal settings give equal result files
@@ -177,7 +177,7 @@ def _misfits(folder: str, value: dict[str, Any], run: str | None) -> list[tuple[
     if settings_digest(value["settings"]) != digest:
         found.append(("settings_hash", f"{digest} is not the digest of its settings"))
     if checkpoint := leading_name(name):
-        kind, number = says(checkpoint)
+        kind, number = parse_name(checkpoint)
         names = {checkpoint, f"{checkpoint}-{digest}"}
         if value[kind] != number:
             found.append((kind, f"{value[kind]}, and its name says {number}"))

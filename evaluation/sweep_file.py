@@ -7,7 +7,7 @@ from pydantic import Field
 
 from tarflow.evaluation.result_file import Count, Figure, Sha256, StandardError
 from tarflow.records import DamagedFileError, Record, read_object
-from tarflow.trainer.checkpoint.names import leading_name, says
+from tarflow.trainer.checkpoint.names import leading_name, parse_name
 
 RECORD = "sweep.json"
 
@@ -76,7 +76,7 @@ def _misfits(folder: str, record: dict[str, Any]) -> list[tuple[str, str]]:
     if record["name"] != folder:
         found.append(("name", f"it is that of {record['name']!r}, and lies in {folder!r}"))
     checkpoint = leading_name(record["name"])
-    kind, number = says(checkpoint) if checkpoint else ("step", record["step"])
+    kind, number = parse_name(checkpoint) if checkpoint else ("step", record["step"])
     if record[kind] != number:
         found.append((kind, f"{record[kind]}, and its name says {number}"))
     best = record.get("best") or record["chosen"]

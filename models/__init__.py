@@ -1,7 +1,7 @@
-"""The mathematics of TarFlow: network, likelihood, sampler, guidance, denoising, weights files.
+"""The mathematics of TarFlow: network, likelihood, guided sampling, denoising, weights files.
 
-Tensors in, tensors out: no processes, no cluster, no file but a weights file.
+Tensors in, tensors out: no processes, no cluster, no files but weights files.
 """
 
-if __name__ != "tarflow.models":  # a second copy of every class would come of it
+if __name__ != "tarflow.models":  # it would make a second copy of every class
     raise ImportError(f"this folder is imported as tarflow.models, not as {__name__}")

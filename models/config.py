@@ -1,39 +1,41 @@
-"""The shape of a TarFlow: everything that decides its parameters, and nothing else."""
+"""The architecture of a TarFlow: everything that determines its parameters, and nothing else."""
 
 from pydantic import Field, model_validator
 
 from tarflow.settings import Count, Section
 
-# Beyond anything that fits a cluster; a slip of the keyboard must not be computed with.
+# Beyond anything that fits on a cluster: a typo fails here, by name, and not when memory runs out.
 MOST_PIXELS, MOST_CHANNELS, MOST_LAYERS, MOST_CLASSES = 1 << 14, 1 << 16, 1 << 10, 1 << 24
-MOST_TOKENS = 1 << 16  # attention grows with their square
+MOST_TOKENS = 1 << 16  # attention is quadratic in them
 MOST_LAYERS_IN_ALL = 1 << 12
 MOST_PARAMETERS = 1 << 40
 
 
 class TarFlowConfig(Section):
-    """Architecture of one TarFlow (arXiv 2412.06329, section 3).
+    """Architecture of one TarFlow (arXiv 2412.06329, section 2).
 
-    The image is cut into `num_tokens` patches of `token_dim` numbers; `num_blocks` autoregressive blocks of
-    `layers_per_block` transformer layers each act on the sequence, alternately as it is and reversed.
+    An image is split into `num_tokens` patches of `token_dim` numbers. `num_blocks` autoregressive blocks of
+    `layers_per_block` transformer layers each transform the sequence, alternating between its order and the reverse.
     """
 
-    image_size: Count = Field(gt=0, le=MOST_PIXELS, description="height and width of the square image, pixels")
+    image_size: Count = Field(gt=0, le=MOST_PIXELS, description="height and width of the (square) images, in pixels")
     patch_size: Count = Field(
-        gt=0, le=MOST_PIXELS, description="height and width of a patch, pixels; must divide image_size"
+        gt=0, le=MOST_PIXELS, description="height and width of a patch, in pixels; must divide image_size"
     )
-    in_channels: Count = Field(3, description="channels of the image: 3 (colour) or 1 (grey)")
-    channels: Count = Field(gt=0, le=MOST_CHANNELS, description="width of the transformer; a multiple of head_channels")
-    num_blocks: Count = Field(gt=0, le=MOST_LAYERS, description="flow blocks (metablocks in the paper)")
-    layers_per_block: Count = Field(gt=0, le=MOST_LAYERS, description="transformer layers in each block")
-    head_channels: Count = Field(64, gt=0, le=MOST_CHANNELS, description="channels of an attention head")
-    expansion: Count = Field(4, gt=0, le=64, description="hidden width of the MLP, in units of channels")
-    num_classes: Count = Field(0, ge=0, le=MOST_CLASSES, description="classes; 0 = unconditional")
+    in_channels: Count = Field(3, description="image channels: 3 (colour) or 1 (grey)")
+    channels: Count = Field(
+        gt=0, le=MOST_CHANNELS, description="transformer width; must be a multiple of head_channels"
+    )
+    num_blocks: Count = Field(gt=0, le=MOST_LAYERS, description="number of flow blocks")
+    layers_per_block: Count = Field(gt=0, le=MOST_LAYERS, description="transformer layers per flow block")
+    head_channels: Count = Field(64, gt=0, le=MOST_CHANNELS, description="channels per attention head")
+    expansion: Count = Field(4, gt=0, le=64, description="hidden width of the MLP as a multiple of channels")
+    num_classes: Count = Field(0, ge=0, le=MOST_CLASSES, description="number of classes; 0 = unconditional")
     nvp: bool = Field(
-        True, description="true: affine (non-volume-preserving); false: shift only, with a learned prior variance"
+        True, description="true: affine flow (non-volume-preserving); false: shift only, with a learned prior variance"
     )
     soft_clip: float = Field(
-        0.0, ge=0, le=1e3, description="bound the log-scale a to c*tanh(a/c); 0 = off, as published"
+        0.0, ge=0, le=1e3, description="c: bound the log-scale a by c * tanh(a / c); 0 = off, as published"
     )
 
     @model_validator(mode="after")
@@ -51,16 +53,17 @@ class TarFlowConfig(Section):
                 f"model.channels={self.channels} is not a multiple of model.head_channels={self.head_channels}"
             )
         if 0 < self.soft_clip < 1e-6:
-            raise ValueError(f"model.soft_clip={self.soft_clip:g} must be 0 (off), or 1e-6 at least")
+            raise ValueError(f"model.soft_clip={self.soft_clip:g} must be 0 (off) or at least 1e-6")
+        # Each setting is bounded on its own; their products decide what fits into memory.
         _at_most(self.num_tokens, MOST_TOKENS, "tokens", "a larger model.patch_size, or smaller images")
         layers = self.num_blocks * self.layers_per_block
-        _at_most(layers, MOST_LAYERS_IN_ALL, "layers in all", "fewer model.num_blocks or model.layers_per_block")
+        _at_most(layers, MOST_LAYERS_IN_ALL, "layers in total", "fewer model.num_blocks or model.layers_per_block")
         _at_most(self._weights, MOST_PARAMETERS, "parameters", "a smaller model, or fewer model.num_classes")
         return self
 
     @property
     def _weights(self) -> int:
-        """Numbers in all matrices and embeddings; `cost.parameters` counts the small vectors too, but stands above."""
+        """Parameters of all matrices and embeddings, near enough for a bound (`cost.parameters` is exact)."""
         layer = (4 + 2 * self.expansion) * self.channels**2
         ends = self.channels * (3 * self.token_dim + self.num_tokens + self.num_classes)
         return self.num_blocks * (self.layers_per_block * layer + ends)
@@ -77,6 +80,7 @@ class TarFlowConfig(Section):
 
     @property
     def num_heads(self) -> int:
+        """H: attention heads."""
         return self.channels // self.head_channels
 
     @property
@@ -87,4 +91,4 @@ class TarFlowConfig(Section):
 
 def _at_most(number: int, most: int, what: str, way_out: str) -> None:
     if number > most:
-        raise ValueError(f"the model would have {number:,} {what}, more than {most:,}: take {way_out}")
+        raise ValueError(f"the model would have {number:,} {what}, more than {most:,}: use {way_out}")

@@ -1,7 +1,7 @@
-"""What a TarFlow costs: parameters, floating-point operations, activation memory; and what accelerators can do.
+"""What a TarFlow costs (parameters, FLOPs, activation memory), and the peak rates of accelerators.
 
-Formulas, not measurements; `benchmarks/activation_checkpointing.py` holds the activation bytes against measured ones.
-Per token: T tokens of D numbers, C channels, L layers in all.
+Formulas, not measurements; `benchmarks/activation_checkpointing.py` compares the activation bytes to measured ones.
+Symbols: T tokens of D numbers, C channels.
 """
 
 import math
@@ -11,8 +11,8 @@ from tarflow.models.config import TarFlowConfig
 
 Mode = Literal["none", "selective", "full"]
 
-# Dense bfloat16 matrix products with float32 sums, FLOP/s, from the makers' data sheets (half of what those say "with
-# sparsity"). A key is the words of the driver's name that tell the device from its relatives.
+# Dense bfloat16 matrix products with float32 accumulation, in FLOP/s, from the vendors' data sheets (half of the figures
+# "with sparsity"). A key matches every device name that contains its words; the longest match wins.
 PEAK_BF16 = {
     "V100": 125e12,  # NVIDIA V100 data sheet (float16: it has no bfloat16 units)
     "A100": 312e12,  # NVIDIA A100 data sheet
@@ -34,7 +34,7 @@ PEAK_BF16 = {
 
 
 def peak_rate(device_name: str) -> float | None:
-    """Peak FLOP/s in bfloat16 of a device by its name as the driver gives it; None if it is not in the table."""
+    """Peak bfloat16 FLOP/s of a device by the name that its driver reports; None if it is not in the table."""
     words = set(device_name.replace("-", " ").lower().split())
     known = [key for key in PEAK_BF16 if words.issuperset(key.lower().split())]
     return PEAK_BF16[max(known, key=len)] if known else None
@@ -52,26 +52,26 @@ def layer_shapes(config: TarFlowConfig) -> Shapes:
 
 
 def end_shapes(config: TarFlowConfig) -> Shapes:
-    """Shapes of a block's parameters around its layers."""
+    """Shapes of a block's parameters outside its transformer layers."""
     c, d = config.channels, config.token_dim
     out = d * (2 if config.nvp else 1)
     return [(c, d), (c,), (out, c), (out,), (config.num_tokens, c), (config.num_classes, 1, c)]
 
 
 def parameters_per_layer(config: TarFlowConfig) -> int:
-    """Of one transformer layer: about 12 C^2 at expansion 4."""
+    """Parameters of one transformer layer: about 12 C^2 at expansion 4."""
     return sum(map(math.prod, layer_shapes(config)))
 
 
 def parameters(config: TarFlowConfig) -> int:
-    """Of the whole model."""
+    """Parameters of the whole model."""
     return largest_piece(config, 1)
 
 
 def largest_piece(config: TarFlowConfig, pieces: int) -> int:
-    """Parameters of the fullest of `pieces` ranks when each tensor is cut along its rows, as fully_shard does.
+    """Parameters on the fullest of `pieces` ranks when each tensor is sharded along its rows, as `fully_shard` does.
 
-    1,280 rows among 1,024 ranks are two each for 640 of them: 1.6 times an even share. The other ranks pad to as much.
+    1,280 rows over 1,024 ranks are two rows each on 640 ranks, 1.6 times an even share; the other ranks pad to as much.
     """
     layers, ends = layer_shapes(config), end_shapes(config)
     shapes = config.num_blocks * (config.layers_per_block * layers + ends)
@@ -79,12 +79,12 @@ def largest_piece(config: TarFlowConfig, pieces: int) -> int:
 
 
 def flops_per_image(config: TarFlowConfig, training: bool = True) -> float:
-    """Multiplications and additions of matrix products for one image; a training step does three forward passes' worth.
+    """FLOPs of the matrix products for one image: a training step takes three times the forward pass.
 
-    Causal attention counts once: the half of the T x T logits that is used. Recomputation does not count.
+    Causal attention counts the half of the T x T logits that is used. Recomputation does not count.
     """
     c, d, t, e = config.channels, config.token_dim, config.num_tokens, config.expansion
-    layer = 2 * (4 + 2 * e) * c * c + 2 * t * c  # products with weights; logits and their product with values, halved
+    layer = 2 * (4 + 2 * e) * c * c + 2 * t * c  # the linear maps; QK^T and its product with V, halved
     ends = 2 * d * c + 2 * c * d * (2 if config.nvp else 1)
     forward = config.num_blocks * (config.layers_per_block * layer + ends) * t
     return (3.0 if training else 1.0) * forward
@@ -95,18 +95,22 @@ def activation_bytes(
 ) -> float:
     """Bytes per image that autograd keeps between forward and backward.
 
-    `element`: bytes of a number inside the transformer (2 in bfloat16, 4 in float32); data and statistics are float32.
-    `every_nth_layer`: with mode selective, checkpoint each n-th layer and keep the others whole. `offload`: with mode
-    full, the layers' inputs are in host memory and do not count. For accelerators, and float32 on the CPU: in bfloat16
-    up to `tarflow.models.transformer.SHORT` tokens attention on the CPU is the formula written out, and a layer that is
-    not fully checkpointed keeps T^2 numbers per head besides: none the probabilities, selective the logits.
+    `element`: bytes per number inside the transformer (2 in bfloat16, 4 in float32); data and statistics are float32.
+    `every_nth_layer`: with mode selective, checkpoint every n-th layer and keep all of the others. `offload`: with mode
+    full, the layers' inputs are in host memory and do not count.
+
+    Holds for accelerators, and for float32 on the CPU. In bfloat16 with up to `tarflow.models.transformer.SHORT` tokens
+    the CPU computes attention without a fused kernel, and a layer that is not fully checkpointed also keeps T^2 numbers
+    per head: the probabilities with mode none, the logits with mode selective.
     """
     c, d, t = config.channels, config.token_dim, config.num_tokens
     layers = config.num_blocks * config.layers_per_block
-    statistics = 4 * config.num_heads + 4 * element  # attention's log-sums; mean and width of two norms
-    # Inputs of the two norms, their outputs, q, k, v, attention's output; the MLP's hidden values around the GELU.
+    # What one layer keeps per token. Statistics: attention's log-sum-exp per head; mean and inverse width of two norms.
+    statistics = 4 * config.num_heads + 4 * element
+    # Without checkpointing: inputs and outputs of the two norms, q, k, v, attention's output, and the MLP's hidden
+    # values before and after the GELU.
     whole = (8 + 2 * config.expansion) * c * element + statistics
-    # Input; outputs of the four products and of attention.
+    # Selective: the layer's input, and the outputs of its four matrix products and of attention.
     products = (7 + config.expansion) * c * element + 4 * config.num_heads
     kept_input = c * element
     if mode == "none":
@@ -117,6 +121,6 @@ def activation_bytes(
         per_layer = (kept_input + (every_nth_layer - 1) * whole) / every_nth_layer
     else:
         per_layer = float(products)
-    # Around a block's layers: input and output of the projections, x - b and exp(-a).
+    # Outside its layers a block keeps the inputs of its two projections, and x - b and exp(-a) in float32.
     block = (d + c) * element + 2 * 4 * d
     return t * (layers * per_layer + config.num_blocks * block)

@@ -1,7 +1,7 @@
-"""The error that a user of this room can cause and fix."""
+"""User errors of this room; the message says how to fix them."""
 
 from tarflow.errors import UserError
 
 
 class ModelError(UserError):
-    """A model configuration, weights file or sampling argument that cannot work; the text says which and what to change."""
+    """A model configuration, weights file or sampling argument is invalid; the message says which, and what to change."""

@@ -1,7 +1,7 @@
-"""TarFlow: a stack of autoregressive affine blocks on image patches (arXiv 2412.06329, section 3).
+"""TarFlow: a stack of autoregressive affine blocks on image patches (arXiv 2412.06329, section 2).
 
 Data run through the flow in float32 (`x`, `a`, `b`, `exp`, log-determinant); only the transformer inside a block
-computes in the dtype of its weights. In bf16 `exp(a)` the flow and its inverse would disagree (numerical trap 1).
+computes in the dtype of its weights. With `exp(a)` in bf16 the flow and its inverse would disagree.
 """
 
 import torch
@@ -89,7 +89,7 @@ class FlowBlock(nn.Module):
 
 
 class TarFlow(nn.Module):
-    """The whole flow. `forward` maps images to latents; the way back is `tarflow.models.sampling.sequential.sample`."""
+    """The whole flow. `forward` maps images to latents; the inverse is `tarflow.models.sampling.sequential.sample`."""
 
     var: Tensor
 
@@ -100,9 +100,11 @@ class TarFlow(nn.Module):
         self.register_buffer("var", torch.ones(config.num_tokens, config.token_dim))
 
     def patchify(self, images: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, T, D] with the model's patch size."""
         return patchify(images, self.config.patch_size)
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
+        """[N, T, D] -> [N, C, H, W] with the model's patch size."""
         return unpatchify(tokens, self.config.patch_size, self.config.in_channels)
 
     def forward(
@@ -131,7 +133,7 @@ class TarFlow(nn.Module):
     def update_prior(self, mean_square: Tensor) -> None:
         """Move the prior's variance [T, D] towards the batch's mean of z^2 (volume-preserving flow only).
 
-        A batch with numbers that are not finite changes nothing (case T14); nothing here waits for the device.
+        A batch with non-finite numbers changes nothing; nothing here waits for the device.
         """
         good = torch.isfinite(mean_square).all()
         self.var.lerp_(torch.where(good, mean_square.to(self.var), self.var), PRIOR_MOMENTUM)

@@ -1,17 +1,21 @@
-"""From latents to likelihoods: exact log-likelihood and bits per dimension."""
+"""Exact log-likelihood and bits per dimension (arXiv 2412.06329, section 2.1)."""
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from tarflow.models.flow import TarFlow
 
-# Of 8-bit data in [-1, 1]: the Gaussian's constant, and the width 2 / 256 = 2^-7 of a grey level.
+# For 8-bit data in [-1, 1]: the Gaussian's normalization, and 7 bits for the width 2 / 256 = 2^-7 of a grey level.
 BITS_CONSTANT = 0.5 * math.log2(2 * math.pi) + 7
 
 
-def bits_from_nats(loss: Tensor | float) -> Tensor | float:
+NumberT = TypeVar("NumberT", float, Tensor)
+
+
+def bits_from_nats(loss: NumberT) -> NumberT:
     """Bits per dimension from the loss in nats per dimension: loss / ln 2 + 8.32575."""
     return loss / math.log(2) + BITS_CONSTANT
 
@@ -19,7 +23,8 @@ def bits_from_nats(loss: Tensor | float) -> Tensor | float:
 def log_likelihood(model: TarFlow, images: Tensor, y: Tensor | None = None, recompute: bool = False) -> Tensor:
     """Exact log p(x | y) of images [N, C, H, W] in [-1, 1], per image [N], in nats (a sum over all dimensions).
 
-    The prior is a Gaussian with the model's variance `var` (ones for the affine flow). `recompute`: as in `TarFlow`.
+    By the change of variables, log p(x) = log p0(z) + log |det dz/dx|, with a Gaussian prior p0 of variance `model.var`
+    (ones for the affine flow). `recompute`: as in `TarFlow`.
     """
     z, logdet = model(images, y, recompute=recompute)
     var = model.var.float()
@@ -28,6 +33,6 @@ def log_likelihood(model: TarFlow, images: Tensor, y: Tensor | None = None, reco
 
 
 def bits_per_dim(model: TarFlow, images: Tensor, y: Tensor | None = None) -> Tensor:
-    """Bits per dimension of 8-bit data, per image [N]: -log2 p(x) / D + log2(128), for x already with its noise."""
+    """Bits per dimension of 8-bit data, per image [N]: -log2 p(x) / dims + log2(128). `images` already contain their noise."""
     dims = images[0].numel()
     return -log_likelihood(model, images, y) / (dims * math.log(2)) + 7

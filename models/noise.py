@@ -1,4 +1,4 @@
-"""Pixels to model space and back, and the noise that makes a density out of 8-bit data."""
+"""Pixels to model range and back, and the noise that turns 8-bit data into a density (arXiv 2412.06329, section 2.4)."""
 
 import torch
 from torch import Tensor
@@ -10,20 +10,21 @@ def to_model_range(pixels: Tensor) -> Tensor:
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Model range -> uint8, rounded to the nearest grey level, as a PNG holds it (case S04).
+    """Model range -> uint8, rounded to the nearest grey level and clamped, as a PNG stores it.
 
-    The images must be finite: what a non-finite value means is the caller's decision (case S03).
+    Truncation would darken every image by half a grey level, which moves an FID. The images must be finite: a cast turns
+    NaN into an arbitrary grey level, so the caller handles it first.
     """
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def dequantize(pixels: Tensor, uniform: Tensor) -> Tensor:
-    """Uniform dequantisation: grey level k becomes a point of its interval, ((k + u) / 256) * 2 - 1, u in [0, 1)."""
+    """Uniform dequantization: grey level k becomes a point of its bin, ((k + u) / 256) * 2 - 1, u in [0, 1)."""
     return (pixels.float() + uniform) / 256 * 2 - 1
 
 
 def add_noise(pixels: Tensor, noise: Tensor, kind: str, noise_std: float) -> Tensor:
-    """Pixels (uint8) with their training noise: kind "gaussian" (standard normal `noise`) or "uniform" ([0, 1))."""
+    """Pixels (uint8) with training noise of a kind: "gaussian" (`noise` is standard normal) or "uniform" (in [0, 1))."""
     if kind == "uniform":
         return dequantize(pixels, noise)
     return to_model_range(pixels) + noise_std * noise

@@ -1,6 +1,6 @@
 """The paper's configurations (arXiv 2412.06329, table 2 and appendix), one line each.
 
-A name reads patch-channels-blocks-layers, after the image size: `imagenet64-2-768-8-8`.
+A name is dataset and image size, then patch-channels-blocks-layers: `imagenet64-2-768-8-8`.
 """
 
 from tarflow.models.config import TarFlowConfig
@@ -18,7 +18,7 @@ _TABLE = {
 
 
 def preset(name: str) -> TarFlowConfig:
-    """A configuration by name; an unknown name is an error that lists the known ones."""
+    """The configuration of this name. Raises ModelError with the known names for an unknown one."""
     if name not in _TABLE:
         raise ModelError(f"unknown preset {name!r}; known: {', '.join(_TABLE)}")
     size, patch, channels, blocks, layers, classes = _TABLE[name]
@@ -29,4 +29,5 @@ def preset(name: str) -> TarFlowConfig:
 
 
 def preset_names() -> list[str]:
+    """All names, smallest images first."""
     return list(_TABLE)

@@ -1,4 +1,4 @@
-"""Where weights come from: how they were trained and how they are meant to be sampled. Travels inside weights files."""
+"""Where weights come from: how they were trained and how to sample from them. Stored inside weights files."""
 
 import unicodedata
 from typing import Annotated, Any, Literal
@@ -8,11 +8,11 @@ from pydantic import AfterValidator, Field, model_validator
 from tarflow.settings import Section
 
 MOST = (1 << 63) - 1
-_DEEPEST = 8  # of what a file says of its sampling and code
+_DEEPEST = 8  # levels of nesting in `sampling` and `code`
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """A value whose texts can be shown on a line: no control characters, nothing that is not UTF-8."""
+    """Require that every text in a value can be shown on one line: no control characters, valid UTF-8."""
     if depth > _DEEPEST:
         raise ValueError("it is nested too deeply")
     if isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in value):
@@ -25,24 +25,26 @@ def _plain(value: Any, depth: int = 0) -> Any:
     return value
 
 
-Word = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_plain)]  # 255: as of a class, so of all
+Word = Annotated[
+    str, Field(min_length=1, max_length=255), AfterValidator(_plain)
+]  # as long as the name of a class may be
 Facts = Annotated[dict[str, Any], Field(max_length=1000), AfterValidator(_plain)]
 
 
 class Provenance(Section):
-    """What is known of weights beyond the model's shape. None: not known, and then nobody assumes it."""
+    """What is known of weights besides the architecture. None means unknown: nothing is assumed then."""
 
-    weights: Word | None = Field(None, description="which set of a checkpoint: raw, ema-0.050, ...")
-    ema_relative_std: float | None = Field(None, ge=0, le=1, description="width of a power-function average")
-    step: int | None = Field(None, ge=0, le=MOST, description="optimizer steps behind the weights")
-    images_seen: int | None = Field(None, ge=0, le=MOST, description="images behind the weights")
-    run: Word | None = Field(None, description="identity of the run")
-    noise: Literal["gaussian", "uniform"] | None = Field(None, description="noise that was trained on")
-    noise_std: float | None = Field(None, ge=0, description="of Gaussian noise, in model range")
-    label_dropout: float | None = Field(None, ge=0, le=1, description="share of steps without a label")
-    classes: tuple[Word, ...] | None = Field(None, description="names of the classes, by number")
+    weights: Word | None = Field(None, description="which weights of a checkpoint: raw, ema-0.050, ...")
+    ema_relative_std: float | None = Field(None, ge=0, le=1, description="relative width of the power-function average")
+    step: int | None = Field(None, ge=0, le=MOST, description="optimizer steps taken")
+    images_seen: int | None = Field(None, ge=0, le=MOST, description="images trained on")
+    run: Word | None = Field(None, description="id of the training run")
+    noise: Literal["gaussian", "uniform"] | None = Field(None, description="training noise")
+    noise_std: float | None = Field(None, ge=0, description="standard deviation of gaussian noise, in model range")
+    label_dropout: float | None = Field(None, ge=0, le=1, description="probability of training without the label")
+    classes: tuple[Word, ...] | None = Field(None, description="class names, by label")
     sampling: Facts | None = Field(None, description="the run's sampling settings")
-    code: Facts | None = Field(None, description="version and commit of the code that trained")
+    code: Facts | None = Field(None, description="version and commit of the training code")
 
     @model_validator(mode="after")
     def _noise_fits(self) -> "Provenance":
@@ -51,18 +53,18 @@ class Provenance(Section):
         return self
 
     def describe(self) -> dict[str, Any]:
-        """What is known, as plain values; the sampling settings apart, which a result states as they were used."""
+        """Plain values of what is known, without the sampling settings: a result records the ones that it used."""
         return self.model_dump(mode="json", exclude={"sampling"}, exclude_none=True)
 
     def __str__(self) -> str:
-        """In a few words, for the terminal."""
+        """One line for the terminal."""
         what = f"weights {self.weights}" if self.weights else "weights"
         if self.step is not None:
             what += f" of step {self.step}"
         if self.images_seen is not None:
             what += f" ({self.images_seen:,} images)"
         if self.noise is None:
-            return f"{what}; the noise that they were trained on is not known"
+            return f"{what}; their training noise is not known"
         noise = (
             "uniform noise" if self.noise == "uniform" else f"Gaussian noise of standard deviation {self.noise_std:g}"
         )

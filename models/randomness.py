@@ -1,8 +1,8 @@
 """Keyed randomness: a draw depends on (seed, stream, step, index) and on nothing else.
 
 Not on the rank, the worker, the micro-batch or the history of the process: so an interrupted run equals an
-uninterrupted one bit for bit, another world size sees the same noise, and sample i is the same image in any batch
-(design contract 2). Numbers are drawn on the CPU, so that every device gets the same ones.
+uninterrupted one bit for bit, another world size sees the same noise, and sample i is the same image in any batch.
+Numbers are drawn on the CPU, so that every device gets the same ones.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def keyed_rng(seed: int, stream: str, step: int, index: int) -> np.random.Generator:
-    """The generator of one draw. Its 128-bit key makes a collision between draws a thing that does not happen."""
+    """The generator of one draw. The key is a 128-bit hash, so collisions between draws do not occur in practice."""
     text = struct.pack("<qqq", seed, step, index) + stream.encode()
     return np.random.Generator(
         np.random.Philox(key=int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little"))

@@ -8,25 +8,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SHORT = 256  # tokens up to which torch's bfloat16 kernel on the CPU is slower than the formula written out
+SHORT = 256  # up to this many tokens, torch's fused bfloat16 kernel on the CPU is slower than explicit products
 
 
 def causal_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) v with token t seeing tokens 0..t; [B, H, T, K] as the inputs.
 
-    The formula written out makes autograd keep the T x T probabilities of each head.
+    Short bfloat16 sequences on the CPU use explicit products, for which autograd keeps T x T probabilities per head.
     """
     B, H, T, K = q_BHTK.shape
     if q_BHTK.device.type != "cpu" or q_BHTK.dtype != torch.bfloat16 or T > SHORT:
         return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
     mask_TT = q_BHTK.new_full((T, T), float("-inf")).triu(1)
     q, k, v = (t.reshape(B * H, T, K) for t in (q_BHTK, k_BHTK, v_BHTK))
-    logits = torch.baddbmm(mask_TT, q, k.transpose(1, 2), alpha=K**-0.5)  # mask and scale on the way: one pass less
+    logits = torch.baddbmm(mask_TT, q, k.transpose(1, 2), alpha=K**-0.5)  # mask and scale in the same pass
     return (logits.softmax(-1) @ v).view(B, H, T, K)
 
 
 class CausalAttention(nn.Module):
-    """Pre-norm multi-head attention; token t sees tokens 0..t. No mask is kept."""
+    """Pre-norm multi-head attention; token t sees tokens 0..t. No mask is stored."""
 
     def __init__(self, channels: int, head_channels: int) -> None:
         super().__init__()
@@ -42,12 +42,13 @@ class CausalAttention(nn.Module):
         return q, k, v
 
     def forward(self, x_BTC: Tensor) -> Tensor:
+        """Attention over whole sequences, [B, T, C] -> [B, T, C]."""
         q, k, v = self._heads(x_BTC)
         out_BHTK = causal_attention(q, k, v)
         return self.proj(out_BHTK.transpose(1, 2).flatten(2))
 
     def step(self, x_B1C: Tensor, cache_2BHTK: Tensor, position: int, inverse_temp_B111: Tensor | None) -> Tensor:
-        """The same for the one token at `position`, whose predecessors' keys and values are in the cache.
+        """Attention of the one token at `position`; the cache holds keys and values of the tokens before it.
 
         `inverse_temp_B111` multiplies the attention logits of each row of the batch (1 / attention temperature).
         """
@@ -72,6 +73,7 @@ class MLP(nn.Module):
         )
 
     def forward(self, x_BTC: Tensor) -> Tensor:
+        """[B, T, C] -> [B, T, C], each token alone."""
         return self.main(self.norm(x_BTC))
 
 
@@ -84,11 +86,12 @@ class TransformerLayer(nn.Module):
         self.mlp = MLP(channels, expansion)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
+        """[B, T, C] -> [B, T, C]."""
         x_BTC = x_BTC + self.attention(x_BTC)
         return x_BTC + self.mlp(x_BTC)
 
     def step(self, x_B1C: Tensor, cache_2BHTK: Tensor, position: int, inverse_temp_B111: Tensor | None) -> Tensor:
-        """One token of the sequence, given the cache of those before it."""
+        """The layer for the one token at `position`; see `CausalAttention.step`."""
         x_B1C = x_B1C + self.attention.step(x_B1C, cache_2BHTK, position, inverse_temp_B111)
         return x_B1C + self.mlp(x_B1C)
 

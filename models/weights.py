@@ -1,9 +1,9 @@
-"""Weights in and out: safetensors, and the published layout (`.pth`), a dictionary of tensors.
+"""Reads and writes weights files: safetensors, and the published layout (`.pth`), a dictionary of tensors.
 
-Both hold the configuration and the weights' provenance besides: safetensors as metadata, `.pth` as an attribute of the
-dictionary, which `load_state_dict` passes over, so the published code loads the file strictly. Files of others hold
-neither: then the shapes say the model, and the provenance is not known. What a file claims is held against bounds before
-anything is made of it (`tensor_files` reads it, and runs nothing).
+Both also hold the configuration and the weights' provenance: safetensors as metadata, `.pth` as an attribute of the
+dictionary, which `load_state_dict` ignores, so the published code loads the file strictly. Files of other programs hold
+neither: the configuration is then inferred from the shapes, and the provenance is unknown. Whatever a file claims is
+checked against bounds before it is used (`tensor_files` reads it and never executes anything).
 """
 
 from collections import OrderedDict
@@ -34,47 +34,45 @@ from tarflow.records import DamagedFileError, parse_object
 from tarflow.settings import Section
 
 CONFIG_KEY, PROVENANCE_KEY = "tarflow_config", "tarflow_provenance"
-ATTRIBUTE = "tarflow"  # of the dictionary in a `.pth`: what safetensors hold as metadata
+ATTRIBUTE = "tarflow"  # of the dictionary in a `.pth`; holds what safetensors keep as metadata
 SUFFIXES = (".safetensors", ".pth")
 _KNOWN_KEYS = {CONFIG_KEY, PROVENANCE_KEY, CHECKSUM_KEY, "format"}
-_MOST_TEXT = 1 << 24  # characters of what a file says of itself
+_MOST_TEXT = 1 << 24  # characters of a configuration or a provenance
 
 
 @dataclass(frozen=True)
 class WeightsHeader:
-    """What a weights file says beside its tensors."""
+    """What a weights file holds besides its tensors."""
 
     config: TarFlowConfig
     provenance: Provenance
-    by_shapes: bool  # the file names no configuration: it is read off the tensors
-    checked: bool = True  # it agrees with a checksum in the file; False: there is none
+    by_shapes: bool  # the file holds no configuration: it was inferred from the tensors' shapes
+    checked: bool = True  # against a checksum in the file; False: the file has none
 
     @property
     def caveat(self) -> str:
-        """What to add to a line about the file."""
-        return (
-            "" if self.checked else "; it carries no checksum: whether its bytes are as they were written is not known"
-        )
+        """What a line about the file ends with if it has no checksum."""
+        return "" if self.checked else "; it carries no checksum, so damage to it would go unnoticed"
 
 
 @dataclass(frozen=True)
 class WeightsFile(WeightsHeader):
-    """A weights file: tensors by name, on the CPU, which fit the configuration."""
+    """A weights file: tensors on the CPU, whose names and shapes are those of the configuration's model."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 def is_weights_file(path: str | Path) -> bool:
-    """Whether a path on the command line means a weights file rather than a run directory, there or not."""
+    """Whether a path on the command line means a weights file, existing or not, rather than a run directory."""
     return Path(path).suffix in SUFFIXES or Path(path).is_file()
 
 
 def save_weights_file(
     path: str | Path, config: TarFlowConfig, weights: Mapping[str, Tensor], provenance: Provenance | None = None
 ) -> None:
-    """Write weights as `.safetensors`, or as `.pth` in the published layout, attention masks included.
+    """Write weights atomically as `.safetensors`, or as `.pth` in the published layout with its attention masks.
 
-    The file appears whole or not at all.
+    Raises ModelError for another suffix, and for tensors that do not fit the configuration.
     """
     path = Path(path)
     check_weights(config, weights, str(path))
@@ -93,14 +91,14 @@ def save_weights_file(
 
 
 def _save_pickled(path: Path, tensors: OrderedDict[str, Tensor]) -> None:
-    with open(path, "wb") as file:  # by its name, torch would store the name
+    with open(path, "wb") as file:  # given a path, torch would store it in the file
         torch.save(tensors, file)
 
 
 def load_weights_file(path: str | Path, config: TarFlowConfig | None = None) -> tuple[TarFlowConfig, dict[str, Tensor]]:
     """Read a weights file -> (configuration, tensors on the CPU); see `read_weights`.
 
-    Where a configuration is given, the tensors of a `.pth` must fit that one.
+    If a configuration is given, the tensors of a `.pth` must fit it.
     """
     file = read_weights(path, like=config)
     if config is None or Path(path).suffix == ".safetensors":
@@ -110,11 +108,11 @@ def load_weights_file(path: str | Path, config: TarFlowConfig | None = None) -> 
 
 
 def read_weights(path: str | Path, like: TarFlowConfig | None = None) -> WeightsFile:
-    """Read a weights file with all that it says. `like`: see `config_by_shapes`.
+    """Read a weights file. `like`: see `config_by_shapes`.
 
     Raises:
-        DamagedFileError: its bytes do not fit its checksum, or what it says of itself cannot be believed.
-        ModelError: no such file, a pickle with code, names or shapes that do not fit.
+        DamagedFileError: its bytes do not match its checksum, or its metadata are implausible.
+        ModelError: there is no such file, it is a pickle with code, or names or shapes do not fit.
 
     """
     path = Path(path)
@@ -124,9 +122,13 @@ def read_weights(path: str | Path, like: TarFlowConfig | None = None) -> Weights
     if config is None:
         config = config_by_shapes(file.tensors, str(path), like)
     tensors = without_masks(config, file.tensors, str(path))
+
+    # A damaged or hostile pickle can alias one small storage as many large tensors, which would be huge once converted.
     if sum(t.nbytes for t in tensors.values()) > path.stat().st_size:
-        raise DamagedFileError(path, "its tensors share their numbers, which the model's do not", WAY_OUT)
-    # The affine flow's prior is fixed; some files leave its variance of ones out.
+        raise DamagedFileError(path, "its tensors share memory, which the model's do not", WAY_OUT)
+
+    # The affine flow's prior variance is fixed at one, and some files omit it. Expanded, it costs no memory until the
+    # shapes are known to be right.
     without_var = config.nvp and "var" not in tensors
     if without_var:
         tensors["var"] = torch.ones(()).expand(config.num_tokens, config.token_dim)
@@ -137,7 +139,7 @@ def read_weights(path: str | Path, like: TarFlowConfig | None = None) -> Weights
 
 
 def read_header(path: str | Path, like: TarFlowConfig | None = None) -> WeightsHeader:
-    """What `read_weights` finds beside the tensors. Safetensors are read for their checksum, a piece at a time."""
+    """What `read_weights` finds besides the tensors. Safetensors are checksummed a chunk at a time, and not loaded."""
     path = Path(path)
     if path.suffix != ".safetensors":
         return read_weights(path, like)
@@ -166,8 +168,8 @@ def _parsed(path: Path, metadata: Mapping[str, str]) -> tuple[TarFlowConfig | No
     config = _section(path, "configuration", metadata[CONFIG_KEY], TarFlowConfig) if CONFIG_KEY in metadata else None
     provenance = _section(path, "provenance", metadata.get(PROVENANCE_KEY, "{}"), Provenance)
     if config is not None and config.num_classes and len(provenance.classes or ()) > config.num_classes:
-        said = f"it names {len(provenance.classes or ()):,} classes, its model has {config.num_classes:,}"
-        raise DamagedFileError(path, said, WAY_OUT, where="provenance.classes")
+        problem = f"it names {len(provenance.classes or ()):,} classes, its model has {config.num_classes:,}"
+        raise DamagedFileError(path, problem, WAY_OUT, where="provenance.classes")
     return config, provenance
 
 
@@ -189,7 +191,7 @@ def _section(path: Path, what: str, text: str, kind: type[SectionT]) -> SectionT
 
 
 def check_weights(config: TarFlowConfig, weights: Mapping[str, Tensor], where: str) -> None:
-    """Names and shapes must be exactly the model's; the error lists what is missing, unknown or of another shape."""
+    """Raise ModelError unless names and shapes are exactly the model's; it lists what is missing, unknown or misshapen."""
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in TarFlow(config).state_dict().items()}
     problems = [f"missing: {name}" for name in expected if name not in weights]
@@ -200,7 +202,9 @@ def check_weights(config: TarFlowConfig, weights: Mapping[str, Tensor], where: s
         if name in weights and tuple(weights[name].shape) != shape
     ]
     problems += [
-        f"{name}: {t.dtype}, which holds no weights" for name, t in weights.items() if not t.is_floating_point()
+        f"{name}: {t.dtype}, which is not a floating-point type"
+        for name, t in weights.items()
+        if not t.is_floating_point()
     ]
     if problems:
         shown = "\n  ".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
@@ -208,7 +212,7 @@ def check_weights(config: TarFlowConfig, weights: Mapping[str, Tensor], where: s
 
 
 def load_model(config: TarFlowConfig, weights: Mapping[str, Tensor]) -> TarFlow:
-    """A float32 model on the CPU, in evaluation mode, with these weights."""
+    """A float32 model on the CPU in evaluation mode, with these weights."""
     with torch.device("meta"):
         model = TarFlow(config)
     model.load_state_dict({name: t.float() for name, t in weights.items()}, assign=True)

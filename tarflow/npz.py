@@ -15,9 +15,10 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tarflow.records import SEAL, DamagedFileError
 
@@ -33,7 +34,7 @@ _KINDS = "?biufcSU"  # of numbers and texts; nothing nested, no objects, no date
 class Declared:
     """Type and shape of an array in a file that has not been read."""
 
-    dtype: np.dtype
+    dtype: np.dtype[Any]
     shape: tuple[int, ...]
     nbytes: int
 
@@ -148,7 +149,7 @@ def _declared(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> Dec
         raise ValueError(f"its array {name!r} has a header of version {version}")
     try:
         shape, _, dtype = _READERS[version](head)
-    except Exception:  # numpy gives it to Python's parser, which rubbish leads astray in any way
+    except Exception:  # noqa: BLE001 -- numpy evaluates it with Python's parser, which garbage can make raise anything
         raise ValueError(f"the header of its array {name!r} cannot be read") from None
     if dtype.hasobject:
         raise ValueError(f"its array {name!r} holds objects, which are pickled: reading them could run code")

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 
@@ -19,6 +18,7 @@ from tarflow.locks import holder, locked
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import writer_lock
 from tests.helpers.poor_files import lack
+from tests.helpers.programs import ENV, program
 
 NO_FLOCK = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
 by_name = pytest.mark.parametrize("number", NO_FLOCK, ids=lambda n: errno.errorcode[n])
@@ -116,23 +116,9 @@ def test_a_job_that_waits_for_the_last_writer_goes_on_without_flock(tmp_path, mo
     assert len(said) == 1
 
 
-HOLD = """
-import errno, pytest, sys, time
-from pathlib import Path
-from tests.helpers.poor_files import lack
-lack(pytest.MonkeyPatch(), flock=errno.ENOSYS)
-from tarflow import locks
-from tarflow.trainer.run_dir import writer_lock
-locks.LEASE_S = float(sys.argv[2])
-with writer_lock(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
 def start_holder(run, lease_s=60.0):
     child = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(run), str(lease_s)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        program("hold_lease", run, lease_s), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "held\n"

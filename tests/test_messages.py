@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +22,8 @@ import pytest
 
 import tarflow.cli
 from tests.helpers.message_table import VERBS
+from tests.helpers.programs import program
+from tests.helpers.waiting import until
 from tests.test_front_door import ALL, VERBS_ABOVE_OTHERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,25 +107,12 @@ def test_ctrl_c_ends_every_verb_without_a_word(table: list[Row]) -> None:
     assert sum(row["code"] == 130 for row in rows) >= len(rows) // 3
 
 
-SLEEPING_VERB = """
-import signal, sys, time, tarflow.cli
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-from tarflow.data_pipeline.commands import verify
-from tarflow.data_pipeline.index.processes import in_processes
-verify.run = lambda args: list(in_processes(time.sleep, [600, 600], 2))
-sys.exit(tarflow.cli.main(["data", "verify", "set"]))
-"""
-
-
 @pytest.mark.case("N14")
 def test_ctrl_c_at_a_terminal_reaches_the_processes_of_a_command_too() -> None:
     """They say nothing of it either, not even in their first moments."""
-    process = subprocess.Popen([sys.executable, "-c", SLEEPING_VERB], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    process = subprocess.Popen(program("sleeping_verb"), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                start_new_session=True)  # fmt: skip
-    limit = time.monotonic() + 60
-    while len(children(process.pid)) < 2:
-        assert time.monotonic() < limit
-        time.sleep(0.005)
+    until("two processes", lambda: len(children(process.pid)) == 2, every_s=0.005)
     begun = children(process.pid)
     os.killpg(process.pid, signal.SIGINT)
     assert process.communicate(timeout=60) == (b"", b"")

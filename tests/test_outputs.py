@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +12,10 @@ import pytest
 import yaml
 
 from tarflow.outputs import Output, ReaderGoneError
+from tests.helpers.data import prepared
+from tests.helpers.programs import ENV, program
+from tests.helpers.waiting import until
 from tests.test_poor_file_system import CONFIG
-
-ENV = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
 
 
 def start(*words: object, **options: object) -> "subprocess.Popen[str]":
@@ -29,14 +29,8 @@ def start(*words: object, **options: object) -> "subprocess.Popen[str]":
 
 @pytest.fixture(scope="module")
 def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tarflow.data_pipeline.prepare.sources import open_source
-    from tarflow.data_pipeline.prepare.write import Options, prepare
-
-    folder = tmp_path_factory.mktemp("small")
     images = np.random.default_rng(0).integers(0, 255, (30, 8, 8, 1), dtype=np.uint8)
-    np.savez(folder / "images.npz", images=images, labels=np.arange(30) % 3)
-    prepare(open_source(folder / "images.npz"), folder / "set", Options(size=8))
-    return folder / "set"
+    return prepared(tmp_path_factory.mktemp("small"), images, np.arange(30) % 3)
 
 
 @pytest.mark.parametrize("words", [["data", "info", "SET"], ["data", "verify", "SET", "--processes", "1"], ["--help"]])
@@ -60,13 +54,6 @@ def test_a_full_disk_under_the_output_is_one_line(small_set: Path) -> None:
     assert process.returncode == 1
 
 
-def until(what: object, limit_s: float = 60) -> None:
-    limit = time.monotonic() + limit_s
-    while not what():  # type: ignore[operator]
-        assert time.monotonic() < limit
-        time.sleep(0.02)
-
-
 @pytest.mark.case("F19")
 def test_a_training_outlives_its_reader_and_saves_when_its_terminal_is_closed(small_set: Path, tmp_path: Path) -> None:
     """`tarflow train ... | head -1`, and then SIGHUP, as for SIGTERM."""
@@ -78,7 +65,7 @@ def test_a_training_outlives_its_reader_and_saves_when_its_terminal_is_closed(sm
     assert process.stderr is not None
     assert process.stdout.readline().startswith("data:")
     process.stdout.close()
-    until(lambda: (run / "log.txt").exists() and "step 3 " in (run / "log.txt").read_text())
+    until("step 3", lambda: (run / "log.txt").exists() and "step 3 " in (run / "log.txt").read_text())
     process.send_signal(signal.SIGHUP)
     assert process.stderr.read() == ""
     assert process.wait(60) == 75
@@ -88,38 +75,20 @@ def test_a_training_outlives_its_reader_and_saves_when_its_terminal_is_closed(sm
     assert len(list((run / "checkpoints").glob("*/COMMITTED"))) == 1
 
 
-CATCH = """
-import os, signal
-from tarflow.trainer.resilience.signals import StopRequest
-with StopRequest() as stop:
-    os.kill(os.getpid(), signal.SIGHUP)
-print(stop.received)
-"""
-
-
 @pytest.mark.parametrize(("ignored", "received"), [(True, "None"), (False, "SIGHUP")], ids=["nohup", "terminal"])
 @pytest.mark.case("F19")
 def test_nohup_stays_in_force(ignored: bool, received: str) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
     try:
-        done = subprocess.run([sys.executable, "-c", CATCH], env=ENV, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(program("heed_hangup", "once"), env=ENV, capture_output=True, text=True, timeout=60)
     finally:
         signal.signal(signal.SIGHUP, before)
     assert done.stdout.strip() == received
 
 
-RANK = "import signal, sys, time; from tarflow.trainer.resilience.signals import StopRequest\nwith StopRequest() as s:\n print('up', flush=True)\n while s.received is None: time.sleep(.01)\nsys.exit(75)"
-SUPERVISE = f"""
-import sys
-from pathlib import Path
-from tarflow.trainer.resilience.supervisor import Supervisor
-sys.exit(Supervisor([sys.executable, "-c", {RANK!r}], 2, Path("none"), 3).run())
-"""
-
-
 @pytest.mark.case("F19")
 def test_ranks_are_told_that_the_terminal_of_their_supervisor_is_closed() -> None:
-    process = subprocess.Popen([sys.executable, "-c", SUPERVISE], env=ENV, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(program("heed_hangup", "supervisor"), env=ENV, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(2)] == ["up\n", "up\n"]
     process.send_signal(signal.SIGHUP)
@@ -171,13 +140,7 @@ def test_the_line_of_an_error_shows_what_a_name_holds(tmp_path: Path) -> None:
 
 @pytest.mark.case("H11")
 def test_whatever_is_printed_is_escaped_but_what_a_library_draws() -> None:
-    program = (
-        "import sys; from tarflow.outputs import guarded_outputs, styled\n"
-        "with guarded_outputs():\n"
-        "    print('a\\x1b[31m\\x9b1m\\tb\\r50%\\u202e'); print('err\\x07', file=sys.stderr)\n"
-        "    styled(sys.stdout).write('\\x1b[1mbar\\x1b[0m\\n'); print('after')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], env=ENV, capture_output=True, timeout=60)
+    done = subprocess.run(program("print_escapes"), env=ENV, capture_output=True, timeout=60)
     assert done.stdout.decode() == "a\\x1b[31m\\x9b1m\tb\n50%\\u202e\n\x1b[1mbar\x1b[0m\nafter\n"
     assert done.stderr == b"err\\x07\n"
 
@@ -185,19 +148,5 @@ def test_whatever_is_printed_is_escaped_but_what_a_library_draws() -> None:
 @pytest.mark.case("F19")
 def test_a_signal_that_comes_within_a_callback_of_the_interpreter_is_not_lost() -> None:
     """What rises in a weak reference's callback is only printed, and the program goes on."""
-    program = """
-import gc, os, signal, time, weakref
-from tarflow.cli import _orderly_end
-class Thing: pass
-with _orderly_end() as asked:
-    thing = Thing()
-    reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGINT) or [None for _ in range(10)])
-    try:
-        del thing
-        time.sleep(20)
-        print("lost")
-    except KeyboardInterrupt:
-        print("ended", set(asked) == {signal.SIGINT})
-"""
-    done = subprocess.run([sys.executable, "-c", program], env=ENV, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(program("signal_in_callback"), env=ENV, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("ended True\n", "")

@@ -5,7 +5,6 @@ import errno
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from tarflow.files import (
 from tarflow.leases import leased
 from tarflow.locks import locked, sign
 from tarflow.records import append_record_line
+from tests.helpers.programs import ENV, program
 
 ROOT = Path(__file__).resolve().parent.parent
 PRECIOUS = "what must stay\n"
@@ -157,21 +157,6 @@ def test_folders_on_the_way_may_be_links(tmp_path: Path) -> None:
 # --- a private folder ------------------------------------------------------------------------------------------------
 
 OTHER = 12345  # another user's number
-AS_OTHER = """
-import os, sys
-from pathlib import Path
-folder = Path(sys.argv[1])
-os.setgid(12345); os.setuid(12345)
-def tried(what):
-    try:
-        what()
-        return "done"
-    except OSError as error:
-        return type(error).__name__
-print(tried(lambda: (folder / "file").read_text()), tried(lambda: (folder / "planted").write_text("x")),
-      tried(lambda: os.listdir(folder)), tried(lambda: os.replace(folder / "file", folder / "other")),
-      tried(lambda: folder.rename(folder.with_name("gone"))))
-"""
 needs_root = os.geteuid() == 0
 
 
@@ -189,7 +174,7 @@ def test_a_private_folder_is_closed_to_others(tmp_path: Path) -> None:
     (folder / "file").write_text("x")
     assert folder.stat().st_mode & 0o777 == 0o700
     if needs_root:
-        done = subprocess.run([sys.executable, "-c", AS_OTHER, str(folder)], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(program("try_as_other", folder), env=ENV, capture_output=True, text=True, timeout=60)
         assert done.stdout.split() == ["PermissionError"] * 5, done.stderr
     assert private_folder(folder, "way out") == folder
 
@@ -224,20 +209,20 @@ def test_a_folder_that_someone_else_made_first_is_refused(tmp_path: Path, monkey
 def test_compiled_code_lies_in_a_private_folder(tmp_path: Path, monkeypatch) -> None:
     import tempfile
 
-    from tarflow.trainer.parallel.apply import own_compiler_cache
+    from tarflow.trainer.parallel.apply import use_private_compiler_cache
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     (tmp_path / f"tarflow-compiled-{os.geteuid()}").symlink_to(tmp_path)
     with pytest.raises(UserError, match="set TORCHINDUCTOR_CACHE_DIR"):
-        own_compiler_cache()
+        use_private_compiler_cache()
     (tmp_path / f"tarflow-compiled-{os.geteuid()}").unlink()
-    own_compiler_cache()
+    use_private_compiler_cache()
     folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     assert folder.parent == tmp_path
     assert folder.stat().st_mode & 0o777 == 0o700
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
-    own_compiler_cache()
+    use_private_compiler_cache()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
 
 
@@ -252,7 +237,8 @@ WITH_REASON = {
     "trainer/parallel/apply.py": "the name of the system's folder; what lies there is checked by private_folder",
     "trainer/checkpoint/commit.py": "a new folder, which must not be there before",
     "evaluation/results.py": "a new folder under a drawn name",
-    "evaluation/samples/store.py": "a file that create_empty has made, or SharedWork",
+    "evaluation/samples/store.py": "a file that SharedWork has made",
+    "evaluation/samples/store_formats.py": "a file that create_empty has made",
     "evaluation/worker/chunk_file.py": "a file that SharedWork has made",
     "evaluation/worker/reference.py": "a file that SharedWork or write_atomic has made",
     "cluster/submission/snapshot.py": "a new folder under a drawn name",
@@ -262,7 +248,7 @@ WITH_REASON = {
     "data_pipeline/prepare/verify.py": "a temporary folder of its own",
     "data_pipeline/prepare/write.py": "a new folder, which must not be there before",
     "data_pipeline/prepare/card.py": "the same folder",
-    "data_pipeline/index/build.py": "a new folder, which must not be there before",
+    "data_pipeline/index/writer.py": "a new folder, which must not be there before",
 }
 TOOLS = {"files.py", "leases.py", "outputs.py", "terminal.py"}  # these are what is tried above
 WRITE = {

@@ -1,27 +1,15 @@
 """Real commands on a file system without locks, links, fsync, times or modes: they do their work, and say what is lacking."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-PROGRAM = """
-import json, sys, pytest, torch
-from tests.helpers.poor_files import lack_everything
-lack_everything(pytest.MonkeyPatch())
-torch.set_num_threads(1)
-import tarflow.cli, tarflow.evaluation.worker.real_images
-from tests.evaluation.conftest import FakeFeatures
-tarflow.evaluation.worker.real_images.Features = FakeFeatures
-for command in json.loads(sys.argv[1]):
-    print("$", *command, flush=True)
-    print("=", tarflow.cli.main(command), flush=True)
-"""
+from tests.helpers.programs import ENV, program
+
 CONFIG = {
     "data": {"train": "set/train", "validation": "set/val"},
     "model": {"image_size": 8, "patch_size": 4, "in_channels": 1, "channels": 16, "num_blocks": 2, "layers_per_block": 1,
@@ -57,8 +45,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     np.savez(folder / "images.npz", images=images, labels=labels)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
     commands = [line.split() for line in COMMANDS.strip().splitlines()]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    ran = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(commands)], cwd=folder, env=env,
+    ran = subprocess.run(program("poor_commands", json.dumps(commands)), cwd=folder, env=ENV,
                          capture_output=True, text=True, timeout=300)  # fmt: skip
     return folder, ran.stdout, ran.stderr
 

@@ -1,4 +1,4 @@
-"""The error that a user of this room can cause and fix."""
+"""User errors of training; the message says how to fix them."""
 
 from tarflow.errors import UserError
 

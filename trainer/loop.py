@@ -10,7 +10,7 @@ from tarflow.code_version import code_version, describe_code
 from tarflow.data_pipeline.loading.choose_reader import DataFacts
 from tarflow.data_pipeline.loading.loader import Loader
 from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
-from tarflow.models.cost import flops_per_image, peak_rate
+from tarflow.models.cost import flops_per_image, parameters, peak_rate
 from tarflow.trainer.batch import BatchPlan, plan_batch
 from tarflow.trainer.config.files import config_text
 from tarflow.trainer.config.schema import Config
@@ -33,9 +33,10 @@ from tarflow.trainer.resilience.fault_injection import fault_point
 from tarflow.trainer.resilience.signals import StopRequest
 from tarflow.trainer.resilience.watchdog import Watchdog, deadline, tighten_timeouts
 from tarflow.trainer.run_dir import create_run, save_config, writer_lock
+from tarflow.trainer.saving.handle import Position
+from tarflow.trainer.saving.manager import CheckpointManager
 from tarflow.trainer.saving.no_progress import no_progress
 from tarflow.trainer.saving.resume import Start, count_restart, decide_start, finished
-from tarflow.trainer.saving.saver import Moment, Saver
 from tarflow.trainer.schedule import learning_rate
 from tarflow.trainer.start.check import check_start
 from tarflow.trainer.start.record import write_record
@@ -113,11 +114,11 @@ class Run:
         self.warmup_images = warmup_images
         self.backend = make_backend(config, device, world, plan)
         self.ema = EMA(self.backend, config.ema.relative_stds, config.ema.decays)
-        self.saver = Saver(config, run_dir, self.backend, self.ema, world, log)
+        self.saver = CheckpointManager(config, run_dir, self.backend, self.ema, world, log)
         self.images_seen = 0
         self._tried = self._passed_over = 0  # optimizer steps: all, and those known to have changed nothing
         self._reading: tuple[PendingMetrics, int, int, float] | None = None
-        self._began = Moment()
+        self._began = Position()
         self._failing = self._gave_up = False  # the steps, the saves
         self._peak = peak_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
@@ -125,7 +126,7 @@ class Run:
         """Resume, or start from given or fresh weights; the log says which."""
         if self.world.first:
             self.log.say(f"code: {describe_code(code_version())}")
-        total = sum(self.saver.sizes.values())
+        total = parameters(self.config.model)
         self.log.say(
             f"model: {total / 1e6:.1f}M parameters, {self.config.model.num_tokens} tokens; {self.plan}; "
             f"{self.config.parallel.backend if self.world.size > 1 else 'one process'} on {self.device.type}"
@@ -133,7 +134,7 @@ class Run:
         wanted = self.config.parallel.world_size
         if wanted not in (0, self.world.size):
             self.log.say(f"note: made for parallel.world_size={wanted} processes, running on {self.world.size}")
-        begin = self.saver.restore(start, facts, init_from, init_partial)
+        begin = self.saver.load(start, facts, init_from, init_partial)
         self.images_seen, self._tried, self._passed_over = begin.images_seen, begin.tried, begin.tried - begin.step
         self._began = begin
         self.log.open_curves(begin.images_seen)
@@ -142,7 +143,7 @@ class Run:
         """False, with a last line in the log, if restarts keep coming back to this position."""
         most = self.config.train.max_restarts_without_progress
         reason = count_restart(run_dir, self.images_seen, most) if self.world.first else None
-        reason = broadcast(reason)  # type: ignore[assignment]
+        reason = broadcast(reason)
         if reason is not None:
             self.log.say(reason, last_words=True)
         return reason is None
@@ -196,8 +197,11 @@ class Run:
         return self._end(action, stop)
 
     def _save(self) -> float:
+        """Save, if this is worth a checkpoint; seconds that training was blocked for."""
         self.watchdog.phase("save")
-        return self.saver.save(self.images_seen, self._tried)
+        began = time.monotonic()
+        self.saver.save(self.images_seen, self._tried)
+        return time.monotonic() - began
 
     def _skip_batch(self, batch: StepInput) -> bool:
         """Pass over a batch that `train.skip_images` names: only the counter moves on."""
@@ -292,7 +296,7 @@ class Run:
             flops = row["throughput/images_per_sec"] * flops_per_image(self.config.model)
             row["throughput/mfu"] = flops / (self._peak * self.world.size)
         self._failing = row["optim/skipped_in_a_row"] >= self.config.train.max_skipped_in_a_row
-        self.saver.hear(row["optim/skipped_in_a_row"])
+        self.saver.observe_skipped(row["optim/skipped_in_a_row"])
         self._passed_over = round(row["optim/skipped_steps"])
         self.log.figures(tried - self._passed_over, images_seen, self.config.train.max_images, row | {"optim/lr": lr})
 

@@ -1,4 +1,4 @@
-"""The run directory: what lies where, who may write, and how to open one.
+"""The run directory: its layout, its only writer, and how to open one.
 
 config.yaml  run.json  restarts.json  log.txt  logs/  metrics.jsonl  tensorboard/  heartbeats/  checkpoints/  ema/
 evals/  evals.jsonl  report.html
@@ -32,7 +32,7 @@ Words = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=300
 
 
 class Identity(Record):
-    """run.json. The markers of the run's checkpoints say the same."""
+    """run.json. The markers of the run's checkpoints record the same ID."""
 
     what = "identity of a run"
     way_out = (
@@ -43,7 +43,7 @@ class Identity(Record):
 
 
 class LockFile(Record):
-    """What the holder of a run's lock says of itself."""
+    """What the process that holds a run's lock writes into it."""
 
     what = "holder of a run"
     host: Words
@@ -53,14 +53,15 @@ class LockFile(Record):
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that writes a run."""
+    """The process that writes a run."""
 
     host: str
     pid: int
-    job: str = ""  # of Slurm, if one started it
+    job: str = ""  # Slurm's, if it runs in one
 
     @classmethod
     def of_this_process(cls) -> "Holder":
+        """The current process, as it writes itself into the lock."""
         return cls(os.uname().nodename, os.getpid(), os.environ.get(JOB_VARIABLE, ""))
 
     def __str__(self) -> str:
@@ -73,12 +74,12 @@ def is_run(run_dir: str | Path) -> bool:
 
 
 def has_run_file(run_dir: str | Path) -> bool:
-    """Whether something stands where a run's identity does, readable or not: for those who show what there is."""
+    """Whether there is a run.json, readable or not: for commands that only show what there is."""
     return os.path.lexists(Path(run_dir) / "run.json")
 
 
 def require_run(run_dir: str | Path) -> Path:
-    """The path of an existing run; anything else is a clear error."""
+    """The path of an existing run. Raises TrainerError for anything else."""
     path = Path(run_dir)
     if not path.is_dir():
         raise TrainerError(f"no run directory at {path}")
@@ -93,7 +94,7 @@ def load_run_config(run_dir: str | Path) -> Config:
 
 
 def run_id(run_dir: Path) -> str:
-    """The identity of a run: its checkpoints carry it, so another run's leftovers are never taken for its own.
+    """The ID of a run. Its checkpoints carry it, so another run's leftovers are never mistaken for its own.
 
     Raises DamagedFileError.
     """
@@ -101,10 +102,10 @@ def run_id(run_dir: Path) -> str:
 
 
 def create_run(run_dir: Path) -> None:
-    """Make a directory a run, or leave it as it is if it is one. A directory with other things in it is refused."""
+    """Make a directory a run, unless it is one already. A directory with other things in it is refused."""
     if is_run(run_dir):
         return
-    # The lock is ours; a file with the marker's temporary name is what a killed first start leaves.
+    # Hidden files do not count: the lock is ours, and a first start killed while it wrote run.json leaves one.
     leftovers = [p.name for p in run_dir.iterdir() if not p.name.startswith(".")] if run_dir.exists() else []
     if leftovers:
         raise TrainerError(
@@ -115,17 +116,17 @@ def create_run(run_dir: Path) -> None:
 
 
 def write_identity(run_dir: Path, run_id: str) -> None:
-    """Make a directory that of a run."""
+    """Write run.json: from now on the directory is a run."""
     save_record(run_dir / "run.json", Identity(run_id=run_id), shared=False)
 
 
 def rank_log(run_dir: Path, rank: int) -> Path:
-    """Where a rank writes for people."""
+    """The log file of a rank."""
     return run_dir / "log.txt" if rank == 0 else run_dir / "logs" / f"rank-{rank:04d}.log"
 
 
 def note(run_dir: Path, text: str) -> None:
-    """Append a line to log.txt, from any rank, thread or supervisor."""
+    """Append a line to log.txt; from any rank, thread or supervising process."""
     append_line(run_dir / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
 
 
@@ -136,13 +137,10 @@ def save_config(run_dir: Path, config: Config) -> None:
 
 @contextmanager
 def writer_lock(run_dir: Path) -> Iterator[None]:
-    """Hold a run as its only writer. The lock ends with the process, however it ends (case C10)."""
+    """Hold a run as its only writer. The lock ends with the process, however it ends."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    for name in (
-        "checkpoints",
-        "ema",
-        "ema/snapshots",
-    ):  # what its writer may remove from lies in the run directory itself
+    # The writer removes files below these; through a link they would be somebody else's.
+    for name in ("checkpoints", "ema", "ema/snapshots"):
         refuse_link(run_dir / name)
     path = run_dir / LOCK
 
@@ -163,7 +161,7 @@ def writer_lock(run_dir: Path) -> Iterator[None]:
 
 
 def read_holder(run_dir: Path) -> Holder | None:
-    """Who took the lock of a run last; None if that is not known, as when the file is damaged: the lock itself holds."""
+    """The process that took a run's lock last; None if unknown, as when the file is damaged (the lock still holds)."""
     try:
         said = load_record(run_dir / LOCK, LockFile)
     except (OSError, DamagedFileError):

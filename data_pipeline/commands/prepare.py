@@ -16,12 +16,13 @@ EXAMPLE = """example:
 
 SOURCE is a folder of images (class folders, train/ and val/ of class folders, dataset.json of EDM and StyleGAN), Parquet with
 image bytes (a file, or a folder with train-*.parquet and so on), an .npz file with images and labels, or IDX files. What is
-inferred is said first; docs/data.md has the table of layouts. Splits found by name become OUT/train, OUT/val and OUT/test.
-Images are cut to a centred square of --size pixels. OUT must be new or empty; it appears only when everything is written.
+inferred is printed first; docs/data.md has the table of layouts. Splits found by name become OUT/train, OUT/val and OUT/test.
+Images are cut to a centred square of --size pixels. OUT must be new or empty; it only appears when everything is written.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """SOURCE and how it is read, OUT and how it is written."""
     parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of images, Parquet, .npz or IDX files")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
     parser.add_argument("--size", type=int, required=True, help="side of the square images, in pixels")
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", metavar="NAME[,NAME]",
                         help="splits to take of those found by name (train, val, test), or all as one set")  # fmt: skip
     parser.add_argument("--labels", choices=("dataset.json", "folders", "parents", "none"),
-                        help="labels of a folder: its dataset.json, the folders directly in it, the folder each image lies in, "
+                        help="labels of a folder: its dataset.json, the folders directly in it, the folder each image is in, "
                         "or none (dataset.json if it is there, else folders)")  # fmt: skip
     parser.add_argument("--classes", type=Path,
                         help="JSON file with the class names in label order, e.g. another set's classes.json")  # fmt: skip
@@ -40,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tarflow.data_pipeline.index.build import parse_classes
+    """Write the set; prints what was inferred, then what was written."""
+    from tarflow.data_pipeline.index.classes import parse_classes
     from tarflow.data_pipeline.prepare.sources import open_source
     from tarflow.data_pipeline.prepare.write import check_new, prepare
 

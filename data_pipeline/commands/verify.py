@@ -16,6 +16,7 @@ Exit code 1 when a problem was found.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """DATA, and the file for the findings."""
     parser.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
     parser.add_argument("--report", type=Path, help="write the findings to this JSON file")
     add_max_pixels(parser)
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the findings; 1 if there is a problem."""
     from tarflow.data_pipeline.prepare.verify import verify
     from tarflow.data_pipeline.storage.open_index import open_index
 

@@ -1,18 +1,18 @@
-"""The bounds on an image: its pixels, checked before any of them is decoded, its bytes, and the work that a JPEG makes."""
+"""Bounds on an image: its pixels, checked before any is decoded, its bytes, and the scans of a JPEG."""
 
 from __future__ import annotations
 
 from tarflow.data_pipeline.errors import BadSampleError
 
-MAX_SIDE = 16_384  # pixels of the side of a square that images are brought to, as of a model's images
+MAX_SIDE = 16_384  # pixels of the side of the squares that images are cut to
 MAX_PIXELS = 180_000_000  # 13,400 x 13,400: half a gigabyte in colour
 
-MAX_BYTES = 2 << 30  # of a file, read whole: more than MAX_PIXELS take in any format without compression
-_MAX_SCANS = 20  # passes over an image of MAX_PIXELS, which take about ten seconds; over a smaller one, as many more
+MAX_BYTES = 2 << 30  # of a file, read whole: more than MAX_PIXELS need in any uncompressed format
+_MAX_SCANS = 20  # of an image of MAX_PIXELS, which take about ten seconds; a smaller one may have more accordingly
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
-    """Raise BadSampleError (`too_large`) for an image of more pixels than are decoded."""
+    """Raise BadSampleError (`too_large`) for an image of more than `max_pixels` pixels."""
     if width * height > max_pixels:
         raise BadSampleError(
             "too_large",
@@ -22,14 +22,14 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def check_bytes(size: int) -> None:
-    """Raise BadSampleError (`too_large`) for a file that is not read into memory."""
+    """Raise BadSampleError (`too_large`) for a file too large to read into memory."""
     if size > MAX_BYTES:
         raise BadSampleError("too_large", f"the file has {size:,} bytes, an image at most {MAX_BYTES:,}")
 
 
 def check_scans(jpeg: bytes, pixels: int) -> None:
-    """Raise BadSampleError (`too_large`) for a JPEG of more passes than any is written with: each takes an image's time."""
-    scans = jpeg.count(b"\xff\xda")  # the marker of a scan, which occurs nowhere inside one
+    """Raise BadSampleError (`too_large`) for a JPEG of more scans than writers make: each takes as long as a whole image."""
+    scans = jpeg.count(b"\xff\xda")  # the marker of a scan, which cannot occur inside one
     if scans > _MAX_SCANS and scans * pixels > _MAX_SCANS * MAX_PIXELS:
         raise BadSampleError(
             "too_large", f"the JPEG of {pixels:,} pixels has {scans:,} scans: decoding would take minutes"

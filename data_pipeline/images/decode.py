@@ -6,11 +6,11 @@ Rules, the same for all formats:
 - CMYK, palette, YCbCr, Lab and 1-bit images are converted to RGB. Embedded colour profiles are ignored.
 - The EXIF orientation is applied. Of an animation, the first frame counts.
 - One channel: luma of the RGB image (ITU-R 601). Three channels of a grey image: the grey three times.
-- A file that is cut short or damaged raises `BadSampleError`, never a half grey picture. So does one of more pixels than
-  are decoded; damaged or large metadata cost no image (`opening`).
+- A file that is cut short or damaged raises `BadSampleError` and never gives a half grey picture. So does one of too many
+  pixels; damaged or large metadata do not (`opening`).
 
 JPEGs take a fast path through libjpeg-turbo with the same result as the general path. With `at_least`, a JPEG is
-decoded at 1/2, 1/4 or 1/8 of its size when its shorter side stays at least that long: a resize from there follows.
+decoded at 1/2, 1/4 or 1/8 of its size if its shorter side stays at least that long; the caller resizes from there.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
+from numpy.typing import NDArray
 from PIL import Image
 
 from tarflow.data_pipeline.errors import BadSampleError
@@ -33,11 +34,11 @@ _FACTORS = (8, 4, 2)
 _PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 
 
-def decode(data: bytes, channels: int, at_least: int | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode(data: bytes, channels: int, at_least: int | None = None, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decode an image file to uint8 [H, W, channels], channels 1 or 3.
 
-    `at_least`: the shorter side may be reduced by decoding, but not below this many pixels. `max_pixels`: more are not
-    decoded; of a JPEG those of the reduced size count. Raises BadSampleError with the cause `undecodable` (damaged, cut
+    `at_least`: pixels of the shorter side below which decoding must not reduce it. `max_pixels`: a bound on the pixels to
+    decode; for a JPEG those of the reduced size count. Raises BadSampleError with the cause `undecodable` (damaged, cut
     short, no image), `unsupported` (float or 32-bit pixels) or `too_large`.
     """
     if channels not in (1, 3):
@@ -50,11 +51,11 @@ def decode(data: bytes, channels: int, at_least: int | None = None, max_pixels: 
         return _to_array(found, channels)
 
 
-def decode_into(data: bytes, out: np.ndarray) -> bool:
+def decode_into(data: bytes, out: NDArray[np.uint8]) -> bool:
     """Decode a colour JPEG of exactly the shape of `out` (contiguous uint8 [H, W, 3]) straight into it.
 
-    False where `decode` must decide: another format or size, a grey image, an orientation, any complaint. What `out`
-    holds then means nothing. True gives the pixels that `decode` gives.
+    False where `decode` has to be used: another format or size, a grey image, an orientation, any error. `out` is then
+    undefined. True: it holds the pixels that `decode` gives.
     """
     if data[:3] != b"\xff\xd8\xff" or out.shape[2] != 3:
         return False
@@ -69,14 +70,14 @@ def decode_into(data: bytes, out: np.ndarray) -> bool:
     return True
 
 
-def from_pixels(pixels: np.ndarray, channels: int) -> np.ndarray:
+def from_pixels(pixels: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:
     """Apply the rules to pixels that came without a file: uint8 [H, W, 1 | 3 | 4] -> uint8 [H, W, channels]."""
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else np.ascontiguousarray(pixels))
     return _to_array(image, channels)
 
 
-def _decode_jpeg(data: bytes, channels: int, at_least: int | None, max_pixels: int) -> np.ndarray | None:
-    """The fast path; None where the general path must decide (CMYK, or anything that libjpeg-turbo complains of)."""
+def _decode_jpeg(data: bytes, channels: int, at_least: int | None, max_pixels: int) -> NDArray[np.uint8] | None:
+    """The fast path; None where the general path has to be used (CMYK, or any error of libjpeg-turbo)."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         check_scans(data, height * width)
@@ -90,7 +91,7 @@ def _decode_jpeg(data: bytes, channels: int, at_least: int | None, max_pixels: i
                     least_height, least_width = -(-height // factor), -(-width // factor)
                     break
         if height * width > max_pixels:
-            if least_height and not _is_progressive(data):  # a progressive one is held whole, whatever comes of it
+            if least_height and not _is_progressive(data):  # a progressive one is held in memory at full size
                 check_size(least_width, least_height, max_pixels)
             else:
                 check_size(width, height, max_pixels)
@@ -114,7 +115,7 @@ def _decode_jpeg(data: bytes, channels: int, at_least: int | None, max_pixels: i
 
 
 def _exif_at(jpeg: bytes) -> int:
-    """Where the EXIF block of a JPEG starts, -1 without one."""
+    """The offset of the EXIF block of a JPEG, -1 without one."""
     return next((at + 10 for marker, at in _segments(jpeg) if marker == 0xE1 and jpeg[at + 4 : at + 10] == _EXIF), -1)
 
 
@@ -123,7 +124,7 @@ def _is_progressive(jpeg: bytes) -> bool:
 
 
 def _segments(jpeg: bytes) -> Iterator[tuple[int, int]]:
-    """(marker, where it stands) of a JPEG's segments up to the pixels."""
+    """(marker, offset) of a JPEG's segments up to the pixels."""
     at, end = 2, len(jpeg) - 10
     while at < end and jpeg[at] == 0xFF:
         marker = jpeg[at + 1]
@@ -153,7 +154,7 @@ def _exif_orientation(tiff: bytes) -> int:
     return 1
 
 
-def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
+def _turn(image: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     """Apply an EXIF orientation to [H, W, C]."""
     if orientation >= 5:
         image = image.transpose(1, 0, 2)
@@ -164,7 +165,7 @@ def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
     return image if orientation == 1 else np.ascontiguousarray(image)
 
 
-def _to_array(image: Image.Image, channels: int) -> np.ndarray:
+def _to_array(image: Image.Image, channels: int) -> NDArray[np.uint8]:
     orientation = _orientation(image)
     mode = image.mode
     if mode.startswith("I") or mode == "F":
@@ -185,12 +186,12 @@ def _orientation(image: Image.Image) -> int:
     """The EXIF orientation (1..8); 1 where it is absent or malformed, as for JPEGs."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # a damaged EXIF block makes Pillow raise whatever its parser met; the pixels are whole
+    except Exception:  # noqa: BLE001 -- Pillow's EXIF parser raises anything for a damaged block; the pixels are whole
         return 1
     return value if value in range(1, 9) else 1
 
 
-def _wide_to_grey(image: Image.Image) -> np.ndarray:
+def _wide_to_grey(image: Image.Image) -> NDArray[np.uint8]:
     """16-bit grey (modes I;16, I) to uint8 [H, W, 1]."""
     if image.mode == "F":
         raise BadSampleError("unsupported", "the pixels are floats; convert to 8 or 16 bits first")

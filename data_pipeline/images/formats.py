@@ -1,7 +1,7 @@
-"""Which files are images: the one list for tars, folders, streams and scores, and what only looks like one.
+"""Which files are images: one list for tars, folders, streams and scores; and pictures that cannot be read.
 
-The list is what the decoder reads, asked of Pillow: AVIF and JPEG 2000 belong to it where Pillow was built with them.
-Formats that Pillow passes on to other programs (EPS, WMF) or only knows by name are never opened.
+The list is what the installed Pillow decodes: AVIF and JPEG 2000 are in it if Pillow was built with them. Formats that Pillow
+hands to other programs (EPS, WMF) or only identifies are never opened.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _CANDIDATES = (
     "DDS", "PSD",
 )  # fmt: skip
 _BUILT_WITH = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}
-# Pictures to whoever named them so; a set that holds them is smaller than its owner thinks.
+# Pictures all the same: a set that holds them is smaller than its owner thinks.
 _PICTURES = frozenset((
     "heic", "heif", "heics", "heifs", "hif", "avci", "jxl", "jxr", "wdp", "hdp", "bpg", "flif", "exr", "hdr", "svg", "svgz",
     "eps", "wmf", "emf", "xcf", "ai", "dng", "cr2", "cr3", "crw", "nef", "nrw", "arw", "srf", "sr2", "orf", "rw2", "raf", "pef",
@@ -33,7 +33,7 @@ IMAGE_EXTENSIONS = frozenset(
 )
 """Extensions, in lower case and without the dot, of the files that are read as images."""
 UNREAD_PICTURES = _PICTURES - IMAGE_EXTENSIONS
-"""Extensions of pictures that cannot be read here: never taken for something else without a word."""
+"""Extensions of pictures that cannot be read here; they are always counted and reported."""
 
 
 def extension_of(name: str) -> str:
@@ -42,5 +42,5 @@ def extension_of(name: str) -> str:
 
 
 def cause_of(extension: str) -> str:
-    """Under which name a file that is not read as an image is counted."""
+    """The name under which a file that is not read as an image is counted."""
     return f"unreadable_{extension}" if extension in UNREAD_PICTURES else "not_an_image"

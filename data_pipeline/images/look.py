@@ -15,15 +15,16 @@ from tarflow.data_pipeline.images.opening import png_without_metadata, webp_canv
 
 _GREY = ("1", "L", "LA", "La", "F")
 _ORIENTATION = 0x0112
-_SIDE = 64  # colours are looked for in a picture of at most this side
-_MOST_PIXELS = 1 << 23  # beyond, the mode alone decides: a look must be quick
+_SIDE = 64  # pixels to which an image is reduced before colours are looked for
+_MAX_PIXELS = 1 << 23  # of a look at the pixels; beyond, the mode decides, to stay quick
 _SPREAD = 12  # grey levels by which channels of a grey picture may differ: JPEG rounds each of them
 
 
 @dataclass(frozen=True)
 class Look:
-    """`width`, `height`: pixels as the image is shown, its EXIF orientation applied. `grey`: it has no colours, however
-    many channels its file stores.
+    """What a quick look shows.
+
+    `width`, `height`: pixels, with the EXIF orientation applied. `grey`: no colours, however many channels the file stores.
     """
 
     width: int
@@ -32,7 +33,7 @@ class Look:
 
 
 def look_at(data: bytes) -> Look | None:
-    """What an image file shows; None where that cannot be told, and decoding will say what is wrong."""
+    """The size and colours of an image file; None if it cannot be opened, for which decoding will give the reason."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for file in (data, png_without_metadata(data)):
@@ -40,7 +41,7 @@ def look_at(data: bytes) -> Look | None:
                 if file is not None and not _too_large(webp_canvas(file)):
                     with Image.open(io.BytesIO(file), formats=FORMATS) as image:
                         return _look(image)
-            except Exception:  # noqa: S112 -- whatever a plug-in raises for a damaged file: another one may show more
+            except Exception:  # noqa: BLE001, S112 -- plug-ins raise anything for damaged files; the next try may open it
                 continue
     return None
 
@@ -60,7 +61,7 @@ def _is_grey(image: Image.Image) -> bool:
     if image.mode in _GREY or image.mode.startswith("I"):
         return True
     image.draft("RGB", (_SIDE, _SIDE))  # a JPEG is decoded at a fraction of its size
-    if image.width * image.height > _MOST_PIXELS:
+    if image.width * image.height > _MAX_PIXELS:
         return False
     small = image.convert("RGB")
     small.thumbnail((_SIDE, _SIDE))

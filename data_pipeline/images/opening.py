@@ -1,7 +1,7 @@
-"""Files opened by Pillow, within bounds: what formats, how many pixels, and metadata that cannot cost the image.
+"""Open files with Pillow, within bounds on formats and pixels, and whatever their metadata.
 
-The bound on pixels holds before any is decoded. Text and colour profiles of a PNG that Pillow refuses (it unpacks no more
-than 1 MiB of each) are passed over unread, whatever their size; pixels do not depend on them.
+The bound on pixels is checked before any is decoded. Text and colour profiles of a PNG that Pillow refuses (it unpacks at
+most 1 MiB of each) are skipped unread; pixels do not depend on them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tarflow.data_pipeline.images.bounds import MAX_PIXELS, check_size
 from tarflow.data_pipeline.images.formats import FORMATS
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-# What pixels, transparency and orientation are made of; an animation's other frames are not wanted.
+# The chunks with pixels, transparency and orientation; an animation's other frames are not needed.
 _PNG_NEEDED = frozenset((b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf", b"sBIT"))
 
 
@@ -32,9 +32,7 @@ def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
             image = _load(data, max_pixels)
         except (BadSampleError, MemoryError):
             raise
-        except (
-            Exception
-        ) as err:  # Pillow's plug-ins raise OSError, SyntaxError, ValueError, struct.error, IndexError ...
+        except Exception as err:  # noqa: BLE001 -- plug-ins raise OSError, SyntaxError, ValueError, struct.error, IndexError ...
             bare = png_without_metadata(data)
             if bare is None:
                 raise _undecodable(data, err) from None
@@ -42,19 +40,19 @@ def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
                 image = _load(bare, max_pixels)
             except (BadSampleError, MemoryError):
                 raise
-            except Exception as again:
+            except Exception as again:  # noqa: BLE001 -- as above
                 raise _undecodable(data, again) from None
         with image:
             try:
                 yield image
             except (BadSampleError, MemoryError):
                 raise
-            except Exception as err:  # conversions raise as plug-ins do
+            except Exception as err:  # noqa: BLE001 -- conversions raise as plug-ins do
                 raise _undecodable(data, err) from None
 
 
 def size_of(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of the image whose file begins with `data`; None where that does not tell."""
+    """(width, height) of the image whose file begins with `data`; None if that is not enough to know."""
     for head in (data, png_without_metadata(data)):
         try:
             if head is not None:
@@ -62,13 +60,13 @@ def size_of(data: bytes) -> tuple[int, int] | None:
                     return canvas
                 with Image.open(io.BytesIO(head), formats=FORMATS) as image:
                     return image.size
-        except Exception:  # noqa: S112 -- what a plug-in raises for a cut head; decoding will say what is wrong
+        except Exception:  # noqa: BLE001, S112 -- what plug-ins raise for the beginning of a file
             continue
     return None
 
 
 def _load(data: bytes, max_pixels: int) -> Image.Image:
-    # Pillow's own bound (twice this) holds for the whole process and for what lies inside an icon: it is raised, never lowered.
+    # Pillow's own bound (twice this) is global, and also applies to images inside an icon: only ever raise it.
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     if canvas := webp_canvas(data):
         check_size(*canvas, max_pixels)
@@ -82,7 +80,7 @@ def _load(data: bytes, max_pixels: int) -> Image.Image:
         ) from None
     check_size(*image.size, max_pixels)
     image.load()
-    check_size(*image.size, max_pixels)  # an icon has told only now
+    check_size(*image.size, max_pixels)  # the size of an icon is only known now
     return image
 
 
@@ -93,16 +91,16 @@ def _undecodable(data: bytes, err: Exception) -> BadSampleError:
 
 
 def webp_canvas(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a WebP; None for anything else. Its reader takes memory for all of it as soon as it is opened."""
+    """(width, height) of a WebP; None for anything else. Opening one allocates all of its pixels, so ask first."""
     if len(data) < 30 or data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         return None
     if data[12:16] == b"VP8X":
         return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
-    return None  # of the others, a side has 14 bits
+    return None  # sides of the other kinds have 14 bits, which bounds the memory
 
 
 def png_without_metadata(data: bytes) -> bytes | None:
-    """A PNG without the chunks that its pixels do not need; None where `data` is none, or has no others."""
+    """A PNG without the chunks that its pixels do not need; None if `data` is not a PNG, or has no such chunks."""
     if not data.startswith(_PNG):
         return None
     kept, at = [_PNG], len(_PNG)

@@ -1,9 +1,9 @@
-"""What a shard holds, as numbers that change when its bytes do: a checksum of all of it, and a sketch for a quick look.
+"""What a shard holds, as values that change when its bytes do: a checksum of all of it, and a sketch for a quick check.
 
-The checksum is made once, while indexing, and is part of the data set's fingerprint. Reading whole shards again at every
-start would cost an epoch's worth of reading, so the index also keeps each shard's time of change and a sketch: a digest of
-`BLOCKS` blocks spread evenly over it, which is all of a small shard. A shard of the same size and time is taken as it is; with
-another time (a copy, a shard written again) the sketch decides. `tarflow data verify` reads everything.
+The checksum is made once, while indexing, and is part of the data set's fingerprint. Reading all shards at every start would
+take as long as an epoch's reading, so the index also keeps each shard's modification time and a sketch: a digest of `BLOCKS`
+blocks spread evenly over it, which is all of a small shard. A shard whose size and time match is accepted; if the time differs
+(a copy, a shard written again) the sketch decides. `tarflow data verify` reads everything.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import numpy as np
 
 BLOCK = 16 << 10
 BLOCKS = 64
-_PIECE = 4 << 20
+_CHUNK = 4 << 20  # bytes read at a time
 
 
 @dataclass(frozen=True)
 class ShardContent:
-    """The state of a shard's file. `modified_ns`: time of change; `checksum`: CRC-32, hex; `sketch`: hex."""
+    """The state of a shard's file. `modified_ns`: modification time; `checksum`: CRC-32, hex; `sketch`: hex."""
 
     file_bytes: int = 0
     modified_ns: int = 0
@@ -33,7 +33,7 @@ class ShardContent:
 
 
 def content_of(path: Path) -> ShardContent:
-    """Read a shard from its beginning to its end. Raises OSError."""
+    """The state of a file; reads all of it. Raises OSError."""
     fd = os.open(path, os.O_RDONLY)
     try:
         status = os.fstat(fd)
@@ -47,7 +47,7 @@ def content_of(path: Path) -> ShardContent:
 def checksum_of_file(fd: int) -> str:
     """CRC-32, hex, of all of an open file. Raises OSError."""
     value = position = 0
-    buffer = bytearray(min(_PIECE, max(os.fstat(fd).st_size, 1)))
+    buffer = bytearray(min(_CHUNK, max(os.fstat(fd).st_size, 1)))
     view = memoryview(buffer)
     while got := os.preadv(fd, [buffer], position):
         value = zlib.crc32(view[:got], value)
@@ -61,7 +61,7 @@ def sketch_of_file(fd: int, size: int, blocks: int = BLOCKS) -> str:
 
 
 def sketch(read: Callable[[int, int], bytes], size: int, blocks: int = BLOCKS) -> str:
-    """Digest of at most `blocks` blocks out of `size` bytes, the first and the last among them; `read(offset, count)`."""
+    """Digest of at most `blocks` blocks out of `size` bytes, with the first and the last; `read(offset, count)` gives bytes."""
     digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=16)
     starts = np.arange(0, size, BLOCK)
     if len(starts) > blocks:

@@ -1,13 +1,13 @@
-"""The Parquet index of a data set: which sample lies where, read lazily, shard by shard.
+"""The Parquet index of a data set: where each sample is, read lazily, shard by shard.
 
     <data set>/index/shards.parquet         one row per shard; its metadata holds version, class names, fingerprint
     <data set>/index/samples-00000.parquet  one row group per shard, at most SHARDS_PER_PART shards a file
 
 `shards.parquet` is small and read whole. Row groups of samples are read when a shard is first touched and kept in a
-cache bounded by rows, so an index of 400 million samples opens in a moment and stays small.
+cache bounded by rows, so an index of 400 million samples opens at once and takes little memory.
 
-An index may come from a stranger or off a failing disk. Its pages carry checksums and so does its metadata (not in indexes of
-earlier versions); numbers of rows are looked at before rows are read, and what they say must fit the row of their shard.
+An index may come from an untrusted source or a failing disk. Its pages and its metadata carry checksums (not in indexes of
+earlier versions); row counts are checked before rows are read, and rows must match the entry of their shard in the list.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.content import ShardContent
 from tarflow.data_pipeline.index.labels import MAX_CLASSES
-from tarflow.data_pipeline.index.shard_list import MOST_BYTES, NO_LABEL, read_list
+from tarflow.data_pipeline.index.shard_list import MAX_BYTES, NO_LABEL, read_list
 from tarflow.errors import why
 
 FORMAT_VERSION = 1
 SHARDS_PER_PART = 512
-PART_KEY = b"tarflow.index"  # in a part's metadata: the digest that the list of shards has of it
-_ROW_BYTES = 8192  # of a part, for each sample at most: a key is a path
+PART_KEY = b"tarflow.index"  # in a part's metadata: its digest, which the list of shards holds, too
+_MAX_ROW_BYTES = 8192  # of a part: a key is a path
 _TYPES = {"shard": "int32", "key": "string", "offset": "int64", "size": "int64", "label": "int64", "width": "int32",
           "height": "int32"}  # fmt: skip
 _NEVER_NULL = ("shard", "key", "offset", "size")
@@ -39,19 +40,21 @@ _CACHE_PARTS = 8
 
 @dataclass(frozen=True)
 class Rows:
-    """The samples of one shard: int64 arrays of equal length, offsets and sizes in bytes, labels NO_LABEL if absent."""
+    """The samples of one shard: int64 arrays of equal length, offsets and sizes in bytes, labels NO_LABEL where absent."""
 
-    offsets: np.ndarray
-    sizes: np.ndarray
-    labels: np.ndarray
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    labels: NDArray[np.int64]
 
 
 class IndexFiles(Protocol):
-    """Where the files of an index are read from; `digest` tells one state of a file from another."""
+    """Where the files of an index are read from."""
 
     def open(self, name: str, digest: str, most: int, checksum: str = "") -> Any:
-        """A path, or an open file, of at most so many bytes, or exactly so many with a checksum (CRC-32, hex). Raises
-        OSError.
+        """A path or an open file. Raises OSError for one that is larger than allowed.
+
+        `digest` identifies the state of the file. `most`: its size in bytes where there is a `checksum` (CRC-32, hex), else a
+        bound on it.
         """
 
 
@@ -59,14 +62,14 @@ class _LocalFiles:
     def __init__(self, root: Path) -> None:
         self.folder = root / "index"
 
-    def open(self, name: str, digest: str, most: int, checksum: str = "") -> Any:
+    def open(self, name: str, digest: str, most: int, checksum: str = "") -> Any:  # noqa: ARG002 -- pages are checked
         path = self.folder / name
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):
-            raise OSError(f"{path} is no file")
+            raise OSError(f"{path} is not a regular file")
         if about.st_size > most:
             raise OSError(f"{path} has {about.st_size} bytes, at most {most} are expected")
-        return path  # its pages carry checksums: those that are wanted are checked, and no more
+        return path  # its pages carry checksums, so only those that are read are checked
 
 
 class Index:
@@ -76,8 +79,8 @@ class Index:
     `root`/index. `num_samples`. `shard_sizes`: samples per shard, int64. `shard_bytes`: file sizes.
     `label_min`, `label_max`: int64 per shard, NO_LABEL where it has no labels. `unlabelled`: samples without a label.
     `classes`: names or None. `num_classes`: len(classes), else 1 + the largest label, else None. `fingerprint`: hex, of
-    names, places, labels and contents. `fingerprint_of_places`: the same without the contents, which is all that version 0.1
-    knew. `knows_content`: whether it holds checksums of the shards.
+    names, places, labels and contents. `fingerprint_of_places`: the same without the contents, the only one of version 0.1.
+    `knows_content`: whether it holds checksums of the shards.
     `image_size`: (width, height) if all images share it, else None. `form`: what the shards are, `tar` or `mds`.
     """
 
@@ -88,25 +91,25 @@ class Index:
         self._source: IndexFiles = files or _LocalFiles(Path(root))
         folder = f"{root}/index"
         try:
-            meta, table = read_list(self._source.open("shards.parquet", "", MOST_BYTES))
-        except DataError:  # it could not be fetched
+            meta, table = read_list(self._source.open("shards.parquet", "", MAX_BYTES))
+        except DataError:  # of a fetch, which names its own cause
             raise
         except (OSError, KeyError, ValueError, MemoryError, pa.ArrowException) as err:
-            raise DataError(f"cannot read {folder}: {err}; write the index anew: tarflow data index {root}") from None
+            raise DataError(f"cannot read {folder}: {err}; rebuild the index: tarflow data index {root}") from None
         if meta.get("format_version") != FORMAT_VERSION:
             raise DataError(
                 f"the index at {folder} has format {meta.get('format_version')}, this program reads {FORMAT_VERSION}: "
-                f"write it anew: tarflow data index {root}"
+                f"rebuild it: tarflow data index {root}"
             )
         self.meta = meta
         self.shard_paths: list[str] = table["path"]
-        self.shard_sizes: np.ndarray = table["samples"]
-        self.shard_bytes: np.ndarray = table["bytes"]
+        self.shard_sizes: NDArray[np.int64] = table["samples"]
+        self.shard_bytes: NDArray[np.int64] = table["bytes"]
         self.shard_starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self.num_samples = int(self.shard_starts[-1])
-        self.label_min: np.ndarray = table["label_min"]
-        self.label_max: np.ndarray = table["label_max"]
-        self._labelled: np.ndarray = table["labelled"]
+        self.label_min: NDArray[np.int64] = table["label_min"]
+        self.label_max: NDArray[np.int64] = table["label_max"]
+        self._labelled: NDArray[np.int64] = table["labelled"]
         self.unlabelled = self.num_samples - int(self._labelled.sum())
         self.classes: list[str] | None = meta["classes"]
         self.fingerprint: str = meta["fingerprint"]
@@ -120,30 +123,30 @@ class Index:
         self._remote_root = "://" in str(root)
         self.any_remote = self._remote_root or any("://" in path for path in self.shard_paths)
         self.form: str = meta.get("form") or "tar"
-        self._part: np.ndarray = table["part"]
-        self._row_group: np.ndarray = table["row_group"]
+        self._part: NDArray[np.int64] = table["part"]
+        self._row_group: NDArray[np.int64] = table["row_group"]
         self._rows: OrderedDict[int, Rows] = OrderedDict()
         self._cached_rows = 0
         self._parts: OrderedDict[int, Any] = OrderedDict()
         self.num_classes = self._count_classes()
 
     def shard_place(self, shard: int) -> str:
-        """Where the shard lies: a path, or an address for remote data. For messages too."""
+        """Where the shard is: a path, or an address for remote data. For messages too."""
         path = self.shard_paths[shard]
         return path if "://" in path or path.startswith("/") else f"{self.root}/{path}"
 
     def shard_path(self, shard: int) -> Path:
-        """Where the shard lies in the file system. Raises DataError for one that does not."""
+        """The path of the shard. Raises DataError for a remote one."""
         if self.is_remote(shard):
             raise DataError(f"shard {self.shard_place(shard)} is remote: this needs the data set in the file system")
         return Path(self.shard_place(shard))
 
     def is_remote(self, shard: int) -> bool:
-        """Whether the shard lies behind an address."""
+        """Whether the shard is read from an address."""
         return self._remote_root or "://" in self.shard_paths[shard]
 
     def shard_digest(self, shard: int) -> str:
-        """A digest of the shard's rows: another one where anything in it moved."""
+        """A digest of the shard's name, places, labels and content."""
         return self._digests[shard]
 
     def shard_content(self, shard: int) -> ShardContent | None:
@@ -188,12 +191,12 @@ class Index:
                 return file.schema_arrow.empty_table().select(columns or file.schema_arrow.names)
             rows = file.metadata.row_group(group).num_rows if group < file.metadata.num_row_groups else 0
             if rows != self.shard_sizes[shard]:
-                raise ValueError(f"{rows} rows are there, the list of shards says {self.shard_sizes[shard]}")
+                raise ValueError(f"it has {rows} rows, the list of shards says {self.shard_sizes[shard]}")
             table = file.read_row_group(group, columns=columns, use_threads=False)
             if table.num_rows != rows or any(
                 table[name].null_count for name in table.column_names if name in _NEVER_NULL
             ):
-                raise ValueError(f"{table.num_rows} rows came of {rows}, or some lack their place")
+                raise ValueError(f"{table.num_rows} of {rows} rows were read, or some lack their place")
             return table
         except DataError:
             raise
@@ -203,16 +206,16 @@ class Index:
     def _damaged(self, shard: int, problem: str) -> DataError:
         return DataError(
             f"cannot read the index rows of shard {self.shard_place(shard)}: {problem}; "
-            f"write the index anew: tarflow data index {self.root}"
+            f"rebuild the index: tarflow data index {self.root}"
         )
 
-    def _check_rows(self, shard: int, numbers: np.ndarray, rows: Rows) -> None:
-        """Raise DataError for rows that are another shard's, lie beyond this one, or have other labels than the list says."""
+    def _check_rows(self, shard: int, numbers: NDArray[np.int64], rows: Rows) -> None:
+        """Raise DataError for rows of another shard, outside of this one, or with other labels than the list of shards says."""
         labels = rows.labels[rows.labels != NO_LABEL]
-        ends = rows.offsets + rows.sizes
-        told = (int(self._labelled[shard]), int(self.label_min[shard]), int(self.label_max[shard]))
+        ends = rows.offsets + rows.sizes  # negative where the sum overflows
+        listed = (int(self._labelled[shard]), int(self.label_min[shard]), int(self.label_max[shard]))
         if (numbers != shard).any():
-            raise self._damaged(shard, "they are those of another shard")
+            raise self._damaged(shard, "they belong to another shard")
         if (
             (rows.offsets < 0).any()
             or (rows.sizes < 0).any()
@@ -220,8 +223,8 @@ class Index:
             or (ends > self.shard_bytes[shard]).any()
         ):
             raise self._damaged(shard, f"some samples lie outside its {self.shard_bytes[shard]} bytes")
-        if ((len(labels), labels.min(), labels.max()) if len(labels) else (0, NO_LABEL, NO_LABEL)) != told:
-            raise self._damaged(shard, "their labels are not those that the list of shards tells")
+        if ((len(labels), labels.min(), labels.max()) if len(labels) else (0, NO_LABEL, NO_LABEL)) != listed:
+            raise self._damaged(shard, "their labels are not those in the list of shards")
 
     def key(self, shard: int, row: int) -> str:
         """The key of a sample, as in the tar."""
@@ -229,7 +232,7 @@ class Index:
         try:
             return str(key.as_py())
         except UnicodeDecodeError:
-            raise self._damaged(shard, f"the key of row {row} is no text") from None
+            raise self._damaged(shard, f"the key of row {row} is not text") from None
 
     def where(self, sample: int) -> str:
         """`shard PATH, sample KEY`, for messages."""
@@ -245,7 +248,7 @@ class Index:
             return file
         name, wanted = f"samples-{part:05d}.parquet", self.meta["part_digests"][part]
         checksums = self.meta.get("part_checksums")
-        most = self.meta["part_bytes"][part] if checksums else self._most_bytes(part)
+        most = self.meta["part_bytes"][part] if checksums else self._max_bytes(part)
         source = self._source.open(name, wanted, most, checksums[part] if checksums else "")
         file = pq.ParquetFile(source, page_checksum_verification=True)
         digest = (file.schema_arrow.metadata or {}).get(PART_KEY) or (file.metadata.metadata or {}).get(PART_KEY)
@@ -261,17 +264,17 @@ class Index:
             self._parts.popitem(last=False)[1].close()
         return file
 
-    def _most_bytes(self, part: int) -> int:
-        """What a part of an index of an earlier version, which does not tell, can have at most."""
-        return (1 << 20) + _ROW_BYTES * int(self.shard_sizes[self._part == part].sum())
+    def _max_bytes(self, part: int) -> int:
+        """A bound on the bytes of a part, for indexes of earlier versions, which do not record them."""
+        return (1 << 20) + _MAX_ROW_BYTES * int(self.shard_sizes[self._part == part].sum())
 
     def _refuse_label(self, label: int) -> None:
-        """Name the sample that a label of an index by version 0.1, which had no bound, belongs to."""
+        """Raise DataError naming the sample with this label; version 0.1 had no bound on labels."""
         shard = int(np.argmax(self.label_max))
         row = int(np.argmax(self.rows(shard).labels))
         raise DataError(
             f"shard {self.shard_place(shard)}, sample {self.key(shard, row)!r}: the label is {label}, classes are numbered "
-            f"from 0 to at most {MAX_CLASSES - 1}; put it right and run `tarflow data index {self.root}`, where "
+            f"from 0 to at most {MAX_CLASSES - 1}; fix it and run `tarflow data index {self.root}`, where "
             "--on-error skip leaves such samples out"
         )
 

@@ -1,4 +1,4 @@
-"""What an unexpected file or folder is, and what to do with it: for messages that name the cause.
+"""What an unexpected file or folder is, and what to do with it: for error messages only.
 
 By the ending, or by the first bytes where there is none. Nothing here decides what is read.
 """
@@ -54,12 +54,12 @@ _BYTES = {
     b"\x28\xb5\x2f\xfd": ".tar.zst", b"\x93NUMPY": ".npy", b"ARROW1": ".arrow", b"PAR1": ".parquet", b"Rar!": ".rar",
     b"7z\xbc\xaf": ".7z", b"\x80\x02": ".pkl", b"\x80\x03": ".pkl", b"\x80\x04": ".pkl", b"\x80\x05": ".pkl",
 }  # fmt: skip
-_BESIDE = (".json", ".jsonl", ".csv", ".tsv")  # what lies beside data of another kind tells nothing
-_LOOKED_AT = 10_000  # files of a folder that are looked at: enough to say what it holds
+_SIDE_FILES = (".json", ".jsonl", ".csv", ".tsv")  # often lie beside data of another kind
+_LOOKED_AT = 10_000  # files of a folder: enough to know what it holds
 
 
 def what_file(path: Path) -> str | None:
-    """ "a zip archive: unpack it ...", or None where it is nothing known."""
+    """What the file is and what to do (`a zip archive: unpack it ...`); None for an unknown kind."""
     if extension_of(path.name) in IMAGE_EXTENSIONS:
         return "a single image: name the folder that holds the images"
     kind = _kind(path)
@@ -67,7 +67,7 @@ def what_file(path: Path) -> str | None:
 
 
 def what_folder(path: Path) -> str | None:
-    """What lies in a folder that was not what was expected of it: tars, else what is most frequent; and what to do."""
+    """What a folder that was not as expected holds, and what to do: tars come first, else the most frequent kind."""
     if (path / "index" / "shards.parquet").is_file():
         return f"{shown(path)} is a prepared and indexed data set already: train on it with data.train={shown(path)}"
     if (path / "index.json").is_file():
@@ -85,7 +85,8 @@ def what_folder(path: Path) -> str | None:
         return f"{shown(path)} holds the MDS sets {_listed(mds)}: index each, e.g. tarflow data index {shown(path / mds[0])}"
     if not counts:
         return None
-    kind, count = max(counts.items(), key=lambda found: (found[0] == ".tar", found[0] not in _BESIDE, found[1]))
+    # Tars, however few, are what somebody meant; side files only count where there is nothing else.
+    kind, count = max(counts.items(), key=lambda found: (found[0] == ".tar", found[0] not in _SIDE_FILES, found[1]))
     if kind == "image":
         return f"{shown(path)} holds {count} images: tarflow data prepare {shown(path)} OUT --size PIXELS makes shards of them"
     if kind == ".tar":

@@ -1,22 +1,23 @@
-"""Which fields and labels the shards of a set were seen to hold, said in a few lines when it is indexed."""
+"""Which fields and labels the shards of a set hold: the lines that indexing reports."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
 
-from tarflow.data_pipeline.index.samples import Samples, label_gaps
+from tarflow.data_pipeline.index.labels import label_gaps
+from tarflow.data_pipeline.index.samples import Samples
 from tarflow.data_pipeline.layout.names import shown
 
-_MOST = 12  # fields that are listed
+_LISTED = 12  # fields
 _LIKELY = ("label", "class", "target", "y", "id", "txt")  # fields that hold labels in other people's shards
 
 
 @dataclass
 class LabelsSeen:
-    """What to know of the labels of a set: where they came from, how many samples have none, which classes never occur.
+    """The labels of a set: where they came from, how many samples have none, which classes never occur.
 
-    `form`: `tar` or `mds`. `classes`: the names, where known. `names_from`: where they were found, if nobody gave them.
+    `form`: `tar` or `mds`. `classes`: the names, where known. `names_from`: the file they were found in, if not given.
     `looked_in`: fields or columns where labels were looked for. `images`: how many images came from each field.
     """
 
@@ -32,7 +33,7 @@ class LabelsSeen:
     json_keys: list[str] = field(default_factory=list)
 
     def add(self, found: Samples) -> None:
-        """Count a shard in."""
+        """Count a shard."""
         self.samples += len(found.keys)
         self.labelled += sum(label is not None for label in found.labels)
         self.used |= {label for label in found.labels if label is not None}
@@ -42,14 +43,14 @@ class LabelsSeen:
         self.json_keys = self.json_keys or found.json_keys
 
     def lines(self) -> list[str]:
-        """Fields, labels, and what is odd about them, each in a line."""
+        """A line for each: fields, images, labels, and what is odd about them."""
         what = "columns" if self.form == "mds" else "fields"
-        listed = ", ".join(f"{shown(name)} {count:,}" for name, count in self.fields.most_common(_MOST))
-        out = [f"{what} seen: {listed}{' ...' * (len(self.fields) > _MOST)}"] if self.fields else []
+        listed = ", ".join(f"{shown(name)} {count:,}" for name, count in self.fields.most_common(_LISTED))
+        out = [f"{what} seen: {listed}{' ...' * (len(self.fields) > _LISTED)}"] if self.fields else []
         if self.images:
             out.append(
                 "images: from "
-                + ", ".join(f"{shown(name)} {count:,}" for name, count in self.images.most_common(_MOST))
+                + ", ".join(f"{shown(name)} {count:,}" for name, count in self.images.most_common(_LISTED))
             )
         source = ", ".join(sorted(map(shown, self.looked_in))) or "columns of known names"
         if self.labelled:

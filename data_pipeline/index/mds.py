@@ -5,42 +5,62 @@ So one pass over it gives the same index rows as a tar does, and with them every
 any position, any number of ranks and workers. `streaming` itself is only needed to write (`write_mds`); nothing here
 uses shared memory or barriers.
 
-What cannot be read by offset is refused by name: compressed shards, and columns that hold something else than the bytes
-of an image file.
+What cannot be read by offset is refused by name: compressed shards, and columns that do not hold the bytes of an image file.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.index.labels import check_label
-from tarflow.data_pipeline.index.samples import Samples, parse_label
+from tarflow.data_pipeline.index.labels import check_label, parse_label
+from tarflow.data_pipeline.index.samples import Rules, Samples
 from tarflow.errors import why
 from tarflow.records import parse_object, read_bounded
 
 INDEX_FILE = "index.json"
-_MOST_BYTES = 256 << 20  # of it: some hundred thousand shards
-_MOST_COLUMNS = 1000
-_WAY_OUT = "write the set anew, or put its index.json back"
-_IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "x")
-_IMAGE_ENCODINGS = ("bytes", "jpeg", "png")
-_LABEL_COLUMNS = ("label", "cls", "class", "target", "y")
+_MAX_BYTES = 256 << 20  # of it: some hundred thousand shards
+_MAX_COLUMNS = 1000
+_WAY_OUT = "write the set again, or restore its index.json"
 _INTEGERS = {"int": "<i8", **{f"{sign}int{bits}": f"<{'u' if sign else 'i'}{bits // 8}"
                               for sign in ("", "u") for bits in (8, 16, 32, 64)}}  # fmt: skip
-_TEXTS = ("str", "str_int", "bytes")
 _KEY_COLUMNS = ("__key__", "key")
+
+Bytes = NDArray[np.uint8]
+Int64s = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Role:
+    """What a column is looked for as: by which names, if nobody gave one, and in which encodings."""
+
+    what: str
+    flag: str  # that names the column
+    names: tuple[str, ...]
+    encodings: tuple[str, ...]
+    required: bool = False  # then any column of a right encoding will do
+
+
+_IMAGE = _Role(
+    "the bytes of an image file", "--image-field", ("image", "img", "jpg", "jpeg", "png", "webp", "x"),
+    ("bytes", "jpeg", "png"), required=True,
+)  # fmt: skip
+_LABEL = _Role(
+    "labels", "--label-field", ("label", "cls", "class", "target", "y"), (*_INTEGERS, "str", "str_int", "bytes")
+)
 
 
 class _File(BaseModel):
-    """A file in an `index.json`, which `streaming` writes; what else it says of it is not asked."""
+    """A file in an `index.json` by `streaming`; its other fields do not matter here."""
 
     model_config = ConfigDict(strict=True)
 
@@ -58,9 +78,9 @@ class _Entry(BaseModel):
     compression: str | None = None
     raw_data: _File
     samples: int = Field(ge=0, lt=1 << 30)
-    column_names: list[str] = Field(max_length=_MOST_COLUMNS)
-    column_encodings: list[str] = Field(max_length=_MOST_COLUMNS)
-    column_sizes: list[Annotated[int, Field(ge=0, lt=1 << 31)] | None] = Field(max_length=_MOST_COLUMNS)
+    column_names: list[str] = Field(max_length=_MAX_COLUMNS)
+    column_encodings: list[str] = Field(max_length=_MAX_COLUMNS)
+    column_sizes: list[Annotated[int, Field(ge=0, lt=1 << 31)] | None] = Field(max_length=_MAX_COLUMNS)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -72,7 +92,7 @@ class _Entry(BaseModel):
             if kind and size != np.dtype(kind).itemsize:
                 raise ValueError(f"column {name!r} holds {encoding} in {size} bytes")
         if self.raw_data.basename in (".", ".."):
-            raise ValueError("raw_data.basename is no file's name")
+            raise ValueError("raw_data.basename is not the name of a file")
         return self
 
 
@@ -84,7 +104,7 @@ class _Listed(BaseModel):
 
 @dataclass(frozen=True)
 class MdsShard:
-    """One shard of an `index.json`. `sizes[i]` is the bytes of column i, None where every sample says its own."""
+    """One shard of an `index.json`. `sizes[i]`: bytes of column i, None where each sample stores its own."""
 
     path: Path
     file_bytes: int
@@ -95,10 +115,10 @@ class MdsShard:
 
 
 def mds_shards(folder: Path) -> list[MdsShard]:
-    """The shards that `folder/index.json` lists. Raises DataError for what is no MDS set or cannot be read by offset."""
+    """The shards that `folder/index.json` lists. Raises DataError for what is not an MDS set or cannot be read by offset."""
     path = folder / INDEX_FILE
     try:
-        listed = _Listed.model_validate(parse_object(read_bounded(path, _MOST_BYTES)))
+        listed = _Listed.model_validate(parse_object(read_bounded(path, _MAX_BYTES)))
     except ValidationError as err:
         first = err.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"]))
@@ -124,81 +144,63 @@ def _shard(folder: Path, entry: _Entry) -> MdsShard:
     )
 
 
-def scan_mds(
-    shard: MdsShard,
-    first: int,
-    *,
-    strict: bool,
-    label_field: str | None,
-    classes: list[str] | None,
-    image_field: str | None = None,
-) -> Samples:
+def scan_mds(shard: MdsShard, first: int, rules: Rules) -> Samples:
     """The samples of one shard; `first` is the number of its first sample in the set, the key of those without one.
 
-    `label_field`, `image_field`: the columns of labels and images, None = found by name. Strict: DataError at the first
-    problem; else a damaged shard has no samples, malformed labels are left out, and both are counted.
+    Strict: DataError at the first problem; else a damaged shard has no samples, malformed labels are left out, and both are
+    counted. Raises DataError in any case for a set without a column of images.
     """
+
+    def where(row: int) -> str:
+        return f"shard {shard.path}, sample {first + row}"
+
     out = Samples()
-    image = _pick(shard, image_field, _IMAGE_COLUMNS, _IMAGE_ENCODINGS, "the bytes of an image file", "--image-field")
-    label = _pick(shard, label_field, _LABEL_COLUMNS, (*_INTEGERS, *_TEXTS), "labels", "--label-field")
-    key = next((shard.names.index(name) for name in _KEY_COLUMNS if name in shard.names), None)
+    image = _pick(shard, rules.image_field, _IMAGE)
     assert image is not None
+    label = _pick(shard, rules.label_field, _LABEL)
+    key = next((shard.names.index(name) for name in _KEY_COLUMNS if name in shard.names), None)
     try:
         data, starts, sizes = _table(shard)
     except (OSError, ValueError) as err:
-        out.problem("damaged_shard", f"shard {shard.path}: damaged: {why(err)}", strict)
+        out.problem("damaged_shard", f"shard {shard.path}: damaged: {why(err)}", rules.strict)
         return out
-    labels = _labels(shard, label, data, starts, sizes)
+    labels = None if label is None else _values(shard, label, data, starts, sizes)
     out.label_from = "" if label is None else shard.names[label]
     out.fields = Counter(dict.fromkeys(shard.names, shard.samples))
-    numbers = {name: number for number, name in enumerate(classes or [])}
+    numbers = {name: number for number, name in enumerate(rules.classes or [])}
     for row in range(shard.samples):
-        value: int | None = None
+        value = None
         if labels is not None:
-            found = labels[row]
             try:
-                value = check_label(found) if isinstance(found, int) else parse_label(found, numbers)
+                value = _label(labels[row], numbers)
             except ValueError as err:
-                where = f"shard {shard.path}, sample {first + row}, column {shard.names[label or 0]!r}"
-                out.problem("malformed_label", f"{where}: {err}", strict)
+                out.problem("malformed_label", f"{where(row)}, column {out.label_from!r}: {err}", rules.strict)
                 continue
         if sizes[image][row] == 0:
-            out.problem("empty_image", f"shard {shard.path}, sample {first + row}: the image has 0 bytes", strict)
+            out.problem("empty_image", f"{where(row)}: the image has 0 bytes", rules.strict)
             continue
-        out.keys.append(_text(data, starts[key], sizes[key], row) if key is not None else f"{first + row:08d}")
-        out.offsets.append(int(starts[image][row]))
-        out.sizes.append(int(sizes[image][row]))
-        out.extensions.append(shard.names[image])
-        out.labels.append(value)
+        name = f"{first + row:08d}" if key is None else _text(data, starts[key], sizes[key], row)
+        out.add(name, int(starts[image][row]), int(sizes[image][row]), shard.names[image], value)
     return out
 
 
-def _table(shard: MdsShard) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+def _table(shard: MdsShard) -> tuple[Bytes, list[Int64s], list[Int64s]]:
     """(file as uint8, per column its starts, per column its sizes), int64 [samples]. Raises ValueError if damaged."""
-    have = shard.path.stat().st_size
-    if have != shard.file_bytes:
-        raise ValueError(f"it has {have} bytes, {INDEX_FILE} says {shard.file_bytes}")
     if shard.samples == 0:
+        _check_size(shard)
         empty = [np.zeros(0, dtype=np.int64) for _ in shard.names]
         return np.zeros(0, dtype=np.uint8), empty, empty
-    if 4 * (shard.samples + 2) > have:
-        raise ValueError(
-            f"{INDEX_FILE} says that it holds {shard.samples} samples, which do not fit into its {have} bytes"
-        )
-    data = np.memmap(shard.path, dtype=np.uint8, mode="r")
-    head = np.frombuffer(data[: 4 * (shard.samples + 2)], dtype="<u4").astype(np.int64)
-    if head.size < shard.samples + 2 or head[0] != shard.samples:
-        raise ValueError(f"its header does not hold {shard.samples} samples, as {INDEX_FILE} says")
-    begins, ends = head[1:-1], head[2:]
-    own = sum(size is None for size in shard.sizes)
-    if (ends - begins < 4 * own).any() or ends[-1] > have or begins[0] < 4 * (shard.samples + 2):
+    data, begins, ends = _samples(shard)
+    # A sample begins with the sizes of its columns of variable size; then come the columns in order.
+    variable = sum(size is None for size in shard.sizes)
+    if (ends - begins < 4 * variable).any() or ends[-1] > len(data) or begins[0] < 4 * (shard.samples + 2):
         raise ValueError("its offsets run backwards or beyond its end")
     starts, sizes = [], []
-    at, own_seen = begins + 4 * own, 0
+    at, size_at = begins + 4 * variable, begins
     for fixed in shard.sizes:
         if fixed is None:
-            size = _gather(data, begins + 4 * own_seen, 4).view("<u4").ravel().astype(np.int64)
-            own_seen += 1
+            size = _gather(data, size_at, 4).view("<u4").ravel().astype(np.int64)
+            size_at = size_at + 4
         else:
             size = np.full(shard.samples, fixed, dtype=np.int64)
         starts.append(at)
@@ -210,16 +212,38 @@ def _table(shard: MdsShard) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarr
     return data, starts, sizes
 
 
-def _gather(data: np.ndarray, at: np.ndarray, size: int) -> np.ndarray:
+def _check_size(shard: MdsShard) -> None:
+    have = shard.path.stat().st_size
+    if have != shard.file_bytes:
+        raise ValueError(f"it has {have} bytes, {INDEX_FILE} says {shard.file_bytes}")
+
+
+def _samples(shard: MdsShard) -> tuple[Bytes, Int64s, Int64s]:
+    """(file as uint8, where each sample begins, where it ends). Raises ValueError if the header does not fit."""
+    _check_size(shard)
+    head_bytes = 4 * (shard.samples + 2)
+    if head_bytes > shard.file_bytes:
+        raise ValueError(
+            f"{INDEX_FILE} says that it holds {shard.samples} samples, which do not fit into its {shard.file_bytes} bytes"
+        )
+    data: Bytes = np.memmap(shard.path, dtype=np.uint8, mode="r")
+    head = np.frombuffer(data[:head_bytes], dtype="<u4").astype(np.int64)
+    if head.size < shard.samples + 2 or head[0] != shard.samples:
+        raise ValueError(f"its header does not hold {shard.samples} samples, as {INDEX_FILE} says")
+    return data, head[1:-1], head[2:]
+
+
+def _gather(data: Bytes, at: Int64s, size: int) -> Bytes:
     """uint8 [n, size]: `size` bytes from each position."""
     return np.ascontiguousarray(data[at[:, None] + np.arange(size)])
 
 
-def _labels(
-    shard: MdsShard, column: int | None, data: np.ndarray, starts: list[np.ndarray], sizes: list[np.ndarray]
-) -> list[int] | list[bytes] | None:
-    if column is None or shard.samples == 0:
-        return None
+def _values(
+    shard: MdsShard, column: int, data: Bytes, starts: list[Int64s], sizes: list[Int64s]
+) -> list[int] | list[bytes]:
+    """The values of a column of labels."""
+    if shard.samples == 0:
+        return []
     kind = _INTEGERS.get(shard.encodings[column])
     if kind:
         numbers: list[int] = _gather(data, starts[column], np.dtype(kind).itemsize).view(kind).ravel().tolist()
@@ -227,29 +251,32 @@ def _labels(
     return [data[at : at + size].tobytes() for at, size in zip(starts[column].tolist(), sizes[column].tolist())]
 
 
-def _text(data: np.ndarray, starts: np.ndarray, sizes: np.ndarray, row: int) -> str:
+def _label(value: int | bytes, numbers: dict[str, int]) -> int:
+    return check_label(value) if isinstance(value, int) else parse_label(value, numbers)
+
+
+def _text(data: Bytes, starts: Int64s, sizes: Int64s, row: int) -> str:
     return data[starts[row] : starts[row] + sizes[row]].tobytes().decode("utf-8", errors="backslashreplace")
 
 
-def _pick(
-    shard: MdsShard, asked: str | None, known: tuple[str, ...], encodings: tuple[str, ...], what: str, flag: str
-) -> int | None:
-    """The column asked for, or of a known name; for images also the only one of a fitting encoding."""
+def _pick(shard: MdsShard, asked: str | None, role: _Role) -> int | None:
+    """The column asked for, or of a known name; for a required one else the first of a right encoding."""
     columns = ", ".join(f"{name} ({encoding})" for name, encoding in zip(shard.names, shard.encodings))
     if asked is not None and asked not in shard.names:
-        raise DataError(f"shard {shard.path} has no column {asked!r} ({flag}); it has {columns}")
-    named = [name for name in ((asked,) if asked else known) if name in shard.names]
-    if not named and known is _IMAGE_COLUMNS:
-        named = [name for name, encoding in zip(shard.names, shard.encodings) if encoding in encodings][:1]
-        if not named:
-            raise DataError(f"shard {shard.path} has no column that holds {what}; it has {columns}")
-    if not named:
+        raise DataError(f"shard {shard.path} has no column {asked!r} ({role.flag}); it has {columns}")
+    found = [name for name in ((asked,) if asked else role.names) if name in shard.names]
+    if not found and role.required:
+        found = [name for name, encoding in zip(shard.names, shard.encodings) if encoding in role.encodings]
+        if not found:
+            raise DataError(f"shard {shard.path} has no column that holds {role.what}; it has {columns}")
+    if not found:
         return None
-    column = shard.names.index(named[0])
-    if shard.encodings[column].split(":")[0] not in encodings:
+    column = shard.names.index(found[0])
+    encoding = shard.encodings[column]
+    if encoding.split(":")[0] not in role.encodings:
         raise DataError(
-            f"shard {shard.path}: column {named[0]!r} is {shard.encodings[column]}, {what} must be one of "
-            f"{', '.join(encodings)}: write the set again with such a column"
+            f"shard {shard.path}: column {found[0]!r} is {encoding}, {role.what} must be one of "
+            f"{', '.join(role.encodings)}: write the set again with such a column"
         )
     return column
 
@@ -273,14 +300,9 @@ def write_mds(folder: Path, samples: Iterable[tuple[bytes, int]], shard_bytes: i
     columns = {"image": "bytes", "label": "int"} if labelled else {"image": "bytes"}
     count = 0
     with MDSWriter(out=str(folder), columns=columns, size_limit=shard_bytes, exist_ok=True) as writer:
-        for image, label in _chain(head, stream):
+        for image, label in chain([head], stream):
             if (label >= 0) != labelled:
                 raise DataError("some images have labels and some have none: MDS columns hold all or none of them")
             writer.write({"image": image, "label": label} if labelled else {"image": image})
             count += 1
     return count
-
-
-def _chain(head: tuple[bytes, int], rest: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
-    yield head
-    yield from rest

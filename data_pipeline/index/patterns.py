@@ -1,9 +1,8 @@
-"""Which shards a pattern means: folders, glob patterns, brace ranges and lists, always the same sorted list.
+"""Find shards by folders, glob patterns, brace ranges and lists; the result is sorted.
 
 `{a,b}` and `{000..012}` (zeros kept) are expanded first, then `*`, `?`, `[...]` and `**` are matched against the disk.
-A folder stands for every `*.tar` in it and below, links to folders followed. What matches nothing, and every file that a
-brace range names but that is missing, is an error before anything is read. A file that is named twice counts once and is
-reported.
+A folder stands for every `*.tar` in it and below, links to folders followed. A pattern that matches nothing and a missing file
+of a brace range are errors before anything is read. A file that is named twice counts once and is reported.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from tarflow.files import listed
 
 _BRACES = re.compile(r"\{([^{}]*)\}")  # the innermost groups
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
-MOST_NAMES = 1_000_000  # that one pattern may stand for
+MAX_NAMES = 1_000_000  # that one pattern may stand for
 
 
 def expand_braces(pattern: str) -> list[str]:
     """All strings that the brace groups of `pattern` stand for, as in a shell; text without groups gives itself.
 
-    Raises DataError for what a shell would leave as it is, and for ranges that run backwards: both are typos. So is more
-    than MOST_NAMES of them, which is found by counting.
+    Raises DataError for groups that a shell would leave as they are and for ranges that run backwards: both are typos. So are
+    more than MAX_NAMES strings, which are counted before they are made.
     """
     for body in _BRACES.findall(pattern):
         match = _RANGE.fullmatch(body)
@@ -42,9 +41,9 @@ def expand_braces(pattern: str) -> list[str]:
             raise DataError(f"the range {{{body}}} in {pattern!r} runs backwards")
         if not match and "," not in body:
             raise DataError(f"cannot read {{{body}}} in {pattern!r}: expected a range {{000..012}} or a list {{a,b}}")
-    if (count := _names(pattern)) > MOST_NAMES:
+    if (count := _count_names(pattern)) > MAX_NAMES:
         raise DataError(
-            f"{pattern[:200]!r} stands for {count:,} names, at most {MOST_NAMES:,} are taken: name fewer at once"
+            f"{pattern[:200]!r} stands for {count:,} names, at most {MAX_NAMES:,} are possible: use several patterns"
         )
     try:
         return list(braceexpand(pattern, escape=False))
@@ -52,7 +51,7 @@ def expand_braces(pattern: str) -> list[str]:
         raise DataError(f"the braces in {pattern!r} do not match") from None
 
 
-def _names(pattern: str) -> int:
+def _count_names(pattern: str) -> int:
     """How many names a pattern stands for: its groups are replaced by their counts, from the innermost outwards."""
 
     def product(text: str) -> int:
@@ -97,31 +96,31 @@ def find_shards(patterns: str | Path | Sequence[str | Path]) -> tuple[list[Path]
 
 
 def of_one_split(shards: list[Path], asked: str | None) -> tuple[list[Path], list[str]]:
-    """(the shards of the split asked for, notes); all where they name one split or none.
+    """(the shards of the split asked for, notes); all of them where they name one split or none.
 
-    Raises DataError where the names of the shards tell several splits and none was asked for: as one set, a training would
-    see what its figures are measured on.
+    Raises DataError where the shards' names mention several splits and none was asked for: as one set, a run would train on
+    the images that its metrics are measured on.
     """
     root = Path(os.path.commonpath([path.parent for path in shards]))
     groups = by_split(shards, root)
-    told = ", ".join(f"{name} ({_count(members)})" for name, members in groups.items() if name)
+    found = ", ".join(f"{name} ({_count(members)})" for name, members in groups.items() if name)
     if asked is None:
-        if len(groups) == 1 or not told:
+        if len(groups) == 1 or not found:
             return shards, []
         rest = f"; {_count(groups[''])} of them none" if "" in groups else ""
         raise DataError(
-            f"the shards in {shown(root)} name the splits {told}{rest}: index one at a time, e.g. --split {next(iter(groups))} "
-            f"--out FOLDER, or all as one set with --split {ALL}"
+            f"the shards in {shown(root)} name the splits {found}{rest}: index one at a time, e.g. "
+            f"--split {next(iter(groups))} --out FOLDER, or all as one set with --split {ALL}"
         )
     wanted = asked_splits(asked)
     if wanted == [ALL]:
-        return shards, [f"the splits {told} are taken as one set (--split {ALL})"] if told else []
+        return shards, [f"the splits {found} are taken as one set (--split {ALL})"] if found else []
     if len(wanted) > 1 or wanted[0] not in groups:
         raise DataError(
-            f"--split {asked}: an index is of one split; the shards in {shown(root)} name: {told or 'none'}"
+            f"--split {asked}: an index is of one split; the shards in {shown(root)} name: {found or 'none'}"
         )
     return groups[wanted[0]], [
-        f"the split {wanted[0]}: {len(groups[wanted[0]])} of {len(shards)} shards, told by their names"
+        f"the split {wanted[0]}: {len(groups[wanted[0]])} of {len(shards)} shards, by their names"
     ]
 
 
@@ -130,43 +129,48 @@ def _count(shards: list[Path]) -> str:
 
 
 def _one_pattern(pattern: str, missing: list[str], notes: list[str]) -> list[Path]:
+    """The files that a pattern stands for; those that do not exist are added to `missing`."""
     path = Path(pattern)
     if path.is_file():
         what = what_file(path)
         if what and path.suffix != ".tar":
-            raise DataError(f"{shown(path)} is no tar of samples but {what}")
+            raise DataError(f"{shown(path)} is not a tar of samples but {what}")
         return [path]
     if path.is_dir():
-        tars = [file for file in _walked(path, notes) if file.suffix == ".tar"]
-        if not tars:
-            what = what_folder(path)
-            raise DataError(
-                f"folder {shown(pattern)!r} holds no *.tar files{_no_files(path)}" + (f"; {what}" if what else "")
-            )
-        return tars
+        return _tars_in(path, notes)
     words = pattern.split()
     if len(words) > 1 and sum(any(mark in word for mark in "{*?") for word in words) > 1:
         raise DataError(f"{pattern!r} looks like {len(words)} patterns in one string: give them as separate arguments")
     names = expand_braces(pattern)
-    out: list[Path] = []
+    found: list[Path] = []
     for name in names:
         if any(mark in name for mark in "*?[") and not Path(name).is_file():
             matched = [path for path in _matches(name, notes) if path.is_file()]
             if not matched:
                 raise DataError(f"pattern {pattern!r} matches no file" + (f" ({name!r})" if name != pattern else ""))
-            out += matched
+            found += matched
         elif Path(name).is_file():
-            out.append(Path(name))
+            found.append(Path(name))
+        elif len(names) == 1 and not missing:
+            raise DataError(f"there is no file, folder or match for {pattern!r}")
         else:
             missing.append(name)
-    if len(missing) == len(names) and len(names) == 1:
-        missing.clear()
-        raise DataError(f"there is no file, folder or match for {pattern!r}")
-    return out
+    return found
+
+
+def _tars_in(folder: Path, notes: list[str]) -> list[Path]:
+    """The tars in a folder and below it. Raises DataError where there are none, saying what is there instead."""
+    tars = [file for file in _walked(folder, notes) if file.suffix == ".tar"]
+    if not tars:
+        what = what_folder(folder)
+        raise DataError(
+            f"folder {shown(folder)!r} holds no *.tar files{_not_files(folder)}" + (f"; {what}" if what else "")
+        )
+    return tars
 
 
 def _walked(folder: Path, notes: list[str]) -> list[Path]:
-    """All files below a folder; links that were followed or passed over are noted."""
+    """All files below a folder; links that were followed or skipped are noted."""
     found = walk(folder)
     if found.linked:
         notes.append(found.links_followed())
@@ -174,15 +178,17 @@ def _walked(folder: Path, notes: list[str]) -> list[Path]:
     return found.files
 
 
-def _no_files(folder: Path) -> str:
-    """Names in a folder that would be shards, or a list of them, if there were a file behind them."""
+def _not_files(folder: Path) -> str:
+    """Names in a folder that would be shards, or a list of shards, if they were regular files."""
     names = [p.name for p in listed(folder) if p.suffix in (".tar", ".json") and not p.is_file() and not p.is_dir()]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f" ({', '.join(map(shown, names[:3]))}{more} in it: no regular file, or a link to nothing)" if names else ""
+    return (
+        f" ({', '.join(map(shown, names[:3]))}{more} in it: not a regular file, or a link to nothing)" if names else ""
+    )
 
 
 def _matches(pattern: str, notes: list[str]) -> list[Path]:
-    """What matches a pattern. `**` goes through links too, but into each folder once: links may form circles."""
+    """What matches a pattern. `**` follows links too, but enters each folder once: links may form circles."""
     parts = Path(pattern).parts
     if "**" not in parts:
         return [Path(match) for match in glob.glob(pattern)]

@@ -1,8 +1,8 @@
-"""Work on many jobs in fresh processes: results in order, a bounded number ahead, nothing outlives the caller.
+"""Run many jobs in fresh processes: results in order, a bounded number ahead, nothing outlives the caller.
 
 The processes are plain interpreters (`python -m tarflow.data_pipeline.index.processes`) that get pickled jobs through a
-pipe and end when it closes. They inherit no locks or threads as forked ones would, and do not import the caller's main program.
-Pickles run code when they are opened; these come from a process of one's own through a pipe without a name, and nobody else's.
+pipe and end when it closes. Unlike forked ones they inherit no locks or threads, and they do not import the caller's main
+program. Unpickling runs code; these pickles come through an anonymous pipe from a process of our own.
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.interpreter import child_environment, deaf_to_terminals, module_command
 
-_AHEAD = 3  # jobs per process that may be done before their turn
+_AHEAD = 3  # results per process that may wait for their turn
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
-def in_processes(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int) -> Iterator[Any]:
+def in_processes(work: Callable[[Job], Result], jobs: Sequence[Job], processes: int) -> Generator[Result, None, None]:
     """`work(job)` for every job, in order; in this process where one is enough.
 
-    `work` is a function of a module, jobs and results can be pickled. Errors are raised when their job's turn comes.
+    `work` is a module's function, and jobs and results can be pickled. Errors are raised when their job's turn comes.
     """
     if processes <= 1 or len(jobs) <= 1:
         yield from map(work, jobs)
@@ -35,9 +38,9 @@ def in_processes(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int
     started: list[subprocess.Popen[bytes]] = []
     starting, over = threading.Lock(), threading.Event()
 
-    def ask(job: Any) -> Any:
+    def ask(job: Job) -> Any:
         if not hasattr(own, "process"):
-            with starting:  # none is started that the end below does not see
+            with starting:  # so that the cleanup below sees every process
                 if over.is_set():
                     return None
                 own.process = _start()
@@ -64,13 +67,13 @@ def in_processes(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int
 
 
 def _result(future: Future[Any]) -> Any:
-    """A future's result. Waited for in pieces: a signal that comes just before a wait is only heard after it."""
+    """A future's result. Waits in slices: a signal that arrives just before a wait is only handled after it."""
     while True:
         try:
             return future.result(timeout=1.0)
         except TimeoutError:
             if future.done():
-                raise  # the job's own
+                raise  # it is the job's own error
 
 
 def cores() -> int:
@@ -101,7 +104,7 @@ def _ask(process: subprocess.Popen[bytes], work: Callable[[Any], Any], job: Any)
 
 
 def _serve() -> None:
-    """Answer jobs until the pipe closes. What work prints goes to stderr: stdout carries the answers."""
+    """Run jobs until the pipe closes. What they print goes to stderr: stdout carries the results."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     while True:
@@ -113,7 +116,7 @@ def _serve() -> None:
             answer = pickle.dumps((True, work(job)))
         except DataError as err:
             answer = pickle.dumps((False, DataError(str(err))))
-        except Exception as err:
+        except Exception as err:  # noqa: BLE001 -- whatever it is goes back to the caller, which raises it
             answer = pickle.dumps((False, RuntimeError(f"{type(err).__name__} while working on {job!r:.300}: {err}")))
         answers.write(answer)
         answers.flush()

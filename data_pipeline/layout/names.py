@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +13,13 @@ LONGEST = 255  # characters; what a file system gives a folder's name
 
 def shown(name: str | Path) -> str:
     """A path or a name for messages: what is not UTF-8 or would move the cursor is shown as escapes."""
-    text = os.fsencode(name).decode("utf-8", errors="backslashreplace")
-    return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") else c for c in text)
+    return "".join(map(_shown, str(name)))
+
+
+def _shown(c: str) -> str:
+    if "\udc80" <= c <= "\udcff":  # a byte of a file's name, as Python keeps it
+        return f"\\x{ord(c) - 0xDC00:02x}"
+    return repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c
 
 
 def storable(path: str | Path) -> bool:

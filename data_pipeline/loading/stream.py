@@ -31,8 +31,8 @@ from tarflow.data_pipeline.images.decode import decode, decode_into
 from tarflow.data_pipeline.images.formats import IMAGE_EXTENSIONS
 from tarflow.data_pipeline.images.transform import fit
 from tarflow.data_pipeline.index.content import sketch_of_file
+from tarflow.data_pipeline.index.labels import parse_label
 from tarflow.data_pipeline.index.patterns import expand_braces, find_shards
-from tarflow.data_pipeline.index.samples import parse_label
 from tarflow.data_pipeline.layout.splits import by_split
 from tarflow.data_pipeline.loading.sample_reader import Skipped
 from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape

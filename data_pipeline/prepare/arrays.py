@@ -1,4 +1,4 @@
-"""Arrays of pixels: `.npz` as numpy, Keras, MedMNIST and ADM publish them, and IDX files (MNIST and its kin)."""
+"""Arrays of pixels: `.npz` as numpy, Keras, MedMNIST and ADM publish them, and IDX files (MNIST and its relatives)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.layout.names import shown
@@ -94,7 +95,7 @@ def _pairs(path: Path, names: list[str], choices: Choices) -> dict[str, tuple[st
     images = {split: group[known] for split, group in stems.items() if (known := first_of(_IMAGE_ARRAYS, [*group]))}
     found = [split for split in (*SPLITS, "") if split in images]
     if len(found) > 1 and "" in found:
-        found.remove("")  # x beside x_train: the splits are what was published; the rest is named as not used
+        found.remove("")  # x beside x_train: the splits are what was published; x is reported as not used
     if not found:
         raise DataError(
             f"cannot tell which array of {shown(path)} holds the images: name it with --image-column ({', '.join(names)})"
@@ -162,7 +163,7 @@ def idx_source(files: Path | Sequence[Path], choices: Choices | None = None) -> 
 
 def _of_arrays(
     splits: Sequence[str],
-    images: list[np.ndarray],
+    images: list[NDArray[np.uint8]],
     values: list[Any],
     labels_where: str,
     where: list[str],
@@ -170,14 +171,14 @@ def _of_arrays(
     how: str,
     choices: Choices,
 ) -> ImageSource:
-    """A source of arrays that lie one after the other, one for each split; `where` says where each came from."""
+    """A source of several arrays, one for each split. `where`: where each came from; `how`: how the splits were found."""
     starts = np.concatenate([[0], np.cumsum([len(part) for part in images])])
 
     def place(i: int) -> tuple[int, int]:
         part = int(np.searchsorted(starts, i, side="right")) - 1
         return part, i - int(starts[part])
 
-    def read(i: int) -> np.ndarray:
+    def read(i: int) -> NDArray[np.uint8]:
         part, row = place(i)
         return np.asarray(images[part][row])
 
@@ -189,7 +190,7 @@ def _of_arrays(
     if any(value is not None for value in values):
         labels, classes, named = number_labels(values, labels_where)
     sizes = {split: len(part) for split, part in zip(splits, images)}
-    told = split_note(how, sizes) if len(sizes) > 1 else []
+    found = split_note(how, sizes) if len(sizes) > 1 else []
     return ImageSource(
         labels,
         classes,
@@ -198,12 +199,12 @@ def _of_arrays(
         named=named,
         pixels=True,
         splits=split_numbers(sizes, choices),
-        notes=told + notes,
+        notes=found + notes,
     )
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """An IDX file of unsigned bytes, gzipped or not, as an array. Raises DataError when it is none or cut short."""
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """An IDX file of unsigned bytes, gzipped or not, as an array. Raises DataError for anything else, and if it is cut."""
     try:
         with path.open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
@@ -212,11 +213,11 @@ def read_idx(path: Path) -> np.ndarray:
             promised = _promised(data)
             if promised > MAX_ARRAY:
                 raise DataError(f"{shown(path)} promises {promised:,} bytes, at most {MAX_ARRAY:,} are read")
-            data += stream.read(max(0, promised - len(data) + 1))  # whatever more there is, one byte of it tells
+            data += stream.read(max(0, promised - len(data) + 1))  # one byte more shows that the file is too long
     except (OSError, EOFError, zlib.error) as err:
         raise DataError(f"cannot read {shown(path)}: {err}") from None
     if len(data) < 4 or data[:3] != b"\x00\x00\x08" or not 1 <= data[3] <= 4:
-        raise DataError(f"{shown(path)} is no IDX file of unsigned bytes (it starts with {data[:4].hex()})")
+        raise DataError(f"{shown(path)} is not an IDX file of unsigned bytes (it starts with {data[:4].hex()})")
     if len(data) != promised:
         raise DataError(
             f"{shown(path)} is {'cut' if len(data) < promised else 'too long'}: its header promises {promised:,} bytes, it "
@@ -227,13 +228,13 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def _promised(head: bytes) -> int:
-    """Bytes of the IDX file that begins so; 0 where it is none."""
+    """Bytes of the IDX file that begins with `head`; 0 if it is not one."""
     if len(head) < 4 or len(head) < 4 + 4 * head[3] or not 1 <= head[3] <= 4:
         return 0
     return 4 + 4 * head[3] + math.prod(struct.unpack_from(f">{head[3]}I", head, 4))
 
 
-def _check_images(images: np.ndarray, where: str) -> np.ndarray:
+def _check_images(images: NDArray[Any], where: str) -> NDArray[np.uint8]:
     if images.dtype != np.uint8:
         raise DataError(f"{where} is {images.dtype}, expected uint8 pixels 0..255")
     if images.ndim == 3:

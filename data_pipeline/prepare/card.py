@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-_SPLITS = {"": "train", "val": "validation"}  # its names for ours
+_SPLITS = {"": "train", "val": "validation"}  # our name -> that of `datasets`
 
 
 def write_cards(folder: Path, splits: list[str], field: str, classes: list[str] | None) -> None:

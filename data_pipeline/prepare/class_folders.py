@@ -1,4 +1,4 @@
-"""A class that nobody meant to leave out: a folder beside the class folders that holds files, but no image that is read."""
+"""Class folders without a readable image, such as one of HEIC files: a class that would be lost silently."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tarflow.data_pipeline.images.formats import UNREAD_PICTURES
 
 
 def check_no_class_is_lost(path: Path, classes: set[str], others: Mapping[str, Counter[str]]) -> list[str]:
-    """Raise DataError for a folder under `path` that ends without an image although it holds pictures.
+    """Raise DataError for a folder under `path` that holds pictures, but none that can be read.
 
-    `classes`: the folders with images; `others`: the files that are no images, by folder and extension. Returns the
-    folders that hold no picture at all: no classes, perhaps, but to be named.
+    `classes`: the folders with images; `others`: the other files, by folder and extension. Returns the
+    folders that hold no picture at all: probably not classes, but to be reported.
     """
     for name, found in sorted(others.items()):
         pictures = {extension: count for extension, count in sorted(found.items()) if extension in UNREAD_PICTURES}

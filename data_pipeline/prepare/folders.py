@@ -1,6 +1,6 @@
 """Folders of images: class folders, splits of class folders, `dataset.json` of EDM and StyleGAN, or images alone.
 
-Where a folder can be read in two ways that give different labels, it is an error that names the option which decides.
+A folder that can be read in two ways with different labels is an error that names the option to decide.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from tarflow.data_pipeline.prepare.source import Choices, ImageSource, read_imag
 from tarflow.records import read_bounded
 
 _LABEL_FILE = "dataset.json"
-_MOST_LABELS = 1 << 30  # bytes of it
-_CHUNK = re.compile(r"\d{5,}")  # 00000, 00001, ...: chunks of one set as often as classes
+_MAX_LABELS = 1 << 30  # bytes of it
+_CHUNK = re.compile(r"\d{5,}")  # 00000, 00001, ...: as often chunks of one set as classes
 
 
 @dataclass
 class _Part:
-    """One split: its folder, images, and a label (number, name or None) for each. `how` tells where they come from, and
-    `by_folders` whether that is the folders.
+    """One split: its folder, its images, and a label (number, name or None) for each.
+
+    `how`: where the labels come from, for the notes. `by_folders`: whether that is the names of folders.
     """
 
     root: Path
@@ -48,7 +49,7 @@ def folder_source(path: Path, choices: Choices | None = None, found: Walk | None
 
     Folders train/, val/ and test/ are splits; classes are numbered over all of them. Folders below a class folder belong to
     their class. Hidden and non-image files are ignored and counted; the extension's case does not matter. `found`: what
-    lies below `path`, where that is known already. Raises DataError for a folder without images, and where labels or
+    lies below `path`, if that is known already. Raises DataError for a folder without images, and where labels or
     splits could mean two things.
     """
     choices = choices or Choices()
@@ -91,7 +92,7 @@ def folder_source(path: Path, choices: Choices | None = None, found: Walk | None
 
 
 def _class_folders(part: _Part, others: list[Path]) -> tuple[set[str], dict[str, Counter[str]]]:
-    """(the folders of a split that hold images, what else lies in each folder, by extension)."""
+    """(the folders of a split that hold images, the other files in each folder, by extension)."""
     without: dict[str, Counter[str]] = {}
     for file in others:
         if part.root in file.parents and file.parent != part.root:
@@ -100,7 +101,7 @@ def _class_folders(part: _Part, others: list[Path]) -> tuple[set[str], dict[str,
 
 
 def _nothing(path: Path, found: Walk) -> str:
-    """The message for a folder without images: what it holds instead."""
+    """The message for a folder without images: what it holds instead, and what to do."""
     what = what_folder(path)
     if what:
         return what
@@ -165,13 +166,13 @@ def _labels(part: _Part, asked: str | None, split: str) -> tuple[list[Any], str]
         tops = len({above[0] for above in folders if above})
         raise DataError(
             f"{shown(part.root)} holds {len(loose)} images beside {tops} class folders (first: {shown(loose[0].name)}): "
-            "move them into a class folder, or say that there are no labels with --labels none"
+            "move them into a class folder, or prepare all without labels with --labels none"
         )
     if asked is None:
         _refuse_doubtful(part, folders)
     names = ["/".join(above) if asked == "parents" else above[0] for above in folders]
     where = f"folder {shown(part.root)}"
-    class_names(sorted(set(names)), where)  # before anything else is made of them
+    class_names(sorted(set(names)), where)  # refuse impossible names before they are used
     part.by_folders = True
     which = "the folder that each image lies in (--labels parents)" if asked == "parents" else "the class folders"
     return names, f"the names of {which}"
@@ -184,14 +185,14 @@ def _refuse_doubtful(part: _Part, folders: list[tuple[str, ...]]) -> None:
     if all(_CHUNK.fullmatch(top) for top in tops) and len({len(top) for top in tops}) == 1 and tops[0][0] == "0":
         raise DataError(
             f"{root}: the folders {tops[0]} ... {tops[-1]} may be classes, or chunks of a set without labels, as its writer "
-            f"numbered them (there is no {_LABEL_FILE}): say which with --labels folders or --labels none"
+            f"numbered them (there is no {_LABEL_FILE}): decide with --labels folders or --labels none"
         )
     below: dict[str, set[tuple[str, ...]]] = {top: set() for top in tops}
     for above in folders:
         below[above[0]].add(above[1:])
     for top, inner in below.items():
         common = _common(inner)
-        if common not in inner:  # images in several folders below, and none where these part
+        if common not in inner:  # images in several folders below, and none where their paths part
             within = "/".join((top, *common))
             example = "/".join((top, *min(inner)))
             alone = (
@@ -206,24 +207,24 @@ def _refuse_doubtful(part: _Part, folders: list[tuple[str, ...]]) -> None:
 
 
 def _common(paths: set[tuple[str, ...]]) -> tuple[str, ...]:
-    """The folders that all paths begin with."""
+    """The longest common beginning of the paths."""
     first, last = min(paths), max(paths)
     same = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
     return first[:same]
 
 
 def _from_label_file(path: Path, part: _Part) -> tuple[list[Any], str]:
-    """Labels by `dataset.json`: {"labels": null} or {"labels": [["00000/img00000000.png", 6], ...]}."""
+    """Labels from `dataset.json`: {"labels": null} or {"labels": [["00000/img00000000.png", 6], ...]}."""
     form = '{"labels": [[file, label], ...]}'
     other = "--labels folders takes the class folders instead, --labels none no labels"
     try:
-        table = json.loads(read_bounded(path, _MOST_LABELS))
+        table = json.loads(read_bounded(path, _MAX_LABELS))
         listed = table["labels"]
         pairs = None if listed is None else [(normal(name.replace("\\", "/")), label) for name, label in listed]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise DataError(f"cannot read labels from {shown(path)} ({err!r}): expected {form}; {other}") from None
     if pairs is None:
-        return [None] * len(part.files), f"none ({_LABEL_FILE} says null)"
+        return [None] * len(part.files), f"none ({_LABEL_FILE} holds null)"
     by_name = dict(pairs)
     if len(by_name) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
@@ -250,7 +251,7 @@ def _from_label_file(path: Path, part: _Part) -> tuple[list[Any], str]:
 
 
 def _together(parts: dict[str, _Part], path: Path) -> list[Any]:
-    """The labels of all splits, one after the other. Raises DataError where the splits do not agree on what a label is."""
+    """The labels of all splits, one after the other. Raises DataError where the splits disagree on what a label is."""
     kinds: dict[str, Counter[type]] = {
         name: Counter(type(value) for value in part.values if value is not None) for name, part in parts.items()
     }
@@ -266,6 +267,6 @@ def _together(parts: dict[str, _Part], path: Path) -> list[Any]:
             lacking = ", ".join(shown(str(label)) for label in more[:5])
             raise DataError(
                 f"{shown(path)}: {name} has classes that train lacks ({len(more)}): {lacking}; "
-                f"train has {len(set(parts[first].values) - {None})}: put that right, or take one split with --split {first}"
+                f"train has {len(set(parts[first].values) - {None})}: fix that, or take one split with --split {first}"
             )
     return [value for part in parts.values() for value in part.values]

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.index.labels import MAX_CLASSES
-from tarflow.data_pipeline.index.samples import label_gaps
+from tarflow.data_pipeline.index.labels import MAX_CLASSES, label_gaps
 from tarflow.data_pipeline.layout.names import class_names, normal, only_case, shown
 
 
-def number_labels(values: Sequence[Any], where: str) -> tuple[np.ndarray, list[str], bool]:
+def number_labels(values: Sequence[Any], where: str) -> tuple[NDArray[np.int64], list[str], bool]:
     """(int64 [n] with -1 = no label, class names, whether the names are the source's own). None = no label.
 
     Integers keep their value and are named by it. Names are numbered in sorted order; where all of them are numbers, in
@@ -41,7 +41,7 @@ def number_labels(values: Sequence[Any], where: str) -> tuple[np.ndarray, list[s
     return np.array([-1 if value is None else numbers[value] for value in values]), classes, True
 
 
-def named_integers(values: Sequence[Any], names: list[str], where: str) -> np.ndarray:
+def named_integers(values: Sequence[Any], names: list[str], where: str) -> NDArray[np.int64]:
     """int64 [n] of integers whose names the source lists. None and -1 = no label, as `ClassLabel` has it."""
     odd = next((value for value in values if not (value is None or isinstance(value, int))), None)
     if odd is not None:
@@ -55,16 +55,18 @@ def named_integers(values: Sequence[Any], names: list[str], where: str) -> np.nd
     return labels
 
 
-def array_labels(raw: np.ndarray, where: str) -> tuple[list[Any], str | None]:
-    """(one value per row, a note) of an array [n], [n, 1] or one-hot [n, classes]. Raises DataError for anything else."""
+def array_labels(raw: NDArray[Any], where: str) -> tuple[list[Any], str | None]:
+    """(one value per row, a note) for an array [n], [n, 1] or one-hot [n, classes]. Raises DataError for anything else."""
     if raw.ndim == 1 or (raw.ndim == 2 and raw.shape[1] == 1):
         return raw.reshape(-1).tolist(), None
     if raw.ndim == 2 and raw.dtype.kind in "buif" and np.isin(raw, (0, 1)).all() and (raw.sum(axis=1) == 1).all():
-        return raw.argmax(axis=1).tolist(), f"{where} is one-hot: the label is the place of the 1"
+        return raw.argmax(axis=1).tolist(), f"{where} is one-hot: the label is the position of the 1"
     raise DataError(f"{where} has shape {list(raw.shape)}: labels are [n], [n, 1] or one-hot rows (--label-column)")
 
 
-def by_list(labels: np.ndarray, classes: list[str], named: bool, wanted: list[str], where: str) -> np.ndarray:
+def by_list(
+    labels: NDArray[np.int64], classes: list[str], named: bool, wanted: list[str], where: str
+) -> NDArray[np.int64]:
     """Labels int64 [n] renumbered by the list `wanted` (`--classes`): by name where the source has names, else unchanged.
 
     Raises DataError for a class that the list lacks.
@@ -86,8 +88,8 @@ def by_list(labels: np.ndarray, classes: list[str], named: bool, wanted: list[st
     return np.asarray(table[labels], dtype=np.int64)
 
 
-def label_notes(labels: np.ndarray, classes: list[str] | None, named: bool) -> list[str]:
-    """What is odd about the labels: none at all for some, numbers that never occur, names alike but for case."""
+def label_notes(labels: NDArray[np.int64], classes: list[str] | None, named: bool) -> list[str]:
+    """What is odd about the labels: images without any, classes without images, names that only differ in case."""
     notes = []
     missing = int((labels < 0).sum())
     if classes and missing:

@@ -1,4 +1,4 @@
-"""What every kind of source gives: images by number, their labels, class names and splits, and how it came to them."""
+"""What every kind of source provides: images by number, their labels, class names and splits, and how they were found."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.bounds import check_bytes
@@ -20,20 +21,20 @@ class ImageSource:
     """Images to prepare: `read(i)` gives a file (bytes) or pixels (uint8 [H, W, C]), `name(i)` is for messages.
 
     `labels`: int64 [n], -1 = no label. `named`: whether `classes` are the source's own names rather than numbers.
-    `splits`: split -> numbers of its images, int64; empty where the source is one set. `runs`: (images, bytes) of stretches
-    that are read as a whole, in order; None where any order of reading is cheap. `pixels`: whether nothing is decoded.
-    `notes`: what was inferred, a line each.
+    `splits`: split -> numbers of its images, int64; empty where the source is one set. `runs`: (images, bytes) of ranges that
+    are read as a whole, in order; None where any order of reading is cheap. `pixels`: whether `read` gives pixels. `notes`:
+    what was inferred, a line each.
     """
 
-    labels: np.ndarray
+    labels: NDArray[np.int64]
     classes: list[str] | None
-    read: Callable[[int], bytes | np.ndarray]
+    read: Callable[[int], bytes | NDArray[np.uint8]]
     name: Callable[[int], str]
     runs: list[tuple[int, int]] | None = None
     ignored: Counter[str] = field(default_factory=Counter)
     named: bool = False
     pixels: bool = False
-    splits: dict[str, np.ndarray] = field(default_factory=dict)
+    splits: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -42,10 +43,10 @@ class ImageSource:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user decides where a source can be read in several ways; None = found by name, and said.
+    """The user's choices where a source can be read in several ways; None = found by name, and reported.
 
     `image_column`, `label_column`: columns or arrays. `labels`: where labels come from, one of `LABELS`. `split`: the
-    splits to take, as in `index.splits.asked_splits`.
+    splits to take, as in `layout.splits.asked_splits`.
     """
 
     image_column: str | None = None
@@ -58,25 +59,25 @@ LABELS = ("dataset.json", "folders", "parents", "none")
 
 
 def asked_name(what: str, asked: str | None, names: Sequence[str], path: Path, flag: str) -> str | None:
-    """The column or array asked for with `flag`, None where none was. Raises DataError for one that is not there."""
+    """`asked`, the column or array given with `flag`. Raises DataError for one that does not exist."""
     if asked is not None and asked not in names:
         raise DataError(f"{shown(path)} has no {what} {asked!r} ({flag}); it has {', '.join(map(shown, names))}")
     return asked
 
 
 def first_of(known: Sequence[str], names: Sequence[str]) -> str | None:
-    """The first of the known names that is there."""
+    """The first of the known names that exists."""
     return next((name for name in known if name in names), None)
 
 
 def read_image(file: Path) -> bytes:
-    """The bytes of an image file. Raises BadSampleError for one that is too large to be read, OSError."""
+    """The bytes of an image file. Raises BadSampleError for one that is too large, OSError."""
     check_bytes(file.stat().st_size)
     return file.read_bytes()
 
 
-def split_numbers(sizes: dict[str, int], choices: Choices) -> dict[str, np.ndarray]:
-    """`splits` of a source whose splits lie one after the other with these many images; one split is no split."""
+def split_numbers(sizes: dict[str, int], choices: Choices) -> dict[str, NDArray[np.int64]]:
+    """`splits` of a source whose splits follow each other, by their numbers of images; none for a single split."""
     if choices.split == ALL:
         return {}
     starts = np.concatenate([[0], np.cumsum(list(sizes.values()))])
@@ -84,13 +85,13 @@ def split_numbers(sizes: dict[str, int], choices: Choices) -> dict[str, np.ndarr
 
 
 def split_note(how: str, sizes: dict[str, int]) -> list[str]:
-    """The line about splits, none where no name told any."""
-    told = ", ".join(f"{name} ({count:,} image{'s' * (count != 1)})" for name, count in sizes.items() if name)
-    return [f"splits by {how}: {told}"] if told else []
+    """The line about splits; none where no name mentions a split."""
+    listed = ", ".join(f"{name} ({count:,} image{'s' * (count != 1)})" for name, count in sizes.items() if name)
+    return [f"splits by {how}: {listed}"] if listed else []
 
 
 def files_note(files: Sequence[Path], root: Path) -> str:
-    """The line about the files read."""
+    """The line about the files that are read."""
     names = [
         shown(path.relative_to(root) if path.is_relative_to(root) and path != root else path.name) for path in files
     ]

@@ -1,7 +1,7 @@
-"""What `data prepare` reads: folders of images, Parquet with image bytes, `.npz` arrays, IDX files; recognised by name.
+"""Open what `data prepare` reads: folders of images, Parquet with image bytes, `.npz` arrays, IDX files; recognised by name.
 
 Every source gives its images in any order by number: labels, classes and splits are known at once, pixels or file bytes
-are read one by one. What was inferred stands in `notes`, to be said before the work and stored with its result.
+are read one by one. What was inferred is in `notes`, to be printed before the work and stored with its result.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def open_source(
 ) -> ImageSource:
     """Recognise what lies at `path` and open it; the options are those of `source.Choices`.
 
-    `classes`: the class names in label order; the source's classes are put in this order by their names. Raises DataError
-    when it is none of the four, or empty, when an option does not suit it, and when it can be read in two ways.
+    `classes`: the class names in label order; the source's classes are renumbered by their names. Raises DataError
+    for anything else, for an empty source, for an option that does not apply, and where it can be read in two ways.
     """
     try:
         path.stat()
@@ -43,7 +43,7 @@ def open_source(
     if labels is not None and labels not in LABELS:
         raise DataError(f"--labels cannot be {labels!r}: one of {', '.join(LABELS)}")
     if labels is not None and label_column is not None:
-        raise DataError(f"--labels {labels} and --label-column {label_column} contradict each other: give one of them")
+        raise DataError(f"--labels {labels} and --label-column {label_column} contradict each other: use one of them")
     source = _recognised(path, choices)
     if classes is not None:
         if source.classes is None:
@@ -120,8 +120,8 @@ _FLAGS: dict[str, Callable[[Choices], str | None]] = {
 
 
 def _only(choices: Choices, path: Path, what: str, *suiting: str) -> None:
-    """Raise DataError for an option that has no meaning for this kind of source: it would be passed over in silence."""
+    """Raise DataError for an option that has no effect on this kind of source: it would be ignored silently."""
     for name, flag in _FLAGS.items():
         given: str | None = flag(choices)
         if given and name not in suiting:
-            raise DataError(f"{given} has no meaning for {what} ({shown(path)}): leave it away")
+            raise DataError(f"{given} has no effect on {what} ({shown(path)}): omit it")

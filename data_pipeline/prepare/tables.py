@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
 from tarflow.data_pipeline.index.labels import MAX_CLASSES
@@ -25,69 +28,67 @@ from tarflow.data_pipeline.prepare.source import (
     split_numbers,
 )  # fmt: skip
 
-WINDOW_BYTES = 1 << 30
+WINDOW_BYTES = 1 << 30  # of row groups that are shuffled together
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "bytes", "image_bytes", "data")
 _LABEL_COLUMNS = ("label", "labels", "class", "cls", "fine_label", "target", "y")
+_LOOKED_AT = 64  # rows, to tell bytes from paths
 
 
 def parquet_source(files: Sequence[Path], root: Path, choices: Choices | None = None) -> ImageSource:
     """Image bytes in a binary column, or a struct column with a `bytes` field; labels as integers or names.
 
     Class names come from the schema where `datasets` wrote them (`ClassLabel`); -1 is no label there. Splits are told by
-    the files' names below `root`. Raises DataError for files that do not belong together, and columns that hold no images.
+    the files' names below `root`. Raises DataError for files that do not belong together, and columns without images.
     """
     choices = choices or Choices()
     groups = _splits(files, root, choices.split)
-    taken = [file for members in groups.values() for file in members]
-    handles = [_open(file) for file in taken]
-    image, label, notes = _columns(handles[0], taken[0], choices)
-    names = _class_names(handles[0], label)
-    for handle, file in zip(handles, taken):
-        _check_same(handle, file, image, label, names, taken[0])
-    runs: list[tuple[int, int]] = []
-    places: list[tuple[Any, int, Path]] = []
-    found: list[Any] = []
-    numbers: list[np.ndarray] = []
-    rows_of: dict[Path, int] = {}
-    for handle, file in zip(handles, taken):
-        rows_of[file] = handle.metadata.num_rows
-        for group in range(handle.num_row_groups):
-            info = handle.metadata.row_group(group)
-            runs.append((info.num_rows, info.total_byte_size))
-            places.append((handle, group, file))
-        if label:
-            values = _plain(_values(handle, file, label), file, label)
-            where = f"column {label!r} of {shown(file)}"
-            if names:
-                numbers.append(named_integers(values, names, where))
-            else:
-                number_labels(values, where)  # what is wrong is named with its own file and row
-                found += values
-    total = sum(rows_of.values())
-    if total == 0:
-        raise DataError(f"{shown(taken[0])} holds no rows")
-    _refuse_paths(handles, taken, image)
-    labels, classes, named = np.full(total, -1, dtype=np.int64), None, False
-    if label and names:
-        labels, classes, named = (
-            np.concatenate(numbers),
-            class_names(names, f"column {label!r} of {shown(taken[0])}"),
-            True,
-        )
-        notes.append(f"labels: column {label!r}, names from the schema (ClassLabel)")
-    elif label and any(value is not None for value in found):
-        labels, classes, named = number_labels(found, f"column {label!r} of {shown(root)}")
-        notes.append(f"labels: column {label!r}, {'names in it' if named else 'integers'}")
-    elif label:
-        notes.append(f"labels: none (column {label!r} is empty)")
-    elif choices.labels != "none":
-        notes.append(f"labels: none (no column of a known name among {', '.join(handles[0].schema_arrow.names)})")
+    tables = [_Table.open(file) for members in groups.values() for file in members]
+    first = tables[0]
+    image, label, notes = _columns(first, choices)
+    names = first.class_names(label)
+    for table in tables:
+        table.check_same(first, image, label, names)
+    # Labels are read before the images are looked at: what is wrong with them is named first.
+    labels, classes, named, note = _labels(tables, label, names, root)
+    if len(labels) == 0:
+        raise DataError(f"{shown(first.file)} holds no rows")
+    for table in tables:
+        table.refuse_paths(image)
+
+    if note is None and choices.labels != "none":
+        note = f"labels: none (no column of a known name among {', '.join(first.names)})"
+    rows_of = {table.file: table.rows for table in tables}
     sizes = {name: sum(rows_of[file] for file in members) for name, members in groups.items()}
-    notes = [files_note(taken, root), *split_note("file name", sizes), f"images: column {image!r}", *notes]
-    read, name = _reader(runs, places, image)
+    read = files_note([table.file for table in tables], root)
+    notes = [read, *split_note("file name", sizes), f"images: column {image!r}", *notes, *([note] if note else [])]
+    reader = _Reader(tables, image)
     return ImageSource(
-        labels, classes, read, name, runs=runs, named=named, splits=split_numbers(sizes, choices), notes=notes
+        labels, classes, reader.read, reader.name,
+        runs=reader.runs, named=named, splits=split_numbers(sizes, choices), notes=notes,
     )  # fmt: skip
+
+
+def _labels(
+    tables: list[_Table], label: str | None, names: list[str] | None, root: Path
+) -> tuple[NDArray[np.int64], list[str] | None, bool, str | None]:
+    """(labels of all rows, classes, whether the classes have names of their own, a note; None without a label column)."""
+    nothing = np.full(sum(table.rows for table in tables), -1, dtype=np.int64)
+    if label is None:
+        return nothing, None, False, None
+    columns = [f"column {label!r} of {shown(table.file)}" for table in tables]
+    if names:
+        parts = [named_integers(table.values(label), names, where) for table, where in zip(tables, columns)]
+        note = f"labels: column {label!r}, names from the schema (ClassLabel)"
+        return np.concatenate(parts), class_names(names, columns[0]), True, note
+    values: list[Any] = []
+    for table, where in zip(tables, columns):
+        part = table.values(label)
+        number_labels(part, where)  # each file by itself first: an error then names the file and its row
+        values += part
+    if all(value is None for value in values):
+        return nothing, None, False, f"labels: none (column {label!r} is empty)"
+    labels, classes, named = number_labels(values, f"column {label!r} of {shown(root)}")
+    return labels, classes, named, f"labels: column {label!r}, {'names in it' if named else 'integers'}"
 
 
 def _splits(files: Sequence[Path], root: Path, asked: str | None) -> dict[str, list[Path]]:
@@ -110,108 +111,160 @@ def _splits(files: Sequence[Path], root: Path, asked: str | None) -> dict[str, l
     return groups
 
 
-def _open(file: Path) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+@dataclass(frozen=True)
+class _Table:
+    """An open Parquet file."""
 
-    try:
-        handle = pq.ParquetFile(file, page_checksum_verification=True)
-        size = file.stat().st_size
-    except (OSError, ValueError, MemoryError, pa.ArrowException) as err:  # ValueError: a path that is not UTF-8
-        raise DataError(f"cannot read {shown(file)} as Parquet: {err}") from None
-    groups = [handle.metadata.row_group(group).num_rows for group in range(handle.num_row_groups)]
-    if sum(groups) != handle.metadata.num_rows or min(groups, default=0) < 0:
-        raise DataError(
-            f"{shown(file)} is damaged: it promises {handle.metadata.num_rows} rows, its groups {sum(groups)}"
-        )
-    if sum(groups) > size:  # no image takes less than a byte
-        raise DataError(
-            f"{shown(file)} promises {sum(groups):,} rows in {size:,} bytes: so many images cannot be in it"
-        )
-    return handle
+    file: Path
+    handle: Any  # pyarrow.parquet.ParquetFile
 
+    @classmethod
+    def open(cls, file: Path) -> _Table:
+        """Open the file. Raises DataError for one that cannot be read or holds fewer rows than it promises."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
-def _values(handle: Any, file: Path, column: str, group: int | None = None) -> Any:
-    """A column of a file, or of a group of its rows. Raises DataError where it is damaged."""
-    import pyarrow as pa
-
-    try:
-        if group is None:
-            found, rows = handle.read(columns=[column])[column], handle.metadata.num_rows
-        else:
-            found, rows = (
-                handle.read_row_group(group, columns=[column])[column],
-                handle.metadata.row_group(group).num_rows,
+        try:
+            handle = pq.ParquetFile(file, page_checksum_verification=True)
+            size = file.stat().st_size
+        except (OSError, ValueError, MemoryError, pa.ArrowException) as err:  # ValueError: a path that is not UTF-8
+            raise DataError(f"cannot read {shown(file)} as Parquet: {err}") from None
+        groups = [handle.metadata.row_group(group).num_rows for group in range(handle.num_row_groups)]
+        if sum(groups) != handle.metadata.num_rows or min(groups, default=0) < 0:
+            raise DataError(
+                f"{shown(file)} is damaged: it promises {handle.metadata.num_rows} rows, its groups {sum(groups)}"
             )
-    except (OSError, ValueError, KeyError, MemoryError, pa.ArrowException) as err:
-        raise DataError(f"cannot read column {column!r} of {shown(file)}: {err}") from None
-    if len(found) != rows:
-        raise DataError(f"cannot read column {column!r} of {shown(file)}: {len(found)} of {rows} rows are there")
-    return found
+        if sum(groups) > size:  # an image takes at least a byte
+            raise DataError(
+                f"{shown(file)} promises {sum(groups):,} rows in {size:,} bytes: that many images cannot be in it"
+            )
+        return cls(file, handle)
+
+    @property
+    def rows(self) -> int:
+        return int(self.handle.metadata.num_rows)
+
+    @property
+    def names(self) -> list[str]:
+        """Its columns."""
+        return list(self.handle.schema_arrow.names)
+
+    def column(self, name: str, group: int | None = None) -> Any:
+        """A column, or that of one group of rows, as pyarrow has it. Raises DataError where it is damaged."""
+        import pyarrow as pa
+
+        handle = self.handle
+        try:
+            if group is None:
+                found, rows = handle.read(columns=[name])[name], self.rows
+            else:
+                found = handle.read_row_group(group, columns=[name])[name]
+                rows = handle.metadata.row_group(group).num_rows
+        except (OSError, ValueError, KeyError, MemoryError, pa.ArrowException) as err:
+            raise DataError(f"cannot read column {name!r} of {shown(self.file)}: {err}") from None
+        if len(found) != rows:
+            raise DataError(f"cannot read column {name!r} of {shown(self.file)}: {len(found)} of {rows} rows are there")
+        return found
+
+    def values(self, name: str, group: int | None = None, most: int | None = None) -> list[Any]:
+        """The values of a column, or the first `most` of them. Raises DataError."""
+        column = self.column(name, group).slice(0, most)
+        try:
+            return list(column.to_pylist())
+        except ValueError as err:  # a string that is not UTF-8
+            raise DataError(f"cannot read column {name!r} of {shown(self.file)}: {err}") from None
+
+    @cached_property
+    def features(self) -> dict[str, Any]:
+        """The features that `datasets` wrote into the schema, by column; empty where there are none."""
+        try:
+            features = json.loads(self.handle.schema_arrow.metadata[b"huggingface"])["info"]["features"]
+        except (KeyError, TypeError, ValueError, RecursionError):
+            return {}
+        return features if isinstance(features, dict) else {}
+
+    def columns_of(self, kind: str) -> list[str]:
+        """The columns that are a feature of this kind, `Image` or `ClassLabel`."""
+        return [name for name, feature in self.features.items()
+                if isinstance(feature, dict) and feature.get("_type") == kind and name in self.names]  # fmt: skip
+
+    def class_names(self, label: str | None) -> list[str] | None:
+        """The class names of a label column, where the schema has them."""
+        if label not in self.columns_of("ClassLabel"):
+            return None
+        names = self.features[label].get("names")
+        if isinstance(names, dict | list) and len(names) > MAX_CLASSES:
+            raise DataError(f"the schema names {len(names):,} classes, at most {MAX_CLASSES:,} are possible")
+        if isinstance(names, dict):  # {"0": "cat", ...}, as cards have it
+            names = [names.get(str(number)) for number in range(len(names))]
+        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+    def check_same(self, first: _Table, image: str, label: str | None, names: list[str] | None) -> None:
+        """Raise DataError where this file has other columns or class names than the first one."""
+        for column in (image, label):
+            if column is not None and column not in self.names:
+                raise DataError(
+                    f"{shown(self.file)} has no column {column!r}, {shown(first.file)} has: name the files of one set"
+                )
+        kind = self.handle.schema_arrow.field(image).type
+        if not _holds_bytes(kind):
+            raise DataError(f"column {image!r} of {shown(self.file)} is {kind}, in {shown(first.file)} it holds bytes")
+        if self.class_names(label) != names:
+            raise DataError(
+                f"the class names of {label!r} in {shown(self.file)} are not those in {shown(first.file)}: "
+                "name the files of one set"
+            )
+
+    def refuse_paths(self, image: str) -> None:
+        """Raise DataError where the image column holds paths without bytes: not one image could be read."""
+        import pyarrow as pa
+
+        if not self.handle.num_row_groups or not pa.types.is_struct(self.handle.schema_arrow.field(image).type):
+            return
+        values = [value for value in self.values(image, 0, _LOOKED_AT) if value]
+        if values and not any(value.get("bytes") for value in values):
+            path = next((value["path"] for value in values if value.get("path")), None)
+            raise DataError(
+                f"column {image!r} of {shown(self.file)} holds paths such as {path!r} and no bytes: write the images into the "
+                "Parquet file (`embed_external_files` of datasets), or prepare the folder that holds them"
+            )
 
 
-def _plain(values: Any, file: Path, column: str) -> list[Any]:
-    try:
-        plain: list[Any] = values.to_pylist()
-        return plain
-    except ValueError as err:  # texts that are not UTF-8
-        raise DataError(f"cannot read column {column!r} of {shown(file)}: {err}") from None
-
-
-def _features(handle: Any) -> dict[str, Any]:
-    """The features that `datasets` wrote into the schema, by column; empty where there are none."""
-    try:
-        features = json.loads(handle.schema_arrow.metadata[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return {}
-    return features if isinstance(features, dict) else {}
-
-
-def _typed(handle: Any, kind: str) -> list[str]:
-    return [name for name, feature in _features(handle).items()
-            if isinstance(feature, dict) and feature.get("_type") == kind and name in handle.schema_arrow.names]  # fmt: skip
-
-
-def _class_names(handle: Any, label: str | None) -> list[str] | None:
-    if label not in _typed(handle, "ClassLabel"):
-        return None
-    names = _features(handle)[label].get("names")
-    if isinstance(names, dict | list) and len(names) > MAX_CLASSES:
-        raise DataError(f"the schema names {len(names):,} classes, at most {MAX_CLASSES:,} are possible")
-    if isinstance(names, dict):  # {"0": "cat", ...}, as cards have it
-        names = [names.get(str(number)) for number in range(len(names))]
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
-
-
-def _columns(handle: Any, file: Path, choices: Choices) -> tuple[str, str | None, list[str]]:
+def _columns(table: _Table, choices: Choices) -> tuple[str, str | None, list[str]]:
     """(image column, label column or None, notes)."""
-    names = handle.schema_arrow.names
-    images, labels = _typed(handle, "Image"), _typed(handle, "ClassLabel")
-    image = asked_name("column", choices.image_column, names, file, "--image-column")
-    image = image or first_of(_IMAGE_COLUMNS, images or names) or (images[0] if len(images) == 1 else None)
+    images = table.columns_of("Image")
+    image = asked_name("column", choices.image_column, table.names, table.file, "--image-column")
+    image = image or first_of(_IMAGE_COLUMNS, images or table.names) or (images[0] if len(images) == 1 else None)
     if image is None:
         raise DataError(
-            f"cannot tell which column of {shown(file)} holds the images: name it with --image-column ({', '.join(names)})"
+            f"cannot tell which column of {shown(table.file)} holds the images: name it with --image-column "
+            f"({', '.join(table.names)})"
         )
-    notes = []
-    label = None
-    if choices.labels != "none":
-        label = asked_name("column", choices.label_column, names, file, "--label-column")
-        label = label or first_of(_LABEL_COLUMNS, labels or names) or (labels[0] if len(labels) == 1 else None)
-        if label is None and labels:
-            raise DataError(
-                f"cannot tell which column of {shown(file)} holds the labels: name it with --label-column ({', '.join(labels)})"
-            )
-        others = [name for name in (labels or names) if name != label and (labels or name in _LABEL_COLUMNS)]
-        if label and others and choices.label_column is None:
-            notes.append(f"other columns that may hold labels (--label-column): {', '.join(others)}")
-    kind = handle.schema_arrow.field(image).type
+    label, notes = (None, []) if choices.labels == "none" else _label_column(table, choices)
+    kind = table.handle.schema_arrow.field(image).type
     if not _holds_bytes(kind):
         raise DataError(
-            f"column {image!r} of {shown(file)} is {kind}, expected image bytes (--image-column): text may be paths, which "
-            "are not followed"
+            f"column {image!r} of {shown(table.file)} is {kind}, expected image bytes (--image-column): text may be paths, "
+            "which are not followed"
         )
     return image, label, notes
+
+
+def _label_column(table: _Table, choices: Choices) -> tuple[str | None, list[str]]:
+    """(label column or None, a note about others that may be meant)."""
+    typed = table.columns_of("ClassLabel")
+    label = asked_name("column", choices.label_column, table.names, table.file, "--label-column")
+    label = label or first_of(_LABEL_COLUMNS, typed or table.names) or (typed[0] if len(typed) == 1 else None)
+    if label is None and typed:
+        raise DataError(
+            f"cannot tell which column of {shown(table.file)} holds the labels: name it with --label-column "
+            f"({', '.join(typed)})"
+        )
+    possible = typed or [name for name in table.names if name in _LABEL_COLUMNS]
+    others = [name for name in possible if name != label]
+    if label and others and choices.label_column is None:
+        return label, [f"other columns that may hold labels (--label-column): {', '.join(others)}"]
+    return label, []
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -222,62 +275,26 @@ def _holds_bytes(kind: Any) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _check_same(handle: Any, file: Path, image: str, label: str | None, names: list[str] | None, first: Path) -> None:
-    """Raise DataError where a file has other columns or class names than the first one."""
-    schema = handle.schema_arrow
-    for column in (image, label):
-        if column is not None and column not in schema.names:
-            raise DataError(f"{shown(file)} has no column {column!r}, {shown(first)} has: name the files of one set")
-    if not _holds_bytes(schema.field(image).type):
-        raise DataError(
-            f"column {image!r} of {shown(file)} is {schema.field(image).type}, in {shown(first)} it holds bytes"
-        )
-    if _class_names(handle, label) != names:
-        raise DataError(
-            f"the class names of {label!r} in {shown(file)} are not those in {shown(first)}: name the files of one set"
-        )
+class _Reader:
+    """Reads single images out of the row groups of several files, and keeps the groups that were read last.
 
+    `runs`: (rows, bytes) of every row group, in order.
+    """
 
-def _refuse_paths(handles: list[Any], files: list[Path], image: str) -> None:
-    """Raise DataError where the image column holds paths without bytes: not one image could be read."""
-    import pyarrow as pa
+    def __init__(self, tables: Sequence[_Table], image: str) -> None:
+        self.image = image
+        self.groups = [(table, group) for table in tables for group in range(table.handle.num_row_groups)]
+        infos = [table.handle.metadata.row_group(group) for table, group in self.groups]
+        self.runs: list[tuple[int, int]] = [(info.num_rows, info.total_byte_size) for info in infos]
+        self.starts = np.concatenate([[0], np.cumsum([rows for rows, _ in self.runs])]).astype(np.int64)
+        self.rows = int(self.starts[-1])
+        self._cache: dict[int, Any] = {}
+        self._lock = threading.Lock()
 
-    for handle, file in zip(handles, files):
-        if not handle.num_row_groups or not pa.types.is_struct(handle.schema_arrow.field(image).type):
-            continue
-        values = _plain(_values(handle, file, image, 0).slice(0, 64), file, image)
-        values = [value for value in values if value]
-        if values and not any(value.get("bytes") for value in values):
-            path = next((value["path"] for value in values if value.get("path")), None)
-            raise DataError(
-                f"column {image!r} of {shown(file)} holds paths such as {path!r} and no bytes: write the images into the "
-                "Parquet file (`embed_external_files` of datasets), or prepare the folder that holds them"
-            )
-
-
-def _reader(runs: list[tuple[int, int]], places: list[tuple[Any, int, Path]], image: str) -> tuple[Any, Any]:
-    """(read, name) of an image source."""
-    starts = np.concatenate([[0], np.cumsum([rows for rows, _ in runs])])
-    cache: dict[int, Any] = {}
-    lock = threading.Lock()
-
-    def locate(i: int) -> tuple[int, int]:
-        group = int(np.searchsorted(starts, i, side="right")) - 1
-        return group, i - int(starts[group])
-
-    def read(i: int) -> bytes:
-        group, row = locate(i)
-        with lock:  # called from several threads
-            if group not in cache:
-                # The shuffle works through windows of WINDOW_BYTES, so this much is asked for again and again.
-                while cache and sum(runs[kept][1] for kept in cache) > 2 * WINDOW_BYTES:
-                    cache.pop(next(iter(cache)))
-                handle, number, file = places[group]
-                try:
-                    cache[group] = _values(handle, file, image, number)
-                except DataError as err:
-                    raise BadSampleError("unreadable", str(err)) from None
-            column = cache[group]
+    def read(self, i: int) -> bytes:
+        """The bytes of an image. Raises BadSampleError."""
+        group, row = self._locate(i)
+        column = self._column(group)
         try:
             value = column[row].as_py()
         except ValueError as err:
@@ -288,10 +305,27 @@ def _reader(runs: list[tuple[int, int]], places: list[tuple[Any, int, Path]], im
             raise BadSampleError("no_bytes", "no image bytes" + (f", only the path {path!r}" if path else ""))
         return bytes(data)
 
-    def name(i: int) -> str:
-        group, row = locate(i)
-        _, _, file = places[group]
-        before = next(number for number, place in enumerate(places) if place[2] == file)
-        return f"{shown(file)} row {int(starts[group] - starts[before]) + row}"
+    def name(self, i: int) -> str:
+        """`FILE row N`, for messages."""
+        group, row = self._locate(i)
+        table, number = self.groups[group]
+        return f"{shown(table.file)} row {int(self.starts[group] - self.starts[group - number]) + row}"
 
-    return read, name
+    def _locate(self, i: int) -> tuple[int, int]:
+        """(row group, row in it) of an image."""
+        group = int(np.searchsorted(self.starts, i, side="right")) - 1
+        return group, i - int(self.starts[group])
+
+    def _column(self, group: int) -> Any:
+        """The images of a row group; called from several threads."""
+        with self._lock:
+            if group not in self._cache:
+                # The shuffle works through windows of WINDOW_BYTES, so this much is asked for again and again.
+                while self._cache and sum(self.runs[kept][1] for kept in self._cache) > 2 * WINDOW_BYTES:
+                    self._cache.pop(next(iter(self._cache)))
+                table, number = self.groups[group]
+                try:
+                    self._cache[group] = table.column(self.image, number)
+                except DataError as err:
+                    raise BadSampleError("unreadable", str(err)) from None
+            return self._cache[group]

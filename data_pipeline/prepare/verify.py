@@ -1,7 +1,7 @@
-"""Look at every sample of an indexed data set: does it decode, is its label in range, does the shard match the index.
+"""Check every sample of an indexed data set: does it decode, is its label in range, does the shard match the index.
 
-Shards are checked in processes of their own, a bounded number at a time. Keys and contents are compared over the whole
-set without being held: 16 bytes of each go to files by their first bits, and one such file at a time is sorted.
+Shards are checked in processes of their own, a bounded number at a time. To find keys and contents that occur twice in the set
+without holding all of them, 16 bytes of each go to files by their first bits, and one such file at a time is sorted.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS, check_bytes
@@ -23,12 +24,11 @@ from tarflow.data_pipeline.index.content import content_of
 from tarflow.data_pipeline.index.index import NO_LABEL, Index
 from tarflow.data_pipeline.index.mds import INDEX_FILE, mds_shards
 from tarflow.data_pipeline.index.processes import cores, in_processes
-from tarflow.data_pipeline.index.samples import Samples
+from tarflow.data_pipeline.index.samples import Rules, Samples
 from tarflow.data_pipeline.index.scan_jobs import Job
 from tarflow.data_pipeline.storage.local_shards import LocalShards
 
-_NAMED = 50
-_BUCKETS = 256  # files; each holds one 256th of the samples, which is what is held in memory at a time
+_MAX_EXAMPLES = 50
 _MARK = np.dtype([("hash", "<u8"), ("sample", "<u8")])
 
 
@@ -36,7 +36,7 @@ _MARK = np.dtype([("hash", "<u8"), ("sample", "<u8")])
 class VerifyReport:
     """What was found. `problems`: count by cause; `examples`: the first messages, each naming shard and sample.
 
-    `identical`: images whose bytes occur before in the set. That is no problem by itself, and often one for a split.
+    `identical`: images whose bytes occur earlier in the set. Not a problem by itself, but often one for a held-out split.
     """
 
     shards: int = 0
@@ -70,11 +70,11 @@ class VerifyReport:
     def add(self, cause: str, message: str) -> None:
         """Count a problem and keep its message if it is among the first."""
         self.problems[cause] += 1
-        if len(self.examples) < _NAMED:
+        if len(self.examples) < _MAX_EXAMPLES:
             self.examples.append(message)
 
     def saw(self, width: int, height: int) -> None:
-        """Note the size of an image, in pixels."""
+        """Record the size of an image, in pixels."""
         size = (width, height)
         self.smallest = min(self.smallest or size, size, key=lambda s: s[0] * s[1])
         self.largest = max(self.largest or size, size, key=lambda s: s[0] * s[1])
@@ -85,7 +85,7 @@ class VerifyReport:
         self.samples += other.samples
         self.labels += other.labels
         self.problems += other.problems
-        self.examples += other.examples[: max(0, _NAMED - len(self.examples))]
+        self.examples += other.examples[: max(0, _MAX_EXAMPLES - len(self.examples))]
         for size in (other.smallest, other.largest):
             if size:
                 self.saw(*size)
@@ -98,9 +98,9 @@ def verify(
     progress: Callable[[int, int], None] | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> VerifyReport:
-    """Check every shard of `index`, several at a time. `progress(samples done, samples in all)` after each shard.
+    """Check every shard of `index`, several at a time. `progress(done, total)` counts samples, after each shard.
 
-    Raises DataError for remote data: every byte is read, so it belongs where the shards are in the file system.
+    Raises DataError for remote data: every byte is read, which belongs on the machine that holds the shards.
     """
     if index.any_remote:
         index.shard_path(next(shard for shard in range(len(index.shard_sizes)) if index.is_remote(shard)))
@@ -129,13 +129,13 @@ def verify(
 
 
 class _Marks:
-    """(hash, sample) of everything seen, in files by the first bits of the hash."""
+    """(hash, sample) of everything seen, in 256 files by the first byte of the hash: one of them at a time fits in memory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir()
 
-    def add(self, marks: np.ndarray) -> None:
+    def add(self, marks: NDArray[np.void]) -> None:
         buckets = (marks["hash"] >> np.uint64(56)).astype(np.int64)
         order = np.argsort(buckets, kind="stable")
         for piece in np.split(marks[order], np.flatnonzero(np.diff(buckets[order])) + 1):
@@ -154,7 +154,7 @@ class _Marks:
                 yield int(marks["sample"][first]), int(marks["sample"][at])
 
 
-def _verify_shard(job: tuple[str, int, int]) -> tuple[VerifyReport, np.ndarray, np.ndarray]:
+def _verify_shard(job: tuple[str, int, int]) -> tuple[VerifyReport, NDArray[np.void], NDArray[np.void]]:
     """(what was found, marks of keys, marks of contents) of one shard, with an index of its own."""
     root, shard, max_pixels = job
     index = Index(Path(root))
@@ -169,10 +169,10 @@ def _verify_shard(job: tuple[str, int, int]) -> tuple[VerifyReport, np.ndarray, 
     report.problems += found.problems
     report.examples += found.examples
     if found.offsets != rows.offsets.tolist() or found.sizes != rows.sizes.tolist():
-        report.add("index_differs", f"shard {path}: its members are not where the index says; index it anew")
+        report.add("index_differs", f"shard {path}: its members are not where the index says; index it again")
         return report, nothing, nothing
     if [NO_LABEL if label is None else label for label in found.labels] != rows.labels.tolist():
-        report.add("index_differs", f"shard {path}: its labels are not those of the index; index it anew")
+        report.add("index_differs", f"shard {path}: its labels are not those of the index; index it again")
     classes = index.num_classes or 0
     files = LocalShards(index, by_size=True)
     keys, contents = np.zeros(len(found.keys), _MARK), np.zeros(len(found.keys), _MARK)
@@ -201,21 +201,21 @@ def _verify_shard(job: tuple[str, int, int]) -> tuple[VerifyReport, np.ndarray, 
         files.close()
     stored = index.shard_content(shard)
     if stored is not None and not report.problems and content_of(path).checksum != stored.checksum:
-        report.add("content_differs", f"shard {path}: its bytes are not those that were indexed; index it anew")
+        report.add("content_differs", f"shard {path}: its bytes are not those that were indexed; index it again")
     return report, keys, contents
 
 
 def _scan(index: Index, shard: int) -> Samples:
-    """What the shard holds now, by the rules that the index was made with."""
+    """The samples in the shard now, by the rules that the index was made with."""
     place: Any = index.shard_path(shard)
     if index.form == "mds":
         listed = {entry.path.name: entry for entry in mds_shards(place.parent)}
         if place.name not in listed:
-            raise DataError(f"shard {place} is no longer listed in {place.parent / INDEX_FILE}: index the set anew")
+            raise DataError(f"shard {place} is no longer listed in {place.parent / INDEX_FILE}: index the set again")
         place = listed[place.name]
     first = int(index.shard_starts[shard])
-    label, image = index.meta.get("label_field"), index.meta.get("image_field")
-    return Job(place, False, label, index.classes, False, first, image).scan()
+    rules = Rules(False, index.meta.get("label_field"), index.meta.get("image_field"), index.classes)
+    return Job(place, rules, first).scan()
 
 
 def _hash(data: bytes) -> int:

@@ -6,31 +6,27 @@ and the same command started again begins afresh. The result depends on the sour
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
 
-from tarflow.data_pipeline import keyed
 from tarflow.data_pipeline.errors import BadSampleError, DataError
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS, MAX_SIDE
-from tarflow.data_pipeline.images.decode import decode, from_pixels
-from tarflow.data_pipeline.images.transform import fit
-from tarflow.data_pipeline.index.build import CLASSES_FILE, build_index, by_cause
+from tarflow.data_pipeline.index.build import build_index, by_cause
+from tarflow.data_pipeline.index.classes import CLASSES_FILE
 from tarflow.data_pipeline.index.mds import write_mds
 from tarflow.data_pipeline.layout.names import shown, storable
 from tarflow.data_pipeline.prepare.card import write_cards
+from tarflow.data_pipeline.prepare.encode import QUALITY, Encoding, encoded_images
+from tarflow.data_pipeline.prepare.order import Mask, shuffled, split_masks
 from tarflow.data_pipeline.prepare.source import ImageSource
-from tarflow.data_pipeline.prepare.tables import WINDOW_BYTES
 from tarflow.files import replace_dir
 from tarflow.locks import locked
 
@@ -40,8 +36,9 @@ CONTAINERS = ("webdataset", "mds")
 _SHARD_BYTES = 512 << 20
 _MDS_SHARD_BYTES = 64 << 20  # streaming's own default: its readers fetch whole shards
 _SHARD_SIZE = 10_000
-_QUALITY = 95
-_CHUNK = 256  # images in flight between the threads and the writer
+_PROGRESS_EVERY = 64  # images
+_EXAMPLES = 20  # messages about images left out that are kept
+_LISTED = 12  # classes
 
 
 @dataclass
@@ -67,6 +64,10 @@ class Options:
     container: str = "webdataset"
     max_pixels: int | None = None
 
+    def encoding(self) -> Encoding:
+        """How the images are encoded, with the defaults filled in."""
+        return Encoding(self.size, self.format, self.quality or QUALITY, self.channels, self.max_pixels or MAX_PIXELS)
+
     def check(self) -> None:
         """Raise DataError for a value out of range, and for one that would have no effect."""
         for name, value, right in (
@@ -84,12 +85,12 @@ class Options:
                 raise DataError(f"{name} cannot be {value!r}")
         if self.quality is not None and self.format != "jpeg":
             raise DataError(
-                f"--quality {self.quality} is for --format jpeg, {self.format} is lossless: leave one of them away"
+                f"--quality {self.quality} is for --format jpeg, {self.format} is lossless: omit one of them"
             )
         if self.shard_size is not None and self.container == "mds":
             raise DataError(
                 f"--shard-size {self.shard_size} counts the samples of a tar, MDS shards end at {_MDS_SHARD_BYTES >> 20} MiB: "
-                "leave it away, or write --container webdataset"
+                "omit it, or write --container webdataset"
             )
 
 
@@ -109,20 +110,18 @@ class Report:
         """The report as plain lines."""
         out = [f"{split or 'all'}: {count} samples" for split, count in self.written.items()]
         if self.classes:
-            out.append(
-                f"{len(self.classes)} classes: {', '.join(map(shown, self.classes[:12]))}"
-                + " ..." * (len(self.classes) > 12)
-            )
+            out.append(f"{len(self.classes)} classes: {_listed(self.classes)}")
             gone = [name for label, name in enumerate(self.classes) if label not in self.kept]
             if gone:
-                out.append(
-                    f"{len(gone)} classes without a single image: {', '.join(map(shown, gone[:12]))}"
-                    + " ..." * (len(gone) > 12)
-                )
+                out.append(f"{len(gone)} classes without a single image: {_listed(gone)}")
         if self.enlarged:
             out.append(f"{self.enlarged} images are smaller than the size asked for and were enlarged")
         out += by_cause("ignored files", self.ignored) + by_cause("left out", self.skipped)
         return out + [f"left out: {example}" for example in self.examples]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(shown, names[:_LISTED])) + " ..." * (len(names) > _LISTED)
 
 
 def prepare(
@@ -138,101 +137,63 @@ def prepare(
     the splits of the source, in strict mode the first image that cannot be decoded.
     """
     options.check()
+    _check(source, out, options)
+    masks = split_masks(source, options.val_fraction, options.seed)
+    if options.container == "mds":
+        _check_labels_for_mds(source, masks)
+    report = Report(classes=source.classes, ignored=+source.ignored)
+    with partial_folder(out) as staging:
+        order = shuffled(source, options.seed)
+        done = 0
+        for split, mask in masks.items():
+            numbers = order[mask[order]]
+            if len(numbers) == 0:
+                raise DataError(f"the split {split!r} would be empty: {len(source)} images (--val-fraction)")
+            writer = _SplitWriter(source, options, report, _offset(progress, done, len(source)) if progress else None)
+            report.written[split] = writer.write(numbers, staging / split)
+            if report.written[split] == 0:
+                raise DataError(f"not one of {len(numbers)} images could be decoded, first: {report.examples[0]}")
+            done += len(numbers)
+        if options.container == "webdataset":
+            write_cards(staging, [*report.written], _EXTENSIONS[options.format], source.classes)
+        _write_note(staging / "prepare.json", source, options, report)
+    return report
+
+
+def _check(source: ImageSource, out: Path, options: Options) -> None:
+    """Raise DataError for what cannot be prepared, before anything is written."""
     if len(source) == 0:
         raise DataError("the source holds no images")
     if not storable(out):
         raise DataError(f"the name of the folder to write, {shown(out)}, is not UTF-8: give another one")
     if options.max_pixels is not None and source.pixels:
         raise DataError(
-            f"--max-pixels {options.max_pixels} bounds what is decoded, and the source holds pixels: leave it away"
+            f"--max-pixels {options.max_pixels} bounds what is decoded, and the source holds pixels: omit it"
         )
     check_new(out)
-    of_split = _splits(source, options)
-    if options.container == "mds":
-        for name, members in of_split.items():
-            labelled, count = int((source.labels[members] >= 0).sum()), int(members.sum())
-            if 0 < labelled < count:
-                of = f" of {name}" if name else ""
-                raise DataError(
-                    f"{labelled} of {count} images{of} have a label, MDS columns hold one for all or none: write "
-                    "--container webdataset, or leave the labels out with --labels none"
-                )
-    report = Report(classes=source.classes, ignored=+source.ignored)
-    with partial_folder(out) as staging:
-        order = shuffled(source, options.seed)
-        splits = {name: order[members[order]] for name, members in of_split.items()}
-        done = 0
-        for split, numbers in splits.items():
-            if len(numbers) == 0:
-                raise DataError(f"the split {split!r} would be empty: {len(source)} images (--val-fraction)")
-            told = _offset(progress, done, len(source)) if progress else None
-            count = _write_split(source, numbers, staging / split, options, report, told)
-            if count == 0:
-                raise DataError(f"not one of {len(numbers)} images could be decoded, first: {report.examples[0]}")
-            report.written[split] = count
-            done += len(numbers)
-        if options.container == "webdataset":
-            write_cards(staging, [*report.written], _EXTENSIONS[options.format], source.classes)
-        made = asdict(
-            replace(options, quality=options.quality or _QUALITY, shard_size=options.shard_size or _SHARD_SIZE)
-        )
-        note = {"options": made, "written": report.written, "skipped": report.skipped, "source": source.notes}
-        (staging / "prepare.json").write_text(json.dumps(note, indent=1) + "\n")
-    return report
 
 
-def _splits(source: ImageSource, options: Options) -> dict[str, np.ndarray]:
-    """Split -> bool [n], which images are in it; '' where there is one set. Found splits stay, `val_fraction` adds one."""
-    found: dict[str, np.ndarray] = {}
-    for name, numbers in source.splits.items():
-        found[name] = np.zeros(len(source), dtype=bool)
-        found[name][numbers] = True
-    if not options.val_fraction:
-        return found or {"": np.ones(len(source), dtype=bool)}
-    if "val" in found or (found and "train" not in found):
-        raise DataError(
-            f"--val-fraction {options.val_fraction:g} splits a set, but the source has the splits {', '.join(found)} already: "
-            "leave it away, or take one with --split"
-        )
-    rest = found.pop("train", np.ones(len(source), dtype=bool))
-    numbers = np.flatnonzero(rest)
-    val = np.zeros(len(source), dtype=bool)
-    val[numbers] = held_out(source.labels[numbers], options.val_fraction, options.seed)
-    return {"train": rest & ~val, "val": val, **found}
+def _check_labels_for_mds(source: ImageSource, masks: dict[str, Mask]) -> None:
+    """Raise DataError for a split of which only some images have a label."""
+    for name, mask in masks.items():
+        labelled, count = int((source.labels[mask] >= 0).sum()), int(mask.sum())
+        if 0 < labelled < count:
+            of = f" of {name}" if name else ""
+            raise DataError(
+                f"{labelled} of {count} images{of} have a label, MDS columns hold one for all or none: write "
+                "--container webdataset, or leave the labels out with --labels none"
+            )
 
 
 def _offset(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int], None]:
     return lambda done: progress(before + done, total)
 
 
-def held_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Bool [n]: the same share of every class (and of the unlabelled), chosen by the seed; at least one of each."""
-    val = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        count = max(1, round(fraction * len(members))) if len(members) > 1 else 0
-        val[members[keyed.permutation(keyed.key(seed, "held out", int(label)), len(members))[:count]]] = True
-    return val
-
-
-def shuffled(source: ImageSource, seed: int) -> np.ndarray:
-    """The order of writing, int64 [n]: a permutation; where reading goes by runs, within windows of about 1 GiB."""
-    runs = source.runs
-    if runs is None or sum(size for _, size in runs) <= WINDOW_BYTES:
-        return keyed.permutation(keyed.key(seed, "prepare"), len(source)).astype(np.int64)
-    starts = np.concatenate([[0], np.cumsum([rows for rows, _ in runs])])
-    pieces: list[np.ndarray] = []
-    window: list[np.ndarray] = []
-    held = 0
-    for run in [*keyed.permutation(keyed.key(seed, "prepare runs"), len(runs)).tolist(), None]:
-        if window and (run is None or held + runs[run][1] > WINDOW_BYTES):
-            together = np.concatenate(window)
-            pieces.append(together[keyed.permutation(keyed.key(seed, "prepare", len(pieces)), len(together))])
-            window, held = [], 0
-        if run is not None:
-            window.append(np.arange(starts[run], starts[run + 1]))
-            held += runs[run][1]
-    return np.concatenate(pieces)
+def _write_note(path: Path, source: ImageSource, options: Options, report: Report) -> None:
+    """How the set was made, with the defaults filled in."""
+    made = asdict(replace(options, quality=options.quality or QUALITY, shard_size=options.shard_size or _SHARD_SIZE))
+    note = {"options": made, "written": report.written, "skipped": report.skipped, "source": source.notes}
+    path.write_text(json.dumps(note, indent=1) + "\n")
 
 
 def check_new(out: Path) -> None:
@@ -264,38 +225,58 @@ def partial_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_split(
-    source: ImageSource,
-    numbers: np.ndarray,
-    folder: Path,
-    options: Options,
-    report: Report,
-    progress: Callable[[int], None] | None,
-) -> int:
-    """Write the images `numbers` in this order as shards plus index; returns how many were written."""
-    folder.mkdir(exist_ok=True)
+class _SplitWriter:
+    """Writes images of a source as shards with an index, and counts them in a report."""
 
-    def images() -> Iterator[tuple[bytes, int]]:
-        for done, (number, image) in enumerate(_encoded(source, numbers, options, report)):
-            if progress and done % 64 == 63:
-                progress(done + 1)
-            if image is not None:
-                report.kept.add(int(source.labels[number]))
-                yield image, int(source.labels[number])
+    def __init__(
+        self, source: ImageSource, options: Options, report: Report, progress: Callable[[int], None] | None
+    ) -> None:
+        self.source = source
+        self.options = options
+        self.report = report
+        self.progress = progress or (lambda _: None)
 
-    if options.container == "mds":
-        written, shards = write_mds(folder, images(), _MDS_SHARD_BYTES), [folder]
-    else:
-        size = options.shard_size or _SHARD_SIZE
-        written, shards = _write_tars(folder, images(), _EXTENSIONS[options.format], size)
-    if source.classes is not None:
-        (folder / CLASSES_FILE).write_text(json.dumps(source.classes, ensure_ascii=False) + "\n", encoding="utf-8")
-    if progress:
-        progress(len(numbers))
-    if written:
-        size_of_all = (options.size, options.size)
-        build_index(folder, shards, classes=source.classes, image_size=size_of_all, origin=source.notes)
-    return written
+    def write(self, numbers: NDArray[np.int64], folder: Path) -> int:
+        """Write the images `numbers` in this order; returns how many were written."""
+        source, options = self.source, self.options
+        folder.mkdir(exist_ok=True)
+        images = self._images(numbers)
+        if options.container == "mds":
+            written, shards = write_mds(folder, images, _MDS_SHARD_BYTES), [folder]
+        else:
+            size = options.shard_size or _SHARD_SIZE
+            written, shards = _write_tars(folder, images, _EXTENSIONS[options.format], size)
+        if source.classes is not None:
+            names = json.dumps(source.classes, ensure_ascii=False)
+            (folder / CLASSES_FILE).write_text(names + "\n", encoding="utf-8")
+        self.progress(len(numbers))
+        if written:
+            square = (options.size, options.size)
+            build_index(folder, shards, classes=source.classes, image_size=square, origin=source.notes)
+        return written
+
+    def _images(self, numbers: NDArray[np.int64]) -> Iterator[tuple[bytes, int]]:
+        """(file bytes, label or -1) of the images that can be read; the others are counted or, in strict mode, raised."""
+        report = self.report
+        for done, (number, found) in enumerate(encoded_images(self.source, numbers, self.options.encoding())):
+            if done % _PROGRESS_EVERY == _PROGRESS_EVERY - 1:
+                self.progress(done + 1)
+            if isinstance(found, BadSampleError):
+                self._skip(number, found)
+                continue
+            image, enlarged = found
+            label = int(self.source.labels[number])
+            report.enlarged += enlarged
+            report.kept.add(label)
+            yield image, label
+
+    def _skip(self, number: int, why: BadSampleError) -> None:
+        message = f"{self.source.name(number)}: {why}"
+        if self.options.on_error == "strict":
+            raise DataError(f"{message}; --on-error skip leaves such images out and counts them")
+        self.report.skipped[why.cause] += 1
+        if len(self.report.examples) < _EXAMPLES:
+            self.report.examples.append(message)
 
 
 def _write_tars(
@@ -326,55 +307,3 @@ def _write_tars(
         if writer is not None:
             writer.close()
     return written, shards
-
-
-def _encoded(
-    source: ImageSource, numbers: np.ndarray, options: Options, report: Report
-) -> Iterator[tuple[int, bytes | None]]:
-    """(number, file bytes) in order, encoded by threads (Pillow lets go of the interpreter lock); None = left out."""
-
-    def work(number: int) -> tuple[bytes, bool] | BadSampleError:
-        try:
-            data = source.read(number)
-        except BadSampleError as err:
-            return err
-        except OSError as err:
-            return BadSampleError("unreadable", f"cannot read: {err.strerror}")
-        try:
-            if isinstance(data, bytes):
-                pixels = decode(data, options.channels or 3, None, options.max_pixels or MAX_PIXELS)
-            else:
-                pixels = from_pixels(data, options.channels or (1 if data.shape[2] == 1 else 3))
-        except BadSampleError as err:
-            return err
-        small = min(pixels.shape[:2]) < options.size
-        return encode(fit(pixels, options.size), options.format, options.quality or _QUALITY), small
-
-    with ThreadPoolExecutor(max_workers=min(16, len(os.sched_getaffinity(0)))) as pool:
-        for start in range(0, len(numbers), _CHUNK):
-            chunk = numbers[start : start + _CHUNK].tolist()
-            for number, result in zip(chunk, pool.map(work, chunk)):
-                if isinstance(result, BadSampleError):
-                    message = f"{source.name(number)}: {result}"
-                    if options.on_error == "strict":
-                        raise DataError(f"{message}; --on-error skip leaves such images out and counts them")
-                    report.skipped[result.cause] += 1
-                    if len(report.examples) < 20:
-                        report.examples.append(message)
-                    yield number, None
-                else:
-                    report.enlarged += result[1]
-                    yield number, result[0]
-
-
-def encode(pixels: np.ndarray, format: str, quality: int = _QUALITY) -> bytes:
-    """uint8 [H, W, 1 | 3] as the bytes of a file. PNG and WebP are lossless; JPEG keeps full colour resolution."""
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else np.ascontiguousarray(pixels))
-    buffer = io.BytesIO()
-    if format == "jpeg":
-        image.save(buffer, "JPEG", quality=quality, subsampling=0)
-    elif format == "webp":
-        image.save(buffer, "WEBP", lossless=True)
-    else:
-        image.save(buffer, "PNG")
-    return buffer.getvalue()

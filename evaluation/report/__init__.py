@@ -1,4 +1,4 @@
-"""The report of a run: history of its metrics, plots as SVG, one page of HTML.
+"""The report of a run: the history of its metrics, plots as SVG, one page of HTML.
 
-Sees results and the run's configuration; computes no score.
+Reads results and the run's configuration; computes no metric itself.
 """

@@ -1,19 +1,23 @@
-"""The report's curves: figures over training, and distances over the settings of sampling."""
+"""The report's curves: metrics over training, and the distance over each sampling setting."""
 
-import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tarflow.evaluation.report.headline import Headline, alike, differences, settings_of
 from tarflow.evaluation.report.history import History, Result
+from tarflow.evaluation.report.markup import paragraphs
 from tarflow.evaluation.report.plots import Curve, Plot, svg
-from tarflow.terminal import plain
 from tarflow.trainer.checkpoint.names import leading_name
+
+# Sampling settings that a plot is made over: name of the setting, label of the axis.
+_AXES = (("guidance", "guidance weight"), ("denoise", "denoising multiplier"), ("attn_temp", "attention temperature"))
 
 
 def by_settings(history: History, headline: Headline) -> dict[str, list[Result]]:
-    """The curves over training: the headline's settings with each set of weights, and what the run was evaluated with
-    before its settings were changed.
+    """Results that belong on the curves over training, by the curve's label.
+
+    One curve per set of weights under the headline's settings, and one for each group of settings that were the run's own
+    before they were changed.
     """
     wanted = settings_of(headline.result)
     found: dict[str, list[Result]] = {str(headline.result.values["weights"]): []}
@@ -28,91 +32,94 @@ def by_settings(history: History, headline: Headline) -> dict[str, list[Result]]
 
 
 def training_curves(history: History, headline: Headline | None) -> str:
-    """Figures over images seen: of the training, and of results under the headline's settings."""
-    by_weights = by_settings(history, headline) if headline else {}
-    results = alike(history.results, headline.result) if headline else []
-    name = headline.result.distance[0] if headline else "Frechet distance"
-    agreement = [
-        (r.images_seen, r.values["label_agreement"]) for r in results if r.values.get("label_agreement") is not None
-    ]
-    bits = [_over_images(f"held-out, {w}", rs, "bits_per_dim", "bits_per_dim_stderr") for w, rs in by_weights.items()]
-    series, restarts = history.series, history.restarts
-    plots = [
-        Plot("Loss", [Curve("training", series("train/loss"))], restarts, units="nats per dimension"),
-        Plot("Bits per dimension", [Curve("training", series("train/bits_per_dim")), *bits], restarts),
-        Plot(
-            f"Frechet distance ({name})",
-            [_over_images(w, rs, name, "distance_stderr") for w, rs in by_weights.items()],
-            from_zero=True,
-        ),
-        Plot("Label agreement", [Curve("agreement", agreement, marked=True)]),
-        Plot("Learning rate", [Curve("learning rate", series("optim/lr"))], restarts, from_zero=True),
-        Plot(
-            "Throughput",
-            [Curve("images/s", series("throughput/images_per_sec"))],
-            restarts,
-            units="images/s",
-            from_zero=True,
-        ),
-        Plot("Gradient norm", [Curve("gradient norm", series("optim/grad_norm"))], restarts, from_zero=True),
-    ]
+    """Metrics over images seen: those that training logged, and those of results under the headline's settings."""
+    restarts = history.restarts
     note = ""
     if restarts:
-        places = ", ".join(f"{images:,}" for images in restarts)
-        note = f"<p>Restarted at {places} images seen.</p>"
-    return note + _drawn(plots, "plot")
+        note = paragraphs([f"Restarted at {', '.join(f'{images:,}' for images in restarts)} images seen."])
+    return note + _drawn([*_training_plots(history, headline)], "plot")
 
 
-def _over_images(label: str, results: Sequence[Result], key: str, error: str) -> Curve:
-    """A figure of results over images seen, with its standard error."""
-    shown = [r for r in results if r.values.get(key) is not None]
-    points = [(float(r.images_seen), float(r.values[key])) for r in shown]
-    return Curve(label, points, marked=True, errors=[r.values.get(error) for r in shown])
+def _training_plots(history: History, headline: Headline | None) -> Iterator[Plot]:
+    series, restarts = history.series, history.restarts
+    groups = by_settings(history, headline) if headline else {}
+    name = headline.result.distance[0] if headline else "none"
+    held_out = [
+        _over_images(f"held-out, {label}", results, "bits_per_dim", "bits_per_dim_stderr")
+        for label, results in groups.items()
+    ]
+    distances = [_over_images(label, results, name, "distance_stderr") for label, results in groups.items()]
+    comparable = alike(history.results, headline.result) if headline else []
+
+    yield Plot("Loss", [Curve("training", series("train/loss"))], "nats per dimension", restarts=restarts)
+    bits = [Curve("training", series("train/bits_per_dim")), *held_out]
+    yield Plot("Bits per dimension", bits, "bits per dimension", restarts=restarts)
+    yield Plot(f"Fréchet distance ({name})", distances, "Fréchet distance", from_zero=True)
+    yield Plot("Label agreement", [_over_images("agreement", comparable, "label_agreement")], "fraction of samples")
+    rate = [Curve("learning rate", series("optim/lr"))]
+    yield Plot("Learning rate", rate, "learning rate", restarts=restarts, from_zero=True)
+    throughput = [Curve("throughput", series("throughput/images_per_sec"))]
+    yield Plot("Throughput", throughput, "images per second", restarts=restarts, from_zero=True)
+    norm = [Curve("gradient norm", series("optim/grad_norm"))]
+    yield Plot("Gradient norm", norm, "L2 norm", restarts=restarts, from_zero=True)
 
 
-def _drawn(plots: Sequence[Plot], key: str) -> str:
-    drawn = (svg(_with_points(plot), f"{key}{i}") for i, plot in enumerate(plots) if not plot.empty)
-    return "".join(f"<figure class='plot'>{picture}</figure>" for picture in drawn)
+def _over_images(label: str, results: Sequence[Result], key: str, stderr_key: str = "") -> Curve:
+    """A metric of results over images seen, with its standard error where there is one."""
+    shown = [result for result in results if result.values.get(key) is not None]
+    points = [(float(result.images_seen), float(result.values[key])) for result in shown]
+    errors = [result.values.get(stderr_key) for result in shown] if stderr_key else []
+    return Curve(label, points, marked=True, errors=errors)
 
 
 def sampling_curves(history: History) -> str:
-    """Distance over guidance, denoising and temperature: of results that differ in one of them, and of sweeps."""
-    plots = []
-    for setting, label in (("guidance", "guidance"), ("denoise", "denoising"), ("attn_temp", "attention temperature")):
-        curves = []
-        for name, group in history.over(setting).items():
-            scored = [(value, result) for value, result in group if result.distance[1] is not None]
-            errors = [result.values.get("distance_stderr") for _, result in scored]
-            points = [(value, float(result.distance[1] or 0.0)) for value, result in scored]
-            curves.append(Curve(name, points, marked=True, errors=errors))
-        plots.append(Plot(f"Distance over {label}", curves, x=label))
+    """The distance over guidance, denoising and temperature: of results that differ in one of them, and of sweeps."""
+    plots = [_setting_plot(history, setting, label) for setting, label in _AXES]
     for sweep in history.sweeps:
-        for part in sweep["rounds"]:
-            lines: dict[str, list[tuple[float, float, float]]] = {}
-            for point in part["points"]:
-                if point["distance"] is not None:
-                    key = f"denoise {point['denoise']:g}, temperature {point['attn_temp']:g}"
-                    error = point.get("distance_stderr") or 0.0
-                    lines.setdefault(key, []).append((point["guidance"], point["distance"], error))
-            curves = []
-            for key, line in sorted(lines.items()):
-                line.sort()
-                curves.append(Curve(key, [(w, d) for w, d, _ in line], marked=True, errors=[e for _, _, e in line]))
-            plots.append(Plot(f"{leading_name(sweep['name'])}: {part['num_samples']:,} samples", curves, x="guidance"))
-    said = (f"<p>{html.escape(plain(_outcome(sweep), 5000))}</p>" for sweep in history.sweeps if sweep.get("best"))
-    return "".join(said) + _drawn(plots, "sampling")
+        plots += [_round_plot(sweep, part) for part in sweep["rounds"]]
+    outcomes = paragraphs(_outcome(sweep) for sweep in history.sweeps if sweep.get("best"))
+    return outcomes + _drawn(plots, "sampling")
+
+
+def _setting_plot(history: History, setting: str, label: str) -> Plot:
+    """Results of one checkpoint that differ in this setting alone."""
+    curves = []
+    for name, group in history.over(setting).items():
+        scored = [(value, result) for value, result in group if result.distance[1] is not None]
+        errors = [result.values.get("distance_stderr") for _, result in scored]
+        points = [(value, float(result.distance[1] or 0.0)) for value, result in scored]
+        curves.append(Curve(name, points, marked=True, errors=errors))
+    return Plot(f"Distance over {label}", curves, "Fréchet distance", x_label=label)
+
+
+def _round_plot(sweep: dict[str, Any], part: dict[str, Any]) -> Plot:
+    """One round of a sweep: distance over guidance, a curve for each denoising multiplier and temperature."""
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for point in part["points"]:
+        if point["distance"] is not None:
+            key = f"denoise {point['denoise']:g}, temperature {point['attn_temp']:g}"
+            stderr = point.get("distance_stderr") or 0.0
+            lines.setdefault(key, []).append((point["guidance"], point["distance"], stderr))
+    curves = []
+    for key, line in sorted(lines.items()):
+        line.sort()
+        curves.append(Curve(key, [(w, d) for w, d, _ in line], marked=True, errors=[e for _, _, e in line]))
+    title = f"{leading_name(sweep['name'])}: {part['num_samples']:,} samples"
+    return Plot(title, curves, "Fréchet distance", x_label="guidance weight")
 
 
 def _outcome(sweep: dict[str, Any]) -> str:
-    """What a sweep found, in a sentence."""
+    """What a sweep found, in a sentence or two."""
     best = ", ".join(f"{key} {value:g}" for key, value in sweep["best"].items())
-    error = sweep.get("distance_stderr")
-    distance = f"{sweep['distance']:.2f}" + (f" ± {error:.2f}" if error is not None else "")
-    verdict = f"Not clear: {'; '.join(sweep['unclear'])}." if sweep.get("unclear") else "It is clear."
-    return f"{sweep['name']}: best is {best} with {distance}. {verdict}"
+    stderr = sweep.get("distance_stderr")
+    distance = f"{sweep['distance']:.2f}" + (f" ± {stderr:.2f}" if stderr is not None else "")
+    verdict = f"No clear winner: {'; '.join(sweep['unclear'])}." if sweep.get("unclear") else "A clear winner."
+    return f"{sweep['name']}: the best is {best}, at a distance of {distance}. {verdict}"
 
 
-def _with_points(plot: Plot) -> Plot:
-    """The plot without curves that have no points, so that no legend names them."""
-    plot.curves = [curve for curve in plot.curves if curve.points]
-    return plot
+def _drawn(plots: Sequence[Plot], key: str) -> str:
+    """Plots that have points as figures. Curves without points are dropped first, so that no legend names them."""
+    for plot in plots:
+        plot.curves = [curve for curve in plot.curves if curve.points]
+    drawn = (svg(plot, f"{key}{i}") for i, plot in enumerate(plots) if plot.curves)
+    return "".join(f"<figure class='plot'>{image}</figure>" for image in drawn)

@@ -1,8 +1,8 @@
-"""The one rule by which a result stands for a run: in the report, and in `tarflow status`.
+"""Which result represents a run, in the report and in `tarflow status`.
 
-The headline is the newest checkpoint's result under the settings that samples and evaluations of the run go by now: its
-configuration, and the sampling settings that a sweep chose. Where there is no such result yet, the newest result of any
-settings stands in, and what differs is said. Needs no torch.
+The headline is the newest checkpoint's result under the run's current settings: its configuration, with the sampling
+settings that a sweep chose. Until there is one, the newest result of any settings takes its place, and `differs` names the
+settings that are not the run's. Does not import torch.
 """
 
 import json
@@ -19,14 +19,14 @@ _SAMPLING = [name for name in SamplingSettings.model_fields if name not in ("bat
 
 @dataclass(frozen=True)
 class Headline:
-    """A result, and in which settings it differs from the run's own: setting -> (here, the run's)."""
+    """A result, and the settings in which it differs from the run's own: setting -> (the result's, the run's)."""
 
     result: Result
     differs: dict[str, tuple[Any, Any]]
-    own_known: bool = True  # whether the run's own settings are
+    own_known: bool = True  # False: the run's configuration could not be read
 
     def describe(self) -> str:
-        """The settings in words."""
+        """The result and its settings as text."""
         own = settings_of(self.result)
         if not self.own_known:
             return f"{self.result.folder.name}: the newest result; the run's own settings are not known"
@@ -40,7 +40,7 @@ class Headline:
 
 
 def own_settings(config: Config) -> dict[str, Any]:
-    """What decides whether two results may be compared, of a run's configuration under its sweep's choice."""
+    """The settings that make two results comparable, of a run's configuration under its sweep's choice."""
     sampling = config.sampling.model_dump() | {"denoise": config.denoise_multiplier}
     found = {name: sampling[name] for name in _SAMPLING} | {"labels": config.sampling.labels}
     if not config.model.num_classes:
@@ -50,7 +50,7 @@ def own_settings(config: Config) -> dict[str, Any]:
 
 
 def settings_of(result: Result) -> dict[str, Any]:
-    """The same of a result; settings that it does not hold are left out."""
+    """The same settings of a result; those that it does not hold are absent."""
     stored = result.values["settings"]
     sampling = stored["sampling"]
     found = {name: sampling[name] for name in _SAMPLING if name in sampling}
@@ -59,18 +59,18 @@ def settings_of(result: Result) -> dict[str, Any]:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that both know and do not share: setting -> (of one, of the other)."""
+    """Settings present in both with unequal values: setting -> (of one, of the other)."""
     return {key: (one[key], other[key]) for key in one if key in other and one[key] != other[key]}
 
 
 def alike(results: Iterable[Result], like: Result, apart_from: Sequence[str] = ()) -> list[Result]:
-    """Results of checkpoints under the settings of one of them."""
+    """Results of this run's checkpoints with the same settings as `like`, but for those in `apart_from`."""
     wanted = settings_of(like)
     return [r for r in results if r.step_known and not set(differences(settings_of(r), wanted)) - set(apart_from)]
 
 
 def find_headline(results: Sequence[Result], config: Config | None) -> Headline | None:
-    """The result that stands for a run; None if no checkpoint has one. `config`: None where it is not known."""
+    """The result that represents a run; None if no checkpoint has one. `config` is None if it could not be read."""
     own = own_settings(config) if config is not None else {}
     known = [result for result in results if result.step_known]
     if not known:

@@ -1,6 +1,6 @@
-"""The history of a run, read back: metrics.jsonl as one line through all restarts, and the results.
+"""The history of a run: metrics.jsonl stitched over all restarts, and the results.
 
-What is damaged is left out and named in `History.flaws`; everything else stands.
+Damaged parts are skipped and named in `History.flaws`; the rest is kept.
 """
 
 import json
@@ -23,40 +23,41 @@ Point = tuple[float, float]
 
 @dataclass
 class Result:
-    """A result and the directory its pictures lie in."""
+    """A result and its directory, which holds its pictures."""
 
     folder: Path
     values: dict[str, Any]
 
     @property
     def images_seen(self) -> int:
+        """By the run when it wrote the weights; 0 if a weights file does not say."""
         return int(self.values["images_seen"] or 0)
 
     @property
     def plain(self) -> bool:
-        """Whether its settings were the run's own when it was made (its directory has no hash)."""
+        """Whether its settings were the run's own when it was made (its directory's name has no hash)."""
         return is_checkpoint_name(self.folder.name)
 
     @property
     def published(self) -> float:
-        """When it was finished."""
+        """Unix time at which it was finished; 0 if not recorded."""
         return float(self.values.get("time") or 0)
 
     @property
     def step_known(self) -> bool:
-        """Whether it belongs to a checkpoint of the run."""
+        """Whether it belongs to a checkpoint of the run (a weights file may not know its step)."""
         return self.values["step"] is not None
 
     @property
     def distance(self) -> tuple[str, float | None]:
-        """(name, value) of the Frechet distance."""
+        """(name, value) of the Frechet distance; the value is None if it could not be computed."""
         for key, value in self.values.items():
             if is_distance(key):
                 return key, value
         return "fd", None
 
     def picture(self, name: str) -> Path | None:
-        """A picture of the result, if it has one."""
+        """Path of a picture of the result; None if it has none."""
         path = self.folder / name
         return path if path.is_file() else None
 
@@ -68,18 +69,18 @@ def _apart_from(settings: dict[str, Any], key: str) -> dict[str, Any]:
 
 @dataclass
 class History:
-    """What a run logged: rows of figures by images seen, where it was restarted, and its results."""
+    """What a run logged: rows of metrics by images seen, where it was restarted, and its results."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     restarts: list[int] = field(default_factory=list)  # images seen at each resume
     results: list[Result] = field(default_factory=list)
-    images_seen: int = 0  # newest known
-    classes: list[str] = field(default_factory=list)  # names by label, where the data have some
+    images_seen: int = 0  # at the last line of metrics.jsonl
+    classes: list[str] = field(default_factory=list)  # names by label; empty if the data have none
     sweeps: list[dict[str, Any]] = field(default_factory=list)  # what `tarflow sweep-guidance` recorded, by name
-    flaws: list[str] = field(default_factory=list)  # what is damaged and left out, in words
+    flaws: list[str] = field(default_factory=list)  # what was damaged and skipped, as text
 
     def series(self, name: str) -> list[Point]:
-        """(images seen, value) of one figure; rows without it, or with a value that is not finite, are left out."""
+        """(images seen, value) of one metric; rows without it, or with a non-finite value, are skipped."""
         points = []
         for row in self.rows:
             value = row.get(name)
@@ -89,7 +90,7 @@ class History:
 
     @property
     def training_seconds(self) -> float:
-        """Time spent in the steps that count, restarts apart."""
+        """Seconds spent in training steps, from throughput; time between restarts and repeated steps do not count."""
         seconds, before = 0.0, 0.0
         for images, rate in self.series("throughput/images_per_sec"):
             seconds += (images - before) / rate if rate > 0 else 0.0
@@ -97,7 +98,7 @@ class History:
         return seconds
 
     def over(self, setting: str) -> dict[str, list[tuple[float, Result]]]:
-        """Results that differ in one setting of the section sampling, by step and weights; only where there are several."""
+        """Results that differ in one sampling setting alone, as (its value, result), by weights and images seen."""
         groups: dict[str, list[tuple[float, Result]]] = {}
         for result in self.results:
             rest = _apart_from(result.values["settings"], setting)
@@ -113,7 +114,7 @@ class History:
 
 
 def read_history(run_dir: Path) -> History:
-    """The history of a run. Steps that a restart did again count once, as they were done the last time."""
+    """Read the history of a run. Steps repeated after a restart count once: the last attempt replaces the earlier ones."""
     history, logged = History(), Logged()
     with noted(history.flaws):
         logged = read_metrics(run_dir)
@@ -121,6 +122,7 @@ def read_history(run_dir: Path) -> History:
         images = row["images_seen"]
         history.images_seen = images
         event = row.get("event")
+        # A resume continues from a checkpoint: rows after it are of steps that are repeated from here on.
         if event in ("start", "resume"):
             history.rows = [old for old in history.rows if old["images_seen"] <= images]
             if event == "resume":
@@ -139,7 +141,7 @@ def read_history(run_dir: Path) -> History:
 
 
 def class_names(run_dir: Path) -> list[str]:
-    """Names of the classes by label, as training noted them in data.json; none if the data have no names.
+    """Names of the classes by label, as training recorded them in data.json; empty if the data have no names.
 
     Raises DamagedFileError.
     """
@@ -151,7 +153,7 @@ def class_names(run_dir: Path) -> list[str]:
 
 
 def thin(points: list[Point], most: int = 1000) -> list[Point]:
-    """At most about `most` points, each the mean of its neighbours: a page stays small however long a run is."""
+    """At most about `most` points, each the mean of a bin, so that the page stays small however long the run was."""
     size = -(-len(points) // most)
     if size <= 1:
         return points

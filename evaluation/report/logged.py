@@ -1,4 +1,4 @@
-"""metrics.jsonl, read back: what a training logged, for whoever shows it. Needs no torch."""
+"""Reads metrics.jsonl, the log of a training run. Does not import torch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,21 +7,21 @@ from typing import Any
 from tarflow.records import read_lines
 
 METRICS = "metrics.jsonl"
-LARGEST = 1e38  # of a figure, which float32 bounds: what is larger is none
+LARGEST = 1e38  # metrics are float32, so anything beyond is not one
 
 
 @dataclass
 class Logged:
-    """The lines of a training: each has `step` and `images_seen`, figures by name or null, or the name of an `event`."""
+    """The lines of a run: each has `step` and `images_seen`, and either metrics by name (or null) or an `event`."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    flaws: list[str] = field(default_factory=list)  # what is damaged, in words
+    flaws: list[str] = field(default_factory=list)  # what was damaged, as text
 
 
 def read_metrics(run_dir: Path, tail: int | None = None) -> Logged:
-    """All lines, or those within the last `tail` bytes; damaged ones are left out, and said.
+    """All lines, or those within the last `tail` bytes; damaged ones are skipped and named in `flaws`.
 
-    Raises DamagedFileError if something else than a file lies there, and OSError if it cannot be read.
+    Raises DamagedFileError if the path is not a regular file, and OSError if it cannot be read.
     """
     path = run_dir / METRICS
     lines = read_lines(path, tail)
@@ -30,7 +30,7 @@ def read_metrics(run_dir: Path, tail: int | None = None) -> Logged:
     if lines.damaged:
         flaws.append(f"{path}: {lines if tail is None else 'damaged lines are left out'}")
     if len(rows) < len(lines.rows):
-        flaws.append(f"{path}: {len(lines.rows) - len(rows)} lines that are no figures of a training are left out")
+        flaws.append(f"{path}: {len(lines.rows) - len(rows)} lines that are not metrics of a training run are left out")
     return Logged(rows, flaws)
 
 

@@ -1,6 +1,6 @@
-"""Curves of a run as inline SVG: no script, no font file, readable on light and on dark pages.
+"""Curves of a run as inline SVG: no script, no font file, readable on light and dark pages.
 
-Text and axes take the colour of the page (`currentColor`); the curves' colours stand out on both.
+Text and axes take the page's colour (`currentColor`); the curves' colours stand out on both.
 """
 
 import html
@@ -19,7 +19,7 @@ from tarflow.evaluation.report.history import Point, thin
 from tarflow.terminal import plain
 
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#ef4444")
-_PAGE_COLOUR = "#010203"  # stands for currentColor until the SVG is written
+_PAGE_COLOUR = "#010203"  # a placeholder: matplotlib knows no currentColor
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "tarflow",
@@ -35,6 +35,9 @@ _STYLE = {
 }
 
 
+IMAGES_SEEN = "images seen"
+
+
 @dataclass
 class Curve:
     """One line of a plot; points with a marker, and error bars if given."""
@@ -47,26 +50,23 @@ class Curve:
 
 @dataclass
 class Plot:
-    """A plot over images seen, or over `x`."""
+    """Curves over one axis. Vertical lines mark restarts."""
 
     title: str
     curves: list[Curve]
+    y_label: str = ""
+    x_label: str = IMAGES_SEEN
     restarts: Sequence[int] = ()
-    units: str = ""
     from_zero: bool = False
-    x: str = "images seen"
-
-    @property
-    def empty(self) -> bool:
-        return not any(curve.points for curve in self.curves)
 
 
 def svg(plot: Plot, key: str) -> str:
-    """The plot as an `<svg>` element whose ids begin with `key`, so that several fit on a page."""
+    """The plot as an `<svg>` element whose ids begin with `key`, so that several can share a page."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.6, 2.7), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots()
+        # Transparent, so that the page's background shows through in light and in dark mode.
         figure.patch.set_alpha(0)
         axes.patch.set_alpha(0)
         for colour, curve in zip(COLOURS * (1 + len(plot.curves) // len(COLOURS)), plot.curves):
@@ -74,13 +74,14 @@ def svg(plot: Plot, key: str) -> str:
         for i, images in enumerate(plot.restarts):
             axes.axvline(images, color=_PAGE_COLOUR, alpha=0.4, lw=0.8, ls=":", label="restart" if i == 0 else None)
         axes.set_title(plain(plot.title), loc="left", fontsize=10, fontweight="bold")
-        axes.set_xlabel(plot.x)
-        axes.set_ylabel(plain(plot.units))
-        if plot.x == "images seen":
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlabel(plot.x_label)
+        axes.set_ylabel(plain(plot.y_label))
+        if plot.x_label == IMAGES_SEEN:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20M, not 2e7
         axes.grid(alpha=0.15, color=_PAGE_COLOUR)
         if plot.from_zero:
             axes.set_ylim(bottom=0)
+        # A single curve is named by the title.
         if len(plot.curves) + bool(plot.restarts) > 1:
             axes.legend(frameon=False, fontsize=8)
         buffer = io.StringIO()
@@ -99,13 +100,13 @@ def _draw(axes: Any, curve: Curve, colour: str) -> None:
 
 
 def _inline(text: str, key: str, title: str) -> str:
-    """Cut an SVG file down to an element that can stand in a page beside others."""
+    """An SVG file as an element of a page that holds others: ids and references prefixed, prolog and style removed."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{key}-', text)
     text = re.sub(r'href="#', f'href="#{key}-', text)
     text = re.sub(r"url\(#", f"url(#{key}-", text)
-    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # it would style the whole page
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # would style the whole page
     text = text.replace("xlink:href", "href")
     opening = f'<svg role="img" aria-label="{html.escape(title)}" style="stroke-linejoin: round"'
     text = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', lambda found: f"{opening} {found[1]}>", text, count=1)

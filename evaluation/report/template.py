@@ -1,4 +1,4 @@
-"""The frame of the report: markup and style, for light and dark displays. Filled by `tarflow.evaluation.report.build`."""
+"""HTML and CSS around the report's sections, for light and dark displays; `tarflow.evaluation.report.build` fills it."""
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -43,7 +43,7 @@ td:first-child {{ white-space: nowrap; font-family: ui-monospace, monospace; fon
 </head>
 <body>
 <h1>{title}</h1>
-<p>Training run of TarFlow, as of {made}.</p>
+<p>TarFlow training run, as of {made}.</p>
 {body}
 </body>
 </html>

@@ -1,8 +1,8 @@
 """Images from the model: guided, denoised, checked, rounded to 8 bits.
 
-Sample i is drawn from (seed, i) alone: the same image in any batch, on any number of workers, in any order.
-A sample that is not finite is drawn again in float32 if it was drawn in bfloat16; if that fails too it is counted and
-left out, never turned into pixels.
+Sample i depends on (seed, i) alone: it is the same image in any batch, on any number of workers, in any order. A sample
+that is not finite in bfloat16 is drawn again in float32; if it still is not, it is counted and dropped, never turned into
+pixels.
 """
 
 import copy
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tarflow.evaluation.errors import EvaluationError
@@ -34,47 +35,48 @@ class Drawn:
     labels: Tensor  # [n] int64, -1 = no label
     noisy: Tensor  # [n, C, H, W] as sampled
     images: Tensor  # [n, C, H, W] after denoising
-    finite: Tensor  # [n] bool: fit for use
+    finite: Tensor  # [n] bool: usable
     retried: int  # drawn again in float32
+    trajectory: list[Tensor] = field(default_factory=list)  # [n, C, H, W] after 0, 1, ... blocks, if asked for
 
     def pixels(self) -> Tensor:
-        """uint8 [m, C, H, W] of the m finite samples, as a PNG would hold them."""
+        """uint8 [m, C, H, W] of the m finite samples, as a PNG stores them."""
         return to_pixels(self.images[self.finite])
 
     def finite_indices(self) -> list[int]:
+        """Indices of the finite samples, in the order of `pixels`."""
         return [index for index, good in zip(self.indices, self.finite.tolist()) if good]
 
 
 class Sampler:
-    """Draws the images of one model under one group of settings."""
+    """Draws samples of one model with fixed settings."""
 
     def __init__(self, model: TarFlow, sampling: ResolvedSampling) -> None:
         self.model = model.eval()
         self.sampling = sampling
-        self.guidance = sampling.settings.make_guidance()
         self._fast = self._in_dtype(sampling.settings.param_dtype)
         classes = model.config.num_classes
         for label in sampling.labels:
             if not NO_LABEL <= label < classes:
                 known = f"0..{classes - 1}, or -1 for no label" if classes else "it has no classes: leave labels out"
-                raise EvaluationError(f"label {label} is none of the model's {classes} classes ({known})")
+                raise EvaluationError(f"label {label} is not one of the model's {classes} classes ({known})")
 
     def _in_dtype(self, param_dtype: str) -> TarFlow:
         if param_dtype == "float32":
             return self.model
         fast = copy.deepcopy(self.model).to(torch.bfloat16)
-        fast.var = self.model.var  # the prior belongs to the flow, which is float32 throughout
+        fast.var = self.model.var  # the prior is part of the flow, which runs in float32
         return fast
 
     def label_of(self, index: int) -> int:
-        """The label of sample i: by the settings' labels or frequencies, or balanced; -1 without classes."""
+        """The label of sample i: listed, drawn by frequency, or balanced; -1 for a model without classes."""
         sampling = self.sampling
         if sampling.labels:
             return sampling.labels[index % len(sampling.labels)]
         if sampling.class_counts:
-            place = float(keyed_uniform(sampling.settings.seed, f"{STREAM}/label", 0, [index], ()))
+            u = float(keyed_uniform(sampling.settings.seed, f"{STREAM}/label", 0, [index], ()))
             shares = np.cumsum(sampling.class_counts) / sum(sampling.class_counts)
-            return int(np.searchsorted(shares, place, side="right"))
+            return int(np.searchsorted(shares, u, side="right"))
         classes = self.model.config.num_classes
         return index % classes if classes else NO_LABEL
 
@@ -84,27 +86,36 @@ class Sampler:
         return keyed_normal(self.sampling.settings.seed, STREAM, 0, indices, (config.num_tokens, config.token_dim))
 
     def labels(self, indices: Sequence[int]) -> Tensor:
-        """int64 [n]"""
+        """int64 [n], -1 = no label."""
         return torch.tensor([self.label_of(i) for i in indices], dtype=torch.int64)
 
-    def draw(self, indices: Sequence[int], sequence: list[Tensor] | None = None) -> Drawn:
-        """The samples of these indices, in one batch. `sequence` receives the images after 0, 1, ... blocks."""
-        device = self.model.var.device
+    def draw(self, indices: Sequence[int], with_trajectory: bool = False) -> Drawn:
+        """The samples of these indices, in one batch."""
+        settings, device = self.sampling.settings, self.model.var.device
         noise, labels = self.noise(indices).to(device), self.labels(indices)
         y = labels.to(device) if self.model.config.num_classes else None
-        noisy = sample(self._fast, noise, y, self.guidance, sequence).clone()  # out of inference mode, for denoising
+        trajectory: list[Tensor] = []
+        if with_trajectory:
+            noisy, trajectory = sample(self._fast, noise, y, settings, return_trajectory=True)
+        else:
+            noisy = sample(self._fast, noise, y, settings)
+        noisy = noisy.clone()  # outside inference mode: denoising takes the gradient at these images
+
+        # bfloat16 can overflow in exp(a) where float32 does not: only the samples that did are drawn again.
         bad = ~_finite(noisy)
         retried = int(bad.sum()) if self._fast is not self.model else 0
         if retried:
-            noisy[bad] = sample(self.model, noise[bad], None if y is None else y[bad], self.guidance)
+            noisy[bad] = sample(self.model, noise[bad], None if y is None else y[bad], settings)
+
+        # The score is always that of the float32 network; the step can overflow too, so its result is checked as well.
         images = noisy
         if self.sampling.denoise_multiplier:
             images = denoise(self.model, noisy, y, self.sampling.noise_std, self.sampling.denoise_multiplier)
         finite = _finite(noisy) & _finite(images)
-        return Drawn(list(indices), labels, noisy.cpu(), images.detach().cpu(), finite.cpu(), retried)
+        return Drawn(list(indices), labels, noisy.cpu(), images.detach().cpu(), finite.cpu(), retried, trajectory)
 
     def draw_all(self, indices: Sequence[int], batch_size: int) -> Iterator[Drawn]:
-        """The samples of these indices, batch by batch."""
+        """Yield the samples of these indices in batches."""
         for start in range(0, len(indices), batch_size):
             yield self.draw(indices[start : start + batch_size])
 
@@ -115,7 +126,7 @@ def _finite(images: Tensor) -> Tensor:
 
 @dataclass
 class SampleCount:
-    """How many samples were asked for, used and lost; goes into the result."""
+    """How many samples were requested, used and dropped; recorded in the result."""
 
     asked: int = 0
     used: int = 0
@@ -134,13 +145,13 @@ class SampleCount:
         self.values += good_images.numel()
         self.values_out_of_range += int((good_images.abs() > 1).sum())
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Itself as arrays, for the file of a chunk."""
+    def arrays(self) -> dict[str, NDArray[np.int64]]:
+        """The counts as arrays, for the file of a chunk."""
         sums = [self.asked, self.used, self.retried_in_float32, self.values, self.values_out_of_range]
         return {"sums": np.array(sums, dtype=np.int64), "nonfinite": np.array(self.nonfinite, dtype=np.int64)}
 
-    def merge(self, arrays: dict[str, np.ndarray]) -> None:
-        """Take in another chunk's `arrays`."""
+    def merge(self, arrays: dict[str, NDArray[np.int64]]) -> None:
+        """Add another chunk's `arrays`."""
         asked, used, retried, values, out_of_range = arrays["sums"].tolist()
         self.asked += asked
         self.used += used
@@ -151,10 +162,11 @@ class SampleCount:
 
     @property
     def nonfinite_share(self) -> float:
+        """Fraction of the requested samples that are not finite."""
         return len(self.nonfinite) / max(self.asked, 1)
 
     def describe(self) -> dict[str, Any]:
-        """Plain values, for result files. Rounding to 8 bits clamps values beyond [-1, 1]: their share is said."""
+        """Plain values for result files. Rounding to 8 bits clamps values beyond [-1, 1]: their fraction is included."""
         return {
             "asked": self.asked,
             "used": self.used,
@@ -177,7 +189,7 @@ class SampleCount:
 
 
 def check_guidance(sampling: ResolvedSampling, num_classes: int, label_dropout: float | None) -> None:
-    """Refuse guidance that cannot mean anything. `label_dropout` None: not known."""
+    """Raise EvaluationError for guidance that would be meaningless. `label_dropout` is None if unknown."""
     labelled = num_classes > 0 and set(sampling.labels) != {NO_LABEL}
     problem = sampling.settings.guidance_problem(labelled, label_dropout)
     if problem is not None:

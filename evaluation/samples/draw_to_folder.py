@@ -1,4 +1,4 @@
-"""Images of a run or a weights file, as PNGs with a grid and the settings that made them."""
+"""Samples of a run or a weights file, as PNGs with a grid and the settings that made them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,7 +19,8 @@ from tarflow.evaluation.samples.png_folder import SampleFolder, load_png, save_p
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import WeightsSource, from_checkpoint, from_file, resolve_device
 from tarflow.models.weights import is_weights_file, read_weights
-from tarflow.trainer.checkpoint.commit import find, pinned
+from tarflow.trainer.checkpoint.find import find
+from tarflow.trainer.checkpoint.pins import pinned
 from tarflow.trainer.checkpoint.provenance import names_of_checkpoint
 
 GRID_IMAGES = 100
@@ -27,34 +28,36 @@ GRID_IMAGES = 100
 
 @dataclass
 class SampleRequest:
-    """What to draw; `settings` holds what was asked for, everything else comes from the run."""
+    """What to draw. `settings` overrides the run's sampling settings."""
 
     source: Path
     out: Path
     num: int = 64
     step: int | None = None
-    images: int | None = None  # seen by the checkpoint
+    images: int | None = None  # seen by the checkpoint to use
     weights: str | None = None
     batch_size: int | None = None
     columns: int | None = None
     device: str = "auto"
     settings: dict[str, Any] = field(default_factory=dict)
-    labels: str | None = None  # as typed; else those in `settings`
-    classes: Path | None = None  # names of the classes, where neither run nor file tells them
+    labels: str | None = None  # as typed on the command line
+    classes: Path | None = None  # file of class names, if neither run nor weights file holds them
 
 
 def sample_images(request: SampleRequest, say: Callable[[str], None] = print) -> bool:
-    """Draw what is missing in `request.out`; whether every sample asked for is there.
+    """Draw what is missing in `request.out`; returns whether every requested sample is there.
 
-    Raises EvaluationError for settings that mean nothing and for a directory that holds something else.
+    Raises EvaluationError for meaningless settings, and for a directory that holds anything else.
     """
-    source, settings, batch_size = _open(request, say)
+    source, sampling, batch_size = _open(request, say)
     model = source.model.config
-    sampler = Sampler(source.model, settings)
-    about = source.describe() | {"source": source.origin, "sampling": settings.describe()}
+    sampler = Sampler(source.model, sampling)
+    about = source.describe() | {"source": source.origin, "sampling": sampling.describe()}
     about |= {"provenance": source.describe_provenance(), "code": code_version()}
     folder = SampleFolder(request.out, about, request.num, model.image_shape)
     missing, damaged = folder.missing(), folder.damaged
+
+    # Any number of calls fill one folder: each draws only what is missing or damaged.
     say(f"{request.num} images of {model.image_size} pixels from {source.origin}, weights {source.weights}")
     if len(missing) < request.num:
         say(f"{request.num - len(missing)} are there already")
@@ -68,6 +71,8 @@ def sample_images(request: SampleRequest, say: Callable[[str], None] = print) ->
             folder.save(index, pixels)
         count.add(drawn)
     folder.finish(count.nonfinite)
+
+    # The grid is made from the files, since samples of earlier calls belong in it too.
     shown = _grid_order(sampler, min(request.num, GRID_IMAGES))
     images = [load_png(folder.path(i)) if folder.path(i).exists() else None for i in shown]
     if any(image is not None for image in images):
@@ -79,12 +84,12 @@ def sample_images(request: SampleRequest, say: Callable[[str], None] = print) ->
 
 
 def _grid_order(sampler: Sampler, num: int) -> list[int]:
-    """Samples of one class beside each other."""
+    """Indices sorted by class, so that samples of a class are next to each other."""
     return sorted(range(num), key=lambda i: (sampler.label_of(i), i))
 
 
 def _columns(sampler: Sampler, num: int) -> int:
-    """One row per class if that comes out even, otherwise about square."""
+    """One row per class if that fills all rows, otherwise about square."""
     classes = len({sampler.label_of(i) for i in range(num)} - {NO_LABEL})
     if classes > 1 and num % classes == 0 and num // classes >= 4:
         return num // classes
@@ -92,26 +97,27 @@ def _columns(sampler: Sampler, num: int) -> int:
 
 
 def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[WeightsSource, ResolvedSampling, int]:
-    """(model, settings, batch size) of a request."""
+    """(weights, sampling settings, batch size) of a request."""
     device = resolve_device(request.device)
     if is_weights_file(request.source):
         return _open_file(request, device, say)
     config = run_config(request.source, say=say, given=request.settings)
+    # A run knows its noise; given another one, denoising would take out what is not there.
     if "noise_std" in request.settings:
         raise EvaluationError(
-            f"--noise-std belongs to weights files; {request.source} was trained with {config.train.noise_std}"
+            f"--noise-std is for weights files; {request.source} was trained with {config.train.noise_std}"
         )
     checkpoint = find(request.source, request.step, request.images)
     given = request.settings
     if request.labels is not None or request.classes is not None:
         given = given | _labels(request, names_of_checkpoint(checkpoint, config), config.model.num_classes)
-    settings = ResolvedSampling.of_run(config).with_changes(**given)
-    if settings.denoise_multiplier and config.train.noise == "uniform":
+    sampling = ResolvedSampling.of_run(config).with_changes(**given)
+    if sampling.denoise_multiplier and config.train.noise == "uniform":
         raise EvaluationError("--denoise needs a model trained with gaussian noise; this run has train.noise=uniform")
-    check_guidance(settings, config.model.num_classes, config.train.label_dropout)
+    check_guidance(sampling, config.model.num_classes, config.train.label_dropout)
     with pinned(checkpoint, f"sample-{id(request)}"):
         source = from_checkpoint(config, checkpoint, request.weights or config.evaluated_weights, device)
-    return source, settings, request.batch_size or config.sampling.batch_size
+    return source, sampling, request.batch_size or config.sampling.batch_size
 
 
 def _open_file(
@@ -120,18 +126,18 @@ def _open_file(
     chosen = (("--step", request.step), ("--images", request.images), ("--weights", request.weights))
     for option, value in chosen:
         if value is not None:
-            raise EvaluationError(f"{option} chooses among a run's checkpoints; {request.source} is a weights file")
+            raise EvaluationError(f"{option} selects among a run's checkpoints; {request.source} is a weights file")
     file = read_weights(request.source)
     say(describe_file(request.source, file))
     given = request.settings
     if request.labels is not None or request.classes is not None:
         given = given | _labels(request, file.provenance.classes, file.config.num_classes)
-    settings = sampling_of_file(request.source, file, given, say)
+    sampling = sampling_of_file(request.source, file, given, say)
     source = from_file(request.source, file, device)
-    return source, settings, request.batch_size or settings.settings.batch_size
+    return source, sampling, request.batch_size or sampling.settings.batch_size
 
 
 def _labels(request: SampleRequest, known: Sequence[str] | None, num_classes: int) -> dict[str, Any]:
-    """The setting `labels`, if any were typed."""
+    """The setting `labels`, if it was given."""
     classes = given_names(request.classes, known, num_classes, str(request.source))
     return {} if request.labels is None else {"labels": parse_labels(request.labels, num_classes, classes)}

@@ -1,4 +1,4 @@
-"""Grids of images with plain margins; small images are enlarged by whole factors so that pixels stay pixels."""
+"""Grids of images with plain margins. Small images are enlarged by integer factors, so that pixels stay sharp."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,10 @@ _VISIBLE = 56  # images smaller than this are enlarged
 
 
 def grid_indices(rows: int, columns: int, num_classes: int) -> list[int]:
-    """Which samples stand in a grid, row by row, when sample i has label i % num_classes: a row holds one class.
+    """Samples of a grid, row by row, such that a row holds one class if sample i has label i % num_classes.
 
-    Without classes the grid holds samples 0, 1, 2, ... With fewer classes than rows the classes come round again, with
-    more the first ones are shown.
+    Without classes the grid holds samples 0, 1, 2, ... With fewer classes than rows the classes repeat; with more, the first
+    ones are shown.
     """
     if num_classes == 0:
         return list(range(rows * columns))
@@ -28,13 +28,13 @@ def grid_indices(rows: int, columns: int, num_classes: int) -> list[int]:
 
 
 def make_grid(images: Sequence[Tensor | None], columns: int) -> Tensor:
-    """Images, each uint8 [C, H, W] of one size, or None for an empty place -> one picture uint8 [C, H', W'].
+    """Images, uint8 [C, H, W] of one size or None for an empty cell -> one picture uint8 [C, H', W'].
 
-    Margins of 2 pixels (enlarged with the images) in white surround every image.
+    Every image has a white margin of 2 pixels, enlarged with the image.
     """
     present = [image for image in images if image is not None]
     if not present:
-        raise EvaluationError("there is no image to put into a grid: every sample was left out as not finite")
+        raise EvaluationError("there are no images for a grid: no sample is finite")
     channels, height, width = present[0].shape
     rows = -(-len(images) // columns)
     cell_h, cell_w = height + MARGIN, width + MARGIN

@@ -1,4 +1,4 @@
-"""Labels as typed, `0,smileys,none`, and the names that classes go by."""
+"""Parses labels as typed (`0,smileys,none`), by number or class name."""
 
 import csv
 import difflib
@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tarflow.data_pipeline.index.build import parse_classes
+from tarflow.data_pipeline.index.classes import parse_classes
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.draw import NO_LABEL
 
@@ -15,17 +15,17 @@ _NUMBER = re.compile(r"-?\d{1,18}")
 
 
 def parse_labels(text: str, num_classes: int, classes: Sequence[str] | None) -> tuple[int, ...]:
-    """Numbers or names of classes with commas between, or `none` (-1); a name with a comma in it stands in quotes.
+    """Parse comma-separated class numbers or names, or `none` (-1); a name that contains a comma is quoted.
 
-    `number:7`, `name:7` and `name:none` say which is meant where a class is called like another one's number or like
-    `none`. Raises EvaluationError for what is no class, with the nearest name, and for what could mean two.
+    `number:7`, `name:7` and `name:none` disambiguate where a class is named like another one's number or `none`. Raises
+    EvaluationError for an unknown class, with the nearest name, and for an ambiguous one.
     """
     try:
         parts = [part.strip() for part in next(csv.reader([text], skipinitialspace=True), [])]
     except csv.Error as error:
-        raise EvaluationError(f"--labels {text!r} is no list with commas between: {error}") from None
+        raise EvaluationError(f"--labels {text!r} is not a comma-separated list: {error}") from None
     if not any(parts):
-        raise EvaluationError("--labels is empty: give numbers or names of classes with commas between, or none")
+        raise EvaluationError("--labels is empty: give comma-separated class numbers or names, or none")
     return tuple(_label(part, num_classes, classes) for part in parts)
 
 
@@ -33,6 +33,8 @@ def _label(part: str, num_classes: int, classes: Sequence[str] | None) -> int:
     kind, colon, rest = part.partition(":")
     kinds = {kind} if colon and kind in ("number", "name") else {"number", "name", "none"}
     word = rest if len(kinds) == 1 else part
+
+    # All readings that the text allows, so that an ambiguous one is an error and not the first that fits.
     meanings: dict[int, str] = {}
     if "none" in kinds and word.lower() == "none":
         meanings[NO_LABEL] = "no label"
@@ -54,12 +56,12 @@ def _label(part: str, num_classes: int, classes: Sequence[str] | None) -> int:
 
 def _no_class(word: str, is_number: bool, num_classes: int, classes: Sequence[str] | None) -> str:
     if not num_classes:
-        return f"{word!r} is no class of a model without classes: leave --labels out"
+        return f"{word!r} is not a class: the model has none; leave --labels out"
     if is_number:
-        return f"label {word} is none of the model's {num_classes} classes: {describe_classes(num_classes, classes)}"
+        return f"label {word} is not one of the model's {num_classes} classes: {describe_classes(num_classes, classes)}"
     if classes is None:
         return (
-            f"{word!r} is no number, and the names of the model's {num_classes} classes are not known: give numbers "
+            f"{word!r} is not a number, and the names of the model's {num_classes} classes are unknown: give numbers "
             f"(0..{num_classes - 1}), or --classes FILE with the names in label order"
         )
     lower = {name.lower(): name for name in reversed(classes)}
@@ -69,7 +71,7 @@ def _no_class(word: str, is_number: bool, num_classes: int, classes: Sequence[st
 
 
 def describe_classes(num_classes: int, classes: Sequence[str] | None) -> str:
-    """`0 food, 1 smileys`, or `0..1` without names; `-1` stands for no label."""
+    """List the classes for a message: `0 food, 1 smileys`, or `0..1, or none for no label` without names."""
     if not classes:
         return f"0..{num_classes - 1}, or none for no label"
     shown = ", ".join(f"{number} {name}" for number, name in enumerate(classes[:MOST_SHOWN]))
@@ -77,7 +79,7 @@ def describe_classes(num_classes: int, classes: Sequence[str] | None) -> str:
 
 
 def given_names(file: Path | None, known: Sequence[str] | None, num_classes: int, where: str) -> Sequence[str] | None:
-    """The names of the classes: those known from `where`, or those in a file of `--classes`, which must not contradict."""
+    """Class names: those known from `where`, or those in the file of `--classes`, which must not contradict them."""
     if file is None:
         return known
     names = parse_classes(file)

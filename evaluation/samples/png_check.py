@@ -1,4 +1,4 @@
-"""Whether a stored picture is the whole one that was written: a crash or a full disk may leave less."""
+"""Checks that a stored PNG is complete: a crash or a full disk may leave less than was written."""
 
 import io
 import struct
@@ -11,14 +11,14 @@ from tarflow.evaluation.errors import EvaluationError
 
 _FAULTS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 LARGEST = 64 << 20  # bytes
-_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last part of every PNG, with its checksum
+_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG, with its checksum
 
 
 def flaw_of_file(path: Path, shape: tuple[int, int, int] | None) -> str | None:
-    """What is wrong with a PNG file, or None. Raises EvaluationError for a file that cannot be read at all."""
+    """What is wrong with a PNG file, or None. Raises EvaluationError if it cannot be read at all."""
     try:
         if not path.is_file():
-            raise EvaluationError(f"{path} cannot be read: it is no regular file")
+            raise EvaluationError(f"{path} cannot be read: it is not a regular file")
         with open(path, "rb") as file:
             content = file.read(LARGEST + 1)
         return flaw(content, shape) if len(content) <= LARGEST else f"larger than {LARGEST} bytes"
@@ -27,7 +27,7 @@ def flaw_of_file(path: Path, shape: tuple[int, int, int] | None) -> str | None:
 
 
 def flaw(data: bytes, shape: tuple[int, int, int] | None) -> str | None:
-    """What is wrong with the bytes of a PNG of `shape` (channels, height, width; None: any), or None if all is well."""
+    """What is wrong with the bytes of a PNG of `shape` (channels, height, width; None = any), or None."""
     if not data:
         return "empty"
     try:
@@ -35,7 +35,7 @@ def flaw(data: bytes, shape: tuple[int, int, int] | None) -> str | None:
             channels, height, width = len(picture.getbands()), picture.height, picture.width
             if shape is not None and (channels, height, width) != shape:
                 return f"{width} x {height} pixels, {channels} channels, instead of {shape[2]} x {shape[1]}, {shape[0]}"
-            picture.verify()  # the checksums of its parts
+            picture.verify()  # checks the CRC of every chunk
     except UnidentifiedImageError:
         return "not a PNG"
     except _FAULTS as error:

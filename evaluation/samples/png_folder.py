@@ -1,13 +1,12 @@
-"""A folder of drawn images: exactly the samples asked for, named by index, with the settings that made them (case S02).
+"""A folder of samples: exactly those requested, named by index, with the settings that made them.
 
     DIR/settings.json       every setting, the weights' hash, what is missing
-    DIR/images/000000.png   sample 0; nothing but samples lies here
+    DIR/images/000000.png   sample 0; this folder holds nothing but samples
     DIR/grid.png            the first ones at a glance
 
-A file appears whole or not at all, so a killed run goes on where it was: only missing samples are drawn. What a disk or a
-person damaged since counts as missing, and so does another picture than was drawn: `settings.json` holds the checksum of
-every one. A folder made with other settings, with more samples than asked for, or holding other images is refused, never
-mixed.
+Files are written atomically, so a killed run resumes where it was: only missing samples are drawn. A damaged or replaced
+picture counts as missing: `settings.json` holds the checksum of every one. A folder made with other settings, with more
+samples than requested, or holding other images is refused, never mixed.
 """
 
 import json
@@ -28,20 +27,20 @@ from tarflow.records import read_object, write_object
 from tarflow.terminal import plain
 
 _NAME = re.compile(r"(\d{6,})\.png")
-# What may differ between two calls that fill one folder: it does not change the images.
+# May differ between two calls that fill one folder: these do not change the images.
 _FREE = ("num", "nonfinite", "missing", "complete", "provenance", "code", "crc32")
 _LIMIT = 1 << 30  # bytes of settings.json, which has a checksum for every picture
 
 
 class SampleFolder:
-    """The images 0 .. num-1 of one model under one group of settings."""
+    """Samples 0 .. num-1 of one model with fixed settings."""
 
     def __init__(
         self, root: Path, settings: dict[str, Any], num: int, shape: tuple[int, int, int] | None = None
     ) -> None:
-        """Open or make the folder. Anything in it that does not belong to these settings is an error that names it.
+        """Open or create the folder. Raises EvaluationError naming anything in it that does not belong to these settings.
 
-        `shape`: (channels, height, width) of the images; None: any.
+        `shape`: (channels, height, width) of the images; None = any.
         """
         self.root, self.num, self.settings = root, num, settings
         self.images = root / "images"
@@ -49,13 +48,13 @@ class SampleFolder:
             raise EvaluationError(f"--out {root} is a file; give a directory")
         self._check_settings()
         self._check_names()
-        self.damaged = self._damaged(shape)  # sample -> what was wrong with its file; drawn again
+        self.damaged = self._damaged(shape)  # sample -> what is wrong with its file
         make_folder(root, self.images.name)
         kept = {name: value for name, value in self._sums.items() if name not in map(self._name, self.damaged)}
         self._write_settings([], kept, complete=False)
 
     def path(self, index: int) -> Path:
-        """Where sample `index` lies or will lie."""
+        """The path of sample `index`, existing or not."""
         return self.images / self._name(index)
 
     @staticmethod
@@ -72,7 +71,7 @@ class SampleFolder:
         self.damaged.pop(index, None)
 
     def finish(self, nonfinite: Sequence[int]) -> None:
-        """Record that all is drawn, and which samples could not be: a damaged file of theirs does not stay either."""
+        """Record completion and the non-finite samples; damaged files of those are removed."""
         for index in set(nonfinite) & self.damaged.keys():
             self.path(index).unlink(missing_ok=True)
         there = [path for i in range(self.num) if (path := self.path(i)).exists()]
@@ -84,16 +83,18 @@ class SampleFolder:
 
     def _check_settings(self) -> None:
         path = self.root / "settings.json"
-        self._sums: dict[str, int] = {}  # of the pictures, as they were written
+        self._sums: dict[str, int] = {}  # checksums of the pictures as they were written
         if not os.path.lexists(path):
             if self.root.exists() and any(self.root.iterdir()):
                 raise EvaluationError(
-                    f"--out {self.root} is not empty and no folder of samples (no settings.json); give a new directory"
+                    f"--out {self.root} is not empty and not a folder of samples (no settings.json); give a new directory"
                 )
             return
         stored = read_object(path, what="settings of samples", way_out="give a new --out directory", limit=_LIMIT)
         if isinstance(sums := stored.get("crc32"), dict):
             self._sums = sums
+
+        # Compared as JSON stores them: a tuple comes back as a list.
         there = {k: v for k, v in stored.items() if k not in _FREE}
         asked = {k: v for k, v in json.loads(json.dumps(self.settings)).items() if k not in _FREE}
         differ = [
@@ -114,7 +115,7 @@ class SampleFolder:
 
     def _other(self, path: Path) -> str | None:
         known = self._sums.get(path.name)
-        return None if known in (None, crc32(path)) else "another picture than was drawn"
+        return None if known in (None, crc32(path)) else "not the picture that was drawn"
 
     def _check_names(self) -> None:
         for path in listed(self.images):
@@ -122,16 +123,18 @@ class SampleFolder:
             if path.name.startswith(".") and path.name.endswith(".tmp"):
                 path.unlink()  # a killed run's half-written image
             elif match is None:
-                raise EvaluationError(f"--out {self.root} holds {path.name}, which is no sample; give a new directory")
+                raise EvaluationError(
+                    f"--out {self.root} holds {path.name}, which is not a sample; give a new directory"
+                )
             elif int(match[1]) >= self.num:
                 raise EvaluationError(
-                    f"--out {self.root} already holds sample {int(match[1])}, beyond the {self.num} asked for; "
+                    f"--out {self.root} already holds sample {int(match[1])}, beyond the {self.num} requested; "
                     f"ask for --num {int(match[1]) + 1} or more, or give a new directory"
                 )
 
 
 def save_png(path: Path, pixels: Tensor) -> None:
-    """uint8 [C, H, W], grey or RGB, or [H, W, 3] arrays by `to_picture`, losslessly and atomically."""
+    """Write uint8 [C, H, W] (C = 1 or 3) as a PNG, atomically."""
     write_atomic(path, lambda temporary: to_picture(pixels).save(temporary, "PNG"))
 
 
@@ -142,7 +145,7 @@ def to_picture(pixels: Tensor) -> Image.Image:
 
 
 def load_png(path: Path) -> Tensor:
-    """The uint8 [C, H, W] that `save_png` wrote."""
+    """Read what `save_png` wrote, as uint8 [C, H, W]."""
     import torch
 
     array = np.array(Image.open(path))

@@ -1,4 +1,4 @@
-"""The sampling settings of an evaluation, with everything filled in that a configuration leaves to the run and its data."""
+"""Sampling settings with everything resolved that a configuration leaves to the run and its data."""
 
 import json
 from dataclasses import dataclass, field, fields, replace
@@ -14,19 +14,19 @@ from tarflow.trainer.config.schema import Config
 
 @dataclass(frozen=True, eq=False)
 class ResolvedSampling:
-    """Everything that decides what image sample i is; all of it stands in every result.
+    """Everything that determines the image of sample i; recorded in every result.
 
-    Two are equal where they draw the same images, so the batch size does not count.
+    Two are equal if they draw the same images: the batch size does not count.
     """
 
-    settings: SamplingSettings = field(default_factory=SamplingSettings)  # with a number for `denoise`; null = none
-    noise_std: float = 0.0  # of the training noise, in model range; the denoising step uses it
+    settings: SamplingSettings = field(default_factory=SamplingSettings)  # with `denoise` a number; None = off
+    noise_std: float = 0.0  # of the training noise, in model range; sets the denoising step
     labels: tuple[int, ...] = ()  # sample i has labels[i % len]; empty = balanced over all classes; -1 = no label
-    class_counts: tuple[int, ...] = ()  # draw the label with these frequencies, where `labels` is empty
+    class_counts: tuple[int, ...] = ()  # if `labels` is empty: labels are drawn with these frequencies
 
     @classmethod
     def of_run(cls, config: Config) -> "ResolvedSampling":
-        """The section `sampling` of a run's configuration. Frequencies are counted in data.train."""
+        """Resolve the section `sampling` of a run's configuration; label frequencies are counted in data.train."""
         counts: tuple[int, ...] = ()
         if config.sampling.labels == "training" and config.model.num_classes:
             counts = ImageSet(config.data, config.model).class_counts()
@@ -34,9 +34,9 @@ class ResolvedSampling:
         return cls(settings, config.train.noise_std, class_counts=counts)
 
     def with_changes(self, **changes: Any) -> "ResolvedSampling":
-        """The same with other values of the section `sampling`, or of a field here: `labels` are explicit ones.
+        """A copy with other sampling settings, or other fields of this class (so `labels` is a tuple of labels).
 
-        Raises EvaluationError for values outside their bounds.
+        Raises EvaluationError for values outside their bounds, and TypeError for unknown names.
         """
         own = {f.name: changes.pop(f.name) for f in fields(self) if f.name in changes}
         if unknown := set(changes) - set(SamplingSettings.model_fields):
@@ -50,11 +50,11 @@ class ResolvedSampling:
 
     @property
     def denoise_multiplier(self) -> float:
-        """Multiplier of the denoising step; 0 = none."""
+        """Multiplier of the denoising step; 0 = off."""
         return 0.0 if self.settings.denoise is None else self.settings.denoise
 
     def describe(self) -> dict[str, Any]:
-        """Plain values, for result files; `labels` is spelt out."""
+        """Plain values for result files; `labels` is written out."""
         described = self.settings.model_dump(exclude={"batch_size"})
         described |= {"denoise": self.denoise_multiplier, "noise_std": self.noise_std}
         if self.labels or not self.class_counts:
@@ -70,5 +70,5 @@ class ResolvedSampling:
 
     @property
     def balanced(self) -> "ResolvedSampling":
-        """The same with every class as often: for pictures that show the classes in rows."""
+        """A copy with balanced labels, for pictures that show one class per row."""
         return replace(self, labels=(), class_counts=())

@@ -1,4 +1,4 @@
-"""Which files of kept samples are no longer whole. What has the size that it was written with is taken as whole."""
+"""Finds files of stored samples that are no longer complete. A file of the size it was written with counts as complete."""
 
 import tarfile
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ Shape = tuple[int, int, int]  # channels, height, width
 
 
 def damaged_shards(folder: Path, sizes: Mapping[str, int], shape: Shape | None) -> dict[Path, str]:
-    """Shards that are not whole, with the reason. `sizes`: bytes of those that were once complete, by name."""
+    """Incomplete shards, with the reason. `sizes`: bytes of those recorded as complete, by name."""
     found = {}
     for path in listed(folder, "samples-*.tar"):
         size, written = path.lstat().st_size, sizes.get(path.name)
@@ -28,10 +28,10 @@ def damaged_shards(folder: Path, sizes: Mapping[str, int], shape: Shape | None) 
 
 
 def _flaw_of_shard(path: Path, shape: Shape | None) -> str | None:
-    ending = 2 * tarfile.BLOCKSIZE  # of zeros, in every tar
+    ending = 2 * tarfile.BLOCKSIZE  # every tar ends with this many zero bytes
     try:
         if not path.is_file():
-            raise EvaluationError(f"{path} cannot be read: it is no regular file")
+            raise EvaluationError(f"{path} cannot be read: it is not a regular file")
         if path.stat().st_size < ending:
             return "cut off"
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as shard:
@@ -43,6 +43,7 @@ def _flaw_of_shard(path: Path, shape: Shape | None) -> str | None:
                 reason = flaw(data, shape) if member.name.endswith(".png") else None
                 if reason:
                     return f"its member {member.name} is {reason}"
+            # tarfile reads a tar without its end marker silently, and a truncated copy may lack just that.
             file.seek(-ending, 2)
             return "cut off" if any(file.read()) else None
     except tarfile.TarError as error:
@@ -52,22 +53,23 @@ def _flaw_of_shard(path: Path, shape: Shape | None) -> str | None:
 
 
 def damaged_pictures(folder: Path, sizes: Mapping[str, int], shape: Shape | None) -> dict[Path, str]:
-    """Pictures that are missing or not whole, and the notes `samples-FIRST-LAST.json` of the stretches they belong to.
+    """Missing or incomplete pictures, and the notes `samples-FIRST-LAST.json` of the ranges they belong to, with the reason.
 
-    `sizes`: bytes of those notes that were once complete, by name.
+    `sizes`: bytes of the notes recorded as complete, by name.
     """
     found: dict[Path, str] = {}
     for note in listed(folder, "samples-*.json"):
         try:
-            stretch = load_note(note)
+            content = load_note(note)
         except DamagedFileError as error:
             found[note] = f"damaged ({error.problem})"
             continue
         length = note.stat().st_size
-        if length != sizes.get(note.name, length):  # it may be read, but it is not the one that was written
+        if length != sizes.get(note.name, length):  # readable, but not the note that was written
             found[note] = f"{length} bytes instead of {sizes[note.name]}"
             continue
-        for index, size in ((int(i), stretch.sizes.get(i)) for i in stretch.labels):
+        # Only a picture whose size differs is opened: reading every picture would take as long as drawing some.
+        for index, size in ((int(i), content.sizes.get(i)) for i in content.labels):
             path = folder / "images" / f"{index:08d}.png"
             if not path.exists():
                 found[note] = f"{path.name} is missing"

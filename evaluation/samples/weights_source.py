@@ -1,7 +1,7 @@
-"""Where the evaluated weights come from: one named set of a committed checkpoint, or a weights file.
+"""Loads the weights to evaluate: one named set of a committed checkpoint, or a weights file.
 
-Which set it was, and the hash of its tensors, stands in every result. There is no fallback: a set that is missing is an
-error (case T06).
+Every result records which set it was and the hash of its tensors. A missing set is an error: to fall back on another one
+would report metrics of other weights.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from tarflow.evaluation.errors import EvaluationError
 from tarflow.models.flow import TarFlow
 from tarflow.models.provenance import Provenance
 from tarflow.models.weights import WeightsFile, check_weights, load_model
-from tarflow.trainer.checkpoint.commit import Checkpoint
+from tarflow.trainer.checkpoint.marker import Checkpoint
 from tarflow.trainer.checkpoint.provenance import provenance_of
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.schema import Config
@@ -25,7 +25,7 @@ from tarflow.trainer.config.schema import Config
 
 @dataclass
 class WeightsSource:
-    """A model ready to evaluate (float32, evaluation mode, no gradients kept) and what it was read from."""
+    """A model ready to evaluate (float32, evaluation mode, parameters without gradients) and its origin."""
 
     model: TarFlow
     weights: str  # "raw", "ema-0.100", ... or "file"
@@ -33,12 +33,12 @@ class WeightsSource:
     origin: str
     step: int | None = None
     images_seen: int | None = None
-    checkpoint: str | None = None  # name of the checkpoint, if it is one's
+    checkpoint: str | None = None  # name of the checkpoint, if it is one
     provenance: Provenance = field(default_factory=Provenance)
     checked: bool = True  # False: a file without a checksum
 
     def describe(self) -> dict[str, Any]:
-        """What a result says about its weights."""
+        """What a result records of its weights."""
         return {
             "weights": self.weights,
             "weights_sha256": self.sha256,
@@ -47,7 +47,7 @@ class WeightsSource:
         }
 
     def describe_provenance(self) -> dict[str, Any]:
-        """How the weights were trained, as far as it is known; `checked` is false if their file carries no checksum."""
+        """How the weights were trained, as far as known; `checked` is false if their file carries no checksum."""
         return self.provenance.describe() | ({} if self.checked else {"checked": False})
 
 
@@ -65,7 +65,7 @@ def from_checkpoint(config: Config, checkpoint: Checkpoint, which: str, device: 
 
 
 def from_file(path: Path, file: WeightsFile, device: torch.device) -> WeightsSource:
-    """The weights of a file that was read from `path`."""
+    """The weights of a file that was read from `path`, which is recorded as the origin."""
     model = load_model(file.config, file.tensors).requires_grad_(False).to(device)
     digest = _digest(file.tensors)
     return WeightsSource(model, "file", digest, str(path), provenance=file.provenance, checked=file.checked)
@@ -81,7 +81,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that "auto", "cpu", "cuda" or "mps" means here; one that is not there is an error."""
+    """Resolve "auto", "cpu", "cuda" or "mps" on this machine. Raises EvaluationError if the device is not available."""
     mps = torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")

@@ -44,7 +44,8 @@ from tarflow.evaluation.worker.reference import Reference
 from tarflow.files import fill
 from tarflow.records import write_object
 from tarflow.terminal import plain
-from tarflow.trainer.checkpoint.commit import Checkpoint, pinned
+from tarflow.trainer.checkpoint.marker import Checkpoint
+from tarflow.trainer.checkpoint.pins import pinned
 from tarflow.trainer.run_dir import is_run, run_id
 
 Say = Callable[[str], None]

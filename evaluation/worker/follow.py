@@ -24,7 +24,9 @@ from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import Recipe, file_recipe, load_recipes
 from tarflow.models.weights import read_weights
 from tarflow.terminal import plain
-from tarflow.trainer.checkpoint.commit import Checkpoint, check_identity, committed, find, passed_over, pinned, scan
+from tarflow.trainer.checkpoint.find import check_identity, committed, find, scan, why_skipped
+from tarflow.trainer.checkpoint.marker import Checkpoint
+from tarflow.trainer.checkpoint.pins import pinned
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import is_run, load_run_config, require_run
 
@@ -149,7 +151,7 @@ class _Worker:
     def todo(self) -> list[tuple[Checkpoint, Evaluator]]:
         """Checkpoints without a result, each with every recipe; with `newest_only` the newest or none."""
         usable, refused = scan(self.run_dir)
-        for path, text in passed_over(refused, "evaluated").items():
+        for path, text in why_skipped(refused, "evaluated").items():
             if path not in self._passed_over:
                 self._passed_over.add(path)
                 self.say(f"WARNING: checkpoint {text}")

@@ -94,9 +94,10 @@ def save_neighbours(path: Path, samples: Tensor, neighbours: Neighbours) -> None
 
 def save_trajectory(path: Path, sampler: Sampler, indices: Sequence[int]) -> None:
     """One sample a row: the noise, the image after each block, and after denoising. Clipped to the range of pixels."""
-    steps: list[Tensor] = []
-    drawn = sampler.draw(indices, steps)
-    columns = [step.cpu() for step in steps] + ([drawn.images] if sampler.sampling.denoise_multiplier else [])
+    drawn = sampler.draw(indices, with_trajectory=True)
+    columns = [step.cpu() for step in drawn.trajectory] + (
+        [drawn.images] if sampler.sampling.denoise_multiplier else []
+    )
     images = [_shown(column[row]) for row in range(len(indices)) for column in columns]
     if any(image is not None for image in images):
         save_png(path, make_grid(images, columns=len(columns)))

@@ -47,7 +47,8 @@ from tarflow.evaluation.worker.sweep_plot import plot_rounds
 from tarflow.files import make_folder, put_once, write_text
 from tarflow.leases import unique_name
 from tarflow.records import DamagedFileError, Record, load_record, save_record, write_object
-from tarflow.trainer.checkpoint.commit import find, pinned
+from tarflow.trainer.checkpoint.find import find
+from tarflow.trainer.checkpoint.pins import pinned
 
 MOST_SETTINGS = 1000  # that one sweep tries
 Say = Callable[[str], None]

@@ -1,4 +1,1 @@
-"""Files of weights as others may have made them: tensors read without running anything, and the published layout.
-
-Sees the model's configuration.
-"""
+"""Weights files from anywhere: tensors read without executing anything, and the published layout."""

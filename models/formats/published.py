@@ -1,7 +1,7 @@
-"""The published layout of weights (`.pth`): a dictionary of tensors, which says its model by their shapes alone.
+"""The published layout of weights (`.pth`): a dictionary of tensors whose shapes alone determine the model.
 
-Every block also has a buffer `attn_mask`, a lower triangle of ones. The model here needs none; the published code looks
-for them when it loads strictly.
+Every block also has a buffer `attn_mask`, a lower triangle of ones. The model here needs none; the published code expects
+them when it loads strictly.
 """
 
 import math
@@ -15,18 +15,18 @@ from torch import Tensor
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.errors import ModelError
 
-HEAD_CHANNELS = 64  # of every published model: no shape shows it
+HEAD_CHANNELS = 64  # of every published model; no tensor's shape depends on it
 _LAYER = re.compile(r"blocks\.([0-9]{1,9})\.attn_blocks\.([0-9]{1,9})\..*")
 
 
 def attention_masks(config: TarFlowConfig) -> dict[str, Tensor]:
-    """The buffers `attn_mask` [T, T] of all blocks; they share their memory, in a file as well."""
+    """The buffers `attn_mask` [T, T] of all blocks; they share one storage, in a file too."""
     mask = torch.ones(config.num_tokens, config.num_tokens).tril()
     return {f"blocks.{block}.attn_mask": mask for block in range(config.num_blocks)}
 
 
 def without_masks(config: TarFlowConfig, weights: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The tensors without those buffers. Raises ModelError for a mask under which this model would compute otherwise."""
+    """The tensors without those buffers. Raises ModelError for a mask other than the causal one, which is built in here."""
     masks = {f"blocks.{block}.attn_mask" for block in range(config.num_blocks)}
     for name in masks & weights.keys():
         mask, size = weights[name], (config.num_tokens, config.num_tokens)
@@ -38,15 +38,16 @@ def without_masks(config: TarFlowConfig, weights: Mapping[str, Tensor], where: s
 
 
 def config_by_shapes(weights: Mapping[str, Tensor], where: str, like: TarFlowConfig | None = None) -> TarFlowConfig:
-    """The configuration that tensors in the published layout fit.
+    """Infer the configuration from tensors in the published layout.
 
-    What no shape shows, the size of attention heads and the soft clip of the log-scale, is taken from `like`, or is as
+    Two settings affect no shape: the channels of attention heads and the soft clip. They are taken from `like`, or are as
     published. Raises ModelError for tensors of another layout.
     """
     layers = [(int(match[1]), int(match[2])) for match in map(_LAYER.fullmatch, weights) if match]
     try:
         channels, token_dim = weights["blocks.0.proj_in.weight"].shape
         num_tokens, _ = weights["blocks.0.pos_embed"].shape
+        # D = in_channels * patch_size^2 is 3 p^2 or p^2, never both: their ratio 3 is not a square.
         in_channels = 3 if token_dim % 3 == 0 and math.isqrt(token_dim // 3) ** 2 == token_dim // 3 else 1
         patch_size = math.isqrt(token_dim // in_channels)
         classes = weights.get("blocks.0.class_embed")
@@ -64,7 +65,7 @@ def config_by_shapes(weights: Mapping[str, Tensor], where: str, like: TarFlowCon
             soft_clip=like.soft_clip if like else 0.0,
         )
     except KeyError as error:
-        raise ModelError(f"{where} is not laid out as published TarFlow weights are: it holds no {error}") from None
+        raise ModelError(f"{where} is not laid out as published TarFlow weights are: {error} is missing") from None
     except (ValueError, IndexError, ZeroDivisionError, ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise ModelError(f"{where} does not say its model by the shapes of its tensors: {reason}") from None
+        raise ModelError(f"{where} does not determine a model by the shapes of its tensors: {reason}") from None

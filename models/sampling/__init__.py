@@ -1,4 +1,4 @@
-"""The way back, from noise to images: its settings, guidance, and the inverse of each block token by token.
+"""Sampling, from noise to images: its settings, and the guided inverse of each block token by token.
 
-Sees the flow and its transformer; knows nothing of files, checkpoints or batches of work.
+Knows the flow and its transformer; nothing of files or checkpoints.
 """

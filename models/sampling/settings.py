@@ -1,52 +1,58 @@
-"""Section `sampling` of a run's configuration."""
+"""How images are sampled: section `sampling` of a configuration, and what `sample` goes by."""
 
 from typing import Literal
 
 from pydantic import Field
 
-from tarflow.models.sampling.guidance import Guidance
 from tarflow.settings import MOST_SEED, Count, Section
 
 
 class SamplingSettings(Section):
-    """How images are drawn from the model: all of it goes into every result."""
+    """How images are sampled: guidance, denoising, dtype, seed and labels. Recorded in every result.
 
-    guidance: float = Field(0.0, ge=0, le=1e4, description="weight w of a = a_c + w (a_c - a_u); 0 = none")
-    guide: Literal["a", "b", "ab"] = Field("ab", description="what is guided: log-scale a, shift b")
-    attn_temp: float = Field(1.0, ge=1e-4, le=1e4, description="attention temperature of the unguided half")
-    annealed: bool = Field(True, description="let the weight grow over the tokens")
+    Guidance is the paper's linear rule (arXiv 2412.06329, section 2.6): with a_c, b_c of the conditional network and
+    a_u, b_u of the unconditional one, which sees no label and divides its attention logits by `attn_temp`,
+    a = a_c + w (a_c - a_u), and the same for b.
+    """
+
+    guidance: float = Field(0.0, ge=0, le=1e4, description="guidance weight w in a = a_c + w (a_c - a_u); 0 = off")
+    guide: Literal["a", "b", "ab"] = Field("ab", description="what guidance acts on: log-scale a, shift b, or both")
+    attn_temp: float = Field(1.0, ge=1e-4, le=1e4, description="attention temperature of the unconditional half")
+    annealed: bool = Field(
+        True, description="scale the guidance weight of token i by i / (T - 1): 0 at the first token, w at the last"
+    )
     denoise: float | None = Field(
         None,
         ge=0,
         le=1e4,
-        description="multiplier of the score-based denoising step; 0 = none, null = 1 after gaussian noise",
+        description="multiplier of the score-based denoising step; 0 = off, null = 1 if trained with gaussian noise",
     )
-    batch_size: Count = Field(64, gt=0, le=1 << 20, description="images drawn at once; does not change them")
+    batch_size: Count = Field(64, gt=0, le=1 << 20, description="images per batch; does not change the images")
     param_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="dtype of the network's products while sampling"
+        "float32", description="dtype of the network's parameters and matrix products while sampling"
     )
-    seed: Count = Field(0, ge=0, le=MOST_SEED, description="key of the noise: image i depends on (seed, i) alone")
+    seed: Count = Field(0, ge=0, le=MOST_SEED, description="seed of the noise: image i depends on (seed, i) alone")
     labels: Literal["balanced", "training"] = Field(
-        "balanced", description="classes of the samples: each as often, or as often as in data.train"
+        "balanced", description="label distribution of the samples: uniform over the classes, or that of data.train"
     )
 
-    def make_guidance(self) -> Guidance:
-        """The rule that these settings describe. Raises ModelError for values out of range."""
-        return Guidance(self.guidance, self.guide, self.attn_temp, self.annealed)
+    @property
+    def guided(self) -> bool:
+        """Whether a second, unconditional half is computed at all."""
+        return self.guidance > 0
 
     def guidance_problem(self, labelled: bool, label_dropout: float | None) -> str | None:
-        """Why this guidance cannot mean anything, or None. `label_dropout` of the training; None: not known.
+        """Why this guidance would be meaningless, or None. `label_dropout` is that of training; None if unknown.
 
-        The unguided half sees no label, or attention logits divided by `attn_temp`. A class-conditional model that never
-        trained without labels has no such half, and without labels a temperature of 1 makes both halves the same.
+        A class-conditional model that was never trained without labels has no unconditional half, and without labels a
+        temperature of 1 makes both halves the same.
         """
-        if self.guidance == 0:
+        if not self.guided:
             return None
         if labelled and label_dropout == 0:
             return (
-                f"sampling.guidance={self.guidance} needs a model that was trained without labels now and then, but "
-                "train.label_dropout=0: its answer to `no label` was never trained. Set sampling.guidance=0, or train with "
-                "train.label_dropout=0.1"
+                f"sampling.guidance={self.guidance} needs a model trained with label dropout, but train.label_dropout=0: its "
+                "`no label` embedding was never trained. Set sampling.guidance=0, or train with train.label_dropout=0.1"
             )
         if not labelled and self.attn_temp == 1:
             return (

@@ -1,6 +1,5 @@
 """Tiny data, a profile, the verbs as functions, and the live cluster of tests marked `slurm`."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -11,46 +10,28 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
-import yaml
+
+import tests.cluster.fake_slurm
+from tests.cluster import live
+from tests.helpers.data import halves, prepared
+from tests.helpers.runs import write_config
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 grey 8 px images in 2 classes, as indexed shards of 32."""
-    from tarflow.data_pipeline.prepare.sources import open_source
-    from tarflow.data_pipeline.prepare.write import Options, prepare
-
-    folder = tmp_path_factory.mktemp("tiny")
-    images = np.random.default_rng(0).integers(0, 90, (64, 8, 8, 1), dtype=np.uint8)
-    images[::2, :4] += 150
-    np.savez(folder / "images.npz", images=images, labels=np.arange(64) % 2)
-    prepare(open_source(folder / "images.npz"), folder / "set", Options(size=8, shard_size=32))
-    return folder / "set"
+    return prepared(tmp_path_factory.mktemp("tiny"), *halves(), shard_size=32)
 
 
 @pytest.fixture
 def config_file(tiny_data: Path, tmp_path: Path) -> Path:
     """200 steps of 16 images; a checkpoint every 50."""
-    return write_config(tmp_path / "tiny.yaml", tiny_data)
-
-
-def write_config(path: Path, data: Path) -> Path:
-    tree = {
-        "data": {"train": str(data)},
-        "model": {
-            "image_size": 8, "patch_size": 2, "in_channels": 1, "channels": 32, "num_blocks": 2, "layers_per_block": 1,
-            "head_channels": 16, "num_classes": 2,
-        },
-        "train": {"global_batch_size": 16, "max_images": 3200, "noise_std": 0.1},
-        "optim": {"lr": 1e-3, "warmup_images": 320},
-        "checkpoint": {"every_images": 800},
-        "evaluation": {"num_samples": 16, "grid": [2, 2]},
-        "log": {"every_steps": 5, "tensorboard": False},
-    }  # fmt: skip
-    path.write_text(yaml.safe_dump(tree))
-    return path
+    return write_config(
+        tmp_path / "tiny.yaml", tiny_data, model={"channels": 32, "head_channels": 16, "num_classes": 2},
+        train={"global_batch_size": 16, "max_images": 3200, "noise_std": 0.1}, optim={"lr": 1e-3, "warmup_images": 320},
+        checkpoint={"every_images": 800}, evaluation={"num_samples": 16, "grid": [2, 2]}, log={"every_steps": 5},
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -65,24 +46,16 @@ def verb():
     return call
 
 
-def load_module(name: str) -> ModuleType:
-    """A file beside this one, as a module."""
-    spec = importlib.util.spec_from_file_location(f"cluster_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def fake() -> ModuleType:
     """What tests with a mocked Slurm look at."""
-    return load_module("fake_slurm")
+    return tests.cluster.fake_slurm
 
 
 @pytest.fixture
-def fake_slurm(fake: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def fake_slurm(
+    fake: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tests.cluster.fake_slurm.FakeSlurm]:
     """A Slurm of scripts on PATH, in the place of a real one."""
     made = fake.FakeSlurm(tmp_path / "fake", os.environ["PATH"])
     monkeypatch.setenv("PATH", made.path)
@@ -125,7 +98,6 @@ def slurm_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     if conf:
         monkeypatch.setenv("SLURM_CONF", conf)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    live = load_module("live")
     yield live
     subprocess.run(["sh", "-c", "squeue -h -o %A | sort -u | xargs -r scancel"], check=False)
 

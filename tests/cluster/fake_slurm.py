@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -123,12 +122,3 @@ def said(run_dir: Path, job: str = "107", rank: int = 0) -> str:
         if (file := folder / f"{job}_{rank}_log.out").exists():
             return file.read_text()
     return ""
-
-
-def until(what: str, look, wait_s: float = 60):
-    """Wait for something to be true."""
-    end = time.monotonic() + wait_s
-    while not (value := look()):
-        assert time.monotonic() < end, f"waited {wait_s:.0f} s for {what}"
-        time.sleep(0.05)
-    return value

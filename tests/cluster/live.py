@@ -2,27 +2,17 @@
 
 import json
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-WAIT_S = 150.0
+from tests.helpers.waiting import PATIENCE_S, until
 
 
 def run(*words: str) -> str:
     """One of Slurm's commands."""
     return subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
-
-
-def until(what: str, look: Callable[[], Any], wait_s: float = WAIT_S) -> Any:
-    """Wait for something to be true; its value."""
-    end = time.monotonic() + wait_s
-    while not (value := look()):
-        assert time.monotonic() < end, f"waited {wait_s:.0f} s for {what}"
-        time.sleep(0.2)
-    return value
 
 
 @contextmanager
@@ -67,7 +57,7 @@ def at_step(run_dir: Path, step: int) -> None:
     until(f"step {step} of {run_dir}\n{log(run_dir)[-2000:]}", there)
 
 
-def ended(run_dir: Path, kind: str = "train", wait_s: float = WAIT_S) -> dict[str, Any]:
+def ended(run_dir: Path, kind: str = "train", patience_s: float = PATIENCE_S) -> dict[str, Any]:
     """Wait until a job's chain has ended and Slurm has let go of the job; the chain's record."""
     job = job_of(run_dir, kind)
     chain = run_dir / "slurm" / f"chain-{job}.json"
@@ -75,7 +65,7 @@ def ended(run_dir: Path, kind: str = "train", wait_s: float = WAIT_S) -> dict[st
         f"the end of job {job}",
         lambda: chain.exists() and json.loads(chain.read_text())["ended"] and not run("squeue", "-h", "-j", job)
         if run("squeue", "-h", "-o", "%i") else chain.exists() and json.loads(chain.read_text())["ended"],
-        wait_s,
+        patience_s,
     )  # fmt: skip
     return dict(json.loads(chain.read_text()))
 
@@ -92,7 +82,7 @@ def accounted(job: str) -> str:
 
 def committed_steps(run_dir: Path) -> list[int]:
     """Steps of the checkpoints that are there."""
-    from tarflow.trainer.checkpoint.commit import committed
+    from tarflow.trainer.checkpoint.find import committed
 
     return [checkpoint.step for checkpoint in committed(run_dir)]
 
@@ -103,7 +93,7 @@ def final_tensors(run_dir: Path) -> dict[str, Any]:
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from tarflow.trainer.checkpoint.commit import find
+    from tarflow.trainer.checkpoint.find import find
     from tarflow.trainer.checkpoint.tensors import read_tensors
 
     checkpoint = find(run_dir)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tarflow.cluster.errors import ClusterError
+from tests.helpers.waiting import until
 
 pytestmark = pytest.mark.slurm
 
@@ -124,7 +125,7 @@ def test_time_limit_shorter_than_the_run(slurm_cluster, verb, config_file, profi
     with open(tmp_path / "local.err", "w") as errors:  # beside the job: it is the longest case
         beside = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=errors)
     try:
-        chain = slurm_cluster.ended(run, wait_s=300)
+        chain = slurm_cluster.ended(run, patience_s=300)
         assert beside.wait(300) == 0, (tmp_path / "local.err").read_text()[-2000:]
     finally:
         beside.kill()
@@ -143,7 +144,7 @@ def test_evaluation_beside_training_scores_each_checkpoint_once_and_ends_with_it
     settings = ["checkpoint.keep_latest=-1", "evaluation.reference_images=32"]
     assert verb("submit", config_file, *settings, "--run", run, "--profile", profile, "--evaluate") == 0
     results = run / "evals"
-    slurm_cluster.until("a first result", lambda: list(results.glob("images-*/result.json")))
+    until("a first result", lambda: list(results.glob("images-*/result.json")))
     slurm_cluster.run("scancel", "--signal=USR2", slurm_cluster.job_of(run, "evaluate"))
     assert slurm_cluster.ended(run)["ended"]["code"] == 0
     chain = slurm_cluster.ended(run, "evaluate")
@@ -214,7 +215,7 @@ def test_a_sweep_is_one_array_whose_elements_are_requeued_alone(
 
 
 def test_cancel_saves_first(slurm_cluster, verb, config_file, profile, tmp_path, capsys) -> None:
-    from tarflow.trainer.checkpoint.commit import find
+    from tarflow.trainer.checkpoint.find import find
 
     run = tmp_path / "cancelled"
     assert verb("submit", config_file, "checkpoint.every_images=0", "--run", run, "--profile", profile) == 0
@@ -252,7 +253,7 @@ def test_one_living_job_per_run(slurm_cluster, verb, config_file, profile, tmp_p
     third = slurm_cluster.job_of(run)
     slurm_cluster.run("scancel", "--signal=USR2", first)
     chain = run / "slurm" / f"chain-{first}.json"
-    slurm_cluster.until("the second start", lambda: len(json.loads(chain.read_text())["starts"]) == 2)
+    until("the second start", lambda: len(json.loads(chain.read_text())["starts"]) == 2)
     assert slurm_cluster.run("squeue", "-h", "-o", "%T %r", "-j", third) == "PENDING Dependency"
     capsys.readouterr()
     assert verb("status", run) == 0
@@ -338,7 +339,7 @@ def test_a_finished_run_is_evaluated_after_the_fact_and_the_table_shows_it(
     assert verb("submit-eval", run, "--profile", profile, "evaluation.reference_images=32") == 0
     chain = slurm_cluster.ended(run, "evaluate")
     assert chain["ended"]["code"] == 0
-    from tarflow.trainer.checkpoint.commit import committed
+    from tarflow.trainer.checkpoint.find import committed
 
     steps = [json.loads(line)["step"] for line in (run / "evals.jsonl").read_text().splitlines()]
     assert sorted(steps) == sorted({c.step for c in committed(run)})

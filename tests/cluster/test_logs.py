@@ -30,20 +30,27 @@ def test_escape_sequences_of_a_job_are_shown(run: Path, verb, capsys) -> None:
     assert capsys.readouterr().out == shown
 
 
-@pytest.mark.case("H11")
-def test_a_log_is_read_piece_by_piece(run: Path) -> None:
+@pytest.mark.case("H10")
+def test_of_a_huge_log_the_end_is_shown_piece_by_piece(run: Path) -> None:
     log = run / "slurm" / "jobs" / "107_0_log.out"
     with open(log, "wb") as file:
         file.truncate(3 << 30)
+        file.seek(0, os.SEEK_END)
+        file.write(b"\nthe end\n")
     words = [sys.executable, "-m", "tarflow", "logs", str(run)]
     program = "import resource, os, sys; resource.setrlimit(resource.RLIMIT_AS, (1 << 30,) * 2); os.execv(sys.argv[1], sys.argv[1:])"
     process = subprocess.Popen([sys.executable, "-c", program, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
-    assert process.stdout.read(8) == b"\\x00\\x00"
-    process.stdout.close()
+    note = f"--- the last 16 MiB; {(3 << 30) + 9 - (16 << 20):,} bytes before them are in {log} ---\n".encode()
+    assert process.stdout.read(len(note)) == note
+    shown, end = 0, b""
+    while piece := process.stdout.read(1 << 20):
+        shown, end = shown + len(piece), (end + piece)[-16:]
+    assert shown == 4 * ((16 << 20) - 9) + 9
+    assert end.endswith(b"\\x00\nthe end\n")
     assert process.stderr is not None
     assert process.stderr.read() == b""
-    process.wait(60)
+    assert process.wait(60) == 0
 
 
 @pytest.mark.case("H01")

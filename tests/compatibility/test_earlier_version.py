@@ -29,7 +29,8 @@ from torch import Tensor
 from tarflow.cli import main
 from tarflow.evaluation.worker.recipe import load_recipes
 from tarflow.models.weights import load_weights_file
-from tarflow.trainer.checkpoint.commit import committed, damage, find
+from tarflow.trainer.checkpoint.find import committed, find
+from tarflow.trainer.checkpoint.marker import damage
 from tarflow.trainer.checkpoint.tensors import load_weights, stored_shapes
 
 pytestmark = pytest.mark.filterwarnings(

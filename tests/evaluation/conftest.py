@@ -6,6 +6,7 @@ import torch
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.flow import TarFlow
 from tarflow.models.init import init_weights
+from tests.helpers.data import bars, prepared
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +17,7 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def tiny_config(**changes):
+def model_config(**changes):
     base = {
         "image_size": 8, "patch_size": 4, "in_channels": 1, "channels": 16, "num_blocks": 2, "layers_per_block": 1,
         "head_channels": 8, "num_classes": 3,
@@ -26,7 +27,7 @@ def tiny_config(**changes):
 
 def tiny_model(seed=0, scale=0.1, **changes):
     """A model away from the identity: every parameter is moved by normal noise."""
-    model = TarFlow(tiny_config(**changes))
+    model = TarFlow(model_config(**changes))
     init_weights(model, seed)
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -48,20 +49,7 @@ def model():
 @pytest.fixture(scope="session")
 def digit_like(tmp_path_factory):
     """48 + 12 grey 8 px images in 3 classes (a bright bar at another height), as two indexed data sets."""
-    import numpy as np
-
-    from tarflow.data_pipeline.prepare.sources import open_source
-    from tarflow.data_pipeline.prepare.write import Options, prepare
-
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    labels = np.arange(60) % 3
-    images = rng.integers(0, 60, (60, 8, 8), dtype=np.uint8)
-    for image, label in zip(images, labels):
-        image[2 * label : 2 * label + 2] += 180
-    np.savez(folder / "all.npz", images=images, labels=labels)
-    prepare(open_source(folder / "all.npz"), folder / "set", Options(size=8, val_fraction=0.2))
-    return folder / "set"
+    return prepared(tmp_path_factory.mktemp("data"), *bars(), val_fraction=0.2)
 
 
 def write_checkpoint(run_dir, config, step, images_seen, seed=0, scale=0.1, averages=None):
@@ -95,7 +83,7 @@ def make_run(tmp_path, digit_like):
     def make(steps=(10, 20), name="run", **sections):
         tree = {
             "data": {"train": str(digit_like / "train"), "validation": str(digit_like / "val")},
-            "model": tiny_config().model_dump(),
+            "model": model_config().model_dump(),
             "train": {"global_batch_size": 16, "max_images": 320, "noise_std": 0.1},
             "sampling": {"guidance": 1.0, "batch_size": 16},
             "evaluation": {"num_samples": 24, "grid": [3, 4]},

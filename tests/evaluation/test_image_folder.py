@@ -111,13 +111,13 @@ def test_a_broken_image_is_an_error_unless_it_may_be_left_out(mixed):
 @pytest.mark.case("S05")
 def test_mixed_sizes_need_a_size_and_an_empty_folder_is_an_error(mixed, tmp_path):
     (mixed / "rgba.PNG").unlink()
-    with pytest.raises(EvaluationError, match=r"is \d+ x \d+, images before it are \d+ x \d+; give --size"):
+    with pytest.raises(EvaluationError, match=r"is \d+ x \d+, the images before it are \d+ x \d+; give --size"):
         list(ImageFolder(mixed, 3, None, "skip").batches())
-    with pytest.raises(EvaluationError, match="is no folder"):
+    with pytest.raises(EvaluationError, match="is not a folder"):
         ImageFolder(tmp_path / "none", 3, 16)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("x")
-    with pytest.raises(EvaluationError, match=r"holds no image .*; 1 other files"):
+    with pytest.raises(EvaluationError, match=r"holds no readable image .*; 1 other files"):
         ImageFolder(tmp_path / "text", 3, 16)
     (tmp_path / "text" / "a.png").write_text("x")
     with pytest.raises(EvaluationError, match="none of the 1 images"):
@@ -247,7 +247,7 @@ def test_statistics_beside_the_data_serve_every_run_on_them(make_run, digit_like
 @pytest.mark.case("V09")
 def test_a_folder_against_itself_is_said_to_be_that(samples, tmp_path):
     pngs = write_pngs(tmp_path / "png", to_pixels(samples))
-    lines = []
+    lines: list[str] = []
     result = score_folder(request(pngs, against=pngs), lines.append)
     assert result["identical_images"] == 40
     assert any("40 of 40 images" in line and "pixel for pixel, among the reference's" in line for line in lines)
@@ -296,12 +296,10 @@ def test_every_format_that_is_read_is_scored_and_others_are_named(tmp_path):
     folder = ImageFolder(tmp_path, 3, 16)
     assert len(torch.cat(list(folder.batches()))) == 5
     assert folder.describe()["unreadable_formats"] == {"heic": 1, "jxl": 1}
-    assert any("formats that cannot be read here (1 .heic, 1 .jxl): not scored" in line for line in folder.warnings())
+    assert any("images in unsupported formats (1 .heic, 1 .jxl): not scored" in line for line in folder.warnings())
     for path in folder.files:
         path.unlink()
-    with pytest.raises(
-        EvaluationError, match=r"holds no image that can be read .*; 2 other files, pictures .*1 \.heic"
-    ):
+    with pytest.raises(EvaluationError, match=r"holds no readable image .*; 2 other files, images .*1 \.heic"):
         ImageFolder(tmp_path, 3, 16)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tarflow.evaluation.shared_work import SharedWork, stretches
+from tests.helpers.waiting import until
 
 UNITS = [f"unit-{i:02d}" for i in range(12)]
 fork = multiprocessing.get_context("fork")
@@ -44,13 +45,6 @@ def end(process):
     assert process.exitcode == 0
 
 
-def until(what, limit_s=10):
-    limit = time.monotonic() + limit_s
-    while not what():
-        assert time.monotonic() < limit
-        time.sleep(0.01)
-
-
 def claimed_by(folder, pid):
     return [p for p in (folder / "claims").glob("unit-*") if f'"pid": {pid}}}' in p.read_text()]
 
@@ -76,7 +70,7 @@ def test_the_unit_of_a_killed_process_is_done_by_another(tmp_path):
     folder, done_by = tmp_path / "work", tmp_path / "done"
     done_by.mkdir()
     stuck = start(folder, 600, 600, done_by)
-    until(lambda: folder.exists() and claimed_by(folder, stuck.pid))
+    until("the claim", lambda: folder.exists() and claimed_by(folder, stuck.pid))
     os.kill(stuck.pid, signal.SIGKILL)
     stuck.join(10)
     work = SharedWork(folder, {}, 600)
@@ -103,7 +97,7 @@ def test_a_holder_that_lives_renews_its_claim(tmp_path):
 
     thread = threading.Thread(target=first.work_through, args=(["unit-00"], slowly))
     thread.start()
-    until(lambda: list((tmp_path / "claims").glob("unit-00.*")))
+    until("the claim", lambda: list((tmp_path / "claims").glob("unit-00.*")))
     assert second.work_through(["unit-00"], write)
     thread.join(10)
     assert (first.computed, second.computed) == (["unit-00"], [])

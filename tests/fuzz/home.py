@@ -177,7 +177,7 @@ def _jobs() -> int:
     from tarflow.cluster.job.rendezvous import MeetingFile
     from tarflow.interpreter import HOME
     from tarflow.records import save_record
-    from tarflow.trainer.checkpoint.commit import Pin
+    from tarflow.trainer.checkpoint.pins import Pin
     from tarflow.trainer.run_dir import run_id
 
     run, submission = Path("runs/one"), "ab" * 16

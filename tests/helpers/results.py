@@ -6,14 +6,14 @@ from typing import Any
 
 from tarflow.evaluation.result_file import settings_digest
 from tarflow.records import write_object
-from tarflow.trainer.checkpoint.names import says
+from tarflow.trainer.checkpoint.names import parse_name
 from tarflow.trainer.config.schema import Config
 
 
 def result_values(run: Path, config: Config, checkpoint: str, own: bool = True, **figures: Any) -> dict[str, Any]:
     """`result.json` of a checkpoint by its name, of 16 images a step. `own`: under the name of the run's own settings."""
     sampling = config.sampling.model_dump(exclude={"batch_size"}) | {"denoise": config.denoise_multiplier}
-    e, (kind, number) = config.evaluation, says(checkpoint)
+    e, (kind, number) = config.evaluation, parse_name(checkpoint)
     settings = {
         "weights": config.evaluated_weights, "num_samples": e.num_samples, "features": e.features,
         "sampling": sampling | {"noise_std": config.train.noise_std},

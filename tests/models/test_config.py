@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {"image_size": 16, "patch_size": 4, "channels": 64, "num
         ({"soft_clip": "nan"}, "soft_clip"),
         # Each number alone is allowed.
         ({"image_size": 1 << 14, "patch_size": 1}, "268,435,456 tokens, more than 65,536"),
-        ({"num_blocks": 1024, "layers_per_block": 1024}, "1,048,576 layers in all, more than 4,096"),
+        ({"num_blocks": 1024, "layers_per_block": 1024}, "1,048,576 layers in total, more than 4,096"),
         ({"channels": 1 << 16, "num_blocks": 512, "layers_per_block": 8}, "parameters"),
         ({"channels": 1 << 16, "num_classes": 1 << 24}, "parameters, more than 1,099,511,627,776"),
         ({"image_size": 1 << 14, "patch_size": 1 << 14, "channels": 1 << 12}, "parameters"),

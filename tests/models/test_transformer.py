@@ -68,7 +68,7 @@ def test_the_formula_is_as_near_to_float32_as_the_flash_kernel_forward_and_backw
     exact = [t.detach().float().requires_grad_() for t in tensors]
     logits = exact[0] @ exact[1].transpose(2, 3) / 4
     reference = logits.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), float("-inf")).softmax(-1) @ exact[2]
-    flash = F.scaled_dot_product_attention(*tensors, is_causal=True)
+    flash = F.scaled_dot_product_attention(tensors[0], tensors[1], tensors[2], is_causal=True)
     output = causal_attention(*tensors)
     assert output.dtype == torch.bfloat16
 

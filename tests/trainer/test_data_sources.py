@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from tarflow.trainer.checkpoint.commit import find
+from tarflow.trainer.checkpoint.find import find
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.errors import TrainerError

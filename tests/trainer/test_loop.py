@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tarflow.trainer.checkpoint.commit import committed, find
+from tarflow.trainer.checkpoint.find import committed, find
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.resilience.exit_codes import FINISHED, REQUEUE

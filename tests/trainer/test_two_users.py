@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tarflow.trainer.checkpoint import commit as ckpt
+from tarflow.trainer.checkpoint.find import find
+from tarflow.trainer.checkpoint.pins import pinned
 from tests.helpers.other_user import ROOT, attempts_of_another, let_pass
 
 
@@ -13,7 +14,7 @@ def test_two_users_neither_plants_nor_takes_what_a_run_keeps(
 ) -> None:
     run = tmp_path / "run"
     start(tiny_config, run)
-    with ckpt.pinned(ckpt.find(run), owner="reader"):
+    with pinned(find(run), owner="reader"):
         (pin,) = (run / "checkpoints" / "pins").iterdir()
         before = sorted(path for path in run.rglob("*"))
         assert not [path for path in (run, *before) if not path.is_symlink() and path.stat().st_mode & 0o022]

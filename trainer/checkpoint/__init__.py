@@ -1,4 +1,4 @@
-"""The commit protocol on disk: what makes a checkpoint whole, which one is the newest, retention; its tensors.
+"""Checkpoints on disk: the commit protocol, finding the one to use, pins, retention, and the tensors inside.
 
-Sees the run directory's format; knows neither backends nor the loop.
+Knows the format of the run directory, but neither backends nor the loop.
 """

@@ -1,8 +1,9 @@
-"""COMMITTED, the marker of a checkpoint: what it says, and whether directory and files agree with it."""
+"""COMMITTED, the marker of a checkpoint: what it records, and whether directory and files agree with it."""
 
 import json
 import os
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,14 +13,14 @@ from tarflow.files import crc32
 from tarflow.records import DamagedFileError, Record, load_record
 from tarflow.trainer.checkpoint.metadata import NAME as METADATA
 from tarflow.trainer.checkpoint.metadata import WAY_OUT, read_metadata
-from tarflow.trainer.checkpoint.names import says
+from tarflow.trainer.checkpoint.names import parse_name
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.run_dir import RunId
 
 MARKER = "COMMITTED"
 CONFIG = "config.yaml"
-_WHOLE: set[tuple[Any, ...]] = set()  # checkpoints whose bytes this process has found whole
+_WHOLE: set[tuple[Any, ...]] = set()  # checkpoints whose bytes this process has found intact
 
 
 class _Part(BaseModel):
@@ -27,14 +28,14 @@ class _Part(BaseModel):
 
 
 class FileFacts(_Part):
-    """Of a file of a checkpoint."""
+    """Size and checksum of a checkpoint's file."""
 
     size: int = Field(ge=0, lt=1 << 60)  # bytes
     crc32: int = Field(ge=0, lt=1 << 32)
 
 
 class Code(_Part):
-    """Which code wrote a checkpoint, as `code_version` says it."""
+    """The code that wrote a checkpoint, as `code_version` gives it."""
 
     version: str = Field(max_length=100)
     commit: str | None = Field(None, max_length=100)
@@ -48,7 +49,7 @@ def _plain(name: str) -> str:
 
 
 class Marker(Record):
-    """`run` stands in run.json, too, and the number in the directory's name here."""
+    """COMMITTED. `run` must agree with run.json, and the counter with the directory's name."""
 
     what = "marker of a checkpoint"
     way_out = WAY_OUT
@@ -68,73 +69,92 @@ class Checkpoint:
     """A committed checkpoint."""
 
     path: Path
-    step: int  # optimizer steps taken until then; for people, nothing goes by it
+    step: int  # optimizer steps taken until then; for people: the order is by images
     images_seen: int
     info: dict[str, Any]
 
     @classmethod
     def of(cls, path: Path, marker: Marker) -> "Checkpoint":
+        """The checkpoint in a directory whose marker was read."""
         return cls(path, marker.step, marker.images_seen, marker.model_dump(exclude_none=True))
 
     @property
     def name(self) -> str:
+        """The name of its directory."""
         return self.path.name
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Name -> bytes of every file of it."""
+        """Size in bytes of each of its files, by name."""
         return {name: int(facts["size"]) for name, facts in self.info["files"].items()}
 
     @property
     def num_bytes(self) -> int:
-        """Size of all its files together."""
+        """Total size of its files."""
         return sum(self.sizes.values())
 
 
-@dataclass(frozen=True)
-class Refused:
-    """Why a directory is no checkpoint that can be used."""
+class Reason(Enum):
+    """Why a directory is not a usable checkpoint."""
 
-    reason: str
-    committed: bool = True  # it has a marker: it was whole once
-    run: str = ""  # the other run whose checkpoint it is
+    UNCOMMITTED = auto()  # a save or a removal was interrupted; what is left counts for nothing
+    REPLACED = auto()  # whole, renamed to make room for a save that was interrupted
+    OTHER_RUN = auto()
+    DAMAGED = auto()  # it was whole once
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A directory that is not a usable checkpoint: the reason for programs, and the text for people."""
+
+    reason: Reason
+    text: str
+    run: str = ""  # OTHER_RUN: the one that it belongs to
 
     @property
-    def foreign(self) -> bool:
-        return bool(self.run)
+    def committed(self) -> bool:
+        """Whether it was whole once."""
+        return self.reason is not Reason.UNCOMMITTED
+
+    @property
+    def ours(self) -> bool:
+        """Whether it was whole once, and this run's."""
+        return self.committed and self.reason is not Reason.OTHER_RUN
 
     def __str__(self) -> str:
-        return self.reason
+        return self.text
 
 
 def is_marked(path: Path) -> bool:
-    """Whether a directory has a marker, whatever stands in it."""
+    """Whether a directory has a marker, whatever it contains."""
     return os.path.lexists(path / MARKER)
 
 
-def read_marker(path: Path, owner: str | None) -> Checkpoint | Refused:
-    """The checkpoint in a directory, or the reason why it is none. `owner`: the run whose it must be.
+def inspect(path: Path, owner: str | None) -> Checkpoint | Unusable:
+    """The checkpoint in a directory, or why there is none. `owner`: the run that it must belong to (None: any).
 
-    Names and sizes of its files are looked at; `damage` reads their bytes.
+    Looks at the names and sizes of its files only; `damage` reads their bytes.
     """
+    never = Unusable(Reason.UNCOMMITTED, "it was never committed")
     if not is_marked(path):
-        return Refused("it was never committed", committed=False)
+        return never
     try:
         marker = load_record(path / MARKER, Marker)
     except DamagedFileError as error:
-        return Refused(f"its {MARKER} marker is damaged: {f'{error.where}: ' if error.where else ''}{error.problem}")
-    except FileNotFoundError:  # removed at this moment; else a link that leads nowhere
-        torn = not is_marked(path)
-        return Refused("it was never committed" if torn else f"its {MARKER} marker is damaged", committed=not torn)
+        where = f"{error.where}: " if error.where else ""
+        return Unusable(Reason.DAMAGED, f"its {MARKER} marker is damaged: {where}{error.problem}")
+    except FileNotFoundError:
+        # Removed between the two looks at it, or else a link that leads nowhere.
+        return Unusable(Reason.DAMAGED, f"its {MARKER} marker is damaged") if is_marked(path) else never
     if owner is not None and marker.run != owner:
-        return Refused("it belongs to another run", run=marker.run)
+        return Unusable(Reason.OTHER_RUN, "it belongs to another run", run=marker.run)
     if problem := _contradiction(path.name, marker) or _missing(path, marker):
-        return Refused(problem)
+        return Unusable(Reason.DAMAGED, problem)
     return Checkpoint.of(path, marker)
 
 
 def _contradiction(name: str, marker: Marker) -> str | None:
-    kind, number = says(name)
+    kind, number = parse_name(name)
     said = marker.step if kind == "step" else marker.images_seen
     if said != number:
         return f"its {MARKER} marker says {kind} {said}"
@@ -147,7 +167,7 @@ def _contradiction(name: str, marker: Marker) -> str | None:
 
 
 def _missing(path: Path, marker: Marker) -> str | None:
-    """A file that is not there or not as long as it was."""
+    """The first file that is missing or has another size than it had."""
     for name, facts in marker.files.items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
@@ -166,8 +186,9 @@ def _wrong(file: Path, checksum: int) -> str | None:
 
 
 def damage(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with a checkpoint's files: a checksum, or a tensor whose bytes are in none of them; None if all is
-    well. Reads it all.
+    """What is wrong with a checkpoint's files; None if they are intact. Reads all of them.
+
+    Wrong is a checksum, or a tensor whose bytes are in none of the files.
     """
     for name, facts in checkpoint.info["files"].items():
         if problem := _wrong(checkpoint.path / name, facts["crc32"]):
@@ -180,19 +201,20 @@ def damage(checkpoint: Checkpoint) -> str | None:
 
 
 def config_of(checkpoint: Checkpoint) -> Config:
-    """The configuration that a checkpoint was trained with, if it is what was committed; else DamagedFileError."""
+    """The configuration that a checkpoint was trained with. Raises DamagedFileError if it is not what was committed."""
     if problem := _wrong(checkpoint.path / CONFIG, checkpoint.info["files"][CONFIG]["crc32"]):
         raise DamagedFileError(checkpoint.path, problem, WAY_OUT)
     return load_config(checkpoint.path / CONFIG)
 
 
 def beside(checkpoint: Checkpoint) -> list[str]:
-    """Names of what lies in a checkpoint's directory and was not committed with it."""
+    """Names of files in a checkpoint's directory that were not committed with it."""
     return sorted({p.name for p in checkpoint.path.iterdir()} - {MARKER, *checkpoint.info["files"]})
 
 
 def require_whole(checkpoint: Checkpoint) -> None:
-    """Raise DamagedFileError if anything is wrong with a checkpoint's files. Reads them once for all calls of a process."""
+    """Raise DamagedFileError if anything is wrong with a checkpoint's files. Reads them once per process."""
+    # Files that were touched since are read again.
     facts = [(checkpoint.path / name).stat() for name in checkpoint.info["files"]]
     stamp = (
         checkpoint.path,

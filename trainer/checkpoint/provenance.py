@@ -1,4 +1,4 @@
-"""What a checkpoint and its configuration say of a set of weights; it goes with the weights wherever they go."""
+"""The provenance of a set of weights, from its checkpoint and configuration; it travels with the weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.models.provenance import Provenance
-from tarflow.trainer.checkpoint.commit import Checkpoint
+from tarflow.trainer.checkpoint.marker import Checkpoint
 from tarflow.trainer.config.ema import power_name
 from tarflow.trainer.config.schema import Config
 
@@ -16,7 +16,7 @@ def provenance_of(
 ) -> Provenance:
     """The provenance of the set `which` ("raw", "ema-0.050", ...).
 
-    `chosen`: settings of the section sampling that replace the configuration's; `known`: fields that the caller knows better.
+    `chosen`: sampling settings that override the configuration's; `known`: fields that the caller knows better.
     """
     widths = {power_name(std): std for std in config.ema.relative_stds}
     classes = checkpoint.info.get("classes")
@@ -37,7 +37,7 @@ def provenance_of(
 
 
 def names_of_checkpoint(checkpoint: Checkpoint, config: Config) -> Sequence[str] | None:
-    """The names of the classes of a checkpoint's model, if it tells them or its very data set is at hand."""
+    """Class names of a checkpoint's model: those that it records, or else those of its very data set, if it is there."""
     names: Sequence[str] | None = checkpoint.info.get("classes")
     if names is None and config.model.num_classes:
         try:

@@ -1,11 +1,11 @@
-"""Which checkpoints stay, and how the others go. Only the run's writer comes here.
+"""Which checkpoints are kept, and how the others are removed. Only the run's writer does this.
 
-The rule, by images seen: the newest `keep_latest` stay; of every stretch of `keep_every_images` the first checkpoint stays
-for ever, which is the one that came when a multiple was crossed, whether or not the batch size divides it; what is being
-read stays. The newest, and what was just committed, stay whatever the numbers say.
+The rule, by images seen: the newest `keep_latest` are kept; in every range of `keep_every_images` the first checkpoint is
+kept for good, which is the one saved when a multiple was crossed, whether or not the batch size divides it; what is being
+read is kept. The newest, and the one just committed, are kept whatever the settings say.
 
-Removing may fail (a file held open over NFS, a directory that lost its permissions). What has lost its marker counts as no
-checkpoint, however much of it is still there, and is tried again at every save and start.
+Removing may fail (a file held open over NFS, a directory that lost its permissions). What has lost its marker is not a
+checkpoint any more, however much of it is still there, and every save and start tries again to remove it.
 """
 
 import os
@@ -13,33 +13,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tarflow.files import discard, free_name
-from tarflow.trainer.checkpoint.commit import (
-    DAMAGED,
-    MARKER,
-    REPLACED,
-    TEMPORARY,
-    Checkpoint,
-    Refused,
-    committed,
-    damage,
-    damaged,
-    is_newer,
-    pinned_names,
-    point_to,
-    read_marker,
-    remove,
-    scan,
-    set_aside_dirs,
-    stuck,
-)
-from tarflow.trainer.checkpoint.names import leading_name
+from tarflow.trainer.checkpoint.commit import point_to, remove, stuck
+from tarflow.trainer.checkpoint.find import committed, damaged, is_newer, scan, set_aside_dirs
+from tarflow.trainer.checkpoint.marker import MARKER, Checkpoint, Reason, Unusable, damage, inspect
+from tarflow.trainer.checkpoint.names import DAMAGED, REPLACED, TEMPORARY, leading_name
+from tarflow.trainer.checkpoint.pins import pinned_names
 from tarflow.trainer.run_dir import run_id
 
 Say = Callable[[str], object]
 
 
 def permanent(checkpoints: Sequence[Checkpoint], every_images: int) -> set[str]:
-    """Names of those that stay for ever, of checkpoints by images seen ascending: the first at or after each multiple."""
+    """Names of checkpoints that are kept for good: the first at or after each multiple. Given by images seen ascending."""
     first: dict[int, str] = {}
     for checkpoint in checkpoints if every_images else ():
         first.setdefault(checkpoint.images_seen // every_images, checkpoint.name)
@@ -49,34 +34,35 @@ def permanent(checkpoints: Sequence[Checkpoint], every_images: int) -> set[str]:
 def apply_retention(
     run_dir: Path, keep_latest: int, keep_every_images: int, *, fresh: str = "", warn: Say = lambda _: None
 ) -> list[str]:
-    """Remove checkpoints that nobody needs; names of the removed. `fresh`: the one just committed, if there is one.
+    """Remove checkpoints by the rule above; their names. `fresh`: the one just committed, if there is one.
 
-    The newest `keep_latest` (two at least; -1: all) always stay. `warn` is told what could not be removed.
+    `keep_latest` counts as two at least; -1 keeps all. `warn` receives what could not be removed.
     """
     for line in remove_torn(run_dir)[1]:
         warn(line)
+    if keep_latest == -1:
+        return []
     usable, removed = committed(run_dir), []
-    stay = {c.name for c in usable[-max(keep_latest, 2) :]} | {fresh} | permanent(usable, keep_every_images)
-    if keep_latest != -1:
-        stay |= pinned_names(run_dir)
-        for checkpoint in usable:
-            if checkpoint.name not in stay:
-                assert checkpoint.name not in (fresh, usable[-1].name), f"retention would remove {checkpoint.name}"
-                problem = remove(checkpoint.path)
-                if problem:
-                    warn(stuck(checkpoint.path, problem))
-                if not (checkpoint.path / MARKER).exists():
-                    removed.append(checkpoint.name)
+    keep = {c.name for c in usable[-max(keep_latest, 2) :]} | {fresh}
+    keep |= permanent(usable, keep_every_images) | pinned_names(run_dir)
+    for checkpoint in usable:
+        if checkpoint.name in keep:
+            continue
+        assert checkpoint.name not in (fresh, usable[-1].name), f"retention would remove {checkpoint.name}"
+        if problem := remove(checkpoint.path):
+            warn(stuck(checkpoint.path, problem))
+        # Without its marker it counts as removed, even if some of its files could not be.
+        if not (checkpoint.path / MARKER).exists():
+            removed.append(checkpoint.name)
     return removed
 
 
 def remove_torn(run_dir: Path) -> tuple[list[Path], list[str]]:
-    """Remove what interrupted saves and removals left; what is gone, and a line for each that stays."""
+    """Remove what interrupted saves and removals left; what was removed, and a warning for each that could not be."""
     gone, left = [], []
     for path, why in sorted(scan(run_dir)[1].items()):
-        if not why.committed:
-            problem = discard(path)
-            if problem:
+        if why.reason is Reason.UNCOMMITTED:
+            if problem := discard(path):
                 left.append(stuck(path, problem))
             else:
                 gone.append(path)
@@ -84,8 +70,8 @@ def remove_torn(run_dir: Path) -> tuple[list[Path], list[str]]:
 
 
 def sweep(run_dir: Path) -> list[str]:
-    """Put in order what kills left, at a start; what is to be said of it and of what else cannot be used."""
-    lines = put_back(run_dir)
+    """Clean up, at a start, what killed processes left; lines for the log, also about what else cannot be used."""
+    lines = restore_replaced(run_dir)
     refused = scan(run_dir)[1]
     gone, left = remove_torn(run_dir)
     for path, why in sorted(refused.items()):
@@ -98,20 +84,20 @@ def sweep(run_dir: Path) -> list[str]:
     return lines + left
 
 
-def put_back(run_dir: Path) -> list[str]:
-    """Of a save that was killed while it replaced a checkpoint at the same images: the new one if it is whole, or the old."""
+def restore_replaced(run_dir: Path) -> list[str]:
+    """After a save was killed while it replaced a checkpoint at the same images: keep the new one if whole, else the old."""
     lines, owner = [], run_id(run_dir)
     for path, why in sorted(scan(run_dir)[1].items()):
-        if not path.name.startswith(leading_name(path.name) + REPLACED) or not why.committed:
-            continue
         final = path.with_name(leading_name(path.name))
-        there = read_marker(final, owner)
+        if why.reason is not Reason.REPLACED or not path.name.startswith(final.name + REPLACED):
+            continue
+        there = inspect(final, owner)
         if isinstance(there, Checkpoint) and damage(there) is None:
             problem = remove(path)
             lines += [stuck(path, problem)] if problem else []
             continue
         if final.exists():
-            torn = isinstance(there, Refused) and not there.committed
+            torn = isinstance(there, Unusable) and there.reason is Reason.UNCOMMITTED
             os.rename(final, free_name(final.with_name(final.name + (TEMPORARY if torn else DAMAGED))))
         os.rename(path, final)
         lines.append(f"checkpoint {final.name} is put back: the save that was to replace it was interrupted")
@@ -119,10 +105,10 @@ def put_back(run_dir: Path) -> list[str]:
 
 
 def set_aside(run_dir: Path, chosen: Checkpoint, ending: str = DAMAGED) -> list[str]:
-    """Rename this run's checkpoints that are newer than the one it goes on from: damaged ones, or those not wanted (ASIDE).
+    """Rename this run's checkpoints newer than the one to resume from: damaged (DAMAGED) or no longer wanted (ASIDE).
 
-    Where they are they would count as the newest to retention, to readers and to `latest`. Renamed, they stay for a person
-    to look at. Returns what is to be said.
+    Under their names retention, readers and `latest` would take them for the newest. Renamed, they are kept for a person
+    to look at. Returns lines for the log.
     """
     usable, refused = scan(run_dir)
     newer = [c.path for c in usable if c.images_seen > chosen.images_seen]
@@ -140,7 +126,7 @@ def set_aside(run_dir: Path, chosen: Checkpoint, ending: str = DAMAGED) -> list[
 
 
 def remove_set_aside(run_dir: Path, ending: str, warn: Say = lambda _: None) -> list[str]:
-    """Remove what `set_aside` has left under an ending; names of the removed."""
+    """Remove what `set_aside` has renamed with an ending; names of the removed."""
     removed = []
     for path in set_aside_dirs(run_dir, ending):
         problem = remove(path)

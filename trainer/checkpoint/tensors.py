@@ -1,7 +1,7 @@
-"""The tensors in a checkpoint's directory: torch's distributed checkpoint, written sharded, read at any world size.
+"""The tensors of a checkpoint: torch's distributed checkpoint (DCP), written sharded, read at any world size.
 
-torch's own reader unpickles `.metadata`, and values that are no tensors, without a guard. Here the metadata come from
-`metadata.py`, and a value that is no tensor is refused: no checkpoint of ours has one.
+torch's own reader unpickles `.metadata`, and values that are not tensors, without any check. Here the metadata come from
+`metadata.py`, and a value that is not a tensor is refused: our checkpoints have none.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from tarflow.trainer.errors import TrainerError
 
 
 def write_tensors(path: Path, tensors: dict[str, Any], group: Any = None) -> None:
-    """Write tensors, sharded or not, into a directory; making the files durable is the caller's. Every rank calls it."""
+    """Write tensors, sharded or not, into a directory. Every rank calls it; syncing the files is left to the caller."""
     import torch.distributed.checkpoint as dcp
 
     with _quiet():
@@ -27,7 +27,7 @@ def write_tensors(path: Path, tensors: dict[str, Any], group: Any = None) -> Non
 def read_tensors(checkpoint: Checkpoint, into: dict[str, Any]) -> None:
     """Fill tensors in place from a checkpoint, whatever world size wrote it. Names and shapes must agree exactly.
 
-    Whether the bytes are whole is not looked at: whoever chose the checkpoint has done that (`commit.newest_sound`).
+    Does not verify checksums: `newest_intact`, which chose the checkpoint, has done so.
     """
     stored = _stored(checkpoint)
     _check_names_and_shapes(checkpoint, stored, {name: tuple(t.shape) for name, t in into.items()})
@@ -42,14 +42,15 @@ def stored_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 def load_weights(checkpoint: Checkpoint, which: str) -> dict[str, Any]:
     """One set of weights, "raw" or an average such as "ema-0.050": name -> float32 tensor on the CPU.
 
-    A set that the checkpoint does not hold is an error that lists those it does (case T06). The first time, all bytes of
-    the checkpoint are held against their checksums; raises DamagedFileError where they differ.
+    Of a set that the checkpoint does not hold, the error lists those that it does. The first call verifies the checksums
+    of all files; raises DamagedFileError where one differs.
     """
     import torch
 
     require_whole(checkpoint)
     prefix = "model" if which == "raw" else which
     stored = _stored(checkpoint)
+    # The prior's variance is a buffer, not averaged: it belongs to every set.
     wanted = {n: tensor for n, tensor in stored.items() if n.startswith(f"{prefix}/") or n == "buffer/var"}
     have = sorted(s for s in {n.split("/")[0] for n in stored} if s == "model" or s.startswith("ema-"))
     if prefix not in have:
@@ -67,7 +68,7 @@ def _stored(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
 
 
 def _load(checkpoint: Checkpoint, stored: dict[str, StoredTensor], into: dict[str, Any], no_dist: bool = False) -> None:
-    """Let torch read tensors, by metadata that were checked."""
+    """Let torch read tensors, but with metadata that were checked."""
     import torch.distributed.checkpoint as dcp
 
     class Reader(dcp.FileSystemReader):
@@ -76,7 +77,7 @@ def _load(checkpoint: Checkpoint, stored: dict[str, StoredTensor], into: dict[st
 
     class Planner(dcp.DefaultLoadPlanner):
         def load_bytes(self, *_: Any) -> None:
-            raise ValueError("a value that is no tensor")  # torch would unpickle it
+            raise ValueError("a value that is not a tensor")  # torch would unpickle it
 
     with _quiet(), _plain_errors(checkpoint):
         dcp.load(into, storage_reader=Reader(checkpoint.path), planner=Planner(), no_dist=no_dist)
@@ -118,7 +119,7 @@ def _check_names_and_shapes(
 
 @contextmanager
 def _plain_errors(checkpoint: Checkpoint) -> Iterator[None]:
-    """What a rank met, instead of torch's collection of it, which is no Exception and holds even a Ctrl-C."""
+    """Raise what a rank met instead of torch's collection, which is not an Exception and may hold even a Ctrl-C."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
@@ -133,7 +134,7 @@ def _plain_errors(checkpoint: Checkpoint) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the note that a single process saves without a process group: it is meant."""
+    """Silence torch's warning that a single process saves without a process group: it is intended."""
     import warnings
 
     with warnings.catch_warnings():

@@ -30,8 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tarflow.models.weights import save_weights_file
-    from tarflow.trainer.checkpoint.commit import find, pinned
+    from tarflow.trainer.checkpoint.find import find
     from tarflow.trainer.checkpoint.marker import config_of
+    from tarflow.trainer.checkpoint.pins import pinned
     from tarflow.trainer.checkpoint.provenance import names_of_checkpoint, provenance_of
     from tarflow.trainer.checkpoint.tensors import load_weights
     from tarflow.trainer.config.chosen_sampling import chosen_sampling

@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tarflow.errors import noted
-    from tarflow.trainer.checkpoint.commit import ASIDE, DAMAGED, check_identity, pinned_names, scan_as, set_aside_dirs
+    from tarflow.trainer.checkpoint.find import check_identity, scan_as, set_aside_dirs
+    from tarflow.trainer.checkpoint.names import ASIDE, DAMAGED
+    from tarflow.trainer.checkpoint.pins import pinned_names
     from tarflow.trainer.checkpoint.retention import permanent
     from tarflow.trainer.config.files import load_config
     from tarflow.trainer.run_dir import has_run_file, require_run, run_id

@@ -28,15 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tarflow.trainer.checkpoint.commit import (
-        ASIDE,
-        DAMAGED,
-        check_identity,
-        committed,
-        damage,
-        passed_over,
-        scan,
-    )
+    from tarflow.trainer.checkpoint.find import check_identity, committed, scan, why_skipped
+    from tarflow.trainer.checkpoint.marker import damage
+    from tarflow.trainer.checkpoint.names import ASIDE, DAMAGED
     from tarflow.trainer.checkpoint.retention import apply_retention, remove_set_aside
     from tarflow.trainer.errors import TrainerError
     from tarflow.trainer.run_dir import load_run_config, writer_lock
@@ -60,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         removed = apply_retention(args.run, latest, every, warn=stuck.append)
         for asked, ending in ((args.damaged, DAMAGED), (args.aside, ASIDE)):
             removed += remove_set_aside(args.run, ending, warn=stuck.append) if asked else []
-    for text in passed_over(scan(args.run)[1], "touched").values():
+    for text in why_skipped(scan(args.run)[1], "touched").values():
         print(text)
     for name in removed:
         print(f"removed {name}")

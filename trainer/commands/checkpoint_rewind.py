@@ -19,8 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tarflow.trainer.checkpoint.commit import ASIDE, find, is_newer, passed_over, scan
+    from tarflow.trainer.checkpoint.find import find, is_newer, scan, why_skipped
     from tarflow.trainer.checkpoint.marker import require_whole
+    from tarflow.trainer.checkpoint.names import ASIDE
     from tarflow.trainer.checkpoint.retention import set_aside
     from tarflow.trainer.errors import TrainerError
     from tarflow.trainer.run_dir import require_run, writer_lock
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     with writer_lock(args.run):
         chosen = find(args.run, args.step, args.images)
         require_whole(chosen)
-        for path, text in passed_over(scan(args.run)[1], "used").items():
+        for path, text in why_skipped(scan(args.run)[1], "used").items():
             if is_newer(path, chosen):
                 print(text)
         for line in set_aside(args.run, chosen, ASIDE):

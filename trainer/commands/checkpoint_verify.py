@@ -20,8 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tarflow.errors import UserError
-    from tarflow.trainer.checkpoint.commit import check_identity, find, pinned, scan_as
+    from tarflow.trainer.checkpoint.find import check_identity, find, scan_as
     from tarflow.trainer.checkpoint.marker import beside, damage
+    from tarflow.trainer.checkpoint.pins import pinned
     from tarflow.trainer.run_dir import require_run, run_id
 
     bad, owner = 0, None
@@ -43,9 +44,8 @@ def run(args: argparse.Namespace) -> int:
               f"sound: {len(checkpoint.info['files'])} files, {checkpoint.num_bytes:,} bytes")
               + (f"; not of the checkpoint: {', '.join(map(repr, more[:4]))}" if more else ""), flush=True)  # fmt: skip
     for path, reason in sorted(refused.items()):
-        was_committed = reason.committed and not reason.foreign
-        bad += was_committed
-        print(f"{path.name}: {'DAMAGED' if was_committed else 'not used'}: {reason}")
+        bad += reason.ours
+        print(f"{path.name}: {'DAMAGED' if reason.ours else 'not used'}: {reason}")
     if not usable and not refused:
         print("no committed checkpoint")
     return DAMAGE if bad else OK

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-import tarflow.trainer.checkpoint.commit as ckpt
 from tarflow.models.weights import save_weights_file
-from tarflow.trainer.checkpoint.marker import config_of
+from tarflow.trainer.checkpoint.find import choose
+from tarflow.trainer.checkpoint.marker import Checkpoint, config_of
 from tarflow.trainer.checkpoint.provenance import names_of_checkpoint, provenance_of
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.chosen_sampling import chosen_sampling
@@ -78,7 +78,7 @@ def reconstruct(
     if out is not None and (out.suffix not in (".safetensors", ".pth") or not out.parent.is_dir()):
         raise TrainerError(f"--out {out}: give a .safetensors or .pth file in a directory that exists")
     moments = sources(run_dir, say)
-    final = ckpt.choose(moments, step, images, f"run {run_dir}", "averages")
+    final = choose(moments, step, images, f"run {run_dir}", "averages")
     wanted = Profile(final.images_seen, relative_std)
     pairs = [(c, s) for c in moments if 0 < c.images_seen <= final.images_seen for s in _widths(c)]
     if not pairs:
@@ -101,11 +101,11 @@ def reconstruct(
     return path
 
 
-def _widths(checkpoint: ckpt.Checkpoint) -> tuple[float, ...]:
+def _widths(checkpoint: Checkpoint) -> tuple[float, ...]:
     return config_of(checkpoint).ema.relative_stds
 
 
-def _combine(pairs: Sequence[tuple[ckpt.Checkpoint, float]], coefficients: np.ndarray) -> dict[str, Any]:
+def _combine(pairs: Sequence[tuple[Checkpoint, float]], coefficients: np.ndarray) -> dict[str, Any]:
     """Sum of stored averages, in float64 one average at a time; the prior's variance is the last moment's."""
     total: dict[str, torch.Tensor] = {}
     for (checkpoint, std), coefficient in zip(pairs, coefficients.tolist()):

@@ -14,6 +14,9 @@ from torch import Tensor
 
 import tarflow.trainer.checkpoint.commit as ckpt
 from tarflow.files import make_folder
+from tarflow.trainer.checkpoint.find import committed, scan, why_skipped
+from tarflow.trainer.checkpoint.marker import Checkpoint
+from tarflow.trainer.checkpoint.names import checkpoints_dir
 from tarflow.trainer.checkpoint.retention import sweep
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import is_run, run_id, write_identity
@@ -51,10 +54,10 @@ def contents(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def forget_after(run_dir: Path, images_seen: int) -> list[str]:
     """Remove snapshots of a future that a run going on from `images_seen` may not have; lines for the log. Writer only."""
-    if not ckpt.checkpoints_dir(snapshots_dir(run_dir)).is_dir():
+    if not checkpoints_dir(snapshots_dir(run_dir)).is_dir():
         return []
     folder, lines = prepare(run_dir), []
-    for snapshot in ckpt.committed(folder):
+    for snapshot in committed(folder):
         if snapshot.images_seen > images_seen:
             problem = ckpt.remove(snapshot.path)
             lines.append(
@@ -65,15 +68,15 @@ def forget_after(run_dir: Path, images_seen: int) -> list[str]:
     return lines
 
 
-def sources(run_dir: Path, say: Callable[[str], None] = lambda _: None) -> list[ckpt.Checkpoint]:
+def sources(run_dir: Path, say: Callable[[str], None] = lambda _: None) -> list[Checkpoint]:
     """Everything that holds averages, by images seen ascending: snapshots, and checkpoints at other moments. `say` is told
     what is damaged and so left out.
     """
-    moments: dict[int, ckpt.Checkpoint] = {}
+    moments: dict[int, Checkpoint] = {}
     for home in (run_dir, check(run_dir)):
         if home == run_dir or is_run(home):
-            usable, refused = ckpt.scan(home)
+            usable, refused = scan(home)
             moments |= {c.images_seen: c for c in usable}
-            for path, text in ckpt.passed_over(refused, "used").items():
+            for path, text in why_skipped(refused, "used").items():
                 say(f"WARNING: {path.parent}/{text}")
     return [moments[images_seen] for images_seen in sorted(moments)]

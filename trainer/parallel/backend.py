@@ -1,8 +1,8 @@
-"""What the loop asks of a way to run a training step.
+"""The protocol between the training loop and an engine that runs its steps.
 
-State has two forms. *Local*: plain float32 tensors of this rank, alive through the whole run; optimizer and averages
-work on them. *Saved*: what a checkpoint holds, a whole tensor or a sharded one (DTensor), under names that no engine
-owns; so any backend reads what any other wrote, at any world size.
+State has two forms. *Local*: plain float32 tensors of this rank, which live as long as the run; optimizer and averages
+work on them. *Saved*: what a checkpoint holds, whole tensors or sharded ones (DTensor), under names that belong to no
+engine; so any backend reads what any other wrote, at any world size.
 """
 
 from typing import Protocol
@@ -14,8 +14,8 @@ from torch import Tensor
 class Backend(Protocol):
     """One training step, and the state behind it.
 
-    Gradients are means over the global batch whatever the number of ranks and micro-batches; nothing here waits for
-    the device.
+    Gradients are means over the global batch whatever the number of ranks and micro-batches; nothing here waits
+    for the device.
     """
 
     device: torch.device
@@ -29,15 +29,15 @@ class Backend(Protocol):
         ...
 
     def optimizer_step(self, lr: float) -> Tensor:
-        """Clip, update (or pass over a bad step), clear the gradients. Returns the global norm before clipping."""
+        """Clip, update (or skip a bad step), clear the gradients. Returns the global norm before clipping."""
         ...
 
     def skipped(self) -> Tensor:
-        """[steps passed over in all, in a row until now], on the device."""
+        """[steps skipped in all, in a row until now], on the device."""
         ...
 
     def locals(self) -> dict[str, Tensor]:
-        """This rank's part of each float32 master weight, by the model's parameter names."""
+        """Each float32 master weight by the model's parameter names: the part that this rank holds."""
         ...
 
     def to_saved(self, name: str, local: Tensor) -> Tensor:
@@ -49,8 +49,9 @@ class Backend(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Saved form of everything but averages: "model/NAME", "optim/exp_avg/NAME", "optim/exp_avg_sq/NAME",
-        "optim/step", "buffer/var", "guard/...". Fill these tensors and pass them to `load` to restore.
+        """Saved form of everything but averages. Fill these tensors and pass them to `load` to restore.
+
+        Names: "model/NAME", "optim/exp_avg/NAME", "optim/exp_avg_sq/NAME", "optim/step", "buffer/var", "guard/...".
         """
         ...
 

@@ -4,7 +4,7 @@
     selective   keep the outputs of matrix products and attention, or (every_nth_layer = n) checkpoint each n-th layer
     full        keep only each layer's input; offload = true keeps it in host memory
 
-Layers are changed in place and keep their names: a checkpoint of a run does not depend on the mode (case T11).
+Layers are changed in place and keep their names: a run's checkpoints do not depend on the mode.
 """
 
 import functools
@@ -45,8 +45,8 @@ def checkpoint_layer(layer: nn.Module, number: int, config: ActivationCheckpoint
         layer.forward = _full(layer.forward)
 
 
-# Kept outputs then go through saved-tensor hooks like all others, so that they can be counted and moved. Older torch
-# does not know the word, and keeps them out of the hooks' sight; gradients and memory are the same.
+# Kept outputs then go through saved-tensor hooks like all others, so that they can be counted and moved. Older torch has
+# no such argument, and its hooks do not see kept outputs; gradients and memory are the same.
 _HOOKS: dict[str, Any] = (
     {"respect_saved_tensors_hooks": True}
     if "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters
@@ -54,8 +54,8 @@ _HOOKS: dict[str, Any] = (
 )
 
 
-# Functions of this file, not partial(checkpoint, ...): torch.compile skips frames of torch's own and, since
-# `checkpoint` is closed to it from outside, would compile nothing at all, without a word.
+# Functions of this file, not partial(checkpoint, ...): torch.compile skips frames of torch's own code, so as the outermost
+# frame `checkpoint` would make it compile nothing at all, silently.
 
 
 def _full(forward: Forward) -> Forward:

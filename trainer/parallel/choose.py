@@ -1,4 +1,4 @@
-"""Which device and which backend a configuration asks for."""
+"""The device and the backend that a configuration asks for."""
 
 import os
 
@@ -32,21 +32,21 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def compute_deterministically(device: torch.device) -> None:
-    """Have this process use only kernels that give the same bits for the same input; the CPU's do so by themselves.
+    """Use only kernels that give the same bits for the same input; on the CPU all of them do.
 
-    With a mere warning in place of the error (`warn_only`) attention would take its other kernels all the same. To be
-    called before the first product: cuBLAS reads its workspace's shape when it is first used.
+    `warn_only` would not do: attention would still take its nondeterministic kernels. To be called before the first matrix
+    product: cuBLAS reads the configuration of its workspace when it is first used.
     """
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        # Nothing here reads what it did not write, and filling all memory takes time.
+        # Filling takes time, and nothing here reads memory that it did not write.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def make_backend(config: Config, device: torch.device, world: World, plan: BatchPlan) -> Backend:
     """The configured backend, with initial weights that depend on the seed alone."""
-    mesh_shape(config.parallel, world.size)  # refuse a grid that does not fit, whatever the backend
+    mesh_shape(config.parallel, world.size)  # refuse a mesh that does not fit, whatever the backend
     if config.parallel.backend == "deepspeed":
         from tarflow.trainer.parallel.zero import ZeroBackend
 

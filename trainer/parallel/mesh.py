@@ -1,13 +1,13 @@
-"""The ranks as a grid: `dp_replicate` copies of the model, each cut into `dp_shard` pieces."""
+"""The ranks as a mesh: `dp_replicate` replicas of the model, each of `dp_shard` shards."""
 
 from tarflow.trainer.config.schema import ParallelConfig
 from tarflow.trainer.errors import TrainerError
 
 
 def mesh_shape(parallel: ParallelConfig, world_size: int) -> tuple[int, int]:
-    """(dp_replicate, dp_shard), their product the world size; 0 in the configuration = whatever is left.
+    """(dp_replicate, dp_shard), whose product is the world size; 0 in the configuration stands for what is left.
 
-    Left to itself, ddp only replicates and fsdp2 only shards.
+    With both left open, ddp only replicates and fsdp2 only shards.
     """
     replicate, shard = parallel.dp_replicate, parallel.dp_shard
     if parallel.backend == "ddp":

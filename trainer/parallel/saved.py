@@ -1,4 +1,4 @@
-"""Saved form of a tensor (whole, or sharded as DTensor) to and from its whole value."""
+"""Between the saved form of a tensor (whole, or sharded as a DTensor) and its whole value."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""All ranks write their part of a checkpoint into one directory: it must be the same one for all of them (case T13)."""
+"""All ranks write their part of a checkpoint into one directory: it must be the same one for all of them."""
 
 import os
 import time
@@ -14,7 +14,7 @@ PATIENCE_S = 10.0  # a network file system may show another node's new file late
 
 
 def check_shared(run_dir: Path, patience_s: float = PATIENCE_S) -> None:
-    """Refuse a run directory in which some rank does not see the run that rank 0 has just made. Every rank calls it."""
+    """Refuse a run directory in which some rank does not see the run that rank 0 has just created. Every rank calls it."""
     if not dist.is_initialized():
         return
     wanted = broadcast(run_id(run_dir) if dist.get_rank() == 0 else None)

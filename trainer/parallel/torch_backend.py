@@ -1,4 +1,4 @@
-"""Backends on torch alone: one process, whole copies (ddp) and sharded copies (fsdp2, hybrid)."""
+"""Backends on torch alone: one process, whole replicas (ddp) and sharded ones (fsdp2, hybrid)."""
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from tarflow.trainer.stats import batch_stats
 
 
 class TorchBackend:
-    """What both torch backends share: local masters, one guarded AdamW over them, state in and out."""
+    """What both torch backends share: local masters, one guarded AdamW over them, saving and loading state."""
 
     def __init__(self, model: TarFlow, config: Config, device: torch.device, group: dist.ProcessGroup | None) -> None:
         self.device, self.model = device, model
@@ -37,8 +37,10 @@ class TorchBackend:
     def _make_locals(self) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def forward_backward(self, images: Tensor, labels: Tensor | None, share: float, last: bool = True) -> Tensor:
+    def forward_backward(self, images: Tensor, labels: Tensor | None, share: float, last: bool = True) -> Tensor:  # noqa: ARG002 - one process sums over no ranks
+        """Add this micro-batch's gradients to those that the parameters hold; see `Backend`."""
         z, logdet = self.model(images, labels)
+        # Each micro-batch counts by its share of the images, so that the sum of the gradients is their mean.
         loss = flow_loss(z, logdet).mean() * share
         loss.backward()
         if not self.model.config.nvp:
@@ -47,12 +49,13 @@ class TorchBackend:
         return batch_stats(loss, z, logdet, share)
 
     def optimizer_step(self, lr: float) -> Tensor:
+        """Update the masters (or skip a bad step), then whatever computes with copies of them."""
         self._collect_gradients()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._pass_on()
+        self._sync_params_from_masters()
         if self._vp_mean_square is not None:
             if dist.is_initialized():
                 dist.all_reduce(self._vp_mean_square)
@@ -64,22 +67,26 @@ class TorchBackend:
     def _collect_gradients(self) -> None:
         """Put the gradients where the optimizer looks for them: on the local masters."""
 
-    def _pass_on(self) -> None:
-        """The masters have new values: update whatever computes with copies of them."""
+    def _sync_params_from_masters(self) -> None:
+        """Update the copies of the masters that compute, if there are any."""
 
     def skipped(self) -> Tensor:
+        """[steps skipped in all, in a row until now], on the device."""
         return torch.stack([self.optimizer.skipped_steps, self.optimizer.skipped_in_a_row])
 
     def locals(self) -> dict[str, Tensor]:
+        """The float32 masters: leaves that the optimizer updates in place."""
         return self._locals
 
-    def to_saved(self, name: str, local: Tensor) -> Tensor:
+    def to_saved(self, name: str, local: Tensor) -> Tensor:  # noqa: ARG002 - sharded backends look up its layout
+        """The tensor itself: one process holds whole tensors."""
         return local
 
     def from_saved(self, name: str, saved: Tensor, local: Tensor) -> None:
         """Saved tensors share the memory of local ones."""
 
     def state(self) -> dict[str, Tensor]:
+        """Saved form of weights, moments, step count and guard; it shares the memory of what trains."""
         tensors = {f"model/{name}": self.to_saved(name, p.detach()) for name, p in self._locals.items()}
         for moment in ("exp_avg", "exp_avg_sq"):
             for name, p in self._locals.items():
@@ -93,16 +100,17 @@ class TorchBackend:
         return tensors | {"optim/step": self._step, "buffer/var": self.model.var} | guard
 
     @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: dict[str, Tensor]) -> None:  # noqa: ARG002 - it was filled in place; see `state`
+        """Take over the step count, for each parameter its own, and the masters' new values."""
         for entry in self.optimizer.state.values():
             entry["step"].copy_(self._step)
-        self._pass_on()
+        self._sync_params_from_masters()
 
 
 class SingleBackend(TorchBackend):
-    """One process: float32 master weights, and a bfloat16 copy that computes if so configured.
+    """One process: float32 master weights and, if configured, a bfloat16 copy that computes.
 
-    The cast happens once per step, in one call for all parameters, instead of in every product of every forward pass.
+    The cast happens once per step, in one call for all parameters, instead of in every matrix product of every forward pass.
     """
 
     def __init__(self, model: TarFlow, config: Config, device: torch.device) -> None:
@@ -124,7 +132,7 @@ class SingleBackend(TorchBackend):
         return dict(zip(names, masters))
 
     def _move_gradient(self, parameter: Tensor) -> None:
-        """Move a bfloat16 gradient to its float32 master, where micro-batches add up without loss."""
+        """Move a bfloat16 gradient to its float32 master, where micro-batches add up without rounding to bfloat16."""
         master, grad = self._master_of[id(parameter)], parameter.grad
         assert grad is not None
         if master.grad is None:
@@ -134,15 +142,15 @@ class SingleBackend(TorchBackend):
         parameter.grad = None
 
     @torch.no_grad()
-    def _pass_on(self) -> None:
+    def _sync_params_from_masters(self) -> None:
         if self._dtype != torch.float32:
             torch._foreach_copy_([p.data for p in self._computing], list(self._locals.values()))
 
 
 class ShardedBackend(TorchBackend):
-    """Many processes: the model cut along the mesh's dp_shard and copied along its dp_replicate (fully_shard).
+    """Many processes: the model is sharded along the mesh's dp_shard and replicated along its dp_replicate (fully_shard).
 
-    Built on the meta device: no rank ever holds the whole model. Sharded weights are float32, gathered in param_dtype.
+    Built on the meta device: no rank ever holds the whole model. Shards are float32 and gathered in param_dtype.
     """
 
     def __init__(self, config: Config, device: torch.device, world: World) -> None:
@@ -165,13 +173,14 @@ class ShardedBackend(TorchBackend):
 
     @torch.no_grad()
     def _fill(self, parameter: DTensor, whole: Tensor) -> None:
-        """This rank's rows of a whole value."""
+        """Copy this rank's rows of a whole value into its shard."""
         pieces = whole.chunk(self.mesh.size(1))
         place = self.mesh.get_local_rank("dp_shard")
         if place < len(pieces):
             _local(parameter).copy_(pieces[place])
 
     def forward_backward(self, images: Tensor, labels: Tensor | None, share: float, last: bool = True) -> Tensor:
+        """As in one process; gradients are reduced over ranks after the step's last micro-batch only."""
         self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
         return super().forward_backward(images, labels, share, last)
 
@@ -183,14 +192,14 @@ class ShardedBackend(TorchBackend):
             parameter.grad = None
 
     def to_saved(self, name: str, local: Tensor) -> Tensor:
+        """The whole tensor, of which this is a rank's piece, laid out as the weight `name`."""
         p = self._parameters[name]
-        return DTensor.from_local(
-            local, self.mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-        )  # shape given: from uneven pieces it could not be guessed (case T06)
+        # The shape is given, since it cannot be inferred from pieces of uneven sizes.
+        return DTensor.from_local(local, self.mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
 def _local(parameter: Tensor) -> Tensor:
-    """This rank's piece of a sharded parameter, sharing its memory."""
+    """The piece of a sharded parameter that this rank holds, sharing its memory."""
     piece = parameter.detach()
     assert isinstance(piece, DTensor)
     return piece.to_local()

@@ -1,6 +1,6 @@
-"""Which rank of how many this process is: from torchrun's variables, or alone.
+"""Which rank of how many this process is: from torchrun's variables, or alone; and small messages between the ranks.
 
-A partial set of variables is an error that names the missing ones, never a guess (cases C04, K03).
+An incomplete set of variables is an error that names the missing ones: a guess would train alone, or wait for ever.
 """
 
 import datetime
@@ -78,24 +78,33 @@ def process_group(world: World, device: torch.device, timeout_s: float, always: 
         time.sleep(0.2)  # gloo's threads finish; leaving at once sometimes aborts the interpreter
 
 
-def broadcast(value: object) -> object:
+def broadcast(value: T, group: dist.ProcessGroup | None = None) -> T:
     """Rank 0's value on every rank; the value itself when alone."""
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's value, on every rank, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def first_decides(world: World, decide: Callable[[], T]) -> T:
-    """What rank 0 finds, on every rank; or its error, raised on every rank: none is left waiting for it."""
+    """What `decide` returns on rank 0, on every rank; its error is raised on every rank, so that none is left waiting."""
     answer: T | UserError | OSError | None = None
     if world.first:
         try:
             answer = decide()
         except (UserError, OSError) as error:
             answer = error
-    answer = broadcast(answer)  # type: ignore[assignment]
+    answer = broadcast(answer)
     if isinstance(answer, UserError | OSError):
         raise answer
     return answer  # type: ignore[return-value]
@@ -108,10 +117,10 @@ def barrier() -> None:
 
 
 class Vote:
-    """Any rank's flag, agreed by all ranks one step later, without a step ever waiting for it (contract 7).
+    """The largest flag of all ranks, one step later, so that no step waits for it.
 
-    The reduction of step k runs while step k computes and is read at step k + 1, so every rank sees the same answer at
-    the same step.
+    The reduction of step k runs while step k computes and is read at step k + 1: every rank sees the same answer at the
+    same step.
     """
 
     def __init__(self, world: World) -> None:

@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO, stages 1 to 3, with the state in the same engine-neutral form as everywhere else.
 
 Settings that matter, and why: bfloat16 comes from `torch_autocast`, because DeepSpeed's own `bf16` mode starts its masters
-from values rounded to bfloat16; clipping and passing over bad steps are done by our optimizer, as in the other
-backends, on the flat float32 partitions that ZeRO hands to it.
+from values rounded to bfloat16; our optimizer clips and skips bad steps, as in the other backends, on the flat float32
+partitions that ZeRO hands to it.
 """
 
 import os
@@ -32,7 +32,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, told what it would otherwise guess, and kept from building a shared-memory operation it can do without."""
+    """DeepSpeed, with the accelerator set that it would otherwise guess, and without its shared-memory operation."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
@@ -43,7 +43,7 @@ def import_deepspeed(device: torch.device) -> Any:
     import logging
     import warnings
 
-    # It calls collectives by their old names, and torch says so at every step. Nothing else is silenced.
+    # It calls collectives by their old names, and torch warns of it at every step. Nothing else is silenced.
     warnings.filterwarnings(
         "ignore",
         message=r"`torch\.distributed\.\w+` is deprecated",
@@ -51,7 +51,7 @@ def import_deepspeed(device: torch.device) -> Any:
         module=r"torch\.distributed\.c10d_logger",
     )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Its build takes most of a minute and leaves 69 MB per rank in /dev/shm; gloo does the same work.
+    # Building that operation takes most of a minute and leaves 69 MB per rank in /dev/shm; gloo does the same work.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     return deepspeed
 
@@ -65,7 +65,7 @@ def zero_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
         # One group, so that our optimizer sees the whole partition at once and can take its norm.
         "sub_group_size": 10**15,
         "stage3_param_persistence_threshold": 0,
-        # Allocated whole at the start; the default of 500 million numbers would dwarf a small model's shards.
+        # Allocated in full at the start; the default of 500 million elements would dwarf a small model's shards.
         "reduce_bucket_size": max(parameters_per_layer(config.model), config.model.num_tokens * config.model.channels),
     }
     if parallel.offload_optimizer:
@@ -90,7 +90,8 @@ class ZeroBackend:
         deepspeed = import_deepspeed(device)
         self.device, self.world, self.stage = device, world, config.parallel.zero_stage
         settings = zero_config(config, plan)
-        if self.stage == 3:  # pieces from the start: no rank ever holds the whole model
+        # Stage 3 partitions each weight as it is created: no rank ever holds the whole model.
+        if self.stage == 3:
             # The config says float32; a dtype given here would be ignored where the device has no float16 (0.19.8).
             with deepspeed.zero.Init(config_dict_or_path=settings):
                 model = TarFlow(config.model)
@@ -98,14 +99,19 @@ class ZeroBackend:
             model = TarFlow(config.model)
         apply_parallelism(model, config, mesh=None)
         model.to(device)
+
+        # The same initial weights as any backend. Their shapes come from a second model, on the meta device: a partitioned
+        # one does not show them.
         self._gathered = deepspeed.zero.GatheredParameters
-        with torch.device("meta"):  # knows the shapes, which a partitioned model does not show
+        with torch.device("meta"):
             plain = TarFlow(config.model)
         parameters = dict(model.named_parameters())
         for name, value in initial_values(plain, config.train.seed):
             self._write_weight(parameters[name], value)
         with torch.no_grad():
             model.var.fill_(1)
+
+        # ZeRO replaces the parameters by flat partitions and makes the moments for those, so none are made here.
         optimizer = GuardedAdamW(
             model.parameters(), lr=config.optim.lr, betas=config.optim.betas, weight_decay=config.optim.weight_decay,
             grad_clip=config.train.grad_clip, skip_spikes=config.train.skip_spikes, group=dist.group.WORLD,
@@ -115,6 +121,8 @@ class ZeroBackend:
         self.model: TarFlow = self.engine.module
         self.optimizer = optimizer
         self._zero = self.engine.optimizer
+
+        # Masters and moments must be there before the first step: a resumed run loads into them.
         self._parameters = dict(self.model.named_parameters())
         self._shapes = {n: torch.Size(getattr(p, "ds_shape", p.shape)) for n, p in self._parameters.items()}
         self._mesh = init_device_mesh(device.type, (world.size,), mesh_dim_names=("dp_shard",))
@@ -127,6 +135,7 @@ class ZeroBackend:
     # --- steps ---
 
     def forward_backward(self, images: Tensor, labels: Tensor | None, share: float, last: bool = True) -> Tensor:
+        """Let the engine accumulate one micro-batch; its last one is stepped by `optimizer_step`."""
         z, logdet = self.engine(images, labels)
         loss = flow_loss(z, logdet).mean()
         self.engine.backward(loss)  # divides by the number of micro-batches itself
@@ -138,11 +147,13 @@ class ZeroBackend:
         return batch_stats(loss * share, z, logdet, share)
 
     def optimizer_step(self, lr: float) -> Tensor:
+        """Step the engine, and record the steps that it skips before our optimizer is asked."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         calls = self.optimizer.calls
         self.engine.step()
-        if self.optimizer.calls == calls:  # ZeRO looks for gradients that are not finite too, on all ranks together
+        # ZeRO itself drops a step whose gradients are not finite on some rank, without calling the optimizer.
+        if self.optimizer.calls == calls:
             self.optimizer.record_skipped_step()
         if self._vp_mean_square is not None:
             dist.all_reduce(self._vp_mean_square)
@@ -151,12 +162,13 @@ class ZeroBackend:
         return self.optimizer.grad_norm.to(self.device)
 
     def skipped(self) -> Tensor:
+        """[steps skipped in all, in a row until now]; with an offloaded optimizer they are copied to the device."""
         return torch.stack([self.optimizer.skipped_steps, self.optimizer.skipped_in_a_row]).to(self.device)
 
-    # --- this rank's piece of a weight ---
+    # --- the piece of a weight that this rank holds ---
 
     def _local(self, parameter: Any) -> Tensor:
-        """Stage 3: ZeRO's own flat piece; else this rank's rows. Shares the weight's memory."""
+        """Stage 3: ZeRO's own flat piece; otherwise this rank's rows. Shares the weight's memory."""
         if self.stage == 3:
             return parameter.ds_tensor.detach()
         return self._rows(parameter.detach())
@@ -166,7 +178,7 @@ class ZeroBackend:
         return pieces[self.world.rank] if self.world.rank < len(pieces) else value[:0]
 
     def _flat_piece(self, value: Tensor, numel: int) -> Tensor:
-        """Stage 3: this rank's flat piece of a whole tensor, padded with zeros as ZeRO does."""
+        """Stage 3: this rank's flat piece of a whole tensor, zero-padded as ZeRO does it."""
         padded = F.pad(value.flatten(), (0, numel * self.world.size - value.numel()))
         return padded[numel * self.world.rank : numel * (self.world.rank + 1)]
 
@@ -178,15 +190,18 @@ class ZeroBackend:
         return pieces[: shape.numel()].view(shape)
 
     def locals(self) -> dict[str, Tensor]:
+        """The pieces of `_local`: at stage 3 flat, otherwise rows of a whole weight."""
         return self._locals
 
     def to_saved(self, name: str, local: Tensor) -> Tensor:
+        """A DTensor sharded by rows. At stage 3 the weight is whole for a moment; its rows are then a copy."""
         rows = self._rows(self._whole(name, local)).clone() if self.stage == 3 else local
         shape = self._shapes[name]
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(rows, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
-    def from_saved(self, name: str, saved: Tensor, local: Tensor) -> None:
+    def from_saved(self, name: str, saved: Tensor, local: Tensor) -> None:  # noqa: ARG002 - the shape says it all
+        """Cut a whole value into flat pieces again; below stage 3 both forms share memory."""
         if self.stage == 3:
             assert isinstance(saved, DTensor)
             local.copy_(self._flat_piece(saved.full_tensor(), local.numel()))
@@ -199,7 +214,7 @@ class ZeroBackend:
         )
 
     def _share_masters(self) -> None:
-        """Stage 3 in float32 keeps the same numbers twice, as pieces that compute and as masters: let them be one."""
+        """Let masters share the memory of the pieces that compute: stage 3 in float32 keeps the same values twice."""
         if self.stage != 3:
             return
         for master, computing in zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_partitioned_groups_flat):
@@ -207,7 +222,7 @@ class ZeroBackend:
                 master.data = computing.data
 
     def _make_moments(self) -> None:
-        """Made before the first step, as places to load into; then ZeRO links them to the parameters."""
+        """Create the moments before the first step, so that a checkpoint can be loaded, and have ZeRO link to them."""
         for flat in self._flat_masters():
             self.optimizer.state[flat] = {
                 "step": torch.zeros((), dtype=torch.float32, device=flat.device),
@@ -217,6 +232,7 @@ class ZeroBackend:
             self._zero._lazy_init_hp_params_optimizer_state()
 
     def state(self) -> dict[str, Tensor]:
+        """Saved form of weights, moments, step count and guard, gathered from ZeRO's partitions: a copy."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         def saved(value: Tensor) -> Tensor:
@@ -224,7 +240,7 @@ class ZeroBackend:
             stride = torch.empty(value.shape, device="meta").stride()
             return DTensor.from_local(rows, self._mesh, [Shard(0)], run_check=False, shape=value.shape, stride=stride)
 
-        # One weight is whole at a time; what stays is a piece per rank.
+        # At most one weight is whole at a time; what stays is a piece per rank.
         tensors: dict[str, Tensor] = {}
         for name, p in self._parameters.items():
             tensors[f"model/{name}"] = saved(safe_get_full_fp32_param(p))
@@ -236,6 +252,7 @@ class ZeroBackend:
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
+        """Write every value to where the engine keeps it: weights, masters, moments, step counts."""
         for name, p in self._parameters.items():
             value = whole(state[f"model/{name}"])
             self._write_weight(p, value)
@@ -247,7 +264,7 @@ class ZeroBackend:
 
     @torch.no_grad()
     def _write_weight(self, parameter: Any, value: Tensor) -> None:
-        """The copy of a weight that computes."""
+        """Set the copy of a weight that computes."""
         if self.stage != 3:
             parameter.copy_(value)
             return
@@ -256,7 +273,7 @@ class ZeroBackend:
                 parameter.copy_(value)
 
     def _write_hidden(self, parameter: Any, value: Tensor, moment: str | None) -> None:
-        """The float32 master of a weight (moment None), or one of its moments, in ZeRO's partitions."""
+        """Set the float32 master of a weight (moment None), or one of its moments, in ZeRO's partitions."""
         from deepspeed.utils import (
             safe_set_full_fp32_param,
             safe_set_full_optimizer_state,

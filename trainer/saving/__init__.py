@@ -1,4 +1,4 @@
-"""When and how a run is saved and resumed: the saver that all ranks call, the background writer, restarts.
+"""When and how a run is saved and resumed: the manager that all ranks call, its asynchronous writer, restarts.
 
-Sees checkpoints, averages and the backend's protocol.
+Knows checkpoints, averages and the backend's protocol, but not the loop.
 """

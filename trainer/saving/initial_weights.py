@@ -1,8 +1,8 @@
-"""What `--init-from` begins with: the weights of a file or of another run, fitted to this run's model where that is asked for.
+"""`--init-from`: the weights of a file or of another run, adapted to this run's model if asked for.
 
-A model of other classes, image size or soft clip can take over the rest (`--init-partial`). What it takes over then is the
-model's answer to "no label", which is the mean of the class embeddings: classes that the old model did not know start as
-that mean, and a model without classes has it added to a bias that is added at the same place.
+A model with other classes, image size or soft clip can take over everything else (`--init-partial`). Class embeddings then
+start from what the old model did without a label, which is their mean: classes that it did not know start as that mean, and
+in a model without classes it is added to a bias that acts at the same place.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,9 @@ from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.weights import WeightsFile, WeightsHeader, is_weights_file, read_header, read_weights
-from tarflow.trainer.checkpoint.commit import Checkpoint, find, pinned
-from tarflow.trainer.checkpoint.marker import config_of, require_whole
+from tarflow.trainer.checkpoint.find import find
+from tarflow.trainer.checkpoint.marker import Checkpoint, config_of, require_whole
+from tarflow.trainer.checkpoint.pins import pinned
 from tarflow.trainer.checkpoint.provenance import provenance_of
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.schema import Config
@@ -31,18 +32,23 @@ ADAPTABLE = {
 
 
 def check_initial(source: Path, config: Config, partial: bool) -> WeightsHeader:
-    """Model and provenance of the weights that `--init-from` would begin with, before anything is made.
+    """Model and provenance of the weights that `--init-from` would start from, before anything is written.
 
-    Raises TrainerError or ModelError, naming the settings that differ, for weights that this run's model cannot begin with;
-    DamagedFileError for a file that does not fit its checksum.
+    Raises TrainerError or ModelError, naming the settings that differ, for weights that this run's model cannot start from;
+    DamagedFileError for a file whose checksum is wrong.
     """
     header = read_header(source, config.model) if is_weights_file(source) else _header(*_newest(source))
     _check_fits(source, header.config, config.model, partial)
     return header
 
 
-def initial_weights(source: Path, config: Config, partial: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """(tensors by the model's names, lines for the log). What is not among the tensors keeps its fresh values."""
+def initial_weights(
+    source: Path, config: Config, partial: bool, classes: Sequence[str] | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """(tensors by the model's names, lines for the log). Parameters that are not among them keep their fresh values.
+
+    `classes`: class names of the training data, if known; the embeddings of those that the old model knew are kept.
+    """
     file, lines = _read(source, config.model)
     changed = _check_fits(source, file.config, config.model, partial)
     if file.by_shapes:
@@ -53,10 +59,11 @@ def initial_weights(source: Path, config: Config, partial: bool) -> tuple[dict[s
     if trained.noise and (trained.noise, trained.noise_std) != (train.noise, _noise_std(config)):
         lines.append(f"note: this run trains on other noise: {train.noise}, standard deviation {_noise_std(config):g}")
     tensors = dict(file.tensors)
-    ours = class_names(config) if partial else None
-    renamed = None not in (ours, file.provenance.classes) and list(ours or ()) != list(file.provenance.classes or ())
-    if "num_classes" in changed or renamed:
-        lines.append(_change_classes(tensors, config.model, file.provenance.classes, ours))
+    # The same number of classes may still be other classes, or in another order.
+    theirs = file.provenance.classes
+    renamed = classes is not None and theirs is not None and list(classes) != list(theirs)
+    if "num_classes" in changed or (partial and renamed):
+        lines.append(_change_classes(tensors, config.model, theirs, classes))
     if "image_size" in changed:
         _resample(tensors, config.model)
         lines.append(
@@ -70,7 +77,7 @@ def _noise_std(config: Config) -> float:
 
 
 def class_names(config: Config) -> Sequence[str] | None:
-    """Names of the classes of data.train, where it has an index and names."""
+    """Class names of data.train; None where it has no index or no names."""
     try:
         return open_index(config.data.train, config.data.access).classes
     except DataError:  # a stream
@@ -78,7 +85,7 @@ def class_names(config: Config) -> Sequence[str] | None:
 
 
 def _newest(run_dir: Path) -> tuple[Checkpoint, Config]:
-    """Of a run, if its bytes are whole: else it is refused before anything is made."""
+    """A run's newest checkpoint and its configuration. Verified, so that damage is an error before anything is written."""
     checkpoint = find(require_run(run_dir))
     with pinned(checkpoint, owner="init-from"):
         require_whole(checkpoint)
@@ -90,7 +97,7 @@ def _header(checkpoint: Checkpoint, config: Config) -> WeightsHeader:
 
 
 def _read(source: Path, like: TarFlowConfig) -> tuple[WeightsFile, list[str]]:
-    """A weights file; or of a run the newest checkpoint's widest average, the raw weights where it keeps none."""
+    """A weights file; or of a run's newest checkpoint the widest average, or the raw weights if it has none."""
     if is_weights_file(source):
         file = read_weights(source, like)
         return file, [f"{source}: {file.provenance}{file.caveat}"]
@@ -104,7 +111,7 @@ def _read(source: Path, like: TarFlowConfig) -> tuple[WeightsFile, list[str]]:
 
 
 def _check_fits(source: Path, theirs: TarFlowConfig, ours: TarFlowConfig, partial: bool) -> set[str]:
-    """Names of the model's settings that differ, if the weights can be taken over all the same."""
+    """Names of the model settings that differ but can be adapted; raises TrainerError if others do."""
     there, here = theirs.model_dump(), ours.model_dump()
     differ = {name for name in here if there[name] != here[name]}
     if partial and differ <= ADAPTABLE.keys():
@@ -124,7 +131,7 @@ def _check_fits(source: Path, theirs: TarFlowConfig, ours: TarFlowConfig, partia
 def _change_classes(
     tensors: dict[str, Tensor], model: TarFlowConfig, theirs: Sequence[str] | None, ours: Sequence[str] | None
 ) -> str:
-    """Give every block embeddings for this model's classes, in place; the line that says how."""
+    """Give every block embeddings of this model's classes, in place; the line for the log."""
     names = [f"blocks.{block}.class_embed" for block in range(model.num_blocks)]
     old = {name: tensors.pop(name) for name in names if name in tensors}
     if not old:
@@ -147,7 +154,7 @@ def _change_classes(
 
 
 def _resample(tensors: dict[str, Tensor], model: TarFlowConfig) -> None:
-    """Bring what belongs to places in the image [T, ...] to this model's number of tokens, in place."""
+    """Resample the tensors [T, ...] that belong to positions in the image to this model's number of tokens, in place."""
     for block in range(model.num_blocks):
         name = f"blocks.{block}.pos_embed"
         tensors[name] = _resized(tensors[name], model.num_tokens, "bicubic")
@@ -155,7 +162,7 @@ def _resample(tensors: dict[str, Tensor], model: TarFlowConfig) -> None:
 
 
 def _resized(table: Tensor, num_tokens: int, mode: str) -> Tensor:
-    """[T, C], row by row of a square grid of patches, for another number of patches."""
+    """A table [T, C] of a square grid of patches in row-major order, resampled to another number of patches."""
     old, new = round(len(table) ** 0.5), round(num_tokens**0.5)
     grid = table.float().T.reshape(1, -1, old, old)
     return F.interpolate(grid, size=(new, new), mode=mode, antialias=True).reshape(-1, num_tokens).T.contiguous()

@@ -1,13 +1,13 @@
-"""What a run says when it ends because it learns nothing: which checkpoint is the one to go on from, and how."""
+"""The last line of a run that ends because it learns nothing: which checkpoint to go on from, and how."""
 
 from pathlib import Path
 
-from tarflow.trainer.checkpoint.commit import committed
+from tarflow.trainer.checkpoint.find import committed
 from tarflow.trainer.config.schema import Config
 
 
 def no_progress(run_dir: Path, config: Config, why: str, stuck: bool) -> str:
-    """The last line of such a run. `stuck`: from the newest checkpoint not one step could be taken."""
+    """The line for the log. `stuck`: not a single step could be taken from the newest checkpoint."""
     usable = committed(run_dir)
     change = (
         f"Lower optim.lr (now {config.optim.lr:g}), set train.grad_clip (now {config.train.grad_clip:g}), or leave images out "

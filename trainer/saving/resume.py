@@ -1,9 +1,9 @@
-"""The same command resumes: what wins, what may change, and what is said about it (contract 6).
+"""The same command resumes a run: from which checkpoint, and with which changes to its configuration.
 
 A start decides before it writes: one that is refused, or has nothing left to do, leaves the run as it was.
 
-The configuration given now wins over the one in the checkpoint. Every difference is printed. What the tensors or
-their meaning depend on cannot change; a changed data set must be accepted, because the order of samples changes with it.
+The configuration given now wins over the one in the checkpoint, and every difference is logged. What the tensors or their
+meaning depend on cannot change; a changed data set must be accepted by option, since it changes the order of samples.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,9 @@ from pydantic import Field
 from tarflow.code_version import code_version, describe_code
 from tarflow.data_pipeline.loading.choose_reader import DataFacts
 from tarflow.records import Record, load_record, save_record
-from tarflow.trainer.checkpoint.commit import Checkpoint, check_identity, committed, newest_sound
-from tarflow.trainer.checkpoint.marker import config_of
-from tarflow.trainer.checkpoint.retention import put_back, set_aside, sweep
+from tarflow.trainer.checkpoint.find import check_identity, committed, newest_intact
+from tarflow.trainer.checkpoint.marker import Checkpoint, config_of
+from tarflow.trainer.checkpoint.retention import restore_replaced, set_aside, sweep
 from tarflow.trainer.config.files import config_diff
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.ema import snapshots
@@ -31,26 +31,27 @@ ORDER = ("train.seed", "data.num_canonical_nodes", "data.shuffle_block")
 
 @dataclass(frozen=True)
 class Start:
-    """What a start goes on from, and what is to be said of it once the log is open."""
+    """The checkpoint to resume from, if any, and lines for the log once it is open."""
 
     checkpoint: Checkpoint | None = None
     lines: list[str] = field(default_factory=list)
 
     @property
     def images_seen(self) -> int:
+        """Of the checkpoint; 0 without one."""
         return self.checkpoint.images_seen if self.checkpoint is not None else 0
 
 
 def finished(run_dir: Path, config: Config, facts: DataFacts, accept_new_data: bool) -> str | None:
-    """What is said of a run that has all its images already; None of any other. Writes nothing.
+    """The line to print for a run that has seen all its images; None for any other. Writes nothing.
 
-    A configuration that could not go on is refused here as well.
+    A configuration that could not resume is refused here as well.
     """
     total = config.train.max_images
     newest = committed(run_dir)[-1:] if is_run(run_dir) else []
     if not newest or newest[0].images_seen < total:
         return None
-    checkpoint = newest_sound(run_dir, lambda _: None)
+    checkpoint = newest_intact(run_dir, lambda _: None)
     if checkpoint is None or checkpoint.images_seen < total:
         return None  # the newest is damaged
     changes: list[str] = []
@@ -63,21 +64,21 @@ def finished(run_dir: Path, config: Config, facts: DataFacts, accept_new_data: b
 
 
 def decide_start(run_dir: Path, config: Config, facts: DataFacts, accept_new_data: bool) -> Start:
-    """The checkpoint to go on from, or none; refuses what cannot go on from it. Writer only."""
+    """The checkpoint to resume from, or none. Refuses a configuration that cannot resume from it. Writer only."""
     check_identity(run_dir)
     if not is_run(run_dir):
         return Start()
     snapshots.check(run_dir)
     read_restarts(run_dir)
-    lines = put_back(run_dir)
-    newest = newest_sound(run_dir, lines.append)
+    lines = restore_replaced(run_dir)
+    newest = newest_intact(run_dir, lines.append)
     if newest is not None:
         check_resume(newest, config, facts.fingerprint, accept_new_data, lines.append, facts.former_fingerprint)
     return Start(newest, lines)
 
 
-def make_tidy(run_dir: Path, start: Start) -> list[str]:
-    """Put in order what kills and damage left, for a start that was decided; what is to be said of it. Writer only."""
+def clean_up(run_dir: Path, start: Start) -> list[str]:
+    """Clean up what killed processes and damage left, once a start was decided; lines for the log. Writer only."""
     lines = sweep(run_dir)
     if start.checkpoint is not None:
         lines += set_aside(run_dir, start.checkpoint)
@@ -89,14 +90,22 @@ def check_resume(
     config: Config,
     fingerprint: str,
     accept_new_data: bool,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     former_fingerprint: str | None = "",
 ) -> None:
-    """Compare a configuration with a checkpoint's: print every change, refuse the impossible ones before loading.
+    """Compare configuration, code and data with a checkpoint's: log every change, refuse the impossible ones.
 
-    `former_fingerprint`: of the same data without their contents, as earlier versions made it; a checkpoint that holds it
-    goes on, and it is said that nobody can tell whether the contents are the same. None: the index is of such a version.
+    `former_fingerprint`: of the same data without their contents, as earlier versions computed it. A checkpoint that
+    records it resumes, with a note that the contents cannot be compared. None: the index is of such a version.
     """
+    _check_config(checkpoint, config, log)
+    code = checkpoint.info.get("code")
+    if code and code != code_version():
+        log(f"changed: code: {describe_code(code)} -> {describe_code(code_version())}")
+    _check_data(checkpoint, config, fingerprint, accept_new_data, log, former_fingerprint)
+
+
+def _check_config(checkpoint: Checkpoint, config: Config, log: Callable[[str], None]) -> None:
     changes = config_diff(config_of(checkpoint), config)
     refused = {key: change for key, change in changes.items() if key.startswith(STRUCTURAL)}
     if refused:
@@ -109,15 +118,19 @@ def check_resume(
         note = (
             " (the order of samples changes: some of this epoch are seen twice or not at all)" if key in ORDER else ""
         )
-        say(f"changed: {key}: {old} -> {new}{note}")
-    code = checkpoint.info.get("code")
-    if code and code != code_version():
-        say(f"changed: code: {describe_code(code)} -> {describe_code(code_version())}")
+        log(f"changed: {key}: {old} -> {new}{note}")
+
+
+def _check_data(
+    checkpoint: Checkpoint, config: Config, fingerprint: str, accept_new_data: bool, log: Callable[[str], None],
+    former_fingerprint: str | None,
+) -> None:  # fmt: skip
     stored = checkpoint.info.get("data")
     if stored == fingerprint:
         return
+    # A checkpoint of a version whose fingerprints did not cover contents: everything that they did cover is the same.
     if stored == former_fingerprint:
-        say(
+        log(
             f"data.train: names, sizes and labels are those at {checkpoint.images_seen:,} images; what the shards held was "
             f"not recorded then, and is from now on (fingerprint {stored} -> {fingerprint})"
         )
@@ -126,6 +139,7 @@ def check_resume(
         f"the data set in data.train is another one than at {checkpoint.images_seen:,} images (fingerprint {stored} -> "
         f"{fingerprint})"
     )
+    # An index of such a version, on the other hand, cannot be compared with a checkpoint of this one.
     if former_fingerprint is None:
         text += (
             f"; the index is of an earlier version, which did not record contents: `tarflow data index {config.data.train}` "
@@ -133,11 +147,11 @@ def check_resume(
         )
     if not accept_new_data:
         raise TrainerError(f"{text}; if that is meant, add --accept-new-data")
-    say(f"changed: {text}; its order starts at position {checkpoint.images_seen}")
+    log(f"changed: {text}; its order starts at position {checkpoint.images_seen}")
 
 
 class Restarts(Record):
-    """restarts.json: how often a run was started from the same position."""
+    """restarts.json: how often a run was restarted from the same position."""
 
     what = "count of a run's restarts"
     way_out = "remove it: restarts are then counted from none"
@@ -154,9 +168,9 @@ def read_restarts(run_dir: Path) -> Restarts | None:
 
 
 def count_restart(run_dir: Path, images_seen: int, most: int) -> str | None:
-    """Count starts from the same position; the reason to stop if there were more than `most` restarts without progress.
+    """Count restarts from the same position; the reason to stop after more than `most` of them without progress.
 
-    A chain of requeued jobs that dies before its first save, or in it, would else burn its allocation for ever.
+    Otherwise a chain of requeued jobs that always dies before its next save would burn its allocation for ever.
     """
     before = read_restarts(run_dir)
     restarts = before.restarts + 1 if before is not None and before.images_seen == images_seen else 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tarflow.data_pipeline.loading.survey import DataSurvey, survey
 from tarflow.trainer.batch import plan_batch
-from tarflow.trainer.checkpoint.commit import check_identity
+from tarflow.trainer.checkpoint.find import check_identity
 from tarflow.trainer.config.files import config_diff, load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError

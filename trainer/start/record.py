@@ -7,7 +7,8 @@ from pydantic import Field
 
 from tarflow.files import listed
 from tarflow.records import Record, load_record, save_record
-from tarflow.trainer.checkpoint.commit import MARKER, checkpoints_dir
+from tarflow.trainer.checkpoint.marker import MARKER
+from tarflow.trainer.checkpoint.names import checkpoints_dir
 
 NAME = "data.json"
 

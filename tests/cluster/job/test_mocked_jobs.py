@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tarflow.trainer.checkpoint.commit import committed
+from tarflow.trainer.checkpoint.find import committed
+from tests.helpers.waiting import until
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_one_requeue_of_the_array_element_from_rank_0_after_the_save(submitted, 
     saved = run / "checkpoints" / "step-00000010" / "COMMITTED"
     fake_slurm.command("scontrol", f'[ "$1" != requeue ] || {{ [ -e "{saved}" ] && touch "{run}/saved-before"; }}')
     job = fake_slurm.start(tasks=2, element=3, STUB="wait", STUB_SAVE_S="1")
-    fake.until("both ranks", lambda: fake.stub_calls(run, 0) and fake.stub_calls(run, 1))
+    until("both ranks", lambda: fake.stub_calls(run, 0) and fake.stub_calls(run, 1))
     time.sleep(0.3)
     for _ in range(2):  # twice, as Slurm and an impatient person do
         for pid in fake_slurm.task_pids():
@@ -82,7 +83,7 @@ def test_a_requeue_that_fails_leaves_the_save_and_says_how_to_go_on(
         assert "timeout_s: float = 40)" in code.read_text()
         code.write_text(code.read_text().replace("timeout_s: float = 40)", "timeout_s: float = 1)"))
     job = fake_slurm.start(STUB="wait")
-    fake.until("the training", lambda: fake.stub_calls(run))
+    until("the training", lambda: fake.stub_calls(run))
     time.sleep(0.3)
     os.kill(fake_slurm.task_pids()[0], signal.SIGUSR2)
     assert job.wait(60) == 79
@@ -104,7 +105,7 @@ def test_a_signal_to_one_task_alone_ends_in_one_save_of_all_ranks_and_one_requeu
     assert verb("submit", config_file, *settings, "--run", run, "--nodes", 2, "--profile", plain) == 0
     job = fake_slurm.start(tasks=2)
     metrics = run / "metrics.jsonl"
-    fake.until("some steps", lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2)
+    until("some steps", lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2)
     for _ in range(2):
         os.kill(fake_slurm.task_pids()[1], signal.SIGUSR2)
         time.sleep(0.1)
@@ -122,7 +123,7 @@ def test_a_signal_before_the_training_is_started_is_not_lost(submitted, fake, fa
     with open(run / ".lock", "a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         job = fake_slurm.start(STUB="deaf")
-        fake.until("the wait", lambda: "waiting for the process that still holds the run" in fake.said(run))
+        until("the wait", lambda: "waiting for the process that still holds the run" in fake.said(run))
         os.kill(fake_slurm.task_pids()[0], signal.SIGUSR2)
         time.sleep(0.3)
     assert job.wait(30) == 75
@@ -229,7 +230,7 @@ def test_the_limit_of_restarts_holds_for_starts_that_were_killed_before_they_cou
     run = submitted(profile="max_restarts: 1\n")
     for restart in (0, 1):
         fake_slurm.start(restart=restart, STUB="deaf")
-        fake.until("the start", lambda n=restart: len(fake.stub_calls(run)) > n)
+        until("the start", lambda n=restart: len(fake.stub_calls(run)) > n)
         fake_slurm.kill()
     assert fake_slurm.run(restart=2, STUB="deaf") == 78
     assert len(fake.stub_calls(run)) == 2, "nothing is started any more"
@@ -239,7 +240,7 @@ def test_the_limit_of_restarts_holds_for_starts_that_were_killed_before_they_cou
 def test_an_old_start_that_outlives_its_requeue_decides_nothing(submitted, fake, fake_slurm) -> None:
     run = submitted()
     old = fake_slurm.start(restart=0, STUB="wait")
-    fake.until("the old start", lambda: fake.stub_calls(run))
+    until("the old start", lambda: fake.stub_calls(run))
     time.sleep(0.3)
     pid = fake_slurm.task_pids()[0]
     assert fake_slurm.run(restart=1, STUB="finish") == 0
@@ -256,7 +257,7 @@ def test_preemption_without_grace_time_is_no_failure(submitted, fake, fake_slurm
     run = submitted()
     fake_slurm.command("scontrol", "echo 'slurm_requeue: Job is pending execution' >&2; exit 1")
     job = fake_slurm.start(STUB="wait")
-    fake.until("the training", lambda: fake.stub_calls(run))
+    until("the training", lambda: fake.stub_calls(run))
     time.sleep(0.3)
     pid = fake_slurm.task_pids()[0]
     os.kill(pid, signal.SIGUSR2)
@@ -285,9 +286,9 @@ def test_a_signal_in_the_first_moments_of_a_task_has_the_job_requeued(submitted,
     (description,) = (run / "slurm" / "jobs").glob("job-*.json")
     description.rename(run / "hidden")
     job = fake_slurm.start(STUB="finish")
-    fake.until("the task", lambda: (fake_slurm.folder / "srun.json.pids").exists() and fake_slurm.task_pids())
+    until("the task", lambda: (fake_slurm.folder / "srun.json.pids").exists() and fake_slurm.task_pids())
     (pid,) = fake_slurm.task_pids()
-    fake.until("its handlers", lambda: heeds(pid, signal.SIGUSR2))
+    until("its handlers", lambda: heeds(pid, signal.SIGUSR2))
     os.kill(pid, signal.SIGUSR2)
     (run / "hidden").rename(description)
     assert job.wait(60) == 75
@@ -354,7 +355,7 @@ def test_the_evaluation_scores_what_a_training_left_that_ended_before_its_end(
 
     run = submitted("--evaluate")
     job = fake_slurm.start(job=108, STUB="wait,finish" if last == "--once" else "finish")
-    fake.until("the worker", lambda: fake.stub_calls(run))
+    until("the worker", lambda: fake.stub_calls(run))
     Chain.load(run / "slurm", "107").end(78, end)
     assert job.wait(60) == 0
     calls = [call["argv"] for call in fake.stub_calls(run)]

@@ -20,6 +20,7 @@ from tarflow.cluster.job.record import JobLine, submissions
 from tarflow.cluster.job.rendezvous import MeetingFile
 from tarflow.files import append_line
 from tarflow.records import DamagedFileError, append_record_line, load_record, save_record
+from tests.helpers.waiting import until
 
 SUBMISSION = "0123456789abcdef" * 2
 
@@ -206,7 +207,7 @@ def test_a_directory_that_holds_no_longer_the_run_ends_the_job(submitted, fake, 
 def test_a_chain_that_is_damaged_meanwhile_is_no_lost_job(submitted, fake, fake_slurm) -> None:
     run = submitted()
     running = fake_slurm.start(STUB="wait")
-    fake.until("the training", lambda: fake.stub_calls(run))
+    until("the training", lambda: fake.stub_calls(run))
     path = run / "slurm" / "chain-107.json"
     path.write_bytes(path.read_bytes()[:40])
     os.kill(fake_slurm.task_pids()[0], signal.SIGUSR2)

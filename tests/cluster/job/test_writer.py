@@ -19,6 +19,7 @@ from tarflow.cluster.job.chain import Chain
 from tarflow.cluster.job.task import training_failed
 from tarflow.cluster.job.writer import RunInUseError, other_writer, wait_for_writer
 from tarflow.trainer.run_dir import create_run
+from tests.helpers.waiting import until
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def trained(verb, config_file, plain, tmp_path, fake, fake_slurm) -> Iterator[Pa
     process = subprocess.Popen(
         words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "TARFLOW_JOB": "99"}
     )
-    fake.until("a heartbeat", lambda: list((run / "heartbeats").glob("rank-0000.json")))
+    until("a heartbeat", lambda: list((run / "heartbeats").glob("rank-0000.json")))
     yield run
     process.kill()
     process.wait()

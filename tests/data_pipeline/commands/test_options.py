@@ -115,7 +115,7 @@ def test_options_of_the_source_have_an_effect_or_are_refused(
             ["--container", "mds", "--shard-size", 100],
             "--shard-size 100 counts the samples of a tar, MDS shards end at 64 MiB",
         ),
-        (["--labels", "folders"], "--labels folders has no meaning for an .npz file"),
+        (["--labels", "folders"], "--labels folders has no effect on an .npz file"),
         (["--labels", "none", "--label-column", "marks"], "contradict each other"),
         (["--labels", "none", "--classes", "CLASSES"], "--classes names classes, but there are no labels"),
         (["--size", 0], "--size cannot be 0"),
@@ -214,7 +214,7 @@ def test_options_of_index_and_info(tmp_path: Path, lab: SimpleNamespace) -> None
     mds = tmp_path / "mds"
     np.savez(tmp_path / "a.npz", images=np.zeros((3, 4, 4), np.uint8), labels=np.arange(3))
     tarflow_data("prepare", tmp_path / "a.npz", mds, "--size", 4, "--container", "mds")
-    assert "--split train has no meaning for an MDS set" in refused("index", mds, "--split", "train")
+    assert "--split train has no effect on an MDS set" in refused("index", mds, "--split", "train")
     assert "no column 'jpg' (--image-field); it has image (bytes), label (int)" in refused(
         "index", mds, "--image-field", "jpg"
     )

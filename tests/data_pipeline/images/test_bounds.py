@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from tarflow.data_pipeline.errors import BadSampleError
 from tarflow.data_pipeline.images import bounds, opening
@@ -50,7 +50,12 @@ def test_more_pixels_than_allowed_are_refused_before_they_are_decoded(
     assert decode(data, 3, None, width * height).shape == (height, width, 3)
     loaded: list[bool] = []
     real = kind.load
-    monkeypatch.setattr(kind, "load", lambda self, *a: loaded.append(True) or real(self, *a))
+
+    def load(self: ImageFile.ImageFile, *arguments: object) -> object:
+        loaded.append(True)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(kind, "load", load)
     with pytest.raises(
         BadSampleError, match=f"{width * height:,} pixels, and at most {width * height - 1:,}"
     ) as caught:

@@ -16,12 +16,14 @@ import pytest
 
 from tarflow.cli import main
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.index.build import build_index, parse_classes
+from tarflow.data_pipeline.index.build import build_index
+from tarflow.data_pipeline.index.classes import parse_classes
 from tarflow.data_pipeline.index.mds import mds_shards
 from tarflow.data_pipeline.index.patterns import expand_braces, find_shards
-from tarflow.data_pipeline.index.samples import group
-from tarflow.data_pipeline.index.tar_headers import TarLink, followed
-from tarflow.data_pipeline.index.tar_scan import scan_tar
+from tarflow.data_pipeline.index.samples import Rules
+from tarflow.data_pipeline.index.tar.grouping import group
+from tarflow.data_pipeline.index.tar.links import TarLink, follow
+from tarflow.data_pipeline.index.tar.scan import scan_tar
 
 
 @pytest.mark.parametrize(
@@ -50,9 +52,9 @@ def test_names_of_braces_are_counted_before_they_are_made(pattern: str, count: s
 )
 def test_the_count_is_that_of_the_names(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     names = expand_braces(pattern)
-    monkeypatch.setattr("tarflow.data_pipeline.index.patterns.MOST_NAMES", len(names))
+    monkeypatch.setattr("tarflow.data_pipeline.index.patterns.MAX_NAMES", len(names))
     assert expand_braces(pattern) == names
-    monkeypatch.setattr("tarflow.data_pipeline.index.patterns.MOST_NAMES", len(names) - 1)
+    monkeypatch.setattr("tarflow.data_pipeline.index.patterns.MAX_NAMES", len(names) - 1)
     with pytest.raises(DataError, match=f"stands for {len(names)} names"):
         expand_braces(pattern)
 
@@ -61,10 +63,10 @@ def test_links_that_lead_to_each_other_take_the_time_of_one_look_each() -> None:
     count = 20_000
     links = [TarLink(b"l%d" % i, b"l%d" % (i + 1), symbolic=False) for i in range(count)]
     began = time.monotonic()
-    found, left = followed(links, [b"l%d" % count])
+    found, left = follow(links, [b"l%d" % count])
     assert (len(found), left) == (count, [])
     assert time.monotonic() - began < 5, "a round through all links for each of them takes minutes"
-    assert followed(links, []) == ([], links)
+    assert follow(links, []) == ([], links)
 
 
 def pax(path: Path, headers: dict[str, str]) -> None:
@@ -105,9 +107,9 @@ def test_a_label_of_gigabytes_is_not_read(tmp_path: Path, lab: SimpleNamespace) 
     scan = scan_tar(path)
     assert scan.sizes == [3, size]
     with pytest.raises(DataError, match=r"a\.cls.*has 42949672960 bytes, a label at most"):
-        group(scan, str(path))
+        group(scan, str(path), Rules())
     with pytest.raises(DataError, match=r"a\.cls.*has 42949672960 bytes, a label at most"):
-        group(scan, str(path), label_field="cls:x")
+        group(scan, str(path), Rules(label_field="cls:x"))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_a_label_of_gigabytes_is_not_read(tmp_path: Path, lab: SimpleNamespace) 
 @pytest.mark.case("H10")
 def test_labels_in_json_that_cannot_be(tmp_path: Path, lab: SimpleNamespace, content: bytes) -> None:
     lab.write_tar(tmp_path / "a.tar", [("a.png", lab.image_bytes(1)), ("a.json", content)])
-    with pytest.raises(DataError, match=r"a\.json.*(is no JSON|is inf|expected)"):
+    with pytest.raises(DataError, match=r"a\.json.*(is not JSON|is inf|expected)"):
         build_index(tmp_path, [tmp_path / "a.tar"], label_field="json:label")
     build_index(tmp_path, [tmp_path / "a.tar"])
 

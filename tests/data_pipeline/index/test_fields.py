@@ -15,8 +15,8 @@ from tarflow.cli import parse
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.build import build_index
 from tarflow.data_pipeline.index.index import NO_LABEL, Index
-from tarflow.data_pipeline.index.samples import label_gaps
-from tarflow.data_pipeline.index.tar_scan import scan_tar
+from tarflow.data_pipeline.index.labels import label_gaps
+from tarflow.data_pipeline.index.tar.scan import scan_tar
 from tarflow.data_pipeline.prepare.verify import verify
 from tarflow.data_pipeline.storage.local_shards import LocalShards
 from tarflow.data_pipeline.storage.open_index import open_index
@@ -115,7 +115,8 @@ def test_sparse_members_are_named_and_what_follows_is_read(tmp_path: Path, forma
         file.truncate(41 << 16)
     (folder / "a.png").write_bytes(b"a")
     (folder / "c.png").write_bytes(b"c")
-    tar = ["tar", f"--format={format}", "--sparse", "-cf", tmp_path / "a.tar", "-C", folder, "a.png", "b.png", "c.png"]
+    tar: list[str | Path] = ["tar", f"--format={format}", "--sparse", "-cf", tmp_path / "a.tar", "-C", folder]
+    tar += ["a.png", "b.png", "c.png"]
     subprocess.run(tar, check=True)
     scan = scan_tar(tmp_path / "a.tar")
     assert (scan.names, scan.sparse, scan.damage, scan.not_files) == ([b"a.png", b"c.png"], [b"b.png"], None, 0)

@@ -14,11 +14,10 @@ import pytest
 
 from tarflow.cli import main
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.index import build
 from tarflow.data_pipeline.index.build import build_index
-from tarflow.data_pipeline.index.labels import MAX_CLASSES, check_label
+from tarflow.data_pipeline.index.index import FORMAT_VERSION
+from tarflow.data_pipeline.index.labels import MAX_CLASSES, check_label, parse_label
 from tarflow.data_pipeline.index.mds import write_mds
-from tarflow.data_pipeline.index.samples import parse_label
 from tarflow.data_pipeline.loading.choose_reader import data_facts
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.prepare.sources import open_source
@@ -83,7 +82,7 @@ def test_an_index_that_holds_one_is_refused_before_anything_is_counted(
     tmp_path: Path, lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As version 0.1 wrote it: `data info` then asked for 36 TiB."""
-    monkeypatch.setattr("tarflow.data_pipeline.index.samples.check_label", lambda label: label)
+    monkeypatch.setattr("tarflow.data_pipeline.index.labels.check_label", lambda label: label)
     with pytest.raises(DataError):
         build_index(tmp_path, [write_tar(lab, tmp_path, b"%d" % WILD)])
     monkeypatch.undo()
@@ -96,7 +95,7 @@ def test_an_index_that_holds_one_is_refused_before_anything_is_counted(
         data_facts(DataSettings.of(tmp_path))
     with pytest.raises(DataError, match=r"sample '1': the label is"):
         open_index(tmp_path)
-    assert build.FORMAT_VERSION == 1
+    assert FORMAT_VERSION == 1
 
 
 @pytest.mark.case("F16")

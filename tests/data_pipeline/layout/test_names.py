@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.index.build import build_index, parse_classes
+from tarflow.data_pipeline.index.build import build_index
+from tarflow.data_pipeline.index.classes import parse_classes
 from tarflow.data_pipeline.layout.names import LONGEST, class_names, shown
 from tarflow.data_pipeline.prepare.sources import open_source
 from tarflow.data_pipeline.prepare.write import Options, prepare
@@ -138,4 +139,5 @@ def test_a_json_list_and_labels_by_name_from_parquet_keep_what_is_odd_but_fine(t
 
 def test_shown() -> None:
     assert shown(LATIN) == r"caf\xe9"
+    assert shown("\ud800\udc7f\udc80\udcff") == r"\ud800\udc7f\x80\xff"
     assert shown("a\nb\x1b\u202eé") == r"a\nb\x1b\u202eé"

@@ -20,6 +20,7 @@ from tarflow.data_pipeline.index.build import build_index
 from tarflow.data_pipeline.loading.loader import Loader
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
+from tests.helpers.effort import draws
 
 # Uneven, tiny and empty shards.
 shard_sizes = st.lists(st.one_of(st.just(0), st.integers(1, 3), st.integers(4, 14)), min_size=1, max_size=6).filter(
@@ -98,7 +99,7 @@ def check(root: Path, lab: SimpleNamespace, data: st.DataObject, processes: bool
 
 
 @given(data=st.data())
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=draws(100), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @pytest.mark.case("D10")
 def test_interrupted_runs_of_any_world_equal_the_uninterrupted_single_process(
     tmp_path_factory: pytest.TempPathFactory, lab: SimpleNamespace, data: st.DataObject
@@ -107,7 +108,9 @@ def test_interrupted_runs_of_any_world_equal_the_uninterrupted_single_process(
 
 
 @given(data=st.data())
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=draws(20), deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 @pytest.mark.case("D10")
 def test_the_same_with_worker_processes(
     tmp_path_factory: pytest.TempPathFactory, lab: SimpleNamespace, data: st.DataObject

@@ -23,6 +23,7 @@ from tarflow.data_pipeline.loading.loader import Batch, Loader
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
 from tarflow.data_pipeline.storage.open_index import open_index
+from tests.helpers.effort import draws
 from tests.helpers.loaders import make_loader
 
 ARGS: dict[str, Any] = {"image_size": 8, "channels": 3}
@@ -111,7 +112,7 @@ def test_an_empty_shard_is_named(make_set: Callable[..., Path], caplog: pytest.L
     sizes=st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(lambda s: sum(s) > 0),
     world=st.integers(1, 4), share=st.integers(1, 4), nodes=st.integers(1, 3), start=st.integers(0, 40),
 )  # fmt: skip
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=draws(20), deadline=None)
 @pytest.mark.case("D10")
 def test_resume_anywhere_in_another_world(
     tmp_path_factory: pytest.TempPathFactory,
@@ -184,7 +185,7 @@ def test_flips_differ_between_ranks_workers_and_epochs_and_repeat(tmp_path: Path
 
 
 def png(pixels: np.ndarray) -> bytes:
-    from tarflow.data_pipeline.prepare.write import encode
+    from tarflow.data_pipeline.prepare.encode import encode
 
     return encode(pixels, "png")
 

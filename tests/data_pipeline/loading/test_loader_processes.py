@@ -2,66 +2,47 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.loader import Loader
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
-
-REPOSITORY = Path(__file__).parents[3]
-
-# Reads batches slowly for ever, printing the position and the ids, and first of all the workers' process ids.
-CONSUMER = """
-import sys, time
-from tarflow.data_pipeline.loading.loader import Loader
-from tarflow.data_pipeline.loading.settings import DataSettings
-from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
-data, seen = sys.argv[1], int(sys.argv[2])
-loader = Loader(DataSettings.of(data, num_workers=2), ImageShape(8), BatchPlace(4, images_seen=seen))
-for batch in loader:
-    if batch.images_seen == seen:
-        print("start", flush=True)
-    print(batch.images_seen, *batch.ids.tolist(), flush=True)
-    time.sleep(0.02)
-"""
-
-# One rank of a gloo group that meets in a collective at every step.
-RANK = """
-import datetime, sys, torch, torch.distributed as dist
-from tarflow.data_pipeline.loading.loader import Loader
-from tarflow.data_pipeline.loading.settings import DataSettings
-from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
-rank, world, data, store, batch = int(sys.argv[1]), 2, sys.argv[2], sys.argv[3], int(sys.argv[4])
-dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=world,
-                        timeout=datetime.timedelta(seconds=30))
-with Loader(DataSettings.of(data, num_workers=1), ImageShape(8), BatchPlace(batch, rank=rank, world_size=world)) as loader:
-    total = torch.zeros(1, dtype=torch.int64)
-    for step, found in zip(range(2 * loader.num_samples // batch), loader):
-        both = found.ids.sum()
-        dist.all_reduce(both)
-        total += both
-if rank == 0:
-    print(int(total))
-dist.barrier()
-dist.destroy_process_group()
-"""
+from tests.helpers.programs import ENV, program
+from tests.helpers.ranks import launch_ranks
+from tests.helpers.waiting import until
 
 
-def start(code: str, *arguments: object) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True, env=environment
-    )
+def meet_at_every_step(data: Path, batch: int) -> int:
+    """A rank that takes part in a collective at every step; the sum of all ids that both ranks saw."""
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    place = BatchPlace(batch, rank=rank, world_size=2)
+    with Loader(DataSettings.of(data, num_workers=1), ImageShape(8), place) as loader:
+        total = torch.zeros(1, dtype=torch.int64)
+        for _, found in zip(range(2 * loader.num_samples // batch), loader):
+            both = found.ids.sum()
+            dist.all_reduce(both)
+            total += both
+    dist.barrier()
+    dist.destroy_process_group()
+    return int(total)
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """A consumer of two workers: see the program."""
+    return subprocess.Popen(program("read_slowly", *arguments), stdout=subprocess.PIPE, text=True, env=ENV)
 
 
 def alive(pid: int) -> bool:
@@ -76,15 +57,6 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in listed.read_text().split()]
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return condition()
-
-
 @pytest.mark.case("D12")
 def test_kill_9_leaves_nothing_and_the_next_run_goes_on(make_set: Callable[..., Path]) -> None:
     """Interrupted and continued runs together see each id once an epoch, with nothing left in memory or /dev/shm."""
@@ -92,7 +64,7 @@ def test_kill_9_leaves_nothing_and_the_next_run_goes_on(make_set: Callable[..., 
     before = set(os.listdir("/dev/shm"))
     seen, ids = 0, []
     for _ in range(2):
-        process = start(CONSUMER, root, seen)
+        process = start(root, seen)
         assert process.stdout is not None
         assert process.stdout.readline() == "start\n"
         workers = children(process.pid)
@@ -104,7 +76,7 @@ def test_kill_9_leaves_nothing_and_the_next_run_goes_on(make_set: Callable[..., 
             ids += found
         process.kill()
         process.wait()
-        assert wait_until(lambda pids=workers: not any(map(alive, pids))), "workers outlive a killed trainer"
+        until("the end of the workers of a killed trainer", lambda pids=workers: not any(map(alive, pids)))
     assert set(os.listdir("/dev/shm")) <= before
     with Loader(DataSettings.of(root), ImageShape(8), BatchPlace(12, images_seen=48)) as loader:
         ids += next(iter(loader)).ids.tolist()
@@ -145,8 +117,7 @@ def test_close_and_the_end_of_the_interpreter_end_the_workers(make_set: Callable
     loader.close()
     assert children(os.getpid()) == before
     assert batch.images.sum() > 0, "a batch stays valid after close"
-    code = CONSUMER.replace("time.sleep(0.02)", "print(*loader.worker_pids()); break")
-    process = start(code, root, 0)
+    process = start(root, 0, "workers")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert not any(alive(int(pid)) for pid in output.splitlines()[-1].split())
@@ -155,7 +126,7 @@ def test_close_and_the_end_of_the_interpreter_end_the_workers(make_set: Callable
 @pytest.mark.case("D12")
 def test_two_jobs_at_once(make_set: Callable[..., Path]) -> None:
     a, b = make_set([20], name="a"), make_set([25], name="b")
-    processes = [start(CONSUMER, root, 0) for root in (a, b, a)]
+    processes = [start(root, 0) for root in (a, b, a)]
     found: list[list[int]] = []
     for process in processes:
         assert process.stdout is not None
@@ -173,14 +144,11 @@ def test_two_jobs_at_once(make_set: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(("sizes", "batch"), [([10, 7, 1], 2), ([8], 4)])
 @pytest.mark.case("D01")
 def test_ranks_that_meet_at_every_step_end_together(
-    make_set: Callable[..., Path], tmp_path: Path, sizes: list[int], batch: int
+    make_set: Callable[..., Path], sizes: list[int], batch: int
 ) -> None:
     root = make_set(sizes)
-    ranks = [start(RANK, rank, root, tmp_path / "store", batch) for rank in range(2)]
-    outputs = [process.communicate(timeout=60)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0]
-    total = sum(sizes)
-    assert int(outputs[0]) == 2 * sum(range(total))
+    sums = launch_ranks(meet_at_every_step, 2, root, batch).values
+    assert sums == [2 * sum(range(sum(sizes)))] * 2
 
 
 def test_a_worker_loads_neither_torch_nor_pydantic() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tarflow.data_pipeline import keyed
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.order import Order
+from tests.helpers.effort import draws
 
 PINNED = [10, 4, 2, 11, 6, 0, 9, 8, 7, 5, 3, 1, 2, 1, 9, 8, 4, 3, 7, 11, 10, 0, 5, 6]
 PINNED_TWO = [10, 1, 9, 2, 7, 3, 8, 4, 0, 6, 11, 5]
@@ -21,7 +22,7 @@ shards = st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(lambda siz
 
 
 @given(shards, st.integers(0, 5), st.integers(1, 9), st.integers(1, 40), st.integers(0, 3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=draws(150), deadline=None)
 def test_every_epoch_holds_every_id_once(sizes: list[int], seed: int, nodes: int, block: int, epoch: int) -> None:
     order = Order(np.array(sizes), seed=seed, num_canonical_nodes=nodes, shuffle_block=block)
     ids = order.batch(epoch * order.num_samples, order.num_samples)
@@ -29,7 +30,7 @@ def test_every_epoch_holds_every_id_once(sizes: list[int], seed: int, nodes: int
 
 
 @given(shards, st.integers(1, 9), st.integers(1, 40), st.integers(1, 20), st.integers(0, 200), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=draws(150), deadline=None)
 def test_ranks_share_a_batch_whatever_the_world(
     sizes: list[int], nodes: int, block: int, share: int, start: int, data: st.DataObject
 ) -> None:
@@ -45,7 +46,7 @@ def test_ranks_share_a_batch_whatever_the_world(
 
 
 @given(shards, st.integers(1, 5), st.integers(1, 40), st.lists(st.integers(1, 25), min_size=1, max_size=8))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=draws(100), deadline=None)
 def test_the_stream_does_not_depend_on_how_it_is_cut(sizes: list[int], nodes: int, block: int, cuts: list[int]) -> None:
     order = Order(np.array(sizes), num_canonical_nodes=nodes, shuffle_block=block)
     whole = order.batch(0, sum(cuts))

@@ -19,7 +19,7 @@ from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.transform import flips
 from tarflow.data_pipeline.loading.loader import Batch
 from tarflow.data_pipeline.loading.stream import ROW_BITS, stream_shards
-from tarflow.data_pipeline.prepare.write import encode
+from tarflow.data_pipeline.prepare.encode import encode
 from tests.helpers.loaders import make_loader
 
 ARGS: dict[str, Any] = {"image_size": 8, "channels": 3, "reader": "stream"}

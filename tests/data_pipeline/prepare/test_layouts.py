@@ -523,7 +523,7 @@ def test_imagenet_in_webdataset_form_is_indexed_split_by_split(
     assert not (root / "index").exists()
     assert run_index(root, "--split", "train", "--out", tmp_path / "train") == 0
     assert run_index(root, "--split", "validation", "--out", tmp_path / "val") == 0
-    assert "the split val: 1 of 3 shards, told by their names" in capsys.readouterr().err
+    assert "the split val: 1 of 3 shards, by their names" in capsys.readouterr().err
     assert sorted(content_of_tars(tmp_path / "train")) == [0, 1, 2]
     assert sorted(content_of_tars(tmp_path / "val")) == [3]
     assert run_index(root, "--split", "all") == 0
@@ -656,7 +656,7 @@ def test_index_says_what_prepare_is_for(tmp_path: Path) -> None:
         DataError, match=r"holds no \*\.tar files; .*holds 2 images: tarflow data prepare .* OUT --size"
     ):
         run_index(tmp_path / "in")
-    with pytest.raises(DataError, match=r"0\.png is no tar of samples but a single image"):
+    with pytest.raises(DataError, match=r"0\.png is not a tar of samples but a single image"):
         run_index(tmp_path / "in" / "a" / "0.png")
     pq.write_table(pa.table({"x": [1]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="a Parquet file: tarflow data prepare reads it"):

@@ -10,9 +10,9 @@ import json
 import os
 import signal
 import struct
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,17 +25,25 @@ from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.evaluation_batches import evaluation_batches
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.shape import ImageShape
-from tarflow.data_pipeline.prepare import write as prepare_module
+from tarflow.data_pipeline.prepare import order as order_module
+from tarflow.data_pipeline.prepare import write
 from tarflow.data_pipeline.prepare.fetch import KNOWN, fetch
+from tarflow.data_pipeline.prepare.order import held_out, shuffled
 from tarflow.data_pipeline.prepare.sources import ImageSource, folder_source, open_source
-from tarflow.data_pipeline.prepare.write import Options, held_out, prepare, shuffled
+from tarflow.data_pipeline.prepare.write import Options, prepare
 from tarflow.data_pipeline.storage.open_index import open_index
+from tests.helpers.ranks import launch_ranks
 
 
 def save(path: Path, colour: tuple[int, ...] | int, mode: str = "RGB", size: tuple[int, int] = (12, 10)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     format = {".jpeg": "JPEG", ".jpg": "JPEG"}.get(path.suffix.lower())
     Image.new(mode, size, colour).save(path, format)
+
+
+def save_grey(*paths: Path) -> None:
+    for path in paths:
+        save(path, 1, "L")
 
 
 @pytest.fixture
@@ -121,7 +129,7 @@ def test_parquet_with_image_bytes(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_large_parquet_is_shuffled_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "WINDOW_BYTES", 250)
+    monkeypatch.setattr(order_module, "WINDOW_BYTES", 250)
     runs = [(10, 100)] * 7
     source = ImageSource(np.zeros(70, dtype=np.int64), None, lambda i: b"", str, runs=runs)
     order = shuffled(source, 0)
@@ -193,19 +201,19 @@ def test_a_folder_without_subfolders_has_no_labels(tmp_path: Path) -> None:
         (lambda p: None, "there is nothing at"),
         (lambda p: p.mkdir(), "holds no images"),
         (lambda p: (p / "a").mkdir(parents=True), "holds no images"),
-        (lambda p: (save(p / "a.png", 1, "L"), save(p / "cat" / "b.png", 1, "L")), r"1 images beside 1 class folders"),
+        (lambda p: save_grey(p / "a.png", p / "cat" / "b.png"), r"1 images beside 1 class folders"),
     ],
 )
-def test_bad_folders_are_named(tmp_path: Path, make: object, message: str) -> None:
+def test_bad_folders_are_named(tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
     make(tmp_path / "in")
     with pytest.raises(DataError, match=message):
         open_source(tmp_path / "in")
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
-    def refused(name: str, message: str, **options: str) -> None:
+    def refused(name: str, message: str, image_column: str | None = None) -> None:
         with pytest.raises(DataError, match=message):
-            open_source(tmp_path / name, **options)
+            open_source(tmp_path / name, image_column=image_column)
 
     (tmp_path / "a.txt").write_text("x")
     refused("a.txt", "cannot tell what")
@@ -233,7 +241,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "x-idx3-ubyte").write_bytes(whole[:-4])
     refused("x-idx3-ubyte", "is cut: its header promises")
     (tmp_path / "x-idx3-ubyte").write_bytes(b"what")
-    refused("x-idx3-ubyte", "no IDX file")
+    refused("x-idx3-ubyte", "not an IDX file")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +253,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_bad_options_are_named_and_nothing_is_written(
-    folder: Path, tmp_path: Path, options: dict[str, object], message: str
+    folder: Path, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
         prepare(open_source(folder), tmp_path / "out", Options(**{"size": 8} | options))
@@ -261,16 +269,19 @@ def test_a_folder_that_is_not_empty_is_refused(folder: Path, tmp_path: Path) -> 
     assert sorted((tmp_path / "out").rglob("*")) == before
 
 
+def prepare_and_be_killed(source: Path, out: Path) -> None:
+    """Killed when all is written and nothing in its place."""
+
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    write.replace_dir = die  # type: ignore[assignment, attr-defined]
+    prepare(open_source(source), out, Options(size=8))
+
+
 def test_a_killed_run_leaves_no_data_set_and_the_next_one_works(folder: Path, tmp_path: Path) -> None:
-    code = (
-        "import os, signal, sys; from pathlib import Path\n"
-        "from tarflow.data_pipeline.prepare import write as p; from tarflow.data_pipeline.prepare.sources import open_source\n"
-        "p.replace_dir = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "p.prepare(open_source(Path(sys.argv[1])), Path(sys.argv[2]), p.Options(size=8))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    killed = subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path / "out")], env=environment)
-    assert killed.returncode == -signal.SIGKILL
+    killed = launch_ranks(prepare_and_be_killed, 1, folder, tmp_path / "out", may_fail=True)
+    assert killed.codes == [-signal.SIGKILL]
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial").exists()
     prepare(open_source(folder), tmp_path / "out", Options(size=8))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
-import subprocess
-import sys
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,22 +14,19 @@ from typing import Any
 import pytest
 import torch
 
+import tarflow.data_pipeline.storage.remote_shards as shards
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.evaluation_batches import evaluation_batches
 from tarflow.data_pipeline.loading.loader import Batch
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.shape import ImageShape
 from tarflow.data_pipeline.storage.open_index import open_index
-from tarflow.data_pipeline.storage.remote import Access, address
+from tarflow.data_pipeline.storage.remote import Access, Remote, address
 from tarflow.data_pipeline.storage.shard_cache import ShardCache
+from tests.data_pipeline.storage import http_server
 from tests.helpers.loaders import make_loader
-
-_spec = importlib.util.spec_from_file_location("http_server", Path(__file__).with_name("http_server.py"))
-assert _spec is not None
-assert _spec.loader is not None
-http_server: Any = importlib.util.module_from_spec(_spec)
-sys.modules["http_server"] = http_server
-_spec.loader.exec_module(http_server)
+from tests.helpers.ranks import launch_ranks
+from tests.helpers.waiting import until
 
 REPOSITORY = Path(__file__).parents[3]
 ARGS: dict[str, Any] = {"image_size": 8, "channels": 3, "global_batch_size": 6, "num_classes": 3}
@@ -186,7 +181,7 @@ def test_an_address_without_an_index_goes_by_the_answer_not_by_the_words(
     """A damaged list of shards whose reader happens to complain in the same words is a damaged one."""
     server, _ = served
     monkeypatch.setattr("tarflow.data_pipeline.index.shard_list.META_KEY", b"there is nothing at all")
-    with pytest.raises(DataError, match=r"cannot read .*there is nothing at all.*; write the index anew"):
+    with pytest.raises(DataError, match=r"cannot read .*there is nothing at all.*; rebuild the index"):
         open_index(server.url, Access(cache_dir=str(tmp_path)))
 
 
@@ -228,29 +223,29 @@ def test_the_cache_is_bounded_and_keeps_what_was_used_last(tmp_path: Path) -> No
     assert sum(path.stat().st_size for path in (tmp_path / "c").iterdir()) <= 1000
 
 
+class DyingRemote(Remote):
+    """Kills its process within the first shard."""
+
+    def save(self, url: str, total: int, file: Any) -> None:
+        file.write(b"half")
+        file.flush()
+        if url.endswith(".tar"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().save(url, total, file)
+
+
+def fetch_and_be_killed(url: str, cache: Path) -> None:
+    shards.Remote = DyingRemote  # type: ignore[misc, attr-defined]
+    take(url, 1, cache_dir=str(cache))
+
+
 @pytest.mark.case("D12")
 def test_a_half_written_cache_file_is_fetched_again(served: tuple[Any, Path], tmp_path: Path) -> None:
     """Killed while fetching: the next run is not disturbed, fetches the shard again and leaves nothing behind."""
     server, root = served
     cache = tmp_path / "cache"
-    code = (
-        "import os, signal, sys; from tarflow.data_pipeline.storage import remote\n"
-        "class Killed(remote.Remote):\n"
-        "    def save(self, url, total, file):\n"
-        "        file.write(b'half'); file.flush()\n"
-        "        if url.endswith('.tar'): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        super().save(url, None if total is None else total, file)\n"
-        "import tarflow.data_pipeline.storage.remote_shards as shards; shards.Remote = Killed\n"
-        "from tarflow.data_pipeline.loading.loader import Loader\n"
-        "from tarflow.data_pipeline.loading.settings import DataSettings\n"
-        "from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape\n"
-        "data = DataSettings.of(sys.argv[1], cache_dir=sys.argv[2])\n"
-        "next(iter(Loader(data, ImageShape(8), BatchPlace(6))))"
-    )
-    killed = subprocess.run(
-        [sys.executable, "-c", code, server.url, str(cache)], env={**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    )
-    assert killed.returncode == -9
+    killed = launch_ranks(fetch_and_be_killed, 1, server.url, cache, may_fail=True)
+    assert killed.codes == [-signal.SIGKILL]
     assert len(list(cache.glob("*.partial"))) in (1, 2)  # the reader's, and maybe that of the thread that fetches ahead
     same(take(server.url, 10, cache_dir=str(cache)), take(root, 10))
     assert not [path for path in cache.iterdir() if path.suffix != ".shard"]
@@ -354,13 +349,6 @@ def test_a_full_disk_names_the_settings(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_shards_are_fetched_before_they_are_wanted(make_set: Callable[..., Path], tmp_path: Path, workers: int) -> None:
     """As far as half the cache reaches, and further as the consumer goes on."""
@@ -374,11 +362,11 @@ def test_shards_are_fetched_before_they_are_wanted(make_set: Callable[..., Path]
         with make_loader(server.url, **(ARGS | options | order)) as loader:
             iterator = iter(loader)
             first = [next(iterator)]
-            assert wait_until(lambda: asked() >= 5), "the consumer needs one shard, half of the cache holds five"
+            until("half of the cache to be full: five shards, of which the consumer needs one", lambda: asked() >= 5)
             time.sleep(0.2)
             assert asked() <= 7, "more was fetched than half of the cache holds"
             first += [next(iterator) for _ in range(30)]  # six shards on
-            assert wait_until(lambda: asked() >= 10)
+            until("five shards more", lambda: asked() >= 10)
         same(first, take(root, 31, **order))
     finally:
         server.close()

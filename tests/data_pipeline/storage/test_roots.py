@@ -214,7 +214,7 @@ def test_an_endless_body_is_given_up(
     served: tuple[BadServer, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, cache_bytes: int
 ) -> None:
     server, _ = served
-    monkeypatch.setattr("tarflow.data_pipeline.index.index.MOST_BYTES", 1 << 20)
+    monkeypatch.setattr("tarflow.data_pipeline.index.index.MAX_BYTES", 1 << 20)
     server.behaviour = Behaviour(endless=True, only=what)
     with pytest.raises(DataError, match=r"sends more than \d+ bytes|ignores ranges"):
         take(server.url, cache_dir=str(tmp_path / "c"), cache_bytes=cache_bytes, timeout_s=5.0)

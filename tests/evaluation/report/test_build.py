@@ -45,7 +45,9 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.attributes, self._open = [], [], []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self._open: list[str] = []
         self.feed(text)
         assert self._open == []
 
@@ -80,6 +82,7 @@ def test_the_page_needs_nothing_but_itself(finished):
     assert not {"script", "link", "iframe", "object", "form"} & set(page.tags)
     for name, value in page.attributes:
         if name in ("src", "href", "xlink:href", "srcset", "action"):
+            assert value is not None
             assert value.startswith(("data:image/png;base64,", "#")), value
         assert not name.startswith("on")
     assert "http://" not in text.replace("http-equiv", "")
@@ -95,9 +98,9 @@ def test_the_page_says_what_it_must(finished):
     result = json.loads((run_dir / "evals/images-000000000320/result.json").read_text())
     for wanted in (
         f"{result['fd_efficientnet_lite0']:.2f}", f"{result['bits_per_dim']:.4f}", f"{result['label_agreement']:.1%}",
-        "Bits per dimension", "Frechet distance (fd_efficientnet_lite0)", "Learning rate", "Throughput", "Loss",
-        "Samples over training", "Noisy and denoised", "Guidance off and on", "Nearest training images",
-        "From noise to image", "160 images seen", "320 images seen", "Rows, from the top: 0, 1, 2",
+        "Bits per dimension", "Fréchet distance (fd_efficientnet_lite0)", "Learning rate", "Throughput", "Loss",
+        "Samples over training", "Before and after denoising", "Without and with guidance", "Nearest training images",
+        "From noise to image", "160 images seen", "320 images seen", "Rows from top to bottom: 0, 1, 2",
     ):  # fmt: skip
         assert wanted in text, wanted
     for section, values in config.model_dump(mode="json").items():
@@ -169,6 +172,7 @@ def test_results_of_other_settings_are_listed_but_not_on_the_curves(finished):
     history = read_history(run_dir)
     assert len(history.results) == 3
     headline = find_headline(history.results, config)
+    assert headline is not None
     assert [(r.images_seen, r.values["settings"]["sampling"]["guidance"]) for r in alike(history.results, headline.result)] == [
         (160, 1.0), (320, 1.0),
     ]  # fmt: skip
@@ -182,13 +186,15 @@ def test_every_width_of_average_has_its_curve_and_its_error_bar(finished):
         evaluate(run_dir, False, WorkerOptions(overrides=[f"evaluation.weights={weights}"]), lambda _: None)
     evaluate(run_dir, False, WorkerOptions(overrides=["evaluation.weights=raw", "sampling.seed=7"]), lambda _: None)
     history = read_history(run_dir)
-    groups = by_settings(history, find_headline(history.results, config))
+    headline = find_headline(history.results, config)
+    assert headline is not None
+    groups = by_settings(history, headline)
     assert {name: [r.images_seen for r in results] for name, results in groups.items()} == {
         "ema-0.100": [160, 320], "raw": [160, 320], "ema-0.050": [160, 320],
     }  # fmt: skip
     assert all(r.values["distance_stderr"] > 0 for results in groups.values() for r in results)
     text = write_report(run_dir).read_text()
-    for title in ("Frechet distance (fd_efficientnet_lite0)", ">Bits per dimension<"):
+    for title in ("Fréchet distance (fd_efficientnet_lite0)", ">Bits per dimension<"):
         picture = next(part for part in text.split("<svg")[1:] if title in part)
         for name in groups:
             assert f"{name}<" in picture
@@ -217,14 +223,14 @@ def test_guidance_curves_come_from_results_and_from_sweeps(finished):
     write_object(run_dir / "sweeps/images-000000000320-abc/sweep.json", record)
     (run_dir / "sweeps/images-000000000320-torn").mkdir()
     (run_dir / "sweeps/images-000000000320-torn/sweep.json").write_text("{")
-    said = []
+    said: list[str] = []
     text = write_report(run_dir, say=said.append).read_text()
     assert any("images-000000000320-torn/sweep.json (the record of a sweep) is damaged" in line for line in said)
     Page(text)
-    assert "Distance over guidance" in text
+    assert "Distance over guidance weight" in text
     assert "images-000000000320: 500 samples" in text
     assert "denoise 1, temperature 1" not in text  # a single curve needs no legend
-    assert "Distance over denoising" not in text
+    assert "Distance over denoising multiplier" not in text
 
 
 def test_the_scores_of_a_result_are_on_the_page(finished):
@@ -273,7 +279,9 @@ def evaluated(run_dir, *overrides, newest=True):
 
 def card(text, label):
     """The value on a card."""
-    return re.search(f"<div class='label'>{label}</div><div class='value'>([^<]*)<", text)[1]
+    found = re.search(f"<div class='label'>{label}</div><div class='value'>([^<]*)<", text)
+    assert found is not None, label
+    return found[1]
 
 
 @pytest.mark.case("N12")
@@ -287,7 +295,7 @@ def test_a_result_of_other_settings_alone_is_shown_with_what_differs(make_run):
     assert "no result under the run&#x27;s own settings yet" in text
     assert "guidance 3 instead of 1" in text
     assert "num_samples 30 instead of 24" in text
-    assert "Frechet distance (fd_efficientnet_lite0)" in text, "the curve goes with the headline"
+    assert "Fréchet distance (fd_efficientnet_lite0)" in text, "the curve goes with the headline"
     assert text.count("(headline)") == 1
 
 
@@ -297,6 +305,7 @@ def test_the_headline_is_the_newest_result_under_the_runs_own_settings(finished)
     evaluated(run_dir, "sampling.guidance=3")
     newest = read_history(run_dir).results
     headline = find_headline(newest, config)
+    assert headline is not None
     assert (headline.result.folder.name, headline.differs) == ("images-000000000320", {})
     assert "images-000000000320 (headline)</td>" in write_report(run_dir).read_text()
 
@@ -312,7 +321,7 @@ def test_a_sweeps_choice_moves_headline_curves_and_pictures_to_it(finished, caps
     text = write_report(run_dir).read_text()
     assert card(text, "fd_efficientnet_lite0") == f"{result['fd_efficientnet_lite0']:.2f}"
     assert "guidance=2.0: chosen by sweeps/step-00000020-abc" in text
-    picture = next(part for part in text.split("<svg")[1:] if "Frechet distance (fd_efficientnet_lite0)" in part)
+    picture = next(part for part in text.split("<svg")[1:] if "Fréchet distance (fd_efficientnet_lite0)" in part)
     assert "ema-0.100<" in picture
     assert "ema-0.100, guidance 1.0<" in picture
     assert text.count("<figcaption>320 images seen, fd_efficientnet_lite0") == 1, (
@@ -341,7 +350,7 @@ def test_images_seen_is_the_newest_that_is_known(make_run):
 def test_rows_of_a_grid_carry_the_names_that_training_noted(finished):
     run_dir, _ = finished
     (run_dir / "data.json").write_text(json.dumps({"classes": ["smiley <3", "food"]}))
-    assert "Rows, from the top: smiley &lt;3, food, 2." in write_report(run_dir).read_text()
+    assert "Rows from top to bottom: smiley &lt;3, food, 2." in write_report(run_dir).read_text()
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on this machine")

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,7 +135,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def runs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def runs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of them; no Slurm, and whoever waits for something that never comes is interrupted."""
     monkeypatch.setenv("PATH", "/nonexistent")
     shutil.copytree(made / "runs", tmp_path / "runs")
@@ -187,17 +188,17 @@ def test_whatever_one_file_is_the_other_runs_and_files_stand(runs: Path, light, 
         if not name.startswith(("slurm", "heartbeats", "checkpoints")):
             assert "left out: " in said, (name, kind)
         for title, text in sections(a).items():
-            if title not in ("Left out", *AFFECTED.get(name, ())):
+            if title not in ("Damaged files, not shown", *AFFECTED.get(name, ())):
                 assert text == page[title], (name, kind, title)
         restore(a, b, name)
 
 
 # Sections of the report that a file has a part in.
 AFFECTED = {
-    "config.yaml": {"", "Configuration"}, "metrics.jsonl": {"", "Curves"}, "sampling.json": {"", "Configuration"},
+    "config.yaml": {"", "Configuration"}, "metrics.jsonl": {"", "Training curves"}, "sampling.json": {"", "Configuration"},
     "run.json": {"", "Configuration"},
     f"sweeps/{SWEEP}/sweep.json": {"Guidance and denoising"},
-    f"evals/{NAME}/result.json": {"Curves", "Samples over training", "All results", "Guidance and denoising"},
+    f"evals/{NAME}/result.json": {"Training curves", "Samples over training", "All results", "Guidance and denoising"},
     f"evals/{NAME}/work.json": {"All results"},
 }  # fmt: skip
 
@@ -238,7 +239,7 @@ def test_no_flipped_bit_changes_what_is_shown_without_a_word(runs: Path, light, 
     data = (run / name).read_bytes()
     for changed in flips(data, 25, seed=len(name)):
         (run / name).write_bytes(changed)
-        said = []
+        said: list[str] = []
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             write_report(run, say=said.append)
@@ -251,7 +252,7 @@ def test_no_flipped_bit_changes_what_is_shown_without_a_word(runs: Path, light, 
             assert after == row
 
 
-HOSTILE = [
+HOSTILE: list[Any] = [
     None, [], {}, "x", -1, True, 1e308, -1e308, 5e-324, 10**30, 2**63, "\x1b]0;owned\x07", "<script>alert(1)</script>",
     "[red]$x$_^{", "a\nb", "\u202e" * 300,
 ]  # fmt: skip
@@ -266,7 +267,7 @@ def places(value: object, path: tuple[object, ...] = ()) -> Iterator[tuple[objec
         yield from places(part, (*path, key))
 
 
-def changed(value: object, path: tuple[object, ...], to: object) -> object:
+def changed(value: Any, path: tuple[Any, ...], to: Any) -> Any:
     if not path:
         return to
     copy = value.copy()

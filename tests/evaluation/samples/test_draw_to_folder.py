@@ -14,7 +14,7 @@ from tarflow.evaluation.samples.weights_source import from_checkpoint, resolve_d
 from tarflow.models.errors import ModelError
 from tarflow.models.weights import save_weights_file
 from tarflow.records import DamagedFileError
-from tarflow.trainer.checkpoint.commit import find
+from tarflow.trainer.checkpoint.find import find
 from tarflow.trainer.errors import TrainerError
 
 
@@ -60,7 +60,8 @@ def test_any_batch_size_draws_the_same_images(make_run, tmp_path):
 @pytest.mark.case("S02")
 def test_the_same_command_adds_only_what_is_missing(make_run, tmp_path):
     run_dir, _ = make_run()
-    out, lines = tmp_path / "out", []
+    out = tmp_path / "out"
+    lines: list[str] = []
     draw(run_dir, out)
     before = {p.name: p.stat().st_mtime_ns for p in (out / "images").iterdir()}
     (out / "images/000003.png").unlink()
@@ -69,7 +70,7 @@ def test_the_same_command_adds_only_what_is_missing(make_run, tmp_path):
     after = {p.name: p.stat().st_mtime_ns for p in (out / "images").iterdir()}
     assert sorted(after) == [f"{i:06d}.png" for i in range(8)]
     assert all(after[name] == before[name] for name in before if name != "000003.png")
-    with pytest.raises(EvaluationError, match="beyond the 5 asked for"):
+    with pytest.raises(EvaluationError, match="beyond the 5 requested"):
         draw(run_dir, out, num=5)
     with pytest.raises(EvaluationError, match="other settings"):
         draw(run_dir, out, num=8, settings={"seed": 1})
@@ -102,13 +103,13 @@ def test_options_that_would_have_no_effect_are_refused(make_run, make_model, tmp
     model = make_model()
     save_weights_file(tmp_path / "m.safetensors", model.config, model.state_dict())
     file, out = tmp_path / "m.safetensors", tmp_path / "out"
-    with pytest.raises(EvaluationError, match="--noise-std belongs to weights files"):
+    with pytest.raises(EvaluationError, match="--noise-std is for weights files"):
         draw(run_dir, out, settings={"noise_std": 0.2})
     with pytest.raises(EvaluationError, match="--denoise needs --noise-std"):
         draw(file, out, settings={"denoise": 1.0})
-    with pytest.raises(EvaluationError, match="--weights chooses among a run's checkpoints"):
+    with pytest.raises(EvaluationError, match="--weights selects among a run's checkpoints"):
         draw(file, out, weights="raw")
-    with pytest.raises(EvaluationError, match=r"label 7 is none of the model's 3 classes"):
+    with pytest.raises(EvaluationError, match=r"label 7 is not one of the model's 3 classes"):
         draw(run_dir, out, settings={"labels": (7,)})
     assert not out.exists()
 
@@ -137,7 +138,8 @@ def test_sources_that_are_none_are_clear_errors(tmp_path):
 def test_samples_of_a_file_without_a_checksum_say_so_and_of_a_damaged_one_there_are_none(make_model, tmp_path):
     from safetensors.torch import save_file
 
-    model, lines, path = make_model(), [], tmp_path / "m.safetensors"
+    model, path = make_model(), tmp_path / "m.safetensors"
+    lines: list[str] = []
     save_file(model.state_dict(), path, metadata={"tarflow_config": model.config.model_dump_json()})
     draw(path, tmp_path / "old", quiet=lines, settings={"noise_std": 0.0})
     assert sum("it carries no checksum" in line for line in lines) == 1
@@ -149,14 +151,15 @@ def test_samples_of_a_file_without_a_checksum_say_so_and_of_a_damaged_one_there_
     damaged = bytearray(path.read_bytes())
     damaged[-2] ^= 4
     path.write_bytes(damaged)
-    with pytest.raises(DamagedFileError, match="its checksum does not fit"):
+    with pytest.raises(DamagedFileError, match="its checksum does not match"):
         draw(path, tmp_path / "none", settings={"noise_std": 0.0})
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.case("S03")
 def test_lost_samples_are_missing_and_said(make_model, tmp_path):
-    model, lines = make_model(), []
+    model = make_model()
+    lines: list[str] = []
     with torch.no_grad():
         model.blocks[0].class_embed[1] = torch.nan
     save_weights_file(tmp_path / "m.safetensors", model.config, model.state_dict())
@@ -171,7 +174,8 @@ def test_lost_samples_are_missing_and_said(make_model, tmp_path):
 def test_damaged_images_are_drawn_again_and_said(make_run, tmp_path):
     run_dir, _ = make_run(steps=(20,))
     draw(run_dir, tmp_path / "out", num=5)
-    before, lines = images(tmp_path / "out"), []
+    before = images(tmp_path / "out")
+    lines: list[str] = []
     good = (tmp_path / "out/images/000002.png").read_bytes()
     (tmp_path / "out/images/000002.png").write_bytes(b"")
     (tmp_path / "out/images/000004.png").write_bytes(good[: len(good) // 2])

@@ -48,7 +48,8 @@ def save_file(make_model, tmp_path):
 def test_an_exported_file_draws_the_images_of_its_run(make_run, tmp_path, suffix):
     sampling = {"guidance": 1.5, "guide": "b", "annealed": False, "denoise": 0.5, "seed": 9}
     run_dir, _ = make_run(steps=(10,), sampling=sampling)
-    file, lines = export(run_dir, tmp_path / f"v{suffix}"), []
+    file = export(run_dir, tmp_path / f"v{suffix}")
+    lines: list[str] = []
     draw(run_dir, tmp_path / "run-samples")
     draw(file, tmp_path / "file-samples", quiet=lines)
     assert torch.equal(pixels(tmp_path / "run-samples"), pixels(tmp_path / "file-samples"))
@@ -80,7 +81,7 @@ def test_guidance_without_label_dropout_is_refused_as_for_the_run(make_run, tmp_
     run_dir, _ = make_run(steps=(10,), train={"label_dropout": 0.0}, sampling={"guidance": 0.0})
     file = export(run_dir, tmp_path / f"v{suffix}", "--weights", "raw")
     for source in (run_dir, file):
-        with pytest.raises(EvaluationError, match="needs a model that was trained without labels now and then"):
+        with pytest.raises(EvaluationError, match="needs a model trained with label dropout, but train"):
             draw(source, tmp_path / "out", settings={"guidance": 2.0})
     assert not (tmp_path / "out").exists()
     assert draw(file, tmp_path / "out", settings={"guidance": 2.0, "labels": (-1,), "attn_temp": 0.5})
@@ -124,7 +125,7 @@ def test_an_average_made_afterwards_says_the_same(make_run, tmp_path):
 def test_a_file_that_does_not_say_its_noise_is_asked_for_it(save_file, tmp_path):
     for number, name in enumerate(("m.safetensors", "m.pth")):
         file, out = save_file(name), tmp_path / f"out{number}"
-        with pytest.raises(EvaluationError, match=r"sampling needs --noise-std: .*does not say the noise"):
+        with pytest.raises(EvaluationError, match=r"sampling needs --noise-std: .*does not say its training noise"):
             draw(file, out)
         assert not out.exists()
         draw(file, out, settings={"noise_std": 0.0})  # knowingly
@@ -145,11 +146,11 @@ def test_an_option_that_contradicts_the_file_is_refused(save_file, tmp_path):
 
 @pytest.mark.case("N05")
 def test_what_the_file_leaves_open_is_said(save_file, tmp_path):
-    lines = []
+    lines: list[str] = []
     file = save_file(noise="gaussian", noise_std=0.1, sampling={"labels": "training", "guidance": 1.0})
     draw(file, tmp_path / "out", quiet=lines)
-    assert "every class as often: the file does not hold how often each was in the training data" in lines
-    assert any("does not say whether it was trained without labels now and then" in line for line in lines)
+    assert "balanced labels: the file does not hold the label frequencies of its training data" in lines
+    assert any("does not say whether it was trained with label dropout" in line for line in lines)
     with pytest.raises(EvaluationError, match=r"holds sampling settings that this version does not know"):
         draw(save_file(noise="gaussian", noise_std=0.1, sampling={"guidence": 1.0}), tmp_path / "new")
 
@@ -161,13 +162,14 @@ def test_a_published_file_is_sampled_and_what_was_inferred_is_said(tmp_path):
     from tarflow.models.init import init_weights
 
     config = TarFlowConfig(image_size=8, patch_size=4, channels=64, num_blocks=2, layers_per_block=1, num_classes=3)
-    model, lines = TarFlow(config), []
+    model = TarFlow(config)
+    lines: list[str] = []
     init_weights(model, 1)
     torch.save(
         model.state_dict() | {f"blocks.{i}.attn_mask": torch.ones(4, 4).tril() for i in range(2)}, tmp_path / "w.pth"
     )
     assert draw(tmp_path / "w.pth", tmp_path / "out", num=3, quiet=lines, settings={"noise_std": 0.1})
-    assert "by its shapes 8 x 8 pixels, patches of 4, 64 channels, 2 blocks of 1 layers, 3 classes" in lines[0]
+    assert "from its shapes 8 x 8 pixels, patches of 4, 64 channels, 2 blocks of 1 layers, 3 classes" in lines[0]
     assert "attention heads of 64 channels" in lines[0]
 
 

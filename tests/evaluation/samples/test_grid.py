@@ -42,5 +42,5 @@ def test_small_images_are_enlarged_by_whole_factors():
 
 
 def test_a_grid_of_nothing_is_an_error():
-    with pytest.raises(EvaluationError, match="no image"):
+    with pytest.raises(EvaluationError, match="no images for a grid"):
         make_grid([None, None], columns=2)

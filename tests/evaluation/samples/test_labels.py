@@ -36,15 +36,15 @@ def test_classes_go_by_name_or_number(text, labels):
         ("smilys", NAMES, "no class is named 'smilys'; did you mean 'smileys'?"),
         ("FOOD", NAMES, "did you mean 'food'?"),
         ("zebra", NAMES, "classes: 0 food, 1 smileys, 2 flags, coloured"),
-        ("9", NAMES, "label 9 is none of the model's 3 classes: 0 food, 1 smileys"),
-        ("9", None, "label 9 is none of the model's 3 classes: 0..2, or none"),
+        ("9", NAMES, "label 9 is not one of the model's 3 classes: 0 food, 1 smileys"),
+        ("9", None, "label 9 is not one of the model's 3 classes: 0..2, or none"),
         ("99999999999999999999999", NAMES, "no class is named"),
-        ("-2", NAMES, "label -2 is none"),
+        ("-2", NAMES, "label -2 is not one of"),
         ("--3", NAMES, "no class is named"),
         ("", NAMES, "--labels is empty"),
         (" , ", NAMES, "--labels is empty"),
         ("0,,1", NAMES, "no class is named ''"),
-        ("food", None, "names of the model's 3 classes are not known: give numbers (0..2), or --classes"),
+        ("food", None, "names of the model's 3 classes are unknown: give numbers (0..2), or --classes"),
         ("food\nsmileys", NAMES, "--labels"),
     ],
 )
@@ -72,12 +72,12 @@ def test_a_word_that_could_mean_two_classes_is_asked_about():
 def test_a_model_without_classes_has_no_labels():
     assert parse_labels("none", 0, None) == (-1,)
     for text in ("0", "food"):
-        with pytest.raises(EvaluationError, match="model without classes: leave --labels out"):
+        with pytest.raises(EvaluationError, match="the model has none; leave --labels out"):
             parse_labels(text, 0, None)
 
 
 def sampled(source, out, labels, **options):
-    sample_images(SampleRequest(source=source, out=out, num=4, labels=labels, **options), [].append)
+    sample_images(SampleRequest(source=source, out=out, num=4, labels=labels, **options), lambda _: None)
     return json.loads((out / "settings.json").read_text())["sampling"]["labels"]
 
 
@@ -89,7 +89,7 @@ def set_marker(run_dir, **facts):
 def test_names_come_from_the_checkpoint_the_file_or_an_option(make_run, make_model, tmp_path):
     run_dir, _ = make_run(steps=(10,))
     (tmp_path / "names.json").write_text(json.dumps(NAMES))
-    with pytest.raises(EvaluationError, match="are not known"):
+    with pytest.raises(EvaluationError, match="are unknown"):
         sampled(run_dir, tmp_path / "no", "smileys")
     assert sampled(run_dir, tmp_path / "option", "smileys", classes=tmp_path / "names.json") == [1]
     set_marker(run_dir, classes=NAMES)
@@ -118,7 +118,7 @@ def test_an_older_checkpoint_takes_the_names_of_the_very_data_it_was_trained_on(
     build_index(data, sorted(data.glob("*.tar")), classes=NAMES, processes=1)
     run_dir, _ = make_run(steps=(10,), data={"train": str(data)})
     set_marker(run_dir, data="another set")
-    with pytest.raises(EvaluationError, match="are not known"):
+    with pytest.raises(EvaluationError, match="are unknown"):
         sampled(run_dir, tmp_path / "no", "smileys")
     set_marker(run_dir, data=open_index(data).fingerprint)
     assert sampled(run_dir, tmp_path / "yes", "smileys") == [1]
@@ -131,7 +131,7 @@ def test_an_older_checkpoint_takes_the_names_of_the_very_data_it_was_trained_on(
 def test_wrong_labels_as_typed_are_one_line(make_run, tmp_path, capsys):
     run_dir, _ = make_run(steps=(10,))
     set_marker(run_dir, classes=NAMES)
-    for labels, message in (("9", "label 9 is none"), ("fod", "did you mean 'food'?")):
+    for labels, message in (("9", "label 9 is not one of"), ("fod", "did you mean 'food'?")):
         assert tarflow.cli.main(["sample", str(run_dir), "--out", str(tmp_path / "out"), "--labels", labels]) == 2
         captured = capsys.readouterr()
         assert message in captured.err

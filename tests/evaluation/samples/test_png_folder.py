@@ -55,7 +55,7 @@ def test_a_killed_run_goes_on_with_what_is_missing(tmp_path):
 @pytest.mark.case("S02")
 def test_fewer_than_there_are_is_refused(tmp_path):
     fill(SampleFolder(tmp_path / "out", SETTINGS, 10))
-    with pytest.raises(EvaluationError, match=r"holds sample 5, beyond the 5 asked for; ask for --num 6 or more"):
+    with pytest.raises(EvaluationError, match=r"holds sample 5, beyond the 5 requested; ask for --num 6 or more"):
         SampleFolder(tmp_path / "out", SETTINGS, 5)
     assert len(list((tmp_path / "out/images").iterdir())) == 10
 
@@ -73,12 +73,12 @@ def test_samples_of_other_settings_are_refused_and_left_alone(tmp_path):
 def test_foreign_images_and_folders_are_refused(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/holiday.jpg").write_bytes(b"x")
-    with pytest.raises(EvaluationError, match="not empty and no folder of samples"):
+    with pytest.raises(EvaluationError, match="not empty and not a folder of samples"):
         SampleFolder(tmp_path / "mine", SETTINGS, 3)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["holiday.jpg"]
     fill(SampleFolder(tmp_path / "out", SETTINGS, 3))
     (tmp_path / "out/images/extra.png").write_bytes(b"x")
-    with pytest.raises(EvaluationError, match=r"holds extra\.png, which is no sample"):
+    with pytest.raises(EvaluationError, match=r"holds extra\.png, which is not a sample"):
         SampleFolder(tmp_path / "out", SETTINGS, 3)
     (tmp_path / "file").write_text("")
     with pytest.raises(EvaluationError, match="is a file; give a directory"):
@@ -149,7 +149,7 @@ def test_another_picture_in_a_samples_place_is_drawn_again(tmp_path):
     save_png(tmp_path / "out/images/000001.png", image(3))
     again = SampleFolder(tmp_path / "out", SETTINGS, 4, (1, 4, 4))
     assert again.missing() == [1]
-    assert again.damaged == {1: "another picture than was drawn"}
+    assert again.damaged == {1: "not the picture that was drawn"}
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nothing", path)])
@@ -172,7 +172,7 @@ def test_nothing_is_touched_in_a_folder_that_is_refused(tmp_path):
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.*")} == before
     (tmp_path / "out/images/000001.png").unlink()
     (tmp_path / "out/images/000001.png").mkdir()
-    with pytest.raises(EvaluationError, match=r"000001\.png cannot be read: it is no regular file"):
+    with pytest.raises(EvaluationError, match=r"000001\.png cannot be read: it is not a regular file"):
         SampleFolder(tmp_path / "out", SETTINGS, 4, (1, 4, 4))
 
 

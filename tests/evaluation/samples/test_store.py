@@ -1,4 +1,4 @@
-"""Samples that are kept: exactly those asked for, in shards that WebDataset and our index read, or as PNGs."""
+"""Stored samples: exactly those requested, in shards that WebDataset and our index read, or as PNGs."""
 
 import io
 import json
@@ -77,9 +77,14 @@ def test_more_samples_add_only_what_is_missing(saver, sampler, monkeypatch):
     folder = complete(saver(6), sampler)
     (folder / "samples-00000000-00000003.tar").unlink()
     before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.glob("*.tar")}
-    drawn = []
+    drawn: list[int] = []
     draw = Sampler.draw
-    monkeypatch.setattr(Sampler, "draw", lambda self, indices: drawn.extend(indices) or draw(self, indices))
+
+    def noted(self, indices):
+        drawn.extend(indices)
+        return draw(self, indices)
+
+    monkeypatch.setattr(Sampler, "draw", noted)
     complete(saver(11), sampler)
     assert drawn == [0, 1, 2, 3, 6, 7, 8, 9, 10]
     assert {name: ((folder / name).stat().st_mtime_ns, (folder / name).read_bytes()) for name in before} == before
@@ -92,10 +97,10 @@ def test_more_samples_add_only_what_is_missing(saver, sampler, monkeypatch):
 @pytest.mark.case("S02")
 def test_fewer_than_there_are_and_foreign_files_are_refused(saver, sampler):
     folder = complete(saver(6), sampler)
-    with pytest.raises(EvaluationError, match=r"samples up to 5, beyond the 4 asked for.*num_samples=6"):
+    with pytest.raises(EvaluationError, match=r"samples up to 5, beyond the 4 requested.*num_samples=6"):
         saver(4)
     (folder / "0001.jpg").touch()
-    with pytest.raises(EvaluationError, match=r"holds 0001\.jpg, which no evaluation put there"):
+    with pytest.raises(EvaluationError, match=r"holds 0001\.jpg, which no evaluation wrote"):
         saver(6)
 
 
@@ -171,7 +176,7 @@ def test_four_processes_keep_exactly_what_was_asked_for(saver, sampler, num, kin
         assert process.exitcode == 0
     there = saver(num, kind=kind)
     assert there.missing() == []
-    assert sorted(there._indices()) == list(range(num))
+    assert sorted(there.format.stored(there.folder)) == list(range(num))
     kept = "samples-*.tar" if kind == "shards" else "samples-*.json"
     assert len(list(there.folder.glob(kept))) == -(-num // 2)
     assert not list(there.folder.glob(".*"))
@@ -256,7 +261,8 @@ def test_the_same_evaluation_again_mends_the_samples_it_keeps(make_run, fake_fea
     evaluate(run_dir, False, WorkerOptions(save=kind), lambda _: None)
     (folder,) = (run_dir / "samples").iterdir()
     files = sorted(p for p in folder.rglob("*") if p.suffix in (".tar", ".png"))
-    before, lines = {p: p.read_bytes() for p in files}, []
+    before = {p: p.read_bytes() for p in files}
+    lines: list[str] = []
     cut(files[1], 100)
     os.utime(folder / "settings.json")  # another process would not have looked at it before
     evaluate(run_dir, False, WorkerOptions(save=kind), lines.append)
@@ -288,9 +294,10 @@ def test_notes_and_settings_that_cannot_be_believed(saver, sampler, capsys):
         b'{"kind": "png", "files": {"../../x": 1}}',
     ):
         settings.write_bytes(text)
-        with pytest.raises(DamagedFileError, match=r"settings of kept samples.*move the folder away"):
+        with pytest.raises(DamagedFileError, match=r"settings of stored samples.*move the folder away"):
             saver(10, kind="png")
         settings.write_bytes(before[settings])
     assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
     (folder / "images/odd.png").touch()
-    assert sorted(saver(10, kind="png")._indices()) == list(range(10)), "what is no sample is not counted"
+    store = saver(10, kind="png")
+    assert sorted(store.format.stored(store.folder)) == list(range(10)), "what is not a sample is not counted"

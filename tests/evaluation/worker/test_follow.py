@@ -207,7 +207,7 @@ def test_a_killed_evaluation_leaves_no_half_result(make_run, monkeypatch):
 def test_two_workers_publish_a_result_once(make_run):
     """Both start before there is a result; the second finds everything done."""
     run_dir, _ = make_run(steps=(20,))
-    from tarflow.trainer.checkpoint.commit import find
+    from tarflow.trainer.checkpoint.find import find
 
     (recipe,) = load_recipes(run_dir, [])
     quiet = {"say": lambda _: None}

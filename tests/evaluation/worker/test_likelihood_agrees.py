@@ -15,7 +15,7 @@ from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings, measure_bits_
 from tarflow.evaluation.samples.weights_source import from_checkpoint
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 from tarflow.models.randomness import keyed_normal, keyed_uniform
-from tarflow.trainer.checkpoint.commit import find
+from tarflow.trainer.checkpoint.find import find
 from tarflow.trainer.config.files import load_config
 
 fork = multiprocessing.get_context("fork")

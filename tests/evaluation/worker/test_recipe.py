@@ -169,6 +169,6 @@ def test_a_files_label_dropout_decides_about_guidance(recipe_of, tmp_path):
 
     recipe = recipe_of(GAUSSIAN | {"label_dropout": 0.0})
     options = WorkerOptions(overrides=[f"data.train={recipe.config.data.train}", "sampling.guidance=2"])
-    with pytest.raises(EvaluationError, match="needs a model that was trained without labels now and then"):
+    with pytest.raises(EvaluationError, match="needs a model trained with label dropout, but train"):
         evaluate_file(tmp_path / "m.safetensors", tmp_path / "out", options, lambda line: None)
     assert not (tmp_path / "out").exists()

@@ -4,8 +4,6 @@ import json
 import random
 import re
 import subprocess
-import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -19,6 +17,8 @@ from tarflow.evaluation.metrics.frechet_distance import frechet_distance
 from tarflow.evaluation.worker import reference
 from tarflow.evaluation.worker.reference import cache_path, full_provenance, load_reference, reference_statistics
 from tarflow.records import DamagedFileError
+from tests.helpers.programs import ENV, program
+from tests.helpers.waiting import until
 
 
 class FakeFeatures:
@@ -99,39 +99,16 @@ def test_chunks_in_any_hands_make_the_same_bits(tmp_path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-WORKER = """
-import sys, time
-import torch
-from tarflow.evaluation.worker import make_reference as making, reference
-from tarflow.evaluation.worker.make_reference import ReferenceRequest, make_reference
-
-class Slow:
-    name, sha256, preprocessing, dim, warnings, num_classes = "slow", "f00d", "none", 4, [], 0
-    def __init__(self, *_): pass
-    def __call__(self, images):
-        time.sleep(0.02)
-        return images.float().flatten(1)[:, :4]
-
-reference.CHUNK = 3
-making.Features = Slow
-torch.set_num_threads(int(sys.argv[3]))
-from pathlib import Path
-make_reference(ReferenceRequest(sys.argv[1], 8, 1, 0, "slow", None, Path(sys.argv[2]), "strict", "cpu"))
-"""
-
-
 @pytest.mark.case("S08")
 def test_processes_of_any_number_and_a_killed_one_make_the_same_file(tmp_path, digit_like):
     def start(out, threads=1):
-        command = [sys.executable, "-c", WORKER, str(digit_like / "train"), str(out), str(threads)]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        command = program("make_reference_slowly", digit_like / "train", out, threads)
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV)
 
     alone, shared = tmp_path / "a" / "ref.npz", tmp_path / "b" / "ref.npz"
     first = start(alone)
     victim = start(shared, threads=2)
-    deadline = time.monotonic() + 60
-    while not list((shared.parent / "work").rglob("reference-*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until("a chunk", lambda: list((shared.parent / "work").rglob("reference-*")))
     victim.kill()  # between two chunks or within one
     victim.communicate(timeout=30)
     second = start(shared, threads=2)
@@ -313,7 +290,7 @@ def test_no_message_tells_to_remove_what_the_product_did_not_make():
     """Of files that a person names, that is. Its own choices and notes it may name: sampling.json, restarts.json."""
     own = {
         "trainer/config/chosen_sampling.py", "trainer/config/files.py", "trainer/saving/resume.py", "trainer/start/record.py",
-        "evaluation/result_file.py", "evaluation/samples/store.py", "evaluation/worker/sweep.py",
+        "evaluation/result_file.py", "evaluation/samples/store_formats.py", "evaluation/worker/sweep.py",
     }  # fmt: skip
     advice = re.compile(r"\b(remove|delete) (it|them|this|that|the file)\b")
     found = []

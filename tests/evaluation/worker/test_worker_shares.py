@@ -16,6 +16,7 @@ from tarflow.evaluation.worker import evaluate as evaluate_module
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 from tarflow.records import DamagedFileError
 from tests.helpers.checkpoints import tell
+from tests.helpers.waiting import until
 
 pytestmark = pytest.mark.usefixtures("fake_features")
 fork = multiprocessing.get_context("fork")
@@ -41,13 +42,6 @@ def start(run_dir, **how):
     process = fork.Process(target=work, args=(run_dir, how.pop("options", WorkerOptions())), kwargs=how)
     process.start()
     return process
-
-
-def until(what, limit_s=30):
-    limit = time.monotonic() + limit_s
-    while not what():
-        assert time.monotonic() < limit
-        time.sleep(0.02)
 
 
 def claims_of(run_dir, process):
@@ -86,9 +80,9 @@ def test_three_workers_one_killed_one_late_write_the_bytes_of_one(run_of_2000, t
     shutil.copytree(run_of_2000, alone)
     one = start(alone)
     victim = start(run_of_2000, first_delay_s=600)
-    until(lambda: claims_of(run_of_2000, victim))
+    until("a claim", lambda: claims_of(run_of_2000, victim))
     other = start(run_of_2000, delay_s=0.3)  # the late one finds something to do
-    until(lambda: len(chunks_done(run_of_2000)) >= 2)
+    until("chunks", lambda: len(chunks_done(run_of_2000)) >= 2)
     kill(victim)
     late = start(run_of_2000)
     for process in (one, other, late):
@@ -114,7 +108,7 @@ def test_all_killed_and_one_started_again_draws_only_what_is_missing(run_of_2000
     alone = tmp_path / "alone"
     shutil.copytree(run_of_2000, alone)
     workers = [start(run_of_2000, delay_s=0.3) for _ in range(2)]
-    until(lambda: len(chunks_done(run_of_2000)) >= 4)
+    until("chunks", lambda: len(chunks_done(run_of_2000)) >= 4)
     for process in workers:
         kill(process)
     before = {p.name: p.read_bytes() for p in chunks_done(run_of_2000)}

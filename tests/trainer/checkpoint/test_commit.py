@@ -1,13 +1,13 @@
-"""The commit protocol: a checkpoint is whole or it is none (cases T01, T04, T15)."""
+"""The commit protocol: a checkpoint is whole, or it is not a checkpoint."""
 
+import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +15,14 @@ import torch
 from tarflow.records import save_record
 from tarflow.trainer.checkpoint import commit as ckpt
 from tarflow.trainer.checkpoint import retention
+from tarflow.trainer.checkpoint.find import committed, find, newest_intact, scan
+from tarflow.trainer.checkpoint.marker import Checkpoint
+from tarflow.trainer.checkpoint.names import checkpoints_dir
+from tarflow.trainer.checkpoint.pins import Pin, pinned, pinned_names
 from tarflow.trainer.checkpoint.tensors import load_weights, read_tensors, write_tensors
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import create_run, run_id, writer_lock
+from tests.helpers.ranks import launch_ranks
 
 
 @pytest.fixture
@@ -26,7 +31,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def save(run: Path, step: int, value: float = 0.0) -> ckpt.Checkpoint:
+def save(run: Path, step: int, value: float = 0.0) -> Checkpoint:
     temporary = ckpt.temporary_dir(run, step * 8)
     tensors = {"model/w": torch.full((3,), value), "ema-0.050/w": torch.full((3,), -value), "buffer/var": torch.ones(2)}
     write_tensors(temporary, tensors)
@@ -40,7 +45,7 @@ def names(run: Path) -> list[str]:
 
 def test_committed_checkpoint_reads_back_bit_for_bit(run: Path) -> None:
     save(run, 10, 0.1)
-    found = ckpt.find(run)
+    found = find(run)
     assert (found.step, found.images_seen, found.info["run"]) == (10, 80, run_id(run))
     into = {"model/w": torch.empty(3), "ema-0.050/w": torch.empty(3), "buffer/var": torch.empty(2)}
     read_tensors(found, into)
@@ -65,87 +70,90 @@ def test_committed_checkpoint_reads_back_bit_for_bit(run: Path) -> None:
 def test_partial_checkpoint_is_not_the_newest(run: Path, damage, reason: str) -> None:
     save(run, 10)
     damage(save(run, 20).path)
-    assert ckpt.find(run).step == 10
-    assert any(reason in str(why) for why in ckpt.scan(run)[1].values())
+    assert find(run).step == 10
+    assert any(reason in str(why) for why in scan(run)[1].values())
     with pytest.raises(TrainerError, match=r"no usable checkpoint of step 20: .*usable steps: 10"):
-        ckpt.find(run, 20)
+        find(run, 20)
     lines = retention.sweep(run)
     assert len(lines) == 1
     assert reason in lines[0]
     save(run, 20, 0.5)  # the next save of that step replaces the leftover
-    assert ckpt.find(run).step == 20
-    assert load_weights(ckpt.find(run), "raw")["w"][0] == 0.5
+    assert find(run).step == 20
+    assert load_weights(find(run), "raw")["w"][0] == 0.5
 
 
-KILLED = """
-import sys, os, signal, torch
-from pathlib import Path
-from tarflow.trainer.checkpoint import commit as ckpt, retention
-from tarflow.trainer.checkpoint.tensors import write_tensors
-run, point = Path(sys.argv[1]), sys.argv[2]
-module, name = point.split(":")
-import importlib
-owner = importlib.import_module(module) if module != "os" else os
-real, count = getattr(owner, name), [int(sys.argv[3])]
-def die(*a, **k):
-    count[0] -= 1
-    if count[0] < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*a, **k)
-setattr(owner, name, die)
-temporary = ckpt.temporary_dir(run, 160)
-write_tensors(temporary, {"model/w": torch.ones(3)})
-(temporary / "config.yaml").write_text("")
-ckpt.commit(run, temporary, 20, 160, {})
-retention.apply_retention(run, 2, 0)
-"""
+def save_and_be_killed(run: Path, name: str, calls: int) -> None:
+    """A process of its own: it is killed at a call of the system's `name`, after as many that were made."""
+    temporary = ckpt.temporary_dir(run, 160)
+    write_tensors(temporary, {"model/w": torch.ones(3)})
+    (temporary / "config.yaml").write_text("")
+    real, made = getattr(os, name), itertools.count()
+
+    def die(*args: Any, **kwargs: Any) -> Any:
+        if next(made) >= calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    setattr(os, name, die)
+    ckpt.commit(run, temporary, 20, 160, {})
+    retention.apply_retention(run, 2, 0)
 
 
-@pytest.mark.parametrize("point", ["tarflow.trainer.checkpoint.commit:fsync_tree", "os:rename", "tarflow.trainer.checkpoint.commit:write_text",
-                                   "tarflow.trainer.checkpoint.commit:save_record",
-                                   "os:replace", "tarflow.trainer.checkpoint.retention:remove"])  # fmt: skip
-@pytest.mark.parametrize("calls", [0, 1])
+KILLED_BEFORE = [
+    *(("fsync", calls) for calls in (0, 3)),  # of the first file, of the directory
+    ("rename", 0), ("fsync", 4),  # to the final name, and its parent
+    ("fsync", 5), ("replace", 0),  # of the marker
+    ("fsync", 7), ("replace", 1),  # of the pointer
+    ("unlink", 2), ("fsync", 9), ("unlink", 3), ("rmdir", 0),  # of what retention removes: marker, files, directory
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("point", "calls"), KILLED_BEFORE)
 @pytest.mark.case("T01")
 def test_killed_at_any_point_of_a_save_the_newest_whole_checkpoint_wins(run: Path, point: str, calls: int) -> None:
     for step in (5, 8, 10):
         save(run, step)
-    process = subprocess.run([sys.executable, "-c", KILLED, str(run), point, str(calls)], capture_output=True)
-    assert process.returncode in (0, -signal.SIGKILL), process.stderr[-500:]
-    steps = [c.step for c in ckpt.committed(run)]
+    ended = launch_ranks(save_and_be_killed, 1, run, point, calls, may_fail=True)
+    assert ended.codes[0] in (0, -signal.SIGKILL), ended.output[-500:]
+    steps = [c.step for c in committed(run)]
     assert steps[-1] in (10, 20)
     assert len(steps) >= 2
-    for checkpoint in ckpt.committed(run):
+    for checkpoint in committed(run):
         assert load_weights(checkpoint, "raw")["w"].shape == (3,)
     retention.sweep(run)
     assert not [n for n in names(run) if n.endswith(".tmp")]
     assert (run / "checkpoints" / "latest").read_text().strip() == f"images-{8 * steps[-1]:012d}"
-    assert [c.step for c in ckpt.committed(run)] == steps
+    assert [c.step for c in committed(run)] == steps
 
 
 @pytest.mark.case("T15")
 def test_damaged_bytes_are_found_by_checksum_and_an_older_checkpoint_is_taken_loudly(run: Path) -> None:
     for step in (10, 20):
         save(run, step)
-    assert ckpt.newest_sound(run, pytest.fail).step == 20
+    newest = newest_intact(run, pytest.fail)
+    assert newest is not None
+    assert newest.step == 20
     file = next((run / "checkpoints" / "images-000000000160").glob("*.distcp"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     said: list[str] = []
-    assert ckpt.newest_sound(run, said.append).step == 10
+    older = newest_intact(run, said.append)
+    assert older is not None
+    assert older.step == 10
     assert said == [
         f"WARNING: checkpoint images-000000000160 is damaged and not used: the checksum of its file {file.name} is wrong"
     ]
     (run / "checkpoints" / "images-000000000080" / ".metadata").write_bytes(b"")
     with pytest.raises(TrainerError, match="has checkpoints, but none can be used"):
-        ckpt.newest_sound(run, said.append)
+        newest_intact(run, said.append)
 
 
 @pytest.mark.case("T15")
 def test_fresh_start_only_if_nothing_was_ever_committed(run: Path) -> None:
-    assert ckpt.newest_sound(run, pytest.fail) is None
+    assert newest_intact(run, pytest.fail) is None
     ckpt.temporary_dir(run, 80)
-    assert ckpt.newest_sound(run, pytest.fail) is None
+    assert newest_intact(run, pytest.fail) is None
 
 
 @pytest.mark.case("T04")
@@ -154,7 +162,7 @@ def test_retention_is_numeric_and_never_takes_the_last(run: Path) -> None:
         save(run, step)
     assert retention.apply_retention(run, -1, 0) == []
     assert retention.apply_retention(run, 2, 0) == ["images-000000064000"]
-    assert [c.step for c in ckpt.committed(run)] == [9000, 10000]
+    assert [c.step for c in committed(run)] == [9000, 10000]
 
 
 @pytest.mark.case("T04")
@@ -164,7 +172,7 @@ def test_foreign_and_other_runs_folders_are_left_alone_and_not_used(run: Path, t
     save(run, 1)
     os.rename(stale.path, run / "checkpoints" / stale.name)
     (run / "checkpoints" / "my notes").mkdir()
-    assert ckpt.find(run).step == 1
+    assert find(run).step == 1
     assert retention.sweep(run) == ["checkpoint images-000000400000 is not used: it belongs to another run"]
     for step in (2, 3, 4):
         save(run, step)
@@ -176,7 +184,7 @@ def test_foreign_and_other_runs_folders_are_left_alone_and_not_used(run: Path, t
 def test_permanent_and_pinned_checkpoints_stay(run: Path) -> None:
     for step in (10, 20, 30, 40, 50):
         save(run, step)
-    with ckpt.pinned(ckpt.find(run, 10), owner="reader"):
+    with pinned(find(run, 10), owner="reader"):
         assert retention.apply_retention(run, 2, 160) == ["images-000000000240"]  # 160 and 320 are multiples
     assert retention.apply_retention(run, 2, 160) == ["images-000000000080"]
 
@@ -184,36 +192,34 @@ def test_permanent_and_pinned_checkpoints_stay(run: Path) -> None:
 @pytest.mark.parametrize("target", ["nowhere", "images-000000000016.held"], ids=["to nothing", "to itself"])
 @pytest.mark.case("H06")
 def test_a_pin_that_is_a_broken_link_holds_as_any_other_that_cannot_be_read(run: Path, target: str) -> None:
-    pins = ckpt.checkpoints_dir(run) / "pins"
+    pins = checkpoints_dir(run) / "pins"
     pins.mkdir(parents=True, exist_ok=True)
     (pins / "images-000000000016.held").symlink_to(target)
-    assert ckpt.pinned_names(run) == {"images-000000000016"}
+    assert pinned_names(run) == {"images-000000000016"}
     day = 25 * 3600
     os.utime(pins / "images-000000000016.held", (time.time() - day,) * 2, follow_symlinks=False)
-    assert ckpt.pinned_names(run) == set()
+    assert pinned_names(run) == set()
 
 
 @pytest.mark.case("H06")
 def test_a_pin_without_its_checksum_holds_whatever_process_it_names(run: Path) -> None:
-    pin = ckpt.checkpoints_dir(run) / "pins" / "images-000000000016.held"
-    dead = ckpt.Pin(host=os.uname().nodename, pid=2**31)
+    pin = checkpoints_dir(run) / "pins" / "images-000000000016.held"
+    dead = Pin(host=os.uname().nodename, pid=2**31)
     save_record(pin, dead)
-    assert ckpt.pinned_names(run) == set()
+    assert pinned_names(run) == set()
     pin.write_text(dead.model_dump_json())
-    assert ckpt.pinned_names(run) == {"images-000000000016"}
+    assert pinned_names(run) == {"images-000000000016"}
+
+
+def pin_and_be_killed(run: Path) -> None:
+    with pinned(find(run, 10), owner="reader"):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_pin_of_a_dead_process_expires(run: Path) -> None:
-    code = f"""
-import os, signal
-from pathlib import Path
-from tarflow.trainer.checkpoint import commit as ckpt
-with ckpt.pinned(ckpt.find(Path({str(run)!r}), 10), owner="reader"):
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
     for step in (10, 20, 30):
         save(run, step)
-    subprocess.run([sys.executable, "-c", code], check=False)
+    assert launch_ranks(pin_and_be_killed, 1, run, may_fail=True).codes == [-signal.SIGKILL]
     assert list((run / "checkpoints" / "pins").iterdir())
     assert retention.apply_retention(run, 2, 0) == ["images-000000000080"]
 
@@ -223,7 +229,7 @@ def test_missing_and_unexpected_tensors_are_listed(run: Path) -> None:
     save(run, 10)
     with pytest.raises(TrainerError) as caught:
         read_tensors(
-            ckpt.find(run), {"model/w": torch.empty(4), "model/extra": torch.empty(1), "buffer/var": torch.empty(2)}
+            find(run), {"model/w": torch.empty(4), "model/extra": torch.empty(1), "buffer/var": torch.empty(2)}
         )
     text = str(caught.value)
     for part in (
@@ -238,16 +244,20 @@ def test_missing_and_unexpected_tensors_are_listed(run: Path) -> None:
 def test_missing_average_is_an_error_not_a_fallback(run: Path) -> None:
     save(run, 10)
     with pytest.raises(TrainerError, match=r"holds no weights 'ema-0.100'; it holds: ema-0.050, raw"):
-        load_weights(ckpt.find(run), "ema-0.100")
+        load_weights(find(run), "ema-0.100")
+
+
+def lock(run: Path) -> None:
+    with writer_lock(run):
+        pass
 
 
 @pytest.mark.case("C10")
 def test_two_writers_in_one_run_are_refused(run: Path) -> None:
     with writer_lock(run):
-        code = f"from pathlib import Path; from tarflow.trainer.run_dir import writer_lock\nwith writer_lock(Path({str(run)!r})): pass"
-        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert "is in use by another process" in process.stderr
-        assert f"pid {os.getpid()}" in process.stderr
+        output = launch_ranks(lock, 1, run, may_fail=True).output
+        assert "is in use by another process" in output
+        assert f"pid {os.getpid()}" in output
     with writer_lock(run):
         pass
 

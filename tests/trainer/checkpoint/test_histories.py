@@ -1,17 +1,15 @@
-"""Random histories of a run: whatever batch sizes, retention settings, kills, damage and readers it meets, no committed
-checkpoint is lost outside the rule of docs/failures.md, `latest` is the one of most images, and the end has all its images.
+"""Random histories of a run lose no committed checkpoint outside the rule of docs/failures.md.
 
-Here the checkpoint layer is driven by hand, with files in the place of tensors, and killed at its every change of the file
+Whatever batch sizes, retention settings, kills, damage and readers it meets, `latest` is the checkpoint of most images, and
+the end has all its images. Here the checkpoint layer is driven by hand, with files in the place of tensors, and killed at its every change of the file
 system. `saving/test_histories.py` does a few with real ranks.
 """
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -19,39 +17,16 @@ from hypothesis import strategies as st
 
 from tarflow.trainer.checkpoint import commit as ckpt
 from tarflow.trainer.checkpoint import retention
+from tarflow.trainer.checkpoint.find import committed, find, newest_intact
+from tarflow.trainer.checkpoint.marker import MARKER, damage
+from tarflow.trainer.checkpoint.pins import pinned, pinned_names
 from tarflow.trainer.run_dir import create_run
-from tarflow.trainer.saving.resume import Start, make_tidy
+from tarflow.trainer.saving.resume import Start, clean_up
 from tests.helpers.checkpoints import WEIGHTS, by_step, fill
+from tests.helpers.effort import draws
+from tests.helpers.killed import Killed, killed_at
 
 MEMORY = next((folder for folder in ("/dev/shm",) if os.access(folder, os.W_OK)), None)  # not the disk
-CHANGES = ("rename", "replace", "unlink", "rmdir", "mkdir", "open")
-
-
-class Killed(BaseException):
-    """SIGKILL: nothing after it is done."""
-
-
-@contextmanager
-def killed_at(change: int | None) -> Iterator[None]:
-    """Die before so many changes of the file system; no change is made once dead, not by a `finally` either."""
-    made = [0]
-
-    def counted(function):
-        def call(*args: object, **kwargs: object) -> object:
-            made[0] += 1
-            if change is not None and made[0] > change:
-                raise Killed
-            return function(*args, **kwargs)
-
-        return call
-
-    with contextmanager(patched)({name: counted(getattr(os, name)) for name in CHANGES}):
-        yield
-
-
-def patched(functions: dict[str, object]) -> Iterator[None]:
-    with mock.patch.multiple(os, fsync=lambda _: None, **functions):
-        yield
 
 
 @dataclass(frozen=True)
@@ -86,9 +61,9 @@ lives = st.builds(
 def on_disk(run: Path) -> dict[int, str]:
     """Images seen -> name of every usable checkpoint, each of which must hold what was saved under that number."""
     found = {}
-    for checkpoint in ckpt.committed(run):
+    for checkpoint in committed(run):
         assert checkpoint.images_seen not in found
-        if ckpt.damage(checkpoint) is None:
+        if damage(checkpoint) is None:
             assert (checkpoint.path / WEIGHTS).read_text() == f"weights at {checkpoint.images_seen}"
         found[checkpoint.images_seen] = checkpoint.name
     return found
@@ -120,9 +95,9 @@ def save(run: Path, images: int, step: int, life: Life) -> None:
 def start(run: Path, before: dict[int, str], damaged: str | None) -> int:
     """As a start does it; the images to go on from. Nothing is lost by it but what is damaged."""
     with killed_at(None):
-        retention.put_back(run)
-        newest = ckpt.newest_sound(run, lambda _: None)
-        make_tidy(run, Start(newest))
+        retention.restore_replaced(run)
+        newest = newest_intact(run, lambda _: None)
+        clean_up(run, Start(newest))
     wanted = {images for images, name in before.items() if name != damaged}
     assert wanted <= on_disk(run).keys()
     assert newest is not None or not before
@@ -139,13 +114,13 @@ def live(run: Path, life: Life, begin: int) -> tuple[dict[int, str], bool]:
             continue
         for _ in range(1 + (life.again and images >= end)):
             there = on_disk(run)
-            readers = set(ckpt.pinned_names(run))
+            readers = set(pinned_names(run))
             try:
                 with killed_at(life.kill[1] if life.kill and life.kill[0] == saves else None):
                     save(run, images, step, life)
             except Killed:
                 pointed = latest(run)
-                assert pointed is None or (run / "checkpoints" / pointed / ckpt.MARKER).exists()
+                assert pointed is None or (run / "checkpoints" / pointed / MARKER).exists()
                 # What may have gone is what the rule lets go once the new one counts; everything else must be there.
                 kept = stay({*there, images}, life) | {n for n, name in there.items() if name in readers}
                 return {n: name for n, name in there.items() if n in kept}, False
@@ -157,13 +132,13 @@ def live(run: Path, life: Life, begin: int) -> tuple[dict[int, str], bool]:
 
 
 def flip(run: Path) -> str:
-    newest = ckpt.find(run)
+    newest = find(run)
     (newest.path / WEIGHTS).write_text("x" * len(f"weights at {newest.images_seen}"))
     return newest.name
 
 
 @given(history=st.lists(lives, min_size=2, max_size=7), old=st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=draws(100), deadline=None)
 @pytest.mark.case("V01")
 def test_no_history_loses_a_checkpoint_outside_the_rule(history: list[Life], old: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="histories-", dir=MEMORY) as folder:
@@ -178,8 +153,8 @@ def test_no_history_loses_a_checkpoint_outside_the_rule(history: list[Life], old
             begin = start(run, expected, damaged)
             assert damaged or begin >= reached
             with ExitStack() as readers:
-                if life.pin is not None and (there := ckpt.committed(run)):
-                    readers.enter_context(ckpt.pinned(there[life.pin % len(there)], "reader"))
+                if life.pin is not None and (there := committed(run)):
+                    readers.enter_context(pinned(there[life.pin % len(there)], "reader"))
                 expected, ended = live(run, life, begin)
             reached = max(expected, default=0)
             if ended:

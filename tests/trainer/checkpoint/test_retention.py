@@ -7,10 +7,14 @@ import pytest
 
 from tarflow.trainer.checkpoint import commit as ckpt
 from tarflow.trainer.checkpoint import retention
+from tarflow.trainer.checkpoint.find import committed, find, scan
+from tarflow.trainer.checkpoint.marker import MARKER, Checkpoint, damage
 from tarflow.trainer.checkpoint.names import checkpoint_name, leading_name
+from tarflow.trainer.checkpoint.pins import pinned
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import create_run
 from tests.helpers.checkpoints import WEIGHTS, by_step, fill
+from tests.helpers.killed import Killed, killed_at
 
 
 @pytest.fixture
@@ -19,7 +23,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def save(run: Path, images: int, step: int = 0, content: str = "w") -> ckpt.Checkpoint:
+def save(run: Path, images: int, step: int = 0, content: str = "w") -> Checkpoint:
     """Commit a checkpoint of one small file."""
     temporary = ckpt.temporary_dir(run, images)
     fill(temporary, content)
@@ -27,7 +31,7 @@ def save(run: Path, images: int, step: int = 0, content: str = "w") -> ckpt.Chec
 
 
 def seen(run: Path) -> list[int]:
-    return [c.images_seen for c in ckpt.committed(run)]
+    return [c.images_seen for c in committed(run)]
 
 
 def latest(run: Path) -> str:
@@ -39,9 +43,9 @@ def test_names_of_both_kinds_are_ordered_by_images(run: Path) -> None:
     for step, images in ((400, 1600), (500, 2000)):
         by_step(run, step, images)
     save(run, 2400, 525)
-    assert [c.name for c in ckpt.committed(run)] == ["step-00000400", "step-00000500", "images-000000002400"]
+    assert [c.name for c in committed(run)] == ["step-00000400", "step-00000500", "images-000000002400"]
     assert latest(run) == "images-000000002400"
-    with ckpt.pinned(ckpt.find(run, step=400), owner="reader"):
+    with pinned(find(run, step=400), owner="reader"):
         assert retention.apply_retention(run, 2, 0, fresh="images-000000002400") == []
     assert retention.apply_retention(run, 2, 0) == ["step-00000400"]
 
@@ -50,7 +54,7 @@ def test_names_of_both_kinds_are_ordered_by_images(run: Path) -> None:
 def test_steps_that_went_back_under_an_earlier_version_do_no_harm(run: Path) -> None:
     for step, images in ((400, 1600), (500, 2000), (150, 2400)):
         by_step(run, step, images)
-    assert ckpt.find(run).images_seen == 2400
+    assert find(run).images_seen == 2400
     assert retention.sweep(run) == []
     assert latest(run) == "step-00000150"
     assert retention.apply_retention(run, 2, 0) == ["step-00000400"]
@@ -79,7 +83,7 @@ def test_the_two_newest_stay_whatever_the_settings_say(run: Path, keep_latest: i
 
 @pytest.mark.case("V01")
 def test_the_first_at_or_after_each_multiple_is_permanent(run: Path) -> None:
-    checkpoints = [ckpt.Checkpoint(run / checkpoint_name(n), n, n, {}) for n in (8, 16, 24, 32, 40, 64, 72, 100)]
+    checkpoints = [Checkpoint(run / checkpoint_name(n), n, n, {}) for n in (8, 16, 24, 32, 40, 64, 72, 100)]
     kept = {int(name.removeprefix("images-")) for name in retention.permanent(checkpoints, 20)}
     assert kept == {24, 40, 64, 100}
     assert {int(n.removeprefix("images-")) for n in retention.permanent(checkpoints, 8)} == {
@@ -95,37 +99,21 @@ def test_the_first_at_or_after_each_multiple_is_permanent(run: Path) -> None:
     assert retention.permanent(checkpoints, 0) == retention.permanent(checkpoints, 101) == set()
 
 
-class Killed(BaseException):
-    """Stands for the end of the process: nothing after it is done."""
-
-
-@pytest.mark.parametrize("point", ["save.renamed", "save.marked", "save.pointed", "rename", "second rename"])
+@pytest.mark.parametrize("change", range(32))  # as many as such a save makes
 @pytest.mark.case("V01")
-def test_a_save_at_the_same_images_again_never_costs_the_good_one(run: Path, monkeypatch, point: str) -> None:
+def test_a_save_at_the_same_images_again_never_costs_the_good_one(run: Path, change: int) -> None:
     save(run, 8)
     save(run, 16, content="first")
-    renames, rename = [], os.rename
-
-    def die(at: str) -> None:
-        if at == point:
-            raise Killed
-
-    def counted(*names: object) -> None:
-        renames.append(names)
-        die("rename" if len(renames) == 1 else "second rename")
-        rename(*names)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(ckpt, "fault_point", die)
-        patched.setattr(os, "rename", counted)
-        with pytest.raises(Killed):
-            save(run, 16, content="again")
+    with pytest.raises(Killed), killed_at(change):
+        save(run, 16, content="again")
+    new = run / "checkpoints" / "images-000000000016"
+    is_committed = (new / MARKER).exists() and (new / WEIGHTS).read_text() == "again"
     retention.sweep(run)
     assert seen(run) == [8, 16]
     assert latest(run) == "images-000000000016"
-    content = (ckpt.find(run).path / WEIGHTS).read_text()
-    assert content == ("again" if point in ("save.marked", "save.pointed") else "first")
-    assert ckpt.damage(ckpt.find(run)) is None
+    content = (find(run).path / WEIGHTS).read_text()
+    assert content == ("again" if is_committed else "first")
+    assert damage(find(run)) is None
     retention.apply_retention(run, 2, 0)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
         "images-000000000008",
@@ -140,7 +128,7 @@ def test_another_runs_checkpoint_of_the_same_name_is_moved_not_removed(run: Path
     (run / "checkpoints").mkdir()
     os.rename(save(tmp_path / "other", 8, content="theirs").path, run / "checkpoints" / checkpoint_name(8))
     save(run, 8, content="ours")
-    assert (ckpt.find(run).path / WEIGHTS).read_text() == "ours"
+    assert (find(run).path / WEIGHTS).read_text() == "ours"
     assert (run / "checkpoints" / "images-000000000008.other-run" / WEIGHTS).read_text() == "theirs"
 
 
@@ -148,12 +136,12 @@ def test_another_runs_checkpoint_of_the_same_name_is_moved_not_removed(run: Path
 def test_a_choice_by_step_that_is_not_unique_names_both(run: Path) -> None:
     for images in (8, 16, 24):
         save(run, images, step=5 if images > 8 else 4)
-    assert ckpt.find(run, step=4).images_seen == 8
-    assert ckpt.find(run, images=16).step == ckpt.find(run, step=5, images=16).step == 5
+    assert find(run, step=4).images_seen == 8
+    assert find(run, images=16).step == find(run, step=5, images=16).step == 5
     with pytest.raises(TrainerError, match=r"has 2 checkpoints of step 5: at 16, 24 images; choose one with --images"):
-        ckpt.find(run, step=5)
+        find(run, step=5)
     with pytest.raises(TrainerError, match=r"no usable checkpoint of step 4 and at 16 images; usable steps: 4, 5, 5"):
-        ckpt.find(run, step=4, images=16)
+        find(run, step=4, images=16)
 
 
 @pytest.mark.case("V01")
@@ -161,7 +149,7 @@ def test_a_marker_that_contradicts_its_directory_is_not_used(run: Path) -> None:
     save(run, 8)
     os.rename(save(run, 16).path, run / "checkpoints" / checkpoint_name(999))
     assert seen(run) == [8]
-    assert [str(why) for why in ckpt.scan(run)[1].values()] == ["its COMMITTED marker says images_seen 16"]
+    assert [str(why) for why in scan(run)[1].values()] == ["its COMMITTED marker says images_seen 16"]
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,14 @@ from tarflow.evaluation.shared_work import SharedWork
 from tarflow.files import discard, publish_dir, replace_dir
 from tarflow.trainer.checkpoint import commit as ckpt
 from tarflow.trainer.checkpoint import retention
+from tarflow.trainer.checkpoint.find import committed, find, set_aside_dirs
+from tarflow.trainer.checkpoint.marker import MARKER, damage
+from tarflow.trainer.checkpoint.names import DAMAGED
+from tarflow.trainer.checkpoint.pins import pinned, pinned_names
 from tarflow.trainer.config.schema import CheckpointConfig
 from tarflow.trainer.run_dir import create_run
-from tarflow.trainer.saving.background_writer import Save, Writer
+from tarflow.trainer.saving.async_writer import AsyncWriter
+from tarflow.trainer.saving.handle import Position, SaveHandle
 from tests.helpers.checkpoints import fill
 
 HELD = ".nfs0001"  # what an NFS client makes of a removed file that is still open
@@ -44,21 +49,21 @@ def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     assert os.rmdir is rmdir
 
 
-def save(run: Path, images: int) -> Save:
-    writer, save = Writer(run, CheckpointConfig(keep_latest=2)), Save(images, images)
+def save(run: Path, images: int) -> SaveHandle:
+    writer, save = AsyncWriter(run, CheckpointConfig(keep_latest=2)), SaveHandle(Position(images, images))
     writer.write(save, {"model/w": torch.ones(3)}, lambda: ("config", {}))
     return save
 
 
 def seen(run: Path) -> list[int]:
-    return [c.images_seen for c in ckpt.committed(run)]
+    return [c.images_seen for c in committed(run)]
 
 
 @pytest.mark.case("F03")
 def test_a_commit_whose_clean_up_fails_is_a_save_that_worked(run: Path, held) -> None:
     for images in (8, 16):
         save(run, images)
-    held(ckpt.find(run, images=8).path)
+    held(find(run, images=8).path)
     for images in (24, 32, 40):
         done = save(run, images)
         assert done.error is None
@@ -91,8 +96,8 @@ def test_a_start_says_what_it_cannot_remove_and_the_next_one_removes_it(run: Pat
 def test_a_directory_without_a_marker_that_stays_is_not_counted(run: Path, held) -> None:
     for images in (8, 16, 24):
         save(run, images)
-    held(ckpt.find(run, images=16).path)
-    held(ckpt.find(run, images=24).path)
+    held(find(run, images=16).path)
+    held(find(run, images=24).path)
     assert retention.apply_retention(run, 2, 0) == []
     save(run, 32)
     assert seen(run) == [24, 32]
@@ -107,10 +112,10 @@ def test_a_marker_that_cannot_be_removed_leaves_a_whole_checkpoint(run: Path, mo
     save_by_hand = ckpt.temporary_dir(run, 32)
     fill(save_by_hand)
     ckpt.commit(run, save_by_hand, 32, 32, {})
-    unlink, warned = Path.unlink, []
+    unlink, warned = Path.unlink, list[str]()
 
     def refuse(path: Path, missing_ok: bool = False) -> None:
-        if path.name == ckpt.MARKER:
+        if path.name == MARKER:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
         unlink(path, missing_ok)
 
@@ -118,25 +123,25 @@ def test_a_marker_that_cannot_be_removed_leaves_a_whole_checkpoint(run: Path, mo
     assert retention.apply_retention(run, 2, 0, warn=warned.append) == []
     assert len(warned) == 1
     assert seen(run) == [16, 24, 32]
-    assert ckpt.damage(ckpt.find(run, images=16)) is None
+    assert damage(find(run, images=16)) is None
 
 
 @pytest.mark.case("F03")
 def test_set_aside_and_prune_and_pins_do_not_die_of_it(run: Path, held) -> None:
     for images in (8, 16):
         save(run, images)
-    aside = ckpt.find(run).path.with_name("images-000000000016.damaged")
+    aside = find(run).path.with_name("images-000000000016.damaged")
     aside.mkdir()
     held(aside)
-    retention.set_aside(run, ckpt.find(run, images=8))  # the name it would take is taken
-    assert sorted(p.name for p in ckpt.set_aside_dirs(run, ckpt.DAMAGED)) == [aside.name, f"{aside.name}-2"]
+    retention.set_aside(run, find(run, images=8))  # the name it would take is taken
+    assert sorted(p.name for p in set_aside_dirs(run, DAMAGED)) == [aside.name, f"{aside.name}-2"]
     warned: list[str] = []
-    assert retention.remove_set_aside(run, ckpt.DAMAGED, warned.append) == [f"{aside.name}-2"]
+    assert retention.remove_set_aside(run, DAMAGED, warned.append) == [f"{aside.name}-2"]
     assert len(warned) == 1
     pins = run / "checkpoints" / "pins"
-    with ckpt.pinned(ckpt.find(run), owner="reader"):
+    with pinned(find(run), owner="reader"):
         os.rename(next(pins.iterdir()), pins / "gone")  # as if another had removed it
-    assert ckpt.pinned_names(run) == set()
+    assert pinned_names(run) == set()
 
 
 @pytest.mark.case("F03")
@@ -147,8 +152,8 @@ def test_who_may_not_pin_reads_all_the_same(run: Path, monkeypatch) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with ckpt.pinned(ckpt.find(run), owner="reader"):
-        assert ckpt.damage(ckpt.find(run)) is None
+    with pinned(find(run), owner="reader"):
+        assert damage(find(run)) is None
 
 
 @pytest.mark.case("F03")

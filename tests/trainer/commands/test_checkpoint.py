@@ -10,7 +10,8 @@ import torch
 
 import tarflow.cli
 from tarflow.models.weights import load_weights_file
-from tarflow.trainer.checkpoint.commit import committed, find, pinned
+from tarflow.trainer.checkpoint.find import committed, find
+from tarflow.trainer.checkpoint.pins import pinned
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.run_dir import writer_lock

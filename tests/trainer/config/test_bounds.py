@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 import tarflow.cli
 from tarflow.cluster.errors import ClusterError
-from tarflow.cluster.submission.profile import Profile, load_profile
+from tarflow.cluster.submission.profile import ClusterProfile, load_profile
 from tarflow.trainer.config.files import config_text, load_config
 from tarflow.trainer.config.plain_yaml import MOST_BYTES, MOST_DEPTH, MOST_NODES, parse_yaml
 from tarflow.trainer.config.products import PRODUCTS
@@ -55,7 +55,7 @@ def leaves(annotation: Any) -> tuple[set[Any], list[Any]]:
 
 
 NUMBERS = {key: (constraints, many) for key, constraints, many in numbers(Config)}
-OF_PROFILES = {key: (constraints, many) for key, constraints, many in numbers(Profile)}
+OF_PROFILES = {key: (constraints, many) for key, constraints, many in numbers(ClusterProfile)}
 
 
 def has_bounds(constraints: list[Any]) -> bool:

@@ -10,8 +10,9 @@ import torch
 import yaml
 
 import tarflow.cli
-import tarflow.trainer.checkpoint.commit as ckpt
 from tarflow.models.weights import load_weights_file
+from tarflow.trainer.checkpoint.find import committed, find
+from tarflow.trainer.checkpoint.marker import MARKER
 from tarflow.trainer.checkpoint.tensors import load_weights, stored_shapes
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.ema.ema import EMA, power_of_width
@@ -90,9 +91,9 @@ def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.case("T06")
 def test_snapshots_hold_averages_alone_and_outlive_retention(run: Path) -> None:
-    kept = ckpt.committed(run)
+    kept = committed(run)
     assert [c.step for c in kept] == [88, 96]  # a snapshot comes with a checkpoint, which retention removes
-    snapshots = ckpt.committed(snapshots_dir(run))
+    snapshots = committed(snapshots_dir(run))
     assert [c.images_seen for c in snapshots] == list(range(64, 769, 64))
     assert [c.path.parents[1] for c in sources(run)] == [snapshots_dir(run)] * 12
     names = {name.split("/")[0] for name in stored_shapes(snapshots[0])}
@@ -110,7 +111,7 @@ def without_the_middle(run: Path, folder: Path) -> Path:
         tree = yaml.safe_load(path.read_text())
         tree["ema"]["relative_stds"] = [0.05, 0.1]
         path.write_text(yaml.safe_dump(tree))
-        marker = path.parent / ckpt.MARKER
+        marker = path.parent / MARKER
         if marker.exists():
             forge(path.parent)
     return copy
@@ -125,7 +126,7 @@ def test_a_width_made_after_training_is_the_one_tracked_in_training(
     assert "24 stored averages of 12 moments up to 768 images" in capsys.readouterr().out
     config, made = load_weights_file(out)
     assert config == load_config(run / "config.yaml").model
-    last = ckpt.find(run)
+    last = find(run)
     truth, raw = load_weights(last, "ema-0.075"), load_weights(last, "raw")
     neighbours = [load_weights(last, f"ema-{s:.3f}") for s in (0.05, 0.1)]
 
@@ -141,7 +142,7 @@ def test_a_stored_width_comes_out_as_stored_also_at_an_earlier_step(run: Path, t
     for step in (96, 40):
         path = reconstruct(run, 0.1, step, tmp_path / f"{step}.safetensors", lambda _: None)
         _, made = load_weights_file(path)
-        stored = load_weights(ckpt.find(snapshots_dir(run), step), "ema-0.100")
+        stored = load_weights(find(snapshots_dir(run), step), "ema-0.100")
         assert max(float((made[n] - stored[n]).abs().max()) for n in stored) < 1e-6
 
 
@@ -172,9 +173,9 @@ def test_snapshots_after_the_checkpoint_resumed_from_are_removed(run: Path, tmp_
     lines: list[str] = forget_after(copy, 704)
     assert len(lines) == 1
     assert "images-000000000768" in lines[0]
-    assert [c.step for c in ckpt.committed(prepare(copy))] == list(range(8, 89, 8))
+    assert [c.step for c in committed(prepare(copy))] == list(range(8, 89, 8))
     assert train(load_config(copy / "config.yaml"), copy) == FINISHED
-    again, before = (load_weights(ckpt.find(snapshots_dir(r), 96), "ema-0.100") for r in (copy, run))
+    again, before = (load_weights(find(snapshots_dir(r), 96), "ema-0.100") for r in (copy, run))
     assert all(torch.equal(again[name], before[name]) for name in before)
 
 

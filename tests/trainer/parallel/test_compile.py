@@ -1,15 +1,10 @@
-"""Compiling the layers under every way of activation checkpointing: it really happens, once, and changes nothing (T11).
+"""Compiling the layers under every way of activation checkpointing: it really happens, once, and changes nothing.
 
 Most of it runs the compiler's front half (`aot_eager`): graphs, recomputation and their guards, without the minutes that
 generating code takes. One test generates code.
 """
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,13 +13,17 @@ import torch._inductor.config
 from torch._dynamo.utils import counters
 
 from benchmarks.activation_checkpointing import KeptBytes
-from benchmarks.golden import training_config
+from benchmarks.golden import load, training_config
 from tarflow.models.config import TarFlowConfig
-from tarflow.models.flow import TarFlow, flow_loss
+from tarflow.models.flow import FlowBlock, TarFlow, flow_loss
 from tarflow.models.init import init_weights
+from tarflow.trainer.batch import plan_batch
 from tarflow.trainer.parallel.apply import apply_parallelism
+from tarflow.trainer.parallel.choose import make_backend
+from tarflow.trainer.parallel.saved import place
+from tarflow.trainer.parallel.world import process_group, world_from_env
+from tests.helpers.ranks import launch_ranks
 
-ROOT = Path(__file__).resolve().parents[3]
 MODES: dict[str, dict[str, Any]] = {
     "none": {"mode": "none"},
     "full": {"mode": "full"},
@@ -61,8 +60,9 @@ def build(mode: str, width: int, compiled: bool) -> TarFlow:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for block in model.blocks:
+            assert isinstance(block, FlowBlock)
             block.proj_out.weight.normal_(0, 0.02, generator=generator)
-    settings = {"activation_checkpoint": MODES[mode], "compile": {"enable": compiled}}
+    settings: dict[str, Any] = {"activation_checkpoint": MODES[mode], "compile": {"enable": compiled}}
     apply_parallelism(model, training_config(shape, **settings), mesh=None)
     return model
 
@@ -126,65 +126,51 @@ def test_compiled_layers_still_keep_their_inputs_alone(front_half: None) -> None
     assert none / 3 < kept("selective") < none
 
 
-WORLD = """
-import json, sys, torch
-from torch._dynamo.utils import counters
-from benchmarks.golden import load, training_config
-from tarflow.trainer.batch import plan_batch
-from tarflow.trainer.parallel.choose import make_backend
-from tarflow.trainer.parallel.saved import place
-from tarflow.trainer.parallel.world import process_group, world_from_env
-torch.set_num_threads(1)
-compile_ = torch.compile
-torch.compile = lambda f, **k: compile_(f, **{"backend": "aot_eager"} | k)
-world = world_from_env()
-data, model = load("training_curve")
-start = model.state_dict()
-with process_group(world, torch.device("cpu"), 60):
-    losses, states = {}, {}
-    for mode, parallel, compiled in json.loads(sys.argv[1]):
-        torch._dynamo.reset()
-        counters.clear()
-        config = training_config(model.config, parallel=parallel, activation_checkpoint=mode,
-                                 compile={"enable": compiled})
-        backend = make_backend(config, torch.device("cpu"), world, plan_batch(8, world.size, 0))
-        state = backend.state()
-        # Saved by the variant before, compiled or not; the first one starts from the golden weights.
-        for name, value in (states or {"model/" + n: t for n, t in start.items() if n != "var"}).items():
-            place(state[name], value)
-        backend.load(state)
-        mine = slice(4 * world.rank, 4 * world.rank + 4)
-        loss = []
-        for k in range(2):
-            loss.append(float(backend.forward_backward(data["x"][k][mine], data["y"][k][mine], 1.0, True)[0]))
-            backend.optimizer_step(0.0)
-        losses[f"{mode} {parallel} {compiled}"] = loss
-        assert bool(counters["stats"]["unique_graphs"]) == compiled, (mode, parallel, dict(counters["stats"]))
-        assert counters["stats"]["unique_graphs"] <= (2 if "offload" in mode else 1), (mode, parallel, dict(counters["stats"]))
-        states = {n: t.full_tensor().clone() for n, t in backend.state().items() if n.startswith("model/")}
-        assert list(states) == ["model/" + n for n in start if n != "var"]
-print(json.dumps({"rank": world.rank, "losses": losses}) + "\\n", end="")
-"""
+def train_variants(variants: list[tuple[dict[str, Any], dict[str, Any], bool]]) -> list[list[float]]:
+    """A rank: variant by variant from what the one before saved, compiled or not; the losses of its two steps."""
+    compile_ = torch.compile
+    torch.compile = lambda f, **k: compile_(f, **{"backend": "aot_eager"} | k)  # type: ignore[assignment]
+    world = world_from_env()
+    data, model = load("training_curve")
+    start = model.state_dict()
+    mine = slice(4 * world.rank, 4 * world.rank + 4)
+    losses: list[list[float]] = []
+    states = {"model/" + n: t for n, t in start.items() if n != "var"}
+    with process_group(world, torch.device("cpu"), 60):
+        for mode, parallel, compiled in variants:
+            torch._dynamo.reset()
+            counters.clear()
+            config = training_config(
+                model.config, parallel=parallel, activation_checkpoint=mode, compile={"enable": compiled}
+            )
+            backend = make_backend(config, torch.device("cpu"), world, plan_batch(8, world.size, 0))
+            state = backend.state()
+            for name, value in states.items():
+                place(state[name], value)
+            backend.load(state)
+            losses.append([])
+            for k in range(2):
+                loss = backend.forward_backward(data["x"][k][mine], data["y"][k][mine], 1.0, True)[0]
+                losses[-1].append(float(loss))
+                backend.optimizer_step(0.0)
+            graphs = counters["stats"]["unique_graphs"]
+            assert bool(graphs) == compiled, (mode, parallel, dict(counters["stats"]))
+            assert graphs <= (2 if "offload" in mode else 1), (mode, parallel, dict(counters["stats"]))
+            states = {n: t.full_tensor().clone() for n, t in backend.state().items() if n.startswith("model/")}
+            assert list(states) == ["model/" + n for n in start if n != "var"]
+    return losses
 
 
 @pytest.mark.case("T11")
-def test_two_ranks_train_compiled_and_plain_alike_and_exchange_weights(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(WORLD)
+def test_two_ranks_train_compiled_and_plain_alike_and_exchange_weights() -> None:
     variants = [
         (MODES[mode], {"backend": backend}, compiled)
         for mode, backend in (("none", "ddp"), ("full", "fsdp2"), ("selective", "fsdp2"), ("offload", "fsdp2"))
         for compiled in (False, True)
     ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, str(tmp_path / "script.py"), json.dumps(variants)],
-        capture_output=True, text=True, timeout=180, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert {a["rank"] for a in answers} == {0, 1}
-    for answer in answers:
-        found = list(answer["losses"].values())
+    answers = launch_ranks(train_variants, 2, variants).values
+    assert len(answers) == 2
+    for found in answers:
         assert len(found) == len(variants)
         for other in found[1:]:
             assert other == pytest.approx(found[0], rel=1e-4)

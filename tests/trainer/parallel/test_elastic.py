@@ -1,80 +1,66 @@
-"""A run goes on at any world size and in any backend as if it had been one: case T05, T06, T08, T09.
+"""A run goes on at any world size and in any backend as if it had been one.
 
 Real processes over gloo. The reference is one uninterrupted process in float32.
 """
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-import yaml
 from torch import Tensor
 
-from tarflow.trainer.checkpoint.commit import committed, find
+import tarflow.trainer.loop as loop
+from tarflow.trainer.checkpoint.find import committed, find
 from tarflow.trainer.checkpoint.tensors import load_weights
+from tarflow.trainer.config.files import load_config
 from tarflow.trainer.resilience.exit_codes import FINISHED
+from tests.helpers.ranks import launch_ranks
+from tests.helpers.runs import write_config
 
 # (ranks, backend, steps until which it trains): every leg resumes what the one before saved.
 BATCH = 12
 WORLDS = [(4, "fsdp2", 4), (2, "fsdp2", 8), (1, "ddp", 12), (3, "fsdp2", 16)]
-ROOT = Path(__file__).resolve().parents[3]
 BACKENDS = [(2, "ddp", 4), (2, "fsdp2", 8), (2, "deepspeed", 12), (2, "fsdp2", 16)]
 STEPS = 16
 
-# Trains as `tarflow train` does, leg after leg, and writes down which samples each rank gets.
-LEGS = """
-import json, sys
-from pathlib import Path
-import torch
-import tarflow.trainer.loop as loop
-from tarflow.trainer.config.files import load_config
-from tests.helpers.ranks import fork_ranks
-config, run, batch = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-torch.set_num_threads(1)
-prefetch_inputs = loop.prefetch_inputs
-def noting(loader, *a, **k):
-    def batches():
-        for batch in loader:
-            with open(run / "ids.jsonl", "a") as file:
-                file.write(json.dumps([batch.images_seen, batch.slots.tolist(), batch.ids.tolist()]) + "\\n")
-            yield batch
-    return prefetch_inputs(batches(), *a, **k)
-loop.prefetch_inputs = noting
-for ranks, backend, until in json.loads(sys.argv[4]):
-    settings = load_config(config, [f"parallel.backend={backend}", f"train.max_images={until * batch}"])
-    codes = fork_ranks(ranks, lambda rank: loop.train(settings, run))
-    if any(codes):
-        sys.exit(f"{ranks} ranks of {backend} until step {until} ended with {codes}")
-"""
+
+def train_and_note(config: Path, overrides: list[str], run: Path) -> int:
+    """A rank: train as `tarflow train` does, and write down which samples this rank gets; the exit code."""
+    prefetch_inputs = loop.prefetch_inputs
+
+    def noting(loader: Any, *args: Any, **options: Any) -> Any:
+        def batches() -> Iterator[Any]:
+            for batch in loader:
+                with open(run / "ids.jsonl", "a") as file:
+                    file.write(json.dumps([batch.images_seen, batch.slots.tolist(), batch.ids.tolist()]) + "\n")
+                yield batch
+
+        return prefetch_inputs(batches(), *args, **options)
+
+    loop.prefetch_inputs = noting
+    return loop.train(load_config(config, overrides), run)
 
 
 def train(config: Path, run: Path, legs: list[tuple[int, str, int]]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", LEGS, str(config), str(run), str(BATCH), json.dumps(legs)], cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == FINISHED, done.stderr[-2000:]
+    """Leg after leg: so many ranks of a backend, until a step."""
+    for ranks, backend, until in legs:
+        overrides = [f"parallel.backend={backend}", f"train.max_images={until * BATCH}"]
+        ended = launch_ranks(train_and_note, ranks, config, overrides, run)
+        assert ended.values == [FINISHED] * ranks, (ranks, backend, until, ended.output[-2000:])
 
 
 @pytest.fixture(scope="module")
 def elastic_config(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The schedule reaches its end in the warm-up, so that it does not depend on the length of a leg."""
-    tree = {
-        "data": {"train": str(tiny_data)},
-        "model": {"image_size": 8, "patch_size": 2, "in_channels": 1, "channels": 64, "num_blocks": 2, "layers_per_block": 1, "num_classes": 3},
-        "train": {"global_batch_size": BATCH, "max_images": STEPS * BATCH, "noise_std": 0.1, "param_dtype": "float32", "grad_clip": 1.0},
-        "optim": {"lr": 1e-3, "warmup_images": 10_000},
-        "checkpoint": {"every_images": 4 * BATCH, "keep_latest": -1},
-        "log": {"every_steps": 1, "tensorboard": False},
-    }  # fmt: skip
-    path = tmp_path_factory.mktemp("elastic") / "elastic.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
+    return write_config(
+        tmp_path_factory.mktemp("elastic") / "elastic.yaml", tiny_data,
+        train={"global_batch_size": BATCH, "max_images": STEPS * BATCH, "noise_std": 0.1, "param_dtype": "float32", "grad_clip": 1.0},
+        optim={"lr": 1e-3, "warmup_images": 10_000}, checkpoint={"every_images": 4 * BATCH, "keep_latest": -1},
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +88,7 @@ def samples(run: Path) -> dict[int, dict[int, int]]:
 
 def tensors(run: Path, step: int) -> dict[str, Tensor]:
     path = find(run, step).path
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    metadata: dict[str, Any] = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
     dcp.load(found, storage_reader=dcp.FileSystemReader(path), no_dist=True)
     return found

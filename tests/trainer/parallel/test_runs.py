@@ -3,95 +3,82 @@
 Cases T06, T09, T14.
 """
 
-import json
 import os
 import random
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-import yaml
 
+import tarflow.trainer.loop as loop
+from tarflow.data_pipeline.loading.batch import Batch
 from tarflow.models.flow import TarFlow
 from tarflow.models.init import init_weights
-from tarflow.trainer.checkpoint.commit import committed, find
+from tarflow.trainer.checkpoint.find import committed, find
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.ema.ema import power_decay
 from tarflow.trainer.ema.posthoc import reconstruct
 from tarflow.trainer.ema.snapshots import snapshots_dir
-from tarflow.trainer.resilience.exit_codes import FINISHED, NO_PROGRESS
+from tarflow.trainer.errors import TrainerError
+from tarflow.trainer.resilience.exit_codes import FINISHED, NO_PROGRESS, USAGE
 from tarflow.trainer.step_inputs import StepInput, step_input
+from tests.helpers.ranks import launch_ranks
+from tests.helpers.runs import write_config
 
 BATCH = 12
-ROOT = Path(__file__).resolve().parents[3]
-
-# On the rank and from the position given, noise is not finite.
-RANKS = """
-import json, os, sys
-from pathlib import Path
-import torch
-import tarflow.trainer.loop as loop
-from tarflow.trainer.config.files import load_config
-from tarflow.trainer.errors import TrainerError
-from tests.helpers.ranks import fork_ranks
-torch.set_num_threads(1)
-prefetch_inputs, check_shared = loop.prefetch_inputs, loop.check_shared
-loop.check_shared = lambda run_dir: check_shared(run_dir, patience_s=1)
-def poisoned(loader, *a, **k):
-    for item in prefetch_inputs(loader, *a, **k):
-        if os.environ.get("RANK", "0") == bad_rank and item.images_seen >= int(bad_from):
-            item.noise[0].fill_(float("nan"))
-        yield item
-for legs in json.loads(sys.argv[3]):
-    ranks, overrides, bad_rank, bad_from = legs
-    def work(rank):
-        if bad_rank:
-            loop.prefetch_inputs = poisoned
-        if bad_rank == "apart":
-            os.makedirs(place := f"{os.path.dirname(sys.argv[1])}/node{rank}", exist_ok=True)
-            os.chdir(place)
-        try:
-            return loop.train(load_config(Path(sys.argv[1]), overrides), Path(sys.argv[2]))
-        except TrainerError as error:
-            print(f"refused on rank {rank}: {error}", file=sys.stderr)
-            return 2
-    print(json.dumps(fork_ranks(ranks, work)), flush=True)
-"""
 
 
-def run_ranks(config: Path, run: Path, *legs: tuple[int, list[str], str, int]) -> tuple[list[list[int]], str]:
-    """Legs (ranks, overrides, rank that goes bad or "", from which position) in turn: their exit codes, what they said."""
-    done = subprocess.run(
-        [sys.executable, "-c", RANKS, str(config), str(run), json.dumps(legs)], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=150,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")], done.stderr
+def train(config: Path, run: Path, overrides: list[str]) -> int:
+    """A rank; its exit code."""
+    try:
+        return loop.train(load_config(config, overrides), run)
+    except TrainerError as error:
+        print(f"refused on rank {os.environ.get('RANK', 0)}: {error}", file=sys.stderr)
+        return USAGE
+
+
+def train_with_bad_noise(config: Path, run: Path, overrides: list[str], bad_rank: int, bad_from: int) -> int:
+    """A rank; the noise of one of them is not finite from a position on."""
+    prefetch_inputs = loop.prefetch_inputs
+
+    def poisoned(loader: Any, *args: Any, **options: Any) -> Iterator[StepInput]:
+        for item in prefetch_inputs(loader, *args, **options):
+            if int(os.environ["RANK"]) == bad_rank and item.images_seen >= bad_from:
+                item.noise[0].fill_(float("nan"))
+            yield item
+
+    loop.prefetch_inputs = poisoned
+    return train(config, run, overrides)
+
+
+def train_apart(config: Path, run: Path, overrides: list[str]) -> int:
+    """A rank in a directory of its own, as on nodes that share no storage."""
+    check_shared = loop.check_shared
+    loop.check_shared = lambda run_dir: check_shared(run_dir, patience_s=1)
+    place = config.parent / f"node{os.environ['RANK']}"
+    place.mkdir()
+    os.chdir(place)
+    return train(config, run, overrides)
 
 
 @pytest.fixture
 def config_file(tiny_data: Path, tmp_path: Path) -> Path:
     """Three classes: an embedding whose rows do not divide among two ranks. A checkpoint after each step."""
-    tree = {
-        "data": {"train": str(tiny_data)},
-        "model": {"image_size": 8, "patch_size": 2, "in_channels": 1, "channels": 64, "num_blocks": 2, "layers_per_block": 1, "num_classes": 3},
-        "train": {"global_batch_size": BATCH, "max_images": 5 * BATCH, "noise_std": 0.1, "param_dtype": "float32"},
-        "optim": {"lr": 1e-3, "warmup_images": 12},
-        "parallel": {"backend": "fsdp2", "start_timeout_s": 60, "step_timeout_s": 60},
-        "ema": {"relative_stds": [0.1], "decays": [0.9], "snapshot_every_images": BATCH},
-        "checkpoint": {"every_images": BATCH, "keep_latest": -1},
-        "log": {"every_steps": 1, "tensorboard": False},
-    }  # fmt: skip
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
+    return write_config(
+        tmp_path / "config.yaml", tiny_data,
+        train={"global_batch_size": BATCH, "max_images": 5 * BATCH, "noise_std": 0.1, "param_dtype": "float32"},
+        optim={"lr": 1e-3, "warmup_images": 12},
+        parallel={"backend": "fsdp2", "start_timeout_s": 60, "step_timeout_s": 60},
+        ema={"relative_stds": [0.1], "decays": [0.9], "snapshot_every_images": BATCH},
+        checkpoint={"every_images": BATCH, "keep_latest": -1},
+    )  # fmt: skip
 
 
 @pytest.mark.case("T06")
@@ -99,8 +86,9 @@ def test_sharded_averages_are_those_of_one_process_before_and_after_a_resume_on_
     config_file: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    codes, said = run_ranks(config_file, run, (2, [], "", 0), (1, [f"train.max_images={7 * BATCH}"], "", 0))
-    assert codes == [[FINISHED] * 2, [FINISHED]], said[-2000:]
+    for ranks, overrides in ((2, []), (1, [f"train.max_images={7 * BATCH}"])):
+        ended = launch_ranks(train, ranks, config_file, run, overrides)
+        assert ended.values == [FINISHED] * ranks, ended.output[-2000:]
     checkpoints = committed(run)
     assert [(c.step, c.info["world_size"]) for c in checkpoints] == [(k, 2) for k in range(1, 6)] + [(6, 1), (7, 1)]
     model = TarFlow(load_config(run / "config.yaml").model)
@@ -139,32 +127,33 @@ def test_a_run_that_goes_bad_on_one_rank_stops_all_and_saves_nothing_that_is_not
     run = tmp_path / "run"
     settings = [f"train.max_images={20 * BATCH}", f"checkpoint.every_images={5 * BATCH}", "train.max_skipped_in_a_row=3",
                 "ema.snapshot_every_images=0"]  # fmt: skip
-    codes, said = run_ranks(config_file, run, (2, settings, "1", 6 * BATCH))  # step 7 and all after it
-    assert codes == [[NO_PROGRESS] * 2], said[-2000:]
+    ended = launch_ranks(train_with_bad_noise, 2, config_file, run, settings, 1, 6 * BATCH)  # step 7 and all after it
+    assert ended.values == [NO_PROGRESS] * 2, ended.output[-2000:]
     last = (run / "log.txt").read_text().splitlines()[-1]
-    assert last.partition("  ")[2] in said  # where a job looks for its reason
+    assert last.partition("  ")[2] in ended.output  # where a job looks for its reason
     assert "3 steps in a row had a gradient that was not finite" in last
     assert "train.max_skipped_in_a_row" in last
     assert 5 in [c.step for c in committed(run)]
     for checkpoint in committed(run):
         found = {}
-        for name, entry in dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata.items():
+        metadata: dict[str, Any] = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
+        for name, entry in metadata.items():
             found[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
         dcp.load(found, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=True)
         assert all(torch.isfinite(t).all() for t in found.values()), checkpoint.name
         assert float(found["optim/step"]) == min(checkpoint.step, 6)
-    codes, said = run_ranks(config_file, run, (2, settings, "", 0))  # whatever it was is over
-    assert codes == [[FINISHED] * 2], said[-2000:]
+    ended = launch_ranks(train, 2, config_file, run, settings)  # whatever it was is over
+    assert ended.values == [FINISHED] * 2, ended.output[-2000:]
 
 
 @pytest.mark.case("T13")
 def test_a_run_directory_that_the_ranks_do_not_share_is_refused_before_training(
     config_file: Path, tmp_path: Path
 ) -> None:
-    codes, said = run_ranks(config_file, Path("run"), (2, [], "apart", 0))  # each rank in a directory of its own
-    assert codes == [[2, 2]], said[-2000:]
-    assert "is not the same place for all ranks: rank 1" in said
-    assert "give --run-dir a path on storage that every node shares" in said
+    ended = launch_ranks(train_apart, 2, config_file, Path("run"), [])
+    assert ended.values == [USAGE] * 2, ended.output[-2000:]
+    assert "is not the same place for all ranks: rank 1" in ended.output
+    assert "give --run-dir a path on storage that every node shares" in ended.output
     assert committed(tmp_path / "node0" / "run") == []
     assert not (tmp_path / "node1" / "run" / "run.json").exists()
 
@@ -177,9 +166,8 @@ def noise_of(config: Config, world: int, seen: int) -> list[StepInput]:
         for _ in range(rank * world):  # ranks differ, and worlds
             torch.rand(7), np.random.rand(3), random.random()
         slots = torch.arange(rank * per_rank, (rank + 1) * per_rank)
-        batch = SimpleNamespace(
-            images=torch.zeros(per_rank, 1, 8, 8, dtype=torch.uint8), labels=slots % 3, slots=slots, images_seen=seen
-        )
+        images = torch.zeros(per_rank, 1, 8, 8, dtype=torch.uint8)
+        batch = Batch(images, labels=slots % 3, ids=slots, slots=slots, images_seen=seen)
         found.append(step_input(batch, config.train))
     return found
 
@@ -189,8 +177,8 @@ def test_noise_belongs_to_the_sample_not_to_a_rank_its_history_or_its_restarts(c
     config = load_config(config_file, ["train.label_dropout=0.5"])
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    step_input(SimpleNamespace(images=torch.zeros(2, 1, 8, 8), labels=torch.zeros(2, dtype=torch.long),
-                               slots=torch.arange(2), images_seen=0), config.train)  # fmt: skip
+    labels, slots = torch.zeros(2, dtype=torch.long), torch.arange(2)
+    step_input(Batch(torch.zeros(2, 1, 8, 8), labels, ids=slots, slots=slots, images_seen=0), config.train)
     assert torch.equal(torch.get_rng_state(), before)  # nor does it move anybody else's randomness
     drawn = []
     for seen in (0, BATCH, 2 * BATCH):

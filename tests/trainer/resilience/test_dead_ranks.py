@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tarflow.trainer.checkpoint.commit import committed, damage, find
+from tarflow.trainer.checkpoint.find import committed, find
+from tarflow.trainer.checkpoint.marker import damage
 from tarflow.trainer.resilience.exit_codes import FAILED, FINISHED, HUNG, NO_PROGRESS, USAGE
 from tarflow.trainer.run_dir import create_run
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tarflow.trainer.checkpoint.commit import committed, find
+from tarflow.trainer.checkpoint.find import committed, find
 from tarflow.trainer.resilience.exit_codes import FINISHED, REQUEUE
 
 SETTINGS = ("train.max_images=16_000", "checkpoint.every_images=48", "log.every_steps=1", "data.num_workers=1")

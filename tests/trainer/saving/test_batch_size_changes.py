@@ -7,7 +7,7 @@ import pytest
 
 import tarflow.cli
 from tarflow.models.weights import load_weights_file
-from tarflow.trainer.checkpoint.commit import committed, find
+from tarflow.trainer.checkpoint.find import committed, find
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.resilience.exit_codes import FINISHED
 
@@ -40,10 +40,10 @@ def test_a_larger_batch_removes_nothing_that_was_just_saved_and_steps_go_on(star
     assert start(tiny_config, run, *until(240, 8, "checkpoint.keep_latest=-1"), ranks=1)["codes"] == [FINISHED]
     assert moments(run)[1:] == [("images-000000000192", 30), ("images-000000000240", 36)]
     assert latest(run) == "images-000000000240"
-    figures = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [row["step"] for row in figures if "train/loss" in row]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "train/loss" in row]
     assert steps == list(range(1, 37))  # a curve over steps never runs back, nor does one over images
-    seen = [row["images_seen"] for row in figures if "train/loss" in row]
+    seen = [row["images_seen"] for row in rows if "train/loss" in row]
     assert seen == [*range(4, 97, 4), *range(112, 193, 16), *range(200, 241, 8)]
 
 
@@ -73,7 +73,7 @@ def test_export_takes_the_checkpoint_of_most_images_and_a_choice_by_images(start
 
 
 @pytest.mark.case("V01")
-def test_what_crosses_a_multiple_is_kept_for_ever_though_no_batch_size_divides_it(start, tiny_config, run) -> None:
+def test_what_crosses_a_multiple_is_kept_for_good_though_no_batch_size_divides_it(start, tiny_config, run) -> None:
     settings = ("checkpoint.every_images=1", "checkpoint.keep_every_images=50")
     assert start(tiny_config, run, *until(120, 12, *settings), ranks=1)["codes"] == [FINISHED]
     assert [c.images_seen for c in committed(run)] == [60, 108, 120]

@@ -1,4 +1,4 @@
-"""No changed byte of any small file of a run begins it afresh or loses a checkpoint (case H02)."""
+"""No changed byte of any small file of a run begins it afresh or loses a checkpoint."""
 
 import json
 import os
@@ -19,7 +19,8 @@ import tarflow.cli
 from tarflow.data_pipeline.loading.survey import survey
 from tarflow.errors import UserError
 from tarflow.records import DamagedFileError
-from tarflow.trainer.checkpoint import commit as ckpt
+from tarflow.trainer.checkpoint.find import find, newest_intact
+from tarflow.trainer.checkpoint.pins import pinned, pinned_names
 from tarflow.trainer.checkpoint.retention import apply_retention
 from tarflow.trainer.config.files import config_text, load_config, parse_config
 from tarflow.trainer.config.schema import Config
@@ -27,12 +28,14 @@ from tarflow.trainer.resilience.alive import KILLED, last_words, living_writer, 
 from tarflow.trainer.resilience.exit_codes import FINISHED, USAGE
 from tarflow.trainer.resilience.watchdog import Watchdog, straggler
 from tarflow.trainer.run_dir import create_run, note, run_id, save_config, write_identity, writer_lock
-from tarflow.trainer.saving.background_writer import Save, Writer
-from tarflow.trainer.saving.resume import count_restart, decide_start, make_tidy
+from tarflow.trainer.saving.async_writer import AsyncWriter
+from tarflow.trainer.saving.handle import Position, SaveHandle
+from tarflow.trainer.saving.resume import clean_up, count_restart, decide_start
 from tarflow.trainer.start.check import check_start
 from tarflow.trainer.start.record import write_record
 
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
+MARKED = {"world_size": 1, "config": "ab", "data": "f00", "classes": ["a", "b", "c"], "code": {"version": "1"}}
 FACTS: Any = SimpleNamespace(fingerprint="f00", former_fingerprint="")
 TENSORS = "__0_0.distcp"
 PINNED = "images-000000000016.reader"
@@ -61,7 +64,7 @@ def made(config: Config) -> Iterator[Path]:
         patch.setattr("tarflow.trainer.start.check.survey", lambda _: seen)  # the data are not what is damaged here
         run = Path(folder) / "run"
         fill(run, config)
-        with ckpt.pinned(ckpt.find(run, 1), "reader"):
+        with pinned(find(run, 1), "reader"):
             yield run
 
 
@@ -75,22 +78,15 @@ def place(made: Path) -> Iterator[Path]:
 def fill(run: Path, config: Config) -> None:
     create_run(run)
     with writer_lock(run), Watchdog(run, 0, 1, config.parallel):
-        writer = Writer(run, config.checkpoint.model_copy(update={"keep_latest": -1}))
+        writer = AsyncWriter(run, config.checkpoint.model_copy(update={"keep_latest": -1}))
         for number in range(1, 6):
             state = {
                 "model/w": torch.full((3,), float(number)),
                 "ema-0.050/w": torch.ones(3),
                 "buffer/var": torch.ones(1),
             }
-            save = Save(number, 16 * number, snapshot=number in (2, 4))
-            facts = {
-                "world_size": 1,
-                "config": "ab",
-                "data": "f00",
-                "classes": ["a", "b", "c"],
-                "code": {"version": "1"},
-            }
-            writer.write(save, state, lambda facts=facts: (config_text(config), facts))
+            save = SaveHandle(Position(16 * number, number), snapshot=number in (2, 4))
+            writer.write(save, state, lambda: (config_text(config), MARKED))
             assert save.error is None
         save_config(run, config)
         write_record(run, check_start(config, run, 1).record())
@@ -128,7 +124,7 @@ def begin(run: Path, config: Config) -> None:
         start = decide_start(run, config, FACTS, False)
         assert start.checkpoint is not None
         assert start.images_seen >= 64
-        make_tidy(run, start)
+        clean_up(run, start)
         count_restart(run, start.images_seen, 3)
         apply_retention(run, 2, 0)
 
@@ -159,17 +155,17 @@ def test_no_changed_byte_begins_a_run_afresh_or_loses_a_checkpoint(
                  "ema/snapshots/run.json", "checkpoints/images-000000000080/.metadata"):  # fmt: skip
         assert Path(name) in files
     refused = 0
-    for name in files:
-        size = (made / name).stat().st_size
+    for file in files:
+        size = (made / file).stat().st_size
         places = sorted(dice.sample(range(size), min(size, most)))
         for at in places:
             run, bit = twin(made, place / "run"), dice.randrange(8)
-            flip(run / name, at, bit)
+            flip(run / file, at, bit)
             try:
                 verb(run, config)
             except UserError:
                 refused += 1
-            assert stays <= weights(run), f"{verb.__name__}: bit {bit} of byte {at} of {name}"
+            assert stays <= weights(run), f"{verb.__name__}: bit {bit} of byte {at} of {file}"
     capsys.readouterr()
     assert refused > 1
 
@@ -190,7 +186,7 @@ def test_every_byte_of_the_identity_is_held_against_the_others(made: Path, place
             flip(run / "run.json", at, bit)
             found = None
             with suppress(UserError):
-                found = ckpt.newest_sound(run, pytest.fail)
+                found = newest_intact(run, pytest.fail)
                 assert found is not None
                 assert found.images_seen == 80
             assert found is None or run_id(run) == mine
@@ -212,7 +208,7 @@ def test_a_run_that_disowns_its_checkpoints_names_both_and_the_way_out(
     assert tarflow.cli.main(["checkpoint", "verify", str(run)]) == 1
     for images in (None, 48):
         with pytest.raises(UserError, match="nothing is begun over them"):
-            ckpt.find(run, images=images)
+            find(run, images=images)
     assert tarflow.cli.main(["checkpoint", "prune", str(run)]) == USAGE
     capsys.readouterr()
     assert tarflow.cli.main(["checkpoint", "list", str(run)]) == 0
@@ -235,7 +231,7 @@ def test_snapshots_of_another_run_are_not_mixed_with_its_own(made: Path, config:
     with pytest.raises(UserError, match=r"snapshots are of run 0{32}, but .* says " + run_id(made)):
         decide_start(run, config, FACTS, False)
     (run / "ema/snapshots/run.json").unlink()
-    make_tidy(run, decide_start(run, config, FACTS, False))
+    clean_up(run, decide_start(run, config, FACTS, False))
     assert run_id(run / "ema/snapshots") == run_id(made)
 
 
@@ -243,7 +239,7 @@ def test_snapshots_of_another_run_are_not_mixed_with_its_own(made: Path, config:
     "text", ["", "[]", "{", '{"images_seen": 80}', '{"images_seen": 80, "restarts": 1e400}', "\x00\xff"]
 )
 @pytest.mark.case("H06")
-def test_a_damaged_count_of_restarts_is_no_count_of_none(made: Path, config: Config, place: Path, text: str) -> None:
+def test_a_damaged_count_of_restarts_does_not_count_as_none(made: Path, config: Config, place: Path, text: str) -> None:
     run = twin(made, place / "run")
     (run / "restarts.json").unlink()
     assert count_restart(run, 80, 3) is None  # not there: the first
@@ -264,9 +260,9 @@ def test_a_pin_that_cannot_be_read_holds(made: Path, place: Path, text: str) -> 
     pin = run / "checkpoints/pins" / PINNED
     pin.unlink()
     pin.write_text(text, encoding="latin-1")
-    assert ckpt.pinned_names(run) == {"images-000000000016"}
+    assert pinned_names(run) == {"images-000000000016"}
     os.utime(pin, (0, 0))
-    assert ckpt.pinned_names(run) == set()
+    assert pinned_names(run) == set()
 
 
 @pytest.mark.case("H02")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tarflow.trainer.checkpoint.commit import committed, damage, find
+from tarflow.trainer.checkpoint.find import committed, find
+from tarflow.trainer.checkpoint.marker import damage
 from tarflow.trainer.resilience.exit_codes import FINISHED
 
 POINTS = ("save.begin", "save.written", "save.renamed", "save.marked", "save.pointed")

@@ -1,15 +1,15 @@
 """A run that learns nothing commits nothing over good checkpoints, and says where to go back to."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.async_save import make_saver
-from tarflow.trainer.checkpoint.commit import committed, find
+from benchmarks.async_save import make_manager
+from tarflow.trainer.checkpoint.find import committed, find
 from tarflow.trainer.resilience.exit_codes import FINISHED, NO_PROGRESS
-from tarflow.trainer.saving.saver import Saver
+from tarflow.trainer.saving.manager import CheckpointManager
+from tests.helpers.storage import Disk
 
 SETTINGS = (
     "train.global_batch_size=12",
@@ -71,90 +71,96 @@ def test_an_end_that_no_step_was_taken_for_is_not_finished(start, tiny_config, r
 
 
 @pytest.fixture
-def saver(tmp_path: Path) -> Saver:
-    saver, _ = make_saver(tmp_path, quick=True)
-    return saver
+def disk() -> Disk:
+    return Disk()
 
 
-def skip(saver: Saver, in_all: int, in_a_row: int) -> None:
-    optimizer = saver.backend.optimizer  # type: ignore[attr-defined]
+@pytest.fixture
+def manager(tmp_path: Path, disk: Disk) -> CheckpointManager:
+    manager, _ = make_manager(tmp_path, quick=True, storage=disk)
+    return manager
+
+
+def skip(manager: CheckpointManager, in_all: int, in_a_row: int) -> None:
+    optimizer = manager.backend.optimizer  # type: ignore[attr-defined]
     optimizer.skipped_steps.fill_(in_all)
     optimizer.skipped_in_a_row.fill_(in_a_row)
 
 
-def saved(saver: Saver) -> list[tuple[int, int]]:
-    saver.collect(wait=True)
-    return [(c.images_seen, c.step) for c in committed(saver.run_dir)]
+def saved(manager: CheckpointManager) -> list[tuple[int, int]]:
+    manager.collect(wait=True)
+    return [(c.images_seen, c.step) for c in committed(manager.run_dir)]
 
 
 @pytest.mark.case("V02")
-def test_a_save_amid_steps_that_are_passed_over_waits_for_the_next_that_is_taken(saver: Saver) -> None:
-    saver.save(10, 10)
-    skip(saver, in_all=2, in_a_row=2)
-    saver.save(20, 20)  # eight were taken, then two passed over
-    assert saved(saver) == [(10, 10)]
-    assert not saver.overdue()  # nothing is known of the steps after it
-    saver.hear(3.0)
-    assert not saver.overdue()
-    saver.hear(0.0)
-    assert saver.overdue()
-    skip(saver, in_all=3, in_a_row=0)
-    saver.save(22, 22)
-    assert saved(saver) == [(10, 10), (22, 19)]
-    assert not saver.overdue()
+def test_a_save_amid_skipped_steps_waits_for_the_next_that_is_taken(manager: CheckpointManager) -> None:
+    manager.save(10, 10)
+    skip(manager, in_all=2, in_a_row=2)
+    manager.save(20, 20)  # eight were taken, then two skipped
+    assert saved(manager) == [(10, 10)]
+    assert not manager.overdue()  # nothing is known of the steps after it
+    manager.observe_skipped(3.0)
+    assert not manager.overdue()
+    manager.observe_skipped(0.0)
+    assert manager.overdue()
+    skip(manager, in_all=3, in_a_row=0)
+    manager.save(22, 22)
+    assert saved(manager) == [(10, 10), (22, 19)]
+    assert not manager.overdue()
 
 
 @pytest.mark.case("V02")
-def test_steps_that_were_all_passed_over_are_no_checkpoint_not_even_at_the_end(saver: Saver) -> None:
-    saver.save(10, 10)
-    skip(saver, in_all=5, in_a_row=5)
-    saver.save(15, 15)
-    saver.save(15, 15, last=True)
-    assert saved(saver) == [(10, 10)]
-    assert not saver.learned(15)
-    skip(saver, in_all=6, in_a_row=1)
-    saver.save(17, 17, last=True)  # one step was taken: a run that is stopped here keeps it
-    assert saved(saver) == [(10, 10), (17, 11)]
-    assert saver.learned(17)
+def test_skipped_steps_alone_make_no_checkpoint_not_even_at_the_end(manager: CheckpointManager) -> None:
+    manager.save(10, 10)
+    skip(manager, in_all=5, in_a_row=5)
+    manager.save(15, 15)
+    manager.save(15, 15, last=True)
+    assert saved(manager) == [(10, 10)]
+    assert not manager.learned(15)
+    skip(manager, in_all=6, in_a_row=1)
+    manager.save(17, 17, last=True)  # one step was taken: a run that is stopped here keeps it
+    assert saved(manager) == [(10, 10), (17, 11)]
+    assert manager.learned(17)
 
 
 @pytest.mark.case("V02")
-def test_the_last_steps_of_a_run_that_has_learned_may_be_passed_over(saver: Saver) -> None:
-    saver.save(10, 10)
-    skip(saver, in_all=1, in_a_row=1)
-    saver.save(11, 11, last=True, complete=True)
-    assert saved(saver) == [(10, 10), (11, 10)]
-    assert saver.learned(11)
+def test_the_last_steps_of_a_run_that_has_learned_may_be_skipped(manager: CheckpointManager) -> None:
+    manager.save(10, 10)
+    skip(manager, in_all=1, in_a_row=1)
+    manager.save(11, 11, last=True, complete=True)
+    assert saved(manager) == [(10, 10), (11, 10)]
+    assert manager.learned(11)
 
 
 @pytest.mark.case("V02")
-def test_images_that_are_left_out_on_purpose_are_progress(saver: Saver) -> None:
-    saver.save(10, 10)
-    saver.save(20, 10, last=True)
-    assert saved(saver) == [(10, 10), (20, 10)]
+def test_images_that_are_left_out_on_purpose_are_progress(manager: CheckpointManager) -> None:
+    manager.save(10, 10)
+    manager.save(20, 10, last=True)
+    assert saved(manager) == [(10, 10), (20, 10)]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.case("V02")
-def test_weights_that_are_not_finite_are_no_checkpoint_though_the_gradient_was(saver: Saver, value: float) -> None:
-    saver.save(10, 10)
+def test_weights_that_are_not_finite_are_not_saved_though_the_gradient_was(
+    manager: CheckpointManager, value: float
+) -> None:
+    manager.save(10, 10)
     with torch.no_grad():
-        next(reversed(saver.backend.locals().values())).view(-1)[-1] = value
-    saver.save(20, 20)
-    assert saved(saver) == [(10, 10)]
-    assert saver.diverged
+        next(reversed(manager.backend.locals().values())).view(-1)[-1] = value
+    manager.save(20, 20)
+    assert saved(manager) == [(10, 10)]
+    assert manager.diverged
 
 
 @pytest.mark.case("V02")
-def test_a_save_that_failed_is_no_checkpoint_to_measure_by(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
-    saver.save(10, 10)
-    saver.collect(wait=True)
-    full = SimpleNamespace(free=0)
-    with monkeypatch.context() as patched:
-        patched.setattr("shutil.disk_usage", lambda _: full)
-        saver.save(20, 20)
-        assert saved(saver) == [(10, 10)]
-        assert saver.failures == 1
-    skip(saver, in_all=5, in_a_row=5)
-    saver.save(25, 25, last=True)  # the ten steps before are not in any checkpoint yet
-    assert saved(saver) == [(10, 10), (25, 20)]
+def test_a_save_that_failed_is_not_a_checkpoint_to_measure_by(manager: CheckpointManager, disk: Disk) -> None:
+    manager.save(10, 10)
+    manager.collect(wait=True)
+    disk.free = 0
+    manager.save(20, 20)
+    assert saved(manager) == [(10, 10)]
+    assert manager.failures == 1
+    disk.free = None
+    skip(manager, in_all=5, in_a_row=5)
+    manager.save(25, 25, last=True)  # the ten steps before are not in any checkpoint yet
+    assert saved(manager) == [(10, 10), (25, 20)]

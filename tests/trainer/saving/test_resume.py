@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tarflow.trainer.checkpoint.commit import find
+from tarflow.trainer.checkpoint.find import find
 from tarflow.trainer.resilience.exit_codes import FINISHED, USAGE
 from tarflow.trainer.run_dir import writer_lock
 
