@@ -330,7 +330,7 @@ def test_cancel_of_a_job_that_does_not_save_ends_it_and_says_so(run: Path, verb,
     fake_slurm.command("scancel")
     assert verb("cancel", run, "--wait", "0.3") == 1
     assert fake_slurm.calls("scancel") == ["--signal=USR2 107", "107"]
-    assert "the last checkpoint stands" in capsys.readouterr().out
+    assert "the last checkpoint is intact" in capsys.readouterr().out
 
 
 def chain_of(tmp_path: Path, *steps: int) -> Chain:
