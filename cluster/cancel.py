@@ -25,6 +25,7 @@ def cancel(run_dir: Path, wait_s: float, log: Callable[[str], None]) -> int:
         writer = living_writer(run_dir)
         by_hand = f"; the process that trains it ({writer}) ends after a save when it gets a SIGTERM" if writer else ""
         raise ClusterError(f"{run_dir} has no submitted jobs (no slurm/jobs.jsonl in it){by_hand}")
+    # What cannot be told to be this run's is left alone, and makes the exit code 1.
     left = [f"not cancelled: {jobs.describe(entry)}" for entry in jobs.unknown]
     if jobs.problem:
         left.append(f"{run_dir / 'slurm' / 'jobs.jsonl'}: {jobs.problem}: there may be jobs that it does not name")
@@ -39,6 +40,7 @@ def cancel(run_dir: Path, wait_s: float, log: Callable[[str], None]) -> int:
     # Pending jobs first: otherwise they would start as soon as the running one ends.
     for entry in sorted(ours, key=lambda entry: jobs.states[entry["job"]].state == "RUNNING"):
         job, kind = entry["job"], entry["kind"]
+        # The note first: it tells the task that the signal means the end, not a requeue.
         leave_note(run_dir / "slurm", job, entry["submission"])
         if kind == "train" and jobs.states[job].state == "RUNNING":
             slurm.command("scancel", "--signal=USR2", job)  # to the steps: each task's launcher

@@ -185,6 +185,7 @@ def _flaws_of_jobs(run: Path, jobs: RunJobs) -> list[str]:
 
 
 def _row(run: Path, jobs: RunJobs, now: float) -> Row:
+    # Each source is read on its own: a damaged one adds to `flaws` and leaves the cells of the others alone.
     flaws = _flaws_of_jobs(run, jobs)
     config, known = shown_config(run, flaws)
     total, facts = config.train.max_images if config is not None else None, dict[str, str]()
@@ -208,6 +209,7 @@ def _row(run: Path, jobs: RunJobs, now: float) -> Row:
         state = "unknown"  # it may be in the queue
     if step or seen:
         facts |= {"step": str(step), "images": f"{seen:,}" + (f" / {total:,}" if total else "")}
+    # An ETA only makes sense while the run advances.
     rate = last_rate(logged)
     if rate is not None and state == "running":
         facts["rate"] = f"{rate:.0f}"
@@ -314,6 +316,7 @@ def show(paths: list[Path], every_s: float | None) -> int:
         notes += [f"{row.run}: {flaw}" for row in found for flaw in row.flaws]
         return Group(made, *(Text(note, style="dim") for note in notes))
 
+    # Into a pipe or file nothing is cut: whoever reads it searches for text.
     terminal = os.isatty(1)
     console = Console(file=styled(sys.stdout), width=None if terminal else 1000, markup=False, emoji=False)
     width = console.width if terminal else None

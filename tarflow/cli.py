@@ -192,7 +192,7 @@ def out_of_bounds(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         least, most = BOUNDS.get(action.dest, (0, COUNTED))
         name = "/".join(action.option_strings)
         if isinstance(value, float) and not math.isfinite(value):
-            return f"argument {name}: {value} is no finite number"
+            return f"argument {name}: {value} is not a finite number"
         if not least <= value <= most:
             return f"argument {name}: {str(value)[:40]} is out of bounds: it may be {least:,} to {most:,}"
     return None

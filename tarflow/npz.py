@@ -1,7 +1,7 @@
-"""Arrays in `.npz` files, as numpy writes them, that a disk may have damaged or a stranger may have made.
+"""Reads `.npz` files, as numpy writes them, that a disk may have damaged or a stranger made.
 
-What a file declares is held against its directory, and against a limit, before any of it is read into memory: no objects
-(pickles), no name twice, no shape beyond what the file holds. A file written here carries a checksum of all its arrays.
+What a file declares is checked against its directory and a limit before anything is read into memory: no objects (pickles),
+no duplicate names, no shape larger than the file. Files written here carry a checksum of all arrays.
 """
 
 import errno
@@ -23,16 +23,16 @@ from numpy.typing import NDArray
 from tarflow.records import SEAL, DamagedFileError
 
 MOST_ARRAYS = 10_000
-_HEADER = 1 << 14  # bytes at the beginning of a member that hold its type and shape
-_MOST_INFLATED = 1032  # bytes that one byte of a compressed member can become
-_MOST_EXTRA = 32  # bytes beside a member's entry: sizes beyond 4 GiB stand there
+_HEADER = 1 << 14  # bytes at the start of a member that hold its type and shape
+_MOST_INFLATED = 1032  # largest ratio of deflate
+_MOST_EXTRA = 32  # bytes of a member's extra field: holds sizes over 4 GiB
 _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-_KINDS = "?biufcSU"  # of numbers and texts; nothing nested, no objects, no dates
+_KINDS = "?biufcSU"  # numbers and text: no structured types, objects or dates
 
 
 @dataclass(frozen=True)
 class Declared:
-    """Type and shape of an array in a file that has not been read."""
+    """Type and shape of an array that has not been read yet."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -41,20 +41,20 @@ class Declared:
 
 @dataclass(frozen=True)
 class Arrays:
-    """Arrays of a file; `checked`: they agree with the checksum in it (False: it has none)."""
+    """The arrays of a file; `checked`: they match its checksum (False: it has none)."""
 
     arrays: dict[str, NDArray[Any]]
     checked: bool
 
 
 def declared(path: Path, limit: int | None = None, *, what: str = "", way_out: str = "") -> dict[str, Declared]:
-    """Name -> type and shape of every array in a file; reads their headers only.
+    """Name -> type and shape of every array in a file; reads only the headers.
 
-    `limit`: most bytes of all arrays together; None: those of the file, which is not compressed then.
+    `limit`: maximum size of all arrays together in bytes; None: the size of the file, which excludes compression.
 
     Raises:
-        DamagedFileError: it is no such file, or one that must not be read.
-        OSError: it is not there, or cannot be read.
+        DamagedFileError: not an .npz file, or one that is unsafe to read.
+        OSError: it is missing or unreadable.
 
     """
     with _opened(path, limit, what, way_out) as (_, found):
@@ -64,7 +64,7 @@ def declared(path: Path, limit: int | None = None, *, what: str = "", way_out: s
 def read_npz(
     path: Path, limit: int | None = None, names: Collection[str] | None = None, *, what: str = "", way_out: str = ""
 ) -> Arrays:
-    """Read the arrays of a file, or some of them (then without the checksum). Raises as `declared`."""
+    """Read the arrays of a file, or some of them (then the checksum is not verified). Raises as `declared`."""
     with _opened(path, limit, what, way_out) as (archive, found):
         wanted = found if names is None else [name for name in found if name in names]
         arrays = {name: _read(archive, found[name][0]) for name in wanted}
@@ -99,7 +99,7 @@ def _opened(path: Path, limit: int | None, what: str, way_out: str) -> Iterator[
         return DamagedFileError(path, problem, way_out, what=what)
 
     if path.exists() and not path.is_file():
-        raise damaged("it is no regular file")
+        raise damaged("it is not a regular file")
     try:
         with zipfile.ZipFile(path) as archive:
             size = path.stat().st_size
@@ -110,7 +110,7 @@ def _opened(path: Path, limit: int | None, what: str, way_out: str) -> Iterator[
         raise damaged("its directory points outside the file" if error.errno else str(error)) from None
     except DamagedFileError:
         raise
-    # What readers of zip files and numpy's headers say to rubbish.
+    # What the readers of zip files and numpy headers raise on garbage.
     except (ValueError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, TypeError, RuntimeError) as error:
         raise damaged(str(error) or type(error).__name__) from None
 
@@ -129,7 +129,9 @@ def _directory(archive: zipfile.ZipFile, size: int, limit: int) -> Found:
             raise ValueError(f"its member {info.filename[:80]!r} has no name of an array")
         if name in found:
             raise ValueError(f"its array {name!r} stands in it twice")
-        if info.comment or len(info.extra) > _MOST_EXTRA:  # numpy writes none: damage to a length hides members there
+        if (
+            info.comment or len(info.extra) > _MOST_EXTRA
+        ):  # numpy writes none: a damaged length would hide members there
             raise ValueError(f"the entry of its array {name!r} is longer than numpy makes it")
         stored = info.compress_type == zipfile.ZIP_STORED
         most = info.compress_size * (1 if stored else _MOST_INFLATED)

@@ -65,7 +65,7 @@ def submissions(run_dir: Path) -> Submissions:
     own = _run_id(run_dir)
     try:
         if found.path.is_symlink() or not found.path.is_file() or found.path.stat().st_size > LIMIT:
-            found.problem = "it is a link, no regular file, or larger than any list of jobs"
+            found.problem = "it is a link, not a regular file, or larger than any list of jobs"
             return found
         lines = read_lines(found.path)
     except OSError as error:

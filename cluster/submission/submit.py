@@ -99,6 +99,7 @@ def submit(request: Submission) -> list[str]:
     outlines = [describe(config, world_size) for _, config in runs]
     name = job_name(run_dir, "train")
     train = make_batch(request.profile, run_dir, name, request.nodes, *request.tasks, request.dry_run)
+    # One training job per run: what is queued is an error, or is waited for.
     before = [] if request.dry_run else jobs_to_wait_for([path for path, _ in runs], request.after_running)
     if before:
         train.parameters["dependency"] = "afterany:" + ":".join(before)
@@ -111,6 +112,7 @@ def submit(request: Submission) -> list[str]:
             _comment("the configuration as resolved", config_text(runs[0][1])),
             _comment("the plan", "\n".join([outlines[0], *starts[0].lines(), *request.notes()])),
         ]
+    # Jobs are recorded once Slurm has given them ids.
     submission = uuid.uuid4().hex
     jobs = [_train_job(request, path, config, run_dir / "slurm", submission) for path, config in runs]
     ids = _send(train, jobs)
@@ -122,6 +124,7 @@ def submit(request: Submission) -> list[str]:
         submission = uuid.uuid4().hex
         evaluations = [evaluation_job(Path(job.run_dir), job.code, request.evaluation_profile, one, submission)
                        for job, one in zip(jobs, ids)]  # fmt: skip
+        # "after": once training has started. The worker ends by itself when the training does.
         batch = _eval_batch(request, run_dir, "after:" + ids[0].partition("_")[0])
         try:
             eval_ids = _send(batch, evaluations)

@@ -314,7 +314,7 @@ def test_a_line_that_cannot_be_believed_is_left_out_and_said(tmp_path: Path) -> 
         submissions(tmp_path).checked()
     path.unlink()
     path.mkdir()
-    with pytest.raises(DamagedFileError, match="no regular file"):
+    with pytest.raises(DamagedFileError, match="not a regular file"):
         submissions(tmp_path).checked()
 
 

@@ -356,7 +356,7 @@ CHANGES = {
     "hashes of others": (lambda path: {"hashes": np.zeros(7, np.uint64)}, "'hashes' is uint64"),
     "an array more": (lambda path: {"extra": np.zeros(7)}, "an unknown array 'extra'"),
     "an array less": (lambda path: {"rows": None}, "no array 'rows'"),
-    "no object": (lambda path: {"provenance": np.array("[1]")}, "no JSON object"),
+    "no object": (lambda path: {"provenance": np.array("[1]")}, "not a JSON object"),
     "bytes": (lambda path: {"provenance": np.array(b"{}")}, "its provenance is not text"),
     "no network": (lambda path: {"provenance": of(path, features=None)}, "features: field required"),
     "no size": (lambda path: {"provenance": of(path, image_size="8")}, "image_size"),
