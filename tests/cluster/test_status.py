@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tarflow.cluster.errors import ClusterError
-from tarflow.cluster.job.chain import Chain, Limits, AttemptResult, decide, exhausted, fruitless
+from tarflow.cluster.job.chain import AttemptResult, Chain, Limits, decide, exhausted, fruitless
 from tarflow.cluster.slurm import JobState, states
 from tarflow.cluster.status import COLUMNS, find_runs, fitting, job_state, rows, shortened
 from tarflow.trainer.config.files import load_config

@@ -26,8 +26,9 @@ def explain(item: Any, source: str, origin: Mapping[str, str]) -> str:
         return f"{where}: setting {key} is required"
     if item["type"] in _WRONG_FORM:
         return f"{where}: {key}={shown(item['input'])}: {_WRONG_FORM[item['type']]}"
-    message = item["msg"].removeprefix("Value error, ")
-    if not path or (item["type"] == "value_error" and isinstance(item.get("input"), Mapping)):
+    ours = item["type"] == "value_error"  # raised by a validator of a section
+    message = str(item["ctx"]["error"]) if ours else item["msg"]
+    if not path or (ours and isinstance(item.get("input"), Mapping)):
         return f"{where}: {message}"
     return (
         f"{where}: {key}={shown(item['input'])}: {message[0].lower()}{message[1:]}{_near_choice(path, item['input'])}"

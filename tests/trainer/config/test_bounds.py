@@ -110,9 +110,7 @@ def test_lists_of_a_configuration_are_short(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["override", "file"])
 @pytest.mark.case("H10")
 def test_no_number_gets_further_than_to_one_error_that_names_its_setting(tmp_path: Path, way: str) -> None:
-    """Of the values that every field is tried with, each is refused in a line that names field and value, or means a
-    number within the field's bounds.
-    """
+    """Each value tried is an error line that names field and value, or a number within the field's bounds."""
     refused = 0
     for key, (_, many) in NUMBERS.items():
         for value in HUGE if way == "override" else HUGE[:8]:
