@@ -1,4 +1,4 @@
-"""What other programs answer: within a time, and no more than this process can hold."""
+"""Runs other programs with a timeout and a bound on their output."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ LIMIT = 64 << 20  # bytes; the queue of a large cluster takes a tenth of it
 
 
 class TooMuchError(subprocess.SubprocessError):
-    """A program that does not stop talking."""
+    """A program printed more than the limit."""
 
 
 def answer(
@@ -51,7 +51,7 @@ def answer(
         process.wait(max(end - time.monotonic(), 0.1))
     except BaseException:
         with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
+            os.killpg(process.pid, signal.SIGKILL)  # with its child processes
         process.wait()
         raise
     finally:

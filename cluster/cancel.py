@@ -1,4 +1,4 @@
-"""Ending a run on purpose: it saves first, and nothing starts it again."""
+"""Cancels a run: it saves first, and nothing restarts it."""
 
 import os
 import re
@@ -17,57 +17,61 @@ from tarflow.trainer.resilience.alive import living_writer
 from tarflow.trainer.run_dir import is_run
 
 
-def cancel(run_dir: Path, wait_s: float, say: Callable[[str], None]) -> int:
-    """Cancel the jobs of a run, all of them; 1 if one had to be ended before it had saved, or was left as it is."""
+def cancel(run_dir: Path, wait_s: float, log: Callable[[str], None]) -> int:
+    """Cancel all jobs of a run. Returns 1 if one had to be killed before it had saved, or was left alone."""
     run_dir = run_dir.resolve()
     jobs = jobs_of([run_dir])[run_dir]
     if not jobs.entries and not jobs.problem:
         writer = living_writer(run_dir)
         by_hand = f"; the process that trains it ({writer}) ends after a save when it gets a SIGTERM" if writer else ""
         raise ClusterError(f"{run_dir} has no submitted jobs (no slurm/jobs.jsonl in it){by_hand}")
+    # What cannot be told to be this run's is left alone, and makes the exit code 1.
     left = [f"not cancelled: {jobs.describe(entry)}" for entry in jobs.unknown]
     if jobs.problem:
         left.append(f"{run_dir / 'slurm' / 'jobs.jsonl'}: {jobs.problem}: there may be jobs that it does not name")
     ours, others = _told_apart(run_dir, jobs)
     for text in [*left, *others]:
-        say(text)
+        log(text)
     left += others
     if not ours:
-        say("no job of this run is in the queue" if not left else "no other job of this run is in the queue")
+        log("no job of this run is in the queue" if not left else "no other job of this run is in the queue")
         return 1 if left else 0
     saving = []
-    # What waits goes first: else it would start when what runs is over.
+    # Pending jobs first: otherwise they would start as soon as the running one ends.
     for entry in sorted(ours, key=lambda entry: jobs.states[entry["job"]].state == "RUNNING"):
         job, kind = entry["job"], entry["kind"]
+        # The note first: it tells the task that the signal means the end, not a requeue.
         leave_note(run_dir / "slurm", job, entry["submission"])
         if kind == "train" and jobs.states[job].state == "RUNNING":
             slurm.command("scancel", "--signal=USR2", job)  # to the steps: each task's launcher
-            say(f"job {job} ({kind}) is told to save and end")
+            log(f"job {job} ({kind}) is told to save and end")
             saving.append(job)
         else:
             slurm.command("scancel", job)
-            if jobs.states[job].state == "PENDING":  # nobody else will say that it is over
+            if jobs.states[job].state == "PENDING":  # no task of it will ever record the end
                 try:
                     Chain.load(run_dir / "slurm", job).end(0, "cancelled while it waited in the queue")
                 except (UserError, OSError) as error:
-                    say(f"that job {job} is over is not noted: {why(error)}")
-            say(f"job {job} ({kind}) cancelled")
+                    log(f"that job {job} is over is not noted: {why(error)}")
+            log(f"job {job} ({kind}) cancelled")
+    # Training saves within its step; what does not is killed, since the allocation is paid for.
     end = time.monotonic() + wait_s
     while saving and time.monotonic() < end:
         states = slurm.states(saving)
         for job in [j for j in saving if j in states and not states[j].live]:
             saving.remove(job)
-            say(f"job {job} saved and ended")
+            log(f"job {job} saved and ended")
         time.sleep(0.5 if saving else 0)
     for job in saving:
         slurm.command("scancel", job)
-        say(f"job {job} did not save within {wait_s:.0f} s (--wait) and was ended; the last checkpoint stands")
+        log(f"job {job} did not save within {wait_s:.0f} s (--wait) and was ended; the last checkpoint is intact")
     return 1 if saving or left else 0
 
 
 def _told_apart(run_dir: Path, jobs: RunJobs) -> tuple[list[dict[str, Any]], list[str]]:
-    """The jobs in the queue that Slurm itself says are this run's, and what to say of the others: a file that was copied,
-    or made up, names jobs that have nothing to do with this directory.
+    """The queued jobs that Slurm itself says are this run's, and a message for each of the others.
+
+    A job list that was copied or forged names jobs that have nothing to do with this directory.
     """
     ours, others = [], []
     for entry in jobs.live:
@@ -82,19 +86,19 @@ def _told_apart(run_dir: Path, jobs: RunJobs) -> tuple[list[dict[str, Any]], lis
 
 
 def _problem(run_dir: Path, job: str) -> str | None:
-    """Why a job in the queue is not taken for this run's: whose it is, and where Slurm writes its log, is Slurm's word."""
+    """Why a queued job is not this run's, by its owner and the folder of its log as Slurm reports them; None if it is."""
     shown = slurm.ask(["scontrol", "show", "job", job, "-o"])
     if shown is None:
         return "Slurm does not say whose it is (scontrol show job)"
     user = re.search(r"\bUserId=[^\s(]*\((\d+)\)", shown)
     if user is None or int(user[1]) != os.getuid():
         return f"it belongs to {user[0].removeprefix('UserId=') if user else 'nobody that Slurm knows'}"
-    places = [run_dir] if is_run(run_dir.parent) else [run_dir, run_dir.parent]  # a sweep's elements have its logs
+    places = [run_dir] if is_run(run_dir.parent) else [run_dir, run_dir.parent]  # elements of a sweep log to its folder
     folders = [place / "slurm" / "jobs" for place in places]
     if any(f" StdOut={folder}/" in shown for folder in folders):
         return None
     log = re.search(r"\bStdOut=(/.*?)(?= \w+=|\s*$)", shown, re.MULTILINE)
     folder = Path(log[1]).parent if log else None
-    if folder is not None and folder.resolve() in folders:  # it was submitted by another name of the directory
+    if folder is not None and folder.resolve() in folders:  # submitted through another path of the same directory
         return None
     return f"it is a job of another directory (its log is in {folder or 'no place that Slurm names'})"

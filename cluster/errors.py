@@ -10,10 +10,10 @@ class ClusterError(UserError):
 
 
 class RunInUseError(ClusterError):
-    """Another process trains the run: this job has nothing to do, neither now nor after a requeue."""
+    """Another process trains the run: there is nothing to do for this job, now or after a requeue."""
 
     def __init__(self, run_dir: Path, holder: object) -> None:
         super().__init__(
-            f"run {run_dir} is being trained by another process ({holder or 'which did not say who it is'}); "
+            f"run {run_dir} is being trained by another process ({holder or 'which has not identified itself'}); "
             "this job ends and is not requeued. Once that one is over, submit again"
         )

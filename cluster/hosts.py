@@ -1,4 +1,4 @@
-"""Lists of hosts and of tasks as Slurm abbreviates them (case C03)."""
+"""Host lists and task counts as Slurm abbreviates them, and the addresses under which nodes reach each other."""
 
 import fcntl
 import ipaddress
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from tarflow.cluster.answers import answer
 from tarflow.cluster.errors import ClusterError
 
-MOST_HOSTS = 100_000  # of a job; Slurm itself knows 65,536
+MOST_HOSTS = 100_000  # of a job; Slurm's own limit is 65,536
 _SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 
 
@@ -36,7 +36,7 @@ def expand(nodes: str) -> list[str]:
 
 
 def _count(text: str) -> int:
-    """At most so many hosts stand in a list: what `node[1-99999999999]` would take is known before it is taken."""
+    """Upper bound of the hosts in a list, without expanding it: `node[1-99999999999]` would fill the memory."""
     total = 0
     for group in re.findall(r"(?:\[[^\]]*\]|[^,\[])+", text):
         count = 1
@@ -65,11 +65,11 @@ def tasks_of_nodes(text: str) -> list[int]:
 
 
 def address(name: str, others: Sequence[str] = ()) -> str:
-    """Where a node, on which this runs, is reached by the `others` of its job: NodeAddr in Slurm's configuration (a node's
-    name need not resolve), else its name.
+    """The address at which the `others` of a job reach the node `name`, on which this runs.
 
-    Debian gives a machine's own name the address 127.0.1.1, which no other machine reaches: then it is the address from
-    which this node talks to the others. Raises ClusterError where there is none.
+    It is NodeAddr in Slurm's configuration (a node's name need not resolve), or else the name. Debian gives a machine's own
+    name the address 127.0.1.1, which no other machine can reach: then it is the address from which this node talks to the
+    others. Raises ClusterError if there is none.
     """
     known_as = node_addr(name)
     try:
@@ -79,7 +79,9 @@ def address(name: str, others: Sequence[str] = ()) -> str:
             f"the first node of the job, {name}, cannot be reached: its address {known_as!r} does not resolve ({error}); "
             "set MASTER_ADDR to an address that every node can reach"
         ) from None
-    if not others or not is_loopback(found) or is_loopback(known_as):  # Slurm's own word: all nodes are this machine
+    if (
+        not others or not is_loopback(found) or is_loopback(known_as)
+    ):  # Slurm says so itself: all nodes are this machine
         return found
     routed = route_to_any(others)
     if routed is None:
@@ -93,14 +95,14 @@ def address(name: str, others: Sequence[str] = ()) -> str:
 
 
 def gloo_interface(name: str, others: Sequence[str]) -> str | None:
-    """The network interface that gloo must be told on a node, on which this runs; None if it finds it by itself.
+    """The network interface to set for gloo on the node `name`, on which this runs; None if gloo finds it by itself.
 
     Gloo listens at the address of the machine's own name. Where that is a loopback, other nodes cannot connect to it.
     """
     try:
         own = socket.gethostbyname(socket.gethostname())
     except OSError:
-        return None  # gloo has a way of its own then, and says so
+        return None  # gloo then picks an interface itself, and reports failures
     if not others or not is_loopback(own) or is_loopback(node_addr(name)):
         return None
     routed = route_to_any(others)

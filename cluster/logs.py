@@ -10,22 +10,22 @@ from tarflow.cluster.job.record import submissions
 from tarflow.files import listed
 
 PIECE = 1 << 20  # bytes
-MOST = 16 << 20  # bytes of a log that are shown: the last ones
+MOST = 16 << 20  # bytes shown of a log, from its end
 
 
 def log_text(run: Path, rank: int, kind: str) -> tuple[str, Iterator[str]]:
-    """A note, if the run may have newer jobs than can be told, and what a rank of the newest job of a kind has printed, with
-    its errors after it, piece by piece.
+    """The log of a rank of the newest job of a kind, its stderr after its stdout, in pieces.
 
-    It is as the job wrote it, escape sequences too: whoever shows it on a terminal escapes them. The logs are looked for in
-    the run itself, or in the sweep that it lies in: where its file says that they are is of no account.
+    Returns (note, pieces); the note is empty unless the run may have newer jobs than its damaged list names. The text is as
+    the job wrote it, escape sequences included: the caller escapes them for a terminal. Logs are looked up in the run itself
+    or in the sweep around it; the path in the job list is not trusted.
     """
     known = submissions(run)
     jobs = [entry for entry in known.entries if entry["kind"] == kind]
     if not jobs:
         problem = f"{known.problem} in" if known.problem else "see"
         raise ClusterError(f"{run} has no submitted {kind} job ({problem} {known.path})")
-    # The newest that has begun: one that waits in the queue has no log yet.
+    # The newest that has started: a pending one has no log yet.
     newest = next((entry for entry in reversed(jobs) if _folder(run, entry) is not None), jobs[-1])
     job, each = newest["job"], newest["ranks_per_task"]  # the processes of a task share its log
     folder = _folder(run, newest) or run / "slurm" / "jobs"

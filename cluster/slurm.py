@@ -1,4 +1,4 @@
-"""Slurm's commands as the product uses them: bounded in time, and what they say is kept."""
+"""Slurm's commands, run with a timeout; their error output ends up in the message."""
 
 import re
 import shlex
@@ -20,8 +20,9 @@ END_SIGNALS = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def run_shielded(command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
-    """Run a command that the signals which end the step around it do not reach, from its first instruction on: they are
-    blocked until it ignores them. (`env --ignore-signal` leaves a gap before it, in which Slurm does hit.)
+    """Run a command that ignores the signals by which Slurm ends a step.
+
+    They are blocked until the command ignores them. (`env --ignore-signal` leaves a gap before that, and Slurm hits it.)
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     try:
@@ -36,7 +37,7 @@ def _ignore() -> None:
 
 
 def ask(command: Sequence[str], timeout_s: float = 30, shielded: bool = False) -> str | None:
-    """What a command prints; None if it is missing, fails, hangs or prints without an end."""
+    """What a command prints; None if it is missing, fails, hangs or prints too much."""
     try:
         done = run_shielded(command, timeout_s) if shielded else answer(command, timeout_s)
     except (OSError, subprocess.SubprocessError):
@@ -45,9 +46,9 @@ def ask(command: Sequence[str], timeout_s: float = 30, shielded: bool = False) -
 
 
 def requeue(job: str, timeout_s: float = 40) -> str | None:
-    """Ask Slurm to start a job again, once. Returns None, or why it could not be done.
+    """Ask Slurm once to requeue a job. Returns None, or the reason why it could not.
 
-    "pending execution" is success: Slurm was already requeueing the job that it preempted.
+    "pending execution" in Slurm's answer is success: it was already requeueing the job that it preempted.
     """
     command = ["scontrol", "requeue", job]
     try:
@@ -65,8 +66,9 @@ def requeue(job: str, timeout_s: float = 40) -> str | None:
 
 
 def exclude_nodes(job: str, nodes: Sequence[str], timeout_s: float = 10, tries: int = 3) -> bool:
-    """Keep a job that waits to start again off some nodes, beside those that it avoids already. A job that runs cannot
-    be changed: so this comes after the request to requeue, while Slurm gives the step its last seconds.
+    """Exclude some nodes from a job's next start, besides those it excludes already; False if Slurm refused.
+
+    A running job cannot be changed: call this after the requeue, while Slurm gives the step its last seconds.
     """
     for left in reversed(range(tries)):
         shown = ask(["scontrol", "show", "job", job, "-o"], timeout_s, shielded=True)
@@ -81,7 +83,7 @@ def exclude_nodes(job: str, nodes: Sequence[str], timeout_s: float = 10, tries: 
 
 
 def largest_array() -> int | None:
-    """How many elements an array may have here (the limit is on the index: case C12); None if unknown."""
+    """MaxArraySize, the largest number of elements of an array here; None if unknown."""
     found = _configured("MaxArraySize")
     return int(found) if found and found.isdigit() else None
 
@@ -98,20 +100,20 @@ def _configured(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class JobState:
-    """What Slurm knows about a job."""
+    """What Slurm reports about a job."""
 
     state: str
     reason: str = ""
     nodes: str = ""
-    live: bool = False  # in the queue: whatever its state, it is not over
+    live: bool = False  # in the queue, whatever its state: not over
     name: str = ""  # of a job in the queue, if it is known
 
 
 def states(jobs: Sequence[str]) -> dict[str, JobState]:
     """States of jobs: the queue first, accounting for what has left it.
 
-    Accounting alone would call a job over that a failed node or a preemption has sent back to the queue. Where the queue
-    does not answer nothing is known, and the dictionary is empty. A job in neither is over, with an empty state.
+    Accounting alone reports a job as over that a failed node or a preemption has sent back to the queue. If squeue does not
+    answer, nothing is known and the dictionary is empty. A job in neither is over, with an empty state.
     """
     queue = ask(["squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r|%N|%j"]) if jobs else None
     if queue is None:
@@ -132,7 +134,7 @@ def states(jobs: Sequence[str]) -> dict[str, JobState]:
 
 
 def submit(script: Path, name: str) -> str:
-    """Hand a batch script to Slurm; the job's id. Not to answer is no refusal: the job may be in the queue."""
+    """Submit a batch script; returns the job's id. A timeout is not a refusal: the job may be in the queue."""
     way_out = f"it may have taken the job all the same: `squeue --me --name={shlex.quote(name)}` shows it"
     try:
         done = answer(["sbatch", str(script)], 120)
@@ -158,7 +160,7 @@ LIVE = {
 
 
 def command(*words: str) -> None:
-    """Run one of Slurm's commands; if it fails, an error with what it said."""
+    """Run one of Slurm's commands. Raises ClusterError with its output if it fails."""
     try:
         done = answer(words, 60)
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""The table of runs: what they are doing, how far they are, their jobs, their last score.
+"""The table of runs: state, progress, jobs and last score.
 
-What a run does is known without Slurm: from its heartbeats, its checkpoints and its metrics. A damaged file costs the
-cells that need it: its run's row says so, and all others stand.
+The state of a run is known without Slurm, from its heartbeats, checkpoints and metrics. A damaged file costs only the cells
+that need it, and its run's row says so.
 """
 
 import os
@@ -39,7 +39,7 @@ COLUMNS = {
     "run": "run", "state": "state", "damaged": "damaged", "step": "step", "images": "images", "img/s": "rate", "ETA": "eta",
     "last commit": "commit", "heartbeat": "heartbeat", "jobs": "jobs", "requeues": "requeues", "score": "score",
 }  # fmt: skip
-# What a narrow terminal keeps for longest comes first.
+# A narrow terminal drops columns from the end of this list.
 IMPORTANCE = (
     "run",
     "state",
@@ -55,11 +55,11 @@ IMPORTANCE = (
     "requeues",
 )
 STAR = "*"
-TAIL = 65536  # bytes of metrics.jsonl that are looked at: its end
-LONGEST = 1e11  # seconds: of what is longer, nothing can be said
-# Accounting's words for a start that Slurm itself puts back into the queue.
+TAIL = 65536  # bytes read from the end of metrics.jsonl
+LONGEST = 1e11  # seconds; longer spans are shown as "ages"
+# States in accounting of a start that Slurm itself requeues.
 GOES_BACK = ("PREEMPTED", "NODE_FAIL", "REQUEUED")
-# How a training ended that nothing has taken up again, by the last words of its ranks.
+# How a training ended that is not running, by the last heartbeat state of its ranks.
 ENDINGS = {
     None: "not started", alive.GONE: "stopped", alive.FAILED: "failed", alive.HUNG: "failed (hung)",
     alive.KILLED: "failed (killed)",
@@ -81,16 +81,17 @@ class Row:
     jobs: str = "-"
     requeues: str = "-"
     score: str = "-"
-    flaws: tuple[str, ...] = ()  # what is damaged, in sentences
+    flaws: tuple[str, ...] = ()  # one sentence for each damaged file
 
     @property
     def damaged(self) -> str:
+        """The cell of the column `damaged`."""
         number = len(self.flaws)
         return f"{number} file{'s' * (number > 1)}" if number else "-"
 
 
 def _times(paths: Iterable[Path]) -> list[float]:
-    """When files were last written; one that its writer replaces or removes at this moment is left out."""
+    """When files were last written; a file that is just being replaced or removed is left out."""
     times = []
     for path in paths:
         with suppress(FileNotFoundError):
@@ -122,12 +123,12 @@ def rows(runs: Iterable[Path], now: float | None = None) -> list[Row]:
 
 
 def _plain(row: Row) -> dict[str, str]:
-    """The cells of a row, fit for a terminal."""
+    """The cells of a row, escaped for a terminal."""
     return {name: plain(getattr(row, name), 4096) for name in IMPORTANCE if name != "damaged"}
 
 
 def job_state(state: slurm.JobState | None, chain: Chain) -> str:
-    """A job's state in words: never "failed" for one that Slurm is about to start again."""
+    """A job's state in words; a start that Slurm is about to requeue is not called failed."""
     ended = chain.ended
     if state is None or not state.state:
         unknown = "unknown" if state is None else "over"
@@ -156,9 +157,9 @@ def run_state(run: Path, jobs: RunJobs, done: bool, now: float) -> str:
     if any(entry["job"] in trainings for entry in jobs.unknown):
         return "unknown"
     ends = [ended for job in trainings if (ended := Chain.shown(run / "slurm", job).ended) is not None]
-    ends = [ended for ended in ends if ended["code"] != IN_USE]  # it left the run to another
+    ends = [ended for ended in ends if ended["code"] != IN_USE]  # it left the run to another process
     since = max((beat["seen"] for beat in alive.read_heartbeats(run)), default=0.0)
-    if ends and ends[-1]["code"] != FINISHED and ends[-1]["time"] >= since:  # nobody has trained it by hand since then
+    if ends and ends[-1]["code"] != FINISHED and ends[-1]["time"] >= since:  # and it was not trained by hand since
         return f"failed (exit {ends[-1]['code']})"
     return ENDINGS[alive.last_words(run)]
 
@@ -176,7 +177,7 @@ def _jobs_text(run: Path, jobs: RunJobs) -> tuple[str, str]:
 
 
 def _flaws_of_jobs(run: Path, jobs: RunJobs) -> list[str]:
-    """What is wrong with the run's list of jobs, and with the records of their starts."""
+    """Damage in the run's list of jobs and the records of their starts."""
     path, flaws = run / "slurm" / FILE, list[str]()
     if jobs.problem:
         flaws.append(str(DamagedFileError(path, jobs.problem, JobLine.way_out, what=JobLine.what)))
@@ -184,6 +185,7 @@ def _flaws_of_jobs(run: Path, jobs: RunJobs) -> list[str]:
 
 
 def _row(run: Path, jobs: RunJobs, now: float) -> Row:
+    # Each source is read on its own: a damaged one adds to `flaws` and leaves the cells of the others alone.
     flaws = _flaws_of_jobs(run, jobs)
     config, known = shown_config(run, flaws)
     total, facts = config.train.max_images if config is not None else None, dict[str, str]()
@@ -207,6 +209,7 @@ def _row(run: Path, jobs: RunJobs, now: float) -> Row:
         state = "unknown"  # it may be in the queue
     if step or seen:
         facts |= {"step": str(step), "images": f"{seen:,}" + (f" / {total:,}" if total else "")}
+    # An ETA only makes sense while the run advances.
     rate = last_rate(logged)
     if rate is not None and state == "running":
         facts["rate"] = f"{rate:.0f}"
@@ -243,8 +246,9 @@ def last_rate(logged: Sequence[dict[str, Any]]) -> float | None:
 
 
 def headline_score(run: Path, config: Config | None, flaws: list[str]) -> str | None:
-    """The Frechet distance of the result that stands for the run, as in its report; a star if its settings are not the
-    run's own, or those are not known.
+    """The Frechet distance of the run's headline result, as in its report.
+
+    It has a star if its settings differ from the run's own, or those are unknown.
     """
     found, damaged = scan(run)
     flaws += [flaw for flaw in damaged if flaw not in flaws]
@@ -270,13 +274,13 @@ def _ago(seconds: float) -> str:
 
 
 def shortened(found: Sequence[Row], width: int) -> list[Row]:
-    """Rows whose runs take up a third of the width at most: the end of a path tells runs apart, and is kept."""
+    """Rows with paths cut to a third of the width; the end is kept, since it tells runs apart."""
     most = max(width // 3, 16)
     return [row if len(row.run) <= most else replace(row, run="…" + row.run[1 - most :]) for row in found]
 
 
 def fitting(found: Sequence[Row], width: int) -> list[str]:
-    """Titles of the columns that say something and fit beside each other, the important ones first."""
+    """Titles of the columns that are not empty and fit into the width; important ones go first."""
     room, kept = width, set()
     for title in sorted(COLUMNS, key=lambda title: IMPORTANCE.index(COLUMNS[title])):
         cells = [getattr(row, COLUMNS[title]) for row in found]
@@ -290,7 +294,7 @@ def fitting(found: Sequence[Row], width: int) -> list[str]:
 
 
 def show(paths: list[Path], every_s: float | None) -> int:
-    """Print the table once, or again and again."""
+    """Print the table once, or every `every_s` seconds until interrupted."""
     from rich.console import Console, Group
     from rich.live import Live
     from rich.table import Table
@@ -312,6 +316,7 @@ def show(paths: list[Path], every_s: float | None) -> int:
         notes += [f"{row.run}: {flaw}" for row in found for flaw in row.flaws]
         return Group(made, *(Text(note, style="dim") for note in notes))
 
+    # Into a pipe or file nothing is cut: whoever reads it searches for text.
     terminal = os.isatty(1)
     console = Console(file=styled(sys.stdout), width=None if terminal else 1000, markup=False, emoji=False)
     width = console.width if terminal else None

@@ -1,16 +1,16 @@
-"""The front door: one verb per thing a person does.
+"""The command line: one verb for each task.
 
 A verb is a module in the `commands/` of a room: `EXAMPLE`, `add_arguments(parser)` and `run(args)`, which returns the exit
 code. A verb with verbs of its own (`tarflow data prepare`) has `EXAMPLE` and a table `VERBS` like the one below. One with
-`OUTLIVES_ITS_READER = True` goes on when its terminal is closed.
+`OUTLIVES_ITS_READER = True` keeps running when its terminal is closed.
 Only the chosen verb is imported, and it loads nothing heavy before it runs: `--help` is quick on a login node.
 
-Whatever a user can cause ends here in one line on stderr, without a traceback (TARFLOW_TRACEBACK=1 shows it):
+User errors end here in one line on stderr, without a traceback (TARFLOW_TRACEBACK=1 shows it):
 
     wrong settings, a wrong path     2
     a full disk, a broken one        1
-    nobody reads the output          141, without a word, as the system's own tools end
-    Ctrl-C                           130, without a word; SIGTERM and SIGHUP: 143 and 129
+    nobody reads the output          141, silently, like the system's own tools
+    Ctrl-C                           130, silently; SIGTERM and SIGHUP: 143 and 129
 """
 
 import argparse
@@ -58,10 +58,10 @@ EXAMPLES = """examples:
   tarflow sample runs/demo --out samples --num 64
   tarflow report runs/demo
 """
-WRITTEN = ("out", "sheet", "report", "run")  # options that say where a verb writes, the most likely first
+WRITTEN = ("out", "sheet", "report", "run")  # options that name what a verb writes, the most likely first
 _MONTH_S = 30 * 86_400
-# Numbers among the options of all verbs, bounded before anything is done: option -> its least and largest value. What is
-# not named counts something: no fewer than 0, no more than COUNTED. An option that may not be 0 says so itself.
+# Bounds of numeric options of all verbs, checked before anything is done: option -> smallest and largest value. An option
+# that is not listed is a count, from 0 to COUNTED. A verb that does not allow 0 checks that itself.
 COUNTED = 10**15
 BOUNDS: Mapping[str, tuple[float, float]] = {
     "seed": (-(2**63), 2**63 - 1),
@@ -78,7 +78,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
 }  # fmt: skip
 
 FAILED, USAGE = 1, 2
-OF_A_SIGNAL = 128  # exit codes of what a signal ended: this and its number
+OF_A_SIGNAL = 128  # plus the signal's number: exit code of a process that a signal ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,8 +131,9 @@ def _prog(args: argparse.Namespace | None) -> str:
 
 @contextmanager
 def _orderly_end() -> Iterator[list[int]]:
-    """While entered, SIGINT, SIGTERM and SIGHUP unwind the stack, so that half-written files are removed; yields the list of
-    those that came. What is ignored, as by `nohup`, or handled by others stays so.
+    """Make SIGINT, SIGTERM and SIGHUP unwind the stack, so that half-written files are removed.
+
+    Yields the list of signals received. Signals that are ignored (`nohup`) or handled by others stay so.
     """
     asked: list[int] = []
 
@@ -143,9 +144,7 @@ def _orderly_end() -> Iterator[list[int]]:
         raise SystemExit(OF_A_SIGNAL + number)
 
     def lost(unraisable: Any) -> None:
-        """An exception that rises in a callback of the interpreter's own (a weak reference's) ends there: the signal is sent
-        once more, a moment later.
-        """
+        """Send the signal again: its exception was raised, and lost, in a callback of the interpreter (a weak reference's)."""
         if not asked or not isinstance(unraisable.exc_value, KeyboardInterrupt | SystemExit):
             hook(unraisable)
             return
@@ -153,7 +152,7 @@ def _orderly_end() -> Iterator[list[int]]:
         threading.Timer(0.01, signal.pthread_kill, (main, asked[-1])).start()
 
     changed, hook = {}, sys.unraisablehook
-    if threading.current_thread() is threading.main_thread():  # no other may
+    if threading.current_thread() is threading.main_thread():  # others may not set handlers
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if (before := signal.getsignal(number)) in (signal.SIG_DFL, signal.default_int_handler):
                 changed[number] = before
@@ -168,14 +167,15 @@ def _orderly_end() -> Iterator[list[int]]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong usage is one line, with the nearest known word and where to read on."""
+    """An argparse parser whose usage errors are one line that suggests the nearest known word."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the error and exit with the code for wrong usage."""
         self.exit(USAGE, terminal.message(f"{self.prog}: error: {message} (see `{self.prog} --help`)") + "\n")
 
 
 def repeated(overrides: Sequence[str]) -> list[str]:
-    """What to say of settings that are given several times with different values: a later one wins, as options do."""
+    """Notes on settings that are given several times with different values: the last one wins."""
     values: dict[str, list[str]] = {}
     for key, equals, value in (override.partition("=") for override in overrides):
         if equals and value not in values.setdefault(key, [])[-1:]:
@@ -184,7 +184,7 @@ def repeated(overrides: Sequence[str]) -> list[str]:
 
 
 def out_of_bounds(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str | None:
-    """What is wrong with the first number of parsed options that is outside its bounds, or no number."""
+    """An error text for the first number among parsed options that is not finite or is outside its bounds."""
     for action in parser._actions:
         value = getattr(args, action.dest, None)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -192,7 +192,7 @@ def out_of_bounds(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         least, most = BOUNDS.get(action.dest, (0, COUNTED))
         name = "/".join(action.option_strings)
         if isinstance(value, float) and not math.isfinite(value):
-            return f"argument {name}: {value} is no finite number"
+            return f"argument {name}: {value} is not a finite number"
         if not least <= value <= most:
             return f"argument {name}: {str(value)[:40]} is out of bounds: it may be {least:,} to {most:,}"
     return None
@@ -228,7 +228,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _add_verbs(
     parser: argparse.ArgumentParser, verbs: Mapping[str, tuple[str, str]], words: Sequence[str], dest: str
 ) -> None:
-    """Make each verb a sub-command of `parser`; only the one that `words` begins with is imported and gets its options."""
+    """Make each verb a sub-command of `parser`; only the verb that is first in `words` is imported and gets its options."""
     if words and words[0] not in verbs:
         near = _did_you_mean(words[0], verbs) or f" (there are {', '.join(verbs)})"
         parser.error(f"argument VERB: invalid choice: {words[0]!r}{near}")
@@ -245,7 +245,7 @@ def _add_verbs(
             continue
         command.add_arguments(child)
         for action in child._actions:
-            action.required = action.required and action.nargs != argparse.ZERO_OR_MORE  # none is as good as many
+            action.required = action.required and action.nargs != argparse.ZERO_OR_MORE  # zero values are fine
         child.set_defaults(command=command, parser=child)
 
 
@@ -261,7 +261,7 @@ def _at_home(value: Any) -> Any:
 
 
 def _option_of(error: OSError, args: argparse.Namespace | None) -> str:
-    """The option, with its value, that the path of an error was given by. One without a path is about what is written."""
+    """The option, with its value, that named the path of an error. An error without a path is about what is written."""
     given = {
         action: Path(value)
         for action in (args.parser._actions if args is not None else ())

@@ -1,7 +1,7 @@
-"""Which code this is: the version and, where they are known, the commit and whether files differ from it.
+"""The version of the running code and, if known, its commit and whether files differ from it.
 
-A checkout asks git. A copy of the code made for a job has no repository beside it: the note that was put into it says what
-the checkout said then. An installed package knows its version alone.
+A checkout asks git. A snapshot made for a job has no repository: it holds a note of what git said when it was made. An
+installed package knows only its version.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from tarflow import __version__
 from tarflow.interpreter import HOME
 
-NOTE = "code.json"  # beside this file in a copy of the code
+NOTE = "code.json"  # beside this file in a snapshot
 GIT_TIMEOUT_S = 20
 
 
@@ -21,13 +21,13 @@ GIT_TIMEOUT_S = 20
 def code_version() -> dict[str, Any]:
     """{"version"} and, where known, {"commit": its hash, "dirty": whether files of the package differ from it}.
 
-    Found once per process: what runs is what was loaded, whatever becomes of the files later.
+    Cached: the code that runs is the code that was loaded, even if files change later.
     """
     return {"version": __version__} | (_noted() or _checked_out())
 
 
 def describe_code(code: dict[str, Any]) -> str:
-    """The same in a few words, for people."""
+    """The same as text."""
     commit = code.get("commit")
     changed = " with changes that are not committed" if code.get("dirty") else ""
     return f"tarflow {code.get('version', '(version not known)')}" + (
@@ -44,7 +44,7 @@ def _noted() -> dict[str, Any]:
 
 
 def _checked_out() -> dict[str, Any]:
-    """What git says of the checkout that this package lies in. A repository further up is somebody else's."""
+    """Commit and state of this package's checkout. A repository further up is not this package's."""
     package = HOME / "tarflow"
     if not (HOME / ".git").exists():
         return {}

@@ -1,4 +1,4 @@
-"""What a user can cause and mend; the front door says it without a traceback."""
+"""User errors; the message says how to fix them, and the command line prints it without a traceback."""
 
 import errno
 import os
@@ -10,12 +10,12 @@ from tarflow.file_systems import file_system
 
 
 class UserError(ValueError):
-    """Base of every room's error: the text says what was wrong, where, and which setting changes it."""
+    """Base of every room's errors: the text says what was wrong, where, and which setting changes it."""
 
 
 @contextmanager
 def noted(flaws: list[str]) -> Iterator[None]:
-    """For what only shows: a file that cannot be read or believed is noted in words, and everything else stands."""
+    """For display: an unreadable or damaged file becomes an entry in `flaws`, and everything else is shown."""
     try:
         yield
     except (UserError, OSError) as error:
@@ -24,7 +24,7 @@ def noted(flaws: list[str]) -> Iterator[None]:
             flaws.append(text)
 
 
-# Of the system's errors, those that the same command would meet again: a path is wrong, or not one's own.
+# System errors that the same command would meet again: a path is wrong, or belongs to someone else.
 LASTING = {
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EACCES, errno.EPERM, errno.EROFS,
     errno.ENAMETOOLONG, errno.ELOOP, errno.EXDEV, errno.ENXIO, errno.ENODEV,
@@ -51,19 +51,19 @@ _OF_THE_DISK = {
 
 
 def path_of(error: OSError) -> str:
-    """The path that an error of the system is about: of two, the one that was to be made; empty without one."""
+    """The path of a system error; of two paths, the destination; empty without a path."""
     path = error.filename2 or error.filename
     return os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
 
 
 def in_words(error: BaseException) -> str:
-    """An error of the system as `PATH: what is wrong`, without its number; of others what they say."""
+    """A system error as `PATH: what is wrong`, without its number; the message of any other error."""
     path = path_of(error) if isinstance(error, OSError) else ""
     return f"{path}: {why(error)}" if path else why(error)
 
 
 def why(error: BaseException) -> str:
-    """What is wrong, without the path: of an error of the system in words, of others what they say."""
+    """What is wrong, without the path: a system error in words, the message of any other error."""
     if not isinstance(error, OSError) or not error.errno:
         return str(error) or type(error).__name__
     path = path_of(error)

@@ -1,4 +1,4 @@
-"""What a file system cannot do: known by its error numbers, and said once, with the name of the file system."""
+"""Features that a file system lacks: recognized by error number, noted once, with the name of the file system."""
 
 import errno
 import os
@@ -6,14 +6,14 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-# What a call answers where it is not provided at all, or refused for this kind of file.
+# Errors of a call that is not provided, or not for this kind of file.
 NOT_PROVIDED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _MOUNTS = Path("/proc/self/mounts")
 _said: set[tuple[str, str]] = set()
 
 
 def file_system(path: str | Path) -> str:
-    """The file system that a path lies on, such as `nfs4 at /home`; the path itself where the system does not tell."""
+    """The file system that a path lies on, such as `nfs4 at /home`; the path itself if unknown."""
     here = os.path.realpath(path)
     best = ("", "")
     try:
@@ -21,7 +21,7 @@ def file_system(path: str | Path) -> str:
             _, point, kind, *_ = line.split(" ")
             point = point.replace("\\040", " ")
             inside = point == "/" or here == point or here.startswith(point + "/")
-            if inside and len(point) >= len(best[0]):  # of two mounts in one place the later one counts
+            if inside and len(point) >= len(best[0]):  # of several mounts at one place the last one counts
                 best = (point, kind)
     except (OSError, ValueError):
         pass
@@ -29,7 +29,7 @@ def file_system(path: str | Path) -> str:
 
 
 def note_once(path: str | Path, lack: str, error: OSError, consequence: str) -> None:
-    """Say on stderr that the file system of `path` lacks something; the same lack of the same one is not said again."""
+    """Print a note that the file system of `path` lacks something; once for each file system and feature."""
     where = file_system(path)
     if (where, lack) in _said:
         return

@@ -1,9 +1,8 @@
-"""Durable writes: a crash leaves the old file or the new one, never half of one. And lines that survive a torn end.
+"""Durable writes: a crash leaves the old file or the new one, never half of one. Files of lines survive a torn last line.
 
-Nothing is made or written through a link at its name. Whoever can put a name into a folder (a stranger who made a run
-directory, a colleague who may write into it) could turn a write into one to any file that the user may write. A link at the
-name of a file that is replaced gives way to it; at the name of one that is appended to it is an error. Folders on the way
-may be links (a run directory that lies on scratch, say), and reading follows links.
+Nothing is created or written through a link. Otherwise anyone who can put a name into a folder (the stranger who made a run
+directory, a colleague with write access) could redirect a write to any file of the user. A link is replaced like a file would
+be; appending to one is an error. Parent folders may be links (a run directory on scratch, say), and reading follows links.
 """
 
 import errno
@@ -25,9 +24,9 @@ from tarflow.file_systems import NOT_PROVIDED, note_once
 
 
 def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
-    """A descriptor of a regular file, made if `flags` say so.
+    """A descriptor of a regular file, created if `flags` say so. Never blocks.
 
-    Raises OSError as os.open does: ELOOP where a link has the name, ENXIO for a pipe, a device, a folder. Never waits.
+    Raises OSError as os.open does: ELOOP for a link, ENXIO for a pipe, a device or a folder.
     """
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -37,8 +36,9 @@ def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
 
 
 def create(path: Path, mode: int = 0o666) -> int:
-    """A descriptor of a new, empty file, open for writing. What has the name, a file or a link that a kill left or someone
-    planted, is removed first.
+    """A descriptor of a new, empty file, open for writing.
+
+    A file or link of that name, left by a kill or planted by someone, is removed first.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
@@ -49,33 +49,33 @@ def create(path: Path, mode: int = 0o666) -> int:
 
 
 def create_empty(path: Path) -> None:
-    """A new, empty file for a library that opens what it writes by name; as `create`."""
+    """Create an empty file, like `create`, for a library that opens it by name."""
     os.close(create(path))
 
 
 def fill(path: Path, text: str) -> None:
-    """Replace the text of a file in place, of a lock that is held, say: its name stays with the same file."""
+    """Replace the text of a file in place, keeping its inode (a held lock, say)."""
     descriptor = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     with open(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
 
 
 def write_new(path: Path, data: str | bytes) -> None:
-    """A new file with this text or these bytes; as `create`."""
+    """Create a file, like `create`, with this text or these bytes."""
     with open(create(path), "wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
 def refuse_link(path: Path) -> None:
-    """Raise OSError ELOOP where a link has the name."""
+    """Raise OSError ELOOP if the path is a link."""
     if path.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
 
 
 def make_folder(root: Path, *below: str) -> Path:
-    """Make a folder, and those `below` it, one in the other, unless they are there; the last one.
+    """Make a folder and the nested folders `below` it, unless they exist; returns the last one.
 
-    `root` is what a user has named, and may be a link. Raises OSError ELOOP for a link in the place of one below it.
+    `root` was named by the user and may be a link. Raises OSError ELOOP if one below it is a link.
     """
     root.mkdir(parents=True, exist_ok=True)
     for name in below:
@@ -87,9 +87,9 @@ def make_folder(root: Path, *below: str) -> Path:
 
 
 def private_folder(path: Path, way_out: str) -> Path:
-    """A folder that nobody else can read or write, made so or found so: for a cache on a node that others use.
+    """A folder that nobody else can read or write, for a cache on a shared node; created unless it exists.
 
-    Raises UserError, with the way out, where something else has the name: what lies in it may not be one's own.
+    Raises UserError, with the way out, if the path is something else: its content may come from another user.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
@@ -109,7 +109,7 @@ def private_folder(path: Path, way_out: str) -> Path:
 
 
 def fsync_path(path: Path) -> None:
-    """Make a file's content durable, or the names in a directory: a rename is only safe once its directory is on disk."""
+    """Make a file's content, or the names in a directory, durable: a rename is only safe once its directory is on disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         fsync_file(descriptor, path)
@@ -118,7 +118,7 @@ def fsync_path(path: Path) -> None:
 
 
 def fsync_file(descriptor: int, path: Path) -> None:
-    """The same for an open file or directory. A file system that cannot is noted once; an error of writing is raised."""
+    """The same for an open file or directory. A file system without fsync is noted once; a write error is raised."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -138,16 +138,16 @@ def fsync_tree(path: Path) -> None:
 
 
 def listed(folder: Path, pattern: str = "*") -> list[Path]:
-    """What matches below a folder, by name, also names that begin with a dot.
+    """Paths below a folder that match, sorted, hidden names included.
 
-    Others may remove the folder or parts of it meanwhile: what is gone is not listed. (`Path.glob` raises then, before
-    Python 3.13.)
+    Another process may remove the folder or parts of it meanwhile: what is gone is not listed. (`Path.glob` raises then,
+    before Python 3.13.)
     """
     return sorted(folder / name for name in glob.glob(pattern, root_dir=folder, include_hidden=True))
 
 
 def check_writable(folder: Path) -> None:
-    """Raise OSError if no file can be made in `folder`, or not even the folder. Nothing is left behind."""
+    """Raise OSError if `folder` or a file in it cannot be created. Leaves nothing behind."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,21 +162,23 @@ def check_writable(folder: Path) -> None:
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary sibling of `path`, make it durable and put it in place in one step.
 
-    The sibling's name is drawn, so several processes, on several machines, may write the same file.
+    The sibling's name is random, so several processes, on several machines, may write the same file.
     """
     _replace(path, path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"), write)
 
 
 def write_text(path: Path, text: str, *, shared: bool = False) -> None:
-    """Replace a text file in one step. Unless it is `shared`, this process is its only writer: what a kill left of the
-    write before, the next one replaces.
+    """Replace a text file in one step.
+
+    `shared`: several processes may write it. Otherwise the temporary file has a fixed name, so that the next write replaces
+    what a kill left of the one before.
     """
     name = f".{path.name}.{uuid.uuid4().hex[:12]}.tmp" if shared else f".{path.name}.tmp"
     _replace(path, path.with_name(name), lambda temporary: fill(temporary, text))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file, indented; anyone may write it."""
+    """Replace a JSON file, indented; several processes may write it."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n", shared=True)
 
 
@@ -191,7 +193,7 @@ def _replace(path: Path, temporary: Path, write: Callable[[Path], None]) -> None
             if not isinstance(error, OSError):
                 _ask_the_disk(temporary)
             raise
-        if temporary.lstat().st_mode != mode:  # a library that writes for its user alone
+        if temporary.lstat().st_mode != mode:  # the library made it private to the user
             with suppress(OSError):
                 temporary.chmod(mode)
         fsync_path(temporary)
@@ -201,7 +203,7 @@ def _replace(path: Path, temporary: Path, write: Callable[[Path], None]) -> None
 
 @contextmanager
 def discarded(temporary: Path) -> Iterator[None]:
-    """Whatever happens, no temporary file is left; that it cannot be removed is no error beside the one that may be raised."""
+    """Remove a temporary file afterwards, whatever happens; a failure to do so must not hide the error that is raised."""
     try:
         yield
     finally:
@@ -211,7 +213,7 @@ def discarded(temporary: Path) -> Iterator[None]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of the system name this path: it is what a person knows, and a failed write names none by itself."""
+    """Make system errors name this path: a failed write names none, and users do not know the temporary one."""
     try:
         yield
     except OSError as error:
@@ -220,7 +222,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _ask_the_disk(path: Path) -> None:
-    """Raise the disk's own error, which a library may have put in its own words, if it takes nothing more."""
+    """Raise the system's error if the disk is full: a library may have replaced it by an error of its own."""
     with open(open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as file:
         file.write(bytes(1 << 16))
         file.flush()
@@ -228,10 +230,10 @@ def _ask_the_disk(path: Path) -> None:
 
 
 def discard(path: Path) -> str | None:
-    """Remove a directory that nobody needs, as far as that goes; why some of it stays, or None if it is gone.
+    """Remove an obsolete directory as far as possible; returns why some of it is left, or None if it is gone.
 
-    Links are removed, in it or in its place, and never followed. A file that someone holds open over NFS, or a directory
-    that may not be written, is no reason to fail: whoever calls this says so, and tries again later.
+    Links are removed, in it or in its place, and never followed. A file that is held open over NFS, or a directory without
+    write permission, is not an error: the caller logs it and tries again later.
     """
     try:
         if path.is_symlink():
@@ -239,7 +241,7 @@ def discard(path: Path) -> str | None:
         else:
             shutil.rmtree(path)
     except FileNotFoundError:
-        shutil.rmtree(path, ignore_errors=True)  # someone else removes it, too
+        shutil.rmtree(path, ignore_errors=True)  # another process is removing it, too
     except OSError as error:
         shutil.rmtree(path, ignore_errors=True)  # the rest of it
         if os.path.lexists(path):
@@ -248,7 +250,7 @@ def discard(path: Path) -> str | None:
 
 
 def free_name(path: Path) -> Path:
-    """The path, or the first of `path-2`, `path-3` ... that nothing stands at."""
+    """The path, or the first of `path-2`, `path-3` ... that does not exist."""
     free, number = path, 1
     while os.path.lexists(free):
         number += 1
@@ -257,7 +259,7 @@ def free_name(path: Path) -> Path:
 
 
 def publish_dir(temporary: Path, final: Path) -> bool:
-    """Rename a finished directory into place; False if there is one already (someone was faster)."""
+    """Rename a finished directory into place; False if there is one already (another process was faster)."""
     fsync_tree(temporary)
     try:
         os.rename(temporary, final)
@@ -270,7 +272,7 @@ def publish_dir(temporary: Path, final: Path) -> bool:
 
 
 def replace_dir(temporary: Path, final: Path) -> None:
-    """Rename a finished directory into place; an older one of that name gives way last."""
+    """Rename a finished directory into place; an existing one is renamed away and removed last."""
     fsync_tree(temporary)
     old = final.with_name(final.name + ".old")
     discard(old)
@@ -283,13 +285,13 @@ def replace_dir(temporary: Path, final: Path) -> None:
 
 
 def put_once(temporary: Path, final: Path) -> None:
-    """Put a finished file in place unless there is one."""
+    """Move a finished file into place, unless one is there."""
     fsync_path(temporary)
     try:
         os.link(temporary, final)
     except FileExistsError:
         pass
-    except OSError:  # a file system without hard links: the same content goes over the same
+    except OSError:  # a file system without hard links: the content is the same, so replacing is harmless
         if not temporary.exists():
             raise
         os.replace(temporary, final)
@@ -298,22 +300,24 @@ def put_once(temporary: Path, final: Path) -> None:
 
 
 class LineWriter:
-    """Appends lines to a file, each in one write. A full disk costs lines, never the run that writes them.
+    """Appends lines to a file, each in one write. A full disk loses lines and never stops the run.
 
-    Half a line, left by a full disk or a kill, is closed first: it spoils no other.
+    A torn line, left by a full disk or a kill, is terminated first, so that it does not spoil the next.
     """
 
     def __init__(self, path: Path) -> None:
         self._descriptor = open_own(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        self._whole = ends_whole(self._descriptor)  # the last line came to its end
+        self._whole = ends_whole(self._descriptor)  # the last line is complete
 
     def write(self, line: str) -> None:
+        """Append a line, without its end; errors are ignored."""
         data = ("" if self._whole else "\n").encode() + line.encode() + b"\n"
         with suppress(OSError):
             written = os.write(self._descriptor, data)
             self._whole = written == len(data) or (self._whole and not written)
 
     def close(self) -> None:
+        """Close the file."""
         os.close(self._descriptor)
 
 
@@ -324,9 +328,9 @@ def ends_whole(descriptor: int) -> bool:
 
 
 def append_line(path: Path, line: str, *, durable: bool = False) -> None:
-    """Append a line to a file that others append to as well: in one write, so lines do not mix, half a line closed first.
+    """Append a line to a file that others append to as well, in one write, so lines do not mix.
 
-    Raises OSError where it cannot be written whole, and where the name is that of a link.
+    A torn line is terminated first. Raises OSError if the line cannot be written completely, or the path is a link.
     """
     descriptor = open_own(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -340,7 +344,7 @@ def append_line(path: Path, line: str, *, durable: bool = False) -> None:
 
 
 def crc32(path: Path) -> int:
-    """Checksum of a file's content, read in pieces."""
+    """CRC-32 of a file's content."""
     value = 0
     with open(path, "rb") as file:
         while piece := file.read(1 << 22):

@@ -1,6 +1,6 @@
-"""Other interpreters with this very package: data workers, ranks, checks of a node.
+"""Starts other interpreters with the same package: data workers, ranks, checks of a node.
 
-They find `tarflow` where this process found it, and nothing in the current folder can stand in for a module.
+They find `tarflow` where this process found it, and no file in the current folder can shadow a module.
 """
 
 import os
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-JOB_VARIABLE = "TARFLOW_JOB"  # in the environment of what a Slurm job starts: the job's id
+JOB_VARIABLE = "TARFLOW_JOB"  # set for the processes of a Slurm job: the job's id
 HOME = Path(__file__).absolute().parent.parent  # not resolved: the rooms are links in a checkout
 
 
@@ -20,16 +20,16 @@ def module_command(module: str, *arguments: str, unbuffered: bool = False) -> li
 
 
 def child_environment(**changes: str) -> dict[str, str]:
-    """This process' environment under which `module_command` finds the same code, with some variables changed."""
+    """The environment in which `module_command` finds the same code: this process's own, with some variables changed."""
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(HOME), *_named_paths()]), "PYTHONSAFEPATH": "1"} | changes
 
 
 def leave_current_folder() -> None:
-    """Have neither this process nor any that it starts, a library's own ones too, import what lies in the current folder.
+    """Stop this process, and all that it or a library starts, from importing files of the current folder.
 
-    A folder that PYTHONPATH names is meant; an empty entry in it, as of `export PYTHONPATH=$PYTHONPATH:/lib`, is none.
+    Folders in PYTHONPATH are intended; an empty entry, as left by `export PYTHONPATH=$PYTHONPATH:/lib`, is not.
     """
-    with suppress(OSError):  # there is none any more
+    with suppress(OSError):  # the folder was removed
         here = os.getcwd()
         meant = {os.path.abspath(path) for path in _named_paths()} | {str(HOME)}
         if "" in os.environ.get("PYTHONPATH", "").split(os.pathsep) and here not in meant:
@@ -45,8 +45,9 @@ def _named_paths() -> list[str]:
 
 @contextmanager
 def deaf_to_terminals() -> Iterator[None]:
-    """Processes that are started meanwhile never hear Ctrl-C or a closed terminal, not even in their first moments: whoever
-    started them does, and ends them.
+    """Make processes that are started meanwhile ignore Ctrl-C and a closed terminal, from their first instruction on.
+
+    The process that started them gets the signal and ends them.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     try:

@@ -1,10 +1,10 @@
-"""Leases: one process at a time holds a name, on one machine or on a shared file system, without locks of the system.
+"""Leases: one process at a time holds a name, on one machine or a shared file system, without system locks.
 
-    FOLDER/NAME.0 .1 ...   who holds NAME; the highest number holds
+    FOLDER/NAME.0 .1 ...   a lease on NAME; the highest number holds
 
-A lease is a file that must not exist before, with its holder inside, and is renewed by touching it. One that was not renewed
-for its time, or whose process on this machine is dead, is void: the next number may be taken, again by one process only.
-Ages are differences of times that the file server set itself, so clocks of machines need not agree.
+A lease is a file created exclusively, with its holder inside, and renewed by touching it. A lease that was not renewed in
+time, or whose process on this machine is dead, is void: the next number may be taken, again by one process only. Ages are
+differences of times set by the file server, so the machines' clocks need not agree.
 """
 
 import glob
@@ -28,9 +28,9 @@ def unique_name() -> str:
 
 @contextmanager
 def leased(folder: Path, name: str, lease_s: float, lost: Callable[[], None] | None = None) -> Iterator[bool]:
-    """Hold a name while the block runs, if it is free; whether it is held here.
+    """Hold a name during the block, if it is free; yields whether it is held.
 
-    `lost`: called in a thread if another has taken the name over, since this process was paused for too long.
+    `lost`: called in a thread if another process took the name over, because this one was paused for too long.
     """
     lease = _take(folder, name, lease_s)
     if lease is None:
@@ -44,7 +44,7 @@ def leased(folder: Path, name: str, lease_s: float, lost: Callable[[], None] | N
     finally:
         stop.set()
         beat.join()
-        with suppress(OSError):  # what cannot be removed is void when its time is over
+        with suppress(OSError):  # one that cannot be removed expires
             lease.unlink()
 
 
@@ -53,7 +53,7 @@ def _number(path: Path) -> int:
 
 
 def _leases(folder: Path, name: str) -> list[Path]:
-    """The leases on a name, the one that may hold last."""
+    """The leases on a name by number; only the last may hold."""
     found = listed(folder, f"{glob.escape(name)}.*")
     return sorted((p for p in found if p.stem == name and p.suffix[1:].isdecimal()), key=_number)
 
@@ -71,8 +71,8 @@ def _take(folder: Path, name: str, lease_s: float) -> Path | None:
             return None
         mine = _create(folder / f"{name}.{_number(before[-1]) + 1 if before else 0}")
     except (FileExistsError, FileNotFoundError):
-        return None  # another was faster, or the folder was cleared away
-    if _leases(folder, name)[-1:] != [mine]:  # another had taken a higher one and removed those that were void
+        return None  # another process was faster, or the folder was removed
+    if _leases(folder, name)[-1:] != [mine]:  # another process has taken a higher one and removed the void ones
         mine.unlink(missing_ok=True)
         return None
     for void in before:
@@ -82,8 +82,10 @@ def _take(folder: Path, name: str, lease_s: float) -> Path | None:
 
 
 def _create(path: Path) -> Path:
-    """Make a lease with its holder in it: an empty one, left by a process killed between the two, names nobody whose
-    death could be seen, and would hold for its whole time.
+    """Create a lease together with its holder.
+
+    If it were created empty and filled later, a kill in between would leave a lease without a process to check, which would
+    hold until it expires.
     """
     holder = json.dumps({"host": os.uname().nodename, "pid": os.getpid()})
     temporary = path.with_name(f".{path.name}.{unique_name()}.tmp")
@@ -94,7 +96,7 @@ def _create(path: Path) -> Path:
         except FileNotFoundError:
             raise
         except FileExistsError:
-            if not path.samefile(temporary):  # a server's answer was lost, and the link was asked for twice
+            if not path.samefile(temporary):  # the server's reply was lost and the link requested twice
                 raise
         except OSError:  # a file system without hard links
             with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), "w") as file:
@@ -103,11 +105,11 @@ def _create(path: Path) -> Path:
 
 
 def _holds(lease: Path, lease_s: float) -> bool:
-    """Whether the process that made a lease may still be at it."""
+    """Whether the holder of a lease may still be alive."""
     try:
         with open(
             open_own(lease, os.O_RDONLY)
-        ) as file:  # opening it makes a network file system ask the server for its time
+        ) as file:  # opening makes a network file system ask the server for the time
             text, renewed = file.read(), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return False
@@ -137,7 +139,7 @@ def _renew(lease: Path, lease_s: float, stop: threading.Event, lost: Callable[[]
     while not stop.wait(lease_s / HEARTBEATS):
         try:
             _touch(lease)
-        except FileNotFoundError:  # whoever takes a name over removes the leases that were void
+        except FileNotFoundError:  # a process that takes a name over removes the void leases
             if lost is not None and not stop.is_set():
                 lost()
             return
@@ -150,7 +152,7 @@ def _touch(lease: Path) -> None:
         os.utime(lease)
     except FileNotFoundError:
         raise
-    except OSError:  # a file system that lets nobody set times: writing sets them as well
+    except OSError:  # a file system on which times cannot be set: writing sets them
         with open(open_own(lease, os.O_RDWR), "r+") as file:
             text = file.read()
             file.seek(0)

@@ -1,8 +1,8 @@
-"""Locks between processes: the system's own, and leases on a file system that has none.
+"""Locks between processes: `flock`, or leases on file systems without it.
 
-Lustre mounted without `flock`, NFS without its lock service and some FUSE and cluster file systems refuse `flock`. That is
-not a lock that someone holds: only EWOULDBLOCK says so. There a lease stands in (`leases.py`), which is said once. A lock
-ends with its process; a lease does on the same machine, and elsewhere LEASE_S after the holder's last sign of life.
+Lustre mounted without `flock`, NFS without its lock service and some FUSE and cluster file systems refuse `flock`. That does
+not mean that someone holds the lock: only EWOULDBLOCK does. A lease (`leases.py`) replaces it there, with a note once. A lock
+ends with its process; a lease does so on the same machine, and elsewhere LEASE_S after its last renewal.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ from tarflow.files import fill, open_own
 from tarflow.leases import held, leased
 
 LEASE_S = 60.0
-_LOOK_S = 0.2  # between two looks at a lease that another holds
+_LOOK_S = 0.2  # between polls of a lease that another process holds
 
 
 class NoLocksError(OSError):
@@ -28,10 +28,10 @@ class NoLocksError(OSError):
 def locked(
     path: Path, *, wait: bool = False, lasting: bool = False, lost: Callable[[], None] | None = None
 ) -> Iterator[bool]:
-    """Hold the lock file `path`, which is made; without `wait` False where another process holds it.
+    """Hold the lock file `path`; yields False if another process holds it, unless told to `wait`.
 
-    The file is removed afterwards unless it is `lasting`. `lost`: called in a thread if a lease went to another process,
-    because this one was paused for longer than LEASE_S. Raises OSError where the file cannot be made.
+    The file is created, and removed afterwards unless it is `lasting`. `lost`: called in a thread if a lease went to another
+    process because this one was paused for longer than LEASE_S. Raises OSError if the file cannot be created.
     """
     try:
         descriptor = _lock(path, wait)
@@ -46,7 +46,7 @@ def locked(
         yield False
         return
     try:
-        # Another process may have had to take a lease: mount options differ from machine to machine.
+        # Another process may hold a lease instead: mount options differ between machines.
         while (taken := held(path.parent, path.name, LEASE_S)) and wait:
             time.sleep(_LOOK_S)
         yield not taken
@@ -57,13 +57,13 @@ def locked(
 
 
 def sign(path: Path) -> None:
-    """Write into a lock file who holds it, for `holder`."""
+    """Write this process into a lock file, for `holder`."""
     with suppress(OSError):  # a full disk
         fill(path, f"host {os.uname().nodename}, pid {os.getpid()}")
 
 
 def holder(path: Path, who: str = "") -> str:
-    """Who holds a lock file, in words for a message; `who`: as the caller has read it."""
+    """The holder of a lock file, as text for a message; `who`: the holder if the caller knows it."""
     with suppress(OSError):
         who = who or path.read_text(errors="replace").strip()
     leases = held(path.parent, path.name, LEASE_S)
@@ -71,7 +71,7 @@ def holder(path: Path, who: str = "") -> str:
 
 
 def _lock(path: Path, wait: bool) -> int | None:
-    """A descriptor that holds the lock; None where another process does. Raises NoLocksError."""
+    """A descriptor that holds the lock; None if another process does. Raises NoLocksError."""
     while True:
         descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
         try:
@@ -84,7 +84,7 @@ def _lock(path: Path, wait: bool) -> int | None:
         except OSError as error:
             os.close(descriptor)
             raise NoLocksError(error.errno, error.strerror) from None
-        os.close(descriptor)  # its last holder has removed the file meanwhile: this lock guards nothing
+        os.close(descriptor)  # the last holder removed the file meanwhile: this lock protects nothing
 
 
 def _is_named(path: Path, descriptor: int) -> bool:
@@ -102,4 +102,4 @@ def _lease(path: Path, wait: bool, lost: Callable[[], None] | None) -> Iterator[
                 yield mine
                 return
         time.sleep(_LOOK_S)
-        path.parent.stat()  # raises where the folder is gone
+        path.parent.stat()  # raises if the folder is gone

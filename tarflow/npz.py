@@ -1,7 +1,7 @@
-"""Arrays in `.npz` files, as numpy writes them, that a disk may have damaged or a stranger may have made.
+"""Reads `.npz` files, as numpy writes them, that a disk may have damaged or a stranger made.
 
-What a file declares is held against its directory, and against a limit, before any of it is read into memory: no objects
-(pickles), no name twice, no shape beyond what the file holds. A file written here carries a checksum of all its arrays.
+What a file declares is checked against its directory and a limit before anything is read into memory: no objects (pickles),
+no duplicate names, no shape larger than the file. Files written here carry a checksum of all arrays.
 """
 
 import errno
@@ -15,45 +15,46 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tarflow.records import SEAL, DamagedFileError
 
 MOST_ARRAYS = 10_000
-_HEADER = 1 << 14  # bytes at the beginning of a member that hold its type and shape
-_MOST_INFLATED = 1032  # bytes that one byte of a compressed member can become
-_MOST_EXTRA = 32  # bytes beside a member's entry: sizes beyond 4 GiB stand there
+_HEADER = 1 << 14  # bytes at the start of a member that hold its type and shape
+_MOST_INFLATED = 1032  # largest ratio of deflate
+_MOST_EXTRA = 32  # bytes of a member's extra field: holds sizes over 4 GiB
 _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-_KINDS = "?biufcSU"  # of numbers and texts; nothing nested, no objects, no dates
+_KINDS = "?biufcSU"  # numbers and text: no structured types, objects or dates
 
 
 @dataclass(frozen=True)
 class Declared:
-    """Type and shape of an array in a file that has not been read."""
+    """Type and shape of an array that has not been read yet."""
 
-    dtype: np.dtype
+    dtype: np.dtype[Any]
     shape: tuple[int, ...]
     nbytes: int
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """Arrays of a file; `checked`: they agree with the checksum in it (False: it has none)."""
+    """The arrays of a file; `checked`: they match its checksum (False: it has none)."""
 
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, NDArray[Any]]
     checked: bool
 
 
 def declared(path: Path, limit: int | None = None, *, what: str = "", way_out: str = "") -> dict[str, Declared]:
-    """Name -> type and shape of every array in a file; reads their headers only.
+    """Name -> type and shape of every array in a file; reads only the headers.
 
-    `limit`: most bytes of all arrays together; None: those of the file, which is not compressed then.
+    `limit`: maximum size of all arrays together in bytes; None: the size of the file, which excludes compression.
 
     Raises:
-        DamagedFileError: it is no such file, or one that must not be read.
-        OSError: it is not there, or cannot be read.
+        DamagedFileError: not an .npz file, or one that is unsafe to read.
+        OSError: it is missing or unreadable.
 
     """
     with _opened(path, limit, what, way_out) as (_, found):
@@ -63,7 +64,7 @@ def declared(path: Path, limit: int | None = None, *, what: str = "", way_out: s
 def read_npz(
     path: Path, limit: int | None = None, names: Collection[str] | None = None, *, what: str = "", way_out: str = ""
 ) -> Arrays:
-    """Read the arrays of a file, or some of them (then without the checksum). Raises as `declared`."""
+    """Read the arrays of a file, or some of them (then the checksum is not verified). Raises as `declared`."""
     with _opened(path, limit, what, way_out) as (archive, found):
         wanted = found if names is None else [name for name in found if name in names]
         arrays = {name: _read(archive, found[name][0]) for name in wanted}
@@ -74,12 +75,12 @@ def read_npz(
         return Arrays(arrays, checked=True)
 
 
-def write_npz(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
+def write_npz(file: BinaryIO, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays with their checksum; the same bytes for the same arrays."""
     np.savez(file, **arrays, **{SEAL: np.array(checksum(arrays))})
 
 
-def checksum(arrays: Mapping[str, np.ndarray]) -> str:
+def checksum(arrays: Mapping[str, NDArray[Any]]) -> str:
     """CRC-32 of names, types, shapes and values."""
     crc = 0
     for name in sorted(arrays):
@@ -98,7 +99,7 @@ def _opened(path: Path, limit: int | None, what: str, way_out: str) -> Iterator[
         return DamagedFileError(path, problem, way_out, what=what)
 
     if path.exists() and not path.is_file():
-        raise damaged("it is no regular file")
+        raise damaged("it is not a regular file")
     try:
         with zipfile.ZipFile(path) as archive:
             size = path.stat().st_size
@@ -109,7 +110,7 @@ def _opened(path: Path, limit: int | None, what: str, way_out: str) -> Iterator[
         raise damaged("its directory points outside the file" if error.errno else str(error)) from None
     except DamagedFileError:
         raise
-    # What readers of zip files and numpy's headers say to rubbish.
+    # What the readers of zip files and numpy headers raise on garbage.
     except (ValueError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, TypeError, RuntimeError) as error:
         raise damaged(str(error) or type(error).__name__) from None
 
@@ -128,7 +129,9 @@ def _directory(archive: zipfile.ZipFile, size: int, limit: int) -> Found:
             raise ValueError(f"its member {info.filename[:80]!r} has no name of an array")
         if name in found:
             raise ValueError(f"its array {name!r} stands in it twice")
-        if info.comment or len(info.extra) > _MOST_EXTRA:  # numpy writes none: damage to a length hides members there
+        if (
+            info.comment or len(info.extra) > _MOST_EXTRA
+        ):  # numpy writes none: a damaged length would hide members there
             raise ValueError(f"the entry of its array {name!r} is longer than numpy makes it")
         stored = info.compress_type == zipfile.ZIP_STORED
         most = info.compress_size * (1 if stored else _MOST_INFLATED)
@@ -148,7 +151,7 @@ def _declared(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> Dec
         raise ValueError(f"its array {name!r} has a header of version {version}")
     try:
         shape, _, dtype = _READERS[version](head)
-    except Exception:  # numpy gives it to Python's parser, which rubbish leads astray in any way
+    except Exception:  # noqa: BLE001 -- numpy evaluates it with Python's parser, which garbage can make raise anything
         raise ValueError(f"the header of its array {name!r} cannot be read") from None
     if dtype.hasobject:
         raise ValueError(f"its array {name!r} holds objects, which are pickled: reading them could run code")
@@ -160,9 +163,9 @@ def _declared(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> Dec
     return Declared(dtype, shape, nbytes)
 
 
-def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
     with archive.open(info) as member:
-        array: np.ndarray = np.lib.format.read_array(member, allow_pickle=False)
+        array: NDArray[Any] = np.lib.format.read_array(member, allow_pickle=False)
         if member.read(1):  # at its end its CRC-32 is checked
             raise ValueError(f"{info.filename} goes on beyond its array")
     return array

@@ -1,4 +1,4 @@
-"""Standard output and errors, when whoever reads them goes away: `tarflow data info | head -1`, a terminal that is closed."""
+"""Standard output and error whose reader may go away: `tarflow data info | head -1`, a terminal that is closed."""
 
 import errno
 import io
@@ -13,14 +13,14 @@ from tarflow.terminal import plain_lines
 
 
 class ReaderGoneError(BrokenPipeError):
-    """Nobody reads standard output any more."""
+    """The reader of standard output is gone."""
 
 
 class Output(io.FileIO):
-    """A descriptor that fails as its command wants it.
+    """A descriptor whose failures are handled as its command asks.
 
-    While `lasting`, nothing fails: once nobody reads what is written it goes nowhere, and what a full disk refuses is lost.
-    Otherwise a reader that is gone raises ReaderGoneError, and every other error names the output.
+    If `lasting`, writing never fails: output goes to /dev/null once its reader is gone, and is lost on a full disk.
+    Otherwise a gone reader raises ReaderGoneError, and every other error names the output.
     """
 
     def __init__(self, descriptor: int, name: str, lasting: bool) -> None:
@@ -28,6 +28,7 @@ class Output(io.FileIO):
         self.title, self.lasting = name, lasting
 
     def write(self, data: Any, /) -> int:
+        """Write bytes; returns their number. Raises ReaderGoneError or OSError, unless `lasting`."""
         try:
             return super().write(data) or 0
         except OSError as error:
@@ -43,17 +44,17 @@ class Output(io.FileIO):
             raise OSError(error.errno, error.strerror, self.title) from None
 
     def _reader_is_gone(self, error: OSError) -> bool:
-        """Of a pipe EPIPE says so, of a terminal EIO, which of a file is the disk's error."""
+        """EPIPE for a pipe; EIO for a terminal (for a file, EIO is an error of the disk)."""
         terminal = stat.S_ISCHR(os.fstat(self.fileno()).st_mode)
         return error.errno == errno.EPIPE or (error.errno == errno.EIO and terminal)
 
 
 @contextmanager
 def guarded_outputs() -> Iterator["list[Output]"]:
-    """Have the process's own stdout and stderr guarded for a while; yields stdout's Output, if it is its own.
+    """Guard the process's own stdout and stderr; yields stdout's Output, if stdout was not redirected.
 
-    What cannot be encoded is escaped (a file's name need not be text), and so is what a terminal would obey: who means to
-    draw asks for `styled`.
+    Text that cannot be encoded is escaped (a file name need not be text), and so are terminal control sequences: to draw,
+    use `styled`.
     """
     out, err = sys.stdout, sys.stderr
     guards = []
@@ -66,21 +67,22 @@ def guarded_outputs() -> Iterator["list[Output]"]:
         yield guards
     finally:
         for stream in (sys.stdout, sys.stderr):
-            if stream is not None:  # closed from the beginning: `>&-`
+            if stream is not None:  # the process was started with it closed: `>&-`
                 with suppress(OSError):
                     stream.flush()
         sys.stdout, sys.stderr = out, err
 
 
 def styled(stream: TextIO) -> TextIO:
-    """A guarded stream for a library that draws: its colours and movements reach the terminal. What it draws of data must
-    have gone through `tarflow.terminal`.
+    """A guarded stream for a library that draws: its control sequences reach the terminal.
+
+    Text from data must be escaped by `tarflow.terminal` before.
     """
     return cast(TextIO, _Drawn(stream)) if isinstance(stream, _Shown) else stream
 
 
 class _Shown(io.TextIOWrapper):
-    """Shows escape sequences and the like, whoever writes them."""
+    """A text stream that escapes control sequences."""
 
     def write(self, text: str, /) -> int:
         super().write(plain_lines(text, limit=len(text)))
@@ -88,7 +90,7 @@ class _Shown(io.TextIOWrapper):
 
 
 class _Drawn:
-    """The same stream, on which nothing is escaped."""
+    """The same stream without the escaping."""
 
     def __init__(self, stream: _Shown) -> None:
         self._stream = stream

@@ -1,7 +1,7 @@
-"""Small JSON files that the product writes and reads again: one model and one loader for each kind of them.
+"""Small JSON files that tarflow writes and reads back, each kind with a model, and one loader for all.
 
-A record is sealed: `checksum` is the CRC-32 of all its other fields. What a disk, an editor or a stranger changed does
-not pass for what was written. Files of versions before the seal carry none; their fields must fit all the same.
+A record is sealed: `checksum` is the CRC-32 of all its other fields, so changes by a disk, an editor or a stranger are
+detected. Files of versions before the seal have none; their fields are validated all the same.
 
     class RunFile(Record):
         what = "identity of a run"
@@ -27,12 +27,12 @@ from tarflow.files import append_line, write_text
 from tarflow.terminal import plain
 
 SEAL = "checksum"
-LINES_LIMIT = 1 << 30  # bytes of a file of lines: the figures of a hundred million steps take less
-LIMIT = 16 << 20  # bytes of a record; of a file of lines: of one line
+LINES_LIMIT = 1 << 30  # bytes of a file of lines: the metrics of a hundred million steps take less
+LIMIT = 16 << 20  # bytes of a record, or of one line of a file of lines
 
 
 class DamagedFileError(UserError):
-    """A file that cannot be believed. Says which file, where in it, what is wrong, and the way out."""
+    """A damaged or foreign file; the message names the file, the place in it, what is wrong, and the way out."""
 
     def __init__(self, path: Path, problem: str, way_out: str = "", *, where: str = "", what: str = "") -> None:
         problem, where = plain(problem, 1000), plain(where)  # a field's name is the file's own
@@ -43,14 +43,14 @@ class DamagedFileError(UserError):
 
 
 class Record(BaseModel):
-    """Base of every kind of small file. Types are strict, numbers finite, unknown fields refused."""
+    """Base of every kind of record. Types are strict, numbers finite, unknown fields errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    what: ClassVar[str] = ""  # in the error: what the file is for
+    what: ClassVar[str] = ""  # what the file is for, in error messages
     way_out: ClassVar[str] = "restore it from a copy"
     limit: ClassVar[int] = LIMIT
-    must_be_sealed: ClassVar[bool] = False  # also what looks like an earlier version's is not believed
+    must_be_sealed: ClassVar[bool] = False  # files without a seal, as of earlier versions, are refused
 
 
 RecordT = TypeVar("RecordT", bound=Record)
@@ -60,9 +60,9 @@ def load_record(path: Path, kind: type[RecordT]) -> RecordT:
     """Read one record.
 
     Raises:
-        DamagedFileError: it is too large, no JSON object, its seal is broken, or a field is missing, unknown or
-            outside its bounds.
-        FileNotFoundError, OSError: it is not there, or cannot be read.
+        DamagedFileError: it is too large, not a JSON object, its seal does not match, or a field is missing, unknown or
+            out of bounds.
+        FileNotFoundError, OSError: it is missing or unreadable.
 
     """
     try:
@@ -72,7 +72,7 @@ def load_record(path: Path, kind: type[RecordT]) -> RecordT:
 
 
 def save_record(path: Path, record: Record, *, shared: bool = True) -> None:
-    """Write a record, sealed, in one step. `shared`: several processes may write it."""
+    """Write a sealed record in one step. `shared`: several processes may write it."""
     write_text(path, json.dumps(sealed(record.model_dump(mode="json")), indent=2) + "\n", shared=shared)
 
 
@@ -84,10 +84,9 @@ def read_object(
     way_out: str = Record.way_out,
     limit: int = LIMIT,
 ) -> dict[str, Any]:
-    """Read a JSON object whose fields have no model (settings of another version), its seal checked and taken off.
+    """Read a JSON object as plain values, for fields without a model (settings of another version); checks its seal.
 
-    `kind`: a model that it must fit all the same, where plain values are wanted (a result, of which many things are
-    asked). Raises as `load_record`.
+    `kind`: a model to validate against all the same. Raises as `load_record`.
     """
     if kind is not None:
         what, way_out, limit = kind.what, kind.way_out, kind.limit
@@ -101,25 +100,25 @@ def read_object(
 
 
 def write_object(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON object, sealed; anyone may write it."""
+    """Write a sealed JSON object; several processes may write it."""
     write_text(path, json.dumps(sealed(value), indent=2, allow_nan=False) + "\n", shared=True)
 
 
 @dataclass
 class Lines:
-    """The rows of a file of JSON lines, and what was left out."""
+    """The rows of a file of JSON lines, and which lines were left out."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     damaged: list[int] = field(default_factory=list)  # numbers of lines, from 1
-    torn: bool = False  # the last line has no end: a kill or a full disk, no damage
-    emptied: bool = False  # it is there, and holds nothing: `append_record_line` makes it with its first line
+    torn: bool = False  # the last line is incomplete: a kill or a full disk, not damage
+    emptied: bool = False  # the file exists and is empty: `append_record_line` creates it with its first line
 
     def __str__(self) -> str:
         lines = ", ".join(str(number) for number in self.damaged[:5]) + (", ..." if len(self.damaged) > 5 else "")
         return f"{len(self.damaged)} damaged line{'s' * (len(self.damaged) > 1)} left out ({lines})" if lines else ""
 
     def flaws(self, path: Path) -> list[str]:
-        """What is wrong with the file, in words, for whoever shows it."""
+        """What is wrong with the file, as text for display."""
         said = [str(self)] if self.damaged else []
         said += ["its last line is cut off"] if self.torn else []
         said += ["it is empty, and is made with its first line"] if self.emptied else []
@@ -127,28 +126,28 @@ class Lines:
 
 
 def append_record_line(path: Path, value: dict[str, Any]) -> None:
-    """Add one JSON object as a sealed line, durably. A torn last line is closed first and spoils no other."""
+    """Append a JSON object as a sealed line, durably. A torn last line is terminated first."""
     append_line(path, json.dumps(sealed(value), allow_nan=False), durable=True)
 
 
 def read_lines(path: Path, tail: int | None = None) -> Lines:
-    """The rows of a file of sealed lines, seals taken off; a missing file has none. `tail`: only its last so many bytes.
+    """The rows of a file of sealed lines; none if it is missing. `tail`: read only this many bytes from its end.
 
-    A line without a seal is believed only above the first sealed one: there, a version before the seal wrote it. Of such
-    lines, numbers that are not finite are read as null. Raises DamagedFileError if it is too large, or no file.
+    Lines without a seal are accepted only above the first sealed one, where a version before the seal wrote them; their
+    numbers that are not finite are read as null. Raises DamagedFileError if it is too large or not a regular file.
     """
     lines = Lines()
     if not os.path.lexists(path):
         return lines
     if not path.is_file():
-        raise DamagedFileError(path, "it is no regular file", "move it away")
+        raise DamagedFileError(path, "it is not a regular file", "move it away")
     if tail is None and path.stat().st_size > LINES_LIMIT:
         raise DamagedFileError(path, f"it has more than {LINES_LIMIT} bytes", "move it away")
     any_sealed = False
     with open(path, "rb") as file:
         if tail is not None and (size := file.seek(0, os.SEEK_END)) > tail:
             file.seek(size - tail - 1)
-            if b"\0" in file.readline(LIMIT):  # the rest of a line that began before
+            if b"\0" in file.readline(LIMIT):  # the rest of a line that starts before the tail
                 lines.damaged.append(0)
         else:
             file.seek(0)
@@ -156,7 +155,7 @@ def read_lines(path: Path, tail: int | None = None) -> Lines:
             if not line.strip():
                 continue
             try:
-                if len(line) == LIMIT or b"\0" in line:  # what a power cut leaves of a file that had grown
+                if len(line) == LIMIT or b"\0" in line:  # zeros: what a power cut leaves of a file that was growing
                     lines.damaged.append(number)
                     continue
                 value = parse_object(line, constant=_none)
@@ -165,7 +164,7 @@ def read_lines(path: Path, tail: int | None = None) -> Lines:
                 any_sealed = any_sealed or SEAL in value
                 lines.rows.append(opened(value))
             except _FlawError:
-                if line.endswith(b"\n") or _holds_an_object(line):  # more than a line's beginning
+                if line.endswith(b"\n") or _holds_an_object(line):  # not just an incomplete line
                     lines.damaged.append(number)
                 else:
                     lines.torn = True
@@ -179,7 +178,7 @@ def sealed(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def opened(value: dict[str, Any]) -> dict[str, Any]:
-    """The object without its seal, which is checked if there is one."""
+    """The object without its seal, which is verified if present."""
     if SEAL not in value:
         return value
     bare = {key: item for key, item in value.items() if key != SEAL}
@@ -189,7 +188,7 @@ def opened(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_record(value: dict[str, Any], kind: type[RecordT]) -> RecordT:
-    """The record in a JSON object, sealed or not. Raises ValueError with the first field that does not fit."""
+    """The record in a JSON object, sealed or not. Raises ValueError for the first invalid field."""
     if kind.must_be_sealed and SEAL not in value:
         raise _FlawError("it carries no checksum")
     try:
@@ -201,9 +200,9 @@ def as_record(value: dict[str, Any], kind: type[RecordT]) -> RecordT:
 
 
 def read_bounded(path: Path, limit: int = LIMIT) -> bytes:
-    """The content of a file of at most so many bytes; of a device or a pipe nothing is read."""
-    if os.path.lexists(path) and not path.is_file():  # a link to nothing is something, too
-        raise _FlawError("it is no regular file")
+    """The content of a regular file of at most `limit` bytes. Raises ValueError for anything else."""
+    if os.path.lexists(path) and not path.is_file():  # exists() would miss a dangling link
+        raise _FlawError("it is not a regular file")
     with open(path, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
@@ -212,9 +211,9 @@ def read_bounded(path: Path, limit: int = LIMIT) -> bytes:
 
 
 def parse_object(data: bytes, constant: Callable[[str], Any] | None = None) -> dict[str, Any]:
-    """A JSON object with finite numbers, no field twice, not too deep. Raises ValueError.
+    """Parse a JSON object with finite numbers and no duplicate fields. Raises ValueError.
 
-    `constant`: what NaN and Infinity stand for, where they do not make it invalid.
+    `constant`: converts NaN and Infinity, which are errors otherwise.
     """
     try:
         value = json.loads(
@@ -226,20 +225,20 @@ def parse_object(data: bytes, constant: Callable[[str], Any] | None = None) -> d
     except RecursionError:
         raise _FlawError("it is nested too deeply") from None
     except UnicodeDecodeError:
-        raise _FlawError("it is no text") from None
+        raise _FlawError("it is not text") from None
     except json.JSONDecodeError as error:
-        raise _FlawError(f"it is no JSON ({error})") from None
+        raise _FlawError(f"it is not JSON ({error})") from None
     except _FlawError:
         raise
     except ValueError as error:  # a number of thousands of digits
         raise _FlawError(str(error)) from None
     if not isinstance(value, dict):
-        raise _FlawError("it is no JSON object")
+        raise _FlawError("it is not a JSON object")
     return value
 
 
 class _FlawError(ValueError):
-    """What is wrong, before the file's name is known."""
+    """What is wrong with a file whose name is not known yet."""
 
     def __init__(self, problem: str, where: str = "") -> None:
         self.problem, self.where = plain(problem, 1000), plain(where)  # a field's name is the file's own
@@ -261,12 +260,12 @@ def _no_field_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise _FlawError(f"{text[:20]} is no finite number")
+        raise _FlawError(f"{text[:20]} is not a finite number")
     return number
 
 
 def _no_constant(text: str) -> float:
-    raise _FlawError(f"{text} is no finite number")
+    raise _FlawError(f"{text} is not a finite number")
 
 
 def _none(_: str) -> None:
@@ -274,7 +273,7 @@ def _none(_: str) -> None:
 
 
 def _holds_an_object(line: bytes) -> bool:
-    """Whether a JSON value is whole, whatever follows it."""
+    """Whether the line starts with a complete JSON value."""
     try:
         json.JSONDecoder().raw_decode(line.decode(errors="replace"))
     except (ValueError, RecursionError):
@@ -283,6 +282,6 @@ def _holds_an_object(line: bytes) -> bool:
 
 
 def _bounded_lines(file: Any) -> Iterable[bytes]:
-    """Lines; one that is too long comes in pieces, which are no JSON."""
+    """The lines of a file; one that is too long is split into pieces, which are invalid JSON."""
     while line := file.readline(LIMIT):
         yield line

@@ -1,4 +1,4 @@
-"""The ground of every section of the configuration. Each room declares the sections that it reads itself."""
+"""Base class, types and bounds for the sections of the configuration; each room declares the sections it reads."""
 
 import math
 import os
@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 
 def _whole_number(value: Any) -> Any:
-    """Let a count be written as 270000, 270_000, 27e4 or 256Ki: whatever it is, it must be whole."""
+    """Accept a whole number written as 270000, 270_000, 27e4 or 256Ki."""
     if not isinstance(value, str):
         return value
     text = value.strip().replace("_", "")
@@ -29,16 +29,16 @@ def _whole_number(value: Any) -> Any:
 
 Count = Annotated[int, BeforeValidator(_whole_number)]
 
-# Every number of every section has a lower and an upper bound: beyond anything that is meant, within what can be computed
-# with. A slip of the keyboard is said at once, and not by what it would lead to.
-MOST_IMAGES = 10**15  # seen by a run; whole in a float64
-MOST_IN_A_SET = 10**12  # of images that an evaluation draws or reads
+# Every number in every section has a lower and an upper bound, beyond anything useful and within what can be computed with:
+# a typo is an error at once, not a failure later.
+MOST_IMAGES = 10**15  # seen by a run; exact in a float64
+MOST_IN_A_SET = 10**12  # images that an evaluation samples or reads
 MOST_SECONDS = 30 * 86_400
 MOST_SEED = 2**63 - 1
 
 
 def at_home(value: Any) -> Any:
-    """A path with the home directory in place of a leading `~`; whatever else is given as it is."""
+    """A path with a leading `~` expanded to the home directory; other values unchanged."""
     return os.path.expanduser(value) if isinstance(value, str | Path) else value
 
 
@@ -46,6 +46,6 @@ HomePath = Annotated[Path, BeforeValidator(at_home)]
 
 
 class Section(BaseModel):
-    """A group of settings: unknown keys are refused, and numbers are finite."""
+    """A group of settings: unknown keys are errors, and numbers are finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

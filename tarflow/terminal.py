@@ -1,7 +1,7 @@
-"""Text that came with data, on its way to a terminal: shown, never obeyed.
+"""Escapes text from data before it is printed to a terminal.
 
-A class name, a key or a file's name may hold what a terminal takes for a command (colours, titles, the clipboard), a line
-break that forges a line of ours, or marks that turn the order of letters around. All of these are shown as escapes.
+A class name, a key or a file name may contain terminal control sequences (colours, titles, the clipboard), a line break that
+forges a line of ours, or characters that reverse the direction of text. All of these are shown as escapes.
 """
 
 import re
@@ -10,8 +10,10 @@ ELLIPSIS = "…"
 
 
 def plain(value: object, limit: int = 200) -> str:
-    """One line of at most `limit` characters, in which everything can be seen: controls, line ends, invisible characters,
-    directions of writing and bytes that are no text stand as escapes such as \\x1b, \\n or \\u202e.
+    r"""One line of at most `limit` characters in which everything is visible.
+
+    Control characters, line ends, invisible and direction characters and undecodable bytes become escapes such as \x1b, \n
+    or \u202e.
     """
     text = str(value)
     shown = _visible(text[: limit + 1])
@@ -19,8 +21,9 @@ def plain(value: object, limit: int = 200) -> str:
 
 
 def plain_lines(value: object, limit: int = 100_000) -> str:
-    """The same for text of several lines, as a message or a log has them: line ends and tabs stay what they are, and a
-    carriage return, with which a line would write over itself, ends it.
+    """The same for text of several lines, such as a message or a log.
+
+    Line ends and tabs are kept. A carriage return, which would overwrite the line, becomes a line end.
     """
     text = str(value)
     text = text[:limit] + (ELLIPSIS if len(text) > limit else "")
@@ -29,7 +32,7 @@ def plain_lines(value: object, limit: int = 100_000) -> str:
 
 
 def message(value: object) -> str:
-    """A message of several lines, the later ones indented: what data put into it cannot pass for a line of ours."""
+    """A message with all lines but the first indented, so that text from data cannot pass for a line of ours."""
     first, *rest = plain_lines(value).split("\n")
     return "\n".join([first, *(line if not line or line[0] in " \t" else f"  {line}" for line in rest)])
 

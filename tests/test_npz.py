@@ -159,7 +159,7 @@ def test_rubbish_is_one_error(tmp_path: Path, content: bytes) -> None:
 def test_absent_is_not_damaged_and_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_npz(tmp_path / "a.npz", LIMIT)
-    with pytest.raises(DamagedFileError, match="no regular file"):
+    with pytest.raises(DamagedFileError, match="not a regular file"):
         read_npz(tmp_path, LIMIT)
 
 

@@ -52,11 +52,11 @@ def test_no_changed_byte_of_a_sealed_record_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("", "no JSON"),
-        ("[1]", "no JSON object"),
+        ("", "not JSON"),
+        ("[1]", "not a JSON object"),
         ("[" * 100_000, "nested too deeply"),
-        ('{"name": "x", "images": 1e400}', "no finite number"),
-        ('{"name": "x", "rate": NaN}', "no finite number"),
+        ('{"name": "x", "images": 1e400}', "not a finite number"),
+        ('{"name": "x", "rate": NaN}', "not a finite number"),
         ('{"name": "x", "images": ' + "9" * 5000 + "}", "digits"),
         ('{"name": "x", "name": "y"}', "twice"),
         ('{"name": "x", "images": -1}', "images: input should be greater"),
@@ -122,7 +122,7 @@ def test_what_is_no_file_is_damage_and_never_waited_for(tmp_path: Path, kind: st
     make = {"folder": path.mkdir, "fifo": lambda: os.mkfifo(path), "link to nothing": lambda: path.symlink_to("none")}
     make[kind]()
     for read in (lambda: load_record(path, Made), lambda: read_object(path), lambda: read_lines(path)):
-        with pytest.raises(DamagedFileError, match="no regular file"):
+        with pytest.raises(DamagedFileError, match="not a regular file"):
             read()
 
 

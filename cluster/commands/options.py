@@ -18,5 +18,6 @@ def profile_changes(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in ("time", "partition") if (value := getattr(args, name)) is not None}
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
+    """Print a line at once: submitting may take a while."""
     print(text, flush=True)

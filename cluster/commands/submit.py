@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tarflow.cluster.commands.options import add_profile, profile_changes, say
+from tarflow.cluster.commands.options import add_profile, log, profile_changes
 from tarflow.trainer.commands.options import add_start_options, start_arguments
 
 EXAMPLE = """example:
@@ -20,6 +20,7 @@ but Slurm did not take it back, 80 another process trains the run. The last line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="configuration file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     parser.add_argument(
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         init_partial=args.init_partial, dry_run=args.dry_run,
         arguments=_words_after("submit"),
     )  # fmt: skip
-    say("\n".join(submit(request)))
+    log("\n".join(submit(request)))
     return 0
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from tarflow.cluster.commands.options import add_profile, profile_changes, say
+from tarflow.cluster.commands.options import add_profile, log, profile_changes
 
 EXAMPLE = """example:
   tarflow submit-eval runs/in64 --profile cheap.yaml evaluation.num_samples=10000
@@ -13,15 +13,17 @@ The worker evaluates every checkpoint once, requeues itself as training does, an
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of sampling and evaluation")
     add_profile(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Submit the evaluation and print its job."""
     from tarflow.cluster.submission.profile import load_profile
     from tarflow.cluster.submission.submit import submit_evaluation
 
     profile = load_profile(args.profile, profile_changes(args))
-    say("\n".join(submit_evaluation(args.run, profile, args.overrides, args.dry_run)))
+    log("\n".join(submit_evaluation(args.run, profile, args.overrides, args.dry_run)))
     return 0

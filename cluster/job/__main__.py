@@ -8,11 +8,11 @@ from tarflow.cluster.job.child import Signals
 
 
 def main(file: str, digest: str) -> int:
-    """Do the task's part; returns 0, or leaves with another exit code."""
-    with Signals() as signals:  # before what takes time: from here on a signal means "save", and no longer "die"
+    """Run the task. Returns 0, or exits with another code."""
+    with Signals() as signals:  # before the slow imports: from here on a signal means "save", not "die"
         from tarflow.cluster.exit_codes import USAGE
         from tarflow.cluster.job.description import load_job
-        from tarflow.cluster.job.job import Task
+        from tarflow.cluster.job.task import Task
         from tarflow.errors import UserError, in_words
         from tarflow.terminal import message
 

@@ -4,7 +4,7 @@ import datetime
 import os
 import sys
 
-DEVICE_FAILED = 90  # this rank's own device does not work: its node is to blame, whatever the others report
+DEVICE_FAILED = 90  # this rank's own device is broken: its node is to blame, whatever the others report
 
 
 def main() -> int:
@@ -30,7 +30,7 @@ def main() -> int:
         print(f"all-reduce over {size} ranks on {device} gave {value[0].item()}", file=sys.stderr)
     sys.stdout.flush()
     dist.barrier()
-    os._exit(0 if good else 1)  # gloo's threads sometimes abort an interpreter that leaves in good order
+    os._exit(0 if good else 1)  # gloo's threads sometimes abort an orderly interpreter shutdown
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""RUN/slurm/cancel-JOB: a job that finds it ends after its save, and is not started again.
+"""RUN/slurm/cancel-JOB: a job that finds it ends after its save and is not requeued.
 
-It names the submission that it is for, so that a note that somebody left under a number of a later job ends nothing.
+It names its submission, so that a note left under the number of a later job has no effect.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ class CancelNote(Record):
     what: ClassVar[str] = "note that a job is cancelled"
 
     job: str = Field(pattern=JOB_ID)
-    submission: str | None = None  # see Job; None: of a job that an earlier version submitted
+    submission: str | None = None  # see Job; None for a job submitted by an earlier version
 
 
 def leave_note(slurm_dir: Path, job: str, submission: str | None) -> None:
@@ -27,8 +27,9 @@ def leave_note(slurm_dir: Path, job: str, submission: str | None) -> None:
 
 
 def is_cancelled(slurm_dir: Path, job: str, submission: str) -> bool:
-    """Whether a person cancelled this very job. A note that cannot be read ends nothing: `tarflow cancel` waits for the end
-    of the job, and takes it out of the queue itself if it goes on.
+    """Whether a person cancelled this very job.
+
+    An unreadable note is ignored: `tarflow cancel` waits for the job to end, and removes it from the queue if it goes on.
     """
     try:
         note = load_record(slurm_dir / f"cancel-{job}", CancelNote)

@@ -1,6 +1,6 @@
 """The chain of starts of one job, and the rule by which it goes on or ends.
 
-RUN/slurm/chain-JOB.json, a `ChainFile`. Rank 0 alone writes it.
+RUN/slurm/chain-JOB.json, a `ChainFile`. Only rank 0 writes it.
 """
 
 import time
@@ -26,8 +26,8 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How one start ended: the exit code of the work, and what to say of it."""
+class AttemptResult:
+    """How the work of one start ended: its exit code, and the line for the log."""
 
     code: int
     text: str = ""
@@ -37,7 +37,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Decision:
-    """What follows: requeue or not, the exit code of the job, and the last line of its log."""
+    """What follows a start: requeue or not, the job's exit code, and the last line of its log."""
 
     requeue: bool
     code: int
@@ -49,7 +49,7 @@ class Start(Record):
     """One start of a job by Slurm."""
 
     restart: int = Field(ge=0, le=10**9)
-    step: int = Field(ge=0, le=10**15)  # the newest committed one
+    step: int = Field(ge=0, le=10**15)  # of the newest committed checkpoint
     nodes: str = ""
     time: float = Field(0.0, ge=0)
 
@@ -64,7 +64,7 @@ class End(Record):
 
 
 class ChainFile(Record):
-    """A chain as it stands in its file."""
+    """The file of a chain."""
 
     what: ClassVar[str] = "record of the starts of a Slurm job"
     way_out: ClassVar[str] = "the run's checkpoints are not touched: move the file away and submit the run again"
@@ -77,7 +77,7 @@ class ChainFile(Record):
 
 
 def foreign(path: Path, problem: str, where: str) -> DamagedFileError:
-    """A sound file that is not this job's."""
+    """The error for a readable file that belongs to another job."""
     return DamagedFileError(path, problem, ChainFile.way_out, where=where, what=ChainFile.what)
 
 
@@ -95,10 +95,10 @@ class Chain:
 
     @classmethod
     def load(cls, slurm_dir: Path, job: str) -> "Chain":
-        """The chain of a job, for what decides; an empty one before its first start.
+        """The chain of a job, for decisions; an empty one before its first start.
 
         Raises:
-            DamagedFileError: its file cannot be believed, or is another job's.
+            DamagedFileError: its file is damaged, or is another job's.
 
         """
         path = slurm_dir / f"chain-{job}.json"
@@ -112,13 +112,14 @@ class Chain:
 
     @classmethod
     def shown(cls, slurm_dir: Path, job: str) -> "Chain":
-        """The same for what only shows: `problem` says what is wrong with the file, and the chain is empty then."""
+        """The same for display: a damaged file gives an empty chain, with `problem` set to the reason."""
         try:
             return cls.load(slurm_dir, job)
         except (DamagedFileError, OSError) as error:
             return cls(slurm_dir / f"chain-{job}.json", job=job, problem=str(error))
 
     def save(self) -> None:
+        """Write the chain to its file."""
         starts = [Start(**start) for start in self.starts]
         ended = End(**self.ended) if self.ended else None
         record = ChainFile(
@@ -127,13 +128,13 @@ class Chain:
         save_record(self.path, record, shared=False)
 
     def begin(self, restart: int, step: int, nodes: str) -> None:
-        """Note a start. Slurm restarts a job by itself too (a failed node, `scontrol requeue`): all are counted here."""
+        """Record a start. Slurm restarts jobs by itself too (a failed node, `scontrol requeue`): all count."""
         self.starts.append({"restart": restart, "step": step, "nodes": nodes, "time": time.time()})
         self.ended = None
         self.save()
 
     def end(self, code: int, text: str, cancelled: bool = False) -> None:
-        """Note that nothing follows."""
+        """Record that nothing follows."""
         self.ended = {"code": code, "text": text, "time": time.time(), "cancelled": cancelled}
         self.save()
 
@@ -144,11 +145,12 @@ class Chain:
 
     @property
     def restarts(self) -> int:
+        """Restarts so far, as Slurm counts them."""
         return int(self.starts[-1]["restart"]) if self.starts else 0
 
 
 def fruitless(starts: Sequence[Mapping[str, Any]], step: int) -> int:
-    """Restarts so far that began at the present newest step: none of them, nor the start before, has saved anything."""
+    """Latest restarts in a row that began at `step`: neither they nor the start before them saved anything."""
     count = 0
     for start in reversed(starts):
         if start["step"] != step:
@@ -157,17 +159,18 @@ def fruitless(starts: Sequence[Mapping[str, Any]], step: int) -> int:
     return max(count - 1, 0)
 
 
-def decide(outcome: Outcome, chain: Chain, step: int, limits: Limits, cancelled: bool = False) -> Decision:
-    """The rule. Whatever failed may be the node's or the file system's fault and is tried again, while there is
-    progress: a chain ends by finishing, by being cancelled, by "no progress", by the limit of restarts, or because the run is
-    another's.
+def decide(result: AttemptResult, chain: Chain, step: int, limits: Limits, cancelled: bool = False) -> Decision:
+    """Whether a job starts again after a start that ended with `result`.
+
+    Any failure may be the fault of a node or the file system, and is tried again while there is progress. A chain ends
+    when it finishes, is cancelled, makes no progress, reaches the limit of restarts, or finds the run in use.
     """
     restarts = chain.restarts
     times = f"{restarts} restart{'s' if restarts != 1 else ''}"
-    why = outcome.text or ("stopped on request" if outcome.stopped else f"exit code {outcome.code}")
-    if outcome.code == IN_USE:
+    why = result.text or ("stopped on request" if result.stopped else f"exit code {result.code}")
+    if result.code == IN_USE:
         return Decision(False, IN_USE, f"stopped: {why}")
-    if outcome.code == FINISHED:
+    if result.code == FINISHED:
         return Decision(False, FINISHED, f"finished at step {step} after {times}")
     if cancelled:
         return Decision(
@@ -176,7 +179,7 @@ def decide(outcome: Outcome, chain: Chain, step: int, limits: Limits, cancelled:
             f"cancelled at step {step} after {times}; the same submission goes on from there",
             cancelled=True,
         )
-    if outcome.code == NO_PROGRESS:
+    if result.code == NO_PROGRESS:
         return Decision(False, NO_PROGRESS, f"stopped: no progress at step {step} after {times}: {why}")
     wasted = fruitless(chain.starts, step)
     if wasted >= limits.max_no_progress:
@@ -196,7 +199,7 @@ def decide(outcome: Outcome, chain: Chain, step: int, limits: Limits, cancelled:
 
 
 def exhausted(chain: Chain, limits: Limits) -> Decision | None:
-    """At a start: whether starts that were killed before they could decide have used up the limits."""
+    """At a start: the end of a chain whose starts were killed before they could decide, once they reach the limits."""
     restarts, step = chain.restarts, int(chain.starts[-1]["step"]) if chain.starts else 0
     wasted = fruitless(chain.starts, step)
     if restarts > limits.max_restarts:

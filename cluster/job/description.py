@@ -1,7 +1,7 @@
-"""What a Slurm job is to do: RUN/slurm/jobs/job-SUBMISSION.json, written before Slurm hears of the job.
+"""What a Slurm job does: RUN/slurm/jobs/job-SUBMISSION.json, written before the job is submitted.
 
-Its digest stands in the batch script, of which Slurm keeps a copy of its own: what a job obeys is what was submitted, byte
-for byte, whoever can write in the run directory.
+Its digest is in the batch script, of which Slurm keeps its own copy: a job runs exactly what was submitted, whoever can write
+to the run directory.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job.chain import Limits
 from tarflow.records import DamagedFileError, Record, load_record, read_bounded, save_record
 
-LAG_S = 60.0  # a network file system may show a new file that late
+LAG_S = 60.0  # a network file system may show a new file this late
 
 
 class Job(Record):
@@ -49,17 +49,17 @@ class Description(Record):
 
 
 def save_description(path: Path, jobs: tuple[Job, ...]) -> str:
-    """Write what jobs are to do; the digest that says so."""
+    """Write the description of jobs; returns its digest."""
     save_record(path, Description(jobs=jobs))
     return _digest(path)
 
 
 def load_job(path: Path, digest: str, env: Mapping[str, str], wait_s: float = LAG_S) -> Job:
-    """The job that this process is a task of.
+    """The job of which this process is a task.
 
     Raises:
-        DamagedFileError: the file is not the one that was submitted, or of another run directory.
-        ClusterError: it does not come into sight, or has no element of this number.
+        DamagedFileError: the file is not the one that was submitted.
+        ClusterError: the file does not appear, has no such element, or is of another run directory.
 
     """
     end = time.monotonic() + wait_s

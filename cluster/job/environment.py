@@ -1,13 +1,15 @@
-"""Which task of how many this is: from explicit rank variables, from a Slurm step, or alone (case C04).
+"""Which start of which job this is, and which task of how many: from rank variables, a Slurm step, or alone.
 
-A step's own counts win over the job's, explicit variables win over Slurm's, and what contradicts itself stops at once.
+A step's own counts win over the job's, explicit variables win over Slurm's, and a contradiction is an error.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.hosts import tasks_of_nodes
+from tarflow.terminal import message
 
 EXPLICIT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 STEP_SIGNS = ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS")
@@ -21,21 +23,39 @@ class Place:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    source: str = "alone"
-    note: str = ""
+    note: str = ""  # why a place inside an allocation is alone
 
     def divided(self, ranks: int) -> "list[Place]":
-        """The places of the processes that this task starts, one of so many per task."""
+        """The places of the `ranks` processes that this task starts."""
         return [
             Place(
                 self.rank * ranks + i,
                 self.size * ranks,
                 self.local_rank * ranks + i,
                 self.local_size * ranks,
-                self.source,
             )
             for i in range(ranks)
         ]
+
+
+@dataclass(frozen=True)
+class JobStart:
+    """One start of a job by Slurm, as one of its tasks sees it."""
+
+    job_id: str
+    restart: int  # starts by Slurm before this one
+    node: str
+    place: Place
+
+    def log(self, text: str) -> None:
+        """Print a line to the job's log."""
+        print(message(f"[job {self.job_id}, task {self.place.rank}, node {self.node}] {text}"), flush=True)
+
+
+def find_start(env: Mapping[str, str]) -> JobStart:
+    """The start that a Slurm step's environment describes. Rank variables of another launcher do not count in a job."""
+    place = find_place({k: v for k, v in env.items() if k.startswith("SLURM_")})
+    return JobStart(job_id(env), restart_count(env), env.get("SLURMD_NODENAME", os.uname().nodename), place)
 
 
 def find_place(env: Mapping[str, str]) -> Place:
@@ -61,7 +81,7 @@ def _explicit(env: Mapping[str, str]) -> Place:
         )
     rank, size, local = (_whole(env, name) for name in EXPLICIT[:3])
     local_size = _whole(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else size
-    return _checked(Place(rank, size, local, local_size, "RANK, WORLD_SIZE"), "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    return _checked(Place(rank, size, local, local_size), "RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 def _step(env: Mapping[str, str]) -> Place:
@@ -90,13 +110,13 @@ def _step(env: Mapping[str, str]) -> Place:
                 f"Slurm's variables disagree: {size_name}={size}, but SLURM_NTASKS_PER_NODE={local_size} on {nodes} "
                 f"node(s) makes {local_size * nodes}; give srun --ntasks-per-node or --ntasks, not both"
             )
-    return _checked(Place(rank, size, local, local_size, size_name), "SLURM_PROCID", size_name, "SLURM_LOCALID")
+    return _checked(Place(rank, size, local, local_size), "SLURM_PROCID", size_name, "SLURM_LOCALID")
 
 
 def _checked(place: Place, rank_name: str, size_name: str, local_name: str) -> Place:
     if not 0 <= place.rank < place.size:
         raise ClusterError(
-            f"the environment contradicts itself: {rank_name}={place.rank} is no task of {size_name}={place.size}"
+            f"the environment contradicts itself: {rank_name}={place.rank} is not a task of {size_name}={place.size}"
         )
     if not 0 <= place.local_rank < place.local_size:
         raise ClusterError(
@@ -115,19 +135,19 @@ def _whole(env: Mapping[str, str], name: str, default: str | None = None) -> int
 
 
 def job_id(env: Mapping[str, str]) -> str:
-    """The id that names this job alone: ARRAY_TASK for an element of an array (case C02)."""
+    """The id that names this job alone: ARRAY_TASK for an element of an array."""
     if "SLURM_ARRAY_JOB_ID" in env and "SLURM_ARRAY_TASK_ID" in env:
         return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
     return env["SLURM_JOB_ID"]
 
 
 def restart_count(env: Mapping[str, str]) -> int:
-    """How often Slurm has started this job again."""
+    """How often Slurm has restarted this job."""
     return int(env.get("SLURM_RESTART_COUNT", "0") or 0)
 
 
 def scrubbed(env: Mapping[str, str]) -> dict[str, str]:
-    """An environment without the marks of the job or torchrun it stands in, for submitting another job from it."""
+    """An environment without the variables of Slurm and torchrun, so that what it starts takes none of them for its own."""
     keep = {"SLURM_CONF"}
     drop = ("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_", "PMI_", "PMIX_", "TORCHELASTIC_")
     return {

@@ -1,4 +1,4 @@
-"""Checks before the first step: a run that cannot work should stop in seconds, and name the node (issue: bad nodes)."""
+"""Checks before the first step: a run that cannot work should stop within seconds and name the bad node."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ CLOCK_TOLERANCE_S = 30.0
 
 
 class Here(Record):
-    """A task has come: here-RANK.json in the folder of a start."""
+    """Sign of a task that has started: here-RANK.json in the folder of a start."""
 
     what: ClassVar[str] = "sign of a task that it has begun"
     way_out: ClassVar[str] = "the next start of the job writes another one"
@@ -33,7 +33,7 @@ class Here(Record):
 
 
 class BadNodeError(ClusterError):
-    """A node that cannot take part."""
+    """A node that cannot take part in the job."""
 
     def __init__(self, node: str, text: str) -> None:
         super().__init__(f"node {node}: {text}")
@@ -41,7 +41,7 @@ class BadNodeError(ClusterError):
 
 
 def check_node(run_dir: Path, node: str, gpus: int, min_free_gb: float) -> None:
-    """What a task can see alone: room and the right to write in the run directory, the node's devices, its clock."""
+    """Check what a task sees alone: the run directory is writable and has space, the node's GPUs, its clock."""
     probe = run_dir / "slurm" / f".probe-{node}-{os.getpid()}"
     try:
         before = time.time()
@@ -75,7 +75,7 @@ def visible_gpus() -> int | None:
 def check_shared(
     folder: Path, place: Place, node: str, wait_s: float = 120.0, stopped: Callable[[], bool] = lambda: False
 ) -> None:
-    """Every task sees every other's file in the run directory, and their clocks agree."""
+    """Check that every task sees every other's file in the run directory, and that their clocks agree."""
     save_record(folder / f"here-{place.rank}.json", Here(rank=place.rank, node=node, time=time.time()), shared=False)
     end = time.monotonic() + wait_s
     missing = set(range(place.size))
@@ -92,7 +92,7 @@ def check_shared(
     if stopped():
         return
     first, own = (load_record(folder / f"here-{rank}.json", Here) for rank in (0, place.rank))
-    # Both were written as the tasks came in: what is left beyond the wait is the clocks' difference.
+    # Tasks write their files when they start, at most wait_s apart: a larger difference is the clocks'.
     if abs(own.time - first.time) > CLOCK_TOLERANCE_S + wait_s:
         files = f"here-0.json and here-{place.rank}.json in {folder}"
         raise BadNodeError(node, f"its clock is {own.time - first.time:+.0f} s off that of node {first.node} ({files})")

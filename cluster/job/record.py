@@ -1,4 +1,4 @@
-"""The jobs of a run, as submission noted them: RUN/slurm/jobs.jsonl, a line for each, oldest first."""
+"""The submitted jobs of a run: RUN/slurm/jobs.jsonl, a line for each, oldest first."""
 
 import os
 import time
@@ -15,8 +15,8 @@ from tarflow.errors import UserError, in_words
 from tarflow.records import DamagedFileError, Record, append_record_line, as_record, read_lines
 
 FILE = "jobs.jsonl"
-NAME = "tarflow-"  # the names of jobs begin so
-LIMIT = 16 << 20  # bytes of the file: a line has some 300
+NAME = "tarflow-"  # prefix of job names in Slurm's queue
+LIMIT = 16 << 20  # bytes of the file; a line has about 300
 
 
 class JobLine(Record):
@@ -43,29 +43,29 @@ class JobLine(Record):
 
 @dataclass
 class Submissions:
-    """Jobs that were submitted for a run, oldest first, and what is wrong with their file."""
+    """The submitted jobs of a run, oldest first, and what is wrong with their file."""
 
     path: Path
     entries: list[dict[str, Any]] = field(default_factory=list)
-    problem: str = ""  # with it, there may be jobs that nobody here knows of
+    problem: str = ""  # if set, there may be jobs that are not in `entries`
     where: str = ""
 
     def checked(self) -> "Submissions":
-        """The same for what decides. Raises DamagedFileError if anything is wrong with the file."""
+        """The same, for decisions. Raises DamagedFileError if anything is wrong with the file."""
         if self.problem:
             raise DamagedFileError(self.path, self.problem, JobLine.way_out, where=self.where, what=JobLine.what)
         return self
 
 
 def submissions(run_dir: Path) -> Submissions:
-    """The jobs that a run's file names; a line that cannot be believed, or is another run's, is left out."""
+    """The jobs in a run's file, without lines that are damaged or another run's."""
     found = Submissions(run_dir / "slurm" / FILE)
     if not os.path.lexists(found.path):
         return found
     own = _run_id(run_dir)
     try:
         if found.path.is_symlink() or not found.path.is_file() or found.path.stat().st_size > LIMIT:
-            found.problem = "it is a link, no regular file, or larger than any list of jobs"
+            found.problem = "it is a link, not a regular file, or larger than any list of jobs"
             return found
         lines = read_lines(found.path)
     except OSError as error:
@@ -89,7 +89,7 @@ def submissions(run_dir: Path) -> Submissions:
 
 
 def _run_id(run_dir: Path) -> str | None:
-    """The run's identity; None where it cannot be told, which is the run's own trouble: others say so."""
+    """The run's identity; None if it is unreadable, which others report."""
     from tarflow.trainer.run_dir import is_run, run_id  # here: tasks of a job but the first load no configuration
 
     with suppress(UserError, OSError, ValueError, KeyError):
@@ -98,7 +98,7 @@ def _run_id(run_dir: Path) -> str | None:
 
 
 def note_job(run_dir: Path, kind: str, job: str, logs: Path, submission: str, **more: Any) -> None:
-    """Note a job in its run. `logs`: the folder of its log; a sweep's elements share one."""
+    """Add a job to its run's file. `logs`: the folder of its log, which elements of a sweep share."""
     row = {
         "job": job, "kind": kind, "time": time.time(), "logs": str(logs), "cluster": slurm.cluster_name(),
         "host": os.uname().nodename, "run": _run_id(run_dir), "submission": submission, **more,
@@ -108,10 +108,10 @@ def note_job(run_dir: Path, kind: str, job: str, logs: Path, submission: str, **
 
 @dataclass
 class RunJobs:
-    """The jobs of a run by what is known of them."""
+    """The jobs of a run and what is known about them."""
 
     entries: list[dict[str, Any]] = field(default_factory=list)
-    states: dict[str, slurm.JobState] = field(default_factory=dict)  # of those that Slurm was asked about
+    states: dict[str, slurm.JobState] = field(default_factory=dict)  # of jobs that Slurm was asked about
     elsewhere: dict[str, str] = field(default_factory=dict)  # job -> another cluster, which cannot be asked from here
     run_dir: Path = Path()
     problem: str = ""  # of the file that names them: there may be others
@@ -123,12 +123,12 @@ class RunJobs:
 
     @property
     def unknown(self) -> list[dict[str, Any]]:
-        """Jobs that Slurm cannot be asked about, and whose own record has no end, or none that can be read."""
+        """Jobs that Slurm cannot be asked about and whose own record has no readable end."""
         asked = [e for e in self.entries if e["job"] not in self.states]
         return [e for e in asked if Chain.shown(self.run_dir / "slurm", e["job"]).ended is None]
 
     def describe(self, entry: dict[str, Any]) -> str:
-        """A job in words: what it is, and what is known of it."""
+        """A job and its state, in words."""
         job = entry["job"]
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry["time"]))
         source = f"submitted {since}" + (f" on {entry['host']}" if entry["host"] else "")
@@ -140,7 +140,7 @@ class RunJobs:
 
 
 def jobs_of(run_dirs: list[Path], kind: str | None = None) -> dict[Path, RunJobs]:
-    """The jobs of each run, with one question to Slurm for all. A number means a job of the cluster that gave it."""
+    """The jobs of each run, with a single query to Slurm. Job ids of other clusters are not looked up here."""
     found = {}
     for run_dir in run_dirs:
         known = submissions(run_dir)
@@ -159,7 +159,7 @@ def jobs_of(run_dirs: list[Path], kind: str | None = None) -> dict[Path, RunJobs
 
 
 def _if_ours(state: slurm.JobState) -> slurm.JobState:
-    """The state, unless the queue has something else under this number: then the run's job is over."""
+    """The state, unless the queue has another job under this id: then the run's job is over."""
     return state if not state.name or state.name.startswith(NAME) else slurm.JobState("")
 
 

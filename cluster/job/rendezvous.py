@@ -1,8 +1,8 @@
-"""Where the tasks of one start of a job meet: rank 0 listens and publishes the address in the run directory (case C06).
+"""Rendezvous of the tasks of one start of a job: rank 0 listens and publishes its address in the run directory.
 
-The port is bound before anyone hears of it and stays bound, so two jobs on a node never share one. The path of the file
-carries the job, its restart count and the name of its submission, which is drawn: a restart never meets the address of the
-start before, and nobody can have left one there.
+The port is bound before it is published and stays bound, so two jobs on a node never share one. The path of the file contains
+the job, its restart count and the random name of its submission: a restart never finds the address of the start before, and
+nobody can have planted one.
 """
 
 import os
@@ -24,7 +24,7 @@ WAIT_S = 300.0
 
 
 class MeetingFile(Record):
-    """The address of the stores, as rank 0 publishes it. The folder is of one start of one submission."""
+    """The address of the stores, as published by rank 0."""
 
     what: ClassVar[str] = "where the tasks of a job meet"
     way_out: ClassVar[str] = "the next start of the job writes another one"
@@ -44,7 +44,7 @@ class Meeting:
     stores: tuple[Any, ...] = ()  # rank 0 keeps them open
 
     def variables(self, place: Place, port: int | None = None) -> dict[str, str]:
-        """What torchrun would set for this task. The store is the launcher's: no rank opens a second one."""
+        """What torchrun would set for this task. The launcher owns the store: no rank opens a second one."""
         return {
             "RANK": str(place.rank),
             "WORLD_SIZE": str(place.size),
@@ -60,7 +60,7 @@ def meet(
     folder: Path, place: Place, env: Mapping[str, str] = os.environ, wait_s: float = WAIT_S,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Meeting | None:  # fmt: skip
-    """Open the meeting point (rank 0) or wait for it (the others). None: asked to stop while waiting."""
+    """Open the rendezvous (rank 0) or wait for it (other ranks). None if asked to stop while waiting."""
     file = folder / "rendezvous.json"
     if place.rank == 0:
         host = env.get("MASTER_ADDR")

@@ -1,4 +1,4 @@
-"""Who else writes a run: a job leaves a run alone that another process trains."""
+"""Detects another process that trains the same run: the job leaves the run to it."""
 
 import time
 from collections.abc import Callable
@@ -10,18 +10,18 @@ from tarflow.locks import locked
 from tarflow.trainer.resilience.alive import holder_of, is_alive, read_heartbeats
 from tarflow.trainer.run_dir import LOCK, Holder, read_holder
 
-WATCH_S = 5.0  # a living process shows within it that it lives: its heartbeats come every two seconds
-PATIENCE_S = 120.0  # for the processes of a lost node, which live on for a while
+WATCH_S = 5.0  # a living process beats within this time: heartbeats come every two seconds
+PATIENCE_S = 120.0  # processes of a lost node live on for a while
 
 
 def wait_for_writer(
-    run_dir: Path, job: str, say: Callable[[str], None], stopped: Callable[[], bool] = lambda: False,
+    run_dir: Path, job: str, log: Callable[[str], None], stopped: Callable[[], bool] = lambda: False,
     patience_s: float = PATIENCE_S,
 ) -> None:  # fmt: skip
-    """Return once nobody but this job can be writing the run.
+    """Return once only this job can be writing the run.
 
-    Slurm may start a job again while the processes of a lost node live on: an earlier start of this very job is waited
-    for, since it must end soon. Anybody else who shows a sign of life is a `RunInUseError` at once.
+    Slurm may restart a job while the processes of a lost node live on: an earlier start of this job is waited for, since it
+    must end soon. Any other live process raises `RunInUseError` at once.
     """
     begin, told = time.monotonic(), False
     pulse = _Pulse(run_dir, job)
@@ -38,13 +38,13 @@ def wait_for_writer(
                 raise RunInUseError(run_dir, holder)
             raise ClusterError(f"run {run_dir} is still in use by an earlier start after {patience_s:.0f} s ({holder})")
         if not told:
-            say(f"waiting for the process that still holds the run ({holder or 'unnamed'})")
+            log(f"waiting for the process that still holds the run ({holder or 'unnamed'})")
             told = True
         time.sleep(0.5)
 
 
 def other_writer(run_dir: Path, job: str) -> Holder | None:
-    """A process that holds the run at this moment and belongs to no start of a job."""
+    """The process that holds the run now, if it is not of a start of this job."""
     holder = read_holder(run_dir) if is_locked(run_dir) else None
     return holder if holder is not None and holder.job != job and _others(run_dir, job) else None
 
@@ -56,13 +56,13 @@ def is_locked(run_dir: Path) -> bool:
 
 
 def _others(run_dir: Path, job: str) -> dict[int, dict[str, Any]]:
-    """Heartbeats of ranks that may be alive and belong to no start of a job, by rank."""
+    """Heartbeats of ranks that may be alive and are not of a start of this job, by rank."""
     found = enumerate(read_heartbeats(run_dir))
     return {rank: beat for rank, beat in found if is_alive(beat) and holder_of(beat).job != job}
 
 
 class _Pulse:
-    """Tells heartbeats that go on from those that a dead process left a moment ago."""
+    """Tells a live process from the last heartbeats of a dead one."""
 
     def __init__(self, run_dir: Path, job: str) -> None:
         self.run_dir, self.job = run_dir, job
@@ -70,6 +70,6 @@ class _Pulse:
         self.suspect = next((holder_of(beat) for beat in self._first.values()), None)
 
     def beats(self) -> bool:
-        """Whether a rank of somebody else has shown a sign of life since the first look."""
+        """Whether a rank of another process has sent a heartbeat since the first look."""
         now = _others(self.run_dir, self.job)
         return any(beat.get("time") != self._first.get(rank, {}).get("time") for rank, beat in now.items())

@@ -1,4 +1,4 @@
-"""The batch script of a submission, in submitit's words, and its way to Slurm."""
+"""The batch script of a submission, written by submitit, and its submission to Slurm."""
 
 import shlex
 import shutil
@@ -10,23 +10,23 @@ from typing import Any
 
 from tarflow.cluster import slurm
 from tarflow.cluster.errors import ClusterError
-from tarflow.cluster.submission.profile import Profile
+from tarflow.cluster.submission.profile import ClusterProfile
 from tarflow.files import write_text
 
 
 @dataclass
 class Batch:
-    """What Slurm is asked for. `parameters`: of submitit's script; `python`: the beginning of the command."""
+    """A request to Slurm. `parameters`: for submitit's script; `python`: the start of the command."""
 
     folder: Path  # of the script and the logs
     parameters: dict[str, Any]
     python: str
 
     def text(self, count: int, code: str, description: str, digest: str) -> str:
-        """The script of a job, or of an array of `count`, that runs `code` as `description` says."""
+        """The script of a job, or of an array of `count` jobs, that runs `code` as `description` says."""
         from submitit.slurm.slurm import _make_sbatch_string
 
-        # What the submitting shell has in PYTHONPATH must not come before, or after, the snapshot.
+        # Only the snapshot: the PYTHONPATH of the submitting shell must not add to it.
         setup = [*self.parameters["setup"], "export PYTHONSAFEPATH=1", f"export PYTHONPATH={shlex.quote(code)}"]
         command = f"{self.python} -P -u -m tarflow.cluster.job {shlex.quote(description)} {digest}"
         given = self.parameters | {"setup": setup, "map_count": count if count > 1 else None}
@@ -47,14 +47,14 @@ class Batch:
 
 
 def make_batch(
-    profile: Profile, run_dir: Path, name: str, nodes: int, tasks: int, ranks_per_task: int, dry_run: bool,
+    profile: ClusterProfile, run_dir: Path, name: str, nodes: int, tasks: int, ranks_per_task: int, dry_run: bool,
     dependency: str | None = None,
 ) -> Batch:  # fmt: skip
     """The batch of a run's or a sweep's directory, with the profile's settings."""
     if not dry_run and shutil.which("srun") is None:
         raise ClusterError("this machine has no Slurm (srun is not on PATH); --dry-run shows the batch script")
     python = shlex.quote(profile.python or sys.executable)
-    # srun no longer takes --cpus-per-task from the batch script (Slurm 22.05 and later).
+    # Since Slurm 22.05 srun does not inherit --cpus-per-task from the batch script.
     cpus_per_task = profile.cpus * ranks_per_task if profile.cpus else None
     cpus = [f"--cpus-per-task={cpus_per_task}"] if cpus_per_task else []
     given = {
@@ -70,7 +70,7 @@ def make_batch(
     parameters = {key: value for key, value in given.items() if value is not None}
     return Batch(
         run_dir / "slurm" / "jobs",
-        parameters | {"wckey": None},  # else submitit writes its own name there
+        parameters | {"wckey": None},  # otherwise submitit sets its own name
         f"{profile.container} {python}" if profile.container else python,
     )
 

@@ -1,4 +1,4 @@
-"""One living training job per run: what is in the queue already is refused a second time, or waited for."""
+"""One training job per run: a second one is refused, or waits for the first."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ WAY_OUT = "end it with `tarflow cancel {run}`, or let the new job wait for its e
 def jobs_to_wait_for(runs: Sequence[Path], after_running: bool) -> list[str]:
     """Training jobs of the runs in the queue, which a new one waits for; without `after_running` they are an error.
 
-    So is a run that a process outside of Slurm trains, and a job of which nobody here knows whether it runs.
+    So is a run that is being trained outside of Slurm, and a job whose state is unknown here.
     """
     found: list[str] = []
     for run, jobs in jobs_of(list(runs), "train").items():
@@ -37,7 +37,7 @@ def _check_known(run: Path, jobs: RunJobs) -> None:
 
 
 def _check_by_hand(run: Path, jobs: RunJobs) -> None:
-    """A process trains the run that none of its jobs started: nothing in the queue stands for it."""
+    """Refuse a run that is being trained by a process of none of its jobs."""
     writer = living_writer(run)
     if writer is not None and writer.job not in [entry["job"] for entry in jobs.entries]:
         damaged = "".join(f"; {flaw}" for flaw in damaged_heartbeats(run)[:1])

@@ -1,4 +1,4 @@
-"""RUN/slurm holds what a job runs: nobody else may be able to put things there."""
+"""Checks that nobody else can write to RUN/slurm, which holds the code that a job runs."""
 
 import os
 import stat
@@ -11,8 +11,9 @@ WAY_OUT = "copy the run to a directory of your own, without its slurm/, and subm
 
 
 def check_own(slurm_dir: Path) -> None:
-    """Refuse a folder that is a link, another user's, or open to everyone, and logs that are links: Slurm would write through
-    them. One that is not there yet is fine.
+    """Refuse a folder that is a link, another user's or world-writable, and logs that are links (Slurm follows them).
+
+    A missing folder is fine.
     """
     for folder in (slurm_dir, slurm_dir / "jobs"):
         try:

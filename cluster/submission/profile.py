@@ -1,4 +1,4 @@
-"""A cluster's profile: what a site wants to know about a job, in one YAML file, typed (contract 10)."""
+"""A cluster's profile: what its Slurm needs to know about a job, in one YAML file."""
 
 import difflib
 import re
@@ -16,46 +16,52 @@ from tarflow.trainer.config.plain_yaml import in_words, parse_yaml, yaml_text
 from tarflow.trainer.errors import TrainerError
 
 
-class Profile(BaseModel):
-    """How jobs are asked for on a cluster. Every field has an effect; an unknown one is refused."""
+class ClusterProfile(BaseModel):
+    """How to request jobs on a cluster. Every field has an effect; unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     partition: str | None = Field(None, description="partition(s) to run in")
-    account: str | None = Field(None, description="account that pays")
+    account: str | None = Field(None, description="account to charge")
     qos: str | None = Field(None, description="quality of service")
-    constraint: str | None = Field(None, description="features a node must have")
-    exclude: str | None = Field(None, description="nodes never to use")
+    constraint: str | None = Field(None, description="node features required")
+    exclude: str | None = Field(None, description="nodes to exclude")
     gpus: int = Field(0, ge=0, le=1024, description="GPUs per node")
     cpus: int | None = Field(None, gt=0, le=1 << 16, description="CPUs per process")
     mem: str | None = Field(None, pattern=r"^[0-9]{1,9}[KMGT]?B?$", description="memory per node, e.g. 64G")
     time: int = Field(60, gt=0, le=LONGEST_DAYS * 1440, description="time limit: minutes, H:MM:SS or D-HH:MM:SS")
     signal_before: int = Field(
-        120, gt=0, le=65535, description="seconds before the limit at which the job is told to save"
+        120,
+        gt=0,
+        le=65535,
+        description="seconds before the time limit at which the job is signalled to save; longer than a step plus a save",
     )
-    setup: tuple[str, ...] = Field((), description="lines of the batch script before the job, e.g. module load cuda")
+    setup: tuple[str, ...] = Field((), description="shell lines to run before the job, e.g. module load cuda")
     container: str | None = Field(
         None, description="command that runs python in a container, e.g. apptainer exec --nv IMAGE.sif"
     )
     python: Annotated[str, BeforeValidator(at_home)] | None = Field(
-        None, description="python to run (default: the one that submits)"
+        None, description="Python interpreter to use (default: the one that submits)"
     )
-    sbatch: dict[str, str] = Field({}, description="further options of sbatch: name without dashes -> value")
-    srun: tuple[str, ...] = Field((), description="further options of srun, with dashes")
-    array_parallelism: int = Field(256, gt=0, le=1 << 20, description="elements of a sweep that run at once")
-    max_restarts: int = Field(100, ge=0, le=10**6, description="restarts at which a chain of jobs stops")
-    max_no_progress: int = Field(3, ge=0, le=10**6, description="restarts without a newer checkpoint at which it stops")
+    sbatch: dict[str, str] = Field({}, description="additional sbatch options: name without dashes -> value")
+    srun: tuple[str, ...] = Field((), description="additional srun options, with dashes")
+    array_parallelism: int = Field(256, gt=0, le=1 << 20, description="elements of a sweep that run at the same time")
+    max_restarts: int = Field(100, ge=0, le=10**6, description="restarts after which a job is not requeued")
+    max_no_progress: int = Field(
+        3, ge=0, le=10**6, description="consecutive restarts without a newer checkpoint after which it is not requeued"
+    )
     restarts_in_place: int = Field(
         0,
         ge=0,
         le=1000,
-        description="restarts after a failed process that keep the allocation, before the job is requeued",
+        description="restarts after a failed process within the same allocation, before the job is requeued",
     )
     preflight: Literal["off", "files", "full"] = Field(
-        "full", description="checks before the first step: files = the run directory; full = also devices, all-reduce"
+        "full",
+        description="checks before the first step: files = the run directory and clocks; full = also GPUs and an all-reduce",
     )
     min_free_gb: float = Field(
-        1.0, ge=0, le=1e9, description="free space in the run directory below which no job starts"
+        1.0, ge=0, le=1e9, description="free space in GB that the run directory must have at a start"
     )
 
     @field_validator("time", mode="before")
@@ -66,7 +72,7 @@ class Profile(BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def _one_line_each(cls, value: Any, info: ValidationInfo) -> Any:
-        """What goes into the batch script cannot begin a line there; `setup` is lines."""
+        """No value may start a new line in the batch script, except in `setup`, which is lines."""
         texts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
         for text in texts:
             bare = str(text).replace("\t", " ").replace("\n", " " if info.field_name == "setup" else "\n")
@@ -83,14 +89,14 @@ class Profile(BaseModel):
         """Entries of `sbatch` that ask for GPUs."""
         return [k for k, v in self.sbatch.items() if k.startswith("gpu") or (k == "gres" and v.startswith("gpu"))]
 
-    def for_one_process(self, processes: int) -> "Profile":
-        """A share of it: one GPU, if it has any, and one process's part of the memory, of so many on a node."""
+    def for_one_process(self, processes: int) -> "ClusterProfile":
+        """The share of one of `processes` on a node: its part of the memory, and one GPU if there are any."""
         match = re.fullmatch(r"(\d+)([KMGT]?B?)", self.mem or "")
         mem = f"{-(-int(match[1]) // processes)}{match[2]}" if match else None
         return self.model_copy(update={"gpus": min(self.gpus, 1), "mem": mem})
 
     def size(self) -> str:
-        """What a process of it takes, in words."""
+        """The resources of a process, in words."""
         parts = ["1 GPU" if self.gpus == 1 else f"{self.gpus} GPUs"] if self.gpus else ["no GPU"]
         parts += [f"{self.cpus} CPUs"] if self.cpus else []
         parts += [f"{self.mem} of memory"] if self.mem else []
@@ -98,7 +104,7 @@ class Profile(BaseModel):
         return ", ".join(parts)
 
 
-def load_profile(path: Path | None, changes: dict[str, Any] | None = None) -> Profile:
+def load_profile(path: Path | None, changes: dict[str, Any] | None = None) -> ClusterProfile:
     """A profile from its file (None: the defaults), with some fields replaced."""
     tree: Any = {}
     if path is not None:
@@ -107,7 +113,7 @@ def load_profile(path: Path | None, changes: dict[str, Any] | None = None) -> Pr
                 f"no profile at {path}; configs/slurm/example.yaml is one to copy, docs/slurm.md has every setting"
             )
         try:
-            # All scalars as text: YAML would read 72:00:00 as the number 259200 (case C01).
+            # All scalars as text: YAML reads 72:00:00 as the number 259200.
             tree = parse_yaml(yaml_text(path), str(path)) or {}
         except TrainerError as error:
             raise ClusterError(str(error)) from None
@@ -116,7 +122,7 @@ def load_profile(path: Path | None, changes: dict[str, Any] | None = None) -> Pr
     tree = {k: None if v in ("", "~", "null") else v for k, v in tree.items()} | (changes or {})
     source = str(path) if path else "profile"
     try:
-        profile = Profile.model_validate(tree)
+        profile = ClusterProfile.model_validate(tree)
     except ValidationError as error:
         typed = {key: f"--{key}" for key in changes or {}}
         raise ClusterError("\n".join(_explain(item, source, typed) for item in error.errors()[:20])) from None
@@ -129,9 +135,11 @@ def _explain(item: Any, source: str, typed: Mapping[str, str]) -> str:
     key = ".".join(str(part) for part in item["loc"])
     source = typed.get(key, source)
     if item["type"] == "extra_forbidden":
-        known = list(Profile.model_fields)
+        known = list(ClusterProfile.model_fields)
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
         return f"{source}: unknown setting {key}; {hint}"
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{source}: {message}" if message.startswith(key) else f"{source}: {key}={item['input']!r}: {message}"
+    error = item.get("ctx", {}).get("error")
+    if isinstance(error, ClusterError):  # it names the setting itself
+        return f"{source}: {error}"
+    return f"{source}: {key}={item['input']!r}: {error or item['msg']}"

@@ -1,4 +1,4 @@
-"""The section `sbatch` of a profile, held against what sbatch itself knows, where it can be asked."""
+"""Checks the section `sbatch` of a profile against the options that this machine's sbatch lists."""
 
 import difflib
 import re
@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from tarflow.cluster import slurm
 from tarflow.cluster.errors import ClusterError
 
-# What the product decides itself, and what to use instead: two answers to one question are refused.
+# Options that tarflow sets itself -> what to use instead.
 OURS = {
     "array": "--array", "dependency": "--after-running", "signal": "signal_before", "job-name": "--run-dir",
     "nodes": "--nodes", "ntasks-per-node": "--tasks-per-node", "ntasks": "--nodes and --tasks-per-node",
     "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint", "exclude": "exclude",
     "mem": "mem", "time": "time", "gpus-per-node": "gpus", "cpus-per-task": "cpus",
 }  # fmt: skip
-# With another value the product's own logs, or its restarts, would not work.
+# Options on which tarflow's logs and restarts rely.
 FIXED = ("output", "error", "open-mode", "requeue", "no-requeue")
 
 
@@ -31,7 +31,7 @@ def check_sbatch(options: Mapping[str, str], source: str) -> None:
             raise ClusterError(
                 f"{source}: sbatch.{given!r} is not the name of an option of sbatch (without its dashes)"
             )
-        # sbatch takes the beginning of a name, if no other begins like it.
+        # sbatch accepts an unambiguous prefix of an option.
         if known and sum(option.startswith(name) for option in known) != 1 and name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -39,5 +39,5 @@ def check_sbatch(options: Mapping[str, str], source: str) -> None:
 
 
 def _known() -> frozenset[str]:
-    """Long options of this machine's sbatch; none where it does not tell."""
+    """Long options of this machine's sbatch; empty if it does not answer."""
     return frozenset(re.findall(r"--([a-z][a-z0-9-]*)", slurm.ask(["sbatch", "--help"]) or ""))

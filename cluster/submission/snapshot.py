@@ -57,8 +57,9 @@ def take(folder: Path, source: Path = HOME) -> Path:
 
 
 def _holds(target: Path, digest: str) -> bool:
-    """Whether a snapshot holds this very code, and nothing else that python would run: no link, and what it has compiled
-    is removed, for nobody can tell whether that came from these files.
+    """Whether a snapshot holds exactly this code, and nothing else that Python would run.
+
+    Links are refused. Compiled files are removed, since they may not come from these sources.
     """
     if target.is_symlink() or any(
         path.is_symlink() or not (path.is_dir() or path.is_file()) for path in target.rglob("*")

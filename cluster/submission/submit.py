@@ -1,4 +1,4 @@
-"""From a configuration and a profile to jobs in Slurm's queue."""
+"""Turns a configuration and a profile into jobs in Slurm's queue."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ from tarflow.cluster.submission import snapshot
 from tarflow.cluster.submission.batch import Batch, make_batch
 from tarflow.cluster.submission.in_use import jobs_to_wait_for
 from tarflow.cluster.submission.own_folder import check_own
-from tarflow.cluster.submission.profile import Profile
+from tarflow.cluster.submission.profile import ClusterProfile
 from tarflow.errors import in_words
 from tarflow.files import make_folder, write_text
 from tarflow.trainer.config.files import config_text, load_config
@@ -31,18 +31,18 @@ from tarflow.trainer.start.check import check_start
 
 @dataclass
 class Submission:
-    """What a person asked for."""
+    """A request to submit, as the command line states it."""
 
     config: Path
     run_dir: Path
-    profile: Profile
+    profile: ClusterProfile
     nodes: int = 1
     tasks_per_node: int = 1
     one_task_per_node: bool = False  # Slurm starts one task per node, and that starts the node's processes
     overrides: list[str] = field(default_factory=list)
     sweep: str | None = None  # key=value,value,...
     evaluate: bool = False
-    eval_profile: Profile | None = None
+    eval_profile: ClusterProfile | None = None
     after_running: bool = False  # start once the run's jobs in the queue are over
     options: list[str] = field(default_factory=list)  # of the start, as `tarflow train` takes them
     init_from: Path | None = None
@@ -51,12 +51,12 @@ class Submission:
     arguments: list[str] = field(default_factory=list)  # of the command line, to say how to go on by hand
 
     @property
-    def evaluation_profile(self) -> Profile:
+    def evaluation_profile(self) -> ClusterProfile:
         """The worker's own profile, or a share of the training's for one process."""
         return self.eval_profile or self.profile.for_one_process(self.tasks_per_node)
 
     def notes(self) -> list[str]:
-        """What is asked for that may not be meant."""
+        """Notes on what may not be intended."""
         profile, tasks = self.profile, self.tasks_per_node
         found = []
         if profile.gpus > tasks:
@@ -78,14 +78,14 @@ class Submission:
         return (1, self.tasks_per_node) if self.one_task_per_node else (self.tasks_per_node, 1)
 
 
-def unused_gpus(profile: Profile) -> list[str]:
-    """A worker is one process."""
+def unused_gpus(profile: ClusterProfile) -> list[str]:
+    """A note, if an evaluation worker, which is one process, gets more than one GPU."""
     return [f"the evaluation is one process: {profile.gpus - 1} of its {profile.gpus} GPUs stay idle"] \
         if profile.gpus > 1 else []  # fmt: skip
 
 
 def submit(request: Submission) -> list[str]:
-    """Submit a run, or a sweep of runs as one array, and the evaluation beside it. Returns lines that say what was done."""
+    """Submit a run, or a sweep of runs as one array, and its evaluation. Returns lines for the terminal."""
     run_dir = Path(os.path.abspath(request.run_dir))
     check_path(run_dir)
     runs = _runs(request, run_dir)
@@ -93,12 +93,13 @@ def submit(request: Submission) -> list[str]:
         check_path(path)
     if len(runs) > 1 and not request.dry_run:
         check_array(len(runs))
-    # A world that the batch or the mesh does not divide among is refused here, not in a job.
+    # A world size that the batch or the mesh does not divide by is an error here, not later in a job.
     world_size = request.nodes * request.tasks_per_node
     starts = [check_start(config, path, world_size, request.init_from, request.init_partial) for path, config in runs]
     outlines = [describe(config, world_size) for _, config in runs]
     name = job_name(run_dir, "train")
     train = make_batch(request.profile, run_dir, name, request.nodes, *request.tasks, request.dry_run)
+    # One training job per run: what is queued is an error, or is waited for.
     before = [] if request.dry_run else jobs_to_wait_for([path for path, _ in runs], request.after_running)
     if before:
         train.parameters["dependency"] = "afterany:" + ":".join(before)
@@ -111,6 +112,7 @@ def submit(request: Submission) -> list[str]:
             _comment("the configuration as resolved", config_text(runs[0][1])),
             _comment("the plan", "\n".join([outlines[0], *starts[0].lines(), *request.notes()])),
         ]
+    # Jobs are recorded once Slurm has given them ids.
     submission = uuid.uuid4().hex
     jobs = [_train_job(request, path, config, run_dir / "slurm", submission) for path, config in runs]
     ids = _send(train, jobs)
@@ -122,6 +124,7 @@ def submit(request: Submission) -> list[str]:
         submission = uuid.uuid4().hex
         evaluations = [evaluation_job(Path(job.run_dir), job.code, request.evaluation_profile, one, submission)
                        for job, one in zip(jobs, ids)]  # fmt: skip
+        # "after": once training has started. The worker ends by itself when the training does.
         batch = _eval_batch(request, run_dir, "after:" + ids[0].partition("_")[0])
         try:
             eval_ids = _send(batch, evaluations)
@@ -134,7 +137,7 @@ def submit(request: Submission) -> list[str]:
     return lines
 
 
-def submit_evaluation(run_dir: Path, profile: Profile, overrides: Sequence[str], dry_run: bool) -> list[str]:
+def submit_evaluation(run_dir: Path, profile: ClusterProfile, overrides: Sequence[str], dry_run: bool) -> list[str]:
     """Submit a worker that evaluates a run's checkpoints as they appear and ends with the run."""
     run_dir = Path(os.path.abspath(run_dir))
     check_path(run_dir)
@@ -153,7 +156,7 @@ def submit_evaluation(run_dir: Path, profile: Profile, overrides: Sequence[str],
 
 
 def _beside(runs: Sequence[Path], sent: Sequence[str]) -> list[str]:
-    """Other evaluations of the runs in the queue: they share the work, which may or may not be what was meant."""
+    """Notes on other queued evaluations of the runs: they share the work, which may not be intended."""
     found = jobs_of(list(runs), "evaluate")
     return [
         f"note: {jobs.describe(entry)} evaluates this run too; they share the work"
@@ -164,12 +167,12 @@ def _beside(runs: Sequence[Path], sent: Sequence[str]) -> list[str]:
 
 
 def _comment(title: str, text: str) -> str:
-    """What a dry run adds to a batch script must leave it one."""
+    """Text as comment lines: a dry run's output must stay a valid batch script."""
     return "\n".join(f"# {line}".rstrip() for line in [f"--- {title}", *text.rstrip().splitlines(), ""])
 
 
 def check_path(run_dir: Path) -> None:
-    """Refuse paths that Slurm would rewrite (case C12), or that have no place in a line."""
+    """Refuse paths that Slurm would rewrite, or that do not fit in a line of its scripts."""
     if "%" in str(run_dir) or "\\" in str(run_dir) or not str(run_dir).replace("\t", " ").isprintable():
         raise ClusterError(
             f"--run-dir {str(run_dir)!r}: Slurm replaces % and backslashes in the names of its log files, and a line break or "
@@ -210,8 +213,9 @@ def _runs(request: Submission, run_dir: Path) -> list[tuple[Path, Config]]:
 
 
 def _train_job(request: Submission, run_dir: Path, config: Config, shared: Path, submission: str) -> Job:
-    """The training of a run, whose directory is made, with the resolved configuration in it, before Slurm opens a log there.
-    The code goes to `shared`: the elements of a sweep have one batch script, so they must have one snapshot.
+    """The training job of a run. Creates the run directory, where Slurm opens the logs, with the resolved configuration.
+
+    The code goes to `shared`: the elements of a sweep share one batch script, so they must share one snapshot.
     """
     try:
         create_run(run_dir)
@@ -235,9 +239,14 @@ def _train_job(request: Submission, run_dir: Path, config: Config, shared: Path,
 
 
 def evaluation_job(
-    run_dir: Path, code: str, profile: Profile, follows: str | None, submission: str, overrides: Sequence[str] = ()
+    run_dir: Path,
+    code: str,
+    profile: ClusterProfile,
+    follows: str | None,
+    submission: str,
+    overrides: Sequence[str] = (),
 ) -> Job:
-    """The worker that follows a run."""
+    """The evaluation job that follows a run."""
     return Job(
         kind="evaluate", run_dir=str(run_dir), run=run_id(run_dir), submission=submission, code=code,
         arguments=("evaluate", str(run_dir), "--watch", "--wait-for-run", "86400", *overrides),
@@ -248,7 +257,7 @@ def evaluation_job(
 
 
 def _code(slurm_dir: Path) -> Path:
-    """The snapshot of the code in a folder that nobody else can change."""
+    """Take a snapshot of the code, in a folder that nobody else can change."""
     check_own(slurm_dir)
     make_folder(slurm_dir.parent, slurm_dir.name)
     return snapshot.take(slurm_dir)
@@ -279,7 +288,7 @@ def _send(batch: Batch, jobs: Sequence[Job]) -> list[str]:
 
 @contextlib.contextmanager
 def clean_environment() -> Iterator[None]:
-    """Without the variables of a job or torchrun that this process may stand in: sbatch would hand them on."""
+    """Drop the variables of a job or torchrun around this process meanwhile: sbatch would pass them on."""
     before = dict(os.environ)
     clean = scrubbed(before)
     for name in set(before) - set(clean):

@@ -1,4 +1,4 @@
-"""Time limits as people write them -> whole minutes, the only form that goes on to Slurm (case C01)."""
+"""Time limits as people write them -> whole minutes, the only form passed to Slurm."""
 
 import re
 
@@ -11,7 +11,7 @@ _CLOCK = re.compile(r"(\d+):(\d{1,2})(?::(\d{1,2}))?")
 
 
 def minutes(value: int | str, setting: str = "time") -> int:
-    """Minutes of a time limit, seconds rounded up. Anything implausible is refused here, not by a queue tomorrow."""
+    """Minutes of a time limit, seconds rounded up. Implausible limits are an error here, not tomorrow in the queue."""
     text = str(value).strip()
     total = _seconds(text) if len(text) <= 40 else None
     if total is None:

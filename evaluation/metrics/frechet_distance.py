@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tarflow.evaluation.errors import EvaluationError
@@ -28,7 +29,7 @@ class FeatureStatistics:
         self._parts: Parts = (0, zero, torch.outer(zero, zero))
         self._pending: list[Tensor] = []
 
-    def add(self, features: Tensor | np.ndarray) -> None:
+    def add(self, features: Tensor | NDArray[np.float64]) -> None:
         """Add rows [n, d] of any float dtype. A row that is not finite is an error: it would make every sum NaN."""
         rows = torch.as_tensor(features).detach().to("cpu", torch.float64)
         if rows.ndim != 2 or rows.shape[1] != self.dim:
@@ -60,7 +61,7 @@ class FeatureStatistics:
         return self._parts[0] + sum(map(len, self._pending))
 
     @classmethod
-    def from_parts(cls, count: int, mean: np.ndarray, scatter: np.ndarray) -> "FeatureStatistics":
+    def from_parts(cls, count: int, mean: NDArray[np.float64], scatter: NDArray[np.float64]) -> "FeatureStatistics":
         """The stream whose `parts()` were these."""
         statistics = cls(len(mean))
         statistics._parts = (int(count), torch.as_tensor(mean), torch.as_tensor(scatter))
@@ -204,12 +205,12 @@ class FrechetInfluence:
         # T = K K^T
         self._map = (vectors / values.sqrt()) @ (axes * inner.sqrt().sqrt())
 
-    def of_rows(self, rows: Tensor | np.ndarray) -> Tensor:
+    def of_rows(self, rows: Tensor | NDArray[np.float64]) -> Tensor:
         """Rows [m, d] of the first side -> float64 [m], before the mean is subtracted."""
         centred = torch.as_tensor(rows).double() - self._mean
         return centred @ self._slope + centred.square().sum(dim=1) - (centred @ self._map).square().sum(dim=1)
 
-    def stderr(self, rows: Tensor | np.ndarray) -> float:
+    def stderr(self, rows: Tensor | NDArray[np.float64]) -> float:
         """Standard error of the distance, from some rows of the first side (1,000 or more are accurate to a few percent)."""
         return float(self.of_rows(rows).std()) / self.count**0.5
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tarflow.evaluation.errors import EvaluationError
@@ -69,13 +70,13 @@ def kernel_distance(first: Tensor, second: Tensor, block: int = BLOCK, seed: int
 class _Sums:
     """Sums of the kernel between blocks, over pairs of different rows: within each side, and across."""
 
-    ours: np.ndarray  # [g] rows in the blocks of the first side
-    theirs: np.ndarray  # [g] of the second
-    within_ours: np.ndarray  # [g, g]
-    within_theirs: np.ndarray
-    across: np.ndarray
+    ours: NDArray[np.float64]  # [g] rows in the blocks of the first side
+    theirs: NDArray[np.float64]  # [g] of the second
+    within_ours: NDArray[np.float64]  # [g, g]
+    within_theirs: NDArray[np.float64]
+    across: NDArray[np.float64]
 
-    def estimate(self, first: np.ndarray, second: np.ndarray) -> float:
+    def estimate(self, first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
         """Equation 4 with the blocks that have a 1 in `first` [g] and `second` [g]."""
         n, m = first @ self.ours, second @ self.theirs
         own = first @ self.within_ours @ first / (n * (n - 1)) + second @ self.within_theirs @ second / (m * (m - 1))
@@ -88,7 +89,7 @@ def _split(rows: Tensor, blocks: int, seed: int) -> list[Tensor]:
     return [rows[torch.from_numpy(part)] for part in np.array_split(order, blocks)]
 
 
-def _block_sums(first: list[Tensor], second: list[Tensor]) -> np.ndarray:
+def _block_sums(first: list[Tensor], second: list[Tensor]) -> NDArray[np.float64]:
     """float64 [g, g]: the kernel summed over the pairs of two blocks; of one side with itself, over different rows."""
     same = first is second
     sums = np.zeros((len(first), len(second)))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from tarflow.npz import read_npz, write_npz
@@ -48,14 +49,14 @@ LIKELIHOOD: Form = {"ids": (np.int64, "n"), "values": (np.float64, "n k"), "dims
 _OPTIONAL = {"grid_images", "grid_noisy"}  # missing where no sample is in the grid
 
 
-def write_chunk(chunk: Chunk, about: dict[str, Any], **arrays: np.ndarray) -> None:
+def write_chunk(chunk: Chunk, about: dict[str, Any], **arrays: NDArray[Any]) -> None:
     """Write a chunk's arrays."""
     header = {"of": chunk.identity, "about": about}
     with open(chunk.path, "wb") as file:
         write_npz(file, {**arrays, "said": np.array(json.dumps(header, sort_keys=True))})
 
 
-def read_chunk(chunk: Chunk, form: Form) -> tuple[dict[str, np.ndarray], About]:
+def read_chunk(chunk: Chunk, form: Form) -> tuple[dict[str, NDArray[Any]], About]:
     """A chunk's arrays and who computed it.
 
     Raises DamagedFileError for a file without a matching checksum, of another identity, or with other arrays.
@@ -91,7 +92,7 @@ def _object(value: Any) -> dict[str, Any]:
     return value
 
 
-def _check_arrays(arrays: dict[str, np.ndarray], form: Form) -> None:
+def _check_arrays(arrays: dict[str, NDArray[Any]], form: Form) -> None:
     if odd := sorted((arrays.keys() ^ form.keys()) - _OPTIONAL):
         raise ValueError(f"{'it lacks the array' if odd[0] in form else 'it has an unknown array'} {odd[0]!r}")
     sizes: dict[str, int] = {}
@@ -108,7 +109,7 @@ def _check_arrays(arrays: dict[str, np.ndarray], form: Form) -> None:
             )
 
 
-def _check_samples(arrays: dict[str, np.ndarray]) -> None:
+def _check_samples(arrays: dict[str, NDArray[Any]]) -> None:
     count, dim = int(arrays["count"][0]), len(arrays["mean"])
     if len(arrays["scatter"]) != dim * (dim + 1) // 2:
         raise ValueError("its scatter matrix and its mean have different widths")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tarflow.data_pipeline.images.identical import image_hashes
@@ -54,7 +55,7 @@ class SamplesPart:
         self._features: list[Tensor] = []
         self._pixels: list[Tensor] = []
         self._labels: list[Tensor] = []
-        self._hashes: list[np.ndarray | None] = []
+        self._hashes: list[NDArray[np.uint64] | None] = []
 
     def add(self, drawn: Drawn, pixels: Tensor, features: Tensor) -> None:
         """Add a batch with the pixels uint8 [m, C, H, W] and features [m, d] of its finite samples."""
@@ -73,7 +74,7 @@ class SamplesPart:
         return torch.cat(self._features) if self._features else torch.empty(0, self.statistics.dim)
 
     @property
-    def hashes(self) -> np.ndarray | None:
+    def hashes(self) -> NDArray[np.uint64] | None:
         """uint64 [samples], of their pixels; None where a version without hashes wrote a chunk."""
         known = [part for part in self._hashes if part is not None]
         return np.concatenate(known) if known and len(known) == len(self._hashes) else None
@@ -184,7 +185,7 @@ def merge_chunks(plan: ChunkPlan) -> MergedChunks:
     return MergedChunks(samples, likelihood, watch.seconds, workers, codes)
 
 
-def _statistics(arrays: dict[str, np.ndarray]) -> FeatureStatistics:
+def _statistics(arrays: dict[str, NDArray[Any]]) -> FeatureStatistics:
     mean = arrays["mean"]
     scatter = np.zeros((len(mean), len(mean)))
     scatter[np.triu_indices(len(mean))] = arrays["scatter"]
@@ -192,5 +193,5 @@ def _statistics(arrays: dict[str, np.ndarray]) -> FeatureStatistics:
     return FeatureStatistics.from_parts(int(arrays["count"][0]), mean, scatter)
 
 
-def _named(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+def _named(arrays: dict[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:
     return {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tarflow.evaluation.metrics.nearest_neighbours import Neighbours
@@ -44,7 +45,7 @@ class GridImages:
                     self._images[index] = to_pixels(drawn.images[row])
                     self._noisy[index] = to_pixels(drawn.noisy[row])
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> dict[str, NDArray[Any]]:
         """The images kept, as arrays for a chunk's file."""
         kept_indices = sorted(self._images)
         pictures = {"images": self._images, "noisy": self._noisy}
@@ -54,7 +55,7 @@ class GridImages:
         seen = np.array(sorted(self._seen), dtype=np.int64)
         return {"seen": seen, "index": np.array(kept_indices, dtype=np.int64), **stacked}
 
-    def merge(self, arrays: dict[str, np.ndarray]) -> None:
+    def merge(self, arrays: dict[str, NDArray[Any]]) -> None:
         """Add another chunk's `arrays`."""
         self._seen |= set(arrays["seen"].tolist())
         for row, index in enumerate(arrays["index"].tolist()):

@@ -1,6 +1,6 @@
-"""On a real Slurm: runs end, go on after every kind of interruption, are evaluated beside, and stop when they should.
+"""On a real Slurm: runs finish, resume after every kind of interruption, are evaluated, and stop when they should.
 
-Bad nodes, killed ranks and several processes per task, too.
+Also bad nodes, killed ranks and several processes per task.
 
 tests/cluster/slurm/start.sh starts a small cluster; see docs/slurm.md. All tests on it stand in this file: `make test` runs
 files beside each other, and these would take each other's nodes.
@@ -231,7 +231,7 @@ def test_cancel_saves_first(slurm_cluster, verb, config_file, profile, tmp_path,
 
 @pytest.mark.case("V12")
 def test_one_living_job_per_run(slurm_cluster, verb, config_file, profile, tmp_path, capsys, monkeypatch) -> None:
-    """A second submission is refused; a job that comes by another way leaves the run alone.
+    """A second submission is refused; a job submitted otherwise leaves the run alone.
 
     One that is queued behind waits through a requeue of the first, and is gone when the run is cancelled.
     """

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tarflow.cluster.errors import ClusterError
-from tarflow.cluster.job.chain import Chain, Limits, Outcome, decide, exhausted, fruitless
+from tarflow.cluster.job.chain import AttemptResult, Chain, Limits, decide, exhausted, fruitless
 from tarflow.cluster.slurm import JobState, states
 from tarflow.cluster.status import COLUMNS, find_runs, fitting, job_state, rows, shortened
 from tarflow.trainer.config.files import load_config
@@ -330,7 +330,7 @@ def test_cancel_of_a_job_that_does_not_save_ends_it_and_says_so(run: Path, verb,
     fake_slurm.command("scancel")
     assert verb("cancel", run, "--wait", "0.3") == 1
     assert fake_slurm.calls("scancel") == ["--signal=USR2 107", "107"]
-    assert "the last checkpoint stands" in capsys.readouterr().out
+    assert "the last checkpoint is intact" in capsys.readouterr().out
 
 
 def chain_of(tmp_path: Path, *steps: int) -> Chain:
@@ -351,7 +351,7 @@ def chain_of(tmp_path: Path, *steps: int) -> Chain:
     ],
 )
 def test_the_rule(tmp_path: Path, code, steps, now, requeue, ends) -> None:
-    decision = decide(Outcome(code), chain_of(tmp_path, *steps), now, Limits(max_restarts=5, max_no_progress=3))
+    decision = decide(AttemptResult(code), chain_of(tmp_path, *steps), now, Limits(max_restarts=5, max_no_progress=3))
     assert (decision.requeue, decision.code) == (requeue, ends)
     assert decision.text
 

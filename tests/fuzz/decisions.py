@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from tarflow.cluster.errors import ClusterError
-from tarflow.cluster.job.chain import Outcome
+from tarflow.cluster.job.chain import AttemptResult
 from tarflow.errors import UserError, in_words
 from tarflow.terminal import message
 
@@ -19,11 +19,11 @@ def requeue() -> int:
     _in_job(rank=0)
     from tarflow.cluster.job.child import Signals
     from tarflow.cluster.job.description import load_job
-    from tarflow.cluster.job.job import Task
+    from tarflow.cluster.job.task import Task
 
     try:
         task = Task(load_job(DESCRIPTION, DIGEST.read_text(), os.environ, wait_s=0))
-        task.work = lambda signals: task.failure() or Outcome(1, "exit code 1")  # type: ignore[method-assign]
+        task.work = lambda signals: task.notes.failure() or AttemptResult(1, "exit code 1")  # type: ignore[method-assign]
         with Signals() as signals:
             task.run(signals)
     except SystemExit as end:

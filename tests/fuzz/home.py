@@ -171,7 +171,7 @@ def _jobs() -> int:
     """What submissions and their starts leave in a run: job 7 has ended, job 8 waits to be started again."""
     from tarflow.cluster.job.chain import Chain, Limits
     from tarflow.cluster.job.description import Job, save_description
-    from tarflow.cluster.job.job import FailureNote
+    from tarflow.cluster.job.failure_notes import FailureNote
     from tarflow.cluster.job.preflight import Here
     from tarflow.cluster.job.record import note_job
     from tarflow.cluster.job.rendezvous import MeetingFile

@@ -1,4 +1,4 @@
-"""RUN/sampling.json: the sampling settings that `tarflow sweep-guidance` chose for a run, and which sweep it was."""
+"""RUN/sampling.json: the sampling settings that `tarflow sweep-guidance` chose for a run, and by which sweep."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ CHOSEN = "sampling.json"
 
 
 class Choice(Record):
-    """It decides how a run is sampled: one that cannot be believed is refused, never passed over."""
+    """It decides how a run is sampled, so a damaged one is an error and is never ignored."""
 
     what: ClassVar[str] = "a sweep's choice"
     way_out: ClassVar[str] = (
@@ -26,13 +26,13 @@ class Choice(Record):
     @classmethod
     def _known(cls, value: dict[str, Any]) -> dict[str, Any]:
         if unknown := set(value) - set(SamplingSettings.model_fields):
-            raise ValueError(f"{sorted(unknown)[0]!r} is no setting of the section sampling")
+            raise ValueError(f"{sorted(unknown)[0]!r} is not a setting of the section sampling")
         SamplingSettings.model_validate(value, strict=True)
         return value
 
 
 def chosen_sampling(run_dir: Path) -> tuple[dict[str, Any], str]:
-    """(settings of the section sampling, where they were chosen); nothing without such a file.
+    """(settings of the section sampling, where they were chosen); ({}, "") without such a file.
 
     Raises DamagedFileError.
     """
@@ -44,5 +44,5 @@ def chosen_sampling(run_dir: Path) -> tuple[dict[str, Any], str]:
 
 
 def save_choice(run_dir: Path, sampling: dict[str, Any], where: str) -> None:
-    """Replace the choice; `where` says which sweep made it."""
+    """Replace the choice; `where` names the sweep that made it."""
     save_record(run_dir / CHOSEN, Choice(sampling=sampling, chosen_by=where))

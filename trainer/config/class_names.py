@@ -1,6 +1,6 @@
-"""Names of classes, in label order: whether two lists give the labels the same meaning.
+"""Compares lists of class names in label order: do they give every label the same meaning.
 
-Sets that were prepared apart may give one label to two classes, and nothing but wrong figures would tell.
+Data sets prepared separately may use one label for two classes, and only wrong metrics would show it.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ _SHOWN = 6
 
 
 def difference(ours: tuple[str, Sequence[str]], theirs: tuple[str, Sequence[str]]) -> str | None:
-    """(where, names) of both sides -> what differs, naming both; None where every label that both have means the same."""
+    """What differs between two (where, names), naming both; None if all labels that both have mean the same."""
     (here, own), (there, other) = ours, theirs
     label = next((k for k, (a, b) in enumerate(zip(own, other)) if a != b), None)
     if label is None:
@@ -22,5 +22,5 @@ def difference(ours: tuple[str, Sequence[str]], theirs: tuple[str, Sequence[str]
 
 
 def shown(names: Sequence[str]) -> str:
-    """The first names, and the last."""
+    """The first few names and the last."""
     return ", ".join(names[:_SHOWN]) + (f", ... {names[-1]}" if len(names) > _SHOWN else "")

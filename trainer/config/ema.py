@@ -1,4 +1,4 @@
-"""Section `ema`: which averages of the weights a run keeps, and what each is called."""
+"""Section `ema`: which averages of the weights a run keeps, and their names."""
 
 from pydantic import Field, model_validator
 
@@ -8,32 +8,34 @@ MOST_AVERAGES = 16  # of each kind: each is as large as the weights
 
 
 def power_name(relative_std: float) -> str:
-    """Name of a power-function average: its set of weights in checkpoints, settings and commands."""
+    """Name of a power-function average in checkpoints, settings and commands."""
     return f"ema-{relative_std:.3f}"
 
 
 def decay_name(decay: float) -> str:
-    """Name of an average of constant decay."""
+    """Name of an exponential average."""
     return f"ema-decay-{decay:g}"
 
 
 class EMAConfig(Section):
-    """Averages of the weights: power-function profiles (arXiv 2312.02696), constant decays. Sharded as the weights are."""
+    """Averages of the weights: power-function (arXiv 2312.02696) and exponential. They are sharded like the weights."""
 
     relative_stds: tuple[float, ...] = Field(
         (0.05, 0.1),
         max_length=MOST_AVERAGES,
-        description="width of each power-function average, as a share of the run so far",
+        description="width of each power-function average, relative to the length of the run so far; each "
+        "costs the memory of the weights. Wider averages suit long runs",
     )
     decays: tuple[float, ...] = Field(
-        (), max_length=MOST_AVERAGES, description="decay per step of ordinary averages besides, e.g. [0.9999]"
+        (), max_length=MOST_AVERAGES, description="decay per step of additional exponential averages, e.g. [0.9999]"
     )
     snapshot_every_images: Count = Field(
         0,
         ge=0,
         le=MOST_IMAGES,
-        description="images between snapshots of the averages, kept for ever, from which `tarflow ema` makes any width; "
-        "each comes with a checkpoint; 0 = none",
+        description="images between snapshots of the power-function averages, from which `tarflow ema` "
+        "computes any width after training; each comes with a checkpoint and is kept forever. 0 = "
+        "none",
     )
 
     @model_validator(mode="after")
@@ -56,10 +58,10 @@ class EMAConfig(Section):
 
     @property
     def names(self) -> list[str]:
-        """Names of all averages, the widest as listed last."""
+        """Names of all averages: exponential, then power-function, each in the order listed."""
         return [*map(decay_name, self.decays), *map(power_name, self.relative_stds)]
 
     @property
     def preferred(self) -> str:
-        """What `auto` stands for: the last of the averages, or the raw weights where none is kept."""
+        """The weights that `auto` means: the last average, or the raw weights without any."""
         return self.names[-1] if self.names else "raw"

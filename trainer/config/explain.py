@@ -1,4 +1,4 @@
-"""What is wrong with a setting, in one line: where it was set, its name and value, and the nearest right one."""
+"""Error messages for wrong settings, a line each: where it was set, its name and value, and the nearest valid one."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ _WRONG_FORM = {
 
 
 def explain(item: Any, source: str, origin: Mapping[str, str]) -> str:
-    """One of pydantic's errors. `source`: the file; `origin`: key -> the override that set it."""
+    """The message for one of pydantic's errors. `source`: the file; `origin`: key -> the override or base that set it."""
     path = [str(part)[:100] for part in item["loc"]]
     key = ".".join(path)
     where = _where(key, source, origin)
@@ -26,8 +26,9 @@ def explain(item: Any, source: str, origin: Mapping[str, str]) -> str:
         return f"{where}: setting {key} is required"
     if item["type"] in _WRONG_FORM:
         return f"{where}: {key}={shown(item['input'])}: {_WRONG_FORM[item['type']]}"
-    message = item["msg"].removeprefix("Value error, ")
-    if not path or (item["type"] == "value_error" and isinstance(item.get("input"), Mapping)):
+    ours = item["type"] == "value_error"  # raised by a validator of a section
+    message = str(item["ctx"]["error"]) if ours else item["msg"]
+    if not path or (ours and isinstance(item.get("input"), Mapping)):
         return f"{where}: {message}"
     return (
         f"{where}: {key}={shown(item['input'])}: {message[0].lower()}{message[1:]}{_near_choice(path, item['input'])}"
@@ -35,7 +36,7 @@ def explain(item: Any, source: str, origin: Mapping[str, str]) -> str:
 
 
 def without_section(override: str) -> str:
-    """What to say of an override that is no `section.key=value`."""
+    """The message for an override that is not of the form `section.key=value`."""
     key, equals, value = override.partition("=")
     meant = " or ".join(f"{name}={value}" if equals else f"{name}=VALUE" for name in _sections_with(key))
     form = f"override {shown(override)} must have the form section.key=value"
@@ -43,18 +44,18 @@ def without_section(override: str) -> str:
 
 
 def _where(key: str, source: str, origin: Mapping[str, str]) -> str:
-    """The override that set `key` or the whole that it is part of; else the file, with the overrides of its parts."""
+    """What set `key` or a mapping around it; otherwise the file, with what set parts of `key`."""
     set_by = [text for k, text in origin.items() if k == key or key.startswith(f"{k}.")]
     if set_by:
         return set_by[0]
-    parts = ", ".join(text for k, text in origin.items() if not key or k.startswith(f"{key}."))
-    if parts and key and key not in Config.model_fields:  # `trian.seed=4`: no file need have such a section
+    parts = ", ".join(dict.fromkeys(text for k, text in origin.items() if not key or k.startswith(f"{key}.")))
+    if parts and key and key not in Config.model_fields:  # `trian.seed=4`: the file need not have such a section
         return parts
     return f"{source} with {parts}" if parts else source
 
 
 def _instead(path: Sequence[str]) -> str:
-    """What an unknown setting may stand for: a near name in its section, or the same name in another section."""
+    """A suggestion for an unknown setting: a similar name in its section, or the same name in another section."""
     *parents, name = path
     section, dot, rest = name.partition(".")
     if dot and not parents and rest in _names([section]):
@@ -70,7 +71,7 @@ def _instead(path: Sequence[str]) -> str:
 
 
 def _sections_with(name: str) -> list[str]:
-    """`section.name` for each section that has such a setting, or a near one."""
+    """`section.name` for each section that has such a setting, or a similar one."""
     every = {section: _names([section]) for section in Config.model_fields}
     same = [f"{section}.{name}" for section, names in every.items() if name in names]
     if same:
@@ -80,7 +81,7 @@ def _sections_with(name: str) -> list[str]:
 
 
 def _names(path: Sequence[str]) -> list[str]:
-    """Settings of a section; of the whole configuration, its sections."""
+    """Settings of a section; for an empty path, the sections."""
     fields = _fields(path)
     return [*fields, "preset"] if list(path) == ["model"] else list(fields)
 
@@ -96,7 +97,7 @@ def _fields(path: Sequence[str]) -> dict[str, FieldInfo]:
 
 
 def _near_choice(path: Sequence[str], value: Any) -> str:
-    """The nearest of the words that a setting may be."""
+    """A suggestion for a setting that must be one of a few words."""
     field = _fields(path[:-1]).get(path[-1])
     if field is None or get_origin(field.annotation) is not Literal:
         return ""
@@ -105,6 +106,6 @@ def _near_choice(path: Sequence[str], value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as it was given, in its first characters: it may be a document."""
+    """A value as it was given, cut to its first characters: it may be a whole document."""
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:100]}... ({len(text):,} characters)"

@@ -1,9 +1,8 @@
-"""Configuration files: YAML plus `section.key=value` overrides -> a checked `Config`, and back."""
+"""Configuration files: YAML plus `section.key=value` overrides -> a validated `Config`, and back."""
 
 import copy
 import hashlib
 import json
-import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,35 +11,35 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from tarflow.records import DamagedFileError
 from tarflow.trainer.config.explain import explain, shown, without_section
-from tarflow.trainer.config.plain_yaml import in_words, parse_yaml, yaml_text
+from tarflow.trainer.config.plain_yaml import parse_yaml
 from tarflow.trainer.config.schema import Config
+from tarflow.trainer.config.source import NULLS, read_tree
 from tarflow.trainer.errors import TrainerError
 
-_SEAL = re.compile(r"# checksum ([0-9a-f]{8}) of the lines below; [^\n]*\n")
-MOST_FAULTS = 20  # that one error tells
-NULLS = {"", "~", "null", "Null", "NULL"}
+MOST_FAULTS = 20  # listed in one error
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration file and apply overrides; any fault is a `TrainerError` that names file, key and value."""
-    path = Path(path)
-    if not path.is_file():
-        raise TrainerError(f"no configuration file at {path}")
-    text = yaml_text(path)
-    _check_seal(path, text)
-    tree = parse_yaml(text, str(path))
-    if not isinstance(tree, dict):
-        found = "it is empty" if tree is None else f"not {in_words(tree)}"
-        raise TrainerError(f"{path} must hold sections (data:, model:, train:, ...), {found}")
-    return build_config(tree, str(path), overrides)
+    """Read a configuration file with its bases and apply overrides.
+
+    Raises:
+        TrainerError: it names the file, the setting and the value.
+
+    """
+    tree, origin = read_tree(Path(path))
+    return build_config(tree, str(path), overrides, origin)
 
 
-def build_config(tree: Mapping[str, Any], source: str, overrides: Sequence[str]) -> Config:
-    """A `Config` from nested mappings and overrides, of which a later one wins; `source` appears in errors."""
+def build_config(
+    tree: Mapping[str, Any], source: str, overrides: Sequence[str], origin: Mapping[str, str] | None = None
+) -> Config:
+    """A `Config` from nested mappings and overrides; the last of several overrides of a setting wins.
+
+    `source` and `origin` (key -> where it was set, if not in `source`) appear in errors.
+    """
     whole = copy.deepcopy(dict(tree))
-    origin: dict[str, str] = {}
+    origin = dict(origin or {})
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or "." not in key:
@@ -62,7 +61,7 @@ def _assign(tree: dict[str, Any], keys: list[str], value: Any) -> None:
 def parse_config(tree: Mapping[str, Any], source: str, origin: Mapping[str, str] | None = None) -> Config:
     """A `Config` from nested mappings; `source` and `origin` (key -> where it was set) appear in errors."""
     try:
-        # A section without a setting (all commented out, say) stands for its defaults.
+        # An empty section (all commented out, say) means its defaults.
         return Config.model_validate({k: {} if v is None else v for k, v in _nulls(tree).items()})
     except ValidationError as error:
         faults = error.errors()
@@ -90,16 +89,9 @@ def config_text(config: Config) -> str:
 
 
 def sealed_text(config: Config) -> str:
-    """The same under a line with its checksum: for a file that is read again, and that people copy and edit."""
+    """The same below a line with its checksum, to detect damage when it is read again."""
     text = config_text(config)
     return f"# checksum {zlib.crc32(text.encode()):08x} of the lines below; remove this line when you edit them\n{text}"
-
-
-def _check_seal(path: Path, text: str) -> None:
-    found = _SEAL.match(text)
-    if found and int(found[1], 16) != zlib.crc32(text[found.end() :].encode()):
-        way_out = "restore it from a copy, or remove its first line if you edited it"
-        raise DamagedFileError(path, "its checksum does not fit its lines", way_out)
 
 
 def config_hash(config: Config) -> str:

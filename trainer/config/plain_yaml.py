@@ -1,11 +1,10 @@
-"""YAML as configurations use it: every scalar is text until a field's type converts it, and no key stands twice.
+"""YAML as configurations use it: every scalar is text until a field's type converts it, and duplicate keys are errors.
 
-YAML's own guesses about scalars are not used (it reads 1e-4 as text, 010 as eight and 12:30:00 as 45000: case K01).
-PyYAML keeps the last of two equal keys in silence: a section written twice would lose its first half.
+YAML's own rules for scalars are surprising: it reads 1e-4 as text, 010 as eight and 12:30:00 as 45000. PyYAML silently keeps
+the last of two equal keys: a section written twice would lose its first half.
 
-A configuration may come from someone else: its size, its depth and the number of its nodes, aliases written out, are
-bounded while it is read (eight lines of aliases can stand for a billion nodes), and tags that would ask for more than plain
-values are refused.
+A configuration may come from a stranger: its size, depth and number of nodes (with aliases expanded: eight lines of them can
+mean a billion nodes) are bounded while it is read, and only tags of plain values are allowed.
 """
 
 from collections.abc import Hashable
@@ -26,7 +25,7 @@ _PLAIN_TAGS = {_STANDARD + kind for kind in ("str", "int", "float", "bool", "nul
 
 
 class _RefusedError(Exception):
-    """Readable YAML that must not be taken; the text says where."""
+    """Valid YAML that is not allowed here; the text says where."""
 
 
 class _Loader(yaml.BaseLoader):
@@ -34,10 +33,10 @@ class _Loader(yaml.BaseLoader):
         super().__init__(text)
         self._depth = self._nodes = 0
         self._sizes: dict[int, tuple[int, int]] = {}  # node -> (nodes in it, its height)
-        self._lowest = 0  # depth of the deepest node since the one that is read now began
+        self._lowest = 0  # greatest depth below the node that is being read
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Count as aliases are followed: what is read from here on would be copied as often as it is named."""
+        """Count an alias as all the nodes it stands for: later steps copy them as often as they are named."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             node = super().compose_node(parent, index)
@@ -69,7 +68,10 @@ class _Loader(yaml.BaseLoader):
                 f"line {_line(event)}: more than {MOST_NODES:,} values and lists, aliases counted as often as they stand"
             )
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: ARG002 - yaml asks
+    def construct_mapping(
+        self, node: yaml.MappingNode, deep: bool = False  # noqa: ARG002 -- PyYAML's signature; always deep here
+    ) -> dict[Hashable, Any]:  # fmt: skip
+        """A mapping without duplicate keys; `<<` merges the mappings it names, which yield to the keys written here."""
         tree: dict[Hashable, Any] = {}
         taken_in: dict[Hashable, Any] = {}
         lines: dict[Hashable, int] = {}
@@ -89,7 +91,7 @@ class _Loader(yaml.BaseLoader):
                 if not isinstance(part, dict):
                     raise _RefusedError(f"line {line}: {_MERGE} takes in sections (<<: *NAME), nothing else")
                 taken_in |= part
-        return taken_in | tree  # what is taken in yields to what stands here
+        return taken_in | tree
 
 
 def _line(event: yaml.Event) -> int:
@@ -97,14 +99,14 @@ def _line(event: yaml.Event) -> int:
 
 
 def in_words(value: Any) -> str:
-    """What kind of value YAML held."""
+    """The kind of a YAML value, for messages."""
     if isinstance(value, list):
         return "a list"
     return "settings" if isinstance(value, dict) else "text"
 
 
 def yaml_text(path: Path) -> str:
-    """The text of a file, which is not read much beyond MOST_BYTES. Raises TrainerError, OSError."""
+    """The text of a file of at most MOST_BYTES. Raises TrainerError, OSError."""
     with open(path, "rb") as file:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
@@ -116,10 +118,11 @@ def yaml_text(path: Path) -> str:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Text -> nested dicts, lists and strings; an alias is the very object that it names.
+    """Text -> nested dicts, lists and strings; an alias is the same object as its anchor.
 
-    Raises TrainerError, naming `source` and the line, for what is not readable, for a key that stands twice and for what
-    goes beyond the bounds.
+    Raises:
+        TrainerError: not valid YAML, a duplicate key, or beyond a bound; it names `source` and the line.
+
     """
     if len(text) > MOST_BYTES:
         raise TrainerError(f"{source} is not readable YAML: {_TOO_LONG}")

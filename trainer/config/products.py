@@ -1,4 +1,4 @@
-"""Products of settings, each of which is within its bounds: together they may ask for what no machine has."""
+"""Bounds on products of settings: each may be within its own bounds, and together they ask for what no machine has."""
 
 import math
 from collections.abc import Iterator
@@ -6,23 +6,23 @@ from typing import Any
 
 _IMAGE = ("model.image_size", "model.image_size")
 
-# Settings (of a list, each entry), the largest product, what it is. A 0, which stands for `all` or `none`, asks for nothing.
+# Settings (of a list, all entries), the largest product, what it counts. A 0 (`all` or `none`) makes the product 0.
 PRODUCTS: tuple[tuple[tuple[str, ...], int, str], ...] = (
     (("train.global_batch_size", *_IMAGE), 1 << 44, "pixels in a step"),
-    (("data.prefetch_batches", "train.global_batch_size", *_IMAGE), 1 << 46, "pixels that wait ready"),
-    (("data.num_workers", "data.max_image_pixels"), 1 << 40, "pixels that are decoded at once"),
+    (("data.prefetch_batches", "train.global_batch_size", *_IMAGE), 1 << 46, "prefetched pixels"),
+    (("data.num_workers", "data.max_image_pixels"), 1 << 40, "pixels decoded at once"),
     (("parallel.dp_replicate", "parallel.dp_shard"), 1 << 20, "ranks"),
-    (("sampling.batch_size", *_IMAGE), 1 << 38, "pixels that are drawn at once"),
+    (("sampling.batch_size", *_IMAGE), 1 << 38, "pixels sampled at once"),
     (("evaluation.num_samples", *_IMAGE), 1 << 50, "pixels of samples"),
     (("evaluation.likelihood_draws", "evaluation.validation_images"), 10**12, "likelihoods"),
     (("evaluation.neighbour_samples", "evaluation.neighbour_images"), 10**14, "pairs of images"),
-    (("evaluation.neighbour_samples", *_IMAGE), 1 << 40, "pixels of samples that memory holds"),
+    (("evaluation.neighbour_samples", *_IMAGE), 1 << 40, "pixels of samples held in memory"),
     (("evaluation.grid", *_IMAGE), 1 << 33, "pixels of a grid"),
 )
 
 
 def oversized(config: Any) -> Iterator[str]:
-    """What is wrong with each product that is over its bound: the settings, their values, the bound."""
+    """An error text for each product over its bound, with the settings, their values and the bound."""
     for keys, most, what in PRODUCTS:
         values = [_value(config, key) for key in keys]
         product = math.prod(math.prod(value) if isinstance(value, tuple) else value for value in values)

@@ -1,7 +1,7 @@
-"""Files of reference statistics: what stands in them, and the one loader.
+"""Files of reference statistics: their contents, and the only loader.
 
-A run is checked against the file that its settings name, evaluations hold samples against it. Arrays as numpy writes them,
-not compressed, and a provenance in JSON that says of which images and which network they are.
+A run checks the file that its settings name, evaluations compare samples with it. It holds uncompressed numpy arrays, and a
+provenance in JSON: which images and which feature network the statistics come from.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ FORMAT = 2
 WHAT = "reference statistics"
 WAY_OUT = "name another file (--reference, evaluation.reference), or make one with `tarflow reference`"
 _NAMES = {"format", "count", "mean", "scatter", "rows", "provenance"}
-_ROUNDING = 1e-6  # of products of sums in float64, generously
+_ROUNDING = 1e-6  # generous for products of sums in float64
 Text = Annotated[str, Field(max_length=10_000)]
 
 
 class _Provenance(Record):
-    """What statistics are of. Versions may say more; then all of it must agree."""
+    """What the statistics were computed from. Later versions may add fields; then those must agree, too."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -46,27 +46,23 @@ class _Provenance(Record):
 
 @dataclass(frozen=True)
 class ReferenceFile:
-    """Statistics as they are stored.
-
-    Mean [d] and scatter matrix [d, d] float64, features kept [m, d] float32, hashes of the pixels uint64 [count] or None.
-    `checked`: they agree with a checksum in the file.
-    """
+    """Statistics as stored, of `count` images with `d` features."""
 
     provenance: dict[str, str | int]
     count: int
-    mean: NDArray[np.float64]
-    scatter: NDArray[np.float64]
-    rows: NDArray[np.float32]
-    hashes: NDArray[np.uint64] | None
-    checked: bool
+    mean: NDArray[np.float64]  # [d]
+    scatter: NDArray[np.float64]  # [d, d]: sum of (x - mean)(x - mean)^T
+    rows: NDArray[np.float32]  # [m, d]: features of m images
+    hashes: NDArray[np.uint64] | None  # [count]: of the pixels
+    checked: bool  # against a checksum in the file
 
 
 def read_reference(path: Path, least: int = 2) -> ReferenceFile:
-    """Read a file of statistics of `least` images or more.
+    """Read statistics of at least `least` images.
 
     Raises:
-        DamagedFileError: it is no such file, its checksum does not fit, or its arrays are no statistics.
-        OSError: it is not there, or cannot be read.
+        DamagedFileError: not a file of statistics, or a checksum, shape or value in it is wrong.
+        OSError: it is missing or unreadable.
 
     """
     found = read_npz(path, what=WHAT, way_out=WAY_OUT)
@@ -84,7 +80,7 @@ def _as_reference(arrays: dict[str, NDArray[Any]], checked: bool, least: int) ->
     if version != FORMAT:
         raise ValueError(f"it has format {version}, this program reads {FORMAT}")
     if arrays["provenance"].dtype.kind != "U" or arrays["provenance"].shape != ():
-        raise ValueError("its provenance is no text")
+        raise ValueError("its provenance is not text")
     provenance = as_record(parse_object(str(arrays["provenance"]).encode("utf-8", "surrogatepass")), _Provenance)
     if not least <= count <= provenance.images:
         raise ValueError(f"it is of {count:,} images: {least:,} to {provenance.images:,} can be")
@@ -97,7 +93,7 @@ def _as_reference(arrays: dict[str, NDArray[Any]], checked: bool, least: int) ->
     _check(arrays, "rows", np.float32, (min(kept, count), dim))
     if "hashes" in arrays:
         _check(arrays, "hashes", np.uint64, (count,))
-    if count:  # of no images the mean is none
+    if count:  # without images there is no mean
         _check_values(arrays)
     large = {name: arrays[name] for name in ("mean", "scatter", "rows")}
     return ReferenceFile(provenance.model_dump(), count, **large, hashes=arrays.get("hashes"), checked=checked)
@@ -117,7 +113,7 @@ def _check(arrays: dict[str, NDArray[Any]], name: str, dtype: type, shape: tuple
 
 
 def _check_values(arrays: dict[str, NDArray[Any]]) -> None:
-    """All finite; the scatter matrix symmetric, and no entry beyond what its row's and column's own sums allow."""
+    """All values are finite, and the scatter matrix is symmetric with entries within the Cauchy-Schwarz bound."""
     for name in ("mean", "scatter", "rows"):
         if not np.isfinite(arrays[name]).all():
             raise ValueError(f"its array {name!r} holds values that are not finite")
@@ -127,4 +123,4 @@ def _check_values(arrays: dict[str, NDArray[Any]]) -> None:
         raise ValueError("its scatter matrix has negative sums of squares")
     most = np.sqrt(own[:, None] * own) * (1 + _ROUNDING) + _ROUNDING * float(own.max())
     if (np.abs(scatter) > most).any() or (np.abs(scatter - scatter.T) > _ROUNDING * most).any():
-        raise ValueError("its scatter matrix is none: it is not symmetric, or has entries that no features can have")
+        raise ValueError("its scatter matrix is not one: it is not symmetric, or has entries that no features can have")

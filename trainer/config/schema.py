@@ -1,9 +1,9 @@
-"""The whole configuration of a run, typed: every field has a type, a bound and an effect.
+"""The configuration of a run as typed sections: every field has a type, bounds and an effect.
 
 A run is configured by one YAML file and `section.key=value` overrides. Scalars are read as text and converted by the
 field's type, so `1e-4` is a number, `010` is ten and `on` is true wherever it stands.
 
-Each section stands with the code that reads it: here are those of the trainer.
+The sections of the trainer are here, the others beside the code that reads them.
 """
 
 from typing import Annotated, Any, Literal
@@ -20,45 +20,91 @@ from tarflow.trainer.config.evaluation import EvaluationConfig
 from tarflow.trainer.config.products import oversized
 
 MOST_BATCH, MOST_RANKS = 1 << 24, 1 << 20
-Image = Annotated[Count, Field(ge=0, le=MOST_IMAGES)]  # by its place in the run
+Image = Annotated[Count, Field(ge=0, le=MOST_IMAGES)]  # by its position in the run
 
 
 class TrainConfig(Section):
-    """What is trained, on how many images."""
+    """What to train on: batches, noise, length of the run, and when to give up."""
 
-    seed: Count = Field(0, ge=0, le=MOST_SEED, description="key of all randomness")
-    global_batch_size: Count = Field(gt=0, le=MOST_BATCH, description="images per step, over all ranks")
-    micro_batch_size: Count = Field(
-        0, ge=0, le=MOST_BATCH, description="images per forward pass and rank; 0 = the rank's whole share"
+    seed: Count = Field(
+        0,
+        ge=0,
+        le=MOST_SEED,
+        description="seed of all randomness: initialization, data order, noise, label dropout. Runs with the "
+        "same seed and data see the same batches on any number of ranks",
     )
-    max_images: Count = Field(gt=0, le=MOST_IMAGES, description="images seen at which the run ends")
+    global_batch_size: Count = Field(
+        gt=0, le=MOST_BATCH, description="images per optimizer step, over all ranks; must be divisible by their number"
+    )
+    micro_batch_size: Count = Field(
+        0,
+        ge=0,
+        le=MOST_BATCH,
+        description="images per forward and backward pass on each rank; lower it when activations do not fit "
+        "in memory. 0 = the rank's whole share, without gradient accumulation",
+    )
+    max_images: Count = Field(
+        gt=0,
+        le=MOST_IMAGES,
+        description="length of the run in training images; the run ends with the step that reaches it",
+    )
     noise: Literal["gaussian", "uniform"] = Field(
-        "gaussian", description="noise on the images: for samples, or for the likelihood"
+        "gaussian",
+        description="noise added to the images: gaussian for sample quality, uniform (dequantization) for "
+        "likelihoods in bits per dimension",
     )
     noise_std: float = Field(
-        0.05, ge=0, le=100, description="standard deviation of gaussian noise, in model range (grey levels span 2)"
+        0.05,
+        ge=0,
+        le=100,
+        description="standard deviation of the gaussian noise, where pixel values span [-1, 1]. The paper "
+        "uses 0.05 at 64 px, 0.15 at 128 and 256",
     )
-    label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by `no label`, for guidance")
-    skip_spikes: bool = Field(False, description="pass over steps whose gradient norm is a 6-sigma outlier")
-    max_skipped_in_a_row: Count = Field(20, gt=0, le=10**6, description="bad steps in a row at which the run stops")
+    label_dropout: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="fraction of labels replaced by `no label`, so that the model can be sampled with "
+        "classifier-free guidance; set it to 0 for unconditional models",
+    )
+    skip_spikes: bool = Field(
+        False,
+        description="skip optimizer steps whose gradient norm is more than six standard deviations above the "
+        "mean of the last 128; worth having in long runs",
+    )
+    max_skipped_in_a_row: Count = Field(
+        20,
+        gt=0,
+        le=10**6,
+        description="consecutive skipped steps (not finite, or spikes) after which the run stops as diverged",
+    )
     skip_images: tuple[tuple[Image, Image], ...] = Field(
         (),
         max_length=1000,
-        description="ranges [first, end) of images_seen that are passed over without training, e.g. [[1000, 2000]]",
+        description="ranges [first, end) of images_seen to skip without training, e.g. [[1000, 2000]], to get "
+        "past data that makes a run diverge",
     )
     max_restarts_without_progress: Count = Field(
         5,
         ge=0,
         le=10**6,
-        description="restarts that commit no new checkpoint after which the run refuses to start; 0 = no limit",
+        description="consecutive restarts without a new checkpoint after which the run refuses to start; 0 = no limit",
     )
-    grad_clip: float = Field(0.0, ge=0, le=1e9, description="largest global norm of the gradient; 0 = no clipping")
+    grad_clip: float = Field(
+        0.0, ge=0, le=1e9, description="maximum global gradient norm; 0 = no clipping. The presets use 1.0"
+    )
     param_dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="dtype of the network's products; masters are float32"
+        "bfloat16",
+        description="compute dtype of the forward and backward pass; master weights and optimizer state are "
+        "always float32",
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="device to train on; auto takes cuda if available, otherwise mps, otherwise cpu"
+    )
     deterministic: bool = Field(
-        False, description="on GPUs: only kernels that repeat to the last bit, as those of the CPU do"
+        False,
+        description="use only deterministic GPU kernels, so that a run repeats bit for bit (CPU runs always "
+        "do); slower",
     )
 
     matmul_precision: Literal["highest", "high", "medium"] = Field(
@@ -88,49 +134,96 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(Section):
-    """AdamW and its schedule: linear warm-up, then a cosine down to final_lr at train.max_images."""
+    """AdamW and its schedule: linear warmup to lr, then a cosine to final_lr at train.max_images."""
 
-    lr: float = Field(1e-4, gt=0, le=1e9, description="highest learning rate")
-    final_lr: float = Field(1e-6, ge=0, le=1e9, description="learning rate at the end of the cosine")
-    warmup_images: Count = Field(0, ge=0, le=MOST_IMAGES, description="images of the linear warm-up; 0 = one epoch")
-    weight_decay: float = Field(1e-4, ge=0, le=1e6, description="AdamW's decoupled decay")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's moment decays")
+    lr: float = Field(1e-4, gt=0, le=1e9, description="peak learning rate, reached at the end of the warmup")
+    final_lr: float = Field(
+        1e-6, ge=0, le=1e9, description="learning rate at the end of the cosine, at train.max_images"
+    )
+    warmup_images: Count = Field(
+        0, ge=0, le=MOST_IMAGES, description="length of the linear warmup in images; 0 = one epoch"
+    )
+    weight_decay: float = Field(1e-4, ge=0, le=1e6, description="decoupled weight decay of AdamW")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's decay rates of the first and second moments")
 
 
 class ParallelConfig(Section):
-    """How a step is spread over processes. None of it changes the result."""
+    """How training is distributed over processes. It changes memory and speed, never the result."""
 
     backend: Literal["ddp", "fsdp2", "deepspeed"] = Field(
-        "ddp", description="ddp: whole copies; fsdp2, deepspeed: sharded"
+        "ddp",
+        description="ddp: every rank holds the whole model; fsdp2 and deepspeed: weights and optimizer state "
+        "are sharded. Start with ddp and shard when memory runs out",
     )
     world_size: Count = Field(
-        0, ge=0, le=MOST_RANKS, description="processes that this configuration is made for; 0 = any number"
+        0,
+        ge=0,
+        le=MOST_RANKS,
+        description="number of ranks the configuration is meant for, which dry runs assume; a run on another "
+        "number logs a note. 0 = any",
     )
-    dp_replicate: Count = Field(0, ge=0, le=MOST_RANKS, description="copies of the model; 0 = what is left")
-    dp_shard: Count = Field(0, ge=0, le=MOST_RANKS, description="pieces that fsdp2 cuts a copy into; 0 = what is left")
+    dp_replicate: Count = Field(
+        0,
+        ge=0,
+        le=MOST_RANKS,
+        description="number of model replicas (with fsdp2, hybrid sharding); 0 = as many as dp_shard leaves",
+    )
+    dp_shard: Count = Field(
+        0,
+        ge=0,
+        le=MOST_RANKS,
+        description="fsdp2: number of ranks each replica is sharded over; 0 = as many as dp_replicate leaves. "
+        "Set it to the GPUs of a node to keep all-gathers off the network",
+    )
     zero_stage: Count = Field(
-        3, ge=1, le=3, description="deepspeed: 1 shards moments, 2 also gradients, 3 also weights"
+        3, ge=1, le=3, description="deepspeed: 1 shards optimizer state, 2 also gradients, 3 also weights"
     )
     layers_per_unit: Count = Field(
         0,
         ge=0,
         le=MOST_LAYERS,
-        description="fsdp2: transformer layers that are gathered and summed at a time; 0 = a whole block's",
+        description="fsdp2: transformer layers gathered and reduced together; 0 = all layers of a flow block. "
+        "Lower it to save memory, at the price of more collectives",
     )
-    offload_optimizer: bool = Field(False, description="deepspeed: keep the optimizer's state in host memory")
-    reduce_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of gradients as they are summed")
-    start_timeout_s: float = Field(1800, gt=0, le=MOST_SECONDS, description="longest start, save or end")
-    step_timeout_s: float = Field(600, gt=0, le=MOST_SECONDS, description="longest step, the first one apart")
+    offload_optimizer: bool = Field(
+        False, description="deepspeed: keep optimizer state and master weights in host memory"
+    )
+    reduce_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="dtype in which gradients are reduced across ranks; bfloat16 halves the traffic and loses "
+        "precision",
+    )
+    start_timeout_s: float = Field(
+        1800,
+        gt=0,
+        le=MOST_SECONDS,
+        description="timeout in seconds for startup (compilation of the first step included), a checkpoint "
+        "save, and shutdown; the watchdog then ends the run as hung",
+    )
+    step_timeout_s: float = Field(
+        600,
+        gt=0,
+        le=MOST_SECONDS,
+        description="timeout in seconds for every step after the first; the watchdog then ends the run as hung",
+    )
 
 
 class ActivationCheckpointConfig(Section):
-    """What the forward pass keeps for the backward pass. None of it changes the gradients."""
+    """Activation checkpointing: trades compute for memory. It never changes the gradients."""
 
-    mode: Literal["none", "selective", "full"] = Field("none", description="none: all; full: each layer's input alone")
-    every_nth_layer: Count = Field(
-        0, ge=0, le=MOST_LAYERS, description="selective: checkpoint each n-th layer; 0 = keep products by policy"
+    mode: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="none: store all activations; selective: recompute part of them; full: store only each "
+        "layer's input and recompute the rest in the backward pass",
     )
-    offload: bool = Field(False, description="full: keep the inputs in host memory")
+    every_nth_layer: Count = Field(
+        0,
+        ge=0,
+        le=MOST_LAYERS,
+        description="selective: checkpoint every n-th layer; 0 = in all layers, store matrix products and "
+        "attention and recompute the cheap operations",
+    )
+    offload: bool = Field(False, description="full: keep the stored layer inputs in host memory")
 
     @model_validator(mode="after")
     def _fits(self) -> "ActivationCheckpointConfig":
@@ -144,23 +237,39 @@ class ActivationCheckpointConfig(Section):
 class CompileConfig(Section):
     """torch.compile of the transformer layers."""
 
-    enable: bool = Field(False, description="compile each layer; one graph serves all")
+    enable: bool = Field(
+        False,
+        description="compile each transformer layer with torch.compile; all layers share one graph. The first "
+        "step takes minutes longer",
+    )
 
 
 class CheckpointConfig(Section):
-    """When to save and what to keep."""
+    """When to save checkpoints and which to keep."""
 
-    every_images: Count = Field(0, ge=0, le=MOST_IMAGES, description="images between checkpoints; 0 = only at the end")
+    every_images: Count = Field(
+        0, ge=0, le=MOST_IMAGES, description="images between checkpoints; 0 = only one at the end"
+    )
     every_minutes: float = Field(
-        0, ge=0, le=MOST_SECONDS / 60, description="save also when this much time has passed; 0 = off"
+        0,
+        ge=0,
+        le=MOST_SECONDS / 60,
+        description="also save when this many minutes have passed since the last checkpoint; 0 = off",
     )
     asynchronous: bool = Field(
-        True, description="write beside the training, which waits only for a copy in host memory"
+        True,
+        description="write checkpoints in the background: training blocks only while the state is copied to "
+        "host memory",
     )
-    max_failures: Count = Field(3, gt=0, le=10**6, description="saves that fail in a row at which the run stops")
-    keep_latest: Count = Field(2, ge=-1, le=10**6, description="newest checkpoints to keep (2 at least; -1 = all)")
+    max_failures: Count = Field(3, gt=0, le=10**6, description="consecutive failed saves after which the run stops")
+    keep_latest: Count = Field(
+        2, ge=-1, le=10**6, description="number of newest checkpoints to keep: at least 2, or -1 for all"
+    )
     keep_every_images: Count = Field(
-        0, ge=0, le=MOST_IMAGES, description="keep for ever the first at or after each multiple of this; 0 = none"
+        0,
+        ge=0,
+        le=MOST_IMAGES,
+        description="also keep, forever, the first checkpoint at or after each multiple of this many images; 0 = none",
     )
 
     @model_validator(mode="after")
@@ -173,10 +282,12 @@ class CheckpointConfig(Section):
 
 
 class LogConfig(Section):
-    """What is written while the run goes on."""
+    """How often metrics are logged, and where."""
 
-    every_steps: Count = Field(50, gt=0, le=10**9, description="steps between lines of metrics")
-    tensorboard: bool = Field(True, description="write tensorboard/ beside metrics.jsonl")
+    every_steps: Count = Field(
+        50, gt=0, le=10**9, description="steps between log lines of metrics; metrics are averages over these steps"
+    )
+    tensorboard: bool = Field(True, description="also write metrics to tensorboard/ in the run directory")
 
 
 class ProfileConfig(Section):
@@ -198,14 +309,14 @@ class ProfileConfig(Section):
 
 
 def _expand_preset(value: Any) -> Any:
-    """`model: {preset: NAME, num_classes: 3}` is the preset with these settings replaced."""
+    """`model: {preset: NAME, num_classes: 3}` is the preset with some settings replaced."""
     if isinstance(value, dict) and "preset" in value:
         return preset(value["preset"]).model_dump() | {k: v for k, v in value.items() if k != "preset"}
     return value
 
 
 class Config(Section):
-    """Everything about a run."""
+    """The configuration of a run: one section for each concern."""
 
     data: DataSettings
     model: Annotated[TarFlowConfig, BeforeValidator(_expand_preset)]
@@ -230,7 +341,7 @@ class Config(Section):
             )
         if self.train.noise == "uniform" and self.sampling.denoise:
             raise ValueError(
-                "sampling.denoise needs train.noise=gaussian: without its noise there is nothing to take out"
+                "sampling.denoise needs train.noise=gaussian: without gaussian noise there is nothing to remove"
             )
         if problems := list(oversized(self)):
             raise ValueError("; ".join(problems))
@@ -247,7 +358,7 @@ class Config(Section):
         return self
 
     def with_variant(self, variant: dict[str, Any]) -> "Config":
-        """The configuration with one entry of `evaluation.variants` in place of the run's own settings."""
+        """The configuration with one entry of `evaluation.variants` replacing the run's own settings."""
         tree = self.model_dump()
         tree["sampling"] |= {key: value for key, value in variant.items() if key != "weights"}
         tree["evaluation"] |= {"variants": (), "weights": variant.get("weights", self.evaluation.weights)}
@@ -255,13 +366,13 @@ class Config(Section):
 
     @property
     def evaluated_weights(self) -> str:
-        """The set of weights that evaluation uses: never a silent fallback."""
+        """The weights to evaluate, with `auto` resolved; a name that the run does not keep was refused before."""
         if self.evaluation.weights != "auto":
             return self.evaluation.weights
         return self.ema.preferred
 
     @property
     def denoise_multiplier(self) -> float:
-        """Denoising step of samples; a flow trained on uniform dequantisation noise has none."""
+        """Multiplier of the denoising step, with null resolved; a flow trained on uniform noise has no such step."""
         default = 1.0 if self.train.noise == "gaussian" else 0.0
         return default if self.sampling.denoise is None else self.sampling.denoise

@@ -15,7 +15,7 @@ from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job.cancel_note import is_cancelled, leave_note
 from tarflow.cluster.job.chain import Chain, ChainFile, Limits
 from tarflow.cluster.job.description import Job, load_job, save_description
-from tarflow.cluster.job.job import FailureNote, _noted
+from tarflow.cluster.job.failure_notes import FailureNote, read_failure
 from tarflow.cluster.job.preflight import Here
 from tarflow.cluster.job.record import JobLine, submissions
 from tarflow.cluster.job.rendezvous import MeetingFile
@@ -215,7 +215,7 @@ def test_a_chain_that_is_damaged_meanwhile_is_no_lost_job(submitted, fake, fake_
     assert running.wait(60) == 75
     assert fake_slurm.requeues() == ["requeue 107"]
     assert [start["restart"] for start in fake.chain(run)["starts"]] == [0]
-    assert "written anew" in fake.said(run)
+    assert "rewritten" in fake.said(run)
 
 
 @pytest.mark.case("H06")
@@ -266,8 +266,8 @@ def test_bounds_of_what_is_used_further(kind, changes: dict[str, object]) -> Non
 def test_a_note_of_a_failure_counts_whatever_is_left_of_it(tmp_path: Path) -> None:
     path = tmp_path / "failed-1.json"
     path.write_bytes(b'{"code": 13')
-    assert _noted(path).code == 1
-    assert "cannot be read" in _noted(path).text
+    assert read_failure(path).code == 1
+    assert "cannot be read" in read_failure(path).text
 
 
 def test_a_note_of_a_cancellation_is_for_one_submission(tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_a_line_that_cannot_be_believed_is_left_out_and_said(tmp_path: Path) -> 
         submissions(tmp_path).checked()
     path.unlink()
     path.mkdir()
-    with pytest.raises(DamagedFileError, match="no regular file"):
+    with pytest.raises(DamagedFileError, match="not a regular file"):
         submissions(tmp_path).checked()
 
 
@@ -349,7 +349,7 @@ def test_a_submission_is_refused_while_a_job_may_be_unknown(submitted, fake_slur
 
 def test_an_evaluation_goes_on_while_the_record_of_its_training_cannot_be_read(tmp_path: Path) -> None:
     """It ends by its own bounds; that a training is over is nothing to be guessed."""
-    from tarflow.cluster.job.job import training_failed
+    from tarflow.cluster.job.task import training_failed
 
     slurm_dir = tmp_path / "slurm"
     slurm_dir.mkdir()

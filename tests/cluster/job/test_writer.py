@@ -16,7 +16,7 @@ import pytest
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job import writer
 from tarflow.cluster.job.chain import Chain
-from tarflow.cluster.job.job import training_failed
+from tarflow.cluster.job.task import training_failed
 from tarflow.cluster.job.writer import RunInUseError, other_writer, wait_for_writer
 from tarflow.trainer.run_dir import create_run
 from tests.helpers.waiting import until

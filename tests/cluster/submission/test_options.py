@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tarflow.cluster.errors import ClusterError
-from tarflow.cluster.submission.profile import Profile, load_profile
+from tarflow.cluster.submission.profile import ClusterProfile, load_profile
 from tarflow.models.flow import TarFlow
 from tarflow.models.weights import save_weights_file
 from tarflow.trainer.commands.options import START_OPTIONS
@@ -205,6 +205,6 @@ def test_a_missing_profile_names_one_that_is_there_and_can_be_used(verb, config_
     assert load_profile(example).gpus == 8
     commented = [line[2:] for line in example.read_text().splitlines() if line.startswith(("# ", "#   "))][2:]
     whole = yaml.load("\n".join(commented), Loader=yaml.BaseLoader)
-    assert {"setup", "sbatch", "exclude"} <= set(whole) <= set(Profile.model_fields), (
+    assert {"setup", "sbatch", "exclude"} <= set(whole) <= set(ClusterProfile.model_fields), (
         "what is commented out is known too"
     )

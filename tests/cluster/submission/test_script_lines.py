@@ -9,7 +9,7 @@ import yaml
 
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.submission.batch import make_batch
-from tarflow.cluster.submission.profile import Profile, load_profile
+from tarflow.cluster.submission.profile import ClusterProfile, load_profile
 
 BREAKS = ["\n", "\r", "\x0b", "\x0c", "\x85", "\u2028", "\u2029", "\x1b[2J", "\u202e", "\x00"]
 HARMLESS = [
@@ -26,7 +26,7 @@ HARMLESS = [
 
 
 def script(tree: dict, run: Path = Path("/runs/a"), code: str = "/code", description: str = "/d.json") -> list[str]:
-    batch = make_batch(Profile.model_validate(tree), run, "tarflow-a", 1, 1, 1, dry_run=True)
+    batch = make_batch(ClusterProfile.model_validate(tree), run, "tarflow-a", 1, 1, 1, dry_run=True)
     return batch.text(1, code, description, "0" * 64).split("\n")
 
 

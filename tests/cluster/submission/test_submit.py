@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tarflow.cluster.errors import ClusterError
-from tarflow.cluster.submission.profile import Profile, load_profile
+from tarflow.cluster.submission.profile import ClusterProfile, load_profile
 
 GOLDEN = Path(__file__).parent / "golden"
 ODD = ["it's a run", 'say "so"', "a=b (1) & co; $HOME `x`", "ünïcode #1", "new\tab"]
@@ -137,7 +137,7 @@ def test_the_code_that_runs_is_what_was_submitted(fake_slurm, verb, config_file,
     assert verb("submit", config_file, "--run", run) == 0
     (code,) = (run / "slurm").glob("code-*")
     assert (code / "tarflow" / "cli.py").is_file()
-    assert (code / "tarflow" / "cluster" / "job" / "job.py").is_file()
+    assert (code / "tarflow" / "cluster" / "job" / "task.py").is_file()
     assert f"export PYTHONPATH={code}\n" in fake_slurm.script.read_text()
     assert verb("submit", config_file, "--run", run) == 0
     assert list((run / "slurm").glob("code-*")) == [code], "the same code is kept once"
@@ -226,6 +226,6 @@ def test_every_setting_of_a_profile_is_read_and_documented() -> None:
     root = Path(__file__).parents[3]
     code = "".join(p.read_text() for p in (root / "cluster").rglob("*.py") if p.name != "profile.py")
     page = (root / "docs" / "slurm.md").read_text()
-    for name in Profile.model_fields:
+    for name in ClusterProfile.model_fields:
         assert f"profile.{name}" in code, f"{name} has no effect"
         assert f"`{name}`" in page or f"\n{name}:" in page, f"docs/slurm.md does not name {name}"

@@ -222,5 +222,5 @@ def test_a_list_of_classes_from_a_pipe_or_a_device_is_not_read(tmp_path: Path) -
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
     for name in ("pipe", "zero"):
-        with pytest.raises(DataError, match="no regular file"):
+        with pytest.raises(DataError, match="not a regular file"):
             parse_classes(tmp_path / name)

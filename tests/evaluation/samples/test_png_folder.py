@@ -90,7 +90,7 @@ def test_damaged_settings_are_refused(tmp_path):
     (tmp_path / "out/settings.json").write_text("{")
     with pytest.raises(
         DamagedFileError,
-        match=r"settings\.json \(settings of samples\) is damaged .*no JSON.*give a new --out directory",
+        match=r"settings\.json \(settings of samples\) is damaged .*not JSON.*give a new --out directory",
     ):
         SampleFolder(tmp_path / "out", SETTINGS, 3)
 
@@ -158,7 +158,7 @@ def test_settings_that_are_no_file_are_refused_and_nothing_waits(tmp_path, make)
     fill(SampleFolder(tmp_path / "out", SETTINGS, 4))
     (tmp_path / "out/settings.json").unlink()
     make(tmp_path / "out/settings.json")
-    with pytest.raises(DamagedFileError, match="no regular file; give a new --out directory"):
+    with pytest.raises(DamagedFileError, match="not a regular file; give a new --out directory"):
         SampleFolder(tmp_path / "out", SETTINGS, 4)
 
 

@@ -107,7 +107,7 @@ def test_what_is_no_file_of_lines_is_refused_before_any_work(make_run, make):
     append_record_line(run_dir / "evals.jsonl", {"name": "x"})
     make(run_dir / "evals.jsonl")
     write_object(run_dir / "evals/x/result.json", {})
-    with pytest.raises(DamagedFileError, match=r"evals\.jsonl is damaged .* no regular file"):
+    with pytest.raises(DamagedFileError, match=r"evals\.jsonl is damaged .* not a regular file"):
         evaluated(run_dir)
     assert not (run_dir / f"evals/{NAME}").exists()
 
@@ -131,7 +131,7 @@ def test_a_sweeps_record_that_cannot_be_believed_chooses_nothing(make_run, monke
         )
 
     for damage, says in (
-        (digit, "checksum"), (pipe, "no regular file"), (best_is_another, "best: it is not the best of the last round"),
+        (digit, "checksum"), (pipe, "not a regular file"), (best_is_another, "best: it is not the best of the last round"),
         (lambda path: write_object(path, read_object(path) | {"name": "images-000000000320-other"}), "name: it names"),
     ):  # fmt: skip
         damage(path)

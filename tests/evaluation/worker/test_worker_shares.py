@@ -284,7 +284,7 @@ def test_chunks_count_as_progress_of_a_requeued_job(run_of_2000):
     from types import SimpleNamespace
 
     from tarflow.cluster.job.description import Job
-    from tarflow.cluster.job.job import progress
+    from tarflow.cluster.job.requeue import progress
 
     job = cast(Job, SimpleNamespace(kind="evaluate", run_dir=str(run_of_2000)))
     seen = [progress(job)]

@@ -318,7 +318,7 @@ def test_a_configuration_in_a_file_is_bounded_before_a_model_is_built(
         ('{"sampling": {"seed\\u0007": 1}}', "sampling: .*control character"),
         ('{"sampling": {"a": ' + "[" * 50 + "]" * 50 + "}}", "sampling: .*nested too deeply"),
         ('{"code": ' + '{"a":' * 5000 + "1" + "}" * 5001, "nested too deeply"),
-        ('{"step": 1e400}', "no finite number"),
+        ('{"step": 1e400}', "not a finite number"),
         ('{"step": %s}' % ("9" * 5000), "digits"),
         ('{"step": 99999999999999999999}', "step"),
         ('{"noise": "gaussian"}', "noise=gaussian does not go with noise_std=None"),

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 import tarflow.cli
 from tarflow.cluster.errors import ClusterError
-from tarflow.cluster.submission.profile import Profile, load_profile
+from tarflow.cluster.submission.profile import ClusterProfile, load_profile
 from tarflow.trainer.config.files import config_text, load_config
 from tarflow.trainer.config.plain_yaml import MOST_BYTES, MOST_DEPTH, MOST_NODES, parse_yaml
 from tarflow.trainer.config.products import PRODUCTS
@@ -55,7 +55,7 @@ def leaves(annotation: Any) -> tuple[set[Any], list[Any]]:
 
 
 NUMBERS = {key: (constraints, many) for key, constraints, many in numbers(Config)}
-OF_PROFILES = {key: (constraints, many) for key, constraints, many in numbers(Profile)}
+OF_PROFILES = {key: (constraints, many) for key, constraints, many in numbers(ClusterProfile)}
 
 
 def has_bounds(constraints: list[Any]) -> bool:
@@ -110,7 +110,7 @@ def test_lists_of_a_configuration_are_short(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["override", "file"])
 @pytest.mark.case("H10")
 def test_no_number_gets_further_than_to_one_error_that_names_its_setting(tmp_path: Path, way: str) -> None:
-    """Every field, every value: it is refused in a line that names both, or means a number within the field's bounds."""
+    """Each value tried is an error line that names field and value, or a number within the field's bounds."""
     refused = 0
     for key, (_, many) in NUMBERS.items():
         for value in HUGE if way == "override" else HUGE[:8]:
