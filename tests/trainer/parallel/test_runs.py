@@ -151,8 +151,8 @@ def test_a_run_that_goes_bad_on_one_rank_stops_all_and_saves_nothing_that_is_not
 def test_a_run_directory_that_the_ranks_do_not_share_is_refused_before_training(
     config_file: Path, tmp_path: Path
 ) -> None:
-    ended = launch_ranks(train_apart, 2, config_file, Path("run"), [])
-    assert ended.values == [USAGE] * 2, ended.output[-2000:]
+    ended = launch_ranks(train_apart, 2, config_file, Path("run"), [], may_fail=True)
+    assert ended.codes == [USAGE] * 2, ended.output[-2000:]
     assert "is not the same place for all ranks: rank 1" in ended.output
     assert "give --run-dir a path on storage that every node shares" in ended.output
     assert committed(tmp_path / "node0" / "run") == []
