@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.common import Bar, finish, parse_args
 from benchmarks.data_images import scratch
@@ -116,6 +118,60 @@ def alive(pid: int) -> bool:
         return False
 
 
+@dataclass
+class Tally:
+    """What the kills have shown so far."""
+
+    survivors: int = 0
+    half_files: int = 0
+    stuck: int = 0
+
+
+def kill_once(tally: Tally, wanted: int, linger_s: float, url: str, log: Path, cache: Path, limit: int) -> None:
+    """Start a consumer, kill it some time after it has read `wanted` images, and see what is left of it."""
+    # A fork of this process, which has loaded torch and has no threads: a start costs milliseconds.
+    pid = os.fork()
+    if pid == 0:
+        try:
+            consume(url, log, cache, limit)
+        finally:
+            os._exit(1)
+    patience = time.monotonic() + 60
+    while position(log) < wanted and time.monotonic() < patience and alive(pid):
+        time.sleep(0.002)
+    tally.stuck += position(log) < wanted
+    time.sleep(linger_s)
+    workers = children(pid)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    tally.half_files += sum(path.suffix == ".partial" for path in cache.iterdir()) if cache.exists() else 0
+    patience = time.monotonic() + 10
+    while any(map(alive, workers)) and time.monotonic() < patience:
+        time.sleep(0.01)
+    tally.survivors += sum(map(alive, workers))
+
+
+def read_on(url: str, log: Path, cache: Path, limit: int, images: int) -> int:
+    """Read `images` more in a run that ends in an orderly way; its exit status."""
+    pid = os.fork()
+    if pid == 0:
+        wanted = position(log) + images
+        with make_loader(url, position(log), cache, limit, workers=1) as loader:
+            next(batch for batch in loader if batch.images_seen >= wanted)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+
+def out_of_order(log: Path, shard_sizes: NDArray[np.int64]) -> tuple[int, int]:
+    """(Images that were read, those of them that are not what the order says at their place)."""
+    lines = [json.loads(line) for line in log.read_bytes().splitlines()]
+    ids = [number for _, numbers in lines for number in numbers]
+    order = Order(shard_sizes, seed=SEED, shuffle_block=SHUFFLE_BLOCK)
+    wrong = sum(a != b for a, b in zip(ids, order.batch(0, len(ids)).tolist()))
+    gaps = [seen for seen, _ in lines] != list(range(BATCH, len(ids) + 1, BATCH))
+    return len(ids), wrong + gaps
+
+
 def main() -> int:
     if sys.argv[1:2] == ["--serve"]:
         serve(sys.argv[2])
@@ -124,7 +180,7 @@ def main() -> int:
     kills = 10 if args.quick else 100
     dice = random.Random(1)
     shared = set(os.listdir("/dev/shm"))
-    survivors = half_files = stuck = 0
+    tally = Tally()
     with scratch() as where:
         write_set(where / "set")
         index = open_index(where / "set")
@@ -139,56 +195,27 @@ def main() -> int:
             began = time.monotonic()
             for number in range(kills):
                 wanted = position(log) + BATCH * dice.choice([0, 0, 1, 2, 5, 9, 20])
-                # A fork of this process, which has loaded torch and has no threads: a start costs milliseconds.
-                pid = os.fork()
-                if pid == 0:
-                    try:
-                        consume(url, log, cache, limit)
-                    finally:
-                        os._exit(1)
-                patience = time.monotonic() + 60
-                while position(log) < wanted and time.monotonic() < patience and alive(pid):
-                    time.sleep(0.002)
-                stuck += position(log) < wanted
-                time.sleep(dice.uniform(0, 0.6))
-                workers = children(pid)
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                half_files += sum(path.suffix == ".partial" for path in cache.iterdir()) if cache.exists() else 0
-                patience = time.monotonic() + 10
-                while any(map(alive, workers)) and time.monotonic() < patience:
-                    time.sleep(0.01)
-                survivors += sum(map(alive, workers))
+                kill_once(tally, wanted, dice.uniform(0, 0.6), url, log, cache, limit)
                 if number % 10 == 9:
                     print(f"{number + 1} kills, {position(log)} images", file=sys.stderr)
             seconds = time.monotonic() - began
-            pid = os.fork()  # the last run ends in an orderly way, after going over everything once more
-            if pid == 0:
-                wanted = position(log) + 2 * index.num_samples
-                with make_loader(url, position(log), cache, limit, workers=1) as loader:
-                    next(batch for batch in loader if batch.images_seen >= wanted)
-                os._exit(0)
-            _, status = os.waitpid(pid, 0)
+            status = read_on(url, log, cache, limit, 2 * index.num_samples)
         finally:
             server.kill()
             server.wait()
-        lines = [json.loads(line) for line in log.read_bytes().splitlines()]
-        ids = [number for _, numbers in lines for number in numbers]
-        order = Order(index.shard_sizes, seed=SEED, shuffle_block=SHUFFLE_BLOCK)
-        wrong = sum(a != b for a, b in zip(ids, order.batch(0, len(ids)).tolist()))
-        positions = [seen for seen, _ in lines] == list(range(BATCH, len(ids) + 1, BATCH))
+        images, wrong = out_of_order(log, index.shard_sizes)
         left = [path.name for path in cache.iterdir() if path.suffix != ".shard"]
         in_cache = sum(path.stat().st_size for path in cache.iterdir())
     new_shared = set(os.listdir("/dev/shm")) - shared
     rows = [
-        ("kills", str(kills)), ("seconds", f"{seconds:.0f}"), ("images", str(len(ids))),
-        ("epochs", f"{len(ids) / index.num_samples:.1f}"), ("half-written files met after a kill", str(half_files)),
+        ("kills", str(kills)), ("seconds", f"{seconds:.0f}"), ("images", str(images)),
+        ("epochs", f"{images / index.num_samples:.1f}"), ("half-written files met after a kill", str(tally.half_files)),
         ("bytes in the cache / bound", f"{in_cache} / {limit}"),
     ]  # fmt: skip
     bars = [
-        Bar("ids out of order, lost or repeated", wrong + (not positions), at_most=0, reason="the stream is one"),
-        Bar("runs that made no progress", stuck + (status != 0), at_most=0),
-        Bar("workers alive 10 s after their parent", survivors, at_most=0),
+        Bar("ids out of order, lost or repeated", wrong, at_most=0, reason="the stream is one"),
+        Bar("runs that made no progress", tally.stuck + (status != 0), at_most=0),
+        Bar("workers alive 10 s after their parent", tally.survivors, at_most=0),
         Bar("new entries in /dev/shm", len(new_shared), at_most=0),
         Bar("half-written or lock files in the cache at the end", len(left), at_most=0),
         Bar("cache / bound", in_cache / limit, at_most=1),

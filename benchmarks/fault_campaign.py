@@ -263,6 +263,24 @@ def order_errors(config: Config, run_dir: Path) -> int:
     return wrong
 
 
+def table(tally: Tally, steps: int, log: str, real_disk: bool, seconds: float, alone: float) -> list[tuple[str, str]]:
+    """What happened, a line each."""
+    rows = [(kind, str(tally.kinds[kind])) for kind in KINDS]
+    rows += [(f"  at {point}", str(tally.points[point])) for point in POINTS]
+    rows += [
+        ("deaths in all", str(tally.deaths)),
+        ("exit codes of ranks", ", ".join(f"{code}: {count}" for code, count in sorted(tally.codes.items()))),
+        ("steps of the run", f"{steps} ({steps * BATCH // IMAGES} epochs)"),
+        ("steps repeated per start, mean / most", f"{np.mean(tally.repeated):.1f} / {max(tally.repeated)}"),
+        ("torn directories met, never used", str(tally.torn)),
+        ("saves refused by a full disk", f"{tally.refused_saves} ({'a real one' if real_disk else 'injected'})"),
+        ("damaged checkpoints passed over", str(log.count("is damaged and not used") + log.count("is not used: its file"))),
+        ("pointer found at one damaged here", str(tally.pointer_damaged)),
+        ("seconds, with deaths / left alone", f"{seconds:.0f} / {alone:.0f}"),
+    ]  # fmt: skip
+    return rows
+
+
 def main() -> int:
     args = parse_args(
         __doc__.splitlines()[0],
@@ -297,19 +315,7 @@ def main() -> int:
             output = (where / "run-output.txt").read_text()
             if args.keep_log:
                 args.keep_log.write_text(log + output)
-    rows: list[tuple[str, str]] = [(kind, str(tally.kinds[kind])) for kind in KINDS]
-    rows += [(f"  at {point}", str(tally.points[point])) for point in POINTS]
-    rows += [
-        ("deaths in all", str(tally.deaths)),
-        ("exit codes of ranks", ", ".join(f"{code}: {count}" for code, count in sorted(tally.codes.items()))),
-        ("steps of the run", f"{steps} ({steps * BATCH // IMAGES} epochs)"),
-        ("steps repeated per start, mean / most", f"{np.mean(tally.repeated):.1f} / {max(tally.repeated)}"),
-        ("torn directories met, never used", str(tally.torn)),
-        ("saves refused by a full disk", f"{tally.refused_saves} ({'a real one' if small_disk else 'injected'})"),
-        ("damaged checkpoints passed over", str(log.count("is damaged and not used") + log.count("is not used: its file"))),
-        ("pointer found at one damaged here", str(tally.pointer_damaged)),
-        ("seconds, with deaths / left alone", f"{seconds:.0f} / {alone:.0f}"),
-    ]  # fmt: skip
+    rows = table(tally, steps, log, bool(small_disk), seconds, alone)
     bars = [
         Bar(
             "tensors that differ from the uninterrupted run",

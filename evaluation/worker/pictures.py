@@ -9,6 +9,7 @@ trajectory.png     one sample a row: noise, after each block, denoised
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
