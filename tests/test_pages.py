@@ -22,7 +22,7 @@ from tarflow.cli import parse
 from tests.helpers.pages import PAGES, ROOT, blocks, commands
 
 SHORT = ROOT / "tests/helpers/programs/short.py"
-PROGRAMS = ("tarflow", "torchrun", "make", "python")
+PROGRAMS = ("tarflow", "torchrun", "make", "pip", "python")
 
 
 @pytest.fixture(scope="module")
