@@ -92,8 +92,7 @@ class Trainer:
     def fit(self, stop: StopRequest) -> int:
         """Train to the end, or until any rank asks to stop. Returns an exit code."""
         config, total = self.config, self.config.train.max_images
-        own = configured_hooks(config, self.run_dir, self.world.rank, self._tried, self.log.say)
-        hooks = Hooks([*self.hooks, *own])
+        hooks = Hooks(self.hooks + configured_hooks(config, self.run_dir, self.world.rank, self._tried, self.log.say))
         metrics, vote = MetricAccumulator(self.device), Vote(self.world)
         loader = self._loader()
         inputs = prefetch_inputs(loader, config.train, pin=self.device.type == "cuda")
