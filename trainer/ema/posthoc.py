@@ -65,7 +65,7 @@ def reconstruct(
     relative_std: float,
     step: int | None,
     out: Path | None,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     images: int | None = None,
 ) -> Path:
     """Write the average of a width as a weights file; returns its path.
@@ -79,14 +79,14 @@ def reconstruct(
         raise TrainerError(f"--relative-std {relative_std:g}: a width lies between 0 and 0.28 of the run so far")
     if out is not None and (out.suffix not in (".safetensors", ".pth") or not out.parent.is_dir()):
         raise TrainerError(f"--out {out}: give a .safetensors or .pth file in a directory that exists")
-    moments = sources(run_dir, say)
+    moments = sources(run_dir, log)
     final = choose(moments, step, images, f"run {run_dir}", "averages")
     wanted = Profile(final.images_seen, relative_std)
     pairs = [(c, s) for c in moments if 0 < c.images_seen <= final.images_seen for s in _widths(c)]
     if not pairs:
         raise TrainerError(f"run {run_dir} stores no power averages: it was trained with ema.relative_stds=[]")
     coefficients, distance = fit([Profile(c.images_seen, std) for c, std in pairs], wanted)
-    say(f"{len(pairs)} stored averages of {len({c.images_seen for c, _ in pairs})} moments up to {final.images_seen:,} images; "
+    log(f"{len(pairs)} stored averages of {len({c.images_seen for c, _ in pairs})} moments up to {final.images_seen:,} images; "
         f"the profile of width {relative_std:g} is met within {distance:.1e} of its norm")  # fmt: skip
     if distance > WORST_FIT:
         raise TrainerError(

@@ -42,7 +42,7 @@ class Supervisor:
                 if code in (FINISHED, REQUEUE, *FINAL) or self._stop_asked:
                     return code
                 again = restart < self.max_restarts
-                self._say(
+                self._log(
                     f"{cause}; all ranks are gone; "
                     + (
                         f"restart {restart + 1} of {self.max_restarts}"
@@ -127,7 +127,7 @@ class Supervisor:
         for process in self._processes:
             process.wait()
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         print(f"supervisor: {text}", file=sys.stderr, flush=True)
         if is_run(self.run_dir):
             with suppress(OSError):  # a full disk must not end the supervision
