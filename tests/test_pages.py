@@ -19,10 +19,11 @@ import yaml
 from PIL import Image
 
 from tarflow.cli import parse
+from tarflow.trainer.config.files import load_config
 from tests.helpers.pages import PAGES, ROOT, blocks, commands
 
 SHORT = ROOT / "tests/helpers/programs/short.py"
-PROGRAMS = ("tarflow", "torchrun", "make", "python")
+PROGRAMS = ("tarflow", "torchrun", "make", "pip", "python")
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +95,12 @@ def test_every_block_of_yaml_is_a_file_that_is_taken(tmp_path: Path) -> None:
     for text in profiles:
         (tmp_path / "profile.yaml").write_text(text)
         assert load_profile(tmp_path / "profile.yaml")
-    assert {page.name for page in PAGES if blocks(page, "yaml")} <= {"slurm.md"}
     assert yaml.safe_load(profiles[0])["gpus"] == 8
+    (configuration,) = blocks(ROOT / "docs/configuration.md", "yaml")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "configs/mine.yaml").write_text(configuration)
+    assert load_config(tmp_path / "configs/mine.yaml", []).train.global_batch_size == 512
+    assert {page.name for page in PAGES if blocks(page, "yaml")} == {"slurm.md", "configuration.md"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -95,8 +95,7 @@ class Trainer:
         loader = self._loader()
         inputs = prefetch_inputs(loader, config.train, pin=self.device.type == "cuda")
         batches = iter(inputs)
-        configured = configured_hooks(config, self.run_dir, self.world.rank, self._tried, self.log.info)
-        hooks = Hooks([*self.hooks, *configured])
+        hooks = Hooks(self.hooks + configured_hooks(config, self.run_dir, self.world.rank, self._tried, self.log.info))
         metrics, vote = MetricAccumulator(self.device), Vote(self.world)
         action, first = Action.CONTINUE, True
         try:

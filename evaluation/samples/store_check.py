@@ -71,7 +71,9 @@ def damaged_pictures(folder: Path, sizes: Mapping[str, int], shape: Shape | None
         # Only a picture whose size differs is opened: reading every picture would take as long as drawing some.
         for index, size in ((int(i), content.sizes.get(i)) for i in content.labels):
             path = folder / "images" / f"{index:08d}.png"
-            if not path.exists():
+            if path.is_symlink():
+                found |= {note: f"{path.name} is a link", path: "a link"}
+            elif not path.exists():
                 found[note] = f"{path.name} is missing"
             elif not path.is_file() or path.stat().st_size != size:
                 reason = flaw_of_file(path, shape)

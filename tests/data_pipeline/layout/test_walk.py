@@ -110,7 +110,7 @@ def test_score_follows_links_too(tmp_path: Path, pictures: Callable[..., Path]) 
     assert sum(len(batch) for batch in folder.batches()) == 5
     assert folder.describe()["linked_folders"] == 1
     (tmp_path / "samples" / "twice").symlink_to(more)
-    with pytest.raises(EvaluationError, match="are one folder, its images would count twice"):
+    with pytest.raises(EvaluationError, match="are the same folder, and its images would count twice"):
         ImageFolder(tmp_path / "samples", 3, None)
 
 

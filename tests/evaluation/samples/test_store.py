@@ -218,7 +218,7 @@ def test_a_damaged_shard_is_drawn_again_and_said(saver, sampler, capsys, how):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("what", ["picture", "gone", "note", "half a note", "another note"])
+@pytest.mark.parametrize("what", ["picture", "gone", "a link", "note", "half a note", "another note"])
 @pytest.mark.case("V06")
 def test_damaged_pictures_and_notes_are_drawn_again_and_said(saver, sampler, capsys, what):
     folder = complete(saver(10, kind="png"), sampler)
@@ -230,8 +230,10 @@ def test_damaged_pictures_and_notes_are_drawn_again_and_said(saver, sampler, cap
         save_record(note, Note.model_validate({"labels": {"4": 2000}, "sizes": {"4": victim.stat().st_size}}))
     elif what == "picture":
         cut(victim, 30)
-    elif what == "gone":
+    elif what in ("gone", "a link"):
         victim.unlink()
+        if what == "a link":
+            victim.symlink_to("nowhere")
     else:
         cut(note, 0 if what == "note" else -9)
     capsys.readouterr()

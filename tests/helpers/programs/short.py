@@ -2,8 +2,10 @@
 
 tarflow train, submit      a tiny model for 16 images; two ranks where a preset asks for more; more classes than the data may be meant
 tarflow sample, sweep-guidance, reference   a few images
+tarflow evaluate   of a weights file, which knows no run: a few images
 tarflow status     once, without --watch
 torchrun           two processes
+pip                what it would install, without dependencies
 make               which commands it would run (make -n, in the project's root)
 python -m benchmarks.NAME    the same module is found and knows its options (--help)
 Everything else runs as it stands.
@@ -35,6 +37,8 @@ def of_tarflow(words: list[str], ranks: int) -> list[str]:
         size = 8 if verb == "submit" else ranks
         large = [f"parallel.world_size={size}", "compile.enable=false", "data.accept=[spare_classes]"]
         return [*words, *SMALL, *(large if preset else [])]
+    if verb == "evaluate" and any(word.endswith(".safetensors") for word in words):
+        return [*words, *(word for word in SMALL if word.startswith("evaluation."))]
     if verb == "status":
         return [word for word in words if word != "--watch"]
     return words + FEW.get(verb, [])
@@ -50,6 +54,10 @@ def command(program: str, words: list[str]) -> list[str]:
         assert words[2:4] == ["-m", "tarflow"], words
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tarflow"]
         return [*python, *torchrun, *of_tarflow(words[4:], ranks=2)]
+    if program == "pip":
+        assert words[0] == "install", words
+        offline = ["--dry-run", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+        return [*python, "-m", "pip", "install", *offline, *(str(ROOT) + word.removeprefix(".") for word in words[1:])]
     if program == "make":
         return ["/usr/bin/make", "-n", "-C", str(ROOT), *words]
     if program == "python" and words[0] == "-m" and words[1].startswith("benchmarks."):

@@ -214,7 +214,7 @@ def test_no_verb_runs_what_a_strangers_run_hides(run: Path, tmp_path: Path, caps
     assert not mark.exists()
     assert done == (0 if call[1] == "list" else 1 if call[1] == "verify" or call[0] == "evaluate" else 2), said.err
     if done and call[1] != "prune":
-        assert "no part of the metadata of tensors" in said.out + said.err
+        assert "not part of the metadata of tensors" in said.out + said.err
     assert len(committed(run)) == 5
     assert not list(tmp_path.glob("out*"))
 
