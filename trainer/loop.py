@@ -210,7 +210,7 @@ class Trainer:
         if action is Action.SAVES_FAILED:
             raise TrainerError(
                 f"{self.config.checkpoint.max_failures} saves in a row failed, the last one at step {self.step_count} did "
-                "not; see the warnings above, and set checkpoint.max_failures higher to go on regardless"
+                "not; see the warnings above, and raise checkpoint.max_failures to continue regardless"
             )
         learned = self.saver.learned(self._tried)
         if at_end and not learned:
@@ -223,7 +223,7 @@ class Trainer:
             return FINISHED
         reason = stop.received or "another rank"
         how = "saved" if learned else "not saved: every step since the newest checkpoint was skipped"
-        self.log.info(f"stopped by {reason} at {self.images_seen:,} images, {how}; the same command goes on from here")
+        self.log.info(f"stopped by {reason} at {self.images_seen:,} images, {how}; the same command resumes from here")
         return REQUEUE
 
     def _no_progress(self, why: str) -> int:

@@ -22,7 +22,7 @@ def test_rate_is_a_function_of_images_seen_alone() -> None:
     assert rate(550) == pytest.approx(1e-5 + (1e-3 - 1e-5) / 2)
     assert rate(1000) == pytest.approx(1e-5)
     assert rate(5000) == rate(1000)  # never rises again after the planned end
-    assert learning_rate(optim, 550, 100, 1500) > rate(550)  # a longer run is planned anew, never at rate zero
+    assert learning_rate(optim, 550, 100, 1500) > rate(550)  # a longer run gets a new schedule, never a rate of zero
     assert learning_rate(optim, 10, 100, 50) == pytest.approx(1e-4)  # warm-up longer than the run
 
 

@@ -39,5 +39,5 @@ def run(args: argparse.Namespace) -> int:
                 print(text)
         for line in set_aside(args.run, chosen, ASIDE):
             print(line)
-    print(f"the next `tarflow train` of {args.run} goes on from {chosen.name}")
+    print(f"the next `tarflow train` of {args.run} resumes from {chosen.name}")
     return 0

@@ -1,4 +1,4 @@
-"""`tarflow checkpoint`: list, verify, export and prune, on the checkpoints of a real run. Cases T04, T06."""
+"""`tarflow checkpoint`: list, verify, export and prune, on the checkpoints of a real run."""
 
 import pickle
 import shutil
@@ -178,7 +178,7 @@ def test_rewind_sets_the_later_ones_aside_and_says_what_comes_next(run: Path, ca
     assert "is damaged" in capsys.readouterr().err
     assert steps(run) == [1, 2, 3, 4, 5]
     assert tarflow.cli.main([*rewind, "--images", "48"]) == 0
-    assert "goes on from images-000000000048" in capsys.readouterr().out
+    assert "resumes from images-000000000048" in capsys.readouterr().out
     assert steps(run) == [1, 2, 3]
     assert (run / "checkpoints" / "latest").read_text().strip() == "images-000000000048"
     assert tarflow.cli.main(["checkpoint", "list", str(run)]) == 0
