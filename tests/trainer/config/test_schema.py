@@ -1,4 +1,4 @@
-"""Configuration files: every scalar typed by its field, every mistake named with a way out (cases K01, K03)."""
+"""Configuration files: every scalar typed by its field, every mistake named with a way out."""
 
 import re
 from pathlib import Path
