@@ -243,7 +243,7 @@ WITH_REASON = {
     "evaluation/references/reference.py": "a file that SharedWork or write_atomic has made",
     "cluster/submission/snapshot.py": "a new folder under a drawn name",
     "data_pipeline/storage/cache_folder.py": "a tool itself, with tests of its own",
-    "data_pipeline/storage/remote.py": "the name of the system's folder; what lies there is checked by cache_folder",
+    "data_pipeline/storage/access.py": "the name of the system's folder; what lies there is checked by cache_folder",
     "data_pipeline/loading/worker_pool.py": "a temporary file without a name",
     "data_pipeline/prepare/verify.py": "a temporary folder of its own",
     "data_pipeline/prepare/write.py": "a new folder, which must not be there before",

@@ -36,10 +36,10 @@ from tarflow.data_pipeline.index.labels import parse_label
 from tarflow.data_pipeline.index.patterns import expand_braces, find_shards
 from tarflow.data_pipeline.layout.splits import by_split
 from tarflow.data_pipeline.loading.sample_reader import Skipped
-from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
+from tarflow.data_pipeline.loading.shape import BatchShard, ImageShape
 from tarflow.data_pipeline.loading.stream_tar import samples_of
+from tarflow.data_pipeline.storage.access import address
 from tarflow.data_pipeline.storage.cache_folder import make_own, write_own_file
-from tarflow.data_pipeline.storage.remote import address
 from tarflow.data_pipeline.storage.roots import check_name
 from tarflow.files import listed
 from tarflow.records import DamagedFileError, read_object, sealed
@@ -115,7 +115,7 @@ class StreamSource:
     """
 
     def __init__(
-        self, shards: list[str], shape: ImageShape, place: BatchPlace, *, strict: bool, buffer: int, counts_folder: Path,
+        self, shards: list[str], shape: ImageShape, place: BatchShard, *, strict: bool, buffer: int, counts_folder: Path,
         max_pixels: int = MAX_PIXELS,
     ) -> None:  # fmt: skip
         self.shards = shards

@@ -14,8 +14,8 @@ import pytest
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.storage import cache_folder
+from tarflow.data_pipeline.storage.access import Access
 from tarflow.data_pipeline.storage.cache_folder import make_own
-from tarflow.data_pipeline.storage.remote import Access
 from tarflow.data_pipeline.storage.shard_cache import ShardCache
 from tests.data_pipeline.storage.http_server import BadServer
 from tests.helpers.loaders import make_loader
