@@ -76,7 +76,7 @@ def test_a_training_outlives_its_reader_and_saves_when_its_terminal_is_closed(sm
     assert process.wait(60) == 75
     last = (run / "log.txt").read_text().splitlines()[-1]
     assert "stopped by SIGHUP at " in last
-    assert last.endswith(" images, saved; the same command goes on from here")
+    assert last.endswith(" images, saved; the same command resumes from here")
     assert len(list((run / "checkpoints").glob("*/COMMITTED"))) == 1
 
 

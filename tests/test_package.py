@@ -150,7 +150,11 @@ def test_an_sdist_has_files_for_links_and_gives_the_same_wheel(source: Path, whe
 
 
 def test_nothing_of_the_checkout_or_of_the_users_folder_is_imported(installed: Installed) -> None:
-    modules = {name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in package_files()}
+    modules = {
+        name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        for name in package_files()
+        if name.endswith(".py")
+    }
     program = (
         "import importlib, sys\n"
         "for name in sys.argv[1:]: importlib.import_module(name)\n"

@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 
 from tarflow.cli import parse
+from tarflow.trainer.config.files import load_config
 from tests.helpers.pages import PAGES, ROOT, blocks, commands
 
 SHORT = ROOT / "tests/helpers/programs/short.py"
@@ -75,6 +76,8 @@ def test_the_pages_run_as_they_are_pasted(newcomer: tuple[Path, dict[str, str]])
     paste("tarflow data prepare ~/pictures data/imagenet64 --size 64 --val-fraction 0.1", newcomer)
     ran = 0
     for page in PAGES:
+        shutil.rmtree(clone / "data/pictures", ignore_errors=True)  # each page begins from the pictures at home
+        (clone / "pictures.yaml").unlink(missing_ok=True)
         for block in blocks(page, "bash"):
             paste(block, newcomer)
             ran += 1
@@ -94,8 +97,12 @@ def test_every_block_of_yaml_is_a_file_that_is_taken(tmp_path: Path) -> None:
     for text in profiles:
         (tmp_path / "profile.yaml").write_text(text)
         assert load_profile(tmp_path / "profile.yaml")
-    assert {page.name for page in PAGES if blocks(page, "yaml")} <= {"slurm.md"}
     assert yaml.safe_load(profiles[0])["gpus"] == 8
+    (configuration,) = blocks(ROOT / "docs/configuration.md", "yaml")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "configs/mine.yaml").write_text(configuration)
+    assert load_config(tmp_path / "configs/mine.yaml", []).train.global_batch_size == 512
+    assert {page.name for page in PAGES if blocks(page, "yaml")} == {"slurm.md", "configuration.md"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,4 +1,4 @@
-"""Batch arithmetic: one global batch, any number of ranks and micro-batches (contract 1)."""
+"""Batch arithmetic: the same global batch on any number of ranks, in any number of micro-batches."""
 
 from dataclasses import dataclass
 
@@ -6,13 +6,13 @@ from tarflow.trainer.errors import TrainerError
 
 
 def counted(number: int, word: str, ending: str = "s") -> str:
-    """`1 rank`, `2 ranks`; `ending` makes the plural."""
+    """`1 rank`, `2 ranks`; `ending`: of the plural."""
     return f"{number:,} {word}{ending * (number != 1)}"
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a global batch is cut."""
+    """How a global batch is split over ranks and micro-batches."""
 
     global_batch_size: int
     world_size: int
@@ -20,12 +20,12 @@ class BatchPlan:
 
     @property
     def per_rank(self) -> int:
-        """Images of one rank in a global batch."""
+        """Images per rank and step."""
         return self.global_batch_size // self.world_size
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches of one rank in a step."""
+        """Micro-batches per rank and step."""
         return self.per_rank // self.micro_batch_size
 
     def __str__(self) -> str:
@@ -37,13 +37,13 @@ class BatchPlan:
 
 
 def plan_batch(global_batch_size: int, world_size: int, micro_batch_size: int) -> BatchPlan:
-    """Derive the accumulation; what does not divide is refused with the sizes that would. micro 0 = all at once."""
+    """Derive the gradient accumulation; micro_batch_size 0 = none. Raises TrainerError, with sizes that would divide."""
     if global_batch_size % world_size:
         below = global_batch_size // world_size * world_size
         options = [s for s in (below, below + world_size) if s]
         raise TrainerError(
-            f"train.global_batch_size={global_batch_size} does not divide among {counted(world_size, 'rank')}; "
-            f"sizes that do: {' or '.join(map(str, options))}"
+            f"train.global_batch_size={global_batch_size} is not divisible by {counted(world_size, 'rank')}; "
+            f"sizes that are: {' or '.join(map(str, options))}"
         )
     per_rank = global_batch_size // world_size
     micro = micro_batch_size or per_rank

@@ -1,28 +1,28 @@
-"""What else happens at a step: hooks that the loop calls, garbage collected on schedule, a trace of some steps."""
+"""Hooks into the training loop, and the two that a configuration can ask for: scheduled garbage collection, profiling."""
 
 import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
+from tarflow.errors import in_words
 from tarflow.files import free_name, make_folder, write_atomic
 from tarflow.trainer.config.schema import Config, ProfileConfig
 from tarflow.trainer.step_inputs import StepInput
 
 
 class Hook:
-    """Called by the loop on every rank; what is not overridden does nothing."""
+    """Called by the loop on every rank; override what is needed."""
 
     def on_batch(self, batch: StepInput) -> None:
-        """See a batch before its step, also one that is skipped; a hook may change its tensors in place."""
+        """Called before each step, and for batches that are skipped; a hook may change the tensors in place."""
 
     def on_step(self, step: int, batch: StepInput) -> None:
-        """See that the step on this batch is done; `step`: optimizer steps tried so far, this one included."""
+        """Called after each step; `step` counts optimizer steps, including those that changed no weight."""
 
     def close(self) -> None:
-        """The loop has ended, in whichever way."""
+        """Called when the loop has ended, also by an error."""
 
 
 class Hooks(Hook):
@@ -32,12 +32,12 @@ class Hooks(Hook):
         self.hooks = list(hooks)
 
     def on_batch(self, batch: StepInput) -> None:
-        """Hand the batch to each."""
+        """Call each."""
         for hook in self.hooks:
             hook.on_batch(batch)
 
     def on_step(self, step: int, batch: StepInput) -> None:
-        """Tell each of the step."""
+        """Call each."""
         for hook in self.hooks:
             hook.on_step(step, batch)
 
@@ -48,77 +48,83 @@ class Hooks(Hook):
 
 
 class ScheduledGC(Hook):
-    """Collects garbage every `every` steps, on all ranks at the same step, and at no other time.
+    """Collects garbage every `every` steps, on all ranks at the same step, and never in between.
 
-    Left to itself, each rank's collector stops it at a step of its own, and all others wait there.
+    Python's own collector stops each rank at a step of its own, and all other ranks wait there for it.
     """
 
     def __init__(self, every: int) -> None:
         self.every = every
-        gc.collect()
+        self._was_enabled = gc.isenabled()
         gc.disable()
+        gc.collect()
 
     def on_step(self, step: int, batch: StepInput) -> None:  # noqa: ARG002 - the hook's signature
-        """Collect, if it is time."""
+        """Collect if it is time."""
+        # Not a full collection, which walks every object of every library: what outlives one collection is taken to stay.
         if step % self.every == 0:
-            gc.collect(1)  # the young generations; what outlives them is few and large
+            gc.collect(1)
 
     def close(self) -> None:
-        """Leave the garbage to Python again."""
-        gc.enable()
+        """Hand garbage back to Python."""
+        if self._was_enabled:
+            gc.enable()
 
 
 class StepProfiler(Hook):
-    """Traces the steps `settings.start_step` to `settings.end_step` into RUN/traces/, one file per rank.
+    """Traces the steps `profile.start_step` to `profile.end_step`, and writes RUN/traces/, one file per rank.
 
-    The file is a Chrome trace (chrome://tracing, Perfetto). Tracing changes the time of a step, never its result.
+    The files are Chrome traces (chrome://tracing, Perfetto). Tracing changes how long a step takes, never its result.
     """
 
-    def __init__(self, settings: ProfileConfig, run_dir: Path, rank: int, say: Callable[[str], None]) -> None:
-        self.settings, self.run_dir, self.rank, self.say = settings, run_dir, rank, say
+    def __init__(
+        self, settings: ProfileConfig, run_dir: Path, rank: int, step: int, log: Callable[[str], None]
+    ) -> None:
+        """`step`: the last one before this start."""
+        self.settings, self.run_dir, self.rank, self.log = settings, run_dir, rank, log
         self._profiler: profile | None = None
-
-    def start(self, step: int) -> None:
-        """Begin to trace if the step after `step` is the first one to be traced."""
-        if self._profiler is None and step + 1 == self.settings.start_step:
-            activities = [ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                activities.append(ProfilerActivity.CUDA)
-            self._profiler = profile(activities=activities)
-            self._profiler.start()
+        if step >= settings.start_step:
+            log(f"note: no trace: this start resumes after profile.start_step={settings.start_step}, at step {step}")
+        self._start_after(step)
 
     def on_step(self, step: int, batch: StepInput) -> None:  # noqa: ARG002 - the hook's signature
-        """Write the trace after its last step; begin it before its first."""
-        if self._profiler is not None and step >= self.settings.end_step:
-            self._write(step)
-        self.start(step)
+        """Write the trace after its last step; start it before its first."""
+        if self._profiler is not None and step == self.settings.end_step:
+            self._write()
+        self._start_after(step)
 
     def close(self) -> None:
-        """Give up a trace that is not complete."""
-        if self._profiler is not None:  # the run ends within the steps that were asked for
+        """Drop a trace that is incomplete because the run stopped."""
+        if self._profiler is not None:
             self._profiler.stop()
             self._profiler = None
-            self.say("note: the run ended before profile.end_step: no trace is written")
+            self.log(f"note: no trace: the run ended before profile.end_step={self.settings.end_step}")
 
-    def _write(self, last: int) -> None:
+    def _start_after(self, step: int) -> None:
+        if step + 1 == self.settings.start_step:
+            self._profiler = profile()  # of the CPU, and of the GPU if there is one
+            self._profiler.start()
+
+    def _write(self) -> None:
         assert self._profiler is not None
         traced, self._profiler = self._profiler, None
         traced.stop()
-        name = f"steps-{self.settings.start_step}-{last}-rank-{self.rank:04d}.json"
-        path = free_name(make_folder(self.run_dir, "traces") / name)
-        write_atomic(path, lambda temporary: traced.export_chrome_trace(str(temporary)))
-        self.say(f"trace of steps {self.settings.start_step} to {last}: {path}")
+        first, last = self.settings.start_step, self.settings.end_step
+        try:
+            folder = make_folder(self.run_dir, "traces")
+            path = free_name(folder / f"steps-{first}-{last}-rank-{self.rank:04d}.json")
+            write_atomic(path, lambda temporary: traced.export_chrome_trace(str(temporary)))
+        except OSError as error:  # a full disk costs the trace, not the run
+            self.log(f"WARNING: no trace of steps {first} to {last}: {in_words(error)}")
+        else:
+            self.log(f"trace of steps {first} to {last}: {path}")
 
 
-def configured_hooks(config: Config, run_dir: Path, rank: int, step: int, say: Callable[[str], None]) -> list[Hook]:
-    """The hooks that the configuration asks for, in a start whose last step was `step`."""
+def configured_hooks(config: Config, run_dir: Path, rank: int, step: int, log: Callable[[str], None]) -> list[Hook]:
+    """The hooks that the configuration asks for; `step`: the last one before this start."""
     hooks: list[Hook] = []
     if config.train.gc_every_steps:
         hooks.append(ScheduledGC(config.train.gc_every_steps))
     if config.profile.end_step:
-        profiler = StepProfiler(config.profile, run_dir, rank, say)
-        if step >= config.profile.start_step:
-            say(f"note: no trace: this start begins after profile.start_step={config.profile.start_step}")
-        profiler.start(step)
-        hooks.append(profiler)
+        hooks.append(StepProfiler(config.profile, run_dir, rank, step, log))
     return hooks

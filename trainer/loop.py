@@ -33,7 +33,7 @@ from tarflow.trainer.step_inputs import StepInput, prefetch_inputs
 
 
 class Action(IntEnum):
-    """What a rank asks of all ranks before a step; the largest one counts. From STOP on, each is a reason to end."""
+    """What a rank asks of all ranks before a step; the largest one wins. From STOP on, each is a reason to stop."""
 
     CONTINUE = 0
     SAVE = 1
@@ -44,7 +44,7 @@ class Action(IntEnum):
 
 
 class Trainer:
-    """The state of a run in this process, and the loop over its steps."""
+    """The state of a run on this rank, and the loop over its steps."""
 
     def __init__(
         self, config: Config, run_dir: Path, plan: BatchPlan, log: MetricLogger, world: World, device: torch.device,
@@ -57,51 +57,50 @@ class Trainer:
         self.ema = EMA(self.backend, config.ema.relative_stds, config.ema.decays)
         self.saver = CheckpointManager(config, run_dir, self.backend, self.ema, world, log)
         self.images_seen = 0
-        self._tried = self._skipped = 0  # optimizer steps: all, and those known to have changed nothing
+        self._tried = self._skipped = 0  # optimizer steps: all, and those known to have been skipped
         self._pending: tuple[PendingMetrics, int, int, float] | None = None
         self._began = Position()
         self._not_learning = self._saves_failed = False
         self._peak = peak_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
     def start(self, start: Start, facts: DataFacts, init_from: Path | None, init_partial: bool) -> None:
-        """Resume, or start from given or fresh weights; the log says which."""
+        """Resume, or start from given or fresh weights, and log which."""
         if self.world.first:
-            self.log.say(f"code: {describe_code(code_version())}")
+            self.log.info(f"code: {describe_code(code_version())}")
         total = parameters(self.config.model)
-        self.log.say(
+        self.log.info(
             f"model: {total / 1e6:.1f}M parameters, {self.config.model.num_tokens} tokens; {self.plan}; "
             f"{self.config.parallel.backend if self.world.size > 1 else 'one process'} on {self.device.type}"
         )
         wanted = self.config.parallel.world_size
         if wanted not in (0, self.world.size):
-            self.log.say(f"note: made for parallel.world_size={wanted} processes, running on {self.world.size}")
+            self.log.info(f"note: configured for parallel.world_size={wanted} ranks, running on {self.world.size}")
         begin = self.saver.load(start, facts, init_from, init_partial)
         self.images_seen, self._tried, self._skipped = begin.images_seen, begin.tried, begin.tried - begin.step
         self._began = begin
         self.log.open_curves(begin.images_seen)
 
     def check_progress(self, run_dir: Path) -> bool:
-        """False, with a last line in the log, if restarts keep coming back to this position."""
+        """Whether the run may continue; if restarts keep coming back to this position, the last line of the log says so."""
         most = self.config.train.max_restarts_without_progress
         reason = count_restart(run_dir, self.images_seen, most) if self.world.first else None
         reason = broadcast(reason)
         if reason is not None:
-            self.log.say(reason, last_words=True)
+            self.log.info(reason, last_words=True)
         return reason is None
 
     def fit(self, stop: StopRequest) -> int:
-        """Train to the end, or until any rank asks to stop. Returns an exit code."""
+        """Train until `train.max_images`, or until any rank asks to stop. Returns an exit code."""
         config, total = self.config, self.config.train.max_images
-        own = configured_hooks(config, self.run_dir, self.world.rank, self._tried, self.log.say)
-        hooks = Hooks([*self.hooks, *own])
-        metrics, vote = MetricAccumulator(self.device), Vote(self.world)
         loader = self._loader()
         inputs = prefetch_inputs(loader, config.train, pin=self.device.type == "cuda")
         batches = iter(inputs)
+        hooks = Hooks(self.hooks + configured_hooks(config, self.run_dir, self.world.rank, self._tried, self.log.info))
+        metrics, vote = MetricAccumulator(self.device), Vote(self.world)
         action, first = Action.CONTINUE, True
         try:
             while self.images_seen < total:
-                # --- Agree on what to do. The answer is that of the step before, so no step waits for it.
+                # --- Agree on action. What counts is the vote of the step before, so that no step waits for it.
                 action = Action(vote.cast(self._requested_action(stop)))
                 if action >= Action.STOP:
                     break
@@ -110,7 +109,8 @@ class Trainer:
                 if action is Action.SAVE:
                     metrics.checkpoint_stall_s += self._save()
 
-                # --- Next batch. The watchdog's short limits begin with the second one: the first waits for workers.
+                # --- Next batch. The first one waits for the workers to start, so the watchdog's limit for steps applies from
+                # the second one on.
                 waiting = time.monotonic()
                 if not first:
                     self.watchdog.phase("data")
@@ -120,26 +120,22 @@ class Trainer:
                 if self._skip_batch(batch):
                     continue
 
-                # --- Train step. This rank's own time counts its waits by the CPU time of this thread: waiting for other
-                # ranks takes none.
+                # --- Train step. To tell stragglers, the step counts by the CPU time of this thread: waiting for other ranks
+                # takes none.
                 if not first:
                     self.watchdog.phase("step")
                 waited = time.monotonic() - began - time.thread_time()
                 lr = self.train_step(batch, metrics)
                 self.watchdog.step_done(self.step_count, waited + time.thread_time())
-                if first:  # what is slow once is done: compiling, and the first collectives
+                if first:  # compilation and the first collectives are done: from here on a slow step is a hang
                     tighten_timeouts(config.parallel.step_timeout_s, spare=self.saver.group)
                     first = False
                 hooks.on_step(self._tried, batch)
 
-                # --- Log. Metrics of the last window are written as soon as they have arrived.
+                # --- Log. The last window is logged once its metrics have arrived; a full one is sent off to be reduced.
                 self._log_metrics(block=False)
                 if metrics.steps == config.log.every_steps or self.images_seen >= total:
-                    self._log_metrics(block=True)
-                    images = metrics.steps * self.plan.global_batch_size
-                    pending = metrics.close(self.backend.skipped(), images)
-                    self._pending = (pending, self._tried, self.images_seen, lr)
-                    metrics = MetricAccumulator(self.device)
+                    metrics = self._end_window(metrics, lr)
 
                 # --- Maybe save.
                 if self.saver.due(self.images_seen):
@@ -152,19 +148,19 @@ class Trainer:
         return self._end(action, stop)
 
     def _save(self) -> float:
-        """Save, if this is worth a checkpoint; seconds that training was blocked for."""
+        """Save, if the state is worth a checkpoint. Returns the seconds that training was blocked for."""
         self.watchdog.phase("save")
         began = time.monotonic()
         self.saver.save(self.images_seen, self._tried)
         return time.monotonic() - began
 
     def _skip_batch(self, batch: StepInput) -> bool:
-        """Skip a batch that `train.skip_images` names: only the counter moves on."""
+        """Skip the batch if it touches `train.skip_images`: only the counter advances."""
         begin, end = batch.images_seen, batch.images_seen + self.plan.global_batch_size
         if not any(begin < last and first < end for first, last in self.config.train.skip_images):
             return False
         self.images_seen = end
-        self.log.say(f"skipped images {begin:,} to {end:,}: train.skip_images")
+        self.log.info(f"skipped images {begin:,} to {end:,}: train.skip_images")
         return True
 
     def _requested_action(self, stop: StopRequest) -> Action:
@@ -192,9 +188,11 @@ class Trainer:
         return max(action, Action.SAVES_FAILED) if saves_failed else action
 
     def _end(self, action: Action, stop: StopRequest) -> int:
-        """Save what is worth it and say why the run ends here; the exit code."""
+        """Save if the state is worth a checkpoint, and log why the run stops. Returns an exit code."""
         self.watchdog.phase("end")
         action = self._final_action(action)
+
+        # A run that diverged saves nothing: its good checkpoints stay the newest.
         if action is Action.DIVERGED:
             return self._no_progress("weights are not finite")
         if action is Action.NOT_LEARNING:
@@ -203,7 +201,7 @@ class Trainer:
                 f"(train.max_skipped_in_a_row), the last ones before {self.images_seen:,} images"
             )
 
-        # A spike in the very last steps is no reason to call a run unfinished that has learned until then.
+        # A run that has all its images is complete even if its very last steps were skipped, as long as it learned before.
         taken = self._tried - int(self.backend.skipped()[0]) - self._began.step
         at_end = self.images_seen >= self.config.train.max_images
         self.saver.save(self.images_seen, self._tried, last=True, complete=at_end and taken > 0)
@@ -212,7 +210,7 @@ class Trainer:
         if action is Action.SAVES_FAILED:
             raise TrainerError(
                 f"{self.config.checkpoint.max_failures} saves in a row failed, the last one at step {self.step_count} did "
-                "not; see the warnings above, and set checkpoint.max_failures higher to go on regardless"
+                "not; see the warnings above, and raise checkpoint.max_failures to continue regardless"
             )
         learned = self.saver.learned(self._tried)
         if at_end and not learned:
@@ -221,17 +219,17 @@ class Trainer:
                 "or far out"
             )
         if at_end:
-            self.log.say(f"finished: {self.images_seen:,} images")
+            self.log.info(f"finished: {self.images_seen:,} images")
             return FINISHED
         reason = stop.received or "another rank"
         how = "saved" if learned else "not saved: every step since the newest checkpoint was skipped"
-        self.log.say(f"stopped by {reason} at {self.images_seen:,} images, {how}; the same command goes on from here")
+        self.log.info(f"stopped by {reason} at {self.images_seen:,} images, {how}; the same command resumes from here")
         return REQUEUE
 
     def _no_progress(self, why: str) -> int:
-        """The end of a run that learns nothing: what is committed stays as it is, and a chain of jobs stops at once."""
+        """Stop a run that learns nothing: its checkpoints stay as they are, and a chain of jobs stops at once."""
         stuck = self._tried - int(self.backend.skipped()[0]) == self._began.step
-        self.log.say(no_progress(self.saver.run_dir, self.config, why, stuck), last_words=True)
+        self.log.info(no_progress(self.saver.run_dir, self.config, why, stuck), last_words=True)
         return NO_PROGRESS
 
     def train_step(self, batch: StepInput, metrics: MetricAccumulator) -> float:
@@ -252,11 +250,18 @@ class Trainer:
 
     @property
     def step_count(self) -> int:
-        """Optimizer steps taken, as far as is known without waiting for the device."""
+        """Optimizer steps not skipped, as far as known without waiting for the device."""
         return self._tried - self._skipped
 
+    def _end_window(self, metrics: MetricAccumulator, lr: float) -> MetricAccumulator:
+        """Have the metrics of a window reduced, for `_log_metrics` to log. Returns the next window."""
+        self._log_metrics(block=True)
+        pending = metrics.close(self.backend.skipped(), metrics.steps * self.plan.global_batch_size)
+        self._pending = (pending, self._tried, self.images_seen, lr)
+        return MetricAccumulator(self.device)
+
     def _log_metrics(self, block: bool) -> None:
-        """Log the metrics of the last window if they have arrived; `block`: wait for them."""
+        """Log the metrics of the last window if they have arrived. `block`: wait for them."""
         if self._pending is None or not (block or self._pending[0].ready()):
             return
         pending, tried, images_seen, lr = self._pending
@@ -268,7 +273,7 @@ class Trainer:
         self._not_learning = row["optim/skipped_in_a_row"] >= self.config.train.max_skipped_in_a_row
         self.saver.observe_skipped(row["optim/skipped_in_a_row"])
         self._skipped = round(row["optim/skipped_steps"])
-        self.log.figures(tried - self._skipped, images_seen, self.config.train.max_images, row | {"optim/lr": lr})
+        self.log.metrics(tried - self._skipped, images_seen, self.config.train.max_images, row | {"optim/lr": lr})
 
     def _loader(self) -> Loader:
         model = self.config.model

@@ -1,7 +1,7 @@
 """Metrics of a run: accumulated on the device, reduced asynchronously, logged.
 
-They go to metrics.jsonl, TensorBoard, the log, and a progress bar on a terminal. Sums stay on the device and are read
-once every `log.every_steps` steps: a step never waits for its metrics.
+They go to metrics.jsonl, TensorBoard, the log, and a progress bar on a terminal. Sums stay on the device and are reduced
+once every `log.every_steps` steps: no step waits for its metrics.
 """
 
 import json
@@ -27,11 +27,13 @@ from tarflow.outputs import styled
 from tarflow.records import read_lines, sealed
 from tarflow.terminal import plain_lines
 
-WIDE = 130  # columns of a terminal that has room for all figures beside a progress bar
+WIDE = 130  # columns of a terminal with room for all metrics beside a progress bar
+
+PEAK_ALLOCATED, PEAK_RSS = "memory/peak_allocated_gb", "memory/peak_rss_gb"
 
 
 class MetricAccumulator:
-    """Sums over the steps since the last line, kept on the device."""
+    """Sums over a window of `log.every_steps` steps, kept on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(4, device=device)  # loss, mse_z, logdet, grad_norm
@@ -40,17 +42,16 @@ class MetricAccumulator:
         self.checkpoint_stall_s = 0.0
         self._start = time.monotonic()
         self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        reset_peak_memory(device)
 
     def add(self, stats: Tensor, grad_norm: Tensor) -> None:
-        """One step's [loss, mse_z, logdet] of this rank and the global gradient norm, on the device."""
+        """Add a step: [loss, mse_z, logdet] of this rank and the global gradient norm, both on the device."""
         self._sums[:3] += stats
         self._sums[3] += torch.nan_to_num(grad_norm, nan=0.0, posinf=0.0)  # skipped steps are counted elsewhere
         self.steps += 1
 
     def close(self, skipped: Tensor, images: int) -> "PendingMetrics":
-        """End the window; its metrics are reduced in the background. `skipped`: [in all, in a row]."""
+        """End the window of `images` images and reduce its metrics in the background. `skipped`: [in all, in a row]."""
         seconds = time.monotonic() - self._start
         times = {
             "throughput/images_per_sec": images / seconds,
@@ -62,30 +63,37 @@ class MetricAccumulator:
         return PendingMetrics(torch.cat([self._sums / max(self.steps, 1), skipped]), times)
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new window of peak memory, where the device has such windows."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Peak memory of this rank in GB (1e9 bytes).
 
-    On a GPU what torch allocated since the window began. Elsewhere the resident set of the process, of which the system
-    tells the peak since its start alone.
+    On CUDA what PyTorch allocated since `reset_peak_memory`. Elsewhere the resident set of the process, a high-water mark
+    since the process started: the operating system cannot reset it, so it never falls from one window to the next.
     """
     if device.type == "cuda":
-        return {"memory/peak_allocated_gb": torch.cuda.max_memory_allocated(device) / 1e9}
-    return {"memory/peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+        return {PEAK_ALLOCATED: torch.cuda.max_memory_allocated(device) / 1e9}
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return {PEAK_RSS: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
 
 
 class PendingMetrics:
-    """Metrics being reduced asynchronously, from the devices of all ranks to the host."""
+    """Metrics being reduced asynchronously: averaged over the ranks, then copied to the host."""
 
-    def __init__(self, figures: Tensor, times: dict[str, float]) -> None:
+    def __init__(self, sums: Tensor, times: dict[str, float]) -> None:
         self._times, self._work, self._event = times, None, None
-        self._figures = figures
+        self._sums = sums
         if dist.is_initialized():
-            self._figures = figures / dist.get_world_size()
-            self._work = dist.all_reduce(self._figures, async_op=True)
-        if figures.device.type == "cuda":
+            self._sums = sums / dist.get_world_size()
+            self._work = dist.all_reduce(self._sums, async_op=True)
+        if sums.device.type == "cuda":
             if self._work is not None:
                 self._work.wait()  # makes the stream wait, not the host
-            self._figures = self._figures.to("cpu", non_blocking=True)
+            self._sums = self._sums.to("cpu", non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 
@@ -101,7 +109,7 @@ class PendingMetrics:
             self._event.synchronize()
         elif self._work is not None:
             self._work.wait()
-        loss, mse_z, logdet, grad_norm, skipped, in_a_row = self._figures.tolist()
+        loss, mse_z, logdet, grad_norm, skipped, in_a_row = self._sums.tolist()
         return {
             "train/loss": loss,
             "train/bits_per_dim": float(bits_from_nats(loss)),
@@ -115,9 +123,12 @@ class PendingMetrics:
 
 
 class MetricLogger:
-    """Where metrics and messages go: rank 0 writes for all, the others only their own log."""
+    """Where metrics and messages go. Rank 0 writes for all ranks; the others write only their own log."""
 
-    def __init__(self, run_dir: Path, tensorboard: bool, total_images: int, rank: int = 0) -> None:
+    def __init__(self, run_dir: Path, tensorboard: bool, total_images: int, rank: int = 0,
+        console: Console | None = None,
+    ) -> None:  # fmt: skip
+        """`console`: the terminal to show a progress bar on; None: standard error, if that is a terminal."""
         self._jsonl: LineWriter | None = None
         self._writer: Any = None
         self._curves: Path | None = None
@@ -126,30 +137,30 @@ class MetricLogger:
             make_folder(run_dir, "logs")
             self._text = LineWriter(run_dir / "logs" / f"rank-{rank:04d}.log")
             return
-        figures = run_dir / "metrics.jsonl"
-        emptied = os.path.lexists(figures) and not read_lines(figures, tail=1 << 20).rows  # rubbish counts as little
-        self._jsonl = LineWriter(figures)
+        path = run_dir / "metrics.jsonl"
+        emptied = os.path.lexists(path) and not read_lines(path, tail=1 << 20).rows  # unreadable lines count as none
+        self._jsonl = LineWriter(path)
         self._text = LineWriter(run_dir / "log.txt")
         self._curves = run_dir / "tensorboard" if tensorboard else None
-        if sys.stderr.isatty():
-            self._progress = _progress_bar()
-            self._task = self._progress.add_task("", total=total_images, figures="")
+        if console is None and sys.stderr.isatty():
+            console = Console(file=styled(sys.stderr))
+        if console is not None:
+            self._progress = _progress_bar(console)
+            self._task = self._progress.add_task("", total=total_images, metrics="")
             self._progress.start()
         if emptied:
-            self.say(
-                f"WARNING: {figures} holds no figures any more of the starts before this one; they begin anew here"
-            )
+            self.info(f"WARNING: {path} has lost the metrics of all earlier starts; those of this start are appended")
 
     def open_curves(self, images_seen: int) -> None:
-        """Begin to write for TensorBoard. Points past `images_seen`, of a start that was killed, come again: hidden."""
+        """Open the TensorBoard log; points past `images_seen`, left by a start that was killed, are hidden there."""
         if self._curves is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             make_folder(self._curves.parent, self._curves.name)
             self._writer = SummaryWriter(str(self._curves), purge_step=images_seen + 1)
 
-    def say(self, text: str, *, last_words: bool = False) -> None:
-        """A line for people: log.txt and the screen; `last_words`: on the error output, from which a job takes its reason."""
+    def info(self, text: str, *, last_words: bool = False) -> None:
+        """Log a line to log.txt and the screen; `last_words`: to standard error, where a job looks for its reason."""
         text = plain_lines(text)
         self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
         if self._progress is not None:
@@ -159,48 +170,51 @@ class MetricLogger:
                 print(text, file=sys.stderr if last_words else sys.stdout, flush=True)
 
     def record(self, text: str) -> None:
-        """Lines for whoever reads log.txt later; not for the screen."""
+        """Log lines to log.txt only."""
         self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
 
     def event(self, name: str, **values: Any) -> None:
-        """A thing that happened (start, resume, save), among the figures."""
+        """Log an event (start, resume, save) to metrics.jsonl."""
         self._write({"event": name, "time": time.time(), **values})
 
-    def figures(self, step: int, images_seen: int, total_images: int, row: Mapping[str, float]) -> None:
-        """One line of figures."""
+    def metrics(self, step: int, images_seen: int, total_images: int, row: Mapping[str, float]) -> None:
+        """Log the metrics of one window."""
         if self._jsonl is None:
             return
         self._write({"step": step, "images_seen": images_seen, "time": time.time(), **row})
         if self._writer is not None:
-            with suppress(OSError):  # a full disk; the figures are in metrics.jsonl when there is room again
+            with suppress(OSError):  # a full disk must not end the run
                 for name, value in row.items():
                     self._writer.add_scalar(name, value, images_seen)
         rate, share = row["throughput/images_per_sec"], images_seen / total_images
-        # What one looks for first comes first: the end of a line is lost in a narrow terminal.
+
+        # What people look for first comes first: a narrow terminal cuts the end of the line off.
         text = f"{row['train/bits_per_dim']:.3f} bits/dim | {rate:.0f} img/s"
-        peak = next((value for name, value in row.items() if name.startswith("memory/peak")), None)
-        memory = "" if peak is None else f" | peak {peak:.1f} GB"
-        more = f"loss {row['train/loss']:.4f} | grad {row['optim/grad_norm']:.2f} | lr {row['optim/lr']:.2e}{memory}"
+        more = f"loss {row['train/loss']:.4f} | grad {row['optim/grad_norm']:.2f} | lr {row['optim/lr']:.2e}"
+        if PEAK_ALLOCATED in row:
+            more += f" | peak {row[PEAK_ALLOCATED]:.1f} GB"
+        elif PEAK_RSS in row:
+            more += f" | peak RSS {row[PEAK_RSS]:.1f} GB"
         seen = f"{images_seen:,}/{total_images:,} images"
         eta = _duration((total_images - images_seen) / max(rate, 1e-9))
         line = f"step {step} | {share:.1%} | ETA {eta} | {text} | {seen} | {more}"
         if self._progress is not None:
             wide = self._progress.console.width >= WIDE
             self._progress.update(
-                self._task, completed=images_seen, figures=f"{text} | {more} | {seen}" if wide else text
+                self._task, completed=images_seen, metrics=f"{text} | {more} | {seen}" if wide else text
             )
             self.record(line)
         else:
-            self.say(line)
+            self.info(line)
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        """A sealed line; a figure that is not finite, as of a window of skipped steps, is null."""
+        """Write a sealed line; a metric that is not finite, as in a window of skipped steps, is null."""
         if self._jsonl is not None:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             self._jsonl.write(json.dumps(sealed(finite)))
 
     def close(self) -> None:
-        """Take the progress bar away and close the files."""
+        """Remove the progress bar and close the files."""
         if self._progress is not None:
             self._progress.stop()
         if self._writer is not None:
@@ -211,11 +225,11 @@ class MetricLogger:
         self._text.close()
 
 
-def _progress_bar(console: Console | None = None) -> Progress:
-    """Takes the terminal's width, with a bar of what the figures leave."""
+def _progress_bar(console: Console) -> Progress:
+    """A progress bar as wide as the terminal; the bar itself takes the room that the metrics leave."""
     return Progress(
         TextColumn("{task.percentage:5.1f}%"), BarColumn(bar_width=None), TextColumn("ETA"), TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"), console=console or Console(file=styled(sys.stderr)), expand=True,
+        TextColumn("{task.fields[metrics]}"), console=console, expand=True,
     )  # fmt: skip
 
 

@@ -103,6 +103,6 @@ def describe(config: Config, world_size: int | None = None) -> str:
 
 
 def _short(number: float, prefixes: dict[str, float]) -> tuple[str, str]:
-    """(`2.85`, `G`): with the prefix that leaves figures before the point."""
+    """(`2.85`, `G`): with the prefix that leaves digits before the point."""
     prefix, size = next(((p, s) for p, s in prefixes.items() if number >= s), ("", 1.0))
     return f"{number / size:.2f}" if prefix else f"{number:.0f}", prefix

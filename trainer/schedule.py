@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of `images_seen` (contract 1): nothing to save, nothing to restart (case T08)."""
+"""The learning rate as a pure function of `images_seen`: there is no scheduler state to save or restore."""
 
 import math
 
@@ -6,9 +6,9 @@ from tarflow.trainer.config.schema import OptimConfig
 
 
 def learning_rate(optim: OptimConfig, images_seen: int, warmup_images: int, max_images: int) -> float:
-    """Rate of the step that brings the count to `images_seen`: linear over the warm-up, then half a cosine to final_lr.
+    """Learning rate of the step that ends at `images_seen`: linear warmup, then half a cosine to `final_lr`.
 
-    Progress is clamped: past `max_images` the rate stays at final_lr instead of rising again.
+    Past `max_images` it stays at `final_lr`, where an unclamped cosine would rise again.
     """
     if images_seen < warmup_images:
         return optim.lr * images_seen / warmup_images

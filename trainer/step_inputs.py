@@ -1,7 +1,7 @@
-"""From the loader's batches to what a step needs: images, their noise, labels after dropout.
+"""From batches to the inputs of a step: images, noise, labels after dropout.
 
-Noise and label dropout are keyed by the position of the sample in the endless stream of samples . They are
-drawn in a thread while the device computes, so the loop never waits for them.
+Noise and label dropout are keyed by the position of a sample in the stream of samples, so they do not depend on ranks,
+micro-batches or restarts. A thread draws them ahead of time, so that the loop does not wait for them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepInput:
-    """A rank's share of a global batch, on the CPU."""
+    """A rank's share (b samples) of a global batch, on the CPU."""
 
     pixels: Tensor  # uint8 [b, C, H, W]
     noise: Tensor  # float32 [b, C, H, W], standard normal or uniform
     labels: Tensor  # int64 [b], -1 = no label
     images_seen: int  # before this step
-    ids: Tensor  # int64 [b], the samples in the data set
-    slots: Tensor  # int64 [b], their places in the global batch
+    ids: Tensor  # int64 [b], sample ids in the data set
+    slots: Tensor  # int64 [b], places in the global batch
 
     def micro_batches(
         self, size: int, train: TrainConfig, device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """(noisy images, labels, share of the rank's batch) per micro-batch, on the device."""
+        """Yield (noisy images, labels, share of the rank's batch) per micro-batch of `size` images, on the device."""
         total = len(self.pixels)
         for start in range(0, total, size):
             part = slice(start, start + size)
@@ -57,7 +57,7 @@ def step_input(batch: "Batch", train: TrainConfig) -> StepInput:
 
 
 def prefetch_inputs(batches: "Iterable[Batch]", train: TrainConfig, pin: bool, ahead: int = 2) -> Prefetched:
-    """Step inputs in order, prepared `ahead` of time in a thread; its errors are raised where they are awaited."""
+    """Prepare inputs in a thread, up to `ahead` of the loop; errors are raised where the inputs are taken. `pin`: memory."""
 
     def produce() -> Iterator[StepInput]:
         for batch in batches:

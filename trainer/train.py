@@ -1,4 +1,4 @@
-"""Setting up a run: what is checked, joined and loaded before the first step. The steps are in `loop.py`."""
+"""Setting up a run: everything that is checked, joined and loaded before the first step. The loop is in `loop.py`."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
@@ -30,10 +30,10 @@ def train(
     config: Config, run_dir: Path, *, init_from: Path | None = None, accept_new_data: bool = False,
     init_partial: bool = False, stop: StopRequest | None = None, hooks: Sequence[Hook] = (),
 ) -> int:  # fmt: skip
-    """Train until `train.max_images`, from the newest sound checkpoint if there is one. Returns an exit code.
+    """Train until `train.max_images`, from the newest intact checkpoint if there is one. Returns an exit code.
 
-    Runs alone, or as one rank of the world that the environment describes. `stop`: a request that is listened to already.
-    `hooks` are called at every batch and step of this rank.
+    Runs alone, or as one rank of the world that the environment describes. `stop`: a request that already catches signals.
+    `hooks`: called at every batch and step of this rank.
     """
     world = world_from_env()
     with nullcontext(stop) if stop else StopRequest() as stop, failure_exit(world, run_dir) as record:
@@ -44,7 +44,7 @@ def _train(
     config: Config, run_dir: Path, world: World, stop: StopRequest, init_from: Path | None, accept_new_data: bool,
     init_partial: bool, record: FailureRecord, hooks: Sequence[Hook],
 ) -> int:  # fmt: skip
-    # --- what one process can check alone, before anything is started or written
+    # --- Check what one process can check alone, before anything is started or written.
     checked = check_start(config, run_dir, world.size, init_from, init_partial)
     plan = plan_batch(config.train.global_batch_size, world.size, config.train.micro_batch_size)
     device = pick_device(config.train.device, world.local_rank)
@@ -53,7 +53,7 @@ def _train(
         compute_deterministically(device)
     zero = config.parallel.backend == "deepspeed"
     with ExitStack() as stack:
-        # --- join the other ranks; rank 0 picks the checkpoint and broadcasts it, or the error
+        # --- Join the other ranks. Rank 0 picks the checkpoint and broadcasts it (or the error).
         fault_point("join")
         limit = config.parallel.start_timeout_s
         with deadline(limit + 2, run_dir, world.rank, "joining the other ranks"):  # torch's own error comes first
@@ -67,8 +67,8 @@ def _train(
             first_decides(world, lambda: stack.enter_context(writer_lock(run_dir)))
             start = first_decides(world, lambda: decide_start(*given))
 
-        # --- from here on the run directory is written to
-        record.begun = True  # what was refused until here has left no trace in the run
+        # --- Open the run directory. From here on it is written to.
+        record.begun = True  # a start refused until here leaves no trace in the run
         first_decides(world, lambda: create_run(run_dir))
         check_shared(run_dir)
         watchdog = stack.enter_context(Watchdog(run_dir, world.rank, world.size, config.parallel))
@@ -76,9 +76,9 @@ def _train(
         log = MetricLogger(run_dir, config.log.tensorboard, config.train.max_images, world.rank)
         stack.callback(log.close)
         for line in checked.lines():
-            log.say(line)
+            log.info(line)
 
-        # --- build the model, load the checkpoint, and note that a start got this far
+        # --- Build the model, load the checkpoint, and record that a start got this far.
         trainer = Trainer(config, run_dir, plan, log, world, device, watchdog, checked.warmup_images, hooks)
         trainer.start(start, checked.train.facts, init_from, init_partial)
         if not trainer.check_progress(run_dir):

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.init_from is not None and not args.init_from.exists():
         raise ClusterError(f"--init-from {args.init_from}: there is no such file")
     if args.init_partial and args.init_from is None:
-        raise ClusterError("--init-partial goes with --init-from: it says how weights are taken over")
+        raise ClusterError("--init-partial needs --init-from: it says how those weights are used")
     if args.eval_profile and not args.evaluate:
         raise ClusterError("--eval-profile has no effect without --evaluate")
     request = Submission(

@@ -11,6 +11,12 @@ from tarflow.evaluation.report.history import History, Result
 from tarflow.evaluation.report.markup import NONE, escaped, paragraphs
 from tarflow.trainer.config.schema import Config
 
+# Peak memory of training, by what the device can report: metric, label, note.
+_MEMORY = (
+    ("memory/peak_allocated_gb", "peak GPU memory", "allocated by PyTorch on rank 0"),
+    ("memory/peak_rss_gb", "peak memory", "resident set of the process of rank 0"),
+)
+
 
 class Card(NamedTuple):
     """A metric, its value, and a line of small print."""
@@ -74,6 +80,9 @@ def _progress(config: Config | None, history: History) -> Iterator[Card]:
     yield Card("training time", _duration(history.training_seconds), f"{restarts} restart{'s' * (restarts != 1)}")
     if rates := [rate for _, rate in history.series("throughput/images_per_sec")]:
         yield Card("images per second", f"{statistics.median(rates):,.0f}", "median over training")
+    for name, label, note in _MEMORY:
+        if peaks := [peak for _, peak in history.series(name)]:
+            yield Card(label, f"{max(peaks):.1f} GB", note)
 
 
 def _plus_minus(stderr: float | None, digits: int) -> str:

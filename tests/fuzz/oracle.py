@@ -142,7 +142,7 @@ def _lasting(tree: Any) -> Any:
         return {
             k: _lasting(v)
             for k, v in tree.items()
-            if k not in _VOLATILE and not k.startswith("throughput/") and k != "checksum"
+            if k not in _VOLATILE and not k.startswith(("throughput/", "memory/")) and k != "checksum"
         }
     return [_lasting(item) for item in tree] if isinstance(tree, list) else tree
 

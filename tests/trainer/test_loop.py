@@ -1,6 +1,6 @@
 """The loop: it learns, it resumes bit for bit after kill -9, and what may change on resume is said or refused.
 
-Real processes, real kills. Cases C07, D10, K03, T08, T15.
+Real processes, real kills.
 """
 
 import json

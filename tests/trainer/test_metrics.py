@@ -8,7 +8,6 @@ import pytest
 from rich.console import Console
 
 from tarflow.evaluation.report.logged import read_metrics
-from tarflow.trainer import metrics
 from tarflow.trainer.metrics import MetricLogger
 
 ROW = {
@@ -20,16 +19,13 @@ TOTAL = 1_281_167_000
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """`terminal(80)`: the log of a run whose errors go to a terminal of so many columns."""
+    """`terminal(80)`: the log of a run on a terminal of 80 columns."""
     made: list[MetricLogger] = []
 
     def make(width: int) -> MetricLogger:
         monkeypatch.setenv("TERM", "xterm")  # a dumb terminal is taken to have 80 columns
         console = Console(width=width, force_terminal=True, color_system=None, file=io.StringIO())
-        bar = metrics._progress_bar
-        monkeypatch.setattr("tarflow.trainer.metrics._progress_bar", lambda: bar(console))
-        monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-        made.append(MetricLogger(tmp_path, False, TOTAL))
+        made.append(MetricLogger(tmp_path, False, TOTAL, console=console))
         return made[0]
 
     yield make
@@ -41,7 +37,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 @pytest.mark.case("N13")
 def test_a_progress_bar_of_any_width_has_its_bar_and_its_figures(terminal, width: int) -> None:
     log = terminal(width)
-    log.figures(123456, TOTAL // 2, TOTAL, ROW)
+    log.metrics(123456, TOTAL // 2, TOTAL, ROW)
     shown = io.StringIO()
     Console(width=width, color_system=None, file=shown).print(log._progress.get_renderable())
     (line,) = shown.getvalue().splitlines()
@@ -55,7 +51,7 @@ def test_a_progress_bar_of_any_width_has_its_bar_and_its_figures(terminal, width
 @pytest.mark.case("N13")
 def test_a_line_begins_with_what_one_looks_for_first(tmp_path: Path, capsys) -> None:
     log = MetricLogger(tmp_path, False, TOTAL)
-    log.figures(123456, TOTAL // 2, TOTAL, ROW)
+    log.metrics(123456, TOTAL // 2, TOTAL, ROW)
     log.close()
     (line,) = capsys.readouterr().out.splitlines()
     assert line[:80].startswith("step 123456 | 50.0% | ETA 144:09:03 | 4.123 bits/dim | 1234 img/s |")
@@ -67,7 +63,7 @@ def test_a_line_begins_with_what_one_looks_for_first(tmp_path: Path, capsys) -> 
 def test_what_is_only_recorded_is_not_on_the_screen(tmp_path: Path, capsys) -> None:
     log = MetricLogger(tmp_path, False, TOTAL)
     log.record("the configuration of this start:\ndata:\n  train: x")
-    log.say("model: small")
+    log.info("model: small")
     log.close()
     assert capsys.readouterr().out == "model: small\n"
     assert "the configuration of this start:\ndata:\n  train: x\n" in (tmp_path / "log.txt").read_text()
@@ -78,8 +74,8 @@ def test_lines_of_figures_are_sealed_and_what_is_not_finite_is_null(tmp_path: Pa
     log = MetricLogger(tmp_path, False, TOTAL)
     log.event("start", images_seen=0, step=0)
     for step in (5, 10, 15):
-        log.figures(step, 16 * step, TOTAL, {**ROW, "train/loss": 0.25 * step})
-    log.figures(20, 320, TOTAL, {**ROW, "train/loss": math.nan, "train/bits_per_dim": math.inf})
+        log.metrics(step, 16 * step, TOTAL, {**ROW, "train/loss": 0.25 * step})
+    log.metrics(20, 320, TOTAL, {**ROW, "train/loss": math.nan, "train/bits_per_dim": math.inf})
     log.close()
     path = tmp_path / "metrics.jsonl"
     found = read_metrics(tmp_path)

@@ -1,4 +1,4 @@
-"""The guard of the optimizer: a spike is passed over, a new level of the gradient's norm is accepted. Case T14."""
+"""The guard of the optimizer: a spike is skipped, a new level of the gradient norm is accepted."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def guarded(grad_clip: float = 0.0, skip_spikes: bool = True) -> GuardedAdamW:
 
 
 def feed(optimizer: GuardedAdamW, norms: list[float]) -> list[bool]:
-    """Take a step for each norm; which were passed over."""
+    """Take a step for each norm; which were skipped."""
     passed_over = []
     for norm in norms:
         optimizer.param_groups[0]["params"][0].grad = torch.tensor([norm])
@@ -37,7 +37,7 @@ def test_a_new_level_is_accepted_before_the_run_would_be_ended(level: float, gra
     assert not any(feed(optimizer, around(1.0, 150)))
     found = feed(optimizer, around(level, 200))
     assert sum(found) < PATIENCE
-    assert found == sorted(found, reverse=True)  # passed over for a while, then never again
+    assert found == sorted(found, reverse=True)  # skipped for a while, then never again
     assert feed(optimizer, [40 * level]) == [True]
 
 

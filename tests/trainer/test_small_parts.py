@@ -22,7 +22,7 @@ def test_rate_is_a_function_of_images_seen_alone() -> None:
     assert rate(550) == pytest.approx(1e-5 + (1e-3 - 1e-5) / 2)
     assert rate(1000) == pytest.approx(1e-5)
     assert rate(5000) == rate(1000)  # never rises again after the planned end
-    assert learning_rate(optim, 550, 100, 1500) > rate(550)  # a longer run is planned anew, never at rate zero
+    assert learning_rate(optim, 550, 100, 1500) > rate(550)  # a longer run gets a new schedule, never a rate of zero
     assert learning_rate(optim, 10, 100, 50) == pytest.approx(1e-4)  # warm-up longer than the run
 
 
@@ -31,7 +31,7 @@ def test_batch_arithmetic_and_what_does_not_divide() -> None:
     assert (plan.per_rank, plan.accumulation_steps) == (32, 2)
     assert str(plan) == "global batch 256 = 8 ranks x 2 micro-batches x 16 images"
     assert plan_batch(256, 8, 0).micro_batch_size == 32
-    with pytest.raises(TrainerError, match="does not divide among 3 ranks; sizes that do: 255 or 258"):
+    with pytest.raises(TrainerError, match="is not divisible by 3 ranks; sizes that are: 255 or 258"):
         plan_batch(256, 3, 0)
     with pytest.raises(TrainerError, match="sizes that do: 1, 2, 4, 8, 16, 32"):
         plan_batch(256, 8, 12)

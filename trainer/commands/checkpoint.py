@@ -1,4 +1,4 @@
-"""`tarflow checkpoint`: look at a run's checkpoints, check their bytes, take weights out, make room."""
+"""`tarflow checkpoint`: list, verify, export, prune and rewind the checkpoints of a run."""
 
 EXAMPLE = """examples:
   tarflow checkpoint list runs/demo
@@ -7,17 +7,17 @@ EXAMPLE = """examples:
   tarflow checkpoint prune runs/demo --keep-latest 3
   tarflow checkpoint rewind runs/demo --images 64000
 
-Exit codes: 0 all well, 1 `verify` found damage, 2 wrong settings.
+Exit codes: 0 success, 1 `verify` found damage, 2 wrong settings.
 """
 
 VERBS = {
     "list": (
         "tarflow.trainer.commands.checkpoint_list",
-        "table of a run's checkpoints, and of what is there but not used",
+        "list the checkpoints of a run, and what else is there and why it is not used",
     ),
     "verify": (
         "tarflow.trainer.commands.checkpoint_verify",
-        "read every byte and compare sizes and checksums with those of the commit",
+        "read every byte, and compare sizes and checksums with those recorded at the commit",
     ),
     "export": ("tarflow.trainer.commands.checkpoint_export", "write a weights file"),
     "prune": (
@@ -26,6 +26,6 @@ VERBS = {
     ),
     "rewind": (
         "tarflow.trainer.commands.checkpoint_rewind",
-        "let the run go on from an earlier checkpoint; those after it are set aside",
+        "resume from an earlier checkpoint; later ones are set aside",
     ),
 }

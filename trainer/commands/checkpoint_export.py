@@ -1,4 +1,4 @@
-"""`tarflow checkpoint export`: one set of a checkpoint's weights, as a file."""
+"""`tarflow checkpoint export`: write one set of weights of a checkpoint to a file."""
 
 import argparse
 from pathlib import Path
@@ -61,12 +61,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_out(out: Path) -> None:
-    """Refuse a name that cannot be written, before anything is read."""
+    """Refuse a path that cannot be written, before anything is read."""
     from tarflow.trainer.errors import TrainerError
 
     if out.suffix not in (".safetensors", ".pth"):
-        raise TrainerError(f"--out {out}: give a name that ends in .safetensors or .pth (published layout)")
+        raise TrainerError(f"--out {out} must end in .safetensors, or in .pth for the published layout")
     if out.exists():
-        raise TrainerError(f"--out {out} exists: give another name")
+        raise TrainerError(f"--out {out} already exists: choose another name")
     if not out.parent.is_dir():
-        raise TrainerError(f"--out {out}: there is no directory {out.parent}")
+        raise TrainerError(f"--out {out}: directory {out.parent} does not exist")

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         owner = run_id(args.run)
     with noted(flaws):
         every = load_config(args.run / "config.yaml").checkpoint.keep_every_images
-    for flaw in flaws:  # of what is damaged one line tells, the rest is shown all the same
+    for flaw in flaws:  # damage costs a line; everything else is listed
         print(flaw)
     usable, refused = scan_as(args.run, owner)
     pins, for_ever = pinned_names(args.run), permanent(usable, every)

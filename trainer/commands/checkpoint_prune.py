@@ -14,17 +14,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep-latest",
         type=int,
         metavar="N",
-        help="newest ones that stay, 2 at least (default: the run's checkpoint.keep_latest)",
+        help="number of newest checkpoints to keep, at least 2 (default: the run's checkpoint.keep_latest)",
     )
     parser.add_argument(
         "--keep-every-images",
         type=int,
         metavar="N",
-        help="the first at or after each multiple of N images stays for ever, 0 = none (default: the run's "
+        help="also keep the first one at or after each multiple of N images, 0 = none (default: the run's "
         "checkpoint.keep_every_images)",
     )
-    parser.add_argument("--damaged", action="store_true", help="remove damaged ones that a start has set aside, too")
-    parser.add_argument("--aside", action="store_true", help="remove those that `checkpoint rewind` has set aside, too")
+    parser.add_argument("--damaged", action="store_true", help="also remove damaged ones that a start has set aside")
+    parser.add_argument("--aside", action="store_true", help="also remove those that `checkpoint rewind` has set aside")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,13 +39,13 @@ def run(args: argparse.Namespace) -> int:
     latest = settings.keep_latest if args.keep_latest is None else args.keep_latest
     every = settings.keep_every_images if args.keep_every_images is None else args.keep_every_images
     if latest != -1 and latest < 2:
-        raise TrainerError(f"--keep-latest {latest}: 2 at least, or -1 to keep all")
+        raise TrainerError(f"--keep-latest {latest} must be at least 2, or -1 to keep all")
     if every < 0:
-        raise TrainerError(f"--keep-every-images {every}: 0 at least (0 keeps none for ever)")
+        raise TrainerError(f"--keep-every-images {every} must be at least 0 (0 = keep none)")
     check_identity(args.run)
-    with writer_lock(args.run):  # a run under way applies its own retention
+    with writer_lock(args.run):  # a running training applies its own retention
         kept = committed(args.run)[-latest:] if latest != -1 else []
-        if kept and all(damage(c) for c in kept):  # what is removed could be the last that is whole
+        if kept and all(damage(c) for c in kept):  # what is removed could be the last intact one
             raise TrainerError(
                 f"the newest {len(kept)} checkpoints of {args.run} are all damaged, nothing is removed; see `tarflow "
                 "checkpoint verify`, or keep more with --keep-latest"
@@ -59,6 +59,6 @@ def run(args: argparse.Namespace) -> int:
     for name in removed:
         print(f"removed {name}")
     print(f"{len(removed)} removed, {len(committed(args.run))} stay")
-    if stuck:  # a save would go on with a warning; this was asked for
+    if stuck:  # only a warning in a save, but an error where removal was the request
         raise TrainerError(f"RUN {args.run}: {'; '.join(stuck)}")
     return 0

@@ -1,4 +1,4 @@
-"""`tarflow checkpoint rewind`: let a run go on from an earlier checkpoint than its newest."""
+"""`tarflow checkpoint rewind`: resume a run from an earlier checkpoint than its newest."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ from tarflow.trainer.checkpoint.choice import add_choice
 EXAMPLE = """example:
   tarflow checkpoint rewind runs/demo --images 64000
 
-The checkpoints after it are set aside as NAME.aside, not removed: rename them back to undo it, `tarflow checkpoint prune
+Later checkpoints are set aside as NAME.aside, not removed: rename them back to undo the rewind; `tarflow checkpoint prune
 --aside` removes them.
 """
 
@@ -39,5 +39,5 @@ def run(args: argparse.Namespace) -> int:
                 print(text)
         for line in set_aside(args.run, chosen, ASIDE):
             print(line)
-    print(f"the next `tarflow train` of {args.run} goes on from {chosen.name}")
+    print(f"the next `tarflow train` of {args.run} resumes from {chosen.name}")
     return 0

@@ -1,4 +1,4 @@
-"""`tarflow ema`: an average of the weights of any width, after the training."""
+"""`tarflow ema`: reconstruct an average of the weights of any width after training."""
 
 import argparse
 from pathlib import Path
@@ -10,14 +10,18 @@ EXAMPLE = """example:
   tarflow ema runs/imagenet64 --relative-std 0.12 --images 12_800_000 --out wide.safetensors
   tarflow sample wide.safetensors --out samples
 
-Works from the averages that the run's checkpoints and snapshots hold; ema.snapshot_every_images sets how many there are.
+Uses the averages in the checkpoints and snapshots of the run; ema.snapshot_every_images sets how many there are.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument(
-        "--relative-std", type=float, required=True, metavar="X", help="width of the average, as a share of the run"
+        "--relative-std",
+        type=float,
+        required=True,
+        metavar="X",
+        help="relative width of the average, as a fraction of the run",
     )
     add_choice(parser, "the newest that holds averages")
     parser.add_argument(

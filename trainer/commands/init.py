@@ -1,4 +1,4 @@
-"""`tarflow init`: a configuration file that fits a data set."""
+"""`tarflow init`: write a configuration file for a data set."""
 
 import argparse
 from pathlib import Path
@@ -8,15 +8,18 @@ EXAMPLE = """example:
   tarflow init data/pictures --out pictures.yaml
   tarflow train pictures.yaml --run-dir runs/pictures
 
-DATA is a prepared data set, or the folder that holds its splits train/ and val/. The file says why each value was chosen; look
-through it before a long run.
+DATA is a prepared data set, or the folder that holds its splits train/ and val/. Comments in the file give the reason for each
+value; review it before a long run.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="folder or address of a data set with an index")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="file to write, a new one (default: NAME.yaml, after DATA)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="file to write; it must not exist (default: NAME.yaml, named after DATA)",
     )
 
 
@@ -30,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
     out = args.out or Path(f"{_name(args.data)}.yaml")
     if out.exists():
-        raise TrainerError(f"--out {out} exists already; give another name")
+        raise TrainerError(f"--out {out} already exists: choose another name")
     text = suggest(args.data)
     config = build_config(parse_yaml(text, str(out)), str(out), [])
     start = check_start(config, Path("runs") / out.stem, 1)

@@ -1,4 +1,4 @@
-"""Options of a start of a training that hold whoever starts its processes: `train` here, torchrun, or a job of Slurm."""
+"""Options shared by everything that starts training processes: `tarflow train`, torchrun, a Slurm job."""
 
 import argparse
 from pathlib import Path
@@ -12,9 +12,9 @@ START_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--init-partial": {
         "action": "store_true",
-        "help": "with --init-from: keep what fits a model of other classes or another image size",
+        "help": "with --init-from: keep the weights that fit, for other classes or another image size",
     },
-    "--accept-new-data": {"action": "store_true", "help": "resume although data.train is another data set"},
+    "--accept-new-data": {"action": "store_true", "help": "resume even though data.train is a different data set"},
 }
 
 
@@ -24,7 +24,7 @@ def add_start_options(parser: argparse.ArgumentParser) -> None:
 
 
 def start_arguments(args: argparse.Namespace) -> list[str]:
-    """The options that were given, as words of a command line; paths hold from any folder."""
+    """The given options as command line arguments, with absolute paths."""
     words: list[str] = []
     for option in START_OPTIONS:
         value = getattr(args, option.removeprefix("--").replace("-", "_"))

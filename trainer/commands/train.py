@@ -15,19 +15,17 @@ EXAMPLE = """example:
   tarflow train configs/demo.yaml --run-dir runs/demo --ranks 8 --max-restarts 3 parallel.backend=fsdp2
   torchrun --nproc-per-node 8 -m tarflow train configs/demo.yaml --run-dir runs/demo parallel.backend=fsdp2
 
-Run the same command again to go on from the newest committed checkpoint.
+Run the same command again to resume from the newest committed checkpoint.
 Exit codes: 0 finished, 75 stopped on request after saving (run it again), 76 no progress: restarts keep coming back to the
 same checkpoint (look before running it again), 77 hung (the rank's log has the stacks), 1 failed, 2 wrong settings.
-SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 stop a run after a save; a second SIGINT leaves at once. See docs/failures.md.
+SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 save and stop a run; a second SIGINT exits at once. See docs/failures.md.
 """
-OUTLIVES_ITS_READER = True  # of its output; the log has every line
+OUTLIVES_ITS_READER = True  # training continues when nobody reads its output; the log has every line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="configuration file")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
     parser.add_argument(
         "--run-dir",
         "--run",
@@ -44,16 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-restarts",
         type=int,
         metavar="N",
-        help="start all processes again when one is lost, N times at most (default 0)",
+        help="restart all processes when one is lost, at most N times (default 0)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done and exit")
     parser.add_argument("--world-size", type=int, metavar="N", help="dry run for N processes")
 
 
 def run(args: argparse.Namespace) -> int:
     from tarflow.trainer.resilience.signals import StopRequest
 
-    with StopRequest() as stop:  # before torch is loaded, which takes seconds: a signal counts from here on
+    with StopRequest() as stop:  # before torch is imported, which takes seconds: from here on a signal counts
         return _run(args, stop)
 
 
@@ -65,7 +63,7 @@ def _run(args: argparse.Namespace, stop: "StopRequest") -> int:
     config = load_config(args.config, args.overrides)
     run_dir = args.run or Path("runs") / args.config.stem
     if args.init_partial and args.init_from is None:
-        raise TrainerError("--init-partial goes with --init-from: it says how weights are taken over")
+        raise TrainerError("--init-partial needs --init-from: it says how those weights are used")
     supervised = not args.dry_run and (args.ranks is not None or args.max_restarts is not None)
     if supervised:
         _check_supervision(args)
@@ -76,7 +74,7 @@ def _run(args: argparse.Namespace, stop: "StopRequest") -> int:
         start = check_start(config, run_dir, ranks, args.init_from, args.init_partial)
         print("\n".join([config_text(config), describe(config, ranks), *start.lines()]))
         return 0
-    if supervised:  # checked here, once, so that no ranks are started; each checks for itself again
+    if supervised:  # checked once here, before any rank is started; each rank checks again
         ranks = args.ranks or 1
         check_start(config, run_dir, ranks, args.init_from, args.init_partial)
         from tarflow.trainer.resilience.supervisor import supervise
@@ -91,17 +89,17 @@ def _run(args: argparse.Namespace, stop: "StopRequest") -> int:
 
 
 def _check_supervision(args: argparse.Namespace) -> None:
-    """Refuse numbers that make no sense, and to start ranks from within a rank."""
+    """Refuse numbers out of range, and starting ranks from within a rank."""
     from tarflow.trainer.errors import TrainerError
 
     if args.ranks is not None and args.ranks < 1:
-        raise TrainerError(f"--ranks {args.ranks}: 1 at least")
+        raise TrainerError(f"--ranks {args.ranks} must be at least 1")
     if args.max_restarts is not None and args.max_restarts < 0:
-        raise TrainerError(f"--max-restarts {args.max_restarts}: 0 at least")
+        raise TrainerError(f"--max-restarts {args.max_restarts} must be at least 0")
     if "RANK" in os.environ:
         raise TrainerError(
-            f"--ranks and --max-restarts start processes, but this is already one of several (RANK={os.environ['RANK']}): "
-            "leave them out under torchrun and Slurm, or unset RANK and WORLD_SIZE"
+            f"--ranks and --max-restarts start processes, but this process is a rank already (RANK={os.environ['RANK']}): "
+            "omit them under torchrun and Slurm, or unset RANK and WORLD_SIZE"
         )
 
 

@@ -20,6 +20,7 @@ from tarflow.trainer.config.evaluation import EvaluationConfig
 from tarflow.trainer.config.products import oversized
 
 MOST_BATCH, MOST_RANKS = 1 << 24, 1 << 20
+MOST_TRACED = 100  # steps: a trace holds every operation, about a megabyte for each step
 Image = Annotated[Count, Field(ge=0, le=MOST_IMAGES)]  # by its position in the run
 
 
@@ -106,18 +107,17 @@ class TrainConfig(Section):
         description="use only deterministic GPU kernels, so that a run repeats bit for bit (CPU runs always "
         "do); slower",
     )
-
     matmul_precision: Literal["highest", "high", "medium"] = Field(
         "highest",
-        description="float32 matrix products on GPUs: highest computes in float32, high in TF32, medium in bfloat16; "
-        "changes the last digits of a run",
+        description="internal precision of float32 matrix products (torch.set_float32_matmul_precision): highest is "
+        "float32; high and medium are faster on GPUs (TensorFloat32) and change the results slightly",
     )
     gc_every_steps: Count = Field(
         0,
         ge=0,
         le=10**6,
-        description="steps between garbage collections, on all ranks at the same step; 0 leaves them to Python. Set it to "
-        "1000 or so when single ranks stall",
+        description="collect Python garbage every N steps, on all ranks at the same step; try 50 to 1000 if single ranks "
+        "stall now and then. 0 = whenever Python decides",
     )
 
     @model_validator(mode="after")
@@ -291,19 +291,20 @@ class LogConfig(Section):
 
 
 class ProfileConfig(Section):
-    """A torch.profiler trace of a few steps, written to RUN/traces/ by every rank. Changes no result."""
+    """A torch.profiler trace of a few steps: every rank writes one to RUN/traces/. It slows these steps only."""
 
-    start_step: Count = Field(10, gt=0, le=10**12, description="first step of the trace")
-    end_step: Count = Field(
-        0, ge=0, le=10**12, description="last step of the trace, at most 100 steps in all; 0 = no trace"
+    start_step: Count = Field(
+        10, gt=0, le=10**12, description="first step to trace; step 1 includes compilation and warmup"
     )
+    end_step: Count = Field(0, ge=0, le=10**12, description="last step to trace, at most 100 in all; 0 = no trace")
 
     @model_validator(mode="after")
     def _few(self) -> "ProfileConfig":
-        if self.end_step and not self.start_step <= self.end_step < self.start_step + 100:
+        last = self.start_step + MOST_TRACED - 1
+        if self.end_step and not self.start_step <= self.end_step <= last:
             raise ValueError(
-                f"profile.end_step={self.end_step}: from profile.start_step={self.start_step} to 99 steps later, or 0 for no "
-                "trace"
+                f"profile.end_step={self.end_step} must be between profile.start_step={self.start_step} and {last} (a trace "
+                f"takes {MOST_TRACED} steps at most), or 0 for no trace"
             )
         return self
 

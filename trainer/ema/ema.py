@@ -2,8 +2,8 @@
 
 The profiles are those of Karras et al. (arXiv 2312.02696, section 3 and appendix C).
 
-A power average of relative width s weighs the weights of the past by a power of training time, so its memory grows with
-the run. It is tracked in `images_seen`: batch size and world size do not change it. The live model is never swapped.
+A power average of relative width s weighs past weights by a power of training time, so its memory grows with the run. Time
+is `images_seen`, so batch size and world size do not change it. The averages are never swapped into the live model.
 """
 
 from collections.abc import Callable
@@ -32,9 +32,9 @@ def power_decay(relative_std: float, images_seen: int, batch: int) -> float:
 
 
 class EMA:
-    """Averages of a backend's local weights; a sharded model's averages are sharded the same way (case T06).
+    """Averages of a backend's local weights; a sharded model's averages are sharded the same way.
 
-    `relative_stds`: widths of power averages. `decays`: what ordinary averages keep of themselves at each step.
+    `relative_stds`: widths of power averages. `decays`: decay per step of constant-decay averages.
     """
 
     def __init__(self, backend: Backend, relative_stds: tuple[float, ...], decays: tuple[float, ...] = ()) -> None:
@@ -50,20 +50,20 @@ class EMA:
 
     @torch.no_grad()
     def update(self, images_seen: int, batch: int) -> None:
-        """Take in the weights after the step that brought the count to `images_seen`."""
+        """Add the weights after the step of `batch` images that ended at `images_seen`."""
         sources = list(self._sources.values())
         for name, average in self.averages.items():
             weight = 1 - self._decays[name](images_seen, batch)
             torch._foreach_lerp_(list(average.values()), sources, weight)
 
     def reset(self) -> None:
-        """Every average becomes the weights as they are."""
+        """Set every average to the current weights."""
         for average in self.averages.values():
             for name, tensor in average.items():
                 tensor.copy_(self._sources[name].detach())
 
     def state(self) -> dict[str, Tensor]:
-        """Every average in saved form under "ema-0.050/NAME"."""
+        """All averages in the form that checkpoints hold, as "ema-0.050/NAME"."""
         return {
             f"{kind}/{name}": self._backend.to_saved(name, t)
             for kind, tensors in self.averages.items()
@@ -71,7 +71,7 @@ class EMA:
         }
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take over the values of tensors that `state` gave and a checkpoint filled."""
+        """Load tensors that came from `state()` and that a checkpoint has filled."""
         for kind, tensors in self.averages.items():
             for name, local in tensors.items():
                 self._backend.from_saved(name, state[f"{kind}/{name}"], local)

@@ -1,8 +1,8 @@
-"""An average of any width after the training, from averages that were stored on the way.
+"""Post-hoc EMA: an average of any width, reconstructed after training from stored averages.
 
 Karras et al., arXiv 2312.02696, section 3.2: every stored average is an integral of the weights over training time
-against its profile, a power function that ends at the moment of the snapshot. The profile that is wanted is fitted with
-these by least squares, and the same combination of the stored averages is the average that is wanted.
+against its profile, a power function that ends at the snapshot. Least squares fits the desired profile by these, and the
+same combination of the stored averages is the desired average.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from tarflow.trainer.ema.ema import power_of_width
 from tarflow.trainer.ema.snapshots import sources
 from tarflow.trainer.errors import TrainerError
 
-WORST_FIT = 0.1  # of the profile's norm; beyond it the average would be of another shape than asked for
+WORST_FIT = 0.1  # error relative to the profile's norm, beyond which the average would have another shape
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Profile:
     relative_std: float
 
     def dot(self, other: "Profile") -> float:
-        """Integral of p q over [0, the earlier end], in closed form; in logarithms, for powers of large numbers."""
+        """Integral of p q over [0, the earlier end], in closed form; by logarithms, since the powers overflow."""
         a, b = power_of_width(self.relative_std), power_of_width(other.relative_std)
         earlier = min(self.end, other.end)
         log = a * np.log(earlier / self.end) + b * np.log(earlier / other.end)
@@ -44,10 +44,10 @@ class Profile:
 
 
 def fit(stored: Sequence[Profile], wanted: Profile) -> tuple[NDArray[np.float64], float]:
-    """Coefficients of the stored profiles [n] and how far their sum is from the wanted one, as a share of its norm.
+    """Coefficients [n] of the stored profiles, and the error of their sum relative to the wanted profile's norm.
 
-    The coefficients add up to one, which plain least squares only comes near to: a weight is large beside the way it
-    goes in the time of an average, and a sum off by a thousandth would be an error of a thousandth of the weight itself.
+    The coefficients are constrained to add up to one. Plain least squares only comes close, and a sum off by a thousandth
+    is an error of a thousandth of each weight, which is large beside how far weights move within an average.
     """
     norms = np.sqrt([p.dot(p) for p in stored])
     size = np.sqrt(wanted.dot(wanted))
@@ -65,28 +65,26 @@ def reconstruct(
     relative_std: float,
     step: int | None,
     out: Path | None,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     images: int | None = None,
 ) -> Path:
-    """Write the average of a width as a weights file; returns its path.
+    """Reconstruct the average of a width at `step` or `images` (both None: the newest), and write it as a weights file.
 
-    It is that at a step, or at so many images seen (None: the newest stored moment).
-
-    Errors: a width out of range, a file that cannot be written, no such moment or several of that step, no power averages
-    stored, or too few of them for a fit within WORST_FIT.
+    Returns its path. Raises TrainerError: width out of range, file cannot be written, no such checkpoint or several of that
+    step, no power averages stored, or too few of them for a fit within WORST_FIT.
     """
     if not 0 < relative_std < 0.28:
         raise TrainerError(f"--relative-std {relative_std:g}: a width lies between 0 and 0.28 of the run so far")
     if out is not None and (out.suffix not in (".safetensors", ".pth") or not out.parent.is_dir()):
         raise TrainerError(f"--out {out}: give a .safetensors or .pth file in a directory that exists")
-    moments = sources(run_dir, say)
+    moments = sources(run_dir, log)
     final = choose(moments, step, images, f"run {run_dir}", "averages")
     wanted = Profile(final.images_seen, relative_std)
     pairs = [(c, s) for c in moments if 0 < c.images_seen <= final.images_seen for s in _widths(c)]
     if not pairs:
         raise TrainerError(f"run {run_dir} stores no power averages: it was trained with ema.relative_stds=[]")
     coefficients, distance = fit([Profile(c.images_seen, std) for c, std in pairs], wanted)
-    say(f"{len(pairs)} stored averages of {len({c.images_seen for c, _ in pairs})} moments up to {final.images_seen:,} images; "
+    log(f"{len(pairs)} stored averages of {len({c.images_seen for c, _ in pairs})} moments up to {final.images_seen:,} images; "
         f"the profile of width {relative_std:g} is met within {distance:.1e} of its norm")  # fmt: skip
     if distance > WORST_FIT:
         raise TrainerError(
@@ -108,7 +106,7 @@ def _widths(checkpoint: Checkpoint) -> tuple[float, ...]:
 
 
 def _combine(pairs: Sequence[tuple[Checkpoint, float]], coefficients: NDArray[np.float64]) -> dict[str, Any]:
-    """Sum of stored averages, in float64 one average at a time; the prior's variance is the last moment's."""
+    """Weighted sum of stored averages in float64, loading one at a time; the prior's variance is the last one's."""
     total: dict[str, torch.Tensor] = {}
     for (checkpoint, std), coefficient in zip(pairs, coefficients.tolist()):
         weights = load_weights(checkpoint, power_name(std))

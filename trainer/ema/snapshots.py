@@ -1,10 +1,10 @@
-"""Snapshots of the averages alone, kept for ever: what `tarflow ema` rebuilds an average of another width from.
+"""Snapshots of the averages alone, kept forever: `tarflow ema` rebuilds averages of other widths from them.
 
     ema/snapshots/run.json                          the same run as the directory above
-    ema/snapshots/checkpoints/images-000000064000/  the averages and the prior's variance, committed as a checkpoint is
+    ema/snapshots/checkpoints/images-000000064000/  the averages and the prior's variance, committed like a checkpoint
 
-Every `ema.snapshot_every_images` the save that is due writes one, before its checkpoint: a run that is killed between
-the two comes by again and writes the same. Retention looks after `checkpoints/` and never comes here.
+The save at each multiple of `ema.snapshot_every_images` writes one, before its checkpoint: a run killed between
+the two reaches that step again and writes the same. Retention only touches `checkpoints/`.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from tarflow.trainer.run_dir import is_run, run_id, write_identity
 
 
 def snapshots_dir(run_dir: Path) -> Path:
-    """A run directory in the small: all that `tarflow.trainer.checkpoint.commit` does works on it."""
+    """Where snapshots are; laid out like a run directory, so that `tarflow.trainer.checkpoint.commit` works on it."""
     return run_dir / "ema" / "snapshots"
 
 
 def prepare(run_dir: Path) -> Path:
-    """Make the directory, as the same run's; returns it."""
+    """Make the directory, with the identity of the run; returns it."""
     folder = snapshots_dir(run_dir)
     if not is_run(folder):
         make_folder(run_dir, "ema", "snapshots")
@@ -37,7 +37,7 @@ def prepare(run_dir: Path) -> Path:
 
 
 def check(run_dir: Path) -> Path:
-    """The directory, which must say that it is the same run's if it is there. Raises TrainerError, DamagedFileError."""
+    """The directory; if it exists, it must belong to the run. Raises TrainerError, DamagedFileError."""
     folder = snapshots_dir(run_dir)
     if is_run(folder) and (theirs := run_id(folder)) != (mine := run_id(run_dir)):
         raise TrainerError(
@@ -53,7 +53,7 @@ def contents(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def forget_after(run_dir: Path, images_seen: int) -> list[str]:
-    """Remove snapshots of a future that a run going on from `images_seen` may not have; lines for the log. Writer only."""
+    """Remove snapshots past `images_seen`, where the run resumes; returns lines for the log. Writer only."""
     if not checkpoints_dir(snapshots_dir(run_dir)).is_dir():
         return []
     folder, lines = prepare(run_dir), []
@@ -68,10 +68,10 @@ def forget_after(run_dir: Path, images_seen: int) -> list[str]:
     return lines
 
 
-def sources(run_dir: Path, say: Callable[[str], None] = lambda _: None) -> list[Checkpoint]:
-    """Everything that holds averages, by images seen ascending: snapshots, and checkpoints at other moments.
+def sources(run_dir: Path, log: Callable[[str], None] = lambda _: None) -> list[Checkpoint]:
+    """Everything that holds averages, by images seen: snapshots, and checkpoints where there is no snapshot.
 
-    `say` is told what is damaged and so left out.
+    Damaged ones are skipped and named to `log`.
     """
     moments: dict[int, Checkpoint] = {}
     for home in (run_dir, check(run_dir)):
@@ -79,5 +79,5 @@ def sources(run_dir: Path, say: Callable[[str], None] = lambda _: None) -> list[
             usable, refused = scan(home)
             moments |= {c.images_seen: c for c in usable}
             for path, text in why_skipped(refused, "used").items():
-                say(f"WARNING: {path.parent}/{text}")
+                log(f"WARNING: {path.parent}/{text}")
     return [moments[images_seen] for images_seen in sorted(moments)]

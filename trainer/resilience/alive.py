@@ -1,6 +1,6 @@
-"""Whether somebody trains a run at this moment, from what its ranks last said of themselves in `heartbeats/`.
+"""Whether a run is being trained at this moment, by the heartbeats of its ranks in `heartbeats/`.
 
-A look never takes the run's lock: it must not be in the way of a start. Needs no torch.
+Never takes the lock of the run, which would block a start. Needs no torch.
 """
 
 import os
@@ -16,16 +16,16 @@ from tarflow.files import listed
 from tarflow.records import DamagedFileError, Record, load_record
 from tarflow.trainer.run_dir import Holder, Words
 
-# A living rank writes every two seconds; a network file system may show that late.
+# A rank writes every two seconds; a network file system may show that late.
 FRESH_S = 60.0
-# Last words of a rank: it left in good order, with an error, or because it hung. A killed rank says none of them.
+# The last phase of a rank: it ended normally, with an error, or because it hung. A rank that is killed writes none of them.
 GONE, FAILED, HUNG = "gone", "failed", "hung"
 ENDED = (GONE, FAILED, HUNG)
 KILLED = "killed"
 
 
 class Heartbeat(Record):
-    """What a rank says of itself every two seconds."""
+    """What a rank writes every two seconds."""
 
     what = "heartbeat of a rank"
     rank: int = Field(0, ge=0, le=10**6)
@@ -35,15 +35,15 @@ class Heartbeat(Record):
     job: Words = ""
     phase: Words = ""
     step: int = Field(0, ge=0, le=10**15)
-    still_s: float = Field(0, ge=0)  # without progress
-    own_s: float | None = Field(None, ge=0)  # seconds of a step that are not spent waiting for others
+    still_s: float = Field(0, ge=0)  # seconds without progress
+    own_s: float | None = Field(None, ge=0)  # seconds per step not spent waiting for other ranks
     time: float | None = None
 
 
 def read_heartbeats(run_dir: Path) -> list[dict[str, Any]]:
-    """What every rank of the newest start last said of itself, by rank; `seen`: when, by the file server's clock.
+    """The last heartbeat of every rank of the newest start, by rank; `seen`: when, by the file server's clock.
 
-    Of one that is damaged only `seen` is known: it may be alive, and is taken to be for as long as that is fresh.
+    A damaged one has only `seen`, and counts as alive for as long as that is fresh.
     """
     beats: list[dict[str, Any]] = []
     for path in listed(run_dir / "heartbeats", "rank-*.json"):
@@ -54,13 +54,13 @@ def read_heartbeats(run_dir: Path) -> list[dict[str, Any]]:
             beats.append({"seen": seen})
         except OSError:
             continue
-    # A start of fewer ranks leaves the files of the others behind.
+    # A start on fewer ranks leaves the files of the others behind.
     size = next((beat["world_size"] for beat in beats if beat.get("world_size")), None)
     return beats[:size]
 
 
 def damaged_heartbeats(run_dir: Path) -> list[str]:
-    """What is wrong with the heartbeats of a run, in words, for whoever shows them."""
+    """What is wrong with the heartbeat files of a run, one text for each."""
     flaws: list[str] = []
     for path in listed(run_dir / "heartbeats", "rank-*.json"):
         with noted(flaws), suppress(FileNotFoundError):
@@ -74,7 +74,7 @@ def holder_of(beat: dict[str, Any]) -> Holder:
 
 
 def is_alive(beat: dict[str, Any], now: float | None = None) -> bool:
-    """Whether the rank is there: its process, if it is one of this machine; else by the age of its heartbeat."""
+    """Whether the rank is alive: by its process if that is on this machine, otherwise by the age of its heartbeat."""
     if beat.get("phase") in ENDED:
         return False
     if beat.get("host") == os.uname().nodename and Path("/proc/self").exists():
@@ -83,12 +83,12 @@ def is_alive(beat: dict[str, Any], now: float | None = None) -> bool:
 
 
 def living_writer(run_dir: Path, now: float | None = None) -> Holder | None:
-    """The process that trains a run, as far as its heartbeats tell; of several ranks the first."""
+    """The process that trains a run, by its heartbeats; of several ranks the first."""
     return next((holder_of(beat) for beat in read_heartbeats(run_dir) if is_alive(beat, now)), None)
 
 
 def last_words(run_dir: Path) -> str | None:
-    """How the last start ended: GONE, FAILED, HUNG, or KILLED if a rank said none of these; None before any start."""
+    """How the last start ended: GONE, FAILED, HUNG, or KILLED if a rank wrote none of these; None before any start."""
     phases = [beat.get("phase") for beat in read_heartbeats(run_dir)]
     if not phases:
         return None
@@ -97,7 +97,7 @@ def last_words(run_dir: Path) -> str | None:
 
 
 def _runs_since(pid: int, moment: float) -> bool:
-    """Whether a process of this machine has a number, and began before a moment: numbers are used again."""
+    """Whether the process `pid` of this machine runs and started before `moment`: pids are reused."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))

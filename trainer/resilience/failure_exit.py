@@ -1,4 +1,4 @@
-"""How a rank leaves when something went wrong: the cause in log.txt, the right exit code, and no waiting for others."""
+"""How a rank exits on an error: the cause in log.txt, the right exit code, and no waiting for other ranks."""
 
 import os
 import sys
@@ -16,17 +16,17 @@ from tarflow.trainer.run_dir import is_run, note
 
 @dataclass
 class FailureRecord:
-    """Whether the run has begun: a start that is refused before is said on the screen and leaves no trace in the run."""
+    """Whether the run has begun: a start refused before that is an error on the screen and leaves no trace in the run."""
 
     begun: bool = False
 
 
 @contextmanager
 def failure_exit(world: World, run_dir: Path) -> Iterator[FailureRecord]:
-    """On an error in one of many ranks: write it down, then leave at once.
+    """On an error in one of several ranks, log it and exit at once; a single process raises it to its caller.
 
-    The interpreter's own way out is no good then: it would run collectives' destructors while their peers are gone, and
-    sometimes aborts, which hides the exit code. A process that is alone lets its caller see the error.
+    A normal interpreter exit would run the destructors of collectives whose peers are gone; that sometimes aborts, which
+    hides the exit code.
     """
     record = FailureRecord()
     try:

@@ -1,11 +1,11 @@
-"""A test hook: make this process fail at a named point, so that tests can hit the inside of a save or a step.
+"""A test hook: make this process fail at a named point, e.g. in the middle of a save or a step.
 
     TARFLOW_FAULT="POINT[@COUNT][/RANK]=ACTION[,...]"     e.g. "save.written@2/1=kill,step@5=hang"
 
-POINT is one of `POINTS`; COUNT the how-manieth passing fails (default 1); RANK only that rank (default: every one).
-ACTION: kill (SIGKILL), exit (status 3 at once), raise, hang (sleeps for ever), spin (hangs without letting other threads
-run), term (SIGTERM to itself), nospace (as a full disk), slow:SECONDS (each time from COUNT on). Nothing is done unless
-the variable is set; no user sets it.
+POINT is one of `POINTS`. It fails on the COUNT-th hit (default 1), on rank RANK only (default: on all ranks). ACTION: kill
+(SIGKILL), exit (status 3 at once), raise, hang (sleep forever), spin (hang while holding the GIL), term (SIGTERM to itself),
+nospace (the error of a full disk), slow:SECONDS (on every hit from COUNT on). Without the variable nothing happens; only
+tests set it.
 """
 
 import ctypes
@@ -16,26 +16,26 @@ import time
 
 VARIABLE = "TARFLOW_FAULT"
 POINTS = (
-    "join",  # nothing is there yet, not even the process group
-    "start",  # the process group is up, nothing is restored yet
+    "join",  # before the process group is joined
+    "start",  # the process group is up, nothing is loaded yet
     "step",  # before a step
-    "save.begin",  # a save starts, nothing is written
-    "save.staged",  # the state is copied, the step may go on
+    "save.begin",  # before anything is written
+    "save.staged",  # the state is copied, training may continue
     "save.written",  # all tensors of this rank are written, nothing is committed
     "save.renamed",  # rank 0: the directory has its final name, but no marker
     "save.marked",  # rank 0: committed, but `latest` still names the one before
     "save.pointed",  # rank 0: before retention
 )
-_passed: dict[str, int] = {}
+_hits: dict[str, int] = {}
 
 
 def fault_point(point: str) -> None:
-    """Fail here if the environment says so."""
+    """Fail here if the environment asks for it."""
     wanted = os.environ.get(VARIABLE)
     if not wanted:
         return
     assert point in POINTS, point
-    _passed[point] = _passed.get(point, 0) + 1
+    _hits[point] = _hits.get(point, 0) + 1
     for entry in wanted.split(","):
         where, _, action = entry.partition("=")
         where, _, rank = where.partition("/")
@@ -44,9 +44,9 @@ def fault_point(point: str) -> None:
             continue
         number = int(count or 1)
         if action.startswith("slow:"):
-            if _passed[point] >= number:
+            if _hits[point] >= number:
                 time.sleep(float(action.removeprefix("slow:")))
-        elif _passed[point] == number:
+        elif _hits[point] == number:
             _fail(action, point)
 
 
@@ -60,7 +60,7 @@ def _fail(action: str, point: str) -> None:
     elif action == "hang":
         time.sleep(10**6)
     elif action == "spin":
-        ctypes.PyDLL(None).sleep(10**6)  # PyDLL keeps the interpreter's lock
+        ctypes.PyDLL(None).sleep(10**6)  # PyDLL keeps the GIL
     elif action == "nospace":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), point)
     elif action == "raise":

@@ -1,4 +1,4 @@
-"""Asking a run to stop: a signal sets a flag, and the loop saves at its next step boundary (contract 7)."""
+"""Stop signals: the handler sets a flag, and the loop saves at the next step boundary."""
 
 import os
 import signal
@@ -12,16 +12,16 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, s
 
 
 def catch(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
-    """Handle the stop signals; returns the handlers before. SIGHUP stays ignored under `nohup`, which is what that is for."""
+    """Install a handler for the stop signals; returns the previous handlers. Under `nohup`, SIGHUP stays ignored."""
     kept = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
     return {number: signal.signal(number, handler) for number in STOP_SIGNALS if number not in kept}
 
 
 class StopRequest:
-    """While entered, catches the stop signals. A second SIGINT leaves at once, as an impatient user expects.
+    """Catches the stop signals while entered. A second SIGINT exits at once, as an impatient user expects.
 
-    A handler runs when the main thread next comes by the interpreter, which is never while it waits for other ranks inside
-    a library. So a thread counts the SIGINTs, told of each signal through a socket.
+    Python handlers run between bytecodes of the main thread, so never while it waits for other ranks inside a library. A
+    thread therefore counts the SIGINTs, which reach it through a wakeup socket.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class StopRequest:
         self._told.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
         self._previous = catch(self._handle)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a launcher holds them back until here
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a launcher blocks them until here
         self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._listener.start()
         return self

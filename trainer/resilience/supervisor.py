@@ -1,6 +1,6 @@
-"""Start the ranks of a run on this machine, and start them again when one dies: the allocation is not lost with it.
+"""Starts the ranks of a run on this machine, and restarts them when one dies, so that the allocation is not lost.
 
-Nothing here needs torch. The ranks' exit codes are passed on (torchrun would turn every one but 0 into 1).
+Needs no torch. Passes the exit codes of the ranks on (torchrun turns every one but 0 into 1).
 """
 
 import ctypes
@@ -19,12 +19,12 @@ from tarflow.trainer.resilience.exit_codes import FAILED, FINISHED, HUNG, NO_PRO
 from tarflow.trainer.resilience.signals import STOP_SIGNALS, catch
 from tarflow.trainer.run_dir import is_run, note
 
-GRACE_S = 20.0  # for the other ranks to notice that one is gone and to say what they saw
-FINAL = (NO_PROGRESS, USAGE)  # starting again would end the same way
+GRACE_S = 20.0  # for the other ranks to notice that one is gone, and to log what they saw
+FINAL = (NO_PROGRESS, USAGE)  # a restart would end the same way
 
 
 class Supervisor:
-    """Runs one command as `ranks` processes until it is finished, stopped, or restarted too often."""
+    """Runs a command as `ranks` processes until it finishes, is stopped, or has been restarted too often."""
 
     def __init__(self, command: Sequence[str], ranks: int, run_dir: Path, max_restarts: int) -> None:
         self.command, self.ranks, self.run_dir, self.max_restarts = list(command), ranks, run_dir, max_restarts
@@ -32,7 +32,7 @@ class Supervisor:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def run(self) -> int:
-        """Returns the exit code of the run as a whole."""
+        """Run to the end; returns the exit code of the run as a whole."""
         before = catch(self._forward)
         code = FAILED
         try:
@@ -42,7 +42,7 @@ class Supervisor:
                 if code in (FINISHED, REQUEUE, *FINAL) or self._stop_asked:
                     return code
                 again = restart < self.max_restarts
-                self._say(
+                self._log(
                     f"{cause}; all ranks are gone; "
                     + (
                         f"restart {restart + 1} of {self.max_restarts}"
@@ -76,11 +76,11 @@ class Supervisor:
             )
             for rank in range(self.ranks)
         ]
-        if self._stop_asked:  # while they were started
+        if self._stop_asked:  # a signal came while they were being started
             self._send(signal.SIGTERM)
 
     def _wait(self) -> tuple[int, str]:
-        """(exit code, who ended first and how) once all ranks are gone."""
+        """Wait for all ranks; returns (exit code, text on which rank failed first and how)."""
         first: tuple[int, int] | None = None
         deadline = float("inf")
         while any(p.poll() is None for p in self._processes):
@@ -88,9 +88,8 @@ class Supervisor:
             if ended and deadline == float("inf"):
                 deadline = time.monotonic() + GRACE_S
             bad = [(r, code) for r, code in ended if code not in (FINISHED, REQUEUE)]
-            first = first or (
-                min(bad, key=lambda e: e[1]) if bad else None
-            )  # a signal's code is negative: it is the cause
+            # Of several at once, one killed by a signal (a negative code) is the cause.
+            first = first or (min(bad, key=lambda e: e[1]) if bad else None)
             if time.monotonic() > deadline:
                 self._end_all()
             time.sleep(0.02)
@@ -103,10 +102,10 @@ class Supervisor:
         return (known[0] if known else FAILED), f"rank {first[0]} {_how(first[1])} first"
 
     def _forward(self, number: int, _: object) -> None:
-        """Hand a stop signal on.
+        """Forward a stop signal to the ranks.
 
-        A SIGINT from a keyboard reaches the ranks by itself, and two would end them unsaved, so
-        it goes on as a SIGTERM; a second one ends them, since that is what it means.
+        A SIGINT from the keyboard reaches the ranks anyway, and two of them would end a rank unsaved, so it is forwarded as
+        a SIGTERM. A second one kills the ranks: that is what it asks for.
         """
         interrupts = number == signal.SIGINT
         if interrupts and self._interrupted:
@@ -127,7 +126,7 @@ class Supervisor:
         for process in self._processes:
             process.wait()
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         print(f"supervisor: {text}", file=sys.stderr, flush=True)
         if is_run(self.run_dir):
             with suppress(OSError):  # a full disk must not end the supervision
@@ -143,10 +142,10 @@ def _how(code: int) -> str:
 
 
 def _before_the_rank() -> None:
-    """Prepare the new process, before it runs the rank.
+    """Runs in the child before the rank's program.
 
-    A rank whose supervisor is killed is asked to stop: nobody else would (Linux only). And stop signals wait until it
-    listens to them, or a signal while it starts would be a plain kill.
+    Stop signals are blocked until the rank has installed its handlers, or one that comes while it starts would kill it. If
+    the supervisor dies, the kernel sends the rank a SIGTERM (Linux only): nobody else would stop it.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     with suppress(OSError, AttributeError):
@@ -154,5 +153,5 @@ def _before_the_rank() -> None:
 
 
 def supervise(arguments: Sequence[str], ranks: int, run_dir: Path, max_restarts: int) -> int:
-    """Run `tarflow train ARGUMENTS` as so many ranks on this machine."""
+    """Run `tarflow train ARGUMENTS` as `ranks` processes on this machine. Returns the exit code."""
     return Supervisor(module_command("tarflow", "train", *arguments), ranks, run_dir, max_restarts).run()

@@ -1,9 +1,9 @@
-"""A heartbeat file per rank, and an end to processes that hang.
+"""A heartbeat file per rank, and a timeout for ranks that hang.
 
-A thread beside the training writes `heartbeats/rank-0003.json` (phase, step, time in the phase) and looks at the clock. A
-phase that lasts too long means that this rank, or one that it waits for, hangs: the stacks of all threads go to the rank's
-log and the process ends with its own exit code, so that an allocation is not burnt in silence. Start, saves and the end may
-take `parallel.start_timeout_s`; a step, `parallel.step_timeout_s`.
+A thread writes `heartbeats/rank-0003.json` (phase, step, time in the phase). A phase that takes too long means that this
+rank, or one that it waits for, hangs: the stacks of all threads go to the log of the rank and the process exits with a code
+of its own, so that an allocation is not wasted in silence. Startup, saves and the end may take `parallel.start_timeout_s`, a
+step `parallel.step_timeout_s`.
 """
 
 import datetime
@@ -30,18 +30,18 @@ from tarflow.trainer.resilience.alive import read_heartbeats
 from tarflow.trainer.resilience.exit_codes import HUNG
 from tarflow.trainer.run_dir import Holder, is_run, note, rank_log
 
-QUICK = ("data", "step")  # phases within a step; all others are allowed to be long
-STRAGGLER = 1.5  # own time per step, relative to the median rank, from which a rank is named
-LOOK_S = 30.0  # between two looks at all ranks' times
+QUICK = ("data", "step")  # phases within a step; all others may take long
+STRAGGLER = 1.5  # times the median rank's own time per step, above which a rank is named
+LOOK_S = 30.0  # between two comparisons of all ranks
 
 
 class Watchdog:
-    """Watches this rank while entered. The loop says what it does with `phase` and `step_done`."""
+    """Watches this rank while entered. The loop reports progress by `phase` and `step_done`."""
 
     def __init__(self, run_dir: Path, rank: int, world_size: int, limits: ParallelConfig) -> None:
         self.run_dir, self.rank, self.world_size, self.limits = run_dir, rank, world_size, limits
         self.name, self.step = "start", 0
-        self._still_s = 0.0  # since the last sign of life, as far as this process was running
+        self._idle_s = 0.0  # since the last progress, without times when this process was suspended
         self._own: deque[float] = deque(maxlen=64)
         self._stop = threading.Event()
         self._interval = min(2.0, limits.step_timeout_s / 4, limits.start_timeout_s / 4)
@@ -68,33 +68,34 @@ class Watchdog:
         self._file.close()
 
     def phase(self, name: str) -> None:
-        """Note that the rank begins something else: it is alive."""
-        self.name, self._still_s = name, 0.0
+        """Report that a phase begins."""
+        self.name, self._idle_s = name, 0.0
 
     def step_done(self, step: int, own_s: float) -> None:
-        """A step is over; `own_s`: seconds of it in which this rank waited for no other."""
-        self.step, self._still_s = step, 0.0
+        """Report that a step is done; `own_s`: the seconds that this rank did not wait for others."""
+        self.step, self._idle_s = step, 0.0
         self._own.append(own_s)
 
     @property
     def limit_s(self) -> float:
-        """Seconds that the present phase may take."""
+        """Timeout of the current phase."""
         return self.limits.step_timeout_s if self.name in QUICK else self.limits.start_timeout_s
 
     def _watch(self) -> None:
         assert self._file is not None
         looked = last = time.monotonic()
         while True:
-            # For a hang that does not let this thread run: a clock that needs no interpreter. It ends with code 1.
+            # For hangs in which this thread cannot run either: a C-level timer, which fires while the GIL is held. It exits
+            # with code 1.
             faulthandler.dump_traceback_later(self.limit_s + 4 * self._interval, exit=True, file=self._file)
             self._write()
             if self._stop.wait(self._interval):
                 return
             now = time.monotonic()
-            # A suspended machine or job stops this thread, too: such a gap is no hang.
-            self._still_s += min(now - last, 2 * self._interval)
+            # A suspended machine or job stops this thread too: such a gap is not a hang.
+            self._idle_s += min(now - last, 2 * self._interval)
             last = now
-            if self._still_s > self.limit_s:
+            if self._idle_s > self.limit_s:
                 self._end()
             if self.rank == 0 and self.world_size > 1 and now - looked > min(LOOK_S, self.limits.step_timeout_s):
                 looked = now
@@ -102,10 +103,10 @@ class Watchdog:
                     self._name_straggler()
 
     def _end(self) -> None:
-        """The last act of a rank that hangs."""
+        """Log where this rank hangs, and exit."""
         limit = "step" if self.name in QUICK else "start"
         text = (
-            f"HUNG: rank {self.rank} (host {os.uname().nodename}) made no progress for {self._still_s:.0f} s in phase "
+            f"HUNG: rank {self.rank} (host {os.uname().nodename}) made no progress for {self._idle_s:.0f} s in phase "
             f"{self.name!r} of step {self.step + 1} (parallel.{limit}_timeout_s={self.limit_s:g}); it ends with exit code "
             f"{HUNG}, the stacks of its threads are in {rank_log(self.run_dir, self.rank)}"
         )
@@ -117,21 +118,21 @@ class Watchdog:
             faulthandler.dump_traceback(self._file, all_threads=True)
             self.name = alive.HUNG
             self._write()
-        finally:  # on a full disk, too
+        finally:  # also on a full disk
             os._exit(HUNG)
 
     def _write(self) -> None:
         facts: dict[str, Any] = {
             "rank": self.rank, "world_size": self.world_size, **vars(Holder.of_this_process()),
             "phase": self.name, "step": self.step,
-            "still_s": round(self._still_s, 1), "own_s": statistics.median(self._own) if self._own else None,
+            "still_s": round(self._idle_s, 1), "own_s": statistics.median(self._own) if self._own else None,
             "time": time.time(),
         }  # fmt: skip
         temporary = self._path.with_suffix(".tmp")
         try:
             write_new(temporary, json.dumps(sealed(facts)))
             os.replace(temporary, self._path)
-        except OSError:  # a full disk must not end the watch
+        except OSError:  # a full disk must not end the thread
             temporary.unlink(missing_ok=True)
 
     def _name_straggler(self) -> None:
@@ -148,10 +149,10 @@ class Watchdog:
 
 @contextmanager
 def deadline(seconds: float, run_dir: Path, rank: int, doing: str) -> Iterator[None]:
-    """End this process, with its stacks on the error output, if what is inside takes too long.
+    """Exit this process, with its stacks on standard error, if the body takes too long.
 
-    For waits before there is a run directory to watch over. Joining the others is one: torch tries to connect again after
-    its time is over, so that a rank whose peer died before it could listen would stay for up to three times as long.
+    For waits before the watchdog runs. Joining the other ranks is one: torch retries after its own timeout, so that a rank
+    whose peer died before it could listen would wait up to three times as long.
     """
 
     def end() -> None:
@@ -177,18 +178,18 @@ def deadline(seconds: float, run_dir: Path, rank: int, doing: str) -> Iterator[N
 
 
 def straggler(beats: list[dict[str, Any]]) -> tuple[int, float, float] | None:
-    """(rank, its own seconds per step, the median's) if one rank is far slower than the median, from the heartbeats."""
+    """(rank, its own seconds per step, the median) if the heartbeats show a rank far slower than the median."""
     times = {beat["rank"]: beat["own_s"] for beat in beats if beat.get("own_s") and "rank" in beat}
     if len(times) < 2:
         return None
     rank = max(times, key=lambda r: times[r])
-    # The lower median, so that of two ranks the faster one is the measure.
+    # The lower median: of two ranks, the slower one is compared with the faster one.
     median = statistics.median_low(list(times.values()))
     return (rank, times[rank], median) if times[rank] > STRAGGLER * median else None
 
 
 def tighten_timeouts(seconds: float, spare: Any) -> None:
-    """From now on a collective may wait `seconds`, except in the group `spare` (whose ranks write checkpoints)."""
+    """Set the timeout of collectives to `seconds` in all groups but `spare`, whose ranks write checkpoints."""
     if not dist.is_initialized():
         return
     for group in list(dist.distributed_c10d._world.pg_map):

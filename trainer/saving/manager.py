@@ -154,7 +154,7 @@ class CheckpointManager:
         if save.error:
             self.failures += 1
             self._saved_at = -1  # the same state may be tried again
-            self.log.say(
+            self.log.info(
                 f"WARNING: saving step {step} failed ({self.failures} in a row; the run stops after "
                 f"checkpoint.max_failures={self.config.checkpoint.max_failures}): {save.error}"
             )
@@ -163,12 +163,12 @@ class CheckpointManager:
         self.failures = 0
         self._newest = save.position
         note = f"; removed {', '.join(save.removed)}" if save.removed else ""
-        self.log.say(
+        self.log.info(
             f"saved {save.name} at {images_seen:,} images ({save.seconds:.1f} s, "
             f"training blocked for {save.blocked_s:.2f} s){note}"
         )
         for line in save.warnings:
-            self.log.say(line)
+            self.log.info(line)
         self.log.event("save", step=step, images_seen=images_seen, seconds=save.seconds, stall_s=save.blocked_s)
 
     def any_rank(self, flag: bool) -> bool:
@@ -189,12 +189,12 @@ class CheckpointManager:
         # Only what was decided is cleaned up after: a start that was refused has changed nothing.
         for line in start.lines + first_decides(self.world, lambda: clean_up(self.run_dir, start)):
             if self.world.first:
-                self.log.say(line)
+                self.log.info(line)
         newest = start.checkpoint
         if newest is None:
             if init_from is not None:
                 self._load_initial_weights(init_from, init_partial)
-            self.log.say(f"no checkpoint in {self.run_dir}: starting from {init_from or 'fresh weights'}")
+            self.log.info(f"no checkpoint in {self.run_dir}: starting from {init_from or 'fresh weights'}")
             self.log.event("start", images_seen=0, step=0)
             return self._newest
         state = self._state()
@@ -204,7 +204,7 @@ class CheckpointManager:
         self._saved_at = newest.images_seen
         self._newest = Position(newest.images_seen, newest.step, newest.step + int(self.backend.skipped()[0]))
         note = "; --init-from is not used: the run has checkpoints" if init_from else ""
-        self.log.say(f"resuming at {newest.images_seen:,} images (checkpoint {newest.name}){note}")
+        self.log.info(f"resuming at {newest.images_seen:,} images (checkpoint {newest.name}){note}")
         self.log.event("resume", images_seen=newest.images_seen, step=newest.step)
         return self._newest
 
@@ -212,7 +212,7 @@ class CheckpointManager:
         classes = class_names(self.config) if partial else None
         weights, lines = initial_weights(source, self.config, partial, classes)
         for line in lines:
-            self.log.say(line)
+            self.log.info(line)
         state: dict[str, Tensor] = self.backend.state()
         for name, value in weights.items():
             place(state["buffer/var" if name == "var" else f"model/{name}"], value)

@@ -1,5 +1,5 @@
-"""What is checked before anything is made: the configuration against the data, the splits and the evaluation's rules.
+"""Checks before a run: the configuration against the data, the splits and the rules of the evaluation.
 
-Sees configuration, run directory, checkpoints and the weights that a run begins with. `train`, its dry run, `submit` and
-`init` call `check_start`.
+Reads the configuration, the run directory, checkpoints and initial weights. `train`, its dry run, `submit` and `init` call
+`check_start`.
 """

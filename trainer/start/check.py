@@ -1,4 +1,4 @@
-"""Everything that is checked before a run is made, in one call."""
+"""All checks before a run, in one call."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from tarflow.trainer.start.record import began, recorded_classes
 
 @dataclass(frozen=True)
 class Start:
-    """What a checked configuration starts from. `warmup_images`: of the learning rate. `notes`: what a person should know."""
+    """The result of the checks: the data, the length of the warmup with its default resolved, and notes for the log."""
 
     train: DataSurvey
     held_out: DataSurvey | None
@@ -28,23 +28,23 @@ class Start:
     notes: list[str]
 
     def lines(self) -> list[str]:
-        """`data: 523 images, 32 x 32, RGB, 4 classes; held out: 58 images`, and the notes."""
+        """Lines for the log: `data: 523 images, 32 x 32, RGB, 4 classes; held out: 58 images`, and the notes."""
         held_out = f"; held out: {self.held_out.facts.num_samples:,} images" if self.held_out else ""
         return [f"data: {self.train}{held_out}", *(f"note: {note}" for note in self.notes)]
 
     def record(self) -> dict[str, object]:
-        """What RUN/data.json says."""
+        """The contents of RUN/data.json."""
         return {**self.train.describe(), "validation": self.held_out.describe() if self.held_out else None}
 
 
 def check_start(
     config: Config, run_dir: Path, world_size: int, init_from: Path | None = None, init_partial: bool = False
 ) -> Start:
-    """Hold a configuration against its data, its splits and the evaluation's rules; nothing is made.
+    """Check a configuration against its data, its splits and the rules of the evaluation; writes nothing.
 
-    Raises TrainerError, a line for each contradiction, DataError where the training data cannot be opened, or
-    DamagedFileError for a file of the run that decides. A run that has checkpoints is only refused for what training
-    cannot go on with, or for settings that are changed now.
+    Raises TrainerError (a line for each conflict), DataError if the training data cannot be opened, DamagedFileError if a
+    file of the run cannot be trusted. A run that has checkpoints is refused only for conflicts that training cannot
+    continue with, or that settings changed now have caused.
     """
     check_identity(run_dir)
     plan_batch(config.train.global_batch_size, world_size, config.train.micro_batch_size)
@@ -64,14 +64,14 @@ def check_start(
 
 
 def _refuses(finding: Finding, changed: set[str] | None) -> bool:
-    """`changed`: settings that differ from the last start of the run; None: a new run."""
+    """Whether a start is refused. `changed`: settings that differ from the run's last start; None: a new run."""
     if finding.note:
         return False
     return finding.always or changed is None or not changed.isdisjoint(finding.settings)
 
 
 def _changed(config: Config, run_dir: Path) -> set[str]:
-    """Settings that differ from the last start; none where that start left nothing readable."""
+    """Settings that differ from the last start; none if its configuration cannot be read."""
     try:
         return set(config_diff(load_config(run_dir / "config.yaml"), config))
     except TrainerError:
@@ -79,7 +79,7 @@ def _changed(config: Config, run_dir: Path) -> set[str]:
 
 
 def _of_run(config: Config, train: DataSurvey, run_dir: Path) -> Iterator[Finding]:
-    """The classes that the run began with."""
+    """Conflicts with the classes that the run was started on."""
     if train.index is None or not train.labelled:
         return
     yield from compare_classes(
@@ -90,13 +90,13 @@ def _of_run(config: Config, train: DataSurvey, run_dir: Path) -> Iterator[Findin
 
 
 def _of_weights(config: Config, train: DataSurvey, init_from: Path | None, partial: bool) -> Iterator[Finding]:
-    """The model and the classes of the weights that --init-from names."""
+    """Conflicts with the model and the classes of the weights given by --init-from."""
     if init_from is None:
         return
     from tarflow.trainer.saving.initial_weights import check_initial  # loads torch
 
     header = check_initial(init_from, config, partial)
-    if partial or not train.labelled:  # what fits is then taken over by name
+    if partial or not train.labelled:  # --init-partial matches classes by name
         return
     yield from compare_classes(
         config, (f"data.train={train.place}", train.classes),

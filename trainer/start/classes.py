@@ -1,4 +1,4 @@
-"""The classes of the training images against those of the held-out images, of the run so far, of given weights."""
+"""Checks the class names of the training images against those of held-out images, of the run so far, of given weights."""
 
 from collections.abc import Iterator, Sequence
 
@@ -15,9 +15,9 @@ def compare_classes(
     *settings: str,
     always: bool = False,
 ) -> Iterator[Finding]:
-    """(where, names) of both sides; None: not known, which is said where the other side knows.
+    """Compare (where, names) of two sides; names None: not known, which is noted if the other side has names.
 
-    Names that only follow after the other side's last change no label: that is said.
+    Additional names at the end of one list change no label, so they are only noted.
     """
     (here, own), (there, other) = ours, theirs
     if not config.model.num_classes or (own is None and other is None):

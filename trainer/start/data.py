@@ -1,4 +1,4 @@
-"""The data against the model: what contradicts is refused or said, and both sides are named."""
+"""Checks the data against the model: each finding names both sides."""
 
 from collections.abc import Iterator
 
@@ -7,11 +7,11 @@ from tarflow.data_pipeline.loading.survey import DataSurvey
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.start.finding import Finding, refusals
 
-_LARGE_NOISE = 0.5  # grey levels span 2; the published models have 0.05 to 0.15
+_LARGE_NOISE = 0.5  # pixel values span 2; the published models use 0.05 to 0.15
 
 
 def data_findings(config: Config, train: DataSurvey) -> Iterator[Finding]:
-    """Of the training images."""
+    """Findings about the training images."""
     yield from _length(config, train)
     yield from _noise(config)
     yield from _labels(config, train)
@@ -19,7 +19,7 @@ def data_findings(config: Config, train: DataSurvey) -> Iterator[Finding]:
 
 
 def image_findings(config: Config, setting: str, images: DataSurvey) -> Iterator[Finding]:
-    """Colours and sizes of training or held-out images, as far as a look at some of them tells."""
+    """Findings about colours and sizes of training or held-out images, from a sample of them."""
     channels, size = config.model.in_channels, config.model.image_size
     what = f"the images in {images.place}"
     if channels == 1 and images.channels == 3:

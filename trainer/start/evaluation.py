@@ -1,7 +1,7 @@
-"""What the evaluation would refuse hours later: the held-out images, guidance, feature network, reference statistics.
+"""Checks what the evaluation would refuse hours later: held-out images, guidance, feature network, reference statistics.
 
-The evaluation is a process of its own, often on another machine. What depends on the machine alone (a package, a device)
-is said; what is wrong wherever it runs is refused.
+The evaluation is a process of its own, often on another machine: what depends on the machine (a package, a device) is only
+noted, what is wrong on any machine is refused.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ _SPLITS = ("val", "validation", "valid", "test")
 
 
 def evaluation_findings(config: Config, train: DataSurvey, held_out: DataSurvey | None) -> Iterator[Finding]:
-    """All but what `open_held_out` finds."""
+    """All findings except those of `open_held_out`."""
     yield from _guidance(config)
     yield from _features(config)
     yield from _reference(config, train)
@@ -41,21 +41,21 @@ def evaluation_findings(config: Config, train: DataSurvey, held_out: DataSurvey 
 
 
 def _beside(train: DataSurvey) -> Path | None:
-    """Another split that lies beside the training images."""
+    """Another split in the folder beside the training images."""
     here = Path(train.place)
     places = [here.parent / name for name in _SPLITS if train.index is not None and name != here.name]
     return next((place for place in places if (place / "index" / "shards.parquet").is_file()), None)
 
 
 def open_held_out(config: Config) -> tuple[DataSurvey | None, list[Finding]]:
-    """The held-out images, or why they cannot be opened."""
+    """Open the held-out images; returns them (None: there are none), or findings on why they cannot be opened."""
     data = config.data.held_out
     if data is None:
         return None, []
     try:
-        seen = survey(data.model_copy(update={"reader": "auto"}))  # the evaluation reads by the index, whatever it says
+        seen = survey(data.model_copy(update={"reader": "auto"}))  # the evaluation always reads by index
         if seen.index is None:
-            open_index(data.train, data.access)  # says what is missing
+            open_index(data.train, data.access)  # raises an error that names what is missing
         return seen, []
     except DataError as error:
         return None, [Finding(f"data.validation={data.train}: {error}", ("data.validation",))]

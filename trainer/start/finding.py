@@ -1,4 +1,4 @@
-"""Something that a start is refused for, or that is said."""
+"""A finding of the checks before a run: it is refused, or noted in the log."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from tarflow.errors import UserError
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that a start has found out.
+    """A conflict, or something worth noting.
 
-    `settings`: those that would change it. Unless it is a `note`, a new run is refused for it; a run that goes on
-    hears of it, if none of these settings has changed: work that is half done is not lost for what was accepted once.
-    `always`: training itself cannot go on.
+    `settings`: the ones that resolve it. A new run is refused unless the finding is a `note`. A resumed run is refused only
+    if one of these settings has changed since its last start, so that no run is lost over what it was once started with;
+    `always`: it is refused in any case, because training cannot continue.
     """
 
     text: str
@@ -22,7 +22,7 @@ class Finding:
 
 
 def refusals(check: Callable[[], object], prefix: str, *settings: str, always: bool = False) -> Iterator[Finding]:
-    """The user error that `check` raises, as a finding."""
+    """Run `check`; a user error that it raises becomes a finding."""
     try:
         check()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""RUN/data.json: what a run was last started on. The names of its classes go on from there, and with each checkpoint."""
+"""RUN/data.json: the data a run was last started on, with the class names that a resumed run is checked against."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ NAME = "data.json"
 
 
 class DataSet(Record):
-    """What a run says of a set of images."""
+    """A data set as data.json records it."""
 
     what = "what the run was started on"
     way_out = (
@@ -27,27 +27,27 @@ class DataSet(Record):
     num_classes: int = Field(ge=0)
     image_size: list[int] | None  # width, height in pixels
     channels: int | None
-    unchecked: str | None = None  # why what is fetched of it is not held against checksums
+    unchecked: str | None = None  # why remote shards are not verified against checksums
 
 
 class DataRecord(DataSet):
-    """data.json: the training images, and the held-out ones."""
+    """data.json: the training data, and the held-out data."""
 
     validation: DataSet | None
 
 
 def began(run_dir: Path) -> bool:
-    """Whether a run has committed checkpoints, sound or not: work that must not be lost."""
+    """Whether a run has committed checkpoints, intact or not: work that must not be lost."""
     return bool(listed(checkpoints_dir(run_dir), f"*/{MARKER}"))
 
 
 def write_record(run_dir: Path, record: Mapping[str, object]) -> None:
-    """Replace what the run says of its data."""
+    """Write data.json, replacing that of the last start."""
     save_record(run_dir / NAME, DataRecord.model_validate(record), shared=False)
 
 
 def read_record(run_dir: Path) -> DataRecord | None:
-    """What a run says of its data; None where it says nothing. Raises DamagedFileError."""
+    """Read data.json; None if there is none. Raises DamagedFileError."""
     try:
         return load_record(run_dir / NAME, DataRecord)
     except FileNotFoundError:
@@ -55,6 +55,6 @@ def read_record(run_dir: Path) -> DataRecord | None:
 
 
 def recorded_classes(run_dir: Path) -> list[str] | None:
-    """Names of the classes that a run was started on; None where it does not say. Raises DamagedFileError."""
+    """The class names that a run was started on; None if not recorded. Raises DamagedFileError."""
     record = read_record(run_dir)
     return None if record is None else record.classes

@@ -1,6 +1,6 @@
-"""A configuration that fits a data set: sizes, channels, classes and splits are the data's, the rest suits their number.
+"""Writes a configuration for a data set: sizes, channels, classes and splits from the data, the rest from their number.
 
-A starting point, in which every choice says why it was made; nothing of it is read again.
+A starting point, with the reason for each choice in a comment.
 """
 
 import json
@@ -11,8 +11,8 @@ from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.survey import DataSurvey, survey
 from tarflow.trainer.errors import TrainerError
 
-MOST_PIXELS = 256  # beyond, a person decides: the cost grows with the square
-_FEWEST, _MOST = 16, 256  # tokens: fewer lose the image's structure, more cost their square
+MOST_PIXELS = 256  # larger images are for people to decide on: the cost grows with the square
+_FEWEST, _MOST = 16, 256  # tokens: fewer lose the structure of an image, the cost of more grows with the square
 _SMALL = 64  # tokens, and pixels, of a first run on a small set: a laptop should see it learn
 
 
@@ -40,8 +40,8 @@ _SCALES = (
 def suggest(data: str) -> str:
     """The text of a configuration file for a data set.
 
-    `data`: its folder or address, or the folder that holds its splits train and val.
-    Raises DataError, or TrainerError where too little is known of its images.
+    `data`: its folder or address, or the folder that holds its splits train and val. Raises DataError, or TrainerError if
+    too little is known of its images.
     """
     train, validation = splits(data)
     seen = survey(DataSettings.of(train))
@@ -103,7 +103,7 @@ def _why_classes(classes: int, unlabelled: int, number: int) -> str:
 
 
 def splits(data: str) -> tuple[str, str | None]:
-    """(training images, held-out images or None) of what was given."""
+    """(training data, held-out data or None) of a data set, or of the folder that holds its splits."""
     folder = Path(data)
     if "://" in data or _indexed(folder) or not _indexed(folder / "train"):
         beside = [folder.parent / name for name in _VALIDATION] if folder.name == "train" else []
@@ -119,7 +119,7 @@ def _indexed(folder: Path) -> bool:
 
 
 def grid_of(seen: DataSurvey, small: bool) -> tuple[int, int, str]:
-    """(image_size, patch_size, why): the largest size up to the images' own that cuts into a good number of patches."""
+    """(image_size, patch_size, why): the largest size, up to that of the images, with a reasonable number of patches."""
     side = seen.sides[len(seen.sides) // 2]
     what = f"the images' shorter side is {side} px" if seen.image_size else f"half of the images have {side} px or more"
     for size in range(min(side, MOST_PIXELS), 0, -1):
@@ -137,5 +137,5 @@ def grid_of(seen: DataSurvey, small: bool) -> tuple[int, int, str]:
 
 
 def _quoted(text: str) -> str:
-    """A path as a YAML scalar, whatever is in it."""
+    """A path as a YAML scalar, whatever characters it has."""
     return json.dumps(text, ensure_ascii=False)

@@ -121,7 +121,7 @@ def test_a_sweep_of_one_value_has_its_log_where_it_is_looked_for(
 def test_a_world_that_the_batch_does_not_divide_among_is_refused_at_submission(
     fake_slurm, verb, config_file, tmp_path
 ) -> None:
-    with pytest.raises(ValueError, match="global_batch_size=16 does not divide among 3 ranks"):
+    with pytest.raises(ValueError, match="global_batch_size=16 is not divisible by 3 ranks"):
         verb("submit", config_file, "--run", tmp_path / "run", "--nodes", 3)
     assert not (tmp_path / "run").exists()
 

@@ -92,6 +92,15 @@ def test_the_page_needs_nothing_but_itself(finished):
     assert "default-src 'none'" in text
 
 
+def test_the_highest_peak_of_memory_is_on_the_page(finished):
+    run_dir, _ = finished
+    assert "peak GPU memory" not in write_report(run_dir).read_text()
+    log_rows(run_dir, [row(16 * s) | {"memory/peak_allocated_gb": peak} for s, peak in ((21, 31.26), (22, 30.0))])
+    text = write_report(run_dir).read_text()
+    assert "peak GPU memory" in text
+    assert "31.3 GB" in text
+
+
 def test_the_page_says_what_it_must(finished):
     run_dir, config = finished
     text = write_report(run_dir).read_text()

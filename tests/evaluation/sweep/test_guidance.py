@@ -74,7 +74,9 @@ def test_the_choice_is_the_default_until_it_is_overridden_and_whoever_uses_it_sa
     assert tarflow.cli.main(["evaluate", str(run_dir), "sampling.guidance=0.5"]) == 0
     assert "sampling with denoise=0.25, attn_temp=1.0: chosen by sweeps/images-000000000320-" in capsys.readouterr().out
     (run_dir / "sampling.json").write_text('{"sampling": {"guidence": 1}, "chosen_by": "me"}')
-    with pytest.raises(DamagedFileError, match=r"'guidence' is no setting .*remove it to go by the run's own settings"):
+    with pytest.raises(
+        DamagedFileError, match=r"'guidence' is not a setting .*remove it to go by the run's own settings"
+    ):
         run_config(run_dir)
 
 

@@ -1,4 +1,4 @@
-"""`tarflow checkpoint`: list, verify, export and prune, on the checkpoints of a real run. Cases T04, T06."""
+"""`tarflow checkpoint`: list, verify, export and prune, on the checkpoints of a real run."""
 
 import pickle
 import shutil
@@ -113,9 +113,9 @@ def test_export_refuses_and_writes_nothing(run: Path, tmp_path: Path, capsys) ->
     assert "holds no weights 'ema-0.2'; it holds: ema-0.050, ema-0.100, raw" in refused(
         "--out", str(tmp_path / "a.pth"), "--weights", "ema-0.2"
     )
-    assert "ends in .safetensors or .pth" in refused("--out", str(tmp_path / "a.bin"))
+    assert "must end in .safetensors, or in .pth" in refused("--out", str(tmp_path / "a.bin"))
     assert "exists" in refused("--out", str(tmp_path / "old.pth"))
-    assert "there is no directory" in refused("--out", str(tmp_path / "none" / "a.pth"))
+    assert "does not exist" in refused("--out", str(tmp_path / "none" / "a.pth"))
     assert "usable steps: 1, 2, 3, 4, 5" in refused("--out", str(tmp_path / "a.pth"), "--step", "6")
     flip(next(find(run, 5).path.glob("*.distcp")), 7)
     assert "the checksum of its file" in refused("--out", str(tmp_path / "a.pth"))
@@ -127,7 +127,7 @@ def test_prune_follows_retention_and_keeps_the_newest_and_the_pinned(run: Path, 
     prune = ["checkpoint", "prune", str(run)]
     assert tarflow.cli.main(prune) == 0  # the run keeps all
     assert steps(run) == [1, 2, 3, 4, 5]
-    for few, why in (("0", "2 at least, or -1"), ("1", "2 at least, or -1"), ("-2", "out of bounds")):
+    for few, why in (("0", "at least 2, or -1"), ("1", "at least 2, or -1"), ("-2", "out of bounds")):
         assert tarflow.cli.main([*prune, "--keep-latest", few]) == 2
         assert why in capsys.readouterr().err
     with pinned(find(run, 1), owner="reader"):
@@ -178,7 +178,7 @@ def test_rewind_sets_the_later_ones_aside_and_says_what_comes_next(run: Path, ca
     assert "is damaged" in capsys.readouterr().err
     assert steps(run) == [1, 2, 3, 4, 5]
     assert tarflow.cli.main([*rewind, "--images", "48"]) == 0
-    assert "goes on from images-000000000048" in capsys.readouterr().out
+    assert "resumes from images-000000000048" in capsys.readouterr().out
     assert steps(run) == [1, 2, 3]
     assert (run / "checkpoints" / "latest").read_text().strip() == "images-000000000048"
     assert tarflow.cli.main(["checkpoint", "list", str(run)]) == 0
@@ -214,7 +214,7 @@ def test_no_verb_runs_what_a_strangers_run_hides(run: Path, tmp_path: Path, caps
     assert not mark.exists()
     assert done == (0 if call[1] == "list" else 1 if call[1] == "verify" or call[0] == "evaluate" else 2), said.err
     if done and call[1] != "prune":
-        assert "no part of the metadata of tensors" in said.out + said.err
+        assert "not part of the metadata of tensors" in said.out + said.err
     assert len(committed(run)) == 5
     assert not list(tmp_path.glob("out*"))
 

@@ -121,7 +121,7 @@ def test_init_never_replaces_a_file_and_names_what_is_no_data_set(tmp_path: Path
     data, out = make(tmp_path / "set", 4, 8, 3, 2), tmp_path / "my.yaml"
     out.write_text("mine")
     assert tarflow.cli.main(["init", str(data), "--out", str(out)]) == 2
-    assert f"--out {out} exists already" in capsys.readouterr().err
+    assert f"--out {out} already exists" in capsys.readouterr().err
     assert out.read_text() == "mine"
     for wrong in (tmp_path / "nowhere", tmp_path):
         assert tarflow.cli.main(["init", str(wrong), "--out", str(tmp_path / "new.yaml")]) == 2

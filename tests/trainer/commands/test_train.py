@@ -16,11 +16,11 @@ def test_wrong_numbers_and_ranks_within_ranks_are_refused(
 ) -> None:
     command = ["train", str(tiny_config), "--run", str(tmp_path / "run")]
     assert tarflow.cli.main([*command, "--ranks", "0"]) == USAGE
-    assert "--ranks 0: 1 at least" in capsys.readouterr().err
+    assert "--ranks 0 must be at least 1" in capsys.readouterr().err
     assert tarflow.cli.main([*command, "--max-restarts", "-1"]) == USAGE
     monkeypatch.setenv("RANK", "1")
     assert tarflow.cli.main([*command, "--ranks", "2"]) == USAGE
-    assert "this is already one of several (RANK=1)" in capsys.readouterr().err
+    assert "this process is a rank already (RANK=1)" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

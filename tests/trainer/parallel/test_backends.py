@@ -1,6 +1,6 @@
 """One loop, one mathematics: backends agree, checkpointing changes no gradient, bad steps are skipped by all ranks.
 
-Real processes over gloo. Cases T10, T12, T13, T14; `benchmarks.parity` runs the whole matrix, and so does this in CI.
+Real processes over gloo. `benchmarks.parity` runs the whole matrix, and so does this in CI.
 """
 
 from pathlib import Path

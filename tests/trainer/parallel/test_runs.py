@@ -1,7 +1,4 @@
-"""Whole runs of two real ranks: averages over a change of the world, randomness, a run whose gradient goes bad.
-
-Cases T06, T09, T14.
-"""
+"""Whole runs of two real ranks: averages over a change of the world, randomness, a run whose gradient goes bad."""
 
 import os
 import random

@@ -1,6 +1,6 @@
 """One rank dies, hangs or cannot save: all ranks leave, the cause is in log.txt, the same command goes on. Real processes.
 
-Cases C11, T01, T15 and the spares on errors that must reach all ranks.
+Includes errors on one rank that must reach all ranks.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Asked to stop, in whatever phase: all ranks save the same step once and leave with the same code. Case C07."""
+"""Asked to stop, in whatever phase: all ranks save the same step once and leave with the same code."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ def test_all_ranks_save_the_same_step_once(start, tiny_config, tmp_path, send, f
     text = (run / "log.txt").read_text()
     newest = find(run)
     assert text.count(f"saved {newest.name} ") == 1
-    assert f"at {newest.images_seen:,} images, saved; the same command goes on from here" in text
+    assert f"at {newest.images_seen:,} images, saved; the same command resumes from here" in text
     assert text.count("stopped by") == 1
     assert newest.info["world_size"] == 2
     assert "WARNING" not in text

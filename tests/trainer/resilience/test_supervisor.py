@@ -1,4 +1,4 @@
-"""Ranks on one machine: a lost process does not lose the allocation, exit codes and signals pass through. Case C11."""
+"""Ranks on one machine: a lost process does not lose the allocation, exit codes and signals pass through."""
 
 import os
 import signal
@@ -170,7 +170,7 @@ def test_interrupt_of_the_whole_terminal_saves_once_and_leaves_nothing(tiny_conf
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == REQUEUE, errors[-2000:]
-    assert (run / "log.txt").read_text().count("the same command goes on from here") == 1
+    assert (run / "log.txt").read_text().count("the same command resumes from here") == 1
     assert members(process.pid) == []
 
 

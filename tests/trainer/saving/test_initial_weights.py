@@ -227,7 +227,7 @@ def test_a_run_is_begun_from_the_newest_average_of_another(tiny_config, config, 
     shutil.rmtree(source)
     assert main("third", *fitted, "train.max_images=32") == 0, "a run with checkpoints needs it no more"
     assert main("fourth", "--init-partial") == 2
-    assert "--init-partial goes with --init-from" in capsys.readouterr().err
+    assert "--init-partial needs --init-from" in capsys.readouterr().err
 
 
 @pytest.mark.case("N04")
