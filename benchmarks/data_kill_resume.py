@@ -85,7 +85,7 @@ def make_loader(url: str, images_seen: int, cache: Path, limit: int, workers: in
     data = DataSettings.of(
         url, num_workers=workers, cache_dir=str(cache), cache_bytes=limit, shuffle_block=SHUFFLE_BLOCK
     )
-    return Loader(data, ImageShape(24), BatchShard(BATCH, images_seen, seed=SEED))
+    return Loader(data, ImageShape(24), BatchShard(BATCH, seed=SEED), images_seen=images_seen)
 
 
 def consume(url: str, log: Path, cache: Path, limit: int) -> None:

@@ -278,8 +278,5 @@ class Trainer:
     def _loader(self) -> Loader:
         model = self.config.model
         shape = ImageShape(model.image_size, model.in_channels, model.num_classes)
-        place = BatchShard(
-            self.plan.global_batch_size, self.images_seen, rank=self.world.rank, world_size=self.world.size,
-            seed=self.config.train.seed,
-        )  # fmt: skip
-        return Loader(self.config.data, shape, place)
+        shard = BatchShard(self.plan.global_batch_size, self.world.rank, self.world.size, self.config.train.seed)
+        return Loader(self.config.data, shape, shard, images_seen=self.images_seen)

@@ -56,7 +56,7 @@ def step_input(batch: "Batch", train: TrainConfig) -> StepInput:
     return StepInput(batch.images, noise, labels, batch.images_seen, batch.ids, batch.slots)
 
 
-def prefetch_inputs(batches: "Iterable[Batch]", train: TrainConfig, pin: bool, ahead: int = 2) -> Prefetched:
+def prefetch_inputs(batches: "Iterable[Batch]", train: TrainConfig, pin: bool, ahead: int = 2) -> Prefetched[StepInput]:
     """Prepare inputs in a thread, up to `ahead` of the loop; errors are raised where the inputs are taken. `pin`: memory."""
 
     def produce() -> Iterator[StepInput]:

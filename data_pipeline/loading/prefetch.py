@@ -5,15 +5,25 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 
-class Prefetched:
-    """Runs an iterator in a background thread, at most `depth` items ahead. Its errors are raised where they belong."""
+@dataclass
+class _End:
+    """Stands in the queue behind the last item. `error`: what ended the iterator early."""
 
-    def __init__(self, items: Iterator[Any], depth: int) -> None:
+    error: BaseException | None = None
+
+
+class Prefetched(Generic[T]):
+    """Runs an iterator in a background thread, at most `depth` items ahead. Its errors are raised where items are taken."""
+
+    def __init__(self, items: Iterator[T], depth: int) -> None:
         self._items = items
-        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
+        self._queue: queue.Queue[T | _End] = queue.Queue(maxsize=depth)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tarflow-data", daemon=True)
         self._thread.start()
@@ -21,33 +31,34 @@ class Prefetched:
     def _run(self) -> None:
         try:
             for item in self._items:
-                if not self._put("item", item):
+                if not self._put(item):
                     return
-            self._put("end", None)
-        except BaseException as err:  # noqa: BLE001 - it is raised again where the batches are taken
-            self._put("error", err)
+            self._put(_End())
+        except BaseException as err:  # noqa: BLE001 - it is raised again where the items are taken
+            self._put(_End(err))
 
-    def _put(self, kind: str, value: Any) -> bool:
+    def _put(self, item: T | _End) -> bool:
+        """False if nobody takes items any more."""
         while not self._stopped.is_set():
             try:
-                self._queue.put((kind, value), timeout=0.1)
+                self._queue.put(item, timeout=0.1)
                 return True
             except queue.Full:
                 continue
         return False
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[T]:
         try:
             while not self._stopped.is_set():
                 try:
-                    kind, value = self._queue.get(timeout=0.5)
+                    item = self._queue.get(timeout=0.5)
                 except queue.Empty:
                     continue
-                if kind == "error":
-                    raise value
-                if kind == "end":
+                if isinstance(item, _End):
+                    if item.error is not None:
+                        raise item.error
                     return
-                yield value
+                yield item
         finally:
             self.close()
 

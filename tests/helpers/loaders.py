@@ -14,5 +14,6 @@ def make_loader(data: Any, **options: Any) -> Loader:
     def of(group: type) -> dict[str, Any]:
         return {f.name: options.pop(f.name) for f in fields(group) if f.name in options}
 
-    shape, place = ImageShape(**of(ImageShape)), BatchShard(**of(BatchShard))
-    return Loader(DataSettings.of(data, **options), shape, place)
+    shape, shard = ImageShape(**of(ImageShape)), BatchShard(**of(BatchShard))
+    images_seen = options.pop("images_seen", 0)
+    return Loader(DataSettings.of(data, **options), shape, shard, images_seen=images_seen)

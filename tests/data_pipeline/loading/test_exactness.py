@@ -54,8 +54,8 @@ def run(
     """The ids of `count` global batches as the pictures show them, put together by slot from all ranks."""
     out = np.full((count, size), -1)
     for rank in range(world if count else 0):
-        place = BatchShard(size, images_seen, rank, world, seed)
-        with Loader(DataSettings.of(data, **options), ImageShape(8), place) as loader:
+        shard = BatchShard(size, rank, world, seed)
+        with Loader(DataSettings.of(data, **options), ImageShape(8), shard, images_seen=images_seen) as loader:
             for step, batch in enumerate(itertools.islice(loader, count)):
                 shown = [lab.number_of(image) for image in batch.images]
                 assert shown == batch.ids.tolist()

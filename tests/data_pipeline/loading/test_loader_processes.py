@@ -28,8 +28,8 @@ def meet_at_every_step(data: Path, batch: int) -> int:
     """A rank that takes part in a collective at every step; the sum of all ids that both ranks saw."""
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    place = BatchShard(batch, rank=rank, world_size=2)
-    with Loader(DataSettings.of(data, num_workers=1), ImageShape(8), place) as loader:
+    shard = BatchShard(batch, rank=rank, world_size=2)
+    with Loader(DataSettings.of(data, num_workers=1), ImageShape(8), shard) as loader:
         total = torch.zeros(1, dtype=torch.int64)
         for _, found in zip(range(2 * loader.num_samples // batch), loader):
             both = found.ids.sum()
@@ -79,7 +79,7 @@ def test_kill_9_leaves_nothing_and_the_next_run_goes_on(make_set: Callable[..., 
         for pid in workers:
             until("the end of the worker of a killed trainer", lambda pid=pid: not alive(pid))  # type: ignore[misc]
     assert set(os.listdir("/dev/shm")) <= before
-    with Loader(DataSettings.of(root), ImageShape(8), BatchShard(12, images_seen=48)) as loader:
+    with Loader(DataSettings.of(root), ImageShape(8), BatchShard(12), images_seen=48) as loader:
         ids += next(iter(loader)).ids.tolist()
     assert sorted(ids) == list(range(60))
 

@@ -18,7 +18,8 @@ import pytest
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.transform import flips
 from tarflow.data_pipeline.loading.loader import Batch
-from tarflow.data_pipeline.loading.stream import ROW_BITS, stream_shards
+from tarflow.data_pipeline.loading.stream.reader import ROW_BITS
+from tarflow.data_pipeline.loading.stream.shards import stream_shards
 from tarflow.data_pipeline.prepare.encode import encode
 from tests.helpers.loaders import make_loader
 

@@ -546,7 +546,7 @@ def test_splits_by_folder_of_tars_and_of_streams(tmp_path: Path, lab: SimpleName
     with pytest.raises(DataError, match="name the splits train"):
         run_index(tmp_path / "set")
     assert run_index(tmp_path / "set" / "train") == 0
-    from tarflow.data_pipeline.loading.stream import stream_shards
+    from tarflow.data_pipeline.loading.stream.shards import stream_shards
 
     with pytest.raises(DataError, match=r"name several splits \(train, val\)"):
         stream_shards(tmp_path / "set")

@@ -270,7 +270,7 @@ def test_two_users_have_two_default_caches(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_counts_of_a_stream_are_kept_in_the_private_folder(shared: Path, lab: SimpleNamespace) -> None:
-    from tarflow.data_pipeline.loading.stream import ShardCounts
+    from tarflow.data_pipeline.loading.stream.counts import ShardCounts
 
     target = shared.parent / "target"
     target.write_text("kept")

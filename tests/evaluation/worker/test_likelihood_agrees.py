@@ -76,7 +76,8 @@ def test_the_trainings_own_figure_is_the_evaluated_one(digit_like, tmp_path, mon
 
     config = load_config(run_dir / "config.yaml")
     source = from_checkpoint(config, find(run_dir, 5), "raw", torch.device("cpu"))
-    with Loader(config.data, ImageShape(8, 1, 3), BatchShard(24, images_seen=120, seed=config.train.seed)) as loader:
+    shard = BatchShard(24, seed=config.train.seed)
+    with Loader(config.data, ImageShape(8, 1, 3), shard, images_seen=120) as loader:
         batch = next(iter(loader))
     draw = keyed_uniform if noise == "uniform" else keyed_normal
 

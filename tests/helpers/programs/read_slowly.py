@@ -12,7 +12,7 @@ from tarflow.data_pipeline.loading.shape import BatchShard, ImageShape
 
 
 def main(data: str, seen: int, show_workers: bool) -> None:
-    loader = Loader(DataSettings.of(data, num_workers=2), ImageShape(8), BatchShard(4, images_seen=seen))
+    loader = Loader(DataSettings.of(data, num_workers=2), ImageShape(8), BatchShard(4), images_seen=seen)
     for batch in loader:
         if batch.images_seen == seen:
             print("start", flush=True)
