@@ -41,7 +41,7 @@ from tarflow.data_pipeline.loading.stream_tar import samples_of
 from tarflow.data_pipeline.storage.access import address
 from tarflow.data_pipeline.storage.cache_folder import make_own, write_own_file
 from tarflow.data_pipeline.storage.roots import check_name
-from tarflow.files import listed
+from tarflow.files import listed, open_regular
 from tarflow.records import DamagedFileError, read_object, sealed
 
 log = logging.getLogger("tarflow.data")
@@ -95,7 +95,7 @@ def fingerprint_of_names(names: list[str]) -> str:
 def _sketch(shard: str) -> str:
     """Digest of a few blocks of a file; empty for what is none or cannot be read, which reading will tell."""
     try:
-        fd = os.open(shard, os.O_RDONLY)
+        fd = open_regular(shard)
     except OSError:
         return ""
     try:
