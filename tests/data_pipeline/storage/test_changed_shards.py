@@ -231,4 +231,6 @@ def test_a_pipe_in_the_place_of_a_shard_is_named_and_not_waited_for(tmp_path: Pa
     with pytest.raises(DataError, match=r"cannot open shard .*: it is not a regular file"):
         build_index(tmp_path, [shard])
     assert stream_fingerprint([str(shard)]) == stream_fingerprint([str(shard)])
-    assert "not a regular file" in str(verify(index).problems)
+    report = verify(index)
+    assert report.problems == {"unreadable_shard": 1}
+    assert "it is not a regular file" in "\n".join(report.lines())
