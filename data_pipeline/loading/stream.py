@@ -39,7 +39,7 @@ from tarflow.data_pipeline.loading.sample_reader import Skipped
 from tarflow.data_pipeline.loading.shape import BatchShard, ImageShape
 from tarflow.data_pipeline.loading.stream_tar import samples_of
 from tarflow.data_pipeline.storage.access import address
-from tarflow.data_pipeline.storage.cache_folder import make_own, write_own_file
+from tarflow.data_pipeline.storage.cache_folder import make_cache_folder, write_own_file
 from tarflow.data_pipeline.storage.roots import check_name
 from tarflow.files import listed, open_regular
 from tarflow.records import DamagedFileError, read_object, sealed
@@ -244,7 +244,7 @@ class ShardCounts:
         self.counts: dict[int, int] = {}
         if not folder.exists():
             return
-        for path in listed(make_own(folder), f"stream-{name}-*.json"):
+        for path in listed(make_cache_folder(folder), f"stream-{name}-*.json"):
             try:
                 self.counts.update(_counts(read_object(path, way_out="it is made anew"), len(shards), path))
             except (OSError, DamagedFileError) as err:
@@ -262,7 +262,7 @@ class ShardCounts:
             self.counts[shard] = count
             plain = {str(number): samples for number, samples in self.counts.items()}
             try:
-                write_own_file(make_own(self.path.parent), self.path.name, json.dumps(sealed(plain)).encode())
+                write_own_file(make_cache_folder(self.path.parent), self.path.name, json.dumps(sealed(plain)).encode())
             except OSError as err:
                 log.warning("cannot keep the counts of the shards in %s: %s", self.path, err)
         return count
