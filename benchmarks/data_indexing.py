@@ -28,7 +28,7 @@ from tarflow.data_pipeline.index.content import ShardContent, content_of
 from tarflow.data_pipeline.index.tar.scan import scan_tar
 from tarflow.data_pipeline.loading.loader import Loader
 from tarflow.data_pipeline.loading.settings import DataSettings
-from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
+from tarflow.data_pipeline.loading.shape import BatchShard, ImageShape
 from tarflow.data_pipeline.prepare.encode import encode
 
 PER_SHARD = 10_000
@@ -100,7 +100,7 @@ def foreign_set(where: Path, samples: int) -> tuple[float, float]:
     command = [sys.executable, "-m", "tarflow", "data", "index", str(where)]
     took = seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
     seen = []
-    with Loader(DataSettings.of(where, num_workers=1), ImageShape(32, num_classes=10), BatchPlace(100)) as loader:
+    with Loader(DataSettings.of(where, num_workers=1), ImageShape(32, num_classes=10), BatchShard(100)) as loader:
         began = time.perf_counter()
         for batch in islice(loader, samples // 100):
             pixels = batch.images[:, :2, 5, 5].long()

@@ -32,7 +32,7 @@ from tarflow.data_pipeline.index.build import build_index
 from tarflow.data_pipeline.loading.loader import Loader
 from tarflow.data_pipeline.loading.order import Order
 from tarflow.data_pipeline.loading.settings import DataSettings
-from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
+from tarflow.data_pipeline.loading.shape import BatchShard, ImageShape
 from tarflow.data_pipeline.prepare.encode import encode
 from tarflow.data_pipeline.storage.open_index import open_index
 
@@ -85,7 +85,7 @@ def make_loader(url: str, images_seen: int, cache: Path, limit: int, workers: in
     data = DataSettings.of(
         url, num_workers=workers, cache_dir=str(cache), cache_bytes=limit, shuffle_block=SHUFFLE_BLOCK
     )
-    return Loader(data, ImageShape(24), BatchPlace(BATCH, images_seen, seed=SEED))
+    return Loader(data, ImageShape(24), BatchShard(BATCH, images_seen, seed=SEED))
 
 
 def consume(url: str, log: Path, cache: Path, limit: int) -> None:

@@ -25,7 +25,7 @@ from benchmarks.data_images import SIZE, files_of, scratch, write_images
 from tarflow.data_pipeline.index.build import build_index
 from tarflow.data_pipeline.loading.loader import Loader
 from tarflow.data_pipeline.loading.settings import DataSettings
-from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
+from tarflow.data_pipeline.loading.shape import BatchShard, ImageShape
 
 BATCH = 64
 AHEAD = 4  # batches that each loader may prepare ahead
@@ -52,7 +52,7 @@ def ours(data: Path) -> Contender:
     @contextmanager
     def start(workers: int) -> Iterator[Batches]:
         settings = DataSettings.of(data, num_workers=workers, prefetch_batches=AHEAD)
-        with Loader(settings, ImageShape(SIZE), BatchPlace(BATCH)) as loader:
+        with Loader(settings, ImageShape(SIZE), BatchShard(BATCH)) as loader:
             yield (batch.images for batch in loader)
 
     return start

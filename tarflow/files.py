@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tarflow.errors import UserError
 from tarflow.file_systems import NOT_PROVIDED, note_once
 
 
@@ -32,6 +31,18 @@ def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), str(path))
+    return descriptor
+
+
+def open_regular(path: Path | str) -> int:
+    """A descriptor for reading a regular file, through links. Never blocks, as a pipe in its place would.
+
+    Raises OSError as os.open does; with EINVAL for whatever else has the name.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return descriptor
 
 
@@ -84,28 +95,6 @@ def make_folder(root: Path, *below: str) -> Path:
         root.mkdir(exist_ok=True)
         refuse_link(root)
     return root
-
-
-def private_folder(path: Path, way_out: str) -> Path:
-    """A folder that nobody else can read or write, for a cache on a shared node; created unless it exists.
-
-    Raises UserError, with the way out, if the path is something else: its content may come from another user.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    about = os.lstat(path)
-    if not stat.S_ISDIR(about.st_mode):
-        raise UserError(f"{path} is a link or a file, where a folder of this user's own is meant; {way_out}")
-    if about.st_uid != os.geteuid():
-        raise UserError(f"{path} belongs to another user (uid {about.st_uid}), who may put anything into it; {way_out}")
-    if about.st_mode & 0o022:
-        raise UserError(
-            f"{path} can be written by others (mode {about.st_mode & 0o777:o}), who may have put anything into it; {way_out}"
-        )
-    if about.st_mode & 0o055:
-        path.chmod(0o700)
-    return path
 
 
 def fsync_path(path: Path) -> None:

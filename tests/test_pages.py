@@ -76,6 +76,8 @@ def test_the_pages_run_as_they_are_pasted(newcomer: tuple[Path, dict[str, str]])
     paste("tarflow data prepare ~/pictures data/imagenet64 --size 64 --val-fraction 0.1", newcomer)
     ran = 0
     for page in PAGES:
+        shutil.rmtree(clone / "data/pictures", ignore_errors=True)  # each page begins from the pictures at home
+        (clone / "pictures.yaml").unlink(missing_ok=True)
         for block in blocks(page, "bash"):
             paste(block, newcomer)
             ran += 1

@@ -19,7 +19,6 @@ from tarflow.files import (
     fill,
     make_folder,
     open_own,
-    private_folder,
     put_once,
     write_json,
     write_new,
@@ -27,6 +26,7 @@ from tarflow.files import (
 )
 from tarflow.leases import leased
 from tarflow.locks import locked, sign
+from tarflow.private_folder import private_folder
 from tarflow.records import append_record_line
 from tests.helpers.programs import ENV, program
 
@@ -186,7 +186,13 @@ def test_a_folder_that_someone_else_made_first_is_refused(tmp_path: Path, monkey
     if needs_root:
         os.chown(theirs, OTHER, OTHER)
     else:
-        monkeypatch.setattr(os, "geteuid", lambda: OTHER)
+        fstat = os.fstat
+
+        def given_away(descriptor: int) -> os.stat_result:
+            about = fstat(descriptor)
+            return os.stat_result((*about[:4], OTHER, *about[5:])) if about.st_ino == theirs.stat().st_ino else about
+
+        monkeypatch.setattr(os, "fstat", given_away)
     with pytest.raises(UserError, match=r"theirs belongs to another user \(uid \d+\).*; set A to a folder"):
         private_folder(theirs, "set A to a folder of your own")
     monkeypatch.undo()
@@ -242,8 +248,9 @@ WITH_REASON = {
     "evaluation/worker/chunk_file.py": "a file that SharedWork has made",
     "evaluation/references/reference.py": "a file that SharedWork or write_atomic has made",
     "cluster/submission/snapshot.py": "a new folder under a drawn name",
+    "tarflow/private_folder.py": "a tool itself, with tests of its own",
     "data_pipeline/storage/cache_folder.py": "a tool itself, with tests of its own",
-    "data_pipeline/storage/remote.py": "the name of the system's folder; what lies there is checked by cache_folder",
+    "data_pipeline/storage/access.py": "the name of the system's folder; what lies there is checked by private_folder",
     "data_pipeline/loading/worker_pool.py": "a temporary file without a name",
     "data_pipeline/prepare/verify.py": "a temporary folder of its own",
     "data_pipeline/prepare/write.py": "a new folder, which must not be there before",

@@ -10,7 +10,7 @@ import torch
 from tarflow.code_version import code_version, describe_code
 from tarflow.data_pipeline.loading.choose_reader import DataFacts
 from tarflow.data_pipeline.loading.loader import Loader
-from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
+from tarflow.data_pipeline.loading.shape import BatchShard, ImageShape
 from tarflow.models.cost import flops_per_image, parameters, peak_rate
 from tarflow.trainer.batch import BatchPlan
 from tarflow.trainer.config.schema import Config
@@ -278,7 +278,7 @@ class Trainer:
     def _loader(self) -> Loader:
         model = self.config.model
         shape = ImageShape(model.image_size, model.in_channels, model.num_classes)
-        place = BatchPlace(
+        place = BatchShard(
             self.plan.global_batch_size, self.images_seen, rank=self.world.rank, world_size=self.world.size,
             seed=self.config.train.seed,
         )  # fmt: skip

@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the facts of the set, and write the sheet if one is asked for."""
     from tarflow.data_pipeline.errors import DataError
+    from tarflow.data_pipeline.storage.access import Access
     from tarflow.data_pipeline.storage.open_index import open_index
-    from tarflow.data_pipeline.storage.remote import Access
 
     for flag, value in (("--count", args.count), ("--tile", args.tile)):
         if value is not None and (args.sheet is None or value < 1):

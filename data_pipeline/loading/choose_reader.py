@@ -16,8 +16,8 @@ from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.index import Index
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.stream import fingerprint_of_names, stream_fingerprint, stream_shards
+from tarflow.data_pipeline.storage.access import address
 from tarflow.data_pipeline.storage.open_index import open_index
-from tarflow.data_pipeline.storage.remote import address
 
 
 def choose_reader(data: DataSettings) -> str:

@@ -20,7 +20,7 @@ from tarflow.data_pipeline.loading.order import Order
 from tarflow.data_pipeline.loading.prefetch import Prefetched
 from tarflow.data_pipeline.loading.sample_reader import Skipped, check_labels
 from tarflow.data_pipeline.loading.settings import DataSettings
-from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
+from tarflow.data_pipeline.loading.shape import BatchShard, ImageShape
 from tarflow.data_pipeline.loading.stream import StreamSource, stream_fingerprint, stream_shards
 from tarflow.data_pipeline.loading.worker import Layout, Producer, Spec
 from tarflow.data_pipeline.loading.worker_pool import WorkerPool
@@ -53,7 +53,7 @@ class Loader:
     `place.images_seen` again and ends the one before. Call `close()` when done, or use it as a context manager.
     """
 
-    def __init__(self, data: DataSettings, shape: ImageShape, place: BatchPlace, *, pin_memory: bool = False) -> None:
+    def __init__(self, data: DataSettings, shape: ImageShape, place: BatchShard, *, pin_memory: bool = False) -> None:
         self.data, self.place = data, place
         self.pin_memory = pin_memory and torch.cuda.is_available()
         self.counters: Counter[str] = Counter()

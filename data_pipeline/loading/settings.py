@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
-from tarflow.data_pipeline.storage.remote import Access, address
+from tarflow.data_pipeline.storage.access import Access, address
 from tarflow.settings import MOST_SECONDS, Count, Section, at_home
 
 

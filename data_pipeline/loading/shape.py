@@ -37,7 +37,7 @@ class ImageShape:
 
 
 @dataclass(frozen=True)
-class BatchPlace:
+class BatchShard:
     """Which samples are this rank's: an equal share of each global batch, from position `images_seen` of the stream on.
 
     `seed` chooses the stream. `images_seen`: images that all ranks together have seen before (any number >= 0).

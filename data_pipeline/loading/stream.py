@@ -36,12 +36,12 @@ from tarflow.data_pipeline.index.labels import parse_label
 from tarflow.data_pipeline.index.patterns import expand_braces, find_shards
 from tarflow.data_pipeline.layout.splits import by_split
 from tarflow.data_pipeline.loading.sample_reader import Skipped
-from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
+from tarflow.data_pipeline.loading.shape import BatchShard, ImageShape
 from tarflow.data_pipeline.loading.stream_tar import samples_of
-from tarflow.data_pipeline.storage.cache_folder import make_own, write_own_file
-from tarflow.data_pipeline.storage.remote import address
+from tarflow.data_pipeline.storage.access import address
+from tarflow.data_pipeline.storage.cache_folder import make_cache_folder, write_own_file
 from tarflow.data_pipeline.storage.roots import check_name
-from tarflow.files import listed
+from tarflow.files import listed, open_regular
 from tarflow.records import DamagedFileError, read_object, sealed
 
 log = logging.getLogger("tarflow.data")
@@ -95,7 +95,7 @@ def fingerprint_of_names(names: list[str]) -> str:
 def _sketch(shard: str) -> str:
     """Digest of a few blocks of a file; empty for what is none or cannot be read, which reading will tell."""
     try:
-        fd = os.open(shard, os.O_RDONLY)
+        fd = open_regular(shard)
     except OSError:
         return ""
     try:
@@ -115,7 +115,7 @@ class StreamSource:
     """
 
     def __init__(
-        self, shards: list[str], shape: ImageShape, place: BatchPlace, *, strict: bool, buffer: int, counts_folder: Path,
+        self, shards: list[str], shape: ImageShape, place: BatchShard, *, strict: bool, buffer: int, counts_folder: Path,
         max_pixels: int = MAX_PIXELS,
     ) -> None:  # fmt: skip
         self.shards = shards
@@ -244,7 +244,7 @@ class ShardCounts:
         self.counts: dict[int, int] = {}
         if not folder.exists():
             return
-        for path in listed(make_own(folder), f"stream-{name}-*.json"):
+        for path in listed(make_cache_folder(folder), f"stream-{name}-*.json"):
             try:
                 self.counts.update(_counts(read_object(path, way_out="it is made anew"), len(shards), path))
             except (OSError, DamagedFileError) as err:
@@ -262,7 +262,7 @@ class ShardCounts:
             self.counts[shard] = count
             plain = {str(number): samples for number, samples in self.counts.items()}
             try:
-                write_own_file(make_own(self.path.parent), self.path.name, json.dumps(sealed(plain)).encode())
+                write_own_file(make_cache_folder(self.path.parent), self.path.name, json.dumps(sealed(plain)).encode())
             except OSError as err:
                 log.warning("cannot keep the counts of the shards in %s: %s", self.path, err)
         return count

@@ -35,8 +35,8 @@ from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.images.transform import flips
 from tarflow.data_pipeline.loading.sample_reader import SampleReader, Skipped, SkippingReader
 from tarflow.data_pipeline.loading.shape import ImageShape
+from tarflow.data_pipeline.storage.access import Access
 from tarflow.data_pipeline.storage.open_index import open_index
-from tarflow.data_pipeline.storage.remote import Access
 from tarflow.data_pipeline.storage.remote_shards import open_shards
 
 MAX_MESSAGE = 1 << 17

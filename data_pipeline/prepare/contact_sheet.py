@@ -9,7 +9,7 @@ from tarflow.data_pipeline.errors import BadSampleError
 from tarflow.data_pipeline.index.index import Index
 from tarflow.data_pipeline.loading.sample_reader import SampleReader
 from tarflow.data_pipeline.loading.shape import ImageShape
-from tarflow.data_pipeline.storage.remote import Access
+from tarflow.data_pipeline.storage.access import Access
 from tarflow.data_pipeline.storage.remote_shards import open_shards
 
 _GAP = 2  # pixels between tiles

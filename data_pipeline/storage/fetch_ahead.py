@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.index import Index
-from tarflow.data_pipeline.storage.remote import Access
+from tarflow.data_pipeline.storage.access import Access
 from tarflow.data_pipeline.storage.remote_shards import RemoteShards
 
 _PLACES = 32  # positions of the order looked up at once, or one batch

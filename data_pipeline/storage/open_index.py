@@ -8,7 +8,7 @@ from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.index import Index
 from tarflow.data_pipeline.index.kinds import what_file, what_folder
 from tarflow.data_pipeline.layout.walk import walk
-from tarflow.data_pipeline.storage.remote import Access, address
+from tarflow.data_pipeline.storage.access import Access, address
 from tarflow.data_pipeline.storage.remote_index import open_remote_index
 from tarflow.data_pipeline.storage.roots import Roots
 

@@ -7,10 +7,11 @@ import logging
 import zlib
 from typing import Any
 
-from tarflow.data_pipeline.errors import BadSampleError, DataError
+from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.content import checksum_of_file
 from tarflow.data_pipeline.index.index import Index
-from tarflow.data_pipeline.storage.remote import Access, Remote
+from tarflow.data_pipeline.storage.access import Access
+from tarflow.data_pipeline.storage.remote import MissingFileError, Remote
 from tarflow.data_pipeline.storage.remote_shards import cache_name
 from tarflow.data_pipeline.storage.roots import Roots
 from tarflow.data_pipeline.storage.shard_cache import ShardCache
@@ -37,8 +38,8 @@ class _RemoteFiles:
                 lambda fd: not checksum or checksum_of_file(fd) == checksum,
             )  # fmt: skip
             return open(fd, "rb")
-        except BadSampleError as err:
-            self.missing |= err.cause == "missing_shard"
+        except MissingFileError as err:
+            self.missing = True
             raise OSError(str(err)) from None
 
     def _load(self, url: str, most: int, checksum: str) -> bytes:

@@ -10,8 +10,10 @@ from typing import Any
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.content import checksum_of_file, sketch_of_file
 from tarflow.data_pipeline.index.index import Index
+from tarflow.data_pipeline.storage.access import Access
+from tarflow.data_pipeline.storage.http import NoRangesError
 from tarflow.data_pipeline.storage.local_shards import LocalShards, OpenFiles, ShardFiles, read_at
-from tarflow.data_pipeline.storage.remote import Access, NoRangesError, Remote
+from tarflow.data_pipeline.storage.remote import Remote
 from tarflow.data_pipeline.storage.shard_cache import ShardCache
 
 log = logging.getLogger("tarflow.data")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.storage.cache_folder import create_own_file, make_own, open_own_file, opened
+from tarflow.data_pipeline.storage.cache_folder import create_own_file, make_cache_folder, open_own_file, opened
 from tarflow.files import fsync_file, listed
 from tarflow.locks import locked
 
@@ -32,7 +32,7 @@ class ShardCache:
     """Files of at most `limit` bytes together in `folder`, which is made when it is first needed."""
 
     def __init__(self, folder: Path, limit: int) -> None:
-        self.folder = make_own(folder)
+        self.folder = make_cache_folder(folder)
         self.limit = limit
 
     def open(

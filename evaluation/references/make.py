@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.loading.settings import DataSettings
-from tarflow.data_pipeline.storage.remote import address
+from tarflow.data_pipeline.storage.access import address
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.image_set import ImageSet
 from tarflow.evaluation.log import Log

@@ -1,4 +1,4 @@
-"""D08: odd image encodings through the one decoder, and the square and the flip that follow."""
+"""Odd image encodings through the one decoder, and the square and the flip that follow."""
 
 from __future__ import annotations
 

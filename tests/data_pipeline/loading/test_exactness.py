@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tarflow.data_pipeline.index.build import build_index
 from tarflow.data_pipeline.loading.loader import Loader
 from tarflow.data_pipeline.loading.settings import DataSettings
-from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
+from tarflow.data_pipeline.loading.shape import BatchShard, ImageShape
 from tests.helpers.effort import draws
 
 # Uneven, tiny and empty shards.
@@ -54,7 +54,7 @@ def run(
     """The ids of `count` global batches as the pictures show them, put together by slot from all ranks."""
     out = np.full((count, size), -1)
     for rank in range(world if count else 0):
-        place = BatchPlace(size, images_seen, rank, world, seed)
+        place = BatchShard(size, images_seen, rank, world, seed)
         with Loader(DataSettings.of(data, **options), ImageShape(8), place) as loader:
             for step, batch in enumerate(itertools.islice(loader, count)):
                 shown = [lab.number_of(image) for image in batch.images]

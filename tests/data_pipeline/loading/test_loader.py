@@ -21,7 +21,7 @@ from tarflow.data_pipeline.index.build import build_index
 from tarflow.data_pipeline.loading.evaluation_batches import evaluation_batches
 from tarflow.data_pipeline.loading.loader import Batch, Loader
 from tarflow.data_pipeline.loading.settings import DataSettings
-from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
+from tarflow.data_pipeline.loading.shape import BatchShard, ImageShape
 from tarflow.data_pipeline.storage.open_index import open_index
 from tests.helpers.effort import draws
 from tests.helpers.loaders import make_loader
@@ -438,7 +438,7 @@ def test_pinned_batches_survive_copies_that_do_not_block(
 ) -> None:
     root = make_set([64])
     data = DataSettings.of(root, num_workers=workers)
-    with Loader(data, ImageShape(8), BatchPlace(16), pin_memory=True) as loader:
+    with Loader(data, ImageShape(8), BatchShard(16), pin_memory=True) as loader:
         for batch in itertools.islice(loader, 40):
             assert batch.images.is_pinned()
             images = batch.images.to("cuda", non_blocking=True)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.loader import Loader
 from tarflow.data_pipeline.loading.settings import DataSettings
-from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
+from tarflow.data_pipeline.loading.shape import BatchShard, ImageShape
 from tests.helpers.programs import ENV, program
 from tests.helpers.ranks import launch_ranks
 from tests.helpers.waiting import until
@@ -28,7 +28,7 @@ def meet_at_every_step(data: Path, batch: int) -> int:
     """A rank that takes part in a collective at every step; the sum of all ids that both ranks saw."""
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    place = BatchPlace(batch, rank=rank, world_size=2)
+    place = BatchShard(batch, rank=rank, world_size=2)
     with Loader(DataSettings.of(data, num_workers=1), ImageShape(8), place) as loader:
         total = torch.zeros(1, dtype=torch.int64)
         for _, found in zip(range(2 * loader.num_samples // batch), loader):
@@ -79,14 +79,14 @@ def test_kill_9_leaves_nothing_and_the_next_run_goes_on(make_set: Callable[..., 
         for pid in workers:
             until("the end of the worker of a killed trainer", lambda pid=pid: not alive(pid))  # type: ignore[misc]
     assert set(os.listdir("/dev/shm")) <= before
-    with Loader(DataSettings.of(root), ImageShape(8), BatchPlace(12, images_seen=48)) as loader:
+    with Loader(DataSettings.of(root), ImageShape(8), BatchShard(12, images_seen=48)) as loader:
         ids += next(iter(loader)).ids.tolist()
     assert sorted(ids) == list(range(60))
 
 
 def test_signals_for_the_trainer_do_not_end_the_workers(make_set: Callable[..., Path]) -> None:
     root = make_set([40])
-    with Loader(DataSettings.of(root, num_workers=2), ImageShape(8), BatchPlace(4)) as loader:
+    with Loader(DataSettings.of(root, num_workers=2), ImageShape(8), BatchShard(4)) as loader:
         iterator = iter(loader)
         next(iterator)
         assert len(loader.worker_pids()) == 2
@@ -99,7 +99,7 @@ def test_signals_for_the_trainer_do_not_end_the_workers(make_set: Callable[..., 
 
 def test_a_killed_worker_is_an_error_with_its_signal(make_set: Callable[..., Path]) -> None:
     root = make_set([40])
-    with Loader(DataSettings.of(root, num_workers=1), ImageShape(8), BatchPlace(4)) as loader:
+    with Loader(DataSettings.of(root, num_workers=1), ImageShape(8), BatchShard(4)) as loader:
         iterator = iter(loader)
         next(iterator)
         (worker,) = loader.worker_pids()
@@ -111,7 +111,7 @@ def test_a_killed_worker_is_an_error_with_its_signal(make_set: Callable[..., Pat
 def test_close_and_the_end_of_the_interpreter_end_the_workers(make_set: Callable[..., Path]) -> None:
     root = make_set([40])
     before = children(os.getpid())
-    loader = Loader(DataSettings.of(root, num_workers=2), ImageShape(8), BatchPlace(4))
+    loader = Loader(DataSettings.of(root, num_workers=2), ImageShape(8), BatchShard(4))
     batch = next(iter(loader))
     assert sorted(children(os.getpid())) == sorted([*before, *loader.worker_pids()])
     assert len(loader.worker_pids()) == 2

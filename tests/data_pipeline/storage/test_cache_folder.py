@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.storage import cache_folder
-from tarflow.data_pipeline.storage.cache_folder import make_own
-from tarflow.data_pipeline.storage.remote import Access
+from tarflow.data_pipeline.storage.access import Access
+from tarflow.data_pipeline.storage.cache_folder import make_cache_folder
 from tarflow.data_pipeline.storage.shard_cache import ShardCache
 from tests.data_pipeline.storage.http_server import BadServer
 from tests.helpers.loaders import make_loader
@@ -50,7 +49,7 @@ def of_another(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
 
     if not ROOT:
         real_fstat, real_lstat = os.fstat, Path.lstat
-        monkeypatch.setattr(cache_folder.os, "fstat", lambda fd: seen(real_fstat(fd)))
+        monkeypatch.setattr(os, "fstat", lambda fd: seen(real_fstat(fd)))
         monkeypatch.setattr(Path, "lstat", lambda path: seen(real_lstat(path)))
     return give
 
@@ -126,7 +125,7 @@ def test_a_link_that_someone_else_planted_is_not_followed(
             ShardCache(shared / name, 1000).sweep()
     assert (mine / "precious.partial").read_text() == "kept"
     (tmp_path / "scratch").symlink_to(mine)  # one's own, in a folder of one's own, is followed
-    assert make_own(tmp_path / "scratch" / "cache") == mine / "cache"
+    assert make_cache_folder(tmp_path / "scratch" / "cache") == mine / "cache"
 
 
 @pytest.mark.case("H07")
@@ -146,9 +145,27 @@ def test_links_in_a_circle_and_files_in_the_way_are_named(tmp_path: Path) -> Non
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     (tmp_path / "file").touch()
-    for name in ("a", "a/cache", "file", "file/cache"):
-        with pytest.raises(DataError, match=r"cannot make the cache folder .*data\.cache_dir"):
+    for name in ("a", "a/cache", "file/cache"):
+        with pytest.raises(DataError, match=r"cannot make the folder .*data\.cache_dir"):
             put(tmp_path / name)
+    with pytest.raises(DataError, match=r"file is a link or a file, .*data\.cache_dir"):
+        put(tmp_path / "file")
+
+
+@pytest.mark.case("H07")
+def test_a_folder_that_others_could_have_filled_is_refused(tmp_path: Path) -> None:
+    """A file of one's own name and right size may have been planted, or be a link to another."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for mode in (0o770, 0o707):
+        cache.chmod(mode)
+        with pytest.raises(DataError, match=r"cache can be written by others \(mode 7[07]{2}\).*data\.cache_dir"):
+            put(cache)
+        assert list(cache.iterdir()) == []
+    cache.chmod(0o700)
+    (tmp_path / "link").symlink_to(cache)
+    with pytest.raises(DataError, match=r"link is a link or a file, .*data\.cache_dir"):
+        put(tmp_path / "link")
 
 
 @pytest.mark.parametrize("name", ["a.partial", "a.shard"])
@@ -159,7 +176,7 @@ def test_what_was_planted_under_a_name_is_neither_followed_nor_used(
 ) -> None:
     target = tmp_path / "target"
     target.write_bytes(b"old")
-    cache = make_own(tmp_path / "cache")
+    cache = make_cache_folder(tmp_path / "cache")
     planted = cache / name
     if kind == "pipe":
         os.mkfifo(planted)

@@ -20,8 +20,9 @@ from tarflow.data_pipeline.loading.evaluation_batches import evaluation_batches
 from tarflow.data_pipeline.loading.loader import Batch
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.shape import ImageShape
+from tarflow.data_pipeline.storage.access import Access, address
 from tarflow.data_pipeline.storage.open_index import open_index
-from tarflow.data_pipeline.storage.remote import Access, Remote, address
+from tarflow.data_pipeline.storage.remote import Remote
 from tarflow.data_pipeline.storage.shard_cache import ShardCache
 from tests.data_pipeline.storage import http_server
 from tests.helpers.loaders import make_loader

@@ -18,8 +18,8 @@ import pytest
 from tarflow.cli import main
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.shard_list import META_KEY, sealed
+from tarflow.data_pipeline.storage.access import Access
 from tarflow.data_pipeline.storage.open_index import open_index
-from tarflow.data_pipeline.storage.remote import Access
 from tarflow.data_pipeline.storage.roots import check_name, redirected
 from tests.data_pipeline.storage.http_server import BadServer, Behaviour
 from tests.helpers.loaders import make_loader

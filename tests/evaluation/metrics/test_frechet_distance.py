@@ -1,4 +1,4 @@
-"""Frechet distance: closed forms, other implementations, and the faults of case S06."""
+"""Frechet distance: closed forms, other implementations."""
 
 import numpy as np
 import pytest

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tarflow.data_pipeline.loading.loader import Loader
-from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
+from tarflow.data_pipeline.loading.shape import BatchShard, ImageShape
 from tarflow.evaluation.metrics import bits_per_dim as likelihood
 from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings, measure_bits_per_dim
 from tarflow.evaluation.samples.weights_source import from_checkpoint
@@ -76,7 +76,7 @@ def test_the_trainings_own_figure_is_the_evaluated_one(digit_like, tmp_path, mon
 
     config = load_config(run_dir / "config.yaml")
     source = from_checkpoint(config, find(run_dir, 5), "raw", torch.device("cpu"))
-    with Loader(config.data, ImageShape(8, 1, 3), BatchPlace(24, images_seen=120, seed=config.train.seed)) as loader:
+    with Loader(config.data, ImageShape(8, 1, 3), BatchShard(24, images_seen=120, seed=config.train.seed)) as loader:
         batch = next(iter(loader))
     draw = keyed_uniform if noise == "uniform" else keyed_normal
 

@@ -8,11 +8,11 @@ import time
 
 from tarflow.data_pipeline.loading.loader import Loader
 from tarflow.data_pipeline.loading.settings import DataSettings
-from tarflow.data_pipeline.loading.shape import BatchPlace, ImageShape
+from tarflow.data_pipeline.loading.shape import BatchShard, ImageShape
 
 
 def main(data: str, seen: int, show_workers: bool) -> None:
-    loader = Loader(DataSettings.of(data, num_workers=2), ImageShape(8), BatchPlace(4, images_seen=seen))
+    loader = Loader(DataSettings.of(data, num_workers=2), ImageShape(8), BatchShard(4, images_seen=seen))
     for batch in loader:
         if batch.images_seen == seen:
             print("start", flush=True)

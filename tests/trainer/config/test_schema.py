@@ -135,7 +135,7 @@ def leaves(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def test_every_setting_is_read_somewhere() -> None:
-    """A setting without a reader has no effect (contract 10)."""
+    """A setting without a reader has no effect."""
     root = Path(__file__).resolve().parents[3]
     rooms = ("models", "data_pipeline", "trainer", "evaluation", "cluster")
     text = "\n".join(p.read_text() for room in rooms for p in (root / room).rglob("*.py") if p.name != "config.py")

@@ -189,7 +189,7 @@ def test_the_map_goes_into_run_and_checkpoints_and_holds_on_resume(make_set, mak
         in capsys.readouterr().err
     )
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name != "log.txt"} == before
-    # And as the beginning of another run (V14): by number refused, by name taken over.
+    # And as the beginning of another run: by number refused, by name taken over.
     words = [
         "train",
         str(file),
