@@ -86,8 +86,8 @@ ROOMS_BELOW = {
 TRAINER_FOR_EVALUATION = {"config", "run_dir", "checkpoint", "errors"}
 # Files of tarflow/ that every room may import.
 GROUND = {
-    "code_version", "errors", "file_systems", "files", "interpreter", "leases", "locks", "npz", "outputs", "private_folder",
-    "records", "settings", "terminal",
+    "code_version", "errors", "file_systems", "files", "interpreter", "leases", "locks", "npz", "outputs", "records",
+    "settings", "terminal",
 }  # fmt: skip
 
 
