@@ -34,6 +34,18 @@ def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
     return descriptor
 
 
+def open_regular(path: Path | str) -> int:
+    """A descriptor for reading a regular file, through links. Never blocks, as a pipe in its place would.
+
+    Raises OSError as os.open does; with EINVAL for whatever else has the name.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return descriptor
+
+
 def create(path: Path, mode: int = 0o666) -> int:
     """A descriptor of a new, empty file, open for writing.
 

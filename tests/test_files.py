@@ -14,6 +14,7 @@ from tarflow.files import (
     append_line,
     fsync_tree,
     listed,
+    open_regular,
     publish_dir,
     put_once,
     replace_dir,
@@ -155,3 +156,23 @@ def test_a_line_that_a_full_disk_cut_is_closed_by_whoever_writes_next(tmp_path, 
     again.write("four")
     again.close()
     assert path.read_text().splitlines() == ["one ", "two", "three", "four"]
+
+
+@pytest.mark.case("H06")
+def test_only_a_regular_file_is_opened_and_nothing_is_waited_for(tmp_path: Path) -> None:
+    """A pipe without a writer would block for ever."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("file")
+    for name in ("file", "link"):
+        descriptor = open_regular(tmp_path / name)
+        assert os.read(descriptor, 9) == b"x"
+        os.close(descriptor)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(OSError, match="it is not a regular file") as caught:
+            open_regular(tmp_path / name)
+        assert caught.value.filename == str(tmp_path / name)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "dangling")

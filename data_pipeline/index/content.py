@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tarflow.files import open_regular
+
 BLOCK = 16 << 10
 BLOCKS = 64
 _CHUNK = 4 << 20  # bytes read at a time
@@ -34,7 +36,7 @@ class ShardContent:
 
 def content_of(path: Path) -> ShardContent:
     """The state of a file; reads all of it. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY)
+    fd = open_regular(path)
     try:
         status = os.fstat(fd)
         return ShardContent(

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.content import sketch_of_file
 from tarflow.data_pipeline.index.index import Index
+from tarflow.files import open_regular
 
 _THREADS = 16  # the checks wait for the file system
 
@@ -59,7 +60,7 @@ def _check(index: Index, shard: int) -> None:
         status = path.stat()
         if content and (status.st_size, status.st_mtime_ns) == (content.file_bytes, content.modified_ns):
             return
-        fd = os.open(path, os.O_RDONLY)
+        fd = open_regular(path)
     except OSError:
         return
     try:

@@ -13,6 +13,7 @@ from typing import Protocol
 from tarflow.data_pipeline.errors import BadSampleError, DataError
 from tarflow.data_pipeline.index.index import Index
 from tarflow.data_pipeline.storage.changed_shards import check_open_shard
+from tarflow.files import open_regular
 
 OPEN_FILES = 64
 
@@ -74,7 +75,7 @@ class LocalShards:
     def _open(self, shard: int) -> int:
         path = self.index.shard_path(shard)
         try:
-            fd = os.open(path, os.O_RDONLY)
+            fd = open_regular(path)
         except OSError as err:
             raise BadSampleError("missing_shard", f"cannot open the shard: {err.strerror}") from None
         try:

@@ -26,8 +26,11 @@ FINAL = (NO_PROGRESS, USAGE)  # a restart would end the same way
 class Supervisor:
     """Runs a command as `ranks` processes until it finishes, is stopped, or has been restarted too often."""
 
-    def __init__(self, command: Sequence[str], ranks: int, run_dir: Path, max_restarts: int) -> None:
+    def __init__(
+        self, command: Sequence[str], ranks: int, run_dir: Path, max_restarts: int, grace_s: float = GRACE_S
+    ) -> None:
         self.command, self.ranks, self.run_dir, self.max_restarts = list(command), ranks, run_dir, max_restarts
+        self.grace_s = grace_s
         self._stop_asked = self._interrupted = False
         self._processes: list[subprocess.Popen[bytes]] = []
 
@@ -86,7 +89,7 @@ class Supervisor:
         while any(p.poll() is None for p in self._processes):
             ended = [(r, p.returncode) for r, p in enumerate(self._processes) if p.poll() is not None]
             if ended and deadline == float("inf"):
-                deadline = time.monotonic() + GRACE_S
+                deadline = time.monotonic() + self.grace_s
             bad = [(r, code) for r, code in ended if code not in (FINISHED, REQUEUE)]
             # Of several at once, one killed by a signal (a negative code) is the cause.
             first = first or (min(bad, key=lambda e: e[1]) if bad else None)

@@ -13,6 +13,7 @@ from pathlib import Path
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.tar.fast import fast_scan
 from tarflow.data_pipeline.index.tar.members import TarScan
+from tarflow.files import open_regular
 
 SMALL = 256  # contents up to this size are kept as they pass by: label members
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -24,7 +25,7 @@ def scan_tar(path: Path, keep: int = SMALL, by: Callable[[int, TarScan, int], No
     Raises DataError when the file cannot be read or is compressed (offsets into it would mean nothing).
     """
     try:
-        fd = os.open(path, os.O_RDONLY)
+        fd = open_regular(path)
     except OSError as err:
         raise DataError(f"cannot open shard {path}: {err.strerror}") from None
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from tarflow.data_pipeline.index.patterns import expand_braces, find_shards
 from tarflow.data_pipeline.layout.splits import by_split
 from tarflow.data_pipeline.storage.access import address
 from tarflow.data_pipeline.storage.roots import check_name
+from tarflow.files import open_regular
 
 _SKETCH_BLOCKS = 4  # of each shard, read by every rank at its start
 
@@ -60,14 +60,13 @@ def fingerprint_of_names(names: list[str]) -> str:
 
 
 def _sketch(shard: str) -> str:
-    """Digest of a few blocks of a file; empty for what is none or cannot be read, which reading will tell."""
+    """Digest of a few blocks of a file; empty for what is not a file or cannot be read: reading it will fail and say why."""
     try:
-        fd = os.open(shard, os.O_RDONLY)
+        fd = open_regular(shard)
     except OSError:
         return ""
     try:
-        status = os.fstat(fd)
-        return sketch_of_file(fd, status.st_size, _SKETCH_BLOCKS) if stat.S_ISREG(status.st_mode) else ""
+        return sketch_of_file(fd, os.fstat(fd).st_size, _SKETCH_BLOCKS)
     except OSError:
         return ""
     finally:

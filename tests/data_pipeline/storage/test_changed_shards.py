@@ -14,14 +14,16 @@ from typing import Any
 import pytest
 
 from tarflow.cli import main
-from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.errors import BadSampleError, DataError
 from tarflow.data_pipeline.index.build import build_index
 from tarflow.data_pipeline.index.content import BLOCK, BLOCKS, content_of, sketch_of_file
 from tarflow.data_pipeline.index.mds import write_mds
 from tarflow.data_pipeline.loading.choose_reader import data_facts
 from tarflow.data_pipeline.loading.settings import DataSettings
+from tarflow.data_pipeline.loading.stream.shards import stream_fingerprint
 from tarflow.data_pipeline.prepare.verify import verify
 from tarflow.data_pipeline.storage.changed_shards import check_shards
+from tarflow.data_pipeline.storage.local_shards import LocalShards
 from tarflow.data_pipeline.storage.open_index import open_index
 from tests.helpers.loaders import make_loader
 from tests.helpers.old_index import as_version_0_1
@@ -214,3 +216,21 @@ def test_a_shard_changed_behind_an_address_is_noticed_when_it_is_fetched(
     with pytest.raises(DataError, match=r"shard http.*\.tar holds other bytes than when it was indexed \(checksum"):
         take(url, 2, **options)
     assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+@pytest.mark.case("H06")
+def test_a_pipe_in_the_place_of_a_shard_is_named_and_not_waited_for(tmp_path: Path, lab: SimpleNamespace) -> None:
+    (shard, *_) = write_bmps(lab, tmp_path, 0)
+    build_index(tmp_path, sorted(tmp_path.glob("*.tar")))
+    shard.unlink()
+    os.mkfifo(shard)
+    index = open_index(tmp_path)
+    check_shards(index)  # what cannot be opened is told by who reads it
+    with pytest.raises(BadSampleError, match="cannot open the shard: it is not a regular file"):
+        LocalShards(index).read(0, 0, 10)
+    with pytest.raises(DataError, match=r"cannot open shard .*: it is not a regular file"):
+        build_index(tmp_path, [shard])
+    assert stream_fingerprint([str(shard)]) == stream_fingerprint([str(shard)])
+    report = verify(index)
+    assert report.problems == {"unreadable_shard": 1}
+    assert "it is not a regular file" in "\n".join(report.lines())

@@ -21,22 +21,16 @@ from tests.helpers.waiting import PATIENCE_S, until
 
 
 @pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks have time to heed a signal, on a crowded machine too."""
-    monkeypatch.setattr(tarflow.trainer.resilience.supervisor, "GRACE_S", PATIENCE_S)
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(tarflow.trainer.resilience.supervisor, "GRACE_S", 0.5)
+def folder(tmp_path: Path) -> Path:
     create_run(tmp_path / "run")
     (tmp_path / "notes").mkdir()
     return tmp_path
 
 
-def supervise(folder: Path, what: str, restarts: int, ranks: int = 2) -> int:
+def supervise(folder: Path, what: str, restarts: int, ranks: int = 2, grace_s: float = 0.5) -> int:
+    """`grace_s`: PATIENCE_S where ranks must have time to heed a signal, also on a busy machine."""
     command = [sys.executable, "-S", *program("scripted_rank", folder / "notes", what)[1:]]
-    return Supervisor(command, ranks, folder / "run", restarts).run()
+    return Supervisor(command, ranks, folder / "run", restarts, grace_s).run()
 
 
 def starts(folder: Path, rank: int) -> int:
@@ -84,19 +78,17 @@ def when(ready: Callable[[], bool], action: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize(("sent", "arrives"), [("SIGTERM", "SIGTERM"), ("SIGUSR2", "SIGUSR2"), ("SIGINT", "SIGTERM")])
 @pytest.mark.case("C07")
-def test_signal_to_the_launcher_reaches_every_rank_once(folder: Path, patient: None, sent: str, arrives: str) -> None:
+def test_signal_to_the_launcher_reaches_every_rank_once(folder: Path, sent: str, arrives: str) -> None:
     ready = lambda: starts(folder, 0) + starts(folder, 1) == 2  # noqa: E731
     when(ready, lambda: os.kill(os.getpid(), signal.Signals[sent]))
-    assert supervise(folder, "wait", restarts=5) == REQUEUE
+    assert supervise(folder, "wait", restarts=5, grace_s=PATIENCE_S) == REQUEUE
     # A SIGINT from a keyboard reaches the ranks by itself; two of them would end them unsaved.
     assert [(folder / "notes" / f"signal-{rank}").read_text() for rank in (0, 1)] == [arrives] * 2
     assert starts(folder, 0) == 1
 
 
 @pytest.mark.case("C07")
-def test_signal_while_the_ranks_are_started_is_not_lost(
-    folder: Path, patient: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_signal_while_the_ranks_are_started_is_not_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start = subprocess.Popen
 
     def signalled(*arguments: Any, **settings: Any) -> "subprocess.Popen[bytes]":
@@ -104,7 +96,7 @@ def test_signal_while_the_ranks_are_started_is_not_lost(
         return start(*arguments, **settings)
 
     monkeypatch.setattr(tarflow.trainer.resilience.supervisor.subprocess, "Popen", signalled)
-    assert supervise(folder, "wait", restarts=5) == REQUEUE
+    assert supervise(folder, "wait", restarts=5, grace_s=PATIENCE_S) == REQUEUE
     assert [(folder / "notes" / f"signal-{rank}").read_text() for rank in (0, 1)] == ["SIGTERM"] * 2
 
 
