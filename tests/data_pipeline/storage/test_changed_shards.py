@@ -176,7 +176,7 @@ def test_an_index_of_an_earlier_version_goes_on_with_its_fingerprint(
     check_shards(old)
     assert take(root)
     assert (
-        sum("does not see what the shards hold" in line and "tarflow data index" in line for line in caplog.messages)
+        sum("does not cover what the shards hold" in line and "tarflow data index" in line for line in caplog.messages)
         == 1
     )
     assert verify(old).problems == {}
