@@ -6,11 +6,11 @@ from tarflow.errors import UserError
 
 
 class DataError(UserError):
-    """Something a user can put right: a path, a file, a label or a setting. Printed without a traceback."""
+    """Something a user can fix: a path, a file, a label or a setting. Printed without a traceback."""
 
 
 class BadSampleError(DataError):
-    """One sample that cannot be delivered. `cause` is a short name that counters use, e.g. `undecodable`."""
+    """A sample that cannot be delivered. `cause`: a short name for counters, e.g. `undecodable`."""
 
     def __init__(self, cause: str, message: str) -> None:
         super().__init__(message)

@@ -1,7 +1,7 @@
-"""Randomness that depends on keys alone: no state, no library version, no process history.
+"""Randomness that depends on keys alone, not on state, library version or process history.
 
 NumPy's generators may change their streams between versions, which would change the order of a run that is resumed
-after an upgrade. These few lines of integer arithmetic (the finaliser of SplitMix64) cannot.
+after an upgrade. These few lines of integer arithmetic (the finalizer of SplitMix64) cannot.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names of classes and files as they come: which may be stored, and how the others are shown."""
+"""Names of classes and files from outside: which can be stored, and how the others are shown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tarflow.data_pipeline.errors import DataError
 
-LONGEST = 255  # characters; what a file system gives a folder's name
+LONGEST = 255  # characters; the longest name of a folder in common file systems
 
 
 def shown(name: str | Path) -> str:
@@ -23,7 +23,7 @@ def _shown(c: str) -> str:
 
 
 def storable(path: str | Path) -> bool:
-    """Whether this path is UTF-8: neither files of text nor pyarrow take another one."""
+    """Whether this path is UTF-8: text files and pyarrow take nothing else."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -35,7 +35,7 @@ def class_names(names: Sequence[str], where: str) -> list[str]:
     """`names` in composed Unicode, so that the same name made on two systems is one.
 
     Raises DataError for what cannot be told apart, shown on one line or stored: an empty name, one that is not UTF-8, with
-    control characters, longer than `LONGEST`, or equal to another one but for composition and surrounding space.
+    control characters, longer than `LONGEST`, or equal to another one except for composition and surrounding space.
     `where`: where the names stand, for the message.
     """
     known: dict[str, str] = {}
@@ -69,7 +69,7 @@ def normal(name: str) -> str:
 
 
 def only_case(names: Sequence[str]) -> str | None:
-    """A note about names that differ in case alone, which is as likely a slip as not; None without any."""
+    """A note about names that differ in case alone, which is often a typo; None if there are none."""
     folded: dict[str, str] = {}
     pairs = [f"'{folded[n.casefold()]}' and '{n}'" for n in names if folded.setdefault(n.casefold(), n) != n]
     return f"classes that differ in case alone are kept apart: {', '.join(pairs[:5])}" if pairs else None

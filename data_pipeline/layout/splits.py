@@ -1,7 +1,7 @@
-"""Splits told by name: `train-00000.parquet` beside `test-00000.parquet`, `set-train-0000.tar`, folders train/ and val/.
+"""Splits recognized by name: `train-00000.parquet` beside `test-00000.parquet`, `set-train-0000.tar`, folders train/ and val/.
 
-What is one data set to a training is several to its publisher. Mixed together, the figures on held-out images would be
-those of training images, so several splits are never taken as one unless that is asked for (`--split all`).
+A publisher's folder often holds several splits. Mixed together, metrics on held-out images would be metrics on training
+images, so several splits are never taken as one data set unless asked for (`--split all`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _CANONICAL = {name: split for split, names in _NAMES.items() for name in names}
 
 
 def split_named(word: str) -> str | None:
-    """`train`, `val` or `test` for a word that means it, in any case; else None."""
+    """`train`, `val` or `test` for a word that means it, in upper or lower case; else None."""
     return _CANONICAL.get(word.lower())
 
 
 def split_of(relative: Path) -> str | None:
-    """The split that a path names, its last part first: a word of its own, as in `imagenet1k-train-0000.tar`.
+    """The split that a path names, by a separate word (`imagenet1k-train-0000.tar`); the last part that names one counts.
 
     None where no part names one, and where one part names two.
     """
@@ -50,7 +50,7 @@ def by_split(paths: Iterable[Path], root: Path) -> dict[str, list[Path]]:
 
 
 def asked_splits(text: str) -> list[str]:
-    """The splits of `--split NAME[,NAME]`. Raises DataError for a word that names none."""
+    """The splits of `--split NAME[,NAME]`. Raises DataError for a word that is not a split."""
     words = [word.strip() for word in text.split(",")]
     named = [ALL if word == ALL else split_named(word) for word in words]
     if None in named or (ALL in named and len(named) > 1) or len(set(named)) < len(named):
@@ -60,7 +60,7 @@ def asked_splits(text: str) -> list[str]:
 
 
 def chosen(found: Sequence[str], asked: str | None, where: str) -> list[str]:
-    """The splits to take of those that were found: those asked for, otherwise all. `where` is for the message.
+    """The splits to take of those that were found: those asked for, otherwise all. `where`: for the message.
 
     Raises DataError for a split that is not there, and for members that name no split beside others that do.
     """

@@ -1,4 +1,4 @@
-"""All files below a folder, through symbolic links too, each folder once: what `prepare`, `index` and `score` look at.
+"""All files below a folder, through symbolic links too, each folder once: what `prepare`, `index` and `score` read.
 
 Data sets are often folders of links to where the images lie, and links may form circles.
 """
@@ -16,11 +16,11 @@ from tarflow.data_pipeline.layout.names import shown
 
 @dataclass
 class Walk:
-    """What lies below a folder. `files`: in the order of their paths, none of them hidden.
+    """What lies below a folder. `files`: sorted by path, without hidden ones.
 
     `ignored`: `hidden` (begins with a dot, or lies in such a folder), `broken_link`, `link_loop` (a link to a folder that
     it lies in) and `not_a_file` (pipes, sockets, devices). `linked`: folders that were entered through a link. `again`:
-    (folder, the same folder met before under another name); it counts once.
+    (folder, the same folder seen before under another name); it counts once.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Walk:
 
 
 def walk(root: Path) -> Walk:
-    """Everything below `root`. Raises DataError for a folder that cannot be read: nothing is left out in silence."""
+    """Everything below `root`. Raises DataError for a folder that cannot be read: nothing is skipped silently."""
     found = Walk()
     waiting = [root]
     seen: dict[tuple[int, int], Path] = {}

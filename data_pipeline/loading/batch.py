@@ -34,7 +34,7 @@ class Batch:
         slots: NDArray[np.int64],
         images_seen: int,
     ) -> Batch:
-        """From images as they are decoded, uint8 [b, H, W, C]."""
+        """From images as decoded, uint8 [b, H, W, C]."""
         return cls(
             images=images.permute(0, 3, 1, 2),
             labels=torch.from_numpy(labels),

@@ -1,4 +1,4 @@
-"""Which reader suits what lies at a path or address.
+"""Which reader fits what lies at a path or address.
 
 | reader | what it reads | order and resume |
 |---|---|---|
@@ -21,7 +21,7 @@ from tarflow.data_pipeline.storage.open_index import open_index
 
 
 def choose_reader(data: DataSettings) -> str:
-    """`indexed` or `stream` (whether an index is of MDS shards shows when it is open). Raises DataError."""
+    """`indexed` or `stream`; whether an index is one of MDS shards is known once it is open. Raises DataError."""
     text, reader = data.train, data.reader
     if reader == "stream":
         return "stream"
@@ -36,14 +36,14 @@ def choose_reader(data: DataSettings) -> str:
         return "stream"
     if names_tars:
         raise DataError(
-            f"{text!r} names tars, the {reader} reader wants the folder or address with their index: run "
+            f"{text!r} names tars, the {reader} reader takes the folder or address with their index: run "
             f"`tarflow data index {text!r} --out FOLDER` once; data.reader=stream reads tars without an index, by shard only"
         )
     return "indexed"
 
 
 def check_form(index: Index, reader: str) -> str:
-    """The reader that the open index is for, `indexed` or `mds`. Raises DataError where another one was asked for."""
+    """The reader for this index, `indexed` or `mds`. Raises DataError where another one was asked for."""
     have = "mds" if index.form == "mds" else "indexed"
     if reader not in ("auto", have):
         raise DataError(
@@ -54,10 +54,10 @@ def check_form(index: Index, reader: str) -> str:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What is known of a data set before it is read; a stream knows neither its length nor its classes.
+    """What is known of a data set before it is read; the length and the classes of a stream are not.
 
-    `former_fingerprint`: what version 0.1 took for the fingerprint, which does not see contents; runs of it hold that one.
-    None where the index is of that version itself, and knows no other.
+    `former_fingerprint`: the one of version 0.1, which does not cover contents and which runs of that version hold.
+    None where the index itself is of that version.
     """
 
     fingerprint: str
@@ -68,7 +68,7 @@ class DataFacts:
 
 
 def data_facts(data: DataSettings) -> DataFacts:
-    """Open the index, or list the stream's shards; nothing else is read or written. Raises DataError."""
+    """Open the index, or list the stream's shards; reads and writes nothing else. Raises DataError."""
     if choose_reader(data) == "stream":
         shards = stream_shards(data.train)
         return DataFacts(stream_fingerprint(shards), None, None, fingerprint_of_names(shards))

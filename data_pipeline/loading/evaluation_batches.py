@@ -26,12 +26,12 @@ def evaluation_batches(
     data: DataSettings, shape: ImageShape, batch_size: int, *, limit: int | None = None, rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:  # fmt: skip
-    """Each sample of `data.train` once, in batches of at most `batch_size` per rank; `data.held_out` for the others.
+    """Each sample of `data.train` once, in batches of at most `batch_size` per rank; pass `data.held_out` for held-out images.
 
-    `slots` equal `ids`, `images_seen` is the place of a batch's first sample. `limit`: only so many samples, spread
-    evenly over the index (shards may be sorted by class). Every rank gets a range of its own; ranges differ by at most
-    one sample, so ranks may make a different number of batches and must not meet in a collective per batch.
-    Bad samples raise DataError, or with on_error=skip are left out and logged.
+    `slots` equal `ids`, `images_seen` is the index of a batch's first sample. `limit`: at most this many samples, spread
+    evenly over the index, since shards may be sorted by class. Every rank gets a range of its own; ranges differ by at most
+    one sample, so ranks may yield different numbers of batches: do not run a collective per batch.
+    Bad samples raise DataError, or with on_error=skip are skipped and logged.
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise DataError(f"batch_size {batch_size} and limit {limit} must be at least 1")
@@ -53,8 +53,8 @@ def evaluation_batches(
                     image, label = reader.read(sample)
                 except BadSampleError as err:
                     if data.on_error == "strict":
-                        raise DataError(f"{err}; on_error=skip leaves such samples out") from None
-                    log.warning("left out a bad sample (%s): %s", err.cause, err)
+                        raise DataError(f"{err}; on_error=skip skips such samples") from None
+                    log.warning("skipped a bad sample (%s): %s", err.cause, err)
                     continue
                 good.append((image, label, sample))
             if good:

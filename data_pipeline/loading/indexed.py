@@ -125,7 +125,7 @@ class IndexedSource:
             images_seen = after.images_seen
 
     def _ids_ahead(self) -> Callable[[int, int], NDArray[np.int64]]:
-        """A function (images seen, batches) -> ids of this rank's samples in so many batches from there.
+        """A function (images seen, batches) -> ids of this rank's samples in that many batches from there.
 
         It has an order of its own, since two threads must not share the caches of one.
         """
@@ -182,7 +182,7 @@ class IndexedSource:
 
 
 class _PinnedMemory:
-    """Makes the pool's shared memory page-locked, so that copies to the GPU run beside the computation."""
+    """Page-locks the pool's shared memory, so that copies to the GPU overlap with computation."""
 
     def __init__(self, pool: WorkerPool) -> None:
         code = torch.cuda.cudart().cudaHostRegister(pool.address(), pool.memory_bytes, 0)
@@ -190,7 +190,7 @@ class _PinnedMemory:
             log.warning("could not pin the shared memory of the data workers (CUDA error %s): copies will block", code)
 
     def copied(self) -> Callable[[], None]:
-        """Called when a batch is dropped: its copy to the GPU may still be under way, so wait for it before reuse."""
+        """Called when a batch is dropped: its copy to the GPU may still be running, so wait for it before reuse."""
         event = torch.cuda.Event()
         event.record()
         return event.synchronize
@@ -209,7 +209,7 @@ def _log_data(index: Index) -> None:
     if not index.knows_content:
         log.warning(
             "the index at %s is of an earlier version, whose fingerprint does not cover what the shards hold: "
-            "`tarflow data index %s` writes one that does; runs go on with it",
+            "`tarflow data index %s` writes one that does, and runs resume with it",
             index.root, index.root,
         )  # fmt: skip
     empty = [index.shard_paths[i] for i in np.flatnonzero(index.shard_sizes == 0)]

@@ -61,7 +61,7 @@ class Loader:
 
     @property
     def fingerprint(self) -> str:
-        """The data set's fingerprint; a run that goes on with other data no longer follows the same order.
+        """The data set's fingerprint; a run that resumes with other data no longer follows the same order.
 
         For a stream it covers the names of the shards, and of those in the file system their sizes and some blocks.
         """
@@ -88,7 +88,7 @@ class Loader:
         """The position behind the last batch that was taken, whatever was decoded ahead: plain numbers and texts.
 
         With an index it is the same on all ranks, and valid for any batch size and number of ranks. For a stream it also
-        holds where this rank is, so each rank saves its own; under another number of ranks a stream goes on at the nearest
+        holds where this rank is, so each rank saves its own; with another number of ranks a stream resumes at the nearest
         shard.
         """
         return to_state(self.source, self._position)

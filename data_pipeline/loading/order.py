@@ -1,7 +1,7 @@
-"""Which sample stands at which place of the endless stream: a pure function of (seed, shard sizes, settings).
+"""Maps stream position to sample id: a pure function of (seed, shard sizes, settings).
 
-The stream has no end. Position p (the value of `images_seen` when that sample is drawn) lies in epoch p // N at place
-p % N, N being the number of samples. Global batch k holds positions k*G .. k*G+G-1, so a batch may straddle the end
+The stream has no end. Position p (the value of `images_seen` when that sample is drawn) is place p % N of epoch p // N,
+where N is the number of samples. Global batch k holds positions k*G .. k*G+G-1, so a batch may straddle the end
 of an epoch and THERE ARE NO INCOMPLETE BATCHES: every epoch holds every sample exactly once whatever the global batch
 size, and nothing here depends on ranks or workers. A changed batch size or world continues at the same position.
 
@@ -30,7 +30,7 @@ _CACHE_BYTES = 32 << 20
 
 
 class Order:
-    """The order of one data set.
+    """The order of one data set's samples.
 
     `shard_sizes`: samples in each shard, in index order (zeros allowed). Sample ids count through the shards in that
     order, 0 .. N-1. Raises DataError for an empty data set or a setting below 1.

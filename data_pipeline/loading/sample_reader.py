@@ -1,4 +1,4 @@
-"""From a sample id to its label and its pixels: the index says where the bytes lie, `shard_files` reads them."""
+"""From a sample id to its label and pixels: the index says where the bytes are, `ShardFiles` reads them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tarflow.data_pipeline.storage.local_shards import LocalShards, ShardFiles
 
 
 class SampleReader:
-    """Reads samples of an indexed data set at the shape that the model wants.
+    """Reads samples of an indexed data set at the shape that the model takes.
 
-    `files`: where the bytes come from; by default the shards beside the index. `max_pixels`: of the largest image.
+    `files`: where the bytes come from; by default the shards next to the index. `max_pixels`: limit on an image.
     """
 
     def __init__(
@@ -31,7 +31,9 @@ class SampleReader:
         self.shape = shape
         self.max_pixels = max_pixels
         self.files: ShardFiles = files or LocalShards(index)
-        self._starts: list[int] = index.shard_starts.tolist()  # bisecting a list is quicker than an array, one by one
+        self._starts: list[int] = (
+            index.shard_starts.tolist()
+        )  # bisecting a list is faster than searching an array for one sample at a time
 
     def read(self, sample: int) -> tuple[NDArray[np.uint8], int]:
         """(uint8 [image_size, image_size, channels], label). Raises BadSampleError naming shard and key."""
@@ -41,8 +43,8 @@ class SampleReader:
     def read_into(self, sample: int, out: NDArray[np.uint8]) -> int:
         """Write the image into `out`, contiguous uint8 [image_size, image_size, channels]; returns the label.
 
-        A JPEG of that size is decoded where it is wanted, without a copy. Raises BadSampleError naming shard and key;
-        what `out` then holds means nothing.
+        A JPEG of that size is decoded straight into `out`, without a copy. Raises BadSampleError naming shard and key;
+        `out` is then undefined.
         """
         try:
             data, label = self._fetch(sample)
@@ -83,7 +85,7 @@ class SampleReader:
 
 @dataclass
 class Skipped:
-    """One sample that was replaced: its id, the cause, what was wrong, and the id that stands in for it."""
+    """A sample that was replaced: its id, the cause, the message, and the id of its replacement."""
 
     sample: int
     cause: str
@@ -96,7 +98,7 @@ class SkippingReader:
 
     `strict`: the first bad sample raises. `skip`: a bad sample is replaced by the next good one of its shard in index
     order (after the last comes the first), or, where the whole shard is bad, of the following shards. The rule depends
-    on the data alone: every rank and worker takes the same number of steps and finds the same replacement.
+    on the data alone, so every rank takes the same number of steps and every worker finds the same replacement.
     """
 
     def __init__(self, reader: SampleReader, on_error: str) -> None:
@@ -141,10 +143,10 @@ class SkippingReader:
 
 
 def check_labels(index: Index, num_classes: int, on_error: str) -> None:
-    """Before anything is read: do the labels suit a model with `num_classes`? Raises DataError naming a sample.
+    """Raise DataError, naming a sample, unless the labels fit a model with `num_classes`. Reads no samples.
 
     The index knows the smallest and largest label of each shard, so this costs nothing. With on_error=skip only a data
-    set without any usable label is refused; single samples are replaced and counted when they come up.
+    set without any labels is refused; single samples are replaced and counted when they are drawn.
     """
     if num_classes == 0:
         return

@@ -14,7 +14,7 @@ from tarflow.settings import MOST_SECONDS, Count, Section, at_home
 
 
 def _place(value: Any) -> Any:
-    """A path in its plain form; addresses and pipes as they are."""
+    """A path in its plain form; addresses and pipes unchanged."""
     text = str(value) if isinstance(value, Path) else value
     if not isinstance(text, str) or text.startswith("pipe:"):
         return text
@@ -28,60 +28,82 @@ class DataSettings(Section):
     """Where the images are and how they are read."""
 
     train: Place = Field(
-        description="indexed shards to train on (made by `tarflow data prepare`): a folder or an address; "
-        "or `pipe:` and addresses of tars without an index, as streams"
+        description="training images: folder or address of shards with an index (made by `tarflow data prepare` or "
+        "`tarflow data index`), or `pipe:COMMAND` and addresses of tars without one, read as streams"
     )
-    validation: Place | None = Field(None, description="indexed shards of held-out images, for bits per dimension")
+    validation: Place | None = Field(
+        None, description="held-out images for bits per dimension: folder or address of shards with an index"
+    )
     reader: Literal["auto", "indexed", "mds", "stream"] = Field(
         "auto",
-        description="how data.train is read: auto goes by what lies there; stream needs no index, and promises less",
+        description="how data.train is read: auto decides by what it finds; stream needs no index, but its order depends "
+        "on the number of ranks and it resumes at the nearest shard",
     )
     cache_dir: Annotated[str, BeforeValidator(at_home)] | None = Field(
-        None, description="folder of a node's cache of remote shards; null = in the system's temporary folder"
+        None,
+        description="folder where the processes of a node cache remote shards; use a local disk. "
+        "null = in the system's temporary folder",
     )
     cache_bytes: Count = Field(
-        32 << 30, ge=0, le=1 << 50, description="bound of that cache; 0 = none, every sample is a request for its range"
+        32 << 30,
+        ge=0,
+        le=1 << 50,
+        description="size limit of that cache; 0 = no cache, one range request per sample",
     )
     timeout_s: float = Field(
-        30.0, gt=0, le=MOST_SECONDS, description="seconds without a byte after which a remote request is given up"
+        30.0, gt=0, le=MOST_SECONDS, description="seconds without a byte after which a remote request is aborted"
     )
-    retries: Count = Field(5, ge=0, le=1000, description="attempts after the first at a remote request")
+    retries: Count = Field(5, ge=0, le=1000, description="attempts after the first failed one of a remote request")
     allow_roots: tuple[str, ...] = Field(
         (),
         max_length=100,
-        description="addresses (s3://bucket/sets) under which shards may lie, and redirects may lead, beside the "
-        "address of the index itself",
+        description="further addresses (s3://bucket/sets) that shards may lie under and redirects may lead to, besides "
+        "the address of the index",
     )
-    flip: bool = Field(False, description="mirror images left to right at random")
+    flip: bool = Field(False, description="mirror a random half of the images left to right")
     num_workers: Count = Field(
-        0, ge=0, le=1024, description="decoding processes per rank; 0 = a thread of the training process"
+        0,
+        ge=0,
+        le=1024,
+        description="decoding processes per rank; raise it while time/data_wait_s is above zero. "
+        "0 = a thread of the training process",
     )
-    prefetch_batches: Count = Field(4, gt=0, le=1024, description="batches that wait ready")
+    prefetch_batches: Count = Field(4, gt=0, le=1024, description="batches to prefetch per rank")
     num_canonical_nodes: Count = Field(
-        1, gt=0, le=1 << 20, description="parts of the data set that are read apart from each other"
+        1,
+        gt=0,
+        le=1 << 20,
+        description="independently shuffled partitions of the data set; set it to the number of nodes so that each "
+        "node reads almost only its own. Changes the order of the samples",
     )
-    shuffle_block: Count = Field(65536, gt=0, le=1 << 40, description="samples that are shuffled among each other")
+    shuffle_block: Count = Field(
+        65536,
+        gt=0,
+        le=1 << 40,
+        description="samples per shuffle block, within which samples are mixed; smaller blocks read fewer shards at a "
+        "time. Changes the order of the samples",
+    )
     on_error: Literal["strict", "skip"] = Field(
-        "strict", description="strict: a damaged image stops the run; skip: count and replace it"
+        "strict", description="damaged image: strict stops the run, skip replaces the image and counts it"
     )
     max_image_pixels: Count = Field(
         MAX_PIXELS,
         gt=0,
         le=1 << 34,
-        description="pixels of the largest image that is decoded; of a JPEG, at the size it is decoded at",
+        description="pixels of the largest image that is decoded; for a JPEG, at the reduced size it is decoded at",
     )
     max_bad_share: float = Field(
-        0.01, ge=0, le=1, description="share of damaged images at which a run with on_error=skip stops"
+        0.01, ge=0, le=1, description="fraction of damaged images above which a run with on_error=skip stops"
     )
     accept: tuple[Literal["grey", "spare_classes", "class_names"], ...] = Field(
         (),
-        description="what is meant although data and model differ: grey: colour images for a grey model; spare_classes: more "
-        "classes in the model than in the data; class_names: other names than validation, checkpoint or weights have",
+        description="mismatches of data and model that are intended: grey (colour images, grey model), spare_classes "
+        "(more classes in the model than in the data), class_names (other names than in validation, checkpoint or weights)",
     )
 
     @classmethod
     def of(cls, train: str | Path, **settings: Any) -> DataSettings:
-        """The settings of a loader that is used by itself; one that cannot be is a DataError that names it."""
+        """The settings of a loader that is used on its own. Raises DataError, naming the setting that is out of range."""
         try:
             return cls(train=train, **settings)
         except ValidationError as error:
@@ -96,7 +118,7 @@ class DataSettings(Section):
 
     @property
     def held_out(self) -> DataSettings | None:
-        """The same settings for the held-out images in the place of the training images; None where there are none."""
+        """The same settings, reading the held-out images; None where there are none."""
         if self.validation is None:
             return None
         return self.model_copy(update={"train": self.validation, "validation": None})

@@ -67,7 +67,7 @@ class BatchSource(Protocol):
 
     @property
     def order_settings(self) -> dict[str, int]:
-        """What the order depends on besides the data: a position in one order is none in another."""
+        """What the order depends on besides the data: a position in one order means nothing in another."""
 
     def batches(self, position: Position) -> Iterator[Delivery]:
         """Endless: the share of this rank in every global batch from `position` on. Raises DataError."""
@@ -104,7 +104,7 @@ def from_state(source: BatchSource, state: dict[str, Any]) -> Position:
     if state["fingerprint"] != source.fingerprint:
         raise DataError(
             f"the state of the loader belongs to the data set with fingerprint {state['fingerprint']}, data.train has "
-            f"{source.fingerprint}: a position in one is none in the other"
+            f"{source.fingerprint}: a position in one means nothing in the other"
         )
     _check_keys(state["order"], dict.fromkeys(source.order_settings, int), "order.")
     for name, value in source.order_settings.items():

@@ -1,4 +1,4 @@
-"""A data set as it shows before training: what its index says, and a look at a few of its images."""
+"""A data set as seen before training: what its index says, and a look at a few of its images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOOKED_AT = 16  # images; of a remote set, a quarter of that
 
 @dataclass(frozen=True)
 class DataSurvey:
-    """What a look at a data set tells.
+    """What a look at a data set shows.
 
     `place`: the path or address. `looks`: at a few images, spread evenly; fewer where some cannot be read, none of a
     stream, of which neither length nor classes are known.
@@ -29,7 +29,7 @@ class DataSurvey:
     place: str
     facts: DataFacts
     looks: tuple[Look, ...] = ()
-    unchecked: str | None = None  # why what is fetched is not held against the index
+    unchecked: str | None = None  # why fetched bytes are not checked against the index
 
     @property
     def index(self) -> Index | None:
@@ -100,7 +100,7 @@ class DataSurvey:
 def survey(data: DataSettings) -> DataSurvey:
     """Open the index of `data.train` and look at a few images, or list a stream's shards. Raises DataError.
 
-    Nothing is written: of remote shards only those images are fetched, past the node's cache.
+    Nothing is written: of remote shards only those images are fetched, without the node's cache.
     """
     facts = data_facts(data)
     if facts.index is None:
@@ -125,7 +125,7 @@ def _looks(index: Index, data: DataSettings) -> Iterator[Look]:
             except DataError:
                 if not index.is_remote(shard):
                     raise
-                return  # a server that sends whole files only, or an outage: reading will say so if it lasts
+                return  # a server without ranges, or an outage: training will report it if it lasts
             if look is not None:
                 yield look
     finally:

@@ -1,8 +1,8 @@
 """A loader's worker process: takes chunks of a batch, decodes them straight into shared memory, reports back.
 
 Started by `worker_pool` as a fresh interpreter (`python -m tarflow.data_pipeline.loading.worker`), never by fork: no locks,
-CUDA state or random streams are inherited, and torch is not loaded. It talks over two sockets and ends when their other end
-does, so it cannot outlive its parent whatever happens to that. Signals meant for the training process are ignored.
+CUDA state or random streams are inherited, and torch is not loaded. It communicates over two sockets and ends when the parent's
+ends are closed, so it cannot outlive the parent however that ends. Signals meant for the training process are ignored.
 
 Task message: int64 [3 + 2n] = slot, first row, n, then n sample ids and n stream positions.
 Result message: JSON; the pixels, labels and delivered ids lie in the slot.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":  # before the imports below, which take a moment
+if __name__ == "__main__":  # before the imports below, which take a while
     for _number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(_number, signal.SIG_IGN)
 
@@ -44,7 +44,7 @@ MAX_MESSAGE = 1 << 17
 
 @dataclass(frozen=True)
 class Spec:
-    """What a worker (or the thread that stands in for one) must know to produce samples."""
+    """What a worker, or the thread that takes its place, must know to produce samples."""
 
     data: str
     fingerprint: str
@@ -57,7 +57,7 @@ class Spec:
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Spec:
-        """From what `asdict` made of one."""
+        """From the output of `asdict`."""
         access = plain["access"] | {"allow_roots": tuple(plain["access"]["allow_roots"])}
         parts = {"shape": ImageShape(**plain["shape"]), "access": Access(**access)}
         return cls(**plain | parts)
@@ -112,7 +112,7 @@ class Producer:
     ) -> list[Skipped]:
         """Write the samples `ids` (int64 [n]) into images [n, H, W, C], labels [n] and delivered ids [n].
 
-        `positions` (int64 [n]) key the flips. Returns what was replaced; raises DataError in strict mode.
+        `positions` (int64 [n]) key the flips. Returns the samples that were replaced; raises DataError in strict mode.
         """
         skipped: list[Skipped] = []
         mirrored: Sequence[bool] = flips(self.spec.seed, positions).tolist() if self.spec.flip else [False] * len(ids)
@@ -127,14 +127,14 @@ class Producer:
 
 
 def main(arguments: list[str]) -> None:
-    """Serve tasks until the parent's end of the socket is gone."""
+    """Serve tasks until the parent closes its end of the socket."""
     config = json.loads(arguments[0])
     layout = Layout(**config["layout"])
     tasks = socket.socket(fileno=config["tasks"])
     results = socket.socket(fileno=config["results"])
-    # All pages at once: a fault for each, while decoding, would cost more.
+    # Map all pages at once: a page fault for each while decoding would cost more.
     memory = mmap.mmap(config["memory"], config["memory_bytes"], mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
-    gc.freeze()  # what was imported stays: no need to look through it again and again
+    gc.freeze()  # what was imported stays, so the collector need not scan it
     parent = config["parent"]
     tasks.settimeout(5.0)
     producer: Producer | None = None

@@ -1,8 +1,8 @@
-"""The parent's side of the worker processes: shared memory without names, one task queue, results by batch.
+"""The parent's side of the worker processes: unnamed shared memory, one task queue, results by batch.
 
 The memory is an anonymous file (`memfd`) that disappears with the last process that holds it: nothing can be left in
-/dev/shm. All workers receive from one socket, so a chunk goes to whoever is free and a slow shard delays nobody else.
-A batch's images are handed out as views of its slot; the slot is used again when the last view of it is gone.
+/dev/shm. All workers receive from one socket, so a chunk goes to the next free worker and a slow shard delays no other.
+A batch's images are handed out as views of its slot; the slot is reused when the last view of it is gone.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class WorkerPool:
         self.memory_bytes = slots * layout.slot_bytes
         fd = _anonymous_file(self.memory_bytes)
         self.memory = mmap.mmap(fd, self.memory_bytes)
-        # A slot comes with what must be waited for before it is written again, e.g. a copy to the GPU.
+        # Each slot with what must be waited for before it is overwritten, e.g. a copy to the GPU.
         self.free: deque[tuple[int, Ready | None]] = deque((slot, None) for slot in range(slots))
         self.held: set[int] = set()
         self.chunk = min(_MAX_CHUNK, -(-layout.rows // num_workers))
-        self._missing: dict[int, int] = {}  # slot -> rows that are not yet there
+        self._missing: dict[int, int] = {}  # slot -> rows still missing
         self._skipped: dict[int, list[Skipped]] = {}
         self._failed: dict[int, Exception] = {}
         self._unsent: deque[bytes] = deque()
@@ -78,16 +78,16 @@ class WorkerPool:
         for results in self._results:
             self._poller.register(results, select.POLLIN)
             results.setblocking(False)
-        # Also when the loader is simply dropped, or the interpreter ends.
+        # Runs too when the loader is just dropped, or the interpreter exits.
         self._finalizer = weakref.finalize(self, _stop, self._tasks, self._results, self._processes)
 
     def can_submit(self) -> bool:
-        """Whether another batch may be started: a slot is free and fewer than `prefetch` are under way or ready."""
+        """Whether another batch can be started: a slot is free and fewer than `prefetch` batches are in progress or ready."""
         return bool(self.free) and len(self._missing) < self.prefetch
 
     def submit(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> int:
         """Start a batch (int64 [rows] each); returns its slot."""
-        # The slot that was freed last is still in the caches; where a copy must be waited for, the one freed first.
+        # The slot freed last is still in the CPU's caches. But if its copy to the GPU may be running, take the one freed first.
         slot, ready = self.free.pop() if self.free[-1][1] is None else self.free.popleft()
         if ready is not None:
             ready()
@@ -101,7 +101,7 @@ class WorkerPool:
         return slot
 
     def wait(self, slot: int) -> list[Skipped]:
-        """Block until the batch in `slot` is whole; returns what was replaced in it. Raises what its workers raised."""
+        """Block until the batch in `slot` is complete; returns the samples replaced in it. Raises what its workers raised."""
         while self._missing[slot] and slot not in self._failed:
             self._receive()
         if slot in self._failed:
@@ -110,9 +110,9 @@ class WorkerPool:
         return self._skipped.pop(slot)
 
     def take(self, slot: int, on_free: Callable[[], Ready | None]) -> NDArray[np.uint8]:
-        """The images of a whole batch, uint8 [rows, H, W, C]: a view of the slot, or a copy when too many are held.
+        """The images of a complete batch, uint8 [rows, H, W, C]: a view of the slot, or a copy when too many slots are held.
 
-        `on_free()` is called when the last view is gone; what it returns is called before the slot is written again.
+        `on_free()` is called when the last view is gone; what it returns is called before the slot is overwritten.
         """
         shape = (self.layout.rows, self.layout.image_size, self.layout.image_size, self.layout.channels)
         size = int(np.prod(shape))
@@ -121,14 +121,14 @@ class WorkerPool:
             self.free.append((slot, None))
             return copy
         self.held.add(slot)
-        # NumPy lets views of views forget those in between, but never the object at the bottom: that one is watched.
+        # Views of views drop the arrays in between, but always keep the base object: its end is the end of the last view.
         bottom = (ctypes.c_ubyte * size).from_buffer(self.memory, slot * self.layout.slot_bytes)
         watch = weakref.finalize(bottom, _give_back, weakref.ref(self), slot, on_free)
         watch.atexit = False
         return np.frombuffer(bottom, dtype=np.uint8).reshape(shape)  # type: ignore[call-overload]
 
     def labels_and_ids(self, slot: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Copies of the labels and delivered ids of a whole batch, int64 [rows] each."""
+        """Copies of the labels and delivered ids of a complete batch, int64 [rows] each."""
         _, labels, ids = self.layout.views(self.memory, slot)
         return labels.copy(), ids.copy()
 
@@ -141,7 +141,7 @@ class WorkerPool:
         return [process.pid for process in self._processes]
 
     def close(self) -> None:
-        """End the workers and wait for them; batches that were handed out stay valid."""
+        """Stop the workers and wait for them; batches that were handed out stay valid."""
         self._finalizer()
 
     def _send(self) -> None:
@@ -151,7 +151,7 @@ class WorkerPool:
             except BlockingIOError:
                 return
             except OSError:
-                return  # all workers are gone: `_receive` says which and why
+                return  # all workers are gone: `_receive` reports which and why
             self._unsent.popleft()
 
     def _receive(self) -> None:
@@ -200,7 +200,7 @@ def _anonymous_file(size: int) -> int:
 
 
 def _start(config: dict[str, object]) -> subprocess.Popen[bytes]:
-    # Exactly these three descriptors are inherited; the workers find the package where this process found it.
+    # Only these three descriptors are inherited; the workers import the package from where this process did.
     inherited = [int(str(config[name])) for name in ("memory", "tasks", "results")]
     with deaf_to_terminals():
         return subprocess.Popen(  # noqa: S603 -- this package, by its own interpreter

@@ -1,6 +1,6 @@
-"""Shards that are not what was indexed. A `stat` where nothing happened; where size or time differ, a sketch decides.
+"""Shards that changed after indexing. A `stat` suffices where nothing did; where size or time differ, a sketch decides.
 
-Data behind an address are held against the index's checksums when they are fetched (`remote_shards`).
+Remote data are checked against the index's checksums when they are fetched (`remote_shards`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from tarflow.data_pipeline.index.content import sketch_of_file
 from tarflow.data_pipeline.index.index import Index
 from tarflow.files import open_regular
 
-_THREADS = 16  # the checks wait for the file system
+_THREADS = 16  # they mostly wait for the file system
 
 
 def check_open_shard(index: Index, shard: int, fd: int, *, by_size: bool = False) -> None:
-    """Raise DataError if the open file is not the shard that was indexed, as far as its size and sketch tell (or `by_size`)."""
+    """Raise DataError unless the open file is the shard that was indexed, by its size and sketch, or `by_size` alone."""
     status, expected = os.fstat(fd), int(index.shard_bytes[shard])
     path = index.shard_path(shard)
     if status.st_size != expected:
@@ -40,9 +40,9 @@ def check_open_shard(index: Index, shard: int, fd: int, *, by_size: bool = False
 
 
 def check_shards(index: Index) -> None:
-    """Look at all shards in the file system before work starts. Raises DataError for the first that was changed.
+    """Check all shards in the file system before work starts. Raises DataError for the first that changed.
 
-    Shards that are missing or cannot be opened are left to the reader, whose policy it is.
+    Shards that are missing or cannot be opened are left to the reader, which has a policy for them.
     """
     if not index.knows_content:
         return

@@ -1,7 +1,7 @@
-"""Remote shards are fetched before their samples are wanted, so that a slow one is met while batches still wait.
+"""Fetches remote shards before their samples are needed, so that a slow one does not stall the batches.
 
-A thread goes through the order ahead of the consumer and puts the shards of this rank's share into the node's cache, as far
-as half of the cache reaches. It only warms the cache: what it cannot fetch, the reader will try again and report.
+A thread follows the order ahead of the consumer and puts the shards of this rank's share into the node's cache, up to half
+of its size. It only warms the cache: what it cannot fetch, the reader tries again and reports.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from tarflow.data_pipeline.index.index import Index
 from tarflow.data_pipeline.storage.access import Access
 from tarflow.data_pipeline.storage.remote_shards import RemoteShards
 
-_PLACES = 32  # positions of the order looked up at once, or one batch
+_PLACES = 32  # positions of the order looked up at once, or one batch if that is more
 
 
 class FetchAhead:
-    """Fetches from stream position `start` on. `ids(position, batches)`: this rank's samples in so many batches from there.
+    """Fetches from stream position `start` on. `ids(position, batches)`: this rank's samples in that many batches from there.
 
-    Call `reached(position)` as the consumer goes on, and `close()` in the end: a fetch under way is given up.
+    Call `reached(position)` as the consumer advances, and `close()` at the end, which aborts a fetch in progress.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class FetchAhead:
         self._thread.start()
 
     def reached(self, position: int) -> None:
-        """The consumer is at this position: what was fetched for places before it no longer counts."""
+        """The consumer is at this position: what was fetched for earlier ones no longer counts against the limit."""
         with self._moved:
             self._reached = position
             self._moved.notify()
 
     def close(self) -> None:
-        """Stop; waits a moment for a fetch to notice."""
+        """Stop; waits briefly for a fetch to notice."""
         with self._moved:
             self._stopped = True
             self._moved.notify()
@@ -56,7 +56,7 @@ class FetchAhead:
             self._thread.join(timeout=5)
 
     def _run(self, position: int) -> None:
-        last_use: dict[int, int] = {}  # shard -> last position that was seen to want it
+        last_use: dict[int, int] = {}  # shard -> last position known to need it
         while True:
             batches = max(1, _PLACES // self.batch)
             end = position + batches * self.batch
@@ -68,14 +68,14 @@ class FetchAhead:
                     self._fetch(shard)
                 last_use[shard] = end
             position = end
-            with self._moved:  # an epoch ahead, there is nothing new to find
+            with self._moved:  # an epoch ahead, no shard is new
                 while position > self._reached + self.index.num_samples and not self._stopped:
                     self._moved.wait()
                 if self._stopped:
                     return
 
     def _room(self, last_use: dict[int, int], size: int) -> bool:
-        """Wait until there is room for a shard; False when it is time to stop."""
+        """Wait until there is room for a shard; False if closed meanwhile."""
         with self._moved:
             while True:
                 if self._stopped:
@@ -88,10 +88,10 @@ class FetchAhead:
                 self._moved.wait()
 
     def _fetch(self, shard: int) -> None:
-        # An outage or a full disk is the reader's to report, in the right place and with the right policy.
+        # The reader reports an outage or a full disk, where it matters and with the policy for it.
         try:
             self._shards.fetch(shard)
         except (DataError, OSError):
             with self._moved:
                 if not self._stopped:
-                    self._moved.wait()  # no use to go on before the consumer does
+                    self._moved.wait()  # pointless to continue before the consumer does

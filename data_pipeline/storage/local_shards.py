@@ -1,6 +1,6 @@
 """Bytes of shards on a local or shared file system: positioned reads through a bounded number of open files.
 
-Nothing else is held, so a killed reader leaves nothing behind.
+It holds nothing else, so a killed reader leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class ShardFiles(Protocol):
     """Where a reader gets its bytes from."""
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Exactly `size` bytes at `offset` of a shard. Raises BadSampleError, or DataError where going on is no use."""
+        """Exactly `size` bytes at `offset` of a shard. Raises BadSampleError, or DataError where continuing is pointless."""
 
     def close(self) -> None:
-        """Give back what is held."""
+        """Close what is open."""
 
 
 class OpenFiles:
-    """Descriptors of at most `most` shards, opened by `open_shard`; the one that was used longest ago is closed first."""
+    """Descriptors of at most `most` shards, opened by `open_shard`; the least recently used one is closed first."""
 
     def __init__(self, most: int, open_shard: Callable[[int], int]) -> None:
         self._most, self._open = most, open_shard
@@ -53,19 +53,19 @@ class OpenFiles:
 
 
 class LocalShards:
-    """The shards of an index that lie in the file system. Not to be shared between threads.
+    """The shards of an index in the file system. Not to be shared between threads.
 
-    `by_size`: only a shard of another size is refused; for a reader that goes over all contents itself.
+    `by_size`: refuse only a shard of another size; for a reader that checks all contents itself.
     """
 
     def __init__(self, index: Index, *, by_size: bool = False) -> None:
         self.index = index
         self._by_size = by_size
         self._files = OpenFiles(OPEN_FILES, self._open)
-        self._checked: set[int] = set()  # once is enough for what a sketch reads
+        self._checked: set[int] = set()  # their sketch is compared once
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """See `ShardFiles`. A shard that is not the one that was indexed is refused before anything is read from it."""
+        """See `ShardFiles`. A shard that changed after indexing is refused before anything is read from it."""
         return read_at(self._files.of(shard), offset, size)
 
     def close(self) -> None:
@@ -91,7 +91,7 @@ def read_at(fd: int, offset: int, size: int) -> bytes:
     """Exactly `size` bytes of an open file. Raises BadSampleError (`unreadable`, `cut_short`)."""
     try:
         data = os.pread(fd, size, offset)
-        while len(data) < size:  # network file systems may give less than was asked for
+        while len(data) < size:  # network file systems may return less than was asked for
             more = os.pread(fd, size - len(data), offset + len(data))
             if not more:
                 break
@@ -99,5 +99,5 @@ def read_at(fd: int, offset: int, size: int) -> bytes:
     except OSError as err:
         raise BadSampleError("unreadable", f"cannot read {size} bytes at {offset}: {err.strerror}") from None
     if len(data) < size:
-        raise BadSampleError("cut_short", f"only {len(data)} of {size} bytes at {offset} are there")
+        raise BadSampleError("cut_short", f"only {len(data)} of {size} bytes at {offset} exist")
     return data

@@ -41,5 +41,5 @@ def open_index(path: str | Path, access: Access | None = None) -> Index:
     what = what_folder(root) if root.is_dir() else what_file(root)
     seen = f" ({what if root.is_dir() else f'it is {what}'})" if what else ""
     raise DataError(
-        f"{root} is no data set: no index and no *.tar shards in it{seen}; `tarflow data prepare` makes one"
+        f"{root} is not a data set: no index and no *.tar shards in it{seen}; `tarflow data prepare` makes one"
     )

@@ -1,4 +1,4 @@
-"""The index of a data set behind an address: `shards.parquet` is read whole, parts of samples through the node's cache."""
+"""The index of a remote data set: `shards.parquet` is read whole, parts of samples through the node's cache."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class _RemoteFiles:
         self.url = url
         self.access = access
         self.remote = Remote(access)
-        self.missing = False  # whether a file was asked for that is not there
+        self.missing = False  # whether a file was asked for that does not exist
 
     def open(self, name: str, digest: str, most: int, checksum: str = "") -> Any:
-        """The list of shards is always fetched anew; parts are kept under the digest that the list gives them."""
+        """The list of shards is always fetched; parts are cached under the digest that the list gives them."""
         url = f"{self.url}/index/{name}"
         try:
             if not digest or not self.access.cache_bytes:
@@ -43,18 +43,18 @@ class _RemoteFiles:
             raise OSError(str(err)) from None
 
     def _load(self, url: str, most: int, checksum: str) -> bytes:
-        """A file of the index; what came with another checksum is fetched once more. Raises OSError where it stays so."""
+        """A file of the index; one with another checksum is fetched once more. Raises OSError if it differs again."""
         for again in (False, True):
             data = self.remote.load(url, most)
             if not checksum or f"{zlib.crc32(data):08x}" == checksum:
                 return data
             if not again:
-                log.warning("%s came damaged: it is fetched once more", url)
+                log.warning("%s arrived damaged: it is fetched once more", url)
         raise OSError(f"{url} has another checksum than the list of shards says, twice")
 
 
 def open_remote_index(url: str, access: Access) -> Index:
-    """The index at `url`/index. Raises DataError: not there, not reachable, damaged, or with shards elsewhere."""
+    """The index at `url`/index. Raises DataError if it is missing, unreachable or damaged, or names shards elsewhere."""
     access.check()
     url = url.rstrip("/")
     files = _RemoteFiles(url, access)

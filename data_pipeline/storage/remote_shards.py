@@ -1,4 +1,4 @@
-"""Bytes of shards that lie behind an address: out of the node's cache, or range by range without one."""
+"""Bytes of remote shards: from the node's cache, or range by range without one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tarflow.data_pipeline.storage.shard_cache import ShardCache
 
 log = logging.getLogger("tarflow.data")
 
-_OPEN_FILES = 16  # few: a file that the cache removed keeps its disk space while it is open
+_OPEN_FILES = 16  # few: a file that the cache evicted keeps its disk space while it is open
 
 
 class RemoteShards:
-    """See `ShardFiles`. A shard goes whole into the cache when it is first wanted: its samples are wanted soon.
+    """See `ShardFiles`. A shard is cached whole when it is first needed: its other samples will be needed soon.
 
     Without a cache (`cache_bytes` 0), and for a shard larger than all of it, each sample is a range request.
     """
@@ -33,7 +33,7 @@ class RemoteShards:
         self.remote = Remote(access)
         self.cache = ShardCache(access.folder(), access.cache_bytes) if access.cache_bytes else None
         self._files = OpenFiles(_OPEN_FILES, self._open)
-        self._checked: set[int] = set()  # once in a process is enough for what has lain in the cache
+        self._checked: set[int] = set()  # cached files are compared once per process
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """See `ShardFiles`."""
@@ -45,7 +45,7 @@ class RemoteShards:
     def fetch(self, shard: int) -> None:
         """Put a shard into the cache, where there is a cache that can hold it.
 
-        A cached one is read whole, and fetched again if it is not what was indexed.
+        A cached one is compared whole, and fetched again if it is not what was indexed.
         """
         if self.cache is not None and int(self.index.shard_bytes[shard]) <= self.access.cache_bytes:
             os.close(self._open(shard, whole=True))
@@ -61,7 +61,7 @@ class RemoteShards:
     def _right(self, shard: int, fd: int, whole: bool) -> bool:
         """Whether a cached file is the shard that was indexed.
 
-        `whole`: compare all of it, not only its sketch, which is enough while a reader waits.
+        `whole`: compare all of it and not only its sketch, which has to do while a reader waits.
         """
         content = self.index.shard_content(shard)
         if content is None or shard in self._checked:
@@ -76,11 +76,11 @@ class RemoteShards:
         if right:
             self._checked.add(shard)
         else:
-            log.warning("the copy of %s in the cache is damaged and is fetched anew", self.index.shard_place(shard))
+            log.warning("the copy of %s in the cache is damaged and is fetched again", self.index.shard_place(shard))
         return right
 
     def _fetch(self, shard: int, url: str, total: int, file: Any) -> None:
-        """Write a shard into the cache and hold it against the index; what came wrong is fetched once more."""
+        """Write a shard into the cache and check it against the index; a wrong one is fetched once more."""
         content = self.index.shard_content(shard)
         found = ""
         for again in (False, True):
@@ -94,7 +94,7 @@ class RemoteShards:
                 self._checked.add(shard)
                 return
             if not again:
-                log.warning("shard %s came with other bytes than were indexed: it is fetched once more", url)
+                log.warning("shard %s arrived with other bytes than were indexed: it is fetched once more", url)
         assert content is not None
         raise DataError(
             f"shard {url} holds other bytes than when it was indexed (checksum {found}, twice; the index says "
@@ -117,7 +117,7 @@ class RemoteShards:
 
 
 class Shards:
-    """See `ShardFiles`: the shards of an index wherever they lie, in the file system and behind addresses."""
+    """See `ShardFiles`: the shards of an index in the file system and behind addresses."""
 
     def __init__(self, index: Index, access: Access) -> None:
         self.index = index
@@ -140,17 +140,17 @@ class Shards:
 
 
 def open_shards(index: Index, access: Access) -> ShardFiles:
-    """What reads the shards of this index."""
+    """The reader for the shards of this index."""
     return Shards(index, access) if index.any_remote else LocalShards(index)
 
 
 def cache_name(url: str, digest: str) -> str:
-    """The name in the cache: another data set, or another state of this one, never shares it."""
+    """The name in the cache, never shared with another data set or another version of this one."""
     return hashlib.sha256(f"{url}\0{digest}".encode()).hexdigest()[:40]
 
 
 def unchecked(index: Index, access: Access) -> str | None:
-    """Why bytes that are fetched are not held against the index, in a line; None where they are, or nothing is fetched."""
+    """One line on why fetched bytes are not checked against the index; None if they are, or nothing is fetched."""
     if not index.any_remote:
         return None
     if not index.knows_content:

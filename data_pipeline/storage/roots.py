@@ -1,7 +1,7 @@
-"""Where remote data may lie: under the address of their index, and under the roots that data.allow_roots lists.
+"""Where remote data may be: under the address of their index, and under the roots in data.allow_roots.
 
-An index is data, too. What it names is fetched by this machine, with this user's rights and from inside this network: so a
-name must not lead to files of this machine, to its other services or to another host, neither by itself nor by a redirect.
+An index may come from a stranger. What it names is fetched by this machine, with this user's rights and from inside this
+network: so a name must not lead to files of this machine, its other services or another host, directly or by a redirect.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ class _Address:
 
     @classmethod
     def of(cls, text: str) -> _Address:
-        """Raises DataError for what is no plain address: nothing in it may be read in two ways."""
+        """Raises DataError for what is not a plain address: nothing in it may be ambiguous."""
         check_name(text)
         try:
             parts = urlsplit(text)
             port = parts.port
         except ValueError as err:
-            raise DataError(f"{shown(text)} is no address: {err}") from None
+            raise DataError(f"{shown(text)} is not an address: {err}") from None
         scheme = parts.scheme.lower()
         if not scheme or not text[len(scheme) :].startswith("://"):
-            raise DataError(f"{shown(text)} is no address: expected PROTOCOL://HOST/PATH")
+            raise DataError(f"{shown(text)} is not an address: expected PROTOCOL://HOST/PATH")
         return cls(scheme, (parts.hostname or "").lower(), port or _PORTS.get(scheme), parts.path.rstrip("/"))
 
     @property
     def root(self) -> str:
-        """The host, or the folder where there is none: for the setting that allows it."""
+        """The host, or the folder if there is none: what the setting would have to allow."""
         if not self.host:
             return f"{self.scheme}://{self.path.rpartition('/')[0]}"
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -54,7 +54,7 @@ class _Address:
         return same and (self.path == root.path or self.path.startswith(f"{root.path}/"))
 
     def same_host(self, other: _Address) -> bool:
-        """The same server; the same under TLS will do as well."""
+        """Whether this is the same server, or the same under TLS."""
         if self.host != other.host:
             return False
         return (self.scheme, self.port) in (
@@ -64,9 +64,9 @@ class _Address:
 
 
 def check_name(text: str) -> None:
-    """Refuse names and addresses that lead elsewhere.
+    """Refuse names and addresses that could lead elsewhere.
 
-    Raises DataError for a part that leads upwards, however it is written, for marks that libraries take for instructions
+    Raises DataError for a part that leads upwards, however it is written, for marks that libraries interpret
     (`simplecache::`), and for control characters.
     """
     plain, before = text, ""
@@ -82,12 +82,12 @@ def check_name(text: str) -> None:
     elif any(part in ("..", ".") for part in plain.split("/")):
         wrong = "leads upwards (`..`): shards lie below the folder that holds index/"
     if wrong:
-        raise DataError(f"{shown(text[:200])} is no name that remote data may have: it {wrong}")
+        raise DataError(f"{shown(text[:200])} is not a name that remote data may have: it {wrong}")
 
 
 @dataclass(frozen=True)
 class Roots:
-    """What may be reached. `own`: address of the index, None of one in the file system. `allowed`: data.allow_roots."""
+    """The addresses that may be read. `own`: the index's, None if it is in the file system. `allowed`: data.allow_roots."""
 
     own: str | None
     allowed: Sequence[str] = ()
@@ -98,12 +98,12 @@ class Roots:
         roots = [root for root in (self.own, *self.allowed) if root]
         if not any(found.is_under(_Address.of(root)) for root in roots):
             raise DataError(
-                f"shard {shown(address[:200])} does not lie under {self.own or 'the folder of its index'}: where that is "
-                f"meant, data.allow_roots=[{found.root}] allows it"
+                f"shard {shown(address[:200])} does not lie under {self.own or 'the folder of its index'}: if that is "
+                f"intended, data.allow_roots=[{found.root}] allows it"
             )
 
     def check_shards(self, index: Index) -> None:
-        """Raise DataError for the first shard that may not be reached, before anything is fetched."""
+        """Raise DataError for the first shard that may not be read, before anything is fetched."""
         for shard, path in enumerate(index.shard_paths):
             if self.own is None and "://" not in path:  # in the file system, like the index
                 continue
@@ -112,7 +112,7 @@ class Roots:
             if "://" not in path and path.startswith("/"):
                 raise DataError(f"the index at {self.own} names the absolute path {shown(path[:200])}: {_UNDER}")
             if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", path) and "://" not in path:
-                raise DataError(f"the index at {self.own} names {shown(path[:200])}, which is no file: {_UNDER}")
+                raise DataError(f"the index at {self.own} names {shown(path[:200])}, which is not a file: {_UNDER}")
             self.check(index.shard_place(shard))
 
 
@@ -120,7 +120,7 @@ _UNDER = "shards behind an address lie below the folder that holds index/"
 
 
 def redirected(address: str, here: str, location: str | None, allowed: Sequence[str]) -> str:
-    """Where an answer of the server at `here` leads on to, when `address` was asked for.
+    """The target of a redirect by the server at `here`, when `address` was asked for.
 
     Raises DataError where that is another host or protocol, unless `allowed` holds it.
     """
@@ -130,10 +130,10 @@ def redirected(address: str, here: str, location: str | None, allowed: Sequence[
         target = urljoin(here, location)
         to = _Address.of(target)
     except ValueError as err:
-        raise DataError(f"{shown(address)} redirects to what is no address: {err}") from None
+        raise DataError(f"{shown(address)} redirects to what is not an address: {err}") from None
     if to.same_host(_Address.of(address)) or any(to.is_under(_Address.of(root)) for root in allowed):
         return target
     raise DataError(
-        f"{shown(address)} redirects to {shown(target[:200])}, another host or protocol: where that is meant, "
+        f"{shown(address)} redirects to {shown(target[:200])}, another host or protocol: if that is intended, "
         f"data.allow_roots=[{to.root}] allows it"
     )

@@ -1,16 +1,16 @@
 """A bounded folder of fetched files that the processes of a node share, and that survives being killed at any moment.
 
-    NAME.shard          whole: it got its name only when everything was written
-    NAME.partial        being fetched by whoever holds the lock, and as large from the start as it will be, so that others who
-                        fetch at the same time count it; left over by a killed process, it is fetched again
-    NAME.lock, .lock    held by a process, and free the moment it is gone
+    NAME.shard          complete: it is renamed to this once everything is written
+    NAME.partial        being fetched by the holder of the lock, and of its full size from the start, so that concurrent
+                        fetches count it; what a killed process leaves is fetched again
+    NAME.lock, .lock    held by a process, and released the moment it is gone
 
-The folder is this user's alone (`cache_folder`); in it, files are made and opened without following links, and those of
-somebody else are not there.
+The folder is this user's alone; files in it are created and opened without following links, and those of another user count
+as missing (`cache_folder`).
 
-Room is made by removing what was opened longest ago, before a fetch and once more after it: fetches at the same time may
-be larger than the bound together. A removed file stays readable for those who have it open. So the disk may hold a few
-files more than the bound for a while.
+Room is made by evicting the least recently opened files, before a fetch and once more after it, since concurrent fetches may
+together exceed the limit. An evicted file stays readable for those who have it open, so the disk may hold a few files more
+than the limit for a while.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tarflow.locks import locked
 
 
 class ShardCache:
-    """Files of at most `limit` bytes together in `folder`, which is made when it is first needed."""
+    """Files of at most `limit` bytes in total in `folder`, which is created unless it exists."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder = make_cache_folder(folder)
@@ -40,8 +40,8 @@ class ShardCache:
     ) -> int:
         """A file descriptor of the cached file; `fetch(file)` writes it first where it is not there or has another size.
 
-        `fetch` leaves the position of `file` at the end of what it wrote. `right`: looks at a file that was there before,
-        by its descriptor; where it says no, the file is fetched anew.
+        `fetch` leaves the position of `file` at the end of what it wrote. `right`: judges a file that was there before,
+        by its descriptor; a wrong one is fetched again.
 
         Several processes that want the same file fetch it once. Raises what `fetch` raises, DataError on a full disk, and
         where the folder is no longer this user's.
@@ -52,7 +52,7 @@ class ShardCache:
                 return fd
             _close(fd)
             with locked(self.folder / f"{name}.lock", wait=True):
-                fd = _open_whole(folder, f"{name}.shard", size)  # another process may have been quicker
+                fd = _open_whole(folder, f"{name}.shard", size)  # another process may have been faster
                 if fd is not None and not right(fd):
                     _close(fd)
                     fd = None
@@ -62,7 +62,7 @@ class ShardCache:
             return fd
 
     def sweep(self) -> int:
-        """Remove what killed processes left half-written; returns how many files. Others' fetches go on undisturbed."""
+        """Remove what killed processes left half-written; returns how many files. Leaves running fetches alone."""
         removed = 0
         for partial in listed(self.folder, "*.partial"):
             with locked(partial.with_suffix(".lock")) as mine:
@@ -76,9 +76,9 @@ class ShardCache:
         return removed
 
     def _fetch(self, folder: int, name: str, size: int, fetch: Callable[[Any], None]) -> int:
-        """Write the file and give it its name; a descriptor to read it by.
+        """Write the file and rename it into place; returns a descriptor for reading.
 
-        Opened before it has its name: from then on another process, short of room, may remove it at any moment.
+        Opened before it is renamed: from then on another process that makes room may evict it at any moment.
         """
         partial = f"{name}.partial"
         try:
@@ -109,11 +109,11 @@ class ShardCache:
                 os.unlink(partial, dir_fd=folder)
 
     def _counting(self) -> contextlib.AbstractContextManager[bool]:
-        """Nobody else counts files, makes room or takes it meanwhile."""
+        """Held while files are counted and evicted, so that only one process does so at a time."""
         return locked(self.folder / ".lock", wait=True)
 
     def _make_room(self, size: int) -> None:
-        """Remove whole files until there is room for `size` bytes more, or none are left."""
+        """Evict complete files until there is room for `size` more bytes, or none are left."""
         files = []
         held = size
         for path in listed(self.folder):
@@ -138,7 +138,7 @@ def _open_whole(folder: int, name: str, size: int | None) -> int | None:
         os.close(fd)
         return None
     with contextlib.suppress(OSError):
-        os.utime(fd)  # what is used stays
+        os.utime(fd)  # marks it as used, so it is evicted later
     return fd
 
 

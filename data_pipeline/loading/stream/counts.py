@@ -1,4 +1,4 @@
-"""How many samples the shards of a stream hold, as far as they were read: a resumed stream goes on at the nearest one."""
+"""How many samples the shards of a stream hold, as far as they were read; a stream resumes at the nearest one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger("tarflow.data")
 class ShardCounts:
     """Samples in the shards read so far, kept in a small file per rank in the cache folder; all ranks' files are read.
 
-    They decide nothing but at which shard a stream goes on: a damaged file is named, and made anew.
+    They decide only at which shard a stream resumes: a damaged file is logged and rebuilt.
     """
 
     def __init__(self, folder: Path, shards: list[str], who: str) -> None:
@@ -29,12 +29,12 @@ class ShardCounts:
             return
         for path in listed(make_cache_folder(folder), f"stream-{name}-*.json"):
             try:
-                self.counts.update(_counts(read_object(path, way_out="it is made anew"), len(shards), path))
+                self.counts.update(_counts(read_object(path, way_out="it is rebuilt"), len(shards), path))
             except (OSError, DamagedFileError) as err:
                 log.warning("%s", err)
 
     def of(self, shard: int) -> int | None:
-        """Samples in a shard; where it is not known, the mean of the known ones; None where none is known."""
+        """Samples in a shard; if unknown, the mean of the known ones; None if none is known."""
         if shard in self.counts or not self.counts:
             return self.counts.get(shard)
         return max(1, round(sum(self.counts.values()) / len(self.counts)))
@@ -56,5 +56,5 @@ def _counts(found: dict[str, Any], shards: int, path: Path) -> dict[int, int]:
     for shard, count in found.items():
         right = shard.isascii() and shard.isdigit() and len(shard) < 10 and int(shard) < shards
         if not right or type(count) is not int or not 0 <= count < 1 << 40:
-            raise DamagedFileError(path, f"{str(count)[:40]} samples", "it is made anew", where=shard[:40])
+            raise DamagedFileError(path, f"{str(count)[:40]} samples", "it is rebuilt", where=shard[:40])
     return {int(shard): count for shard, count in found.items()}

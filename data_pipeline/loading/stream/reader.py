@@ -121,7 +121,7 @@ class StreamReader:
                     "saved: it cannot be resumed exactly; a loader with images_seen starts at the nearest shard"
                 )
 
-            # Shards without samples are passed by, but a whole round of them would never end.
+            # Empty shards are skipped, but a whole round of them would never end.
             empty = 0 if drawn else empty + 1
             if not drawn:
                 log.warning("shard %s is empty", self.shards[number])
@@ -151,7 +151,7 @@ class StreamReader:
         def handler(err: Exception) -> bool:
             message = f"shard {self.shards[number]} is damaged or cannot be read: {str(err)[:300]}"
             if self.strict:
-                raise DataError(f"{message}; data.on_error=skip goes on with what was read of it") from None
+                raise DataError(f"{message}; data.on_error=skip continues with what was read of it") from None
             self.skipped.append(Skipped(number << ROW_BITS, "damaged_shard", message, -1))
             return True
 
@@ -175,8 +175,8 @@ class StreamReader:
             place += self.world_size
         if repeated:
             log.warning(
-                "a stream resumes at the nearest shard: %s, so %d samples of rank %d %s. Data with an index resume exactly.",
+                "a stream resumes at the nearest shard, %s, so %d samples of rank %d %s. Data with an index resume exactly.",
                 self.shards[self._shard_at(place)], min(repeated, omitted), self.rank,
-                "are left out" if omitted < repeated else "come again",
+                "are skipped" if omitted < repeated else "are repeated",
             )  # fmt: skip
         return place

@@ -19,7 +19,7 @@ _SKETCH_BLOCKS = 4  # of each shard, read by every rank at its start
 
 
 def stream_shards(data: str | Path) -> list[str]:
-    """What webdataset is to open: one entry per shard. Braces are expanded everywhere, wildcards in the file system."""
+    """What webdataset opens, one entry per shard. Braces are expanded everywhere, wildcards in the file system."""
     text = str(data)
     if text.startswith("pipe:"):
         return expand_braces(text)
@@ -28,15 +28,15 @@ def stream_shards(data: str | Path) -> list[str]:
         check_name(url)
         if any(mark in url for mark in "'\"`<> "):
             raise DataError(
-                f"{url!r} is no address of tars: programs that open addresses would take marks in it for commands"
+                f"{url!r} is not an address of tars: programs that open addresses would run parts of it as commands"
             )
         return expand_braces(url)
     shards, _ = find_shards(text)
     several = by_split(shards, Path(os.path.commonpath([path.parent for path in shards])))
     if len(several) > 1:
-        told = ", ".join(split or "none" for split in several)
+        names = ", ".join(split or "none" for split in several)
         raise DataError(
-            f"the shards at {text} name several splits ({told}): name those of one, e.g. with a pattern, or index "
+            f"the shards at {text} name several splits ({names}): name those of one, e.g. with a pattern, or index "
             "all as one set: tarflow data index --split all"
         )
     return [str(path) for path in shards]
@@ -45,7 +45,7 @@ def stream_shards(data: str | Path) -> list[str]:
 def stream_fingerprint(shards: list[str]) -> str:
     """A digest of the names of the shards and, of those in the file system, of their sizes and some blocks.
 
-    More is not known before they are read; of pipes and addresses it is the names alone.
+    No more is known before they are read; for pipes and addresses, the names alone.
     """
     with ThreadPoolExecutor(16) as pool:
         sketches = list(pool.map(_sketch, shards))
@@ -55,7 +55,7 @@ def stream_fingerprint(shards: list[str]) -> str:
 
 
 def fingerprint_of_names(names: list[str]) -> str:
-    """The fingerprint of a stream as version 0.1 made it, of the shards' names."""
+    """The fingerprint of a stream as in version 0.1: of the shards' names alone."""
     return "stream-" + hashlib.sha256("\n".join(names).encode()).hexdigest()[:25]
 
 

@@ -1,7 +1,7 @@
-"""A tar that is read from its beginning, within bounds: what a header promises is looked at before it is read.
+"""A tar that is read from its beginning, within bounds: the sizes in a header are checked before what follows is read.
 
-Opening (pipes, addresses, files) and grouping into samples are webdataset's; between the two, Python's reader of tars would
-read a name, an extended header or a member of any size into memory.
+webdataset opens pipes, addresses and files, and groups members into samples. In between, Python's `tarfile` would read a name,
+an extended header or a member of any size into memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from tarflow.data_pipeline.images.bounds import MAX_BYTES
 
 _MOST_HEADER = 1 << 20  # bytes of a long name or of extended records
-_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset passes over
+_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
 _HEADERS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -25,7 +25,7 @@ _HEADERS = (
 
 
 class _Member(tarfile.TarInfo):
-    """A header that is refused where what follows it is too large to be read."""
+    """A header that is refused if what follows it is too large to read."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> Any:
         most = _MOST_HEADER if self.type in _HEADERS else MAX_BYTES
@@ -37,7 +37,10 @@ class _Member(tarfile.TarInfo):
 
 
 def samples_of(shard: str, handler: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
-    """The samples of a shard: field -> bytes, and `__key__`. `handler`: given what went wrong, raises or says to go on."""
+    """The samples of a shard: field -> bytes, and `__key__`.
+
+    `handler`: takes an error; raises, or returns whether to continue.
+    """
     from webdataset.tariterators import group_by_keys, url_opener
 
     opened = url_opener([{"url": shard}], handler=handler)

@@ -83,7 +83,7 @@ def test_a_resume_goes_to_the_nearest_shard_and_says_so(
         nearest = 6 * round(seen / 6 - 0.001)
         assert found == whole[nearest : nearest + 2]
         off = abs(seen - nearest)
-        said = f"{off} samples of rank 0 {'come again' if nearest < seen else 'are left out'}"
+        said = f"{off} samples of rank 0 {'are repeated' if nearest < seen else 'are skipped'}"
         assert (said in caplog.text) == (off > 0)
     # A new machine has no counts: the length of one shard is taken for all.
     assert numbers(take(data, 1, tmp_path / "new", global_batch_size=2, images_seen=12), lab) == whole[12:14]
@@ -195,7 +195,7 @@ def test_an_address_of_a_stream_holds_no_marks_that_programs_obey() -> None:
         "http://a/simplecache::file:///x.tar",
         "http://a/b\n.tar",
     ):
-        with pytest.raises(DataError, match=r"no address of tars|no name that remote data may have"):
+        with pytest.raises(DataError, match=r"not an address of tars|not a name that remote data may have"):
             stream_shards(text)
     assert stream_shards("https://a.org/s-{0..1}.tar?key=a&b=%20c") == [
         f"https://a.org/s-{i}.tar?key=a&b=%20c" for i in (0, 1)

@@ -644,7 +644,7 @@ def test_a_path_for_training_that_is_no_data_set_is_named(tmp_path: Path) -> Non
             open_index(tmp_path / name[0])
         assert message in str(caught.value)
     with pytest.raises(
-        DataError, match=r"b\.npz is no data set: .*\(it is a file of arrays: tarflow data prepare reads it\)"
+        DataError, match=r"b\.npz is not a data set: .*\(it is a file of arrays: tarflow data prepare reads it\)"
     ):
         open_index(write("b.npz")(tmp_path))
 

@@ -209,7 +209,7 @@ def test_a_planted_or_damaged_copy_in_the_cache_is_fetched_anew(
     assert take(server.url, cache_dir=str(cache)) == good
     assert {path: path.read_bytes() for path in files} == files
     if ending == ".tar":
-        assert "in the cache is damaged and is fetched anew" in caplog.text
+        assert "in the cache is damaged and is fetched again" in caplog.text
 
 
 @pytest.mark.case("H07")
