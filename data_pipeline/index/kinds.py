@@ -5,6 +5,7 @@ By the ending, or by the first bytes where there is none. Nothing here decides w
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -13,6 +14,7 @@ from pathlib import Path
 from tarflow.data_pipeline.images.formats import IMAGE_EXTENSIONS, extension_of
 from tarflow.data_pipeline.layout.names import shown
 from tarflow.data_pipeline.layout.splits import split_named
+from tarflow.files import open_regular
 
 _UNPACK = "unpack it and prepare the folder"
 _COMPRESSED_TAR = "unpack it (a plain .tar can be indexed by `tarflow data index`, a folder of images prepared)"
@@ -118,7 +120,7 @@ def _kind(path: Path, *, images: bool = False) -> str | None:
     if path.suffix:
         return None
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             head = file.read(8)
     except OSError:
         return None

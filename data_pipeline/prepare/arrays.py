@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import re
 import struct
 import zlib
@@ -27,6 +28,8 @@ from tarflow.data_pipeline.prepare.source import (
     split_note,
     split_numbers,
 )  # fmt: skip
+from tarflow.errors import why
+from tarflow.files import open_regular
 from tarflow.npz import declared, read_npz
 from tarflow.records import SEAL, DamagedFileError
 
@@ -209,16 +212,17 @@ def _of_arrays(
 def read_idx(path: Path) -> NDArray[np.uint8]:
     """An IDX file of unsigned bytes, gzipped or not, as an array. Raises DataError for anything else, and if it is cut."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
-        with gzip.open(path) if packed else path.open("rb") as stream:
+            file.seek(0)
+            stream = gzip.GzipFile(fileobj=file) if packed else file
             data = stream.read(_IDX_HEAD)
             promised = _promised(data)
             if promised > MAX_ARRAY:
                 raise DataError(f"{shown(path)} promises {promised:,} bytes, at most {MAX_ARRAY:,} are read")
             data += stream.read(max(0, promised - len(data) + 1))  # one byte more shows that the file is too long
     except (OSError, EOFError, zlib.error) as err:
-        raise DataError(f"cannot read {shown(path)}: {err}") from None
+        raise DataError(f"cannot read {shown(path)}: {why(err)}") from None
     if len(data) < 4 or data[:3] != b"\x00\x00\x08" or not 1 <= data[3] <= 4:
         raise DataError(f"{shown(path)} is not an IDX file of unsigned bytes (it starts with {data[:4].hex()})")
     if len(data) != promised:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.evaluation_batches import evaluation_batches
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.shape import ImageShape
+from tarflow.data_pipeline.prepare.arrays import read_idx
 from tarflow.data_pipeline.prepare.sources import open_source
 from tarflow.data_pipeline.prepare.write import Options, prepare
 from tarflow.data_pipeline.storage.open_index import open_index
@@ -661,3 +663,12 @@ def test_index_says_what_prepare_is_for(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": [1]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="a Parquet file: tarflow data prepare reads it"):
         run_index(tmp_path / "a.parquet")
+
+
+@pytest.mark.case("H06")
+@pytest.mark.parametrize("what", ["pipe", "folder"])
+def test_what_is_no_file_in_the_place_of_an_idx_file_is_refused_in_words(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "train-images-idx3-ubyte"
+    os.mkfifo(path) if what == "pipe" else path.mkdir()
+    with pytest.raises(DataError, match=r"cannot read .*idx3-ubyte: it is not a regular file"):
+        read_idx(path)
