@@ -7,7 +7,7 @@ from typing import Any
 
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job.record import submissions
-from tarflow.files import listed
+from tarflow.files import listed, open_to_read
 
 PIECE = 1 << 20  # bytes
 MOST = 16 << 20  # bytes shown of a log, from its end
@@ -53,7 +53,7 @@ def _pieces(out: Path, err: Path) -> Iterator[str]:
         if _is_plain_file(path) and path.stat().st_size:
             if path is err:
                 yield f"--- {err.name} ---\n"
-            with open(path, "rb") as file:
+            with open_to_read(path) as file:
                 before = max(0, path.stat().st_size - MOST)
                 if before:
                     yield f"--- the last {MOST >> 20} MiB; {before:,} bytes before them are in {path} ---\n"

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from tarflow.files import make_folder, open_own
+from tarflow.files import make_folder, open_own, open_to_read
 
 FOLDER = "evaluation"
 MAX_SIDE = 1024  # pixels of a picture's longer side; the original is with the result
@@ -56,7 +56,7 @@ def _image(path: Path) -> Any:
 
     if not path.is_file():
         raise FileNotFoundError(path)
-    with Image.open(path, formats=["PNG"]) as picture:
+    with open_to_read(path) as file, Image.open(file, formats=["PNG"]) as picture:
         picture.thumbnail((MAX_SIDE, MAX_SIDE))
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
@@ -84,7 +84,7 @@ def _is_intact(path: Path) -> bool:
     if path.is_symlink() or not path.is_file():
         return False
     size, end = path.stat().st_size, 0
-    with open(path, "rb") as file:
+    with open_to_read(path) as file:
         while end < size:
             file.seek(end)
             head = file.read(_HEAD.size)

@@ -16,6 +16,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,20 @@ def open_regular(path: Path | str) -> int:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return descriptor
+
+
+def open_to_read(path: Path | str) -> BufferedReader:
+    """A regular file, open for reading its bytes. Every file that someone else may have made is opened so.
+
+    Raises OSError as `open_regular` does.
+    """
+    return os.fdopen(open_regular(path), "rb")
+
+
+def read_bytes(path: Path | str) -> bytes:
+    """All bytes of a regular file. Raises OSError as `open_regular` does."""
+    with open_to_read(path) as file:
+        return file.read()
 
 
 def create(path: Path, mode: int = 0o666) -> int:
@@ -335,7 +350,7 @@ def append_line(path: Path, line: str, *, durable: bool = False) -> None:
 def crc32(path: Path) -> int:
     """CRC-32 of a file's content."""
     value = 0
-    with open(path, "rb") as file:
+    with open_to_read(path) as file:
         while piece := file.read(1 << 22):
             value = zlib.crc32(piece, value)
     return value

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tarflow.errors import UserError
-from tarflow.files import append_line, write_text
+from tarflow.files import append_line, open_to_read, write_text
 from tarflow.terminal import plain
 
 SEAL = "checksum"
@@ -144,7 +144,7 @@ def read_lines(path: Path, tail: int | None = None) -> Lines:
     if tail is None and path.stat().st_size > LINES_LIMIT:
         raise DamagedFileError(path, f"it has more than {LINES_LIMIT} bytes", "move it away")
     any_sealed = False
-    with open(path, "rb") as file:
+    with open_to_read(path) as file:
         if tail is not None and (size := file.seek(0, os.SEEK_END)) > tail:
             file.seek(size - tail - 1)
             if b"\0" in file.readline(LIMIT):  # the rest of a line that starts before the tail
@@ -203,7 +203,7 @@ def read_bounded(path: Path, limit: int = LIMIT) -> bytes:
     """The content of a regular file of at most `limit` bytes. Raises ValueError for anything else."""
     if os.path.lexists(path) and not path.is_file():  # exists() would miss a dangling link
         raise _FlawError("it is not a regular file")
-    with open(path, "rb") as file:
+    with open_to_read(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise _FlawError(f"it has more than {limit} bytes")

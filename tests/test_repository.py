@@ -66,3 +66,22 @@ def test_all_pages_are_in_the_navigation_and_build_without_a_warning(tmp_path: P
     index = (tmp_path / "docs/index.html").read_text()
     outside = set(re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"', index))
     assert outside == set(), "a page fetches nothing"
+
+
+PLAIN_READ = re.compile(
+    r"""(?<![\w.])open\([^)\n]*"rb"\)|\.open\("rb"\)|\.read_bytes\(\)|(?:Image|tarfile|gzip)\.open\(path\b"""
+)
+
+
+def test_the_product_opens_files_to_read_in_one_way_that_no_pipe_can_stop() -> None:
+    """A pipe in the place of a file blocks a plain open for ever; `tarflow.files.open_to_read` refuses it."""
+    assert PLAIN_READ.search('open(path, "rb")')
+    assert PLAIN_READ.search("data = path.read_bytes()")
+    elsewhere = [
+        f"{file.relative_to(ROOT)}: {found[0]}"
+        for room in ("tarflow", "trainer", "models", "data_pipeline", "cluster", "evaluation")
+        for file in sorted((ROOT / room).rglob("*.py"))
+        for found in PLAIN_READ.finditer(file.read_text())
+        if found[0] != 'open(fd, "rb")'  # a descriptor that was checked when it was opened
+    ]
+    assert elsewhere == []

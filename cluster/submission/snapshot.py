@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tarflow.code_version import NOTE, code_version
+from tarflow.files import read_bytes
 from tarflow.interpreter import HOME
 
 PACKAGE = "tarflow"
@@ -79,5 +80,5 @@ def _holds(target: Path, digest: str) -> bool:
 def _digest(source: Path, files: list[Path], note: str) -> str:
     digest = hashlib.sha256(note.encode())
     for name in files:
-        digest.update(os.fsencode(name) + b"\0" + (source / name).read_bytes() + b"\0")
+        digest.update(os.fsencode(name) + b"\0" + read_bytes(source / name) + b"\0")
     return digest.hexdigest()

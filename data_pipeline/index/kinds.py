@@ -5,7 +5,6 @@ By the ending, or by the first bytes where there is none. Nothing here decides w
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -14,7 +13,7 @@ from pathlib import Path
 from tarflow.data_pipeline.images.formats import IMAGE_EXTENSIONS, extension_of
 from tarflow.data_pipeline.layout.names import shown
 from tarflow.data_pipeline.layout.splits import split_named
-from tarflow.files import open_regular
+from tarflow.files import open_to_read
 
 _UNPACK = "unpack it and prepare the folder"
 _COMPRESSED_TAR = "unpack it (a plain .tar can be indexed by `tarflow data index`, a folder of images prepared)"
@@ -120,7 +119,7 @@ def _kind(path: Path, *, images: bool = False) -> str | None:
     if path.suffix:
         return None
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
+        with open_to_read(path) as file:
             head = file.read(8)
     except OSError:
         return None

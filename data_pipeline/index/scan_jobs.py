@@ -17,6 +17,7 @@ from tarflow.data_pipeline.index.samples import Rules, Samples
 from tarflow.data_pipeline.index.tar.grouping import group
 from tarflow.data_pipeline.index.tar.scan import SMALL, scan_tar
 from tarflow.data_pipeline.layout.names import shown
+from tarflow.files import open_to_read
 
 _MIN_BYTES = 1 << 30  # of shards for which starting processes takes less time than it saves
 _JSON_BYTES = 4096  # of a JSON member that is kept as it passes by
@@ -89,7 +90,7 @@ def _size(job: Job) -> int:
 
 def _measure(path: Path, samples: Samples) -> None:
     """Fill in width and height as stored, from the first bytes of each image; None where that is not enough."""
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         sizes = [_size_of_image(file, offset, size) for offset, size in zip(samples.offsets, samples.sizes)]
     samples.widths = [size[0] if size else None for size in sizes]
     samples.heights = [size[1] if size else None for size in sizes]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
 import re
 import struct
 import zlib
@@ -29,7 +28,7 @@ from tarflow.data_pipeline.prepare.source import (
     split_numbers,
 )  # fmt: skip
 from tarflow.errors import why
-from tarflow.files import open_regular
+from tarflow.files import open_to_read
 from tarflow.npz import declared, read_npz
 from tarflow.records import SEAL, DamagedFileError
 
@@ -212,7 +211,7 @@ def _of_arrays(
 def read_idx(path: Path) -> NDArray[np.uint8]:
     """An IDX file of unsigned bytes, gzipped or not, as an array. Raises DataError for anything else, and if it is cut."""
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
+        with open_to_read(path) as file:
             packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             stream = gzip.GzipFile(fileobj=file) if packed else file

@@ -28,6 +28,7 @@ from tarflow.data_pipeline.prepare.arrays import idx_source
 from tarflow.data_pipeline.prepare.source import ImageSource, read_image
 from tarflow.data_pipeline.prepare.write import Options, Report, prepare
 from tarflow.errors import why
+from tarflow.files import open_to_read, read_bytes
 from tarflow.records import read_bounded
 
 _MAX_LIST = 64 << 20  # bytes of a package's list of images
@@ -107,7 +108,7 @@ def _mnist5k(source: Path | None, _size: int, _seed: int) -> ImageSource:
     elif path.is_dir():
         path = path / "mnist_5k.csv.gz"
     try:
-        with gzip.open(path, "rt") as file:
+        with open_to_read(path) as packed, gzip.open(packed, "rt") as file:
             table = np.loadtxt(file, delimiter=",", dtype=np.float32)
     except (OSError, EOFError, ValueError) as err:
         raise DataError(f"cannot read {path}: {why(err)}") from None
@@ -205,7 +206,7 @@ def _photos(source: Path | None, size: int, seed: int) -> ImageSource:
     names: list[str] = []
     val: list[bool] = []
     for file in files:
-        photo = decode(file.read_bytes(), 3)
+        photo = decode(read_bytes(file), 3)
         rows, columns = photo.shape[0] // size, photo.shape[1] // size
         top, left = (photo.shape[0] - rows * size) // 2, (photo.shape[1] - columns * size) // 2
         for tile in range(rows * columns):

@@ -14,6 +14,7 @@ from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.bounds import check_bytes
 from tarflow.data_pipeline.layout.names import shown
 from tarflow.data_pipeline.layout.splits import ALL
+from tarflow.files import read_bytes
 
 
 @dataclass
@@ -73,7 +74,7 @@ def first_of(known: Sequence[str], names: Sequence[str]) -> str | None:
 def read_image(file: Path) -> bytes:
     """The bytes of an image file. Raises BadSampleError for one that is too large, OSError."""
     check_bytes(file.stat().st_size)
-    return file.read_bytes()
+    return read_bytes(file)
 
 
 def split_numbers(sizes: dict[str, int], choices: Choices) -> dict[str, NDArray[np.int64]]:

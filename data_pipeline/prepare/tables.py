@@ -27,6 +27,8 @@ from tarflow.data_pipeline.prepare.source import (
     split_note,
     split_numbers,
 )  # fmt: skip
+from tarflow.errors import why
+from tarflow.files import open_to_read
 
 WINDOW_BYTES = 1 << 30  # of row groups that are shuffled together
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "bytes", "image_bytes", "data")
@@ -125,10 +127,10 @@ class _Table:
         import pyarrow.parquet as pq
 
         try:
-            handle = pq.ParquetFile(file, page_checksum_verification=True)
+            handle = pq.ParquetFile(open_to_read(file), page_checksum_verification=True)
             size = file.stat().st_size
         except (OSError, ValueError, MemoryError, pa.ArrowException) as err:  # ValueError: a path that is not UTF-8
-            raise DataError(f"cannot read {shown(file)} as Parquet: {err}") from None
+            raise DataError(f"cannot read {shown(file)} as Parquet: {why(err)}") from None
         groups = [handle.metadata.row_group(group).num_rows for group in range(handle.num_row_groups)]
         if sum(groups) != handle.metadata.num_rows or min(groups, default=0) < 0:
             raise DataError(

@@ -7,12 +7,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.files import open_to_read
 from tarflow.models.formats.tensor_files import read_pickled, read_safetensors
 
 
 def sha256_of(path: Path) -> str:
     """Of the file's bytes, hex."""
-    with open(path, "rb") as file:
+    with open_to_read(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

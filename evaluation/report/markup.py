@@ -9,6 +9,7 @@ from typing import Any
 from tarflow.errors import noted
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.png_check import flaw_of_file
+from tarflow.files import read_bytes
 from tarflow.terminal import plain
 
 NONE = "–"  # shown where there is no value
@@ -36,7 +37,7 @@ def picture(path: Path, caption: str, flaws: list[str]) -> str:
     with noted(flaws):
         if problem := flaw_of_file(path, None):
             raise EvaluationError(f"{path} is {problem}")
-        data = base64.b64encode(path.read_bytes()).decode()
+        data = base64.b64encode(read_bytes(path)).decode()
     if data is None:
         return ""
     return (

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.files import open_to_read
 
 _FAULTS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 LARGEST = 64 << 20  # bytes
@@ -19,7 +20,7 @@ def flaw_of_file(path: Path, shape: tuple[int, int, int] | None) -> str | None:
     try:
         if not path.is_file():
             raise EvaluationError(f"{path} cannot be read: it is not a regular file")
-        with open(path, "rb") as file:
+        with open_to_read(path) as file:
             content = file.read(LARGEST + 1)
         return flaw(content, shape) if len(content) <= LARGEST else f"larger than {LARGEST} bytes"
     except OSError as error:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.png_check import flaw_of_file
-from tarflow.files import crc32, listed, make_folder, write_atomic
+from tarflow.files import crc32, listed, make_folder, open_to_read, write_atomic
 from tarflow.records import read_object, write_object
 from tarflow.terminal import plain
 
@@ -148,5 +148,6 @@ def load_png(path: Path) -> Tensor:
     """Read what `save_png` wrote, as uint8 [C, H, W]."""
     import torch
 
-    array = np.array(Image.open(path))
+    with open_to_read(path) as file:
+        array = np.array(Image.open(file))
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())

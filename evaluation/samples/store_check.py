@@ -7,7 +7,7 @@ from pathlib import Path
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.png_check import flaw, flaw_of_file
 from tarflow.evaluation.samples.store_files import load_note
-from tarflow.files import listed
+from tarflow.files import listed, open_to_read
 from tarflow.records import DamagedFileError
 
 Shape = tuple[int, int, int]  # channels, height, width
@@ -34,7 +34,7 @@ def _flaw_of_shard(path: Path, shape: Shape | None) -> str | None:
             raise EvaluationError(f"{path} cannot be read: it is not a regular file")
         if path.stat().st_size < ending:
             return "cut off"
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as shard:
+        with open_to_read(path) as file, tarfile.open(fileobj=file, mode="r:") as shard:
             for member in shard:
                 content = shard.extractfile(member)
                 data = content.read() if content else b""

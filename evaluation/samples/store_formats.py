@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from tarflow.evaluation.samples.store_check import Shape, damaged_pictures, damaged_shards
 from tarflow.evaluation.samples.store_files import Note
-from tarflow.files import create_empty, listed, make_folder, put_once, write_new
+from tarflow.files import create_empty, listed, make_folder, open_to_read, put_once, write_new
 from tarflow.leases import unique_name
 from tarflow.records import DamagedFileError, save_record
 
@@ -61,7 +61,7 @@ class Shards:
         """Every sample in the shards. Raises DamagedFileError."""
         for path in listed(folder, "samples-*.tar"):
             try:
-                with tarfile.open(path, "r:") as shard:
+                with open_to_read(path) as file, tarfile.open(fileobj=file, mode="r:") as shard:
                     yield from _numbers(shard.getnames())
             except tarfile.TarError as error:
                 raise DamagedFileError(path, str(error), "remove it, and its samples are drawn again") from None

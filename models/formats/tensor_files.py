@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tarflow.files import open_to_read
 from tarflow.models.errors import ModelError
 from tarflow.records import DamagedFileError
 
@@ -67,7 +68,7 @@ def read_safetensors(path: Path, header_only: bool = False) -> TensorFile:
 
     """
     _require(path)
-    with open(path, "rb") as file:
+    with open_to_read(path) as file:
         header = int.from_bytes(file.read(8), "little")
     if not 0 < header <= path.stat().st_size - 8:  # before the library maps the file, which may be sparse and huge
         raise DamagedFileError(path, "it is not a readable safetensors file (it has no header)", WAY_OUT)
@@ -87,7 +88,7 @@ def read_safetensors(path: Path, header_only: bool = False) -> TensorFile:
 
 
 def _verify_checksum(path: Path, stated: str) -> None:
-    with open(path, "rb") as file:
+    with open_to_read(path) as file:
         size = int.from_bytes(file.read(8), "little")  # the library has opened the file, so this is in bounds
         header = file.read(size)
         at = 8 + header.find(_MARK) + len(_MARK)
@@ -114,7 +115,7 @@ def read_pickled(path: Path, attribute: str = "") -> TensorFile:
 
     """
     _require(path)
-    with open(path, "rb") as file:
+    with open_to_read(path) as file:
         records = file.read(4) == b"PK\3\4"  # a zip, torch's format since 1.6; before, a bare pickle
     if records:
         _check_records(path)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tarflow.files import crc32, discard, free_name, fsync_path, fsync_tree, write_text
+from tarflow.files import crc32, discard, free_name, fsync_path, fsync_tree, open_to_read, write_text
 from tarflow.records import save_record
 from tarflow.trainer.checkpoint.find import committed
 from tarflow.trainer.checkpoint.marker import MARKER, Checkpoint, FileFacts, Marker, Reason, Unusable, inspect
@@ -135,5 +135,5 @@ def _named(pointer: Path) -> str:
     """The name in the pointer; empty without one. A damaged pointer names no checkpoint and is rewritten."""
     if not pointer.is_file():  # reading a pipe in its place would block
         return ""
-    with open(pointer, "rb") as file:
+    with open_to_read(pointer) as file:
         return file.read(300).decode(errors="replace").strip()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeGuard
 
+from tarflow.files import open_to_read
 from tarflow.records import DamagedFileError
 
 NAME = ".metadata"
@@ -50,7 +51,7 @@ def read_metadata(folder: Path, sizes: dict[str, int]) -> dict[str, StoredTensor
     """
     path = folder / NAME
     try:
-        with open(path, "rb") as file:
+        with open_to_read(path) as file:
             data = file.read(LIMIT + 1)
         if len(data) > LIMIT:
             raise _FlawError(f"it has more than {LIMIT} bytes")

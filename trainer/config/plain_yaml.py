@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from tarflow.files import open_to_read
 from tarflow.trainer.errors import TrainerError
 
 MOST_BYTES = 1 << 20
@@ -107,7 +108,7 @@ def in_words(value: Any) -> str:
 
 def yaml_text(path: Path) -> str:
     """The text of a file of at most MOST_BYTES. Raises TrainerError, OSError."""
-    with open(path, "rb") as file:
+    with open_to_read(path) as file:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
         raise TrainerError(f"{path} is not readable YAML: {_TOO_LONG}")

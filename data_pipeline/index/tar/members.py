@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tarflow.data_pipeline.index.tar.headers import BLOCK
 from tarflow.data_pipeline.index.tar.links import TarLink, follow
+from tarflow.files import open_to_read
 
 
 @dataclass
@@ -36,7 +37,7 @@ class TarScan:
         kept = self.contents.get(i)
         if kept is not None:
             return kept
-        with self.path.open("rb") as file:
+        with open_to_read(self.path) as file:
             file.seek(self.offsets[i])
             return file.read(self.sizes[i])
 

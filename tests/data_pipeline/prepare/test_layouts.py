@@ -22,10 +22,13 @@ from PIL import Image
 
 from tarflow.cli import parse
 from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.index.tar.members import TarScan
 from tarflow.data_pipeline.loading.evaluation_batches import evaluation_batches
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.shape import ImageShape
 from tarflow.data_pipeline.prepare.arrays import read_idx
+from tarflow.data_pipeline.prepare.fetch import fetch
+from tarflow.data_pipeline.prepare.source import read_image
 from tarflow.data_pipeline.prepare.sources import open_source
 from tarflow.data_pipeline.prepare.write import Options, prepare
 from tarflow.data_pipeline.storage.open_index import open_index
@@ -672,3 +675,21 @@ def test_what_is_no_file_in_the_place_of_an_idx_file_is_refused_in_words(tmp_pat
     os.mkfifo(path) if what == "pipe" else path.mkdir()
     with pytest.raises(DataError, match=r"cannot read .*idx3-ubyte: it is not a regular file"):
         read_idx(path)
+
+
+@pytest.mark.case("H06")
+@pytest.mark.parametrize(
+    ("name", "open_it", "error"),
+    [
+        ("a.parquet", open_source, DataError),
+        ("a.csv.gz", lambda path: fetch("mnist5k", path.parent / "out", source=path), DataError),
+        ("a.png", read_image, OSError),
+        ("a.tar", lambda path: TarScan(path, offsets=[0], sizes=[1]).content(0), OSError),
+    ],
+)
+def test_a_pipe_in_the_place_of_any_source_is_not_waited_for(
+    tmp_path: Path, name: str, open_it: Callable[[Path], object], error: type[Exception]
+) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(error, match="it is not a regular file"):
+        open_it(tmp_path / name)
