@@ -4,9 +4,9 @@ Pictures are data: URIs, plots are inline SVG, there is no script, and the page'
 """
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
+from tarflow.evaluation.log import Log
 from tarflow.evaluation.report.cards import cards_section
 from tarflow.evaluation.report.curves import sampling_curves, training_curves
 from tarflow.evaluation.report.headline import alike, find_headline
@@ -20,13 +20,11 @@ from tarflow.files import write_text
 from tarflow.terminal import plain
 from tarflow.trainer.run_dir import has_run_file, require_run
 
-Say = Callable[[str], None]
 
-
-def write_report(run_dir: str | Path, out: Path | None = None, say: Say = lambda _: None) -> Path:
+def write_report(run_dir: str | Path, out: Path | None = None, log: Log = lambda _: None) -> Path:
     """Write the report of a run with whatever there is so far; returns its path.
 
-    Damaged files are skipped, and named on the page and through `say`. Raises TrainerError where there is no run.
+    Damaged files are skipped, and named on the page and through `log`. Raises TrainerError where there is no run.
     """
     run_dir = Path(run_dir) if has_run_file(run_dir) else require_run(run_dir)
     chosen: list[str] = []
@@ -52,7 +50,7 @@ def write_report(run_dir: str | Path, out: Path | None = None, say: Say = lambda
     path = out or run_dir / "report.html"
     write_text(path, PAGE.format(title=title, body=body, made=time.strftime("%Y-%m-%d %H:%M")))
     for line in history.flaws:
-        say(plain(f"left out: {line}", 4096))
+        log(plain(f"left out: {line}", 4096))
     if headline and (grid := headline.result.picture("grid.png")):
-        say(plain(f"samples: {grid}", 4096))
+        log(plain(f"samples: {grid}", 4096))
     return path

@@ -1,7 +1,7 @@
 """Samples of a run or a weights file, as PNGs with a grid and the settings that made them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 
 from tarflow.code_version import code_version
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.log import Log
 from tarflow.evaluation.run_config import run_config
 from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler, check_guidance
 from tarflow.evaluation.samples.file_sampling import describe_file, sampling_of_file
@@ -44,12 +45,12 @@ class SampleRequest:
     classes: Path | None = None  # file of class names, if neither run nor weights file holds them
 
 
-def sample_images(request: SampleRequest, say: Callable[[str], None] = print) -> bool:
+def sample_images(request: SampleRequest, log: Log = print) -> bool:
     """Draw what is missing in `request.out`; returns whether every requested sample is there.
 
     Raises EvaluationError for meaningless settings, and for a directory that holds anything else.
     """
-    source, sampling, batch_size = _open(request, say)
+    source, sampling, batch_size = _open(request, log)
     model = source.model.config
     sampler = Sampler(source.model, sampling)
     about = source.describe() | {"source": source.origin, "sampling": sampling.describe()}
@@ -58,12 +59,12 @@ def sample_images(request: SampleRequest, say: Callable[[str], None] = print) ->
     missing, damaged = folder.missing(), folder.damaged
 
     # Any number of calls fill one folder: each draws only what is missing or damaged.
-    say(f"{request.num} images of {model.image_size} pixels from {source.origin}, weights {source.weights}")
+    log(f"{request.num} images of {model.image_size} pixels from {source.origin}, weights {source.weights}")
     if len(missing) < request.num:
-        say(f"{request.num - len(missing)} are there already")
+        log(f"{request.num - len(missing)} are there already")
     if damaged:
         first = next(iter(damaged))
-        say(f"{len(damaged)} damaged images are drawn again: {folder.path(first).name} is {damaged[first]}"
+        log(f"{len(damaged)} damaged images are drawn again: {folder.path(first).name} is {damaged[first]}"
             + (f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""))  # fmt: skip
     count = SampleCount()
     for drawn in sampler.draw_all(missing, batch_size):
@@ -77,9 +78,9 @@ def sample_images(request: SampleRequest, say: Callable[[str], None] = print) ->
     images = [load_png(folder.path(i)) if folder.path(i).exists() else None for i in shown]
     if any(image is not None for image in images):
         save_png(request.out / "grid.png", make_grid(images, request.columns or _columns(sampler, len(images))))
-        say(f"images: {folder.images}\ngrid: {request.out / 'grid.png'}")
+        log(f"images: {folder.images}\ngrid: {request.out / 'grid.png'}")
     if count.nonfinite:
-        say(count.problem(0.0) or "")
+        log(count.problem(0.0) or "")
     return not count.nonfinite
 
 
@@ -96,12 +97,12 @@ def _columns(sampler: Sampler, num: int) -> int:
     return math.ceil(math.sqrt(num))
 
 
-def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[WeightsSource, ResolvedSampling, int]:
+def _open(request: SampleRequest, log: Log) -> tuple[WeightsSource, ResolvedSampling, int]:
     """(weights, sampling settings, batch size) of a request."""
     device = resolve_device(request.device)
     if is_weights_file(request.source):
-        return _open_file(request, device, say)
-    config = run_config(request.source, log=say, given=request.settings)
+        return _open_file(request, device, log)
+    config = run_config(request.source, log=log, given=request.settings)
     # A run knows its noise; given another one, denoising would take out what is not there.
     if "noise_std" in request.settings:
         raise EvaluationError(
@@ -120,19 +121,17 @@ def _open(request: SampleRequest, say: Callable[[str], None]) -> tuple[WeightsSo
     return source, sampling, request.batch_size or config.sampling.batch_size
 
 
-def _open_file(
-    request: SampleRequest, device: torch.device, say: Callable[[str], None]
-) -> tuple[WeightsSource, ResolvedSampling, int]:
+def _open_file(request: SampleRequest, device: torch.device, log: Log) -> tuple[WeightsSource, ResolvedSampling, int]:
     chosen = (("--step", request.step), ("--images", request.images), ("--weights", request.weights))
     for option, value in chosen:
         if value is not None:
             raise EvaluationError(f"{option} selects among a run's checkpoints; {request.source} is a weights file")
     file = read_weights(request.source)
-    say(describe_file(request.source, file))
+    log(describe_file(request.source, file))
     given = request.settings
     if request.labels is not None or request.classes is not None:
         given = given | _labels(request, file.provenance.classes, file.config.num_classes)
-    sampling = sampling_of_file(request.source, file, given, say)
+    sampling = sampling_of_file(request.source, file, given, log)
     source = from_file(request.source, file, device)
     return source, sampling, request.batch_size or sampling.settings.batch_size
 

@@ -1,12 +1,13 @@
 """Sampling settings of a weights file: those of its run, if it holds them; what is missing must be given."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.draw import check_guidance
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.models.sampling.settings import SamplingSettings
@@ -14,9 +15,7 @@ from tarflow.models.weights import WeightsFile
 from tarflow.terminal import plain
 
 
-def sampling_of_file(
-    path: Path, file: WeightsFile, given: Mapping[str, Any], say: Callable[[str], None]
-) -> ResolvedSampling:
+def sampling_of_file(path: Path, file: WeightsFile, given: Mapping[str, Any], log: Log) -> ResolvedSampling:
     """The file's sampling settings, overridden by those given.
 
     Raises EvaluationError for a given setting that contradicts the file, and where the training noise is unknown but needed.
@@ -30,13 +29,13 @@ def sampling_of_file(
     if settings.labels == "training":
         settings = settings.model_copy(update={"labels": "balanced"})
         if file.config.num_classes and "labels" not in given:
-            say("balanced labels: the file does not hold the label frequencies of its training data")
+            log("balanced labels: the file does not hold the label frequencies of its training data")
     if settings.denoise is None:
         settings = settings.model_copy(update={"denoise": 1.0 if noise_std else 0.0})
     resolved = ResolvedSampling(settings).with_changes(**{**given, "noise_std": noise_std})
     check_guidance(resolved, file.config.num_classes, known.label_dropout)
     if resolved.settings.guidance and file.config.num_classes and known.label_dropout is None:
-        say(
+        log(
             f"note: {path} does not say whether it was trained with label dropout (train.label_dropout); if not, "
             "guidance is meaningless"
         )

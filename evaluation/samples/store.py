@@ -15,12 +15,12 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.draw import Drawn, Sampler
 from tarflow.evaluation.samples.png_folder import to_picture
 from tarflow.evaluation.samples.store_check import Shape
@@ -32,7 +32,6 @@ from tarflow.files import listed, make_folder
 from tarflow.records import DamagedFileError, write_object
 from tarflow.trainer.checkpoint.names import leading_name
 
-Say = Callable[[str], None]
 _OURS = re.compile(r"settings\.json|images|index|\..*")  # users may add an index of the shards
 
 
@@ -40,7 +39,7 @@ class SampleStore:
     """Stores samples 0 .. num-1 of one model with fixed settings, drawn by any number of workers."""
 
     def __init__(
-        self, folder: Path, kind: str, about: dict[str, Any], num: int, shape: Shape | None = None, say: Say = print
+        self, folder: Path, kind: str, about: dict[str, Any], num: int, shape: Shape | None = None, log: Log = print
     ) -> None:
         """Open or create the folder. Raises EvaluationError naming anything in it that does not belong there.
 
@@ -49,21 +48,21 @@ class SampleStore:
         self.folder, self.format, self.num = folder, FORMATS[kind], num
         self.about = json.loads(json.dumps({"kind": kind, **about}))
         self._waiting: dict[int, Encoded] = {}
-        self._remove_damaged(self._check(), shape, say)
+        self._remove_damaged(self._check(), shape, log)
         make_folder(folder.parent.parent, folder.parent.name, folder.name)
         if not os.path.lexists(folder / SETTINGS):
             write_object(folder / SETTINGS, self.about)
 
     @classmethod
     def of(
-        cls, kind: str, root: Path, source: WeightsSource, sampler: Sampler, num: int, say: Say = print
+        cls, kind: str, root: Path, source: WeightsSource, sampler: Sampler, num: int, log: Log = print
     ) -> "SampleStore | None":
         """The store of these weights and settings below ROOT/samples/; None if `kind` is empty: nothing is stored."""
         if not kind:
             return None
         about = source.describe() | {"sampling": sampler.sampling.describe()}
         folder = _folder(root, kind, about, source.checkpoint)
-        return cls(folder, kind, about, num, source.model.config.image_shape, say)
+        return cls(folder, kind, about, num, source.model.config.image_shape, log)
 
     @staticmethod
     def complete_for(kind: str, root: Path, result: dict[str, Any]) -> bool:
@@ -135,11 +134,11 @@ class SampleStore:
         names = (RANGE_NAME.fullmatch(path.name) for path in listed(self.folder))
         return sorted((range(int(n[1]), int(n[2]) + 1) for n in names if n), key=lambda r: (r.start, r.stop))
 
-    def _remove_damaged(self, sizes: dict[str, int], shape: Shape | None, say: Say) -> None:
+    def _remove_damaged(self, sizes: dict[str, int], shape: Shape | None, log: Log) -> None:
         """Remove incomplete files: their samples are then missing, and so they are drawn again."""
         for path, reason in self.format.damaged(self.folder, sizes, shape).items():
             if path.parent == self.folder:
-                say(f"samples in {path} are drawn again: {reason}")
+                log(f"samples in {path} are drawn again: {reason}")
             path.unlink(missing_ok=True)
 
     def _check(self) -> dict[str, int]:

@@ -20,7 +20,7 @@ from tarflow.trainer.checkpoint.names import DAMAGED, REPLACED, TEMPORARY, leadi
 from tarflow.trainer.checkpoint.pins import pinned_names
 from tarflow.trainer.run_dir import run_id
 
-Say = Callable[[str], object]
+Warn = Callable[[str], object]
 
 
 def permanent(checkpoints: Sequence[Checkpoint], every_images: int) -> set[str]:
@@ -32,7 +32,7 @@ def permanent(checkpoints: Sequence[Checkpoint], every_images: int) -> set[str]:
 
 
 def apply_retention(
-    run_dir: Path, keep_latest: int, keep_every_images: int, *, fresh: str = "", warn: Say = lambda _: None
+    run_dir: Path, keep_latest: int, keep_every_images: int, *, fresh: str = "", warn: Warn = lambda _: None
 ) -> list[str]:
     """Remove checkpoints by the rule above; their names. `fresh`: the one just committed, if there is one.
 
@@ -125,7 +125,7 @@ def set_aside(run_dir: Path, chosen: Checkpoint, ending: str = DAMAGED) -> list[
     return lines
 
 
-def remove_set_aside(run_dir: Path, ending: str, warn: Say = lambda _: None) -> list[str]:
+def remove_set_aside(run_dir: Path, ending: str, warn: Warn = lambda _: None) -> list[str]:
     """Remove what `set_aside` has renamed with an ending; names of the removed."""
     removed = []
     for path in set_aside_dirs(run_dir, ending):

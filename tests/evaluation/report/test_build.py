@@ -233,7 +233,7 @@ def test_guidance_curves_come_from_results_and_from_sweeps(finished):
     (run_dir / "sweeps/images-000000000320-torn").mkdir()
     (run_dir / "sweeps/images-000000000320-torn/sweep.json").write_text("{")
     said: list[str] = []
-    text = write_report(run_dir, say=said.append).read_text()
+    text = write_report(run_dir, log=said.append).read_text()
     assert any("images-000000000320-torn/sweep.json (the record of a sweep) is damaged" in line for line in said)
     Page(text)
     assert "Distance over guidance weight" in text

@@ -242,7 +242,7 @@ def test_no_flipped_bit_changes_what_is_shown_without_a_word(runs: Path, light, 
         said: list[str] = []
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            write_report(run, say=said.append)
+            write_report(run, log=said.append)
             after, text = rows([run], now), sections(run)
         said = [line for line in said if line.startswith("left out: ")]
         if not said and not after[0].flaws:
@@ -307,7 +307,7 @@ def test_figures_at_their_bounds_are_drawn(runs: Path) -> None:
     figures = dict.fromkeys(("fd_x", "distance_stderr", "bits_per_dim", "bits_per_dim_stderr", "precision"), 1e38)
     write_object(path, read_object(path) | figures)
     said: list[str] = []
-    assert write_report(run, say=said.append).read_text().count("<svg") >= 6
+    assert write_report(run, log=said.append).read_text().count("<svg") >= 6
     assert said == [f"samples: {run}/evals/step-00000020/grid.png"], "they are figures"
 
 
