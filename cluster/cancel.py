@@ -9,6 +9,7 @@ from typing import Any
 
 from tarflow.cluster import slurm
 from tarflow.cluster.errors import ClusterError
+from tarflow.cluster.exit_codes import FINISHED
 from tarflow.cluster.job.cancel_note import leave_note
 from tarflow.cluster.job.chain import Chain
 from tarflow.cluster.job.record import RunJobs, jobs_of
@@ -50,7 +51,9 @@ def cancel(run_dir: Path, wait_s: float, log: Callable[[str], None]) -> int:
             slurm.command("scancel", job)
             if jobs.states[job].state == "PENDING":  # no task of it will ever record the end
                 try:
-                    Chain.load(run_dir / "slurm", job).end(0, "cancelled while it waited in the queue")
+                    Chain.load(run_dir / "slurm", job).end(
+                        FINISHED, "cancelled while it waited in the queue", cancelled=True
+                    )
                 except (UserError, OSError) as error:
                     log(f"that job {job} is over is not noted: {why(error)}")
             log(f"job {job} ({kind}) cancelled")

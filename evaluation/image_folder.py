@@ -24,10 +24,10 @@ from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.images.decode import decode
 from tarflow.data_pipeline.images.formats import IMAGE_EXTENSIONS, UNREAD_PICTURES, extension_of
 from tarflow.data_pipeline.images.identical import image_hashes
+from tarflow.data_pipeline.images.opening import read_image
 from tarflow.data_pipeline.images.transform import fit
 from tarflow.data_pipeline.layout.walk import walk
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.files import read_bytes
 
 _NAMED = 20  # files named in a result
 _JPEG = b"\xff\xd8\xff"
@@ -109,7 +109,7 @@ class ImageFolder:
         """One image, uint8 [size, size, C], counted and added to `digest`; None if it was skipped."""
         name = path.relative_to(self.root).as_posix()
         try:
-            data = read_bytes(path)
+            data = read_image(path)
             image = decode(data, self.channels, None, self.max_pixels)
         except (BadSampleError, OSError) as error:
             if self.on_error == "strict":

@@ -1,4 +1,4 @@
-"""Open files with Pillow, within bounds on formats and pixels, and whatever their metadata.
+"""Read image files, and open them with Pillow, within bounds on formats and pixels, and whatever their metadata.
 
 The bound on pixels is checked before any is decoded. Text and colour profiles of a PNG that Pillow refuses (it unpacks at
 most 1 MiB of each) are skipped unread; pixels do not depend on them.
@@ -11,16 +11,24 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
 from tarflow.data_pipeline.errors import BadSampleError
-from tarflow.data_pipeline.images.bounds import MAX_PIXELS, check_size
+from tarflow.data_pipeline.images.bounds import MAX_PIXELS, check_bytes, check_size
 from tarflow.data_pipeline.images.formats import FORMATS
+from tarflow.files import read_bytes
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 # The chunks with pixels, transparency and orientation; an animation's other frames are not needed.
 _PNG_NEEDED = frozenset((b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf", b"sBIT"))
+
+
+def read_image(file: Path) -> bytes:
+    """The bytes of an image file. Raises BadSampleError for one that is too large, OSError."""
+    check_bytes(file.stat().st_size)
+    return read_bytes(file)
 
 
 @contextmanager

@@ -100,7 +100,8 @@ def build_index(
                 progress(done, len(jobs))
         if not report.samples:
             causes = f" ({', '.join(report.causes())})" if report.causes() else ""
-            raise DataError(f"no sample found in any of the {len(jobs)} shards of {root}{causes}")
+            first = f"the first is {shown(shards[0])}"
+            raise DataError(f"no sample found in any of the {len(jobs)} shards of {root}, {first}{causes}")
         writer.finish(form, rules, (origin or []) + report.seen.lines())
     return Index(root), report
 

@@ -146,7 +146,7 @@ def _one_pattern(pattern: str, missing: list[str], notes: list[str]) -> list[Pat
     found: list[Path] = []
     for name in names:
         if any(mark in name for mark in "*?[") and not Path(name).is_file():
-            matched = [path for path in _matches(name, notes) if path.is_file()]
+            matched = [path for path in _matches(name, notes) if _is_shard(path)]
             if not matched:
                 raise DataError(f"pattern {pattern!r} matches no file" + (f" ({name!r})" if name != pattern else ""))
             found += matched
@@ -173,15 +173,33 @@ def _tars_in(folder: Path, notes: list[str]) -> list[Path]:
 def _walked(folder: Path, notes: list[str]) -> list[Path]:
     """All files below a folder; links that were followed or skipped are noted."""
     found = walk(folder)
+    for path in found.no_files:
+        if path != folder:
+            _is_shard(path)
     if found.linked:
         notes.append(found.links_followed())
     notes += [f"{shown(again)} is the folder {shown(first)}: it counts once" for again, first in found.again[:5]]
     return found.files
 
 
+def _is_shard(path: Path) -> bool:
+    """Whether a path is a file. Raises DataError for what has a shard's name and is none.
+
+    Left out, it would be missing from the set without a word.
+    """
+    if path.is_file() or path.suffix != ".tar":
+        return path.is_file()
+    what = "a folder" if path.is_dir() else "not a regular file, or a link to nothing"
+    raise DataError(f"{shown(path)} is {what}: put the shard there, or remove it")
+
+
 def _not_files(folder: Path) -> str:
     """Names in a folder that would be shards, or a list of shards, if they were regular files."""
-    names = [p.name for p in listed(folder) if p.suffix in (".tar", ".json") and not p.is_file() and not p.is_dir()]
+    names = [
+        path.name
+        for path in listed(folder)
+        if path.suffix == ".tar" or (path.suffix == ".json" and not path.is_file() and not path.is_dir())
+    ]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
         f" ({', '.join(map(shown, names[:3]))}{more} in it: not a regular file, or a link to nothing)" if names else ""

@@ -13,6 +13,8 @@ from pathlib import Path
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.layout.names import shown
 
+_MOST_NAMED = 1000
+
 
 @dataclass
 class Walk:
@@ -20,13 +22,15 @@ class Walk:
 
     `ignored`: `hidden` (begins with a dot, or lies in such a folder), `broken_link`, `link_loop` (a link to a folder that
     it lies in) and `not_a_file` (pipes, sockets, devices). `linked`: folders that were entered through a link. `again`:
-    (folder, the same folder seen before under another name); it counts once.
+    (folder, the same folder seen before under another name); it counts once. `no_files`: the first paths of broken links,
+    empty folders and what is not a file.
     """
 
     files: list[Path] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     linked: list[Path] = field(default_factory=list)
     again: list[tuple[Path, Path]] = field(default_factory=list)
+    no_files: list[Path] = field(default_factory=list)
 
     def links_followed(self) -> str:
         """A line about the linked folders, of which there is at least one."""
@@ -56,6 +60,8 @@ def walk(root: Path) -> Walk:
                 below = sorted(entries, key=lambda entry: entry.name, reverse=True)
         except OSError as err:
             raise DataError(f"cannot read the folder {shown(folder)}: {err.strerror}") from None
+        if not below and len(found.no_files) < _MOST_NAMED:
+            found.no_files.append(folder)
         for entry in below:
             if entry.name.startswith("."):
                 found.ignored["hidden"] += _count(entry)
@@ -65,6 +71,8 @@ def walk(root: Path) -> Walk:
                 found.files.append(Path(entry.path))
             else:
                 found.ignored["broken_link" if entry.is_symlink() else "not_a_file"] += 1
+                if len(found.no_files) < _MOST_NAMED:
+                    found.no_files.append(Path(entry.path))
     found.files.sort()
     return found
 

@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from tarflow.data_pipeline import keyed
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.decode import decode
+from tarflow.data_pipeline.images.opening import read_image
 from tarflow.data_pipeline.prepare.arrays import idx_source
-from tarflow.data_pipeline.prepare.source import ImageSource, read_image
+from tarflow.data_pipeline.prepare.source import ImageSource
 from tarflow.data_pipeline.prepare.write import Options, Report, prepare
 from tarflow.errors import why
-from tarflow.files import open_to_read, read_bytes
+from tarflow.files import open_to_read
 from tarflow.records import read_bounded
 
 _MAX_LIST = 64 << 20  # bytes of a package's list of images
@@ -157,8 +158,10 @@ def _emoji_list(folder: Path) -> list[tuple[str, str]]:
     try:
         entries = json.loads(read_bounded(path, _MAX_LIST))
         found = [(str(entry["image"]), str(entry["category"])) for entry in entries if entry["category"] != "Component"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as err:
-        raise DataError(f"cannot read the list of emoji {path}: {err!r}: reinstall the package") from None
+    except (OSError, ValueError, RecursionError) as err:
+        raise DataError(f"cannot read the list of emoji {path}: {why(err)}: reinstall the package") from None
+    except (KeyError, TypeError):
+        raise DataError(f"{path} is not a list of emoji with image and category: reinstall the package") from None
     odd = next((image for image, _ in found if "/" in image or image in ("", ".", "..")), None)
     if odd is not None:
         raise DataError(f"the list of emoji {path} names {odd!r}, which is not a file name: reinstall the package")
@@ -206,7 +209,7 @@ def _photos(source: Path | None, size: int, seed: int) -> ImageSource:
     names: list[str] = []
     val: list[bool] = []
     for file in files:
-        photo = decode(read_bytes(file), 3)
+        photo = decode(read_image(file), 3)
         rows, columns = photo.shape[0] // size, photo.shape[1] // size
         top, left = (photo.shape[0] - rows * size) // 2, (photo.shape[1] - columns * size) // 2
         for tile in range(rows * columns):

@@ -5,7 +5,6 @@ A folder that can be read in two ways with different labels is an error that nam
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -16,14 +15,16 @@ import numpy as np
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.formats import IMAGE_EXTENSIONS, cause_of, extension_of
+from tarflow.data_pipeline.images.opening import read_image
 from tarflow.data_pipeline.index.kinds import what_folder
 from tarflow.data_pipeline.layout.names import class_names, normal, shown
 from tarflow.data_pipeline.layout.splits import ALL, SPLITS, chosen, split_named
 from tarflow.data_pipeline.layout.walk import Walk, walk
 from tarflow.data_pipeline.prepare.class_folders import check_no_class_is_lost
 from tarflow.data_pipeline.prepare.labels import number_labels
-from tarflow.data_pipeline.prepare.source import Choices, ImageSource, read_image, split_note, split_numbers
-from tarflow.records import read_bounded
+from tarflow.data_pipeline.prepare.source import Choices, ImageSource, split_note, split_numbers
+from tarflow.errors import why
+from tarflow.records import parse_object, read_bounded
 
 _LABEL_FILE = "dataset.json"
 _MAX_LABELS = 1 << 30  # bytes of it
@@ -220,11 +221,9 @@ def _from_label_file(path: Path, part: _Part) -> tuple[list[Any], str]:
     form = '{"labels": [[file, label], ...]}'
     other = "--labels folders takes the class folders instead, --labels none no labels"
     try:
-        table = json.loads(read_bounded(path, _MAX_LABELS))
-        listed = table["labels"]
-        pairs = None if listed is None else [(normal(name.replace("\\", "/")), label) for name, label in listed]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
-        raise DataError(f"cannot read labels from {shown(path)} ({err!r}): expected {form}; {other}") from None
+        pairs = _label_pairs(parse_object(read_bounded(path, _MAX_LABELS)))
+    except (OSError, ValueError) as err:
+        raise DataError(f"cannot read labels from {shown(path)}: {why(err)}; expected {form}; {other}") from None
     if pairs is None:
         return [None] * len(part.files), f"none ({_LABEL_FILE} holds null)"
     # Each image exactly one label, and no label for anything else: a list of another set may match by accident.
@@ -251,6 +250,21 @@ def _from_label_file(path: Path, part: _Part) -> tuple[list[Any], str]:
     if all(value is None for value in values):
         return values, f"none ({_LABEL_FILE} has null for every image)"
     return values, _LABEL_FILE
+
+
+def _label_pairs(table: dict[str, Any]) -> list[tuple[str, Any]] | None:
+    """(file, label) of each entry of a label file's content, None where it says that there are none. Raises ValueError."""
+    if "labels" not in table:
+        raise ValueError('it has no "labels"')
+    listed = table["labels"]
+    if listed is None:
+        return None
+    if not isinstance(listed, list):
+        raise ValueError(f'"labels" is {repr(listed)[:80]}, not a list')
+    for row, entry in enumerate(listed):
+        if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
+            raise ValueError(f'entry {row} of "labels" is {repr(entry)[:80]}')
+    return [(normal(name.replace("\\", "/")), label) for name, label in listed]
 
 
 def _together(parts: dict[str, _Part], path: Path) -> list[Any]:

@@ -31,8 +31,13 @@ def number_labels(values: Sequence[Any], where: str) -> tuple[NDArray[np.int64],
             )
         return np.array([-1 if value is None else value for value in values]), [str(i) for i in range(count)], False
     if not all(isinstance(value, str) for value in present):
-        odd = next(value for value in present if not isinstance(value, (int, str)) or isinstance(value, bool))
-        raise DataError(f"{where} holds {repr(odd)[:80]}, expected integers or names")
+        odd = [value for value in present if not isinstance(value, (int, str)) or isinstance(value, bool)]
+        if odd:
+            raise DataError(f"{where} holds {repr(odd[0])[:80]}, expected integers or names")
+        number, name = (next(value for value in present if isinstance(value, kind)) for kind in (int, str))
+        raise DataError(
+            f"{where} holds numbers ({number}) and names ({repr(name)[:80]}): labels must be all of one kind"
+        )
     found = sorted(set(present))
     if all(name.isascii() and name.isdigit() for name in found):
         found.sort(key=lambda name: (int(name), name))

@@ -11,10 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.images.bounds import check_bytes
 from tarflow.data_pipeline.layout.names import shown
 from tarflow.data_pipeline.layout.splits import ALL
-from tarflow.files import read_bytes
 
 
 @dataclass
@@ -69,12 +67,6 @@ def asked_name(what: str, asked: str | None, names: Sequence[str], path: Path, f
 def first_of(known: Sequence[str], names: Sequence[str]) -> str | None:
     """The first of the known names that exists."""
     return next((name for name in known if name in names), None)
-
-
-def read_image(file: Path) -> bytes:
-    """The bytes of an image file. Raises BadSampleError for one that is too large, OSError."""
-    check_bytes(file.stat().st_size)
-    return read_bytes(file)
 
 
 def split_numbers(sizes: dict[str, int], choices: Choices) -> dict[str, NDArray[np.int64]]:

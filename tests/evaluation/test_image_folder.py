@@ -348,3 +348,12 @@ def test_reference_of_data_behind_an_address_needs_a_place(tmp_path, monkeypatch
             ReferenceRequest("http://127.0.0.1:9/set", 8, 1, 0, "fake", None, None, "strict", "cpu"), lambda _: None
         )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.case("H10")
+@pytest.mark.parametrize("name", ["0.png", "0.bmp", "0.jpg"])
+def test_a_file_larger_than_any_image_is_named_and_not_read(mixed, name):
+    with (mixed / name).open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(EvaluationError, match=rf"{name}: the file has 1,099,511,627,776 bytes, an image at most"):
+        list(ImageFolder(mixed, 3, 16).batches())

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -38,8 +39,15 @@ class FakeFeatures:
 
 def set_up_light(seed: str = "") -> None:
     """The same for a command that does not load torch."""
-    rng = random.Random(seed)
-    uuid.uuid4 = lambda: uuid.UUID(int=rng.getrandbits(128), version=4)
+    # By caller: how many ids the libraries draw depends on what is loaded already.
+    rngs: dict[str, random.Random] = {}
+
+    def uuid4() -> uuid.UUID:
+        caller = sys._getframe(1).f_globals["__name__"]
+        rng = rngs.setdefault(caller, random.Random(f"{seed} {caller}"))
+        return uuid.UUID(int=rng.getrandbits(128), version=4)
+
+    uuid.uuid4 = uuid4
 
 
 def set_up(seed: str = "") -> None:

@@ -174,9 +174,10 @@ def test_cancel_ends_all_jobs_of_a_run_those_that_wait_first(submitted: Path, fa
     fake_slurm.command("scancel", f'[ "$1" != --signal=USR2 ] || touch "{gone}"')
     assert verb("cancel", submitted) == 0
     assert fake_slurm.calls("scancel") == ["108", "--signal=USR2 107"]
-    ended = Chain.load(submitted / "slurm", "108").ended
-    assert ended is not None
-    assert (ended["code"], ended["text"]) == (0, "cancelled while it waited in the queue")
+    chain = Chain.load(submitted / "slurm", "108")
+    assert chain.ended is not None
+    assert (chain.ended["code"], chain.ended["text"]) == (0, "cancelled while it waited in the queue")
+    assert chain.failed  # an evaluation that follows it must not wait for what will never come
 
 
 @pytest.mark.case("V12")

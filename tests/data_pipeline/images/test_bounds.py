@@ -18,11 +18,10 @@ from tarflow.data_pipeline.images import bounds, opening
 from tarflow.data_pipeline.images.decode import decode, decode_into
 from tarflow.data_pipeline.images.formats import FORMATS
 from tarflow.data_pipeline.images.look import look_at
-from tarflow.data_pipeline.images.opening import size_of
+from tarflow.data_pipeline.images.opening import read_image, size_of
 from tarflow.data_pipeline.index.index import Rows
 from tarflow.data_pipeline.loading.sample_reader import SampleReader
 from tarflow.data_pipeline.loading.shape import ImageShape
-from tarflow.data_pipeline.prepare.source import read_image
 
 
 def written(name: str, side: int) -> bytes:

@@ -189,7 +189,9 @@ def test_empty_shards_are_named_and_only_empty_ones_refused(tmp_path: Path, lab:
     assert report.empty_shards == [str(shards[1])]
     for shard in shards:
         lab.write_tar(shard, [])
-    with pytest.raises(DataError, match="no sample found in any of the 3 shards"):
+    with pytest.raises(
+        DataError, match=f"no sample found in any of the 3 shards of {tmp_path}, the first is {shards[0]}"
+    ):
         build_index(tmp_path, shards)
 
 
@@ -239,6 +241,25 @@ def test_patterns_that_cannot_be_right_are_refused(
         lab.write_tar(tmp_path / f"train_{i:03d}.tar", [("a.png", b"x")])
     with pytest.raises(DataError, match=message):
         find_shards(pattern.format(root=tmp_path))
+
+
+@pytest.mark.case("H06")
+@pytest.mark.parametrize("what", ["pipe", "empty folder", "link to nothing"])
+@pytest.mark.parametrize("pattern", ["", "*.tar", "**/*.tar", "s000{0..2}.tar"])
+def test_what_is_no_file_among_the_shards_is_refused_not_left_out(
+    tmp_path: Path, lab: SimpleNamespace, what: str, pattern: str
+) -> None:
+    for number in (0, 2):
+        lab.write_tar(tmp_path / f"s000{number}.tar", [("a.png", b"x")])
+    odd = tmp_path / "s0001.tar"
+    if what == "pipe":
+        os.mkfifo(odd)
+    elif what == "empty folder":
+        odd.mkdir()
+    else:
+        odd.symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"s0001\.tar"):
+        find_shards(tmp_path / pattern)
 
 
 def test_braces() -> None:

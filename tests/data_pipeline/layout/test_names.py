@@ -122,8 +122,7 @@ def test_folders_and_shards_that_are_not_utf8_are_refused_before_the_work(tmp_pa
         build_index(tmp_path, [renamed])
     pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "a.parquet")
     (tmp_path / "a.parquet").rename(root / "a.parquet")
-    with pytest.raises(DataError, match=r"cannot read .*caf\\xe9/a\.parquet as Parquet"):
-        open_source(root / "a.parquet")
+    assert len(open_source(root / "a.parquet")) == 1  # what only reads needs no name that text can hold
 
 
 @pytest.mark.case("F15")

@@ -22,13 +22,13 @@ from PIL import Image
 
 from tarflow.cli import parse
 from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.images.opening import read_image
 from tarflow.data_pipeline.index.tar.members import TarScan
 from tarflow.data_pipeline.loading.evaluation_batches import evaluation_batches
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.shape import ImageShape
 from tarflow.data_pipeline.prepare.arrays import read_idx
 from tarflow.data_pipeline.prepare.fetch import fetch
-from tarflow.data_pipeline.prepare.source import read_image
 from tarflow.data_pipeline.prepare.sources import open_source
 from tarflow.data_pipeline.prepare.write import Options, prepare
 from tarflow.data_pipeline.storage.open_index import open_index
@@ -129,8 +129,12 @@ def test_single_nulls_backslashes_and_names(tmp_path: Path) -> None:
         (edm_labels([[0.5, 1.0]] * 4), r"holds [0.5, 1.0], expected integers or names"),
         (edm_labels([0, 1, -1, 1]), "label -1 (row 2)"),
         (edm_labels([0, 1, 2, 3]) + edm_labels([0, 1, 3]), "two labels for 00000/img00000000.png"),
-        ({"a": 1}, "cannot read labels from"),
-        ({"00000/img00000000.png": 1}, "cannot read labels from"),
+        (edm_labels([0, 1, "cat", 1]), "holds numbers (0) and names ('cat'): labels must be all of one kind"),
+        ({"a": 1}, "\"labels\" is {'a': 1}, not a list"),
+        ("img", "\"labels\" is 'img', not a list"),
+        ([["a.png", 1], None], 'entry 1 of "labels" is None'),
+        ([[3, 1]], 'entry 0 of "labels" is [3, 1]'),
+        (["ab"], "entry 0 of \"labels\" is 'ab'"),
     ],
 )
 @pytest.mark.case("F04")
@@ -148,9 +152,16 @@ def test_a_list_that_does_not_fit_names_the_option_that_passes_it_over(
 @pytest.mark.case("F04")
 def test_other_json_is_named_and_a_missing_list_too(tmp_path: Path) -> None:
     source = tree(tmp_path / "in", "a/0.png", "b/1.png")
-    for text in ("[1, 2", "[" * 100_000, '{"labels": [["a/0.png"]]}', '{"labels": [[3, 1]]}', '{"labels": 7}'):
+    for text, reason in (
+        ("[1, 2", "it is not JSON"),
+        ("[1, 2]", "it is not a JSON object"),
+        ("[" * 100_000, "it is nested too deeply"),
+        ('{"label": []}', 'it has no "labels"'),
+        ('{"labels": [["a/0.png"]]}', 'entry 0 of "labels" is'),
+        ('{"labels": 7}', '"labels" is 7, not a list'),
+    ):
         (source / "dataset.json").write_text(text)
-        assert "cannot read labels" in refusal(source)
+        assert f"cannot read labels from {source / 'dataset.json'}: {reason}" in refusal(source)
     (source / "dataset.json").unlink()
     assert "there is no" in refusal(source, labels="dataset.json")
 

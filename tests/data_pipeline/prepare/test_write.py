@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import os
+import re
 import signal
 import struct
 from collections.abc import Callable
@@ -326,6 +327,18 @@ def test_fetch_emoji64_reads_npm_packages(tmp_path: Path) -> None:
     report = fetch("emoji64", tmp_path / "out", source=tmp_path)
     assert report.written == {"train": 36, "val": 4}
     assert report.classes == ["Flags", "Objects"]
+
+
+@pytest.mark.case("H06")
+@pytest.mark.parametrize("text", ["7", "[3]", '["x"]', '{"image": 1}', '[{"image": "a.png"}]', "[", "[" * 100_000])
+def test_a_damaged_list_of_emoji_is_named_in_words(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "node_modules" / "emoji-datasource-google" / "emoji.json"
+    for package in ("google", "twitter"):
+        (path.parent.parent / f"emoji-datasource-{package}").mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"emoji\.json.*reinstall the package") as caught:
+        fetch("emoji64", tmp_path / "out", source=tmp_path)
+    assert not re.search(r"\w+Error\b", str(caught.value))
 
 
 def test_fetch_photos_cuts_tiles_and_keeps_photographs_apart(tmp_path: Path) -> None:
