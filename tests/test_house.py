@@ -54,7 +54,7 @@ LAYERS = {
         commands
         sweep
         worker
-        references report
+        references report flow
         results
         samples
         networks
