@@ -11,7 +11,6 @@ from torch import Tensor
 
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log, no_log
-from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
 from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler, check_guidance
 from tarflow.evaluation.samples.labels import label_number
 from tarflow.evaluation.samples.request import SourceRequest, open_request
@@ -126,7 +125,7 @@ class Flow:
         return torch.cat(pixels)
 
     def log_prob(
-        self, images: Images, labels: Labels = None, *, draws: int = 1, seed: int = 0, first: int = 0
+        self, images: Images, labels: Labels = None, *, draws: int = 1, seed: int | None = None, first: int = 0
     ) -> Tensor:
         """Exact log p(x | label) of each image in nats, float64 [N]: the density in model range.
 
@@ -136,7 +135,7 @@ class Flow:
         return self._mean_over_draws(log_likelihood, images, labels, draws, seed, first)
 
     def bits_per_dim(
-        self, images: Images, labels: Labels = None, *, draws: int = 1, seed: int = 0, first: int = 0
+        self, images: Images, labels: Labels = None, *, draws: int = 1, seed: int | None = None, first: int = 0
     ) -> Tensor:
         """Bits per dimension of each image as 8-bit data, float64 [N]; noise as in `log_prob`.
 
@@ -177,11 +176,15 @@ class Flow:
             clean.append(denoise(self.model, part, label, std, multiplier).detach().cpu())
         return torch.cat(clean)
 
-    def _mean_over_draws(self, of: Any, images: Images, labels: Labels, draws: int, seed: int, first: int) -> Tensor:
+    def _mean_over_draws(
+        self, of: Any, images: Images, labels: Labels, draws: int, seed: int | None, first: int
+    ) -> Tensor:
         if draws < 1:
             raise EvaluationError(f"draws={draws}: at least one is needed")
         pixels, y = self._checked(images), self._tensor(labels, len(images))
-        noise = self._noise(seed) if pixels.dtype == torch.uint8 else None
+        is_8_bit = pixels.dtype == torch.uint8
+        seed = self.sampling.settings.seed if seed is None else seed
+        noise = self.source.training_noise(self.sampling.noise_std, seed) if is_8_bit else None
         total = torch.zeros(len(pixels), dtype=torch.float64)
         for draw in range(draws if noise else 1):
             for begin in range(0, len(pixels), self.batch_size):
@@ -192,17 +195,6 @@ class Flow:
                     values = of(self.model, x.to(self.device), None if y is None else y[part].to(self.device))
                 total[part] += values.double().cpu()
         return total / (draws if noise else 1)
-
-    def _noise(self, seed: int) -> NoiseSettings:
-        known = self.provenance
-        if known.noise is not None:
-            return NoiseSettings(known.noise, known.noise_std or 0.0, seed)
-        if self.sampling.noise_std:
-            return NoiseSettings("gaussian", self.sampling.noise_std, seed)
-        raise EvaluationError(
-            f"{self.source.origin} does not record its training noise, without which 8-bit images have no density: give "
-            "noise_std to tarflow.load, or floats with noise of your own"
-        )
 
     def _checked(self, images: Images) -> Tensor:
         tensor = torch.as_tensor(images)

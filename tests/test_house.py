@@ -52,7 +52,7 @@ LAYERS = {
     """,
     "evaluation": """
         commands
-        sweep
+        sweep likelihood
         worker
         references report flow
         results
@@ -244,6 +244,7 @@ VERBS = (
     "checkpoint",
     "evaluate",
     "sample",
+    "likelihood",
     "sweep-guidance",
     "reference",
     "score",
