@@ -52,7 +52,7 @@ class _Baseline:
     statistics: FeatureStatistics
     rows: Tensor
     hashes: NDArray[np.uint64] | None
-    size: int
+    size: int | None  # None: the images' own
     channels: int
     about: dict[str, Any]
     warnings: list[str]
@@ -105,10 +105,10 @@ def _stored(request: ScoreRequest, network: Features) -> _Baseline:
     expected |= {key: value for key, value in given.items() if value is not None}
     assert request.reference is not None
     found = load_reference(request.reference, expected, tuple(expected), network.dim)
-    size, channels = int(found.provenance["image_size"]), int(found.provenance["channels"])
+    size = int(found.provenance.get("image_size", request.size or 0)) or None
+    channels = int(found.provenance.get("channels", request.channels or 3))
     about = {"file": request.reference.name, **found.describe()}
-    warnings = [] if found.checked else [f"{request.reference} carries no checksum: its bytes are unchecked"]
-    return _Baseline(found.statistics, found.rows, found.hashes, size, channels, about, warnings)
+    return _Baseline(found.statistics, found.rows, found.hashes, size, channels, about, found.notes)
 
 
 def _other_folder(request: ScoreRequest, network: Features, log: Log) -> _Baseline:
@@ -117,7 +117,7 @@ def _other_folder(request: ScoreRequest, network: Features, log: Log) -> _Baseli
     channels = request.channels or 3
     other = ImageFolder(request.against, channels, request.size, request.on_error, request.max_pixels)
     statistics, rows = measure(other, network, log)
-    return _Baseline(statistics, rows, other.hashes, other.size or 0, channels, other.describe(), other.warnings())
+    return _Baseline(statistics, rows, other.hashes, other.size, channels, other.describe(), other.warnings())
 
 
 def measure(folder: ImageFolder, network: Features, log: Log) -> tuple[FeatureStatistics, Tensor]:
