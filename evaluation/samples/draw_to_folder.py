@@ -3,6 +3,7 @@
 import math
 
 from tarflow.code_version import code_version
+from tarflow.evaluation.image_array import NAME, write_array
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler
 from tarflow.evaluation.samples.grid import make_grid
@@ -46,6 +47,11 @@ def sample_images(request: SampleRequest, log: Log = print) -> bool:
     if any(image is not None for image in images):
         save_png(request.out / "grid.png", make_grid(images, request.columns or _columns(sampler, len(images))))
         log(f"images: {folder.images}\ngrid: {request.out / 'grid.png'}")
+    if request.form == "npz":
+        there = [path for i in range(request.num) if (path := folder.path(i)).exists()]
+        shape = (len(there), model.image_size, model.image_size, 3)
+        write_array(request.out / "samples.npz", shape, map(load_png, there))
+        log(f"array: {request.out / 'samples.npz'} ({NAME}, uint8 {list(shape)})")
     if count.nonfinite:
         log(count.problem(0.0) or "")
     return not count.nonfinite
