@@ -62,7 +62,8 @@ class Reference:
         if "form" in self.provenance:
             return [
                 f"{self.path} is in the form of {self.provenance['form']}: mean and covariance of {NETWORK}'s features. It "
-                "does not record which images they are of, how many, or how these were cropped and resized"
+                "does not record which images they are of, how many, or how these were cropped and resized, and carries no "
+                f"checksum: its SHA-256 is {self.provenance['file_sha256']}"
             ]
         return [] if self.checked else [f"{self.path} carries no checksum: its bytes cannot be verified"]
 
