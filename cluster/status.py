@@ -25,9 +25,8 @@ from tarflow.evaluation.report.logged import read_metrics
 from tarflow.evaluation.results import scan
 from tarflow.evaluation.run_config import shown_config
 from tarflow.files import listed
-from tarflow.outputs import styled
 from tarflow.records import DamagedFileError
-from tarflow.terminal import plain
+from tarflow.terminal import plain, styled
 from tarflow.trainer.checkpoint.find import scan_as
 from tarflow.trainer.checkpoint.marker import Checkpoint
 from tarflow.trainer.config.schema import Config
