@@ -77,16 +77,18 @@ def rank_device(device: torch.device, host: str | None = None) -> RankDevice:
 
 def disagreement(found: Sequence[RankDevice]) -> str:
     """Why these ranks, in order, cannot train together: unlike kinds of devices, or a GPU shared by two; empty if they can."""
-    kinds = {kind: [rank for rank, one in enumerate(found) if one.kind == kind] for kind in {one.kind for one in found}}
+    kinds: dict[str, list[int]] = {}
+    for rank, one in enumerate(found):
+        kinds.setdefault(one.kind, []).append(rank)
     if len(kinds) > 1:
         parts = [f"{kind} on {_ranks(ranks, found)}" for kind, ranks in sorted(kinds.items(), key=lambda k: -len(k[1]))]
         return (
             f"the ranks of this run compute on unlike devices: {'; '.join(parts)}. Leave out the nodes where torch sees no GPU "
             "(their log, or `python -c 'import torch; torch.cuda.init()'` there, says why), or set train.device"
         )
-    owner: dict[tuple[str, str], int] = {}
+    owner: dict[str, int] = {}
     for rank, one in enumerate(found):
-        if one.uuid and (first := owner.setdefault((one.host, one.uuid), rank)) != rank:
+        if one.uuid and (first := owner.setdefault(one.uuid, rank)) != rank:
             return (
                 f"ranks {first} and {rank} on node {one.host} share one GPU ({one.uuid}): start as many processes on each node "
                 f"as it has GPUs. If it has enough, each task was shown the same one: see {VISIBLE}, --gpus-per-task and "

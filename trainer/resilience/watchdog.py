@@ -46,7 +46,7 @@ class Watchdog:
         self._own: deque[float] = deque(maxlen=64)
         self._stop = threading.Event()
         self._interval = min(2.0, limits.step_timeout_s / 4, limits.start_timeout_s / 4)
-        self._beats = alive.BeatSchedule(rank, world_size)
+        self._schedule = alive.BeatSchedule(rank, world_size)
         self._named: int | None = None
         self._file: IO[str] | None = None
 
@@ -129,7 +129,7 @@ class Watchdog:
 
     def beat(self) -> None:
         """Write the heartbeat, if it is this rank's turn."""
-        if self._beats.due(time.monotonic()):
+        if self._schedule.due(time.monotonic()):
             self._write()
 
     def _write(self) -> None:

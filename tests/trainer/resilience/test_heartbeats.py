@@ -108,7 +108,7 @@ def test_the_thread_of_a_watchdog_keeps_to_it(tmp_path, operations, world_size, 
     limits = ParallelConfig(step_timeout_s=0.2)
     with Watchdog(tmp_path, 1, world_size, limits) as dog:
         for _ in range(20):
-            dog.step_done(1, 0.01)
+            dog.phase("step")
             time.sleep(0.05)
     assert least <= operations()["os.rename"] <= most
     (last,) = read_heartbeats(tmp_path)
