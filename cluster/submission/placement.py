@@ -60,19 +60,23 @@ def placement_notes(config: Config, profile: ClusterProfile, nodes: int, process
             f"the profile has no cpus, and data.num_workers={workers}: unless the site has another default, Slurm gives each "
             f"process one CPU; set cpus: {workers + 1}"
         )
-    _check_distribution(config, profile, nodes, processes)
+    replicate, shard = mesh_shape(config.parallel, nodes * processes)
+    if nodes > 1 and replicate > 1 and shard > 1:
+        _check_distribution(profile, nodes, processes, replicate, shard)
+        if processes % shard:
+            notes.append(
+                f"parallel.dp_shard={shard} does not divide the {processes} processes of a node: replicas span nodes, and "
+                "weights are gathered over the network"
+            )
     return [f"note: {text}" for text in notes]
 
 
-def _check_distribution(config: Config, profile: ClusterProfile, nodes: int, processes: int) -> None:
+def _check_distribution(profile: ClusterProfile, nodes: int, processes: int, replicate: int, shard: int) -> None:
     """Refuse to scatter the shards of a replica over nodes where the mesh says that they lie next to each other."""
     given = given_distribution(profile)
-    if given is None or nodes == 1 or processes == 1 or given[1].startswith("block"):
-        return
-    replicate, shard = mesh_shape(config.parallel, nodes * processes)
-    if replicate > 1 and shard > 1:
+    if given is not None and processes > 1 and not given[1].startswith("block"):
         raise ClusterError(
-            f"{given[0]} {given[1]} in the profile numbers tasks across nodes, but parallel.dp_replicate={replicate} x "
-            f"parallel.dp_shard={shard} shards over neighbouring ranks: every layer would be gathered over the network. Use "
-            "block there, or leave it out"
+            f"{given[0]} {given[1]} in the profile numbers the tasks of {nodes} nodes across them, but parallel.dp_replicate="
+            f"{replicate} x parallel.dp_shard={shard} shards over neighbouring ranks: every layer would be gathered over the "
+            "network. Use block there, or leave it out"
         )

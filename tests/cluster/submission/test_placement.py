@@ -62,6 +62,16 @@ def test_another_distribution_is_refused_where_shards_would_be_scattered_over_no
         placement_notes(*fine)
 
 
+def test_replicas_that_span_nodes_are_said() -> None:
+    eight = profile(gpus=8)
+    said = "note: parallel.dp_shard={} does not divide the 8 processes of a node: replicas span nodes"
+    for shard in (16, 32):
+        (note,) = placement_notes(config(backend="fsdp2", dp_shard=shard), eight, 16, 8)
+        assert note.startswith(said.format(shard))
+    for shard in (1, 2, 8, 128):  # within a node, or one replica alone
+        assert placement_notes(config(backend="fsdp2", dp_shard=shard), eight, 16, 8) == []
+
+
 @pytest.mark.parametrize(
     ("workers", "settings", "said"),
     [
