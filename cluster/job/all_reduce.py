@@ -46,10 +46,10 @@ def silent_node(folder: Path) -> str:
 
 
 class Check:
-    """The check of one rank. All enter the same stages in the same order, and each leaves a mark in the store where it comes.
+    """The check of one rank. All go through the same stages in the same order, and leave a mark in the store at each.
 
     Rank 0 waits for the marks of all and then lets them go on: a thousand ranks that look for each other would keep the store
-    busy with that alone. It is also the first to lose its patience, and names who is missing.
+    busy with that alone. It is also the first to give up, and names who is missing.
     """
 
     def __init__(self, limit_s: float, folder: Path, ranks_per_task: int, node: str) -> None:
@@ -83,12 +83,12 @@ class Check:
             leave(FAILED, f"{text}: {_first_line(error)}")
 
     def enter(self, stage: str, said: str = "here") -> None:
-        """Come to a stage, and leave a mark that rank 0 sees."""
+        """Begin a stage, and leave a mark that rank 0 sees."""
         self.stage = stage
         self.store.set(f"{stage}/{self.rank}", said)
 
     def wait_for_all(self) -> list[str]:
-        """Wait until all ranks have come to this stage; on rank 0 what they said, by rank. Ends this process if one is late."""
+        """Wait until all ranks have reached this stage; on rank 0 what they said, by rank. Ends this process if one is late."""
         if self.rank:
             try:
                 self.store.get(f"{self.stage}/go")
@@ -104,7 +104,7 @@ class Check:
         return [answer.decode() for answer in self.store.multi_get(keys)]
 
     def fail(self, problem: str, *, another_thread: bool = False) -> NoReturn:
-        """End this process. Its last line names, on rank 0, the ranks that did not come to this stage, and their nodes."""
+        """End this process. Its last line names, on rank 0, the ranks that did not reach this stage, and their nodes."""
         text = f"{problem} in the stage {self.stage!r} after {time.monotonic() - self.began:.0f} s"
         try:
             # Another connection: the main thread may be waiting on the first one.
@@ -114,9 +114,9 @@ class Check:
             if missing:
                 text += f"; {self._named(missing)}"
             elif self.rank == 0:
-                text += f"; all {self.size} ranks have come to it: {_ways()}"
+                text += f"; all {self.size} ranks have reached it: {_ways()}"
             else:
-                text += f" ({_ways()}); the log of rank 0 says who has not come to it"
+                text += f" ({_ways()}); the log of rank 0 says who has not reached it"
         finally:
             leave(FAILED, text)
 
@@ -127,7 +127,7 @@ class Check:
         ranks, where = (
             f"{what}{'s' * (len(some) > 1)} {_few(some)}" for what, some in (("rank", missing), ("node", nodes))
         )
-        return f"{ranks} did not come to it, on {where}"
+        return f"{ranks} did not reach it, on {where}"
 
     def _node(self, rank: int) -> str:
         try:
@@ -156,7 +156,7 @@ def _first_line(error: BaseException) -> str:
 def _ways() -> str:
     """The networks that the backends were told to take."""
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-    return "the way between the nodes is that of " + ", ".join(
+    return "check the network between the nodes, " + ", ".join(
         f"{name}={os.environ.get(name, '(unset)')}" for name in names
     )
 
@@ -231,26 +231,23 @@ def reduce_once(check: Check, device: Any) -> None:
     import torch
     import torch.distributed as dist
 
-    on_gpu = device.type == "cuda"
+    def reduce(place: Any, group: Any) -> None:
+        value = torch.full((1024,), float(check.rank + 1), device=place)
+        dist.all_reduce(value, group=group)
+        if not bool((value == check.size * (check.size + 1) / 2).all()):
+            leave(FAILED, f"the sum over {check.size} ranks on {place} is {value[0].item()}")
+
     check.enter("gloo")
     check.wait_for_all()
     try:
-        timeout = datetime.timedelta(seconds=check.left_s)
         store = dist.PrefixStore("check", check.store)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=store,
-            rank=check.rank,
-            world_size=check.size,
-            timeout=timeout,
-        )
-        for place in [torch.device("cpu"), device] if on_gpu else [torch.device("cpu")]:
-            if place.type == "cuda":
-                check.enter("NCCL")
-            value = torch.full((1024,), float(check.rank + 1), device=place)
-            dist.all_reduce(value)
-            if not bool((value == check.size * (check.size + 1) / 2).all()):
-                leave(FAILED, f"the sum over {check.size} ranks on {place} is {value[0].item()}")
+        limit = datetime.timedelta(seconds=check.left_s)
+        dist.init_process_group("gloo", store=store, rank=check.rank, world_size=check.size, timeout=limit)
+        reduce("cpu", None)
+        if device.type == "cuda":
+            check.enter("NCCL")
+            # NCCL aborts a process that waits too long, and its last words name nobody: the timer here comes before that.
+            reduce(device, dist.new_group(backend="nccl", timeout=datetime.timedelta(seconds=check.limit_s + 600)))
         check.enter("end")
         check.wait_for_all()  # a rank that left earlier would take the answers of the others with it
     except RuntimeError as error:

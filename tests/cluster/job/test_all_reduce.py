@@ -87,8 +87,8 @@ def test_a_node_that_does_not_answer_is_named_within_the_limit(store, tmp_path: 
     first, second = ended(processes)
     assert (first[0], second[0]) == (1, 1)
     assert first[2].startswith("no answer in the stage 'devices' after ")
-    assert first[2].endswith("; rank 2 did not come to it, on node n2")
-    assert "the log of rank 0 says who has not come to it" in second[2]
+    assert first[2].endswith("; rank 2 did not reach it, on node n2")
+    assert "the log of rank 0 says who has not reached it" in second[2]
     assert silent_node(tmp_path) == "n2"
     assert time.monotonic() - began < 60
 
@@ -97,7 +97,7 @@ def test_without_rank_0_the_others_say_that_it_is_the_one(store, tmp_path: Path)
     save_record(tmp_path / "here-0.json", Here(rank=0, node="n0", time=time.time()), shared=False)
     ((code, _, said),) = ended([start(store, tmp_path, 1, 2, 2.0, "cpu")])
     assert code == 1
-    assert said.endswith("; rank 0 did not come to it, on node n0")
+    assert said.endswith("; rank 0 did not reach it, on node n0")
     assert silent_node(tmp_path) == "", "only rank 0 accuses"
 
 
@@ -118,6 +118,35 @@ def test_two_ranks_of_a_node_with_one_gpu_between_them_are_named(store, tmp_path
     )
 
 
+@pytest.mark.parametrize(
+    ("hang", "said"),
+    [
+        ("NCCL", "; rank 1 did not reach it, on node n1"),
+        ("", "; all 2 ranks have reached it: check the network between the nodes, GLOO_SOCKET_IFNAME=(unset), "
+             "NCCL_SOCKET_IFNAME==ib0"),
+    ],
+    ids=["a rank that hangs", "a network that does not"],
+)  # fmt: skip
+def test_whoever_waits_inside_nccl_is_ended_at_the_limit_with_the_stage_and_the_cause(
+    hang, said, store, tmp_path
+) -> None:
+    """No error comes from there in time: a timer of the check's own."""
+    network = {"NCCL_SOCKET_IFNAME": "=ib0"}
+    ranks = [
+        start(store, tmp_path, 0, 2, 4.0, "cuda GPU-0", **network),
+        start(store, tmp_path, 1, 2, 4.0, "cuda GPU-1", FAKE_HANG=hang, **network),
+    ]
+    try:
+        ((code, _, last),) = ended(ranks[:1])
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert code == 1
+    assert last.startswith("no end in the stage 'NCCL' after ")
+    assert last.endswith(said)
+
+
 def test_an_interface_that_is_not_there_fails_over_the_backend_that_takes_it(store, tmp_path: Path) -> None:
     first, second = ended(
         [start(store, tmp_path, 0, 2, 8.0, "cpu"), start(store, tmp_path, 1, 2, 8.0, "cpu", GLOO_SOCKET_IFNAME="nope9")]
@@ -126,7 +155,7 @@ def test_an_interface_that_is_not_there_fails_over_the_backend_that_takes_it(sto
     assert "nope9" in second[2]
     assert "in the stage 'gloo'" in second[2]
     assert "in the stage 'gloo'" in first[2]
-    assert "all 2 ranks have come to it: the way between the nodes is that of GLOO_SOCKET_IFNAME=(unset)" in first[2]
+    assert "all 2 ranks have reached it: check the network between the nodes, GLOO_SOCKET_IFNAME=(unset)" in first[2]
 
 
 def test_versions_that_differ_are_an_error_and_drivers_a_note(store, tmp_path: Path) -> None:
