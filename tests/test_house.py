@@ -86,7 +86,7 @@ ROOMS_BELOW = {
 TRAINER_FOR_EVALUATION = {"config", "run_dir", "checkpoint", "errors"}
 # Files of tarflow/ that every room may import.
 GROUND = {
-    "code_version", "errors", "file_systems", "files", "interpreter", "leases", "locks", "npz", "outputs", "records",
+    "code_version", "devices", "errors", "file_systems", "files", "interpreter", "leases", "locks", "npz", "records",
     "settings", "terminal",
 }  # fmt: skip
 

@@ -1,9 +1,9 @@
 """A heartbeat file per rank, and a timeout for ranks that hang.
 
-A thread writes `heartbeats/rank-0003.json` (phase, step, time in the phase). A phase that takes too long means that this
-rank, or one that it waits for, hangs: the stacks of all threads go to the log of the rank and the process exits with a code
-of its own, so that an allocation is not wasted in silence. Startup, saves and the end may take `parallel.start_timeout_s`, a
-step `parallel.step_timeout_s`.
+A thread writes `heartbeats/rank-0003.json` (phase, step, time in the phase), the ranks of a large run in turn. A phase that
+takes too long means that this rank, or one that it waits for, hangs: the stacks of all threads go to the log of the rank and
+the process exits with a code of its own, so that an allocation is not wasted in silence. Startup, saves and the end may take
+`parallel.start_timeout_s`, a step `parallel.step_timeout_s`.
 """
 
 import datetime
@@ -33,6 +33,7 @@ from tarflow.trainer.run_dir import Holder, is_run, note, rank_log
 QUICK = ("data", "step")  # phases within a step; all others may take long
 STRAGGLER = 1.5  # times the median rank's own time per step, above which a rank is named
 LOOK_S = 30.0  # between two comparisons of all ranks
+READS_PER_S = 10.0  # heartbeats that these comparisons read: of a large run they come less often
 
 
 class Watchdog:
@@ -45,6 +46,7 @@ class Watchdog:
         self._own: deque[float] = deque(maxlen=64)
         self._stop = threading.Event()
         self._interval = min(2.0, limits.step_timeout_s / 4, limits.start_timeout_s / 4)
+        self._schedule = alive.BeatSchedule(rank, world_size)
         self._named: int | None = None
         self._file: IO[str] | None = None
 
@@ -81,6 +83,10 @@ class Watchdog:
         """Timeout of the current phase."""
         return self.limits.step_timeout_s if self.name in QUICK else self.limits.start_timeout_s
 
+    @property
+    def _look_s(self) -> float:
+        return min(max(LOOK_S, self.world_size / READS_PER_S), self.limits.step_timeout_s)
+
     def _watch(self) -> None:
         assert self._file is not None
         looked = last = time.monotonic()
@@ -88,7 +94,7 @@ class Watchdog:
             # For hangs in which this thread cannot run either: a C-level timer, which fires while the GIL is held. It exits
             # with code 1.
             faulthandler.dump_traceback_later(self.limit_s + 4 * self._interval, exit=True, file=self._file)
-            self._write()
+            self.beat()
             if self._stop.wait(self._interval):
                 return
             now = time.monotonic()
@@ -97,7 +103,7 @@ class Watchdog:
             last = now
             if self._idle_s > self.limit_s:
                 self._end()
-            if self.rank == 0 and self.world_size > 1 and now - looked > min(LOOK_S, self.limits.step_timeout_s):
+            if self.rank == 0 and self.world_size > 1 and now - looked > self._look_s:
                 looked = now
                 with suppress(OSError):
                     self._name_straggler()
@@ -120,6 +126,11 @@ class Watchdog:
             self._write()
         finally:  # also on a full disk
             os._exit(HUNG)
+
+    def beat(self) -> None:
+        """Write the heartbeat, if it is this rank's turn."""
+        if self._schedule.due(time.monotonic()):
+            self._write()
 
     def _write(self) -> None:
         facts: dict[str, Any] = {
