@@ -52,6 +52,7 @@ LAYERS = {
     """,
     "evaluation": """
         commands
+        start
         sweep
         worker
         references report

@@ -5,12 +5,14 @@ from pathlib import Path
 
 from tarflow.evaluation.commands.options import FAILED, OK, add_machine, log, set_up_process
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.start.processes import Devices, run_workers, words_again
 from tarflow.trainer.checkpoint.choice import add_choice
 
 EXAMPLE = """example:
   tarflow evaluate runs/demo --watch --nice 10
   tarflow evaluate runs/demo sampling.guidance=1.5 evaluation.num_samples=1000 --once
   tarflow evaluate model.safetensors --out scores data.train=data/mnist5k/train
+  tarflow evaluate runs/demo --workers auto
 
 Start any number, on any machines that see RUN: they share the samples, and a killed one loses at most one chunk.
 Results: RUN/evals/images-NNNNNNNNNNNN/ (result.json and pictures), RUN/evals.jsonl, TensorBoard.
@@ -46,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MIN",
         help="with --watch: stop after MIN minutes without a new checkpoint (default: never)",
     )
+    parser.add_argument(
+        "--workers",
+        default="1",
+        metavar="N",
+        help="processes on this machine that share the work, each with a device of its own; auto: one on each GPU (default 1)",
+    )
     add_machine(parser)
 
 
@@ -63,7 +71,13 @@ def run(args: argparse.Namespace) -> int:
         )
     if is_file != (args.out is not None):
         raise EvaluationError("--out DIR goes with a weights file (.safetensors), and a weights file needs it")
+    if args.workers != "1":
+        devices = Devices.found(args.device)
+        if (count := devices.workers(args.workers)) > 1:
+            words = words_again(args, without=("workers", "threads"))
+            return run_workers(words, count, devices, args.threads, log)
     set_up_process(args)
+    from tarflow.evaluation.errors import DeviceFailedError
     from tarflow.evaluation.worker.follow import WorkerOptions, evaluate, evaluate_file
 
     options = WorkerOptions(
@@ -78,10 +92,14 @@ def run(args: argparse.Namespace) -> int:
         save=args.save or "",
         overrides=args.overrides,
     )
-    if is_file:
-        result = evaluate_file(args.run, args.out, options, log)
-        return FAILED if result and result["problem"] else OK
-    outcome = evaluate(args.run, args.watch, options, log)
+    try:
+        if is_file:
+            result = evaluate_file(args.run, args.out, options, log)
+            return FAILED if result and result["problem"] else OK
+        outcome = evaluate(args.run, args.watch, options, log)
+    except DeviceFailedError as error:  # not a wrong setting: another device, or the same one later, can do it
+        log(f"error: {error}")
+        return FAILED
     for name, reason in outcome.failed.items():
         log(f"not evaluated: {name}: {reason}")
     if not outcome.done and not outcome.failed:
