@@ -76,7 +76,8 @@ def evaluate(run_dir: str | Path, watch: bool, options: WorkerOptions | None = N
     for recipe in recipes:
         settings = recipe.settings
         log(
-            f"evaluating {run_dir}: weights {settings.weights}, {settings.num_samples} samples, settings {settings.hash}"
+            f"evaluating {run_dir}{' (its last checkpoint)' if recipe.final else ''}: weights {settings.weights}, "
+            f"{settings.num_samples} samples, settings {settings.hash}"
         )
     results.remove_leftovers(run_dir)
     results.announce(run_dir, recipes[0].config.log.tensorboard, ANNOUNCED_WITHIN_S, log)
@@ -85,8 +86,10 @@ def evaluate(run_dir: str | Path, watch: bool, options: WorkerOptions | None = N
         with named_cause("reference statistics", real.device):
             _ = real.reference  # first: a mismatch must not cost a night of sampling
     if options.step is not None or options.images is not None:
+        checkpoint = find(run_dir, options.step, options.images)
         for evaluator in worker.evaluators:
-            worker.evaluate(find(run_dir, options.step, options.images), evaluator)
+            if worker.concerns(checkpoint, evaluator):
+                worker.evaluate(checkpoint, evaluator)
     elif watch:
         worker.follow()
     else:
@@ -169,9 +172,15 @@ class _Worker:
             (checkpoint, evaluator)
             for checkpoint in (reversed(usable) if self.newest_first else usable)
             for evaluator in self.evaluators
-            if (checkpoint.name, evaluator.settings.hash) not in self._failed
+            if self.concerns(checkpoint, evaluator)
+            and (checkpoint.name, evaluator.settings.hash) not in self._failed
             and not self.has_result(checkpoint, evaluator)
         ]
+
+    def concerns(self, checkpoint: Checkpoint, evaluator: Evaluator) -> bool:
+        """Whether a checkpoint is evaluated so: settings for the end of the run are for its last checkpoint alone."""
+        # The end is read each time: a resumed run may have been extended.
+        return not evaluator.recipe.final or checkpoint.images_seen >= load_run_config(self.run_dir).train.max_images
 
     def has_result(self, checkpoint: Checkpoint, evaluator: Evaluator) -> bool:
         """Whether this checkpoint has a result under these settings, with its samples if they are to be kept."""
@@ -260,7 +269,7 @@ class _Worker:
         while True:
             if self.evaluate_all():
                 active = time.monotonic()
-            end = load_run_config(self.run_dir).train.max_images  # read each time: a resumed run may have been extended
+            end = load_run_config(self.run_dir).train.max_images
             usable = committed(self.run_dir)
             if usable and usable[-1].images_seen >= end and not self.todo():
                 return
