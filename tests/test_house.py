@@ -62,7 +62,7 @@ LAYERS = {
         sweep_file
         result_file
         metrics
-        run_config image_set image_folder shared_work event_file batches
+        run_config image_set image_folder shared_work event_file batches waiting
         errors log stopwatch
     """,
     "cluster": """

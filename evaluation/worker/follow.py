@@ -6,6 +6,7 @@ may run: they share the chunks of each result, which is published once.
 
 import os
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.file_sampling import describe_file
 from tarflow.evaluation.samples.store import SampleStore
 from tarflow.evaluation.samples.weights_source import from_checkpoint, from_file, resolve_device
+from tarflow.evaluation.waiting import WaitingCheckpoints
 from tarflow.evaluation.worker.compute_chunk import Hooks
 from tarflow.evaluation.worker.evaluate import Evaluator
 from tarflow.evaluation.worker.real_images import RealImages
@@ -81,23 +83,24 @@ def evaluate(run_dir: str | Path, watch: bool, options: WorkerOptions | None = N
         )
     results.remove_leftovers(run_dir)
     results.announce(run_dir, recipes[0].config.log.tensorboard, ANNOUNCED_WITHIN_S, log)
-    if watch or worker.todo():
-        real = worker.evaluators[0].real
-        with named_cause("reference statistics", real.device):
-            _ = real.reference  # first: a mismatch must not cost a night of sampling
-    if options.step is not None or options.images is not None:
-        checkpoint = find(run_dir, options.step, options.images)
-        for evaluator in worker.evaluators:
-            if worker.concerns(checkpoint, evaluator):
-                worker.evaluate(checkpoint, evaluator)
-    elif watch:
-        worker.follow()
-    else:
-        worker.evaluate_all()
-        usable, refused = scan(run_dir)
-        if not usable:
-            reasons = "".join(f"\n  {path.name}: {why}" for path, why in sorted(refused.items()))
-            raise EvaluationError(f"run {run_dir} has no committed checkpoint yet; follow it with --watch{reasons}")
+    with worker.waiting_kept():
+        if watch or worker.todo():
+            real = worker.evaluators[0].real
+            with named_cause("reference statistics", real.device):
+                _ = real.reference  # first: a mismatch must not cost a night of sampling
+        if options.step is not None or options.images is not None:
+            checkpoint = find(run_dir, options.step, options.images)
+            for evaluator in worker.evaluators:
+                if worker.concerns(checkpoint, evaluator):
+                    worker.evaluate(checkpoint, evaluator)
+        elif watch:
+            worker.follow()
+        else:
+            worker.evaluate_all()
+            usable, refused = scan(run_dir)
+            if not usable:
+                reasons = "".join(f"\n  {path.name}: {why}" for path, why in sorted(refused.items()))
+                raise EvaluationError(f"run {run_dir} has no committed checkpoint yet; follow it with --watch{reasons}")
     return worker.outcome
 
 
@@ -158,6 +161,34 @@ class _Worker:
         self._current: set[str] = set()  # results known to be of the weights in their checkpoint
         self._failed: set[tuple[str, str]] = set()
         self._skipped: set[Path] = set()
+
+    def waiting_kept(self) -> AbstractContextManager[None]:
+        """Keep the run's retention from checkpoints that wait to be evaluated, while the block evaluates others."""
+        options, config = self.options, self.evaluators[0].config
+        one = options.step is not None or options.images is not None
+        if one or load_run_config(self.run_dir).checkpoint.keep_latest == -1:
+            return nullcontext()  # nothing else waits, or nothing is removed
+        scored: set[str] = set()
+
+        def present() -> list[Checkpoint]:
+            usable = committed(self.run_dir)[-1 if options.newest_only else 0 :]
+            return usable[::-1] if self.newest_first else usable
+
+        def waits(checkpoint: Checkpoint) -> bool:
+            if checkpoint.name not in scored and all(self._is_done(checkpoint, one) for one in self.evaluators):
+                scored.add(checkpoint.name)
+            return checkpoint.name not in scored
+
+        return WaitingCheckpoints(present, waits, config.evaluation.keep_waiting, self.log).kept(options.poll_s)
+
+    def _is_done(self, checkpoint: Checkpoint, evaluator: Evaluator) -> bool:
+        """Whether nothing is left to do with a checkpoint; of its weights only their name is looked at."""
+        settings = evaluator.settings
+        if not self.concerns(checkpoint, evaluator) or (checkpoint.name, settings.hash) in self._failed:
+            return True
+        name = results.result_name(self.run_dir, checkpoint.name, settings.hash, evaluator.recipe.own)
+        result = results.usable_result(results.evals_dir(self.run_dir) / name)
+        return result is not None and result["settings_hash"] == settings.hash
 
     def todo(self) -> list[tuple[Checkpoint, Evaluator]]:
         """Checkpoints without a result, each with every recipe; with `newest_only` the newest or none."""

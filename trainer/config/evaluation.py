@@ -45,6 +45,13 @@ class EvaluationConfig(Section):
         le=10**6,
         description="samples or held-out images per unit of work; a worker that is killed loses at most this many",
     )
+    keep_waiting: Count = Field(
+        4,
+        ge=0,
+        le=10**6,
+        description="checkpoints that wait to be evaluated and that retention leaves alone until they are, in the order of "
+        "evaluation.order; of more than that the run may remove some unscored, which the log says",
+    )
     lease_s: float = Field(
         120.0,
         gt=0,
