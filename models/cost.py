@@ -142,3 +142,13 @@ def likelihood_bytes(config: TarFlowConfig) -> float:
     """Peak bytes per image of a forward pass in float32 without gradients, the weights apart: one layer at work."""
     c, d = config.channels, config.token_dim
     return 4.0 * config.num_tokens * ((3 + 2 * config.expansion) * c + 2 * d)
+
+
+def denoising_flops(config: TarFlowConfig) -> float:
+    """FLOPs per image of `tarflow.models.denoise.denoise`: what is computed twice counts, since it takes time.
+
+    Forward, every layer again but for its last product, whose result the backward pass does not need, and the gradients of
+    the inputs, which are as many products as the forward pass has.
+    """
+    last = config.expansion / (4 + 2 * config.expansion)
+    return flops_per_image(config, training=False) * (3 - last)

@@ -104,6 +104,26 @@ def evaluate(run_dir: str | Path, watch: bool, options: WorkerOptions | None = N
     return worker.outcome
 
 
+def waiting(run_dir: Path, options: WorkerOptions, log: Log = print) -> list[tuple[Recipe, list[str]]]:
+    """What an evaluation would do: each recipe, with the checkpoints that have no result under it. Changes nothing."""
+    check_identity(require_run(run_dir))
+    recipes = load_recipes(run_dir, options.overrides, log)
+    worker = _Worker(_evaluators(run_dir, recipes, options, log), options, log)
+    if options.step is not None or options.images is not None:
+        usable = [find(run_dir, options.step, options.images)]
+    else:
+        usable = committed(run_dir)[-1 if options.newest_only else 0 :]
+    return [
+        (evaluator.recipe, [c.name for c in usable if not worker.is_done(c, evaluator)])
+        for evaluator in worker.evaluators
+    ]
+
+
+def file_waiting(path: Path, options: WorkerOptions) -> list[tuple[Recipe, list[str]]]:
+    """The same for a weights file."""
+    return [(file_recipe(path, read_weights(path), options.overrides), [path.name])]
+
+
 def evaluate_file(
     path: Path, out: Path, options: WorkerOptions | None = None, log: Log = print
 ) -> dict[str, Any] | None:
@@ -175,13 +195,13 @@ class _Worker:
             return usable[::-1] if self.newest_first else usable
 
         def waits(checkpoint: Checkpoint) -> bool:
-            if checkpoint.name not in scored and all(self._is_done(checkpoint, one) for one in self.evaluators):
+            if checkpoint.name not in scored and all(self.is_done(checkpoint, one) for one in self.evaluators):
                 scored.add(checkpoint.name)
             return checkpoint.name not in scored
 
         return WaitingCheckpoints(present, waits, config.evaluation.keep_waiting, self.log).kept(options.poll_s)
 
-    def _is_done(self, checkpoint: Checkpoint, evaluator: Evaluator) -> bool:
+    def is_done(self, checkpoint: Checkpoint, evaluator: Evaluator) -> bool:
         """Whether nothing is left to do with a checkpoint; of its weights only their name is looked at."""
         settings = evaluator.settings
         if not self.concerns(checkpoint, evaluator) or (checkpoint.name, settings.hash) in self._failed:
