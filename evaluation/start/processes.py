@@ -78,12 +78,14 @@ def words_again(args: argparse.Namespace, without: Sequence[str]) -> list[str]:
 def run_workers(words: Sequence[str], count: int, devices: Devices, threads: int | None, log: Log) -> int:
     """Run `tarflow evaluate WORDS` as `count` processes until all have ended; the exit code of them together.
 
-    `threads`: of each; None shares the processors out.
+    `threads`: of each; None goes by OMP_NUM_THREADS, and shares the processors out where that is not set.
     """
-    each = threads or max(1, len(os.sched_getaffinity(0)) // count)
-    command = module_command("tarflow", "evaluate", *words, "--threads", str(each), unbuffered=True)
+    words = list(words)
+    if threads or "OMP_NUM_THREADS" not in os.environ:
+        words += ["--threads", str(threads or max(1, len(os.sched_getaffinity(0)) // count))]
+    command = module_command("tarflow", "evaluate", *words, unbuffered=True)
     what = ", ".join(devices.names[:count]) if devices.names else "the CPU"
-    log(f"{count} workers on {what}, {each} threads each")
+    log(f"{count} workers on {what}")
     with _stopped_by_signals():
         workers: list[_Worker] = []
         try:

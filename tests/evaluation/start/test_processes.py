@@ -58,9 +58,21 @@ def test_auto_starts_one_worker_per_visible_device_with_the_words_that_were_type
     same = ["evaluate", "runs/a", "sampling.guidance=2", "--save", "png", "--watch", "--poll", "7.5", "--threads", "3"]
     assert seen(stub) == dict.fromkeys(names, same)
     out, err = capfd.readouterr()
-    assert f"{count} workers on {', '.join(names)}, 3 threads each" in out
+    assert f"{count} workers on {', '.join(names)}\n" in out
     assert {f"worker {n}: at work on {name}" for n, name in enumerate(names)} <= set(out.splitlines())
     assert err.splitlines() == [f"worker {line[7]}: a last line" for line in err.splitlines()]
+
+
+@pytest.mark.parametrize(("threads", "omp", "given"), [(None, None, True), (None, "2", False), (5, "2", True)])
+def test_processors_are_shared_out_unless_somebody_has_done_it(
+    stub: Path, monkeypatch, threads: int | None, omp: str | None, given: bool
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(9)))
+    assert run_workers(["runs/a"], 2, Devices(2, ("0", "1")), threads, print) == 0
+    assert seen(stub)["1"] == ["evaluate", "runs/a", *(["--threads", str(threads or 4)] if given else [])]
 
 
 def test_on_a_cpu_auto_is_one_and_a_number_is_that_many(monkeypatch) -> None:
