@@ -94,16 +94,16 @@ class Sampler:
 
     def draw(self, indices: Sequence[int], with_trajectory: bool = False) -> Drawn:
         """The samples of these indices, in one batch as far as memory goes."""
-        settings, device = self.sampling.settings, self.model.var.device
+        device = self.model.var.device
         noise, labels = self.noise(indices).to(device), self.labels(indices)
         y = labels.to(device) if self.model.config.num_classes else None
-        noisy, trajectory = self._sampled(noise, y, with_trajectory)
+        noisy, trajectory = self._sampled(self._fast, noise, y, with_trajectory)
 
         # bfloat16 can overflow in exp(a) where float32 does not: only the samples that did are drawn again.
         bad = ~_finite(noisy)
         retried = int(bad.sum()) if self._fast is not self.model else 0
         if retried:
-            noisy[bad] = sample(self.model, noise[bad], None if y is None else y[bad], settings)
+            noisy[bad], _ = self._sampled(self.model, noise[bad], None if y is None else y[bad])
 
         # The score is always that of the float32 network; the step can overflow too, so its result is checked as well.
         images = noisy
@@ -112,15 +112,17 @@ class Sampler:
         finite = _finite(noisy) & _finite(images)
         return Drawn(list(indices), labels, noisy.cpu(), images.detach().cpu(), finite.cpu(), retried, trajectory)
 
-    def _sampled(self, noise: Tensor, y: Tensor | None, with_trajectory: bool) -> tuple[Tensor, list[Tensor]]:
+    def _sampled(
+        self, model: TarFlow, noise: Tensor, y: Tensor | None, with_trajectory: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
         """Images [N, C, H, W] before denoising, and after 0, 1, ... blocks if asked for."""
         settings = self.sampling.settings
 
         def compute(part: slice) -> tuple[Tensor, list[Tensor]]:
             labels = None if y is None else y[part]
             if with_trajectory:
-                return sample(self._fast, noise[part], labels, settings, return_trajectory=True)
-            return sample(self._fast, noise[part], labels, settings), []
+                return sample(model, noise[part], labels, settings, return_trajectory=True)
+            return sample(model, noise[part], labels, settings), []
 
         parts = self.batches.run(SAMPLING, len(noise), compute)
         # Copies made outside inference mode: denoising takes the gradient at these images.
