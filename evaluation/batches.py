@@ -31,7 +31,7 @@ ResultT = TypeVar("ResultT")
 
 @dataclass
 class Batches:
-    """The batches of one process. `used`: stage -> images at a time, which a result records."""
+    """The batches of one process. `used`: stage -> images at a time, since somebody cleared it."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     log: Log = print

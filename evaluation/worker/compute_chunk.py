@@ -52,6 +52,7 @@ def compute_chunks(
 def compute_chunk(plan: ChunkPlan, name: str, path: Path, store: SampleStore | None = None) -> None:
     """Compute one chunk into the file at `path`; `store` keeps the samples themselves."""
     task, watch, begun = plan.task, Stopwatch(), time.monotonic()
+    task.real.batches.used.clear()  # from here on, of this chunk
     if name in plan.samples:
         part, indices = empty_part(task), plan.samples[name]
         draw_chunk(part, task.sampler, task.real.features, indices, plan.batch_size, watch, store)

@@ -167,3 +167,11 @@ def test_no_error_of_torch_ends_a_worker_without_its_cause(make_run, monkeypatch
         DeviceFailedError, match=r"evaluating images-0+160: the device cpu failed .CUDA error: an illegal"
     ):
         evaluate(run_dir, False, WorkerOptions(), lambda _: None)
+
+
+@pytest.mark.usefixtures("fake_features")
+def test_the_batches_of_a_result_are_not_those_of_the_pictures_before_it(make_run) -> None:
+    """Four images of the first result's trajectory are drawn at once; the second result's chunks take two."""
+    run_dir, _ = make_run(sampling={"batch_size": 2})
+    done = evaluate(run_dir, False, WorkerOptions(), lambda _: None).done
+    assert [r["batches"] for r in done] == [{"denoising": [2], "likelihood": [2], "sampling": [2]}] * 2
