@@ -1,6 +1,7 @@
 """How many images each stage of an evaluation takes at a time: what fits, and half of it once if memory runs out.
 
-No image's result depends on the others in its batch, so a batch may be split wherever memory asks for it.
+No image's result depends on the others in its batch, so a batch may be split wherever memory asks for it: to the same bits on
+a CPU, and up to the rounding of other kernels on a GPU.
 """
 
 from collections.abc import Callable, Iterator

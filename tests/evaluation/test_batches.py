@@ -175,3 +175,39 @@ def test_the_batches_of_a_result_are_not_those_of_the_pictures_before_it(make_ru
     run_dir, _ = make_run(sampling={"batch_size": 2})
     done = evaluate(run_dir, False, WorkerOptions(), lambda _: None).done
     assert [r["batches"] for r in done] == [{"denoising": [2], "likelihood": [2], "sampling": [2]}] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_batch_is_what_fits_and_a_full_device_halves_it(make_model, monkeypatch) -> None:
+    """The cost model against the allocator's peak; then a device on which all but 0.3 GB and a few images is taken."""
+    device = torch.device("cuda")
+    shape = {"image_size": 64, "in_channels": 3, "channels": 512, "head_channels": 64, "layers_per_block": 4}
+    model = make_model(scale=0.01, **shape).requires_grad_(False).to(device)
+    per_image = denoising_bytes(model.config)
+
+    def drawn(shared: Batches, count: int) -> torch.Tensor:
+        return Sampler(model, GUIDED, shared).draw(range(count)).images
+
+    def peak(count: int) -> int:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        y = torch.zeros(count, dtype=torch.int64, device=device)
+        draw.denoise(model, torch.zeros(count, 3, 64, 64, device=device), y, 0.1)
+        return torch.cuda.max_memory_allocated() - before
+
+    assert (peak(48) - peak(16)) / 32 == pytest.approx(per_image, rel=0.2)
+    whole = drawn(Batches(device), 64)
+    torch.cuda.empty_cache()
+    taken = torch.empty(int(torch.cuda.mem_get_info()[0] - 0.3e9 - 40 * per_image), dtype=torch.uint8, device=device)
+    lines: list[str] = []
+    fitting = Batches(device, lines.append)
+    torch.testing.assert_close(drawn(fitting, 64), whole, rtol=0, atol=1e-4)
+    assert fitting.used["denoising"] == 32
+    free(monkeypatch, None)  # nobody tells: the allocator does
+    told = Batches(device, lines.append)
+    torch.testing.assert_close(drawn(told, 64), whole, rtol=0, atol=1e-4)
+    assert told.used["denoising"] == 32
+    assert len([line for line in lines if "denoising" in line]) == 2
+    del taken

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.start import processes
 from tarflow.evaluation.start.processes import Devices, run_workers
 from tarflow.interpreter import child_environment
+from tests.helpers.programs import program
 from tests.helpers.waiting import until
-
-PROGRAM = Path(__file__).parents[2] / "helpers" / "programs" / "evaluation_worker.py"
 
 
 @pytest.fixture
@@ -28,7 +26,7 @@ def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
     def command(_module: str, *words: str, unbuffered: bool = False) -> list[str]:
         assert unbuffered
-        return [sys.executable, str(PROGRAM), str(tmp_path), *words]
+        return [*program("evaluation_worker"), str(tmp_path), *words]
 
     monkeypatch.setattr(processes, "module_command", command)
     return tmp_path
@@ -123,8 +121,7 @@ def test_one_that_dies_is_told_and_the_others_go_on(stub: Path, ends: dict[str, 
 def test_no_worker_outlives_the_one_that_started_it(stub: Path, number: signal.Signals) -> None:
     for device in ("0", "1"):
         (stub / f"end-{device}").write_text("wait")
-    program = PROGRAM.with_name("start_workers.py")
-    parent = subprocess.Popen([sys.executable, program, stub, PROGRAM], env=child_environment())
+    parent = subprocess.Popen([*program("start_workers"), stub, *program("evaluation_worker")], env=child_environment())
     try:
         until("both workers", lambda: len(list(stub.glob("seen-?"))) == 2)
         pids = [json.loads(p.read_text())["pid"] for p in stub.glob("seen-?")]

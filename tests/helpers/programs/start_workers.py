@@ -1,4 +1,4 @@
-"""Starts two workers that are the program PROGRAM with the folder FOLDER; killed or signalled by a test."""
+"""Starts two workers that are the program of a command line COMMAND... with the folder FOLDER; a test kills or signals it."""
 
 import sys
 
@@ -7,11 +7,11 @@ import torch
 import tarflow.cli
 from tarflow.evaluation.start import processes
 
-folder, program = sys.argv[1:]
+folder, *program = sys.argv[1:]
 
 
 def command(module: str, *arguments: str, unbuffered: bool = False) -> list[str]:
-    return [sys.executable, program, folder, *arguments]
+    return [*program, folder, *arguments]
 
 
 processes.module_command = command
