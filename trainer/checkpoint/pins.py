@@ -45,16 +45,18 @@ class Pins:
 
     def __init__(self, owner: str) -> None:
         self.owner = owner
-        self._held: dict[str, Path] = {}
+        self._held: dict[str, tuple[Path, float]] = {}  # checkpoint -> its pin, and when that was set
 
     def hold(self, checkpoints: Sequence[Checkpoint]) -> None:
-        """Pin exactly these from now on. Called again within a day, it renews their pins."""
+        """Pin exactly these from now on. Called again now and then, it renews pins long before they expire."""
         names = {checkpoint.name for checkpoint in checkpoints}
         for name in self._held.keys() - names:
             with suppress(OSError):  # it expires
-                self._held.pop(name).unlink()
+                self._held.pop(name)[0].unlink()
         for checkpoint in checkpoints:
-            self._held[checkpoint.name] = _set_pin(checkpoint, self.owner)
+            _, since = self._held.get(checkpoint.name, (None, -_PIN_LIFETIME_S))
+            if time.monotonic() - since > _PIN_LIFETIME_S / 24:
+                self._held[checkpoint.name] = _set_pin(checkpoint, self.owner), time.monotonic()
 
 
 def _set_pin(checkpoint: Checkpoint, owner: str) -> Path:

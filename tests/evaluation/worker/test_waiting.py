@@ -11,7 +11,7 @@ from tarflow.evaluation.waiting import WaitingCheckpoints
 from tarflow.evaluation.worker.compute_chunk import Hooks
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 from tarflow.trainer.checkpoint.find import committed
-from tarflow.trainer.checkpoint.pins import pinned_names
+from tarflow.trainer.checkpoint.pins import Pins, pinned_names
 from tarflow.trainer.checkpoint.retention import apply_retention
 
 pytestmark = pytest.mark.usefixtures("fake_features")
@@ -92,3 +92,17 @@ def test_one_that_was_evaluated_and_then_removed_is_no_loss(make_run) -> None:
     assert apply_retention(run_dir, 2, 0) == ["images-000000000080"]
     kept.look()
     assert lines == []
+
+
+def test_pins_are_renewed_long_before_they_expire(make_run, monkeypatch) -> None:
+    run_dir, _ = make_run(steps=STEPS[:1])
+    pins, now = Pins("waiting"), time.monotonic()
+    pins.hold(committed(run_dir))
+    (pin,) = (run_dir / "checkpoints/pins").iterdir()
+    pin.unlink()
+    for later, there in ((1800, False), (3700, True)):
+        monkeypatch.setattr(time, "monotonic", lambda later=later: now + later)
+        pins.hold(committed(run_dir))
+        assert pin.exists() is there
+    pins.hold([])
+    assert not pin.exists()
