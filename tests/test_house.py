@@ -52,6 +52,7 @@ LAYERS = {
     """,
     "evaluation": """
         commands
+        start
         sweep likelihood
         worker
         references report flow
@@ -61,7 +62,7 @@ LAYERS = {
         sweep_file
         result_file
         metrics
-        run_config image_set image_folder image_array shared_work event_file
+        run_config image_set image_folder image_array shared_work event_file batches waiting
         errors log stopwatch
     """,
     "cluster": """

@@ -3,6 +3,7 @@
 import math
 
 from tarflow.code_version import code_version
+from tarflow.evaluation.batches import Batches
 from tarflow.evaluation.image_array import NAME, write_array
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler
@@ -20,7 +21,7 @@ def sample_images(request: SampleRequest, log: Log = print) -> bool:
     """
     source, sampling, batch_size = open_request(request, log)
     model = source.model.config
-    sampler = Sampler(source.model, sampling)
+    sampler = Sampler(source.model, sampling, Batches(source.model.var.device, log))
     about = source.describe() | {"source": source.origin, "sampling": sampling.describe()}
     about |= {"provenance": source.describe_provenance(), "code": code_version()}
     folder = SampleFolder(request.out, about, request.num, model.image_shape)
