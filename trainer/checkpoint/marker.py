@@ -200,10 +200,15 @@ def damage(checkpoint: Checkpoint) -> str | None:
     return None
 
 
+def require_file(checkpoint: Checkpoint, name: str) -> None:
+    """Raise DamagedFileError if a file of a checkpoint is not what was committed. Reads this file only."""
+    if problem := _wrong(checkpoint.path / name, checkpoint.info["files"][name]["crc32"]):
+        raise DamagedFileError(checkpoint.path, problem, WAY_OUT)
+
+
 def config_of(checkpoint: Checkpoint) -> Config:
     """The configuration that a checkpoint was trained with. Raises DamagedFileError if it is not what was committed."""
-    if problem := _wrong(checkpoint.path / CONFIG, checkpoint.info["files"][CONFIG]["crc32"]):
-        raise DamagedFileError(checkpoint.path, problem, WAY_OUT)
+    require_file(checkpoint, CONFIG)
     return load_config(checkpoint.path / CONFIG)
 
 

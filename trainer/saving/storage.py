@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tarflow.files import crc32, fsync_path
+from tarflow.trainer.checkpoint.layout import Layout
 from tarflow.trainer.checkpoint.tensors import write_tensors
 from tarflow.trainer.resilience.fault_injection import fault_point
 
@@ -27,6 +28,9 @@ class CheckpointStorage(Protocol):
 class DiskStorage:
     """A file system that all ranks share."""
 
+    def __init__(self) -> None:
+        self._layout = Layout()
+
     def free_bytes(self, folder: Path) -> int:
         """Space left for files in a folder."""
         return shutil.disk_usage(folder).free
@@ -34,7 +38,7 @@ class DiskStorage:
     def write(self, folder: Path, tensors: dict[str, Tensor], group: Any) -> dict[str, int]:
         """Write this rank's share of the tensors, durably; CRC-32 of each of its files. Every rank calls it."""
         before = set(folder.iterdir())
-        write_tensors(folder, tensors, group)
+        write_tensors(folder, tensors, group, self._layout)
         fault_point("save.written")
         rank = dist.get_rank() if group is not None else 0
         mine = [path for path in folder.glob(f"__{rank}_*") if path not in before]

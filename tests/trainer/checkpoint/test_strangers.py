@@ -22,6 +22,7 @@ from tarflow.trainer.checkpoint.find import find, newest_intact, scan
 from tarflow.trainer.checkpoint.marker import MARKER, damage
 from tarflow.trainer.checkpoint.metadata import read_metadata
 from tarflow.trainer.checkpoint.tensors import load_weights, read_tensors, write_tensors
+from tarflow.trainer.checkpoint.unpickle import FlawError, Made, unpickled
 from tarflow.trainer.run_dir import create_run
 from tests.helpers.checkpoints import WEIGHTS, by_step, forge, metadata, tell
 from tests.helpers.effort import draws
@@ -220,6 +221,12 @@ BOMBS = {
     "deep nesting as a key": b"\x80\x04})" + b"\x85" * 200_000 + b"Ns.",
     "a place of the memo far away": b"\x80\x04Nr\xff\xff\xff\xff.",
     "a text of a terabyte": b"\x80\x04\x8d" + (1 << 40).to_bytes(8, "little") + b".",
+    "a table of the memo for four billion": b"\x80\x02Nr\xff\xff\xff\xff.",
+    "a set": b"\x80\x04\x8f(K\x01\x90.",
+    "a frozen set": b"\x80\x04(K\x01\x91.",
+    "a class by arguments": b"\x80\x04(cpathlib\nPosixPath\no.",
+    "an old object": b"(ipathlib\nPosixPath\n.",
+    "bytes of a terabyte": b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b".",
     "a persistent object": b"\x80\x04Pabc\n.",
     "an extension": b"\x80\x04\x82\x01.",
 }
@@ -231,6 +238,49 @@ def test_pickles_made_to_take_for_ever_or_all_memory_are_refused(tmp_path: Path,
     (tmp_path / ".metadata").write_bytes(BOMBS[name])
     with pytest.raises(DamagedFileError, match="torch's list of tensors"):
         read_metadata(tmp_path, {})
+
+
+@pytest.mark.case("H06")
+def test_tuples_that_hold_each_other_are_never_walked_through(run: Path) -> None:
+    """Not even for a message: hash and repr of them take 2^60 steps."""
+    folder, nested = find(run).path, ()
+    for _ in range(60):
+        nested = (nested, nested)  # type: ignore[assignment]
+    for change in ("file of a piece", "name of a tensor", "dtype", "pieces"):
+        found = pickle.loads((find(run, 1).path / ".metadata").read_bytes())
+        tensor = found.state_dict_metadata["model/w"]
+        if change == "file of a piece":
+            next(iter(found.storage_data.values())).relative_path = nested
+        elif change == "name of a tensor":
+            object.__setattr__(next(iter(found.storage_data)), "fqn", nested)
+        elif change == "dtype":
+            tensor.properties.dtype = nested
+        else:
+            tensor.chunks = nested
+        (folder / ".metadata").write_bytes(pickle.dumps(found))
+        with pytest.raises(DamagedFileError, match="torch's list of tensors"):
+            read_metadata(folder, find(run, 1).sizes)
+
+
+@given(ops=st.lists(st.binary(min_size=1, max_size=6), max_size=40), keep=st.integers(0, 400))
+@settings(max_examples=draws(150), deadline=None)
+@pytest.mark.case("H06")
+def test_no_operation_makes_anything_but_plain_objects(made: Path, ops: list[bytes], keep: int) -> None:
+    """Whatever follows the beginning of real metadata: an error, or objects that hold no code."""
+    data = (find(made, 1).path / ".metadata").read_bytes()
+    try:
+        found = unpickled(data[:keep] + b"".join(ops) + b".")
+    except FlawError:
+        return
+    waiting, seen = [found], set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        assert isinstance(value, Made | list | tuple | str | int | type(None)) or issubclass(value, Made)
+        waiting += [value.arguments, value.state] if isinstance(value, Made) else []
+        waiting += value if isinstance(value, list | tuple) else []
 
 
 MARKERS: dict[str, tuple[dict[str, Any], str]] = {
@@ -299,13 +349,44 @@ def test_verify_says_what_is_there_besides(run: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.case("H06")
 def test_flipped_bits_of_tensors_are_not_sampled(run: Path) -> None:
-    assert load_weights(find(run), "raw")["w"].tolist() == [0.5] * 3  # whole: so this process has found it
-    file = find(run).path / WEIGHTS
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 4
-    file.write_bytes(data)
-    with pytest.raises(DamagedFileError, match=f"the checksum of its file {WEIGHTS} is wrong; choose another"):
-        load_weights(find(run), "raw")
+    """Whatever byte of them is another, before or after this process has found them whole."""
+    checkpoint = find(run)
+    file, (piece,) = checkpoint.path / WEIGHTS, read_metadata(checkpoint.path, checkpoint.sizes)["model/w"].pieces
+    whole = file.read_bytes()
+    numbers = whole.index(torch.full((3,), 0.5).numpy().tobytes(), piece.start)
+    assert load_weights(checkpoint, "raw")["w"].tolist() == [0.5] * 3
+    refused: dict[int, str] = {}
+    for at in range(piece.start, piece.start + piece.length, 3):
+        data = bytearray(whole)
+        data[at] ^= 4
+        file.write_bytes(data)
+        assert f"the checksum of its file {WEIGHTS} is wrong" in str(damage(checkpoint))
+        try:
+            assert load_weights(checkpoint, "raw")["w"].tolist() == [0.5] * 3  # padding between the numbers, say
+        except DamagedFileError as error:
+            refused[at] = str(error)
+            assert "; choose another" in refused[at]
+    for at in range(piece.start, piece.start + piece.length, 3):
+        if 0 <= at - numbers < 12:
+            assert f"the checksum of its file {WEIGHTS} is wrong; choose another" in refused[at]
+    assert len(refused) > piece.length / 3 / 2
+
+
+@pytest.mark.case("H06")
+def test_weights_are_read_without_the_rest_of_a_checkpoint(run: Path) -> None:
+    """Of the tensors' files, the pieces that are asked for; the list of them is held against its checksum."""
+    checkpoint = find(run)
+    other = read_metadata(checkpoint.path, checkpoint.sizes)["ema-0.050/w"].pieces[0]
+    data = bytearray((checkpoint.path / other.file).read_bytes())
+    data[other.start : other.start + other.length] = bytes(other.length)
+    (checkpoint.path / other.file).write_bytes(data)
+    assert load_weights(checkpoint, "raw")["w"].tolist() == [0.5] * 3
+    with pytest.raises(DamagedFileError, match=f"the checksum of its file {other.file} is wrong"):
+        load_weights(checkpoint, "ema-0.050")
+    listed = checkpoint.path / ".metadata"
+    listed.write_bytes(listed.read_bytes().replace(b"float32", b"float16"))
+    with pytest.raises(DamagedFileError, match="the checksum of its file .metadata is wrong"):
+        load_weights(checkpoint, "raw")
 
 
 def test_markers_of_the_earlier_version_are_read(run: Path) -> None:
