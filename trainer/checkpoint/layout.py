@@ -45,10 +45,9 @@ class Layout:
             group = dist.group.WORLD
         first = group is None or dist.get_rank(group) == 0
         known = self._plan is not None and self._shapes == _shapes(tensors)
-        if _least(_SAME if known else _CHANGED, group) == _SAME:
-            if self._write_again(folder, tensors, group, first):
-                return
-        self._plan_and_write(folder, tensors, group)
+        unchanged = _least(_SAME if known else _CHANGED, group) == _SAME
+        if not unchanged or not self._write_again(folder, tensors, group, first):
+            self._plan_and_write(folder, tensors, group)
 
     def _write_again(self, folder: Path, tensors: dict[str, Any], group: Any, first: bool) -> bool:
         """Write by the plan that is known; False if something came to lie elsewhere on any rank."""
@@ -58,8 +57,8 @@ class Layout:
         try:
             planner.set_up_planner(dict(tensors), None, first)
             writer.set_up_storage_writer(first)
-            planner.finish_plan(self._plan)
-            results = writer.write_data(self._plan, planner).value()
+            planner.finish_plan(writer.prepare_local_plan(self._plan))
+            results = writer.write_data(planner.plan, planner).value()
             said = _SAME if results == self._results else _CHANGED
         finally:
             # Also of a failure: the other ranks wait for this word. Whoever called hears of it from the rank that failed.
@@ -105,7 +104,7 @@ class _Writer(dcp.FileSystemWriter):
         self.results = done.value()
         return done
 
-    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:  # noqa: ARG002 - DCP's signature
         """Write the list of all tensors, on rank 0."""
         super().finish(self.planner.all_tensors, results)
 

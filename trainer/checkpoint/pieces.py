@@ -59,7 +59,9 @@ class PieceReader(dcp.FileSystemReader):
             tensor = tensor.narrow(dimension, offset, length)
         target = planner.resolve_tensor(item).detach()
         if target.shape != tensor.shape:
-            raise ValueError(f"{item.storage_index.fqn}: a piece is {list(tensor.shape)} instead of {list(target.shape)}")
+            raise ValueError(
+                f"{item.storage_index.fqn}: a piece is {list(tensor.shape)} instead of {list(target.shape)}"
+            )
         target.copy_(tensor)
         planner.commit_tensor(item, target)
 

@@ -61,11 +61,9 @@ def pairs(value: Any, where: str) -> list[tuple[Any, Any]]:
     """The keys and values of what was a dictionary. Nothing of them is hashed here. Raises FlawError."""
     if type(value) is not list:
         raise FlawError(f"{where} is not a table")
-    found, items = [], iter(value)
-    for item in items:
-        # A key is never a tuple: this is an entry that was added alone.
-        found.append(item if type(item) is tuple and len(item) == 2 else (item, next(items, None)))
-    return found
+    items = iter(value)
+    # A key is never a tuple: that is an entry which was added alone.
+    return [item if type(item) is tuple and len(item) == 2 else (item, next(items, None)) for item in items]
 
 
 class _Unpickler(pickle.Unpickler):
@@ -111,7 +109,8 @@ def _without_dictionaries(data: bytes) -> bytes:
     """The same pickle with lists in the place of dictionaries. Raises FlawError for operations that are not torch's."""
     # EMPTY_DICT becomes EMPTY_LIST and SETITEMS becomes APPENDS, byte for byte; SETITEM, which takes two values, becomes
     # TUPLE2 and APPEND.
-    changed, parts, taken, at = bytearray(data), [], 0, 0
+    parts: list[bytes | bytearray] = []
+    changed, taken, at = bytearray(data), 0, 0
     while True:
         found = _NEXT.match(data, at)
         if found is None:
@@ -129,4 +128,6 @@ def _without_dictionaries(data: bytes) -> bytes:
         elif kind == _STOP:
             return b"".join([*parts, changed[taken:at]])
         elif kind == _MEMO and int.from_bytes(found[kind], "little") > at:
-            raise FlawError("it is not a pickle of metadata (more places than objects)")  # the table grows by the number
+            raise FlawError(
+                "it is not a pickle of metadata (more places than objects)"
+            )  # the table grows by the number

@@ -385,7 +385,7 @@ def test_weights_are_read_without_the_rest_of_a_checkpoint(run: Path) -> None:
         load_weights(checkpoint, "ema-0.050")
     listed = checkpoint.path / ".metadata"
     listed.write_bytes(listed.read_bytes().replace(b"float32", b"float16"))
-    with pytest.raises(DamagedFileError, match="the checksum of its file .metadata is wrong"):
+    with pytest.raises(DamagedFileError, match=r"the checksum of its file \.metadata is wrong"):
         load_weights(checkpoint, "raw")
 
 
