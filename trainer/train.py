@@ -22,6 +22,7 @@ from tarflow.trainer.resilience.signals import StopRequest
 from tarflow.trainer.resilience.watchdog import Watchdog, deadline
 from tarflow.trainer.run_dir import create_run, save_config, writer_lock
 from tarflow.trainer.saving.resume import decide_start, finished
+from tarflow.trainer.saving.together import decide_together
 from tarflow.trainer.start.check import check_start
 from tarflow.trainer.start.record import write_record
 
@@ -45,7 +46,7 @@ def _train(
     init_partial: bool, record: FailureRecord, hooks: Sequence[Hook],
 ) -> int:  # fmt: skip
     # --- Check what one process can check alone, before anything is started or written.
-    checked = check_start(config, run_dir, world.size, init_from, init_partial)
+    checked = check_start(config, run_dir, world.size, init_from, init_partial, world.first)
     plan = plan_batch(config.train.global_batch_size, world.size, config.train.micro_batch_size)
     device = pick_device(config.train.device, world.local_rank)
     torch.set_float32_matmul_precision(config.train.matmul_precision)
@@ -60,12 +61,12 @@ def _train(
             stack.enter_context(process_group(world, device, limit, always=zero))
         given = (run_dir, config, checked.train.facts, accept_new_data)
         with deadline(limit, run_dir, world.rank, "reading the newest checkpoint"):
-            if nothing_to_do := first_decides(world, lambda: finished(*given)):
+            if nothing_to_do := decide_together(world, lambda look: finished(*given, look)):
                 if world.first:
                     print(nothing_to_do, flush=True)
                 return FINISHED
             first_decides(world, lambda: stack.enter_context(writer_lock(run_dir)))
-            start = first_decides(world, lambda: decide_start(*given))
+            start = decide_together(world, lambda look: decide_start(*given, look))
 
         # --- Open the run directory. From here on it is written to.
         record.begun = True  # a start refused until here leaves no trace in the run
