@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -97,7 +98,7 @@ class Group:
         """Collect objects on rank 0."""
         values = self._exchange(obj)
         if object_gather_list is not None:
-            object_gather_list[:] = [pickle.loads(self._handled(value)) for value in values]
+            object_gather_list[:] = [pickle.loads(self._handled(value)) for value in values]  # noqa: S301 -- ours
 
     def scatter_object_list(
         self, scatter_object_output_list: list[Any], scatter_object_input_list: list[Any] | None, **_: Any
@@ -127,7 +128,8 @@ class Group:
         names = ("gather_object", "scatter_object_list", "broadcast_object_list", "all_reduce")
         return mock.patch.multiple(
             dist, is_initialized=lambda: True, get_rank=self.rank, get_world_size=lambda *_: RANKS,
-            get_global_rank=lambda _, rank: rank, get_backend=lambda *_: "threads", **{name: getattr(self, name) for name in names},
+            get_global_rank=lambda _, rank: rank, get_backend=lambda *_: "threads",
+            **{name: getattr(self, name) for name in names},
         )  # fmt: skip
 
 
@@ -139,9 +141,10 @@ def _items(value: Any) -> int:
     return len(value) if isinstance(value, list) else 0
 
 
-def sharded_states(tensors: int) -> list[dict[str, torch.Tensor]]:
+def sharded_states(tensors: int) -> list[dict[str, DTensor]]:
     """The state of each rank: its rows of some tensors, under names as long as a model's."""
-    states, hook = [], sys.excepthook
+    states: list[dict[str, DTensor]] = []
+    hook = sys.excepthook
     for rank in range(RANKS):
         dist.init_process_group("fake", rank=rank, world_size=RANKS, store=FakeStore())
         mesh = init_device_mesh("cpu", (RANKS,))
@@ -155,10 +158,10 @@ def sharded_states(tensors: int) -> list[dict[str, torch.Tensor]]:
         )
         dist.destroy_process_group()
     sys.excepthook = hook  # torch puts a rank before each line, for each group there was
-    return states  # type: ignore[return-value] - a DTensor is one
+    return states
 
 
-def ways() -> dict[str, Callable[[Path, Any, Any, int], None]]:
+def ways() -> dict[str, Callable[[Path, Any, Any, int], object]]:
     """How a rank saves: (folder, state, group, rank)."""
 
     def cached(folder: Path, state: Any, group: Any, rank: int) -> None:
@@ -168,7 +171,7 @@ def ways() -> dict[str, Callable[[Path, Any, Any, int], None]]:
 
     layouts = [Layout() for _ in range(RANKS)]
     return {
-        "torch": lambda folder, state, group, _: dcp.save(  # type: ignore[dict-item] - what it returns is not used
+        "torch": lambda folder, state, group, _: dcp.save(
             dict(state), storage_writer=_files(folder), process_group=group
         ),
         "torch, plans cached": cached,
@@ -189,21 +192,25 @@ def save_twice(home: Path, states: list[Any]) -> dict[str, list[tuple[int, int]]
         with group.in_place():
             for number in (1, 2):
                 folder = home / f"{name}-{number}"
-                group.run(lambda rank, f=folder, s=save, g=group: s(f, states[rank], g, rank))  # type: ignore[misc]
+                group.run(partial(_save_rank, save, folder, states, group))
                 found[name].append(group.counts())
         assert len({(home / f"ours-{n}/.metadata").read_bytes() for n in (1, 2)}) == 1 if name == "ours" else True
     return found
 
 
+def _save_rank(save: Callable[..., object], folder: Path, states: list[Any], group: Group, rank: int) -> None:
+    save(folder, states[rank], group, rank)
+
+
 def reading_the_list(folder: Path) -> tuple[int, float, float]:
-    """(pieces, seconds to read and check the list of them, seconds of Python's unpickler alone)"""
+    """The pieces, seconds to read and check the list of them, and seconds of Python's unpickler alone."""
     data = (folder / ".metadata").read_bytes()
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     began = time.process_time()
     pieces = sum(len(tensor.pieces) for tensor in read_metadata(folder, sizes).values())
     ours = time.process_time() - began
     began = time.process_time()
-    pickle._Unpickler(io.BytesIO(data)).load()  # type: ignore[attr-defined] - the one in Python
+    pickle._Unpickler(io.BytesIO(data)).load()  # the one in Python
     return pieces, ours, time.process_time() - began
 
 
@@ -244,7 +251,9 @@ def main() -> int:
             rows.append((f"save, {name}: MB through rank 0", first[0] / 1e6, second[0] / 1e6))
             rows.append((f"save, {name}: items", first[1], second[1]))
         pieces, ours, python = reading_the_list(home / "ours-2")
-        rows.append((f"list of {pieces:,} pieces: CPU s of Python's unpickler, of reading and checking it", python, ours))
+        rows.append(
+            (f"list of {pieces:,} pieces: CPU s of Python's unpickler, of reading and checking it", python, ours)
+        )
         checkpoint = large_checkpoint(home / "run", megabytes)
         began = time.perf_counter()
         whole = verify(checkpoint, 0, 1)

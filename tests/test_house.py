@@ -48,6 +48,7 @@ LAYERS = {
         run_dir step_inputs schedule
         config
         batch metrics optimizer stats
+        outbox
         errors
     """,
     "evaluation": """

@@ -22,8 +22,9 @@ from tarflow.trainer.parallel.choose import make_backend
 from tarflow.trainer.parallel.world import Vote, World, broadcast
 from tarflow.trainer.resilience.exit_codes import FINISHED, NO_PROGRESS, REQUEUE
 from tarflow.trainer.resilience.fault_injection import fault_point
+from tarflow.trainer.resilience.limits import limits_of, set_timeouts
 from tarflow.trainer.resilience.signals import StopRequest
-from tarflow.trainer.resilience.watchdog import Watchdog, tighten_timeouts
+from tarflow.trainer.resilience.watchdog import Watchdog
 from tarflow.trainer.saving.handle import Position
 from tarflow.trainer.saving.manager import CheckpointManager
 from tarflow.trainer.saving.no_progress import no_progress
@@ -128,7 +129,7 @@ class Trainer:
                 lr = self.train_step(batch, metrics)
                 self.watchdog.step_done(self.step_count, waited + time.thread_time())
                 if first:  # compilation and the first collectives are done: from here on a slow step is a hang
-                    tighten_timeouts(config.parallel.step_timeout_s, spare=self.saver.group)
+                    set_timeouts(limits_of(config.parallel).step.collective_s, spare=self.saver.group)
                     first = False
                 hooks.on_step(self._tried, batch)
 

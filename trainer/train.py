@@ -18,6 +18,7 @@ from tarflow.trainer.parallel.world import World, first_decides, process_group, 
 from tarflow.trainer.resilience.exit_codes import FINISHED, NO_PROGRESS
 from tarflow.trainer.resilience.failure_exit import FailureRecord, failure_exit
 from tarflow.trainer.resilience.fault_injection import fault_point
+from tarflow.trainer.resilience.limits import limits_of, monitor_after_us, set_timeouts
 from tarflow.trainer.resilience.signals import StopRequest
 from tarflow.trainer.resilience.watchdog import Watchdog, deadline
 from tarflow.trainer.run_dir import create_run, save_config, writer_lock
@@ -56,9 +57,12 @@ def _train(
     with ExitStack() as stack:
         # --- Join the other ranks. Rank 0 picks the checkpoint and broadcasts it (or the error).
         fault_point("join")
-        limit = config.parallel.start_timeout_s
+        limit, limits = config.parallel.start_timeout_s, limits_of(config.parallel)
+        if device.type == "cuda":
+            monitor_after_us(limits, config.parallel)
         with deadline(limit + 2, run_dir, world.rank, "joining the other ranks"):  # torch's own error comes first
             stack.enter_context(process_group(world, device, limit, always=zero))
+        set_timeouts(limits.start.collective_s)
         given = (run_dir, config, checked.train.facts, accept_new_data)
         with deadline(limit, run_dir, world.rank, "reading the newest checkpoint"):
             if nothing_to_do := decide_together(world, lambda look: finished(*given, look)):
@@ -81,6 +85,7 @@ def _train(
 
         # --- Build the model, load the checkpoint, and record that a start got this far.
         trainer = Trainer(config, run_dir, plan, log, world, device, watchdog, checked.warmup_images, hooks)
+        set_timeouts(limits.start.collective_s, spare=trainer.saver.group)  # those of the groups that it has made, too
         trainer.start(start, checked.train.facts, init_from, init_partial)
         if not trainer.check_progress(run_dir):
             return NO_PROGRESS
