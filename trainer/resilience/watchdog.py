@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -75,10 +75,10 @@ class Watchdog:
         """Report that a phase begins."""
         self.name, self._idle_s = name, 0.0
 
-    def step_done(self, step: int, own_s: float) -> None:
-        """Report that a step is done; `own_s`: the seconds that this rank did not wait for others."""
+    def step_done(self, step: int, own_s: Iterable[float] = ()) -> None:
+        """Report that a step is done; `own_s`: seconds that this rank worked by itself in the steps of which it is known."""
         self.step, self._idle_s = step, 0.0
-        self._own.append(own_s)
+        self._own.extend(own_s)
 
     @property
     def _phase(self) -> PhaseLimits:
