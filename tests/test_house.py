@@ -22,7 +22,7 @@ LAYERS = {
         flow formats
         transformer cost presets
         config provenance
-        noise randomness errors
+        noise randomness float32 errors
     """,
     "data_pipeline": """
         commands

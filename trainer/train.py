@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
-import torch
-
+from tarflow.models.float32 import products
 from tarflow.trainer.batch import plan_batch
 from tarflow.trainer.config.files import config_text
 from tarflow.trainer.config.schema import Config
@@ -50,11 +49,10 @@ def _train(
     checked = check_start(config, run_dir, world.size, init_from, init_partial, world.first)
     plan = plan_batch(config.train.global_batch_size, world.size, config.train.micro_batch_size)
     device = pick_device(config.train.device, world.local_rank)
-    torch.set_float32_matmul_precision(config.train.matmul_precision)
     if config.train.deterministic:
         compute_deterministically(device)
     zero = config.parallel.backend == "deepspeed"
-    with ExitStack() as stack:
+    with products(config.train.matmul_precision), ExitStack() as stack:
         # --- Join the other ranks. Rank 0 picks the checkpoint and broadcasts it (or the error).
         fault_point("join")
         limit, limits = config.parallel.start_timeout_s, limits_of(config.parallel)

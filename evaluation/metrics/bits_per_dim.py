@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.models.float32 import TRUE_FLOAT32, products
 from tarflow.models.flow import TarFlow
 from tarflow.models.likelihood import bits_per_dim
 from tarflow.models.noise import add_noise
@@ -59,10 +60,11 @@ class BitsPerDim:
         names = [int(i) for i in ids]
         device = model.var.device
         y = labels.to(device) if model.config.num_classes else None
-        drawn = [
-            bits_per_dim(model, self.noise.apply(pixels, names, draw).to(device), y).double().tolist()
-            for draw in range(self.noise.draws)
-        ]
+        with products(TRUE_FLOAT32):
+            drawn = [
+                bits_per_dim(model, self.noise.apply(pixels, names, draw).to(device), y).double().tolist()
+                for draw in range(self.noise.draws)
+            ]
         self.put(names, [list(values) for values in zip(*drawn)], pixels[0].numel())
 
     def put(self, names: Iterable[int], values: Iterable[list[float]], dims: int) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -129,18 +130,19 @@ def test_what_never_ends_is_left_behind(capsys: pytest.CaptureFixture[str]) -> N
 # --- real ranks on a file system that does not answer ---
 
 
-class Frees(Hook):
-    """Lets the file system answer again after a step: by then training went on without it."""
+class Outage(Hook):
+    """The file system does not answer from the end of one step to that of another: training went on without it."""
 
-    def __init__(self, after: int) -> None:
-        self.after, self.answers = after, threading.Event()
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last, self.began, self.answers = first, last, False, threading.Event()
 
     def on_step(self, step: int, batch: StepInput) -> None:
-        if step == self.after:
+        self.began |= step == self.first
+        if step == self.last:
             self.answers.set()
 
 
-def stalled(module: Any, name: str, until: threading.Event, stalls: Any = lambda _: True) -> None:
+def stalled(module: Any, name: str, until: threading.Event, stalls: Callable[[Any], bool] = lambda _: True) -> None:
     """Have a function of this process wait, as a system call does whose server is away."""
     real = getattr(module, name)
 
@@ -155,14 +157,14 @@ def stalled(module: Any, name: str, until: threading.Event, stalls: Any = lambda
 def trained_on_a_stalled_disk(config: Path, run: Path, what: str) -> int:
     """A start on which heartbeats or lines of the log are not answered for longer than a step may take."""
     os.environ[VARIABLE] = "step@2=slow:0.3"
-    frees = Frees(after=20)
+    outage = Outage(3, 24)  # six seconds and more; the watchdog's C-level timer runs out after four
     if what == "heartbeats":
-        stalled(tarflow.trainer.resilience.watchdog, "write_new", frees.answers)
+        stalled(tarflow.trainer.resilience.watchdog, "write_new", outage.answers, lambda _: outage.began)
     else:
-        stalled(tarflow.files.os, "write", frees.answers, lambda descriptor: descriptor > 2)
+        stalled(tarflow.files.os, "write", outage.answers, lambda _: outage.began)
     settings = ("train.max_images=400", "parallel.step_timeout_s=1", "parallel.start_timeout_s=60", "log.every_steps=2",
                 "checkpoint.every_images=0", "log.tensorboard=false")  # fmt: skip
-    return train(load_config(config, settings), run, hooks=[frees])
+    return train(load_config(config, settings), run, hooks=[outage])
 
 
 @pytest.mark.parametrize("what", ["heartbeats", "lines"])
