@@ -39,6 +39,11 @@ class Layout:
         self._results: list[Any] = []  # where this rank put each tensor
         self._listed: bytes | None = None  # on rank 0: the list of all tensors, as it stands on disk
 
+    def places(self, name: str) -> list[tuple[int, int]]:
+        """(offset, length) of the pieces that this rank put into a file at the last save."""
+        stored = [result.storage_data for result in self._results]
+        return [(place.offset, place.length) for place in stored if place.relative_path == name]
+
     def save(self, folder: Path, tensors: dict[str, Any], group: Any) -> None:
         """Write this rank's share of the tensors, and on rank 0 the list of all. Raises what went wrong on this rank."""
         if group is None and dist.is_initialized():

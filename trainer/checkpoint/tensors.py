@@ -43,7 +43,7 @@ def read_tensors(checkpoint: Checkpoint, into: dict[str, Any]) -> None:
     try:
         stored = _stored(checkpoint)
         _check_names_and_shapes(checkpoint, stored, {name: tuple(t.shape) for name, t in into.items()})
-        _load(checkpoint, stored, into)
+        _load(checkpoint, stored, into, trusted=True)
     except (OSError, UserError, MemoryError) as error:
         problem = error
     first = next((found for found in gather(problem) if found is not None), None)
@@ -75,7 +75,7 @@ def load_weights(checkpoint: Checkpoint, which: str) -> dict[str, Any]:
             + ", ".join("raw" if n == "model" else n for n in have)
         )
     tensors = {name: torch.empty(tensor.shape) for name, tensor in wanted.items()}
-    _load(checkpoint, wanted, tensors)
+    _load(checkpoint, wanted, tensors, trusted=False)
     return {name.partition("/")[2]: tensor for name, tensor in tensors.items()}
 
 
@@ -84,15 +84,16 @@ def _stored(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     return read_metadata(checkpoint.path, checkpoint.sizes)
 
 
-def _load(checkpoint: Checkpoint, stored: dict[str, StoredTensor], into: dict[str, Any]) -> None:
+def _load(checkpoint: Checkpoint, stored: dict[str, StoredTensor], into: dict[str, Any], trusted: bool) -> None:
     """Let torch read tensors, but with metadata that were checked, and from bytes that are."""
     import torch.distributed.checkpoint as dcp
 
-    from tarflow.trainer.checkpoint.pieces import PieceReader
+    from tarflow.trainer.checkpoint.pieces import PieceReader, PieceSums
 
+    reader = PieceReader(checkpoint.path, _for_torch(stored), PieceSums(checkpoint, trusted))
     with _quiet(), _plain_errors(checkpoint):
         # Each rank by itself: DCP would send all that each of them wants through rank 0.
-        dcp.load(into, storage_reader=PieceReader(checkpoint.path, _for_torch(stored)), no_dist=True)
+        dcp.load(into, storage_reader=reader, no_dist=True)
 
 
 def _for_torch(stored: dict[str, StoredTensor]) -> Any:
@@ -134,14 +135,10 @@ def _plain_errors(checkpoint: Checkpoint) -> Iterator[None]:
     """Raise what a rank met instead of torch's collection, which is not an Exception and may hold even a Ctrl-C."""
     from torch.distributed.checkpoint.api import CheckpointException
 
-    from tarflow.trainer.checkpoint.pieces import WrongChecksumError
-
     try:
         yield
     except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
-        if isinstance(first, WrongChecksumError):
-            raise DamagedFileError(checkpoint.path, str(first), WAY_OUT) from None
         if isinstance(first, OSError | UserError | MemoryError) or not isinstance(first, Exception):
             raise first from None
         reason = f"its tensors cannot be read ({type(first).__name__}: {first!s:.200})".splitlines()[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tarflow.files import crc32, fsync_path
 from tarflow.trainer.checkpoint.layout import Layout
+from tarflow.trainer.checkpoint.pieces import sums_of, write_sums
 from tarflow.trainer.checkpoint.tensors import write_tensors
 from tarflow.trainer.resilience.fault_injection import fault_point
 
@@ -42,7 +43,10 @@ class DiskStorage:
         fault_point("save.written")
         rank = dist.get_rank() if group is not None else 0
         mine = [path for path in folder.glob(f"__{rank}_*") if path not in before]
+        sums = {path.name: write_sums(path, self._layout.places(path.name)) for path in mine}
         # Each rank syncs its own files: on a network file system their pages are in this machine's memory.
         for path in mine:
+            sums[sums_of(path).name] = crc32(sums_of(path))
             fsync_path(path)
-        return {path.name: crc32(path) for path in mine}
+            fsync_path(sums_of(path))
+        return sums

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from tarflow.trainer.checkpoint import retention
 from tarflow.trainer.checkpoint.find import find, newest_intact, scan
 from tarflow.trainer.checkpoint.marker import MARKER, damage
 from tarflow.trainer.checkpoint.metadata import read_metadata
-from tarflow.trainer.checkpoint.tensors import load_weights, read_tensors, write_tensors
+from tarflow.trainer.checkpoint.tensors import load_weights, read_tensors
 from tarflow.trainer.checkpoint.unpickle import FlawError, Made, unpickled
 from tarflow.trainer.run_dir import create_run
+from tarflow.trainer.saving.storage import DiskStorage
 from tests.helpers.checkpoints import WEIGHTS, by_step, forge, metadata, tell
 from tests.helpers.effort import draws
 
@@ -37,9 +39,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in (1, 2):
         temporary = ckpt.temporary_dir(run, step * 8)
         tensors = {"model/w": torch.full((3,), 0.5), "ema-0.050/w": torch.ones(2, 2), "buffer/var": torch.ones(2)}
-        write_tensors(temporary, tensors)
+        sums = DiskStorage().write(temporary, tensors, None)
         (temporary / "config.yaml").write_text("")
-        ckpt.commit(run, temporary, step, step * 8, {"data": "f00"})
+        ckpt.commit(run, temporary, step, step * 8, {"data": "f00"}, sums)
     return run
 
 
@@ -136,7 +138,7 @@ def test_a_tensors_own_bytes_may_be_a_pickle_and_run_nothing(run: Path, tmp_path
     index = next(i for i in found.storage_data if i.fqn == "model/w")
     found.storage_data[index] = _StorageInfo(WEIGHTS, len(data), len(payload.getvalue()))
     (folder / ".metadata").write_bytes(pickle.dumps(found))
-    forge(folder)
+    forget_sums(folder)  # or make them fit
     with pytest.raises(DamagedFileError, match="its tensors cannot be read") as error:
         load_weights(find(run), "raw")
     assert len(str(error.value).splitlines()) == 1
@@ -348,33 +350,34 @@ def test_verify_says_what_is_there_besides(run: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.case("H06")
-def test_flipped_bits_of_tensors_are_not_sampled(run: Path) -> None:
-    """Whatever byte of them is another, before or after this process has found them whole."""
+@pytest.mark.parametrize("sums", [True, False], ids=["sums of pieces", "an earlier version, without"])
+def test_flipped_bits_of_tensors_are_not_sampled(run: Path, sums: bool) -> None:
+    """Whatever byte of them is another, after this process has found them whole."""
+    if not sums:
+        forget_sums(find(run).path)
     checkpoint = find(run)
     file, (piece,) = checkpoint.path / WEIGHTS, read_metadata(checkpoint.path, checkpoint.sizes)["model/w"].pieces
     whole = file.read_bytes()
-    numbers = whole.index(torch.full((3,), 0.5).numpy().tobytes(), piece.start)
     assert load_weights(checkpoint, "raw")["w"].tolist() == [0.5] * 3
-    refused: dict[int, str] = {}
-    for at in range(piece.start, piece.start + piece.length, 3):
+    for at in range(piece.start, piece.start + piece.length, 7):
         data = bytearray(whole)
         data[at] ^= 4
         file.write_bytes(data)
         assert f"the checksum of its file {WEIGHTS} is wrong" in str(damage(checkpoint))
-        try:
-            assert load_weights(checkpoint, "raw")["w"].tolist() == [0.5] * 3  # padding between the numbers, say
-        except DamagedFileError as error:
-            refused[at] = str(error)
-            assert "; choose another" in refused[at]
-    for at in range(piece.start, piece.start + piece.length, 3):
-        if 0 <= at - numbers < 12:
-            assert f"the checksum of its file {WEIGHTS} is wrong; choose another" in refused[at]
-    assert len(refused) > piece.length / 3 / 2
+        with pytest.raises(DamagedFileError, match=f"the checksum of its file {WEIGHTS} is wrong; choose another"):
+            load_weights(checkpoint, "raw")
+
+
+def forget_sums(folder: Path) -> None:
+    """Make a checkpoint one of an earlier version."""
+    for path in folder.glob("*.sums"):
+        path.unlink()
+    forge(folder)
 
 
 @pytest.mark.case("H06")
 def test_weights_are_read_without_the_rest_of_a_checkpoint(run: Path) -> None:
-    """Of the tensors' files, the pieces that are asked for; the list of them is held against its checksum."""
+    """Of the tensors' files, the pieces that are asked for; the lists of them are held against their checksums."""
     checkpoint = find(run)
     other = read_metadata(checkpoint.path, checkpoint.sizes)["ema-0.050/w"].pieces[0]
     data = bytearray((checkpoint.path / other.file).read_bytes())
@@ -383,10 +386,29 @@ def test_weights_are_read_without_the_rest_of_a_checkpoint(run: Path) -> None:
     assert load_weights(checkpoint, "raw")["w"].tolist() == [0.5] * 3
     with pytest.raises(DamagedFileError, match=f"the checksum of its file {other.file} is wrong"):
         load_weights(checkpoint, "ema-0.050")
-    listed = checkpoint.path / ".metadata"
-    listed.write_bytes(listed.read_bytes().replace(b"float32", b"float16"))
-    with pytest.raises(DamagedFileError, match=r"the checksum of its file \.metadata is wrong"):
-        load_weights(checkpoint, "raw")
+    for name in (WEIGHTS.replace("distcp", "sums"), ".metadata"):
+        path = checkpoint.path / name
+        kept = path.read_bytes()
+        path.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        with pytest.raises(DamagedFileError, match=re.escape(f"the checksum of its file {name} is wrong")):
+            load_weights(checkpoint, "raw")
+        path.write_bytes(kept)
+    assert load_weights(checkpoint, "raw")["w"].tolist() == [0.5] * 3
+
+
+@pytest.mark.parametrize("sums", [True, False], ids=["sums of pieces", "an earlier version, without"])
+def test_the_file_of_another_checkpoint_is_not_taken_for_this_ones(run: Path, sums: bool) -> None:
+    """A copy that mixed them up: the sizes agree, and so does whatever such a file says of itself."""
+    temporary = ckpt.temporary_dir(run, 24)
+    DiskStorage().write(
+        temporary, {"model/w": torch.zeros(3), "ema-0.050/w": torch.ones(2, 2), "buffer/var": torch.ones(2)}, None
+    )
+    if not sums:
+        forget_sums(find(run).path)
+    assert (temporary / WEIGHTS).stat().st_size == find(run).sizes[WEIGHTS]
+    shutil.copy(temporary / WEIGHTS, find(run).path / WEIGHTS)
+    with pytest.raises(DamagedFileError, match=f"the checksum of its file {WEIGHTS} is wrong"):
+        load_weights(find(run), "raw")
 
 
 def test_markers_of_the_earlier_version_are_read(run: Path) -> None:
