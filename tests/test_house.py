@@ -22,7 +22,7 @@ LAYERS = {
         flow formats
         transformer cost presets
         config provenance
-        noise randomness errors
+        noise randomness float32 errors
     """,
     "data_pipeline": """
         commands
@@ -48,6 +48,7 @@ LAYERS = {
         run_dir step_inputs schedule
         config
         batch metrics optimizer stats
+        outbox
         errors
     """,
     "evaluation": """

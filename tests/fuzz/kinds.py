@@ -55,6 +55,7 @@ _KINDS = (
     Kind("COMMITTED", f"{AT}/COMMITTED", (*_CHECKPOINT, "requeue"), "json"),
     Kind(".metadata", f"{AT}/.metadata", _CHECKPOINT),
     Kind(".distcp", f"{AT}/__0_0.distcp", (*_READ, "checkpoint prune")),
+    Kind(".sums", f"{AT}/__0_0.sums", (*_READ, "checkpoint prune")),
     Kind("config.yaml of a checkpoint", f"{AT}/config.yaml", _READ, "yaml"),
     Kind("latest", f"{ONE}/checkpoints/latest", _CHECKPOINT),
     Kind("pin", f"{ONE}/checkpoints/pins/*", ("train", "checkpoint prune", "checkpoint list"), "json"),
@@ -62,6 +63,7 @@ _KINDS = (
     Kind("snapshots: COMMITTED", f"{AVERAGES}/checkpoints/*/COMMITTED", _AVERAGES, "json"),
     Kind("snapshots: .metadata", f"{AVERAGES}/checkpoints/*/.metadata", _AVERAGES),
     Kind("snapshots: .distcp", f"{AVERAGES}/checkpoints/*/__0_0.distcp", _AVERAGES),
+    Kind("snapshots: .sums", f"{AVERAGES}/checkpoints/*/__0_0.sums", _AVERAGES),
     Kind("snapshots: latest", f"{AVERAGES}/checkpoints/latest", _AVERAGES),
     # its results
     Kind("evals.jsonl", f"{ONE}/evals.jsonl", ("evaluate", "status", "report"), "lines"),
