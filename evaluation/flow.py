@@ -18,6 +18,7 @@ from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.denoise import denoise
+from tarflow.models.float32 import TRUE_FLOAT32, products
 from tarflow.models.flow import TarFlow
 from tarflow.models.likelihood import bits_per_dim, log_likelihood
 from tarflow.models.noise import to_model_range
@@ -191,7 +192,7 @@ class Flow:
                 part = slice(begin, begin + self.batch_size)
                 ids = list(range(first, first + len(pixels)))[part]
                 x = noise.apply(pixels[part], ids, draw) if noise else pixels[part].float()
-                with torch.inference_mode():
+                with torch.inference_mode(), products(TRUE_FLOAT32):
                     values = of(self.model, x.to(self.device), None if y is None else y[part].to(self.device))
                 total[part] += values.double().cpu()
         return total / (draws if noise else 1)

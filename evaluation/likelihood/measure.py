@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 from tarflow.code_version import code_version
+from tarflow.evaluation.batches import Batches
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.likelihood.extremes import Extremes
 from tarflow.evaluation.likelihood.files import columns_of, write_page, write_table
@@ -181,9 +182,9 @@ class _Measurement:
 
     def _compute(self, name: str, path: Path) -> None:
         batches = self.images.batches(int(self.work.plan["batch_size"]), self.chunks[name], self.parts)
-        found, extremes = [], Extremes(SHOWN)
+        found, extremes, memory = [], Extremes(SHOWN), Batches(self.source.model.var.device, self.log)
         for batch in batches:
-            found.append(likelihoods(self.source.model, [batch], self.noise))
+            found.append(likelihoods(self.source.model, [batch], self.noise, memory))
             extremes.add(found[-1], batch[0].numpy())
         arrays = vars(ImageLikelihoods.joined(found)) | {
             "extremes": extremes.numbers,
