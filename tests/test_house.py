@@ -22,7 +22,7 @@ LAYERS = {
         flow formats
         transformer cost presets
         config provenance
-        noise randomness errors
+        noise randomness float32 errors
     """,
     "data_pipeline": """
         commands
@@ -48,20 +48,22 @@ LAYERS = {
         run_dir step_inputs schedule
         config
         batch metrics optimizer stats
+        outbox
         errors
     """,
     "evaluation": """
         commands
-        sweep
+        start
+        sweep likelihood
         worker
-        references report
+        references report flow
         results
         samples
         networks
         sweep_file
         result_file
         metrics
-        run_config image_set image_folder shared_work event_file
+        run_config image_set image_folder image_array shared_work event_file batches waiting
         errors log stopwatch
     """,
     "cluster": """
@@ -244,6 +246,7 @@ VERBS = (
     "checkpoint",
     "evaluate",
     "sample",
+    "likelihood",
     "sweep-guidance",
     "reference",
     "score",

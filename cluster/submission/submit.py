@@ -53,8 +53,8 @@ class Submission:
 
     @property
     def evaluation_profile(self) -> ClusterProfile:
-        """The worker's own profile, or a share of the training's for one process."""
-        return self.eval_profile or self.profile.for_one_process(self.tasks_per_node)
+        """The workers' own profile, or a small share of the training's."""
+        return self.eval_profile or self.profile.for_evaluation(self.tasks_per_node)
 
     def notes(self) -> list[str]:
         """Notes on what may not be intended."""
@@ -68,21 +68,14 @@ class Submission:
             found.append(f"sbatch.{given[0]} asks for GPUs that tarflow does not know of: set gpus: N in the profile, for a "
                          "process on each and checks before the first step")  # fmt: skip
         if self.evaluate and self.eval_profile is None:
-            found.append(f"no --eval-profile: the evaluation asks for {self.evaluation_profile.size()} of --profile")
-        if self.evaluate and self.eval_profile is not None:
-            found += unused_gpus(self.eval_profile)
+            found.append(f"no --eval-profile: the evaluation asks for {self.evaluation_profile.size()} of --profile"
+                         + ("" if self.profile.evaluation else "; `evaluation` there changes it"))  # fmt: skip
         return [f"note: {text}" for text in found]
 
     @property
     def tasks(self) -> tuple[int, int]:
         """(Slurm's tasks per node, processes that each starts)."""
         return (1, self.tasks_per_node) if self.one_task_per_node else (self.tasks_per_node, 1)
-
-
-def unused_gpus(profile: ClusterProfile) -> list[str]:
-    """A note, if an evaluation worker, which is one process, gets more than one GPU."""
-    return [f"the evaluation is one process: {profile.gpus - 1} of its {profile.gpus} GPUs stay idle"] \
-        if profile.gpus > 1 else []  # fmt: skip
 
 
 def submit(request: Submission) -> list[str]:
@@ -148,7 +141,7 @@ def submit_evaluation(run_dir: Path, profile: ClusterProfile, overrides: Sequenc
     check_path(run_dir)
     if not is_run(run_dir):
         raise ClusterError(f"{run_dir} is not a run directory; `tarflow submit` or `tarflow train` makes one")
-    batch = make_batch(profile, run_dir, job_name(run_dir, "evaluate"), 1, 1, 1, dry_run)
+    batch = make_batch(profile, run_dir, job_name(run_dir, "evaluate"), 1, 1, max(profile.gpus, 1), dry_run)
     if dry_run:
         return [_text(batch, 1)]
     trainings = [entry["job"] for entry in submissions(run_dir).checked().entries if entry["kind"] == "train"]
@@ -156,8 +149,7 @@ def submit_evaluation(run_dir: Path, profile: ClusterProfile, overrides: Sequenc
     follows = trainings[-1] if trainings else None
     job = evaluation_job(run_dir, code, profile, follows, uuid.uuid4().hex, overrides, _device_of(run_dir))
     sent = _send(batch, [job])
-    notes = [f"note: {text}" for text in unused_gpus(profile)]
-    return [_record(job, sent[0], batch.folder), *notes, *_beside([run_dir], sent)]
+    return [_record(job, sent[0], batch.folder), *_beside([run_dir], sent)]
 
 
 def _device_of(run_dir: Path) -> Device:
@@ -260,10 +252,11 @@ def evaluation_job(
     overrides: Sequence[str] = (),
     device: Device = "auto",
 ) -> Job:
-    """The evaluation job that follows a run."""
+    """The evaluation job that follows a run, with a worker on each of its GPUs."""
+    workers = ("--workers", str(profile.gpus)) if profile.gpus > 1 else ()
     return Job(
         kind="evaluate", run_dir=str(run_dir), run=run_id(run_dir), submission=submission, code=code,
-        arguments=("evaluate", str(run_dir), "--watch", "--wait-for-run", "86400", *overrides),
+        arguments=("evaluate", str(run_dir), "--watch", "--wait-for-run", "86400", *workers, *overrides),
         resubmit=shlex.join(["tarflow", "submit-eval", str(run_dir)]),
         limits=Limits(profile.max_restarts, profile.max_no_progress), gpus=profile.gpus, preflight=profile.preflight,
         follows=follows,
@@ -280,7 +273,8 @@ def _code(slurm_dir: Path) -> Path:
 
 def _eval_batch(request: Submission, run_dir: Path, dependency: str) -> Batch:
     name = job_name(run_dir, "evaluate")
-    return make_batch(request.evaluation_profile, run_dir, name, 1, 1, 1, request.dry_run, dependency)
+    profile = request.evaluation_profile
+    return make_batch(profile, run_dir, name, 1, 1, max(profile.gpus, 1), request.dry_run, dependency)
 
 
 def _text(batch: Batch, count: int) -> str:

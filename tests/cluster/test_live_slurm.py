@@ -392,6 +392,36 @@ def test_a_finished_run_is_evaluated_after_the_fact_and_the_table_shows_it(
     assert "@ 200" in shown
 
 
+def test_an_evaluation_on_two_gpus_is_two_workers_that_make_each_result_once(
+    slurm_cluster, verb, config_file, profile, tmp_path
+) -> None:
+    """Slurm hands out GPUs by name: each worker has one, and computes on the CPU, since nothing is behind it."""
+    profile.write_text(profile.read_text() + "evaluation: {gpus: 2}\n")
+    run = tmp_path / "shared"
+    settings = [
+        "train.device=cpu", "checkpoint.keep_latest=-1", "evaluation.reference_images=32", "evaluation.num_samples=24",
+        "evaluation.chunk_samples=2", "evaluation.final_num_samples=26",
+    ]  # fmt: skip
+    assert verb("submit", config_file, *settings, "--run", run, "--profile", profile, "--evaluate") == 0
+    assert slurm_cluster.ended(run)["ended"]["code"] == 0
+    assert slurm_cluster.ended(run, "evaluate")["ended"]["code"] == 0
+    said = slurm_cluster.log(run, "evaluate")
+    assert "2 workers on 0, 1\n" in said
+    assert {"worker 0: evaluating", "worker 1: evaluating"} <= {
+        " ".join(line.split()[:3]) for line in said.splitlines()
+    }
+    lines = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
+    found = sorted((line["step"], line["num_samples"]) for line in lines)
+    assert found == [(50, 24), (100, 24), (150, 24), (200, 24), (200, 26)]
+    by: set[str] = set()
+    for file in run.glob("evals/images-*/work.json"):
+        workers = json.loads(file.read_text())["workers"]
+        chunks = [chunk for mine in workers.values() for chunk in mine]
+        assert len(chunks) == len(set(chunks)) >= 12
+        by |= set(workers)
+    assert len(by) == 2, "both took part"
+
+
 def test_preflight_between_nodes_and_what_slurm_says_of_gpus(slurm_cluster) -> None:
     """The test cluster hands out GPUs by name: what a job asks for is what it gets."""
     words = ["srun", "-N1", "-n1", "--gpus-per-node=2", "sh", "-c", "echo $CUDA_VISIBLE_DEVICES"]

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.models.config import MOST_LAYERS, TarFlowConfig
+from tarflow.models.float32 import Precision
 from tarflow.models.presets import preset
 from tarflow.models.sampling.settings import SamplingSettings
 from tarflow.settings import MOST_IMAGES, MOST_SECONDS, MOST_SEED, Count, Section
@@ -109,7 +110,7 @@ class TrainConfig(Section):
         description="use only deterministic GPU kernels, so that a run repeats bit for bit (CPU runs always "
         "do); slower",
     )
-    matmul_precision: Literal["highest", "high", "medium"] = Field(
+    matmul_precision: Precision = Field(
         "highest",
         description="internal precision of float32 matrix products (torch.set_float32_matmul_precision): highest is "
         "float32; high and medium are faster on GPUs (TensorFloat32) and change the results slightly",
