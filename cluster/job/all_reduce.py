@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NoReturn
 from pydantic import Field
 
 from tarflow.cluster.job.preflight import Here
-from tarflow.devices import driver_version
+from tarflow.devices import GPUS_VARIABLE, VISIBLE, driver_version
 from tarflow.errors import UserError, why
 from tarflow.records import DamagedFileError, Record, load_record, save_record
 
@@ -161,21 +161,30 @@ def _ways() -> str:
     )
 
 
-def working_device(name: str, local_rank: int) -> Any:
-    """The device that training will use, after it has added up some numbers; another exit code if it cannot."""
+def working_device(name: str, local_rank: int, alone: bool = False) -> Any:
+    """The device that training will use, after it has added up some numbers; another exit code if it cannot.
+
+    `alone`: the only process of its job, which may start one for each GPU (an evaluation does): all of them are tried.
+    """
     import torch
 
     from tarflow.trainer.parallel.device import pick_device
 
     try:
         device = pick_device(name, local_rank)
-        if device.type == "cuda" and torch.ones(1024, device=device).sum().item() != 1024:
-            leave(DEVICE_FAILED, f"{device} adds up wrong")
+        if device.type == "cuda":
+            count, asked = torch.cuda.device_count(), int(os.environ.get(GPUS_VARIABLE) or 1)
+            if alone and count < asked:
+                shown = os.environ.get(VISIBLE, "not set")
+                leave(
+                    DEVICE_FAILED, f"torch sees {count} of the {asked} GPUs that the job asked for ({VISIBLE}: {shown})"
+                )
+            for place in [torch.device("cuda", index) for index in range(count)] if alone else [device]:
+                if torch.ones(1024, device=place).sum().item() != 1024:
+                    leave(DEVICE_FAILED, f"{place} adds up wrong")
     except (UserError, RuntimeError) as error:
-        leave(
-            DEVICE_FAILED,
-            why(error) if isinstance(error, UserError) else f"the GPU does not work: {_first_line(error)}",
-        )
+        text = why(error) if isinstance(error, UserError) else f"a GPU does not work: {_first_line(error)}"
+        leave(DEVICE_FAILED, text)
     return device
 
 
@@ -264,7 +273,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("node")
     args = parser.parse_args(words)
     check = Check(args.limit_s, args.folder, args.ranks_per_task, args.node)
-    device = working_device(args.device, check.local)
+    device = working_device(args.device, check.local, alone=check.size == 1)
     if check.size == 1:
         shown = ", ".join(f"{name} {version}" for name, version in versions(device).items())
         print(f"preflight: one process on {device.type}; {shown}")

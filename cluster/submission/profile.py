@@ -69,18 +69,18 @@ class ClusterProfile(BaseModel):
         "full",
         description="checks before the first step: files = the run directory and clocks; full = also GPUs and an all-reduce",
     )
-    preflight_timeout: int = Field(
-        180,
-        ge=10,
-        le=86400,
-        description="seconds within which all ranks must have met and summed a number in that check",
-    )
     evaluation: dict[str, Any] = Field(
         {},
         description="settings that replace these for the job of --evaluate, e.g. gpus: 2 (default: one GPU, its share)",
     )
     min_free_gb: float = Field(
         1.0, ge=0, le=1e9, description="free space in GB that the run directory must have at a start"
+    )
+    preflight_timeout: int = Field(
+        180,
+        ge=10,
+        le=86400,
+        description="seconds within which all ranks must have met and summed a number in the check of preflight: full",
     )
 
     @field_validator("time", mode="before")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
+from tarflow.cluster.job import all_reduce
 from tarflow.cluster.job.all_reduce import DEVICE_FAILED, silent_node, unlike_versions
 from tarflow.cluster.job.preflight import Here, all_reduce_command
 from tarflow.records import save_record
@@ -76,6 +77,43 @@ def test_alone_there_is_nobody_to_meet_and_the_device_counts_all_the_same(store,
     good, bad = ended([start(store, tmp_path, 0, 1), start(store, tmp_path, 0, 1, TARFLOW_GPUS="1")])
     assert good[:2] == (0, f"preflight: one process on cpu; torch {torch.__version__}\n")
     assert bad[0] == DEVICE_FAILED
+
+
+@pytest.mark.parametrize(
+    ("alone", "seen", "broken", "said"),
+    [
+        (True, 4, None, ""),
+        (True, 3, None, "torch sees 3 of the 4 GPUs that the job asked for (CUDA_VISIBLE_DEVICES: 0,1,2,3)"),
+        (True, 4, 2, "a GPU does not work: CUDA error: an illegal instruction was encountered"),
+        (False, 4, 2, ""),  # that is the affair of rank 2
+    ],
+)
+def test_the_only_process_of_a_job_tries_every_gpu(alone, seen, broken, said, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation starts a worker for each, after the check."""
+    tried: list[int] = []
+
+    def ones(size: int, device: torch.device) -> torch.Tensor:
+        tried.append(device.index)
+        if device.index == broken:
+            raise RuntimeError("CUDA error: an illegal instruction was encountered\nCompile with ...")
+        return torch.full((size,), 1.0)
+
+    def leave(code: int, text: str) -> None:
+        raise SystemExit(f"{code} {text}")
+
+    monkeypatch.setenv("TARFLOW_GPUS", "4")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setattr(torch, "ones", ones)
+    monkeypatch.setattr(all_reduce, "leave", leave)
+    for name, value in {"is_available": True, "device_count": seen, "set_device": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    if said:
+        with pytest.raises(SystemExit) as caught:
+            all_reduce.working_device("auto", 0, alone)
+        assert str(caught.value) == f"{DEVICE_FAILED} {said}"
+        return
+    assert all_reduce.working_device("auto", 0, alone) == torch.device("cuda", 0)
+    assert tried == (list(range(seen)) if alone else [0])
 
 
 def test_a_node_that_does_not_answer_is_named_within_the_limit(store, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def described(device: torch.device, host: str | None = None) -> rank_devices.Ran
 
 
 rank_devices.rank_device = described
-all_reduce.working_device = lambda name, local_rank: torch.device(kind)
+all_reduce.working_device = lambda name, local_rank, alone=False: torch.device(kind)
 if "FAKE_VERSIONS" in os.environ:
     all_reduce.versions = lambda device: dict(json.loads(os.environ["FAKE_VERSIONS"]))
 
