@@ -114,6 +114,7 @@ class ResultFile(Record):
     num_samples: Count
     nonfinite: Count
     features: dict[str, Any]
+    float32: dict[str, Literal["highest", "high", "medium"]] | None = None  # precision of products, by part
     settings: Settings
     settings_hash: str = Field(pattern="^[0-9a-f]{12}$")
 

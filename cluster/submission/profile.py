@@ -69,6 +69,12 @@ class ClusterProfile(BaseModel):
         "full",
         description="checks before the first step: files = the run directory and clocks; full = also GPUs and an all-reduce",
     )
+    preflight_timeout: int = Field(
+        180,
+        ge=10,
+        le=86400,
+        description="seconds within which all ranks must have met and summed a number in that check",
+    )
     evaluation: dict[str, Any] = Field(
         {},
         description="settings that replace these for the job of --evaluate, e.g. gpus: 2 (default: one GPU, its share)",

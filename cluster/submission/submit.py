@@ -12,20 +12,21 @@ from pathlib import Path
 from tarflow.cluster import slurm
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job.chain import Limits
-from tarflow.cluster.job.description import Job, save_description
+from tarflow.cluster.job.description import Device, Job, save_description
 from tarflow.cluster.job.environment import scrubbed
 from tarflow.cluster.job.record import job_name, jobs_of, note_job, submissions
 from tarflow.cluster.submission import snapshot
 from tarflow.cluster.submission.batch import Batch, make_batch
 from tarflow.cluster.submission.in_use import jobs_to_wait_for
 from tarflow.cluster.submission.own_folder import check_own
+from tarflow.cluster.submission.placement import placement_notes
 from tarflow.cluster.submission.profile import ClusterProfile
-from tarflow.errors import in_words
+from tarflow.errors import UserError, in_words
 from tarflow.files import make_folder, write_text
 from tarflow.trainer.config.files import config_text, load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.plan import describe
-from tarflow.trainer.run_dir import create_run, is_run, run_id
+from tarflow.trainer.run_dir import create_run, is_run, load_run_config, run_id
 from tarflow.trainer.start.check import check_start
 
 
@@ -90,6 +91,8 @@ def submit(request: Submission) -> list[str]:
     world_size = request.nodes * request.tasks_per_node
     starts = [check_start(config, path, world_size, request.init_from, request.init_partial) for path, config in runs]
     outlines = [describe(config, world_size) for _, config in runs]
+    where = (request.profile, request.nodes, request.tasks_per_node)
+    placement = list(dict.fromkeys(note for _, config in runs for note in placement_notes(config, *where)))
     name = job_name(run_dir, "train")
     train = make_batch(request.profile, run_dir, name, request.nodes, *request.tasks, request.dry_run)
     # One training job per run: what is queued is an error, or is waited for.
@@ -103,7 +106,7 @@ def submit(request: Submission) -> list[str]:
         return [
             *text,
             _comment("the configuration as resolved", config_text(runs[0][1])),
-            _comment("the plan", "\n".join([outlines[0], *starts[0].lines(), *request.notes()])),
+            _comment("the plan", "\n".join([outlines[0], *starts[0].lines(), *request.notes(), *placement])),
         ]
     # Jobs are recorded once Slurm has given them ids.
     submission = uuid.uuid4().hex
@@ -112,11 +115,13 @@ def submit(request: Submission) -> list[str]:
     lines = [_record(job, one, train.folder, request) for job, one in zip(jobs, ids)]
     lines = list(dict.fromkeys(line for start in starts for line in start.lines())) + lines
     lines += [f"it waits for job {', '.join(before)} to end (--after-running)"] if before else []
-    lines += request.notes()
+    lines += [*request.notes(), *placement]
     if request.evaluate:
         submission = uuid.uuid4().hex
-        evaluations = [evaluation_job(Path(job.run_dir), job.code, request.evaluation_profile, one, submission)
-                       for job, one in zip(jobs, ids)]  # fmt: skip
+        evaluations = [
+            evaluation_job(Path(job.run_dir), job.code, request.evaluation_profile, one, submission, device=job.device)
+            for job, one in zip(jobs, ids)
+        ]
         # "after": once training has started. The worker ends by itself when the training does.
         batch = _eval_batch(request, run_dir, "after:" + ids[0].partition("_")[0])
         try:
@@ -142,9 +147,17 @@ def submit_evaluation(run_dir: Path, profile: ClusterProfile, overrides: Sequenc
     trainings = [entry["job"] for entry in submissions(run_dir).checked().entries if entry["kind"] == "train"]
     code = str(_code(run_dir / "slurm"))
     follows = trainings[-1] if trainings else None
-    job = evaluation_job(run_dir, code, profile, follows, uuid.uuid4().hex, overrides)
+    job = evaluation_job(run_dir, code, profile, follows, uuid.uuid4().hex, overrides, _device_of(run_dir))
     sent = _send(batch, [job])
     return [_record(job, sent[0], batch.folder), *_beside([run_dir], sent)]
+
+
+def _device_of(run_dir: Path) -> Device:
+    """`train.device` of a run, by which its evaluation goes too; auto for one that has not begun."""
+    try:
+        return load_run_config(run_dir).train.device
+    except UserError:
+        return "auto"
 
 
 def _beside(runs: Sequence[Path], sent: Sequence[str]) -> list[str]:
@@ -224,8 +237,8 @@ def _train_job(request: Submission, run_dir: Path, config: Config, shared: Path,
         kind="train", run_dir=str(run_dir), run=run_id(run_dir), submission=submission, code=str(code),
         arguments=("train", str(path), "--run-dir", str(run_dir), *request.options),
         resubmit=f"cd {shlex.quote(os.getcwd())} && {shlex.join(['tarflow', 'submit', *request.arguments])}",
-        limits=Limits(profile.max_restarts, profile.max_no_progress), gpus=profile.gpus,
-        min_free_gb=profile.min_free_gb, preflight=profile.preflight,
+        limits=Limits(profile.max_restarts, profile.max_no_progress), gpus=profile.gpus, device=config.train.device,
+        min_free_gb=profile.min_free_gb, preflight=profile.preflight, preflight_timeout=profile.preflight_timeout,
         ranks_per_task=request.tasks[1], restarts_in_place=profile.restarts_in_place,
     )  # fmt: skip
 
@@ -237,6 +250,7 @@ def evaluation_job(
     follows: str | None,
     submission: str,
     overrides: Sequence[str] = (),
+    device: Device = "auto",
 ) -> Job:
     """The evaluation job that follows a run, with a worker on each of its GPUs."""
     workers = ("--workers", str(profile.gpus)) if profile.gpus > 1 else ()
@@ -246,6 +260,7 @@ def evaluation_job(
         resubmit=shlex.join(["tarflow", "submit-eval", str(run_dir)]),
         limits=Limits(profile.max_restarts, profile.max_no_progress), gpus=profile.gpus, preflight=profile.preflight,
         follows=follows,
+        device=device, preflight_timeout=profile.preflight_timeout,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from tarflow.evaluation.batches import LIKELIHOOD, Batches
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.models.cost import likelihood_bytes
+from tarflow.models.float32 import TRUE_FLOAT32, products
 from tarflow.models.flow import TarFlow
 from tarflow.models.likelihood import bits_per_dim
 from tarflow.models.noise import add_noise
@@ -70,7 +71,8 @@ class BitsPerDim:
             noisy = self.noise.apply(pixels, names, draw)
 
             def compute(part: slice, noisy: Tensor = noisy) -> list[float]:
-                one = bits_per_dim(model, noisy[part].to(device), None if y is None else y[part])
+                with products(TRUE_FLOAT32):
+                    one = bits_per_dim(model, noisy[part].to(device), None if y is None else y[part])
                 return list(one.double().tolist())
 
             parts = batches.run(LIKELIHOOD, len(names), compute, likelihood_bytes(model.config))

@@ -22,6 +22,7 @@ from tarflow.evaluation.metrics.names import FID_NETWORK
 from tarflow.evaluation.networks import vision_transformer
 from tarflow.evaluation.networks.packaged import FEATURE_DIM, PACKAGED, streamline, weights_of_package
 from tarflow.evaluation.networks.weights_file import fill, read_tensors, sha256_of
+from tarflow.models.float32 import TRUE_FLOAT32, products
 
 log = logging.getLogger("tarflow.evaluation")
 
@@ -204,6 +205,10 @@ class Features:
         """Pixels uint8 [N, C, H, W] to features float32 [N, dim], on the CPU."""
         if not len(images):
             return torch.empty(0, self.dim)
+        with products(TRUE_FLOAT32):
+            return self._features(images)
+
+    def _features(self, images: Tensor) -> Tensor:
         if self.device.type != "cpu":
             return torch.cat([self._together(part) for part in images.split(_CHUNK_ELSEWHERE)])
         # Chunks in parallel, each on one thread, so that threads never wait for each other inside an operation: on
@@ -229,4 +234,5 @@ class Features:
         """Class probabilities [N, classes] of features [N, dim], for the Inception score."""
         if self._network.logits is None:
             raise EvaluationError(f"{self.name} has no classes: an Inception score needs an Inception network")
-        return self._network.logits(features.to(self.device)).softmax(dim=1).cpu()
+        with products(TRUE_FLOAT32):
+            return self._network.logits(features.to(self.device)).softmax(dim=1).cpu()

@@ -20,6 +20,7 @@ from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.models.cost import denoising_bytes
 from tarflow.models.denoise import denoise
+from tarflow.models.float32 import products
 from tarflow.models.flow import TarFlow
 from tarflow.models.noise import to_pixels
 from tarflow.models.randomness import keyed_normal, keyed_uniform
@@ -94,6 +95,10 @@ class Sampler:
 
     def draw(self, indices: Sequence[int], with_trajectory: bool = False) -> Drawn:
         """The samples of these indices, in one batch as far as memory goes."""
+        with products(self.sampling.matmul_precision):
+            return self._draw(indices, with_trajectory)
+
+    def _draw(self, indices: Sequence[int], with_trajectory: bool) -> Drawn:
         device = self.model.var.device
         noise, labels = self.noise(indices).to(device), self.labels(indices)
         y = labels.to(device) if self.model.config.num_classes else None

@@ -107,7 +107,7 @@ def _write_record(path: Path, rounds: list[Round], source: WeightsSource, real: 
         "unclear": unclear,  # why the sweep chose nothing by itself
         "chosen": None if unclear else best.settings,
         "features": {"name": real.features.name, "sha256": real.features.sha256},
-        "reference": {"images_used": real.reference.statistics.count, **real.reference.describe()},
+        "reference": {"images_used": real.reference.images_used, **real.reference.describe()},
         "settings": real.settings.describe(),
     }
     make_folder(path.parent.parent, path.parent.name)

@@ -42,7 +42,7 @@ def _distance(plan: ChunkPlan, samples: SamplesPart, problem: str | None) -> dic
     about = {
         "reference": {
             "file": reference.path.name,
-            "images_used": reference.statistics.count,
+            "images_used": reference.images_used,
             **reference.describe(),
         }
     }

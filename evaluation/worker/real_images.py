@@ -66,6 +66,6 @@ class RealImages:
         )
 
     def _with_note(self, reference: Reference) -> Reference:
-        if not reference.checked:
-            self.log(f"note: {reference.path} carries no checksum: its bytes cannot be verified")
+        for line in reference.notes:
+            self.log(f"note: {line}")
         return reference

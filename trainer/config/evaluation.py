@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from tarflow.models.float32 import Precision
 from tarflow.settings import MOST_IN_A_SET, MOST_SECONDS, Count, HomePath, Section
 
 Side = Annotated[Count, Field(ge=0, le=1000)]
@@ -113,6 +114,12 @@ class EvaluationConfig(Section):
     )
     neighbour_images: Count = Field(
         10_000, ge=0, le=MOST_IN_A_SET, description="training images to search for nearest neighbours; 0 = all"
+    )
+    matmul_precision: Precision = Field(
+        "highest",
+        description="internal precision of float32 matrix products while sampling and denoising: highest is float32; high "
+        "and medium are faster on GPUs (TensorFloat32) and change the images slightly. Likelihoods and feature networks "
+        "always compute in float32",
     )
     grid: tuple[Side, Side] = Field(
         (10, 8), description="rows (one per class, if there are classes) and columns of the sample grid"
