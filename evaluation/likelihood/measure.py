@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 from tarflow.code_version import code_version
+from tarflow.evaluation.batches import Batches
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.likelihood.extremes import Extremes
 from tarflow.evaluation.likelihood.files import columns_of, write_page, write_table
@@ -165,6 +166,7 @@ class _Measurement:
     def run(self) -> None:
         """Help until the summary is there, by any process."""
         self.parts = max(1, -(-self.images.num_images // CHUNK))
+        self.memory = Batches(self.source.model.var.device, self.log)
         self.chunks = {f"likelihood-{part:06d}": part for part in range(self.parts)}
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
         plan = {"batch_size": self.batch_size, "chunks": self.parts}
@@ -183,7 +185,7 @@ class _Measurement:
         batches = self.images.batches(int(self.work.plan["batch_size"]), self.chunks[name], self.parts)
         found, extremes = [], Extremes(SHOWN)
         for batch in batches:
-            found.append(likelihoods(self.source.model, [batch], self.noise))
+            found.append(likelihoods(self.source.model, [batch], self.noise, self.memory))
             extremes.add(found[-1], batch[0].numpy())
         arrays = vars(ImageLikelihoods.joined(found)) | {
             "extremes": extremes.numbers,

@@ -17,7 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tarflow.evaluation.batches import LIKELIHOOD, Batches
 from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
+from tarflow.models.cost import likelihood_bytes
+from tarflow.models.float32 import TRUE_FLOAT32, products
 from tarflow.models.flow import TarFlow
 from tarflow.models.likelihood import bits_from_density, log_density
 
@@ -71,10 +74,17 @@ class ImageLikelihoods:
 
 @torch.inference_mode()
 def likelihoods(
-    model: TarFlow, batches: Iterable[tuple[Tensor, Tensor, Tensor]], noise: NoiseSettings
+    model: TarFlow,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    noise: NoiseSettings,
+    memory: Batches | None = None,
 ) -> ImageLikelihoods:
-    """Batches (pixels uint8 [n, C, H, W], labels [n], numbers [n]) -> the likelihood of every image."""
+    """Batches (pixels uint8 [n, C, H, W], labels [n], numbers [n]) -> the likelihood of every image.
+
+    `memory` decides how many images of a batch a forward pass takes.
+    """
     device, shares = model.var.device, 1 + len(model.blocks)
+    memory = memory or Batches(device)
     found = [
         ImageLikelihoods(
             np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, noise.draws)), np.zeros((0, shares))
@@ -82,7 +92,16 @@ def likelihoods(
     ]
     for pixels, labels, ids in batches:
         y = labels.to(device) if model.config.num_classes else None
-        drawn = [_of_draw(model, noise.apply(pixels, ids.tolist(), draw).to(device), y) for draw in range(noise.draws)]
+        drawn = []
+        for draw in range(noise.draws):
+            noisy = noise.apply(pixels, ids.tolist(), draw)
+
+            def compute(rows: slice, noisy: Tensor = noisy, y: Tensor | None = y) -> tuple[Floats, Floats]:
+                with products(TRUE_FLOAT32):
+                    return _of_draw(model, noisy[rows].to(device), None if y is None else y[rows])
+
+            parts = memory.run(LIKELIHOOD, len(ids), compute, likelihood_bytes(model.config))
+            drawn.append((np.concatenate([values for values, _ in parts]), np.concatenate([part for _, part in parts])))
         bits = np.stack([values for values, _ in drawn], axis=1)
         found.append(ImageLikelihoods(ids.numpy(), labels.numpy(), bits, np.mean([part for _, part in drawn], axis=0)))
     return ImageLikelihoods.joined(found)

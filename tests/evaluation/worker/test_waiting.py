@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from tarflow.evaluation.waiting import WaitingCheckpoints
 from tarflow.evaluation.worker.compute_chunk import Hooks
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 from tarflow.trainer.checkpoint.find import committed
 from tarflow.trainer.checkpoint.pins import Pins, pinned_names
 from tarflow.trainer.checkpoint.retention import apply_retention
+from tarflow.trainer.checkpoint.waiting import WaitingCheckpoints
 
 pytestmark = pytest.mark.usefixtures("fake_features")
 STEPS = (5, 10, 15, 20)
