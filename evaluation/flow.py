@@ -1,6 +1,6 @@
 """Trained weights for use from Python: samples, exact likelihoods, latents."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tarflow.evaluation.batches import DENOISING, LIKELIHOOD, SAMPLING, Batches
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log, no_log
 from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler, check_guidance
@@ -17,6 +18,7 @@ from tarflow.evaluation.samples.request import SourceRequest, open_request
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.models.config import TarFlowConfig
+from tarflow.models.cost import denoising_bytes, likelihood_bytes
 from tarflow.models.denoise import denoise
 from tarflow.models.float32 import TRUE_FLOAT32, products
 from tarflow.models.flow import TarFlow
@@ -76,6 +78,7 @@ class Flow:
 
     def __init__(self, source: WeightsSource, sampling: ResolvedSampling, batch_size: int) -> None:
         self.source, self.sampling, self.batch_size = source, sampling, batch_size
+        self._memory = Batches(source.model.var.device)
 
     @property
     def model(self) -> TarFlow:
@@ -116,7 +119,7 @@ class Flow:
         if given := self._numbers(labels):
             changed = changed.with_changes(labels=given)
         check_guidance(changed, self.config.num_classes, self.provenance.label_dropout)
-        sampler, count = Sampler(self.model, changed), SampleCount()
+        sampler, count = Sampler(self.model, changed, self._memory), SampleCount()
         pixels = [torch.empty(0, *self.config.image_shape, dtype=torch.uint8)]
         for drawn in sampler.draw_all(range(first, first + num), self.batch_size):
             count.add(drawn)
@@ -149,7 +152,10 @@ class Flow:
         """Images, without noise added -> latents z, float32 [N, T, D]. Under the model they are standard normal."""
         x, y = self._in_model_range(images), self._tensor(labels, len(images))
         latents = [torch.empty(0, self.config.num_tokens, self.config.token_dim)]
-        return torch.cat([*latents, *(self.model(*batch)[0].cpu() for batch in self._batches(x, y))])
+        size = likelihood_bytes(self.config)
+        return torch.cat(
+            [*latents, *self._computed(LIKELIHOOD, lambda *batch: self.model(*batch)[0].cpu(), x, y, size)]
+        )
 
     def decode(self, z: Tensor, labels: Labels = None) -> Tensor:
         """Latents [N, T, D] -> images, float32 [N, C, H, W] in model range, not clipped: the inverse of `encode`, unguided."""
@@ -159,9 +165,11 @@ class Flow:
         scale = self.model.var.float().sqrt()  # `sample` takes standard normal numbers
         y = self._tensor(labels, len(z))
         images = [torch.empty(0, *self.config.image_shape)]
-        for part, label in self._batches(z, y):
-            images.append(sample(self.model, part.float() / scale, label, UNGUIDED).cpu())
-        return torch.cat(images)
+
+        def compute(part: Tensor, label: Tensor | None) -> Tensor:
+            return sample(self.model, part.float() / scale, label, UNGUIDED).cpu()
+
+        return torch.cat([*images, *self._computed(SAMPLING, compute, z, y)])
 
     def denoise(self, images: Images, labels: Labels = None, *, multiplier: float = 1.0) -> Tensor:
         """One step along the score, which takes out the training noise (section 2.5 of the paper): float32 in model range."""
@@ -173,9 +181,11 @@ class Flow:
             )
         x, y = self._in_model_range(images), self._tensor(labels, len(images))
         clean = [torch.empty(0, *self.config.image_shape)]
-        for part, label in self._batches(x, y):
-            clean.append(denoise(self.model, part, label, std, multiplier).detach().cpu())
-        return torch.cat(clean)
+
+        def compute(part: Tensor, label: Tensor | None) -> Tensor:
+            return denoise(self.model, part, label, std, multiplier).detach().cpu()
+
+        return torch.cat([*clean, *self._computed(DENOISING, compute, x, y, denoising_bytes(self.config))])
 
     def _mean_over_draws(
         self, of: Any, images: Images, labels: Labels, draws: int, seed: int | None, first: int
@@ -192,9 +202,15 @@ class Flow:
                 part = slice(begin, begin + self.batch_size)
                 ids = list(range(first, first + len(pixels)))[part]
                 x = noise.apply(pixels[part], ids, draw) if noise else pixels[part].float()
-                with torch.inference_mode(), products(TRUE_FLOAT32):
-                    values = of(self.model, x.to(self.device), None if y is None else y[part].to(self.device))
-                total[part] += values.double().cpu()
+
+                @torch.inference_mode()
+                def compute(images: Tensor, label: Tensor | None) -> Tensor:
+                    return of(self.model, images, label).double().cpu()
+
+                labelled = None if y is None else y[part]
+                total[part] += torch.cat(
+                    self._computed(LIKELIHOOD, compute, x, labelled, likelihood_bytes(self.config))
+                )
         return total / (draws if noise else 1)
 
     def _checked(self, images: Images) -> Tensor:
@@ -212,9 +228,25 @@ class Flow:
         tensor = self._checked(images)
         return to_model_range(tensor) if tensor.dtype == torch.uint8 else tensor.float()
 
-    def _batches(self, x: Tensor, y: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-        parts = [slice(start, start + self.batch_size) for start in range(0, len(x), self.batch_size)]
-        return [(x[p].to(self.device), None if y is None else y[p].to(self.device)) for p in parts]
+    def _computed(
+        self,
+        stage: str,
+        compute: Callable[[Tensor, Tensor | None], Tensor],
+        x: Tensor,
+        y: Tensor | None,
+        bytes_per_image: float = 0.0,
+    ) -> list[Tensor]:
+        """`compute` of batches of x and labels on the device, in true float32, and in parts where memory asks for it."""
+        found: list[Tensor] = []
+        for start in range(0, len(x), self.batch_size):
+
+            def one(rows: slice, start: int = start) -> Tensor:
+                part = slice(start + rows.start, start + rows.stop)
+                return compute(x[part].to(self.device), None if y is None else y[part].to(self.device))
+
+            with products(TRUE_FLOAT32):
+                found += self._memory.run(stage, min(self.batch_size, len(x) - start), one, bytes_per_image)
+        return found
 
     def _numbers(self, labels: Labels) -> tuple[int, ...]:
         if isinstance(labels, Tensor | np.ndarray):

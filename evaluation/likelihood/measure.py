@@ -166,6 +166,7 @@ class _Measurement:
     def run(self) -> None:
         """Help until the summary is there, by any process."""
         self.parts = max(1, -(-self.images.num_images // CHUNK))
+        self.memory = Batches(self.source.model.var.device, self.log)
         self.chunks = {f"likelihood-{part:06d}": part for part in range(self.parts)}
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
         plan = {"batch_size": self.batch_size, "chunks": self.parts}
@@ -182,9 +183,9 @@ class _Measurement:
 
     def _compute(self, name: str, path: Path) -> None:
         batches = self.images.batches(int(self.work.plan["batch_size"]), self.chunks[name], self.parts)
-        found, extremes, memory = [], Extremes(SHOWN), Batches(self.source.model.var.device, self.log)
+        found, extremes = [], Extremes(SHOWN)
         for batch in batches:
-            found.append(likelihoods(self.source.model, [batch], self.noise, memory))
+            found.append(likelihoods(self.source.model, [batch], self.noise, self.memory))
             extremes.add(found[-1], batch[0].numpy())
         arrays = vars(ImageLikelihoods.joined(found)) | {
             "extremes": extremes.numbers,

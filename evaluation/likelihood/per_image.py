@@ -79,12 +79,12 @@ def likelihoods(
     noise: NoiseSettings,
     memory: Batches | None = None,
 ) -> ImageLikelihoods:
-    """Batches (pixels uint8 [n, C, H, W], labels [n], numbers [n]) -> the likelihood of every image, in true float32.
+    """Batches (pixels uint8 [n, C, H, W], labels [n], numbers [n]) -> the likelihood of every image.
 
-    `memory` decides how many images a forward pass takes.
+    `memory` decides how many images of a batch a forward pass takes.
     """
-    memory = memory or Batches(model.var.device)
     device, shares = model.var.device, 1 + len(model.blocks)
+    memory = memory or Batches(device)
     found = [
         ImageLikelihoods(
             np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, noise.draws)), np.zeros((0, shares))
@@ -96,12 +96,12 @@ def likelihoods(
         for draw in range(noise.draws):
             noisy = noise.apply(pixels, ids.tolist(), draw)
 
-            def compute(part: slice, noisy: Tensor = noisy, y: Tensor | None = y) -> tuple[Floats, Floats]:
+            def compute(rows: slice, noisy: Tensor = noisy, y: Tensor | None = y) -> tuple[Floats, Floats]:
                 with products(TRUE_FLOAT32):
-                    return _of_draw(model, noisy[part].to(device), None if y is None else y[part])
+                    return _of_draw(model, noisy[rows].to(device), None if y is None else y[rows])
 
             parts = memory.run(LIKELIHOOD, len(ids), compute, likelihood_bytes(model.config))
-            drawn.append((np.concatenate([one for one, _ in parts]), np.concatenate([share for _, share in parts])))
+            drawn.append((np.concatenate([values for values, _ in parts]), np.concatenate([part for _, part in parts])))
         bits = np.stack([values for values, _ in drawn], axis=1)
         found.append(ImageLikelihoods(ids.numpy(), labels.numpy(), bits, np.mean([part for _, part in drawn], axis=0)))
     return ImageLikelihoods.joined(found)

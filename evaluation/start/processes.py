@@ -16,11 +16,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn
 
+from tarflow.devices import VISIBLE, visible_devices
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log
 from tarflow.interpreter import child_environment, module_command
 
-VISIBLE = "CUDA_VISIBLE_DEVICES"
 OK, FAILED = 0, 1
 _PATIENCE_S = 10.0  # for a worker to end after a signal, before it is killed
 
@@ -35,13 +35,12 @@ class Devices:
     @classmethod
     def found(cls, device: str) -> "Devices":
         """Those for `--device DEVICE`. Creates no context on any of them."""
-        named = tuple(name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip())
         if device in ("cpu", "mps"):
             return cls(0, ())
         import torch
 
-        count = torch.cuda.device_count()
-        return cls(count, named or tuple(str(index) for index in range(count)))
+        count, named = torch.cuda.device_count(), visible_devices()
+        return cls(count, tuple(map(str, range(count))) if named is None else tuple(named))
 
     def workers(self, asked: str) -> int:
         """How many workers `--workers ASKED` means: auto is one for each device, and one on a CPU.

@@ -21,7 +21,6 @@ from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.file_sampling import describe_file
 from tarflow.evaluation.samples.store import SampleStore
 from tarflow.evaluation.samples.weights_source import from_checkpoint, from_file, resolve_device
-from tarflow.evaluation.waiting import WaitingCheckpoints
 from tarflow.evaluation.worker.compute_chunk import Hooks
 from tarflow.evaluation.worker.evaluate import Evaluator
 from tarflow.evaluation.worker.real_images import RealImages
@@ -31,6 +30,7 @@ from tarflow.terminal import plain
 from tarflow.trainer.checkpoint.find import check_identity, committed, find, scan, why_skipped
 from tarflow.trainer.checkpoint.marker import Checkpoint
 from tarflow.trainer.checkpoint.pins import pinned
+from tarflow.trainer.checkpoint.waiting import WaitingCheckpoints
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import is_run, load_run_config, require_run
 

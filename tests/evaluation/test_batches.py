@@ -5,17 +5,21 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tarflow.evaluation import batches
 from tarflow.evaluation.batches import Batches
 from tarflow.evaluation.errors import DeviceFailedError, EvaluationError
+from tarflow.evaluation.flow import Flow
+from tarflow.evaluation.likelihood.per_image import likelihoods
 from tarflow.evaluation.metrics.bits_per_dim import BitsPerDim, NoiseSettings
 from tarflow.evaluation.networks.features import Features
 from tarflow.evaluation.samples import draw
 from tarflow.evaluation.samples.draw import Sampler
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
+from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 from tarflow.models.cost import denoising_bytes, likelihood_bytes
 
@@ -120,6 +124,28 @@ def test_a_feature_network_that_does_not_fit_goes_on_in_halves(monkeypatch) -> N
     torch.testing.assert_close(network(images), whole)
     assert network.batches.used == {"features": 2}
     assert len(lines) == 1
+
+
+def test_likelihoods_of_every_image_and_the_python_interface_are_split_as_well(make_model, monkeypatch) -> None:
+    model = make_model()
+    pixels, labels, ids = torch.arange(8 * 64).remainder(256).to(torch.uint8).view(8, 1, 8, 8), torch.arange(8) % 3, torch.arange(8)  # fmt: skip
+    noise = NoiseSettings("gaussian", 0.1, draws=2)
+    flow = Flow(WeightsSource(model, "raw", "0" * 64, "here"), GUIDED, 8)
+    measures = (flow.bits_per_dim, flow.log_prob, flow.encode, flow.denoise)
+    free(monkeypatch, None)
+    table = likelihoods(model, [(pixels, labels, ids)], noise)
+    wholes = [measure(pixels, [1] * 8) for measure in measures]
+
+    free(monkeypatch, 2 * likelihood_bytes(model.config) / batches.SHARE)
+    shared = Batches(log=lambda _: None)
+    split = likelihoods(model, [(pixels, labels, ids)], noise, shared)
+    assert shared.used == {"likelihood": 2}
+    assert np.array_equal(split.bits, table.bits)
+    assert np.array_equal(split.parts, table.parts)
+    free(monkeypatch, 2 * denoising_bytes(model.config) / batches.SHARE)
+    flow._memory = Batches(log=lambda _: None)
+    assert all(torch.equal(measure(pixels, [1] * 8), whole) for measure, whole in zip(measures, wholes))
+    assert flow._memory.used["denoising"] == 2
 
 
 @pytest.mark.usefixtures("fake_features")

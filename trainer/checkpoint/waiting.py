@@ -1,4 +1,4 @@
-"""Keeps retention away from checkpoints that wait to be evaluated, while others are."""
+"""Keeps retention away from checkpoints that wait to be evaluated, while their reader evaluates others."""
 
 import os
 import threading
@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from tarflow.errors import UserError
-from tarflow.evaluation.log import Log
 from tarflow.trainer.checkpoint.marker import MARKER, Checkpoint
 from tarflow.trainer.checkpoint.pins import Pins
 
@@ -19,7 +18,11 @@ class WaitingCheckpoints:
     """
 
     def __init__(
-        self, present: Callable[[], Sequence[Checkpoint]], waits: Callable[[Checkpoint], bool], most: int, log: Log
+        self,
+        present: Callable[[], Sequence[Checkpoint]],
+        waits: Callable[[Checkpoint], bool],
+        most: int,
+        log: Callable[[str], None],
     ) -> None:
         self.present, self.waits, self.most, self.log = present, waits, most, log
         self._pins = Pins(f"waiting-{os.uname().nodename}-{os.getpid()}")
