@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 from tarflow import __version__, terminal
 from tarflow.errors import LASTING, UserError, in_words, path_of
 from tarflow.interpreter import leave_current_folder
-from tarflow.outputs import Output, ReaderGoneError, guarded_outputs
+from tarflow.terminal import Output, ReaderGoneError, guarded_outputs
 
 # verb: (module, what it does)
 VERBS = {
@@ -40,6 +40,10 @@ VERBS = {
     "checkpoint": ("tarflow.trainer.commands.checkpoint", "list, verify, export and prune a run's checkpoints"),
     "evaluate": ("tarflow.evaluation.commands.evaluate", "score a run's checkpoints, once or as they appear"),
     "sample": ("tarflow.evaluation.commands.sample", "draw images from a run or a weights file"),
+    "likelihood": (
+        "tarflow.evaluation.commands.likelihood",
+        "measure the exact likelihood of every image of a data set",
+    ),
     "sweep-guidance": ("tarflow.evaluation.commands.sweep_guidance", "find the guidance of the smallest distance"),
     "reference": ("tarflow.evaluation.commands.reference", "make the reference statistics of a data set"),
     "score": ("tarflow.evaluation.commands.score", "score a folder of images"),

@@ -53,16 +53,17 @@ LAYERS = {
     """,
     "evaluation": """
         commands
-        sweep
+        start
+        sweep likelihood
         worker
-        references report
+        references report flow
         results
         samples
         networks
         sweep_file
         result_file
         metrics
-        run_config image_set image_folder shared_work event_file
+        run_config image_set image_folder image_array shared_work event_file batches waiting
         errors log stopwatch
     """,
     "cluster": """
@@ -87,7 +88,7 @@ ROOMS_BELOW = {
 TRAINER_FOR_EVALUATION = {"config", "run_dir", "checkpoint", "errors"}
 # Files of tarflow/ that every room may import.
 GROUND = {
-    "code_version", "errors", "file_systems", "files", "interpreter", "leases", "locks", "npz", "outputs", "records",
+    "code_version", "devices", "errors", "file_systems", "files", "interpreter", "leases", "locks", "npz", "records",
     "settings", "terminal",
 }  # fmt: skip
 
@@ -245,6 +246,7 @@ VERBS = (
     "checkpoint",
     "evaluate",
     "sample",
+    "likelihood",
     "sweep-guidance",
     "reference",
     "score",

@@ -23,9 +23,8 @@ from torch import Tensor
 
 from tarflow.files import LineWriter, make_folder
 from tarflow.models.likelihood import bits_from_nats
-from tarflow.outputs import styled
 from tarflow.records import read_lines, sealed
-from tarflow.terminal import plain_lines
+from tarflow.terminal import plain_lines, styled
 from tarflow.trainer.outbox import Outbox
 
 WIDE = 130  # columns of a terminal with room for all metrics beside a progress bar

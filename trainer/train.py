@@ -11,7 +11,8 @@ from tarflow.trainer.config.schema import Config
 from tarflow.trainer.hooks import Hook
 from tarflow.trainer.loop import Trainer
 from tarflow.trainer.metrics import MetricLogger
-from tarflow.trainer.parallel.choose import compute_deterministically, pick_device
+from tarflow.trainer.parallel.choose import compute_deterministically
+from tarflow.trainer.parallel.device import check_devices, idle_gpu, pick_device
 from tarflow.trainer.parallel.shared import check_shared
 from tarflow.trainer.parallel.world import World, first_decides, process_group, world_from_env
 from tarflow.trainer.resilience.exit_codes import FINISHED, NO_PROGRESS
@@ -60,6 +61,7 @@ def _train(
             monitor_after_us(limits, config.parallel)
         with deadline(limit + 2, run_dir, world.rank, "joining the other ranks"):  # torch's own error comes first
             stack.enter_context(process_group(world, device, limit, always=zero))
+            check_devices(device)
         set_timeouts(limits.start.collective_s)
         given = (run_dir, config, checked.train.facts, accept_new_data)
         with deadline(limit, run_dir, world.rank, "reading the newest checkpoint"):
@@ -78,8 +80,9 @@ def _train(
         fault_point("start")
         log = MetricLogger(run_dir, config.log.tensorboard, config.train.max_images, world.rank)
         stack.callback(log.close)
-        for line in checked.lines():
-            log.info(line)
+        for line in [*checked.lines(), idle_gpu(device, config.train.device)]:
+            if line:
+                log.info(line)
 
         # --- Build the model, load the checkpoint, and record that a start got this far.
         trainer = Trainer(config, run_dir, plan, log, world, device, watchdog, checked.warmup_images, hooks)

@@ -5,6 +5,7 @@ would report metrics of other weights.
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflow.devices import asked_for_gpus, why_no_gpu
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
 from tarflow.models.flow import TarFlow
 from tarflow.models.provenance import Provenance
 from tarflow.models.weights import WeightsFile, check_weights, load_model
@@ -50,6 +53,20 @@ class WeightsSource:
         """How the weights were trained, as far as known; `checked` is false if their file carries no checksum."""
         return self.provenance.describe() | ({} if self.checked else {"checked": False})
 
+    def training_noise(self, noise_std: float, seed: int = 0, draws: int = 1) -> NoiseSettings:
+        """The noise that 8-bit images get before their likelihood is taken.
+
+        `noise_std` serves a file that does not record its noise; EvaluationError where that is unknown, too (0).
+        """
+        if self.provenance.noise is not None:
+            return NoiseSettings(self.provenance.noise, self.provenance.noise_std or 0.0, seed, draws)
+        if noise_std:
+            return NoiseSettings("gaussian", noise_std, seed, draws)
+        raise EvaluationError(
+            f"{self.origin} does not record its training noise, without which 8-bit images have no density: give its "
+            "standard deviation (noise_std, --noise-std)"
+        )
+
 
 def from_checkpoint(config: Config, checkpoint: Checkpoint, which: str, device: torch.device) -> WeightsSource:
     """One set of weights of a checkpoint ("raw", "ema-0.050", ...), for the model of the run's configuration.
@@ -81,10 +98,19 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Resolve "auto", "cpu", "cuda" or "mps" on this machine. Raises EvaluationError if the device is not available."""
+    """Resolve "auto", "cpu", "cuda" or "mps" on this machine. Raises EvaluationError if the device is not available.
+
+    "auto" takes the CPU only where nothing (a job, CUDA_VISIBLE_DEVICES) asks for a GPU.
+    """
     mps = torch.backends.mps.is_available()
+    asked = asked_for_gpus() or ("--device cuda" if name == "cuda" else "")
+    if asked and name in ("auto", "cuda") and not torch.cuda.is_available():
+        raise EvaluationError(
+            f"{asked}, but on node {os.uname().nodename} {why_no_gpu()}; to work on the CPU all the same, use --device cpu "
+            "(a job goes by train.device of its run)"
+        )
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not mps):
+    if name == "mps" and not mps:
         raise EvaluationError(f"device {name!r} is not available on this machine; use --device cpu or --device auto")
     return torch.device(name)

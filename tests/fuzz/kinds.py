@@ -32,7 +32,7 @@ ONE = "runs/one"
 AT, AVERAGES, SLURM = f"{ONE}/checkpoints/images-*", f"{ONE}/ema/snapshots", f"{ONE}/slurm"
 SAMPLES = f"{ONE}/samples"
 
-_READ = ("train", "sample", "evaluate", "checkpoint verify", "checkpoint export")
+_READ = ("train", "sample", "evaluate", "likelihood", "checkpoint verify", "checkpoint export")
 _CHECKPOINT = (*_READ, "checkpoint list", "checkpoint prune", "checkpoint rewind", "status", "evaluate --watch")
 _RUN = (*_CHECKPOINT, "sweep-guidance", "ema", "report", "submit", "train --dry-run", "cancel")
 _AVERAGES = ("ema", "train")
@@ -81,6 +81,11 @@ _KINDS = (
     Kind("reference of a run", f"{ONE}/evals/reference-*.npz", ("evaluate", "sweep-guidance"), "npz"),
     # files by themselves
     Kind("reference.npz", "ref.npz", ("score",), "npz", any_sound=True),
+    # others' formats, without a checksum: the file's SHA-256 stands in the message and in the result
+    Kind("theirs: npz", "theirs.npz", ("score (theirs)",), "npz", own_words=True),
+    Kind("theirs: pickle", "theirs.pkl", ("score (pickle)",), own_words=True),
+    Kind("array of images", "array.npz", ("score (array)",), "npz", own_words=True),
+    Kind("likelihood.json", "lik/likelihood.json", ("likelihood (again)",), "json", ("lik",)),
     Kind("weights.safetensors", "w.safetensors", ("sample (file)", "evaluate (file)", "train --init-from"), "safetensors",
          any_sound=True),
     Kind("weights.pth", "w.pth", ("sample (pth)",), "zip", any_sound=True),

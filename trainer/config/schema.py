@@ -101,7 +101,9 @@ class TrainConfig(Section):
         "always float32",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        "auto", description="device to train on; auto takes cuda if available, otherwise mps, otherwise cpu"
+        "auto",
+        description="device to train on; auto takes cuda if available, otherwise mps, otherwise cpu, but not the cpu where a "
+        "job, Slurm or CUDA_VISIBLE_DEVICES asks for a GPU",
     )
     deterministic: bool = Field(
         False,

@@ -4,8 +4,8 @@ A phase that takes too long means that this rank, or one that it waits for, hang
 the rank and the process exits with a code of its own, so that an allocation is not wasted in silence. Startup, saves and the
 end may take `parallel.start_timeout_s`, a step `parallel.step_timeout_s`; `limits.py` derives all else.
 
-A second thread writes `heartbeats/rank-0003.json` (phase, step, time in the phase). A shared file system that does not answer
-stalls that thread alone: the one that watches opens no file until it ends the process.
+A second thread writes `heartbeats/rank-0003.json` (phase, step, time in the phase), the ranks of a large run in turn. A shared
+file system that does not answer stalls that thread alone: the one that watches opens no file until it ends the process.
 """
 
 import faulthandler
@@ -34,6 +34,7 @@ from tarflow.trainer.run_dir import Holder, is_run, note, rank_log
 QUICK = ("data", "step")  # phases within a step; all others may take long
 STRAGGLER = 1.5  # times the median rank's own time per step, above which a rank is named
 LOOK_S = 30.0  # between two comparisons of all ranks
+READS_PER_S = 10.0  # heartbeats that these comparisons read: of a large run they come less often
 
 
 class Watchdog:
@@ -47,6 +48,7 @@ class Watchdog:
         self._stop = threading.Event()
         self._limits = limits_of(limits)
         self._interval = self._limits.look_s
+        self._schedule = alive.BeatSchedule(rank, world_size)
         self._named: int | None = None
         self._file: IO[str] | None = None
 
@@ -89,6 +91,10 @@ class Watchdog:
         """Timeout of the current phase."""
         return self._phase.idle_s
 
+    @property
+    def _look_s(self) -> float:
+        return min(max(LOOK_S, self.world_size / READS_PER_S), self.limits.step_timeout_s)
+
     def _watch(self) -> None:
         assert self._file is not None
         last = time.monotonic()
@@ -109,11 +115,11 @@ class Watchdog:
         """Write heartbeats, the last one at the end; on rank 0, compare those of all ranks now and then."""
         looked = time.monotonic()
         while True:
-            self._write()
+            self.beat()
             if self._stop.wait(self._interval):
                 break
             now = time.monotonic()
-            if self.rank == 0 and self.world_size > 1 and now - looked > min(LOOK_S, self.limits.step_timeout_s):
+            if self.rank == 0 and self.world_size > 1 and now - looked > self._look_s:
                 looked = now
                 with suppress(OSError):
                     self._name_straggler()
@@ -141,6 +147,11 @@ class Watchdog:
             within(self._phase.words_s, last_words)
         finally:  # also on a full disk, or one that does not answer
             os._exit(HUNG)
+
+    def beat(self) -> None:
+        """Write the heartbeat, if it is this rank's turn."""
+        if self._schedule.due(time.monotonic()):
+            self._write()
 
     def _write(self) -> None:
         facts: dict[str, Any] = {

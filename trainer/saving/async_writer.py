@@ -18,6 +18,7 @@ from torch import Tensor
 import tarflow.trainer.checkpoint.commit as ckpt
 import tarflow.trainer.checkpoint.retention as retention
 import tarflow.trainer.ema.snapshots as snapshots
+from tarflow.devices import keep_device
 from tarflow.files import discard, make_folder, write_text
 from tarflow.trainer.checkpoint.names import checkpoints_dir
 from tarflow.trainer.config.schema import CheckpointConfig
@@ -63,7 +64,8 @@ class AsyncWriter:
     def start(self, save: SaveHandle, state: dict[str, Tensor], describe: Describe) -> None:
         """Write in a thread, which `save` then stands for. One at a time: the caller waits for the save before."""
         # A daemon: when training ends in an error, the process must not wait for a disk.
-        save.thread = threading.Thread(target=self.write, args=(save, state, describe), name="save", daemon=True)
+        write = keep_device(self.write)
+        save.thread = threading.Thread(target=write, args=(save, state, describe), name="save", daemon=True)
         save.thread.start()
 
     def write(self, save: SaveHandle, state: dict[str, Tensor], describe: Describe) -> None:
