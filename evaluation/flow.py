@@ -18,6 +18,7 @@ from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.denoise import denoise
+from tarflow.models.float32 import TRUE_FLOAT32, products
 from tarflow.models.flow import TarFlow
 from tarflow.models.likelihood import bits_per_dim, log_likelihood
 from tarflow.models.noise import to_model_range
@@ -143,6 +144,7 @@ class Flow:
         """
         return self._mean_over_draws(bits_per_dim, images, labels, draws, seed, first)
 
+    @products(TRUE_FLOAT32)
     @torch.inference_mode()
     def encode(self, images: Images, labels: Labels = None) -> Tensor:
         """Images, without noise added -> latents z, float32 [N, T, D]. Under the model they are standard normal."""
@@ -150,6 +152,7 @@ class Flow:
         latents = [torch.empty(0, self.config.num_tokens, self.config.token_dim)]
         return torch.cat([*latents, *(self.model(*batch)[0].cpu() for batch in self._batches(x, y))])
 
+    @products(TRUE_FLOAT32)
     def decode(self, z: Tensor, labels: Labels = None) -> Tensor:
         """Latents [N, T, D] -> images, float32 [N, C, H, W] in model range, not clipped: the inverse of `encode`, unguided."""
         shape = (self.config.num_tokens, self.config.token_dim)
@@ -162,6 +165,7 @@ class Flow:
             images.append(sample(self.model, part.float() / scale, label, UNGUIDED).cpu())
         return torch.cat(images)
 
+    @products(TRUE_FLOAT32)
     def denoise(self, images: Images, labels: Labels = None, *, multiplier: float = 1.0) -> Tensor:
         """One step along the score, which takes out the training noise (section 2.5 of the paper): float32 in model range."""
         std = self.provenance.noise_std or self.sampling.noise_std
@@ -176,6 +180,7 @@ class Flow:
             clean.append(denoise(self.model, part, label, std, multiplier).detach().cpu())
         return torch.cat(clean)
 
+    @products(TRUE_FLOAT32)
     def _mean_over_draws(
         self, of: Any, images: Images, labels: Labels, draws: int, seed: int | None, first: int
     ) -> Tensor:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
+from tarflow.models.float32 import TRUE_FLOAT32, products
 from tarflow.models.flow import TarFlow
 from tarflow.models.likelihood import bits_from_density, log_density
 
@@ -69,6 +70,7 @@ class ImageLikelihoods:
         return np.asarray(best[:, 0] - np.log2(share) / dims)
 
 
+@products(TRUE_FLOAT32)
 @torch.inference_mode()
 def likelihoods(
     model: TarFlow, batches: Iterable[tuple[Tensor, Tensor, Tensor]], noise: NoiseSettings
