@@ -2,6 +2,7 @@
 
 import errno
 import pickle
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from tarflow.trainer.checkpoint.layout import Layout
+from tarflow.trainer.checkpoint.pieces import ENTRY, write_sums
 from tarflow.trainer.checkpoint.tensors import write_tensors
 from tarflow.trainer.parallel.world import process_group, world_from_env
 from tests.helpers.ranks import launch_ranks
@@ -136,3 +138,13 @@ def test_a_layout_serves_without_other_ranks(tmp_path: Path, value: Tensor) -> N
     for number in range(2):
         write_tensors(tmp_path / f"{number}", {"x": value + number}, None, layout)
         assert written(tmp_path / f"{number}", {"x": value})["x"] == (value + number).flatten().tolist()
+
+
+def test_a_file_has_the_checksums_of_its_pieces_and_of_what_lies_between(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 5
+    file = tmp_path / "__0_0.distcp"
+    file.write_bytes(data)
+    assert write_sums(file, [(700, 100), (0, 300), (300, 0)]) == zlib.crc32(data)
+    assert list(ENTRY.iter_unpack((tmp_path / "__0_0.sums").read_bytes())) == [
+        (0, zlib.crc32(data[:300])), (300, 0), (700, zlib.crc32(data[700:800]))
+    ]  # fmt: skip
