@@ -21,6 +21,7 @@ from tarflow.trainer.checkpoint.layout import Layout
 from tarflow.trainer.checkpoint.pieces import ENTRY, write_sums
 from tarflow.trainer.checkpoint.tensors import write_tensors
 from tarflow.trainer.parallel.world import process_group, world_from_env
+from tarflow.trainer.saving.storage import DiskStorage
 from tests.helpers.ranks import launch_ranks
 
 TENSORS = 12
@@ -83,6 +84,31 @@ def test_what_is_saved_again_is_not_planned_again(tmp_path: Path) -> None:
         assert again == [0, 0]  # not one object
     listed = [(tmp_path / f"{number}/.metadata").read_bytes() for number in range(5)]
     assert listed[0] == listed[1] == listed[2] == listed[4] != listed[3]
+
+
+def saved_in_turn(folder: Path) -> list[int]:
+    """A state, and a part of it as a snapshot, three times each, as a run saves them."""
+    with process_group(world_from_env(), torch.device("cpu"), 60):
+        storage, exchanged = DiskStorage(), []
+        for number in range(6):
+            tensors, home = state(number), folder / f"{number}"
+            if number % 2:
+                tensors = {name: tensor for name, tensor in tensors.items() if name < "model/5"}
+            if dist.get_rank() == 0:
+                home.mkdir()
+            dist.barrier()
+            with counted_objects() as counts:
+                storage.write(home, tensors, dist.group.WORLD)
+            exchanged.append(sum(counts.values()))
+            dist.barrier()
+            assert written(home, tensors)["model/0"] == [number] * 18
+        return exchanged
+
+
+def test_snapshots_between_saves_make_no_new_plans(tmp_path: Path) -> None:
+    for exchanged in launch_ranks(saved_in_turn, 2, tmp_path).values:
+        assert min(exchanged[:2]) > 0
+        assert exchanged[2:] == [0] * 4
 
 
 def saved_with_failures(folder: Path) -> list[str]:
