@@ -34,6 +34,7 @@ from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.shared_work import SharedWork
 from tarflow.evaluation.worker.chunk_file import Chunk, Form, is_valid, read_chunk, write_chunk
 from tarflow.files import check_writable, fill, listed
+from tarflow.models.float32 import TRUE_FLOAT32
 from tarflow.records import Record, load_record, write_object
 from tarflow.terminal import plain
 
@@ -209,6 +210,7 @@ class _Measurement:
         table = write_table(self.request.out, self.request.form, columns)
         summary = {**self.identity, **_summary(found, self.noise, dims), "table": table.name}
         summary |= {"data": str(self.request.data), "origin": self.source.origin, "code": code_version()}
+        summary["float32"] = TRUE_FLOAT32
         summary["provenance"] = self.source.describe_provenance()
         write_page(self.request.out / "likelihood.html", found, extremes.pictures, summary)
         write_object(self.request.out / "likelihood.json", summary)

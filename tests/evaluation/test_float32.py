@@ -7,13 +7,17 @@ from typing import Any
 import pytest
 import torch
 
+import tarflow
 import tarflow.evaluation.metrics.bits_per_dim
 import tarflow.evaluation.samples.draw
+from tarflow.evaluation.likelihood.per_image import likelihoods
+from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
 from tarflow.evaluation.networks.features import Features
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.worker.follow import evaluate
 from tarflow.evaluation.worker.recipe import load_settings
 from tarflow.models.float32 import products
+from tarflow.models.flow import FlowBlock
 
 Flags = tuple[str, bool]  # precision of matrix products; whether convolutions may be less than float32
 OUTSIDE: Flags = ("medium", True)
@@ -81,3 +85,21 @@ def test_only_another_precision_makes_another_result(make_run) -> None:
     assert "matmul_precision" not in plain.describe()["sampling"]
     assert plain.hash != other.hash
     assert ResolvedSampling(matmul_precision="high") != ResolvedSampling()
+
+
+def test_whoever_asks_from_python_or_for_every_image_gets_float32(make_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(steps=(10,), evaluation={"matmul_precision": "high"})[0]
+    flow, found, real = tarflow.load(run), set(), FlowBlock.forward
+
+    def listening(self: FlowBlock, *args: Any, **kwargs: Any) -> Any:
+        found.add(flags())
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(FlowBlock, "forward", listening)
+    images = torch.zeros(2, *flow.config.image_shape, dtype=torch.uint8)
+    for ask in (flow.log_prob, flow.bits_per_dim, flow.encode, flow.denoise):
+        ask(images, 0)
+        assert found == {("highest", False)}, ask
+    ids = torch.arange(2)
+    likelihoods(flow.model, [(images, ids, ids)], NoiseSettings("gaussian", 0.1))
+    assert found == {("highest", False)}

@@ -18,6 +18,7 @@ class Disk(DiskStorage):
     breaks = False  # the disk is full once the tensors are written
 
     def __init__(self) -> None:
+        super().__init__()
         self.ready = threading.Event()  # cleared: writing waits
         self.ready.set()
 

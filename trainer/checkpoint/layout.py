@@ -2,11 +2,11 @@
 
 torch's distributed checkpoint (DCP) plans each save anew: every rank sends rank 0 what it holds, which sends back who writes
 what, learns where everything was put, and sends the list of all of it to every rank. For 128 ranks of a large model that is
-half a million items, three times over. But a run saves the same tensors again and again. So the ranks keep what they were
+half a million items, four times over. But a run saves the same tensors again and again. So the ranks keep what they were
 told at the last save, and rank 0 the list; as long as nothing changed, two words per rank are exchanged.
 
-torch's own cache of plans (`enable_plan_caching`) saves the first of the three only, lives as long as the process, and
-rank 0 keeps the plans of all ranks as objects.
+torch's own cache of plans (`enable_plan_caching`) saves the first two of the four, lives as long as the process, and has
+rank 0 keep the plans of all ranks as objects.
 """
 
 from pathlib import Path

@@ -10,7 +10,7 @@ import struct
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -33,17 +33,22 @@ def sums_of(path: Path | str) -> Path:
 
 def write_sums(path: Path, places: Iterable[tuple[int, int]]) -> int:
     """Write the checksums of a file's pieces, which lie at these (offsets, lengths); the CRC-32 of the file as a whole."""
-    entries, whole = [], 0
+    entries, whole, size = [], 0, path.stat().st_size
     with open_to_read(path) as file:
-        for start, length in sorted(places):
-            left, value = length, 0
-            file.seek(start)
-            while left and (data := file.read(min(left, BLOCK))):
-                left, value, whole = left - len(data), zlib.crc32(data, value), zlib.crc32(data, whole)
-            entries.append(ENTRY.pack(start, value))
-        assert file.tell() == path.stat().st_size, f"{path}: bytes that belong to no piece"
-    write_new(sums_of(path), b"".join(entries))
+        for start, length in [*sorted(places), (size, 0)]:
+            _, whole = _read(file, start - file.tell(), whole)  # what lies between them
+            piece, whole = _read(file, length, whole)
+            entries.append(ENTRY.pack(start, piece))
+    write_new(sums_of(path), b"".join(entries[:-1]))
     return whole
+
+
+def _read(file: IO[bytes], length: int, whole: int) -> tuple[int, int]:
+    """The CRC-32 of the next bytes, and of all that were read until then."""
+    piece = 0
+    while length > 0 and (data := file.read(min(length, BLOCK))):
+        length, piece, whole = length - len(data), zlib.crc32(data, piece), zlib.crc32(data, whole)
+    return piece, whole
 
 
 class PieceSums:

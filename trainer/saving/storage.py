@@ -30,7 +30,8 @@ class DiskStorage:
     """A file system that all ranks share."""
 
     def __init__(self) -> None:
-        self._layout = Layout()
+        # A run saves its state, and now and then its averages alone: each is planned once.
+        self._layouts: dict[tuple[str, ...], Layout] = {}
 
     def free_bytes(self, folder: Path) -> int:
         """Space left for files in a folder."""
@@ -39,11 +40,12 @@ class DiskStorage:
     def write(self, folder: Path, tensors: dict[str, Tensor], group: Any) -> dict[str, int]:
         """Write this rank's share of the tensors, durably; CRC-32 of each of its files. Every rank calls it."""
         before = set(folder.iterdir())
-        write_tensors(folder, tensors, group, self._layout)
+        layout = self._layouts.setdefault(tuple(tensors), Layout())
+        write_tensors(folder, tensors, group, layout)
         fault_point("save.written")
         rank = dist.get_rank() if group is not None else 0
         mine = [path for path in folder.glob(f"__{rank}_*") if path not in before]
-        sums = {path.name: write_sums(path, self._layout.places(path.name)) for path in mine}
+        sums = {path.name: write_sums(path, layout.places(path.name)) for path in mine}
         # Each rank syncs its own files: on a network file system their pages are in this machine's memory.
         for path in mine:
             sums[sums_of(path).name] = crc32(sums_of(path))

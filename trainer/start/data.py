@@ -14,6 +14,7 @@ def data_findings(config: Config, train: DataSurvey) -> Iterator[Finding]:
     """Findings about the training images."""
     yield from _length(config, train)
     yield from _noise(config)
+    yield from patience(config)
     yield from _labels(config, train)
     yield from image_findings(config, "data.train", train)
 
@@ -55,6 +56,19 @@ def _length(config: Config, train: DataSurvey) -> Iterator[Finding]:
             "images more than once"
         )
         yield Finding(text, ("train.global_batch_size", "data.train"), note=True)
+
+
+def patience(config: Config) -> Iterator[Finding]:
+    """Whether a server that does not answer is named before the watchdog ends the run for a step that takes too long."""
+    data, step_s = config.data, config.parallel.step_timeout_s
+    longest = data.timeout_s * (data.retries + 1)
+    if "://" in data.train and longest >= step_s:
+        yield Finding(
+            f"a request for data may take data.timeout_s={data.timeout_s:g} x (1 + data.retries={data.retries}) = "
+            f"{longest:g} s, but a step only parallel.step_timeout_s={step_s:g}: a server that does not answer would end the "
+            "run as hung before it is named. Lower the former, or raise the latter",
+            ("data.timeout_s", "data.retries", "parallel.step_timeout_s"),
+        )
 
 
 def _noise(config: Config) -> Iterator[Finding]:

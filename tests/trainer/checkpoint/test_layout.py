@@ -2,6 +2,7 @@
 
 import errno
 import pickle
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from tarflow.trainer.checkpoint.layout import Layout
+from tarflow.trainer.checkpoint.pieces import ENTRY, write_sums
 from tarflow.trainer.checkpoint.tensors import write_tensors
 from tarflow.trainer.parallel.world import process_group, world_from_env
+from tarflow.trainer.saving.storage import DiskStorage
 from tests.helpers.ranks import launch_ranks
 
 TENSORS = 12
@@ -83,6 +86,31 @@ def test_what_is_saved_again_is_not_planned_again(tmp_path: Path) -> None:
     assert listed[0] == listed[1] == listed[2] == listed[4] != listed[3]
 
 
+def saved_in_turn(folder: Path) -> list[int]:
+    """A state, and a part of it as a snapshot, three times each, as a run saves them."""
+    with process_group(world_from_env(), torch.device("cpu"), 60):
+        storage, exchanged = DiskStorage(), []
+        for number in range(6):
+            tensors, home = state(number), folder / f"{number}"
+            if number % 2:
+                tensors = {name: tensor for name, tensor in tensors.items() if name < "model/5"}
+            if dist.get_rank() == 0:
+                home.mkdir()
+            dist.barrier()
+            with counted_objects() as counts:
+                storage.write(home, tensors, dist.group.WORLD)
+            exchanged.append(sum(counts.values()))
+            dist.barrier()
+            assert written(home, tensors)["model/0"] == [number] * 18
+        return exchanged
+
+
+def test_snapshots_between_saves_make_no_new_plans(tmp_path: Path) -> None:
+    for exchanged in launch_ranks(saved_in_turn, 2, tmp_path).values:
+        assert min(exchanged[:2]) > 0
+        assert exchanged[2:] == [0] * 4
+
+
 def saved_with_failures(folder: Path) -> list[str]:
     """A save that fails on the last rank while it is written, as the first one and as a later one; then good ones."""
     with process_group(world_from_env(), torch.device("cpu"), 60):
@@ -136,3 +164,13 @@ def test_a_layout_serves_without_other_ranks(tmp_path: Path, value: Tensor) -> N
     for number in range(2):
         write_tensors(tmp_path / f"{number}", {"x": value + number}, None, layout)
         assert written(tmp_path / f"{number}", {"x": value})["x"] == (value + number).flatten().tolist()
+
+
+def test_a_file_has_the_checksums_of_its_pieces_and_of_what_lies_between(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 5
+    file = tmp_path / "__0_0.distcp"
+    file.write_bytes(data)
+    assert write_sums(file, [(700, 100), (0, 300), (300, 0)]) == zlib.crc32(data)
+    assert list(ENTRY.iter_unpack((tmp_path / "__0_0.sums").read_bytes())) == [
+        (0, zlib.crc32(data[:300])), (300, 0), (700, zlib.crc32(data[700:800]))
+    ]  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 import tarflow.cli
 from tarflow.models.weights import load_weights_file
 from tarflow.trainer.checkpoint.find import committed, find
+from tarflow.trainer.checkpoint.metadata import read_metadata
 from tarflow.trainer.checkpoint.pins import pinned
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.files import load_config
@@ -117,8 +118,11 @@ def test_export_refuses_and_writes_nothing(run: Path, tmp_path: Path, capsys) ->
     assert "exists" in refused("--out", str(tmp_path / "old.pth"))
     assert "does not exist" in refused("--out", str(tmp_path / "none" / "a.pth"))
     assert "usable steps: 1, 2, 3, 4, 5" in refused("--out", str(tmp_path / "a.pth"), "--step", "6")
-    flip(next(find(run, 5).path.glob("*.distcp")), 7)
-    assert "the checksum of its file" in refused("--out", str(tmp_path / "a.pth"))
+    pieces = read_metadata(find(run, 5).path, find(run, 5).sizes)
+    for weights, name in (("ema-0.100", "ema-0.100"), ("raw", "model")):
+        piece = pieces[f"{name}/blocks.0.proj_in.weight"].pieces[0]
+        flip(find(run, 5).path / piece.file, piece.start + piece.length // 2)
+        assert "the checksum of its file" in refused("--out", str(tmp_path / "a.pth"), "--weights", weights)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["old.pth", "run"]
 
 

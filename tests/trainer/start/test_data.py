@@ -6,6 +6,7 @@ import pytest
 
 from tarflow.errors import UserError
 from tarflow.trainer.start.check import check_start
+from tarflow.trainer.start.data import patience
 
 
 def refused(config, run_dir: Path = Path("no/run")) -> str:
@@ -147,3 +148,18 @@ def test_images_of_several_sizes_and_a_missing_shard(make_set, make_config, tmp_
     assert any("has 9 px and more: they are enlarged" in line for line in said)
     (tmp_path / "wild" / "a.tar").unlink()
     assert "a.tar" in refused(config)
+
+
+def test_a_server_may_not_be_silent_for_longer_than_a_step(make_config) -> None:
+    """Both settings are named; a folder on a disk has no such requests."""
+    for place, slow, refused_ in (
+        ("https://host/set", 60, True),
+        ("https://host/set", 10, False),
+        ("/data/set", 60, False),
+    ):
+        config = make_config(place, data={"timeout_s": slow, "retries": 9})
+        found = [finding.text for finding in patience(config)]
+        assert bool(found) == refused_
+        for text in found:
+            assert "data.timeout_s=60 x (1 + data.retries=9) = 600 s" in text
+            assert "parallel.step_timeout_s=600" in text
