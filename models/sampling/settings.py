@@ -10,13 +10,23 @@ from tarflow.settings import MOST_SEED, Count, Section
 class SamplingSettings(Section):
     """How images are sampled: guidance, denoising, dtype, seed and labels. Recorded in every result.
 
-    Guidance is the paper's linear rule (arXiv 2412.06329, section 2.6): with a_c, b_c of the conditional network and
-    a_u, b_u of the unconditional one, which sees no label and divides its attention logits by `attn_temp`,
-    a = a_c + w (a_c - a_u), and the same for b.
+    The formulas of guidance are in `guidance.py`: of the conditional network and the unconditional one, which sees no label
+    and divides its attention logits by `attn_temp`.
     """
 
     guidance: float = Field(0.0, ge=0, le=1e4, description="guidance weight w in a = a_c + w (a_c - a_u); 0 = off")
     guide: Literal["a", "b", "ab"] = Field("ab", description="what guidance acts on: log-scale a, shift b, or both")
+    guidance_form: Literal["linear", "closed"] = Field(
+        "linear",
+        description="formula of guidance: the paper's linear rule, or the closed form of the guided Gaussian, which stays "
+        "stable at large w",
+    )
+    guide_blocks: tuple[int, ...] = Field(
+        (),
+        max_length=1 << 10,
+        description="flow blocks that are guided, counted from 0 in the forward direction, negative from the end; -1 is the "
+        "last, which is sampled first. Empty = all",
+    )
     attn_temp: float = Field(1.0, ge=1e-4, le=1e4, description="attention temperature of the unconditional half")
     annealed: bool = Field(
         True, description="scale the guidance weight of token i by i / (T - 1): 0 at the first token, w at the last"
@@ -35,6 +45,14 @@ class SamplingSettings(Section):
     labels: Literal["balanced", "training"] = Field(
         "balanced", description="label distribution of the samples: uniform over the classes, or that of data.train"
     )
+
+    @property
+    def unsaid(self) -> set[str]:
+        """Settings that came after results were first written, where they have their defaults.
+
+        They are left out of what names a result, so that a result of an earlier version keeps its name.
+        """
+        return {name for name, value in LATER.items() if getattr(self, name) == value}
 
     @property
     def guided(self) -> bool:
@@ -60,3 +78,7 @@ class SamplingSettings(Section):
                 "and unguided network are the same. Set sampling.attn_temp (for example 0.3), or sampling.guidance=0"
             )
         return None
+
+
+# Settings that results of the first versions do not hold, with the values that these were drawn with.
+LATER = {name: SamplingSettings.model_fields[name].default for name in ("guidance_form", "guide_blocks")}
