@@ -248,6 +248,7 @@ WITH_REASON = {
     "evaluation/worker/chunk_file.py": "a file that SharedWork has made",
     "evaluation/references/reference.py": "a file that SharedWork or write_atomic has made",
     "cluster/submission/snapshot.py": "a new folder under a drawn name",
+    "models/sampling/native_build.py": "in a private folder",
     "tarflow/file_systems.py": "a tool itself, with tests of its own",
     "data_pipeline/storage/cache_folder.py": "a tool itself, with tests of its own",
     "data_pipeline/storage/access.py": "the name of the system's folder; what lies there is checked by private_folder",

@@ -1,4 +1,4 @@
-"""Sampling: each block inverted token by token with a key-value cache (arXiv 2412.06329, sections 2.2 and 2.6).
+"""Sampling: each block inverted with a key-value cache (arXiv 2412.06329, sections 2.2 and 2.6), by default token by token.
 
 Guidance runs the conditional and the unconditional half as one batch of 2N rows.
 """
@@ -8,10 +8,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from tarflow.models.errors import ModelError
 from tarflow.models.flow import FlowBlock, TarFlow
 from tarflow.models.sampling.engine import EagerBlock
 from tarflow.models.sampling.guidance import Guidance
+from tarflow.models.sampling.inverse import invert
+from tarflow.models.sampling.measure import measure_plan
+from tarflow.models.sampling.plan import plan_without_measuring
 from tarflow.models.sampling.settings import SamplingSettings
 
 UNGUIDED = SamplingSettings(guidance=0.0)
@@ -48,37 +50,17 @@ def sample(
 ) -> Tensor | tuple[Tensor, list[Tensor]]:
     """Standard normal noise [N, T, D] and labels [N] (-1 = no label) -> images [N, C, H, W], float32, not clipped.
 
-    Of the settings only guidance acts here: seed, dtype and denoising are the caller's (`evaluation.samples.draw`).
+    Of the settings guidance, method and tolerance act here: seed, dtype and denoising are the caller's
+    (`evaluation.samples.draw`), and certificates come from `inverse.invert`.
     Row i of the result depends on row i of the noise and of the labels alone. With `return_trajectory` also the images
     after 0, 1, ... blocks, from the noise to the result.
     """
-    check_labels(model, labels, noise.shape[0])
-    x = noise.float() * model.var.float().sqrt()  # the prior's scale per token and dimension; 1 where nvp
-    trajectory = [model.unpatchify(x)]
-    blocks, tokens = model.config.num_blocks, model.config.num_tokens
-    for number in reversed(range(blocks)):
-        guidance = Guidance.of_block(settings, number, blocks, tokens)
-        x = invert_block(model.blocks[number], x, labels, guidance)  # type: ignore[arg-type]
-        if return_trajectory:
-            trajectory.append(model.unpatchify(x))
-    images = model.unpatchify(x)
-    return (images, trajectory) if return_trajectory else images
-
-
-def check_labels(model: TarFlow, labels: Tensor | None, batch: int) -> None:
-    """Raise ModelError for labels that the model does not have; -1 (no label) is always valid."""
-    if labels is None:
-        return
-    classes = model.config.num_classes
-    if labels.shape != (batch,):
-        raise ModelError(f"labels must have shape [{batch}], got {list(labels.shape)}")
-    low, high = int(labels.min()), int(labels.max())
-    if low < -1 or high >= max(classes, 0):
-        bad = low if low < -1 else high
-        if not (classes == 0 and high == -1):
-            raise ModelError(
-                f"label {bad} is outside the model's {classes} classes (0..{classes - 1}, or -1 for no label)"
-            )
+    if settings.method == "auto":
+        plan = measure_plan(model, noise, labels, settings)
+    else:
+        plan = plan_without_measuring(model.config, settings)
+    done = invert(model, noise, labels, settings, plan, with_trajectory=return_trajectory)
+    return (done.images, done.trajectory) if return_trajectory else done.images
 
 
 def invert_block(block: FlowBlock, z: Tensor, labels: Tensor | None, guidance: Guidance) -> Tensor:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tarflow.settings import MOST_SEED, Count, Section
 
@@ -41,10 +41,38 @@ class SamplingSettings(Section):
     param_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype of the network's parameters and matrix products while sampling"
     )
+    method: Literal["sequential", "fixed_point", "auto"] = Field(
+        "sequential",
+        description="how a block is inverted: token by token; by iterating on many tokens at once; or by the fastest of these, "
+        "measured on the first batch, with the compiled engine on a CPU. The images agree within the tolerance",
+    )
+    tolerance: float = Field(
+        1e-4,
+        ge=2e-5,
+        le=1e-1,
+        description="how far the noise that a sample is the exact image of may lie from the noise asked for; what misses it is "
+        "sampled again token by token. Below 2e-5 float32 rounds",
+    )
+    certify_every: Count = Field(
+        16,
+        ge=0,
+        le=1 << 20,
+        description="certify every n-th sample also where it was drawn token by token, which costs a pass over it; 1 = all, "
+        "0 = none",
+    )
     seed: Count = Field(0, ge=0, le=MOST_SEED, description="seed of the noise: image i depends on (seed, i) alone")
     labels: Literal["balanced", "training"] = Field(
         "balanced", description="label distribution of the samples: uniform over the classes, or that of data.train"
     )
+
+    @model_validator(mode="after")
+    def _exact(self) -> "SamplingSettings":
+        if self.method != "sequential" and self.param_dtype != "float32":
+            raise ValueError(
+                f"sampling.method={self.method} needs sampling.param_dtype=float32, got {self.param_dtype}: an iteration on a "
+                "network that rounds to three digits does not come to rest. Set sampling.method=sequential"
+            )
+        return self
 
     @property
     def unsaid(self) -> set[str]:
@@ -81,4 +109,8 @@ class SamplingSettings(Section):
 
 
 # Settings that results of the first versions do not hold, with the values that these were drawn with.
-LATER = {name: SamplingSettings.model_fields[name].default for name in ("guidance_form", "guide_blocks")}
+_LATER = ("guidance_form", "guide_blocks", "method", "tolerance", "certify_every")
+LATER = {
+    name: SamplingSettings.model_fields[name].default
+    for name in ("guidance_form", "guide_blocks", "method", "tolerance", "certify_every")
+}
