@@ -27,6 +27,11 @@ def log_likelihood(model: TarFlow, images: Tensor, y: Tensor | None = None, reco
     (ones for the affine flow). `recompute`: as in `TarFlow`.
     """
     z, logdet = model(images, y, recompute=recompute)
+    return log_density(model, z, logdet)
+
+
+def log_density(model: TarFlow, z: Tensor, logdet: Tensor) -> Tensor:
+    """Log p(x) per image [N], in nats, from latents z [N, T, D] and the log-determinant per dimension [N]."""
     var = model.var.float()
     energy = 0.5 * (z.square() / var + torch.log(2 * math.pi * var)).mean(dim=(1, 2))
     return (logdet - energy) * (z.shape[1] * z.shape[2])
@@ -34,5 +39,9 @@ def log_likelihood(model: TarFlow, images: Tensor, y: Tensor | None = None, reco
 
 def bits_per_dim(model: TarFlow, images: Tensor, y: Tensor | None = None) -> Tensor:
     """Bits per dimension of 8-bit data, per image [N]: -log2 p(x) / dims + log2(128). `images` already contain their noise."""
-    dims = images[0].numel()
-    return -log_likelihood(model, images, y) / (dims * math.log(2)) + 7
+    return bits_from_density(log_likelihood(model, images, y), images[0].numel())
+
+
+def bits_from_density(log_p: Tensor, dims: int) -> Tensor:
+    """Bits per dimension of 8-bit data from log p(x) in nats: -log2 p(x) / dims + log2(128)."""
+    return -log_p / (dims * math.log(2)) + 7

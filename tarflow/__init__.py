@@ -9,14 +9,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tarflow.data_pipeline.loading.loader import Loader as Loader
+    from tarflow.data_pipeline.loading.settings import DataSettings as DataSettings
+    from tarflow.data_pipeline.loading.shape import BatchShard as BatchShard
+    from tarflow.data_pipeline.loading.shape import ImageShape as ImageShape
+    from tarflow.evaluation.flow import Flow as Flow
+    from tarflow.evaluation.flow import load as load
     from tarflow.models.config import TarFlowConfig as TarFlowConfig
     from tarflow.models.flow import TarFlow as TarFlow
 
 __version__ = "0.2.0"
 
 # public name: the module that defines it
-_PUBLIC = {"TarFlow": "tarflow.models.flow", "TarFlowConfig": "tarflow.models.config"}
-__all__ = ["TarFlow", "TarFlowConfig", "__version__"]
+_PUBLIC = {
+    "BatchShard": "tarflow.data_pipeline.loading.shape",
+    "DataSettings": "tarflow.data_pipeline.loading.settings",
+    "Flow": "tarflow.evaluation.flow",
+    "ImageShape": "tarflow.data_pipeline.loading.shape",
+    "Loader": "tarflow.data_pipeline.loading.loader",
+    "TarFlow": "tarflow.models.flow",
+    "TarFlowConfig": "tarflow.models.config",
+    "load": "tarflow.evaluation.flow",
+}
+__all__ = [
+    "BatchShard", "DataSettings", "Flow", "ImageShape", "Loader", "TarFlow", "TarFlowConfig", "__version__", "load",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -40,6 +40,10 @@ VERBS = {
     "checkpoint": ("tarflow.trainer.commands.checkpoint", "list, verify, export and prune a run's checkpoints"),
     "evaluate": ("tarflow.evaluation.commands.evaluate", "score a run's checkpoints, once or as they appear"),
     "sample": ("tarflow.evaluation.commands.sample", "draw images from a run or a weights file"),
+    "likelihood": (
+        "tarflow.evaluation.commands.likelihood",
+        "measure the exact likelihood of every image of a data set",
+    ),
     "sweep-guidance": ("tarflow.evaluation.commands.sweep_guidance", "find the guidance of the smallest distance"),
     "reference": ("tarflow.evaluation.commands.reference", "make the reference statistics of a data set"),
     "score": ("tarflow.evaluation.commands.score", "score a folder of images"),

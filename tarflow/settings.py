@@ -35,11 +35,21 @@ MOST_IMAGES = 10**15  # seen by a run; exact in a float64
 MOST_IN_A_SET = 10**12  # images that an evaluation samples or reads
 MOST_SECONDS = 30 * 86_400
 MOST_SEED = 2**63 - 1
+MOST_IN_A_PATH, MOST_IN_A_NAME = 4095, 255  # bytes
 
 
 def at_home(value: Any) -> Any:
-    """A path with a leading `~` expanded to the home directory; other values unchanged."""
-    return os.path.expanduser(value) if isinstance(value, str | Path) else value
+    """A path with a leading `~` expanded to the home directory; other values unchanged.
+
+    Raises ValueError for a path that is longer than Linux allows: every use of it would fail, each in its own words.
+    """
+    if not isinstance(value, str | Path):
+        return value
+    path = os.path.expanduser(value)
+    whole = os.fsencode(path)
+    if len(whole) > MOST_IN_A_PATH or max(map(len, whole.split(b"/"))) > MOST_IN_A_NAME:
+        raise ValueError(f"a path has at most {MOST_IN_A_PATH:,} bytes, {MOST_IN_A_NAME} between slashes")
+    return path
 
 
 HomePath = Annotated[Path, BeforeValidator(at_home)]

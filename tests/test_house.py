@@ -52,9 +52,9 @@ LAYERS = {
     """,
     "evaluation": """
         commands
-        sweep
+        sweep likelihood
         worker
-        references report
+        references report flow
         results
         samples
         networks
@@ -244,6 +244,7 @@ VERBS = (
     "checkpoint",
     "evaluate",
     "sample",
+    "likelihood",
     "sweep-guidance",
     "reference",
     "score",

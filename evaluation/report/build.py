@@ -48,7 +48,9 @@ def write_report(run_dir: str | Path, out: Path | None = None, log: Log = lambda
     body = "\n".join(part for part in (top, damaged, *sections) if part)
     title = escaped(run_dir.resolve().name)
     path = out or run_dir / "report.html"
-    write_text(path, PAGE.format(title=title, body=body, made=time.strftime("%Y-%m-%d %H:%M")))
+    write_text(
+        path, PAGE.format(title=title, about="TarFlow training run", body=body, made=time.strftime("%Y-%m-%d %H:%M"))
+    )
     for line in history.flaws:
         log(plain(f"left out: {line}", 4096))
     if headline and (grid := headline.result.picture("grid.png")):

@@ -34,6 +34,8 @@ figure.plot svg {{ width: 100%; height: auto; font-family: inherit; }}
 .pair > figure {{ flex: 0 1 570px; min-width: 280px; }}
 img {{ max-width: 100%; height: auto; border-radius: 4px; }}
 figcaption {{ color: var(--soft); font-size: 13px; margin-top: 4px; }}
+.tiles {{ display: flex; flex-wrap: wrap; gap: 10px; }}
+.tiles img {{ width: 84px; image-rendering: pixelated; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }}
 th, td {{ text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }}
@@ -43,7 +45,7 @@ td:first-child {{ white-space: nowrap; font-family: ui-monospace, monospace; fon
 </head>
 <body>
 <h1>{title}</h1>
-<p>TarFlow training run, as of {made}.</p>
+<p>{about}, as of {made}.</p>
 {body}
 </body>
 </html>

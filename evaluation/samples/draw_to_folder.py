@@ -1,48 +1,15 @@
 """Samples of a run or a weights file, as PNGs with a grid and the settings that made them."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import torch
 
 from tarflow.code_version import code_version
-from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log
-from tarflow.evaluation.run_config import run_config
-from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler, check_guidance
-from tarflow.evaluation.samples.file_sampling import describe_file, sampling_of_file
+from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler
 from tarflow.evaluation.samples.grid import make_grid
-from tarflow.evaluation.samples.labels import given_names, parse_labels
 from tarflow.evaluation.samples.png_folder import SampleFolder, load_png, save_png
-from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
-from tarflow.evaluation.samples.weights_source import WeightsSource, from_checkpoint, from_file, resolve_device
-from tarflow.models.weights import is_weights_file, read_weights
-from tarflow.trainer.checkpoint.find import find
-from tarflow.trainer.checkpoint.pins import pinned
-from tarflow.trainer.checkpoint.provenance import names_of_checkpoint
+from tarflow.evaluation.samples.request import SampleRequest, open_request
 
 GRID_IMAGES = 100
-
-
-@dataclass
-class SampleRequest:
-    """What to draw. `settings` overrides the run's sampling settings."""
-
-    source: Path
-    out: Path
-    num: int = 64
-    step: int | None = None
-    images: int | None = None  # seen by the checkpoint to use
-    weights: str | None = None
-    batch_size: int | None = None
-    columns: int | None = None
-    device: str = "auto"
-    settings: dict[str, Any] = field(default_factory=dict)
-    labels: str | None = None  # as typed on the command line
-    classes: Path | None = None  # file of class names, if neither run nor weights file holds them
 
 
 def sample_images(request: SampleRequest, log: Log = print) -> bool:
@@ -50,7 +17,7 @@ def sample_images(request: SampleRequest, log: Log = print) -> bool:
 
     Raises EvaluationError for meaningless settings, and for a directory that holds anything else.
     """
-    source, sampling, batch_size = _open(request, log)
+    source, sampling, batch_size = open_request(request, log)
     model = source.model.config
     sampler = Sampler(source.model, sampling)
     about = source.describe() | {"source": source.origin, "sampling": sampling.describe()}
@@ -95,48 +62,3 @@ def _columns(sampler: Sampler, num: int) -> int:
     if classes > 1 and num % classes == 0 and num // classes >= 4:
         return num // classes
     return math.ceil(math.sqrt(num))
-
-
-def _open(request: SampleRequest, log: Log) -> tuple[WeightsSource, ResolvedSampling, int]:
-    """(weights, sampling settings, batch size) of a request."""
-    device = resolve_device(request.device)
-    if is_weights_file(request.source):
-        return _open_file(request, device, log)
-    config = run_config(request.source, log=log, given=request.settings)
-    # A run knows its noise; given another one, denoising would take out what is not there.
-    if "noise_std" in request.settings:
-        raise EvaluationError(
-            f"--noise-std is for weights files; {request.source} was trained with {config.train.noise_std}"
-        )
-    checkpoint = find(request.source, request.step, request.images)
-    given = request.settings
-    if request.labels is not None or request.classes is not None:
-        given = given | _labels(request, names_of_checkpoint(checkpoint, config), config.model.num_classes)
-    sampling = ResolvedSampling.of_run(config).with_changes(**given)
-    if sampling.denoise_multiplier and config.train.noise == "uniform":
-        raise EvaluationError("--denoise needs a model trained with gaussian noise; this run has train.noise=uniform")
-    check_guidance(sampling, config.model.num_classes, config.train.label_dropout)
-    with pinned(checkpoint, f"sample-{id(request)}"):
-        source = from_checkpoint(config, checkpoint, request.weights or config.evaluated_weights, device)
-    return source, sampling, request.batch_size or config.sampling.batch_size
-
-
-def _open_file(request: SampleRequest, device: torch.device, log: Log) -> tuple[WeightsSource, ResolvedSampling, int]:
-    chosen = (("--step", request.step), ("--images", request.images), ("--weights", request.weights))
-    for option, value in chosen:
-        if value is not None:
-            raise EvaluationError(f"{option} selects among a run's checkpoints; {request.source} is a weights file")
-    file = read_weights(request.source)
-    log(describe_file(request.source, file))
-    given = request.settings
-    if request.labels is not None or request.classes is not None:
-        given = given | _labels(request, file.provenance.classes, file.config.num_classes)
-    sampling = sampling_of_file(request.source, file, given, log)
-    source = from_file(request.source, file, device)
-    return source, sampling, request.batch_size or sampling.settings.batch_size
-
-
-def _labels(request: SampleRequest, known: Sequence[str] | None, num_classes: int) -> dict[str, Any]:
-    """The setting `labels`, if it was given."""
-    classes = given_names(request.classes, known, num_classes, str(request.source))
-    return {} if request.labels is None else {"labels": parse_labels(request.labels, num_classes, classes)}

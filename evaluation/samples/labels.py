@@ -26,10 +26,12 @@ def parse_labels(text: str, num_classes: int, classes: Sequence[str] | None) -> 
         raise EvaluationError(f"--labels {text!r} is not a comma-separated list: {error}") from None
     if not any(parts):
         raise EvaluationError("--labels is empty: give comma-separated class numbers or names, or none")
-    return tuple(_label(part, num_classes, classes) for part in parts)
+    return tuple(label_number(part, num_classes, classes, "--labels") for part in parts)
 
 
-def _label(part: str, num_classes: int, classes: Sequence[str] | None) -> int:
+def label_number(part: str | int, num_classes: int, classes: Sequence[str] | None, where: str) -> int:
+    """The number of one label, given as a number, a name or `none` (-1). `where` begins the message of an error."""
+    part = str(part)
     kind, colon, rest = part.partition(":")
     kinds = {kind} if colon and kind in ("number", "name") else {"number", "name", "none"}
     word = rest if len(kinds) == 1 else part
@@ -47,11 +49,11 @@ def _label(part: str, num_classes: int, classes: Sequence[str] | None) -> int:
     possible = {label: meaning for label, meaning in meanings.items() if NO_LABEL <= label < num_classes}
     if len(possible) > 1:
         raise EvaluationError(
-            f"--labels: {part!r} could be {' or '.join(possible.values())}: write number:{word}, name:{word} or -1"
+            f"{where}: {part!r} could be {' or '.join(possible.values())}: write number:{word}, name:{word} or -1"
         )
     if possible:
         return next(iter(possible))
-    raise EvaluationError(f"--labels: {_no_class(word, bool(meanings), num_classes, classes)}")
+    raise EvaluationError(f"{where}: {_no_class(word, bool(meanings), num_classes, classes)}")
 
 
 def _no_class(word: str, is_number: bool, num_classes: int, classes: Sequence[str] | None) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
 from tarflow.models.flow import TarFlow
 from tarflow.models.provenance import Provenance
 from tarflow.models.weights import WeightsFile, check_weights, load_model
@@ -49,6 +50,20 @@ class WeightsSource:
     def describe_provenance(self) -> dict[str, Any]:
         """How the weights were trained, as far as known; `checked` is false if their file carries no checksum."""
         return self.provenance.describe() | ({} if self.checked else {"checked": False})
+
+    def training_noise(self, noise_std: float, seed: int = 0, draws: int = 1) -> NoiseSettings:
+        """The noise that 8-bit images get before their likelihood is taken.
+
+        `noise_std` serves a file that does not record its noise; EvaluationError where that is unknown, too (0).
+        """
+        if self.provenance.noise is not None:
+            return NoiseSettings(self.provenance.noise, self.provenance.noise_std or 0.0, seed, draws)
+        if noise_std:
+            return NoiseSettings("gaussian", noise_std, seed, draws)
+        raise EvaluationError(
+            f"{self.origin} does not record its training noise, without which 8-bit images have no density: give its "
+            "standard deviation (noise_std, --noise-std)"
+        )
 
 
 def from_checkpoint(config: Config, checkpoint: Checkpoint, which: str, device: torch.device) -> WeightsSource:

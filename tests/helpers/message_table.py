@@ -65,6 +65,7 @@ VERBS = {
     "evaluate": Verb("{run} --newest", "run", inputs="{run}/folder"),
     "evaluate (weights)": Verb("w.safetensors --out {out} data.train=set/train train.noise_std=0.1 evaluation.num_samples=8"
                                " evaluation.grid=[2,2]", "folder", inputs="w.safetensors/file"),
+    "likelihood": Verb("{run} set/train --out {out}", "folder", inputs="{run}/folder set/train/folder"),
     "sample": Verb("{run} --out {out} --num 2", "folder", inputs="{run}/folder"),
     "sample (weights)": Verb("w.safetensors --out {out} --num 2 --noise-std 0.1", "folder", inputs="w.safetensors/file"),
     "sweep-guidance": Verb("{run} --guidance 0,1 --start 4 --final 8", "run", inputs="{run}/folder"),

@@ -9,8 +9,9 @@ from pydantic.fields import FieldInfo
 
 from tarflow.trainer.config.schema import Config
 
+NOT_A_SECTION = "a section holds settings (name: value)"
 _WRONG_FORM = {
-    "model_type": "a section holds settings (name: value)",
+    "model_type": NOT_A_SECTION,
     "tuple_type": "it must be a list, in brackets and with commas",
 }
 

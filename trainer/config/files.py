@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from tarflow.trainer.config.explain import explain, shown, without_section
+from tarflow.trainer.config.explain import NOT_A_SECTION, explain, shown, without_section
 from tarflow.trainer.config.plain_yaml import parse_yaml
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.config.source import NULLS, read_tree
@@ -45,15 +45,17 @@ def build_config(
         if not equals or "." not in key:
             raise TrainerError(without_section(override))
         origin[key] = f"override {shown(override)}"
-        _assign(whole, key.split("."), parse_yaml(value, f"the value of {origin[key]}"))
+        _assign(whole, key.split("."), parse_yaml(value, f"the value of {origin[key]}"), f"{source} with {origin[key]}")
     return parse_config(whole, source, origin)
 
 
-def _assign(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        child = tree.get(key)
+def _assign(tree: dict[str, Any], keys: list[str], value: Any, where: str) -> None:
+    for level, key in enumerate(keys[:-1], start=1):
+        child = _nulls(tree.get(key))
+        if child is not None and not isinstance(child, dict):
+            raise TrainerError(f"{where}: {'.'.join(keys[:level])}={shown(child)}: {NOT_A_SECTION}")
         # Copied: an alias may stand for the same section elsewhere.
-        tree[key] = child = dict(child) if isinstance(child, dict) else {}
+        tree[key] = child = dict(child or {})
         tree = child
     tree[keys[-1]] = value
 

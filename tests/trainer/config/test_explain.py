@@ -76,6 +76,23 @@ def test_a_wrong_setting_in_the_file_names_the_file(tmp_path: Path, more: str, m
     assert message in error_of(tmp_path, text=BASE + more)
 
 
+@pytest.mark.parametrize("section", ["7", "[a, b]", "text"])
+def test_an_override_never_takes_the_place_of_a_section_that_is_none(tmp_path: Path, section: str) -> None:
+    said = error_of(tmp_path, "log.every_steps=3", text=BASE + f"log: {section}\n")
+    assert said.startswith("run.yaml with override 'log.every_steps=3': log=")
+    assert said.endswith(": a section holds settings (name: value)")
+
+
+@pytest.mark.case("H06")
+@pytest.mark.parametrize("path", ["9" * 5000, "a/" * 2500, "é" * 200])
+@pytest.mark.parametrize("key", ["data.train", "data.validation", "data.cache_dir", "evaluation.reference"])
+def test_a_path_longer_than_the_systems_names_the_setting(tmp_path: Path, key: str, path: str) -> None:
+    said = error_of(tmp_path, f"{key}={path}")
+    assert "a path has at most 4,095 bytes, 255 between slashes" in said
+    assert key in said
+    assert len(said) < 1000
+
+
 def test_an_error_over_several_settings_names_every_override_that_had_a_part_in_it(tmp_path: Path) -> None:
     said = error_of(tmp_path, "train.noise=uniform", "sampling.denoise=1", "sampling.seed=3")
     assert re.match(r"run\.yaml with override 'train\.noise=uniform', override 'sampling\.denoise=1'", said)

@@ -1,0 +1,233 @@
+"""Trained weights for use from Python: samples, exact likelihoods, latents."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.log import Log, no_log
+from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler, check_guidance
+from tarflow.evaluation.samples.labels import label_number
+from tarflow.evaluation.samples.request import SourceRequest, open_request
+from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
+from tarflow.evaluation.samples.weights_source import WeightsSource
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.denoise import denoise
+from tarflow.models.flow import TarFlow
+from tarflow.models.likelihood import bits_per_dim, log_likelihood
+from tarflow.models.noise import to_model_range
+from tarflow.models.provenance import Provenance
+from tarflow.models.sampling.sequential import UNGUIDED, sample
+from tarflow.terminal import plain
+
+Labels = str | int | None | Sequence[str | int | None] | Tensor | NDArray[np.integer[Any]]
+Images = Tensor | NDArray[Any]
+
+
+def load(
+    source: str | Path,
+    weights: str | None = None,
+    *,
+    images: int | None = None,
+    step: int | None = None,
+    device: str = "auto",
+    log: Log = no_log,
+    **settings: Any,
+) -> "Flow":
+    """Load the flow of a run directory or of a weights file (.safetensors, .pth).
+
+    Args:
+        source: a run directory, or a weights file.
+        weights: for a run, "raw" or an average such as "ema-0.100"; None: the one that its evaluations use.
+        images: for a run, the checkpoint after so many images; None: the newest.
+        step: the same by optimizer steps.
+        device: "auto", "cpu", "cuda" or "mps".
+        log: receives a line for each thing that was inferred; `print` shows them.
+        settings: override the sampling settings (`guidance`, `attn_temp`, `denoise`, `seed`, `param_dtype`, ...; all are in
+            the section `sampling` of a configuration). `noise_std` is needed for a file that does not record it.
+
+    Raises:
+        TrainerError: there is no such run or checkpoint, or it is damaged.
+        ModelError: there is no such weights file, or it is damaged or not of this architecture.
+        EvaluationError: a setting has no meaning for these weights.
+
+    """
+    request = SourceRequest(
+        source=Path(source), step=step, images=images, weights=weights, device=device, settings=settings
+    )
+    found, sampling, batch_size = open_request(request, log)
+    if found.checkpoint:
+        log(plain(f"{found.origin}: {found.provenance}", 5000))
+    return Flow(found, sampling, batch_size)
+
+
+class Flow:
+    """A trained flow. Its network runs in float32 on `device`; results come back on the CPU.
+
+    Images go in as uint8 [N, C, H, W] (0..255) or as floats [N, C, H, W] in model range [-1, 1]. Labels are class numbers,
+    class names, or None (no label): one for all images, or one for each.
+    """
+
+    def __init__(self, source: WeightsSource, sampling: ResolvedSampling, batch_size: int) -> None:
+        self.source, self.sampling, self.batch_size = source, sampling, batch_size
+
+    @property
+    def model(self) -> TarFlow:
+        """The network, a torch module: images [N, C, H, W] -> (z [N, T, D], log-determinant per dimension [N])."""
+        return self.source.model
+
+    @property
+    def config(self) -> TarFlowConfig:
+        """The architecture."""
+        return self.model.config
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes by label; None where they are not known or there are none."""
+        return self.source.provenance.classes
+
+    @property
+    def provenance(self) -> Provenance:
+        """How the weights were trained, as far as known."""
+        return self.source.provenance
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.model.var.device
+
+    def sample(self, num: int, labels: Labels = (), *, first: int = 0, **settings: Any) -> Tensor:
+        """Draw `num` images, uint8 [num, C, H, W], guided and denoised by `sampling`, which `settings` override.
+
+        `labels`: image i gets labels[i % len(labels)]; without any, classes take turns. `first`: the number of the first
+        image; image i depends on its number and the seed alone, so that `sample(2)` and `sample(1, first=1)` agree.
+
+        Raises:
+            EvaluationError: settings or labels without meaning for this model, or an image that is not finite.
+
+        """
+        changed = self.sampling.with_changes(**settings)
+        if given := self._numbers(labels):
+            changed = changed.with_changes(labels=given)
+        check_guidance(changed, self.config.num_classes, self.provenance.label_dropout)
+        sampler, count = Sampler(self.model, changed), SampleCount()
+        pixels = [torch.empty(0, *self.config.image_shape, dtype=torch.uint8)]
+        for drawn in sampler.draw_all(range(first, first + num), self.batch_size):
+            count.add(drawn)
+            pixels.append(drawn.pixels())
+        if problem := count.problem(0.0):
+            raise EvaluationError(problem)
+        return torch.cat(pixels)
+
+    def log_prob(
+        self, images: Images, labels: Labels = None, *, draws: int = 1, seed: int | None = None, first: int = 0
+    ) -> Tensor:
+        """Exact log p(x | label) of each image in nats, float64 [N]: the density in model range.
+
+        uint8 images get the noise that the flow was trained on, keyed by (seed, draw, number of the image, counted from
+        `first`), and the mean over `draws` of it is returned. Floats are taken as they are: they already contain theirs.
+        """
+        return self._mean_over_draws(log_likelihood, images, labels, draws, seed, first)
+
+    def bits_per_dim(
+        self, images: Images, labels: Labels = None, *, draws: int = 1, seed: int | None = None, first: int = 0
+    ) -> Tensor:
+        """Bits per dimension of each image as 8-bit data, float64 [N]; noise as in `log_prob`.
+
+        The mean over the images of a data set, numbered as in its index, is the figure that `tarflow evaluate` reports.
+        """
+        return self._mean_over_draws(bits_per_dim, images, labels, draws, seed, first)
+
+    @torch.inference_mode()
+    def encode(self, images: Images, labels: Labels = None) -> Tensor:
+        """Images, without noise added -> latents z, float32 [N, T, D]. Under the model they are standard normal."""
+        x, y = self._in_model_range(images), self._tensor(labels, len(images))
+        latents = [torch.empty(0, self.config.num_tokens, self.config.token_dim)]
+        return torch.cat([*latents, *(self.model(*batch)[0].cpu() for batch in self._batches(x, y))])
+
+    def decode(self, z: Tensor, labels: Labels = None) -> Tensor:
+        """Latents [N, T, D] -> images, float32 [N, C, H, W] in model range, not clipped: the inverse of `encode`, unguided."""
+        shape = (self.config.num_tokens, self.config.token_dim)
+        if z.ndim != 3 or tuple(z.shape[1:]) != shape:
+            raise EvaluationError(f"latents must have the shape [N, {shape[0]}, {shape[1]}], not {list(z.shape)}")
+        scale = self.model.var.float().sqrt()  # `sample` takes standard normal numbers
+        y = self._tensor(labels, len(z))
+        images = [torch.empty(0, *self.config.image_shape)]
+        for part, label in self._batches(z, y):
+            images.append(sample(self.model, part.float() / scale, label, UNGUIDED).cpu())
+        return torch.cat(images)
+
+    def denoise(self, images: Images, labels: Labels = None, *, multiplier: float = 1.0) -> Tensor:
+        """One step along the score, which takes out the training noise (section 2.5 of the paper): float32 in model range."""
+        std = self.provenance.noise_std or self.sampling.noise_std
+        if not std:
+            raise EvaluationError(
+                "denoising needs a flow trained with gaussian noise; this one's is "
+                f"{self.provenance.noise or 'not known: tarflow.load(..., noise_std=...)'}"
+            )
+        x, y = self._in_model_range(images), self._tensor(labels, len(images))
+        clean = [torch.empty(0, *self.config.image_shape)]
+        for part, label in self._batches(x, y):
+            clean.append(denoise(self.model, part, label, std, multiplier).detach().cpu())
+        return torch.cat(clean)
+
+    def _mean_over_draws(
+        self, of: Any, images: Images, labels: Labels, draws: int, seed: int | None, first: int
+    ) -> Tensor:
+        if draws < 1:
+            raise EvaluationError(f"draws={draws}: at least one is needed")
+        pixels, y = self._checked(images), self._tensor(labels, len(images))
+        is_8_bit = pixels.dtype == torch.uint8
+        seed = self.sampling.settings.seed if seed is None else seed
+        noise = self.source.training_noise(self.sampling.noise_std, seed) if is_8_bit else None
+        total = torch.zeros(len(pixels), dtype=torch.float64)
+        for draw in range(draws if noise else 1):
+            for begin in range(0, len(pixels), self.batch_size):
+                part = slice(begin, begin + self.batch_size)
+                ids = list(range(first, first + len(pixels)))[part]
+                x = noise.apply(pixels[part], ids, draw) if noise else pixels[part].float()
+                with torch.inference_mode():
+                    values = of(self.model, x.to(self.device), None if y is None else y[part].to(self.device))
+                total[part] += values.double().cpu()
+        return total / (draws if noise else 1)
+
+    def _checked(self, images: Images) -> Tensor:
+        tensor = torch.as_tensor(images)
+        shape = self.config.image_shape
+        if tensor.ndim != 4 or tuple(tensor.shape[1:]) != shape:
+            raise EvaluationError(
+                f"images must have the shape [N, {', '.join(map(str, shape))}], not {list(tensor.shape)}"
+            )
+        if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
+            raise EvaluationError(f"images must be uint8 (0..255) or floats in [-1, 1], not {tensor.dtype}")
+        return tensor
+
+    def _in_model_range(self, images: Images) -> Tensor:
+        tensor = self._checked(images)
+        return to_model_range(tensor) if tensor.dtype == torch.uint8 else tensor.float()
+
+    def _batches(self, x: Tensor, y: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+        parts = [slice(start, start + self.batch_size) for start in range(0, len(x), self.batch_size)]
+        return [(x[p].to(self.device), None if y is None else y[p].to(self.device)) for p in parts]
+
+    def _numbers(self, labels: Labels) -> tuple[int, ...]:
+        if isinstance(labels, Tensor | np.ndarray):
+            labels = labels.tolist()
+        given: Sequence[str | int | None] = [labels] if labels is None or isinstance(labels, str | int) else labels
+        if isinstance(given, Mapping):
+            raise EvaluationError("labels must be class numbers or names in a list, not a mapping")
+        count = self.config.num_classes
+        return tuple(NO_LABEL if one is None else label_number(one, count, self.classes, "labels") for one in given)
+
+    def _tensor(self, labels: Labels, num: int) -> Tensor | None:
+        """Labels of `num` images, int64 [num]; None for a model without classes."""
+        numbers = self._numbers(labels)
+        if len(numbers) not in (1, num):
+            raise EvaluationError(f"{len(numbers)} labels for {num} images: give one for all, or one for each")
+        tensor = torch.tensor(numbers, dtype=torch.int64).expand(num)
+        return tensor if self.config.num_classes else None

@@ -1,0 +1,100 @@
+"""The images whose likelihoods are taken: of a data set, or of a folder."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tarflow.data_pipeline.loading.settings import DataSettings
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.image_folder import ImageFolder
+from tarflow.evaluation.image_set import CROP, ImageSet
+from tarflow.evaluation.samples.draw import NO_LABEL
+from tarflow.models.config import TarFlowConfig
+from tarflow.trainer.config.class_names import difference
+
+
+class Images(Protocol):
+    """Images at the model's size, by number."""
+
+    @property
+    def num_images(self) -> int:
+        """How many."""
+
+    def provenance(self) -> dict[str, Any]:
+        """What their likelihoods depend on."""
+
+    def batches(self, batch_size: int, part: int, parts: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(pixels uint8 [n, C, H, W], labels int64 [n], numbers int64 [n]) of one of several parts."""
+
+    def name(self, number: int) -> str:
+        """What an image is called; empty where it has only its number."""
+
+
+class OfSet:
+    """Images of a data set, numbered as in its index; `limit` of them, spread evenly (0 = all)."""
+
+    def __init__(self, data: str, model: TarFlowConfig, limit: int, classes: tuple[str, ...] | None, label: int | None):
+        self.set, self.label = ImageSet(DataSettings.of(data), model, limit), label
+        names = self.set.index.classes
+        if label is not None or not model.num_classes or classes is None or names is None:
+            return
+        if problem := difference(("the weights", classes), (data, names)):
+            raise EvaluationError(f"{problem}: give --labels NAME or none, or prepare the images with --classes FILE")
+
+    @property
+    def num_images(self) -> int:
+        """How many."""
+        return self.set.num_images
+
+    def provenance(self) -> dict[str, Any]:
+        """What their likelihoods depend on."""
+        return {**self.set.provenance(), "labels": "of the data set" if self.label is None else self.label}
+
+    def batches(self, batch_size: int, part: int, parts: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Images, labels and numbers of one of several parts."""
+        for pixels, labels, ids in self.set.batches(True, batch_size, part, parts):
+            yield pixels, labels if self.label is None else torch.full_like(labels, self.label), ids
+
+    def name(self, number: int) -> str:  # noqa: ARG002 -- a set's images have numbers alone
+        """None."""
+        return ""
+
+
+class OfFolder:
+    """Images of a folder, numbered in the order of their names; without labels, or all with one."""
+
+    def __init__(self, folder: Path, model: TarFlowConfig, limit: int, label: int | None):
+        self.images = ImageFolder(folder, model.in_channels, model.image_size)
+        self.files = self.images.files[:limit] if limit else self.images.files
+        self.label = NO_LABEL if label is None else label
+
+    @property
+    def num_images(self) -> int:
+        """How many."""
+        return len(self.files)
+
+    def provenance(self) -> dict[str, Any]:
+        """What their likelihoods depend on."""
+        size = self.images.size
+        return {
+            "data": str(self.images.root.resolve()), "images": self.num_images, "image_size": size,
+            "channels": self.images.channels, "crop": CROP, "labels": self.label,
+        }  # fmt: skip
+
+    def batches(self, batch_size: int, part: int, parts: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Images, labels and numbers of one of several parts."""
+        first, last = (len(self.files) * k // parts for k in (part, part + 1))
+        mine = copy.copy(self.images)
+        mine.files = self.files[first:last]
+        for pixels in mine.batches(batch_size) if mine.files else ():
+            numbers = torch.arange(first, first + len(pixels))
+            yield pixels, torch.full_like(numbers, self.label), numbers
+            first += len(pixels)
+
+    def name(self, number: int) -> str:
+        """The file, below the folder."""
+        return self.files[number].relative_to(self.images.root).as_posix()

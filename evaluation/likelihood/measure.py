@@ -1,0 +1,224 @@
+"""`tarflow likelihood`: the likelihoods of all images, by any number of processes together.
+
+    OUT/likelihood.json      what was measured under which settings, mean and quantiles; written last
+    OUT/likelihood.parquet   a row per image (or .csv)
+    OUT/likelihood.html      histogram, blocks, the most and the least likely images
+    OUT/work/                chunks, until the table is written
+
+A chunk's numbers follow from the settings alone, so the files are the same for any number of processes.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tarflow.code_version import code_version
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.likelihood.extremes import Extremes
+from tarflow.evaluation.likelihood.files import columns_of, write_page, write_table
+from tarflow.evaluation.likelihood.images import Images, OfFolder, OfSet
+from tarflow.evaluation.likelihood.per_image import ImageLikelihoods, likelihoods
+from tarflow.evaluation.log import Log
+from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
+from tarflow.evaluation.samples.labels import label_number
+from tarflow.evaluation.samples.request import SourceRequest, open_request
+from tarflow.evaluation.samples.weights_source import WeightsSource
+from tarflow.evaluation.shared_work import SharedWork
+from tarflow.evaluation.worker.chunk_file import Chunk, Form, is_valid, read_chunk, write_chunk
+from tarflow.files import check_writable, fill, listed
+from tarflow.records import read_object, write_object
+from tarflow.terminal import plain
+
+FORMAT, CHUNK, LEASE_S = 1, 256, 120.0
+FORM: Form = {
+    "ids": (np.int64, "n"), "labels": (np.int64, "n"), "bits": (np.float64, "n k"), "parts": (np.float64, "n b"),
+    "extremes": (np.int64, "e"), "pixels": (np.uint8, "e * * *"),
+}  # fmt: skip
+SHOWN = 12  # most and least likely images on the page, each
+
+
+@dataclass(kw_only=True)
+class LikelihoodRequest(SourceRequest):
+    """Which images to measure, and where to write."""
+
+    data: Path
+    out: Path
+    form: str = "parquet"  # of the table: or csv
+    num: int = 0  # images, 0 = all
+    draws: int = 1  # of the noise, per image
+    seed: int | None = None  # of the noise; None: that of the sampling settings, as evaluations have it
+
+
+def measure_likelihoods(request: LikelihoodRequest, log: Log = print) -> dict[str, Any]:
+    """Measure, and write the files; the summary. Raises EvaluationError where OUT holds something else."""
+    label, request.labels = request.labels, None
+    source, sampling, batch_size = open_request(request, log)
+    model = source.model.config
+    seed = sampling.settings.seed if request.seed is None else request.seed
+    noise = source.training_noise(sampling.noise_std, seed, request.draws)
+    one = (
+        None
+        if label in (None, "data")
+        else label_number(label, model.num_classes, source.provenance.classes, "--labels")
+    )
+    images: Images
+    if not is_data_set(request.data) and not request.data.is_dir():
+        raise EvaluationError(f"DATA {request.data}: there is no such data set or folder of images")
+    if is_data_set(request.data):
+        images = OfSet(str(request.data), model, request.num, source.provenance.classes, one)
+    else:
+        images = OfFolder(request.data, model, request.num, one)
+        if model.num_classes and label is None:
+            log(
+                f"{request.data} is a folder of images: their likelihoods are taken without a label (--labels NAME gives one)"
+            )
+    identity = {
+        "format": FORMAT, **source.describe(), "noise": noise.describe(), "images": images.provenance(), "form": request.form,
+    }  # fmt: skip
+    summary = request.out / "likelihood.json"
+    log(
+        f"{images.num_images:,} images of {request.data}, weights {source.weights} of {source.origin}, {noise.describe()}"
+    )
+    if not _there(summary, identity):
+        _refuse_other_files(request.out)
+        check_writable(request.out if request.out.is_dir() else request.out.parent)
+        _Measurement(request, source, noise, images, identity, batch_size, log).run()
+    result = read_object(summary)
+    log(_headline(result))
+    log(f"table: {request.out / result['table']}\npage: {request.out / 'likelihood.html'}")
+    return result
+
+
+def is_data_set(data: Path) -> bool:
+    """Whether DATA has an index (or is an address), rather than being a folder of images."""
+    return "://" in str(data) or ":/" in str(data) or (data / "index").is_dir() or (data / "index.json").is_file()
+
+
+def _refuse_other_files(out: Path) -> None:
+    """Raise EvaluationError for a folder with anything but what this command leaves or left unfinished."""
+    names = (
+        [path.name for path in listed(out) if not path.name.startswith((".", "likelihood."))] if out.is_dir() else []
+    )
+    if others := [name for name in names if name != "work"]:
+        raise EvaluationError(f"--out {out} holds other files ({others[0]}, ...): give a new folder")
+
+
+def _there(summary: Path, identity: dict[str, Any]) -> bool:
+    """Whether OUT holds this very measurement, complete. Raises EvaluationError where it holds another one."""
+    if not summary.is_file():
+        return False
+    stored = read_object(summary, what="a summary of likelihoods", way_out="give another --out")
+    asked = json.loads(json.dumps(identity))
+    differ = [
+        f"{key}: {plain(repr(stored.get(key)))} there, {plain(repr(value))} asked"
+        for key, value in asked.items()
+        if stored.get(key) != value
+    ]
+    if differ:
+        raise EvaluationError(
+            f"--out {summary.parent} holds other likelihoods ({'; '.join(differ)}): give another folder"
+        )
+    return True
+
+
+@dataclass
+class _Measurement:
+    request: LikelihoodRequest
+    source: WeightsSource
+    noise: NoiseSettings
+    images: Images
+    identity: dict[str, Any]
+    batch_size: int
+    log: Log
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.source.model.config.image_shape
+
+    def run(self) -> None:
+        """Help until the summary is there, by any process."""
+        self.parts = max(1, -(-self.images.num_images // CHUNK))
+        self.chunks = {f"likelihood-{part:06d}": part for part in range(self.parts)}
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
+        plan = {"batch_size": self.batch_size, "chunks": self.parts}
+        self.work = SharedWork(self.request.out / "work" / digest, plan, LEASE_S)
+        is_over: Callable[[], bool] = (self.request.out / "likelihood.json").is_file
+        for name in self.work.give_back(list(self.chunks), lambda path: is_valid(self._chunk(path.name, path), FORM)):
+            self.log(f"  {self.work.path(name)} is damaged and computed again")
+        if self.work.work_through(list(self.chunks), self._compute, is_over):
+            self.work.work_through(["written"], lambda _name, path: self._write(path), is_over)
+        self.work.remove()
+
+    def _chunk(self, name: str, path: Path) -> Chunk:
+        return Chunk(path, {**self.identity, "chunk": name, "of": self.parts})
+
+    def _compute(self, name: str, path: Path) -> None:
+        batches = self.images.batches(int(self.work.plan["batch_size"]), self.chunks[name], self.parts)
+        found, extremes = [], Extremes(SHOWN)
+        for batch in batches:
+            found.append(likelihoods(self.source.model, [batch], self.noise))
+            extremes.add(found[-1], batch[0].numpy())
+        arrays = vars(ImageLikelihoods.joined(found)) | {
+            "extremes": extremes.numbers,
+            "pixels": extremes.stacked(self.shape),
+        }
+        write_chunk(self._chunk(name, path), {}, **arrays)
+
+    def _write(self, path: Path) -> None:
+        """Table and page first: the summary says that both are there."""
+        parts, extremes = [], Extremes(SHOWN)
+        for name in self.chunks:
+            arrays, _ = read_chunk(self._chunk(name, self.work.path(name)), FORM)
+            numbers, pixels = arrays.pop("extremes"), arrays.pop("pixels")
+            parts.append(ImageLikelihoods(**arrays))
+            extremes.add(parts[-1].only(numbers), pixels)
+        found = ImageLikelihoods.joined(parts)
+        if not len(found.ids):
+            raise EvaluationError(f"{self.request.data} holds no images")
+        dims, classes = math.prod(self.shape), self.source.provenance.classes
+        columns = columns_of(found, self.images.name, dims, self.noise.kind == "uniform", classes)
+        table = write_table(self.request.out, self.request.form, columns)
+        summary = {**self.identity, **_summary(found, self.noise, dims), "table": table.name}
+        summary |= {"data": str(self.request.data), "origin": self.source.origin, "code": code_version()}
+        summary["provenance"] = self.source.describe_provenance()
+        write_page(self.request.out / "likelihood.html", found, extremes.pictures, summary)
+        write_object(self.request.out / "likelihood.json", summary)
+        fill(path, "")
+
+
+def _summary(found: ImageLikelihoods, noise: NoiseSettings, dims: int) -> dict[str, Any]:
+    """Mean and quantiles of the images whose likelihood is finite, and how many are not."""
+    every = found.mean
+    finite = np.isfinite(every)
+    bits = every[finite]
+    about: dict[str, Any] = {"measured": len(every), "nonfinite": int((~finite).sum()), "bits_per_dim": None}
+    if not len(bits):
+        return about
+    about["bits_per_dim"] = float(bits.mean())
+    about["stderr"] = float(bits.std(ddof=1) / np.sqrt(len(bits))) if len(bits) > 1 else None
+    about["log_prob"] = float((7 - bits).mean() * dims * np.log(2))
+    quantiles = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
+    about["quantiles"] = {f"{q:g}": float(value) for q, value in zip(quantiles, np.quantile(bits, quantiles))}
+    about["parts"] = dict(zip(part_names(found), found.parts[finite].mean(axis=0).tolist()))
+    if noise.kind == "uniform":
+        about["importance_weighted"] = float(found.importance_weighted(dims)[finite].mean())
+    return about
+
+
+def part_names(found: ImageLikelihoods) -> list[str]:
+    """Names of the columns of `parts`."""
+    return ["prior", *(f"block_{number}" for number in range(found.parts.shape[1] - 1))]
+
+
+def _headline(result: dict[str, Any]) -> str:
+    lost = f", {result['nonfinite']} of them not finite" if result["nonfinite"] else ""
+    if result["bits_per_dim"] is None:
+        return f"no image has a finite likelihood{lost}"
+    error = f" +- {result['stderr']:.4f}" if result.get("stderr") is not None else ""
+    return f"{result['bits_per_dim']:.4f}{error} bits per dimension over {result['measured']:,} images{lost}"

@@ -1,0 +1,90 @@
+"""A request for samples of a run or a weights file, and its weights, settings and labels, checked against each other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.log import Log
+from tarflow.evaluation.run_config import run_config
+from tarflow.evaluation.samples.draw import check_guidance
+from tarflow.evaluation.samples.file_sampling import describe_file, sampling_of_file
+from tarflow.evaluation.samples.labels import given_names, parse_labels
+from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
+from tarflow.evaluation.samples.weights_source import WeightsSource, from_checkpoint, from_file, resolve_device
+from tarflow.models.weights import is_weights_file, read_weights
+from tarflow.trainer.checkpoint.find import find
+from tarflow.trainer.checkpoint.pins import pinned
+from tarflow.trainer.checkpoint.provenance import names_of_checkpoint
+
+
+@dataclass(kw_only=True)
+class SourceRequest:
+    """Which weights to use, and how to sample from them. `settings` overrides the source's own sampling settings."""
+
+    source: Path
+    step: int | None = None
+    images: int | None = None  # seen by the checkpoint to use
+    weights: str | None = None
+    batch_size: int | None = None
+    device: str = "auto"
+    settings: dict[str, Any] = field(default_factory=dict)
+    labels: str | None = None  # as typed on the command line
+    classes: Path | None = None  # file of class names, if neither run nor weights file holds them
+
+
+@dataclass(kw_only=True)
+class SampleRequest(SourceRequest):
+    """What to draw, and where to."""
+
+    out: Path
+    num: int = 64
+    columns: int | None = None
+
+
+def open_request(request: SourceRequest, log: Log) -> tuple[WeightsSource, ResolvedSampling, int]:
+    """(weights, sampling settings, batch size) of a request. `log` receives what was inferred, line by line."""
+    device = resolve_device(request.device)
+    if is_weights_file(request.source):
+        return _open_file(request, device, log)
+    config = run_config(request.source, log=log, given=request.settings)
+    # A run knows its noise; given another one, denoising would take out what is not there.
+    if "noise_std" in request.settings:
+        raise EvaluationError(
+            f"--noise-std is for weights files; {request.source} was trained with {config.train.noise_std}"
+        )
+    checkpoint = find(request.source, request.step, request.images)
+    given = request.settings
+    if request.labels is not None or request.classes is not None:
+        given = given | _labels(request, names_of_checkpoint(checkpoint, config), config.model.num_classes)
+    sampling = ResolvedSampling.of_run(config).with_changes(**given)
+    if sampling.denoise_multiplier and config.train.noise == "uniform":
+        raise EvaluationError("--denoise needs a model trained with gaussian noise; this run has train.noise=uniform")
+    check_guidance(sampling, config.model.num_classes, config.train.label_dropout)
+    with pinned(checkpoint, f"sample-{id(request)}"):
+        source = from_checkpoint(config, checkpoint, request.weights or config.evaluated_weights, device)
+    return source, sampling, request.batch_size or config.sampling.batch_size
+
+
+def _open_file(request: SourceRequest, device: torch.device, log: Log) -> tuple[WeightsSource, ResolvedSampling, int]:
+    chosen = (("--step", request.step), ("--images", request.images), ("--weights", request.weights))
+    for option, value in chosen:
+        if value is not None:
+            raise EvaluationError(f"{option} selects among a run's checkpoints; {request.source} is a weights file")
+    file = read_weights(request.source)
+    log(describe_file(request.source, file))
+    given = request.settings
+    if request.labels is not None or request.classes is not None:
+        given = given | _labels(request, file.provenance.classes, file.config.num_classes)
+    sampling = sampling_of_file(request.source, file, given, log)
+    source = from_file(request.source, file, device)
+    return source, sampling, request.batch_size or sampling.settings.batch_size
+
+
+def _labels(request: SourceRequest, known: Sequence[str] | None, num_classes: int) -> dict[str, Any]:
+    """The setting `labels`, if it was given."""
+    classes = given_names(request.classes, known, num_classes, str(request.source))
+    return {} if request.labels is None else {"labels": parse_labels(request.labels, num_classes, classes)}
