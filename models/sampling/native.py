@@ -154,6 +154,10 @@ class _Part:
         """One token after the other, in place."""
         self._run(x, first, x.shape[1] - 1, 1)
 
+    def weights_in_use(self) -> list[Tensor]:
+        """The packed weights, which the parts of a batch share."""
+        return [tensor for group in (*self.packed["layers"], self.packed["ends"]) for tensor in group.values()]
+
     def keep(self, rows: Tensor) -> None:
         """Go on with these samples alone."""
         both = torch.cat([rows, rows + self.n]) if self.halves == 2 else rows
