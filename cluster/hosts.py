@@ -6,7 +6,7 @@ import re
 import socket
 import struct
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tarflow.cluster.answers import answer
 from tarflow.cluster.errors import ClusterError
@@ -94,19 +94,25 @@ def address(name: str, others: Sequence[str] = ()) -> str:
     return routed
 
 
-def gloo_interface(name: str, others: Sequence[str]) -> str | None:
-    """The network interface to set for gloo on the node `name`, on which this runs; None if gloo finds it by itself.
-
-    Gloo listens at the address of the machine's own name. Where that is a loopback, other nodes cannot connect to it.
-    """
+def check_meeting_point(host: str, nodes: Sequence[str]) -> None:
+    """Refuse a MASTER_ADDR that means each machine itself where a job has several. Raises ClusterError."""
+    if len(nodes) < 2:
+        return
     try:
-        own = socket.gethostbyname(socket.gethostname())
-    except OSError:
-        return None  # gloo then picks an interface itself, and reports failures
-    if not others or not is_loopback(own) or is_loopback(node_addr(name)):
-        return None
-    routed = route_to_any(others)
-    return interface_of(routed) if routed else None
+        found = socket.gethostbyname(host)
+    except OSError as error:
+        raise ClusterError(
+            f"MASTER_ADDR={host} does not resolve on node {nodes[0]} ({error}); unset it, or correct it"
+        ) from None
+    # Where Slurm itself says so, all nodes are this machine.
+    if not is_loopback(found) or is_loopback(node_addr(nodes[0])):
+        return
+    shown = f"MASTER_ADDR={host}" + (f" ({found})" if found != host else "")
+    raise ClusterError(
+        f"{shown} is a loopback, at which each of the {len(nodes)} nodes ({', '.join(nodes[:3])}{' ...' * (len(nodes) > 3)}) "
+        "would find itself alone; unset it in the profile's `setup`, or set it to an address of "
+        f"{nodes[0]} that the others reach"
+    )
 
 
 def node_addr(name: str) -> str:
@@ -141,14 +147,96 @@ def route_to_any(nodes: Sequence[str]) -> str | None:
     return None
 
 
+def interface_towards(host: str) -> str | None:
+    """The network interface that leads from this machine to an address, or has it; None for a loopback or without a route."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((socket.gethostbyname(host), 9))  # asks the routing table, sends nothing
+            found = str(probe.getsockname()[0])
+    except OSError:
+        return None
+    return None if is_loopback(found) else interface_of(found)
+
+
+def _resolved(name: str) -> str:
+    try:
+        return socket.gethostbyname(name)
+    except OSError:
+        return name
+
+
 def interface_of(address: str) -> str | None:
     """The network interface that has an IPv4 address."""
+    return next((name for name, found in interfaces().items() if found == address), None)
+
+
+def interfaces() -> dict[str, str]:
+    """Network interfaces of this machine and their IPv4 addresses; an interface without one has an empty text."""
+    found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
                 facts = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name[:15].encode()))
+                found[name] = socket.inet_ntoa(facts[20:24])
             except OSError:
-                continue  # an interface without an address
-            if socket.inet_ntoa(facts[20:24]) == address:
-                return name
-    return None
+                found[name] = ""
+    return found
+
+
+def network_variables(meeting_point: str, node: str, env: Mapping[str, str]) -> tuple[dict[str, str], str]:
+    """What to set for gloo and NCCL on the node `node` of a job of several, and that in words; nothing if all are this machine.
+
+    Gloo would listen at the address of the machine's own name, NCCL at whatever interface comes first; both are to take the one
+    that leads to the meeting point. What the user has set stays, if it names an interface that can reach other machines.
+
+    Raises:
+        ClusterError: it does not.
+
+    """
+    if is_loopback(_resolved(meeting_point)):  # what has let that pass knows that all nodes are this machine
+        return {}, ""
+    found = interface_towards(meeting_point)
+    chosen: dict[str, str] = {}
+    said = []
+    for name, exactly in (
+        ("GLOO_SOCKET_IFNAME", ""),
+        ("NCCL_SOCKET_IFNAME", "="),
+    ):  # NCCL takes a bare name for a prefix
+        if given := env.get(name):
+            _check_interfaces(name, given, node, interfaces())
+            said.append(f"{name}={given} (as set)")
+        elif found:
+            chosen[name] = exactly + found
+            said.append(f"{name}={chosen[name]}")
+    if found and chosen:
+        return chosen, f"network: {', '.join(said)}; {found} leads to the meeting point {meeting_point}"
+    return chosen, "network: " + (
+        ", ".join(said) or f"no IPv4 route leads to {meeting_point}: gloo and NCCL choose by themselves"
+    )
+
+
+def _check_interfaces(name: str, given: str, node: str, there: Mapping[str, str]) -> None:
+    """Refuse a choice of interfaces that matches none of this machine's, or only loopbacks."""
+    nccl = name.startswith("NCCL")
+    mode = given[:2] if given[:2] == "^=" else given[:1] if given[:1] in "^=" else ""
+    words = [word.partition(":")[0] for word in given[len(mode) if nccl else 0 :].split(",") if word]
+
+    def matches(interface: str) -> bool:
+        exact = not nccl or "=" in mode
+        named = any(interface == word if exact else interface.startswith(word) for word in words)
+        return named != (nccl and "^" in mode)
+
+    taken = [interface for interface in there if matches(interface)]
+    missing = [] if nccl else [word for word in words if word not in there]
+    if missing or not taken:
+        lack = f"no interface {missing[0]}" if missing else "none of these interfaces"
+        raise ClusterError(
+            f"{name}={given}, but node {node} has {lack}: it has {', '.join(there)}. Set a name that all nodes have, or leave "
+            "it unset: then it is the one that leads to the meeting point"
+        )
+    if all(is_loopback(there[interface]) for interface in taken):
+        others = ", ".join(interface for interface in there if not is_loopback(there[interface]))
+        raise ClusterError(
+            f"{name}={given} is a loopback, which no other node reaches from {node}, and this job has several nodes; set "
+            f"one of {others or 'its network interfaces'}, or leave it unset"
+        )

@@ -25,9 +25,8 @@ from tarflow.evaluation.report.logged import read_metrics
 from tarflow.evaluation.results import scan
 from tarflow.evaluation.run_config import shown_config
 from tarflow.files import listed
-from tarflow.outputs import styled
 from tarflow.records import DamagedFileError
-from tarflow.terminal import plain
+from tarflow.terminal import plain, styled
 from tarflow.trainer.checkpoint.find import scan_as
 from tarflow.trainer.checkpoint.marker import Checkpoint
 from tarflow.trainer.config.schema import Config
@@ -144,9 +143,9 @@ def job_state(state: slurm.JobState | None, chain: Chain) -> str:
     return f"{state.state} ({state.reason})" if state.state == "FAILED" else state.state
 
 
-def run_state(run: Path, jobs: RunJobs, done: bool, now: float) -> str:
-    """What a run is doing, in a word or two. `done`: it has all its images."""
-    if alive.living_writer(run, now) is not None:
+def run_state(run: Path, jobs: RunJobs, done: bool, now: float, beats: list[dict[str, Any]]) -> str:
+    """What a run is doing, in a word or two. `done`: it has all its images; `beats`: the heartbeats of its ranks."""
+    if alive.living_writer(run, now, beats) is not None:
         return "running"
     trainings = [entry["job"] for entry in jobs.entries if entry.get("kind") == "train"]
     live = {jobs.states[job].state for job in trainings if job in jobs.states and jobs.states[job].live}
@@ -158,10 +157,10 @@ def run_state(run: Path, jobs: RunJobs, done: bool, now: float) -> str:
         return "unknown"
     ends = [ended for job in trainings if (ended := Chain.shown(run / "slurm", job).ended) is not None]
     ends = [ended for ended in ends if ended["code"] != IN_USE]  # it left the run to another process
-    since = max((beat["seen"] for beat in alive.read_heartbeats(run)), default=0.0)
+    since = max((beat["seen"] for beat in beats), default=0.0)
     if ends and ends[-1]["code"] != FINISHED and ends[-1]["time"] >= since:  # and it was not trained by hand since
         return f"failed (exit {ends[-1]['code']})"
-    return ENDINGS[alive.last_words(run)]
+    return ENDINGS[alive.last_words(run, beats)]
 
 
 def _jobs_text(run: Path, jobs: RunJobs) -> tuple[str, str]:
@@ -202,9 +201,10 @@ def _row(run: Path, jobs: RunJobs, now: float) -> Row:
         newest = usable[-1] if usable else None
         flaws += [f"{path}: {why}" for path, why in sorted(refused.items()) if why.committed]
     step, seen = newest_known(logged, newest)
-    state = "unknown"
+    state, beats = "unknown", list[dict[str, Any]]()
     with noted(flaws):
-        state = run_state(run, jobs, bool(total and newest and newest.images_seen >= total), now)
+        beats = alive.read_heartbeats(run)
+        state = run_state(run, jobs, bool(total and newest and newest.images_seen >= total), now, beats)
     if jobs.problem and state not in ("running", "starting", "queued", "finished"):
         state = "unknown"  # it may be in the queue
     if step or seen:
@@ -220,8 +220,8 @@ def _row(run: Path, jobs: RunJobs, now: float) -> Row:
             for time_ in _times([newest.path / "COMMITTED"]):
                 facts["commit"] = f"step {newest.step}, {_ago(now - time_)}"
     with noted(flaws):
-        flaws += alive.damaged_heartbeats(run)
-        if beats := alive.read_heartbeats(run):
+        flaws += [beat["flaw"] for beat in beats if "flaw" in beat]
+        if beats:
             facts["heartbeat"] = _ago(now - min(beat["seen"] for beat in beats))  # of the rank silent for longest
     with noted(flaws):
         facts["jobs"], facts["requeues"] = _jobs_text(run, jobs)

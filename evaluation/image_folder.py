@@ -79,6 +79,11 @@ class ImageFolder:
                 f"{self.root} holds no readable image (png, jpg, webp, ...); {len(self.others)} other files{unread}"
             )
 
+    @property
+    def num_images(self) -> int:
+        """Files that are images by their names."""
+        return len(self.files)
+
     def batches(self, batch_size: int = 64) -> Iterator[Tensor]:
         """Yield uint8 [n, C, size, size] in the order of names. Raises EvaluationError if no image can be decoded."""
         self.broken, self.jpegs, self.resized, self.used = [], 0, 0, 0

@@ -115,6 +115,7 @@ class ResultFile(Record):
     num_samples: Count
     nonfinite: Count
     features: dict[str, Any]
+    float32: dict[str, Literal["highest", "high", "medium"]] | None = None  # precision of products, by part
     settings: Settings
     settings_hash: str = Field(pattern="^[0-9a-f]{12}$")
 
@@ -138,6 +139,7 @@ class WorkFile(Record):
 
     seconds: dict[str, Annotated[float, Field(ge=0, le=1e12)]]
     workers: dict[str, list[str]] = Field(default_factory=dict)
+    batches: dict[str, list[Count]] = Field(default_factory=dict)  # stage -> images at a time, of all workers
     machine: dict[str, Any] = Field(default_factory=dict)
     time: float = Field(ge=0, le=1e12)  # when it was finished, in seconds since 1970
     code: Any = None

@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 from tarflow import __version__, terminal
 from tarflow.errors import LASTING, UserError, in_words, path_of
 from tarflow.interpreter import leave_current_folder
-from tarflow.outputs import Output, ReaderGoneError, guarded_outputs
+from tarflow.terminal import Output, ReaderGoneError, guarded_outputs
 
 # verb: (module, what it does)
 VERBS = {

@@ -75,6 +75,25 @@ def read_npz(
         return Arrays(arrays, checked=True)
 
 
+def rows(path: Path, name: str, count: int, *, what: str = "", way_out: str = "") -> Iterator[NDArray[Any]]:
+    """The array `name` in pieces of `count` along its first axis, for one that memory need not hold. Raises as `declared`."""
+    with _opened(path, None, what, way_out) as (archive, found):
+        info, array = found[name]
+        with archive.open(info) as member:
+            version = np.lib.format.read_magic(member)
+            if _READERS[version](member)[1]:
+                raise ValueError(f"its array {name!r} is stored column by column")
+            size = math.prod(array.shape[1:]) * array.dtype.itemsize
+            for first in range(0, array.shape[0], count):
+                piece = min(count, array.shape[0] - first)
+                data = member.read(piece * size)
+                if len(data) != piece * size:
+                    raise ValueError(f"its array {name!r} ends early")
+                yield np.frombuffer(data, array.dtype).reshape(piece, *array.shape[1:])
+            if member.read(1):  # at its end its CRC-32 is checked
+                raise ValueError(f"{info.filename} goes on beyond its array")
+
+
 def write_npz(file: BinaryIO, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays with their checksum; the same bytes for the same arrays."""
     np.savez(file, **arrays, **{SEAL: np.array(checksum(arrays))})

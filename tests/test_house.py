@@ -22,7 +22,7 @@ LAYERS = {
         flow formats
         transformer cost presets
         config provenance
-        noise randomness errors
+        noise randomness float32 errors
     """,
     "data_pipeline": """
         commands
@@ -48,10 +48,12 @@ LAYERS = {
         run_dir step_inputs schedule
         config
         batch metrics optimizer stats
+        outbox
         errors
     """,
     "evaluation": """
         commands
+        start
         sweep likelihood
         worker
         references report flow
@@ -61,7 +63,7 @@ LAYERS = {
         sweep_file
         result_file
         metrics
-        run_config image_set image_folder shared_work event_file
+        run_config image_set image_folder image_array shared_work event_file batches waiting
         errors log stopwatch
     """,
     "cluster": """
@@ -86,7 +88,7 @@ ROOMS_BELOW = {
 TRAINER_FOR_EVALUATION = {"config", "run_dir", "checkpoint", "errors"}
 # Files of tarflow/ that every room may import.
 GROUND = {
-    "code_version", "errors", "file_systems", "files", "interpreter", "leases", "locks", "npz", "outputs", "records",
+    "code_version", "devices", "errors", "file_systems", "files", "interpreter", "leases", "locks", "npz", "records",
     "settings", "terminal",
 }  # fmt: skip
 

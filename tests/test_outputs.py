@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tarflow.outputs import Output, ReaderGoneError
+from tarflow.terminal import Output, ReaderGoneError
 from tests.helpers.data import prepared
 from tests.helpers.programs import ENV, program
 from tests.helpers.waiting import until

@@ -258,7 +258,7 @@ WITH_REASON = {
     "data_pipeline/prepare/card.py": "the same folder",
     "data_pipeline/index/writer.py": "a new folder, which must not be there before",
 }
-TOOLS = {"files.py", "leases.py", "outputs.py", "terminal.py"}  # these are what is tried above
+TOOLS = {"files.py", "leases.py", "terminal.py"}  # these are what is tried above
 WRITE = {
     "write_text",
     "write_bytes",

@@ -22,8 +22,10 @@ from tarflow.trainer.parallel.choose import make_backend
 from tarflow.trainer.parallel.world import Vote, World, broadcast
 from tarflow.trainer.resilience.exit_codes import FINISHED, NO_PROGRESS, REQUEUE
 from tarflow.trainer.resilience.fault_injection import fault_point
+from tarflow.trainer.resilience.limits import limits_of, set_timeouts
+from tarflow.trainer.resilience.own_work import OwnWork
 from tarflow.trainer.resilience.signals import StopRequest
-from tarflow.trainer.resilience.watchdog import Watchdog, tighten_timeouts
+from tarflow.trainer.resilience.watchdog import Watchdog
 from tarflow.trainer.saving.handle import Position
 from tarflow.trainer.saving.manager import CheckpointManager
 from tarflow.trainer.saving.no_progress import no_progress
@@ -54,6 +56,7 @@ class Trainer:
         self.config, self.plan, self.log, self.world, self.device = config, plan, log, world, device
         self.warmup_images = warmup_images
         self.backend = make_backend(config, device, world, plan)
+        self.work = OwnWork(self.backend.model.blocks, device)
         self.ema = EMA(self.backend, config.ema.relative_stds, config.ema.decays)
         self.saver = CheckpointManager(config, run_dir, self.backend, self.ema, world, log)
         self.images_seen = 0
@@ -120,15 +123,14 @@ class Trainer:
                 if self._skip_batch(batch):
                     continue
 
-                # --- Train step. To tell stragglers, the step counts by the CPU time of this thread: waiting for other ranks
-                # takes none.
+                # --- Train step.
                 if not first:
                     self.watchdog.phase("step")
-                waited = time.monotonic() - began - time.thread_time()
+                before_s = time.monotonic() - began
                 lr = self.train_step(batch, metrics)
-                self.watchdog.step_done(self.step_count, waited + time.thread_time())
+                self.watchdog.step_done(self.step_count, self.work.step_done(before_s))
                 if first:  # compilation and the first collectives are done: from here on a slow step is a hang
-                    tighten_timeouts(config.parallel.step_timeout_s, spare=self.saver.group)
+                    set_timeouts(limits_of(config.parallel).step.collective_s, spare=self.saver.group)
                     first = False
                 hooks.on_step(self._tried, batch)
 

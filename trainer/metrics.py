@@ -23,9 +23,9 @@ from torch import Tensor
 
 from tarflow.files import LineWriter, make_folder
 from tarflow.models.likelihood import bits_from_nats
-from tarflow.outputs import styled
 from tarflow.records import read_lines, sealed
-from tarflow.terminal import plain_lines
+from tarflow.terminal import plain_lines, styled
+from tarflow.trainer.outbox import Outbox
 
 WIDE = 130  # columns of a terminal with room for all metrics beside a progress bar
 
@@ -123,7 +123,10 @@ class PendingMetrics:
 
 
 class MetricLogger:
-    """Where metrics and messages go. Rank 0 writes for all ranks; the others write only their own log."""
+    """Where metrics and messages go. Rank 0 writes for all ranks; the others write only their own log.
+
+    Nothing here waits for a file system that does not answer.
+    """
 
     def __init__(self, run_dir: Path, tensorboard: bool, total_images: int, rank: int = 0,
         console: Console | None = None,
@@ -133,6 +136,7 @@ class MetricLogger:
         self._writer: Any = None
         self._curves: Path | None = None
         self._progress: Progress | None = None
+        self._outbox = Outbox()
         if rank:
             make_folder(run_dir, "logs")
             self._text = LineWriter(run_dir / "logs" / f"rank-{rank:04d}.log")
@@ -162,16 +166,17 @@ class MetricLogger:
     def info(self, text: str, *, last_words: bool = False) -> None:
         """Log a line to log.txt and the screen; `last_words`: to standard error, where a job looks for its reason."""
         text = plain_lines(text)
-        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
+        self.record(text)
         if self._progress is not None:
-            self._progress.console.print(text, highlight=False, markup=False)
+            console = self._progress.console
+            self._outbox.put(lambda: console.print(text, highlight=False, markup=False))
         elif self._jsonl is not None:
-            with suppress(OSError):
-                print(text, file=sys.stderr if last_words else sys.stdout, flush=True)
+            self._outbox.put(lambda: _print(text, last_words))
 
     def record(self, text: str) -> None:
         """Log lines to log.txt only."""
-        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}"
+        self._outbox.put(lambda: self._text.write(line))
 
     def event(self, name: str, **values: Any) -> None:
         """Log an event (start, resume, save) to metrics.jsonl."""
@@ -183,9 +188,8 @@ class MetricLogger:
             return
         self._write({"step": step, "images_seen": images_seen, "time": time.time(), **row})
         if self._writer is not None:
-            with suppress(OSError):  # a full disk must not end the run
-                for name, value in row.items():
-                    self._writer.add_scalar(name, value, images_seen)
+            values = dict(row)
+            self._outbox.put(lambda: self._add_to_curves(images_seen, values))
         rate, share = row["throughput/images_per_sec"], images_seen / total_images
 
         # What people look for first comes first: a narrow terminal cuts the end of the line off.
@@ -207,22 +211,38 @@ class MetricLogger:
         else:
             self.info(line)
 
+    def _add_to_curves(self, images_seen: int, row: Mapping[str, float]) -> None:
+        with suppress(OSError):  # a full disk must not end the run
+            for name, value in row.items():
+                self._writer.add_scalar(name, value, images_seen)
+
     def _write(self, row: Mapping[str, Any]) -> None:
         """Write a sealed line; a metric that is not finite, as in a window of skipped steps, is null."""
         if self._jsonl is not None:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            self._jsonl.write(json.dumps(sealed(finite)))
+            jsonl, line = self._jsonl, json.dumps(sealed(finite))
+            self._outbox.put(lambda: jsonl.write(line))
 
     def close(self) -> None:
-        """Remove the progress bar and close the files."""
+        """Remove the progress bar and close the files. What a file system has not taken by then is lost."""
         if self._progress is not None:
             self._progress.stop()
+        self._outbox.put(self._close_files)
+        if not self._outbox.close():
+            print("WARNING: the last lines of the log are lost: the file system does not answer", file=sys.stderr)
+
+    def _close_files(self) -> None:
         if self._writer is not None:
             with suppress(OSError):
                 self._writer.close()
         if self._jsonl is not None:
             self._jsonl.close()
         self._text.close()
+
+
+def _print(text: str, last_words: bool) -> None:
+    with suppress(OSError):
+        print(text, file=sys.stderr if last_words else sys.stdout, flush=True)
 
 
 def _progress_bar(console: Console) -> Progress:

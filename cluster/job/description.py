@@ -16,6 +16,7 @@ from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job.chain import Limits
 from tarflow.records import DamagedFileError, Record, load_record, read_bounded, save_record
 
+Device = Literal["auto", "cpu", "cuda", "mps"]
 LAG_S = 60.0  # a network file system may show a new file this late
 
 
@@ -30,9 +31,11 @@ class Job(Record):
     arguments: tuple[str, ...]  # of `python -m tarflow`
     resubmit: str  # the command that goes on by hand
     limits: Limits
-    gpus: int = Field(0, ge=0)
+    gpus: int = Field(0, ge=0)  # of each node, that must do the work: none if the run is to train on the CPU
+    device: Device = "auto"  # train.device
     min_free_gb: float = Field(0.0, ge=0)
     preflight: Literal["off", "files", "full"] = "full"
+    preflight_timeout: float = Field(180.0, gt=0)  # seconds
     follows: str | None = None  # evaluate: the training job whose end ends it
     ranks_per_task: int = Field(1, ge=1)  # processes that each Slurm task starts
     restarts_in_place: int = Field(0, ge=0)  # after a failed process: all start again, and the allocation is kept

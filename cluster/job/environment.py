@@ -52,6 +52,27 @@ class JobStart:
         print(message(f"[job {self.job_id}, task {self.place.rank}, node {self.node}] {text}"), flush=True)
 
 
+def poll_s(tasks: int, least_s: float = 0.1, per_s: float = 500) -> float:
+    """Seconds between two looks at the shared files of a start, by each of so many tasks: `per_s` looks a second of all."""
+    return min(max(least_s, tasks / per_s), 20.0)
+
+
+def threads_per_process(place: Place, ranks_per_task: int, env: Mapping[str, str] = os.environ) -> int | None:
+    """CPU threads for each process that a task starts; None where the user or Slurm's binding has settled it.
+
+    Torch takes a thread for every CPU that a process may use. Several processes that share them would each take all.
+    """
+    cpus, node = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    if "OMP_NUM_THREADS" in env or place.local_size * ranks_per_task == 1:
+        return None
+    given = env.get("SLURM_CPUS_PER_TASK", "")
+    if given.isdigit() and int(given):
+        cpus = min(cpus, int(given))
+    elif cpus == node:  # not bound to any: the tasks of this node share them
+        cpus //= place.local_size
+    return max(1, cpus // ranks_per_task)
+
+
 def find_start(env: Mapping[str, str]) -> JobStart:
     """The start that a Slurm step's environment describes. Rank variables of another launcher do not count in a job."""
     place = find_place({k: v for k, v in env.items() if k.startswith("SLURM_")})

@@ -1,5 +1,6 @@
 """What the tasks of one start tell each other: failed-RANK.json and finished-RANK in the folder of the attempt."""
 
+import os
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,8 +10,10 @@ from tarflow.cluster.exit_codes import FAILED, FINISHED
 from tarflow.cluster.job.chain import AttemptResult
 from tarflow.cluster.job.environment import Place
 from tarflow.errors import why
-from tarflow.files import create_empty, listed
+from tarflow.files import create_empty, listed, open_own
 from tarflow.records import DamagedFileError, Record, load_record, save_record
+
+ANY = "failed"  # made after the first note; the folder has a thousand names where there are a thousand tasks
 
 
 class FailureNote(Record):
@@ -38,7 +41,12 @@ class TaskNotes:
             note = self.folder / f"failed-{self.place.rank}.json"
             if not note.exists():
                 save_record(note, FailureNote(**vars(result)), shared=False)
+            os.close(open_own(self.folder / ANY, os.O_WRONLY | os.O_CREAT))
         return result
+
+    def anyone_failed(self) -> bool:
+        """Whether any task has left a note of its failure: one look at one name, for tasks that look again and again."""
+        return (self.folder / ANY).exists()
 
     def failure(self) -> AttemptResult | None:
         """The failure that most likely caused the others: a bad node, then a killed process, then the earliest."""

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,9 +12,10 @@ from pydantic import Field
 
 from tarflow.cluster.answers import answer
 from tarflow.cluster.errors import ClusterError
-from tarflow.cluster.job.environment import Place
+from tarflow.cluster.job.environment import Place, poll_s
+from tarflow.devices import VISIBLE, visible_devices
 from tarflow.errors import why
-from tarflow.files import write_new
+from tarflow.files import listed, write_new
 from tarflow.interpreter import module_command
 from tarflow.records import Record, load_record, save_record
 
@@ -40,8 +41,13 @@ class BadNodeError(ClusterError):
         self.node = node
 
 
-def check_node(run_dir: Path, node: str, gpus: int, min_free_gb: float) -> None:
-    """Check what a task sees alone: the run directory is writable and has space, the node's GPUs, its clock."""
+def check_node(
+    run_dir: Path, node: str, gpus: int, min_free_gb: float, processes: int = 1, env: Mapping[str, str] = os.environ
+) -> None:
+    """Check what a task sees alone: the run directory is writable and has space, the node's GPUs, its clock.
+
+    `gpus`: of the node, as the job asked for them; `processes`: that this task starts.
+    """
     probe = run_dir / "slurm" / f".probe-{node}-{os.getpid()}"
     try:
         before = time.time()
@@ -58,9 +64,30 @@ def check_node(run_dir: Path, node: str, gpus: int, min_free_gb: float) -> None:
             f"{run_dir} has {free:.1f} GB free, less than min_free_gb={min_free_gb} of the profile; make room or lower it"
         )
     if gpus:
+        mine = gpus_of_task(gpus, processes, env)
         found = visible_gpus()
-        if found is None or found < gpus:
-            raise BadNodeError(node, f"{found or 'no'} of its {gpus} GPUs answer (nvidia-smi -L)")
+        if found is None or found < mine:
+            of_task = "" if mine == gpus else f" that were given to this task ({VISIBLE}={env[VISIBLE]})"
+            raise BadNodeError(node, f"{found or 'no'} of its {mine} GPUs{of_task} answer (nvidia-smi -L)")
+
+
+def gpus_of_task(gpus: int, processes: int, env: Mapping[str, str] = os.environ) -> int:
+    """GPUs that a task must see: all `gpus` of its node, or those that the site binds to each task.
+
+    Raises:
+        ClusterError: these are fewer than the processes that the task starts.
+
+    """
+    bound = visible_devices(env)
+    if bound is None or len(bound) >= gpus:
+        return gpus
+    if len(bound) < processes:
+        raise ClusterError(
+            f"the profile asks for gpus: {gpus} on each node, but Slurm gave this task {len(bound)} ({VISIBLE}="
+            f"{env[VISIBLE]!r}) for its {processes} process{'es' * (processes > 1)}: leave --gpus-per-task and --gpu-bind out "
+            "of the profile, or submit without --one-task-per-node"
+        )
+    return len(bound)
 
 
 def visible_gpus() -> int | None:
@@ -78,9 +105,11 @@ def check_shared(
     """Check that every task sees every other's file in the run directory, and that their clocks agree."""
     save_record(folder / f"here-{place.rank}.json", Here(rank=place.rank, node=node, time=time.time()), shared=False)
     end = time.monotonic() + wait_s
-    missing = set(range(place.size))
+    # One task of each node looks for all, by one listing at a time: a thousand tasks that look for a thousand files each
+    # would be what the file server is busy with. The others look for the first.
+    missing = set(range(place.size)) if place.local_rank == 0 else {0, place.rank}
     while missing and not stopped():
-        missing = {rank for rank in missing if not (folder / f"here-{rank}.json").exists()}
+        missing -= {int(path.stem.removeprefix("here-")) for path in listed(folder, "here-*.json")}
         if missing and time.monotonic() > end:
             names = [f"here-{rank}.json" for rank in sorted(missing)]
             unseen = ", ".join(names[:4] + ["..."] * (len(names) > 4))
@@ -88,7 +117,7 @@ def check_shared(
                 f"rank {place.rank} on node {node} cannot see {unseen} in {folder}: the tasks of these ranks did not start, or "
                 "the run directory is not shared between the nodes"
             )
-        time.sleep(0.1 if missing else 0)
+        time.sleep(poll_s(place.size) if missing else 0)
     if stopped():
         return
     first, own = (load_record(folder / f"here-{rank}.json", Here) for rank in (0, place.rank))
@@ -98,6 +127,12 @@ def check_shared(
         raise BadNodeError(node, f"its clock is {own.time - first.time:+.0f} s off that of node {first.node} ({files})")
 
 
-def all_reduce_command() -> list[str]:
-    """The check that all ranks can sum a number together, as a process of its own: it leaves no device memory behind."""
-    return module_command("tarflow.cluster.job.all_reduce", unbuffered=True)
+def all_reduce_command(
+    device: str = "auto", limit_s: float = 180.0, folder: Path = Path(), ranks_per_task: int = 1, node: str = "?"
+) -> list[str]:
+    """The check of devices and backends, as a process of its own: it leaves no device memory behind.
+
+    `device`: as in train.device; `folder`: of this start, in which each task said on which node it is.
+    """
+    words = [device, str(limit_s), str(folder), str(ranks_per_task), node]
+    return module_command("tarflow.cluster.job.all_reduce", *words, unbuffered=True)

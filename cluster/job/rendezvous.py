@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from tarflow.cluster.errors import ClusterError
-from tarflow.cluster.hosts import address, expand
-from tarflow.cluster.job.environment import Place
+from tarflow.cluster.hosts import address, check_meeting_point, expand
+from tarflow.cluster.job.environment import Place, poll_s
 from tarflow.records import Record, load_record, save_record
 
 WAIT_S = 300.0
@@ -64,9 +64,11 @@ def meet(
     file = folder / "rendezvous.json"
     if place.rank == 0:
         host = env.get("MASTER_ADDR")
-        if not host:
-            first, *others = expand(env["SLURM_JOB_NODELIST"])
-            host = address(first, others)
+        nodes = expand(env.get("SLURM_JOB_NODELIST") or "localhost")
+        if host:
+            check_meeting_point(host, nodes)
+        else:
+            host = address(nodes[0], nodes[1:])
         stores = _store(host, 0), _store(host, int(env.get("MASTER_PORT", "0")))
         meeting = Meeting(host, stores[0].port, stores[1].port, stores)
         save_record(file, MeetingFile(host=host, check_port=meeting.check_port, port=meeting.port), shared=False)
@@ -80,7 +82,7 @@ def meet(
                 f"rank {place.rank} waited {wait_s:.0f} s for {file}, which rank 0 writes: rank 0 did not start, or the "
                 "run directory is not on a file system that all nodes share"
             )
-        time.sleep(0.1)
+        time.sleep(poll_s(place.size))
     return Meeting(**load_record(file, MeetingFile).model_dump())
 
 

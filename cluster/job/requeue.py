@@ -13,7 +13,7 @@ from tarflow.cluster.job.cancel_note import is_cancelled
 from tarflow.cluster.job.chain import AttemptResult, Chain, Decision, decide, exhausted, foreign
 from tarflow.cluster.job.child import PATIENCE_S, Signals
 from tarflow.cluster.job.description import Job
-from tarflow.cluster.job.environment import JobStart
+from tarflow.cluster.job.environment import JobStart, poll_s
 from tarflow.cluster.job.failure_notes import TaskNotes
 from tarflow.errors import UserError, in_words, why
 from tarflow.files import listed
@@ -157,7 +157,7 @@ def finish_other(slurm_dir: Path, start: JobStart, result: AttemptResult, notes:
             sys.exit(ended["code"])
         if signals.stopped():  # srun ends the step: rank 0 has left
             sys.exit(FINISHED)
-        time.sleep(0.5)
+        time.sleep(poll_s(start.place.size, 0.5))
     sys.exit(result.code)
 
 

@@ -2,25 +2,29 @@
 
 import os
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from tarflow.cluster.errors import ClusterError, RunInUseError
 from tarflow.cluster.exit_codes import FAILED, FINISHED, HUNG, IN_USE, NO_PROGRESS, REQUEUE, USAGE
-from tarflow.cluster.hosts import expand, gloo_interface
-from tarflow.cluster.job.all_reduce import DEVICE_FAILED
+from tarflow.cluster.hosts import expand, network_variables
+from tarflow.cluster.job.all_reduce import DEVICE_FAILED, silent_node
 from tarflow.cluster.job.chain import AttemptResult, Chain
 from tarflow.cluster.job.child import PATIENCE_S, Children, Exit, Signals
 from tarflow.cluster.job.description import Job
-from tarflow.cluster.job.environment import JobStart, Place, find_start, scrubbed
+from tarflow.cluster.job.environment import JobStart, Place, find_start, poll_s, scrubbed, threads_per_process
 from tarflow.cluster.job.failure_notes import TaskNotes
 from tarflow.cluster.job.preflight import BadNodeError, all_reduce_command, check_node, check_shared
 from tarflow.cluster.job.record import submissions
 from tarflow.cluster.job.rendezvous import Meeting, meet
 from tarflow.cluster.job.requeue import ChainOwner, finish_other
+from tarflow.devices import GPUS_VARIABLE
 from tarflow.errors import UserError, in_words
 from tarflow.files import make_folder
 from tarflow.interpreter import HOME, JOB_VARIABLE, module_command
+
+LOADING_S = 120.0  # for a process to load torch from a slow file system, before the limit of the checks counts
 
 
 class Task:
@@ -35,6 +39,8 @@ class Task:
         self.notes = TaskNotes(self.folder, self.place)  # of this attempt: a restart in place has its own
         self.owner = ChainOwner(job, self.start) if self.place.rank == 0 else None
         self.network: dict[str, str] = {}  # variables for the child processes, see find_network
+        self.gpus = 0 if job.device == "cpu" else job.gpus  # of this node, that must do the work
+        self.threads = threads_per_process(self.place, job.ranks_per_task)
 
     def run(self, signals: Signals) -> int:
         """Work until it ends, then see to what follows. Returns 0, or exits with another code."""
@@ -67,10 +73,11 @@ class Task:
     def work(self, signals: Signals) -> AttemptResult:
         """Preflight, then attempts on the same nodes, as many as the profile allows."""
         job, place = self.job, self.place
-        self.find_network()
+        if self.threads and self.owner is not None:
+            self.start.log(f"OMP_NUM_THREADS={self.threads} for each process, which share this node's CPUs")
         if job.preflight != "off":
-            gpus = job.gpus if job.preflight == "full" else 0
-            check_node(self.run_dir, self.start.node, gpus, job.min_free_gb)
+            gpus = self.gpus if job.preflight == "full" else 0
+            check_node(self.run_dir, self.start.node, gpus, job.min_free_gb, job.ranks_per_task)
             if place.size > 1:
                 check_shared(self.folder, place, self.start.node, stopped=lambda: self.should_abort(signals))
 
@@ -97,28 +104,43 @@ class Task:
         if places[0].size > 1:
             meeting = meet(self.notes.folder, self.place, stopped=lambda: self.should_abort(signals))
             if meeting is None or self.should_abort(signals):
-                failed = None if signals.stopped() else self.notes.failure()
-                return failed or stopped_by(signals)
-            if job.preflight == "full" and first:  # a restart in place is on nodes that have passed
-                bad = self.check_all_reduce(meeting, places, signals)
-                if bad is not None:
-                    return self.notes.record(bad)
+                if signals.stopped():
+                    return stopped_by(signals)
+                return self.notes.failure() or AttemptResult(FAILED, "another task failed; its note is not visible yet")
+            self.find_network(meeting)
+            checks = [meeting.variables(place, meeting.check_port) for place in places]
             envs = [env | meeting.variables(place) for env, place in zip(envs, places)]
+        else:
+            checks = [{"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}]
+        if (
+            job.preflight == "full" and first and (places[0].size > 1 or self.gpus)
+        ):  # one in place is on nodes that have passed
+            bad = self.check_devices(checks, places, signals)
+            if bad is not None:
+                return self.notes.record(bad)
+        envs = [env | self.network for env in envs]
         command = module_command("tarflow", *job.arguments, unbuffered=True)
         return self.notes.record(self.monitor(Children(command, envs), places, signals))
 
-    def check_all_reduce(self, meeting: Meeting, places: Sequence[Place], signals: Signals) -> AttemptResult | None:
-        """Sum a number over all ranks; None if that works."""
-        envs = [self.environment() | meeting.variables(place, meeting.check_port) for place in places]
-        checked = self.monitor(Children(all_reduce_command(), envs), places, signals)
+    def check_devices(
+        self, variables: Sequence[dict[str, str]], places: Sequence[Place], signals: Signals
+    ) -> AttemptResult | None:
+        """Compare the devices of all ranks, and sum a number over each backend; None if that works."""
+        job, limit_s = self.job, self.job.preflight_timeout
+        command = all_reduce_command(job.device, limit_s, self.folder, job.ranks_per_task, self.start.node)
+        children = Children(command, [self.environment() | self.network | one for one in variables])
+        checked = self.monitor(children, places, signals, limit_s + LOADING_S)
         if not checked.code:
             return None
-        node = self.start.node if checked.code == DEVICE_FAILED else checked.node
-        text = f"preflight: {checked.text} (all-reduce between all ranks)"
+        silent = silent_node(self.folder) if self.owner is not None else ""
+        node = self.start.node if checked.code == DEVICE_FAILED else checked.node or silent
+        text = f"preflight: {checked.text} (devices and all-reduce of all ranks)"
         return AttemptResult(checked.code, text, node, checked.stopped)
 
-    def monitor(self, children: Children, places: Sequence[Place], signals: Signals) -> AttemptResult:
-        """Wait for the processes.
+    def monitor(
+        self, children: Children, places: Sequence[Place], signals: Signals, limit_s: float = float("inf")
+    ) -> AttemptResult:
+        """Wait for the processes, at most `limit_s`.
 
         Rank 0 also watches for other tasks' failures, and so does every task that may restart in place; an evaluation
         watches for the end of the training that it follows.
@@ -127,12 +149,18 @@ class Task:
         if signals.stopped():  # the signal came before there was a child to pass it to
             children.send(signal.SIGTERM)
         first = self.owner is not None
-        reads_failures, every_s = first or self.job.restarts_in_place > 0, 0.5 if first else 2.0
+        reads_failures = first or self.job.restarts_in_place > 0
+        every_s = 0.5 if first else poll_s(self.place.size, 2.0, 50)
+        end = time.monotonic() + limit_s
         try:
             while (ended := children.wait(every_s)) is None:
-                if reads_failures and (other := self.notes.failure()) is not None:
+                if reads_failures and self.notes.anyone_failed() and (other := self.notes.failure()) is not None:
                     children.end_within(PATIENCE_S)
                     return other
+                if time.monotonic() > end:
+                    children.end(5)
+                    text = f"processes on {self.start.node} have not ended within {limit_s:.0f} s"
+                    return AttemptResult(FAILED, text, self.start.node)
                 # Once rank 0 is done, processes that hang in their shutdown would only hold the allocation.
                 if not first and self.notes.first_finished():
                     if children.wait(PATIENCE_S) is None:
@@ -177,22 +205,24 @@ class Task:
 
     def should_abort(self, signals: Signals) -> bool:
         """Whether there is no point in waiting for the other tasks."""
-        return signals.stopped() or self.notes.failure() is not None
+        return signals.stopped() or self.notes.anyone_failed()
 
     def environment(self) -> dict[str, str]:
         """The environment of a process that this task starts."""
         own = {"PYTHONPATH": self.job.code, "PYTHONSAFEPATH": "1", JOB_VARIABLE: self.start.job_id}
-        return {**scrubbed(os.environ), **own, **self.network}
+        if self.gpus or self.job.device == "cpu":  # otherwise what Slurm says counts
+            own[GPUS_VARIABLE] = str(self.gpus)
+        if self.threads:
+            own["OMP_NUM_THREADS"] = str(self.threads)
+        return {**scrubbed(os.environ), **own}
 
-    def find_network(self) -> None:
-        """Tell gloo which interface leads to the other nodes, where it would listen on a loopback."""
-        nodes = expand(os.environ["SLURM_JOB_NODELIST"]) if self.place.size > self.place.local_size else []
-        others = [name for name in nodes if name != self.start.node]
-        if others and "GLOO_SOCKET_IFNAME" not in os.environ and (found := gloo_interface(self.start.node, others)):
-            self.network["GLOO_SOCKET_IFNAME"] = found
-            self.start.log(
-                f"this node's own name is a loopback (/etc/hosts): GLOO_SOCKET_IFNAME={found}, towards {others[0]}"
-            )
+    def find_network(self, meeting: Meeting) -> None:
+        """Tell gloo and NCCL which interface leads to the other nodes."""
+        if self.place.size == self.place.local_size or len(expand(os.environ["SLURM_JOB_NODELIST"])) == 1:
+            return
+        self.network, said = network_variables(meeting.host, self.start.node, os.environ)
+        if said and self.place.local_rank == 0:
+            self.start.log(said)
 
 
 def stopped_by(signals: Signals) -> AttemptResult:

@@ -7,10 +7,11 @@ from typing import Any
 
 from tarflow.cluster.errors import ClusterError, RunInUseError
 from tarflow.locks import locked
-from tarflow.trainer.resilience.alive import holder_of, is_alive, read_heartbeats
+from tarflow.trainer.resilience.alive import beat_interval_s, holder_of, is_alive, read_heartbeats
 from tarflow.trainer.run_dir import LOCK, Holder, read_holder
 
-WATCH_S = 5.0  # a living process beats within this time: heartbeats come every two seconds
+WATCH_S = 5.0  # a living process beats within this time, or that of one and a quarter of its heartbeats
+READS_PER_S = 200.0  # heartbeats read while waiting: those of a large run are looked at less often
 PATIENCE_S = 120.0  # processes of a lost node live on for a while
 
 
@@ -28,7 +29,7 @@ def wait_for_writer(
     while not stopped():
         held, waited = is_locked(run_dir), time.monotonic() - begin
         holder = read_holder(run_dir) if held else pulse.suspect
-        if not held and (holder is None or (waited > WATCH_S and not pulse.beats())):
+        if not held and (holder is None or (waited > pulse.watch_s and not pulse.beats())):
             return
         earlier_start = holder is not None and holder.job == job
         if not earlier_start and pulse.beats():
@@ -40,7 +41,7 @@ def wait_for_writer(
         if not told:
             log(f"waiting for the process that still holds the run ({holder or 'unnamed'})")
             told = True
-        time.sleep(0.5)
+        time.sleep(max(0.5, pulse.ranks / READS_PER_S))
 
 
 def other_writer(run_dir: Path, job: str) -> Holder | None:
@@ -67,6 +68,9 @@ class _Pulse:
     def __init__(self, run_dir: Path, job: str) -> None:
         self.run_dir, self.job = run_dir, job
         self._first = _others(run_dir, job)
+        self.ranks = len(self._first)
+        size = max((beat.get("world_size") or 1 for beat in self._first.values()), default=1)
+        self.watch_s = max(WATCH_S, 1.25 * beat_interval_s(size))
         self.suspect = next((holder_of(beat) for beat in self._first.values()), None)
 
     def beats(self) -> bool:

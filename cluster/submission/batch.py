@@ -10,6 +10,7 @@ from typing import Any
 
 from tarflow.cluster import slurm
 from tarflow.cluster.errors import ClusterError
+from tarflow.cluster.submission.placement import distribution
 from tarflow.cluster.submission.profile import ClusterProfile
 from tarflow.files import write_text
 
@@ -63,7 +64,7 @@ def make_batch(
         "constraint": profile.constraint, "exclude": profile.exclude, "cpus_per_task": cpus_per_task, "mem": profile.mem,
         "gpus_per_node": profile.gpus or None, "signal_delay_s": profile.signal_before,
         "array_parallelism": profile.array_parallelism, "dependency": dependency,
-        "srun_args": ["--kill-on-bad-exit=1", "--open-mode=append", *cpus, *profile.srun],
+        "srun_args": ["--kill-on-bad-exit=1", "--open-mode=append", *cpus, *distribution(profile, nodes, tasks), *profile.srun],
         "additional_parameters": {"requeue": True, **profile.sbatch},
         "setup": [line for text in profile.setup for line in text.rstrip("\n").split("\n")],
     }  # fmt: skip

@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.submission.sbatch_options import check_sbatch
@@ -60,6 +69,16 @@ class ClusterProfile(BaseModel):
         "full",
         description="checks before the first step: files = the run directory and clocks; full = also GPUs and an all-reduce",
     )
+    preflight_timeout: int = Field(
+        180,
+        ge=10,
+        le=86400,
+        description="seconds within which all ranks must have met and summed a number in that check",
+    )
+    evaluation: dict[str, Any] = Field(
+        {},
+        description="settings that replace these for the job of --evaluate, e.g. gpus: 2 (default: one GPU, its share)",
+    )
     min_free_gb: float = Field(
         1.0, ge=0, le=1e9, description="free space in GB that the run directory must have at a start"
     )
@@ -84,21 +103,43 @@ class ClusterProfile(BaseModel):
             raise ValueError("options of sbatch go into `sbatch`, not into `setup`")
         return value
 
+    @model_validator(mode="after")
+    def _evaluation_fits(self) -> "ClusterProfile":
+        if unknown := set(self.evaluation) & {"evaluation"} | self.evaluation.keys() - type(self).model_fields.keys():
+            name = sorted(unknown)[0]
+            near = difflib.get_close_matches(name, list(type(self).model_fields), n=1, cutoff=0.5)
+            raise ValueError(f"unknown setting {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        if self.evaluation:
+            try:
+                self.for_evaluation(1)
+            except ValidationError as error:
+                first = error.errors()[0]
+                raise ValueError(f"{first['loc'][0]}={first['input']!r}: {first['msg']}") from None
+        return self
+
     @property
     def gpu_options(self) -> list[str]:
         """Entries of `sbatch` that ask for GPUs."""
         return [k for k, v in self.sbatch.items() if k.startswith("gpu") or (k == "gres" and v.startswith("gpu"))]
 
-    def for_one_process(self, processes: int) -> "ClusterProfile":
-        """The share of one of `processes` on a node: its part of the memory, and one GPU if there are any."""
+    def for_evaluation(self, processes: int) -> "ClusterProfile":
+        """A small share of a node that `processes` train on, changed by `evaluation`.
+
+        One GPU if there are any, and the part of the memory that as many processes have; never a whole node.
+        """
+        kept = {name: value for name, value in self.sbatch.items() if name != "exclusive"}
+        small = self.model_dump() | {"gpus": min(self.gpus, 1), "sbatch": kept}
+        wanted = type(self).model_validate(small | self.evaluation | {"evaluation": {}})
         match = re.fullmatch(r"(\d+)([KMGT]?B?)", self.mem or "")
-        mem = f"{-(-int(match[1]) // processes)}{match[2]}" if match else None
-        return self.model_copy(update={"gpus": min(self.gpus, 1), "mem": mem})
+        if "mem" in self.evaluation or not match:
+            return wanted
+        parts = min(max(wanted.gpus, 1), processes)
+        return wanted.model_copy(update={"mem": f"{-(-int(match[1]) * parts // processes)}{match[2]}"})
 
     def size(self) -> str:
-        """The resources of a process, in words."""
+        """The resources of a job on one node, in words."""
         parts = ["1 GPU" if self.gpus == 1 else f"{self.gpus} GPUs"] if self.gpus else ["no GPU"]
-        parts += [f"{self.cpus} CPUs"] if self.cpus else []
+        parts += [f"{self.cpus * max(self.gpus, 1)} CPUs"] if self.cpus else []
         parts += [f"{self.mem} of memory"] if self.mem else []
         parts += ["a whole node (sbatch.exclusive)"] if "exclusive" in self.sbatch else []
         return ", ".join(parts)
@@ -127,6 +168,7 @@ def load_profile(path: Path | None, changes: dict[str, Any] | None = None) -> Cl
         typed = {key: f"--{key}" for key in changes or {}}
         raise ClusterError("\n".join(_explain(item, source, typed) for item in error.errors()[:20])) from None
     check_sbatch(profile.sbatch, source)
+    check_sbatch(dict(profile.evaluation.get("sbatch", {})), f"{source}: evaluation")
     return profile
 
 

@@ -12,20 +12,21 @@ from pathlib import Path
 from tarflow.cluster import slurm
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job.chain import Limits
-from tarflow.cluster.job.description import Job, save_description
+from tarflow.cluster.job.description import Device, Job, save_description
 from tarflow.cluster.job.environment import scrubbed
 from tarflow.cluster.job.record import job_name, jobs_of, note_job, submissions
 from tarflow.cluster.submission import snapshot
 from tarflow.cluster.submission.batch import Batch, make_batch
 from tarflow.cluster.submission.in_use import jobs_to_wait_for
 from tarflow.cluster.submission.own_folder import check_own
+from tarflow.cluster.submission.placement import placement_notes
 from tarflow.cluster.submission.profile import ClusterProfile
-from tarflow.errors import in_words
+from tarflow.errors import UserError, in_words
 from tarflow.files import make_folder, write_text
 from tarflow.trainer.config.files import config_text, load_config
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.plan import describe
-from tarflow.trainer.run_dir import create_run, is_run, run_id
+from tarflow.trainer.run_dir import create_run, is_run, load_run_config, run_id
 from tarflow.trainer.start.check import check_start
 
 
@@ -52,8 +53,8 @@ class Submission:
 
     @property
     def evaluation_profile(self) -> ClusterProfile:
-        """The worker's own profile, or a share of the training's for one process."""
-        return self.eval_profile or self.profile.for_one_process(self.tasks_per_node)
+        """The workers' own profile, or a small share of the training's."""
+        return self.eval_profile or self.profile.for_evaluation(self.tasks_per_node)
 
     def notes(self) -> list[str]:
         """Notes on what may not be intended."""
@@ -67,21 +68,14 @@ class Submission:
             found.append(f"sbatch.{given[0]} asks for GPUs that tarflow does not know of: set gpus: N in the profile, for a "
                          "process on each and checks before the first step")  # fmt: skip
         if self.evaluate and self.eval_profile is None:
-            found.append(f"no --eval-profile: the evaluation asks for {self.evaluation_profile.size()} of --profile")
-        if self.evaluate and self.eval_profile is not None:
-            found += unused_gpus(self.eval_profile)
+            found.append(f"no --eval-profile: the evaluation asks for {self.evaluation_profile.size()} of --profile"
+                         + ("" if self.profile.evaluation else "; `evaluation` there changes it"))  # fmt: skip
         return [f"note: {text}" for text in found]
 
     @property
     def tasks(self) -> tuple[int, int]:
         """(Slurm's tasks per node, processes that each starts)."""
         return (1, self.tasks_per_node) if self.one_task_per_node else (self.tasks_per_node, 1)
-
-
-def unused_gpus(profile: ClusterProfile) -> list[str]:
-    """A note, if an evaluation worker, which is one process, gets more than one GPU."""
-    return [f"the evaluation is one process: {profile.gpus - 1} of its {profile.gpus} GPUs stay idle"] \
-        if profile.gpus > 1 else []  # fmt: skip
 
 
 def submit(request: Submission) -> list[str]:
@@ -97,6 +91,8 @@ def submit(request: Submission) -> list[str]:
     world_size = request.nodes * request.tasks_per_node
     starts = [check_start(config, path, world_size, request.init_from, request.init_partial) for path, config in runs]
     outlines = [describe(config, world_size) for _, config in runs]
+    where = (request.profile, request.nodes, request.tasks_per_node)
+    placement = list(dict.fromkeys(note for _, config in runs for note in placement_notes(config, *where)))
     name = job_name(run_dir, "train")
     train = make_batch(request.profile, run_dir, name, request.nodes, *request.tasks, request.dry_run)
     # One training job per run: what is queued is an error, or is waited for.
@@ -110,7 +106,7 @@ def submit(request: Submission) -> list[str]:
         return [
             *text,
             _comment("the configuration as resolved", config_text(runs[0][1])),
-            _comment("the plan", "\n".join([outlines[0], *starts[0].lines(), *request.notes()])),
+            _comment("the plan", "\n".join([outlines[0], *starts[0].lines(), *request.notes(), *placement])),
         ]
     # Jobs are recorded once Slurm has given them ids.
     submission = uuid.uuid4().hex
@@ -119,11 +115,13 @@ def submit(request: Submission) -> list[str]:
     lines = [_record(job, one, train.folder, request) for job, one in zip(jobs, ids)]
     lines = list(dict.fromkeys(line for start in starts for line in start.lines())) + lines
     lines += [f"it waits for job {', '.join(before)} to end (--after-running)"] if before else []
-    lines += request.notes()
+    lines += [*request.notes(), *placement]
     if request.evaluate:
         submission = uuid.uuid4().hex
-        evaluations = [evaluation_job(Path(job.run_dir), job.code, request.evaluation_profile, one, submission)
-                       for job, one in zip(jobs, ids)]  # fmt: skip
+        evaluations = [
+            evaluation_job(Path(job.run_dir), job.code, request.evaluation_profile, one, submission, device=job.device)
+            for job, one in zip(jobs, ids)
+        ]
         # "after": once training has started. The worker ends by itself when the training does.
         batch = _eval_batch(request, run_dir, "after:" + ids[0].partition("_")[0])
         try:
@@ -143,16 +141,23 @@ def submit_evaluation(run_dir: Path, profile: ClusterProfile, overrides: Sequenc
     check_path(run_dir)
     if not is_run(run_dir):
         raise ClusterError(f"{run_dir} is not a run directory; `tarflow submit` or `tarflow train` makes one")
-    batch = make_batch(profile, run_dir, job_name(run_dir, "evaluate"), 1, 1, 1, dry_run)
+    batch = make_batch(profile, run_dir, job_name(run_dir, "evaluate"), 1, 1, max(profile.gpus, 1), dry_run)
     if dry_run:
         return [_text(batch, 1)]
     trainings = [entry["job"] for entry in submissions(run_dir).checked().entries if entry["kind"] == "train"]
     code = str(_code(run_dir / "slurm"))
     follows = trainings[-1] if trainings else None
-    job = evaluation_job(run_dir, code, profile, follows, uuid.uuid4().hex, overrides)
+    job = evaluation_job(run_dir, code, profile, follows, uuid.uuid4().hex, overrides, _device_of(run_dir))
     sent = _send(batch, [job])
-    notes = [f"note: {text}" for text in unused_gpus(profile)]
-    return [_record(job, sent[0], batch.folder), *notes, *_beside([run_dir], sent)]
+    return [_record(job, sent[0], batch.folder), *_beside([run_dir], sent)]
+
+
+def _device_of(run_dir: Path) -> Device:
+    """`train.device` of a run, by which its evaluation goes too; auto for one that has not begun."""
+    try:
+        return load_run_config(run_dir).train.device
+    except UserError:
+        return "auto"
 
 
 def _beside(runs: Sequence[Path], sent: Sequence[str]) -> list[str]:
@@ -232,8 +237,8 @@ def _train_job(request: Submission, run_dir: Path, config: Config, shared: Path,
         kind="train", run_dir=str(run_dir), run=run_id(run_dir), submission=submission, code=str(code),
         arguments=("train", str(path), "--run-dir", str(run_dir), *request.options),
         resubmit=f"cd {shlex.quote(os.getcwd())} && {shlex.join(['tarflow', 'submit', *request.arguments])}",
-        limits=Limits(profile.max_restarts, profile.max_no_progress), gpus=profile.gpus,
-        min_free_gb=profile.min_free_gb, preflight=profile.preflight,
+        limits=Limits(profile.max_restarts, profile.max_no_progress), gpus=profile.gpus, device=config.train.device,
+        min_free_gb=profile.min_free_gb, preflight=profile.preflight, preflight_timeout=profile.preflight_timeout,
         ranks_per_task=request.tasks[1], restarts_in_place=profile.restarts_in_place,
     )  # fmt: skip
 
@@ -245,14 +250,17 @@ def evaluation_job(
     follows: str | None,
     submission: str,
     overrides: Sequence[str] = (),
+    device: Device = "auto",
 ) -> Job:
-    """The evaluation job that follows a run."""
+    """The evaluation job that follows a run, with a worker on each of its GPUs."""
+    workers = ("--workers", str(profile.gpus)) if profile.gpus > 1 else ()
     return Job(
         kind="evaluate", run_dir=str(run_dir), run=run_id(run_dir), submission=submission, code=code,
-        arguments=("evaluate", str(run_dir), "--watch", "--wait-for-run", "86400", *overrides),
+        arguments=("evaluate", str(run_dir), "--watch", "--wait-for-run", "86400", *workers, *overrides),
         resubmit=shlex.join(["tarflow", "submit-eval", str(run_dir)]),
         limits=Limits(profile.max_restarts, profile.max_no_progress), gpus=profile.gpus, preflight=profile.preflight,
         follows=follows,
+        device=device, preflight_timeout=profile.preflight_timeout,
     )  # fmt: skip
 
 
@@ -265,7 +273,8 @@ def _code(slurm_dir: Path) -> Path:
 
 def _eval_batch(request: Submission, run_dir: Path, dependency: str) -> Batch:
     name = job_name(run_dir, "evaluate")
-    return make_batch(request.evaluation_profile, run_dir, name, 1, 1, 1, request.dry_run, dependency)
+    profile = request.evaluation_profile
+    return make_batch(profile, run_dir, name, 1, 1, max(profile.gpus, 1), request.dry_run, dependency)
 
 
 def _text(batch: Batch, count: int) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
-from tarflow.terminal import message
+from tarflow.terminal import message, styled
 
 if TYPE_CHECKING:
     from tarflow.data_pipeline.prepare.write import Options
@@ -80,8 +80,6 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
         return
     from rich.console import Console
     from rich.progress import Progress
-
-    from tarflow.outputs import styled
 
     with Progress(console=Console(file=styled(sys.stderr)), transient=True) as bar:
         task = bar.add_task(what, total=None)

@@ -190,7 +190,7 @@ def _is_shard(path: Path) -> bool:
     if path.is_file() or path.suffix != ".tar":
         return path.is_file()
     what = "a folder" if path.is_dir() else "not a regular file, or a link to nothing"
-    raise DataError(f"{shown(path)} is {what}: put the shard there, or remove it")
+    raise DataError(f"{shown(path)} is {what}: put the shard in its place, or list the shards that are meant")
 
 
 def _not_files(folder: Path) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from tarflow.devices import keep_device
+
 T = TypeVar("T")
 
 
@@ -25,7 +27,7 @@ class Prefetched(Generic[T]):
         self._items = items
         self._queue: queue.Queue[T | _End] = queue.Queue(maxsize=depth)
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="tarflow-data", daemon=True)
+        self._thread = threading.Thread(target=keep_device(self._run), name="tarflow-data", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:

@@ -2,15 +2,22 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tarflow.evaluation.commands.options import FAILED, OK, add_machine, log, set_up_process
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.start.processes import Devices, run_workers, words_again
 from tarflow.trainer.checkpoint.choice import add_choice
+
+if TYPE_CHECKING:
+    from tarflow.evaluation.worker.follow import WorkerOptions
 
 EXAMPLE = """example:
   tarflow evaluate runs/demo --watch --nice 10
   tarflow evaluate runs/demo sampling.guidance=1.5 evaluation.num_samples=1000 --once
   tarflow evaluate model.safetensors --out scores data.train=data/mnist5k/train
+  tarflow evaluate runs/demo --workers auto
+  tarflow evaluate runs/demo --dry-run --rate 50
 
 Start any number, on any machines that see RUN: they share the samples, and a killed one loses at most one chunk.
 Results: RUN/evals/images-NNNNNNNNNNNN/ (result.json and pictures), RUN/evals.jsonl, TensorBoard.
@@ -46,6 +53,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MIN",
         help="with --watch: stop after MIN minutes without a new checkpoint (default: never)",
     )
+    parser.add_argument(
+        "--workers",
+        default="1",
+        metavar="N",
+        help="processes on this machine that share the work, each with a device of its own; auto: one on each GPU (default 1)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what it would compute and how long that takes, and compute nothing"
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        metavar="TFLOPS",
+        help="with --dry-run: what one device sustains (default: as measured in earlier results of the run)",
+    )
     add_machine(parser)
 
 
@@ -63,10 +85,39 @@ def run(args: argparse.Namespace) -> int:
         )
     if is_file != (args.out is not None):
         raise EvaluationError("--out DIR goes with a weights file (.safetensors), and a weights file needs it")
+    if args.rate is not None and (not args.dry_run or not args.rate):
+        raise EvaluationError("--rate TFLOPS is above 0, and goes with --dry-run")
+    if args.dry_run:
+        return _estimate(args, is_file)
+    if args.workers != "1":
+        devices = Devices.found(args.device)
+        if (count := devices.workers(args.workers)) > 1:
+            words = words_again(args, without=("workers", "threads"))
+            return run_workers(words, count, devices, args.threads, log)
     set_up_process(args)
-    from tarflow.evaluation.worker.follow import WorkerOptions, evaluate, evaluate_file
+    from tarflow.evaluation.errors import DeviceFailedError
+    from tarflow.evaluation.worker.follow import evaluate, evaluate_file
 
-    options = WorkerOptions(
+    options = _options(args)
+    try:
+        if is_file:
+            result = evaluate_file(args.run, args.out, options, log)
+            return FAILED if result and result["problem"] else OK
+        outcome = evaluate(args.run, args.watch, options, log)
+    except DeviceFailedError as error:  # not a wrong setting: another device, or the same one later, can do it
+        log(f"error: {error}")
+        return FAILED
+    for name, reason in outcome.failed.items():
+        log(f"not evaluated: {name}: {reason}")
+    if not outcome.done and not outcome.failed:
+        log("nothing to do: every checkpoint has a result under these settings")
+    return FAILED if outcome.failed else OK
+
+
+def _options(args: argparse.Namespace) -> "WorkerOptions":
+    from tarflow.evaluation.worker.follow import WorkerOptions
+
+    return WorkerOptions(
         newest_only=args.newest,
         step=args.step,
         images=args.images,
@@ -78,12 +129,18 @@ def run(args: argparse.Namespace) -> int:
         save=args.save or "",
         overrides=args.overrides,
     )
-    if is_file:
-        result = evaluate_file(args.run, args.out, options, log)
-        return FAILED if result and result["problem"] else OK
-    outcome = evaluate(args.run, args.watch, options, log)
-    for name, reason in outcome.failed.items():
-        log(f"not evaluated: {name}: {reason}")
-    if not outcome.done and not outcome.failed:
-        log("nothing to do: every checkpoint has a result under these settings")
-    return FAILED if outcome.failed else OK
+
+
+def _estimate(args: argparse.Namespace, is_file: bool) -> int:
+    """Print what the evaluation would compute; loads no weights of a run."""
+    from tarflow.evaluation.start.estimate import Estimate, Rate, measured_rate
+    from tarflow.evaluation.worker.follow import file_waiting, waiting
+
+    workers = Devices.found(args.device).workers(args.workers)
+    options = _options(args)
+    options.device = "cpu"  # nothing is computed, and a login node has no other
+    found = file_waiting(args.run, options) if is_file else waiting(args.run, options, log)
+    root, model = args.out if is_file else args.run, found[0][0].config.model
+    rate = Rate.stated(args.rate) if args.rate is not None else measured_rate(root, model)
+    log(Estimate(found, rate, workers).text())
+    return OK

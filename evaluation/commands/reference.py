@@ -21,6 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1 for grey (default 3)")
     parser.add_argument("--images", type=int, default=0, metavar="N", help="use N images, spread evenly (default: all)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write it (default: beside the shards)")
+    parser.add_argument(
+        "--format", choices=("tarflow", "pytorch-fid"), default="tarflow",
+        help="of --out: with everything that is known, or mean and covariance alone, for others' programs (tarflow)",
+    )  # fmt: skip
     add_features(parser)
     add_machine(parser)
 
@@ -38,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
         features=args.features,
         features_file=args.features_file,
         out=args.out,
+        form=args.format,
         on_error=args.on_error,
         device=args.device,
         max_pixels=args.max_pixels,

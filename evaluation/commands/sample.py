@@ -22,6 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the images")
     parser.add_argument("--num", type=int, default=64, metavar="N", help="how many images (default 64)")
+    parser.add_argument(
+        "--format", choices=("png", "npz"), default="png",
+        help="npz: also DIR/samples.npz with all images as arr_0 (uint8, N x H x W x 3), as ADM's evaluator takes them (png)",
+    )  # fmt: skip
     add_choice(parser)
     parser.add_argument("--weights", metavar="SET", help="raw or an average such as ema-0.100")
     parser.add_argument(
@@ -68,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         source=args.source,
         out=args.out,
         num=args.num,
+        form=args.format,
         step=args.step,
         images=args.images,
         weights=args.weights,

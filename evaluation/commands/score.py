@@ -1,4 +1,4 @@
-"""`tarflow score`: measure a folder of images."""
+"""`tarflow score`: measure a folder of images, or a file of an array of them."""
 
 import argparse
 from pathlib import Path
@@ -8,6 +8,7 @@ from tarflow.evaluation.commands.options import OK, add_features, add_machine, l
 EXAMPLE = """example:
   tarflow score samples/images --reference data/mnist5k/train/reference-efficientnet_lite0-0123456789ab.npz
   tarflow score samples/images --against other/images --size 64 --out scores.json
+  tarflow score samples.npz --reference VIRTUAL_imagenet64_labeled.npz --features fid_inception --features-file FILE
 
 Every image in the folder and its subfolders counts once, at the size of the reference (largest centred square). Damaged
 files are an error, or listed with --on-error skip; files that are not images are listed.
@@ -16,9 +17,13 @@ files are an error, or listed with --on-error skip; files that are not images ar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments and options."""
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="images to score")
+    parser.add_argument(
+        "folder", type=Path, metavar="IMAGES", help="folder of images, or .npz file with arr_0 (uint8, N x H x W x 3)"
+    )
     parser.add_argument("--reference", type=Path, metavar="FILE", help="statistics from `tarflow reference`, checked")
-    parser.add_argument("--against", type=Path, metavar="FOLDER", help="compare with the images of another folder")
+    parser.add_argument(
+        "--against", type=Path, metavar="IMAGES", help="compare with the images of another folder or file"
+    )
     parser.add_argument("--size", type=int, metavar="N", help="pixels (default: the reference's, or the images' own)")
     parser.add_argument("--channels", type=int, choices=(1, 3), help="1 for grey (default: the reference's, or 3)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all scores and counts there (JSON)")

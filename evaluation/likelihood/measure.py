@@ -14,9 +14,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import ConfigDict, Field
 
 from tarflow.code_version import code_version
 from tarflow.evaluation.errors import EvaluationError
@@ -32,7 +33,7 @@ from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.shared_work import SharedWork
 from tarflow.evaluation.worker.chunk_file import Chunk, Form, is_valid, read_chunk, write_chunk
 from tarflow.files import check_writable, fill, listed
-from tarflow.records import read_object, write_object
+from tarflow.records import Record, load_record, write_object
 from tarflow.terminal import plain
 
 FORMAT, CHUNK, LEASE_S = 1, 256, 120.0
@@ -41,6 +42,21 @@ FORM: Form = {
     "extremes": (np.int64, "e"), "pixels": (np.uint8, "e * * *"),
 }  # fmt: skip
 SHOWN = 12  # most and least likely images on the page, each
+
+
+class Summary(Record):
+    """What OUT/likelihood.json must hold to be believed; the rest is compared with what is asked."""
+
+    model_config = ConfigDict(extra="allow")
+    what: ClassVar[str] = "a summary of likelihoods"
+    way_out: ClassVar[str] = "give another --out"
+    must_be_sealed: ClassVar[bool] = True
+
+    table: Literal["likelihood.parquet", "likelihood.csv"]
+    measured: int = Field(ge=1)
+    nonfinite: int = Field(ge=0)
+    bits_per_dim: float | None
+    stderr: float | None = Field(None, ge=0)
 
 
 @dataclass(kw_only=True)
@@ -89,10 +105,10 @@ def measure_likelihoods(request: LikelihoodRequest, log: Log = print) -> dict[st
         _refuse_other_files(request.out)
         check_writable(request.out if request.out.is_dir() else request.out.parent)
         _Measurement(request, source, noise, images, identity, batch_size, log).run()
-    result = read_object(summary)
+    result = load_record(summary, Summary)
     log(_headline(result))
-    log(f"table: {request.out / result['table']}\npage: {request.out / 'likelihood.html'}")
-    return result
+    log(f"table: {request.out / result.table}\npage: {request.out / 'likelihood.html'}")
+    return result.model_dump()
 
 
 def is_data_set(data: Path) -> bool:
@@ -113,7 +129,12 @@ def _there(summary: Path, identity: dict[str, Any]) -> bool:
     """Whether OUT holds this very measurement, complete. Raises EvaluationError where it holds another one."""
     if not summary.is_file():
         return False
-    stored = read_object(summary, what="a summary of likelihoods", way_out="give another --out")
+    found = load_record(summary, Summary)
+    if not (summary.parent / found.table).is_file():
+        raise EvaluationError(
+            f"--out {summary.parent}: its {summary.name} is there, but {found.table} is not: give another folder"
+        )
+    stored = found.model_dump()
     asked = json.loads(json.dumps(identity))
     differ = [
         f"{key}: {plain(repr(stored.get(key)))} there, {plain(repr(value))} asked"
@@ -216,9 +237,9 @@ def part_names(found: ImageLikelihoods) -> list[str]:
     return ["prior", *(f"block_{number}" for number in range(found.parts.shape[1] - 1))]
 
 
-def _headline(result: dict[str, Any]) -> str:
-    lost = f", {result['nonfinite']} of them not finite" if result["nonfinite"] else ""
-    if result["bits_per_dim"] is None:
+def _headline(result: Summary) -> str:
+    lost = f", {result.nonfinite} of them not finite" if result.nonfinite else ""
+    if result.bits_per_dim is None:
         return f"no image has a finite likelihood{lost}"
-    error = f" +- {result['stderr']:.4f}" if result.get("stderr") is not None else ""
-    return f"{result['bits_per_dim']:.4f}{error} bits per dimension over {result['measured']:,} images{lost}"
+    error = f" +- {result.stderr:.4f}" if result.stderr is not None else ""
+    return f"{result.bits_per_dim:.4f}{error} bits per dimension over {result.measured:,} images{lost}"

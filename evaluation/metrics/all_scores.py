@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics, FrechetInfluence, frechet_distance
+from tarflow.evaluation.metrics.frechet_distance import UNCOUNTED, FeatureStatistics, FrechetInfluence, frechet_distance
 from tarflow.evaluation.metrics.inception_score import InceptionScore
 from tarflow.evaluation.metrics.kernel_distance import ALL_PAIRS, kernel_distance
 from tarflow.evaluation.metrics.names import distance_key, kernel_key
@@ -58,10 +58,10 @@ def feature_scores(
     }
     # Two independent sets that are alike still differ by chance: a much smaller distance means shared images.
     if found.distance < SUSPICIOUS * found.by_chance:
+        others = "" if reference.count == UNCOUNTED else f" and {reference.count:,}"
         out["warnings"].append(
-            f"the distance {found.distance:.2g} is suspiciously small: independent sets of {statistics.count:,} and "
-            f"{reference.count:,} images of one kind differ by {found.by_chance:.2g} or more; are the {names[0]} images those "
-            f"of the {names[1]}?"
+            f"the distance {found.distance:.2g} is suspiciously small: independent sets of {statistics.count:,}{others} "
+            f"images of one kind differ by {found.by_chance:.2g} or more; are the {names[0]} images those of the {names[1]}?"
         )
     # The error bar: from the features kept, else from the spread between parts, if there are at least two.
     if len(rows) >= 2:

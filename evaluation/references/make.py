@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.storage.access import address
@@ -13,6 +15,7 @@ from tarflow.evaluation.networks.features import Features
 from tarflow.evaluation.references.compute import reference_statistics
 from tarflow.evaluation.references.reference import Reference, cache_path, full_provenance
 from tarflow.evaluation.samples.weights_source import resolve_device
+from tarflow.files import write_atomic
 from tarflow.models.config import TarFlowConfig
 
 
@@ -30,6 +33,7 @@ class ReferenceRequest:
     on_error: str
     device: str
     max_pixels: int = MAX_PIXELS
+    form: str = "tarflow"  # of `out`; "pytorch-fid": mean and covariance alone
 
 
 def make_reference(request: ReferenceRequest, log: Log = print) -> Reference:
@@ -43,16 +47,45 @@ def make_reference(request: ReferenceRequest, log: Log = print) -> Reference:
     network = Features(request.features, resolve_device(request.device), request.features_file)
     if request.out is None and address(request.data):
         raise EvaluationError(f"{request.data} is an address, which cannot be written to: give --out FILE")
-    path = request.out or cache_path(Path(request.data), full_provenance(images.provenance(), network))
+    export = request.out if request.form != "tarflow" else None
+    if request.form != "tarflow" and export is None:
+        raise EvaluationError(f"--format {request.form} needs --out FILE.npz")
+    own = None if export else request.out
+    if export is not None and (problem := _no_place_for(export)):
+        raise EvaluationError(problem)
+    path = own or cache_path(Path(request.data), full_provenance(images.provenance(), network))
     if path.is_file():
         log(f"{path} exists already")
     if path.is_dir():
         raise EvaluationError(f"--out {path} is a folder: name the file to write")
-    found = reference_statistics(path, images, network, log=log, ours=request.out is None)
+    found = reference_statistics(path, images, network, log=log, ours=own is None)
     log(
         f"{path}: {found.statistics.count:,} images, {network.dim} features of {network.name}, {len(found.rows):,} kept"
     )
+    if export is not None:
+        write_moments(export, found)
+        log(f"{export}: their mean and covariance alone, as pytorch-fid stores them (mu, sigma)")
     return found
+
+
+def _no_place_for(export: Path) -> str:
+    """Why an exported file cannot be written there; empty if it can."""
+    if export.suffix != ".npz":
+        return f"--out {export}: a file in the form of pytorch-fid ends in .npz"
+    if export.exists():
+        return f"--out {export} is there already: name a new file"
+    return "" if export.absolute().parent.is_dir() else f"--out {export}: there is no folder {export.parent}"
+
+
+def write_moments(path: Path, reference: Reference) -> None:
+    """Write mu [d] and sigma [d, d], the unbiased covariance, in float64."""
+    count, mean, scatter = reference.statistics.parts()
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez(file, mu=mean.numpy(), sigma=(scatter / (count - 1)).numpy())
+
+    write_atomic(path, write)
 
 
 def _data(request: ReferenceRequest) -> DataSettings:

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics
+from tarflow.evaluation.metrics.frechet_distance import UNCOUNTED, FeatureStatistics
 from tarflow.files import write_atomic
 from tarflow.npz import write_npz
-from tarflow.trainer.config.reference_file import FORMAT, ReferenceFile, read_reference
+from tarflow.trainer.config.foreign_reference import NETWORK
+from tarflow.trainer.config.reference_file import FORMAT, ForeignReference, ReferenceFile, read_reference
 
 Provenance = dict[str, str | int]
 Hashes = NDArray[np.uint64]
@@ -49,6 +50,22 @@ class Reference:
     rows: Tensor
     hashes: Hashes | None = None  # [images], of the pixels; files of version 0.1 have none
     checked: bool = True  # False: a file without a checksum
+
+    @property
+    def images_used(self) -> int | None:
+        """How many images; None where the file does not record it."""
+        return None if self.statistics.count == UNCOUNTED else self.statistics.count
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of this file before he compares with it."""
+        if "form" in self.provenance:
+            return [
+                f"{self.path} is in the form of {self.provenance['form']}: mean and covariance of {NETWORK}'s features. It "
+                "does not record which images they are of, how many, or how these were cropped and resized, and carries no "
+                f"checksum: its SHA-256 is {self.provenance['file_sha256']}"
+            ]
+        return [] if self.checked else [f"{self.path} carries no checksum: its bytes cannot be verified"]
 
     def describe(self) -> dict[str, Any]:
         """The provenance for a result; `checked` is false if the file carries no checksum."""
@@ -112,11 +129,14 @@ def load_reference(
             f"the reference statistics at {path} were made from something else:\n  " + "\n  ".join(differences) + "\n"
             "name another file, or leave evaluation.reference out to have them computed from data.train"
         )
+    if isinstance(file, ForeignReference):
+        statistics = FeatureStatistics.of_moments(file.mean, file.covariance)
+        return Reference(statistics, file.provenance, path, torch.empty(0, statistics.dim), checked=False)
     statistics = FeatureStatistics.from_parts(file.count, file.mean, file.scatter)
     return Reference(statistics, file.provenance, path, torch.from_numpy(file.rows), file.hashes, file.checked)
 
 
-def _read(path: Path, at_least: int) -> ReferenceFile:
+def _read(path: Path, at_least: int) -> ReferenceFile | ForeignReference:
     if not path.is_file():
         raise EvaluationError(f"no reference statistics at {path}")
     try:
@@ -125,13 +145,24 @@ def _read(path: Path, at_least: int) -> ReferenceFile:
         raise EvaluationError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _differences(file: ReferenceFile, expected: Provenance, keys: tuple[str, ...], dim: int) -> list[str]:
+def _differences(
+    file: ReferenceFile | ForeignReference, expected: Provenance, keys: tuple[str, ...], dim: int
+) -> list[str]:
     stored = file.provenance
+    if isinstance(file, ForeignReference):
+        here = str(expected.get("features"))
+        same = (
+            here.partition("-")[0] == stored["features"]
+        )  # after the dash: the hash of weights that are not published
+        found = [] if same else [f"features: {stored['features']} in the file ({stored['form']}), {here} here"]
+        return found + _other_size(file, dim)
     found = [
         f"{key}: {stored.get(key)!r} in the file, {expected.get(key)!r} here"
         for key in keys or sorted((stored.keys() | expected.keys()) - {_DATA_PATH})
         if stored.get(key) != expected.get(key)
     ]
-    if dim not in (0, len(file.mean)):
-        found.append(f"features of an image: {len(file.mean)} in the file, {dim} here")
-    return found
+    return found + _other_size(file, dim)
+
+
+def _other_size(file: ReferenceFile | ForeignReference, dim: int) -> list[str]:
+    return [] if dim in (0, len(file.mean)) else [f"features of an image: {len(file.mean)} in the file, {dim} here"]

@@ -32,7 +32,7 @@ def write_report(run_dir: str | Path, out: Path | None = None, log: Log = lambda
     config, known = shown_config(run_dir, history.flaws, chosen.append)
     headline = find_headline(history.results, config if known else None)
     # Curves and grids are only comparable under one group of settings: the headline's.
-    shown = alike(history.results, headline.result) if headline else []
+    shown = alike(history.results, headline.curve) if headline else []
     top = cards_section(config, history, headline, chosen)
     sections = [
         section("Training curves", training_curves(history, headline)),

@@ -19,9 +19,9 @@ def by_settings(history: History, headline: Headline) -> dict[str, list[Result]]
     One curve per set of weights under the headline's settings, and one for each group of settings that were the run's own
     before they were changed.
     """
-    wanted = settings_of(headline.result)
-    found: dict[str, list[Result]] = {str(headline.result.values["weights"]): []}
-    for result in alike(history.results, headline.result, apart_from=["weights"]):
+    wanted = settings_of(headline.curve)
+    found: dict[str, list[Result]] = {str(headline.curve.values["weights"]): []}
+    for result in alike(history.results, headline.curve, apart_from=["weights"]):
         found.setdefault(str(result.values["weights"]), []).append(result)
     for result in history.results:
         changed = differences(settings_of(result), wanted)
@@ -43,13 +43,13 @@ def training_curves(history: History, headline: Headline | None) -> str:
 def _training_plots(history: History, headline: Headline | None) -> Iterator[Plot]:
     series, restarts = history.series, history.restarts
     groups = by_settings(history, headline) if headline else {}
-    name = headline.result.distance[0] if headline else "none"
+    name = headline.curve.distance[0] if headline else "none"
     held_out = [
         _over_images(f"held-out, {label}", results, "bits_per_dim", "bits_per_dim_stderr")
         for label, results in groups.items()
     ]
     distances = [_over_images(label, results, name, "distance_stderr") for label, results in groups.items()]
-    comparable = alike(history.results, headline.result) if headline else []
+    comparable = alike(history.results, headline.curve) if headline else []
 
     yield Plot("Loss", [Curve("training", series("train/loss"))], "nats per dimension", restarts=restarts)
     bits = [Curve("training", series("train/bits_per_dim")), *held_out]

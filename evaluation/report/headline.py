@@ -25,6 +25,12 @@ class Headline:
     result: Result
     differs: dict[str, tuple[Any, Any]]
     own_known: bool = True  # False: the run's configuration could not be read
+    over_training: Result | None = None  # curves go by this one's settings, where those of the end are others
+
+    @property
+    def curve(self) -> Result:
+        """The result whose settings the curves over training go by."""
+        return self.over_training or self.result
 
     def describe(self) -> str:
         """The result and its settings as text."""
@@ -73,10 +79,19 @@ def alike(results: Iterable[Result], like: Result, apart_from: Sequence[str] = (
 def find_headline(results: Sequence[Result], config: Config | None) -> Headline | None:
     """The result that represents a run; None if no checkpoint has one. `config` is None if it could not be read."""
     own = own_settings(config) if config is not None else {}
+    end = own | ({name: value for name, value in config.evaluation.final.items() if name in own} if config else {})
     known = [result for result in results if result.step_known]
     if not known:
         return None
-    newest = max(known, key=lambda r: (not differences(settings_of(r), own), r.images_seen, r.plain, r.published))
+
+    def rank(result: Result, like: dict[str, Any]) -> tuple[Any, ...]:
+        return not differences(settings_of(result), like), result.images_seen, result.plain, result.published
+
+    newest = max(known, key=lambda r: rank(r, own))
+    if end != own:
+        at_end = max(known, key=lambda r: rank(r, end))
+        if not differences(settings_of(at_end), end) and at_end.images_seen >= newest.images_seen:
+            return Headline(at_end, {}, over_training=newest)
     return Headline(newest, differences(settings_of(newest), own), own_known=config is not None)
 
 

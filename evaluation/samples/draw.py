@@ -15,16 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tarflow.evaluation.batches import DENOISING, SAMPLING, Batches
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.metrics.certificates import Certificates
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
+from tarflow.models.cost import denoising_bytes
 from tarflow.models.denoise import denoise
+from tarflow.models.float32 import products
 from tarflow.models.flow import TarFlow
 from tarflow.models.noise import to_pixels
 from tarflow.models.randomness import keyed_normal, keyed_uniform
 from tarflow.models.sampling import native
-from tarflow.models.sampling.inverse import invert
+from tarflow.models.sampling.inverse import Sampled, invert, together
 from tarflow.models.sampling.measure import measure_plan
 from tarflow.models.sampling.plan import SamplingPlan, conditions_of, plan_without_measuring
 
@@ -56,10 +59,11 @@ class Drawn:
 
 
 class Sampler:
-    """Draws samples of one model with fixed settings."""
+    """Draws samples of one model with fixed settings. `batches`: the memory that it shares with other stages."""
 
-    def __init__(self, model: TarFlow, sampling: ResolvedSampling) -> None:
+    def __init__(self, model: TarFlow, sampling: ResolvedSampling, batches: Batches | None = None) -> None:
         self.model = model.eval()
+        self.batches = batches or Batches(model.var.device)
         self.sampling = sampling
         self._fast = self._in_dtype(sampling.settings.param_dtype)
         classes = model.config.num_classes
@@ -76,7 +80,8 @@ class Sampler:
         block: Any = self.model.blocks[0]
         if log and (problem := native.why_not(block)):
             log(f"the compiled sampler is not used, torch serves: {problem}")
-        return measure_plan(self.model, *self._inputs(indices), self.sampling.settings, weights)
+        with products(self.sampling.matmul_precision):
+            return measure_plan(self.model, *self._inputs(indices), self.sampling.settings, weights)
 
     def take_over(self, plan: SamplingPlan, weights: str = "") -> None:
         """Sample by a plan. Raises ModelError for one that was made under other conditions."""
@@ -123,34 +128,56 @@ class Sampler:
         return torch.tensor([self.label_of(i) for i in indices], dtype=torch.int64)
 
     def draw(self, indices: Sequence[int], with_trajectory: bool = False) -> Drawn:
-        """The samples of these indices, in one batch."""
-        settings, labels = self.sampling.settings, self.labels(indices)
+        """The samples of these indices, in one batch as far as memory goes."""
+        with products(self.sampling.matmul_precision):
+            return self._draw(indices, with_trajectory)
+
+    def _draw(self, indices: Sequence[int], with_trajectory: bool) -> Drawn:
+        labels, certified = self.labels(indices), self._certified(indices)
         noise, y = self._inputs(indices)
-        if self.plan is None:
-            self.plan = self.measure(indices)
-        certified, judge = self._certified(indices), None if self._fast is self.model else self.model
-        done = invert(self._fast, noise, y, settings, self.plan, certified, judge, with_trajectory)
-        # Copies outside inference mode: denoising takes the gradient at these images.
-        noisy, certificate = done.images.clone(), done.certificate.clone()
+        done = self._sampled(self._fast, noise, y, certified, with_trajectory)
+        noisy = done.images
 
         # bfloat16 can overflow in exp(a) where float32 does not: only the samples that did are drawn again.
         bad = ~_finite(noisy)
         retried = int(bad.sum()) if self._fast is not self.model else 0
         if retried:
-            again = invert(
-                self.model, noise[bad], None if y is None else y[bad], settings, self.plan, certified[bad.cpu()]
-            )
-            noisy[bad], certificate[bad.cpu()] = again.images, again.certificate
+            again = self._sampled(self.model, noise[bad], None if y is None else y[bad], certified[bad.cpu()])
+            noisy[bad], done.certificate[bad.cpu()] = again.images, again.certificate
 
         # The score is always that of the float32 network; the step can overflow too, so its result is checked as well.
         images = noisy
         if self.sampling.denoise_multiplier:
-            images = denoise(self.model, noisy, y, self.sampling.noise_std, self.sampling.denoise_multiplier)
+            images = self._denoised(noisy, y)
         finite = _finite(noisy) & _finite(images)
         return Drawn(
             list(indices), labels, noisy.cpu(), images.detach().cpu(), finite.cpu(), retried, done.trajectory,
-            certificate, done.redone.any(1),
+            done.certificate, done.redone.any(1),
         )  # fmt: skip
+
+    def _sampled(
+        self, model: TarFlow, noise: Tensor, y: Tensor | None, certified: Tensor, with_trajectory: bool = False
+    ) -> Sampled:
+        """Images [N, C, H, W] before denoising, and after 0, 1, ... blocks if asked for."""
+        settings, judge = self.sampling.settings, None if model is self.model else self.model
+
+        def compute(part: slice) -> Sampled:
+            labels = None if y is None else y[part]
+            if self.plan is None:
+                self.plan = measure_plan(self.model, noise[part], labels, settings)
+            return invert(model, noise[part], labels, settings, self.plan, certified[part], judge, with_trajectory)
+
+        return together(self.batches.run(SAMPLING, len(noise), compute))
+
+    def _denoised(self, noisy: Tensor, y: Tensor | None) -> Tensor:
+        """The images after the denoising step, which takes more memory than sampling and so has a batch of its own."""
+        sampling = self.sampling
+
+        def compute(part: slice) -> Tensor:
+            labels = None if y is None else y[part]
+            return denoise(self.model, noisy[part], labels, sampling.noise_std, sampling.denoise_multiplier)
+
+        return torch.cat(self.batches.run(DENOISING, len(noisy), compute, denoising_bytes(self.model.config)))
 
     def draw_all(self, indices: Sequence[int], batch_size: int) -> Iterator[Drawn]:
         """Yield the samples of these indices in batches."""

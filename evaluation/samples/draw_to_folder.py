@@ -3,6 +3,8 @@
 import math
 
 from tarflow.code_version import code_version
+from tarflow.evaluation.batches import Batches
+from tarflow.evaluation.image_array import NAME, write_array
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler
 from tarflow.evaluation.samples.grid import make_grid
@@ -19,7 +21,7 @@ def sample_images(request: SampleRequest, log: Log = print) -> bool:
     """
     source, sampling, batch_size = open_request(request, log)
     model = source.model.config
-    sampler = Sampler(source.model, sampling)
+    sampler = Sampler(source.model, sampling, Batches(source.model.var.device, log))
     about = source.describe() | {"source": source.origin, "sampling": sampling.describe()}
     about |= {"provenance": source.describe_provenance(), "code": code_version()}
     folder = SampleFolder(request.out, about, request.num, model.image_shape)
@@ -51,6 +53,11 @@ def sample_images(request: SampleRequest, log: Log = print) -> bool:
     if any(image is not None for image in images):
         save_png(request.out / "grid.png", make_grid(images, request.columns or _columns(sampler, len(images))))
         log(f"images: {folder.images}\ngrid: {request.out / 'grid.png'}")
+    if request.form == "npz":
+        there = [path for i in range(request.num) if (path := folder.path(i)).exists()]
+        shape = (len(there), model.image_size, model.image_size, 3)
+        write_array(request.out / "samples.npz", shape, map(load_png, there))
+        log(f"array: {request.out / 'samples.npz'} ({NAME}, uint8 {list(shape)})")
     if count.nonfinite:
         log(count.problem(0.0) or "")
     return not count.nonfinite

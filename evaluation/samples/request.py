@@ -42,6 +42,7 @@ class SampleRequest(SourceRequest):
 
     out: Path
     num: int = 64
+    form: str = "png"  # or npz: also OUT/samples.npz, all images in one array
     columns: int | None = None
 
 

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.image_set import ImageSet
+from tarflow.models.float32 import TRUE_FLOAT32, Precision
 from tarflow.models.sampling.settings import SamplingSettings
 from tarflow.trainer.config.schema import Config
 
@@ -23,6 +24,7 @@ class ResolvedSampling:
     noise_std: float = 0.0  # of the training noise, in model range; sets the denoising step
     labels: tuple[int, ...] = ()  # sample i has labels[i % len]; empty = balanced over all classes; -1 = no label
     class_counts: tuple[int, ...] = ()  # if `labels` is empty: labels are drawn with these frequencies
+    matmul_precision: Precision = TRUE_FLOAT32  # of float32 products while sampling
 
     @classmethod
     def of_run(cls, config: Config) -> "ResolvedSampling":
@@ -31,7 +33,8 @@ class ResolvedSampling:
         if config.sampling.labels == "training" and config.model.num_classes:
             counts = ImageSet(config.data, config.model).class_counts()
         settings = config.sampling.model_copy(update={"denoise": config.denoise_multiplier})
-        return cls(settings, config.train.noise_std, class_counts=counts)
+        precision = config.evaluation.matmul_precision
+        return cls(settings, config.train.noise_std, class_counts=counts, matmul_precision=precision)
 
     def with_changes(self, **changes: Any) -> "ResolvedSampling":
         """A copy with other sampling settings, or other fields of this class (so `labels` is a tuple of labels).
@@ -57,6 +60,10 @@ class ResolvedSampling:
         """Plain values for result files; `labels` is written out."""
         described = self.settings.model_dump(mode="json", exclude={"batch_size"} | self.settings.unsaid)
         described |= {"denoise": self.denoise_multiplier, "noise_std": self.noise_std}
+        if (
+            self.matmul_precision != TRUE_FLOAT32
+        ):  # results of earlier versions were all computed so, and say nothing of it
+            described["matmul_precision"] = self.matmul_precision
         if self.labels or not self.class_counts:
             return described | {"labels": list(self.labels) or "balanced: i % num_classes"}
         counts = list(self.class_counts)

@@ -5,6 +5,7 @@ would report metrics of other weights.
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflow.devices import asked_for_gpus, why_no_gpu
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
 from tarflow.models.flow import TarFlow
@@ -96,10 +98,19 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Resolve "auto", "cpu", "cuda" or "mps" on this machine. Raises EvaluationError if the device is not available."""
+    """Resolve "auto", "cpu", "cuda" or "mps" on this machine. Raises EvaluationError if the device is not available.
+
+    "auto" takes the CPU only where nothing (a job, CUDA_VISIBLE_DEVICES) asks for a GPU.
+    """
     mps = torch.backends.mps.is_available()
+    asked = asked_for_gpus() or ("--device cuda" if name == "cuda" else "")
+    if asked and name in ("auto", "cuda") and not torch.cuda.is_available():
+        raise EvaluationError(
+            f"{asked}, but on node {os.uname().nodename} {why_no_gpu()}; to work on the CPU all the same, use --device cpu "
+            "(a job goes by train.device of its run)"
+        )
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not mps):
+    if name == "mps" and not mps:
         raise EvaluationError(f"device {name!r} is not available on this machine; use --device cpu or --device auto")
     return torch.device(name)

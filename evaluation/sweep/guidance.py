@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.evaluation import results
+from tarflow.evaluation.batches import named_cause
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.metrics.names import distance_key
@@ -53,12 +54,14 @@ def sweep_guidance(request: SweepRequest, log: Log = print) -> dict[str, Any]:
     checkpoint = find(request.run, request.step, request.images)
     # Pinned against retention: a sweep takes longer than the interval between checkpoints.
     with pinned(checkpoint, f"sweep-{os.uname().nodename}-{os.getpid()}"):
-        source = from_checkpoint(config, checkpoint, settings.weights, device)
+        with named_cause(f"loading {checkpoint.name}", device):
+            source = from_checkpoint(config, checkpoint, settings.weights, device)
         scores = CandidateScores(request, source, real, config.sampling.batch_size, log)
         try:
             num_samples = samples_per_round(len(candidates), request.start, final)
-            rounds = successive_halving(candidates, num_samples, scores.score)
-            record = _write_record(scores.record, rounds, source, real)
+            with named_cause(f"the sweep of {checkpoint.name}", device):
+                rounds = successive_halving(candidates, num_samples, scores.score)
+                record = _write_record(scores.record, rounds, source, real)
         except AlreadyRecorded:
             record = load_sweep(scores.record)
     scores.remove()
@@ -104,7 +107,7 @@ def _write_record(path: Path, rounds: list[Round], source: WeightsSource, real: 
         "unclear": unclear,  # why the sweep chose nothing by itself
         "chosen": None if unclear else best.settings,
         "features": {"name": real.features.name, "sha256": real.features.sha256},
-        "reference": {"images_used": real.reference.statistics.count, **real.reference.describe()},
+        "reference": {"images_used": real.reference.images_used, **real.reference.describe()},
         "settings": real.settings.describe(),
     }
     make_folder(path.parent.parent, path.parent.name)

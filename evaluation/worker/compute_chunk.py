@@ -52,6 +52,7 @@ def compute_chunks(
 def compute_chunk(plan: ChunkPlan, name: str, path: Path, store: SampleStore | None = None) -> None:
     """Compute one chunk into the file at `path`; `store` keeps the samples themselves."""
     task, watch, begun = plan.task, Stopwatch(), time.monotonic()
+    task.real.batches.used.clear()  # from here on, of this chunk
     if name in plan.samples:
         part, indices = empty_part(task), plan.samples[name]
         draw_chunk(part, task.sampler, task.real.features, indices, plan.batch_size, watch, store)
@@ -99,10 +100,11 @@ def _likelihood(plan: ChunkPlan, part: int) -> BitsPerDim:
     bits = BitsPerDim(task.settings.likelihood)
     assert task.held_out is not None
     for batch in task.held_out.batches(True, plan.batch_size, part, len(plan.likelihood)):
-        bits.add(task.source.model, *batch)
+        bits.add(task.source.model, *batch, task.real.batches)
     return bits
 
 
 def _about(task: EvaluationTask, watch: Stopwatch) -> dict[str, Any]:
-    """Who computed a chunk, how long it took, and with which code."""
-    return {"by": f"{platform.node()}:{os.getpid()}", "seconds": watch.seconds, "code": task.code}
+    """Who computed a chunk, how long it took, with which code, and how many images each stage took at a time."""
+    by, batches = f"{platform.node()}:{os.getpid()}", dict(task.real.batches.used)
+    return {"by": by, "seconds": watch.seconds, "code": task.code, "batches": batches}

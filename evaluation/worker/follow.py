@@ -6,6 +6,7 @@ may run: they share the chunks of each result, which is published once.
 
 import os
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ import torch
 
 from tarflow.errors import UserError
 from tarflow.evaluation import results
-from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.batches import named_cause
+from tarflow.evaluation.errors import DeviceFailedError, EvaluationError
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.file_sampling import describe_file
 from tarflow.evaluation.samples.store import SampleStore
 from tarflow.evaluation.samples.weights_source import from_checkpoint, from_file, resolve_device
+from tarflow.evaluation.waiting import WaitingCheckpoints
 from tarflow.evaluation.worker.compute_chunk import Hooks
 from tarflow.evaluation.worker.evaluate import Evaluator
 from tarflow.evaluation.worker.real_images import RealImages
@@ -75,24 +78,50 @@ def evaluate(run_dir: str | Path, watch: bool, options: WorkerOptions | None = N
     for recipe in recipes:
         settings = recipe.settings
         log(
-            f"evaluating {run_dir}: weights {settings.weights}, {settings.num_samples} samples, settings {settings.hash}"
+            f"evaluating {run_dir}{' (its last checkpoint)' if recipe.final else ''}: weights {settings.weights}, "
+            f"{settings.num_samples} samples, settings {settings.hash}"
         )
     results.remove_leftovers(run_dir)
     results.announce(run_dir, recipes[0].config.log.tensorboard, ANNOUNCED_WITHIN_S, log)
-    if watch or worker.todo():
-        _ = worker.evaluators[0].real.reference  # first: a mismatch must not cost a night of sampling
-    if options.step is not None or options.images is not None:
-        for evaluator in worker.evaluators:
-            worker.evaluate(find(run_dir, options.step, options.images), evaluator)
-    elif watch:
-        worker.follow()
-    else:
-        worker.evaluate_all()
-        usable, refused = scan(run_dir)
-        if not usable:
-            reasons = "".join(f"\n  {path.name}: {why}" for path, why in sorted(refused.items()))
-            raise EvaluationError(f"run {run_dir} has no committed checkpoint yet; follow it with --watch{reasons}")
+    with worker.waiting_kept():
+        if watch or worker.todo():
+            real = worker.evaluators[0].real
+            with named_cause("reference statistics", real.device):
+                _ = real.reference  # first: a mismatch must not cost a night of sampling
+        if options.step is not None or options.images is not None:
+            checkpoint = find(run_dir, options.step, options.images)
+            for evaluator in worker.evaluators:
+                if worker.concerns(checkpoint, evaluator):
+                    worker.evaluate(checkpoint, evaluator)
+        elif watch:
+            worker.follow()
+        else:
+            worker.evaluate_all()
+            usable, refused = scan(run_dir)
+            if not usable:
+                reasons = "".join(f"\n  {path.name}: {why}" for path, why in sorted(refused.items()))
+                raise EvaluationError(f"run {run_dir} has no committed checkpoint yet; follow it with --watch{reasons}")
     return worker.outcome
+
+
+def waiting(run_dir: Path, options: WorkerOptions, log: Log = print) -> list[tuple[Recipe, list[str]]]:
+    """What an evaluation would do: each recipe, with the checkpoints that have no result under it. Changes nothing."""
+    check_identity(require_run(run_dir))
+    recipes = load_recipes(run_dir, options.overrides, log)
+    worker = _Worker(_evaluators(run_dir, recipes, options, log), options, log)
+    if options.step is not None or options.images is not None:
+        usable = [find(run_dir, options.step, options.images)]
+    else:
+        usable = committed(run_dir)[-1 if options.newest_only else 0 :]
+    return [
+        (evaluator.recipe, [c.name for c in usable if not worker.is_done(c, evaluator)])
+        for evaluator in worker.evaluators
+    ]
+
+
+def file_waiting(path: Path, options: WorkerOptions) -> list[tuple[Recipe, list[str]]]:
+    """The same for a weights file."""
+    return [(file_recipe(path, read_weights(path), options.overrides), [path.name])]
 
 
 def evaluate_file(
@@ -153,6 +182,34 @@ class _Worker:
         self._failed: set[tuple[str, str]] = set()
         self._skipped: set[Path] = set()
 
+    def waiting_kept(self) -> AbstractContextManager[None]:
+        """Keep the run's retention from checkpoints that wait to be evaluated, while the block evaluates others."""
+        options, config = self.options, self.evaluators[0].config
+        one = options.step is not None or options.images is not None
+        if one or load_run_config(self.run_dir).checkpoint.keep_latest == -1:
+            return nullcontext()  # nothing else waits, or nothing is removed
+        scored: set[str] = set()
+
+        def present() -> list[Checkpoint]:
+            usable = committed(self.run_dir)[-1 if options.newest_only else 0 :]
+            return usable[::-1] if self.newest_first else usable
+
+        def waits(checkpoint: Checkpoint) -> bool:
+            if checkpoint.name not in scored and all(self.is_done(checkpoint, one) for one in self.evaluators):
+                scored.add(checkpoint.name)
+            return checkpoint.name not in scored
+
+        return WaitingCheckpoints(present, waits, config.evaluation.keep_waiting, self.log).kept(options.poll_s)
+
+    def is_done(self, checkpoint: Checkpoint, evaluator: Evaluator) -> bool:
+        """Whether nothing is left to do with a checkpoint; of its weights only their name is looked at."""
+        settings = evaluator.settings
+        if not self.concerns(checkpoint, evaluator) or (checkpoint.name, settings.hash) in self._failed:
+            return True
+        name = results.result_name(self.run_dir, checkpoint.name, settings.hash, evaluator.recipe.own)
+        result = results.usable_result(results.evals_dir(self.run_dir) / name)
+        return result is not None and result["settings_hash"] == settings.hash
+
     def todo(self) -> list[tuple[Checkpoint, Evaluator]]:
         """Checkpoints without a result, each with every recipe; with `newest_only` the newest or none."""
         usable, refused = scan(self.run_dir)
@@ -166,9 +223,15 @@ class _Worker:
             (checkpoint, evaluator)
             for checkpoint in (reversed(usable) if self.newest_first else usable)
             for evaluator in self.evaluators
-            if (checkpoint.name, evaluator.settings.hash) not in self._failed
+            if self.concerns(checkpoint, evaluator)
+            and (checkpoint.name, evaluator.settings.hash) not in self._failed
             and not self.has_result(checkpoint, evaluator)
         ]
+
+    def concerns(self, checkpoint: Checkpoint, evaluator: Evaluator) -> bool:
+        """Whether a checkpoint is evaluated so: settings for the end of the run are for its last checkpoint alone."""
+        # The end is read each time: a resumed run may have been extended.
+        return not evaluator.recipe.final or checkpoint.images_seen >= load_run_config(self.run_dir).train.max_images
 
     def has_result(self, checkpoint: Checkpoint, evaluator: Evaluator) -> bool:
         """Whether this checkpoint has a result under these settings, with its samples if they are to be kept."""
@@ -211,7 +274,11 @@ class _Worker:
                 self.log(f"{checkpoint.name} is gone: it was removed before it could be evaluated")
                 return
             self._fail(checkpoint, evaluator, str(error))
+        except DeviceFailedError:
+            raise  # every other checkpoint would fail as well
         except UserError as error:
+            if os.environ.get("TARFLOW_TRACEBACK"):
+                raise
             self._fail(checkpoint, evaluator, str(error))
         else:
             if result is None:
@@ -253,7 +320,7 @@ class _Worker:
         while True:
             if self.evaluate_all():
                 active = time.monotonic()
-            end = load_run_config(self.run_dir).train.max_images  # read each time: a resumed run may have been extended
+            end = load_run_config(self.run_dir).train.max_images
             usable = committed(self.run_dir)
             if usable and usable[-1].images_seen >= end and not self.todo():
                 return

@@ -52,7 +52,7 @@ def _distance(plan: ChunkPlan, samples: SamplesPart, problem: str | None) -> dic
     about = {
         "reference": {
             "file": reference.path.name,
-            "images_used": reference.statistics.count,
+            "images_used": reference.images_used,
             **reference.describe(),
         }
     }
@@ -101,7 +101,7 @@ def _neighbours(task: EvaluationTask, samples: SamplesPart, folder: Path) -> dic
 
 
 def _save_pictures(task: EvaluationTask, grid: pictures.GridImages, batch_size: int, folder: Path) -> None:
-    balanced = Sampler(task.source.model, task.settings.sampling.balanced)
+    balanced = Sampler(task.source.model, task.settings.sampling.balanced, task.real.batches)
     balanced.plan = task.sampler.plan
     grid = grid if task.grid_is_sampled else task.empty_grid()
     pictures.save_grids(folder, grid, balanced, task.settings.grid[0], batch_size)

@@ -86,10 +86,11 @@ class Recipe:
     config: Config
     settings: EvaluationSettings
     own: bool  # the run's own settings, not overridden and no variant
+    final: bool = False  # of the run's last checkpoint alone, see `evaluation.final_num_samples`
 
 
 def load_recipes(run_dir: Path, overrides: list[str], log: Log = print) -> list[Recipe]:
-    """The run's own settings under `section.key=value` overrides, then each of `evaluation.variants`.
+    """The run's own settings under `section.key=value` overrides, those of its end, then each of `evaluation.variants`.
 
     Only what belongs to evaluation can be overridden: the sections sampling and evaluation, and the data's paths.
     """
@@ -109,12 +110,29 @@ def load_recipes(run_dir: Path, overrides: list[str], log: Log = print) -> list[
         except DataError:  # the run's own data sets were moved, which the override is there for
             own = False
     recipes = [Recipe(config, settings, own)]
+    at_end = _at_the_end(config, _keys(overrides))
+    if at_end is not None and (changed := EvaluationSettings.of_run(at_end)) != settings:
+        recipes.append(Recipe(at_end, changed, own=False, final=True))
     for variant in config.evaluation.variants:
         other = config.with_variant(variant)
         changed = EvaluationSettings.of_run(other)
         if changed not in (recipe.settings for recipe in recipes):
             recipes.append(Recipe(other, changed, False))
     return recipes
+
+
+def _at_the_end(config: Config, overridden: list[str]) -> Config | None:
+    """The configuration for the run's last checkpoint; None if nothing is set for it.
+
+    Who overrides `evaluation.num_samples` for this evaluation does not mean the last checkpoint to get more.
+    """
+    given = {name: value for name, value in config.evaluation.final.items()
+             if f"evaluation.{name}" not in overridden or f"evaluation.final_{name}" in overridden}  # fmt: skip
+    if not given:
+        return None
+    tree = config.model_dump()
+    tree["evaluation"] |= given | {"variants": ()}
+    return Config.model_validate(tree)
 
 
 # What a weights file may record of its training; an override where it does not.

@@ -11,6 +11,7 @@ from tarflow.evaluation import results
 from tarflow.evaluation.worker.chunk_plan import ChunkPlan
 from tarflow.evaluation.worker.chunk_results import MergedChunks
 from tarflow.evaluation.worker.task import EvaluationTask
+from tarflow.models.float32 import recorded
 
 
 def result_fields(task: EvaluationTask, measured: dict[str, Any]) -> dict[str, Any]:
@@ -31,6 +32,7 @@ def result_fields(task: EvaluationTask, measured: dict[str, Any]) -> dict[str, A
             "sha256": features.sha256,
             "preprocessing": features.preprocessing,
         },
+        "float32": recorded(task.settings.sampling.matmul_precision),
         "settings": task.settings.describe(),
         "settings_hash": task.settings.hash,
     }
@@ -41,6 +43,7 @@ def work_fields(plan: ChunkPlan, merged: MergedChunks, seconds: dict[str, float]
     return {
         "seconds": seconds | {"total": round(sum(seconds.values()), 3)},
         "workers": merged.workers,
+        "batches": merged.batches,
         "machine": _machine(plan.task.real.device) | {"sampling_batch_size": plan.batch_size},
         "time": time.time(),
         "code": merged.codes,

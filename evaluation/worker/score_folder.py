@@ -1,4 +1,4 @@
-"""`tarflow score`: a folder of images against reference statistics or another folder."""
+"""`tarflow score`: a folder of images, or a file of an array of them, against reference statistics or another folder."""
 
 import json
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from tarflow import terminal
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.images.identical import count_identical
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.image_array import ImageArray
 from tarflow.evaluation.image_folder import ImageFolder
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.metrics.all_scores import feature_scores
@@ -52,7 +53,7 @@ class _Baseline:
     statistics: FeatureStatistics
     rows: Tensor
     hashes: NDArray[np.uint64] | None
-    size: int
+    size: int | None  # None: the images' own
     channels: int
     about: dict[str, Any]
     warnings: list[str]
@@ -64,7 +65,7 @@ def score_folder(request: ScoreRequest, log: Log = print) -> dict[str, Any]:
         raise EvaluationError("give what to compare with: either --reference FILE or --against FOLDER")
     network = Features(request.features, resolve_device(request.device), request.features_file)
     baseline = _stored(request, network) if request.reference is not None else _other_folder(request, network, log)
-    folder = ImageFolder(request.folder, baseline.channels, baseline.size, request.on_error, request.max_pixels)
+    folder = _images(request, request.folder, baseline.channels, baseline.size)
     statistics, rows = measure(folder, network, log)
     scores = feature_scores(
         network, statistics, rows, baseline.statistics, baseline.rows, names=("scored", "reference")
@@ -105,30 +106,36 @@ def _stored(request: ScoreRequest, network: Features) -> _Baseline:
     expected |= {key: value for key, value in given.items() if value is not None}
     assert request.reference is not None
     found = load_reference(request.reference, expected, tuple(expected), network.dim)
-    size, channels = int(found.provenance["image_size"]), int(found.provenance["channels"])
+    size = int(found.provenance.get("image_size", request.size or 0)) or None
+    channels = int(found.provenance.get("channels", request.channels or 3))
     about = {"file": request.reference.name, **found.describe()}
-    warnings = [] if found.checked else [f"{request.reference} carries no checksum: its bytes are unchecked"]
-    return _Baseline(found.statistics, found.rows, found.hashes, size, channels, about, warnings)
+    return _Baseline(found.statistics, found.rows, found.hashes, size, channels, about, found.notes)
 
 
 def _other_folder(request: ScoreRequest, network: Features, log: Log) -> _Baseline:
     """The images of `request.against`; without --size, theirs is the size at which the folder is read, too."""
     assert request.against is not None
     channels = request.channels or 3
-    other = ImageFolder(request.against, channels, request.size, request.on_error, request.max_pixels)
+    other = _images(request, request.against, channels, request.size)
     statistics, rows = measure(other, network, log)
-    return _Baseline(statistics, rows, other.hashes, other.size or 0, channels, other.describe(), other.warnings())
+    return _Baseline(statistics, rows, other.hashes, other.size, channels, other.describe(), other.warnings())
 
 
-def measure(folder: ImageFolder, network: Features, log: Log) -> tuple[FeatureStatistics, Tensor]:
+def _images(request: ScoreRequest, place: Path, channels: int, size: int | None) -> ImageFolder | ImageArray:
+    if place.suffix == ".npz":
+        return ImageArray(place, channels, size)
+    return ImageFolder(place, channels, size, request.on_error, request.max_pixels)
+
+
+def measure(folder: ImageFolder | ImageArray, network: Features, log: Log) -> tuple[FeatureStatistics, Tensor]:
     """Statistics of all images, and the features of at most 10,000 of them, spread evenly."""
-    log(f"{len(folder.files):,} images in {folder.root} with {network.name}")
+    log(f"{folder.num_images:,} images in {folder.root} with {network.name}")
     statistics, kept = FeatureStatistics(network.dim), [torch.empty(0, network.dim)]
     seen = 0
     for pixels in folder.batches():
         rows = network(pixels)
         statistics.add(rows)
-        kept.append(rows[spread_evenly(seen + torch.arange(len(rows)), len(folder.files), KEEP)])
+        kept.append(rows[spread_evenly(seen + torch.arange(len(rows)), folder.num_images, KEEP)])
         seen += len(rows)
     return statistics, torch.cat(kept)
 

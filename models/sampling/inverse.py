@@ -5,12 +5,14 @@ not converge, is not finite, or whose certificate is above the tolerance. It is 
 the reference: there, a sample is what it is.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from tarflow.models.errors import ModelError
+from tarflow.models.float32 import products
 from tarflow.models.flow import FlowBlock, TarFlow
 from tarflow.models.sampling.engine import BlockEngine, EagerBlock
 from tarflow.models.sampling.guidance import Guidance
@@ -29,6 +31,15 @@ class Sampled:
     passes: Tensor  # [N, blocks] int64
     redone: Tensor  # [N, blocks] bool: again, one token after the other
     trajectory: list[Tensor] = field(default_factory=list)  # after 0, 1, ... blocks
+
+
+def together(parts: Sequence[Sampled]) -> Sampled:
+    """Parts of a batch as one; copies, which outside inference mode can take part in a gradient."""
+    trajectory = [torch.cat(steps) for steps in zip(*(part.trajectory for part in parts), strict=True)]
+    images, certificate, passes, redone = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("images", "certificate", "passes", "redone")
+    )
+    return Sampled(images, certificate, passes, redone, trajectory)
 
 
 def make_engine(name: str, block: FlowBlock, labels: Tensor | None, n: int, guidance: Guidance) -> BlockEngine:
@@ -119,7 +130,8 @@ class _Step:
             return
         at = rows.nonzero()[:, 0].to(self.z.device)
         engine = EagerBlock(self.judge, self._labels(at), len(at), self.guidance)
-        mine = certify(engine, found.x[at], self.z[at])
+        with products():  # true float32, whatever samples
+            mine = certify(engine, found.x[at], self.z[at])
         found.certificate[rows] = torch.fmax(found.certificate[rows], mine).where(~mine.isnan(), mine)
 
     def _again(self, found: Inverted, rows: Tensor) -> None:

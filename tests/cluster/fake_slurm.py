@@ -9,6 +9,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 
+# In a job every node is this machine, and Slurm knows it, unless a test's own script says otherwise.
+ONE_MACHINE = (
+    '[ -z "$FAKE_TASKS" ] || [ "$1 $2" != "show node" ] || { echo "NodeName=$3 NodeAddr=127.0.0.1"; exit 0; }\n'
+)
 
 # Of a job it says whose it is and where its log goes, as its script has it; without a script: in the run named in `owner`.
 SCONTROL = """
@@ -39,6 +43,7 @@ class FakeSlurm:
     def command(self, name: str, script: str = "exit 0") -> None:
         """Let one of Slurm's commands be a shell script; what it is called with is noted."""
         path = self.bin / name
+        script = ONE_MACHINE + script if name == "scontrol" and "NodeAddr" not in script else script
         path.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>"{self.folder}/{name}.calls"\n{script}\n')
         path.chmod(0o755)
 

@@ -16,7 +16,7 @@ stopped: list[int] = []
 for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
     signal.signal(number, lambda n, _: stopped.append(n))
 with open(run / f"stub-{rank}.calls", "a") as file:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TARFLOW_GPUS", "OMP_NUM_THREADS")
     file.write(json.dumps({"argv": sys.argv[1:], **{k: os.environ.get(k) for k in names}}) + "\n")
 starts = len((run / f"stub-{rank}.calls").read_text().splitlines())
 acts = os.environ.get(f"STUB_{rank}", os.environ.get("STUB", "finish")).split(",")

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tarflow.cluster.errors import ClusterError
+from tarflow.cluster.submission import snapshot
 from tests.helpers.waiting import until
 
 pytestmark = pytest.mark.slurm
@@ -269,10 +270,24 @@ def test_one_living_job_per_run(slurm_cluster, verb, config_file, profile, tmp_p
     assert "stopped" in capsys.readouterr().out
 
 
+def as_if_torch_saw_what_nvidia_smi_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the jobs submitted from here on train on the CPU although they asked for GPUs, which are names here."""
+    take = snapshot.take
+
+    def changed(slurm_dir: Path) -> Path:
+        code = take(slurm_dir)
+        with open(code / "tarflow" / "devices.py", "a") as file:
+            file.write("\n\ndef asked_for_gpus(env=None):\n    return ''\n")
+        return code
+
+    monkeypatch.setattr(snapshot, "take", changed)
+
+
 def test_a_bad_node_is_named_and_excluded_when_the_job_starts_again(
-    slurm_cluster, verb, config_file, profile, tmp_path
+    slurm_cluster, verb, config_file, profile, tmp_path, monkeypatch
 ) -> None:
     """The driver of the node that the job comes to first lists no GPU."""
+    as_if_torch_saw_what_nvidia_smi_lists(monkeypatch)
     tools, bad = tmp_path / "tools", tmp_path / "bad"
     tools.mkdir()
     (tools / "nvidia-smi").write_text(
@@ -296,6 +311,31 @@ def test_a_bad_node_is_named_and_excluded_when_the_job_starts_again(
     avoided = slurm_cluster.run("scontrol", "show", "hostnames", kept).split()
     assert sorted(avoided) == sorted({first, "node4"}), "beside the nodes that the profile excludes"
     assert f"bad nodes {first} are excluded" in slurm_cluster.log(run)
+
+
+def test_a_torch_without_a_gpu_is_found_on_every_node_although_slurm_and_nvidia_smi_have_them(
+    slurm_cluster, verb, config_file, profile, tmp_path
+) -> None:
+    """One GPU is bound to each task. Both nodes are at fault, and one at a time is left out, until the job gives up."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: none'\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    text = (
+        profile.read_text()
+        .replace("preflight: files", "preflight: full")
+        .replace("max_no_progress: 3", "max_no_progress: 1")
+    )
+    profile.write_text(text + f'gpus: 2\nsrun: ["--gpus-per-task=1"]\nsetup: ["export PATH={tools}:$PATH"]\n')
+    run = tmp_path / "old-driver"
+    words = ["--run", run, "--nodes", 2, "--tasks-per-node", 2, "--profile", profile]
+    assert verb("submit", config_file, *FOUR_RANKS, *words) == 0
+    chain = slurm_cluster.ended(run)
+    assert chain["ended"]["code"] == 76
+    assert "the job asked for 2 GPUs on each node, but on node node" in chain["ended"]["text"]
+    assert "sees no GPU: " in chain["ended"]["text"]
+    assert chain["bad_nodes"]
+    assert not (run / "metrics.jsonl").exists(), "nothing was trained on the CPU"
 
 
 def test_one_task_per_node_and_a_killed_rank_is_restarted_in_place(
@@ -350,6 +390,36 @@ def test_a_finished_run_is_evaluated_after_the_fact_and_the_table_shows_it(
     shown = capsys.readouterr().out
     assert "COMPLETED (finished)" in shown
     assert "@ 200" in shown
+
+
+def test_an_evaluation_on_two_gpus_is_two_workers_that_make_each_result_once(
+    slurm_cluster, verb, config_file, profile, tmp_path
+) -> None:
+    """Slurm hands out GPUs by name: each worker has one, and computes on the CPU, since nothing is behind it."""
+    profile.write_text(profile.read_text() + "evaluation: {gpus: 2}\n")
+    run = tmp_path / "shared"
+    settings = [
+        "train.device=cpu", "checkpoint.keep_latest=-1", "evaluation.reference_images=32", "evaluation.num_samples=24",
+        "evaluation.chunk_samples=2", "evaluation.final_num_samples=26",
+    ]  # fmt: skip
+    assert verb("submit", config_file, *settings, "--run", run, "--profile", profile, "--evaluate") == 0
+    assert slurm_cluster.ended(run)["ended"]["code"] == 0
+    assert slurm_cluster.ended(run, "evaluate")["ended"]["code"] == 0
+    said = slurm_cluster.log(run, "evaluate")
+    assert "2 workers on 0, 1\n" in said
+    assert {"worker 0: evaluating", "worker 1: evaluating"} <= {
+        " ".join(line.split()[:3]) for line in said.splitlines()
+    }
+    lines = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
+    found = sorted((line["step"], line["num_samples"]) for line in lines)
+    assert found == [(50, 24), (100, 24), (150, 24), (200, 24), (200, 26)]
+    by: set[str] = set()
+    for file in run.glob("evals/images-*/work.json"):
+        workers = json.loads(file.read_text())["workers"]
+        chunks = [chunk for mine in workers.values() for chunk in mine]
+        assert len(chunks) == len(set(chunks)) >= 12
+        by |= set(workers)
+    assert len(by) == 2, "both took part"
 
 
 def test_preflight_between_nodes_and_what_slurm_says_of_gpus(slurm_cluster) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import sys
 import time
@@ -99,6 +100,7 @@ def make(folder: Path, seed: int, limit_s: float = 120) -> None:
         "checkpoint export runs/one --out w.pth",
         "reference set/train --size 8 --channels 1 --out ref.npz",
         "sample runs/one --out drawn --num 2",
+        "likelihood runs/one set/val --out lik",
         _jobs,
     ]
     for step in steps:
@@ -136,6 +138,11 @@ def _inputs(seed: int) -> int:
     for extension, name in FORMATS.items():
         if name in Image.SAVE:
             big.save(f"formats/picture.{extension}", name)
+    np.savez("array.npz", arr_0=np.repeat(pixels[..., None], 3, axis=3))
+    rows = rng.normal(size=(40, 8))
+    moments = {"mu": rows.mean(axis=0), "sigma": np.cov(rows, rowvar=False)}
+    np.savez("theirs.npz", mu_s=moments["mu"], sigma_s=moments["sigma"], **moments)
+    Path("theirs.pkl").write_bytes(pickle.dumps({"fid": moments}))
     Path("names.json").write_text(json.dumps(list(CLASSES), indent=1))
     tree = {
         "data": {"train": "set/train", "validation": "set/val"},

@@ -32,7 +32,7 @@ ONE = "runs/one"
 AT, AVERAGES, SLURM = f"{ONE}/checkpoints/images-*", f"{ONE}/ema/snapshots", f"{ONE}/slurm"
 SAMPLES = f"{ONE}/samples"
 
-_READ = ("train", "sample", "evaluate", "checkpoint verify", "checkpoint export")
+_READ = ("train", "sample", "evaluate", "likelihood", "checkpoint verify", "checkpoint export")
 _CHECKPOINT = (*_READ, "checkpoint list", "checkpoint prune", "checkpoint rewind", "status", "evaluate --watch")
 _RUN = (*_CHECKPOINT, "sweep-guidance", "ema", "report", "submit", "train --dry-run", "cancel")
 _AVERAGES = ("ema", "train")
@@ -55,6 +55,7 @@ _KINDS = (
     Kind("COMMITTED", f"{AT}/COMMITTED", (*_CHECKPOINT, "requeue"), "json"),
     Kind(".metadata", f"{AT}/.metadata", _CHECKPOINT),
     Kind(".distcp", f"{AT}/__0_0.distcp", (*_READ, "checkpoint prune")),
+    Kind(".sums", f"{AT}/__0_0.sums", (*_READ, "checkpoint prune")),
     Kind("config.yaml of a checkpoint", f"{AT}/config.yaml", _READ, "yaml"),
     Kind("latest", f"{ONE}/checkpoints/latest", _CHECKPOINT),
     Kind("pin", f"{ONE}/checkpoints/pins/*", ("train", "checkpoint prune", "checkpoint list"), "json"),
@@ -62,6 +63,7 @@ _KINDS = (
     Kind("snapshots: COMMITTED", f"{AVERAGES}/checkpoints/*/COMMITTED", _AVERAGES, "json"),
     Kind("snapshots: .metadata", f"{AVERAGES}/checkpoints/*/.metadata", _AVERAGES),
     Kind("snapshots: .distcp", f"{AVERAGES}/checkpoints/*/__0_0.distcp", _AVERAGES),
+    Kind("snapshots: .sums", f"{AVERAGES}/checkpoints/*/__0_0.sums", _AVERAGES),
     Kind("snapshots: latest", f"{AVERAGES}/checkpoints/latest", _AVERAGES),
     # its results
     Kind("evals.jsonl", f"{ONE}/evals.jsonl", ("evaluate", "status", "report"), "lines"),
@@ -79,6 +81,11 @@ _KINDS = (
     Kind("reference of a run", f"{ONE}/evals/reference-*.npz", ("evaluate", "sweep-guidance"), "npz"),
     # files by themselves
     Kind("reference.npz", "ref.npz", ("score",), "npz", any_sound=True),
+    # others' formats, without a checksum: the file's SHA-256 stands in the message and in the result
+    Kind("theirs: npz", "theirs.npz", ("score (theirs)",), "npz", own_words=True),
+    Kind("theirs: pickle", "theirs.pkl", ("score (pickle)",), own_words=True),
+    Kind("array of images", "array.npz", ("score (array)",), "npz", own_words=True),
+    Kind("likelihood.json", "lik/likelihood.json", ("likelihood (again)",), "json", ("lik",)),
     Kind("weights.safetensors", "w.safetensors", ("sample (file)", "evaluate (file)", "train --init-from"), "safetensors",
          any_sound=True),
     Kind("weights.pth", "w.pth", ("sample (pth)",), "zip", any_sound=True),

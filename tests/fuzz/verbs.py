@@ -44,6 +44,15 @@ VERBS = {
     "evaluate --watch": Verb("evaluate runs/one --watch --poll 0.01 --idle-limit 0.005", slow=True),
     "sweep-guidance": Verb("sweep-guidance runs/one --guidance 0,1 --start 4 --final 8", slow=True),
     "score": Verb("score images/a --reference ref.npz --out new.json", prints=True),
+    "score (theirs)": Verb(
+        "score images/a --reference theirs.npz --features fid_inception --out new.json", prints=True
+    ),
+    "score (pickle)": Verb(
+        "score images/a --reference theirs.pkl --features fid_inception --out new.json", prints=True
+    ),
+    "score (array)": Verb("score array.npz --reference ref.npz --out new.json", prints=True),
+    "likelihood": Verb("likelihood runs/one set/val --out new", prints=True),
+    "likelihood (again)": Verb("likelihood runs/one set/val --out lik", prints=True),
     "reference": Verb("reference set/train --size 8 --channels 1 --out new.npz"),
     "report": Verb("report runs/one --out new.html", shows=True, light=True, slow=True),
     "status": Verb("status runs", shows=True, prints=True, light=True),

@@ -31,6 +31,7 @@ class Notes(Hook):
         self.batches: list[int] = []
         self.steps: list[tuple[int, int]] = []
         self.collecting: list[bool] = []
+        self.precisions: list[tuple[str, bool]] = []  # of matrix products; of convolutions: not float32
         self.closed = 0
 
     def on_batch(self, batch: StepInput) -> None:
@@ -39,6 +40,7 @@ class Notes(Hook):
     def on_step(self, step: int, batch: StepInput) -> None:
         self.steps.append((step, batch.images_seen))
         self.collecting.append(gc.isenabled())
+        self.precisions.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
 
     def close(self) -> None:
         self.closed += 1
@@ -139,11 +141,12 @@ def test_a_trace_that_cannot_be_written_costs_the_trace_and_not_the_run(tiny_con
 
 
 def test_the_precision_of_matrix_products_is_set_stored_and_may_change(tiny_config: Path, tmp_path: Path) -> None:
-    run(tiny_config, tmp_path / "run", "train.max_images=48", "train.matmul_precision=high")
-    assert torch.get_float32_matmul_precision() == "high"
+    notes, _ = run(tiny_config, tmp_path / "run", "train.max_images=48", "train.matmul_precision=high")
+    assert notes.precisions == [("high", True)] * 3
+    assert torch.get_float32_matmul_precision() == "highest"  # as it was before
     assert config_of(find(tmp_path / "run")).train.matmul_precision == "high"
-    run(tiny_config, tmp_path / "run")
-    assert torch.get_float32_matmul_precision() == "highest"
+    notes, _ = run(tiny_config, tmp_path / "run")
+    assert notes.precisions == [("highest", False)] * 3
     assert "changed: train.matmul_precision: high -> highest" in (tmp_path / "run/log.txt").read_text()
     with pytest.raises(TrainerError, match=r"train.matmul_precision.*'highest', 'high' or 'medium'"):
         load_config(tiny_config, ["train.matmul_precision=low"])

@@ -1,6 +1,6 @@
 """The commit protocol: a checkpoint is committed or it does not exist.
 
-    checkpoints/images-000000016000/  tensors (torch's distributed checkpoint), config.yaml
+    checkpoints/images-000000016000/  tensors (torch's distributed checkpoint), sums of their pieces, config.yaml
                         COMMITTED     json, written last: step, images_seen, run, files with sizes and checksums, ...
     checkpoints/latest                name of the newest committed checkpoint
     checkpoints/pins/                 who is reading which checkpoint (`pins.py`)

@@ -6,7 +6,17 @@ from pathlib import Path
 
 from tarflow.files import listed
 from tarflow.records import DamagedFileError, load_record
-from tarflow.trainer.checkpoint.marker import MARKER, Checkpoint, Marker, Reason, Unusable, damage, inspect, is_marked
+from tarflow.trainer.checkpoint.marker import (
+    MARKER,
+    Checkpoint,
+    Damage,
+    Marker,
+    Reason,
+    Unusable,
+    damage,
+    inspect,
+    is_marked,
+)
 from tarflow.trainer.checkpoint.names import (
     ASIDE,
     DAMAGED,
@@ -20,16 +30,17 @@ from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import is_run, run_id
 
 
-def newest_intact(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+def newest_intact(run_dir: Path, warn: Callable[[str], None], look: Damage = damage) -> Checkpoint | None:
     """The checkpoint to resume from: the newest whose bytes are intact; None if none was ever committed.
 
     `warn` receives a line for each damaged one that is skipped. If all are damaged, or another run's, that is an error:
-    silently starting from the beginning would throw the run away.
+    silently starting from the beginning would throw the run away. `look` reads a checkpoint's files; several ranks share
+    them (`saving/together.py`).
     """
     check_identity(run_dir)
     usable, refused = scan(run_dir)
     for checkpoint in reversed(usable):
-        problem = damage(checkpoint)
+        problem = look(checkpoint)
         if problem is None:
             return checkpoint
         warn(f"WARNING: checkpoint {checkpoint.name} is damaged and not used: {problem}")

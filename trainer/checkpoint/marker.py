@@ -1,7 +1,8 @@
 """COMMITTED, the marker of a checkpoint: what it records, and whether directory and files agree with it."""
 
-import json
+import heapq
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
@@ -20,7 +21,6 @@ from tarflow.trainer.run_dir import RunId
 
 MARKER = "COMMITTED"
 CONFIG = "config.yaml"
-_WHOLE: set[tuple[Any, ...]] = set()  # checkpoints whose bytes this process has found intact
 
 
 class _Part(BaseModel):
@@ -92,6 +92,9 @@ class Checkpoint:
     def num_bytes(self) -> int:
         """Total size of its files."""
         return sum(self.sizes.values())
+
+
+Damage = Callable[[Checkpoint], str | None]  # what is wrong with its files; None: nothing
 
 
 class Reason(Enum):
@@ -185,25 +188,43 @@ def _wrong(file: Path, checksum: int) -> str | None:
         return f"its file {file.name} is missing"
 
 
-def damage(checkpoint: Checkpoint) -> str | None:
+def damage(checkpoint: Checkpoint, rank: int = 0, ranks: int = 1) -> str | None:
     """What is wrong with a checkpoint's files; None if they are intact. Reads all of them.
 
-    Wrong is a checksum, or a tensor whose bytes are in none of the files.
+    Wrong is a checksum, or a tensor whose bytes are in none of the files. One of several `ranks` looks at its share only:
+    about as many bytes as each other, and the last one at the list of tensors as well.
     """
+    reader = _readers(checkpoint.sizes, ranks)
     for name, facts in checkpoint.info["files"].items():
-        if problem := _wrong(checkpoint.path / name, facts["crc32"]):
+        if reader[name] == rank and (problem := _wrong(checkpoint.path / name, facts["crc32"])):
             return problem
-    try:
-        read_metadata(checkpoint.path, checkpoint.sizes)
-    except DamagedFileError as error:
-        return f"its file {METADATA}: {error.problem}"
+    if rank == ranks - 1:
+        try:
+            read_metadata(checkpoint.path, checkpoint.sizes)
+        except DamagedFileError as error:
+            return f"its file {METADATA}: {error.problem}"
     return None
+
+
+def _readers(sizes: dict[str, int], ranks: int) -> dict[str, int]:
+    """Which of some ranks reads each file: the largest first, each by the one that has the fewest bytes so far."""
+    loads = [(0, rank) for rank in range(ranks)]  # a heap
+    readers = {}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        load, readers[name] = heapq.heappop(loads)
+        heapq.heappush(loads, (load + sizes[name], readers[name]))
+    return readers
+
+
+def require_file(checkpoint: Checkpoint, name: str) -> None:
+    """Raise DamagedFileError if a file of a checkpoint is not what was committed. Reads this file only."""
+    if problem := _wrong(checkpoint.path / name, checkpoint.info["files"][name]["crc32"]):
+        raise DamagedFileError(checkpoint.path, problem, WAY_OUT)
 
 
 def config_of(checkpoint: Checkpoint) -> Config:
     """The configuration that a checkpoint was trained with. Raises DamagedFileError if it is not what was committed."""
-    if problem := _wrong(checkpoint.path / CONFIG, checkpoint.info["files"][CONFIG]["crc32"]):
-        raise DamagedFileError(checkpoint.path, problem, WAY_OUT)
+    require_file(checkpoint, CONFIG)
     return load_config(checkpoint.path / CONFIG)
 
 
@@ -213,15 +234,6 @@ def beside(checkpoint: Checkpoint) -> list[str]:
 
 
 def require_whole(checkpoint: Checkpoint) -> None:
-    """Raise DamagedFileError if anything is wrong with a checkpoint's files. Reads them once per process."""
-    # Files that were touched since are read again.
-    facts = [(checkpoint.path / name).stat() for name in checkpoint.info["files"]]
-    stamp = (
-        checkpoint.path,
-        json.dumps(checkpoint.info["files"]),
-        *((f.st_ino, f.st_size, f.st_mtime_ns) for f in facts),
-    )
-    if stamp not in _WHOLE:
-        if problem := damage(checkpoint):
-            raise DamagedFileError(checkpoint.path, problem, WAY_OUT)
-        _WHOLE.add(stamp)
+    """Raise DamagedFileError if anything is wrong with a checkpoint's files. Reads all of them."""
+    if problem := damage(checkpoint):
+        raise DamagedFileError(checkpoint.path, problem, WAY_OUT)

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,10 +30,7 @@ class Pin(Record):
 @contextmanager
 def pinned(checkpoint: Checkpoint, owner: str) -> Iterator[None]:
     """Keep retention away from a checkpoint while it is read. The pin of a process that died expires by itself."""
-    pin = checkpoint.path.parent / "pins" / f"{checkpoint.name}.{owner.replace('/', '_')}"
-    with suppress(OSError):  # without permission to write here, read without a pin
-        make_folder(checkpoint.path.parent, "pins")
-        save_record(pin, Pin(host=os.uname().nodename, pid=os.getpid()))
+    pin = _set_pin(checkpoint, owner)
     try:
         if not (checkpoint.path / MARKER).exists():
             raise TrainerError(f"checkpoint {checkpoint.path} was removed by retention before it could be read")
@@ -41,6 +38,34 @@ def pinned(checkpoint: Checkpoint, owner: str) -> Iterator[None]:
     finally:
         with suppress(OSError):  # the pin of a process that is gone expires
             pin.unlink()
+
+
+class Pins:
+    """Pins of one process on checkpoints that it is going to read."""
+
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
+        self._held: dict[str, tuple[Path, float]] = {}  # checkpoint -> its pin, and when that was set
+
+    def hold(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Pin exactly these from now on. Called again now and then, it renews pins long before they expire."""
+        names = {checkpoint.name for checkpoint in checkpoints}
+        for name in self._held.keys() - names:
+            with suppress(OSError):  # it expires
+                self._held.pop(name)[0].unlink()
+        for checkpoint in checkpoints:
+            _, since = self._held.get(checkpoint.name, (None, -_PIN_LIFETIME_S))
+            if time.monotonic() - since > _PIN_LIFETIME_S / 24:
+                self._held[checkpoint.name] = _set_pin(checkpoint, self.owner), time.monotonic()
+
+
+def _set_pin(checkpoint: Checkpoint, owner: str) -> Path:
+    """The file of a pin, which is not there where this process may not write: then it reads without one."""
+    pin = checkpoint.path.parent / "pins" / f"{checkpoint.name}.{owner.replace('/', '_')}"
+    with suppress(OSError):
+        make_folder(checkpoint.path.parent, "pins")
+        save_record(pin, Pin(host=os.uname().nodename, pid=os.getpid()))
+    return pin
 
 
 def pinned_names(run_dir: Path) -> set[str]:

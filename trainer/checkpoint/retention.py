@@ -15,7 +15,7 @@ from pathlib import Path
 from tarflow.files import discard, free_name
 from tarflow.trainer.checkpoint.commit import point_to, remove, stuck
 from tarflow.trainer.checkpoint.find import committed, damaged, is_newer, scan, set_aside_dirs
-from tarflow.trainer.checkpoint.marker import MARKER, Checkpoint, Reason, Unusable, damage, inspect
+from tarflow.trainer.checkpoint.marker import MARKER, Checkpoint, Damage, Reason, Unusable, damage, inspect
 from tarflow.trainer.checkpoint.names import DAMAGED, REPLACED, TEMPORARY, leading_name
 from tarflow.trainer.checkpoint.pins import pinned_names
 from tarflow.trainer.run_dir import run_id
@@ -84,7 +84,7 @@ def sweep(run_dir: Path) -> list[str]:
     return lines + left
 
 
-def restore_replaced(run_dir: Path) -> list[str]:
+def restore_replaced(run_dir: Path, look: Damage = damage) -> list[str]:
     """After a save was killed while it replaced a checkpoint at the same images: keep the new one if whole, else the old."""
     lines, owner = [], run_id(run_dir)
     for path, why in sorted(scan(run_dir)[1].items()):
@@ -92,7 +92,7 @@ def restore_replaced(run_dir: Path) -> list[str]:
         if why.reason is not Reason.REPLACED or not path.name.startswith(final.name + REPLACED):
             continue
         there = inspect(final, owner)
-        if isinstance(there, Checkpoint) and damage(there) is None:
+        if isinstance(there, Checkpoint) and look(there) is None:
             problem = remove(path)
             lines += [stuck(path, problem)] if problem else []
             continue

@@ -7,31 +7,48 @@ torch's own reader unpickles `.metadata`, and values that are not tensors, witho
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tarflow.errors import UserError
 from tarflow.records import DamagedFileError
-from tarflow.trainer.checkpoint.marker import WAY_OUT, Checkpoint, require_whole
+from tarflow.trainer.checkpoint.marker import WAY_OUT, Checkpoint, require_file
+from tarflow.trainer.checkpoint.metadata import NAME as METADATA
 from tarflow.trainer.checkpoint.metadata import StoredTensor, read_metadata
 from tarflow.trainer.errors import TrainerError
 
+if TYPE_CHECKING:
+    from tarflow.trainer.checkpoint.layout import Layout
 
-def write_tensors(path: Path, tensors: dict[str, Any], group: Any = None) -> None:
-    """Write tensors, sharded or not, into a directory. Every rank calls it; syncing the files is left to the caller."""
-    import torch.distributed.checkpoint as dcp
+
+def write_tensors(path: Path, tensors: dict[str, Any], group: Any = None, layout: "Layout | None" = None) -> None:
+    """Write tensors, sharded or not, into a directory. Every rank calls it; syncing the files is left to the caller.
+
+    `layout`: of the saves of one run, kept by the caller, so that only the first one is planned.
+    """
+    from tarflow.trainer.checkpoint.layout import Layout
 
     with _quiet():
-        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(path, sync_files=False), process_group=group)
+        (layout or Layout()).save(path, tensors, group)
 
 
 def read_tensors(checkpoint: Checkpoint, into: dict[str, Any]) -> None:
     """Fill tensors in place from a checkpoint, whatever world size wrote it. Names and shapes must agree exactly.
 
-    Does not verify checksums: `newest_intact`, which chose the checkpoint, has done so.
+    Every rank calls it and reads what it holds, on its own; the first failure is raised on all of them. The bytes that are
+    read are held against the checksums beside them; those of whole files were checked by `newest_intact`.
     """
-    stored = _stored(checkpoint)
-    _check_names_and_shapes(checkpoint, stored, {name: tuple(t.shape) for name, t in into.items()})
-    _load(checkpoint, stored, dict(into))
+    from tarflow.trainer.parallel.world import gather
+
+    problem: Exception | None = None
+    try:
+        stored = _stored(checkpoint)
+        _check_names_and_shapes(checkpoint, stored, {name: tuple(t.shape) for name, t in into.items()})
+        _load(checkpoint, stored, into, trusted=True)
+    except (OSError, UserError, MemoryError) as error:
+        problem = error
+    first = next((found for found in gather(problem) if found is not None), None)
+    if first is not None:
+        raise first
 
 
 def stored_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -42,12 +59,11 @@ def stored_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 def load_weights(checkpoint: Checkpoint, which: str) -> dict[str, Any]:
     """One set of weights, "raw" or an average such as "ema-0.050": name -> float32 tensor on the CPU.
 
-    Of a set that the checkpoint does not hold, the error lists those that it does. The first call verifies the checksums
-    of all files; raises DamagedFileError where one differs.
+    Of a set that the checkpoint does not hold, the error lists those that it does. Reads the bytes of this set and no
+    others, each against its checksum; raises DamagedFileError where one differs.
     """
     import torch
 
-    require_whole(checkpoint)
     prefix = "model" if which == "raw" else which
     stored = _stored(checkpoint)
     # The prior's variance is a buffer, not averaged: it belongs to every set.
@@ -59,28 +75,25 @@ def load_weights(checkpoint: Checkpoint, which: str) -> dict[str, Any]:
             + ", ".join("raw" if n == "model" else n for n in have)
         )
     tensors = {name: torch.empty(tensor.shape) for name, tensor in wanted.items()}
-    _load(checkpoint, wanted, tensors, no_dist=True)
+    _load(checkpoint, wanted, tensors, trusted=False)
     return {name.partition("/")[2]: tensor for name, tensor in tensors.items()}
 
 
 def _stored(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    require_file(checkpoint, METADATA)
     return read_metadata(checkpoint.path, checkpoint.sizes)
 
 
-def _load(checkpoint: Checkpoint, stored: dict[str, StoredTensor], into: dict[str, Any], no_dist: bool = False) -> None:
-    """Let torch read tensors, but with metadata that were checked."""
+def _load(checkpoint: Checkpoint, stored: dict[str, StoredTensor], into: dict[str, Any], trusted: bool) -> None:
+    """Let torch read tensors, but with metadata that were checked, and from bytes that are."""
     import torch.distributed.checkpoint as dcp
 
-    class Reader(dcp.FileSystemReader):
-        def read_metadata(self, *_: Any, **__: Any) -> Any:
-            return _for_torch(stored)
+    from tarflow.trainer.checkpoint.pieces import PieceReader, PieceSums
 
-    class Planner(dcp.DefaultLoadPlanner):
-        def load_bytes(self, *_: Any) -> None:
-            raise ValueError("a value that is not a tensor")  # torch would unpickle it
-
+    reader = PieceReader(checkpoint.path, _for_torch(stored), PieceSums(checkpoint, trusted))
     with _quiet(), _plain_errors(checkpoint):
-        dcp.load(into, storage_reader=Reader(checkpoint.path), planner=Planner(), no_dist=no_dist)
+        # Each rank by itself: DCP would send all that each of them wants through rank 0.
+        dcp.load(into, storage_reader=reader, no_dist=True)
 
 
 def _for_torch(stored: dict[str, StoredTensor]) -> Any:

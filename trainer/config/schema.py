@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.models.config import MOST_LAYERS, TarFlowConfig
+from tarflow.models.float32 import Precision
 from tarflow.models.presets import preset
 from tarflow.models.sampling.settings import SamplingSettings
 from tarflow.settings import MOST_IMAGES, MOST_SECONDS, MOST_SEED, Count, Section
@@ -100,14 +101,16 @@ class TrainConfig(Section):
         "always float32",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        "auto", description="device to train on; auto takes cuda if available, otherwise mps, otherwise cpu"
+        "auto",
+        description="device to train on; auto takes cuda if available, otherwise mps, otherwise cpu, but not the cpu where a "
+        "job, Slurm or CUDA_VISIBLE_DEVICES asks for a GPU",
     )
     deterministic: bool = Field(
         False,
         description="use only deterministic GPU kernels, so that a run repeats bit for bit (CPU runs always "
         "do); slower",
     )
-    matmul_precision: Literal["highest", "high", "medium"] = Field(
+    matmul_precision: Precision = Field(
         "highest",
         description="internal precision of float32 matrix products (torch.set_float32_matmul_precision): highest is "
         "float32; high and medium are faster on GPUs (TensorFloat32) and change the results slightly",

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tarflow.models.flow import TarFlow
+
 
 class Backend(Protocol):
     """One training step, and the state behind it.
@@ -19,6 +21,7 @@ class Backend(Protocol):
     """
 
     device: torch.device
+    model: TarFlow  # what computes
 
     def forward_backward(self, images: Tensor, labels: Tensor | None, share: float, last: bool) -> Tensor:
         """One micro-batch: noisy images [n, C, H, W], labels [n]; `share` = n / the rank's images in this step.

@@ -1,4 +1,4 @@
-"""The device and the backend that a configuration asks for."""
+"""The backend that a configuration asks for, and deterministic kernels."""
 
 import os
 
@@ -8,27 +8,10 @@ from tarflow.models.flow import TarFlow
 from tarflow.models.init import init_weights
 from tarflow.trainer.batch import BatchPlan
 from tarflow.trainer.config.schema import Config
-from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.parallel.backend import Backend
 from tarflow.trainer.parallel.mesh import mesh_shape
 from tarflow.trainer.parallel.torch_backend import ShardedBackend, SingleBackend
 from tarflow.trainer.parallel.world import World
-
-
-def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device that `train.device` asks for; one that is not there is an error."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available[name]:
-        raise TrainerError(f"train.device={name}: this machine has none; use auto or cpu")
-    if name != "cuda":
-        return torch.device(name)
-    if local_rank >= torch.cuda.device_count():
-        raise TrainerError(f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}")
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
 
 
 def compute_deterministically(device: torch.device) -> None:

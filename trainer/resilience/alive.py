@@ -5,27 +5,53 @@ Never takes the lock of the run, which would block a start. Needs no torch.
 
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from tarflow.errors import noted
 from tarflow.files import listed
 from tarflow.records import DamagedFileError, Record, load_record
 from tarflow.trainer.run_dir import Holder, Words
 
-# A rank writes every two seconds; a network file system may show that late.
-FRESH_S = 60.0
+BEAT_S = 2.0  # between two heartbeats of a rank, unless the run is so large that its ranks take turns
+BEATS_PER_S = 50.0  # of all ranks together: each is a file made and renamed, on a file server that others use too
+FRESH_S = (
+    60.0  # a heartbeat is at most a third as old when the next one comes; a network file system may show that late
+)
 # The last phase of a rank: it ended normally, with an error, or because it hung. A rank that is killed writes none of them.
 GONE, FAILED, HUNG = "gone", "failed", "hung"
 ENDED = (GONE, FAILED, HUNG)
 KILLED = "killed"
 
 
+def beat_interval_s(world_size: int) -> float:
+    """Seconds between two heartbeats of a rank: 2, from 100 ranks on more, at most 20."""
+    return min(max(BEAT_S, world_size / BEATS_PER_S), FRESH_S / 3)
+
+
+class BeatSchedule:
+    """When a rank writes its heartbeat: whenever it looks at the schedule, or in a large run in its turn."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self._interval_s = beat_interval_s(world_size)
+        # Ranks begin together, and would write together ever after. By the golden ratio any number of them is spread evenly.
+        self._offset_s = self._interval_s * (rank * 0.6180339887 % 1)
+        self._next = float("-inf")
+
+    def due(self, now: float) -> bool:
+        """Whether to write now (a monotonic time in seconds): at the start, and then in turn."""
+        if self._interval_s <= BEAT_S:
+            return True
+        if now < self._next:
+            return False
+        started = self._next > float("-inf")
+        self._next = max(self._next + self._interval_s, now) if started else now + self._offset_s
+        return True
+
+
 class Heartbeat(Record):
-    """What a rank writes every two seconds."""
+    """What a rank writes every `beat_interval_s` seconds."""
 
     what = "heartbeat of a rank"
     rank: int = Field(0, ge=0, le=10**6)
@@ -43,15 +69,16 @@ class Heartbeat(Record):
 def read_heartbeats(run_dir: Path) -> list[dict[str, Any]]:
     """The last heartbeat of every rank of the newest start, by rank; `seen`: when, by the file server's clock.
 
-    A damaged one has only `seen`, and counts as alive for as long as that is fresh.
+    A damaged one has only `seen` and `flaw`, and counts as alive for as long as that is fresh. One pass over the files of all
+    ranks: readers that need several answers hand the list on.
     """
     beats: list[dict[str, Any]] = []
     for path in listed(run_dir / "heartbeats", "rank-*.json"):
         try:
             seen = path.stat().st_mtime
             beats.append({**load_record(path, Heartbeat).model_dump(exclude_unset=True), "seen": seen})
-        except DamagedFileError:
-            beats.append({"seen": seen})
+        except DamagedFileError as error:
+            beats.append({"seen": seen, "flaw": str(error)})
         except OSError:
             continue
     # A start on fewer ranks leaves the files of the others behind.
@@ -61,11 +88,7 @@ def read_heartbeats(run_dir: Path) -> list[dict[str, Any]]:
 
 def damaged_heartbeats(run_dir: Path) -> list[str]:
     """What is wrong with the heartbeat files of a run, one text for each."""
-    flaws: list[str] = []
-    for path in listed(run_dir / "heartbeats", "rank-*.json"):
-        with noted(flaws), suppress(FileNotFoundError):
-            load_record(path, Heartbeat)
-    return flaws
+    return [beat["flaw"] for beat in read_heartbeats(run_dir) if "flaw" in beat]
 
 
 def holder_of(beat: dict[str, Any]) -> Holder:
@@ -82,14 +105,18 @@ def is_alive(beat: dict[str, Any], now: float | None = None) -> bool:
     return (time.time() if now is None else now) - beat["seen"] < FRESH_S
 
 
-def living_writer(run_dir: Path, now: float | None = None) -> Holder | None:
-    """The process that trains a run, by its heartbeats; of several ranks the first."""
-    return next((holder_of(beat) for beat in read_heartbeats(run_dir) if is_alive(beat, now)), None)
+def living_writer(run_dir: Path, now: float | None = None, beats: list[dict[str, Any]] | None = None) -> Holder | None:
+    """The process that trains a run, by its heartbeats; of several ranks the first. `beats`: as read before."""
+    beats = read_heartbeats(run_dir) if beats is None else beats
+    return next((holder_of(beat) for beat in beats if is_alive(beat, now)), None)
 
 
-def last_words(run_dir: Path) -> str | None:
-    """How the last start ended: GONE, FAILED, HUNG, or KILLED if a rank wrote none of these; None before any start."""
-    phases = [beat.get("phase") for beat in read_heartbeats(run_dir)]
+def last_words(run_dir: Path, beats: list[dict[str, Any]] | None = None) -> str | None:
+    """How the last start ended: GONE, FAILED, HUNG, or KILLED if a rank wrote none of these; None before any start.
+
+    `beats`: as read before.
+    """
+    phases = [beat.get("phase") for beat in (read_heartbeats(run_dir) if beats is None else beats)]
     if not phases:
         return None
     worst = next((phase for phase in (HUNG, FAILED) if phase in phases), None)

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tarflow.errors import LASTING, UserError, in_words
+from tarflow.trainer.outbox import within
 from tarflow.trainer.parallel.world import World
 from tarflow.trainer.resilience.exit_codes import FAILED, USAGE
+from tarflow.trainer.resilience.limits import LAST_WORDS_S
 from tarflow.trainer.run_dir import is_run, note
 
 
@@ -34,9 +36,13 @@ def failure_exit(world: World, run_dir: Path) -> Iterator[FailureRecord]:
     except Exception as error:
         meant = isinstance(error, UserError | OSError)
         text = in_words(error) if meant else f"{type(error).__name__}: {error}"
-        with suppress(OSError):
-            if is_run(run_dir) and (record.begun or not meant):
-                note(run_dir, f"FAILED: rank {world.rank} of {world.size} (host {os.uname().nodename}): {text}")
+
+        def last_words() -> None:
+            with suppress(OSError):
+                if is_run(run_dir) and (record.begun or not meant):
+                    note(run_dir, f"FAILED: rank {world.rank} of {world.size} (host {os.uname().nodename}): {text}")
+
+        within(LAST_WORDS_S, last_words)
         if world.size == 1:
             raise
         if meant and not os.environ.get("TARFLOW_TRACEBACK"):

@@ -63,7 +63,8 @@ class Supervisor:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        threads = str(max(1, (os.cpu_count() or 1) // self.ranks))
+        # Those that this process may use: a container or a job may have given it some of the machine's.
+        threads = str(max(1, len(os.sched_getaffinity(0)) // self.ranks))
         common = {"WORLD_SIZE": str(self.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         self._processes = [
             subprocess.Popen(  # noqa: S603 -- this package, by its own interpreter

@@ -1,12 +1,13 @@
 """A heartbeat file per rank, and a timeout for ranks that hang.
 
-A thread writes `heartbeats/rank-0003.json` (phase, step, time in the phase). A phase that takes too long means that this
-rank, or one that it waits for, hangs: the stacks of all threads go to the log of the rank and the process exits with a code
-of its own, so that an allocation is not wasted in silence. Startup, saves and the end may take `parallel.start_timeout_s`, a
-step `parallel.step_timeout_s`.
+A phase that takes too long means that this rank, or one that it waits for, hangs: the stacks of all threads go to the log of
+the rank and the process exits with a code of its own, so that an allocation is not wasted in silence. Startup, saves and the
+end may take `parallel.start_timeout_s`, a step `parallel.step_timeout_s`; `limits.py` derives all else.
+
+A second thread writes `heartbeats/rank-0003.json` (phase, step, time in the phase), the ranks of a large run in turn. A shared
+file system that does not answer stalls that thread alone: the one that watches opens no file until it ends the process.
 """
 
-import datetime
 import faulthandler
 import json
 import os
@@ -15,24 +16,25 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-import torch.distributed as dist
-
 from tarflow.files import make_folder, open_own, write_new
 from tarflow.records import sealed
 from tarflow.trainer.config.schema import ParallelConfig
+from tarflow.trainer.outbox import within
 from tarflow.trainer.resilience import alive
 from tarflow.trainer.resilience.alive import read_heartbeats
 from tarflow.trainer.resilience.exit_codes import HUNG
+from tarflow.trainer.resilience.limits import LAST_WORDS_S, PhaseLimits, limits_of
 from tarflow.trainer.run_dir import Holder, is_run, note, rank_log
 
 QUICK = ("data", "step")  # phases within a step; all others may take long
 STRAGGLER = 1.5  # times the median rank's own time per step, above which a rank is named
 LOOK_S = 30.0  # between two comparisons of all ranks
+READS_PER_S = 10.0  # heartbeats that these comparisons read: of a large run they come less often
 
 
 class Watchdog:
@@ -44,7 +46,9 @@ class Watchdog:
         self._idle_s = 0.0  # since the last progress, without times when this process was suspended
         self._own: deque[float] = deque(maxlen=64)
         self._stop = threading.Event()
-        self._interval = min(2.0, limits.step_timeout_s / 4, limits.start_timeout_s / 4)
+        self._limits = limits_of(limits)
+        self._interval = self._limits.look_s
+        self._schedule = alive.BeatSchedule(rank, world_size)
         self._named: int | None = None
         self._file: IO[str] | None = None
 
@@ -56,14 +60,16 @@ class Watchdog:
         self._file = open(open_own(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a")
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
+        self._beats = threading.Thread(target=self._beat, name="heartbeats", daemon=True)
+        self._beats.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.phase(alive.GONE if kind is None else alive.FAILED)
         self._stop.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        self.phase(alive.GONE if kind is None else alive.FAILED)
-        self._write()
+        self._beats.join(LAST_WORDS_S)
         assert self._file is not None
         self._file.close()
 
@@ -71,24 +77,31 @@ class Watchdog:
         """Report that a phase begins."""
         self.name, self._idle_s = name, 0.0
 
-    def step_done(self, step: int, own_s: float) -> None:
-        """Report that a step is done; `own_s`: the seconds that this rank did not wait for others."""
+    def step_done(self, step: int, own_s: Iterable[float] = ()) -> None:
+        """Report that a step is done; `own_s`: seconds that this rank worked by itself in the steps of which it is known."""
         self.step, self._idle_s = step, 0.0
-        self._own.append(own_s)
+        self._own.extend(own_s)
+
+    @property
+    def _phase(self) -> PhaseLimits:
+        return self._limits.step if self.name in QUICK else self._limits.start
 
     @property
     def limit_s(self) -> float:
         """Timeout of the current phase."""
-        return self.limits.step_timeout_s if self.name in QUICK else self.limits.start_timeout_s
+        return self._phase.idle_s
+
+    @property
+    def _look_s(self) -> float:
+        return min(max(LOOK_S, self.world_size / READS_PER_S), self.limits.step_timeout_s)
 
     def _watch(self) -> None:
         assert self._file is not None
-        looked = last = time.monotonic()
+        last = time.monotonic()
         while True:
             # For hangs in which this thread cannot run either: a C-level timer, which fires while the GIL is held. It exits
             # with code 1.
-            faulthandler.dump_traceback_later(self.limit_s + 4 * self._interval, exit=True, file=self._file)
-            self._write()
+            faulthandler.dump_traceback_later(self._phase.clock_s, exit=True, file=self._file)
             if self._stop.wait(self._interval):
                 return
             now = time.monotonic()
@@ -97,10 +110,20 @@ class Watchdog:
             last = now
             if self._idle_s > self.limit_s:
                 self._end()
-            if self.rank == 0 and self.world_size > 1 and now - looked > min(LOOK_S, self.limits.step_timeout_s):
+
+    def _beat(self) -> None:
+        """Write heartbeats, the last one at the end; on rank 0, compare those of all ranks now and then."""
+        looked = time.monotonic()
+        while True:
+            self.beat()
+            if self._stop.wait(self._interval):
+                break
+            now = time.monotonic()
+            if self.rank == 0 and self.world_size > 1 and now - looked > self._look_s:
                 looked = now
                 with suppress(OSError):
                     self._name_straggler()
+        self._write()
 
     def _end(self) -> None:
         """Log where this rank hangs, and exit."""
@@ -110,7 +133,8 @@ class Watchdog:
             f"{self.name!r} of step {self.step + 1} (parallel.{limit}_timeout_s={self.limit_s:g}); it ends with exit code "
             f"{HUNG}, the stacks of its threads are in {rank_log(self.run_dir, self.rank)}"
         )
-        try:
+
+        def last_words() -> None:
             note(self.run_dir, text)
             assert self._file is not None
             self._file.write(f"\nstacks of rank {self.rank}, {text}\n")
@@ -118,8 +142,16 @@ class Watchdog:
             faulthandler.dump_traceback(self._file, all_threads=True)
             self.name = alive.HUNG
             self._write()
-        finally:  # also on a full disk
+
+        try:
+            within(self._phase.words_s, last_words)
+        finally:  # also on a full disk, or one that does not answer
             os._exit(HUNG)
+
+    def beat(self) -> None:
+        """Write the heartbeat, if it is this rank's turn."""
+        if self._schedule.due(time.monotonic()):
+            self._write()
 
     def _write(self) -> None:
         facts: dict[str, Any] = {
@@ -186,12 +218,3 @@ def straggler(beats: list[dict[str, Any]]) -> tuple[int, float, float] | None:
     # The lower median: of two ranks, the slower one is compared with the faster one.
     median = statistics.median_low(list(times.values()))
     return (rank, times[rank], median) if times[rank] > STRAGGLER * median else None
-
-
-def tighten_timeouts(seconds: float, spare: Any) -> None:
-    """Set the timeout of collectives to `seconds` in all groups but `spare`, whose ranks write checkpoints."""
-    if not dist.is_initialized():
-        return
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not spare:
-            dist.distributed_c10d.set_timeout(datetime.timedelta(seconds=seconds), group)

@@ -18,12 +18,14 @@ from torch import Tensor
 import tarflow.trainer.checkpoint.commit as ckpt
 import tarflow.trainer.checkpoint.retention as retention
 import tarflow.trainer.ema.snapshots as snapshots
+from tarflow.devices import keep_device
 from tarflow.files import discard, make_folder, write_text
 from tarflow.trainer.checkpoint.names import checkpoints_dir
 from tarflow.trainer.config.schema import CheckpointConfig
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.parallel.world import broadcast, gather
 from tarflow.trainer.resilience.fault_injection import fault_point
+from tarflow.trainer.resilience.limits import NO_LIMIT_S, set_timeout
 from tarflow.trainer.saving.handle import SaveHandle
 from tarflow.trainer.saving.storage import CheckpointStorage, DiskStorage
 
@@ -53,12 +55,17 @@ class AsyncWriter:
     def __init__(self, run_dir: Path, policy: CheckpointConfig, storage: CheckpointStorage | None = None) -> None:
         self.run_dir, self.policy, self.storage = run_dir, policy, storage or DiskStorage()
         self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        if self.group is not None:
+            # A save beside the training may wait for a disk for as long as it likes: a rank that is gone closes its
+            # connections, and what waits for a save in vain is ended by the watchdog.
+            set_timeout(NO_LIMIT_S, self.group)
         self.first = self.group is None or dist.get_rank() == 0
 
     def start(self, save: SaveHandle, state: dict[str, Tensor], describe: Describe) -> None:
         """Write in a thread, which `save` then stands for. One at a time: the caller waits for the save before."""
         # A daemon: when training ends in an error, the process must not wait for a disk.
-        save.thread = threading.Thread(target=self.write, args=(save, state, describe), name="save", daemon=True)
+        write = keep_device(self.write)
+        save.thread = threading.Thread(target=write, args=(save, state, describe), name="save", daemon=True)
         save.thread.start()
 
     def write(self, save: SaveHandle, state: dict[str, Tensor], describe: Describe) -> None:

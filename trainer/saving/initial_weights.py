@@ -16,7 +16,7 @@ from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.weights import WeightsFile, WeightsHeader, is_weights_file, read_header, read_weights
 from tarflow.trainer.checkpoint.find import find
-from tarflow.trainer.checkpoint.marker import Checkpoint, config_of, require_whole
+from tarflow.trainer.checkpoint.marker import Checkpoint, config_of
 from tarflow.trainer.checkpoint.pins import pinned
 from tarflow.trainer.checkpoint.provenance import provenance_of
 from tarflow.trainer.checkpoint.tensors import load_weights
@@ -31,13 +31,15 @@ ADAPTABLE = {
 }
 
 
-def check_initial(source: Path, config: Config, partial: bool) -> WeightsHeader:
+def check_initial(source: Path, config: Config, partial: bool, first: bool = True) -> WeightsHeader:
     """Model and provenance of the weights that `--init-from` would start from, before anything is written.
+
+    Only the `first` rank reads the weights of a run: damage is then an error before anything is written.
 
     Raises TrainerError or ModelError, naming the settings that differ, for weights that this run's model cannot start from;
     DamagedFileError for a file whose checksum is wrong.
     """
-    header = read_header(source, config.model) if is_weights_file(source) else _header(*_newest(source))
+    header = read_header(source, config.model) if is_weights_file(source) else _checked_header(source, first)
     _check_fits(source, header.config, config.model, partial)
     return header
 
@@ -85,11 +87,17 @@ def class_names(config: Config) -> Sequence[str] | None:
 
 
 def _newest(run_dir: Path) -> tuple[Checkpoint, Config]:
-    """A run's newest checkpoint and its configuration. Verified, so that damage is an error before anything is written."""
+    """A run's newest checkpoint and its configuration."""
     checkpoint = find(require_run(run_dir))
-    with pinned(checkpoint, owner="init-from"):
-        require_whole(checkpoint)
     return checkpoint, config_of(checkpoint)
+
+
+def _checked_header(run_dir: Path, first: bool) -> WeightsHeader:
+    checkpoint, config = _newest(run_dir)
+    if first:
+        with pinned(checkpoint, owner="init-from"):
+            load_weights(checkpoint, config.ema.preferred)
+    return _header(checkpoint, config)
 
 
 def _header(checkpoint: Checkpoint, config: Config) -> WeightsHeader:

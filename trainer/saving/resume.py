@@ -16,7 +16,7 @@ from tarflow.code_version import code_version, describe_code
 from tarflow.data_pipeline.loading.choose_reader import DataFacts
 from tarflow.records import Record, load_record, save_record
 from tarflow.trainer.checkpoint.find import check_identity, committed, newest_intact
-from tarflow.trainer.checkpoint.marker import Checkpoint, config_of
+from tarflow.trainer.checkpoint.marker import Checkpoint, Damage, config_of, damage
 from tarflow.trainer.checkpoint.retention import restore_replaced, set_aside, sweep
 from tarflow.trainer.config.files import config_diff
 from tarflow.trainer.config.schema import Config
@@ -42,16 +42,18 @@ class Start:
         return self.checkpoint.images_seen if self.checkpoint is not None else 0
 
 
-def finished(run_dir: Path, config: Config, facts: DataFacts, accept_new_data: bool) -> str | None:
+def finished(
+    run_dir: Path, config: Config, facts: DataFacts, accept_new_data: bool, look: Damage = damage
+) -> str | None:
     """The line to print for a run that has seen all its images; None for any other. Writes nothing.
 
-    A configuration that could not resume is refused here as well.
+    A configuration that could not resume is refused here as well. `look` reads the files of a checkpoint.
     """
     total = config.train.max_images
     newest = committed(run_dir)[-1:] if is_run(run_dir) else []
     if not newest or newest[0].images_seen < total:
         return None
-    checkpoint = newest_intact(run_dir, lambda _: None)
+    checkpoint = newest_intact(run_dir, lambda _: None, look)
     if checkpoint is None or checkpoint.images_seen < total:
         return None  # the newest is damaged
     changes: list[str] = []
@@ -63,15 +65,20 @@ def finished(run_dir: Path, config: Config, facts: DataFacts, accept_new_data: b
     )
 
 
-def decide_start(run_dir: Path, config: Config, facts: DataFacts, accept_new_data: bool) -> Start:
-    """The checkpoint to resume from, or none. Refuses a configuration that cannot resume from it. Writer only."""
+def decide_start(
+    run_dir: Path, config: Config, facts: DataFacts, accept_new_data: bool, look: Damage = damage
+) -> Start:
+    """The checkpoint to resume from, or none. Refuses a configuration that cannot resume from it. Writer only.
+
+    `look` reads the files of a checkpoint.
+    """
     check_identity(run_dir)
     if not is_run(run_dir):
         return Start()
     snapshots.check(run_dir)
     read_restarts(run_dir)
-    lines = restore_replaced(run_dir)
-    newest = newest_intact(run_dir, lines.append)
+    lines = restore_replaced(run_dir, look)
+    newest = newest_intact(run_dir, lines.append, look)
     if newest is not None:
         check_resume(newest, config, facts.fingerprint, accept_new_data, lines.append, facts.former_fingerprint)
     return Start(newest, lines)

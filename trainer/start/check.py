@@ -38,9 +38,12 @@ class Start:
 
 
 def check_start(
-    config: Config, run_dir: Path, world_size: int, init_from: Path | None = None, init_partial: bool = False
-) -> Start:
+    config: Config, run_dir: Path, world_size: int, init_from: Path | None = None, init_partial: bool = False,
+    first: bool = True,
+) -> Start:  # fmt: skip
     """Check a configuration against its data, its splits and the rules of the evaluation; writes nothing.
+
+    Of several ranks that check, only the `first` one reads all bytes of the weights to begin from.
 
     Raises TrainerError (a line for each conflict), DataError if the training data cannot be opened, DamagedFileError if a
     file of the run cannot be trusted. A run that has checkpoints is refused only for conflicts that training cannot
@@ -53,7 +56,9 @@ def check_start(
     held_out, unopened = open_held_out(config)
     goes_on = began(run_dir)
     findings = [*data_findings(config, train), *unopened, *evaluation_findings(config, train, held_out)]
-    findings += _of_run(config, train, run_dir) if goes_on else _of_weights(config, train, init_from, init_partial)
+    findings += (
+        _of_run(config, train, run_dir) if goes_on else _of_weights(config, train, init_from, init_partial, first)
+    )
     changed = _changed(config, run_dir) if goes_on else None
     refused = [f for f in findings if _refuses(f, changed)]
     if refused:
@@ -89,13 +94,15 @@ def _of_run(config: Config, train: DataSurvey, run_dir: Path) -> Iterator[Findin
     )  # fmt: skip
 
 
-def _of_weights(config: Config, train: DataSurvey, init_from: Path | None, partial: bool) -> Iterator[Finding]:
+def _of_weights(
+    config: Config, train: DataSurvey, init_from: Path | None, partial: bool, first: bool
+) -> Iterator[Finding]:
     """Conflicts with the model and the classes of the weights given by --init-from."""
     if init_from is None:
         return
     from tarflow.trainer.saving.initial_weights import check_initial  # loads torch
 
-    header = check_initial(init_from, config, partial)
+    header = check_initial(init_from, config, partial, first)
     if partial or not train.labelled:  # --init-partial matches classes by name
         return
     yield from compare_classes(

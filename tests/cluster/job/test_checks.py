@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -108,6 +107,41 @@ def test_missing_gpus_are_a_nodes_fault(run: Path, fake_slurm, script: str, good
         check_node(run, "node1", 2, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("visible", "listed", "said"),
+    [
+        ("3", 1, ""),  # bound by --gpus-per-task and a cgroup
+        ("3", 8, ""),  # bound by a variable alone
+        ("3", 0, r"node node1: no of its 1 GPUs that were given to this task \(CUDA_VISIBLE_DEVICES=3\) answer"),
+        ("0,1,2,3,4,5,6,7", 7, "node node1: 7 of its 8 GPUs answer"),
+        (None, 7, "node node1: 7 of its 8 GPUs answer"),
+        (
+            "",
+            8,
+            r"asks for gpus: 8 on each node, but Slurm gave this task 0 \(CUDA_VISIBLE_DEVICES=''\) for its 1 process:",
+        ),
+        ("NoDevFiles", 8, "gave this task 0"),
+    ],
+)
+def test_a_site_that_binds_one_gpu_to_each_task(run: Path, fake_slurm, visible, listed, said) -> None:
+    fake_slurm.command("nvidia-smi", "\n".join(f'echo "GPU {n}: H"' for n in range(listed)))
+    env = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    if not said:
+        check_node(run, "node1", 8, 0.0, 1, env)
+        return
+    with pytest.raises(ClusterError, match=said):
+        check_node(run, "node1", 8, 0.0, 1, env)
+
+
+def test_a_bound_gpu_is_too_few_for_a_task_that_starts_all_processes_of_its_node(run: Path, fake_slurm) -> None:
+    fake_slurm.command("nvidia-smi", 'echo "GPU 0: H"')
+    with pytest.raises(
+        ClusterError, match=r"this task 1 .* for its 8 processes: .*without --one-task-per-node"
+    ) as caught:
+        check_node(run, "node1", 8, 0.0, 8, {"CUDA_VISIBLE_DEVICES": "0"})
+    assert not isinstance(caught.value, BadNodeError)
+
+
 def test_a_clock_that_is_off_is_a_nodes_fault(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time
     monkeypatch.setattr("tarflow.cluster.job.preflight.time.time", lambda: now() - 100)
@@ -122,27 +156,12 @@ def test_every_task_must_see_the_others_files(tmp_path: Path) -> None:
     for thread in threads:
         thread.join(20)
         assert not thread.is_alive()
+    # A second task of a node looks for itself and the first: the first task of each node looks for all.
+    check_shared(tmp_path, Place(1, 99, 1, 2), "n0", wait_s=0.3)
     other = tmp_path / "not-shared"
     other.mkdir()
     with pytest.raises(ClusterError, match=r"rank 2 on node n2 cannot see here-0.json, here-1.json in .*start"):
         check_shared(other, Place(2, 3), "n2", wait_s=0.3)
-
-
-def test_all_ranks_must_be_able_to_sum_a_number(tmp_path: Path) -> None:
-    from tarflow.cluster.job.preflight import all_reduce_command
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            all_reduce_command(), cwd=Path(__file__).parents[3],
-            env={**os.environ, "RANK": str(r), "WORLD_SIZE": "2", "LOCAL_RANK": str(r), "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
-        )
-        for r in range(2)
-    ]  # fmt: skip
-    assert [p.wait(300) for p in processes] == [0, 0]
 
 
 @pytest.mark.parametrize(

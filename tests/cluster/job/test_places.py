@@ -6,7 +6,7 @@ import pytest
 
 from tarflow.cluster import hosts
 from tarflow.cluster.errors import ClusterError
-from tarflow.cluster.hosts import address, expand, gloo_interface, tasks_of_nodes
+from tarflow.cluster.hosts import address, check_meeting_point, expand, network_variables, tasks_of_nodes
 from tarflow.cluster.job.environment import find_place, job_id, scrubbed
 from tarflow.cluster.submission.profile import load_profile
 from tarflow.cluster.submission.times import minutes
@@ -155,24 +155,104 @@ def test_nodes_that_slurm_itself_places_on_one_machine_meet_there(network, fake_
     network({"node1": "127.0.0.1"}, routed="127.0.0.1")
     fake_slurm.command("scontrol", 'echo "NodeName=$3 NodeAddr=127.0.0.1"')
     assert address("node1", ["node2"]) == "127.0.0.1"
-    assert gloo_interface("node1", ["node2"]) is None
+    check_meeting_point("127.0.0.1", ["node1", "node2"])
+    assert network_variables("127.0.0.1", "node1", {}) == ({}, "")
+
+
+@pytest.fixture
+def interfaces(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What this node has: Ethernet, a container's bridge, and an InfiniBand card with and one without an address."""
+    there = {"lo": "127.0.0.1", "eth0": "192.168.0.1", "docker0": "172.17.0.1", "ib0": "10.0.0.1", "ib1": ""}
+    monkeypatch.setattr(hosts, "interfaces", lambda: there)
+    return there
 
 
 @pytest.mark.case("F14")
-def test_gloo_is_told_the_interface_where_it_would_listen_on_a_loopback(network, monkeypatch) -> None:
-    monkeypatch.setattr(hosts, "interface_of", {"10.0.0.1": "ib0"}.get)
+def test_both_backends_take_the_interface_that_leads_to_the_meeting_point(network, interfaces) -> None:
+    """On every node of several, and whatever its own name resolves to: gloo would go by that, NCCL by the first interface."""
+    for own in ("127.0.1.1", "192.168.0.1"):
+        network({"node1": own, "node2": "10.0.0.2"}, routed="10.0.0.1")
+        chosen, said = network_variables("10.0.0.2", "node1", {})
+        assert chosen == {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "=ib0"}
+        assert (
+            said == "network: GLOO_SOCKET_IFNAME=ib0, NCCL_SOCKET_IFNAME==ib0; ib0 leads to the meeting point 10.0.0.2"
+        )
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ({"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "ib"}, {}),
+        ({"NCCL_SOCKET_IFNAME": "^docker,lo"}, {"GLOO_SOCKET_IFNAME": "ib0"}),
+        ({"NCCL_SOCKET_IFNAME": "^=docker0,lo"}, {"GLOO_SOCKET_IFNAME": "ib0"}),
+        ({"NCCL_SOCKET_IFNAME": "=ib1:4"}, {"GLOO_SOCKET_IFNAME": "ib0"}),
+        ({"GLOO_SOCKET_IFNAME": "eth0,ib0"}, {"NCCL_SOCKET_IFNAME": "=ib0"}),
+    ],
+    ids=str,
+)
+@pytest.mark.case("F14")
+def test_interfaces_that_the_user_has_set_stay_and_are_said(given, chosen, network, interfaces) -> None:
     network({"node1": "127.0.1.1", "node2": "10.0.0.2"}, routed="10.0.0.1")
-    assert gloo_interface("node1", ["node2"]) == "ib0"
-    assert gloo_interface("node1", []) is None
-    network({"node1": "10.0.0.1", "node2": "10.0.0.2"}, routed="10.0.0.1")
-    assert gloo_interface("node1", ["node2"]) is None
-    network({}, routed="10.0.0.1")
-    assert gloo_interface("node1", ["node2"]) is None
+    found, said = network_variables("10.0.0.2", "node1", given)
+    assert found == chosen
+    for name, value in given.items():
+        assert f"{name}={value} (as set)" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("GLOO_SOCKET_IFNAME", "lo", "is a loopback, which no other node reaches from node1"),
+        ("NCCL_SOCKET_IFNAME", "lo", "set one of eth0, docker0, ib0, ib1, or leave it unset"),
+        ("NCCL_SOCKET_IFNAME", "^eth,docker,ib", "is a loopback"),
+        ("GLOO_SOCKET_IFNAME", "eth", "no interface eth: it has lo, eth0, docker0, ib0, ib1"),
+        ("GLOO_SOCKET_IFNAME", "^docker0", "no interface ^docker0"),
+        ("GLOO_SOCKET_IFNAME", "ib0,eno1", "no interface eno1"),
+        ("NCCL_SOCKET_IFNAME", "=ib", "none of these interfaces"),
+        ("NCCL_SOCKET_IFNAME", "eno", "none of these interfaces"),
+    ],
+)
+@pytest.mark.case("F14")
+def test_interfaces_that_lead_nowhere_are_refused_with_those_that_are_there(
+    name, value, said, network, interfaces
+) -> None:
+    network({"node1": "127.0.1.1"}, routed="10.0.0.1")
+    with pytest.raises(ClusterError) as caught:
+        network_variables("10.0.0.2", "node1", {name: value})
+    assert f"{name}={value}" in str(caught.value)
+    assert said in str(caught.value)
+
+
+@pytest.mark.case("F14")
+def test_without_a_route_the_backends_choose_and_that_is_said(network, interfaces) -> None:
+    network({"node1": "127.0.1.1"}, routed="127.0.0.1")
+    assert network_variables("10.0.0.2", "node1", {}) == (
+        {}, "network: no IPv4 route leads to 10.0.0.2: gloo and NCCL choose by themselves"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "node1"])
+@pytest.mark.case("F14")
+def test_a_meeting_point_set_by_hand_that_is_a_loopback_is_refused_for_several_nodes(host, network) -> None:
+    network({"node1": "127.0.1.1", "localhost": "127.0.0.1", "head": "10.0.0.7"}, routed="10.0.0.1")
+    with pytest.raises(ClusterError) as caught:
+        check_meeting_point(host, ["node1", "node2"])
+    for said in (f"MASTER_ADDR={host}", "127.0.", "each of the 2 nodes (node1, node2)"):
+        assert said in str(caught.value)
+    check_meeting_point(host, ["node1"])
+    check_meeting_point("head", ["node1", "node2"])
+    with pytest.raises(ClusterError, match="MASTER_ADDR=haed does not resolve on node node1"):
+        check_meeting_point("haed", ["node1", "node2"])
 
 
 @pytest.mark.case("F14")
 def test_the_systems_own_answers() -> None:
     assert hosts.interface_of("127.0.0.1") == "lo"
+    assert hosts.interfaces()["lo"] == "127.0.0.1"
+    assert hosts.interface_towards("localhost") is None
+    outside = [address for address in hosts.interfaces().values() if address and not hosts.is_loopback(address)]
+    for address_ in outside:  # its own address is the one way to say where another machine would find it
+        assert hosts.interface_towards(address_) == hosts.interface_of(address_)
     assert hosts.interface_of("203.0.113.9") is None
     assert hosts.route_to_any(["localhost"]) is None
     assert [hosts.is_loopback(a) for a in ("127.0.1.1", "::1", "10.0.0.1", "localhost")] == [True, True, False, False]

@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -177,23 +179,48 @@ def test_an_evaluation_without_its_own_profile_takes_one_process_s_share(
 
 
 @pytest.mark.case("N08")
-def test_an_evaluation_that_takes_a_whole_node_says_so(fake_slurm, verb, config_file, tmp_path, capsys) -> None:
-    profile = tmp_path / "p.yaml"
-    profile.write_text("gpus: 4\nsbatch: {exclusive: user}\n")
-    assert verb("submit", config_file, "--run", tmp_path / "run", "--profile", profile, "--evaluate") == 0
-    assert "the evaluation asks for 1 GPU, a whole node (sbatch.exclusive) of --profile" in capsys.readouterr().out
-
-
-@pytest.mark.case("N08")
-def test_gpus_of_an_evaluations_own_profile_that_stay_idle_are_said(
-    fake_slurm, verb, config_file, gpus, tmp_path, capsys
+def test_an_evaluation_takes_a_whole_node_only_if_the_profile_says_so(
+    fake_slurm, verb, config_file, tmp_path, capsys
 ) -> None:
-    idle = "note: the evaluation is one process: 3 of its 4 GPUs stay idle"
-    words = ["--run", tmp_path / "run", "--profile", gpus, "--evaluate", "--eval-profile", gpus]
-    assert verb("submit", config_file, *words) == 0
-    assert idle in capsys.readouterr().out
-    assert verb("submit-eval", tmp_path / "run", "--profile", gpus) == 0
-    assert idle in capsys.readouterr().out
+    profile = tmp_path / "p.yaml"
+    for more, size in (
+        ("", "1 GPU of --profile; `evaluation` there changes it"),
+        ("evaluation: {sbatch: {exclusive: user}}\n", "1 GPU, a whole node (sbatch.exclusive) of --profile\n"),
+    ):
+        profile.write_text("gpus: 4\nsbatch: {exclusive: user}\n" + more)
+        run = tmp_path / f"run{len(more)}"
+        assert verb("submit", config_file, "--run", run, "--profile", profile, "--evaluate") == 0
+        assert f"the evaluation asks for {size}" in capsys.readouterr().out
+        assert ("--exclusive" in fake_slurm.script.read_text()) is bool(more)
+
+
+def test_a_profile_changes_what_an_evaluation_takes_and_each_of_its_gpus_has_a_worker(
+    fake_slurm, verb, config_file, tmp_path, capsys
+) -> None:
+    profile = tmp_path / "p.yaml"
+    profile.write_text("gpus: 4\ncpus: 12\nmem: 400G\nevaluation: {gpus: 2, time: 4:00:00, partition: cheap}\n")
+    run = tmp_path / "run"
+    assert verb("submit", config_file, "--run", run, "--profile", profile, "--evaluate") == 0
+    assert "the evaluation asks for 2 GPUs, 24 CPUs, 200G of memory of --profile" in capsys.readouterr().out
+    script = fake_slurm.script.read_text()
+    for line in ("gpus-per-node=2", "mem=200G", "cpus-per-task=24", "time=240", "partition=cheap", "ntasks-per-node=1"):
+        assert f"#SBATCH --{line}\n" in script
+    (description,) = [p for p in (run / "slurm/jobs").glob("job-*.json") if '"evaluate"' in p.read_text()]
+    (job,) = json.loads(description.read_text())["jobs"]
+    assert job["arguments"][-2:] == ["--workers", "2"]
+    assert job["gpus"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [("{gpu: 2}", "unknown setting gpu; did you mean gpus?"), ("{gpus: many}", "gpus"), ("{evaluation: {}}", "unknown"),
+     ("{sbatch: {mem: 3G}}", "evaluation: sbatch.mem is set by tarflow itself")],
+)  # fmt: skip
+def test_a_wrong_setting_for_the_evaluation_is_refused(changed: str, said: str, tmp_path) -> None:
+    profile = tmp_path / "p.yaml"
+    profile.write_text(f"gpus: 4\nevaluation: {changed}\n")
+    with pytest.raises(ClusterError, match=re.escape(said)):
+        load_profile(profile)
 
 
 @pytest.mark.case("N08")

@@ -164,6 +164,9 @@ def test_done_once_is_done_and_other_settings_are_refused(model, held_out, tmp_p
         measure(source, held_out, out, seed=5)
     with pytest.raises(EvaluationError, match="form: 'parquet' there, 'csv' asked"):
         measure(source, held_out, out, form="csv")
+    (out / "likelihood.parquet").unlink()
+    with pytest.raises(EvaluationError, match=r"likelihood\.parquet is not: give another folder"):
+        measure(source, held_out, out)
 
 
 def test_what_was_killed_or_damaged_goes_on(model, held_out, tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import sys
 
-from tarflow.outputs import guarded_outputs, styled
+from tarflow.terminal import guarded_outputs, styled
 
 with guarded_outputs():
     print("a\x1b[31m\x9b1m\tb\r50%\u202e")

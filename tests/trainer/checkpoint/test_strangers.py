@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from tarflow.trainer.checkpoint import retention
 from tarflow.trainer.checkpoint.find import find, newest_intact, scan
 from tarflow.trainer.checkpoint.marker import MARKER, damage
 from tarflow.trainer.checkpoint.metadata import read_metadata
-from tarflow.trainer.checkpoint.tensors import load_weights, read_tensors, write_tensors
+from tarflow.trainer.checkpoint.tensors import load_weights, read_tensors
+from tarflow.trainer.checkpoint.unpickle import FlawError, Made, unpickled
 from tarflow.trainer.run_dir import create_run
+from tarflow.trainer.saving.storage import DiskStorage
 from tests.helpers.checkpoints import WEIGHTS, by_step, forge, metadata, tell
 from tests.helpers.effort import draws
 
@@ -36,9 +39,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in (1, 2):
         temporary = ckpt.temporary_dir(run, step * 8)
         tensors = {"model/w": torch.full((3,), 0.5), "ema-0.050/w": torch.ones(2, 2), "buffer/var": torch.ones(2)}
-        write_tensors(temporary, tensors)
+        sums = DiskStorage().write(temporary, tensors, None)
         (temporary / "config.yaml").write_text("")
-        ckpt.commit(run, temporary, step, step * 8, {"data": "f00"})
+        ckpt.commit(run, temporary, step, step * 8, {"data": "f00"}, sums)
     return run
 
 
@@ -135,7 +138,7 @@ def test_a_tensors_own_bytes_may_be_a_pickle_and_run_nothing(run: Path, tmp_path
     index = next(i for i in found.storage_data if i.fqn == "model/w")
     found.storage_data[index] = _StorageInfo(WEIGHTS, len(data), len(payload.getvalue()))
     (folder / ".metadata").write_bytes(pickle.dumps(found))
-    forge(folder)
+    forget_sums(folder)  # or make them fit
     with pytest.raises(DamagedFileError, match="its tensors cannot be read") as error:
         load_weights(find(run), "raw")
     assert len(str(error.value).splitlines()) == 1
@@ -220,6 +223,12 @@ BOMBS = {
     "deep nesting as a key": b"\x80\x04})" + b"\x85" * 200_000 + b"Ns.",
     "a place of the memo far away": b"\x80\x04Nr\xff\xff\xff\xff.",
     "a text of a terabyte": b"\x80\x04\x8d" + (1 << 40).to_bytes(8, "little") + b".",
+    "a table of the memo for four billion": b"\x80\x02Nr\xff\xff\xff\xff.",
+    "a set": b"\x80\x04\x8f(K\x01\x90.",
+    "a frozen set": b"\x80\x04(K\x01\x91.",
+    "a class by arguments": b"\x80\x04(cpathlib\nPosixPath\no.",
+    "an old object": b"(ipathlib\nPosixPath\n.",
+    "bytes of a terabyte": b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b".",
     "a persistent object": b"\x80\x04Pabc\n.",
     "an extension": b"\x80\x04\x82\x01.",
 }
@@ -231,6 +240,49 @@ def test_pickles_made_to_take_for_ever_or_all_memory_are_refused(tmp_path: Path,
     (tmp_path / ".metadata").write_bytes(BOMBS[name])
     with pytest.raises(DamagedFileError, match="torch's list of tensors"):
         read_metadata(tmp_path, {})
+
+
+@pytest.mark.case("H06")
+def test_tuples_that_hold_each_other_are_never_walked_through(run: Path) -> None:
+    """Not even for a message: hash and repr of them take 2^60 steps."""
+    folder, nested = find(run).path, ()
+    for _ in range(60):
+        nested = (nested, nested)  # type: ignore[assignment]
+    for change in ("file of a piece", "name of a tensor", "dtype", "pieces"):
+        found = pickle.loads((find(run, 1).path / ".metadata").read_bytes())
+        tensor = found.state_dict_metadata["model/w"]
+        if change == "file of a piece":
+            next(iter(found.storage_data.values())).relative_path = nested
+        elif change == "name of a tensor":
+            object.__setattr__(next(iter(found.storage_data)), "fqn", nested)
+        elif change == "dtype":
+            tensor.properties.dtype = nested
+        else:
+            tensor.chunks = nested
+        (folder / ".metadata").write_bytes(pickle.dumps(found))
+        with pytest.raises(DamagedFileError, match="torch's list of tensors"):
+            read_metadata(folder, find(run, 1).sizes)
+
+
+@given(ops=st.lists(st.binary(min_size=1, max_size=6), max_size=40), keep=st.integers(0, 400))
+@settings(max_examples=draws(150), deadline=None)
+@pytest.mark.case("H06")
+def test_no_operation_makes_anything_but_plain_objects(made: Path, ops: list[bytes], keep: int) -> None:
+    """Whatever follows the beginning of real metadata: an error, or objects that hold no code."""
+    data = (find(made, 1).path / ".metadata").read_bytes()
+    try:
+        found = unpickled(data[:keep] + b"".join(ops) + b".")
+    except FlawError:
+        return
+    waiting, seen = [found], set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        assert isinstance(value, Made | list | tuple | str | int | type(None)) or issubclass(value, Made)
+        waiting += [value.arguments, value.state] if isinstance(value, Made) else []
+        waiting += value if isinstance(value, list | tuple) else []
 
 
 MARKERS: dict[str, tuple[dict[str, Any], str]] = {
@@ -298,13 +350,64 @@ def test_verify_says_what_is_there_besides(run: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.case("H06")
-def test_flipped_bits_of_tensors_are_not_sampled(run: Path) -> None:
-    assert load_weights(find(run), "raw")["w"].tolist() == [0.5] * 3  # whole: so this process has found it
-    file = find(run).path / WEIGHTS
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 4
-    file.write_bytes(data)
-    with pytest.raises(DamagedFileError, match=f"the checksum of its file {WEIGHTS} is wrong; choose another"):
+@pytest.mark.parametrize("sums", [True, False], ids=["sums of pieces", "an earlier version, without"])
+def test_flipped_bits_of_tensors_are_not_sampled(run: Path, sums: bool) -> None:
+    """Whatever byte of them is another, after this process has found them whole."""
+    if not sums:
+        forget_sums(find(run).path)
+    checkpoint = find(run)
+    file, (piece,) = checkpoint.path / WEIGHTS, read_metadata(checkpoint.path, checkpoint.sizes)["model/w"].pieces
+    whole = file.read_bytes()
+    assert load_weights(checkpoint, "raw")["w"].tolist() == [0.5] * 3
+    for at in range(piece.start, piece.start + piece.length, 7):
+        data = bytearray(whole)
+        data[at] ^= 4
+        file.write_bytes(data)
+        assert f"the checksum of its file {WEIGHTS} is wrong" in str(damage(checkpoint))
+        with pytest.raises(DamagedFileError, match=f"the checksum of its file {WEIGHTS} is wrong; choose another"):
+            load_weights(checkpoint, "raw")
+
+
+def forget_sums(folder: Path) -> None:
+    """Make a checkpoint one of an earlier version."""
+    for path in folder.glob("*.sums"):
+        path.unlink()
+    forge(folder)
+
+
+@pytest.mark.case("H06")
+def test_weights_are_read_without_the_rest_of_a_checkpoint(run: Path) -> None:
+    """Of the tensors' files, the pieces that are asked for; the lists of them are held against their checksums."""
+    checkpoint = find(run)
+    other = read_metadata(checkpoint.path, checkpoint.sizes)["ema-0.050/w"].pieces[0]
+    data = bytearray((checkpoint.path / other.file).read_bytes())
+    data[other.start : other.start + other.length] = bytes(other.length)
+    (checkpoint.path / other.file).write_bytes(data)
+    assert load_weights(checkpoint, "raw")["w"].tolist() == [0.5] * 3
+    with pytest.raises(DamagedFileError, match=f"the checksum of its file {other.file} is wrong"):
+        load_weights(checkpoint, "ema-0.050")
+    for name in (WEIGHTS.replace("distcp", "sums"), ".metadata"):
+        path = checkpoint.path / name
+        kept = path.read_bytes()
+        path.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        with pytest.raises(DamagedFileError, match=re.escape(f"the checksum of its file {name} is wrong")):
+            load_weights(checkpoint, "raw")
+        path.write_bytes(kept)
+    assert load_weights(checkpoint, "raw")["w"].tolist() == [0.5] * 3
+
+
+@pytest.mark.parametrize("sums", [True, False], ids=["sums of pieces", "an earlier version, without"])
+def test_the_file_of_another_checkpoint_is_not_taken_for_this_ones(run: Path, sums: bool) -> None:
+    """A copy that mixed them up: the sizes agree, and so does whatever such a file says of itself."""
+    temporary = ckpt.temporary_dir(run, 24)
+    DiskStorage().write(
+        temporary, {"model/w": torch.zeros(3), "ema-0.050/w": torch.ones(2, 2), "buffer/var": torch.ones(2)}, None
+    )
+    if not sums:
+        forget_sums(find(run).path)
+    assert (temporary / WEIGHTS).stat().st_size == find(run).sizes[WEIGHTS]
+    shutil.copy(temporary / WEIGHTS, find(run).path / WEIGHTS)
+    with pytest.raises(DamagedFileError, match=f"the checksum of its file {WEIGHTS} is wrong"):
         load_weights(find(run), "raw")
 
 

@@ -175,3 +175,15 @@ def test_ranks_of_a_killed_launcher_save_and_leave(tiny_config: Path, tmp_path: 
     process.communicate(timeout=300)
     wait_for_log(run, "stopped by SIGTERM")
     until("the end of all processes", lambda: members(process.pid) == [])
+
+
+def test_ranks_share_the_cpus_that_this_process_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of the whole machine, of which a job or a container may have a part."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    words = "import os, pathlib; pathlib.Path(os.environ['RANK']).write_text(os.environ['OMP_NUM_THREADS'])"
+    monkeypatch.chdir(tmp_path)
+    create_run(tmp_path / "run")
+    assert Supervisor([sys.executable, "-S", "-c", words], 2, tmp_path / "run", 0).run() == FINISHED
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["3", "3"]

@@ -15,6 +15,8 @@ from tarflow.models.provenance import Provenance
 from tarflow.models.weights import load_model, save_weights_file
 from tarflow.records import DamagedFileError
 from tarflow.trainer.checkpoint.find import find
+from tarflow.trainer.checkpoint.marker import config_of
+from tarflow.trainer.checkpoint.metadata import read_metadata
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.config.schema import Config
@@ -224,6 +226,20 @@ def test_a_run_is_begun_from_the_newest_average_of_another(tiny_config, config, 
     assert "classes changed" in log
     assert "note: this run trains on other noise: uniform" in log
     assert load_weights(find(tmp_path / "third"), "raw")["blocks.0.class_embed"].shape[0] == 4
+
+    # --- Damage to what would be read is an error before anything is made; only the first of the ranks looks for it.
+    piece = read_metadata(find(source).path, find(source).sizes)["ema-0.100/blocks.0.class_embed"].pieces[0]
+    file = find(source).path / piece.file
+    data = bytearray(file.read_bytes())
+    data[piece.start + piece.length // 2] ^= 4
+    file.write_bytes(data)
+    assert main("fourth", "--init-from", source) == 2
+    assert "the checksum of its file" in capsys.readouterr().err
+    assert not (tmp_path / "fourth").exists()
+    with pytest.raises(DamagedFileError, match="the checksum of its file"):
+        check_initial(source, config_of(find(source)), False)
+    assert check_initial(source, config_of(find(source)), False, first=False).provenance.weights == "ema-0.100"
+
     shutil.rmtree(source)
     assert main("third", *fitted, "train.max_images=32") == 0, "a run with checkpoints needs it no more"
     assert main("fourth", "--init-partial") == 2

@@ -1,0 +1,1 @@
+"""Before an evaluation computes anything: how many workers there are, and what it will cost."""
