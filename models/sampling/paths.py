@@ -55,8 +55,10 @@ def one_by_one(engine: BlockEngine, z: Tensor) -> Inverted:
 
 def residual(x: Tensor, z: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The certificate [N] of x [N, T, D], with (a, b) [N, T - 1, D] at x; NaN where anything is not finite."""
-    off = (x[:, 1:].double() - b.double()) * torch.exp(-a.double()) - z[:, 1:].double()
-    first = (x[:, :1].double() - z[:, :1].double()).abs().flatten(1).amax(1)  # the identity
+    wide = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's devices have no more
+    x, z, a, b = x.to(wide), z.to(wide), a.to(wide), b.to(wide)
+    off = (x[:, 1:] - b) * torch.exp(-a) - z[:, 1:]
+    first = (x[:, :1] - z[:, :1]).abs().flatten(1).amax(1)  # the identity
     found = torch.maximum(off.abs().flatten(1).amax(1), first) if off.shape[1] else first
     return torch.where(torch.isfinite(found), found, torch.nan)
 

@@ -203,3 +203,21 @@ def test_certificates_are_computed_for_those_that_are_asked_for() -> None:
 def test_an_iteration_in_bfloat16_is_refused() -> None:
     with pytest.raises(ValueError, match=r"sampling.method=auto needs sampling.param_dtype=float32, got bfloat16"):
         SamplingSettings(method="auto", param_dtype="bfloat16")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_on_a_gpu_each_path_is_within_the_tolerance_of_sequential(path: Path) -> None:
+    """And a sample that is not finite is counted there, too."""
+    model, z = strong().cuda(), noise(5).cuda()
+    z[2, 5] = torch.nan
+    rest = [0, 1, 3, 4]
+    found = invert(model, z, Y.cuda(), GUIDED, plan(path))
+    exact = invert(model, z, Y.cuda(), GUIDED, SEQUENTIAL_PLAN, torch.ones(5, dtype=torch.bool))
+    assert (found.images - exact.images)[rest].abs().max() <= 1e-4
+    assert (found.certificate[rest] <= 1e-4).all()
+    assert found.redone[2].any()
+    assert not found.redone[rest].any()
+    auto = SamplingSettings(guidance=1.5, method="auto")
+    assert (sample(model, z[rest], Y[rest].cuda(), auto) - exact.images[rest]).abs().max() <= 1e-4
