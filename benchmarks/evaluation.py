@@ -138,16 +138,16 @@ def overhead(run: Path) -> tuple[float, float]:
 
         return run_call
 
-    originals = sampling.sample, sampling.denoise
+    originals = sampling.invert, sampling.denoise
     network: torch.nn.Module = plan.task.real.features._module
     network.forward = clocked(network.forward)
-    sampling.sample, sampling.denoise = clocked(sampling.sample), clocked(sampling.denoise)
+    sampling.invert, sampling.denoise = clocked(sampling.invert), clocked(sampling.denoise)
     try:
         begun = time.perf_counter()
         compute_chunks(plan, lambda: False)
         whole = time.perf_counter() - begun
     finally:
-        sampling.sample, sampling.denoise = originals
+        sampling.invert, sampling.denoise = originals
     plan.work.remove()
     return whole, whole / inside[0] - 1
 

@@ -34,6 +34,7 @@ from tarflow.models.denoise import denoise
 from tarflow.models.flow import FlowBlock, TarFlow
 from tarflow.models.likelihood import log_likelihood
 from tarflow.models.presets import preset
+from tarflow.models.sampling.guidance import Guidance
 from tarflow.models.sampling.sequential import invert_block, sample
 from tarflow.models.sampling.settings import SamplingSettings
 from tarflow.trainer.batch import plan_batch
@@ -319,7 +320,7 @@ def decoding(bench: Bench) -> Figures:
         with torch.inference_mode():
             bench.wait()
             began = time.perf_counter()
-            invert_block(block, z, y, SamplingSettings(guidance=2.3))
+            invert_block(block, z, y, Guidance.of_block(SamplingSettings(guidance=2.3), 0, 1, z.shape[1]))
             bench.wait()
         seconds = (time.perf_counter() - began) * config.num_blocks
         hours = seconds * 50_000 / count / 3600

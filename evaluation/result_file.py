@@ -91,6 +91,7 @@ class ResultFile(Record):
     status: Literal["ok", "failed"]
     problem: str | None
     samples: Samples
+    sampling_plan: dict[str, Any] | None = None  # how each block was inverted; none where token by token in torch
     distance_terms: dict[str, Number] = Field(default_factory=dict)
     distance_stderr: StandardError | None = None
     kernel_stderr: StandardError | None = None

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tarflow.file_systems import file_system
+_MOUNTS = Path("/proc/self/mounts")
 
 
 class UserError(ValueError):
@@ -72,3 +72,19 @@ def why(error: BaseException) -> str:
     if error.errno == errno.EEXIST and path and Path(path).is_file():
         return "it is a file, where a folder is meant"
     return _WORDS.get(error.errno) or error.strerror or str(error)
+
+
+def file_system(path: str | Path) -> str:
+    """The file system that a path lies on, such as `nfs4 at /home`; the path itself if unknown."""
+    here = os.path.realpath(path)
+    best = ("", "")
+    try:
+        for line in _MOUNTS.read_text(errors="replace").splitlines():
+            _, point, kind, *_ = line.split(" ")
+            point = point.replace("\\040", " ")
+            inside = point == "/" or here == point or here.startswith(point + "/")
+            if inside and len(point) >= len(best[0]):  # of several mounts at one place the last one counts
+                best = (point, kind)
+    except (OSError, ValueError):
+        pass
+    return f"{best[1]} at {best[0]}" if best[0] else f"that of {here}"

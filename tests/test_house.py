@@ -57,7 +57,7 @@ LAYERS = {
         sweep likelihood
         worker
         references report flow
-        results
+        results shared_sampling
         samples
         networks
         sweep_file

@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.storage.private_folder import check_owner, private_folder
 from tarflow.errors import UserError
+from tarflow.file_systems import check_owner, private_folder
 
 _WAY_OUT = "name a folder of your own (setting data.cache_dir)"
 

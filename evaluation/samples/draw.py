@@ -17,6 +17,8 @@ from torch import Tensor
 
 from tarflow.evaluation.batches import DENOISING, SAMPLING, Batches
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.log import Log
+from tarflow.evaluation.metrics.certificates import Certificates
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.models.cost import denoising_bytes
 from tarflow.models.denoise import denoise
@@ -24,7 +26,10 @@ from tarflow.models.float32 import products
 from tarflow.models.flow import TarFlow
 from tarflow.models.noise import to_pixels
 from tarflow.models.randomness import keyed_normal, keyed_uniform
-from tarflow.models.sampling.sequential import sample
+from tarflow.models.sampling import native
+from tarflow.models.sampling.inverse import Sampled, invert, together
+from tarflow.models.sampling.measure import measure_plan
+from tarflow.models.sampling.plan import SamplingPlan, conditions_of, plan_without_measuring
 
 STREAM = "sample"
 NO_LABEL = -1
@@ -41,6 +46,8 @@ class Drawn:
     finite: Tensor  # [n] bool: usable
     retried: int  # drawn again in float32
     trajectory: list[Tensor] = field(default_factory=list)  # [n, C, H, W] after 0, 1, ... blocks, if asked for
+    certificate: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # [n, blocks], see `models.sampling.paths`
+    redone: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))  # [n]: token by token after all
 
     def pixels(self) -> Tensor:
         """uint8 [m, C, H, W] of the m finite samples, as a PNG stores them."""
@@ -64,6 +71,33 @@ class Sampler:
             if not NO_LABEL <= label < classes:
                 known = f"0..{classes - 1}, or -1 for no label" if classes else "it has no classes: leave labels out"
                 raise EvaluationError(f"label {label} is not one of the model's {classes} classes ({known})")
+        self.plan: SamplingPlan | None = None  # of method auto, until it is measured or taken over from another worker
+        if sampling.settings.method != "auto":
+            self.plan = plan_without_measuring(model.config, sampling.settings)
+
+    def measure(self, indices: Sequence[int], weights: str = "", log: Log | None = None) -> SamplingPlan:
+        """The plan of method auto, measured on a batch of these samples; `weights`: their hash."""
+        block: Any = self.model.blocks[0]
+        if log and (problem := native.why_not(block)):
+            log(f"the compiled sampler is not used, torch serves: {problem}")
+        with products(self.sampling.matmul_precision):
+            return measure_plan(self.model, *self._inputs(indices), self.sampling.settings, weights)
+
+    def take_over(self, plan: SamplingPlan, weights: str = "") -> None:
+        """Sample by a plan. Raises ModelError for one that was made under other conditions."""
+        plan.check(conditions_of(self.model.config, self.sampling.settings, weights))
+        self.plan = plan
+
+    def _inputs(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Noise and labels on the model's device; None for a model without classes."""
+        device = self.model.var.device
+        labels = self.labels(indices).to(device) if self.model.config.num_classes else None
+        return self.noise(indices).to(device), labels
+
+    def _certified(self, indices: Sequence[int]) -> Tensor:
+        """Whose certificate is wanted although the path gives none: by index, so that no batch changes it."""
+        every = self.sampling.settings.certify_every
+        return torch.tensor([bool(every) and index % every == 0 for index in indices])
 
     def _in_dtype(self, param_dtype: str) -> TarFlow:
         if param_dtype == "float32":
@@ -99,40 +133,41 @@ class Sampler:
             return self._draw(indices, with_trajectory)
 
     def _draw(self, indices: Sequence[int], with_trajectory: bool) -> Drawn:
-        device = self.model.var.device
-        noise, labels = self.noise(indices).to(device), self.labels(indices)
-        y = labels.to(device) if self.model.config.num_classes else None
-        noisy, trajectory = self._sampled(self._fast, noise, y, with_trajectory)
+        labels, certified = self.labels(indices), self._certified(indices)
+        noise, y = self._inputs(indices)
+        done = self._sampled(self._fast, noise, y, certified, with_trajectory)
+        noisy = done.images
 
         # bfloat16 can overflow in exp(a) where float32 does not: only the samples that did are drawn again.
         bad = ~_finite(noisy)
         retried = int(bad.sum()) if self._fast is not self.model else 0
         if retried:
-            noisy[bad], _ = self._sampled(self.model, noise[bad], None if y is None else y[bad])
+            again = self._sampled(self.model, noise[bad], None if y is None else y[bad], certified[bad.cpu()])
+            noisy[bad], done.certificate[bad.cpu()] = again.images, again.certificate
 
         # The score is always that of the float32 network; the step can overflow too, so its result is checked as well.
         images = noisy
         if self.sampling.denoise_multiplier:
             images = self._denoised(noisy, y)
         finite = _finite(noisy) & _finite(images)
-        return Drawn(list(indices), labels, noisy.cpu(), images.detach().cpu(), finite.cpu(), retried, trajectory)
+        return Drawn(
+            list(indices), labels, noisy.cpu(), images.detach().cpu(), finite.cpu(), retried, done.trajectory,
+            done.certificate, done.redone.any(1),
+        )  # fmt: skip
 
     def _sampled(
-        self, model: TarFlow, noise: Tensor, y: Tensor | None, with_trajectory: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, model: TarFlow, noise: Tensor, y: Tensor | None, certified: Tensor, with_trajectory: bool = False
+    ) -> Sampled:
         """Images [N, C, H, W] before denoising, and after 0, 1, ... blocks if asked for."""
-        settings = self.sampling.settings
+        settings, judge = self.sampling.settings, None if model is self.model else self.model
 
-        def compute(part: slice) -> tuple[Tensor, list[Tensor]]:
+        def compute(part: slice) -> Sampled:
             labels = None if y is None else y[part]
-            if with_trajectory:
-                return sample(model, noise[part], labels, settings, return_trajectory=True)
-            return sample(model, noise[part], labels, settings), []
+            if self.plan is None:
+                self.plan = measure_plan(self.model, noise[part], labels, settings)
+            return invert(model, noise[part], labels, settings, self.plan, certified[part], judge, with_trajectory)
 
-        parts = self.batches.run(SAMPLING, len(noise), compute)
-        # Copies made outside inference mode: denoising takes the gradient at these images.
-        trajectory = [torch.cat(steps) for steps in zip(*(steps for _, steps in parts), strict=True)]
-        return torch.cat([images for images, _ in parts]), trajectory
+        return together(self.batches.run(SAMPLING, len(noise), compute))
 
     def _denoised(self, noisy: Tensor, y: Tensor | None) -> Tensor:
         """The images after the denoising step, which takes more memory than sampling and so has a batch of its own."""
@@ -164,6 +199,8 @@ class SampleCount:
     values: int = 0
     values_out_of_range: int = 0
     nonfinite: list[int] = field(default_factory=list)
+    redone: int = 0  # token by token, where another path did not get there
+    certificates: Certificates = field(default_factory=Certificates)
 
     def add(self, drawn: Drawn) -> None:
         """Count a batch."""
@@ -171,16 +208,19 @@ class SampleCount:
         self.used += int(drawn.finite.sum())
         self.retried_in_float32 += drawn.retried
         self.nonfinite += [i for i, good in zip(drawn.indices, drawn.finite.tolist()) if not good]
+        self.redone += int(drawn.redone.sum())
+        self.certificates.add(drawn.indices, drawn.certificate)
         good_images = drawn.images[drawn.finite]
         self.values += good_images.numel()
         self.values_out_of_range += int((good_images.abs() > 1).sum())
 
-    def arrays(self) -> dict[str, NDArray[np.int64]]:
+    def arrays(self) -> dict[str, NDArray[Any]]:
         """The counts as arrays, for the file of a chunk."""
         sums = [self.asked, self.used, self.retried_in_float32, self.values, self.values_out_of_range]
-        return {"sums": np.array(sums, dtype=np.int64), "nonfinite": np.array(self.nonfinite, dtype=np.int64)}
+        found = {"sums": sums, "nonfinite": self.nonfinite, "redone": [self.redone]}
+        return {name: np.array(value, dtype=np.int64) for name, value in found.items()} | self.certificates.arrays()
 
-    def merge(self, arrays: dict[str, NDArray[np.int64]]) -> None:
+    def merge(self, arrays: dict[str, NDArray[Any]]) -> None:
         """Add another chunk's `arrays`."""
         asked, used, retried, values, out_of_range = arrays["sums"].tolist()
         self.asked += asked
@@ -189,6 +229,9 @@ class SampleCount:
         self.values += values
         self.values_out_of_range += out_of_range
         self.nonfinite += arrays["nonfinite"].tolist()
+        if "redone" in arrays:  # else a version without other paths wrote it
+            self.redone += int(arrays["redone"][0])
+            self.certificates.merge(arrays)
 
     @property
     def nonfinite_share(self) -> float:
@@ -204,6 +247,8 @@ class SampleCount:
             "nonfinite_share": self.nonfinite_share,
             "nonfinite_indices": self.nonfinite[:100],
             "retried_in_float32": self.retried_in_float32,
+            "redone_sequentially": self.redone,
+            "certificate": self.certificates.describe(),
             "clamped_value_share": self.values_out_of_range / max(self.values, 1),
         }
 

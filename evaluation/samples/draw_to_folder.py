@@ -35,12 +35,17 @@ def sample_images(request: SampleRequest, log: Log = print) -> bool:
         first = next(iter(damaged))
         log(f"{len(damaged)} damaged images are drawn again: {folder.path(first).name} is {damaged[first]}"
             + (f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""))  # fmt: skip
+    if missing and sampler.plan is None:
+        sampler.take_over(sampler.measure(missing[:batch_size], source.sha256, log), source.sha256)
+        log(f"sampling: {sampler.plan}")
     count = SampleCount()
     for drawn in sampler.draw_all(missing, batch_size):
         for index, pixels in zip(drawn.finite_indices(), drawn.pixels()):
             folder.save(index, pixels)
         count.add(drawn)
     folder.finish(count.nonfinite)
+    if count.certificates.rows or count.redone:
+        log(f"certificates: {count.certificates}; {count.redone} of {count.asked} sampled again token by token")
 
     # The grid is made from the files, since samples of earlier calls belong in it too.
     shown = _grid_order(sampler, min(request.num, GRID_IMAGES))

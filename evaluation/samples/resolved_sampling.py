@@ -58,7 +58,7 @@ class ResolvedSampling:
 
     def describe(self) -> dict[str, Any]:
         """Plain values for result files; `labels` is written out."""
-        described = self.settings.model_dump(exclude={"batch_size"})
+        described = self.settings.model_dump(mode="json", exclude={"batch_size"} | self.settings.unsaid)
         described |= {"denoise": self.denoise_multiplier, "noise_std": self.noise_std}
         if (
             self.matmul_precision != TRUE_FLOAT32

@@ -19,6 +19,7 @@ from tarflow.evaluation.result_file import Count, Number
 from tarflow.evaluation.samples.draw import Sampler
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import WeightsSource
+from tarflow.evaluation.shared_sampling import share_sampling_plan
 from tarflow.evaluation.shared_work import SharedWork, index_ranges
 from tarflow.evaluation.stopwatch import Stopwatch
 from tarflow.evaluation.sweep.candidates import SweepRequest
@@ -126,6 +127,9 @@ class _CandidateSamples:
 
     def compute(self, over: Callable[[], bool]) -> None:
         """Help until all chunks are there or the work is `over`."""
+        first, scores = min(int(self.work.plan["batch_size"]), max(r.stop for r in self.chunks.values())), self.scores
+        if not share_sampling_plan(self.work, self.sampler, scores.source.sha256, first, scores.log, over):
+            return
         self.work.work_through(list(self.chunks), self._compute_chunk, over)
 
     def _compute_chunk(self, name: str, path: Path) -> None:

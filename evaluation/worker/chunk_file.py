@@ -45,11 +45,13 @@ SAMPLES: Form = {
     "count": (np.int64, "1"), "mean": (np.float64, "d"), "scatter": (np.float64, "t"),
     "features": (np.float32, "m d"), "pixels": (np.uint8, "p * * *"), "labels": (np.int64, "p"), "hashes": (np.uint64, "n"),
     "lost_sums": (np.int64, "5"), "lost_nonfinite": (np.int64, "l"),
+    "lost_redone": (np.int64, "1"), "lost_certified": (np.int64, "e"), "lost_certificate": (np.float64, "e k"),
     "grid_seen": (np.int64, "s"), "grid_index": (np.int64, "g"),
     "grid_images": (np.uint8, "g c h w"), "grid_noisy": (np.uint8, "g c h w"),
 }  # fmt: skip
 LIKELIHOOD: Form = {"ids": (np.int64, "n"), "values": (np.float64, "n k"), "dims": (np.int64, "1")}
-_OPTIONAL = {"grid_images", "grid_noisy"}  # missing where no sample is in the grid
+_GRID = {"grid_images", "grid_noisy"}  # missing where no sample is in the grid
+_LATER = {"lost_redone", "lost_certified", "lost_certificate"}  # earlier versions wrote none of them
 
 
 def write_chunk(chunk: Chunk, about: dict[str, Any], **arrays: NDArray[Any]) -> None:
@@ -96,7 +98,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _check_arrays(arrays: dict[str, NDArray[Any]], form: Form) -> None:
-    if odd := sorted((arrays.keys() ^ form.keys()) - _OPTIONAL):
+    if odd := sorted((arrays.keys() ^ form.keys()) - _GRID - _LATER):
         raise ValueError(f"{'it lacks the array' if odd[0] in form else 'it has an unknown array'} {odd[0]!r}")
     sizes: dict[str, int] = {}
     for name, array in arrays.items():
@@ -121,7 +123,9 @@ def _check_samples(arrays: dict[str, NDArray[Any]]) -> None:
     asked, used, *_ = arrays["lost_sums"].tolist()
     if used != count or asked != used + len(arrays["lost_nonfinite"]) or (arrays["lost_sums"] < 0).any():
         raise ValueError("its numbers of samples contradict each other")
-    if len(arrays["grid_index"]) and not arrays.keys() >= _OPTIONAL:
+    if len(arrays.keys() & _LATER) not in (0, len(_LATER)):
+        raise ValueError("its certificates are incomplete")
+    if len(arrays["grid_index"]) and not arrays.keys() >= _GRID:
         raise ValueError("the images of its grid are missing")
     if count and not all(np.isfinite(arrays[name]).all() for name in ("mean", "scatter", "features")):
         raise ValueError("it holds features that are not finite")

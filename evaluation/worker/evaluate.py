@@ -16,6 +16,7 @@ from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.draw import check_guidance
 from tarflow.evaluation.samples.store import SampleStore
 from tarflow.evaluation.samples.weights_source import WeightsSource, from_checkpoint
+from tarflow.evaluation.shared_sampling import share_sampling_plan
 from tarflow.evaluation.stopwatch import Stopwatch
 from tarflow.evaluation.worker.chunk_plan import ChunkPlan, plan_chunks
 from tarflow.evaluation.worker.chunk_results import merge_chunks
@@ -74,6 +75,9 @@ class Evaluator:
         self._set_damaged_result_aside(task)
 
         plan = plan_chunks(task)
+        first, over = min(plan.batch_size, self.settings.num_samples), lambda: self._is_published(task)
+        if not share_sampling_plan(plan.work, task.sampler, source.sha256, first, self.log, over):
+            return None
         published = None
 
         def publish(_unit: str, path: Path) -> None:

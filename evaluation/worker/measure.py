@@ -13,6 +13,10 @@ from tarflow.evaluation.worker import pictures
 from tarflow.evaluation.worker.chunk_plan import ChunkPlan
 from tarflow.evaluation.worker.chunk_results import MergedChunks, MergedLikelihood, SamplesPart, chunk_statistics
 from tarflow.evaluation.worker.task import EvaluationTask
+from tarflow.files import create
+from tarflow.npz import write_npz
+
+CERTIFICATES = "certificates.npz"  # of every sample that has one: its index, and the certificate of each block
 
 
 def measure(plan: ChunkPlan, merged: MergedChunks, folder: Path, watch: Stopwatch) -> dict[str, Any]:
@@ -27,6 +31,12 @@ def measure(plan: ChunkPlan, merged: MergedChunks, folder: Path, watch: Stopwatc
         "problem": problem,
         "samples": samples.count.describe(),
     }
+    if task.settings.sampling.settings.method != "sequential":
+        assert task.sampler.plan is not None
+        measured["sampling_plan"] = task.sampler.plan.model_dump(mode="json")
+    if samples.count.certificates.rows:
+        with open(create(folder / CERTIFICATES), "wb") as file:
+            write_npz(file, samples.count.certificates.arrays())
     with watch.phase("distance"):
         measured |= _distance(plan, samples, problem)
     measured |= _bits_per_dim(task, merged.likelihood)
@@ -92,6 +102,7 @@ def _neighbours(task: EvaluationTask, samples: SamplesPart, folder: Path) -> dic
 
 def _save_pictures(task: EvaluationTask, grid: pictures.GridImages, batch_size: int, folder: Path) -> None:
     balanced = Sampler(task.source.model, task.settings.sampling.balanced, task.real.batches)
+    balanced.plan = task.sampler.plan
     grid = grid if task.grid_is_sampled else task.empty_grid()
     pictures.save_grids(folder, grid, balanced, task.settings.grid[0], batch_size)
     pictures.save_trajectory(folder / "trajectory.png", task.sampler, range(pictures.TRAJECTORY_ROWS))

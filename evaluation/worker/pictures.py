@@ -85,6 +85,7 @@ def save_grids(folder: Path, grid: GridImages, sampler: Sampler, rows: int, batc
         grid.save(folder / "grid-noisy.png", noisy=True)
     if sampling.settings.guidance:
         unguided = Sampler(sampler.model, sampling.with_changes(guidance=0.0), sampler.batches)
+        unguided.plan = sampler.plan  # any plan gives the same images
         plain = GridImages(rows, grid.columns, sampler.model.config.num_classes)
         plain.complete(unguided, batch_size)
         plain.save(folder / "grid-unguided.png")

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tarflow.settings import MOST_SEED, Count, Section
 
@@ -10,13 +10,23 @@ from tarflow.settings import MOST_SEED, Count, Section
 class SamplingSettings(Section):
     """How images are sampled: guidance, denoising, dtype, seed and labels. Recorded in every result.
 
-    Guidance is the paper's linear rule (arXiv 2412.06329, section 2.6): with a_c, b_c of the conditional network and
-    a_u, b_u of the unconditional one, which sees no label and divides its attention logits by `attn_temp`,
-    a = a_c + w (a_c - a_u), and the same for b.
+    The formulas of guidance are in `guidance.py`: of the conditional network and the unconditional one, which sees no label
+    and divides its attention logits by `attn_temp`.
     """
 
     guidance: float = Field(0.0, ge=0, le=1e4, description="guidance weight w in a = a_c + w (a_c - a_u); 0 = off")
     guide: Literal["a", "b", "ab"] = Field("ab", description="what guidance acts on: log-scale a, shift b, or both")
+    guidance_form: Literal["linear", "closed"] = Field(
+        "linear",
+        description="formula of guidance: the paper's linear rule, or the closed form of the guided Gaussian, which stays "
+        "stable at large w",
+    )
+    guide_blocks: tuple[int, ...] = Field(
+        (),
+        max_length=1 << 10,
+        description="flow blocks that are guided, counted from 0 in the forward direction, negative from the end; -1 is the "
+        "last, which is sampled first. Empty = all",
+    )
     attn_temp: float = Field(1.0, ge=1e-4, le=1e4, description="attention temperature of the unconditional half")
     annealed: bool = Field(
         True, description="scale the guidance weight of token i by i / (T - 1): 0 at the first token, w at the last"
@@ -31,10 +41,46 @@ class SamplingSettings(Section):
     param_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype of the network's parameters and matrix products while sampling"
     )
+    method: Literal["sequential", "fixed_point", "auto"] = Field(
+        "sequential",
+        description="how a block is inverted: token by token; by iterating on many tokens at once; or by the fastest of these, "
+        "measured on the first batch, with the compiled engine on a CPU. The images agree within the tolerance",
+    )
+    tolerance: float = Field(
+        1e-4,
+        ge=2e-5,
+        le=1e-1,
+        description="how far the noise that a sample is the exact image of may lie from the noise asked for; what misses it is "
+        "sampled again token by token. Below 2e-5 float32 rounds",
+    )
+    certify_every: Count = Field(
+        16,
+        ge=0,
+        le=1 << 20,
+        description="certify every n-th sample also where it was drawn token by token, which costs a pass over it; 1 = all, "
+        "0 = none",
+    )
     seed: Count = Field(0, ge=0, le=MOST_SEED, description="seed of the noise: image i depends on (seed, i) alone")
     labels: Literal["balanced", "training"] = Field(
         "balanced", description="label distribution of the samples: uniform over the classes, or that of data.train"
     )
+
+    @model_validator(mode="after")
+    def _exact(self) -> "SamplingSettings":
+        if self.method != "sequential" and self.param_dtype != "float32":
+            raise ValueError(
+                f"sampling.method={self.method} needs sampling.param_dtype=float32, got {self.param_dtype}: an iteration on a "
+                "network that rounds to three digits does not come to rest. Set sampling.method=sequential"
+            )
+        return self
+
+    @property
+    def unsaid(self) -> set[str]:
+        """Settings that came after results were first written, where they have their defaults.
+
+        They are left out of what names a result, so that a result of an earlier version keeps its name.
+        """
+        return {name for name, value in LATER.items() if getattr(self, name) == value}
 
     @property
     def guided(self) -> bool:
@@ -60,3 +106,11 @@ class SamplingSettings(Section):
                 "and unguided network are the same. Set sampling.attn_temp (for example 0.3), or sampling.guidance=0"
             )
         return None
+
+
+# Settings that results of the first versions do not hold, with the values that these were drawn with.
+_LATER = ("guidance_form", "guide_blocks", "method", "tolerance", "certify_every")
+LATER = {
+    name: SamplingSettings.model_fields[name].default
+    for name in ("guidance_form", "guide_blocks", "method", "tolerance", "certify_every")
+}

@@ -74,7 +74,7 @@ def test_out_of_memory_halves_the_batch_once_says_so_and_changes_no_image(make_m
     model, lines = make_model(), list[str]()
     free(monkeypatch, None)
     whole = Sampler(model, GUIDED, Batches()).draw(range(8), with_trajectory=True)
-    monkeypatch.setattr(draw, "sample", too_large(4, draw.sample, 1))
+    monkeypatch.setattr(draw, "invert", too_large(4, draw.invert, 1))
     monkeypatch.setattr(draw, "denoise", too_large(4, draw.denoise, 1))
     shared = Batches(log=lines.append)
     sampler = Sampler(model, GUIDED, shared)

@@ -50,7 +50,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[Flags]]:
 
         monkeypatch.setattr(module, name, listening)
 
-    listen("sampling", tarflow.evaluation.samples.draw, "sample")
+    listen("sampling", tarflow.evaluation.samples.draw, "invert")
     listen("denoising", tarflow.evaluation.samples.draw, "denoise")
     listen("likelihood", tarflow.evaluation.metrics.bits_per_dim, "bits_per_dim")
     return found

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from tarflow.data_pipeline.storage.private_folder import private_folder
+from tarflow.file_systems import private_folder
 from tarflow.models.flow import FlowBlock, TarFlow
 from tarflow.trainer.config.schema import ActivationCheckpointConfig, Config
 from tarflow.trainer.parallel.checkpointing import checkpoint_layer

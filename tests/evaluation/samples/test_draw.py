@@ -114,7 +114,7 @@ def broken(model):
 
         sampler.noise = noise  # type: ignore[method-assign]  # where every draw gets its numbers
         if in_bfloat16:
-            mark = torch.tensor([[i in in_bfloat16] for i in range(8)])
+            mark = torch.tensor([[[i in in_bfloat16]] for i in range(8)])
 
             class Overflowing(FlowBlock):
                 def split(self, out):

@@ -1,0 +1,163 @@
+"""The inverse of the whole flow by a plan: every block by its path, each sample with its certificate.
+
+What a plan's path does not settle is computed again, sample by sample, one token after the other in torch: a sample that did
+not converge, is not finite, or whose certificate is above the tolerance. It is counted, and nothing is clamped. That path is
+the reference: there, a sample is what it is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tarflow.models.errors import ModelError
+from tarflow.models.float32 import products
+from tarflow.models.flow import FlowBlock, TarFlow
+from tarflow.models.sampling.engine import BlockEngine, EagerBlock
+from tarflow.models.sampling.guidance import Guidance
+from tarflow.models.sampling.native import NativeBlock
+from tarflow.models.sampling.paths import Inverted, certify, follow
+from tarflow.models.sampling.plan import BlockPlan, SamplingPlan
+from tarflow.models.sampling.settings import SamplingSettings
+
+
+@dataclass
+class Sampled:
+    """Samples, and how each came to be. All but the images are on the CPU; blocks are in the flow's forward order."""
+
+    images: Tensor  # [N, C, H, W] float32, not clipped
+    certificate: Tensor  # [N, blocks] float64, in units of the noise; NaN = not computed, or not finite
+    passes: Tensor  # [N, blocks] int64
+    redone: Tensor  # [N, blocks] bool: again, one token after the other
+    trajectory: list[Tensor] = field(default_factory=list)  # after 0, 1, ... blocks
+
+
+def together(parts: Sequence[Sampled]) -> Sampled:
+    """Parts of a batch as one; copies, which outside inference mode can take part in a gradient."""
+    trajectory = [torch.cat(steps) for steps in zip(*(part.trajectory for part in parts), strict=True)]
+    images, certificate, passes, redone = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("images", "certificate", "passes", "redone")
+    )
+    return Sampled(images, certificate, passes, redone, trajectory)
+
+
+def make_engine(name: str, block: FlowBlock, labels: Tensor | None, n: int, guidance: Guidance) -> BlockEngine:
+    """The engine of a plan; the compiled one gives way to torch where it cannot serve (`native.why_not`)."""
+    if name == "native":
+        try:
+            return NativeBlock(block, labels, n, guidance)
+        except ValueError:  # a plan of another machine: the same samples within the tolerance, and certified
+            pass
+    return EagerBlock(block, labels, n, guidance)
+
+
+@torch.inference_mode()
+def invert(
+    model: TarFlow,
+    noise: Tensor,
+    labels: Tensor | None,
+    settings: SamplingSettings,
+    plan: SamplingPlan,
+    certified: Tensor | None = None,
+    judge: TarFlow | None = None,
+    with_trajectory: bool = False,
+) -> Sampled:
+    """Standard normal noise [N, T, D] and labels [N] -> samples. The rest as in `sequential.sample`.
+
+    `certified`: bool [N], whose certificate is computed where the path does not give one; None = nobody's. `judge`: the
+    model that certificates go by, if it is not the one that samples.
+    """
+    check_labels(model, labels, noise.shape[0])
+    config, n = model.config, noise.shape[0]
+    if len(plan.blocks) != config.num_blocks:
+        raise ModelError(f"the plan of sampling has {len(plan.blocks)} blocks, and the model {config.num_blocks}")
+    wanted = torch.zeros(n, dtype=torch.bool) if certified is None else certified
+    x = noise.float() * model.var.float().sqrt()  # the prior's scale per token and dimension; 1 where nvp
+    shape = (n, config.num_blocks)
+    done = Sampled(
+        x, torch.full(shape, torch.nan, dtype=torch.float64), torch.zeros(shape, dtype=torch.int64),
+        torch.zeros(shape, dtype=torch.bool),
+    )  # fmt: skip
+    if with_trajectory:
+        done.trajectory.append(model.unpatchify(x))
+    for number in reversed(range(config.num_blocks)):
+        block: FlowBlock = model.blocks[number]  # type: ignore[assignment]
+        guidance = Guidance.of_block(settings, number, config.num_blocks, config.num_tokens)
+        judged: FlowBlock = block if judge is None else judge.blocks[number]  # type: ignore[assignment]
+        step = _Step(block, judged, block.order(x), labels, guidance, settings.tolerance)
+        found, redone = step.run(plan.blocks[number], wanted)
+        x = block.order(found.x)
+        done.certificate[:, number], done.passes[:, number], done.redone[:, number] = (
+            found.certificate, found.passes, redone,
+        )  # fmt: skip
+        if with_trajectory:
+            done.trajectory.append(model.unpatchify(x))
+    done.images = model.unpatchify(x)
+    return done
+
+
+@dataclass
+class _Step:
+    """One block of one batch."""
+
+    block: FlowBlock
+    judge: FlowBlock
+    z: Tensor  # in the block's order
+    labels: Tensor | None
+    guidance: Guidance
+    tolerance: float
+
+    def run(self, how: BlockPlan, wanted: Tensor) -> tuple[Inverted, Tensor]:
+        """The inverted block, and which samples [N] bool were computed again."""
+        engine = make_engine(how.engine, self.block, self.labels, len(self.z), self.guidance)
+        found = follow(how.how, engine, self.z, self.tolerance)
+        del engine  # and its cache
+        good = found.converged & torch.isfinite(found.x).flatten(1).all(1).cpu()
+        if how.path != "sequential":
+            wanted = torch.ones_like(wanted) if how.path == "window" else wanted | torch.isnan(found.certificate)
+        self._certify(found, wanted & good)
+        if how.is_reference:
+            return found, torch.zeros_like(good)
+        redone = ~good | (found.certificate > self.tolerance) | (wanted & torch.isnan(found.certificate))
+        if redone.any():
+            self._again(found, redone)
+        return found, redone
+
+    def _certify(self, found: Inverted, rows: Tensor) -> None:
+        """Certify these samples in torch, also where a compiled path has its own certificate: the larger one counts."""
+        if not rows.any():
+            return
+        at = rows.nonzero()[:, 0].to(self.z.device)
+        engine = EagerBlock(self.judge, self._labels(at), len(at), self.guidance)
+        with products():  # true float32, whatever samples
+            mine = certify(engine, found.x[at], self.z[at])
+        found.certificate[rows] = torch.fmax(found.certificate[rows], mine).where(~mine.isnan(), mine)
+
+    def _again(self, found: Inverted, rows: Tensor) -> None:
+        at = rows.nonzero()[:, 0].to(self.z.device)
+        x = self.z[at].clone()
+        EagerBlock(self.block, self._labels(at), len(at), self.guidance).invert(x)
+        found.x[at] = x
+        found.passes[rows] += x.shape[1] - 1
+        found.certificate[rows] = torch.nan
+        self._certify(found, rows)
+
+    def _labels(self, rows: Tensor) -> Tensor | None:
+        return None if self.labels is None else self.labels[rows]
+
+
+def check_labels(model: TarFlow, labels: Tensor | None, batch: int) -> None:
+    """Raise ModelError for labels that the model does not have; -1 (no label) is always valid."""
+    if labels is None:
+        return
+    classes = model.config.num_classes
+    if labels.shape != (batch,):
+        raise ModelError(f"labels must have shape [{batch}], got {list(labels.shape)}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < -1 or high >= max(classes, 0):
+        bad = low if low < -1 else high
+        if not (classes == 0 and high == -1):
+            raise ModelError(
+                f"label {bad} is outside the model's {classes} classes (0..{classes - 1}, or -1 for no label)"
+            )

@@ -1,0 +1,120 @@
+"""Method `auto`: the fastest path and engine of each block, measured on the first batch.
+
+Every candidate is timed on the samples themselves; one that could not win even if it converged at once is not run to its end.
+The plan holds what was measured. It is deterministic to use, not to make: several workers share one.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tarflow.models.flow import FlowBlock, TarFlow
+from tarflow.models.sampling import native
+from tarflow.models.sampling.guidance import Guidance
+from tarflow.models.sampling.inverse import check_labels, make_engine
+from tarflow.models.sampling.paths import SEQUENTIAL, WHOLE, Path, certify, follow
+from tarflow.models.sampling.plan import BlockPlan, SamplingPlan, conditions_of
+from tarflow.models.sampling.settings import SamplingSettings
+
+WIDTHS = (8, 32)
+STEPS = 8  # single tokens, for choosing between engines
+LEAST_PASSES = 4  # of a whole sequence: none converged in fewer on trained weights
+
+
+@torch.inference_mode()
+def measure_plan(
+    model: TarFlow, noise: Tensor, labels: Tensor | None, settings: SamplingSettings, weights: str = ""
+) -> SamplingPlan:
+    """Plan the sampling of batches like this one: noise [N, T, D], labels [N]."""
+    check_labels(model, labels, noise.shape[0])
+    config = model.config
+    x = noise.float() * model.var.float().sqrt()
+    blocks: list[BlockPlan] = []
+    for number in reversed(range(config.num_blocks)):
+        block: FlowBlock = model.blocks[number]  # type: ignore[assignment]
+        guidance = Guidance.of_block(settings, number, config.num_blocks, config.num_tokens)
+        trial = _Trial(block, block.order(x), labels, guidance, settings.tolerance)
+        blocks.append(trial.run())
+        x = block.order(trial.x)
+    machine = {
+        "device": torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else x.device.type,
+        "threads": torch.get_num_threads(),
+        "batch": noise.shape[0],
+        "torch": torch.__version__,
+    }
+    return SamplingPlan(blocks=blocks[::-1], conditions=conditions_of(config, settings, weights), machine=machine)
+
+
+class _Trial:
+    """The candidates of one block."""
+
+    def __init__(
+        self, block: FlowBlock, z: Tensor, labels: Tensor | None, guidance: Guidance, tolerance: float
+    ) -> None:
+        self.block, self.z, self.labels, self.guidance, self.tolerance = block, z, labels, guidance, tolerance
+        self.x = z
+        self.seconds: dict[str, float] = {}
+        self.passes: dict[str, int] = {}
+        self.best: tuple[float, str, Path] | None = None
+
+    def run(self) -> BlockPlan:
+        engines = ["eager"] if native.why_not(self.block) else ["native", "eager"]
+        tokens = self.z.shape[1]
+        single = min(engines, key=lambda engine: self._calls(engine, 1, STEPS))
+        self._whole_run(single, SEQUENTIAL)
+        assert self.best is not None
+        for path, count, least in [
+            *((Path("window", width), width, (tokens - 1) / width) for width in WIDTHS if width < tokens - 1),
+            (WHOLE, tokens - 1, LEAST_PASSES),
+        ]:
+            if tokens < 3:
+                continue
+            engine = min(engines, key=lambda engine: self._calls(engine, count, 1))
+            if self._calls(engine, count, 1) * least < self.best[0]:
+                self._whole_run(engine, path)
+        _, engine, path = self.best
+        return BlockPlan(
+            engine=engine, path=path.kind, width=path.width, passes=self.passes,
+            seconds={name: float(f"{value:.3g}") for name, value in self.seconds.items()},
+        )  # fmt: skip
+
+    def _calls(self, engine: str, count: int, number: int) -> float:
+        """Seconds of `number` calls over `count` tokens each; the better of two."""
+        made = make_engine(engine, self.block, self.labels, len(self.z), self.guidance)
+        at = range(0, min(number, self.z.shape[1] - count), 1)
+        return min(self._timed(lambda: [made.tokens(self.z, i, count) for i in at]) for _ in range(2))
+
+    def _whole_run(self, engine: str, path: Path) -> None:
+        """Invert the block; the best so far if it is the fastest, and every sample is certified."""
+        name, n = f"{engine} {path}", len(self.z)
+
+        def run() -> None:
+            made = make_engine(engine, self.block, self.labels, n, self.guidance)
+            self._found = follow(path, made, self.z, self.tolerance)
+
+        self.seconds[name] = self._timed(run)
+        self.passes[name] = int(self._found.passes.max())
+        if path == SEQUENTIAL:
+            self.x, self.best = self._found.x, (self.seconds[name], engine, path)
+            return
+        certificate = self._found.certificate
+        if path.kind == "window":
+            judge = make_engine("eager", self.block, self.labels, n, self.guidance)
+            found: list[Tensor] = []
+            self.seconds[name] += self._timed(lambda: found.append(certify(judge, self._found.x, self.z)))
+            certificate = found[0]
+        proven = bool((self._found.converged & (certificate <= self.tolerance)).all())
+        assert self.best is not None
+        if proven and self.seconds[name] < self.best[0]:
+            self.best = (self.seconds[name], engine, path)
+
+    def _timed(self, work: Callable[[], object]) -> float:
+        if self.z.device.type == "cuda":
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        work()
+        if self.z.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun

@@ -1,0 +1,248 @@
+"""The block engine compiled from C (`native.c`): all tokens of a block in one call, on the CPU, in float32.
+
+It keeps one packed copy of the weights of small models; of larger ones that of one block at a time.
+"""
+
+import ctypes
+import math
+import weakref
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tarflow.errors import UserError
+from tarflow.models.flow import FlowBlock
+from tarflow.models.sampling.engine import conditions
+from tarflow.models.sampling.guidance import Guidance
+from tarflow.models.sampling.native_build import NotBuiltError, library
+
+ROWS_OF_A_THREAD = 8  # of the batch, both halves: below, threads share out the weights instead
+ROWS = 64  # rows of a step over several tokens: enough to use each load of weights, few enough for the cache
+KEEP_BYTES = 64 << 20  # of packed weights, kept from batch to batch
+
+_Pointer = ctypes.c_void_p
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = tuple(
+        (name, _Pointer)
+        for name in (
+            "norm1", "norm1_b", "qkv", "qkv_b", "proj", "proj_b", "norm2", "norm2_b", "up", "up_b", "down", "down_b",
+            "keys", "values",
+        )
+    )  # fmt: skip
+
+
+class _Block(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int) for name in (
+            "layers", "channels", "heads", "hidden", "dim", "out", "tokens", "threads", "n", "halves", "closed", "guide_a",
+            "guide_b", "affine",
+        )),
+        ("clip", ctypes.c_float), ("inverse_temp", ctypes.c_float),
+        *((name, _Pointer) for name in (
+            "in", "in_b", "last", "last_b", "positions", "embedding", "weights", "layer",
+        )),
+    )  # fmt: skip
+
+
+class _Work(ctypes.Structure):
+    _fields_ = tuple((name, _Pointer) for name in ("token", "h", "norm", "qkv", "seen", "mid", "out", "logits"))
+
+
+def why_not(block: FlowBlock) -> str | None:
+    """Why this engine cannot serve a block here; None if it can. Builds the library at first use."""
+    config, weight = block.config, block.proj_in.weight
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return f"it computes in float32 on the CPU, and the model is {weight.dtype} on {weight.device.type}"
+    try:
+        half = library().tarflow_panel() // 2
+    except (NotBuiltError, UserError) as error:
+        return str(error)
+    if config.head_channels % half:
+        return f"model.head_channels={config.head_channels} is not a multiple of {half}, this processor's vector"
+    return None
+
+
+class NativeBlock:
+    """`BlockEngine` in C. Raises ValueError where `why_not` has a reason.
+
+    Large batches are cut into a part for each thread: samples do not wait for each other. Small ones share out the weights
+    instead, and the threads meet after every product.
+    """
+
+    def __init__(self, block: FlowBlock, labels: Tensor | None, n: int, guidance: Guidance) -> None:
+        if problem := why_not(block):
+            raise ValueError(problem)
+        threads, halves = torch.get_num_threads(), 2 if guidance.active else 1
+        groups = max(1, min(threads, halves * n // ROWS_OF_A_THREAD))
+        packed = _packed(block, int(library().tarflow_panel()))
+        self.config, self.parts = block.config, list[_Part]()
+        for rows in torch.arange(n).chunk(groups):
+            mine = None if labels is None else labels[rows]
+            self.parts.append(_Part(block, packed, mine, len(rows), guidance, threads // groups))
+
+    @property
+    def n(self) -> int:
+        """Samples."""
+        return sum(part.n for part in self.parts)
+
+    def tokens(self, x: Tensor, first: int | Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """See `BlockEngine.tokens`."""
+        a, b = (torch.empty(self.n, count, self.config.token_dim) for _ in range(2))
+        at = torch.full((self.n,), first) if isinstance(first, int) else first.clone()
+        self._each(_Part.tokens, x.contiguous(), at, a, b)
+        return a, b
+
+    def invert(self, x: Tensor) -> None:
+        """See `BlockEngine.invert`."""
+        inside = x.contiguous()
+        self._each(_Part.invert, inside, torch.zeros(self.n, dtype=torch.int64))
+        if inside is not x:
+            x.copy_(inside)
+
+    def keep(self, rows: Tensor) -> None:
+        """See `BlockEngine.keep`."""
+        start = 0
+        for part in self.parts:
+            mine, start = rows[(rows >= start) & (rows < start + part.n)] - start, start + part.n
+            if len(mine) < part.n:
+                part.keep(mine)
+        self.parts = [part for part in self.parts if part.n]
+
+    def _each(self, call: Callable[..., None], *tensors: Tensor) -> None:
+        """Call each part with its rows, all at the same time: the library runs without the interpreter's lock."""
+        cuts = [tensor.split([part.n for part in self.parts]) for tensor in tensors]
+        if len(self.parts) == 1:
+            call(self.parts[0], *tensors)
+            return
+        with ThreadPoolExecutor(len(self.parts)) as pool:
+            for done in [pool.submit(call, *given) for given in zip(self.parts, *cuts)]:
+                done.result()
+
+
+class _Part:
+    """Some samples of a batch, with a cache of their own."""
+
+    def __init__(
+        self, block: FlowBlock, packed: "_Packed", labels: Tensor | None, n: int, guidance: Guidance, threads: int
+    ) -> None:
+        config = block.config
+        self.n, self.guidance, self.halves, self.threads = n, guidance, 2 if guidance.active else 1, threads
+        self.config, self.packed, self.panel = config, packed, int(library().tarflow_panel())
+        embedding, inverse_temp = conditions(block, labels, n, guidance)
+        self.embedding = None if embedding is None else embedding[:, 0].contiguous()
+        self.inverse_temp = 1.0 if inverse_temp is None else float(inverse_temp[-1])
+        self.positions = block.order(block.pos_embed, dim=0).contiguous()
+        weights = torch.zeros(config.num_tokens) if guidance.weights is None else guidance.weights.float()
+        self.weights = weights.contiguous()
+        heads, rows, k = config.num_heads, self.halves * n, config.head_channels
+        tiles = math.ceil(config.num_tokens / self.panel)
+        self.keys = torch.zeros(config.layers_per_block, rows, heads, tiles, k, self.panel)
+        self.values = torch.zeros(config.layers_per_block, rows, heads, config.num_tokens, k)
+
+    def tokens(self, x: Tensor, first: Tensor, a: Tensor, b: Tensor) -> None:
+        """(a, b) of the tokens after `first` [n], as many as the tensors have room for."""
+        count = a.shape[1]
+        self._run(x, first, count, min(count, max(1, ROWS // (self.halves * self.n))), a, b)
+
+    def invert(self, x: Tensor, first: Tensor) -> None:
+        """One token after the other, in place."""
+        self._run(x, first, x.shape[1] - 1, 1)
+
+    def weights_in_use(self) -> list[Tensor]:
+        """The packed weights, which the parts of a batch share."""
+        return [tensor for group in (*self.packed["layers"], self.packed["ends"]) for tensor in group.values()]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these samples alone."""
+        both = torch.cat([rows, rows + self.n]) if self.halves == 2 else rows
+        self.n = len(rows)
+        self.keys, self.values = self.keys[:, both].contiguous(), self.values[:, both].contiguous()
+        if self.embedding is not None:
+            self.embedding = self.embedding[both].contiguous()
+
+    def _run(
+        self, x: Tensor, first: Tensor, count: int, q: int, a: Tensor | None = None, b: Tensor | None = None
+    ) -> None:
+        """Compute `count` tokens, q at a time, into a and b, or into x where these are None."""
+        if count == 0 or self.n == 0:
+            return
+        config, settings = self.config, self.guidance.settings
+        layers = (_Layer * config.layers_per_block)()
+        for i, (layer, parts) in enumerate(zip(layers, self.packed["layers"])):
+            _point(layer, parts | {"keys": self.keys[i], "values": self.values[i]})
+        block = _Block(
+            config.layers_per_block, config.channels, config.num_heads, config.expansion * config.channels, config.token_dim,
+            config.token_dim * (2 if config.nvp else 1), config.num_tokens, self.threads, self.n, self.halves,
+            settings.guidance_form == "closed", "a" in settings.guide, "b" in settings.guide, config.nvp,
+            config.soft_clip, self.inverse_temp,
+        )  # fmt: skip
+        _point(block, self.packed["ends"] | {"positions": self.positions, "weights": self.weights})
+        block.embedding = None if self.embedding is None else self.embedding.data_ptr()
+        block.layer = ctypes.addressof(layers)
+        work, buffers = _Work(), self._buffers(q)
+        _point(work, buffers)
+        library().tarflow_tokens(
+            ctypes.byref(block), ctypes.byref(work), _Pointer(x.data_ptr()), _Pointer(first.data_ptr()), count, q,
+            *(None if part is None else _Pointer(part.data_ptr()) for part in (a, b)),
+        )  # fmt: skip
+
+    def _buffers(self, q: int) -> dict[str, Tensor]:
+        config, rows, up = self.config, self.halves * self.n * q, self._up
+        widths = {
+            "h": config.channels, "norm": config.channels, "qkv": 3 * config.channels, "seen": config.channels,
+            "mid": config.expansion * config.channels, "out": 2 * config.token_dim,
+        }  # fmt: skip
+        found = {name: torch.zeros(rows, up(width)) for name, width in widths.items()}
+        found["token"] = torch.zeros(2 * self.n * q, up(config.token_dim))
+        found["logits"] = torch.zeros(self.threads, up(config.num_tokens))
+        return found
+
+    def _up(self, number: int) -> int:
+        return math.ceil(number / self.panel) * self.panel
+
+
+def _point(structure: ctypes.Structure, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        setattr(structure, name, tensor.data_ptr())
+
+
+_Packed = dict[str, Any]  # "layers": [{field: tensor}], "ends": {field: tensor}
+_kept: "weakref.WeakKeyDictionary[FlowBlock, tuple[Any, _Packed]]" = weakref.WeakKeyDictionary()
+
+
+def _packed(block: FlowBlock, panel: int) -> _Packed:
+    """A block's weights in the layout of the engine, packed anew where one of them has changed."""
+    state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in block.parameters()]
+    known = _kept.get(block)
+    if known is not None and known[0] == state:
+        return known[1]
+    layers = []
+    for layer in block.attn_blocks:
+        attention: Any = layer.attention
+        mlp: Any = layer.mlp
+        found = {"norm1": attention.norm.weight.detach(), "norm1_b": attention.norm.bias.detach()}
+        found |= {"norm2": mlp.norm.weight.detach(), "norm2_b": mlp.norm.bias.detach()}
+        linear = [("qkv", attention.qkv), ("proj", attention.proj), ("up", mlp.main[0]), ("down", mlp.main[2])]
+        layers.append(found | _panels(linear, panel))
+    packed = {"layers": layers, "ends": _panels([("in", block.proj_in), ("last", block.proj_out)], panel)}
+    size = 4 * sum(p.numel() for p in block.parameters()) * block.config.num_blocks
+    if size <= KEEP_BYTES:
+        _kept[block] = (state, packed)
+    return packed
+
+
+def _panels(parts: Iterable[tuple[str, nn.Linear]], panel: int) -> dict[str, Tensor]:
+    """[out, in] -> [out / panel, in, panel], the last panel filled up with zeros; and biases."""
+    found = {}
+    for name, linear in parts:
+        more = -linear.out_features % panel
+        weight = F.pad(linear.weight.detach(), (0, 0, 0, more))
+        found[name] = weight.view(-1, panel, linear.in_features).transpose(1, 2).contiguous()
+        found[f"{name}_b"] = F.pad(linear.bias.detach(), (0, more)).contiguous()
+    return found
