@@ -1,8 +1,10 @@
 """DeepSpeed ZeRO, stages 1 to 3, with the state in the same engine-neutral form as everywhere else.
 
-Settings that matter, and why: bfloat16 comes from `torch_autocast`, because DeepSpeed's own `bf16` mode starts its masters
-from values rounded to bfloat16; our optimizer clips and skips bad steps, as in the other backends, on the flat float32
-partitions that ZeRO hands to it.
+Settings that matter, and why. DeepSpeed's own `bf16` mode starts its masters from values rounded to bfloat16, so its
+weights are float32. Stage 3 gathers all of them as bfloat16, computes with those and reduces gradients in
+`parallel.reduce_dtype`, as fully_shard does. Stages 1 and 2 hold whole float32 weights, which `torch_autocast` casts for
+each product; there the modules called safe for low precision decide the dtype of the reduction: all or none.
+Our optimizer clips and skips bad steps, as in the other backends, on the flat float32 partitions that ZeRO hands to it.
 """
 
 import os
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -29,6 +31,8 @@ from tarflow.trainer.parallel.world import World
 from tarflow.trainer.stats import batch_stats
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# Every module that holds parameters itself, by the name that DeepSpeed imports.
+OWNERS = ("torch.nn.Linear", "torch.nn.LayerNorm", "tarflow.models.flow.FlowBlock")
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -53,7 +57,18 @@ def import_deepspeed(device: torch.device) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Building that operation takes most of a minute and leaves 69 MB per rank in /dev/shm; gloo does the same work.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    # An engine with autocast sets this for the whole process, and one without would then reduce by its rules.
+    sys.modules["deepspeed.runtime.torch_autocast"].TORCH_AUTOCAST_INITIALIZED = False  # type: ignore[attr-defined]
     return deepspeed
+
+
+def name_device(device: torch.device, world: World) -> None:
+    """Let DeepSpeed, which takes the number of its device from LOCAL_RANK at any time, find the one this process has.
+
+    Without a launcher there is no such variable; and a rank that sees one GPU alone has device 0, whatever its place in
+    the node.
+    """
+    os.environ["LOCAL_RANK"] = str(world.local_rank if device.index is None else device.index)
 
 
 def zero_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
@@ -68,6 +83,7 @@ def zero_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
         # Allocated in full at the start; the default of 500 million elements would dwarf a small model's shards.
         "reduce_bucket_size": max(parameters_per_layer(config.model), config.model.num_tokens * config.model.channels),
     }
+    low = config.train.param_dtype == "bfloat16"
     if parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {
@@ -77,10 +93,32 @@ def zero_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "torch_autocast": {"enabled": config.train.param_dtype == "bfloat16", "dtype": "bfloat16"},
+        "torch_autocast": {
+            "enabled": low and parallel.zero_stage < 3,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": list(OWNERS) if parallel.reduce_dtype == "bfloat16" else [],
+        },
         "communication_data_type": "fp32" if parallel.reduce_dtype == "float32" else "bf16",
         "steps_per_print": 10**12,
     }
+
+
+def gather_as(model: TarFlow, dtype: torch.dtype) -> None:
+    """Have stage 3 gather every weight as `dtype`: the model then computes in it, without autocast.
+
+    Autocast would have decided by module: weights in float32 beside those in bfloat16, and a float32 residual stream.
+    """
+    from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
+
+    for parameter in model.parameters():
+        setattr(parameter, PARAM_COMM_DTYPE_ATTR_NAME, dtype)
+    for block in model.blocks:
+        # Runs after the hook that gathers. Before it, a block that asks for the weight's dtype sees the partition's.
+        block.get_submodule("proj_in").register_forward_pre_hook(_cast_to_weight)
+
+
+def _cast_to_weight(linear: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (inputs[0].to(linear.get_parameter("weight").dtype),)
 
 
 class ZeroBackend:
@@ -89,7 +127,21 @@ class ZeroBackend:
     def __init__(self, config: Config, device: torch.device, world: World, plan: BatchPlan) -> None:
         deepspeed = import_deepspeed(device)
         self.device, self.world, self.stage = device, world, config.parallel.zero_stage
-        settings = zero_config(config, plan)
+        name_device(device, world)
+        self._start(deepspeed, config, zero_config(config, plan))
+
+        # Masters and moments must be there before the first step: a resumed run loads into them.
+        self._parameters = dict(self.model.named_parameters())
+        self._shapes = {n: torch.Size(getattr(p, "ds_shape", p.shape)) for n, p in self._parameters.items()}
+        self._mesh = init_device_mesh(device.type, (world.size,), mesh_dim_names=("dp_shard",))
+        self._share_masters()
+        self._make_moments()
+        self._locals = {name: self._local(p) for name, p in self._parameters.items()}
+        self._step = torch.zeros((), device=device)
+        self._vp_mean_square: Tensor | None = None
+
+    def _start(self, deepspeed: Any, config: Config, settings: dict[str, Any]) -> None:
+        """Make the model, with the same initial weights as any backend, the optimizer and the engine."""
         # Stage 3 partitions each weight as it is created: no rank ever holds the whole model.
         if self.stage == 3:
             # The config says float32; a dtype given here would be ignored where the device has no float16 (0.19.8).
@@ -98,11 +150,9 @@ class ZeroBackend:
         else:
             model = TarFlow(config.model)
         apply_parallelism(model, config, mesh=None)
-        model.to(device)
+        model.to(self.device)
 
-        # The same initial weights as any backend. Their shapes come from a second model, on the meta device: a partitioned
-        # one does not show them.
-        self._gathered = deepspeed.zero.GatheredParameters
+        # Shapes come from a second model, on the meta device: a partitioned one does not show them.
         with torch.device("meta"):
             plain = TarFlow(config.model)
         parameters = dict(model.named_parameters())
@@ -115,22 +165,14 @@ class ZeroBackend:
         optimizer = GuardedAdamW(
             model.parameters(), lr=config.optim.lr, betas=config.optim.betas, weight_decay=config.optim.weight_decay,
             grad_clip=config.train.grad_clip, skip_spikes=config.train.skip_spikes, group=dist.group.WORLD,
-            make_moments=False, device=torch.device("cpu") if config.parallel.offload_optimizer else device,
+            make_moments=False, device=torch.device("cpu") if config.parallel.offload_optimizer else self.device,
         )  # fmt: skip
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self.model: TarFlow = self.engine.module
         self.optimizer = optimizer
         self._zero = self.engine.optimizer
-
-        # Masters and moments must be there before the first step: a resumed run loads into them.
-        self._parameters = dict(self.model.named_parameters())
-        self._shapes = {n: torch.Size(getattr(p, "ds_shape", p.shape)) for n, p in self._parameters.items()}
-        self._mesh = init_device_mesh(device.type, (world.size,), mesh_dim_names=("dp_shard",))
-        self._share_masters()
-        self._make_moments()
-        self._locals = {name: self._local(p) for name, p in self._parameters.items()}
-        self._step = torch.zeros((), device=device)
-        self._vp_mean_square: Tensor | None = None
+        if self.stage == 3 and config.train.param_dtype == "bfloat16":
+            gather_as(self.model, torch.bfloat16)
 
     # --- steps ---
 
@@ -264,13 +306,11 @@ class ZeroBackend:
 
     @torch.no_grad()
     def _write_weight(self, parameter: Any, value: Tensor) -> None:
-        """Set the copy of a weight that computes."""
-        if self.stage != 3:
+        """Set the copy of a weight that computes. Every rank has the whole value."""
+        if self.stage == 3:
+            parameter.ds_tensor.copy_(self._flat_piece(value, parameter.ds_tensor.numel()))
+        else:
             parameter.copy_(value)
-            return
-        with self._gathered([parameter], modifier_rank=0):
-            if self.world.first:
-                parameter.copy_(value)
 
     def _write_hidden(self, parameter: Any, value: Tensor, moment: str | None) -> None:
         """Set the float32 master of a weight (moment None), or one of its moments, in ZeRO's partitions."""
