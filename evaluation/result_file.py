@@ -137,6 +137,7 @@ class WorkFile(Record):
 
     seconds: dict[str, Annotated[float, Field(ge=0, le=1e12)]]
     workers: dict[str, list[str]] = Field(default_factory=dict)
+    batches: dict[str, list[Count]] = Field(default_factory=dict)  # stage -> images at a time, of all workers
     machine: dict[str, Any] = Field(default_factory=dict)
     time: float = Field(ge=0, le=1e12)  # when it was finished, in seconds since 1970
     code: Any = None

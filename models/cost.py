@@ -124,3 +124,21 @@ def activation_bytes(
     # Outside its layers a block keeps the inputs of its two projections, and x - b and exp(-a) in float32.
     block = (d + c) * element + 2 * 4 * d
     return t * (layers * per_layer + config.num_blocks * block)
+
+
+def denoising_bytes(config: TarFlowConfig) -> float:
+    """Peak bytes per image of `tarflow.models.denoise.denoise`, the weights apart: float32, layers computed twice.
+
+    Kept for the backward pass: each layer's input, and x - b and exp(-a) of each block. On top of it comes the layer that is
+    computed again, with its gradients. Nothing is kept for gradients of the weights, which are frozen.
+    """
+    c, d = config.channels, config.token_dim
+    kept = config.num_blocks * (config.layers_per_block * c + 2 * d)
+    at_work = (6 + 3 * config.expansion) * c
+    return 4.0 * config.num_tokens * (kept + at_work)
+
+
+def likelihood_bytes(config: TarFlowConfig) -> float:
+    """Peak bytes per image of a forward pass in float32 without gradients, the weights apart: one layer at work."""
+    c, d = config.channels, config.token_dim
+    return 4.0 * config.num_tokens * ((3 + 2 * config.expansion) * c + 2 * d)

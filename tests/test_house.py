@@ -61,7 +61,7 @@ LAYERS = {
         sweep_file
         result_file
         metrics
-        run_config image_set image_folder shared_work event_file
+        run_config image_set image_folder shared_work event_file batches
         errors log stopwatch
     """,
     "cluster": """

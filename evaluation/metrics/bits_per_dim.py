@@ -14,7 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tarflow.evaluation.batches import LIKELIHOOD, Batches
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.models.cost import likelihood_bytes
 from tarflow.models.flow import TarFlow
 from tarflow.models.likelihood import bits_per_dim
 from tarflow.models.noise import add_noise
@@ -54,15 +56,25 @@ class BitsPerDim:
     values: dict[int, list[float]] = field(default_factory=dict)
 
     @torch.inference_mode()
-    def add(self, model: TarFlow, pixels: Tensor, labels: Tensor, ids: Tensor) -> None:
-        """Images uint8 [N, C, H, W], labels [N] (-1 = none), ids [N]. An id that was added before is an error."""
+    def add(self, model: TarFlow, pixels: Tensor, labels: Tensor, ids: Tensor, batches: Batches | None = None) -> None:
+        """Images uint8 [N, C, H, W], labels [N] (-1 = none), ids [N]. An id that was added before is an error.
+
+        `batches`: the memory that is shared with other stages; it decides how many images a forward pass takes.
+        """
         names = [int(i) for i in ids]
         device = model.var.device
+        batches = batches or Batches(device)
         y = labels.to(device) if model.config.num_classes else None
-        drawn = [
-            bits_per_dim(model, self.noise.apply(pixels, names, draw).to(device), y).double().tolist()
-            for draw in range(self.noise.draws)
-        ]
+        drawn = []
+        for draw in range(self.noise.draws):
+            noisy = self.noise.apply(pixels, names, draw)
+
+            def compute(part: slice, noisy: Tensor = noisy) -> list[float]:
+                one = bits_per_dim(model, noisy[part].to(device), None if y is None else y[part])
+                return list(one.double().tolist())
+
+            parts = batches.run(LIKELIHOOD, len(names), compute, likelihood_bytes(model.config))
+            drawn.append([value for part in parts for value in part])
         self.put(names, [list(values) for values in zip(*drawn)], pixels[0].numel())
 
     def put(self, names: Iterable[int], values: Iterable[list[float]], dims: int) -> None:

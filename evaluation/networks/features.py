@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tarflow.errors import UserError
+from tarflow.evaluation.batches import FEATURES, Batches
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.metrics.names import FID_NETWORK
 from tarflow.evaluation.networks import vision_transformer
@@ -158,6 +159,7 @@ class Features:
             )
         self.name, self.warnings = name, list[str]()
         self.device = torch.device(device)
+        self.batches = Batches(self.device)
         network = self._from_file(name, file) if name in FROM_FILE else _packaged(name)
         if name in PACKAGED and file is not None:
             raise EvaluationError(f"the weights of {name} come with a package; leave evaluation.features_file out")
@@ -203,14 +205,18 @@ class Features:
         if not len(images):
             return torch.empty(0, self.dim)
         if self.device.type != "cpu":
-            return torch.cat([self._forward(part) for part in images.split(_CHUNK_ELSEWHERE)])
+            return torch.cat([self._together(part) for part in images.split(_CHUNK_ELSEWHERE)])
         # Chunks in parallel, each on one thread, so that threads never wait for each other inside an operation: on
         # shared cores, two threads inside every operation are ten times slower than one.
         threads = torch.get_num_threads()
         if threads == 1:
-            return torch.cat([self._forward(part) for part in images.split(_CHUNK_CPU)])
+            return torch.cat([self._together(part) for part in images.split(_CHUNK_CPU)])
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return torch.cat(list(pool.map(self._forward, images.split(_CHUNK_CPU))))
+            return torch.cat(list(pool.map(self._together, images.split(_CHUNK_CPU))))
+
+    def _together(self, images: Tensor) -> Tensor:
+        """Features of so many images that they are meant to fit; of half as many at a time if they do not."""
+        return torch.cat(self.batches.run(FEATURES, len(images), lambda part: self._forward(images[part])))
 
     @torch.inference_mode()
     def _forward(self, images: Tensor) -> Tensor:

@@ -15,8 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tarflow.evaluation.batches import DENOISING, SAMPLING, Batches
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
+from tarflow.models.cost import denoising_bytes
 from tarflow.models.denoise import denoise
 from tarflow.models.flow import TarFlow
 from tarflow.models.noise import to_pixels
@@ -49,10 +51,11 @@ class Drawn:
 
 
 class Sampler:
-    """Draws samples of one model with fixed settings."""
+    """Draws samples of one model with fixed settings. `batches`: the memory that it shares with other stages."""
 
-    def __init__(self, model: TarFlow, sampling: ResolvedSampling) -> None:
+    def __init__(self, model: TarFlow, sampling: ResolvedSampling, batches: Batches | None = None) -> None:
         self.model = model.eval()
+        self.batches = batches or Batches(model.var.device)
         self.sampling = sampling
         self._fast = self._in_dtype(sampling.settings.param_dtype)
         classes = model.config.num_classes
@@ -90,16 +93,11 @@ class Sampler:
         return torch.tensor([self.label_of(i) for i in indices], dtype=torch.int64)
 
     def draw(self, indices: Sequence[int], with_trajectory: bool = False) -> Drawn:
-        """The samples of these indices, in one batch."""
+        """The samples of these indices, in one batch as far as memory goes."""
         settings, device = self.sampling.settings, self.model.var.device
         noise, labels = self.noise(indices).to(device), self.labels(indices)
         y = labels.to(device) if self.model.config.num_classes else None
-        trajectory: list[Tensor] = []
-        if with_trajectory:
-            noisy, trajectory = sample(self._fast, noise, y, settings, return_trajectory=True)
-        else:
-            noisy = sample(self._fast, noise, y, settings)
-        noisy = noisy.clone()  # outside inference mode: denoising takes the gradient at these images
+        noisy, trajectory = self._sampled(noise, y, with_trajectory)
 
         # bfloat16 can overflow in exp(a) where float32 does not: only the samples that did are drawn again.
         bad = ~_finite(noisy)
@@ -110,9 +108,34 @@ class Sampler:
         # The score is always that of the float32 network; the step can overflow too, so its result is checked as well.
         images = noisy
         if self.sampling.denoise_multiplier:
-            images = denoise(self.model, noisy, y, self.sampling.noise_std, self.sampling.denoise_multiplier)
+            images = self._denoised(noisy, y)
         finite = _finite(noisy) & _finite(images)
         return Drawn(list(indices), labels, noisy.cpu(), images.detach().cpu(), finite.cpu(), retried, trajectory)
+
+    def _sampled(self, noise: Tensor, y: Tensor | None, with_trajectory: bool) -> tuple[Tensor, list[Tensor]]:
+        """Images [N, C, H, W] before denoising, and after 0, 1, ... blocks if asked for."""
+        settings = self.sampling.settings
+
+        def compute(part: slice) -> tuple[Tensor, list[Tensor]]:
+            labels = None if y is None else y[part]
+            if with_trajectory:
+                return sample(self._fast, noise[part], labels, settings, return_trajectory=True)
+            return sample(self._fast, noise[part], labels, settings), []
+
+        parts = self.batches.run(SAMPLING, len(noise), compute)
+        # Copies made outside inference mode: denoising takes the gradient at these images.
+        trajectory = [torch.cat(steps) for steps in zip(*(steps for _, steps in parts), strict=True)]
+        return torch.cat([images for images, _ in parts]), trajectory
+
+    def _denoised(self, noisy: Tensor, y: Tensor | None) -> Tensor:
+        """The images after the denoising step, which takes more memory than sampling and so has a batch of its own."""
+        sampling = self.sampling
+
+        def compute(part: slice) -> Tensor:
+            labels = None if y is None else y[part]
+            return denoise(self.model, noisy[part], labels, sampling.noise_std, sampling.denoise_multiplier)
+
+        return torch.cat(self.batches.run(DENOISING, len(noisy), compute, denoising_bytes(self.model.config)))
 
     def draw_all(self, indices: Sequence[int], batch_size: int) -> Iterator[Drawn]:
         """Yield the samples of these indices in batches."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tarflow.code_version import code_version
+from tarflow.evaluation.batches import Batches
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.run_config import run_config
@@ -52,7 +53,7 @@ def sample_images(request: SampleRequest, log: Log = print) -> bool:
     """
     source, sampling, batch_size = _open(request, log)
     model = source.model.config
-    sampler = Sampler(source.model, sampling)
+    sampler = Sampler(source.model, sampling, Batches(source.model.var.device, log))
     about = source.describe() | {"source": source.origin, "sampling": sampling.describe()}
     about |= {"provenance": source.describe_provenance(), "code": code_version()}
     folder = SampleFolder(request.out, about, request.num, model.image_shape)

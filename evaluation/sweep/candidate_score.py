@@ -118,7 +118,7 @@ class _CandidateSamples:
         self.work = SharedWork(scores.folder / self.key, {"batch_size": scores.batch_size}, lease_s)
         ranges = index_ranges(number, scores.chunk_samples)
         self.chunks = {f"samples-{r.start:08d}-{r.stop:08d}": r for r in ranges}
-        self.sampler = Sampler(scores.source.model, candidate)
+        self.sampler = Sampler(scores.source.model, candidate, scores.real.batches)
 
     def give_back_damaged(self) -> list[str]:
         """Free the chunks whose files cannot be merged; their names."""

@@ -34,6 +34,9 @@ class About(Record):
     by: str = Field("", max_length=300)
     seconds: dict[str, Annotated[float, Field(ge=0, le=1e12)]] = Field(default_factory=dict)
     code: dict[str, Any] | None = None
+    batches: dict[str, Annotated[int, Field(gt=0, le=1 << 30)]] = Field(
+        default_factory=dict
+    )  # stage -> images at a time
 
 
 # Array -> its dtype and shape: a letter is the same size wherever it occurs, `*` is any size.

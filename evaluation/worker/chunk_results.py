@@ -170,19 +170,24 @@ class MergedChunks:
     seconds: dict[str, float]  # by phase, all workers together
     workers: dict[str, list[str]]  # worker -> chunks
     codes: list[dict[str, Any]]  # versions of the code, this process's first
+    batches: dict[str, list[int]] = field(default_factory=dict)  # stage -> images at a time, of all workers
 
 
 def merge_chunks(plan: ChunkPlan) -> MergedChunks:
     """Read all chunks in the order of the plan. Raises DamagedFileError."""
     samples, likelihood = empty_part(plan.task), MergedLikelihood(plan.task.settings.likelihood)
     watch, workers, codes = Stopwatch(), dict[str, list[str]](), [plan.task.code]
+    batches: dict[str, set[int]] = {}
     for name in plan.names:
         about = (samples if name in plan.samples else likelihood).merge(plan.chunk(name))
         watch.add(about.seconds)
         workers.setdefault(about.by, []).append(name)
         if about.code and about.code not in codes:
             codes.append(about.code)
-    return MergedChunks(samples, likelihood, watch.seconds, workers, codes)
+        for stage, size in about.batches.items():
+            batches.setdefault(stage, set()).add(size)
+    used = {stage: sorted(sizes) for stage, sizes in sorted(batches.items())}
+    return MergedChunks(samples, likelihood, watch.seconds, workers, codes, used)
 
 
 def _statistics(arrays: dict[str, NDArray[Any]]) -> FeatureStatistics:

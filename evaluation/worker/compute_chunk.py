@@ -99,10 +99,11 @@ def _likelihood(plan: ChunkPlan, part: int) -> BitsPerDim:
     bits = BitsPerDim(task.settings.likelihood)
     assert task.held_out is not None
     for batch in task.held_out.batches(True, plan.batch_size, part, len(plan.likelihood)):
-        bits.add(task.source.model, *batch)
+        bits.add(task.source.model, *batch, task.real.batches)
     return bits
 
 
 def _about(task: EvaluationTask, watch: Stopwatch) -> dict[str, Any]:
-    """Who computed a chunk, how long it took, and with which code."""
-    return {"by": f"{platform.node()}:{os.getpid()}", "seconds": watch.seconds, "code": task.code}
+    """Who computed a chunk, how long it took, with which code, and how many images each stage took at a time."""
+    by, batches = f"{platform.node()}:{os.getpid()}", dict(task.real.batches.used)
+    return {"by": by, "seconds": watch.seconds, "code": task.code, "batches": batches}

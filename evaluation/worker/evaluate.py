@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.evaluation import results
+from tarflow.evaluation.batches import named_cause
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.draw import check_guidance
 from tarflow.evaluation.samples.store import SampleStore
@@ -53,11 +54,19 @@ class Evaluator:
         Raises for a set of weights that does not exist or does not fit.
         """
         with pinned(checkpoint, f"evaluate-{os.uname().nodename}-{os.getpid()}"):
-            source = from_checkpoint(self.config, checkpoint, self.settings.weights, self.real.device)
+            with named_cause(f"loading {checkpoint.name}", self.real.device):
+                source = from_checkpoint(self.config, checkpoint, self.settings.weights, self.real.device)
             return self.evaluate_weights(source)
 
     def evaluate_weights(self, source: WeightsSource) -> dict[str, Any] | None:
-        """Evaluate together with any other workers; the result, or None if another worker published it."""
+        """Evaluate together with any other workers; the result, or None if another worker published it.
+
+        Raises EvaluationError, whatever went wrong inside torch: no traceback ends a worker.
+        """
+        with named_cause(f"evaluating {source.checkpoint or source.origin}", self.real.device):
+            return self._evaluate_weights(source)
+
+    def _evaluate_weights(self, source: WeightsSource) -> dict[str, Any] | None:
         task = EvaluationTask(self.root, self._name(source), source, self.recipe, self.real, self.log)
         check_class_maps(task.config, source.provenance.classes)
         _ = self.real.reference  # first: a mismatch must not cost a night of sampling

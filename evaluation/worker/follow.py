@@ -14,7 +14,8 @@ import torch
 
 from tarflow.errors import UserError
 from tarflow.evaluation import results
-from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.batches import named_cause
+from tarflow.evaluation.errors import DeviceFailedError, EvaluationError
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.file_sampling import describe_file
 from tarflow.evaluation.samples.store import SampleStore
@@ -80,7 +81,9 @@ def evaluate(run_dir: str | Path, watch: bool, options: WorkerOptions | None = N
     results.remove_leftovers(run_dir)
     results.announce(run_dir, recipes[0].config.log.tensorboard, ANNOUNCED_WITHIN_S, log)
     if watch or worker.todo():
-        _ = worker.evaluators[0].real.reference  # first: a mismatch must not cost a night of sampling
+        real = worker.evaluators[0].real
+        with named_cause("reference statistics", real.device):
+            _ = real.reference  # first: a mismatch must not cost a night of sampling
     if options.step is not None or options.images is not None:
         for evaluator in worker.evaluators:
             worker.evaluate(find(run_dir, options.step, options.images), evaluator)
@@ -211,7 +214,11 @@ class _Worker:
                 self.log(f"{checkpoint.name} is gone: it was removed before it could be evaluated")
                 return
             self._fail(checkpoint, evaluator, str(error))
+        except DeviceFailedError:
+            raise  # every other checkpoint would fail as well
         except UserError as error:
+            if os.environ.get("TARFLOW_TRACEBACK"):
+                raise
             self._fail(checkpoint, evaluator, str(error))
         else:
             if result is None:

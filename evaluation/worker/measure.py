@@ -91,7 +91,7 @@ def _neighbours(task: EvaluationTask, samples: SamplesPart, folder: Path) -> dic
 
 
 def _save_pictures(task: EvaluationTask, grid: pictures.GridImages, batch_size: int, folder: Path) -> None:
-    balanced = Sampler(task.source.model, task.settings.sampling.balanced)
+    balanced = Sampler(task.source.model, task.settings.sampling.balanced, task.real.batches)
     grid = grid if task.grid_is_sampled else task.empty_grid()
     pictures.save_grids(folder, grid, balanced, task.settings.grid[0], batch_size)
     pictures.save_trajectory(folder / "trajectory.png", task.sampler, range(pictures.TRAJECTORY_ROWS))

@@ -84,7 +84,7 @@ def save_grids(folder: Path, grid: GridImages, sampler: Sampler, rows: int, batc
     if sampling.denoise_multiplier:
         grid.save(folder / "grid-noisy.png", noisy=True)
     if sampling.settings.guidance:
-        unguided = Sampler(sampler.model, sampling.with_changes(guidance=0.0))
+        unguided = Sampler(sampler.model, sampling.with_changes(guidance=0.0), sampler.batches)
         plain = GridImages(rows, grid.columns, sampler.model.config.num_classes)
         plain.complete(unguided, batch_size)
         plain.save(folder / "grid-unguided.png")

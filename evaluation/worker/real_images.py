@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from tarflow.evaluation.batches import Batches
 from tarflow.evaluation.image_set import ImageSet
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.networks.features import Features
@@ -33,7 +34,14 @@ class RealImages:
     @cached_property
     def features(self) -> Features:
         """The feature network."""
-        return Features(self.settings.features, self.device, self.settings.features_file)
+        features = Features(self.settings.features, self.device, self.settings.features_file)
+        features.batches = self.batches
+        return features
+
+    @cached_property
+    def batches(self) -> Batches:
+        """How many images each stage takes at a time, on this process's device."""
+        return Batches(self.device, self.log)
 
     def images(self, limit: int) -> ImageSet:
         """Training images; `limit` of them, spread evenly (0 = all)."""

@@ -41,6 +41,7 @@ def work_fields(plan: ChunkPlan, merged: MergedChunks, seconds: dict[str, float]
     return {
         "seconds": seconds | {"total": round(sum(seconds.values()), 3)},
         "workers": merged.workers,
+        "batches": merged.batches,
         "machine": _machine(plan.task.real.device) | {"sampling_batch_size": plan.batch_size},
         "time": time.time(),
         "code": merged.codes,

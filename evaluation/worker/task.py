@@ -47,7 +47,7 @@ class EvaluationTask:
     @cached_property
     def sampler(self) -> Sampler:
         """Draws the samples."""
-        return Sampler(self.source.model, self.settings.sampling)
+        return Sampler(self.source.model, self.settings.sampling, self.real.batches)
 
     @cached_property
     def held_out(self) -> ImageSet | None:

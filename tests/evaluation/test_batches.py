@@ -1,0 +1,169 @@
+"""Memory: each stage takes what fits, halves it once, and then names the setting; no image depends on its batch."""
+
+import json
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tarflow.evaluation import batches
+from tarflow.evaluation.batches import Batches
+from tarflow.evaluation.errors import DeviceFailedError, EvaluationError
+from tarflow.evaluation.metrics.bits_per_dim import BitsPerDim, NoiseSettings
+from tarflow.evaluation.networks.features import Features
+from tarflow.evaluation.samples import draw
+from tarflow.evaluation.samples.draw import Sampler
+from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
+from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
+from tarflow.models.cost import denoising_bytes, likelihood_bytes
+
+GUIDED = ResolvedSampling(noise_std=0.2).with_changes(guidance=1.5, denoise=1.0)
+
+
+def too_large(most: int, real: Callable[..., Any], of: int) -> Callable[..., Any]:
+    """`real`, on a device that holds `most` images: argument number `of` has the batch."""
+
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        if len(args[of]) > most:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried for {len(args[of])}\nadvice")
+        return real(*args, **kwargs)
+
+    return limited
+
+
+def free(monkeypatch: pytest.MonkeyPatch, amount: float | None) -> None:
+    monkeypatch.setattr(batches, "free_bytes", lambda _: amount)
+
+
+@pytest.mark.parametrize(("room", "taken"), [(1.0, 1), (2.9, 2), (4.1, 4), (7.9, 4), (100.0, 12)])
+def test_denoising_and_likelihood_are_split_by_what_is_free_and_keep_every_bit(
+    make_model, monkeypatch, room: float, taken: int
+) -> None:
+    model = make_model()
+    free(monkeypatch, None)
+    whole = Sampler(model, GUIDED, Batches()).draw(range(12))
+    pixels, labels, ids = torch.arange(12 * 64).remainder(256).to(torch.uint8).view(12, 1, 8, 8), torch.arange(12) % 3, torch.arange(12)  # fmt: skip
+    noise = NoiseSettings("uniform", 0.0, draws=2)
+    bits = BitsPerDim(noise)
+    bits.add(model, pixels, labels, ids, Batches())
+
+    lines: list[str] = []
+    for per_image in (denoising_bytes, likelihood_bytes):
+        free(monkeypatch, room * per_image(model.config) / batches.SHARE)
+        shared = Batches(log=lines.append)
+        if per_image is denoising_bytes:
+            parts = Sampler(model, GUIDED, shared).draw(range(12))
+            assert torch.equal(parts.images, whole.images)
+            assert shared.used == {"sampling": 12, "denoising": taken}
+        else:
+            split = BitsPerDim(noise)
+            split.add(model, pixels, labels, ids, shared)
+            assert split.values == bits.values
+            assert shared.used == {"likelihood": taken}
+    said = [line.partition(" images at a time, by")[0] for line in lines]
+    assert said == ([] if taken == 12 else [f"denoising: {taken} of 12", f"likelihood: {taken} of 12"])
+
+
+def test_out_of_memory_halves_the_batch_once_says_so_and_changes_no_image(make_model, monkeypatch) -> None:
+    model, lines = make_model(), list[str]()
+    free(monkeypatch, None)
+    whole = Sampler(model, GUIDED, Batches()).draw(range(8), with_trajectory=True)
+    monkeypatch.setattr(draw, "sample", too_large(4, draw.sample, 1))
+    monkeypatch.setattr(draw, "denoise", too_large(4, draw.denoise, 1))
+    shared = Batches(log=lines.append)
+    sampler = Sampler(model, GUIDED, shared)
+    halved = sampler.draw(range(8), with_trajectory=True)
+    assert torch.equal(halved.images, whole.images)
+    assert all(map(torch.equal, halved.trajectory, whole.trajectory))
+    assert [line.partition(" of 8 images")[0] for line in lines] == ["sampling", "denoising"]
+    assert all("halved once, to 4" in line and "CUDA out of memory. Tried for 8" in line for line in lines)
+    assert torch.equal(sampler.draw(range(8)).images, whole.images)
+    assert len(lines) == 2, "the smaller batch holds from then on"
+    assert shared.used == {"sampling": 4, "denoising": 4}
+
+
+@pytest.mark.parametrize("allocator", ["device", "host"])
+def test_what_does_not_fit_in_half_its_batch_names_the_setting(allocator: str) -> None:
+    def compute(part: slice) -> int:
+        if allocator == "host":
+            torch.empty(1 << 50)  # what the CPU's own allocator raises
+        raise torch.OutOfMemoryError("no")
+
+    lines: list[str] = []
+    with pytest.raises(
+        EvaluationError, match=r"denoising of 8 images.*cpu, after.*halved once: set sampling.batch_size=4 or lower"
+    ):
+        Batches(log=lines.append).run("denoising", 16, compute)
+    assert len(lines) == 1
+    with pytest.raises(EvaluationError, match=r"sampling of 1 images at a time .* on a device with more memory"):
+        Batches().run("sampling", 1, compute)
+
+
+def test_an_error_that_is_not_of_memory_is_not_taken_for_one() -> None:
+    def compute(_: slice) -> int:
+        raise RuntimeError("shapes differ")
+
+    shared = Batches(log=pytest.fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        shared.run("sampling", 4, compute)
+
+
+def test_a_feature_network_that_does_not_fit_goes_on_in_halves(monkeypatch) -> None:
+    network = Features("efficientnet_lite0")
+    lines: list[str] = []
+    network.batches.log = lines.append
+    images = torch.arange(4 * 192).remainder(251).to(torch.uint8).view(4, 3, 8, 8)
+    whole = network(images)
+    monkeypatch.setattr(network, "_forward", too_large(2, network._forward, 0))
+    torch.testing.assert_close(network(images), whole)
+    assert network.batches.used == {"features": 2}
+    assert len(lines) == 1
+
+
+@pytest.mark.usefixtures("fake_features")
+def test_a_result_records_the_batches_and_is_the_same_result(make_run, monkeypatch) -> None:
+    free(monkeypatch, None)
+
+    original, _ = make_run(steps=(20,), sampling={"batch_size": 8})
+
+    def scored(name: str) -> tuple[bytes, dict[str, Any]]:
+        run_dir = shutil.copytree(original, original.with_name(name))
+        assert evaluate(run_dir, False, WorkerOptions(), lines.append).failed == {}
+        folder = run_dir / "evals" / "images-000000000320"
+        return (folder / "result.json").read_bytes(), json.loads((folder / "work.json").read_text())
+
+    lines: list[str] = []
+    whole, work = scored("whole")
+    assert work["batches"] == {"denoising": [8], "likelihood": [8], "sampling": [8]}
+    monkeypatch.setattr(draw, "denoise", too_large(4, draw.denoise, 1))
+    halved, work = scored("halved")
+    assert work["batches"] == {"denoising": [4], "likelihood": [8], "sampling": [8]}
+    assert halved == whole
+    assert len([line for line in lines if "halved once" in line]) == 1
+
+
+@pytest.mark.usefixtures("fake_features")
+def test_no_error_of_torch_ends_a_worker_without_its_cause(make_run, monkeypatch) -> None:
+    """The first checkpoint fails in the middle; the second is scored. A device that failed ends the worker."""
+    run_dir, _ = make_run()
+    errors: list[Exception] = [RuntimeError("mat1 and mat2 shapes cannot be multiplied\nstack")]
+    real = draw.denoise
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(draw, "denoise", failing)
+    outcome = evaluate(run_dir, False, WorkerOptions(), lambda _: None)
+    assert outcome.failed == {
+        "images-000000000160": "evaluating images-000000000160: RuntimeError on cpu: mat1 and mat2 shapes cannot be multiplied"
+    }
+    assert [result["step"] for result in outcome.done] == [20]
+    errors.append(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(
+        DeviceFailedError, match=r"evaluating images-0+160: the device cpu failed .CUDA error: an illegal"
+    ):
+        evaluate(run_dir, False, WorkerOptions(), lambda _: None)

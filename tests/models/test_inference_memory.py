@@ -1,0 +1,58 @@
+"""The cost model's peaks of denoising and likelihood, against the bytes of every tensor that the real code makes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.cost import denoising_bytes, likelihood_bytes
+from tarflow.models.denoise import denoise
+from tarflow.models.flow import TarFlow
+from tarflow.models.likelihood import bits_per_dim
+from tarflow.models.presets import preset
+from tests.helpers.live_bytes import peak_bytes
+
+SHAPES = {
+    "imagenet64": preset("imagenet64-2-768-8-8"),
+    "few tokens, wide patches": TarFlowConfig(
+        image_size=32, patch_size=8, channels=256, num_blocks=4, layers_per_block=8, num_classes=3
+    ),
+    "narrow layers": TarFlowConfig(
+        image_size=32, patch_size=2, channels=256, expansion=2, num_blocks=2, layers_per_block=4, num_classes=3
+    ),
+}
+
+
+def per_image(config: TarFlowConfig, compute: Callable[..., Any]) -> float:
+    """Counted on fake tensors: the difference of two batches, so that what does not grow with the batch falls out."""
+
+    def peak(count: int) -> int:
+        def prepared() -> Callable[[], Any]:
+            model = TarFlow(config).eval().requires_grad_(False)
+            images = torch.zeros(count, config.in_channels, config.image_size, config.image_size)
+            return lambda: compute(model, images, torch.zeros(count, dtype=torch.int64))
+
+        return peak_bytes(prepared)
+
+    return (peak(5) - peak(2)) / 3
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_denoising_takes_the_bytes_that_the_cost_model_says(shape: str) -> None:
+    config = SHAPES[shape]
+    counted = per_image(config, lambda model, x, y: denoise(model, x, y, 0.1))
+    assert counted == pytest.approx(denoising_bytes(config), rel=0.03)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_likelihood_takes_the_bytes_that_the_cost_model_says(shape: str) -> None:
+    config = SHAPES[shape]
+    counted = per_image(config, torch.inference_mode()(bits_per_dim))
+    assert counted == pytest.approx(likelihood_bytes(config), rel=0.03)
+
+
+def test_the_model_of_imagenet_64_agrees_with_what_a_gpu_used() -> None:
+    """0.26 GB per image on an H200 (docs/gpu.md)."""
+    assert denoising_bytes(SHAPES["imagenet64"]) == pytest.approx(0.26e9, rel=0.05)
