@@ -1,22 +1,25 @@
 """DeepSpeed ZeRO, stages 1 to 3, with the state in the same engine-neutral form as everywhere else.
 
-Settings that matter, and why. DeepSpeed's own `bf16` mode starts its masters from values rounded to bfloat16, so its
-weights are float32. Stage 3 gathers all of them as bfloat16, computes with those and reduces gradients in
-`parallel.reduce_dtype`, as fully_shard does. Stages 1 and 2 hold whole float32 weights, which `torch_autocast` casts for
-each product; there the modules called safe for low precision decide the dtype of the reduction: all or none.
+Settings that matter, and why. DeepSpeed's own `bf16` mode starts its masters from values rounded to bfloat16, so weights are
+float32, and `torch_autocast` casts them for each product. By itself it also sends the weights and gradients of some modules
+in bfloat16 and those of all others in float32, whatever `communication_data_type` says. So here all modules or none are
+called safe for low precision, by `parallel.reduce_dtype`, and stage 3 gathers every weight in the dtype that computes.
 Our optimizer clips and skips bad steps, as in the other backends, on the flat float32 partitions that ZeRO hands to it.
 """
 
+import functools
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tarflow.models.cost import parameters_per_layer
 from tarflow.models.flow import TarFlow, flow_loss
@@ -26,6 +29,7 @@ from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.optimizer import GuardedAdamW
 from tarflow.trainer.parallel.apply import apply_parallelism
+from tarflow.trainer.parallel.memory import reshards
 from tarflow.trainer.parallel.saved import whole
 from tarflow.trainer.parallel.world import World
 from tarflow.trainer.stats import batch_stats
@@ -57,8 +61,6 @@ def import_deepspeed(device: torch.device) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Building that operation takes most of a minute and leaves 69 MB per rank in /dev/shm; gloo does the same work.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-    # An engine with autocast sets this for the whole process, and one without would then reduce by its rules.
-    sys.modules["deepspeed.runtime.torch_autocast"].TORCH_AUTOCAST_INITIALIZED = False  # type: ignore[attr-defined]
     return deepspeed
 
 
@@ -71,6 +73,20 @@ def name_device(device: torch.device, world: World) -> None:
     os.environ["LOCAL_RANK"] = str(world.local_rank if device.index is None else device.index)
 
 
+def _live_parameters(config: Config, world_size: int) -> dict[str, int]:
+    """How many gathered weights stage 3 holds; by default it would free none of a model under a billion parameters."""
+    layer, ahead = parameters_per_layer(config.model), config.parallel.prefetch_units or 1
+    if reshards(config, world_size):
+        live, reuse = (1 + ahead) * layer, 0
+    else:
+        live = reuse = 10**15
+    return {
+        "stage3_prefetch_bucket_size": ahead * layer,
+        "stage3_max_live_parameters": live,
+        "stage3_max_reuse_distance": reuse,
+    }
+
+
 def zero_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
     """DeepSpeed's configuration of a run."""
     parallel = config.parallel
@@ -80,10 +96,10 @@ def zero_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
         # One group, so that our optimizer sees the whole partition at once and can take its norm.
         "sub_group_size": 10**15,
         "stage3_param_persistence_threshold": 0,
+        **_live_parameters(config, plan.world_size),
         # Allocated in full at the start; the default of 500 million elements would dwarf a small model's shards.
         "reduce_bucket_size": max(parameters_per_layer(config.model), config.model.num_tokens * config.model.channels),
     }
-    low = config.train.param_dtype == "bfloat16"
     if parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {
@@ -94,7 +110,7 @@ def zero_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "torch_autocast": {
-            "enabled": low and parallel.zero_stage < 3,
+            "enabled": config.train.param_dtype == "bfloat16",
             "dtype": "bfloat16",
             "lower_precision_safe_modules": list(OWNERS) if parallel.reduce_dtype == "bfloat16" else [],
         },
@@ -103,22 +119,36 @@ def zero_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
     }
 
 
-def gather_as(model: TarFlow, dtype: torch.dtype) -> None:
-    """Have stage 3 gather every weight as `dtype`: the model then computes in it, without autocast.
+def communicate_as_configured(model: TarFlow, gather_dtype: torch.dtype | None) -> None:
+    """Have an engine that has just been made reduce in its `communication_data_type`, and gather in `gather_dtype`.
 
-    Autocast would have decided by module: weights in float32 beside those in bfloat16, and a float32 residual stream.
+    Engines ask for both in one attribute of a parameter if autocast has been set up in this process, and otherwise for
+    gathering alone.
     """
-    from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
+    from deepspeed.runtime import torch_autocast
 
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     for parameter in model.parameters():
-        setattr(parameter, PARAM_COMM_DTYPE_ATTR_NAME, dtype)
-    for block in model.blocks:
-        # Runs after the hook that gathers. Before it, a block that asks for the weight's dtype sees the partition's.
-        block.get_submodule("proj_in").register_forward_pre_hook(_cast_to_weight)
+        if gather_dtype is not None:
+            setattr(parameter, torch_autocast.PARAM_COMM_DTYPE_ATTR_NAME, gather_dtype)
 
 
-def _cast_to_weight(linear: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    return (inputs[0].to(linear.get_parameter("weight").dtype),)
+def gather_unseen(coordinator: Any) -> None:
+    """Hide stage 3's gathering from selective checkpointing, which else expects the same operations in the recomputation.
+
+    There a weight may be gathered that the forward pass had found whole, and the other way round.
+    """
+    for name in ("fetch_sub_module", "release_sub_module"):
+        setattr(coordinator, name, _without_modes(getattr(coordinator, name)))
+
+
+def _without_modes(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return call
 
 
 class ZeroBackend:
@@ -171,8 +201,11 @@ class ZeroBackend:
         self.model: TarFlow = self.engine.module
         self.optimizer = optimizer
         self._zero = self.engine.optimizer
-        if self.stage == 3 and config.train.param_dtype == "bfloat16":
-            gather_as(self.model, torch.bfloat16)
+        low = self.stage == 3 and config.train.param_dtype == "bfloat16"
+        communicate_as_configured(self.model, torch.bfloat16 if low else None)
+        checkpointing = config.activation_checkpoint
+        if self.stage == 3 and checkpointing.mode == "selective" and not checkpointing.every_nth_layer:
+            gather_unseen(self._zero.parameter_offload.get_param_coordinator())
 
     # --- steps ---
 
