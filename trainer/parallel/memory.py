@@ -208,14 +208,11 @@ def _gathered(engine: _Engine, reshard: bool) -> tuple[float, bool]:
     n, element = parameters(engine.config.model), engine.element
     if engine.single or engine.zero in (1, 2):
         return (element * n if element < 4 else 0.0), False  # a copy in bfloat16
-    if engine.zero:  # what came over the wire, and weights in float32
-        whole = engine.unit * (1 + engine.ahead) if reshard else n
-        return element * engine.unit + 4 * whole, not reshard
-    if engine.shard == 1:
-        return element * n, True
-    if reshard:
+    if engine.zero:  # weights in float32; in the backward pass, the last ones ahead are gone when gradients are most
+        return 4.0 * (engine.unit * engine.ahead if reshard else n), not reshard
+    if reshard and engine.shard > 1:
         return element * engine.padded_unit * (1 + engine.ahead), False
-    return element * (n + engine.padded_unit), True
+    return element * n, True
 
 
 def _reducing(engine: _Engine, micro_batches: int) -> float:

@@ -267,5 +267,6 @@ def test_a_unit_of_sharding_is_what_the_plan_says_is_whole() -> None:
         ).gathered
         for size in (0, 1, shape.layers_per_block)
     }
-    assert gathered[1] == 4 * parameters_per_layer(shape)
-    assert gathered[0] == gathered[shape.layers_per_block] == 4 * parameters(shape) / shape.num_blocks
+    # The unit at work and the one gathered ahead of it.
+    assert gathered[1] == 2 * 4 * parameters_per_layer(shape)
+    assert gathered[0] == gathered[shape.layers_per_block] == 2 * 4 * parameters(shape) / shape.num_blocks
