@@ -45,9 +45,9 @@ from tarflow.trainer.ema.ema import EMA
 from tarflow.trainer.metrics import MetricAccumulator
 from tarflow.trainer.optimizer import GuardedAdamW
 from tarflow.trainer.parallel.choose import compute_deterministically
+from tarflow.trainer.parallel.memory import rank_memory
 from tarflow.trainer.parallel.torch_backend import ShardedBackend
 from tarflow.trainer.parallel.world import World
-from tarflow.trainer.plan import rank_memory
 from tarflow.trainer.run_dir import create_run
 from tarflow.trainer.saving.async_writer import AsyncWriter
 from tarflow.trainer.saving.handle import Position, SaveHandle

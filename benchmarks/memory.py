@@ -22,8 +22,8 @@ from tarflow.models.config import TarFlowConfig
 from tarflow.models.cost import parameters
 from tarflow.trainer.batch import plan_batch
 from tarflow.trainer.parallel.choose import make_backend
+from tarflow.trainer.parallel.memory import rank_memory
 from tarflow.trainer.parallel.world import process_group, world_from_env
-from tarflow.trainer.plan import rank_memory
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "ddp x4": {"backend": "ddp"},

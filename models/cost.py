@@ -73,8 +73,12 @@ def largest_piece(config: TarFlowConfig, pieces: int) -> int:
 
     1,280 rows over 1,024 ranks are two rows each on 640 ranks, 1.6 times an even share; the other ranks pad to as much.
     """
-    layers, ends = layer_shapes(config), end_shapes(config)
-    shapes = config.num_blocks * (config.layers_per_block * layers + ends)
+    return config.num_blocks * largest_unit_piece(config, pieces, config.layers_per_block, ends=True)
+
+
+def largest_unit_piece(config: TarFlowConfig, pieces: int, layers: int, ends: bool = False) -> int:
+    """`largest_piece` of some layers of a block and, with `ends`, of what it has besides."""
+    shapes = layers * layer_shapes(config) + (end_shapes(config) if ends else [])
     return sum(math.ceil(rows / pieces) * math.prod(row) for rows, *row in shapes)
 
 
@@ -91,28 +95,36 @@ def flops_per_image(config: TarFlowConfig, training: bool = True) -> float:
 
 
 def activation_bytes(
-    config: TarFlowConfig, mode: Mode = "none", element: int = 2, every_nth_layer: int = 0, offload: bool = False
+    config: TarFlowConfig,
+    mode: Mode = "none",
+    element: int = 2,
+    every_nth_layer: int = 0,
+    offload: bool = False,
+    stream: int = 0,
+    normed: int = 0,
 ) -> float:
     """Bytes per image that autograd keeps between forward and backward.
 
     `element`: bytes per number inside the transformer (2 in bfloat16, 4 in float32); data and statistics are float32.
     `every_nth_layer`: with mode selective, checkpoint every n-th layer and keep all of the others. `offload`: with mode
-    full, the layers' inputs are in host memory and do not count.
+    full, the layers' inputs are in host memory and do not count. `stream`, `normed`: bytes per number of the layers' inputs,
+    and of what their norms give as it is kept, where autocast leaves float32 (0 = `element`).
 
     Holds for accelerators, and for float32 on the CPU. In bfloat16 with up to `tarflow.models.transformer.SHORT` tokens
     the CPU computes attention without a fused kernel, and a layer that is not fully checkpointed also keeps T^2 numbers
     per head: the probabilities with mode none, the logits with mode selective.
     """
     c, d, t = config.channels, config.token_dim, config.num_tokens
+    stream, normed = stream or element, normed or element
     layers = config.num_blocks * config.layers_per_block
     # What one layer keeps per token. Statistics: attention's log-sum-exp per head; mean and inverse width of two norms.
     statistics = 4 * config.num_heads + 4 * element
     # Without checkpointing: inputs and outputs of the two norms, q, k, v, attention's output, and the MLP's hidden
     # values before and after the GELU.
-    whole = (8 + 2 * config.expansion) * c * element + statistics
+    whole = (2 * stream + 2 * normed + (4 + 2 * config.expansion) * element) * c + statistics
     # Selective: the layer's input, and the outputs of its four matrix products and of attention.
-    products = (7 + config.expansion) * c * element + 4 * config.num_heads
-    kept_input = c * element
+    products = (stream + (6 + config.expansion) * element) * c + 4 * config.num_heads
+    kept_input = c * stream
     if mode == "none":
         per_layer = float(whole)
     elif mode == "full":
@@ -122,8 +134,27 @@ def activation_bytes(
     else:
         per_layer = float(products)
     # Outside its layers a block keeps the inputs of its two projections, and x - b and exp(-a) in float32.
-    block = (d + c) * element + 2 * 4 * d
+    block = (d + c) * normed + 2 * 4 * d
     return t * (layers * per_layer + config.num_blocks * block)
+
+
+def layer_at_work_bytes(
+    config: TarFlowConfig, mode: Mode = "none", element: int = 2, stream: int = 0, normed: int = 0
+) -> float:
+    """Bytes per image that the backward pass of one layer takes on top of what was kept for it.
+
+    What checkpointing computes again lives as long as its layer; in any mode the gradients of the widest values, before and
+    after the GELU, are there at once.
+    """
+    c, t = config.channels, config.num_tokens
+    stream, normed = stream or element, normed or element
+    gradients = 2 * config.expansion * c * element
+    again = {
+        "none": 0,
+        "selective": (stream + 2 * normed + config.expansion * element) * c,  # the norms' in- and outputs, the GELU's
+        "full": (2 * stream + 2 * normed + (4 + 2 * config.expansion) * element) * c,
+    }[mode]
+    return float(t * (again + gradients))
 
 
 def denoising_bytes(config: TarFlowConfig) -> float:

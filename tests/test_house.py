@@ -63,7 +63,7 @@ LAYERS = {
         sweep_file
         result_file
         metrics
-        run_config image_set image_folder image_array shared_work event_file batches
+        run_config images shared_work event_file batches
         errors log stopwatch
     """,
     "cluster": """

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.image_folder import ImageFolder
-from tarflow.evaluation.image_set import CROP, ImageSet
+from tarflow.evaluation.images.data_set import CROP, ImageSet
+from tarflow.evaluation.images.folder import ImageFolder
 from tarflow.evaluation.samples.draw import NO_LABEL
 from tarflow.models.config import TarFlowConfig
 from tarflow.trainer.config.class_names import difference

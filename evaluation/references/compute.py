@@ -39,7 +39,7 @@ BATCH = 64
 
 
 class Images(Protocol):
-    """Real images, as `image_set.ImageSet` implements them."""
+    """Real images, as `images.data_set.ImageSet` implements them."""
 
     @property
     def num_images(self) -> int:

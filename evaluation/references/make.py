@@ -1,5 +1,6 @@
 """`tarflow reference`: compute the statistics of a data set once, ahead of the evaluations that use them."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +10,13 @@ from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.storage.access import address
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.image_set import ImageSet
+from tarflow.evaluation.images.data_set import ImageSet
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.networks.features import Features
 from tarflow.evaluation.references.compute import reference_statistics
 from tarflow.evaluation.references.reference import Reference, cache_path, full_provenance
 from tarflow.evaluation.samples.weights_source import resolve_device
-from tarflow.files import write_atomic
+from tarflow.files import write_atomic, write_new
 from tarflow.models.config import TarFlowConfig
 
 
@@ -81,11 +82,9 @@ def write_moments(path: Path, reference: Reference) -> None:
     """Write mu [d] and sigma [d, d], the unbiased covariance, in float64."""
     count, mean, scatter = reference.statistics.parts()
 
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:
-            np.savez(file, mu=mean.numpy(), sigma=(scatter / (count - 1)).numpy())
-
-    write_atomic(path, write)
+    content = io.BytesIO()
+    np.savez(content, mu=mean.numpy(), sigma=(scatter / (count - 1)).numpy())
+    write_atomic(path, lambda temporary: write_new(temporary, content.getvalue()))
 
 
 def _data(request: ReferenceRequest) -> DataSettings:

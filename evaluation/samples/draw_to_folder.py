@@ -4,7 +4,7 @@ import math
 
 from tarflow.code_version import code_version
 from tarflow.evaluation.batches import Batches
-from tarflow.evaluation.image_array import NAME, write_array
+from tarflow.evaluation.images.array import NAME, write_array
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler
 from tarflow.evaluation.samples.grid import make_grid

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.image_set import ImageSet
+from tarflow.evaluation.images.data_set import ImageSet
 from tarflow.models.float32 import TRUE_FLOAT32, Precision
 from tarflow.models.sampling.settings import SamplingSettings
 from tarflow.trainer.config.schema import Config

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.evaluation import results
-from tarflow.evaluation.image_set import ImageSet
+from tarflow.evaluation.images.data_set import ImageSet
 from tarflow.evaluation.worker.recipe import Recipe
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.cost import denoising_flops, flops_per_image

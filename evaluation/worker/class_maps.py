@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.image_set import ImageSet
+from tarflow.evaluation.images.data_set import ImageSet
 from tarflow.trainer.config.class_names import ACCEPT, difference
 from tarflow.trainer.config.schema import Config
 

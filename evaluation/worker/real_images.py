@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tarflow.evaluation.batches import Batches
-from tarflow.evaluation.image_set import ImageSet
+from tarflow.evaluation.images.data_set import ImageSet
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.networks.features import Features
 from tarflow.evaluation.references.compute import reference_statistics

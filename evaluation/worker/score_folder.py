@@ -14,8 +14,8 @@ from tarflow import terminal
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.images.identical import count_identical
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.image_array import ImageArray
-from tarflow.evaluation.image_folder import ImageFolder
+from tarflow.evaluation.images.array import ImageArray
+from tarflow.evaluation.images.folder import ImageFolder
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.metrics.all_scores import feature_scores
 from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.code_version import code_version
-from tarflow.evaluation.image_set import ImageSet
+from tarflow.evaluation.images.data_set import ImageSet
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.draw import Sampler
 from tarflow.evaluation.samples.weights_source import WeightsSource

@@ -131,7 +131,7 @@ def test_likelihoods_of_every_image_and_the_python_interface_are_split_as_well(m
     pixels, labels, ids = torch.arange(8 * 64).remainder(256).to(torch.uint8).view(8, 1, 8, 8), torch.arange(8) % 3, torch.arange(8)  # fmt: skip
     noise = NoiseSettings("gaussian", 0.1, draws=2)
     flow = Flow(WeightsSource(model, "raw", "0" * 64, "here"), GUIDED, 8)
-    measures = (flow.bits_per_dim, flow.log_prob, flow.encode, flow.denoise)
+    measures: list[Callable[..., torch.Tensor]] = [flow.bits_per_dim, flow.log_prob, flow.encode, flow.denoise]
     free(monkeypatch, None)
     table = likelihoods(model, [(pixels, labels, ids)], noise)
     wholes = [measure(pixels, [1] * 8) for measure in measures]

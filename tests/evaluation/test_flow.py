@@ -7,7 +7,7 @@ import torch
 import tarflow
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.image_set import ImageSet
+from tarflow.evaluation.images.data_set import ImageSet
 from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings, measure_bits_per_dim
 from tarflow.evaluation.samples.draw import Sampler
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling

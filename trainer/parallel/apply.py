@@ -8,12 +8,13 @@ from typing import cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from tarflow.file_systems import private_folder
 from tarflow.models.flow import FlowBlock, TarFlow
 from tarflow.trainer.config.schema import ActivationCheckpointConfig, Config
 from tarflow.trainer.parallel.checkpointing import checkpoint_layer
+from tarflow.trainer.parallel.memory import reshards
 
 
 def apply_parallelism(model: TarFlow, config: Config, mesh: DeviceMesh | None) -> None:
@@ -61,12 +62,26 @@ def apply_fsdp(model: TarFlow, config: Config, mesh: DeviceMesh) -> None:
         reduce_dtype=getattr(torch, config.parallel.reduce_dtype),
         cast_forward_inputs=False,  # data stay float32, the model casts where it computes
     )
-    sharded = mesh.size(1) > 1
+    # Nothing is freed where no other rank has it: mere replicas would only copy it again.
+    reshard = mesh["dp_shard"].size() > 1 and reshards(config, mesh.size())
+    order: list[FSDPModule] = []
     for block in _blocks(model):
-        for unit in units(list(block.attn_blocks), config.parallel.layers_per_unit):
-            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=sharded)
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=sharded)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=sharded)
+        parts = units(list(block.attn_blocks), config.parallel.layers_per_unit)
+        for unit in parts:
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        order += cast("list[FSDPModule]", [block, *(unit[0] for unit in parts)])
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    prefetch(order, config.parallel.prefetch_units)
+
+
+def prefetch(order: list[FSDPModule], ahead: int) -> None:
+    """Have each unit gather the next `ahead` ones, in the order of computation; 0 leaves it to torch."""
+    if not ahead:
+        return
+    for place, unit in enumerate(order):
+        unit.set_modules_to_forward_prefetch(order[place + 1 : place + 1 + ahead])
+        unit.set_modules_to_backward_prefetch(order[max(0, place - ahead) : place][::-1])
 
 
 def units(layers: list[nn.Module], size: int) -> list[list[nn.Module]]:

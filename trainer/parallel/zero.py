@@ -1,12 +1,16 @@
 """DeepSpeed ZeRO, stages 1 to 3, with the state in the same engine-neutral form as everywhere else.
 
-Settings that matter, and why: bfloat16 comes from `torch_autocast`, because DeepSpeed's own `bf16` mode starts its masters
-from values rounded to bfloat16; our optimizer clips and skips bad steps, as in the other backends, on the flat float32
-partitions that ZeRO hands to it.
+Settings that matter, and why. DeepSpeed's own `bf16` mode starts its masters from values rounded to bfloat16, so weights are
+float32, and `torch_autocast` casts them for each product. By itself it also sends the weights and gradients of some modules
+in bfloat16 and those of all others in float32, whatever `communication_data_type` says. So here all modules or none are
+called safe for low precision, by `parallel.reduce_dtype`, and stage 3 gathers every weight in the dtype that computes.
+Our optimizer clips and skips bad steps, as in the other backends, on the flat float32 partitions that ZeRO hands to it.
 """
 
+import functools
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tarflow.models.cost import parameters_per_layer
 from tarflow.models.flow import TarFlow, flow_loss
@@ -24,11 +29,14 @@ from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.optimizer import GuardedAdamW
 from tarflow.trainer.parallel.apply import apply_parallelism
+from tarflow.trainer.parallel.memory import reshards
 from tarflow.trainer.parallel.saved import whole
 from tarflow.trainer.parallel.world import World
 from tarflow.trainer.stats import batch_stats
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# Every module that holds parameters itself, by the name that DeepSpeed imports.
+OWNERS = ("torch.nn.Linear", "torch.nn.LayerNorm", "tarflow.models.flow.FlowBlock")
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -56,6 +64,29 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+def name_device(device: torch.device, world: World) -> None:
+    """Let DeepSpeed, which takes the number of its device from LOCAL_RANK at any time, find the one this process has.
+
+    Without a launcher there is no such variable; and a rank that sees one GPU alone has device 0, whatever its place in
+    the node.
+    """
+    os.environ["LOCAL_RANK"] = str(world.local_rank if device.index is None else device.index)
+
+
+def _live_parameters(config: Config, world_size: int) -> dict[str, int]:
+    """How many gathered weights stage 3 holds; by default it would free none of a model under a billion parameters."""
+    layer, ahead = parameters_per_layer(config.model), config.parallel.prefetch_units or 1
+    if reshards(config, world_size):
+        live, reuse = (1 + ahead) * layer, 0
+    else:
+        live = reuse = 10**15
+    return {
+        "stage3_prefetch_bucket_size": ahead * layer,
+        "stage3_max_live_parameters": live,
+        "stage3_max_reuse_distance": reuse,
+    }
+
+
 def zero_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
     """DeepSpeed's configuration of a run."""
     parallel = config.parallel
@@ -65,6 +96,7 @@ def zero_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
         # One group, so that our optimizer sees the whole partition at once and can take its norm.
         "sub_group_size": 10**15,
         "stage3_param_persistence_threshold": 0,
+        **_live_parameters(config, plan.world_size),
         # Allocated in full at the start; the default of 500 million elements would dwarf a small model's shards.
         "reduce_bucket_size": max(parameters_per_layer(config.model), config.model.num_tokens * config.model.channels),
     }
@@ -77,10 +109,46 @@ def zero_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "torch_autocast": {"enabled": config.train.param_dtype == "bfloat16", "dtype": "bfloat16"},
+        "torch_autocast": {
+            "enabled": config.train.param_dtype == "bfloat16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": list(OWNERS) if parallel.reduce_dtype == "bfloat16" else [],
+        },
         "communication_data_type": "fp32" if parallel.reduce_dtype == "float32" else "bf16",
         "steps_per_print": 10**12,
     }
+
+
+def communicate_as_configured(model: TarFlow, gather_dtype: torch.dtype | None) -> None:
+    """Have an engine that has just been made reduce in its `communication_data_type`, and gather in `gather_dtype`.
+
+    Engines ask for both in one attribute of a parameter if autocast has been set up in this process, and otherwise for
+    gathering alone.
+    """
+    from deepspeed.runtime import torch_autocast
+
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+    for parameter in model.parameters():
+        if gather_dtype is not None:
+            setattr(parameter, torch_autocast.PARAM_COMM_DTYPE_ATTR_NAME, gather_dtype)
+
+
+def gather_unseen(coordinator: Any) -> None:
+    """Hide stage 3's gathering from selective checkpointing, which else expects the same operations in the recomputation.
+
+    There a weight may be gathered that the forward pass had found whole, and the other way round.
+    """
+    for name in ("fetch_sub_module", "release_sub_module"):
+        setattr(coordinator, name, _without_modes(getattr(coordinator, name)))
+
+
+def _without_modes(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return call
 
 
 class ZeroBackend:
@@ -89,7 +157,21 @@ class ZeroBackend:
     def __init__(self, config: Config, device: torch.device, world: World, plan: BatchPlan) -> None:
         deepspeed = import_deepspeed(device)
         self.device, self.world, self.stage = device, world, config.parallel.zero_stage
-        settings = zero_config(config, plan)
+        name_device(device, world)
+        self._start(deepspeed, config, zero_config(config, plan))
+
+        # Masters and moments must be there before the first step: a resumed run loads into them.
+        self._parameters = dict(self.model.named_parameters())
+        self._shapes = {n: torch.Size(getattr(p, "ds_shape", p.shape)) for n, p in self._parameters.items()}
+        self._mesh = init_device_mesh(device.type, (world.size,), mesh_dim_names=("dp_shard",))
+        self._share_masters()
+        self._make_moments()
+        self._locals = {name: self._local(p) for name, p in self._parameters.items()}
+        self._step = torch.zeros((), device=device)
+        self._vp_mean_square: Tensor | None = None
+
+    def _start(self, deepspeed: Any, config: Config, settings: dict[str, Any]) -> None:
+        """Make the model, with the same initial weights as any backend, the optimizer and the engine."""
         # Stage 3 partitions each weight as it is created: no rank ever holds the whole model.
         if self.stage == 3:
             # The config says float32; a dtype given here would be ignored where the device has no float16 (0.19.8).
@@ -98,11 +180,9 @@ class ZeroBackend:
         else:
             model = TarFlow(config.model)
         apply_parallelism(model, config, mesh=None)
-        model.to(device)
+        model.to(self.device)
 
-        # The same initial weights as any backend. Their shapes come from a second model, on the meta device: a partitioned
-        # one does not show them.
-        self._gathered = deepspeed.zero.GatheredParameters
+        # Shapes come from a second model, on the meta device: a partitioned one does not show them.
         with torch.device("meta"):
             plain = TarFlow(config.model)
         parameters = dict(model.named_parameters())
@@ -115,22 +195,17 @@ class ZeroBackend:
         optimizer = GuardedAdamW(
             model.parameters(), lr=config.optim.lr, betas=config.optim.betas, weight_decay=config.optim.weight_decay,
             grad_clip=config.train.grad_clip, skip_spikes=config.train.skip_spikes, group=dist.group.WORLD,
-            make_moments=False, device=torch.device("cpu") if config.parallel.offload_optimizer else device,
+            make_moments=False, device=torch.device("cpu") if config.parallel.offload_optimizer else self.device,
         )  # fmt: skip
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self.model: TarFlow = self.engine.module
         self.optimizer = optimizer
         self._zero = self.engine.optimizer
-
-        # Masters and moments must be there before the first step: a resumed run loads into them.
-        self._parameters = dict(self.model.named_parameters())
-        self._shapes = {n: torch.Size(getattr(p, "ds_shape", p.shape)) for n, p in self._parameters.items()}
-        self._mesh = init_device_mesh(device.type, (world.size,), mesh_dim_names=("dp_shard",))
-        self._share_masters()
-        self._make_moments()
-        self._locals = {name: self._local(p) for name, p in self._parameters.items()}
-        self._step = torch.zeros((), device=device)
-        self._vp_mean_square: Tensor | None = None
+        low = self.stage == 3 and config.train.param_dtype == "bfloat16"
+        communicate_as_configured(self.model, torch.bfloat16 if low else None)
+        checkpointing = config.activation_checkpoint
+        if self.stage == 3 and checkpointing.mode == "selective" and not checkpointing.every_nth_layer:
+            gather_unseen(self._zero.parameter_offload.get_param_coordinator())
 
     # --- steps ---
 
@@ -264,13 +339,11 @@ class ZeroBackend:
 
     @torch.no_grad()
     def _write_weight(self, parameter: Any, value: Tensor) -> None:
-        """Set the copy of a weight that computes."""
-        if self.stage != 3:
+        """Set the copy of a weight that computes. Every rank has the whole value."""
+        if self.stage == 3:
+            parameter.ds_tensor.copy_(self._flat_piece(value, parameter.ds_tensor.numel()))
+        else:
             parameter.copy_(value)
-            return
-        with self._gathered([parameter], modifier_rank=0):
-            if self.world.first:
-                parameter.copy_(value)
 
     def _write_hidden(self, parameter: Any, value: Tensor, moment: str | None) -> None:
         """Set the float32 master of a weight (moment None), or one of its moments, in ZeRO's partitions."""

@@ -15,7 +15,7 @@ from tarflow.data_pipeline.layout import walk as walking
 from tarflow.data_pipeline.layout.walk import walk
 from tarflow.data_pipeline.prepare.sources import open_source
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.image_folder import ImageFolder
+from tarflow.evaluation.images.folder import ImageFolder
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 import tarflow
 from tarflow.cli import main
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.image_set import ImageSet
+from tarflow.evaluation.images.data_set import ImageSet
 from tarflow.evaluation.likelihood import measure as measuring
 from tarflow.evaluation.likelihood.extremes import Extremes
 from tarflow.evaluation.likelihood.measure import LikelihoodRequest, measure_likelihoods

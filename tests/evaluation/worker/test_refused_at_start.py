@@ -164,7 +164,7 @@ def test_reference_statistics_of_something_else(
 def test_every_part_of_a_provenance_is_compared_that_a_start_can_know(
     make_run: Callable[..., Any], tmp_path: Path
 ) -> None:
-    from tarflow.evaluation.image_set import ImageSet
+    from tarflow.evaluation.images.data_set import ImageSet
 
     _, config = make_run(steps=())
     stored = ImageSet(config.data, config.model).provenance() | {"features": config.evaluation.features}

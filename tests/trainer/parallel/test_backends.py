@@ -241,7 +241,8 @@ def test_cost_model_counts_parameters_exactly_and_knows_devices() -> None:
 )
 def test_every_configuration_passes_its_dry_run_at_its_stated_size(path: Path) -> None:
     from tarflow.trainer.config.files import load_config
-    from tarflow.trainer.plan import describe, rank_memory
+    from tarflow.trainer.parallel.memory import rank_memory
+    from tarflow.trainer.plan import describe
 
     config = load_config(path)
     ranks = config.parallel.world_size or 1
@@ -253,7 +254,7 @@ def test_a_unit_of_sharding_is_what_the_plan_says_is_whole() -> None:
     from tarflow.models.config import TarFlowConfig
     from tarflow.models.cost import parameters, parameters_per_layer
     from tarflow.trainer.parallel.apply import units
-    from tarflow.trainer.plan import rank_memory
+    from tarflow.trainer.parallel.memory import rank_memory
 
     shape = TarFlowConfig(image_size=8, patch_size=2, channels=64, num_blocks=3, layers_per_block=4, num_classes=4)
     layers = list(torch.nn.ModuleList(torch.nn.Identity() for _ in range(5)))
@@ -266,5 +267,6 @@ def test_a_unit_of_sharding_is_what_the_plan_says_is_whole() -> None:
         ).gathered
         for size in (0, 1, shape.layers_per_block)
     }
-    assert gathered[1] == 4 * parameters_per_layer(shape)
-    assert gathered[0] == gathered[shape.layers_per_block] == 4 * parameters(shape) / shape.num_blocks
+    # The unit at work and the one gathered ahead of it.
+    assert gathered[1] == 2 * 4 * parameters_per_layer(shape)
+    assert gathered[0] == gathered[shape.layers_per_block] == 2 * 4 * parameters(shape) / shape.num_blocks

@@ -11,15 +11,17 @@ import pytest
 import torch
 
 import tarflow.trainer.config.schema as settings
+from benchmarks.fake_ranks import QUICK
 from benchmarks.golden import training_config
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.cost import largest_piece, parameters, peak_rate
 from tarflow.models.flow import TarFlow
 from tarflow.trainer.batch import plan_batch
 from tarflow.trainer.config.files import load_config
+from tarflow.trainer.parallel.memory import rank_memory
 from tarflow.trainer.parallel.mesh import mesh_shape
 from tarflow.trainer.parallel.zero import zero_config
-from tarflow.trainer.plan import describe, rank_memory
+from tarflow.trainer.plan import describe
 from tarflow.trainer.resilience.exit_codes import FINISHED
 from tarflow.trainer.train import train
 
@@ -36,12 +38,11 @@ def test_one_of_1024_ranks_of_the_largest_model_holds_what_the_cost_model_says(t
     plans: dict[str, dict[str, list[float]]] = {}
     for plan, kind, *numbers in json.loads((tmp_path / "out.json").read_text())["rows"]:
         plans.setdefault(plan, {})[kind] = numbers
-    assert [plan.split()[-1] for plan in plans] == ["full", "none"]
+    assert plans.keys() == set(QUICK)
     for plan, rows in plans.items():
-        assert rows.keys() == {"weights", "gradients", "optimizer", "averages", "activations"}
-        for kind, (allocated, expected, *_) in rows.items():
-            assert allocated == pytest.approx(expected, rel=0.1), (plan, kind)
-        assert rows["weights"][0] * 2**20 * 8 / 4 > 1.2e9  # eight pieces of 1.3 billion numbers
+        assert rows.keys() >= {"total", "optimizer", "averages"}
+        for kind, (counted, expected, *_) in rows.items():
+            assert counted == pytest.approx(expected, rel=0.1), (plan, kind)
 
 
 @pytest.mark.parametrize("pieces", [1, 3, 8, 1000])

@@ -13,7 +13,7 @@ from torch import Tensor
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.build import build_index
 from tarflow.data_pipeline.loading.settings import DataSettings
-from tarflow.evaluation.image_set import ImageSet
+from tarflow.evaluation.images.data_set import ImageSet
 from tarflow.evaluation.references.compute import reference_statistics
 from tarflow.evaluation.references.reference import Reference, cache_path, full_provenance
 from tarflow.models.config import TarFlowConfig

@@ -13,8 +13,8 @@ import tarflow.cli
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.image_folder import ImageFolder
-from tarflow.evaluation.image_set import ImageSet
+from tarflow.evaluation.images.data_set import ImageSet
+from tarflow.evaluation.images.folder import ImageFolder
 from tarflow.evaluation.references import compute as storing
 from tarflow.evaluation.references import make as making
 from tarflow.evaluation.references.make import ReferenceRequest, make_reference

@@ -9,8 +9,8 @@ import torch
 
 from tarflow.cli import main
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.image_array import ImageArray, write_array
-from tarflow.evaluation.image_folder import ImageFolder
+from tarflow.evaluation.images.array import ImageArray, write_array
+from tarflow.evaluation.images.folder import ImageFolder
 from tarflow.evaluation.samples.png_folder import load_png, save_png
 from tarflow.records import DamagedFileError
 

@@ -1,0 +1,239 @@
+"""Bytes that one rank holds at the moment of its step when it holds most, by what they are for.
+
+Formulas, not measurements. `benchmarks/fake_ranks.py` compares them with the storages of a rank of 1,024 that takes a step,
+`benchmarks/gpu.py` with the peak that the allocator of a GPU saw.
+"""
+
+from dataclasses import dataclass
+
+from tarflow.models.cost import (
+    activation_bytes,
+    largest_piece,
+    largest_unit_piece,
+    layer_at_work_bytes,
+    parameters,
+)
+from tarflow.trainer.batch import plan_batch
+from tarflow.trainer.config.schema import Config
+from tarflow.trainer.parallel.mesh import mesh_shape
+
+GB = 1e9
+HEADROOM = 0.9  # of a device's memory may be planned: the allocator's blocks do not fit without gaps
+# What no tensor shows. The CUDA context with the kernels of torch, cuBLAS and cuDNN (order of size, from `nvidia-smi` beside
+# an idle process that has computed once), and a cuBLAS workspace (32 MiB on Hopper, in torch's CUDA notes) of each stream.
+CUDA_CONTEXT = 0.6 * GB
+CUBLAS_WORKSPACES = 2 * 32 * 2**20
+# A communicator of NCCL: 32 channels in a node of H100, with buffers of 4 MiB (NCCL_BUFFSIZE) and 4.7 MiB (the protocol
+# LL128) for each of two neighbours. It depends on channels and algorithms, not on the number of nodes beyond two
+# (github.com/NVIDIA/nccl, issues 864 and 986).
+NCCL_COMMUNICATOR = 32 * 2 * 8.7 * 2**20
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes that one rank holds at most, by what they are for."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    averages: float
+    gathered: float  # weights in the dtype that computes, whole: of the units at work, or of all
+    reducing: float  # a unit's gradients on the way from whole to sharded
+    activations: float  # kept for the backward pass
+    at_work: float  # of the layer that computes
+    runtime: float  # outside of torch's allocator
+    overlap: float = 0  # of gradients and activations: these come as those go
+
+    @property
+    def state(self) -> float:
+        """Weights, gradients and optimizer: what sharding divides."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> float:
+        """Bytes at the highest moment."""
+        parts = dict(vars(self))
+        return -float(parts.pop("overlap")) + sum(parts.values())
+
+    @property
+    def allocated(self) -> float:
+        """The total as far as torch allocates it."""
+        return self.total - self.runtime
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """What the parts depend on, for one of `ranks`."""
+
+    config: Config
+    ranks: int
+
+    @property
+    def zero(self) -> int:
+        """The stage of ZeRO, 0 for torch's own engines."""
+        return self.config.parallel.zero_stage if self.config.parallel.backend == "deepspeed" else 0
+
+    @property
+    def single(self) -> bool:
+        return self.ranks == 1 and not self.zero
+
+    @property
+    def shard(self) -> int:
+        return self.ranks if self.zero else mesh_shape(self.config.parallel, self.ranks)[1]
+
+    @property
+    def element(self) -> int:
+        return _size(self.config.train.param_dtype)
+
+    @property
+    def autocast(self) -> dict[str, int]:
+        """Bytes per number that ZeRO's autocast leaves in float32: the residual stream, and in stage 3 the norms' outputs."""
+        if not self.zero or self.element == 4:
+            return {}
+        return {"stream": 4, "normed": 4 if self.zero == 3 else 2}
+
+    @property
+    def reduce_element(self) -> int:
+        return _size(self.config.parallel.reduce_dtype)
+
+    @property
+    def layers(self) -> int:
+        """Layers that are gathered and reduced at a time; ZeRO-3 goes by the layer."""
+        size = 1 if self.zero else self.config.parallel.layers_per_unit
+        return min(size or self.config.model.layers_per_block, self.config.model.layers_per_block)
+
+    @property
+    def unit(self) -> int:
+        """Parameters of the largest unit that is gathered and reduced at a time."""
+        return self._unit_piece(1)
+
+    @property
+    def padded_unit(self) -> int:
+        """The same with the rows that pad each tensor to equal pieces: what goes over the wire."""
+        return self.unit if self.zero else self.shard * self._unit_piece(self.shard)
+
+    def _unit_piece(self, pieces: int) -> int:
+        model = self.config.model
+        ends = not self.zero and self.layers == model.layers_per_block
+        return largest_unit_piece(model, pieces, self.layers, ends)
+
+    @property
+    def ahead(self) -> int:
+        """Units that are gathered before their turn."""
+        return self.config.parallel.prefetch_units or 1
+
+
+def rank_memory(config: Config, world_size: int) -> RankMemory:
+    """Estimate for one of `world_size` ranks, at the highest moment of a step.
+
+    Masters and moments are float32. ZeRO cuts moments from stage 1, gradients from 2, weights from 3; average pieces
+    always. It cuts evenly; fully_shard cuts rows, so that many ranks hold more than an even share (`largest_piece`).
+    """
+    return _rank_memory(config, world_size, reshards(config, world_size))
+
+
+def reshards(config: Config, world_size: int) -> bool:
+    """Whether a unit's gathered weights are freed after its forward pass and gathered again for the backward pass.
+
+    By the configuration alone, so that all ranks decide alike.
+    """
+    choice = config.parallel.reshard_after_forward
+    if choice != "auto":
+        return choice == "always"
+    if not config.parallel.device_memory_gb:
+        return True
+    return not fits(config, _rank_memory(config, world_size, reshard=False))
+
+
+def fits(config: Config, memory: RankMemory) -> bool:
+    """Whether a plan fits the stated device with room to spare; a device that is not stated holds anything."""
+    stated = config.parallel.device_memory_gb * GB
+    return not stated or memory.total <= HEADROOM * stated
+
+
+def _rank_memory(config: Config, ranks: int, reshard: bool) -> RankMemory:
+    engine = _Engine(config, ranks)
+    model, checkpointing = config.model, config.activation_checkpoint
+    plan = plan_batch(config.train.global_batch_size, ranks, config.train.micro_batch_size)
+    piece = parameters(model) / engine.shard if engine.zero else largest_piece(model, engine.shard)
+    # Whole weights: ZeRO-1 and 2 compute with float32 ones, beside a piece of masters.
+    weights = 4 * piece + (4 * parameters(model) if engine.zero in (1, 2) else 0)
+    gradients, grow = _gradients(engine, piece, plan.accumulation_steps)
+    images = plan.micro_batch_size
+    activations = images * activation_bytes(
+        model,
+        checkpointing.mode,
+        engine.element,
+        checkpointing.every_nth_layer,
+        checkpointing.offload,
+        **engine.autocast,
+    )
+    recomputed = "full" if checkpointing.every_nth_layer else checkpointing.mode
+    gathered, kept = _gathered(engine, reshard)
+    # Gradients that are not there when the backward pass begins grow unit by unit, while what was kept for it goes.
+    left = 1 - engine.layers / (model.num_blocks * model.layers_per_block)
+    going = activations + (gathered if kept else 0)
+    at_work = images * layer_at_work_bytes(model, recomputed, engine.element, **engine.autocast)
+    reducing = _reducing(engine, plan.accumulation_steps)
+    overlap = left * min(gradients, going) if grow else 0.0
+    if engine.zero in (1, 2) and checkpointing.mode == "full":  # autocast's copies end with the forward pass
+        overlap += min(gathered, reducing + at_work + (gradients if grow else 0))
+    return RankMemory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=0.0 if config.parallel.offload_optimizer else 8 * piece,
+        averages=4 * (largest_piece(model, engine.shard) if engine.zero in (1, 2) else piece) * len(config.ema.names),
+        gathered=gathered,
+        reducing=reducing,
+        activations=activations,
+        at_work=at_work,
+        runtime=_runtime(engine),
+        overlap=overlap,
+    )
+
+
+def _gradients(engine: _Engine, piece: float, micro_batches: int) -> tuple[float, bool]:
+    """Bytes of gradients at most, and whether they are there only after the last micro-batch's backward pass."""
+    n = parameters(engine.config.model)
+    if engine.zero:
+        return 4 * (n if engine.zero == 1 else piece), engine.zero == 1 and micro_batches == 1
+    if micro_batches == 1:
+        return 4 * piece, True
+    # fully_shard reduces after the last micro-batch alone. Until then it adds up whole gradients, in the dtype of reduction.
+    return (4 * n if engine.single else max(engine.reduce_element * n, 4 * piece)), False
+
+
+def _gathered(engine: _Engine, reshard: bool) -> tuple[float, bool]:
+    """Bytes of weights in the dtype that computes, and whether all are kept until the backward pass is done with them."""
+    n, element = parameters(engine.config.model), engine.element
+    if engine.single or engine.zero in (1, 2):
+        return (element * n if element < 4 else 0.0), False  # a copy in bfloat16
+    if engine.zero:  # weights in float32; in the backward pass, the last ones ahead are gone when gradients are most
+        return 4.0 * (engine.unit * engine.ahead if reshard else n), not reshard
+    if reshard and engine.shard > 1:
+        return element * engine.padded_unit * (1 + engine.ahead), False
+    return element * n, True
+
+
+def _reducing(engine: _Engine, micro_batches: int) -> float:
+    """Bytes of a unit's gradients in the dtype that computes, and as the collective takes them."""
+    if engine.single:
+        return 0.0
+    if engine.zero:  # a layer's, a bucket of them, and its copy that is sent
+        return engine.unit * (4 + 2 * engine.reduce_element)
+    if engine.shard == 1:
+        return engine.unit * engine.element
+    if micro_batches > 1:  # the sum of gradients itself makes room
+        return max(engine.unit * engine.element, engine.padded_unit * engine.reduce_element)
+    return engine.unit * engine.element + engine.padded_unit * engine.reduce_element
+
+
+def _runtime(engine: _Engine) -> float:
+    if engine.config.train.device != "cuda" and not engine.config.parallel.device_memory_gb:
+        return 0.0
+    sizes = {engine.ranks, engine.shard, engine.ranks // engine.shard} - {1}
+    return CUDA_CONTEXT + CUBLAS_WORKSPACES + NCCL_COMMUNICATOR * len(sizes)
+
+
+def _size(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else 4
