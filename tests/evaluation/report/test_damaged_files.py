@@ -27,8 +27,8 @@ from tarflow.evaluation.results import read_result, scan
 from tarflow.evaluation.run_config import run_config
 from tarflow.records import DamagedFileError, append_record_line, read_lines, read_object, sealed, write_object
 from tarflow.trainer.config.chosen_sampling import save_choice
-from tarflow.trainer.config.files import config_text, parse_config
-from tarflow.trainer.run_dir import create_run, write_identity
+from tarflow.trainer.config.files import parse_config
+from tarflow.trainer.run_dir import create_run, save_config, write_identity
 from tests.helpers.checkpoints import by_step
 from tests.helpers.results import write_result
 
@@ -55,7 +55,7 @@ def sweep_record(name: str) -> dict[str, object]:
 def make_run(path: Path) -> Path:
     """A run with one small file of every kind, though nothing was computed for it."""
     create_run(path)
-    (path / "config.yaml").write_text(config_text(parse_config(CONFIG, "test")))
+    save_config(path, parse_config(CONFIG, "test"))  # with its checksum: half of it may be a configuration, too
     save_choice(path, {"guidance": 0.5}, f"sweeps/{SWEEP}")
     config = run_config(path)
     by_step(path, 10, 160)
