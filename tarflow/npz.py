@@ -94,9 +94,9 @@ def rows(path: Path, name: str, count: int, *, what: str = "", way_out: str = ""
                 raise ValueError(f"{info.filename} goes on beyond its array")
 
 
-def write_npz(file: BinaryIO, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write arrays with their checksum; the same bytes for the same arrays."""
-    np.savez(file, **arrays, **{SEAL: np.array(checksum(arrays))})
+def write_npz(file: BinaryIO, arrays: Mapping[str, NDArray[Any]], sealed: bool = True) -> None:
+    """Write arrays with their checksum; the same bytes for the same arrays. Not `sealed`: the arrays alone, for others."""
+    np.savez(file, **arrays, **({SEAL: np.array(checksum(arrays))} if sealed else {}))
 
 
 def checksum(arrays: Mapping[str, NDArray[Any]]) -> str:

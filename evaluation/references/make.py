@@ -4,8 +4,6 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.storage.access import address
@@ -18,6 +16,7 @@ from tarflow.evaluation.references.reference import Reference, cache_path, full_
 from tarflow.evaluation.samples.weights_source import resolve_device
 from tarflow.files import write_atomic, write_new
 from tarflow.models.config import TarFlowConfig
+from tarflow.npz import write_npz
 
 
 @dataclass
@@ -83,7 +82,7 @@ def write_moments(path: Path, reference: Reference) -> None:
     count, mean, scatter = reference.statistics.parts()
 
     content = io.BytesIO()
-    np.savez(content, mu=mean.numpy(), sigma=(scatter / (count - 1)).numpy())
+    write_npz(content, {"mu": mean.numpy(), "sigma": (scatter / (count - 1)).numpy()}, sealed=False)
     write_atomic(path, lambda temporary: write_new(temporary, content.getvalue()))
 
 

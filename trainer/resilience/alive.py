@@ -75,7 +75,7 @@ def read_heartbeats(run_dir: Path) -> list[dict[str, Any]]:
     beats: list[dict[str, Any]] = []
     for path in listed(run_dir / "heartbeats", "rank-*.json"):
         try:
-            seen = path.stat().st_mtime
+            seen = 0.0 if path.is_symlink() and not path.exists() else path.stat().st_mtime
             beats.append({**load_record(path, Heartbeat).model_dump(exclude_unset=True), "seen": seen})
         except DamagedFileError as error:
             beats.append({"seen": seen, "flaw": str(error)})
