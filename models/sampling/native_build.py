@@ -16,6 +16,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
+from tarflow.errors import UserError
 from tarflow.file_systems import private_folder
 from tarflow.files import open_to_read
 from tarflow.leases import unique_name
@@ -32,9 +33,24 @@ class NotBuiltError(Exception):
     """There is no compiler, or it failed; the message says which."""
 
 
-@cache
 def library() -> ctypes.CDLL:
     """The compiled engine. Raises NotBuiltError, or UserError for a folder in which others could have put anything."""
+    found = outcome()
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+@cache
+def outcome() -> ctypes.CDLL | NotBuiltError | UserError:
+    """The library, or why there is none: tried once in a process."""
+    try:
+        return _found_or_built()
+    except (NotBuiltError, UserError) as error:
+        return error
+
+
+def _found_or_built() -> ctypes.CDLL:
     compiler = _compiler()
     folder = private_folder(_folder(), WAY_OUT)
     with open_to_read(Path(str(resources.files("tarflow.models.sampling").joinpath("native.c")))) as file:
