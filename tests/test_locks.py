@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tarflow import file_systems, locks
+from tarflow import errors, file_systems, locks
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.prepare.write import partial_folder
 from tarflow.data_pipeline.storage.shard_cache import ShardCache
@@ -50,7 +50,7 @@ def test_a_run_is_written_by_one_process_without_flock(tmp_path, monkeypatch, ca
         pass
     notes = capsys.readouterr().err.splitlines()
     assert len(notes) == 1
-    where = re.escape(f"{file_systems.file_system(tmp_path)}) has no locks ({errno.errorcode[number]}: ")
+    where = re.escape(f"{errors.file_system(tmp_path)}) has no locks ({errno.errorcode[number]}: ")
     assert re.search(rf"^note: the file system \({where}", notes[0])
     assert f"leases of 60 s stand in for them ({run}/.lock.*)" in notes[0]
 
@@ -183,10 +183,10 @@ fuse /database fuse.sshfs rw 0 0
 def test_a_file_system_is_named_by_the_longest_mount_above(tmp_path, monkeypatch):
     mounts = tmp_path / "mounts"
     mounts.write_text(MOUNTS)
-    monkeypatch.setattr(file_systems, "_MOUNTS", mounts)
-    assert file_systems.file_system("/data/x") == "zfs at /data"
-    assert file_systems.file_system("/data/with blank/run") == "lustre at /data/with blank"
-    assert file_systems.file_system("/database") == "fuse.sshfs at /database"
-    assert file_systems.file_system("/nowhere") == "ext4 at /"
+    monkeypatch.setattr(errors, "_MOUNTS", mounts)
+    assert errors.file_system("/data/x") == "zfs at /data"
+    assert errors.file_system("/data/with blank/run") == "lustre at /data/with blank"
+    assert errors.file_system("/database") == "fuse.sshfs at /database"
+    assert errors.file_system("/nowhere") == "ext4 at /"
     mounts.unlink()
-    assert file_systems.file_system("/nowhere") == "that of /nowhere"
+    assert errors.file_system("/nowhere") == "that of /nowhere"

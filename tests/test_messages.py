@@ -155,7 +155,15 @@ def test_wrong_usage_is_one_line_with_the_nearest_word(words: list[str], message
     assert err.count("\n") == 1
 
 
-OTHER_PROGRAMS = {"--ntasks", "--ntasks-per-node", "--no-deps", "--force-reinstall", "--ignore-scripts"}
+OTHER_PROGRAMS = {
+    "--gpus-per-task",
+    "--gpu-bind",
+    "--ntasks",
+    "--ntasks-per-node",
+    "--no-deps",
+    "--force-reinstall",
+    "--ignore-scripts",
+}
 
 
 @pytest.mark.case("N14")

@@ -1,6 +1,6 @@
 """How images are sampled: section `sampling` of a configuration, and what `sample` goes by."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,7 +21,7 @@ class SamplingSettings(Section):
         description="formula of guidance: the paper's linear rule, or the closed form of the guided Gaussian, which stays "
         "stable at large w",
     )
-    guide_blocks: tuple[int, ...] = Field(
+    guide_blocks: tuple[Annotated[Count, Field(ge=-(1 << 10), lt=1 << 10)], ...] = Field(
         (),
         max_length=1 << 10,
         description="flow blocks that are guided, counted from 0 in the forward direction, negative from the end; -1 is the "
@@ -110,7 +110,4 @@ class SamplingSettings(Section):
 
 # Settings that results of the first versions do not hold, with the values that these were drawn with.
 _LATER = ("guidance_form", "guide_blocks", "method", "tolerance", "certify_every")
-LATER = {
-    name: SamplingSettings.model_fields[name].default
-    for name in ("guidance_form", "guide_blocks", "method", "tolerance", "certify_every")
-}
+LATER = {name: SamplingSettings.model_fields[name].default for name in _LATER}

@@ -255,7 +255,7 @@ def test_weights_file_starts_a_new_run_but_never_an_old_one(
         (["data.train=/nowhere"], "/nowhere"),
         (["model.num_classes=2"], "3 classes"),
         (["train.micro_batch_size=5"], "train.micro_batch_size=5 does not divide the 16 images per rank"),
-        (["train.device=cuda"], "train.device=cuda: this machine has none"),
+        (["train.device=cuda"], "train.device=cuda, but on node "),
     ],
 )
 def test_bad_input_makes_no_run(tiny_config: Path, tmp_path: Path, overrides: list[str], message: str) -> None:

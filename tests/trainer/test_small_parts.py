@@ -69,7 +69,7 @@ def test_average_does_not_depend_on_the_batch_size() -> None:
         (
             {"image_size": 8, "patch_size": 2, "channels": 64, "num_blocks": 1, "layers_per_block": 1},
             ["k parameters, 16 tokens of 12 numbers", "1 rank, one process", "= 1 rank x 1 micro-batch x 1 image\n",
-             "1 image = 1 step\n", " MiB per rank: weights 0.3", " MFLOP per image", " MFLOP in all"],
+             "1 image = 1 step\n", " MiB per rank: weights 0.20, gradients 0.20, optimizer 0.41", " MFLOP per image", " MFLOP in all"],
         ),
         (
             {"image_size": 8, "patch_size": 8, "channels": 8, "head_channels": 8, "num_blocks": 1, "layers_per_block": 1},

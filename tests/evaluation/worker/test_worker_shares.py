@@ -94,7 +94,7 @@ def test_three_workers_one_killed_one_late_write_the_bytes_of_one(run_of_2000, t
         process.join(60)
         assert process.exitcode == 0
     assert files(run_of_2000) == files(alone)
-    assert set(files(alone)) == {"result.json", "grid.png", "neighbours.png", "trajectory.png"}
+    assert set(files(alone)) == {"result.json", "certificates.npz", "grid.png", "neighbours.png", "trajectory.png"}
     result = json.loads(files(alone)["result.json"])
     assert result["samples"]["asked"] == result["num_samples"] == 2000
     done_by = json.loads((run_of_2000 / "evals/images-000000000320/work.json").read_text())["workers"]
