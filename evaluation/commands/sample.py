@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--guidance", type=float, metavar="W", help="guidance weight; 0 = none")
     parser.add_argument("--guide", choices=("a", "b", "ab"), help="what is guided: log-scale a, shift b")
+    parser.add_argument(
+        "--guidance-form", choices=("linear", "closed"), help="formula of guidance: the paper's, or the closed form"
+    )
     parser.add_argument("--attn-temp", type=float, metavar="T", help="attention temperature of the unguided half")
     parser.add_argument(
         "--annealed", action=argparse.BooleanOptionalAction, help="let the guidance grow over the tokens"
@@ -46,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--noise-std", type=float, metavar="S", help="training noise of a weights file that does not record it"
     )
+    parser.add_argument(
+        "--method", choices=("sequential", "fixed_point", "auto"),
+        help="token by token, by iterating on many tokens, or the fastest as measured on the first batch",
+    )  # fmt: skip
+    parser.add_argument("--tolerance", type=float, metavar="E", help="how exact a sample must be, in its noise (1e-4)")
     parser.add_argument("--seed", type=int, help="key of the noise")
     parser.add_argument("--param-dtype", choices=("float32", "bfloat16"), help="dtype of the network's matrix products")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at once; does not change them")
@@ -61,10 +69,13 @@ def run(args: argparse.Namespace) -> int:
     given = {
         "guidance": args.guidance,
         "guide": args.guide,
+        "guidance_form": args.guidance_form,
         "attn_temp": args.attn_temp,
         "annealed": args.annealed,
         "denoise": args.denoise,
         "noise_std": args.noise_std,
+        "method": args.method,
+        "tolerance": args.tolerance,
         "seed": args.seed,
         "param_dtype": args.param_dtype,
     }

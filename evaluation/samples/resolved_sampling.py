@@ -48,6 +48,8 @@ class ResolvedSampling:
             settings = SamplingSettings.model_validate(self.settings.model_dump() | changes)
         except ValidationError as error:
             first = error.errors()[0]
+            if not first["loc"]:  # several settings contradict each other
+                raise EvaluationError(first["msg"].removeprefix("Value error, ")) from None
             raise EvaluationError(f"sampling.{first['loc'][0]} cannot be {first['input']!r}: {first['msg']}") from None
         return replace(self, settings=settings, **own)
 

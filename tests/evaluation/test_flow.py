@@ -109,6 +109,7 @@ def test_of_no_images_there_is_nothing(flow):
         (lambda f: f.sample(1, 7), "labels: label 7 is not one of the model's 3 classes"),
         (lambda f: f.sample(1, {"cat": 1}), "not a mapping"),
         (lambda f: f.sample(1, guidance=-1), "sampling.guidance cannot be -1"),
+        (lambda f: f.sample(1, method="auto", param_dtype="bfloat16"), "sampling.method=auto .*float32"),
         (lambda f: f.log_prob(pictures(3), [0, 1]), "2 labels for 3 images"),
         (lambda f: f.log_prob(pictures(3)[:, :, :4]), r"images must have the shape \[N, 1, 8, 8\], not \[3, 1, 4, 8\]"),
         (lambda f: f.log_prob(pictures(3).long()), "must be uint8"),
