@@ -1,6 +1,7 @@
 """The images whose likelihoods are taken: of a data set, or of a folder."""
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,11 +66,16 @@ class OfSet:
 
 
 class OfFolder:
-    """Images of a folder, numbered in the order of their names; without labels, or all with one."""
+    """Images of a folder, numbered in the order of their names; without labels, or all with one.
+
+    `limit` of them, spread evenly (0 = all).
+    """
 
     def __init__(self, folder: Path, model: TarFlowConfig, limit: int, label: int | None):
         self.images = ImageFolder(folder, model.in_channels, model.image_size)
-        self.files = self.images.files[:limit] if limit else self.images.files
+        total = len(self.images.files)
+        count = min(limit, total) if limit else total
+        self.files = [self.images.files[number * total // count] for number in range(count)]
         self.label = NO_LABEL if label is None else label
 
     @property
@@ -81,7 +87,8 @@ class OfFolder:
         """What their likelihoods depend on."""
         size = self.images.size
         return {
-            "data": str(self.images.root.resolve()), "images": self.num_images, "image_size": size,
+            "data": str(self.images.root.resolve()), "files": self._fingerprint(),
+            "images": self.num_images, "image_size": size,
             "channels": self.images.channels, "crop": CROP, "labels": self.label,
         }  # fmt: skip
 
@@ -94,6 +101,14 @@ class OfFolder:
             numbers = torch.arange(first, first + len(pixels))
             yield pixels, torch.full_like(numbers, self.label), numbers
             first += len(pixels)
+
+    def _fingerprint(self) -> str:
+        """Changes when a picture is added, removed, renamed or written again."""
+        digest = hashlib.sha256()
+        for number, file in enumerate(self.files):
+            status = file.stat()
+            digest.update(repr((self.name(number), status.st_size, status.st_mtime_ns)).encode())
+        return digest.hexdigest()
 
     def name(self, number: int) -> str:
         """The file, below the folder."""

@@ -152,7 +152,12 @@ def test_a_folder_has_names_and_one_label_at_most(model, tmp_path):
     measure(source, tmp_path / "in", tmp_path / "named", labels="1", num=3)
     table = rows(tmp_path / "named")
     assert (table["label"], table["class"]) == ([1] * 3, ["1"] * 3)
-    np.testing.assert_allclose(table["bits_per_dim"], flow.bits_per_dim(pictures[:3], "1").numpy(), atol=1e-6)
+    np.testing.assert_allclose(table["bits_per_dim"], flow.bits_per_dim(pictures[[0, 2, 4]], "1").numpy(), atol=1e-6)
+    assert table["name"] == ["0.png", "2.png", "4.png"]
+    # A picture that was drawn anew is not taken for the one that was measured.
+    save_png(tmp_path / "in/2.png", 255 - pictures[2])
+    with pytest.raises(EvaluationError, match="holds other likelihoods"):
+        measure(source, tmp_path / "in", tmp_path / "named", labels="1", num=3)
 
 
 def test_done_once_is_done_and_other_settings_are_refused(model, held_out, tmp_path, monkeypatch):
