@@ -66,7 +66,11 @@ class SamplingPlan(Record):
     machine: dict[str, Any] = Field(default_factory=dict)  # it was measured on; empty where nothing was
 
     def check(self, conditions: dict[str, Any]) -> None:
-        """Raise ModelError where the plan was made under other conditions."""
+        """Raise ModelError where the plan was made under other conditions, or is not of as many blocks."""
+        if len(self.blocks) != conditions["blocks"]:
+            raise ModelError(
+                f"the plan of sampling has {len(self.blocks)} blocks, and the model {conditions['blocks']}"
+            )
         for key in sorted(self.conditions.keys() | conditions.keys()):
             made, here = self.conditions.get(key), conditions.get(key)
             if made != here:
