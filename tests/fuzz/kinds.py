@@ -71,6 +71,7 @@ _KINDS = (
     Kind("work.json", f"{ONE}/evals/*/work.json", ("evaluate", "report"), "json"),
     Kind("plan.json", f"{ONE}/evals/work/*/plan.json", ("evaluate",), "json", ("evals/work",)),
     Kind("chunk", f"{ONE}/evals/work/*/samples-*", ("evaluate",), "npz"),
+    Kind("batches.json", f"{ONE}/evals/batches.json", ("evaluate",), "json"),
     Kind("claim", f"{ONE}/evals/work/*/claims/*", ("evaluate",), "json"),
     Kind("sampling.json", f"{ONE}/sampling.json", ("sample", "evaluate", "sweep-guidance", "report", "status"), "json"),
     Kind("sweep.json", f"{ONE}/sweeps/*/sweep.json", ("sweep-guidance", "report"), "json"),
