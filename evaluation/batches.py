@@ -1,20 +1,26 @@
 """How many images each stage of an evaluation takes at a time: what fits, and half of it once if memory runs out.
 
 No image's result depends on the others in its batch, so a batch may be split wherever memory asks for it: to the same bits on
-a CPU, and up to the rounding of other kernels on a GPU.
+a CPU, and up to the rounding of other kernels on a GPU. A half that worked is noted beside the results, by device, so that the
+next worker begins with it.
 """
 
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, ClassVar, TypeVar
 
 import torch
+from pydantic import Field
 
+from tarflow.errors import in_words
 from tarflow.evaluation.errors import DeviceFailedError, EvaluationError
 from tarflow.evaluation.log import Log
-from tarflow.files import read_bytes
+from tarflow.files import make_folder, read_bytes
+from tarflow.models.cost import batch_that_fits
+from tarflow.records import DamagedFileError, Record, load_record, save_record
 
 SAMPLING, DENOISING, LIKELIHOOD, FEATURES = "sampling", "denoising", "likelihood", "features"
 # What to change when a stage does not fit even in half its batch.
@@ -24,9 +30,9 @@ _WAYS_OUT = {
     LIKELIHOOD: "set sampling.batch_size={half} or lower",
     FEATURES: "choose a smaller network (evaluation.features), or evaluate with --device cpu",
 }
-SHARE = 0.8  # of the free memory: allocators round up, and kernels need scratch space
 # Failed allocations to which torch gives no type of their own: the CPU's, Apple's, and those inside cuBLAS.
 _ALLOCATORS = ("DefaultCPUAllocator", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_ANY = 1 << 30  # images: no limit
 ResultT = TypeVar("ResultT")
 
 
@@ -37,7 +43,9 @@ class Batches:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     log: Log = print
     used: dict[str, int] = field(default_factory=dict)
+    note: Path | None = None  # where halves that worked are noted for later workers, see `Fitted`
     _most: dict[str, int] = field(default_factory=dict)
+    _why: dict[str, str] = field(default_factory=dict)  # of a limit that has not been said yet
     _halved: set[str] = field(default_factory=set)
 
     def run(
@@ -48,18 +56,61 @@ class Batches:
         Out of memory, all parts are computed again in half the size, and every later batch of the stage too. Raises
         EvaluationError if that does not fit either.
         """
-        if bytes_per_image and stage not in self._most:
-            self._most[stage] = self._fitting(stage, count, bytes_per_image)
-        size = max(min(count, self._most.get(stage, count)), 1)
+        size = max(min(count, self._limit(stage, count, bytes_per_image)), 1)
         found, problem = self._try(count, size, compute)
         if found is None:
             size = self._half(stage, size, problem)
             found, problem = self._try(count, size, compute)
-        if found is None:
-            self._half(stage, size, problem)  # raises: it was halved before
-            raise AssertionError(stage)
+            if found is None:
+                self._half(stage, size, problem)  # raises: it was halved before
+                raise AssertionError(stage)
+            self._note(stage, size)
         self.used[stage] = size if stage in self._halved else max(size, self.used.get(stage, 0))
         return found
+
+    def _limit(self, stage: str, count: int, bytes_per_image: float) -> int:
+        """The most images of a stage at a time; said once, when it is less than somebody asks for."""
+        if stage not in self._most:
+            self._most[stage] = _ANY
+            free = free_bytes(self.device) if bytes_per_image else None
+            if free is not None:
+                self._most[stage] = batch_that_fits(free, bytes_per_image)
+                self._why[stage] = (
+                    f"by {bytes_per_image / 1e9:.2f} GB per image and {free / 1e9:.1f} GB free on {self.device}"
+                )
+            fitted = self._fitted().devices.get(device_name(self.device), {}).get(stage, _ANY)
+            if fitted < self._most[stage]:
+                self._most[stage] = fitted
+                self._why[stage] = (
+                    f"since more did not fit on {device_name(self.device)} before ({self.note} says so; remove it to try)"
+                )
+        most = self._most[stage]
+        if most < count and stage in self._why:
+            self.log(f"{stage}: {most} of {count} images at a time, {self._why.pop(stage)}")
+        return most
+
+    def _fitted(self) -> "Fitted":
+        """What workers before this one noted; nothing where they did not, or where the note is damaged."""
+        if self.note is not None:
+            try:
+                return load_record(self.note, Fitted)
+            except FileNotFoundError:
+                pass
+            except (DamagedFileError, OSError) as error:
+                self.log(f"{error}: not used")
+        return Fitted()
+
+    def _note(self, stage: str, size: int) -> None:
+        """Note a half that worked. Two workers at once may lose one of two notes, which then is found out again."""
+        if self.note is None:
+            return
+        devices, name = self._fitted().devices, device_name(self.device)
+        devices[name] = {**devices.get(name, {}), stage: size}
+        try:
+            make_folder(self.note.parent.parent, self.note.parent.name)
+            save_record(self.note, Fitted(devices=devices))
+        except (OSError, ValueError) as error:
+            self.log(f"{self.note} is not written ({in_words(error)}): the next worker will find out again what fits")
 
     def _try(self, count: int, size: int, compute: Callable[[slice], ResultT]) -> tuple[list[ResultT] | None, str]:
         """The parts, or None and what the allocator said. Nothing keeps the failed tensors alive: the error is gone."""
@@ -69,19 +120,6 @@ class Batches:
             if not is_out_of_memory(error):
                 raise
             return None, first_line(error)
-
-    def _fitting(self, stage: str, count: int, bytes_per_image: float) -> int:
-        free = free_bytes(self.device)
-        if free is None:
-            return count
-        # A power of two: two devices that differ a little in what is free take the same batch.
-        most = 1 << max(int(SHARE * free / bytes_per_image), 1).bit_length() - 1
-        if most < count:
-            self.log(
-                f"{stage}: {most} of {count} images at a time, by {bytes_per_image / 1e9:.2f} GB per image and "
-                f"{free / 1e9:.1f} GB free on {self.device}"
-            )
-        return most
 
     def _half(self, stage: str, size: int, problem: str) -> int:
         where = f"{stage} of {size} images at a time does not fit into the memory of {self.device}"
@@ -98,6 +136,25 @@ class Batches:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return half
+
+
+class Fitted(Record):
+    """`evals/batches.json`: what stages took at a time after a larger batch had not fitted."""
+
+    what: ClassVar[str] = "which batches fitted"
+    way_out: ClassVar[str] = "remove it, and larger batches are tried again"
+
+    devices: dict[
+        Annotated[str, Field(max_length=300)],
+        dict[Annotated[str, Field(max_length=100)], Annotated[int, Field(gt=0, le=1 << 30)]],
+    ] = Field(default_factory=dict)  # name of a device -> stage -> images at a time
+
+
+def device_name(device: torch.device) -> str:
+    """By which like devices are recognized: a GPU's name as its driver gives it, a CPU's host."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"the {device.type} of {platform.node()}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -169,10 +169,36 @@ def denoising_bytes(config: TarFlowConfig) -> float:
     return 4.0 * config.num_tokens * (kept + at_work)
 
 
+def sampling_bytes(
+    config: TarFlowConfig, element: int = 4, guided: bool = False, whole: bool = False, certified: float = 1 / 16
+) -> float:
+    """Peak bytes per image of `tarflow.models.sampling.inverse.invert`, the weights apart: one block with its cache.
+
+    `element`: bytes per number of the network that samples. `guided`: a second row for each image. `whole`: the block may
+    be inverted by passes over all tokens at once. `certified`: share of images that a pass in float32 over all tokens
+    checks, after the cache of sampling is gone.
+    """
+    c, d, t = config.channels, config.token_dim, config.num_tokens
+    rows = 2 if guided else 1
+    cache = rows * 2 * config.layers_per_block * t * c  # keys and values
+    a_pass = rows * t * (3 + 2 * config.expansion) * c  # one layer at work on all tokens
+    checked = 4.0 * (cache + a_pass)
+    sequences = 4 * 4 * t * d  # the noise, the block's input in two orders, and what it becomes
+    return sequences + (checked if whole else max(float(element * cache), certified * checked))
+
+
 def likelihood_bytes(config: TarFlowConfig) -> float:
     """Peak bytes per image of a forward pass in float32 without gradients, the weights apart: one layer at work."""
     c, d = config.channels, config.token_dim
     return 4.0 * config.num_tokens * ((3 + 2 * config.expansion) * c + 2 * d)
+
+
+SHARE = 0.8  # of the free memory: allocators round up, and kernels need scratch space
+
+
+def batch_that_fits(free: float, bytes_per_image: float) -> int:
+    """Images at a time in so many free bytes: a power of two, so that devices that differ a little take the same batch."""
+    return 1 << max(int(SHARE * free / bytes_per_image), 1).bit_length() - 1
 
 
 def denoising_flops(config: TarFlowConfig) -> float:

@@ -1,9 +1,16 @@
 """What a configuration amounts to, without allocating it: sizes, batch arithmetic, memory per rank, arithmetic per image."""
 
-from tarflow.models.cost import flops_per_image, parameters
+from tarflow.models.cost import (
+    batch_that_fits,
+    denoising_bytes,
+    flops_per_image,
+    likelihood_bytes,
+    parameters,
+    sampling_bytes,
+)
 from tarflow.trainer.batch import counted, plan_batch
 from tarflow.trainer.config.schema import Config
-from tarflow.trainer.parallel.memory import HEADROOM, RankMemory, fits, rank_memory, reshards
+from tarflow.trainer.parallel.memory import GB, HEADROOM, RankMemory, fits, rank_memory, reshards
 from tarflow.trainer.parallel.mesh import mesh_shape
 
 _BINARY = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
@@ -41,6 +48,7 @@ def describe(config: Config, world_size: int | None = None) -> str:
         f"length      {counted(train.max_images, 'image')} = {counted(steps, 'step')}\n"
         f"memory      {memory.total / _BINARY[unit]:.2f} {unit} per rank: {parts}\n"
         f"{_verdict(config, memory)}"
+        f"{_evaluation(config)}\n"
         f"arithmetic  {each}FLOP per image (forward and backward); {whole}FLOP in all; "
         f"1 PFLOP/s does {1e15 / flops:,.0f} images/s"
     )
@@ -68,6 +76,41 @@ def _verdict(config: Config, memory: RankMemory) -> str:
         f"{HEADROOM * stated:.1f} GB; "
         "lower train.micro_batch_size, raise parallel.dp_shard or take activation_checkpoint.mode=full\n"
     )
+
+
+def evaluation_weights(config: Config) -> float:
+    """Bytes of the weights that an evaluation worker holds: float32, and a copy in the dtype that samples."""
+    return parameters(config.model) * (4.0 + 2 * (config.sampling.param_dtype == "bfloat16"))
+
+
+def evaluation_stages(config: Config) -> dict[str, float]:
+    """Peak bytes per image of what an evaluation worker does in turn, weights and the feature network apart."""
+    stages = {"sampling": sampling_bytes(config.model, **config.sampling.memory)}
+    if config.denoise_multiplier:
+        stages["denoising"] = denoising_bytes(config.model)
+    return stages | {"likelihood": likelihood_bytes(config.model)}
+
+
+def _evaluation(config: Config) -> str:
+    """What an evaluation worker holds at a time.
+
+    Denoising and likelihood split the sampling batch by the memory that is free. Sampling does not: a batch of another size
+    may round differently, and the workers of a result share one.
+    """
+    weights, batch, stated = evaluation_weights(config), config.sampling.batch_size, config.parallel.device_memory_gb
+    said = []
+    for name, each in evaluation_stages(config).items():
+        fits = min(batch, batch_that_fits(stated * GB - weights, each)) if stated else batch
+        images = batch if name == "sampling" else fits
+        text = f"{name} {images}{f' of {batch}' * (images < batch)} images {_size(images * each)}"
+        said.append(text + f" (DOES NOT FIT: set sampling.batch_size={fits})" * (fits < images))
+    return f"evaluation  per worker, in turn: {', '.join(said)}; beside {_size(weights)} of weights and the feature network"
+
+
+def _size(count: float) -> str:
+    """`1.50 GiB`."""
+    unit = next((name for name, size in _BINARY.items() if count >= size), "KiB")
+    return f"{count / _BINARY[unit]:.2f} {unit}"
 
 
 def _short(number: float, prefixes: dict[str, float]) -> tuple[str, str]:

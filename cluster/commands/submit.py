@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--array", metavar="KEY=A,B,C", help="one run for each value, as one job array")
     parser.add_argument("--evaluate", action="store_true", help="submit a worker that evaluates every checkpoint too")
     parser.add_argument(
-        "--eval-profile", type=Path, metavar="FILE", help="profile of that worker (default: --profile, for one process)"
+        "--eval-profile", type=Path, metavar="FILE", help="profile of that worker (default: a share of --profile)"
     )
     parser.add_argument(
         "--after-running", action="store_true", help="let it wait for the end of the run's jobs that are in the queue"
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         config=args.config, run_dir=args.run, profile=profile, nodes=args.nodes, tasks_per_node=tasks,
         one_task_per_node=args.one_task_per_node,
         overrides=list(args.overrides), sweep=args.array, evaluate=args.evaluate,
-        eval_profile=load_profile(args.eval_profile) if args.eval_profile else None,
+        eval_profile=load_profile(args.eval_profile).of_evaluation() if args.eval_profile else None,
         after_running=args.after_running, options=start_arguments(args), init_from=args.init_from,
         init_partial=args.init_partial, dry_run=args.dry_run,
         arguments=_words_after("submit"),

@@ -8,6 +8,7 @@ from tarflow.cluster.commands.options import add_profile, log, profile_changes
 EXAMPLE = """example:
   tarflow submit-eval runs/in64 --profile cheap.yaml evaluation.num_samples=10000
 
+The job takes what `evaluation` in the profile sets, or all of a profile without it.
 The worker evaluates every checkpoint once, requeues itself as training does, and ends with the run.
 """
 
@@ -24,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from tarflow.cluster.submission.profile import load_profile
     from tarflow.cluster.submission.submit import submit_evaluation
 
-    profile = load_profile(args.profile, profile_changes(args))
+    changes = profile_changes(args)
+    profile = load_profile(args.profile, changes).of_evaluation(changes)
     log("\n".join(submit_evaluation(args.run, profile, args.overrides, args.dry_run)))
     return 0

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -71,7 +71,8 @@ class ClusterProfile(BaseModel):
     )
     evaluation: dict[str, Any] = Field(
         {},
-        description="settings that replace these for the job of --evaluate, e.g. gpus: 2 (default: one GPU, its share)",
+        description="settings that replace these for the job of an evaluation, e.g. gpus: 2 (default with --evaluate: one GPU, "
+        "its share)",
     )
     min_free_gb: float = Field(
         1.0, ge=0, le=1e9, description="free space in GB that the run directory must have at a start"
@@ -135,6 +136,16 @@ class ClusterProfile(BaseModel):
             return wanted
         parts = min(max(wanted.gpus, 1), processes)
         return wanted.model_copy(update={"mem": f"{-(-int(match[1]) * parts // processes)}{match[2]}"})
+
+    def of_evaluation(self, typed: Iterable[str] = ()) -> "ClusterProfile":
+        """What a profile that was given for an evaluation asks for: `evaluation` where it is set, otherwise all of it.
+
+        `typed`: settings that the command line replaced, which go before `evaluation`.
+        """
+        if not self.evaluation:
+            return self
+        kept = {name: value for name, value in self.evaluation.items() if name not in typed}
+        return self.model_copy(update={"evaluation": kept}).for_evaluation(max(self.gpus, 1))
 
     def size(self) -> str:
         """The resources of a job on one node, in words."""

@@ -142,14 +142,16 @@ def submit_evaluation(run_dir: Path, profile: ClusterProfile, overrides: Sequenc
     if not is_run(run_dir):
         raise ClusterError(f"{run_dir} is not a run directory; `tarflow submit` or `tarflow train` makes one")
     batch = make_batch(profile, run_dir, job_name(run_dir, "evaluate"), 1, 1, max(profile.gpus, 1), dry_run)
+    large = profile.gpus > 1 or "exclusive" in profile.sbatch
+    notes = [f"note: the evaluation asks for {profile.size()}"] * large
     if dry_run:
-        return [_text(batch, 1)]
+        return [_text(batch, 1), *(_comment("the plan", note) for note in notes)]
     trainings = [entry["job"] for entry in submissions(run_dir).checked().entries if entry["kind"] == "train"]
     code = str(_code(run_dir / "slurm"))
     follows = trainings[-1] if trainings else None
     job = evaluation_job(run_dir, code, profile, follows, uuid.uuid4().hex, overrides, _device_of(run_dir))
     sent = _send(batch, [job])
-    return [_record(job, sent[0], batch.folder), *_beside([run_dir], sent)]
+    return [_record(job, sent[0], batch.folder), *notes, *_beside([run_dir], sent)]
 
 
 def _device_of(run_dir: Path) -> Device:

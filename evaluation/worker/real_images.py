@@ -41,7 +41,7 @@ class RealImages:
     @cached_property
     def batches(self) -> Batches:
         """How many images each stage takes at a time, on this process's device."""
-        return Batches(self.device, self.log)
+        return Batches(self.device, self.log, note=self.evals / "batches.json")
 
     def images(self, limit: int) -> ImageSet:
         """Training images; `limit` of them, spread evenly (0 = all)."""

@@ -1,6 +1,6 @@
 """How images are sampled: section `sampling` of a configuration, and what `sample` goes by."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -86,6 +86,16 @@ class SamplingSettings(Section):
     def guided(self) -> bool:
         """Whether a second, unconditional half is computed at all."""
         return self.guidance > 0
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What the cost model of sampling goes by (`tarflow.models.cost.sampling_bytes`)."""
+        return {
+            "element": 2 if self.param_dtype == "bfloat16" else 4,
+            "guided": self.guided,
+            "whole": self.method != "sequential",
+            "certified": 1 / self.certify_every if self.certify_every else 0.0,
+        }
 
     def guidance_problem(self, labelled: bool, label_dropout: float | None) -> str | None:
         """Why this guidance would be meaningless, or None. `label_dropout` is that of training; None if unknown.

@@ -1,8 +1,10 @@
 """Memory: each stage takes what fits, halves it once, and then names the setting; no image depends on its batch."""
 
 import json
+import platform
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from tarflow.evaluation.samples.draw import Sampler
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
-from tarflow.models.cost import denoising_bytes, likelihood_bytes
+from tarflow.models.cost import SHARE, denoising_bytes, likelihood_bytes
 
 GUIDED = ResolvedSampling(noise_std=0.2).with_changes(guidance=1.5, denoise=1.0)
 
@@ -55,7 +57,7 @@ def test_denoising_and_likelihood_are_split_by_what_is_free_and_keep_every_bit(
 
     lines: list[str] = []
     for per_image in (denoising_bytes, likelihood_bytes):
-        free(monkeypatch, room * per_image(model.config) / batches.SHARE)
+        free(monkeypatch, room * per_image(model.config) / SHARE)
         shared = Batches(log=lines.append)
         if per_image is denoising_bytes:
             parts = Sampler(model, GUIDED, shared).draw(range(12))
@@ -126,6 +128,39 @@ def test_a_feature_network_that_does_not_fit_goes_on_in_halves(monkeypatch) -> N
     assert len(lines) == 1
 
 
+def test_the_next_worker_begins_with_the_half_that_worked_and_says_so(tmp_path: Path) -> None:
+    note, lines = tmp_path / "evals" / "batches.json", list[str]()
+
+    def worker(most: int) -> Batches:
+        def compute(part: slice) -> None:
+            if part.stop - part.start > most:
+                raise torch.OutOfMemoryError(f"tried {part.stop - part.start}")
+
+        lines.clear()
+        batches = Batches(log=lines.append, note=note)
+        batches.run("sampling", 16, compute)
+        return batches
+
+    assert worker(16).used == {"sampling": 16}
+    assert not note.exists(), "nothing that had to be found out"
+    assert worker(8).used == {"sampling": 8}
+    assert worker(4).used == {"sampling": 4}, "each worker halves once"
+    assert [line.partition(" (")[0] for line in lines] == [
+        f"sampling: 8 of 16 images at a time, since more did not fit on the cpu of {platform.node()} before",
+        "sampling of 8 images at a time does not fit into the memory of cpu: halved once, to 4, from here on",
+    ]
+    assert worker(4).used == {"sampling": 4}
+    assert len(lines) == 1, "nothing had to be tried"
+    assert f"({note} says so; remove it to try)" in lines[0]
+    note.write_text(note.read_text().replace("4", "64"))
+    assert worker(16).used == {"sampling": 16}, "of a damaged note nothing is taken"
+    assert "is damaged or was not written by tarflow" in lines[0]
+    note.unlink()
+    note.mkdir()
+    assert worker(8).used == {"sampling": 8}, "that it cannot be written ends no evaluation"
+    assert "is not written" in lines[-1]
+
+
 def test_likelihoods_of_every_image_and_the_python_interface_are_split_as_well(make_model, monkeypatch) -> None:
     model = make_model()
     pixels, labels, ids = torch.arange(8 * 64).remainder(256).to(torch.uint8).view(8, 1, 8, 8), torch.arange(8) % 3, torch.arange(8)  # fmt: skip
@@ -136,13 +171,13 @@ def test_likelihoods_of_every_image_and_the_python_interface_are_split_as_well(m
     table = likelihoods(model, [(pixels, labels, ids)], noise)
     wholes = [measure(pixels, [1] * 8) for measure in measures]
 
-    free(monkeypatch, 2 * likelihood_bytes(model.config) / batches.SHARE)
+    free(monkeypatch, 2 * likelihood_bytes(model.config) / SHARE)
     shared = Batches(log=lambda _: None)
     split = likelihoods(model, [(pixels, labels, ids)], noise, shared)
     assert shared.used == {"likelihood": 2}
     assert np.array_equal(split.bits, table.bits)
     assert np.array_equal(split.parts, table.parts)
-    free(monkeypatch, 2 * denoising_bytes(model.config) / batches.SHARE)
+    free(monkeypatch, 2 * denoising_bytes(model.config) / SHARE)
     flow._memory = Batches(log=lambda _: None)
     assert all(torch.equal(measure(pixels, [1] * 8), whole) for measure, whole in zip(measures, wholes))
     assert flow._memory.used["denoising"] == 2
@@ -162,12 +197,15 @@ def test_a_result_records_the_batches_and_is_the_same_result(make_run, monkeypat
 
     lines: list[str] = []
     whole, work = scored("whole")
+    assert not (original.with_name("whole") / "evals/batches.json").exists()
     assert work["batches"] == {"denoising": [8], "likelihood": [8], "sampling": [8]}
     monkeypatch.setattr(draw, "denoise", too_large(4, draw.denoise, 1))
     halved, work = scored("halved")
     assert work["batches"] == {"denoising": [4], "likelihood": [8], "sampling": [8]}
     assert halved == whole
     assert len([line for line in lines if "halved once" in line]) == 1
+    noted = json.loads((original.with_name("halved") / "evals/batches.json").read_text())["devices"]
+    assert noted == {f"the cpu of {platform.node()}": {"denoising": 4}}
 
 
 @pytest.mark.usefixtures("fake_features")

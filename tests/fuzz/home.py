@@ -190,12 +190,15 @@ def _half_an_evaluation(*words: str) -> int:
 
 def _jobs() -> int:
     """What submissions and their starts leave in a run: job 7 has ended, job 8 waits to be started again."""
+    import torch
+
     from tarflow.cluster.job.chain import Chain, Limits
     from tarflow.cluster.job.description import Job, save_description
     from tarflow.cluster.job.failure_notes import FailureNote
     from tarflow.cluster.job.preflight import Here
     from tarflow.cluster.job.record import note_job
     from tarflow.cluster.job.rendezvous import MeetingFile
+    from tarflow.evaluation.batches import Fitted, device_name
     from tarflow.interpreter import HOME
     from tarflow.records import save_record
     from tarflow.trainer.checkpoint.pins import Pin
@@ -218,6 +221,7 @@ def _jobs() -> int:
         save_record(START / f"here-{rank}.json", Here(rank=rank, node=f"node{rank + 1}", time=time.time()))
     save_record(START / "rendezvous.json", MeetingFile(host="127.0.0.1", check_port=4001, port=4002))
     save_record(START / "failed-1.json", FailureNote(code=1, text="rank 1 on node2: exit code 1"))
+    save_record(run / "evals" / "batches.json", Fitted(devices={device_name(torch.device("cpu")): {"likelihood": 4}}))
     work = Job(kind="train", run_dir="runs/one", run=run_id(run), submission=submission, code=str(HOME.resolve()),
                arguments=(), resubmit="tarflow submit", limits=Limits())  # fmt: skip
     DIGEST.write_text(save_description(DESCRIPTION, (work,)))

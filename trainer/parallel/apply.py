@@ -18,7 +18,7 @@ from tarflow.trainer.parallel.memory import reshards
 
 
 def apply_parallelism(model: TarFlow, config: Config, mesh: DeviceMesh | None) -> None:
-    """Change a model in place. `mesh` is (dp_replicate, dp_shard), None for a single process."""
+    """Change a model in place. `mesh` has dp_shard, with replicas dp_replicate before it; None for a single process."""
     if config.activation_checkpoint.offload:
         # Moving tensors to the host and back cannot be traced: the graph has to be inside that.
         if config.compile.enable:

@@ -1,17 +1,19 @@
 """Bytes that one rank holds at the moment of its step when it holds most, by what they are for.
 
 Formulas, not measurements. `benchmarks/fake_ranks.py` compares them with the storages of a rank of 1,024 that takes a step,
-`benchmarks/gpu.py` with the peak that the allocator of a GPU saw.
+`benchmarks/gpu` with the peak that the allocator of a GPU saw.
 """
 
 from dataclasses import dataclass
 
+from tarflow.models.config import TarFlowConfig
 from tarflow.models.cost import (
     activation_bytes,
     largest_piece,
     largest_unit_piece,
     layer_at_work_bytes,
     parameters,
+    parameters_per_layer,
 )
 from tarflow.trainer.batch import plan_batch
 from tarflow.trainer.config.schema import Config
@@ -41,6 +43,7 @@ class RankMemory:
     reducing: float  # a unit's gradients on the way from whole to sharded
     activations: float  # kept for the backward pass
     at_work: float  # of the layer that computes
+    buckets: float  # of gradients to reduce, which ZeRO-3 makes once and keeps
     runtime: float  # outside of torch's allocator
     overlap: float = 0  # of gradients and activations: these come as those go
 
@@ -48,6 +51,11 @@ class RankMemory:
     def state(self) -> float:
         """Weights, gradients and optimizer: what sharding divides."""
         return self.weights + self.gradients + self.optimizer
+
+    @property
+    def between(self) -> float:
+        """What is held from step to step, averages apart: the state, and buffers that are made once."""
+        return self.state + self.buckets
 
     @property
     def total(self) -> float:
@@ -187,6 +195,7 @@ def _rank_memory(config: Config, ranks: int, reshard: bool) -> RankMemory:
         reducing=reducing,
         activations=activations,
         at_work=at_work,
+        buckets=float(bucket_size(model) * engine.reduce_element) if engine.zero == 3 else 0.0,
         runtime=_runtime(engine),
         overlap=overlap,
     )
@@ -219,13 +228,18 @@ def _reducing(engine: _Engine, micro_batches: int) -> float:
     """Bytes of a unit's gradients in the dtype that computes, and as the collective takes them."""
     if engine.single:
         return 0.0
-    if engine.zero:  # a layer's, a bucket of them, and its copy that is sent
-        return engine.unit * (4 + 2 * engine.reduce_element)
+    if engine.zero:  # a layer's, a bucket of them (stage 3 keeps its own), and its copy that is sent
+        return engine.unit * (4 + engine.reduce_element * (1 if engine.zero == 3 else 2))
     if engine.shard == 1:
         return engine.unit * engine.element
     if micro_batches > 1:  # the sum of gradients itself makes room
         return max(engine.unit * engine.element, engine.padded_unit * engine.reduce_element)
     return engine.unit * engine.element + engine.padded_unit * engine.reduce_element
+
+
+def bucket_size(model: TarFlowConfig) -> int:
+    """Numbers in ZeRO's bucket of gradients: a layer's, or the position embedding's if it has more."""
+    return max(parameters_per_layer(model), model.num_tokens * model.channels)
 
 
 def _runtime(engine: _Engine) -> float:

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from tarflow.models.flow import TarFlow, flow_loss
@@ -154,8 +154,8 @@ class ShardedBackend(TorchBackend):
     """
 
     def __init__(self, config: Config, device: torch.device, world: World) -> None:
-        shape = mesh_shape(config.parallel, world.size)
-        self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
+        replicate, self._shards = mesh_shape(config.parallel, world.size)
+        self.mesh = _make_mesh(device, replicate, self._shards)
         with torch.device("meta"):
             model = TarFlow(config.model)
         apply_parallelism(model, config, self.mesh)
@@ -165,7 +165,7 @@ class ShardedBackend(TorchBackend):
             self._fill(self._parameters[name], value)
         with torch.no_grad():
             model.var.fill_(1)
-        group = self.mesh.get_group("dp_shard") if shape[1] > 1 else None
+        group = self.mesh.get_group("dp_shard") if self._shards > 1 else None
         super().__init__(model, config, device, group)
 
     def _make_locals(self) -> dict[str, Tensor]:
@@ -174,7 +174,7 @@ class ShardedBackend(TorchBackend):
     @torch.no_grad()
     def _fill(self, parameter: DTensor, whole: Tensor) -> None:
         """Copy this rank's rows of a whole value into its shard."""
-        pieces = whole.chunk(self.mesh.size(1))
+        pieces = whole.chunk(self._shards)
         place = self.mesh.get_local_rank("dp_shard")
         if place < len(pieces):
             _local(parameter).copy_(pieces[place])
@@ -196,6 +196,17 @@ class ShardedBackend(TorchBackend):
         p = self._parameters[name]
         # The shape is given, since it cannot be inferred from pieces of uneven sizes.
         return DTensor.from_local(local, self.mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def _make_mesh(device: torch.device, replicate: int, shard: int) -> DeviceMesh:
+    """(dp_replicate, dp_shard), or dp_shard alone where there is one replica.
+
+    On a mesh of two dimensions torch all-reduces every unit's gradients over the replicas, however few: with one, that is
+    a collective and its stream for nothing.
+    """
+    if replicate == 1:
+        return init_device_mesh(device.type, (shard,), mesh_dim_names=("dp_shard",))
+    return init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
 
 
 def _local(parameter: Tensor) -> Tensor:

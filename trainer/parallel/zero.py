@@ -29,7 +29,7 @@ from tarflow.trainer.config.schema import Config
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.optimizer import GuardedAdamW
 from tarflow.trainer.parallel.apply import apply_parallelism
-from tarflow.trainer.parallel.memory import reshards
+from tarflow.trainer.parallel.memory import bucket_size, reshards
 from tarflow.trainer.parallel.saved import whole
 from tarflow.trainer.parallel.world import World
 from tarflow.trainer.stats import batch_stats
@@ -98,7 +98,7 @@ def zero_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
         "stage3_param_persistence_threshold": 0,
         **_live_parameters(config, plan.world_size),
         # Allocated in full at the start; the default of 500 million elements would dwarf a small model's shards.
-        "reduce_bucket_size": max(parameters_per_layer(config.model), config.model.num_tokens * config.model.channels),
+        "reduce_bucket_size": bucket_size(config.model),
     }
     if parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}

@@ -211,6 +211,28 @@ def test_a_profile_changes_what_an_evaluation_takes_and_each_of_its_gpus_has_a_w
     assert job["gpus"] == 2
 
 
+def test_who_submits_an_evaluation_later_gets_what_the_profile_sets_for_it(
+    fake_slurm, verb, config_file, tmp_path, capsys
+) -> None:
+    """With `submit-eval` and `--eval-profile`, too; a profile without such a section is taken as it is."""
+    sized, whole = tmp_path / "sized.yaml", tmp_path / "whole.yaml"
+    whole.write_text("gpus: 4\ncpus: 12\nmem: 400G\ntime: 1-00:00:00\n")
+    sized.write_text(whole.read_text() + "evaluation: {gpus: 2, time: 4:00:00, partition: cheap}\n")
+    run = tmp_path / "run"
+    assert verb("submit", config_file, "--run", run, "--profile", whole, "--evaluate", "--eval-profile", sized) == 0
+    cheap = {"gpus-per-node=2", "mem=200G", "cpus-per-task=24", "time=240", "partition=cheap"}
+    for words, wanted in (
+        ([], cheap),
+        (["submit-eval", run, "--profile", sized], cheap),
+        (["submit-eval", run, "--profile", sized, "--time", "90"], cheap - {"time=240"} | {"time=90"}),
+        (["submit-eval", run, "--profile", whole], {"gpus-per-node=4", "mem=400G", "cpus-per-task=48", "time=1440"}),
+    ):
+        assert not words or verb(*words) == 0
+        script = fake_slurm.script.read_text()
+        assert [line for line in sorted(wanted) if f"#SBATCH --{line}\n" not in script] == []
+    assert "note: the evaluation asks for 4 GPUs, 48 CPUs, 400G of memory\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [("{gpu: 2}", "unknown setting gpu; did you mean gpus?"), ("{gpus: many}", "gpus"), ("{evaluation: {}}", "unknown"),

@@ -10,11 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import tarflow.cli
+from tarflow.evaluation.start.estimate import Work
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.cost import denoising_flops, flops_per_image
 from tarflow.models.denoise import denoise
 from tarflow.models.flow import TarFlow
+from tarflow.trainer.config.evaluation import EvaluationConfig
+from tarflow.trainer.config.files import load_config
 
+ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.usefixtures("fake_features")
 
 
@@ -61,6 +65,28 @@ def test_images_tokens_and_flops_are_those_of_the_settings_and_nothing_is_made(m
     assert lines[4].endswith(": images-000000000320 to evaluate")
     assert lines[5].startswith("sampling    100 images")
     assert lines[-1].startswith("time        not known: no result of this run recorded its times; give --rate")
+
+
+FINE = [p for p in (ROOT / "configs").glob("*.yaml") if load_config(p).model.image_size >= 128]
+
+
+@pytest.mark.parametrize("path", sorted(FINE), ids=lambda p: p.stem)
+def test_high_resolutions_are_evaluated_cheaply_during_a_run_and_in_full_at_its_end(path: Path) -> None:
+    config = load_config(path)
+    often, model = config.evaluation, config.model
+    at_end = often.model_copy(update=often.final)
+    assert at_end.num_samples == 50_000  # the field's standard
+
+    def flops(evaluation: EvaluationConfig) -> float:
+        images = evaluation.validation_images or 50_000  # the held-out part of ImageNet has as many
+        work = Work(evaluation.num_samples, config.sampling.guided, bool(config.denoise_multiplier), images,
+                    evaluation.likelihood_draws)  # fmt: skip
+        return sum(work.drawing_flops(model)) + work.likelihood_flops(model)
+
+    assert flops(often) <= flops(at_end) / 5
+    results = config.train.max_images / config.checkpoint.every_images
+    training = config.train.max_images * flops_per_image(model)
+    assert results * flops(often) <= 0.02 * training
 
 
 def test_hours_go_by_the_stated_rate_and_by_the_number_of_workers(make_run, capsys) -> None:

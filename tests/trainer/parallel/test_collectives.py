@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,16 +31,18 @@ BACKENDS: dict[str, dict[str, Any]] = {
 
 
 class Collectives(TorchDispatchMode):
-    """Numbers sent, by kind of collective (`gather`, `reduce`) and dtype."""
+    """Numbers sent, by kind of collective (`gather`, `reduce`) and dtype; and how many ranks the groups have."""
 
     def __init__(self) -> None:
         super().__init__()
         self.numbers: Counter[tuple[str, str]] = Counter()
+        self.groups: Counter[int] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "aten" and func.__name__.split(".")[0] in ("mm", "addmm"):
             self.numbers["product", str(args[-1].dtype).removeprefix("torch.")] += 1
         if func.namespace == "c10d":
+            self.groups.update(_sizes_of_groups(args))
             kind = next((kind for kind in ("gather", "reduce") if kind in func.__name__), func.__name__)
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             whole = max(tensors, key=lambda t: t.numel())  # of a piece and the whole
@@ -48,8 +51,16 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def collectives_of_a_step(settings: list[dict[str, Any]]) -> list[tuple[dict[tuple[str, str], int], float]]:
-    """A rank: for each backend, what the second step of two micro-batches sends, and its loss."""
+def _sizes_of_groups(args: Any) -> list[int]:
+    boxed = [a for a in args if isinstance(a, torch.ScriptObject) and a._type().name() == "ProcessGroup"]  # type: ignore[attr-defined]
+    return [dist.ProcessGroup.unbox(group).size() for group in boxed]
+
+
+Found = tuple[dict[tuple[str, str], int], float, dict[int, int]]
+
+
+def collectives_of_a_step(settings: list[dict[str, Any]]) -> list[Found]:
+    """A rank: for each backend, what the second step of two micro-batches sends, its loss, and collectives by ranks."""
     world, found = world_from_env(), []
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(world.rank))
     labels = torch.tensor([0, 1, -1, 3])
@@ -66,7 +77,7 @@ def collectives_of_a_step(settings: list[dict[str, Any]]) -> list[tuple[dict[tup
                     backend.optimizer_step(1e-2)
             assert torch.isfinite(backend.skipped()).all()
             assert backend.skipped().tolist() == [0, 0]
-            found.append((dict(sent.numbers), float(stats[0])))
+            found.append((dict(sent.numbers), float(stats[0]), dict(sent.groups)))
     return found
 
 
@@ -76,9 +87,10 @@ def test_every_gradient_is_reduced_in_the_configured_dtype_and_every_weight_gath
 ) -> None:
     settings = [{**parallel, "reduce_dtype": reduce_dtype} for parallel in BACKENDS.values()]
     found = dict(zip(BACKENDS, launch_ranks(collectives_of_a_step, 2, settings).values[0]))
-    losses = [loss for _, loss in found.values()]
+    losses = [loss for _, loss, _ in found.values()]
     assert max(losses) - min(losses) < 1e-3 * abs(losses[0])
-    for name, (sent, _) in found.items():
+    for name, (sent, _, groups) in found.items():
+        assert groups.keys() == {2}, (name, groups)  # none over a single rank, whose mesh has one replica
         gradients = {dtype: n for (kind, dtype), n in sent.items() if kind == "reduce"}
         weights = {dtype: n for (kind, dtype), n in sent.items() if kind == "gather"}
         assert gradients.keys() == {reduce_dtype}, (name, sent)

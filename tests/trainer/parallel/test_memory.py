@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 
 from benchmarks.golden import training_config
+from tarflow.evaluation import batches
+from tarflow.models.cost import batch_that_fits, parameters
 from tarflow.models.presets import preset
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.parallel.memory import fits, rank_memory, reshards
-from tarflow.trainer.plan import describe
+from tarflow.trainer.plan import describe, evaluation_stages, evaluation_weights
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").glob("*.yaml"))
 # Peak GB of one rank through the sharded backend on an H100, 32 images (benchmarks/results/h100-gpu.jsonl).
@@ -68,3 +70,26 @@ def test_every_configuration_recomputes_as_little_as_its_stated_device_allows(pa
 def test_the_largest_configuration_also_runs_on_sixteen_nodes_of_eight() -> None:
     config = load_config(next(p for p in CONFIGS if p.stem == "imagenet256-cond"))
     assert "128 ranks x 1 micro-batch x 8 images" in describe(config, 128)
+
+
+def test_the_plan_says_what_an_evaluation_worker_holds_and_takes_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = next(p for p in CONFIGS if p.stem == "pixels1024-16")
+    config = load_config(path, ["parallel.device_memory_gb=24"])
+    stages, weights = evaluation_stages(config), evaluation_weights(config)
+    assert weights == 6 * parameters(config.model)  # float32, and the bfloat16 that samples
+    (line,) = [line for line in describe(config).splitlines() if line.startswith("evaluation")]
+    monkeypatch.setattr(batches, "free_bytes", lambda _: 24e9 - weights)
+    for stage in ("denoising", "likelihood"):
+        worker = batches.Batches(log=lambda _: None)
+        worker.run(stage, config.sampling.batch_size, lambda part: part, stages[stage])
+        images = worker.used[stage]
+        split = f"{images} of 64" if images < 64 else "64"
+        assert f"{stage} {split} images {images * stages[stage] / 2**30:.2f} GiB" in line
+    fits = batch_that_fits(24e9 - weights, stages["sampling"])
+    whole = (
+        f"sampling 64 images {64 * stages['sampling'] / 2**30:.2f} GiB (DOES NOT FIT: set sampling.batch_size={fits})"
+    )
+    assert whole in line
+    assert "sampling.batch_size" not in describe(load_config(path))
+    assert " of 64 images" not in describe(load_config(path, ["parallel.device_memory_gb=0"]))
+    assert "denoising" not in describe(load_config(path, ["sampling.denoise=0"]))

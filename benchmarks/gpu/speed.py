@@ -1,0 +1,101 @@
+"""Time and memory: of denoising, of sampling token by token, and of training steps against the plan and the peak rate."""
+
+import time
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.common import Bar
+from benchmarks.gpu.bench import Bench, Figures, Steps
+from tarflow.models.cost import flops_per_image, peak_rate
+from tarflow.models.denoise import denoise
+from tarflow.models.flow import FlowBlock
+from tarflow.models.likelihood import log_likelihood
+from tarflow.models.sampling.guidance import Guidance
+from tarflow.models.sampling.sequential import invert_block
+from tarflow.models.sampling.settings import SamplingSettings
+from tarflow.trainer.parallel.memory import rank_memory
+
+
+def denoise_memory(bench: Bench) -> Figures:
+    """Bytes of the denoising step per image: layers computed twice, as it does, against layers kept. The same bits."""
+    model, shape = bench.weights(bench.model), bench.model.image_shape
+    used: dict[tuple[bool, int], float] = {}
+    scores = {}
+    for recompute in (False, True):
+        for count in (2, 6):
+            bench.fresh()
+            torch.manual_seed(count)
+            x = torch.randn(count, *shape, device=bench.device).clamp(-1, 1).requires_grad_()
+            labels = torch.zeros(count, dtype=torch.long, device=bench.device)
+            before = bench.peak_gb()
+            (score,) = torch.autograd.grad(log_likelihood(model, x, labels, recompute=recompute).sum(), x)
+            used[recompute, count] = bench.peak_gb() - before
+            scores[recompute] = score
+    apart = float((denoise(model, x.detach(), labels, 1.0) - x.detach() - scores[False]).abs().max())
+    bench.bars.append(Bar("numbers of the score that differ", int((scores[True] != scores[False]).sum()), at_most=0))
+    kept, twice = ((used[recompute, 6] - used[recompute, 2]) / 4 for recompute in (False, True))
+    return {"GB per image, layers kept": kept, "GB per image": twice, "denoise apart": apart}
+
+
+def decoding(bench: Bench) -> Figures:
+    """Seconds to sample a batch with guidance, from the time of one block; hours for 50,000 images."""
+    model = bench.weights(bench.model).to(torch.bfloat16)
+    model.var = model.var.float()
+    config, figures, block = bench.model, {}, model.blocks[0]
+    assert isinstance(block, FlowBlock)
+    for count in (bench.batch,) if bench.tiny else (64, 256):
+        bench.fresh()
+        z = torch.randn(count, config.num_tokens, config.token_dim, device=bench.device)
+        y = torch.zeros(count, dtype=torch.long, device=bench.device)
+        with torch.inference_mode():
+            bench.wait()
+            began = time.perf_counter()
+            invert_block(block, z, y, Guidance.of_block(SamplingSettings(guidance=2.3), 0, 1, z.shape[1]))
+            bench.wait()
+        seconds = (time.perf_counter() - began) * config.num_blocks
+        hours = seconds * 50_000 / count / 3600
+        figures[str(count)] = {"s a batch": seconds, "hours for 50,000": hours, "peak GB": bench.peak_gb()}
+    return figures
+
+
+def rate(bench: Bench) -> Figures:
+    """Steps by checkpointing mode, compile and unit of sharding: time, share of the peak rate, memory over the cost model."""
+    batch = bench.batch if bench.tiny else 32  # 16 leave the device waiting for the host
+    figures: Figures = {}
+    norms: dict[int, float] = {}  # of the second step's gradient, by images: every way computes the same
+    for mode, compiled, unit, images in (
+        ("selective", False, 0, batch), ("none", True, 1, batch), ("none", True, 2, batch), ("none", True, 4, batch),
+        ("none", True, 0, batch), ("selective", True, 0, 2 * batch), ("full", True, 0, 2 * batch),
+    ):  # fmt: skip
+        if bench.tiny and unit in (2, 4):  # as 1
+            continue
+        bench.fresh()
+        steps = Steps(bench, mode, compiled, images, layers_per_unit=unit)
+        began = time.perf_counter()
+        steps.take(0)
+        steps.take(1)
+        bench.wait()
+        first = time.perf_counter() - began
+        norm = float(steps.backend.optimizer.grad_norm)
+        expected = norms.setdefault(images, norm)
+        seconds, host = steps.seconds(2, 6)
+        model_gb = rank_memory(steps.config, 1).total / 1e9
+        flops = flops_per_image(bench.model) * images
+        peak = peak_rate(torch.cuda.get_device_name()) if bench.on_gpu("share of the peak rate") else None
+        name = f"{mode}{', compiled' if compiled else ''}, {unit or 'all'} layers a unit, {images} images"
+        figures[name] = {"ms": seconds * 1e3, "host ms": host * 1e3, "first two s": first, "peak GB": bench.peak_gb(),
+                         "cost model GB": model_gb, "norm": norm, "MFU": flops / seconds / peak if peak else None}  # fmt: skip
+        bench.bars.append(Bar(f"gradient norm, {name}", abs(norm / expected - 1), at_most=1e-2))
+        if bench.on_gpu("memory against the plan"):
+            over = bench.peak_gb() / model_gb
+            bench.bars += [Bar(f"peak over the cost model, {name}", over, at_most=1.1),
+                           Bar(f"cost model over the peak, {name}", 1 / over, at_most=1.25)]  # fmt: skip
+        if not compiled and bench.on_gpu("times of kernels"):
+            with profile(activities=[ProfilerActivity.CUDA]) as record:
+                steps.take(9)
+                bench.wait()
+            events = sorted(record.key_averages(), key=lambda event: -event.self_device_time_total)
+            figures["kernels, ms"] = {e.key[:60]: e.self_device_time_total / 1e3 for e in events[:10]}
+        del steps
+    return figures
