@@ -13,6 +13,7 @@ from typing import Any
 
 from tests.fuzz.decisions import DESCRIPTION, DIGEST, START
 from tests.fuzz.server import Action, forked, load
+from tests.helpers.features import NoSpatial
 
 MODEL = {"image_size": 8, "patch_size": 4, "in_channels": 1, "channels": 16, "num_blocks": 2, "layers_per_block": 1,
          "head_channels": 8, "num_classes": 3}  # fmt: skip
@@ -25,7 +26,7 @@ SLURM = {
 }  # fmt: skip
 
 
-class FakeFeatures:
+class FakeFeatures(NoSpatial):
     """Eight columns of an image in place of a network: instant, and different for different images."""
 
     sha256, preprocessing, dim, num_classes = "f00d", "none", 8, 0
