@@ -111,6 +111,7 @@ def make(folder: Path, seed: int, limit_s: float = 120) -> None:
 def _inputs(seed: int) -> int:
     import numpy as np
     import pyarrow as pa
+    import torch
     import yaml
     from PIL import Image
     from pyarrow import parquet
@@ -144,6 +145,9 @@ def _inputs(seed: int) -> int:
     moments = {"mu": rows.mean(axis=0), "sigma": np.cov(rows, rowvar=False)}
     np.savez("theirs.npz", mu_s=moments["mu"], sigma_s=moments["sigma"], **moments)
     Path("theirs.pkl").write_bytes(pickle.dumps({"fid": moments}))
+    torch.save(moments, "theirs.pt")
+    sums = {"sum": rows.sum(axis=0), "cov_sum": rows.T @ rows, "num_samples": np.array(len(rows))}
+    torch.save({f"real_features_{name}": torch.from_numpy(array) for name, array in sums.items()}, "theirs.pth")
     Path("names.json").write_text(json.dumps(list(CLASSES), indent=1))
     tree = {
         "data": {"train": "set/train", "validation": "set/val"},

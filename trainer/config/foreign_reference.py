@@ -15,10 +15,13 @@ possible where two programs write the same form. Pickles are read without runnin
 constructors stand for plain containers here, and any other name is refused.
 """
 
+import errno
 import hashlib
 import io
 import pickle
+import pickletools
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -158,7 +161,11 @@ def _pickle_of_torch(path: Path) -> bytes:
             if member.compress_type != zipfile.ZIP_STORED or member.file_size > MOST_BYTES:
                 raise ValueError("its pickle is compressed, or too large")
             return archive.read(member)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):
+            raise
+        raise ValueError("it is no file of torch.save: its directory points outside the file") from None
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"it is no file of torch.save: {error}") from None
 
 
@@ -185,6 +192,10 @@ def _in_state(path: Path) -> tuple[dict[str, NDArray[Any]], int]:
 def _in_pickle(data: bytes) -> dict[str, NDArray[Any]]:
     """Mu and sigma. Raises ValueError for anything but dictionaries of arrays."""
     try:
+        # The machine makes room for as many objects as the largest number says that one is put under.
+        for operation, number, _ in pickletools.genops(data):
+            if operation.name in ("PUT", "LONG_BINPUT") and number is not None and number > len(data):
+                raise ValueError("it numbers more objects than it can hold")
         found = _Unpickler(io.BytesIO(data)).load()
         part = found["fid"] if isinstance(found, dict) and "fid" in found else found
         return {name: part[name].array for name in _MOMENTS}

@@ -148,12 +148,16 @@ def fid(fid_file):
     return Features("fid_inception", file=fid_file)
 
 
-def test_the_fid_inception_equals_the_reference_implementation_from_pixels_to_features(fid, fid_file):
+@pytest.fixture(scope="module")
+def reference(fid_file):
+    """The network of torch-fidelity with the same weights."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    reference = FeatureExtractorInceptionV3(
-        "reference", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(fid_file)
-    )
+    layers = ["2048", "logits_unbiased"]
+    return FeatureExtractorInceptionV3("reference", layers, feature_extractor_weights_path=str(fid_file))
+
+
+def test_the_fid_inception_equals_the_reference_implementation_from_pixels_to_features(fid, reference):
     for size in (64, 320):  # up and down, without antialias
         x = images(2, channels=3, size=size)
         wanted, logits = reference(x)
@@ -163,16 +167,13 @@ def test_the_fid_inception_equals_the_reference_implementation_from_pixels_to_fe
     assert fid.num_classes == 1008
 
 
-def test_the_spatial_features_are_those_of_adms_evaluator(fid, fid_file):
+def test_the_spatial_features_are_those_of_adms_evaluator(fid, reference):
     """`mixed_6/conv:0` of the graph of 2015, its first 7 channels, flattened as TensorFlow does: channels last."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    reference = FeatureExtractorInceptionV3("reference", ["2048"], feature_extractor_weights_path=str(fid_file))
     seen: list[torch.Tensor] = []
     # The graph's mixed_6 is Mixed_6d there; its first branch is the convolution, and what that branch gives is after the ReLU.
     reference.Mixed_6d.branch1x1.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
     x = images(2, channels=3, size=64)
-    (wanted_features,) = reference(x)
+    wanted_features, _ = reference(x)
     features, spatial = fid.with_spatial(x)
     assert spatial.shape == (2, fid.spatial_dim) == (2, 7 * 17 * 17)
     wanted = np.transpose(seen[0].numpy(), (0, 2, 3, 1))[..., :7].reshape(2, -1)

@@ -269,6 +269,15 @@ def test_code_in_a_pickle_is_refused_and_does_not_run(tmp_path, where, call):
     assert not sign.exists()
 
 
+@pytest.mark.case("H10")
+@pytest.mark.parametrize("put", [b"r" + (1 << 30).to_bytes(4, "little"), b"p1073741824\n"])
+def test_a_pickle_that_asks_for_more_memory_than_its_file_is_refused(tmp_path, put):
+    whole = pickle.dumps({"fid": moments(features())}, 2)
+    (tmp_path / "ref.pkl").write_bytes(whole[:-1] + put + whole[-1:])
+    with pytest.raises(DamagedFileError, match="more objects than it can hold"):
+        read_reference(tmp_path / "ref.pkl")
+
+
 @pytest.mark.case("H06")
 def test_no_flipped_byte_of_a_pickle_brings_more_than_an_error(tmp_path):
     write("edm2", tmp_path / "ref.pkl", features())
