@@ -72,7 +72,7 @@ class FeatureStatistics:
     def of_moments(
         cls, mean: NDArray[np.float64], covariance: NDArray[np.float64], count: int | None = None
     ) -> "FeatureStatistics":
-        """From mean and unbiased covariance. None: nobody recorded the number; so many that chance plays no part in them."""
+        """From mean and unbiased covariance. `count` None: not recorded; then treated as exact, without sampling noise."""
         number = UNCOUNTED if count is None else count
         return cls.from_parts(number, mean, covariance * (number - 1))
 
