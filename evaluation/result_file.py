@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
-from tarflow.evaluation.metrics.names import is_distance, is_kernel
+from tarflow.evaluation.metrics.names import is_distance, is_kernel, is_spatial
 from tarflow.records import DamagedFileError, Record, read_object
 from tarflow.trainer.checkpoint.names import leading_name, parse_name
 
@@ -94,6 +94,7 @@ class ResultFile(Record):
     sampling_plan: dict[str, Any] | None = None  # how each block was inverted; none where token by token in torch
     distance_terms: dict[str, Number] = Field(default_factory=dict)
     distance_stderr: StandardError | None = None
+    spatial_stderr: StandardError | None = None
     kernel_stderr: StandardError | None = None
     kernel_estimate: str | None = None
     precision: Number | None = None
@@ -122,7 +123,7 @@ class ResultFile(Record):
     @model_validator(mode="after")
     def _scores(self) -> "ResultFile":
         for key, value in (self.model_extra or {}).items():
-            if not (is_distance(key) or is_kernel(key)):
+            if not (is_distance(key) or is_kernel(key) or is_spatial(key)):
                 raise ValueError(f"a result has no field {key!r}")
             if value is not None and (
                 isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e38

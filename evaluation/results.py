@@ -20,7 +20,7 @@ from typing import Any
 from tarflow.errors import UserError, noted
 from tarflow.evaluation.event_file import append_events
 from tarflow.evaluation.log import Log, no_log
-from tarflow.evaluation.metrics.names import is_distance, is_kernel
+from tarflow.evaluation.metrics.names import is_distance, is_kernel, is_spatial
 from tarflow.evaluation.result_file import FORMAT, RESULT, WORK, load_result, load_work
 from tarflow.files import discard, free_name, listed, make_folder, publish_dir
 from tarflow.records import DamagedFileError, append_record_line, read_lines
@@ -34,7 +34,7 @@ __all__ = [
 ]  # fmt: skip
 EVALS = "evals.jsonl"
 SCORES = (
-    "distance_stderr", "kernel_stderr", "precision", "recall", "density", "coverage", "inception_score",
+    "distance_stderr", "spatial_stderr", "kernel_stderr", "precision", "recall", "density", "coverage", "inception_score",
 )  # fmt: skip
 SUMMARY = ("run", "step", "images_seen", "weights", "status", "num_samples", "nonfinite", "settings_hash", "time")
 
@@ -219,7 +219,7 @@ def summary(name: str, result: dict[str, Any]) -> dict[str, Any]:
 
 def metrics(result: dict[str, Any]) -> dict[str, float | None]:
     """The metrics of a result by name."""
-    names = [k for k in result if is_distance(k) or is_kernel(k)] + [
+    names = [k for k in result if is_distance(k) or is_kernel(k) or is_spatial(k)] + [
         "bits_per_dim",
         "bits_per_dim_stderr",
         "label_agreement",
@@ -229,7 +229,10 @@ def metrics(result: dict[str, Any]) -> dict[str, float | None]:
 
 def headline(result: dict[str, Any]) -> str:
     """A result in one line."""
-    parts = [f"{key} {value:.2f}" for key, value in metrics(result).items() if is_distance(key) and value is not None]
+    found = metrics(result).items()
+    parts = [
+        f"{key} {value:.2f}" for key, value in found if (is_distance(key) or is_spatial(key)) and value is not None
+    ]
     if result.get("bits_per_dim") is not None:
         stderr = result.get("bits_per_dim_stderr")
         parts.append(f"{result['bits_per_dim']:.4f}{f' +- {stderr:.4f}' if stderr else ''} bits/dim")

@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or a weights file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of sampling and evaluation")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for a weights file: where its results go")
-    parser.add_argument("--save", choices=("shards", "png"), help="keep the samples: WebDataset shards, or PNGs")
+    parser.add_argument("--save", choices=("shards", "png", "npz"),
+                        help="keep the samples: WebDataset shards; PNGs; shards, and all in samples.npz (arr_0)")  # fmt: skip
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--once", action="store_true", help="evaluate the existing checkpoints, then stop (default)")
     mode.add_argument("--watch", action="store_true", help="follow the run until its last checkpoint is evaluated")

@@ -20,7 +20,10 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 
 def add_features(parser: argparse.ArgumentParser) -> None:
     """Options for measuring a folder or a data set outside a run."""
-    names = "efficientnet_lite0 (default), mobilenet_v2, fid_inception, torchvision_inception, dinov2"
+    names = (
+        "efficientnet_lite0 (default), mobilenet_v2, fid_inception, fid_inception_pytorch, fid_inception_clean, "
+        "torchvision_inception, dinov2"
+    )
     parser.add_argument("--features", default="efficientnet_lite0", metavar="NAME", help=f"feature network: {names}")
     parser.add_argument(
         "--features-file", type=Path, metavar="FILE", help="weights of a network that no package provides"

@@ -2,10 +2,11 @@
 
 import hashlib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -93,22 +94,36 @@ class ImageArray:
         return [f"{self.resized} of {self.used} images in {self.root} were cropped or resized to {self.size} pixels"]
 
 
-def write_array(path: Path, shape: tuple[int, int, int, int], images: Iterator[Tensor]) -> None:
+def write_array(
+    path: Path,
+    shape: tuple[int, int, int, int],
+    images: Iterable[Tensor],
+    beside: Mapping[str, NDArray[np.float64]] = MappingProxyType({}),
+) -> None:
     """Write images, uint8 [C, H, W] each, as `arr_0` of the shape [N, H, W, 3]; grey ones with three equal channels.
 
-    The file appears complete or not at all. Raises DamagedFileError where the images are not as many.
+    `beside`: further arrays of the file. One image is in memory at a time. The same content gives the same bytes. The file
+    appears complete or not at all. Raises DamagedFileError where the images are not as many.
     """
 
     def write(temporary: Path) -> None:
         written = 0
-        member = zipfile.ZipInfo(f"{NAME}.npy")
-        with zipfile.ZipFile(temporary, "w") as archive, archive.open(member, "w", force_zip64=True) as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for image in images:
-                file.write(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy().tobytes())
-                written += 1
+        with zipfile.ZipFile(temporary, "w") as archive:
+            for name, array in beside.items():
+                with _member(archive, name) as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
+            with _member(archive, NAME) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for image in images:
+                    file.write(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy().tobytes())
+                    written += 1
         if written != shape[0]:
             raise DamagedFileError(path, f"{written} images came, not {shape[0]}", "start the command again")
 
     write_atomic(path, write)
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    """A stream into the archive. A `ZipInfo` of its own has no time in it."""
+    return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)

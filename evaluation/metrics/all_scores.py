@@ -14,7 +14,7 @@ from torch import Tensor
 from tarflow.evaluation.metrics.frechet_distance import UNCOUNTED, FeatureStatistics, FrechetInfluence, frechet_distance
 from tarflow.evaluation.metrics.inception_score import InceptionScore
 from tarflow.evaluation.metrics.kernel_distance import ALL_PAIRS, kernel_distance
-from tarflow.evaluation.metrics.names import distance_key, kernel_key
+from tarflow.evaluation.metrics.names import distance_key, kernel_key, spatial_key
 from tarflow.evaluation.metrics.precision_recall import K_COVERAGE, manifold_scores
 
 SUSPICIOUS = 0.01  # share of the distance between two independent sets that are alike
@@ -63,11 +63,7 @@ def feature_scores(
             f"the distance {found.distance:.2g} is suspiciously small: independent sets of {statistics.count:,}{others} "
             f"images of one kind differ by {found.by_chance:.2g} or more; are the {names[0]} images those of the {names[1]}?"
         )
-    # The error bar: from the features kept, else from the spread between parts, if there are at least two.
-    if len(rows) >= 2:
-        out["distance_stderr"] = FrechetInfluence(statistics, reference).stderr(rows)
-    elif (first := next(rest := iter(parts), None)) is not None and first.count < statistics.count:
-        out["distance_stderr"] = FrechetInfluence(statistics, reference).stderr_of_parts(chain([first], rest))
+    out["distance_stderr"] = _stderr(statistics, reference, rows, parts)
     # Metrics of pairs of images need features on both sides.
     fewer = min(len(rows), len(reference_rows))
     if fewer >= 2:
@@ -81,3 +77,37 @@ def feature_scores(
             score.add(positions, network.probabilities(rows[positions]))
         out["inception_score"], out["inception_score_std"] = score.result()
     return out | {"kept_features": [len(rows), len(reference_rows)]}
+
+
+def spatial_scores(
+    network: Network,
+    statistics: FeatureStatistics,
+    reference: FeatureStatistics | None,
+    rows: Tensor | None = None,
+    parts: Iterable[FeatureStatistics] = (),
+) -> dict[str, Any]:
+    """The distance of spatial features (sFID), from the same sums as the Frechet distance, and its error bar.
+
+    Empty where the network has no such features. A reference that holds none (None) gives the value None.
+    """
+    if not statistics.dim:
+        return {}
+    if reference is None:
+        return {spatial_key(network.name): None, "spatial_stderr": None}
+    distance = frechet_distance(statistics, reference).distance
+    kept = torch.empty(0, statistics.dim) if rows is None else rows
+    return {
+        spatial_key(network.name): distance,
+        "spatial_stderr": _stderr(statistics, reference, kept, parts),
+    }
+
+
+def _stderr(
+    statistics: FeatureStatistics, reference: FeatureStatistics, rows: Tensor, parts: Iterable[FeatureStatistics]
+) -> float | None:
+    """From the features kept, else from the spread between parts, if there are at least two."""
+    if len(rows) >= 2:
+        return FrechetInfluence(statistics, reference).stderr(rows)
+    if (first := next(rest := iter(parts), None)) is not None and first.count < statistics.count:
+        return FrechetInfluence(statistics, reference).stderr_of_parts(chain([first], rest))
+    return None

@@ -69,9 +69,12 @@ class FeatureStatistics:
         return statistics
 
     @classmethod
-    def of_moments(cls, mean: NDArray[np.float64], covariance: NDArray[np.float64]) -> "FeatureStatistics":
-        """Statistics of images whose number is not recorded: treated as exact, without sampling noise."""
-        return cls.from_parts(UNCOUNTED, mean, covariance * (UNCOUNTED - 1))
+    def of_moments(
+        cls, mean: NDArray[np.float64], covariance: NDArray[np.float64], count: int | None = None
+    ) -> "FeatureStatistics":
+        """From mean and unbiased covariance. `count` None: not recorded; then treated as exact, without sampling noise."""
+        number = UNCOUNTED if count is None else count
+        return cls.from_parts(number, mean, covariance * (number - 1))
 
 
 Parts = tuple[int, Tensor, Tensor]

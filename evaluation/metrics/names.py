@@ -1,4 +1,4 @@
-"""Names of metrics. Only the Inception network of 2015 with its published weights gives an FID or a KID.
+"""Names of metrics. Only the Inception network of 2015 with its published weights gives an FID, an sFID or a KID.
 
 Those of any other network carry its name: `fd_efficientnet_lite0`, `kd_mobilenet_v2`. Nothing heavy is imported here.
 """
@@ -16,6 +16,11 @@ def kernel_key(network: str) -> str:
     return "kid" if network == FID_NETWORK else f"kd_{network}"
 
 
+def spatial_key(network: str) -> str:
+    """Name of the distance of spatial features: `sfid`, or `sfd_` and the network."""
+    return "sfid" if network == FID_NETWORK else f"sfd_{network}"
+
+
 def is_distance(key: str) -> bool:
     """Whether a key of a result names a Frechet distance (and not, say, its standard error)."""
     return (key == "fid" or key.startswith("fd_")) and not key.endswith("_stderr")
@@ -24,3 +29,8 @@ def is_distance(key: str) -> bool:
 def is_kernel(key: str) -> bool:
     """The same for a kernel distance."""
     return (key == "kid" or key.startswith("kd_")) and not key.endswith("_stderr")
+
+
+def is_spatial(key: str) -> bool:
+    """The same for a distance of spatial features."""
+    return (key == "sfid" or key.startswith("sfd_")) and not key.endswith("_stderr")

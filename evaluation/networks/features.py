@@ -77,6 +77,7 @@ class _Network:
     std: tuple[float, float, float]
     logits: Callable[[Tensor], Tensor] | None = None
     num_classes: int = 0  # of `logits`
+    spatial_dim: int = 0  # numbers that `module` gives after the features
 
 
 def _packaged(name: str) -> _Network:
@@ -91,19 +92,39 @@ def _inception(
     path: Path, variant: str, prepare: Callable[[Tensor], Tensor], text: str, grey: float, beside: tuple[str, ...] = ()
 ) -> _Network:
     """`grey`: subtracted from the pixels, which are then divided by it."""
-    from tarflow.evaluation.networks.inception import DIM, Inception  # loads torchvision, which takes a second
+    from tarflow.evaluation.networks.inception import DIM, SPATIAL_DIM, Inception  # loads torchvision: a second
 
     network = Inception(variant).eval()
     fill(network, read_tensors(path), str(path), beside)
     scale = (grey, grey, grey)
-    return _Network(
-        network.fold(), sha256_of(path), DIM, prepare, text, scale, scale, network.logits, network.fc.out_features
-    )
+    classes, logits = network.fc.out_features, network.logits
+    return _Network(network.fold(), sha256_of(path), DIM, prepare, text, scale, scale, logits, classes, SPATIAL_DIM)
 
 
 def _fid_inception(path: Path) -> _Network:
     text = "grey repeated to RGB; bilinear to 299 without antialias as in TensorFlow 1; (x - 128) / 128; last pooling"
     return _inception(path, "fid", to_fid_input, text, 128.0)
+
+
+def _fid_inception_pytorch(path: Path) -> _Network:
+    from tarflow.evaluation.networks.inception import SIZE
+
+    def prepare(images: Tensor) -> Tensor:
+        _check(images)
+        x = F.interpolate(images.float(), size=(SIZE, SIZE), mode="bilinear", align_corners=False)
+        return x.expand(-1, 3, -1, -1)
+
+    text = "grey repeated to RGB; bilinear to 299 without antialias, as pytorch-fid; (x - 127.5) / 127.5; last pooling"
+    return _inception(path, "fid", prepare, text, 127.5)
+
+
+def _fid_inception_clean(path: Path) -> _Network:
+    from tarflow.evaluation.networks.inception import SIZE
+
+    def prepare(images: Tensor) -> Tensor:
+        return to_network_input(images, SIZE)
+
+    return _inception(path, "fid", prepare, f"{_resize_text(SIZE)}, as clean-fid; (x - 128) / 128; last pooling", 128.0)
 
 
 def _torchvision_inception(path: Path) -> _Network:
@@ -132,12 +153,15 @@ class _FromFile:
     sha256: str = ""
 
 
+_INCEPTION_2015 = (
+    "pt_inception-2015-12-05-6726825d.pth",
+    "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+)
 FROM_FILE = {
-    FID_NETWORK: _FromFile(
-        _fid_inception,
-        "pt_inception-2015-12-05-6726825d.pth",
-        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-    ),
+    FID_NETWORK: _FromFile(_fid_inception, *_INCEPTION_2015),
+    # The same weights behind other rules of resizing: to compare with the statistics that other programs wrote.
+    "fid_inception_pytorch": _FromFile(_fid_inception_pytorch, *_INCEPTION_2015),
+    "fid_inception_clean": _FromFile(_fid_inception_clean, *_INCEPTION_2015),
     # The published file name holds the first digits of the hash.
     "torchvision_inception": _FromFile(_torchvision_inception, "inception_v3_google-0cc3c7bd.pth", "0cc3c7bd"),
     "dinov2": _FromFile(_dinov2, "dinov2_vits14_pretrain.pth, or another of the family"),
@@ -148,6 +172,7 @@ NETWORKS = (*PACKAGED, *FROM_FILE)
 class Features:
     """A feature network: call it with uint8 images [N, C, H, W] to get float32 features [N, dim] on the CPU.
 
+    Inception networks also have `spatial_dim` spatial features (`with_spatial`), of which sFID is the distance.
     `name`, `sha256` (of the weights file) and `preprocessing` identify it; `warnings` lists caveats about its weights.
     `file`: weights of a network that no package provides. Images are processed in small chunks, so memory is bounded, and
     the batch that an image is in changes its features by float rounding only.
@@ -165,6 +190,7 @@ class Features:
         if name in PACKAGED and file is not None:
             raise EvaluationError(f"the weights of {name} come with a package; leave evaluation.features_file out")
         self.dim, self.sha256, self.preprocessing = network.dim, network.sha256, network.preprocessing
+        self.spatial_dim = network.spatial_dim  # 0: the network has no spatial features
         self._network = network
         self._module = network.module.requires_grad_(False).to(self.device).to(memory_format=torch.channels_last)
         self._mean = torch.tensor(network.mean, device=self.device).view(3, 1, 1)
@@ -203,10 +229,15 @@ class Features:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Pixels uint8 [N, C, H, W] to features float32 [N, dim], on the CPU."""
+        return self.with_spatial(images)[0]
+
+    def with_spatial(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The same in one pass with the spatial features float32 [N, spatial_dim], which may be none."""
         if not len(images):
-            return torch.empty(0, self.dim)
+            return torch.empty(0, self.dim), torch.empty(0, self.spatial_dim)
         with products(TRUE_FLOAT32):
-            return self._features(images)
+            features, spatial = self._features(images).split([self.dim, self.spatial_dim], dim=1)
+        return features, spatial
 
     def _features(self, images: Tensor) -> Tensor:
         if self.device.type != "cpu":

@@ -3,6 +3,10 @@
 `fid`: the network of 2015 that FID is defined by, as converted to PyTorch (1,008 classes): averages exclude the
 padding, and the last block takes a maximum. `torchvision`: torchvision's network as it is. The names of the tensors are
 those of both files, which agree.
+
+sFID (Nash et al., arXiv 2103.03841) takes the features of a layer that still knows positions. Which numbers it takes is
+defined by the evaluator of ADM (arXiv 2105.05233): the first 7 channels of the graph's `mixed_6/conv`, 17 x 17 positions.
+That is the first branch of the block called Mixed_6d here, after its ReLU, so also the first channels of the block's output.
 """
 
 import torch
@@ -13,11 +17,13 @@ from torchvision.models.inception import BasicConv2d, Inception3, InceptionE
 
 SIZE = 299
 DIM = 2048
+SPATIAL_CHANNELS, SPATIAL_SIDE = 7, 17
+SPATIAL_DIM = SPATIAL_CHANNELS * SPATIAL_SIDE**2  # 2,023
 _AVERAGING = ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b")  # blocks with an average in front of `branch_pool`
 
 
 class Inception(Inception3):
-    """[N, 3, 299, 299] -> features [N, 2048]; `logits` has the classes of the Inception score."""
+    """[N, 3, 299, 299] -> features [N, 2048 + 2023]; `logits` has the classes of the Inception score."""
 
     def __init__(self, variant: str) -> None:
         fid = variant == "fid"
@@ -29,10 +35,16 @@ class Inception(Inception3):
             self.Mixed_7c = _LastBlock(DIM)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, 3, 299, 299] -> the output of the last pooling, [N, 2048]."""
+        """[N, 3, 299, 299] -> [N, 2048 + 2023]: the output of the last pooling, and after it the spatial features.
+
+        These are in the order of TensorFlow: positions row by row, the 7 channels of each position together.
+        """
+        spatial = x
         for layer in list(self.children())[:-1]:  # all but the classifier, in torchvision's order
             x = layer(x)
-        return x.flatten(1)
+            if layer is self.Mixed_6d:
+                spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        return torch.cat([x.flatten(1), spatial], dim=1)
 
     def logits(self, features: Tensor) -> Tensor:
         """Features [N, 2048] -> [N, classes]. The Inception score of the 2015 network is without the bias."""

@@ -70,7 +70,7 @@ def reference_statistics(
     damaged = None
     if path.is_file():
         try:
-            return load_reference(path, provenance, dim=features.dim)
+            return load_reference(path, provenance, dim=features.dim, spatial_dim=features.spatial_dim)
         except DamagedFileError as error:
             if not ours:
                 raise
@@ -86,7 +86,7 @@ def reference_statistics(
     log(f"reference statistics of {images.num_images:,} images with {features.name}, once")
     computation = _Computation(path, images, features, provenance, log)
     computation.run(lease_s, is_stored)
-    return load_reference(path, provenance, dim=features.dim)
+    return load_reference(path, provenance, dim=features.dim, spatial_dim=features.spatial_dim)
 
 
 def _version(path: Path) -> tuple[int, int, int]:
@@ -142,35 +142,48 @@ class _Computation:
     def _compute_chunk(self, name: str, temporary: Path) -> None:
         part, seen = self.chunks[name], 0
         first = part * self.total // self.parts
-        statistics, kept = FeatureStatistics(self.features.dim), [torch.empty(0, self.features.dim)]
+        statistics, spatial = self._empty()
+        kept = [torch.empty(0, self.features.dim)]
         hashes: list[Hashes | None] = []
         for pixels, _, _ in self.images.batches(False, BATCH, part, self.parts):
-            rows = self.features(pixels)
+            rows, spatial_rows = self.features.with_spatial(pixels)
             hashes.append(image_hashes(pixels.numpy()))
             statistics.add(rows)
+            spatial.add(spatial_rows)
             # By position in the whole set, so that the rows kept do not depend on the chunks.
             kept.append(rows[spread_evenly(first + seen + torch.arange(len(rows)), self.total, KEEP)])
             seen += len(rows)
-        write_statistics(temporary, statistics, self._provenance_of(name), torch.cat(kept), _concatenated(hashes))
+        provenance, together = self._provenance_of(name), _concatenated(hashes)
+        write_statistics(temporary, statistics, provenance, torch.cat(kept), together, spatial)
         if self.parts > 1:
             self.log(f"  images {first:,} to {first + seen - 1:,} of {self.total:,}")
 
     def _merge(self, temporary: Path) -> None:
-        statistics, kept, hashes = FeatureStatistics(self.features.dim), [], []
+        (statistics, spatial), kept, hashes = self._empty(), [], []
         for name in self.chunks:
             part = self._load_chunk(self.work.path(name))
             statistics.merge(part.statistics)
+            if part.spatial is not None:
+                spatial.merge(part.spatial)
             kept.append(part.rows)
             hashes.append(part.hashes)
         _check_count(statistics.count, self.images)
-        save_reference(self.path, statistics, self.provenance, torch.cat(kept), _concatenated(hashes))
+        save_reference(self.path, statistics, self.provenance, torch.cat(kept), _concatenated(hashes), spatial)
         fill(temporary, "")  # the unit of work needs a result; the statistics themselves are at `path`
 
     def _provenance_of(self, chunk: str) -> Provenance:
         return self.provenance | {"part": f"{self.chunks[chunk] + 1} of {self.parts}"}
 
     def _load_chunk(self, place: Path) -> Reference:
-        return load_reference(place, self._provenance_of(place.name), dim=self.features.dim, at_least=0)
+        dims = self.features.dim, self.features.spatial_dim
+        found = load_reference(place, self._provenance_of(place.name), dim=dims[0], at_least=0, spatial_dim=dims[1])
+        if dims[1] and found.spatial is None:  # by a version that knew no spatial features
+            raise DamagedFileError(place, "it holds no spatial statistics", "start the command again")
+        return found
+
+    def _empty(self) -> tuple[FeatureStatistics, FeatureStatistics]:
+        """Statistics of features and of spatial features."""
+        return FeatureStatistics(self.features.dim), FeatureStatistics(self.features.spatial_dim)
 
     def _is_valid(self, place: Path) -> bool:
         try:

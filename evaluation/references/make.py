@@ -4,12 +4,18 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.storage.access import address
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.images.array import write_array
 from tarflow.evaluation.images.data_set import ImageSet
 from tarflow.evaluation.log import Log
+from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics
+from tarflow.evaluation.metrics.names import FID_NETWORK
 from tarflow.evaluation.networks.features import Features
 from tarflow.evaluation.references.compute import reference_statistics
 from tarflow.evaluation.references.reference import Reference, cache_path, full_provenance
@@ -17,6 +23,13 @@ from tarflow.evaluation.samples.weights_source import resolve_device
 from tarflow.files import write_atomic, write_new
 from tarflow.models.config import TarFlowConfig
 from tarflow.npz import write_npz
+
+OURS = "tarflow"
+# Other programs' forms, and what is in a file.
+FORMS = {
+    "pytorch-fid": "their mean and covariance alone, as pytorch-fid stores them (mu, sigma)",
+    "adm": "their mean and covariance, also of the spatial features, as ADM stores them (mu, sigma, mu_s, sigma_s)",
+}
 
 
 @dataclass
@@ -33,7 +46,8 @@ class ReferenceRequest:
     on_error: str
     device: str
     max_pixels: int = MAX_PIXELS
-    form: str = "tarflow"  # of `out`; "pytorch-fid": mean and covariance alone
+    form: str = OURS  # of `out`, or one of `FORMS`
+    with_images: int = 0  # images in a file of ADM's form, spread evenly over the data
 
 
 def make_reference(request: ReferenceRequest, log: Log = print) -> Reference:
@@ -47,12 +61,9 @@ def make_reference(request: ReferenceRequest, log: Log = print) -> Reference:
     network = Features(request.features, resolve_device(request.device), request.features_file)
     if request.out is None and address(request.data):
         raise EvaluationError(f"{request.data} is an address, which cannot be written to: give --out FILE")
-    export = request.out if request.form != "tarflow" else None
-    if request.form != "tarflow" and export is None:
-        raise EvaluationError(f"--format {request.form} needs --out FILE.npz")
-    own = None if export else request.out
-    if export is not None and (problem := _no_place_for(export)):
+    if problem := _problem_of_form(request, network, images.num_images):
         raise EvaluationError(problem)
+    own = request.out if request.form == OURS else None
     path = own or cache_path(Path(request.data), full_provenance(images.provenance(), network))
     if path.is_file():
         log(f"{path} exists already")
@@ -62,28 +73,60 @@ def make_reference(request: ReferenceRequest, log: Log = print) -> Reference:
     log(
         f"{path}: {found.statistics.count:,} images, {network.dim} features of {network.name}, {len(found.rows):,} kept"
     )
-    if export is not None:
-        write_moments(export, found)
-        log(f"{export}: their mean and covariance alone, as pytorch-fid stores them (mu, sigma)")
+    if request.form != OURS:
+        _export(request, found, shape)
+        log(f"{request.out}: {FORMS[request.form]}; the form does not name the network, which is {network.name}")
     return found
 
 
-def _no_place_for(export: Path) -> str:
-    """Why an exported file cannot be written there; empty if it can."""
-    if export.suffix != ".npz":
-        return f"--out {export}: a file in the form of pytorch-fid ends in .npz"
-    if export.exists():
-        return f"--out {export} is there already: name a new file"
-    return "" if export.absolute().parent.is_dir() else f"--out {export}: there is no folder {export.parent}"
+def _problem_of_form(request: ReferenceRequest, network: Features, images: int) -> str:
+    """Why a file in the form of another program cannot be written; empty if it can."""
+    out, form = request.out, request.form
+    if request.with_images and form != "adm":
+        return f"--with-images goes with --format adm, not with {form}: no other form holds images"
+    if request.with_images > images:
+        return f"--with-images {request.with_images}: the data hold {images:,} images"
+    if form == OURS:
+        return ""
+    if out is None:
+        return f"--format {form} needs --out FILE.npz"
+    if form == "adm" and network.name.partition("-")[0] != FID_NETWORK:
+        return f"--format adm is of the features of {FID_NETWORK}, not of {network.name}: give --features {FID_NETWORK}"
+    if out.suffix != ".npz":
+        return f"--out {out}: a file in the form of {form} ends in .npz"
+    if out.exists():
+        return f"--out {out} is there already: name a new file"
+    return "" if out.absolute().parent.is_dir() else f"--out {out}: there is no folder {out.parent}"
 
 
-def write_moments(path: Path, reference: Reference) -> None:
-    """Write mu [d] and sigma [d, d], the unbiased covariance, in float64."""
-    count, mean, scatter = reference.statistics.parts()
-
+def _export(request: ReferenceRequest, reference: Reference, shape: TarFlowConfig) -> None:
+    """Write mean [d] and unbiased covariance [d, d] in float64, for ADM also of the spatial features, and images if asked."""
+    assert request.out is not None
+    arrays = moments_of(reference.statistics)
+    if request.form == "adm":
+        if reference.spatial is None:
+            raise EvaluationError(
+                f"{reference.path} holds no statistics of spatial features, which --format adm needs: it was written by an "
+                "earlier version; move it away, and it is computed again with them"
+            )
+        arrays |= moments_of(reference.spatial, "_s")
+    if request.with_images:
+        inside = ImageSet(_data(request), shape, request.with_images)
+        number = request.with_images
+        if inside.skips_damaged:  # the file begins with the number of its images
+            number = sum(len(pixels) for pixels, _, _ in inside.batches(labelled=False))
+        pictures = (image for pixels, _, _ in inside.batches(labelled=False) for image in pixels)
+        write_array(request.out, (number, request.size, request.size, 3), pictures, arrays)
+        return
     content = io.BytesIO()
-    write_npz(content, {"mu": mean.numpy(), "sigma": (scatter / (count - 1)).numpy()}, sealed=False)
-    write_atomic(path, lambda temporary: write_new(temporary, content.getvalue()))
+    write_npz(content, arrays, sealed=False)
+    write_atomic(request.out, lambda temporary: write_new(temporary, content.getvalue()))
+
+
+def moments_of(statistics: FeatureStatistics, suffix: str = "") -> dict[str, NDArray[np.float64]]:
+    """`mu` [d] and `sigma` [d, d], the unbiased covariance, under names that end in `suffix`."""
+    count, mean, scatter = statistics.parts()
+    return {f"mu{suffix}": mean.numpy(), f"sigma{suffix}": (scatter / (count - 1)).numpy()}
 
 
 def _data(request: ReferenceRequest) -> DataSettings:

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -146,8 +146,13 @@ def to_picture(pixels: Tensor) -> Image.Image:
 
 def load_png(path: Path) -> Tensor:
     """Read what `save_png` wrote, as uint8 [C, H, W]."""
+    with open_to_read(path) as file:
+        return from_png(file)
+
+
+def from_png(file: BinaryIO) -> Tensor:
+    """The same from an open file."""
     import torch
 
-    with open_to_read(path) as file:
-        array = np.array(Image.open(file))
+    array = np.array(Image.open(file, formats=["PNG"]))
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())

@@ -1,7 +1,8 @@
-"""Stores the samples of an evaluation as WebDataset shards or PNGs.
+"""Stores the samples of an evaluation as WebDataset shards, also with one array of all, or as PNGs.
 
     SAMPLES/settings.json                       the weights' hash and every setting that determines the images
     SAMPLES/samples-00000000-00000999.tar       shards: 00000123.png and, with a label, 00000123.cls
+    SAMPLES/samples.npz                         `npz`: shards, and in the end all samples as one array
     SAMPLES/samples-00000000-00000999.json      PNGs: marks this range as done; the images are in SAMPLES/images/
 
 A file's name is the range of samples that were drawn for it, so names alone tell what is missing: the same command adds
@@ -15,6 +16,7 @@ import io
 import json
 import os
 import re
+import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,15 +26,15 @@ from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.draw import Drawn, Sampler
 from tarflow.evaluation.samples.png_folder import to_picture
 from tarflow.evaluation.samples.store_check import Shape
-from tarflow.evaluation.samples.store_files import RANGE_NAME, SETTINGS, load_settings
-from tarflow.evaluation.samples.store_formats import FORMATS, Encoded
+from tarflow.evaluation.samples.store_files import ARRAY, RANGE_NAME, SETTINGS, load_settings
+from tarflow.evaluation.samples.store_formats import FORMATS, Encoded, write_samples
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.shared_work import SharedWork
 from tarflow.files import listed, make_folder
 from tarflow.records import DamagedFileError, write_object
 from tarflow.trainer.checkpoint.names import leading_name
 
-_OURS = re.compile(r"settings\.json|images|index|\..*")  # users may add an index of the shards
+_OURS = re.compile(r"settings\.json|samples\.npz|images|index|\..*")  # users may add an index of the shards
 
 
 class SampleStore:
@@ -47,6 +49,7 @@ class SampleStore:
         """
         self.folder, self.format, self.num = folder, FORMATS[kind], num
         self.about = json.loads(json.dumps({"kind": kind, **about}))
+        self.shape, self.log = shape, log
         self._waiting: dict[int, Encoded] = {}
         self._remove_damaged(self._check(), shape, log)
         make_folder(folder.parent.parent, folder.parent.name, folder.name)
@@ -75,6 +78,7 @@ class SampleStore:
             stamp = (folder / SETTINGS).stat().st_mtime_ns
             pictures = state["picture_bytes"]
             whole = whole and (not pictures or _picture_bytes_once(folder, stamp) == pictures)
+            whole = whole and (not FORMATS[kind].array or (folder / ARRAY).stat().st_size == state["array_bytes"])
             return bool(whole and state["num"] >= result["samples"]["asked"])
         except (OSError, DamagedFileError):  # opening the store to complete it will report what is wrong
             return False
@@ -127,8 +131,31 @@ class SampleStore:
             lost = [i for i in range(self.num) if i not in stored]
             state = {"num": self.num, "images": len(stored), "nonfinite": lost}
             state |= {"files": _sizes(self.folder), "picture_bytes": _picture_bytes(self.folder)}
+            if self.format.array:
+                state["array_bytes"] = self._write_array(work, len(stored))
             write_object(self.folder / SETTINGS, self.about | state)
             work.remove()
+
+    def _write_array(self, work: SharedWork, number: int) -> int:
+        """Make the array of all samples from the ranges, one worker for all; its size in bytes."""
+        path, sizes = self.folder / ARRAY, _sizes(self.folder)
+        known = load_settings(self.folder)
+        if known["files"] == sizes and path.is_file() and path.stat().st_size == known["array_bytes"]:
+            return int(known["array_bytes"])
+        assert self.shape is not None
+        shape = self.shape
+
+        def write(_name: str, place: Path) -> None:
+            write_samples(place, self.folder, number, shape)  # in the folder of the work: a kill leaves nothing here
+            os.replace(place, path)
+            place.touch()
+
+        # Named after the ranges: what an interrupted command made of fewer samples does not count.
+        unit = f"array-{zlib.crc32(json.dumps(sizes, sort_keys=True).encode()):08x}"
+        work.give_back([unit], lambda _: path.is_file())
+        work.work_through([unit], write)
+        self.log(f"array: {path} (arr_0, uint8 [{number}, {shape[1]}, {shape[2]}, 3])")
+        return path.stat().st_size
 
     def _covered(self) -> list[range]:
         names = (RANGE_NAME.fullmatch(path.name) for path in listed(self.folder))

@@ -10,6 +10,7 @@ from tarflow.evaluation.result_file import Count
 from tarflow.records import DamagedFileError, Record, load_record, read_object
 
 SETTINGS = "settings.json"
+ARRAY = "samples.npz"  # all samples as one array, beside the shards that it is made from
 RANGE_NAME = re.compile(r"samples-(\d{8,18})-(\d{8,18})\.(tar|json)")  # first and last sample
 Index = Annotated[str, Field(pattern="^[0-9]{1,18}$")]
 
@@ -27,6 +28,7 @@ class StoreFile(Record):
     nonfinite: list[Count] = Field(default_factory=list)
     files: dict[Annotated[str, Field(pattern=f"^{RANGE_NAME.pattern}$")], Count] = Field(default_factory=dict)
     picture_bytes: Count = 0
+    array_bytes: Count = 0
 
 
 class Note(Record):
@@ -40,7 +42,7 @@ class Note(Record):
 
 def load_settings(folder: Path) -> dict[str, Any]:
     """The settings of a folder of stored samples. Raises DamagedFileError, and FileNotFoundError if there are none."""
-    return {"files": {}, "picture_bytes": 0, "num": 0, **read_object(folder / SETTINGS, StoreFile)}
+    return {"files": {}, "picture_bytes": 0, "array_bytes": 0, "num": 0, **read_object(folder / SETTINGS, StoreFile)}
 
 
 def load_note(path: Path) -> Note:

@@ -1,4 +1,4 @@
-"""The two formats of stored samples: WebDataset shards, and PNGs with a note for each range of them."""
+"""The formats of stored samples: WebDataset shards, also with one array of all, and PNGs with a note for each range."""
 
 import io
 import re
@@ -7,8 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from torch import Tensor
+
+from tarflow.evaluation.images.array import write_array
+from tarflow.evaluation.samples.png_folder import from_png
 from tarflow.evaluation.samples.store_check import Shape, damaged_pictures, damaged_shards
-from tarflow.evaluation.samples.store_files import Note
+from tarflow.evaluation.samples.store_files import RANGE_NAME, Note
 from tarflow.files import create_empty, listed, make_folder, open_to_read, put_once, write_new
 from tarflow.leases import unique_name
 from tarflow.records import DamagedFileError, save_record
@@ -27,6 +31,7 @@ class StoreFormat(Protocol):
     """How ranges of samples lie in a folder. A range's file is named samples-FIRST-LAST with this suffix."""
 
     suffix: str
+    array: bool  # whether an array of all samples is made from the ranges in the end
 
     def write(self, path: Path, samples: Mapping[int, Encoded]) -> None:
         """Write the samples of a range, ascending, and last the file at `path` that marks it as done."""
@@ -42,6 +47,7 @@ class Shards:
     """One tar per range, holding 00000123.png and, with a label, 00000123.cls."""
 
     suffix = ".tar"
+    array = False
 
     def write(self, path: Path, samples: Mapping[int, Encoded]) -> None:
         """Write the shard under a temporary name, then put it in place."""
@@ -75,6 +81,7 @@ class Pictures:
     """PNGs in images/, and one note per range with their labels and sizes."""
 
     suffix = ".json"
+    array = False
 
     def write(self, path: Path, samples: Mapping[int, Encoded]) -> None:
         """Write the pictures, then the note: a range without its note counts as missing."""
@@ -99,7 +106,36 @@ class Pictures:
         return damaged_pictures(folder, sizes, shape)
 
 
-FORMATS: dict[str, StoreFormat] = {"shards": Shards(), "png": Pictures()}
+class ShardsAndArray(Shards):
+    """Shards, from which `samples.npz` is made: uint8 [N, H, W, 3] as `arr_0`, as ADM's evaluator takes them."""
+
+    array = True
+
+
+FORMATS: dict[str, StoreFormat] = {"shards": Shards(), "png": Pictures(), "npz": ShardsAndArray()}
+
+
+def write_samples(path: Path, folder: Path, number: int, shape: Shape) -> None:
+    """Write all samples of the shards in `folder`, `number` of them, ascending; one is in memory at a time.
+
+    The bytes depend on the samples alone, not on how they are split into shards. The file appears complete or not at all.
+    """
+    _, height, width = shape
+    write_array(path, (number, height, width, 3), _pictures(folder))
+
+
+def _pictures(folder: Path) -> Iterator[Tensor]:
+    """uint8 [C, H, W] of every sample once, ascending. Ranges may overlap where commands cut them differently."""
+    ranges = [(path, name) for path in listed(folder, "samples-*.tar") if (name := RANGE_NAME.fullmatch(path.name))]
+    last = -1
+    for path, _ in sorted(ranges, key=lambda found: (int(found[1][1]), int(found[1][2]))):
+        with open_to_read(path) as file, tarfile.open(fileobj=file, mode="r:") as shard:
+            for member in shard:
+                for index in _numbers([member.name]):
+                    content = shard.extractfile(member)
+                    if index > last and content is not None:
+                        last = index
+                        yield from_png(io.BytesIO(content.read()))
 
 
 def _numbers(names: Iterable[str]) -> Iterator[int]:

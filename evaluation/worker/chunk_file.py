@@ -43,6 +43,7 @@ class About(Record):
 Form = dict[str, tuple[type, str]]
 SAMPLES: Form = {
     "count": (np.int64, "1"), "mean": (np.float64, "d"), "scatter": (np.float64, "t"),
+    "spatial_mean": (np.float64, "u"), "spatial_scatter": (np.float64, "v"),
     "features": (np.float32, "m d"), "pixels": (np.uint8, "p * * *"), "labels": (np.int64, "p"), "hashes": (np.uint64, "n"),
     "lost_sums": (np.int64, "5"), "lost_nonfinite": (np.int64, "l"),
     "lost_redone": (np.int64, "1"), "lost_certified": (np.int64, "e"), "lost_certificate": (np.float64, "e k"),
@@ -51,6 +52,7 @@ SAMPLES: Form = {
 }  # fmt: skip
 LIKELIHOOD: Form = {"ids": (np.int64, "n"), "values": (np.float64, "n k"), "dims": (np.int64, "1")}
 _GRID = {"grid_images", "grid_noisy"}  # missing where no sample is in the grid
+_SPATIAL = {"spatial_mean", "spatial_scatter"}  # missing where the network has no spatial features
 _LATER = {"lost_redone", "lost_certified", "lost_certificate"}  # earlier versions wrote none of them
 
 
@@ -98,7 +100,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _check_arrays(arrays: dict[str, NDArray[Any]], form: Form) -> None:
-    if odd := sorted((arrays.keys() ^ form.keys()) - _GRID - _LATER):
+    if odd := sorted((arrays.keys() ^ form.keys()) - _GRID - _SPATIAL - _LATER):
         raise ValueError(f"{'it lacks the array' if odd[0] in form else 'it has an unknown array'} {odd[0]!r}")
     sizes: dict[str, int] = {}
     for name, array in arrays.items():
@@ -115,9 +117,13 @@ def _check_arrays(arrays: dict[str, NDArray[Any]], form: Form) -> None:
 
 
 def _check_samples(arrays: dict[str, NDArray[Any]]) -> None:
-    count, dim = int(arrays["count"][0]), len(arrays["mean"])
-    if len(arrays["scatter"]) != dim * (dim + 1) // 2:
-        raise ValueError("its scatter matrix and its mean have different widths")
+    count = int(arrays["count"][0])
+    if len(arrays.keys() & _SPATIAL) not in (0, len(_SPATIAL)):
+        raise ValueError("its spatial statistics are incomplete")
+    for mean, scatter in (("mean", "scatter"), ("spatial_mean", "spatial_scatter")):
+        dim = len(arrays.get(mean, ()))
+        if len(arrays.get(scatter, ())) != dim * (dim + 1) // 2:
+            raise ValueError("its scatter matrix and its mean have different widths")
     if not len(arrays["features"]) <= len(arrays["hashes"]) == count or len(arrays["pixels"]) > count:
         raise ValueError(f"its arrays do not match its {count} samples")
     asked, used, *_ = arrays["lost_sums"].tolist()
@@ -127,5 +133,7 @@ def _check_samples(arrays: dict[str, NDArray[Any]]) -> None:
         raise ValueError("its certificates are incomplete")
     if len(arrays["grid_index"]) and not arrays.keys() >= _GRID:
         raise ValueError("the images of its grid are missing")
-    if count and not all(np.isfinite(arrays[name]).all() for name in ("mean", "scatter", "features")):
+    if count and not all(
+        np.isfinite(arrays[name]).all() for name in ("mean", "scatter", "features", *(_SPATIAL & arrays.keys()))
+    ):
         raise ValueError("it holds features that are not finite")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tarflow.evaluation import results
 from tarflow.evaluation.shared_work import SharedWork, index_ranges
@@ -36,7 +37,7 @@ class ChunkPlan:
     def chunk(self, name: str, path: Path | None = None) -> Chunk:
         """A chunk's file, or the temporary one at `path`, with everything that decides its content."""
         task = self.task
-        identity = {
+        identity: dict[str, Any] = {
             "chunk": name,
             "run": task.run,
             "checkpoint": task.source.checkpoint,
@@ -45,6 +46,8 @@ class ChunkPlan:
             "features": task.real.features.sha256,
             "plan": [self.batch_size, self.work.plan["chunk_samples"]],
         }
+        if task.real.features.spatial_dim:  # chunks of versions without them are computed again
+            identity["spatial"] = task.real.features.spatial_dim
         return Chunk(path or self.work.path(name), identity)
 
     def is_valid(self, path: Path) -> bool:

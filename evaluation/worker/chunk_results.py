@@ -48,20 +48,23 @@ class Keep:
 class SamplesPart:
     """The samples of one chunk, added batch by batch; or several chunks, merged."""
 
-    def __init__(self, dim: int, keep: Keep) -> None:
+    def __init__(self, dim: int, keep: Keep, spatial_dim: int = 0) -> None:
+        """`dim`, `spatial_dim`: numbers of features and of spatial features; 0: no sums of the latter are kept."""
         self.count = SampleCount()
-        self.statistics = FeatureStatistics(dim)
+        self.statistics, self.spatial = FeatureStatistics(dim), FeatureStatistics(spatial_dim)
         self.keep = keep
         self._features: list[Tensor] = []
         self._pixels: list[Tensor] = []
         self._labels: list[Tensor] = []
         self._hashes: list[NDArray[np.uint64] | None] = []
 
-    def add(self, drawn: Drawn, pixels: Tensor, features: Tensor) -> None:
-        """Add a batch with the pixels uint8 [m, C, H, W] and features [m, d] of its finite samples."""
+    def add(self, drawn: Drawn, pixels: Tensor, features: Tensor, spatial: Tensor | None = None) -> None:
+        """Add a batch with the pixels uint8 [m, C, H, W], features [m, d] and spatial features of its finite samples."""
         self.count.add(drawn)
         self.keep.grid.add(drawn)
         self.statistics.add(features)
+        if self.spatial.dim and spatial is not None:
+            self.spatial.add(spatial)
         index = torch.tensor(drawn.finite_indices(), dtype=torch.int64)
         self._features.append(features[index < self.keep.features].float().cpu())
         self._pixels.append(pixels[index < self.keep.pixels])
@@ -91,14 +94,12 @@ class SamplesPart:
 
     def save(self, chunk: Chunk, about: dict[str, Any]) -> None:
         """Write the chunk; `about`: who computed it and how long it took."""
-        number, mean, scatter = self.statistics.parts()
-        rows, columns = np.triu_indices(self.statistics.dim)
         write_chunk(
             chunk,
             about,
-            count=np.array([number], dtype=np.int64),
-            mean=mean.numpy(),
-            scatter=scatter.numpy()[rows, columns],  # it is symmetric
+            count=np.array([self.statistics.count], dtype=np.int64),
+            **_packed(self.statistics),
+            **(_packed(self.spatial, "spatial_") if self.spatial.dim else {}),
             features=self.features.numpy(),
             pixels=self.pixels.numpy(),
             labels=self.labels.numpy(),
@@ -110,9 +111,11 @@ class SamplesPart:
     def merge(self, chunk: Chunk) -> About:
         """Add a chunk's file; who computed it. Raises DamagedFileError for a file of another chunk."""
         arrays, about = read_chunk(chunk, SAMPLES)
-        if len(arrays["mean"]) != self.statistics.dim:
-            raise DamagedFileError(chunk.path, "its features have another width", WAY_OUT, what=WHAT)
-        self.statistics.merge(_statistics(arrays))
+        for statistics, prefix in ((self.statistics, ""), (self.spatial, "spatial_")):
+            if statistics.dim and len(arrays.get(f"{prefix}mean", ())) != statistics.dim:
+                raise DamagedFileError(chunk.path, "its features have another width", WAY_OUT, what=WHAT)
+            if statistics.dim:
+                statistics.merge(_statistics(arrays, prefix))
         self.count.merge(_named(arrays, "lost_"))
         self.keep.grid.merge(_named(arrays, "grid_"))
         self._hashes.append(arrays.get("hashes"))
@@ -127,13 +130,13 @@ def empty_part(task: EvaluationTask) -> SamplesPart:
     # Where the grid is drawn separately, no sample belongs to it.
     grid = task.empty_grid() if task.grid_is_sampled else GridImages(0, 0, 0)
     keep = Keep(task.settings.keep_features, task.settings.neighbour_samples, grid)
-    return SamplesPart(task.real.features.dim, keep)
+    return SamplesPart(task.real.features.dim, keep, task.real.features.spatial_dim)
 
 
-def chunk_statistics(chunks: Iterable[Chunk]) -> Iterator[FeatureStatistics]:
-    """The statistics of each chunk of samples alone: for error bars from chunk to chunk."""
+def chunk_statistics(chunks: Iterable[Chunk], prefix: str = "") -> Iterator[FeatureStatistics]:
+    """The statistics of each chunk of samples alone: for error bars from chunk to chunk. `prefix`: "" or "spatial_"."""
     for chunk in chunks:
-        yield _statistics(read_chunk(chunk, SAMPLES)[0])
+        yield _statistics(read_chunk(chunk, SAMPLES)[0], prefix)
 
 
 def save_likelihood(chunk: Chunk, part: BitsPerDim, about: dict[str, Any]) -> None:
@@ -190,10 +193,16 @@ def merge_chunks(plan: ChunkPlan) -> MergedChunks:
     return MergedChunks(samples, likelihood, watch.seconds, workers, codes, used)
 
 
-def _statistics(arrays: dict[str, NDArray[Any]]) -> FeatureStatistics:
-    mean = arrays["mean"]
+def _packed(statistics: FeatureStatistics, prefix: str = "") -> dict[str, NDArray[Any]]:
+    """Mean, and the upper half of the scatter matrix, which is symmetric."""
+    _, mean, scatter = statistics.parts()
+    return {f"{prefix}mean": mean.numpy(), f"{prefix}scatter": scatter.numpy()[np.triu_indices(statistics.dim)]}
+
+
+def _statistics(arrays: dict[str, NDArray[Any]], prefix: str = "") -> FeatureStatistics:
+    mean = arrays[f"{prefix}mean"]
     scatter = np.zeros((len(mean), len(mean)))
-    scatter[np.triu_indices(len(mean))] = arrays["scatter"]
+    scatter[np.triu_indices(len(mean))] = arrays[f"{prefix}scatter"]
     scatter += np.triu(scatter, 1).T
     return FeatureStatistics.from_parts(int(arrays["count"][0]), mean, scatter)
 

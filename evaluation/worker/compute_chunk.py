@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -19,6 +19,13 @@ from tarflow.evaluation.worker.chunk_results import MergedChunks, SamplesPart, e
 from tarflow.evaluation.worker.task import EvaluationTask
 
 LONG_S = 10  # a chunk that takes longer is logged
+
+
+class FeatureNetwork(Protocol):
+    """What drawing needs of a feature network."""
+
+    def with_spatial(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels uint8 [n, C, H, W] to features [n, dim] and spatial features [n, spatial_dim]."""
 
 
 def _nothing(_: object) -> None: ...
@@ -70,7 +77,7 @@ def compute_chunk(plan: ChunkPlan, name: str, path: Path, store: SampleStore | N
 def draw_chunk(
     part: SamplesPart,
     sampler: Sampler,
-    features: Callable[[Tensor], Tensor],
+    features: FeatureNetwork,
     indices: range,
     batch_size: int,
     watch: Stopwatch,
@@ -85,9 +92,9 @@ def draw_chunk(
             break
         pixels = drawn.pixels()
         with watch.phase("features"):
-            rows = features(pixels)
+            rows, spatial = features.with_spatial(pixels)
         with watch.phase("statistics"):
-            part.add(drawn, pixels, rows)
+            part.add(drawn, pixels, rows, spatial)
         if store:
             with watch.phase("saving"):
                 store.add(drawn)

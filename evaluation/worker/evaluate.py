@@ -42,7 +42,7 @@ class Evaluator:
     recipe: Recipe
     real: RealImages
     log: Log = print
-    save: str = ""  # "shards" or "png": keep the samples too
+    save: str = ""  # "shards", "png" or "npz": keep the samples too
     hooks: Hooks = field(default_factory=Hooks)
 
     def __post_init__(self) -> None:

@@ -49,7 +49,7 @@ class WorkerOptions:
     idle_s: float = 0.0  # stop following after this long without a new checkpoint; 0 = never
     device: str = "auto"
     reference: Path | None = None
-    save: str = ""  # "shards" or "png": keep the samples
+    save: str = ""  # "shards", "png" or "npz": keep the samples
     overrides: list[str] = field(default_factory=list)
     hooks: Hooks = field(default_factory=Hooks)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.data_pipeline.images.identical import count_identical
-from tarflow.evaluation.metrics.all_scores import feature_scores
+from tarflow.evaluation.metrics.all_scores import feature_scores, spatial_scores
 from tarflow.evaluation.metrics.names import distance_key
 from tarflow.evaluation.metrics.nearest_neighbours import label_agreement, nearest_neighbours
 from tarflow.evaluation.samples.draw import Sampler
@@ -63,6 +63,8 @@ def _distance(plan: ChunkPlan, samples: SamplesPart, problem: str | None) -> dic
     found = feature_scores(
         network, samples.statistics, samples.features, reference.statistics, reference.rows, parts=parts
     )
+    spatial_parts = chunk_statistics((plan.chunk(name) for name in plan.samples), "spatial_")
+    found |= spatial_scores(network, samples.spatial, reference.spatial, parts=spatial_parts)
     identical = None
     if samples.hashes is not None and reference.hashes is not None:
         identical = count_identical(samples.hashes, reference.hashes)

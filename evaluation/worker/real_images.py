@@ -14,7 +14,7 @@ from tarflow.evaluation.images.data_set import ImageSet
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.networks.features import Features
 from tarflow.evaluation.references.compute import reference_statistics
-from tarflow.evaluation.references.reference import Reference, cache_path, full_provenance, load_reference
+from tarflow.evaluation.references.reference import Provenance, Reference, cache_path, full_provenance, load_reference
 from tarflow.evaluation.worker.recipe import EvaluationSettings
 from tarflow.records import DamagedFileError
 from tarflow.trainer.config.schema import Config
@@ -53,11 +53,11 @@ class RealImages:
         images = self.images(self.settings.reference_images)
         provenance = full_provenance(images.provenance(), self.features)
         if self.path is not None:
-            return self._with_note(load_reference(self.path, provenance, dim=self.features.dim))
+            return self._with_note(self._load(self.path, provenance))
         beside = cache_path(Path(images.data.train), provenance)  # where `tarflow reference` writes them
         if beside.is_file():
             try:
-                return self._with_note(load_reference(beside, provenance, dim=self.features.dim))
+                return self._with_note(self._load(beside, provenance))
             except DamagedFileError as error:
                 self.log(f"{beside} is damaged and not used: {error.problem} (`tarflow reference` rebuilds it)")
         path = cache_path(self.evals, provenance)
@@ -65,7 +65,10 @@ class RealImages:
             reference_statistics(path, images, self.features, self.config.evaluation.lease_s, self.log)
         )
 
+    def _load(self, path: Path, provenance: Provenance) -> Reference:
+        return load_reference(path, provenance, dim=self.features.dim, spatial_dim=self.features.spatial_dim)
+
     def _with_note(self, reference: Reference) -> Reference:
-        for line in reference.notes:
+        for line in [*reference.notes, *reference.without_spatial(self.features)]:
             self.log(f"note: {line}")
         return reference

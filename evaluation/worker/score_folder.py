@@ -17,9 +17,9 @@ from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.images.array import ImageArray
 from tarflow.evaluation.images.folder import ImageFolder
 from tarflow.evaluation.log import Log
-from tarflow.evaluation.metrics.all_scores import feature_scores
+from tarflow.evaluation.metrics.all_scores import feature_scores, spatial_scores
 from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics
-from tarflow.evaluation.metrics.names import is_distance, is_kernel
+from tarflow.evaluation.metrics.names import is_distance, is_kernel, is_spatial
 from tarflow.evaluation.networks.features import Features
 from tarflow.evaluation.references.compute import KEEP, spread_evenly
 from tarflow.evaluation.references.reference import load_reference
@@ -52,6 +52,7 @@ class _Baseline:
 
     statistics: FeatureStatistics
     rows: Tensor
+    spatial: FeatureStatistics | None
     hashes: NDArray[np.uint64] | None
     size: int | None  # None: the images' own
     channels: int
@@ -66,10 +67,11 @@ def score_folder(request: ScoreRequest, log: Log = print) -> dict[str, Any]:
     network = Features(request.features, resolve_device(request.device), request.features_file)
     baseline = _stored(request, network) if request.reference is not None else _other_folder(request, network, log)
     folder = _images(request, request.folder, baseline.channels, baseline.size)
-    statistics, rows = measure(folder, network, log)
+    found = measure(folder, network, log)
     scores = feature_scores(
-        network, statistics, rows, baseline.statistics, baseline.rows, names=("scored", "reference")
+        network, found.statistics, found.rows, baseline.statistics, baseline.rows, names=("scored", "reference")
     )
+    scores |= spatial_scores(network, found.spatial, baseline.spatial, found.spatial_rows)
     warnings = folder.warnings() + baseline.warnings + scores.pop("warnings")
     # Only known once every image was read: the hashes are of the pixels that the network saw.
     identical = None if baseline.hashes is None else count_identical(folder.hashes, baseline.hashes)
@@ -105,11 +107,12 @@ def _stored(request: ScoreRequest, network: Features) -> _Baseline:
     given = {"image_size": request.size, "channels": request.channels}
     expected |= {key: value for key, value in given.items() if value is not None}
     assert request.reference is not None
-    found = load_reference(request.reference, expected, tuple(expected), network.dim)
+    found = load_reference(request.reference, expected, tuple(expected), network.dim, spatial_dim=network.spatial_dim)
     size = int(found.provenance.get("image_size", request.size or 0)) or None
     channels = int(found.provenance.get("channels", request.channels or 3))
     about = {"file": request.reference.name, **found.describe()}
-    return _Baseline(found.statistics, found.rows, found.hashes, size, channels, about, found.notes)
+    notes = found.notes + found.without_spatial(network)
+    return _Baseline(found.statistics, found.rows, found.spatial, found.hashes, size, channels, about, notes)
 
 
 def _other_folder(request: ScoreRequest, network: Features, log: Log) -> _Baseline:
@@ -117,8 +120,9 @@ def _other_folder(request: ScoreRequest, network: Features, log: Log) -> _Baseli
     assert request.against is not None
     channels = request.channels or 3
     other = _images(request, request.against, channels, request.size)
-    statistics, rows = measure(other, network, log)
-    return _Baseline(statistics, rows, other.hashes, other.size, channels, other.describe(), other.warnings())
+    found = measure(other, network, log)
+    about, warnings = other.describe(), other.warnings()
+    return _Baseline(found.statistics, found.rows, found.spatial, other.hashes, other.size, channels, about, warnings)
 
 
 def _images(request: ScoreRequest, place: Path, channels: int, size: int | None) -> ImageFolder | ImageArray:
@@ -127,24 +131,39 @@ def _images(request: ScoreRequest, place: Path, channels: int, size: int | None)
     return ImageFolder(place, channels, size, request.on_error, request.max_pixels)
 
 
-def measure(folder: ImageFolder | ImageArray, network: Features, log: Log) -> tuple[FeatureStatistics, Tensor]:
+@dataclass
+class _Measured:
     """Statistics of all images, and the features of at most 10,000 of them, spread evenly."""
+
+    statistics: FeatureStatistics
+    rows: Tensor
+    spatial: FeatureStatistics
+    spatial_rows: Tensor
+
+
+def measure(folder: ImageFolder | ImageArray, network: Features, log: Log) -> _Measured:
+    """Put all images through the network."""
     log(f"{folder.num_images:,} images in {folder.root} with {network.name}")
     statistics, kept = FeatureStatistics(network.dim), [torch.empty(0, network.dim)]
+    spatial, spatial_kept = FeatureStatistics(network.spatial_dim), [torch.empty(0, network.spatial_dim)]
     seen = 0
     for pixels in folder.batches():
-        rows = network(pixels)
+        rows, spatial_rows = network.with_spatial(pixels)
         statistics.add(rows)
-        kept.append(rows[spread_evenly(seen + torch.arange(len(rows)), folder.num_images, KEEP)])
+        spatial.add(spatial_rows)
+        keep = spread_evenly(seen + torch.arange(len(rows)), folder.num_images, KEEP)
+        kept.append(rows[keep])
+        spatial_kept.append(spatial_rows[keep])
         seen += len(rows)
-    return statistics, torch.cat(kept)
+    return _Measured(statistics, torch.cat(kept), spatial, torch.cat(spatial_kept))
 
 
 def _headline(result: dict[str, Any]) -> str:
     parts = []
     for key, value in result.items():
-        error = result.get("distance_stderr" if is_distance(key) else "kernel_stderr")
-        if is_distance(key) or is_kernel(key):
+        kinds = {"distance_stderr": is_distance, "spatial_stderr": is_spatial, "kernel_stderr": is_kernel}
+        error = next((result.get(name) for name, is_kind in kinds.items() if is_kind(key)), None)
+        if value is not None and any(is_kind(key) for is_kind in kinds.values()):
             parts.append(f"{key} {value:.4g}" + (f" +- {error:.2g}" if error is not None else ""))
         elif key in ("precision", "recall", "density", "coverage", "inception_score"):
             parts.append(f"{key.replace('_', ' ')} {value:.3f}")

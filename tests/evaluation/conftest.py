@@ -7,6 +7,7 @@ from tarflow.models.config import TarFlowConfig
 from tarflow.models.flow import TarFlow
 from tarflow.models.init import init_weights
 from tests.helpers.data import bars, prepared
+from tests.helpers.features import NoSpatial
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +102,7 @@ def make_run(tmp_path, digit_like):
     return make
 
 
-class FakeFeatures:
+class FakeFeatures(NoSpatial):
     """Eight columns of an image in place of a network: instant, and different for different images."""
 
     sha256, preprocessing, dim = "f00d", "none", 8

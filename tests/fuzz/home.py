@@ -13,6 +13,7 @@ from typing import Any
 
 from tests.fuzz.decisions import DESCRIPTION, DIGEST, START
 from tests.fuzz.server import Action, forked, load
+from tests.helpers.features import NoSpatial
 
 MODEL = {"image_size": 8, "patch_size": 4, "in_channels": 1, "channels": 16, "num_blocks": 2, "layers_per_block": 1,
          "head_channels": 8, "num_classes": 3}  # fmt: skip
@@ -25,7 +26,7 @@ SLURM = {
 }  # fmt: skip
 
 
-class FakeFeatures:
+class FakeFeatures(NoSpatial):
     """Eight columns of an image in place of a network: instant, and different for different images."""
 
     sha256, preprocessing, dim, num_classes = "f00d", "none", 8, 0
@@ -111,6 +112,7 @@ def make(folder: Path, seed: int, limit_s: float = 120) -> None:
 def _inputs(seed: int) -> int:
     import numpy as np
     import pyarrow as pa
+    import torch
     import yaml
     from PIL import Image
     from pyarrow import parquet
@@ -144,6 +146,9 @@ def _inputs(seed: int) -> int:
     moments = {"mu": rows.mean(axis=0), "sigma": np.cov(rows, rowvar=False)}
     np.savez("theirs.npz", mu_s=moments["mu"], sigma_s=moments["sigma"], **moments)
     Path("theirs.pkl").write_bytes(pickle.dumps({"fid": moments}))
+    torch.save(moments, "theirs.pt")
+    sums = {"sum": rows.sum(axis=0), "cov_sum": rows.T @ rows, "num_samples": np.array(len(rows))}
+    torch.save({f"real_features_{name}": torch.from_numpy(array) for name, array in sums.items()}, "theirs.pth")
     Path("names.json").write_text(json.dumps(list(CLASSES), indent=1))
     tree = {
         "data": {"train": "set/train", "validation": "set/val"},

@@ -86,6 +86,8 @@ _KINDS = (
     # others' formats, without a checksum: the file's SHA-256 stands in the message and in the result
     Kind("theirs: npz", "theirs.npz", ("score (theirs)",), "npz", own_words=True),
     Kind("theirs: pickle", "theirs.pkl", ("score (pickle)",), own_words=True),
+    Kind("theirs: torch", "theirs.pt", ("score (torch)",), "zip", own_words=True),
+    Kind("theirs: state", "theirs.pth", ("score (state)",), "zip", own_words=True),
     Kind("array of images", "array.npz", ("score (array)",), "npz", own_words=True),
     Kind("likelihood.json", "lik/likelihood.json", ("likelihood (again)",), "json", ("lik",)),
     Kind("weights.safetensors", "w.safetensors", ("sample (file)", "evaluate (file)", "train --init-from"), "safetensors",

@@ -51,6 +51,8 @@ VERBS = {
     "score (pickle)": Verb(
         "score images/a --reference theirs.pkl --features fid_inception --out new.json", prints=True
     ),
+    "score (torch)": Verb("score images/a --reference theirs.pt --features fid_inception --out new.json", prints=True),
+    "score (state)": Verb("score images/a --reference theirs.pth --features fid_inception --out new.json", prints=True),
     "score (array)": Verb("score array.npz --reference ref.npz --out new.json", prints=True),
     "likelihood": Verb("likelihood runs/one set/val --out new", prints=True),
     "likelihood (again)": Verb("likelihood runs/one set/val --out lik", prints=True),

@@ -59,7 +59,15 @@ class EvaluationConfig(Section):
         le=MOST_SECONDS,
         description="seconds without a heartbeat from its worker after which a chunk is taken over by another",
     )
-    features: Literal["efficientnet_lite0", "mobilenet_v2", "fid_inception", "torchvision_inception", "dinov2"] = Field(
+    features: Literal[
+        "efficientnet_lite0",
+        "mobilenet_v2",
+        "fid_inception",
+        "fid_inception_pytorch",
+        "fid_inception_clean",
+        "torchvision_inception",
+        "dinov2",
+    ] = Field(
         "efficientnet_lite0",
         description="feature network of the Frechet distance; the first two come with a package, the others "
         "need evaluation.features_file. Distances of different networks do not compare",
@@ -75,7 +83,9 @@ class EvaluationConfig(Section):
         description="samples whose features are stored, for metrics that need more than mean and covariance",
     )
     reference: HomePath | None = Field(
-        None, description="precomputed reference statistics (.npz); null = compute them once from data.train"
+        None,
+        description="precomputed reference statistics: .npz of `tarflow reference`, or a file of ADM, pytorch-fid, clean-fid, "
+        "torch-fidelity or EDM2; null = compute them once from data.train",
     )
     reference_images: Count = Field(
         0, ge=0, le=MOST_IN_A_SET, description="training images used for the reference statistics; 0 = all"

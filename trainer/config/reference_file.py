@@ -4,7 +4,6 @@ A run checks the file that its settings name, evaluations compare samples with i
 provenance in JSON: which images and which feature network the statistics come from.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,16 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, model_validator
 
-from tarflow.files import open_to_read
-from tarflow.npz import declared, read_npz
+from tarflow.npz import read_npz
 from tarflow.records import DamagedFileError, Record, as_record, parse_object
-from tarflow.trainer.config.foreign_reference import NETWORK, form_of, moments, read_pickle
+from tarflow.trainer.config.foreign_reference import ForeignReference, read_foreign
 
 FORMAT = 2
-PICKLES = (".pkl", ".pickle")
 WHAT = "reference statistics"
 WAY_OUT = "name another file (--reference, evaluation.reference), or make one with `tarflow reference`"
 _NAMES = {"format", "count", "mean", "scatter", "rows", "provenance"}
+_SPATIAL = {
+    "spatial_mean",
+    "spatial_scatter",
+}  # not in files of networks without spatial features, and of earlier versions
 _ROUNDING = 1e-6  # generous for products of sums in float64
 Text = Annotated[str, Field(max_length=10_000)]
 
@@ -58,16 +59,8 @@ class ReferenceFile:
     scatter: NDArray[np.float64]  # [d, d]: sum of (x - mean)(x - mean)^T
     rows: NDArray[np.float32]  # [m, d]: features of m images
     hashes: NDArray[np.uint64] | None  # [count]: of the pixels
+    spatial: tuple[NDArray[np.float64], NDArray[np.float64]] | None  # mean [e] and scatter [e, e] of spatial features
     checked: bool  # against a checksum in the file
-
-
-@dataclass(frozen=True)
-class ForeignReference:
-    """Statistics in another program's form (`foreign_reference`): what it does not record is not in `provenance`."""
-
-    provenance: dict[str, str | int]
-    mean: NDArray[np.float64]  # [d]
-    covariance: NDArray[np.float64]  # [d, d]
 
 
 def read_reference(path: Path, least: int = 2) -> ReferenceFile | ForeignReference:
@@ -79,11 +72,8 @@ def read_reference(path: Path, least: int = 2) -> ReferenceFile | ForeignReferen
 
     """
     try:
-        if path.suffix in PICKLES:
-            return _foreign(*read_pickle(path), path)
-        if form := form_of(declared(path, what=WHAT, way_out=WAY_OUT)):
-            arrays = read_npz(path, names=("mu", "sigma"), what=WHAT, way_out=WAY_OUT).arrays
-            return _foreign(form, *moments(arrays["mu"], arrays["sigma"]), path)
+        if (theirs := read_foreign(path, what=WHAT, way_out=WAY_OUT)) is not None:
+            return theirs
     except DamagedFileError:
         raise
     except ValueError as error:
@@ -95,16 +85,10 @@ def read_reference(path: Path, least: int = 2) -> ReferenceFile | ForeignReferen
         raise DamagedFileError(path, str(error), WAY_OUT, what=WHAT) from None
 
 
-def _foreign(form: str, mean: NDArray[np.float64], covariance: NDArray[np.float64], path: Path) -> ForeignReference:
-    with open_to_read(path) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return ForeignReference({"form": form, "features": NETWORK, "file_sha256": digest}, mean, covariance)
-
-
 def _as_reference(arrays: dict[str, NDArray[Any]], checked: bool, least: int) -> ReferenceFile:
-    names = arrays.keys() - {"hashes"}
-    if odd := sorted(names ^ _NAMES):
-        raise ValueError(f"{'no array' if odd[0] in _NAMES else 'an unknown array'} {odd[0]!r} stands in it")
+    wanted = _NAMES | (_SPATIAL if arrays.keys() & _SPATIAL else set())
+    if odd := sorted((arrays.keys() - {"hashes"}) ^ wanted):
+        raise ValueError(f"{'no array' if odd[0] in wanted else 'an unknown array'} {odd[0]!r} stands in it")
     version, count = _number(arrays, "format"), _number(arrays, "count")
     if version != FORMAT:
         raise ValueError(f"it has format {version}, this program reads {FORMAT}")
@@ -120,12 +104,21 @@ def _as_reference(arrays: dict[str, NDArray[Any]], checked: bool, least: int) ->
     _check(arrays, "mean", np.float64, (dim,))
     _check(arrays, "scatter", np.float64, (dim, dim))
     _check(arrays, "rows", np.float32, (min(kept, count), dim))
+    spatial = (arrays["spatial_mean"], arrays["spatial_scatter"]) if arrays.keys() & _SPATIAL else None
+    if spatial is not None:
+        width = spatial[0].size
+        _check(arrays, "spatial_mean", np.float64, (width,))
+        _check(arrays, "spatial_scatter", np.float64, (width, width))
     if "hashes" in arrays:
         _check(arrays, "hashes", np.uint64, (count,))
     if count:  # without images there is no mean
-        _check_values(arrays)
+        _check_values(arrays, "mean", "scatter", "rows")
+        if spatial is not None:
+            _check_values(arrays, "spatial_mean", "spatial_scatter")
     large = {name: arrays[name] for name in ("mean", "scatter", "rows")}
-    return ReferenceFile(provenance.model_dump(), count, **large, hashes=arrays.get("hashes"), checked=checked)
+    return ReferenceFile(
+        provenance.model_dump(), count, **large, hashes=arrays.get("hashes"), spatial=spatial, checked=checked
+    )
 
 
 def _number(arrays: dict[str, NDArray[Any]], name: str) -> int:
@@ -141,12 +134,12 @@ def _check(arrays: dict[str, NDArray[Any]], name: str, dtype: type, shape: tuple
         )
 
 
-def _check_values(arrays: dict[str, NDArray[Any]]) -> None:
+def _check_values(arrays: dict[str, NDArray[Any]], mean: str, scatter_name: str, *more: str) -> None:
     """All values are finite, and the scatter matrix is symmetric with entries within the Cauchy-Schwarz bound."""
-    for name in ("mean", "scatter", "rows"):
+    for name in (mean, scatter_name, *more):
         if not np.isfinite(arrays[name]).all():
             raise ValueError(f"its array {name!r} holds values that are not finite")
-    scatter = arrays["scatter"]
+    scatter = arrays[scatter_name]
     own = np.diagonal(scatter)
     if (own < 0).any():
         raise ValueError("its scatter matrix has negative sums of squares")

@@ -15,6 +15,7 @@ from tarflow.data_pipeline.loading.survey import DataSurvey, survey
 from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.records import DamagedFileError
 from tarflow.trainer.config.evaluation import FEATURE_PACKAGES
+from tarflow.trainer.config.foreign_reference import ForeignReference
 from tarflow.trainer.config.reference_file import read_reference
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.start.classes import compare_classes
@@ -146,19 +147,23 @@ def _reference(config: Config, train: DataSurvey) -> Iterator[Finding]:
         yield Finding(text, settings)
         return
     try:
-        stored = read_reference(path).provenance
+        found = read_reference(path)
     except DamagedFileError as error:
         yield Finding(f"evaluation.reference: {error}", settings)
         return
     except OSError as error:
         yield Finding(f"evaluation.reference={path} cannot be read: {error.strerror}", settings)
         return
+    stored = found.provenance
     wanted: dict[str, object] = {
         "image_size": config.model.image_size,
         "channels": config.model.in_channels,
         "damaged images": "refused" if config.data.on_error == "strict" else "left out",
     }
-    if evaluation.features in FEATURE_PACKAGES:  # others are named after their file
+    theirs = isinstance(found, ForeignReference) and evaluation.features in found.networks
+    if not theirs and (
+        evaluation.features in FEATURE_PACKAGES or "form" in stored
+    ):  # others are named after their file
         wanted["features"] = evaluation.features
     if train.index is not None:
         number = train.index.num_samples

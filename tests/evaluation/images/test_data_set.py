@@ -17,13 +17,14 @@ from tarflow.evaluation.images.data_set import ImageSet
 from tarflow.evaluation.references.compute import reference_statistics
 from tarflow.evaluation.references.reference import Reference, cache_path, full_provenance
 from tarflow.models.config import TarFlowConfig
+from tests.helpers.features import NoSpatial
 
 MODEL = TarFlowConfig(
     image_size=8, patch_size=4, in_channels=1, channels=16, num_blocks=1, layers_per_block=1, head_channels=8
 )
 
 
-class FakeFeatures:
+class FakeFeatures(NoSpatial):
     name, sha256, preprocessing, dim = "fake", "f00d", "none", 4
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from tarflow.files import check_writable
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.noise import to_pixels
 from tarflow.records import read_object
+from tests.helpers.features import NoSpatial
 
 SHAPE = {
     "image_size": 8, "patch_size": 4, "in_channels": 1, "channels": 16, "num_blocks": 1, "layers_per_block": 1,
@@ -32,7 +33,7 @@ SHAPE = {
 }  # fmt: skip
 
 
-class FakeFeatures:
+class FakeFeatures(NoSpatial):
     """Means and spreads of eight stripes of an image: enough to tell folders apart."""
 
     sha256, preprocessing, dim, num_classes = "f00d", "none", 8, 0

@@ -148,12 +148,16 @@ def fid(fid_file):
     return Features("fid_inception", file=fid_file)
 
 
-def test_the_fid_inception_equals_the_reference_implementation_from_pixels_to_features(fid, fid_file):
+@pytest.fixture(scope="module")
+def reference(fid_file):
+    """The network of torch-fidelity with the same weights."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    reference = FeatureExtractorInceptionV3(
-        "reference", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(fid_file)
-    )
+    layers = ["2048", "logits_unbiased"]
+    return FeatureExtractorInceptionV3("reference", layers, feature_extractor_weights_path=str(fid_file))
+
+
+def test_the_fid_inception_equals_the_reference_implementation_from_pixels_to_features(fid, reference):
     for size in (64, 320):  # up and down, without antialias
         x = images(2, channels=3, size=size)
         wanted, logits = reference(x)
@@ -161,6 +165,53 @@ def test_the_fid_inception_equals_the_reference_implementation_from_pixels_to_fe
         assert (found - wanted).abs().max() < 1e-3 * wanted.abs().max()
         torch.testing.assert_close(fid.probabilities(found), logits.softmax(1), rtol=2e-2, atol=1e-5)
     assert fid.num_classes == 1008
+
+
+def test_the_spatial_features_are_those_of_adms_evaluator(fid, reference):
+    """`mixed_6/conv:0` of the graph of 2015, its first 7 channels, flattened as TensorFlow does: channels last."""
+    seen: list[torch.Tensor] = []
+    # The graph's mixed_6 is Mixed_6d there; its first branch is the convolution, and what that branch gives is after the ReLU.
+    reference.Mixed_6d.branch1x1.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
+    x = images(2, channels=3, size=64)
+    wanted_features, _ = reference(x)
+    features, spatial = fid.with_spatial(x)
+    assert spatial.shape == (2, fid.spatial_dim) == (2, 7 * 17 * 17)
+    wanted = np.transpose(seen[0].numpy(), (0, 2, 3, 1))[..., :7].reshape(2, -1)
+    assert wanted.shape == (2, 2023)
+    assert (wanted == 0).any()
+    assert wanted.std() > 0.01
+    assert np.abs(spatial.numpy() - wanted).max() < 1e-3 * np.abs(wanted).max()
+    assert (features - wanted_features).abs().max() < 1e-3 * wanted_features.abs().max()
+    assert torch.equal(features, fid(x))
+    assert [part.shape for part in fid.with_spatial(x[:0])] == [(0, 2048), (0, 2023)]
+
+
+def test_networks_without_such_a_layer_have_no_spatial_features(lite0):
+    features, spatial = lite0.with_spatial(images(3))
+    assert (features.shape, spatial.shape, lite0.spatial_dim) == ((3, 1280), (3, 0), 0)
+
+
+def test_the_other_two_rules_of_resizing_are_those_of_their_programs(fid_file):
+    """The same weights behind them, so that only the input differs from that of `fid_inception`."""
+
+    def bicubic(channel):
+        return np.asarray(Image.fromarray(channel.astype(np.float32), "F").resize((299, 299), Image.Resampling.BICUBIC))
+
+    def pytorch_fid(x):
+        unit = torch.nn.functional.interpolate(x.float() / 255, (299, 299), mode="bilinear", align_corners=False)
+        return 2 * unit - 1
+
+    def clean_fid(x):
+        resized = np.stack([[bicubic(channel) for channel in image] for image in x.numpy()])
+        return (torch.from_numpy(resized).clip(0, 255) - 128) / 128
+
+    for name, wanted in (("fid_inception_pytorch", pytorch_fid), ("fid_inception_clean", clean_fid)):
+        network = features.FROM_FILE[name].build(fid_file)
+        assert features.FROM_FILE[name].sha256 == features.FROM_FILE["fid_inception"].sha256
+        for size in (64, 320):
+            x = images(2, channels=3, size=size)
+            scaled = (network.prepare(x) - network.mean[0]) / network.std[0]
+            torch.testing.assert_close(scaled, wanted(x), rtol=0, atol=2e-4)  # of -1..1
 
 
 def test_the_frechet_distance_with_the_fid_inception_equals_that_of_torchmetrics_and_torch_fidelity(fid):

@@ -7,9 +7,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch_fidelity.metric_fid import fid_features_to_statistics
+from torch_fidelity.utils_torch import torch_atomic_save
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.metrics.all_scores import feature_scores
+from tarflow.evaluation.metrics.all_scores import feature_scores, spatial_scores
 from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics
 from tarflow.evaluation.references.reference import load_reference
 from tarflow.evaluation.samples.png_folder import save_png
@@ -18,27 +21,49 @@ from tarflow.evaluation.worker.score_folder import ScoreRequest, score_folder
 from tarflow.records import DamagedFileError
 from tarflow.trainer.config.reference_file import ForeignReference, read_reference
 
-DIM = 6
+DIM, SPATIAL = 6, 4
 
 
 class Network:
-    """A few stripes' means in the place of the FID Inception."""
+    """A few stripes' means in the place of the FID Inception, and their spreads in the place of its spatial features."""
 
-    name, sha256, preprocessing, dim, num_classes = "fid_inception", "f00d", "none", DIM, 0
+    name, sha256, preprocessing, dim, spatial_dim, num_classes = "fid_inception", "f00d", "none", DIM, SPATIAL, 0
 
     def __init__(self, *_: object) -> None:
         self.warnings: list[str] = []
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return images.float().mean(dim=1).flatten(1).unflatten(1, (DIM, -1)).mean(2)
+        return self.stripes(images, DIM).mean(2)
+
+    def with_spatial(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self(images), self.stripes(images, SPATIAL).std(2)
+
+    def stripes(self, images: torch.Tensor, number: int) -> torch.Tensor:
+        return images.float().mean(dim=1).flatten(1).unflatten(1, (number, -1))
 
     def probabilities(self, _rows: torch.Tensor) -> torch.Tensor:
         raise AssertionError
 
 
-def features(num: int = 2000, seed: int = 0) -> np.ndarray:
+class Rows(torch.nn.Module):
+    """The features are the image."""
+
+    num_features = DIM
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)
+
+
+class State(FrechetInceptionDistance):
+    """As the published code of TarFlow keeps its sums, so that they are part of the state."""
+
+    def add_state(self, name: str, default: torch.Tensor, *_: object, **__: object) -> None:
+        self.register_buffer(name, default)
+
+
+def features(num: int = 2000, seed: int = 0, dim: int = DIM) -> np.ndarray:
     draw = np.random.default_rng(seed)
-    return (draw.normal(size=(num, DIM)) @ draw.normal(size=(DIM, DIM)) + 3).astype(np.float32)
+    return (draw.normal(size=(num, dim)) @ draw.normal(size=(dim, dim)) + 3).astype(np.float32)
 
 
 def moments(rows: np.ndarray, dtype: type = np.float64) -> dict[str, np.ndarray]:
@@ -51,11 +76,17 @@ def moments(rows: np.ndarray, dtype: type = np.float64) -> dict[str, np.ndarray]
 
 def write(form: str, path, rows: np.ndarray, protocol: int = 4) -> None:
     found = moments(rows)
+    spatial = {f"{name}_s": array for name, array in moments(features(len(rows), 9, SPATIAL)).items()}
     if form == "adm":
-        spatial = moments(features(50, 9))
-        np.savez(path, mu_s=spatial["mu"], sigma_s=spatial["sigma"], **found)
+        np.savez(path, **spatial, **found)
     elif form == "adm with images":
-        np.savez(path, mu_s=found["mu"], sigma_s=found["sigma"], arr_0=np.zeros((3, 8, 8, 3), np.uint8), **found)
+        np.savez(path, **spatial, arr_0=np.zeros((3, 12, 12, 3), np.uint8), **found)
+    elif form == "torch-fidelity":
+        torch_atomic_save(fid_features_to_statistics(torch.from_numpy(rows).double()), str(path))
+    elif form == "torchmetrics":
+        metric = State(feature=Rows(), input_img_size=(DIM, 1, 1))
+        metric.update(torch.from_numpy(rows)[..., None, None], real=True)
+        torch.save(metric.state_dict(), path)
     elif form == "pytorch-fid":
         np.savez_compressed(path, **found)
     elif form == "float32":
@@ -73,11 +104,14 @@ def foreign(path) -> ForeignReference:
 
 
 def name_of(form: str) -> str:
-    return "ref.pkl" if "edm2" in form or form == "flat pickle" else "ref.npz"
+    names = {"edm2": "ref.pkl", "flat pickle": "ref.pkl", "torch-fidelity": "ref.pt", "torchmetrics": "ref.pth"}
+    return names.get(form, "ref.npz")
 
 
 @pytest.mark.case("I02")
-@pytest.mark.parametrize("form", ["adm", "adm with images", "pytorch-fid", "edm2", "flat pickle"])
+@pytest.mark.parametrize(
+    "form", ["adm", "adm with images", "pytorch-fid", "torch-fidelity", "torchmetrics", "edm2", "flat pickle"]
+)
 def test_the_distance_is_that_from_our_own_statistics(tmp_path, form):
     real, sampled = features(2000, 1), features(1500, 2)
     path = tmp_path / name_of(form)
@@ -93,10 +127,18 @@ def test_the_distance_is_that_from_our_own_statistics(tmp_path, form):
     assert theirs["fid"] == pytest.approx(own["fid"], rel=1e-9)
     assert theirs["distance_stderr"] == pytest.approx(own["distance_stderr"], rel=1e-6)
     assert theirs.keys() == own.keys()
-    assert found.images_used is None
+    sampled_spatial, ours_spatial = FeatureStatistics(SPATIAL), FeatureStatistics(SPATIAL)
+    sampled_spatial.add(torch.from_numpy(features(1500, 11, SPATIAL)))
+    ours_spatial.add(torch.from_numpy(features(2000, 9, SPATIAL)))
+    theirs = spatial_scores(Network(), sampled_spatial, found.spatial)
+    own = spatial_scores(Network(), sampled_spatial, ours_spatial)
+    assert own["sfid"] > 0.1
+    assert theirs["sfid"] == (pytest.approx(own["sfid"], rel=1e-9) if form.startswith("adm") else None)
+    assert found.images_used == (2000 if form == "torchmetrics" else None)
     assert found.provenance["form"] in form or form == "flat pickle"
     (note,) = found.notes
     assert "does not record which images" in note
+    assert ("how many" in note) == (form != "torchmetrics")
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -108,6 +150,89 @@ def test_pickles_of_every_protocol_and_order_of_memory(tmp_path, protocol):
     read = foreign(tmp_path / "a.pkl")
     assert np.array_equal(read.mean, found["mu"])
     np.testing.assert_allclose(read.covariance, wanted, rtol=1e-15)
+
+
+def test_the_statistics_that_torch_fidelity_keeps_in_float32_are_read(tmp_path):
+    rows = features()
+    torch_atomic_save(fid_features_to_statistics(torch.from_numpy(rows)), str(tmp_path / "a.pt"))
+    read = foreign(tmp_path / "a.pt")
+    np.testing.assert_allclose(read.mean, rows.mean(axis=0, dtype=np.float64), rtol=1e-5)
+    np.testing.assert_allclose(read.covariance, np.cov(rows, rowvar=False), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.case("H01")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"mu": torch.zeros(3), "sigma": torch.eye(3)}, "which could run code"),
+        ([1, 2], "no pickle of"),
+        ({"mu": np.array([1, 2]), "sigma": np.eye(2)}, "not of floats"),
+        (None, "no file of torch.save"),
+    ],
+)
+def test_what_torch_fidelity_does_not_write_is_refused(tmp_path, content, message):
+    path = tmp_path / "ref.pt"
+    torch.save(content, path)
+    if content is None:
+        path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DamagedFileError, match=rf"ref\.pt.*{message}"):
+        read_reference(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"real_features_cov_sum": None},
+        {"real_features_num_samples": torch.tensor(1)},
+        {"real_features_sum": torch.zeros(DIM)},
+        {"real_features_cov_sum": torch.zeros(3, 3, dtype=torch.float64)},
+    ],
+)
+def test_a_state_without_the_sums_of_real_images_is_refused(tmp_path, change):
+    write("torchmetrics", tmp_path / "ref.pth", features())
+    state = torch.load(tmp_path / "ref.pth", weights_only=True)
+    torch.save({k: v for k, v in (state | change).items() if v is not None}, tmp_path / "ref.pth")
+    with pytest.raises(DamagedFileError, match=r"ref\.pth.*(no state of torchmetrics|do not fit together)"):
+        read_reference(tmp_path / "ref.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "network"),
+    [
+        ("ffhq_clean_trainval_256.npz", "clean-fid, clean", "fid_inception_clean"),
+        ("my_set_legacy_tensorflow_custom_na.npz", "clean-fid, legacy_tensorflow", "fid_inception"),
+        ("cifar10_legacy_pytorch_train_32.npz", "clean-fid, legacy_pytorch", "fid_inception_pytorch"),
+        ("imagenet-64x64.npz", "pytorch-fid", "fid_inception or fid_inception_pytorch"),
+    ],
+)
+def test_how_clean_fid_resized_is_known_by_the_names_of_its_files(tmp_path, name, form, network):
+    write("pytorch-fid", tmp_path / name, features())
+    found = foreign(tmp_path / name)
+    assert (found.provenance["form"], found.provenance["features"]) == (form, network)
+    for here in ("fid_inception", "fid_inception_pytorch", "fid_inception_clean"):
+        if here in found.networks:
+            load_reference(tmp_path / name, {"features": here})
+            continue
+        with pytest.raises(EvaluationError, match=rf"features: {network} in the file \({form}\), {here} here"):
+            load_reference(tmp_path / name, {"features": here})
+    (tmp_path / name).rename(tmp_path / "a_clean_clip_vit_b_32_train_64.npz")
+    with pytest.raises(DamagedFileError, match="made it with CLIP"):
+        read_reference(tmp_path / "a_clean_clip_vit_b_32_train_64.npz")
+
+
+def test_the_size_of_the_images_in_a_file_of_adm_is_checked(tmp_path):
+    write("adm with images", tmp_path / "ref.npz", features())
+    assert (
+        load_reference(tmp_path / "ref.npz", {"features": "fid_inception", "image_size": 12}).provenance[
+            "images_inside"
+        ]
+        == 3
+    )
+    with pytest.raises(EvaluationError, match="the images in the file have 12 pixels, 64 here"):
+        load_reference(tmp_path / "ref.npz", {"features": "fid_inception", "image_size": 64})
+    np.savez(tmp_path / "flat.npz", arr_0=np.zeros((3, 12, 8, 3), np.uint8), **moments(features()))
+    with pytest.raises(DamagedFileError, match=r"its arr_0 is uint8 \[3, 12, 8, 3\]"):
+        read_reference(tmp_path / "flat.npz")
 
 
 def test_a_covariance_stored_in_float32_is_taken(tmp_path):
@@ -142,6 +267,15 @@ def test_code_in_a_pickle_is_refused_and_does_not_run(tmp_path, where, call):
     with pytest.raises(DamagedFileError, match=r"ref\.pkl.*(which could run code|is not one|not of floats)"):
         read_reference(tmp_path / "ref.pkl")
     assert not sign.exists()
+
+
+@pytest.mark.case("H10")
+@pytest.mark.parametrize("put", [b"r" + (1 << 30).to_bytes(4, "little"), b"p1073741824\n"])
+def test_a_pickle_that_asks_for_more_memory_than_its_file_is_refused(tmp_path, put):
+    whole = pickle.dumps({"fid": moments(features())}, 2)
+    (tmp_path / "ref.pkl").write_bytes(whole[:-1] + put + whole[-1:])
+    with pytest.raises(DamagedFileError, match="more objects than it can hold"):
+        read_reference(tmp_path / "ref.pkl")
 
 
 @pytest.mark.case("H06")
@@ -193,6 +327,8 @@ def test_statistics_of_another_network_or_size_are_refused(tmp_path):
         load_reference(tmp_path / "ref.npz", {"features": "efficientnet_lite0"})
     with pytest.raises(EvaluationError, match="features of an image: 6 in the file, 2048 here"):
         load_reference(tmp_path / "ref.npz", {"features": "fid_inception-0123abcd"}, dim=2048)
+    with pytest.raises(EvaluationError, match="spatial features of an image: 4 in the file, 2023 here"):
+        load_reference(tmp_path / "ref.npz", {"features": "fid_inception"}, dim=DIM, spatial_dim=2023)
 
 
 @pytest.mark.parametrize("form", ["adm", "edm2"])
@@ -212,6 +348,8 @@ def test_a_folder_is_scored_against_it_and_the_file_stays(tmp_path, monkeypatch,
         lines.append,
     )
     assert abs(result["fid"]) < 1e-6
+    assert (result["sfid"] is None) == (form == "edm2")
+    assert any("there is no sFID" in line for line in lines) == (form == "edm2")
     assert result["reference"]["form"] == form
     assert any("does not record which images" in line for line in lines)
     assert not any("1,000,000,000,000" in line for line in lines)
@@ -227,39 +365,3 @@ def test_an_unknown_npz_is_not_taken_for_one(tmp_path):
     (tmp_path / "ref.npz").write_bytes(buffer.getvalue())
     with pytest.raises(DamagedFileError, match="objects, which are pickled"):
         read_reference(tmp_path / "ref.npz")
-
-
-def test_our_statistics_are_written_for_others_and_read_back(tmp_path, monkeypatch, digit_like):
-    from tarflow.evaluation.references import make as making
-
-    class Small(Network):
-        def __call__(self, images: torch.Tensor) -> torch.Tensor:
-            return images.float().flatten(1)[:, :DIM]
-
-    monkeypatch.setattr(making, "Features", Small)
-
-    def request(**changes):
-        given = {
-            "data": str(digit_like / "train"), "size": 8, "channels": 1, "images": 0, "features": "fid_inception",
-            "features_file": None, "out": tmp_path / "theirs.npz", "on_error": "strict", "device": "cpu",
-            "form": "pytorch-fid",
-        }  # fmt: skip
-        return making.ReferenceRequest(**(given | changes))
-
-    lines: list[str] = []
-    ours = making.make_reference(request(), lines.append)
-    assert "as pytorch-fid stores them (mu, sigma)" in lines[-1]
-    with np.load(tmp_path / "theirs.npz") as written:
-        assert set(written) == {"mu", "sigma"}
-        rows = ours.rows.double().numpy()
-        np.testing.assert_allclose(written["mu"], rows.mean(axis=0), rtol=1e-12)
-        np.testing.assert_allclose(written["sigma"], np.cov(rows, rowvar=False), rtol=1e-9, atol=1e-12)
-    assert foreign(tmp_path / "theirs.npz").provenance["form"] == "pytorch-fid"
-    for changes, message in (
-        ({}, "is there already"),
-        ({"out": None}, "needs --out"),
-        ({"out": tmp_path / "a.pkl"}, r"ends in \.npz"),
-        ({"out": tmp_path / "no/a.npz"}, "there is no folder"),
-    ):
-        with pytest.raises(EvaluationError, match=message):
-            making.make_reference(request(**changes), lines.append)

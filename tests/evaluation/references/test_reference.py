@@ -19,11 +19,12 @@ from tarflow.evaluation.references import compute
 from tarflow.evaluation.references.compute import reference_statistics
 from tarflow.evaluation.references.reference import cache_path, full_provenance, load_reference, save_reference
 from tarflow.records import DamagedFileError
+from tests.helpers.features import NoSpatial
 from tests.helpers.programs import ENV, program
 from tests.helpers.waiting import until
 
 
-class FakeFeatures:
+class FakeFeatures(NoSpatial):
     name, sha256, preprocessing, dim = "fake", "f00d", "none", 4
 
     def __call__(self, images):

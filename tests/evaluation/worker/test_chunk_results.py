@@ -79,6 +79,28 @@ def test_uneven_and_empty_chunks_have_the_value_of_their_union(tmp_path, shift):
     assert [statistics.count for statistics in chunk_statistics(chunks)] == [5, 3, 0]
 
 
+def test_sums_of_spatial_features_are_merged_where_they_are_wanted_and_missed_where_they_are_not_there(tmp_path):
+    chunks, whole = [], FeatureStatistics(3)
+    for name, indices in (("a", range(5)), ("b", range(5, 8))):
+        one = SamplesPart(DIM, Keep(100, 3, GridImages(1, 4, 0)), spatial_dim=3)
+        drawn = batch(indices)
+        one.add(drawn, drawn.pixels(), rows_of(indices), rows_of(indices)[:, :3] ** 2)
+        one.save(chunk(tmp_path, name), {"by": name})
+        chunks.append(chunk(tmp_path, name))
+    whole.add(rows_of(range(8))[:, :3] ** 2)
+    merged, without = SamplesPart(DIM, Keep(100, 3, GridImages(1, 4, 0)), spatial_dim=3), part()
+    for one in chunks:
+        merged.merge(one)
+        without.merge(one)
+    for ours, theirs in zip(merged.spatial.parts(), whole.parts()):
+        torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), rtol=1e-12, atol=1e-12)
+    assert [found.count for found in chunk_statistics(chunks, "spatial_")] == [5, 3]
+    assert without.spatial.dim == 0
+    assert is_valid(chunks[0], SAMPLES)
+    with pytest.raises(DamagedFileError, match="its features have another width"):
+        SamplesPart(DIM, Keep(100, 3, GridImages(1, 4, 0)), spatial_dim=3).merge(write(tmp_path, "c", range(5)))
+
+
 @pytest.mark.case("S06")
 def test_a_chunk_has_the_same_bits_in_any_batches(tmp_path):
     found = []
@@ -154,6 +176,8 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "more lost than asked": ({"lost_nonfinite": np.arange(3)}, "contradict each other"),
     "no grid": ({"grid_images": None, "grid_noisy": None}, "images of its grid are missing"),
     "an array less": ({"hashes": None}, "lacks the array 'hashes'"),
+    "half of the spatial sums": ({"spatial_mean": np.zeros(3)}, "its spatial statistics are incomplete"),
+    "spatial sums of two widths": ({"spatial_mean": np.zeros(3), "spatial_scatter": np.zeros(5)}, "different widths"),
     "an array more": ({"other": np.zeros(3)}, "an unknown array 'other'"),
 }
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from tarflow.evaluation.references import compute
 from tarflow.evaluation.references import make as making
 from tarflow.evaluation.references.make import ReferenceRequest, make_reference
+from tests.helpers.features import NoSpatial
 
 
-class SlowFeatures:
+class SlowFeatures(NoSpatial):
     name, sha256, preprocessing, dim, num_classes = "slow", "f00d", "none", 4, 0
 
     def __init__(self, *_: object) -> None:
