@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from tarflow.evaluation.report.logged import read_metrics
-from tarflow.trainer.metrics import MetricLogger
+from tarflow.trainer.tracking.logger import MetricLogger
 
 ROW = {
     "train/loss": -0.1234, "train/bits_per_dim": 4.123, "optim/grad_norm": 12.34, "optim/lr": 1e-4,
@@ -25,7 +25,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def make(width: int) -> MetricLogger:
         monkeypatch.setenv("TERM", "xterm")  # a dumb terminal is taken to have 80 columns
         console = Console(width=width, force_terminal=True, color_system=None, file=io.StringIO())
-        made.append(MetricLogger(tmp_path, False, TOTAL, console=console))
+        made.append(MetricLogger(tmp_path, (), TOTAL, console=console))
         return made[0]
 
     yield make
@@ -50,7 +50,7 @@ def test_a_progress_bar_of_any_width_has_its_bar_and_its_figures(terminal, width
 
 @pytest.mark.case("N13")
 def test_a_line_begins_with_what_one_looks_for_first(tmp_path: Path, capsys) -> None:
-    log = MetricLogger(tmp_path, False, TOTAL)
+    log = MetricLogger(tmp_path, (), TOTAL)
     log.metrics(123456, TOTAL // 2, TOTAL, ROW)
     log.close()
     (line,) = capsys.readouterr().out.splitlines()
@@ -61,7 +61,7 @@ def test_a_line_begins_with_what_one_looks_for_first(tmp_path: Path, capsys) -> 
 
 @pytest.mark.case("N13")
 def test_what_is_only_recorded_is_not_on_the_screen(tmp_path: Path, capsys) -> None:
-    log = MetricLogger(tmp_path, False, TOTAL)
+    log = MetricLogger(tmp_path, (), TOTAL)
     log.record("the configuration of this start:\ndata:\n  train: x")
     log.info("model: small")
     log.close()
@@ -71,7 +71,7 @@ def test_what_is_only_recorded_is_not_on_the_screen(tmp_path: Path, capsys) -> N
 
 @pytest.mark.case("H06")
 def test_lines_of_figures_are_sealed_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
-    log = MetricLogger(tmp_path, False, TOTAL)
+    log = MetricLogger(tmp_path, (), TOTAL)
     log.event("start", images_seen=0, step=0)
     for step in (5, 10, 15):
         log.metrics(step, 16 * step, TOTAL, {**ROW, "train/loss": 0.25 * step})
