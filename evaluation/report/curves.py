@@ -37,7 +37,7 @@ def training_curves(history: History, headline: Headline | None) -> str:
     note = ""
     if restarts:
         note = paragraphs([f"Restarted at {', '.join(f'{images:,}' for images in restarts)} images seen."])
-    return note + _drawn([*_training_plots(history, headline)], "plot")
+    return note + drawn([*_training_plots(history, headline)], "plot")
 
 
 def _training_plots(history: History, headline: Headline | None) -> Iterator[Plot]:
@@ -45,17 +45,17 @@ def _training_plots(history: History, headline: Headline | None) -> Iterator[Plo
     groups = by_settings(history, headline) if headline else {}
     name = headline.curve.distance[0] if headline else "none"
     held_out = [
-        _over_images(f"held-out, {label}", results, "bits_per_dim", "bits_per_dim_stderr")
+        over_images(f"held-out, {label}", results, "bits_per_dim", "bits_per_dim_stderr")
         for label, results in groups.items()
     ]
-    distances = [_over_images(label, results, name, "distance_stderr") for label, results in groups.items()]
+    distances = [over_images(label, results, name, "distance_stderr") for label, results in groups.items()]
     comparable = alike(history.results, headline.curve) if headline else []
 
     yield Plot("Loss", [Curve("training", series("train/loss"))], "nats per dimension", restarts=restarts)
     bits = [Curve("training", series("train/bits_per_dim")), *held_out]
     yield Plot("Bits per dimension", bits, "bits per dimension", restarts=restarts)
     yield Plot(f"Fréchet distance ({name})", distances, "Fréchet distance", from_zero=True)
-    yield Plot("Label agreement", [_over_images("agreement", comparable, "label_agreement")], "fraction of samples")
+    yield Plot("Label agreement", [over_images("agreement", comparable, "label_agreement")], "fraction of samples")
     rate = [Curve("learning rate", series("optim/lr"))]
     yield Plot("Learning rate", rate, "learning rate", restarts=restarts, from_zero=True)
     throughput = [Curve("throughput", series("throughput/images_per_sec"))]
@@ -64,7 +64,7 @@ def _training_plots(history: History, headline: Headline | None) -> Iterator[Plo
     yield Plot("Gradient norm", norm, "L2 norm", restarts=restarts, from_zero=True)
 
 
-def _over_images(label: str, results: Sequence[Result], key: str, stderr_key: str = "") -> Curve:
+def over_images(label: str, results: Sequence[Result], key: str, stderr_key: str = "") -> Curve:
     """A metric of results over images seen, with its standard error where there is one."""
     shown = [result for result in results if result.values.get(key) is not None]
     points = [(float(result.images_seen), float(result.values[key])) for result in shown]
@@ -78,7 +78,7 @@ def sampling_curves(history: History) -> str:
     for sweep in history.sweeps:
         plots += [_round_plot(sweep, part) for part in sweep["rounds"]]
     outcomes = paragraphs(_outcome(sweep) for sweep in history.sweeps if sweep.get("best"))
-    return outcomes + _drawn(plots, "sampling")
+    return outcomes + drawn(plots, "sampling")
 
 
 def _setting_plot(history: History, setting: str, label: str) -> Plot:
@@ -117,9 +117,9 @@ def _outcome(sweep: dict[str, Any]) -> str:
     return f"{sweep['name']}: the best is {best}, at a distance of {distance}. {verdict}"
 
 
-def _drawn(plots: Sequence[Plot], key: str) -> str:
+def drawn(plots: Sequence[Plot], key: str) -> str:
     """Plots that have points as figures. Curves without points are dropped first, so that no legend names them."""
     for plot in plots:
         plot.curves = [curve for curve in plot.curves if curve.points]
-    drawn = (svg(plot, f"{key}{i}") for i, plot in enumerate(plots) if plot.curves)
-    return "".join(f"<figure class='plot'>{image}</figure>" for image in drawn)
+    images = (svg(plot, f"{key}{i}") for i, plot in enumerate(plots) if plot.curves)
+    return "".join(f"<figure class='plot'>{image}</figure>" for image in images)

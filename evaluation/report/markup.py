@@ -46,6 +46,11 @@ def picture(path: Path, caption: str, flaws: list[str]) -> str:
     )
 
 
+def damaged_files(flaws: Iterable[str]) -> str:
+    """The section that names files which could not be read."""
+    return section("Damaged files, not shown", paragraphs(flaws, warning=True))
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table that scrolls sideways on narrow screens; None is shown as a dash."""
     head = "".join(f"<th>{escaped(name)}</th>" for name in header)
