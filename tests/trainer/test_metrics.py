@@ -22,7 +22,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """`terminal(80)`: the log of a run on a terminal of 80 columns."""
     made: list[MetricLogger] = []
 
-    def make(width: int) -> MetricLogger:
+    def make(width: int | None) -> MetricLogger:
         monkeypatch.setenv("TERM", "xterm")  # a dumb terminal is taken to have 80 columns
         console = Console(width=width, force_terminal=True, color_system=None, file=io.StringIO())
         made.append(MetricLogger(tmp_path, (), TOTAL, console=console))
@@ -33,7 +33,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         log.close()
 
 
-@pytest.mark.parametrize("width", [80, 100, 200])
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
 @pytest.mark.case("N13")
 def test_a_progress_bar_of_any_width_has_its_bar_and_its_figures(terminal, width: int) -> None:
     log = terminal(width)
@@ -46,6 +46,22 @@ def test_a_progress_bar_of_any_width_has_its_bar_and_its_figures(terminal, width
     assert "4.123 bits/dim | 1234 img/s" in line
     assert "ETA" in line
     assert ("loss -0.1234 | grad 12.34 | lr 1.00e-04" in line) == (width == 200)
+
+
+@pytest.mark.parametrize(("columns", "shown"), [("80", True), ("60", True), ("40", False)])
+def test_the_bar_takes_one_line_of_the_columns_that_it_is_told(
+    terminal, monkeypatch, columns: str, shown: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    log = terminal(None)
+    log.metrics(123456, TOTAL // 2, TOTAL, ROW | {"throughput/images_per_sec": 123456.0})
+    written = io.StringIO()
+    Console(color_system=None, file=written).print(log._progress.get_renderable())
+    (line,) = written.getvalue().splitlines()
+    assert len(line) <= int(columns)
+    assert line.startswith(" 50.0% ━━━")
+    assert "4.123 bits/dim" in line
+    assert ("| 123456 img/s" in line) == shown
 
 
 @pytest.mark.case("N13")
