@@ -9,7 +9,7 @@ from typing import Any
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.metrics.names import is_distance, is_kernel
-from tarflow.evaluation.report.curves import by_settings, drawn, over_images
+from tarflow.evaluation.report.curves import by_settings, drawn, likelihoods, over_images
 from tarflow.evaluation.report.headline import Headline, find_headline, settings_of
 from tarflow.evaluation.report.history import History, read_history
 from tarflow.evaluation.report.markup import damaged_files, paragraphs, picture, section, table
@@ -141,6 +141,11 @@ def _plots(runs: Sequence[_Run]) -> list[Plot]:
     evaluated = [(run, run.headline) for run in runs if run.headline]
     held_out = [_scored(run, headline, "bits_per_dim", "bits_per_dim_stderr") for run, headline in evaluated]
     plots.insert(2, Plot("Bits per dimension, held-out images", held_out, "bits per dimension"))
+    histograms = likelihoods([(run.label, headline.result) for run, headline in evaluated])
+    for curve in histograms.curves:
+        run = next(run for run, _ in evaluated if run.label == curve.label)
+        curve.colour, curve.style = run.colour, run.style
+    plots.append(histograms)
     for name in dict.fromkeys(headline.curve.distance[0] for _, headline in evaluated):
         curves = [
             _scored(run, headline, name, "distance_stderr")

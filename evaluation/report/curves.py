@@ -6,11 +6,12 @@ from typing import Any
 from tarflow.evaluation.report.headline import Headline, alike, differences, settings_of
 from tarflow.evaluation.report.history import History, Result
 from tarflow.evaluation.report.markup import paragraphs
-from tarflow.evaluation.report.plots import Curve, Plot, svg
+from tarflow.evaluation.report.plots import Curve, Plot, outline, svg
 from tarflow.trainer.checkpoint.names import leading_name
 
+MOST_HISTOGRAMS = 4  # on one plot
 # Sampling settings that a plot is made over: name of the setting, label of the axis.
-_AXES = (("guidance", "guidance weight"), ("denoise", "denoising multiplier"), ("attn_temp", "attention temperature"))
+AXES = (("guidance", "guidance weight"), ("denoise", "denoising multiplier"), ("attn_temp", "attention temperature"))
 
 
 def by_settings(history: History, headline: Headline) -> dict[str, list[Result]]:
@@ -54,6 +55,9 @@ def _training_plots(history: History, headline: Headline | None) -> Iterator[Plo
     yield Plot("Loss", [Curve("training", series("train/loss"))], "nats per dimension", restarts=restarts)
     bits = [Curve("training", series("train/bits_per_dim")), *held_out]
     yield Plot("Bits per dimension", bits, "bits per dimension", restarts=restarts)
+    yield likelihoods(
+        [(f"{result.images_seen:,} images seen", result) for result in spaced(comparable, MOST_HISTOGRAMS)]
+    )
     yield Plot(f"Fréchet distance ({name})", distances, "Fréchet distance", from_zero=True)
     yield Plot("Label agreement", [over_images("agreement", comparable, "label_agreement")], "fraction of samples")
     rate = [Curve("learning rate", series("optim/lr"))]
@@ -62,6 +66,19 @@ def _training_plots(history: History, headline: Headline | None) -> Iterator[Plo
     yield Plot("Throughput", throughput, "images per second", restarts=restarts, from_zero=True)
     norm = [Curve("gradient norm", series("optim/grad_norm"))]
     yield Plot("Gradient norm", norm, "L2 norm", restarts=restarts, from_zero=True)
+
+
+def likelihoods(results: Sequence[tuple[str, Result]]) -> Plot:
+    """Held-out images by their exact likelihood under each result, by label."""
+    curves = [Curve(label, outline(*result.histogram)) for label, result in results if result.histogram is not None]
+    return Plot("Likelihood of held-out images", curves, "share of images", "bits per dimension", from_zero=True)
+
+
+def spaced(results: Sequence[Result], most: int) -> list[Result]:
+    """These results, or `most` of them, evenly spaced, with the first and the last."""
+    if len(results) <= most:
+        return list(results)
+    return [results[i * (len(results) - 1) // (most - 1)] for i in range(most)]
 
 
 def over_images(label: str, results: Sequence[Result], key: str, stderr_key: str = "") -> Curve:
@@ -74,7 +91,7 @@ def over_images(label: str, results: Sequence[Result], key: str, stderr_key: str
 
 def sampling_curves(history: History) -> str:
     """The distance over guidance, denoising and temperature: of results that differ in one of them, and of sweeps."""
-    plots = [_setting_plot(history, setting, label) for setting, label in _AXES]
+    plots = [_setting_plot(history, setting, label) for setting, label in AXES]
     for sweep in history.sweeps:
         plots += [_round_plot(sweep, part) for part in sweep["rounds"]]
     outcomes = paragraphs(_outcome(sweep) for sweep in history.sweeps if sweep.get("best"))

@@ -62,6 +62,15 @@ class Plot:
     from_zero: bool = False
 
 
+def outline(low: float, high: float, counts: Sequence[float]) -> list[Point]:
+    """The outline of a histogram over equal bins from `low` to `high`, as points of a curve."""
+    width = (high - low) / len(counts)
+    points = [(low, 0.0)]
+    for number, count in enumerate(counts):
+        points += [(low + number * width, float(count)), (low + (number + 1) * width, float(count))]
+    return [*points, (high, 0.0)]
+
+
 def svg(plot: Plot, key: str) -> str:
     """The plot as an `<svg>` element whose ids begin with `key`, so that several can share a page."""
     with matplotlib.rc_context(_STYLE):
