@@ -18,12 +18,12 @@ from tarflow.trainer.batch import plan_batch
 from tarflow.trainer.checkpoint.find import find
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.ema.ema import EMA
-from tarflow.trainer.metrics import MetricLogger
 from tarflow.trainer.parallel.choose import make_backend
 from tarflow.trainer.parallel.world import World
 from tarflow.trainer.run_dir import create_run
 from tarflow.trainer.saving.manager import CheckpointManager
 from tarflow.trainer.saving.storage import CheckpointStorage
+from tarflow.trainer.tracking.logger import MetricLogger
 
 
 def make_manager(folder: Any, quick: bool, storage: CheckpointStorage | None = None) -> tuple[CheckpointManager, int]:
@@ -41,7 +41,7 @@ def make_manager(folder: Any, quick: bool, storage: CheckpointStorage | None = N
     world = World()
     backend = make_backend(config, torch.device("cpu"), world, plan_batch(1, 1, 1))
     ema = EMA(backend, config.ema.relative_stds)
-    log = MetricLogger(folder / "run", False, 10**6)
+    log = MetricLogger(folder / "run", (), 10**6)
     manager = CheckpointManager(config, folder / "run", backend, ema, world, log, storage)
     size = sum(t.numel() * t.element_size() for t in (backend.state() | ema.state()).values())
     return manager, size

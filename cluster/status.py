@@ -13,6 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
 from tarflow.cluster import slurm
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.exit_codes import FINISHED, IN_USE
@@ -53,6 +59,8 @@ IMPORTANCE = (
     "heartbeat",
     "requeues",
 )
+NARROW = 80  # columns
+_UNITS = {10**3: "k", 10**6: "M", 10**9: "G", 10**12: "T"}
 STAR = "*"
 TAIL = 65536  # bytes read from the end of metrics.jsonl
 LONGEST = 1e11  # seconds; longer spans are shown as "ages"
@@ -274,9 +282,34 @@ def _ago(seconds: float) -> str:
 
 
 def shortened(found: Sequence[Row], width: int) -> list[Row]:
-    """Rows with paths cut to a third of the width; the end is kept, since it tells runs apart."""
+    """Rows with paths cut to a third of the width; the end is kept, since it tells runs apart.
+
+    Below `NARROW` columns numbers of images are rounded, too.
+    """
     most = max(width // 3, 16)
-    return [row if len(row.run) <= most else replace(row, run="…" + row.run[1 - most :]) for row in found]
+    found = [replace(row, run=_end(row.run, most)) for row in found]
+    return [replace(row, images=_rounded(row.images)) for row in found] if width < NARROW else found
+
+
+def _end(text: str, most: int) -> str:
+    """The end of a text, of at most this many columns of a terminal; some characters take two."""
+    if cell_len(text) <= most:
+        return text
+    while cell_len(text) >= most:
+        text = text[1:]
+    return "…" + text
+
+
+def _rounded(images: str) -> str:
+    """`640,583,500 / 1,281,167,000` as `641M / 1.28G`."""
+    numbers = images.replace(",", "").split(" / ")
+    return " / ".join(map(_short, map(int, numbers))) if all(n.isdecimal() for n in numbers) else images
+
+
+def _short(number: int) -> str:
+    value = float(f"{number:.3g}")
+    unit = max((u for u in _UNITS if value >= u), default=1)
+    return f"{value / unit:.3g}{_UNITS.get(unit, '')}"
 
 
 def fitting(found: Sequence[Row], width: int) -> list[str]:
@@ -286,47 +319,46 @@ def fitting(found: Sequence[Row], width: int) -> list[str]:
         cells = [getattr(row, COLUMNS[title]) for row in found]
         if set(cells) <= {"-"} and title != "run":
             continue
-        room -= max(map(len, [title, *cells])) + 1
+        room -= max(map(cell_len, [title, *cells])) + 1
         if room < -1:
             break
         kept.add(title)
     return [title for title in COLUMNS if title in kept or title == "run"]
 
 
+def table(found: Sequence[Row], width: int | None) -> Group:
+    """The table for a terminal of this width, in which no row takes a second line; None: whole, for a pipe or a file."""
+    found = shortened(found, width) if width else found
+    titles = fitting(found, width or 10**6)
+    made = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for title in titles:
+        made.add_column(title, overflow="fold")
+    for row in found:
+        made.add_row(*(Text(getattr(row, COLUMNS[title])) for title in titles))
+    hidden = [title for title in fitting(found, 10**6) if title not in titles]
+    notes = [f"in a wider terminal: {', '.join(hidden)}"] if hidden else []
+    if "score" in titles and any(STAR in row.score for row in found):
+        notes.append(f"{STAR} not under the run's own settings; `tarflow report` says which")
+    notes += [f"{row.run}: {flaw}" for row in found for flaw in row.flaws]
+    return Group(made, *(Text(note, style="dim") for note in notes))
+
+
 def show(paths: list[Path], every_s: float | None) -> int:
     """Print the table once, or every `every_s` seconds until interrupted."""
-    from rich.console import Console, Group
-    from rich.live import Live
-    from rich.table import Table
-    from rich.text import Text
-
-    def table(width: int | None) -> Group:
-        found = rows(find_runs(paths))
-        found = shortened(found, width) if width else found
-        titles = fitting(found, width or 10**6)
-        made = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-        for title in titles:
-            made.add_column(title, overflow="fold")
-        for row in found:
-            made.add_row(*(Text(getattr(row, COLUMNS[title])) for title in titles))
-        hidden = [title for title in fitting(found, 10**6) if title not in titles]
-        notes = [f"in a wider terminal: {', '.join(hidden)}"] if hidden else []
-        if "score" in titles and any(STAR in row.score for row in found):
-            notes.append(f"{STAR} not under the run's own settings; `tarflow report` says which")
-        notes += [f"{row.run}: {flaw}" for row in found for flaw in row.flaws]
-        return Group(made, *(Text(note, style="dim") for note in notes))
-
     # Into a pipe or file nothing is cut: whoever reads it searches for text.
     terminal = os.isatty(1)
     console = Console(file=styled(sys.stdout), width=None if terminal else 1000, markup=False, emoji=False)
-    width = console.width if terminal else None
+
+    def current() -> Group:
+        return table(rows(find_runs(paths)), console.width if terminal else None)
+
     if every_s is None:
-        console.print(table(width), highlight=False, markup=False)
+        console.print(current(), highlight=False, markup=False)
         return 0
-    with Live(table(width), console=console, auto_refresh=False) as live:
+    with Live(current(), console=console, auto_refresh=False) as live:
         try:
             while True:
                 time.sleep(every_s)
-                live.update(table(console.width if terminal else None), refresh=True)
+                live.update(current(), refresh=True)
         except KeyboardInterrupt:
             return 0

@@ -8,21 +8,32 @@ import io
 import os
 import struct
 import time
-import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from tarflow.files import make_folder, open_own, open_to_read
+from tarflow.trainer.tracking.picture import NO_PICTURE, opened
+from tarflow.trainer.tracking.tracker import Point, Tracker
 
 FOLDER = "evaluation"
-MAX_SIDE = 1024  # pixels of a picture's longer side; the original is with the result
 _LENGTH, _CHECKS = struct.Struct("<Q"), 8  # a record: length, two checksums of four bytes, data
 _HEAD = struct.Struct("<QI")  # the length, and the first of the checksums, which is the length's
-_NO_PICTURE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class EventFile(Tracker):
+    """Appends the results of an evaluation to the event file of their run."""
+
+    name, switch = "TensorBoard", "log.tensorboard=false turns it off"
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+
+    def log(self, point: Point) -> None:
+        """Add a result."""
+        values = {tag: value for tag, value in point.values.items() if value is not None}
+        append_events(self._run_dir, point.images_seen, values, point.pictures, point.time)
 
 
 def append_events(
@@ -35,7 +46,7 @@ def append_events(
 
     values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
     for tag, path in pictures.items():
-        with suppress(*_NO_PICTURE):
+        with suppress(*NO_PICTURE):
             values.append(Summary.Value(tag=tag, image=_image(path)))
     path = _intact_file(run_dir / "tensorboard" / FOLDER)
     buffer = io.BytesIO()
@@ -54,16 +65,12 @@ def append_events(
 def _image(path: Path) -> Any:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    if not path.is_file():
-        raise FileNotFoundError(path)
-    with open_to_read(path) as file, Image.open(file, formats=["PNG"]) as picture:
-        picture.thumbnail((MAX_SIDE, MAX_SIDE))
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-        channels = len(picture.getbands())
+    picture, buffer = opened(path), io.BytesIO()
+    picture.save(buffer, "PNG")
     return Summary.Image(
-        width=picture.width, height=picture.height, colorspace=channels, encoded_image_string=buffer.getvalue()
-    )
+        width=picture.width, height=picture.height, colorspace=len(picture.getbands()),
+        encoded_image_string=buffer.getvalue(),
+    )  # fmt: skip
 
 
 def _intact_file(folder: Path) -> Path:

@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.errors import UserError, noted
-from tarflow.evaluation.event_file import append_events
 from tarflow.evaluation.log import Log, no_log
 from tarflow.evaluation.metrics.names import is_distance, is_kernel, is_spatial
 from tarflow.evaluation.result_file import FORMAT, RESULT, WORK, load_result, load_work
+from tarflow.evaluation.trackers import track
 from tarflow.files import discard, free_name, listed, make_folder, publish_dir
 from tarflow.records import DamagedFileError, append_record_line, read_lines
 from tarflow.trainer.checkpoint.names import leading_name
+from tarflow.trainer.config.schema import Config
 from tarflow.trainer.run_dir import has_run_file, is_run, run_id
+from tarflow.trainer.tracking.tracker import Point
 
 __all__ = [
     "FORMAT", "RESULT", "WORK", "announce", "building", "evals_dir", "headline", "metrics", "publish", "read_result",
@@ -144,11 +146,11 @@ def remove_leftovers(run_dir: Path) -> None:
             discard(path)
 
 
-def publish(run_dir: Path, temporary: Path, name: str, tensorboard: bool) -> bool:
+def publish(run_dir: Path, temporary: Path, name: str, config: Config, log: Log = no_log) -> bool:
     """Put a finished result in place and announce it; False if another worker was faster."""
     if not publish_dir(temporary, evals_dir(run_dir) / name):
         return False
-    announce(run_dir, tensorboard)
+    announce(run_dir, config, log=log)
     return True
 
 
@@ -182,7 +184,7 @@ def supersede(run_dir: Path, name: str, result: dict[str, Any]) -> None:
     os.rename(evals_dir(run_dir) / name, free_name(kept))
 
 
-def announce(run_dir: Path, tensorboard: bool, older_than_s: float = 0.0, log: Log = no_log) -> None:
+def announce(run_dir: Path, config: Config, older_than_s: float = 0.0, log: Log = no_log) -> None:
     """Add the lines of results that evals.jsonl does not hold yet.
 
     Also of a result whose worker died before its line, or whose line is damaged. `older_than_s`: skip younger results,
@@ -192,12 +194,14 @@ def announce(run_dir: Path, tensorboard: bool, older_than_s: float = 0.0, log: L
     for flaw in flaws:
         log(f"{flaw}; missing lines are written again")
     have = {(row["name"], row.get("weights_sha256")) for row in rows}
+    points = []
     for folder, result in read_results(run_dir):
         settled = time.time() - result.get("time", 0.0) >= older_than_s
         if settled and (folder.name, result["weights_sha256"]) not in have:
             append_record_line(run_dir / EVALS, summary(folder.name, result))
-            if tensorboard and result.get("step") is not None:
-                _write_tensorboard(run_dir, folder.name, result)
+            if result.get("step") is not None:
+                points.append(_point(folder, result))
+    track(run_dir, config, points, log)
 
 
 def _announced(root: Path, run: str | None) -> tuple[list[dict[str, Any]], list[str]]:
@@ -246,8 +250,9 @@ def headline(result: dict[str, Any]) -> str:
     return f"{what}: {' | '.join(parts)}{lost}"
 
 
-def _write_tensorboard(run_dir: Path, name: str, result: dict[str, Any]) -> None:
-    suffix = name.removeprefix(leading_name(name))  # other settings get curves of their own
-    scalars = {f"eval{suffix}/{key}": value for key, value in metrics(result).items() if value is not None}
-    grid = {f"eval{suffix}/grid": evals_dir(run_dir) / name / "grid.png"}
-    append_events(run_dir, result["images_seen"], scalars, grid, float(result.get("time") or time.time()))
+def _point(folder: Path, result: dict[str, Any]) -> Point:
+    """A result as trackers take it."""
+    suffix = folder.name.removeprefix(leading_name(folder.name))  # other settings get curves of their own
+    values = {f"eval{suffix}/{key}": value for key, value in metrics(result).items()}
+    grid = {f"eval{suffix}/grid": folder / "grid.png"}
+    return Point(result["step"], result["images_seen"], values, grid, float(result.get("time") or time.time()))

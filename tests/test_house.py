@@ -45,6 +45,7 @@ LAYERS = {
         plan
         resilience
         parallel
+        tracking
         run_dir step_inputs schedule
         config
         batch metrics optimizer stats
@@ -61,7 +62,7 @@ LAYERS = {
         samples
         networks
         sweep_file
-        result_file
+        result_file trackers
         metrics
         run_config images shared_work event_file batches
         errors log stopwatch
@@ -84,8 +85,8 @@ ROOMS_BELOW = {
     "evaluation": {"models", "data_pipeline", "trainer"},
     "cluster": {"models", "data_pipeline", "trainer", "evaluation"},
 }
-# Of the trainer, the evaluation sees the configuration and the format of a run directory, never the loop.
-TRAINER_FOR_EVALUATION = {"config", "run_dir", "checkpoint", "errors"}
+# Of the trainer, the evaluation sees the configuration, the format of a run directory and the trackers, never the loop.
+TRAINER_FOR_EVALUATION = {"config", "run_dir", "checkpoint", "tracking", "errors"}
 # Files of tarflow/ that every room may import.
 GROUND = {
     "code_version", "devices", "errors", "file_systems", "files", "interpreter", "leases", "locks", "npz", "records",

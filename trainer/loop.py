@@ -13,11 +13,12 @@ from tarflow.data_pipeline.loading.loader import Loader
 from tarflow.data_pipeline.loading.shape import BatchShard, ImageShape
 from tarflow.models.cost import flops_per_image, parameters, peak_rate
 from tarflow.trainer.batch import BatchPlan
+from tarflow.trainer.config.files import config_tree
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.ema.ema import EMA
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.hooks import Hook, Hooks, configured_hooks
-from tarflow.trainer.metrics import MetricAccumulator, MetricLogger, PendingMetrics
+from tarflow.trainer.metrics import MetricAccumulator, PendingMetrics
 from tarflow.trainer.parallel.choose import make_backend
 from tarflow.trainer.parallel.world import Vote, World, broadcast
 from tarflow.trainer.resilience.exit_codes import FINISHED, NO_PROGRESS, REQUEUE
@@ -32,6 +33,7 @@ from tarflow.trainer.saving.no_progress import no_progress
 from tarflow.trainer.saving.resume import Start, count_restart
 from tarflow.trainer.schedule import learning_rate
 from tarflow.trainer.step_inputs import StepInput, prefetch_inputs
+from tarflow.trainer.tracking.logger import MetricLogger
 
 
 class Action(IntEnum):
@@ -81,7 +83,7 @@ class Trainer:
         begin = self.saver.load(start, facts, init_from, init_partial)
         self.images_seen, self._tried, self._skipped = begin.images_seen, begin.tried, begin.tried - begin.step
         self._began = begin
-        self.log.open_curves(begin.images_seen)
+        self.log.begin(begin.images_seen, config_tree(self.config))
 
     def check_progress(self, run_dir: Path) -> bool:
         """Whether the run may continue; if restarts keep coming back to this position, the last line of the log says so."""
@@ -128,7 +130,9 @@ class Trainer:
                     self.watchdog.phase("step")
                 before_s = time.monotonic() - began
                 lr = self.train_step(batch, metrics)
-                self.watchdog.step_done(self.step_count, self.work.step_done(before_s))
+                own_s = self.work.step_done(before_s)
+                metrics.own_s += own_s
+                self.watchdog.step_done(self.step_count, own_s)
                 if first:  # compilation and the first collectives are done: from here on a slow step is a hang
                     set_timeouts(limits_of(config.parallel).step.collective_s, spare=self.saver.group)
                     first = False

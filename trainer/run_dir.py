@@ -1,6 +1,6 @@
 """The run directory: its layout, its only writer, and how to open one.
 
-config.yaml  run.json  restarts.json  log.txt  logs/  metrics.jsonl  tensorboard/  heartbeats/  checkpoints/  ema/
+config.yaml  run.json  restarts.json  log.txt  logs/  metrics.jsonl  tensorboard/  wandb/  heartbeats/  checkpoints/  ema/
 evals/  evals.jsonl  report.html
 """
 

@@ -1,5 +1,6 @@
 """Setting up a run: everything that is checked, joined and loaded before the first step. The loop is in `loop.py`."""
 
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -10,7 +11,6 @@ from tarflow.trainer.config.files import config_text
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.hooks import Hook
 from tarflow.trainer.loop import Trainer
-from tarflow.trainer.metrics import MetricLogger
 from tarflow.trainer.parallel.choose import compute_deterministically
 from tarflow.trainer.parallel.device import check_devices, idle_gpu, pick_device
 from tarflow.trainer.parallel.shared import check_shared
@@ -26,6 +26,8 @@ from tarflow.trainer.saving.resume import decide_start, finished
 from tarflow.trainer.saving.together import decide_together
 from tarflow.trainer.start.check import check_start
 from tarflow.trainer.start.record import write_record
+from tarflow.trainer.tracking.choose import training_trackers
+from tarflow.trainer.tracking.logger import MetricLogger
 
 
 def train(
@@ -37,14 +39,14 @@ def train(
     Runs alone, or as one rank of the world that the environment describes. `stop`: a request that already catches signals.
     `hooks`: called at every batch and step of this rank.
     """
-    world = world_from_env()
+    world, began = world_from_env(), time.time()
     with nullcontext(stop) if stop else StopRequest() as stop, failure_exit(world, run_dir) as record:
-        return _train(config, run_dir, world, stop, init_from, accept_new_data, init_partial, record, hooks)
+        return _train(config, run_dir, world, stop, init_from, accept_new_data, init_partial, record, hooks, began)
 
 
 def _train(
     config: Config, run_dir: Path, world: World, stop: StopRequest, init_from: Path | None, accept_new_data: bool,
-    init_partial: bool, record: FailureRecord, hooks: Sequence[Hook],
+    init_partial: bool, record: FailureRecord, hooks: Sequence[Hook], began: float,
 ) -> int:  # fmt: skip
     # --- Check what one process can check alone, before anything is started or written.
     checked = check_start(config, run_dir, world.size, init_from, init_partial, world.first)
@@ -78,7 +80,8 @@ def _train(
         check_shared(run_dir)
         watchdog = stack.enter_context(Watchdog(run_dir, world.rank, world.size, config.parallel))
         fault_point("start")
-        log = MetricLogger(run_dir, config.log.tensorboard, config.train.max_images, world.rank)
+        trackers = training_trackers(config.log, run_dir) if world.first else []
+        log = MetricLogger(run_dir, trackers, config.train.max_images, world.rank, began=began)
         stack.callback(log.close)
         for line in [*checked.lines(), idle_gpu(device, config.train.device)]:
             if line:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tarflow.evaluation.likelihood.per_image import ImageLikelihoods
 from tarflow.evaluation.report.markup import escaped, paragraphs, section, table
-from tarflow.evaluation.report.plots import Curve, Plot, svg
+from tarflow.evaluation.report.plots import Curve, Plot, outline, svg
 from tarflow.evaluation.report.template import PAGE
 from tarflow.evaluation.samples.png_folder import to_picture
 from tarflow.files import write_atomic, write_text
@@ -89,13 +89,8 @@ def _histogram(bits: Any) -> Plot | None:
     if not len(finite):
         return None
     counts, edges = np.histogram(finite, bins=min(BINS, max(1, len(finite))))
-    outline = [(float(edges[0]), 0.0)]
-    for count, left, right in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist()):
-        outline += [(left, count), (right, count)]
-    outline.append((float(edges[-1]), 0.0))
-    return Plot(
-        "Images by bits per dimension", [Curve("images", outline)], "images", "bits per dimension", from_zero=True
-    )
+    images = Curve("images", outline(float(edges[0]), float(edges[-1]), counts.tolist()))
+    return Plot("Images by bits per dimension", [images], "images", "bits per dimension", from_zero=True)
 
 
 def _parts(found: ImageLikelihoods) -> Plot | None:

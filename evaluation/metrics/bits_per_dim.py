@@ -24,6 +24,7 @@ from tarflow.models.noise import add_noise
 from tarflow.models.randomness import keyed_normal, keyed_uniform
 
 STREAM = "evaluation/likelihood"
+BINS = 40  # of the histogram over images
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,19 @@ class BitsPerDim:
             if self.noise.kind == "uniform":
                 out["importance_weighted"] = math.fsum(self._weighted(row) for row in rows) / count
         return out
+
+    def histogram(self) -> dict[str, Any] | None:
+        """Images by their bits per dimension: `from`, `to` and the `counts` of `BINS` equal bins; None without a finite one."""
+        means = [math.fsum(row) / len(row) for row in self.values.values()]
+        finite = [mean for mean in means if math.isfinite(mean)]
+        if not finite:
+            return None
+        low, high = min(finite), max(finite)
+        width = (high - low) / BINS or 1 / BINS
+        counts = [0] * BINS
+        for mean in finite:
+            counts[min(int((mean - low) / width), BINS - 1)] += 1
+        return {"from": low, "to": low + BINS * width, "counts": counts}
 
     def _weighted(self, row: list[float]) -> float:
         """Bits per dimension of the mean density of the draws. The sum is taken relative to the most likely draw."""

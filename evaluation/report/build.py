@@ -11,8 +11,8 @@ from tarflow.evaluation.report.cards import cards_section
 from tarflow.evaluation.report.curves import sampling_curves, training_curves
 from tarflow.evaluation.report.headline import alike, find_headline
 from tarflow.evaluation.report.history import read_history
-from tarflow.evaluation.report.markup import escaped, paragraphs, section
-from tarflow.evaluation.report.pictures import comparisons, grids
+from tarflow.evaluation.report.markup import damaged_files, escaped, section
+from tarflow.evaluation.report.pictures import by_class, comparisons, grids, over_settings
 from tarflow.evaluation.report.tables import config_table, headline_table, results_table
 from tarflow.evaluation.report.template import PAGE
 from tarflow.evaluation.run_config import shown_config
@@ -38,13 +38,15 @@ def write_report(run_dir: str | Path, out: Path | None = None, log: Log = lambda
         section("Training curves", training_curves(history, headline)),
         section("Guidance and denoising", sampling_curves(history)),
         section("Samples over training", grids(history, shown)),
+        section("Samples by class", by_class(history, shown)),
+        over_settings(history),
         comparisons(history, shown),
         section("All results", results_table(history, headline)),
         section("Headline result in full", headline_table(headline)),
         section("Configuration", config_table(config)),
     ]
     # After all other sections, since reading pictures may add to the flaws; shown near the top, so that nobody misses it.
-    damaged = section("Damaged files, not shown", paragraphs(history.flaws, warning=True))
+    damaged = damaged_files(history.flaws)
     body = "\n".join(part for part in (top, damaged, *sections) if part)
     title = escaped(run_dir.resolve().name)
     path = out or run_dir / "report.html"

@@ -13,8 +13,8 @@ from tarflow.trainer.config.schema import Config
 
 # Peak memory of training, by what the device can report: metric, label, note.
 _MEMORY = (
-    ("memory/peak_allocated_gb", "peak GPU memory", "allocated by PyTorch on rank 0"),
-    ("memory/peak_rss_gb", "peak memory", "resident set of the process of rank 0"),
+    ("memory/peak_allocated_gb", "peak GPU memory", "allocated by PyTorch, of the rank that needs most"),
+    ("memory/peak_rss_gb", "peak memory", "resident set of a process, of the rank that needs most"),
 )
 
 

@@ -6,11 +6,12 @@ from typing import Any
 from tarflow.evaluation.report.headline import Headline, alike, differences, settings_of
 from tarflow.evaluation.report.history import History, Result
 from tarflow.evaluation.report.markup import paragraphs
-from tarflow.evaluation.report.plots import Curve, Plot, svg
+from tarflow.evaluation.report.plots import Curve, Plot, outline, svg
 from tarflow.trainer.checkpoint.names import leading_name
 
+MOST_HISTOGRAMS = 4  # on one plot
 # Sampling settings that a plot is made over: name of the setting, label of the axis.
-_AXES = (("guidance", "guidance weight"), ("denoise", "denoising multiplier"), ("attn_temp", "attention temperature"))
+AXES = (("guidance", "guidance weight"), ("denoise", "denoising multiplier"), ("attn_temp", "attention temperature"))
 
 
 def by_settings(history: History, headline: Headline) -> dict[str, list[Result]]:
@@ -37,7 +38,7 @@ def training_curves(history: History, headline: Headline | None) -> str:
     note = ""
     if restarts:
         note = paragraphs([f"Restarted at {', '.join(f'{images:,}' for images in restarts)} images seen."])
-    return note + _drawn([*_training_plots(history, headline)], "plot")
+    return note + drawn([*_training_plots(history, headline)], "plot")
 
 
 def _training_plots(history: History, headline: Headline | None) -> Iterator[Plot]:
@@ -45,17 +46,20 @@ def _training_plots(history: History, headline: Headline | None) -> Iterator[Plo
     groups = by_settings(history, headline) if headline else {}
     name = headline.curve.distance[0] if headline else "none"
     held_out = [
-        _over_images(f"held-out, {label}", results, "bits_per_dim", "bits_per_dim_stderr")
+        over_images(f"held-out, {label}", results, "bits_per_dim", "bits_per_dim_stderr")
         for label, results in groups.items()
     ]
-    distances = [_over_images(label, results, name, "distance_stderr") for label, results in groups.items()]
+    distances = [over_images(label, results, name, "distance_stderr") for label, results in groups.items()]
     comparable = alike(history.results, headline.curve) if headline else []
 
     yield Plot("Loss", [Curve("training", series("train/loss"))], "nats per dimension", restarts=restarts)
     bits = [Curve("training", series("train/bits_per_dim")), *held_out]
     yield Plot("Bits per dimension", bits, "bits per dimension", restarts=restarts)
+    yield likelihoods(
+        [(f"{result.images_seen:,} images seen", result) for result in spaced(comparable, MOST_HISTOGRAMS)]
+    )
     yield Plot(f"Fréchet distance ({name})", distances, "Fréchet distance", from_zero=True)
-    yield Plot("Label agreement", [_over_images("agreement", comparable, "label_agreement")], "fraction of samples")
+    yield Plot("Label agreement", [over_images("agreement", comparable, "label_agreement")], "fraction of samples")
     rate = [Curve("learning rate", series("optim/lr"))]
     yield Plot("Learning rate", rate, "learning rate", restarts=restarts, from_zero=True)
     throughput = [Curve("throughput", series("throughput/images_per_sec"))]
@@ -64,7 +68,20 @@ def _training_plots(history: History, headline: Headline | None) -> Iterator[Plo
     yield Plot("Gradient norm", norm, "L2 norm", restarts=restarts, from_zero=True)
 
 
-def _over_images(label: str, results: Sequence[Result], key: str, stderr_key: str = "") -> Curve:
+def likelihoods(results: Sequence[tuple[str, Result]]) -> Plot:
+    """Held-out images by their exact likelihood under each result, by label."""
+    curves = [Curve(label, outline(*result.histogram)) for label, result in results if result.histogram is not None]
+    return Plot("Likelihood of held-out images", curves, "share of images", "bits per dimension", from_zero=True)
+
+
+def spaced(results: Sequence[Result], most: int) -> list[Result]:
+    """These results, or `most` of them, evenly spaced, with the first and the last."""
+    if len(results) <= most:
+        return list(results)
+    return [results[i * (len(results) - 1) // (most - 1)] for i in range(most)]
+
+
+def over_images(label: str, results: Sequence[Result], key: str, stderr_key: str = "") -> Curve:
     """A metric of results over images seen, with its standard error where there is one."""
     shown = [result for result in results if result.values.get(key) is not None]
     points = [(float(result.images_seen), float(result.values[key])) for result in shown]
@@ -74,11 +91,11 @@ def _over_images(label: str, results: Sequence[Result], key: str, stderr_key: st
 
 def sampling_curves(history: History) -> str:
     """The distance over guidance, denoising and temperature: of results that differ in one of them, and of sweeps."""
-    plots = [_setting_plot(history, setting, label) for setting, label in _AXES]
+    plots = [_setting_plot(history, setting, label) for setting, label in AXES]
     for sweep in history.sweeps:
         plots += [_round_plot(sweep, part) for part in sweep["rounds"]]
     outcomes = paragraphs(_outcome(sweep) for sweep in history.sweeps if sweep.get("best"))
-    return outcomes + _drawn(plots, "sampling")
+    return outcomes + drawn(plots, "sampling")
 
 
 def _setting_plot(history: History, setting: str, label: str) -> Plot:
@@ -117,9 +134,9 @@ def _outcome(sweep: dict[str, Any]) -> str:
     return f"{sweep['name']}: the best is {best}, at a distance of {distance}. {verdict}"
 
 
-def _drawn(plots: Sequence[Plot], key: str) -> str:
+def drawn(plots: Sequence[Plot], key: str) -> str:
     """Plots that have points as figures. Curves without points are dropped first, so that no legend names them."""
     for plot in plots:
         plot.curves = [curve for curve in plot.curves if curve.points]
-    drawn = (svg(plot, f"{key}{i}") for i, plot in enumerate(plots) if plot.curves)
-    return "".join(f"<figure class='plot'>{image}</figure>" for image in drawn)
+    images = (svg(plot, f"{key}{i}") for i, plot in enumerate(plots) if plot.curves)
+    return "".join(f"<figure class='plot'>{image}</figure>" for image in images)

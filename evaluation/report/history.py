@@ -56,6 +56,18 @@ class Result:
                 return key, value
         return "fd", None
 
+    @property
+    def histogram(self) -> tuple[float, float, list[float]] | None:
+        """(from, to, share of images by bin): held-out images by bits per dimension; None if a result has none."""
+        found = self.values["likelihood"].get("histogram")
+        try:
+            low, high, counts = float(found["from"]), float(found["to"]), [int(count) for count in found["counts"]]
+        except (TypeError, KeyError, ValueError, OverflowError):
+            return None
+        total = sum(counts)
+        fits = low < high and math.isfinite(high - low) and min(counts, default=-1) >= 0 and total > 0
+        return (low, high, [count / total for count in counts]) if fits else None
+
     def picture(self, name: str) -> Path | None:
         """Path of a picture of the result; None if it has none."""
         path = self.folder / name

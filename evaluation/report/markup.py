@@ -33,17 +33,31 @@ def paragraphs(lines: Iterable[str], warning: bool = False) -> str:
 
 def picture(path: Path, caption: str, flaws: list[str]) -> str:
     """A PNG as a figure that carries its own bytes. A damaged one is skipped and added to `flaws`."""
-    data = None
+    data = png_bytes(path, flaws)
+    return figure(data, caption) if data else ""
+
+
+def png_bytes(path: Path, flaws: list[str]) -> bytes | None:
+    """The bytes of an intact PNG; None for a damaged one, which is added to `flaws`."""
     with noted(flaws):
         if problem := flaw_of_file(path, None):
             raise EvaluationError(f"{path} is {problem}")
-        data = base64.b64encode(read_bytes(path)).decode()
-    if data is None:
-        return ""
+        return read_bytes(path)
+    return None
+
+
+def figure(png: bytes, caption: str) -> str:
+    """A PNG with a caption."""
+    data = base64.b64encode(png).decode()
     return (
         f"<figure><img alt='{escaped(caption)}' src='data:image/png;base64,{data}'>"
         f"<figcaption>{escaped(caption)}</figcaption></figure>"
     )
+
+
+def damaged_files(flaws: Iterable[str]) -> str:
+    """The section that names files which could not be read."""
+    return section("Damaged files, not shown", paragraphs(flaws, warning=True))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -1,20 +1,23 @@
 """The report's pictures: grids over training, and what the newest result shows beside its grid."""
 
+import io
 from collections.abc import Sequence
 
+from PIL import Image
+
+from tarflow.evaluation.report.curves import AXES, spaced
 from tarflow.evaluation.report.history import History, Result
-from tarflow.evaluation.report.markup import escaped, paragraphs, picture, section
+from tarflow.evaluation.report.markup import escaped, figure, paragraphs, picture, png_bytes, section
 
 MOST_GRIDS = 9  # grids over training on the page; more would make it heavy
 
 
 def grids(history: History, results: Sequence[Result]) -> str:
     """The grid of each of these results, or of `MOST_GRIDS` of them, evenly spaced."""
-    shown = [(result, path) for result in results if (path := result.picture("grid.png"))]
+    with_grids = spaced([result for result in results if result.picture("grid.png")], MOST_GRIDS)
+    shown = [(result, path) for result in with_grids if (path := result.picture("grid.png"))]
     if not shown:
         return ""
-    if len(shown) > MOST_GRIDS:
-        shown = [shown[i * (len(shown) - 1) // (MOST_GRIDS - 1)] for i in range(MOST_GRIDS)]
     note = ""
     if rows := shown[-1][0].values.get("grid_rows"):
         names = ", ".join(_class_name(str(row), history.classes) for row in rows)
@@ -26,6 +29,49 @@ def grids(history: History, results: Sequence[Result]) -> str:
 def _class_name(row: str, classes: Sequence[str]) -> str:
     """A row's class by name: a result holds its number where the evaluation did not know the names."""
     return classes[int(row)] if row.isdecimal() and len(row) < 10 and int(row) < len(classes) else row
+
+
+def by_class(history: History, results: Sequence[Result]) -> str:
+    """The rows of the newest grid, class by class."""
+    shown = next((result for result in reversed(results) if result.picture("grid.png")), None)
+    path = shown.picture("grid.png") if shown else None
+    if shown is None or path is None or not (rows := shown.values.get("grid_rows")):
+        return ""
+    data = png_bytes(path, history.flaws)
+    if data is None:
+        return ""
+    strips: dict[str, list[Image.Image]] = {}
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as grid:
+        edges = [number * grid.height // len(rows) for number in range(len(rows) + 1)]  # each lies in a margin
+        for row, top, bottom in zip(rows, edges, edges[1:]):
+            if top < bottom:
+                strips.setdefault(str(row), []).append(grid.crop((0, top, grid.width, bottom)))
+    figures = (figure(_stacked(parts), _class_name(row, history.classes)) for row, parts in strips.items())
+    return f"<div class='row pair'>{''.join(figures)}</div>"
+
+
+def _stacked(parts: Sequence[Image.Image]) -> bytes:
+    """Strips of one width below each other, as a PNG."""
+    whole, top, buffer = Image.new(parts[0].mode, (parts[0].width, sum(p.height for p in parts))), 0, io.BytesIO()
+    for part in parts:
+        whole.paste(part, (0, top))
+        top += part.height
+    whole.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def over_settings(history: History) -> str:
+    """Grids of results that differ in one sampling setting alone, by its value."""
+    sections = []
+    for setting, label in AXES:
+        for name, group in history.over(setting).items():
+            shown = [(value, path) for value, result in group if (path := result.picture("grid.png"))]
+            if len(shown) > 1:
+                figures = "".join(
+                    picture(path, f"{label} {value:g}", history.flaws) for value, path in shown[:MOST_GRIDS]
+                )
+                sections.append(section(f"Samples over {label}, {name}", f"<div class='row'>{figures}</div>"))
+    return "".join(sections)
 
 
 def _caption(result: Result) -> str:

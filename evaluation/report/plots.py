@@ -46,6 +46,8 @@ class Curve:
     points: Sequence[Point]
     marked: bool = False
     errors: Sequence[float | None] = ()
+    colour: str = ""  # empty: by its place among the curves
+    style: str = "-"
 
 
 @dataclass
@@ -60,6 +62,15 @@ class Plot:
     from_zero: bool = False
 
 
+def outline(low: float, high: float, counts: Sequence[float]) -> list[Point]:
+    """The outline of a histogram over equal bins from `low` to `high`, as points of a curve."""
+    width = (high - low) / len(counts)
+    points = [(low, 0.0)]
+    for number, count in enumerate(counts):
+        points += [(low + number * width, float(count)), (low + (number + 1) * width, float(count))]
+    return [*points, (high, 0.0)]
+
+
 def svg(plot: Plot, key: str) -> str:
     """The plot as an `<svg>` element whose ids begin with `key`, so that several can share a page."""
     with matplotlib.rc_context(_STYLE):
@@ -70,7 +81,7 @@ def svg(plot: Plot, key: str) -> str:
         figure.patch.set_alpha(0)
         axes.patch.set_alpha(0)
         for colour, curve in zip(COLOURS * (1 + len(plot.curves) // len(COLOURS)), plot.curves):
-            _draw(axes, curve, colour)
+            _draw(axes, curve, curve.colour or colour)
         for i, images in enumerate(plot.restarts):
             axes.axvline(images, color=_PAGE_COLOUR, alpha=0.4, lw=0.8, ls=":", label="restart" if i == 0 else None)
         axes.set_title(plain(plot.title), loc="left", fontsize=10, fontweight="bold")
@@ -94,9 +105,10 @@ def _draw(axes: Any, curve: Curve, colour: str) -> None:
     x, y = [p[0] for p in points], [p[1] for p in points]
     if curve.marked:
         errors = [e or 0.0 for e in curve.errors] if curve.errors else None
-        axes.errorbar(x, y, yerr=errors, color=colour, lw=1.2, marker="o", ms=4, capsize=2, label=plain(curve.label))
+        axes.errorbar(x, y, yerr=errors, color=colour, lw=1.2, ls=curve.style, marker="o", ms=4, capsize=2,
+                      label=plain(curve.label))  # fmt: skip
     else:
-        axes.plot(x, y, color=colour, lw=1.2, label=plain(curve.label))
+        axes.plot(x, y, color=colour, lw=1.2, ls=curve.style, label=plain(curve.label))
 
 
 def _inline(text: str, key: str, title: str) -> str:

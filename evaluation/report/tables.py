@@ -64,7 +64,7 @@ def headline_table(headline: Headline | None) -> str:
         ("weights", f"{values['weights']}, SHA-256 {values['weights_sha256']}"),
     ]
     for part in ("features", "reference", "likelihood", "samples", "settings"):
-        rows += _flat(part, values.get(part) or {})
+        rows += _flat(part, {k: v for k, v in (values.get(part) or {}).items() if k != "histogram"})  # it has a plot
     return table(("field", "value"), rows)
 
 

@@ -104,7 +104,7 @@ class Evaluator:
             measured = measure(plan, merged, folder, watch)
             write_object(folder / results.RESULT, result_fields(task, measured))
             write_object(folder / results.WORK, work_fields(plan, merged, watch.seconds))
-            if not results.publish(task.root, folder, task.name, task.config.log.tensorboard):
+            if not results.publish(task.root, folder, task.name, task.config, self.log):
                 return None  # another worker was faster: after a lease that ran out, two may get here
         return results.read_result(results.evals_dir(task.root) / task.name)
 

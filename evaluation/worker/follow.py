@@ -82,7 +82,7 @@ def evaluate(run_dir: str | Path, watch: bool, options: WorkerOptions | None = N
             f"{settings.num_samples} samples, settings {settings.hash}"
         )
     results.remove_leftovers(run_dir)
-    results.announce(run_dir, recipes[0].config.log.tensorboard, ANNOUNCED_WITHIN_S, log)
+    results.announce(run_dir, recipes[0].config, ANNOUNCED_WITHIN_S, log)
     with worker.waiting_kept():
         if watch or worker.todo():
             real = worker.evaluators[0].real

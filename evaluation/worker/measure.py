@@ -82,6 +82,7 @@ def _bits_per_dim(task: EvaluationTask, likelihood: MergedLikelihood) -> dict[st
     found = likelihood.bits.result()
     about = task.held_out.provenance() | {key: found[key] for key in ("images", "nonfinite", "noise", "draws")}
     about["importance_weighted_bits_per_dim"] = found["importance_weighted"]
+    about["histogram"] = likelihood.bits.histogram()
     return {"bits_per_dim": found["bits_per_dim"], "bits_per_dim_stderr": found["stderr"], "likelihood": about}
 
 

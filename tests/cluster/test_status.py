@@ -1,6 +1,7 @@
 """The table of runs, `logs` and `cancel`, with what Slurm says replaced by scripts."""
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -14,11 +15,13 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
+from rich.console import Console
 
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job.chain import AttemptResult, Chain, Limits, decide, exhausted, fruitless
 from tarflow.cluster.slurm import JobState, states
-from tarflow.cluster.status import COLUMNS, find_runs, fitting, job_state, rows, shortened
+from tarflow.cluster.status import COLUMNS, Row, find_runs, fitting, job_state, rows, shortened, table
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.run_dir import Holder, create_run, read_holder
 from tests.helpers.checkpoints import by_step
@@ -250,6 +253,60 @@ def test_what_matters_fits_a_narrow_terminal(run: Path, fake_slurm, config_file,
     assert {"state", "images", "ETA"} <= set(titles)
     assert (set(titles) >= {"jobs", "step", "heartbeat", "requeues"}) == (width == 300)
     assert found[0].run.endswith("/one")
+
+
+@pytest.mark.parametrize("width", [80, 60, 40])
+@pytest.mark.parametrize("name", ["one", "a-rather-long-name-of-a-run-with-seed-1", "実験" * 12])
+def test_no_row_takes_a_second_line_however_narrow_the_terminal(tmp_path, width: int, name: str) -> None:
+    found = [
+        Row(
+            run=f"runs/{name}-{number}", state="failed (killed)", step="123456", images="640,583,500 / 1,281,167,000",
+            rate="1234", eta="144:09 h", commit="step 123400, 1:02 h ago", heartbeat="0:03 min ago",
+            jobs="107 RUNNING, 109 PENDING Dependency", requeues="3", score="fd_efficientnet_lite0 31.41 @ 120000",
+        )
+        for number in range(3)
+    ]  # fmt: skip
+    shown = io.StringIO()
+    Console(width=width, file=shown, color_system=None).print(table(found, width))
+    lines = shown.getvalue().splitlines()
+    assert all(cell_len(line.rstrip()) <= width for line in lines)
+    assert [line.split()[0][-2:] for line in lines[1:4]] == ["-0", "-1", "-2"], "a row is a line"
+    assert lines[0].split()[:2] == ["run", "state"]
+    assert width == 40 or ("640,583,500 / 1,281,167,000" if width == 80 else "641M / 1.28G") in lines[1]
+    assert " ".join(lines[4:]).startswith("in a wider terminal: ")
+
+
+@pytest.mark.parametrize(
+    ("images", "shown"),
+    [
+        ("999,499", "999k"),
+        ("999,999 / 1,000,000", "1M / 1M"),
+        ("12", "12"),
+        ("1,024 / 12,345", "1.02k / 12.3k"),
+        ("-", "-"),
+    ],
+)
+def test_numbers_of_images_are_rounded_in_a_narrow_terminal(images: str, shown: str) -> None:
+    assert shortened([Row("one", images=images)], 60)[0].images == shown
+    assert shortened([Row("one", images=images)], 80)[0].images == images
+
+
+def test_the_table_that_is_watched_fits_the_columns_that_it_is_told(run: Path, fake_slurm, tmp_path: Path) -> None:
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 5, "images_seen": 640583500, "time": 1.0}) + "\n")
+    master, slave = pty.openpty()
+    words = [sys.executable, "-m", "tarflow", "status", "runs/one", "--watch", "--every", "0.1"]
+    env = os.environ | {"TERM": "xterm", "COLUMNS": "60", "LINES": "24"}
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=slave, env=env)
+    os.close(slave)
+    said = b""
+    while said.count(b"runs/one") < 3:
+        said += os.read(master, 65536)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    os.close(master)
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.decode()).replace("\r", "\n").splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= 60
+    assert any("641M" in line for line in lines)
 
 
 @pytest.mark.case("N13")

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from tarflow.evaluation.report.logged import read_metrics
-from tarflow.trainer.metrics import MetricLogger
+from tarflow.trainer.tracking.logger import MetricLogger
 
 ROW = {
     "train/loss": -0.1234, "train/bits_per_dim": 4.123, "optim/grad_norm": 12.34, "optim/lr": 1e-4,
@@ -22,10 +22,10 @@ def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """`terminal(80)`: the log of a run on a terminal of 80 columns."""
     made: list[MetricLogger] = []
 
-    def make(width: int) -> MetricLogger:
+    def make(width: int | None) -> MetricLogger:
         monkeypatch.setenv("TERM", "xterm")  # a dumb terminal is taken to have 80 columns
         console = Console(width=width, force_terminal=True, color_system=None, file=io.StringIO())
-        made.append(MetricLogger(tmp_path, False, TOTAL, console=console))
+        made.append(MetricLogger(tmp_path, (), TOTAL, console=console))
         return made[0]
 
     yield make
@@ -33,7 +33,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         log.close()
 
 
-@pytest.mark.parametrize("width", [80, 100, 200])
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
 @pytest.mark.case("N13")
 def test_a_progress_bar_of_any_width_has_its_bar_and_its_figures(terminal, width: int) -> None:
     log = terminal(width)
@@ -48,9 +48,25 @@ def test_a_progress_bar_of_any_width_has_its_bar_and_its_figures(terminal, width
     assert ("loss -0.1234 | grad 12.34 | lr 1.00e-04" in line) == (width == 200)
 
 
+@pytest.mark.parametrize(("columns", "shown"), [("80", True), ("60", True), ("40", False)])
+def test_the_bar_takes_one_line_of_the_columns_that_it_is_told(
+    terminal, monkeypatch, columns: str, shown: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    log = terminal(None)
+    log.metrics(123456, TOTAL // 2, TOTAL, ROW | {"throughput/images_per_sec": 123456.0})
+    written = io.StringIO()
+    Console(color_system=None, file=written).print(log._progress.get_renderable())
+    (line,) = written.getvalue().splitlines()
+    assert len(line) <= int(columns)
+    assert line.startswith(" 50.0% ━━━")
+    assert "4.123 bits/dim" in line
+    assert ("| 123456 img/s" in line) == shown
+
+
 @pytest.mark.case("N13")
 def test_a_line_begins_with_what_one_looks_for_first(tmp_path: Path, capsys) -> None:
-    log = MetricLogger(tmp_path, False, TOTAL)
+    log = MetricLogger(tmp_path, (), TOTAL)
     log.metrics(123456, TOTAL // 2, TOTAL, ROW)
     log.close()
     (line,) = capsys.readouterr().out.splitlines()
@@ -61,7 +77,7 @@ def test_a_line_begins_with_what_one_looks_for_first(tmp_path: Path, capsys) -> 
 
 @pytest.mark.case("N13")
 def test_what_is_only_recorded_is_not_on_the_screen(tmp_path: Path, capsys) -> None:
-    log = MetricLogger(tmp_path, False, TOTAL)
+    log = MetricLogger(tmp_path, (), TOTAL)
     log.record("the configuration of this start:\ndata:\n  train: x")
     log.info("model: small")
     log.close()
@@ -71,7 +87,7 @@ def test_what_is_only_recorded_is_not_on_the_screen(tmp_path: Path, capsys) -> N
 
 @pytest.mark.case("H06")
 def test_lines_of_figures_are_sealed_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
-    log = MetricLogger(tmp_path, False, TOTAL)
+    log = MetricLogger(tmp_path, (), TOTAL)
     log.event("start", images_seen=0, step=0)
     for step in (5, 10, 15):
         log.metrics(step, 16 * step, TOTAL, {**ROW, "train/loss": 0.25 * step})

@@ -195,6 +195,19 @@ class LogConfig(Section):
         50, gt=0, le=10**9, description="steps between log lines of metrics; metrics are averages over these steps"
     )
     tensorboard: bool = Field(True, description="also write metrics to tensorboard/ in the run directory")
+    wandb: Literal["disabled", "offline", "online"] = Field(
+        "disabled",
+        description="Weights & Biases: disabled; offline = files in wandb/ in the run directory, which `wandb sync` sends; "
+        "online = sent while training (settings, metrics, sample grids). Needs `pip install 'tarflow[wandb]'`",
+    )
+    wandb_project: str = Field(
+        "tarflow", min_length=1, max_length=128, pattern=r"^[^/\\#?%:\x00-\x1f]*$",
+        description="W&B project that the run is logged to",
+    )  # fmt: skip
+    wandb_entity: str | None = Field(
+        None, min_length=1, max_length=128, pattern=r"^[^/\\#?%:\x00-\x1f]*$",
+        description="W&B user or team that owns the project; null = the default of the account",
+    )  # fmt: skip
 
 
 class ProfileConfig(Section):

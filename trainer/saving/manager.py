@@ -13,7 +13,6 @@ from tarflow.trainer.config.files import config_hash, config_text
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.ema.ema import EMA
 from tarflow.trainer.errors import TrainerError
-from tarflow.trainer.metrics import MetricLogger
 from tarflow.trainer.parallel.backend import Backend
 from tarflow.trainer.parallel.saved import place
 from tarflow.trainer.parallel.world import World, first_decides, gather
@@ -24,6 +23,7 @@ from tarflow.trainer.saving.initial_weights import class_names, initial_weights
 from tarflow.trainer.saving.resume import Start, clean_up
 from tarflow.trainer.saving.staging import Staging
 from tarflow.trainer.saving.storage import CheckpointStorage
+from tarflow.trainer.tracking.logger import MetricLogger
 
 
 class CheckpointManager:

@@ -14,8 +14,9 @@ from tarflow.trainer.parallel.mesh import mesh_shape
 from tarflow.trainer.start.classes import compare_classes
 from tarflow.trainer.start.data import data_findings
 from tarflow.trainer.start.evaluation import evaluation_findings, open_held_out
-from tarflow.trainer.start.finding import Finding
+from tarflow.trainer.start.finding import Finding, refusals
 from tarflow.trainer.start.record import began, recorded_classes
+from tarflow.trainer.tracking.weights_and_biases import check_wandb
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def check_start(
     train = survey(config.data)
     held_out, unopened = open_held_out(config)
     goes_on = began(run_dir)
-    findings = [*data_findings(config, train), *unopened, *evaluation_findings(config, train, held_out)]
+    tracking = refusals(lambda: check_wandb(config.log.wandb), "", "log.wandb")
+    findings = [*data_findings(config, train), *unopened, *evaluation_findings(config, train, held_out), *tracking]
     findings += (
         _of_run(config, train, run_dir) if goes_on else _of_weights(config, train, init_from, init_partial, first)
     )

@@ -115,9 +115,9 @@ def test_the_page_says_what_it_must(finished):
     for section, values in config.model_dump(mode="json").items():
         for key in values:
             assert f"{section}.{key}<" in text
-    assert text.count("<svg") == 7
-    # both grids over training, two pairs, neighbours, trajectory
-    assert text.count("data:image/png") == 8
+    assert text.count("<svg") == 8
+    # both grids over training, three classes, two pairs, neighbours, trajectory
+    assert text.count("data:image/png") == 11
     ids = re.findall(r'\bid="([^"]*)"', text)
     assert len(ids) == len(set(ids))
 
