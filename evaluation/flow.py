@@ -255,7 +255,9 @@ class Flow:
         if isinstance(given, Mapping):
             raise EvaluationError("labels must be class numbers or names in a list, not a mapping")
         count = self.config.num_classes
-        return tuple(NO_LABEL if one is None else label_number(one, count, self.classes, "labels") for one in given)
+        # A number is a number, also where a class is named like another one's.
+        words = (one if isinstance(one, str) else f"number:{NO_LABEL if one is None else one}" for one in given)
+        return tuple(label_number(word, count, self.classes, "labels") for word in words)
 
     def _tensor(self, labels: Labels, num: int) -> Tensor | None:
         """Labels of `num` images, int64 [num]; None for a model without classes."""

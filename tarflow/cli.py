@@ -44,6 +44,8 @@ VERBS = {
         "tarflow.evaluation.commands.likelihood",
         "measure the exact likelihood of every image of a data set",
     ),
+    "encode": ("tarflow.evaluation.commands.encode", "turn images into latents, as shards"),
+    "decode": ("tarflow.evaluation.commands.decode", "turn such latents back into images, and measure the round trip"),
     "sweep-guidance": ("tarflow.evaluation.commands.sweep_guidance", "find the guidance of the smallest distance"),
     "reference": ("tarflow.evaluation.commands.reference", "make the reference statistics of a data set"),
     "score": ("tarflow.evaluation.commands.score", "score a folder of images"),

@@ -54,7 +54,8 @@ LAYERS = {
     "evaluation": """
         commands
         start
-        sweep likelihood
+        sweep latents
+        likelihood
         worker
         references report flow
         results shared_sampling
@@ -247,6 +248,8 @@ VERBS = (
     "evaluate",
     "sample",
     "likelihood",
+    "encode",
+    "decode",
     "sweep-guidance",
     "reference",
     "score",

@@ -66,6 +66,8 @@ VERBS = {
     "evaluate (weights)": Verb("w.safetensors --out {out} data.train=set/train train.noise_std=0.1 evaluation.num_samples=8"
                                " evaluation.grid=[2,2]", "folder", inputs="w.safetensors/file"),
     "likelihood": Verb("{run} set/train --out {out}", "folder", inputs="{run}/folder set/train/folder"),
+    "encode": Verb("{run} set/train --out {out}", "folder", inputs="{run}/folder set/train/folder"),
+    "decode": Verb("{run} lat --out {out}", "folder", inputs="{run}/folder lat/folder"),
     "sample": Verb("{run} --out {out} --num 2", "folder", inputs="{run}/folder"),
     "sample (weights)": Verb("w.safetensors --out {out} --num 2 --noise-std 0.1", "folder", inputs="w.safetensors/file"),
     "sweep-guidance": Verb("{run} --guidance 0,1 --start 4 --final 8", "run", inputs="{run}/folder"),
@@ -135,7 +137,8 @@ def make_inputs(home: Path) -> None:
         tool.write_text("#!/bin/sh\n" + ("echo Submitted batch job 7\n" if name == "sbatch" else "exit 0\n"))
         tool.chmod(0o755)
     os.environ["PATH"] = f"{home / 'bin'}:{os.environ['PATH']}"
-    for words in ("data prepare images set --size 8 --val-fraction 0.2", "train tiny.yaml --run-dir run"):
+    for words in ("data prepare images set --size 8 --val-fraction 0.2", "train tiny.yaml --run-dir run",
+                  "encode run set/val --out lat"):  # fmt: skip
         assert call(words.split()).code == 0, words
     for path in (Path("run"), *Path("run").rglob("*")):  # whoever may not write may read
         path.chmod(0o777 if path.is_dir() else 0o666)
