@@ -16,6 +16,7 @@ from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler, chec
 from tarflow.evaluation.samples.labels import label_number
 from tarflow.evaluation.samples.request import SourceRequest, open_request
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
+from tarflow.evaluation.samples.variations.path import End, PathSampler, path_between, settings_of_path
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.cost import denoising_bytes, likelihood_bytes
@@ -119,14 +120,40 @@ class Flow:
         if given := self._numbers(labels):
             changed = changed.with_changes(labels=given)
         check_guidance(changed, self.config.num_classes, self.provenance.label_dropout)
-        sampler, count = Sampler(self.model, changed, self._memory), SampleCount()
-        pixels = [torch.empty(0, *self.config.image_shape, dtype=torch.uint8)]
-        for drawn in sampler.draw_all(range(first, first + num), self.batch_size):
+        return self._drawn(Sampler(self.model, changed, self._memory), range(first, first + num))
+
+    def _drawn(self, sampler: Sampler, indices: range) -> Tensor:
+        count, pixels = SampleCount(), [torch.empty(0, *self.config.image_shape, dtype=torch.uint8)]
+        for drawn in sampler.draw_all(indices, self.batch_size):
             count.add(drawn)
             pixels.append(drawn.pixels())
         if problem := count.problem(0.0):
             raise EvaluationError(problem)
         return torch.cat(pixels)
+
+    def interpolate(
+        self, a: int | Images, b: int | Images, steps: int = 8, label: str | int | None = None, **settings: Any
+    ) -> Tensor:
+        """Images uint8 [steps, C, H, W] on the spherical path in z from a to b, both included, under one label.
+
+        An end is an image, uint8 [C, H, W] or floats in [-1, 1], or a seed, whose `sample(1, label, seed=...)` it is. A path
+        from or to an image is neither guided nor denoised, and ends at that image. `settings` override `sampling`.
+
+        Raises:
+            EvaluationError: settings without meaning on this path, or an image of it that is not finite.
+
+        """
+        ends = [self._end(end, name) for end, name in ((a, "a"), (b, "b"))]
+        changed = settings_of_path(self.sampling.with_changes(**settings), ends, settings)
+        changed = changed.with_changes(labels=self._numbers(label) if self.config.num_classes else ())
+        check_guidance(changed, self.config.num_classes, self.provenance.label_dropout)
+        sampler = PathSampler(self.model, changed, path_between(self.model, ends, changed, steps), self._memory)
+        return self._drawn(sampler, range(steps))
+
+    def _end(self, end: int | Images, name: str) -> End:
+        if isinstance(end, int):
+            return End(f"seed {end}", seed=end)
+        return End(name, image=self._in_model_range(torch.as_tensor(end)[None])[0])
 
     def log_prob(
         self, images: Images, labels: Labels = None, *, draws: int = 1, seed: int | None = None, first: int = 0

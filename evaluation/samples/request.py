@@ -44,6 +44,9 @@ class SampleRequest(SourceRequest):
     num: int = 64
     form: str = "png"  # or npz: also OUT/samples.npz, all images in one array
     columns: int | None = None
+    interpolate: tuple[str, str] | None = None  # seeds or pictures: `num` images on the path between them
+    temperatures: tuple[float, ...] = ()  # more than one: `num` samples at each
+    best_of: int = 1  # candidates for each sample
 
 
 def open_request(request: SourceRequest, log: Log) -> tuple[WeightsSource, ResolvedSampling, int]:
