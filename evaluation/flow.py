@@ -23,6 +23,7 @@ from tarflow.models.cost import denoising_bytes, likelihood_bytes
 from tarflow.models.denoise import denoise
 from tarflow.models.float32 import TRUE_FLOAT32, products
 from tarflow.models.flow import TarFlow
+from tarflow.models.formats.card import card_text
 from tarflow.models.likelihood import bits_per_dim, log_likelihood
 from tarflow.models.noise import to_model_range
 from tarflow.models.provenance import Provenance
@@ -40,17 +41,19 @@ def load(
     images: int | None = None,
     step: int | None = None,
     device: str = "auto",
+    model: str | None = None,
     log: Log = no_log,
     **settings: Any,
 ) -> "Flow":
-    """Load the flow of a run directory or of a weights file (.safetensors, .pth).
+    """Load the flow of a run directory, of a weights file (.safetensors, .pth), or of a folder with model.safetensors.
 
     Args:
-        source: a run directory, or a weights file.
+        source: a run directory, a weights file, or a folder that holds one.
         weights: for a run, "raw" or an average such as "ema-0.100"; None: the one that its evaluations use.
         images: for a run, the checkpoint after so many images; None: the newest.
         step: the same by optimizer steps.
         device: "auto", "cpu", "cuda" or "mps".
+        model: for a weights file that does not hold its architecture: a preset, or "key=value,...".
         log: receives a line for each thing that was inferred; `print` shows them.
         settings: override the sampling settings (`guidance`, `attn_temp`, `denoise`, `seed`, `param_dtype`, ...; all are in
             the section `sampling` of a configuration). `noise_std` is needed for a file that does not record it.
@@ -62,7 +65,7 @@ def load(
 
     """
     request = SourceRequest(
-        source=Path(source), step=step, images=images, weights=weights, device=device, settings=settings
+        source=Path(source), step=step, images=images, weights=weights, device=device, model=model, settings=settings
     )
     found, sampling, batch_size = open_request(request, log)
     if found.checkpoint:
@@ -100,6 +103,11 @@ class Flow:
     def provenance(self) -> Provenance:
         """How the weights were trained, as far as known."""
         return self.source.provenance
+
+    @property
+    def card(self) -> str:
+        """The model card, in Markdown: architecture, training, sampling defaults and classes, as far as recorded."""
+        return card_text(self.config, self.provenance)
 
     @property
     def device(self) -> torch.device:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from tarflow.evaluation.commands.options import FAILED, OK, add_machine, log, set_up_process
+from tarflow.evaluation.commands.options import FAILED, OK, add_machine, add_model, log, set_up_process
 from tarflow.trainer.checkpoint.choice import add_choice
 
 EXAMPLE = """example:
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("parquet", "csv"), default="parquet", help="of the table (parquet)")
     add_choice(parser)
     parser.add_argument("--weights", metavar="SET", help="raw or an average such as ema-0.100")
+    add_model(parser)
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at once")
     add_machine(parser)
 
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
         step=args.step,
         images=args.images,
         weights=args.weights,
+        model=args.model,
         batch_size=args.batch_size,
         device=args.device,
     )

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from tarflow.evaluation.commands.options import FAILED, OK, add_machine, log, set_up_process
+from tarflow.evaluation.commands.options import FAILED, OK, add_machine, add_model, log, set_up_process
 from tarflow.trainer.checkpoint.choice import add_choice
 
 EXAMPLE = """example:
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_choice(parser)
     parser.add_argument("--weights", metavar="SET", help="raw or an average such as ema-0.100")
+    add_model(parser)
     parser.add_argument(
         "--labels",
         metavar="A,B,...",
@@ -106,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         step=args.step,
         images=args.images,
         weights=args.weights,
+        model=args.model,
         batch_size=args.batch_size,
         columns=args.columns,
         device=args.device,

@@ -92,6 +92,7 @@ _KINDS = (
     Kind("decoded.json", "dec/decoded.json", ("decode (again)",), "json", ("dec",)),
     Kind("weights.safetensors", "w.safetensors", ("sample (file)", "evaluate (file)", "train --init-from"), "safetensors",
          any_sound=True),
+    Kind("folder of weights: config.json", "hub/config.json", ("sample (folder)",), "json", ("model.safetensors",), own_words=True),
     Kind("weights.pth", "w.pth", ("sample (pth)",), "zip", any_sound=True),
     Kind("drawn: settings", "drawn/settings.json", ("sample (more)",), "json", ("drawn",)),
     Kind("drawn: picture", "drawn/images/*.png", ("sample (more)",), any_sound=True),

@@ -33,6 +33,7 @@ VERBS = {
     "sample": Verb("sample runs/one --out new --num 2"),
     "sample (more)": Verb("sample runs/one --out drawn --num 4"),
     "sample (file)": Verb("sample w.safetensors --out new --num 2"),
+    "sample (folder)": Verb("sample hub --out new --num 2"),
     "sample (pth)": Verb("sample w.pth --out new --num 2 --noise-std 0.1"),
     "evaluate": Verb("evaluate runs/one", slow=True),
     "evaluate (auto)": Verb("evaluate runs/one --images 16 sampling.method=auto", slow=True),

@@ -60,6 +60,7 @@ VERBS = {
     "checkpoint verify": Verb("{run}", inputs="{run}/folder"),
     "checkpoint export": Verb("{run} --out {out}", "file", ".safetensors", inputs="{run}/folder"),
     "checkpoint export (pth)": Verb("{run} --out {out}", "file", ".pth"),
+    "checkpoint export (folder)": Verb("{run} --out {out} --format hf", "folder"),
     "checkpoint prune": Verb("{run} --keep-latest 2", "run", inputs="{run}/folder"),
     "checkpoint rewind": Verb("{run} --images 48", "run", inputs="{run}/folder"),
     "evaluate": Verb("{run} --newest", "run", inputs="{run}/folder"),
