@@ -50,7 +50,7 @@ def load(
     Args:
         source: a run directory, a weights file, or a folder that holds one.
         weights: for a run, "raw" or an average such as "ema-0.100"; None: the one that its evaluations use.
-        images: for a run, the checkpoint after so many images; None: the newest.
+        images: for a run, the checkpoint at that number of images; None: the newest.
         step: the same by optimizer steps.
         device: "auto", "cpu", "cuda" or "mps".
         model: for a weights file that does not hold its architecture: a preset, or "key=value,...".

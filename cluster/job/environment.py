@@ -53,7 +53,7 @@ class JobStart:
 
 
 def poll_s(tasks: int, least_s: float = 0.1, per_s: float = 500) -> float:
-    """Seconds between two looks at the shared files of a start, by each of so many tasks: `per_s` looks a second of all."""
+    """Seconds between two looks of one of N tasks, which make `per_s` looks a second together."""
     return min(max(least_s, tasks / per_s), 20.0)
 
 

@@ -64,7 +64,7 @@ def walk(root: Path) -> Walk:
         if not below and len(found.no_files) < _MOST_NAMED:
             found.no_files.append(folder)
         for entry in below:
-            # Whatever is passed over is counted by its reason, for one line at the end.
+            # Whatever is skipped is counted by its reason, for one line at the end.
             if entry.name.startswith("."):
                 found.ignored["hidden"] += _count(entry)
             elif entry.is_dir():
