@@ -16,12 +16,14 @@ from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler, chec
 from tarflow.evaluation.samples.labels import label_number
 from tarflow.evaluation.samples.request import SourceRequest, open_request
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
+from tarflow.evaluation.samples.variations.path import End, PathSampler, path_between, settings_of_path
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.cost import denoising_bytes, likelihood_bytes
 from tarflow.models.denoise import denoise
 from tarflow.models.float32 import TRUE_FLOAT32, products
 from tarflow.models.flow import TarFlow
+from tarflow.models.formats.card import card_text
 from tarflow.models.likelihood import bits_per_dim, log_likelihood
 from tarflow.models.noise import to_model_range
 from tarflow.models.provenance import Provenance
@@ -39,17 +41,19 @@ def load(
     images: int | None = None,
     step: int | None = None,
     device: str = "auto",
+    model: str | None = None,
     log: Log = no_log,
     **settings: Any,
 ) -> "Flow":
-    """Load the flow of a run directory or of a weights file (.safetensors, .pth).
+    """Load the flow of a run directory, of a weights file (.safetensors, .pth), or of a folder with model.safetensors.
 
     Args:
-        source: a run directory, or a weights file.
+        source: a run directory, a weights file, or a folder that holds one.
         weights: for a run, "raw" or an average such as "ema-0.100"; None: the one that its evaluations use.
         images: for a run, the checkpoint at that number of images; None: the newest.
         step: the same by optimizer steps.
         device: "auto", "cpu", "cuda" or "mps".
+        model: for a weights file that does not hold its architecture: a preset, or "key=value,...".
         log: receives a line for each thing that was inferred; `print` shows them.
         settings: override the sampling settings (`guidance`, `attn_temp`, `denoise`, `seed`, `param_dtype`, ...; all are in
             the section `sampling` of a configuration). `noise_std` is needed for a file that does not record it.
@@ -61,7 +65,7 @@ def load(
 
     """
     request = SourceRequest(
-        source=Path(source), step=step, images=images, weights=weights, device=device, settings=settings
+        source=Path(source), step=step, images=images, weights=weights, device=device, model=model, settings=settings
     )
     found, sampling, batch_size = open_request(request, log)
     if found.checkpoint:
@@ -101,6 +105,11 @@ class Flow:
         return self.source.provenance
 
     @property
+    def card(self) -> str:
+        """The model card, in Markdown: architecture, training, sampling defaults and classes, as far as recorded."""
+        return card_text(self.config, self.provenance)
+
+    @property
     def device(self) -> torch.device:
         """Where the network is."""
         return self.model.var.device
@@ -119,14 +128,40 @@ class Flow:
         if given := self._numbers(labels):
             changed = changed.with_changes(labels=given)
         check_guidance(changed, self.config.num_classes, self.provenance.label_dropout)
-        sampler, count = Sampler(self.model, changed, self._memory), SampleCount()
-        pixels = [torch.empty(0, *self.config.image_shape, dtype=torch.uint8)]
-        for drawn in sampler.draw_all(range(first, first + num), self.batch_size):
+        return self._drawn(Sampler(self.model, changed, self._memory), range(first, first + num))
+
+    def _drawn(self, sampler: Sampler, indices: range) -> Tensor:
+        count, pixels = SampleCount(), [torch.empty(0, *self.config.image_shape, dtype=torch.uint8)]
+        for drawn in sampler.draw_all(indices, self.batch_size):
             count.add(drawn)
             pixels.append(drawn.pixels())
         if problem := count.problem(0.0):
             raise EvaluationError(problem)
         return torch.cat(pixels)
+
+    def interpolate(
+        self, a: int | Images, b: int | Images, steps: int = 8, label: str | int | None = None, **settings: Any
+    ) -> Tensor:
+        """Images uint8 [steps, C, H, W] on the spherical path in z from a to b, both included, under one label.
+
+        An end is an image, uint8 [C, H, W] or floats in [-1, 1], or a seed, whose `sample(1, label, seed=...)` it is. A path
+        from or to an image is neither guided nor denoised, and ends at that image. `settings` override `sampling`.
+
+        Raises:
+            EvaluationError: settings without meaning on this path, or an image of it that is not finite.
+
+        """
+        ends = [self._end(end, name) for end, name in ((a, "a"), (b, "b"))]
+        changed = settings_of_path(self.sampling.with_changes(**settings), ends, settings)
+        changed = changed.with_changes(labels=self._numbers(label) if self.config.num_classes else ())
+        check_guidance(changed, self.config.num_classes, self.provenance.label_dropout)
+        sampler = PathSampler(self.model, changed, path_between(self.model, ends, changed, steps), self._memory)
+        return self._drawn(sampler, range(steps))
+
+    def _end(self, end: int | Images, name: str) -> End:
+        if isinstance(end, int):
+            return End(f"seed {end}", seed=end)
+        return End(name, image=self._in_model_range(torch.as_tensor(end)[None])[0])
 
     def log_prob(
         self, images: Images, labels: Labels = None, *, draws: int = 1, seed: int | None = None, first: int = 0
@@ -255,7 +290,9 @@ class Flow:
         if isinstance(given, Mapping):
             raise EvaluationError("labels must be class numbers or names in a list, not a mapping")
         count = self.config.num_classes
-        return tuple(NO_LABEL if one is None else label_number(one, count, self.classes, "labels") for one in given)
+        # A number is a number, also where a class is named like another one's.
+        words = (one if isinstance(one, str) else f"number:{NO_LABEL if one is None else one}" for one in given)
+        return tuple(label_number(word, count, self.classes, "labels") for word in words)
 
     def _tensor(self, labels: Labels, num: int) -> Tensor | None:
         """Labels of `num` images, int64 [num]; None for a model without classes."""

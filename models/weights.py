@@ -2,25 +2,30 @@
 
 Both also hold the configuration and the weights' provenance: safetensors as metadata, `.pth` as an attribute of the
 dictionary, which `load_state_dict` ignores, so the published code loads the file strictly. Files of other programs hold
-neither: the configuration is then inferred from the shapes, and the provenance is unknown. Whatever a file claims is
-checked against bounds before it is used (`tensor_files` reads it and never executes anything).
+neither: the configuration is then inferred from the shapes, and the provenance is unknown. What is stated besides (`--model`,
+config.json of a folder) is held against both. Whatever a file claims is checked against bounds before it is used
+(`tensor_files` reads it and never executes anything).
 """
 
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from tarflow.files import write_atomic
+from tarflow.files import discard, make_folder, publish_dir, write_atomic, write_text
+from tarflow.leases import unique_name
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.errors import ModelError
 from tarflow.models.flow import TarFlow
-from tarflow.models.formats.published import attention_masks, config_by_shapes, without_masks
+from tarflow.models.formats.card import card_text
+from tarflow.models.formats.folder import CARD, CONFIG, WEIGHTS, is_weights, stated_config, tensors_of, write_config
+from tarflow.models.formats.published import WITHOUT_SHAPE, attention_masks, config_by_shapes, without_masks
+from tarflow.models.formats.stated import Stated, check_stated, parse_model, together
 from tarflow.models.formats.tensor_files import (
     CHECKSUM_KEY,
     WAY_OUT,
@@ -35,7 +40,6 @@ from tarflow.settings import Section
 
 CONFIG_KEY, PROVENANCE_KEY = "tarflow_config", "tarflow_provenance"
 ATTRIBUTE = "tarflow"  # of the dictionary in a `.pth`; holds what safetensors keep as metadata
-SUFFIXES = (".safetensors", ".pth")
 _KNOWN_KEYS = {CONFIG_KEY, PROVENANCE_KEY, CHECKSUM_KEY, "format"}
 _MOST_TEXT = 1 << 24  # characters of a configuration or a provenance
 
@@ -48,6 +52,15 @@ class WeightsHeader:
     provenance: Provenance
     by_shapes: bool  # the file holds no configuration: it was inferred from the tensors' shapes
     checked: bool = True  # against a checksum in the file; False: the file has none
+    stated: dict[str, Any] = field(default_factory=dict)  # settings that somebody stated besides, all agreeing
+
+    @property
+    def inferred(self) -> dict[str, Any]:
+        """Where the configuration came from, if the file does not hold it; for results. Empty otherwise."""
+        if not self.by_shapes:
+            return {}
+        assumed = {name: getattr(self.config, name) for name in WITHOUT_SHAPE if name not in self.stated}
+        return {"model": "inferred from the shapes of the tensors", "assumed": assumed, "stated": self.stated}
 
     @property
     def caveat(self) -> str:
@@ -62,9 +75,7 @@ class WeightsFile(WeightsHeader):
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def is_weights_file(path: str | Path) -> bool:
-    """Whether a path on the command line means a weights file, existing or not, rather than a run directory."""
-    return Path(path).suffix in SUFFIXES or Path(path).is_file()
+is_weights_file = is_weights
 
 
 def save_weights_file(
@@ -90,6 +101,28 @@ def save_weights_file(
         raise ModelError(f"{path}: weights are written as .safetensors or .pth (published layout)")
 
 
+def save_weights_folder(
+    folder: Path, config: TarFlowConfig, weights: Mapping[str, Tensor], provenance: Provenance | None = None
+) -> None:
+    """Write a new folder as model hubs lay them out; it appears complete or not at all.
+
+    Raises ModelError where it exists, and for tensors that do not fit the configuration.
+    """
+    temporary = folder.with_name(f".{folder.name}.{unique_name()}.tmp")
+    try:
+        make_folder(temporary)
+        save_weights_file(temporary / WEIGHTS, config, weights, provenance)
+        write_config(temporary, config)
+        write_text(temporary / CARD, card_text(config, provenance or Provenance(), folder.name))
+        if not publish_dir(temporary, folder):
+            raise ModelError(f"{folder} already exists")
+    except OSError as error:
+        error.filename, error.filename2 = str(folder), None  # users do not know the temporary one
+        raise
+    finally:
+        discard(temporary)
+
+
 def _save_pickled(path: Path, tensors: OrderedDict[str, Tensor]) -> None:
     with open(path, "wb") as file:  # given a path, torch would store it in the file
         torch.save(tensors, file)
@@ -107,20 +140,23 @@ def load_weights_file(path: str | Path, config: TarFlowConfig | None = None) -> 
     return config, file.tensors
 
 
-def read_weights(path: str | Path, like: TarFlowConfig | None = None) -> WeightsFile:
-    """Read a weights file. `like`: see `config_by_shapes`.
+def read_weights(path: str | Path, like: TarFlowConfig | None = None, model: str | None = None) -> WeightsFile:
+    """Read a weights file, or a folder with one. `like`: see `config_by_shapes`; `model`: what `parse_model` takes.
 
     Raises:
         DamagedFileError: its bytes do not match its checksum, or its metadata are implausible.
-        ModelError: there is no such file, it is a pickle with code, or names or shapes do not fit.
+        ModelError: there is no such file, it is a pickle with code, names or shapes do not fit, or what is stated contradicts
+            the file.
 
     """
-    path = Path(path)
-    file = _read(path)
+    stated = _stated(Path(path), model)
+    path = tensors_of(Path(path))
+    file = _read(path, stated=bool(stated))
     config, provenance = _parsed(path, file.metadata)
-    by_shapes = config is None
+    by_shapes, said = config is None, together(stated)
     if config is None:
-        config = config_by_shapes(file.tensors, str(path), like)
+        config = config_by_shapes(file.tensors, str(path), like, said)
+    check_stated(config, f"{'the tensors of ' if by_shapes else ''}{path}", stated)
     tensors = without_masks(config, file.tensors, str(path))
 
     # A damaged or hostile pickle can alias one small storage as many large tensors, which would be huge once converted.
@@ -135,27 +171,36 @@ def read_weights(path: str | Path, like: TarFlowConfig | None = None) -> Weights
     check_weights(config, tensors, str(path))
     if without_var:
         tensors["var"] = tensors["var"].contiguous()
-    return WeightsFile(config, provenance, by_shapes, file.checked, tensors)
+    return WeightsFile(config, provenance, by_shapes, file.checked, said, tensors)
+
+
+def _stated(path: Path, model: str | None) -> list[Stated]:
+    """What config.json of a folder and `--model` state."""
+    sides: list[Stated] = [(str(path / CONFIG), stated_config(path)), ("--model", parse_model(model) if model else {})]
+    return [side for side in sides if side[1]]
 
 
 def read_header(path: str | Path, like: TarFlowConfig | None = None) -> WeightsHeader:
     """What `read_weights` finds besides the tensors. Safetensors are checksummed a chunk at a time, and not loaded."""
-    path = Path(path)
-    if path.suffix != ".safetensors":
+    stated, file = _stated(Path(path), None), tensors_of(Path(path))
+    if file.suffix != ".safetensors":
         return read_weights(path, like)
-    file = _read(path, header_only=True)
-    config, provenance = _parsed(path, file.metadata)
-    assert config is not None
-    return WeightsHeader(config, provenance, by_shapes=False, checked=file.checked)
+    head = _read(file, header_only=True, stated=bool(stated))
+    config, provenance = _parsed(file, head.metadata)
+    if config is None:
+        return read_weights(path, like)
+    check_stated(config, str(file), stated)
+    return WeightsHeader(config, provenance, by_shapes=False, checked=head.checked, stated=together(stated))
 
 
-def _read(path: Path, header_only: bool = False) -> TensorFile:
+def _read(path: Path, header_only: bool = False, stated: bool = False) -> TensorFile:
     if path.suffix != ".safetensors":
         return read_pickled(path, ATTRIBUTE)
     file = read_safetensors(path, header_only)
-    if CONFIG_KEY not in file.metadata:
+    if CONFIG_KEY not in file.metadata and not stated:
         raise ModelError(
-            f"{path} holds no TarFlow configuration (metadata {CONFIG_KEY!r}); it was written by another program"
+            f"{path} holds no TarFlow configuration (metadata {CONFIG_KEY!r}); it was written by another program. If its "
+            "tensors are laid out as published, say what the model is: --model preset, or key=value,..."
         )
     return file
 

@@ -44,6 +44,8 @@ VERBS = {
         "tarflow.evaluation.commands.likelihood",
         "measure the exact likelihood of every image of a data set",
     ),
+    "encode": ("tarflow.evaluation.commands.encode", "turn images into latents, as shards"),
+    "decode": ("tarflow.evaluation.commands.decode", "turn such latents back into images, and measure the round trip"),
     "sweep-guidance": ("tarflow.evaluation.commands.sweep_guidance", "find the guidance of the smallest distance"),
     "reference": ("tarflow.evaluation.commands.reference", "make the reference statistics of a data set"),
     "score": ("tarflow.evaluation.commands.score", "score a folder of images"),
@@ -77,7 +79,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "idle_limit": (0, _MONTH_S / 60),
     "num": (0, 10**8), "start": (0, 10**8), "final": (0, 10**8), "columns": (0, 10_000), "batch_size": (0, 1 << 20),
     "count": (0, 100_000), "tile": (0, 4096), "size": (0, 1 << 20), "max_pixels": (0, 1 << 34), "shard_size": (0, 10**9),
-    "quality": (0, 100), "val_fraction": (0, 1),
+    "best_of": (0, 10_000), "quality": (0, 100), "val_fraction": (0, 1),
     "guidance": (0, 1e4), "attn_temp": (0, 1e4), "denoise": (0, 1e4), "noise_std": (0, 100), "relative_std": (0, 1),
 }  # fmt: skip
 

@@ -55,7 +55,8 @@ LAYERS = {
     "evaluation": """
         commands
         start
-        sweep likelihood
+        sweep latents
+        likelihood
         worker
         references report flow
         results shared_sampling
@@ -248,6 +249,8 @@ VERBS = (
     "evaluate",
     "sample",
     "likelihood",
+    "encode",
+    "decode",
     "sweep-guidance",
     "reference",
     "score",

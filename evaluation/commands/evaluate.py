@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tarflow.evaluation.commands.options import FAILED, OK, add_machine, log, set_up_process
+from tarflow.evaluation.commands.options import FAILED, OK, add_machine, add_model, log, set_up_process
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.start.processes import Devices, run_workers, words_again
 from tarflow.trainer.checkpoint.choice import add_choice
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or a weights file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of sampling and evaluation")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for a weights file: where its results go")
+    add_model(parser)
     parser.add_argument("--save", choices=("shards", "png", "npz"),
                         help="keep the samples: WebDataset shards; PNGs; shards, and all in samples.npz (arr_0)")  # fmt: skip
     mode = parser.add_mutually_exclusive_group()
@@ -41,12 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", type=Path, metavar="FILE", help="reference statistics to use, checked (.npz)")
     parser.add_argument("--poll", type=float, default=5.0, metavar="S", help="seconds between polls (default 5)")
     parser.add_argument(
-        "--wait-for-run",
-        type=float,
-        default=60.0,
-        metavar="S",
+        "--wait-for-run", type=float, default=60.0, metavar="S",
         help="with --watch: seconds to wait for the run directory (default 60)",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--idle-limit",
         type=float,
@@ -78,8 +76,13 @@ def run(args: argparse.Namespace) -> int:
     if args.watch and one:
         option = "--images" if args.step is None else "--step"
         raise EvaluationError(f"{option} selects one checkpoint, --watch follows a run: give one of the two")
-    # The same test as `is_weights_file`, which would load torch.
-    is_file = args.run.suffix in (".safetensors", ".pth") or args.run.is_file()
+    from tarflow.models.formats.folder import is_weights
+
+    is_file = is_weights(args.run)
+    if args.model is not None and not is_file:
+        raise EvaluationError(
+            f"--model {args.model} is for weights files; {args.run} is a run, whose config.yaml says it"
+        )
     if is_file and (args.watch or args.newest or one):
         raise EvaluationError(
             f"--watch, --newest, --images and --step select among a run's checkpoints; {args.run} is a weights file"
@@ -128,6 +131,7 @@ def _options(args: argparse.Namespace) -> "WorkerOptions":
         device=args.device,
         reference=args.reference,
         save=args.save or "",
+        model=args.model,
         overrides=args.overrides,
     )
 

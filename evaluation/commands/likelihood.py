@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from tarflow.evaluation.commands.options import FAILED, OK, add_machine, log, set_up_process
+from tarflow.evaluation.commands.options import FAILED, OK, add_machine, add_model, log, set_up_process
 from tarflow.trainer.checkpoint.choice import add_choice
 
 EXAMPLE = """example:
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_choice(parser)
     parser.add_argument("--weights", metavar="SET", help="raw or an average such as ema-0.100")
+    add_model(parser)
     parser.add_argument(
         "--labels", metavar="LABEL",
         help="data = those of the data set (default), or one for all images: a class by name or number, none = no label",
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         step=args.step,
         images=args.images,
         weights=args.weights,
+        model=args.model,
         labels=args.labels,
         draws=args.draws,
         seed=args.seed,

@@ -18,6 +18,14 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--nice", type=int, default=0, metavar="N", help="lower the priority on the CPU by N (0..19)")
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The option of every command that takes a weights file from elsewhere."""
+    parser.add_argument(
+        "--model", metavar="PRESET|KEY=VALUE,...",
+        help="model of a weights file that does not say it, where its tensors' shapes do not tell; a contradiction is an error",
+    )  # fmt: skip
+
+
 def add_features(parser: argparse.ArgumentParser) -> None:
     """Options for measuring a folder or a data set outside a run."""
     names = (

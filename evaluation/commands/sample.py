@@ -3,12 +3,15 @@
 import argparse
 from pathlib import Path
 
-from tarflow.evaluation.commands.options import FAILED, OK, add_machine, log, set_up_process
+from tarflow.evaluation.commands.options import FAILED, OK, add_machine, add_model, log, set_up_process
 from tarflow.trainer.checkpoint.choice import add_choice
 
 EXAMPLE = """example:
   tarflow sample runs/demo --out samples --num 64 --guidance 2.0
   tarflow sample model.safetensors --out samples --num 16 --labels smileys,food,none
+  tarflow sample runs/demo --out path --num 9 --interpolate 1 2 --labels 3
+  tarflow sample runs/demo --out rows --num 8 --temperature 0.6,0.8,1
+  tarflow sample runs/demo --out best --best-of 4
 
 Writes DIR/images/000000.png ..., DIR/grid.png and DIR/settings.json. Sample i depends on the seed and i alone; the same
 command adds only what is missing, other settings are refused.
@@ -28,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_choice(parser)
     parser.add_argument("--weights", metavar="SET", help="raw or an average such as ema-0.100")
+    add_model(parser)
     parser.add_argument(
         "--labels",
         metavar="A,B,...",
@@ -47,6 +51,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--denoise", type=float, metavar="M", help="multiplier of the denoising step; 0 = none")
     parser.add_argument(
+        "--temperature",
+        metavar="T,...",
+        help="scale of the drawn noise (1); several: --num samples at each, as rows of the grid",
+    )
+    parser.add_argument(
+        "--interpolate", nargs=2, metavar=("A", "B"),
+        help="--num images on the path between two: each end is a seed, or a picture; one --labels for all of them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--best-of", type=int, default=1, metavar="N", help="of N candidates for each image keep the likeliest (1)"
+    )
+    parser.add_argument(
         "--noise-std", type=float, metavar="S", help="training noise of a weights file that does not record it"
     )
     parser.add_argument(
@@ -63,8 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw images; 1 if some are missing because they were not finite."""
-    set_up_process(args, num=1, batch_size=1, columns=1)
+    set_up_process(args, num=1, batch_size=1, columns=1, best_of=1)
     from tarflow.evaluation.samples.draw_to_folder import SampleRequest, sample_images
+    from tarflow.evaluation.samples.variations.temperatures import parse_temperatures
+
+    temperatures = () if args.temperature is None else parse_temperatures(args.temperature)
 
     given = {
         "guidance": args.guidance,
@@ -73,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         "attn_temp": args.attn_temp,
         "annealed": args.annealed,
         "denoise": args.denoise,
+        "temperature": temperatures[0] if len(temperatures) == 1 else None,
         "noise_std": args.noise_std,
         "method": args.method,
         "tolerance": args.tolerance,
@@ -87,11 +107,15 @@ def run(args: argparse.Namespace) -> int:
         step=args.step,
         images=args.images,
         weights=args.weights,
+        model=args.model,
         batch_size=args.batch_size,
         columns=args.columns,
         device=args.device,
         settings={key: value for key, value in given.items() if value is not None},
         labels=args.labels,
         classes=args.classes,
+        interpolate=None if args.interpolate is None else tuple(args.interpolate),
+        temperatures=temperatures,
+        best_of=args.best_of,
     )
     return OK if sample_images(request, log) else FAILED

@@ -30,14 +30,8 @@ def columns_of(
     `log_prob` in nats of the density in model range; the rest in bits per dimension, of which `prior` and `block_0`, ... sum up
     to `bits_per_dim`. `weighted`: with the importance-weighted bound, which uniform dequantisation has.
     """
-    bits, numbers = found.mean, found.ids.tolist()
-    names = [name(number) for number in numbers]
-    columns: dict[str, Column] = {"image": numbers}
-    if any(names):
-        columns["name"] = names
-    columns["label"] = found.labels.tolist()
-    if classes is not None:
-        columns["class"] = [classes[label] if 0 <= label < len(classes) else "" for label in found.labels.tolist()]
+    bits = found.mean
+    columns = who_is_who(found.ids.tolist(), found.labels.tolist(), name, classes)
     columns["log_prob"] = ((7 - bits) * dims * math.log(2)).tolist()
     columns["bits_per_dim"] = bits.tolist()
     if (stderr := found.stderr) is not None:
@@ -50,14 +44,25 @@ def columns_of(
     return columns
 
 
-def write_table(folder: Path, form: str, columns: Mapping[str, Column]) -> Path:
-    """Write FOLDER/likelihood.parquet or .csv; it appears complete or not at all."""
+def who_is_who(
+    numbers: Sequence[int], labels: Sequence[int], name: Callable[[int], str], classes: Sequence[str] | None
+) -> dict[str, Column]:
+    """The columns that say which image a row is of; no names where there are none."""
+    names = [name(number) for number in numbers]
+    columns: dict[str, Column] = {"image": numbers} | ({"name": names} if any(names) else {}) | {"label": labels}
+    if classes is not None:
+        columns["class"] = [classes[label] if 0 <= label < len(classes) else "" for label in labels]
+    return columns
+
+
+def write_table(path: Path, columns: Mapping[str, Column]) -> Path:
+    """Write a .parquet or .csv file; it appears complete or not at all."""
     import pyarrow as pa
     import pyarrow.csv
     import pyarrow.parquet as pq
 
-    made, path = pa.table(dict(columns)), folder / f"likelihood.{form}"
-    if form == "csv":
+    made = pa.table(dict(columns))
+    if path.suffix == ".csv":
         write_atomic(path, lambda temporary: pyarrow.csv.write_csv(made, temporary))
     else:
         write_atomic(path, lambda temporary: pq.write_table(made, temporary))

@@ -13,7 +13,10 @@ from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.images.data_set import CROP, ImageSet
 from tarflow.evaluation.images.folder import ImageFolder
+from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.draw import NO_LABEL
+from tarflow.evaluation.samples.labels import label_number
+from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.models.config import TarFlowConfig
 from tarflow.trainer.config.class_names import difference
 
@@ -113,3 +116,25 @@ class OfFolder:
     def name(self, number: int) -> str:
         """The file, below the folder."""
         return self.files[number].relative_to(self.images.root).as_posix()
+
+
+def is_data_set(data: Path) -> bool:
+    """Whether DATA has an index (or is an address), rather than being a folder of images."""
+    return "://" in str(data) or ":/" in str(data) or (data / "index").is_dir() or (data / "index.json").is_file()
+
+
+def open_images(data: Path, source: WeightsSource, num: int, label: str | None, log: Log) -> Images:
+    """The images of DATA for the model of `source`: `num` of them, spread evenly (0 = all).
+
+    `label`: "data" or None for those of the data set, or one for all images, as typed. Raises EvaluationError where there is
+    neither a data set nor a folder, and for a label that the model does not have.
+    """
+    model, classes = source.model.config, source.provenance.classes
+    one = None if label in (None, "data") else label_number(label, model.num_classes, classes, "--labels")
+    if is_data_set(data):
+        return OfSet(str(data), model, num, classes, one)
+    if not data.is_dir():
+        raise EvaluationError(f"DATA {data}: there is no such data set or folder of images")
+    if model.num_classes and label is None:
+        log(f"{data} is a folder of images: they are taken without a label (--labels NAME gives one)")
+    return OfFolder(data, model, num, one)

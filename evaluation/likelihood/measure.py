@@ -24,19 +24,18 @@ from tarflow.evaluation.batches import Batches
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.likelihood.extremes import Extremes
 from tarflow.evaluation.likelihood.files import columns_of, write_page, write_table
-from tarflow.evaluation.likelihood.images import Images, OfFolder, OfSet
+from tarflow.evaluation.likelihood.images import Images, open_images
+from tarflow.evaluation.likelihood.out_folder import refuse_other_files, refuse_others
 from tarflow.evaluation.likelihood.per_image import ImageLikelihoods, likelihoods
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
-from tarflow.evaluation.samples.labels import label_number
 from tarflow.evaluation.samples.request import SourceRequest, open_request
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.shared_work import SharedWork
 from tarflow.evaluation.worker.chunk_file import Chunk, Form, is_valid, read_chunk, write_chunk
-from tarflow.files import check_writable, fill, listed
+from tarflow.files import check_writable, fill
 from tarflow.models.float32 import TRUE_FLOAT32
 from tarflow.records import Record, load_record, write_object
-from tarflow.terminal import plain
 
 FORMAT, CHUNK, LEASE_S = 1, 256, 120.0
 FORM: Form = {
@@ -77,25 +76,9 @@ def measure_likelihoods(request: LikelihoodRequest, log: Log = print) -> dict[st
     """Measure, and write the files; the summary. Raises EvaluationError where OUT holds something else."""
     label, request.labels = request.labels, None
     source, sampling, batch_size = open_request(request, log)
-    model = source.model.config
     seed = sampling.settings.seed if request.seed is None else request.seed
     noise = source.training_noise(sampling.noise_std, seed, request.draws)
-    one = (
-        None
-        if label in (None, "data")
-        else label_number(label, model.num_classes, source.provenance.classes, "--labels")
-    )
-    images: Images
-    if not is_data_set(request.data) and not request.data.is_dir():
-        raise EvaluationError(f"DATA {request.data}: there is no such data set or folder of images")
-    if is_data_set(request.data):
-        images = OfSet(str(request.data), model, request.num, source.provenance.classes, one)
-    else:
-        images = OfFolder(request.data, model, request.num, one)
-        if model.num_classes and label is None:
-            log(
-                f"{request.data} is a folder of images: their likelihoods are taken without a label (--labels NAME gives one)"
-            )
+    images = open_images(request.data, source, request.num, label, log)
     identity = {
         "format": FORMAT, **source.describe(), "noise": noise.describe(), "images": images.provenance(), "form": request.form,
     }  # fmt: skip
@@ -105,27 +88,13 @@ def measure_likelihoods(request: LikelihoodRequest, log: Log = print) -> dict[st
     )
     # The same request again only shows what is there; another one refuses the folder.
     if not _there(summary, identity):
-        _refuse_other_files(request.out)
+        refuse_other_files(request.out, "likelihood.")
         check_writable(request.out if request.out.is_dir() else request.out.parent)
         _Measurement(request, source, noise, images, identity, batch_size, log).run()
     result = load_record(summary, Summary)
     log(_headline(result))
     log(f"table: {request.out / result.table}\npage: {request.out / 'likelihood.html'}")
     return result.model_dump()
-
-
-def is_data_set(data: Path) -> bool:
-    """Whether DATA has an index (or is an address), rather than being a folder of images."""
-    return "://" in str(data) or ":/" in str(data) or (data / "index").is_dir() or (data / "index.json").is_file()
-
-
-def _refuse_other_files(out: Path) -> None:
-    """Raise EvaluationError for a folder with anything but what this command leaves or left unfinished."""
-    names = (
-        [path.name for path in listed(out) if not path.name.startswith((".", "likelihood."))] if out.is_dir() else []
-    )
-    if others := [name for name in names if name != "work"]:
-        raise EvaluationError(f"--out {out} holds other files ({others[0]}, ...): give a new folder")
 
 
 def _there(summary: Path, identity: dict[str, Any]) -> bool:
@@ -137,17 +106,7 @@ def _there(summary: Path, identity: dict[str, Any]) -> bool:
         raise EvaluationError(
             f"--out {summary.parent}: its {summary.name} is there, but {found.table} is not: give another folder"
         )
-    stored = found.model_dump()
-    asked = json.loads(json.dumps(identity))
-    differ = [
-        f"{key}: {plain(repr(stored.get(key)))} there, {plain(repr(value))} asked"
-        for key, value in asked.items()
-        if stored.get(key) != value
-    ]
-    if differ:
-        raise EvaluationError(
-            f"--out {summary.parent} holds other likelihoods ({'; '.join(differ)}): give another folder"
-        )
+    refuse_others(summary.parent, "likelihoods", found.model_dump(), identity)
     return True
 
 
@@ -208,7 +167,7 @@ class _Measurement:
             raise EvaluationError(f"{self.request.data} holds no images")
         dims, classes = math.prod(self.shape), self.source.provenance.classes
         columns = columns_of(found, self.images.name, dims, self.noise.kind == "uniform", classes)
-        table = write_table(self.request.out, self.request.form, columns)
+        table = write_table(self.request.out / f"likelihood.{self.request.form}", columns)
         summary = {**self.identity, **_summary(found, self.noise, dims), "table": table.name}
         summary |= {"data": str(self.request.data), "origin": self.source.origin, "code": code_version()}
         summary["float32"] = TRUE_FLOAT32

@@ -119,9 +119,14 @@ class Sampler:
         return index % classes if classes else NO_LABEL
 
     def noise(self, indices: Sequence[int]) -> Tensor:
-        """Standard normal [n, T, D]; row i belongs to sample indices[i]."""
-        config = self.model.config
-        return keyed_normal(self.sampling.settings.seed, STREAM, 0, indices, (config.num_tokens, config.token_dim))
+        """[n, T, D], normal of standard deviation `temperature`; row i belongs to sample indices[i]."""
+        return self.candidate_noise(indices, 0)
+
+    def candidate_noise(self, indices: Sequence[int], candidate: int) -> Tensor:
+        """The same for one of any number of candidates for each sample; the samples themselves are number 0."""
+        config, settings = self.model.config, self.sampling.settings
+        drawn = keyed_normal(settings.seed, STREAM, candidate, indices, (config.num_tokens, config.token_dim))
+        return drawn * settings.temperature
 
     def labels(self, indices: Sequence[int]) -> Tensor:
         """int64 [n], -1 = no label."""

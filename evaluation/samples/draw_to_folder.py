@@ -3,13 +3,15 @@
 import math
 
 from tarflow.code_version import code_version
-from tarflow.evaluation.batches import Batches
 from tarflow.evaluation.images.array import NAME, write_array
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler
 from tarflow.evaluation.samples.grid import make_grid
 from tarflow.evaluation.samples.png_folder import SampleFolder, load_png, save_png
 from tarflow.evaluation.samples.request import SampleRequest, open_request
+from tarflow.evaluation.samples.variations.best_of import BestSampler
+from tarflow.evaluation.samples.variations.choose import check_variation, choose_sampler
+from tarflow.evaluation.samples.variations.temperatures import TemperatureSampler
 
 GRID_IMAGES = 100
 
@@ -19,18 +21,20 @@ def sample_images(request: SampleRequest, log: Log = print) -> bool:
 
     Raises EvaluationError for meaningless settings, and for a directory that holds anything else.
     """
+    check_variation(request)
     source, sampling, batch_size = open_request(request, log)
     model = source.model.config
-    sampler = Sampler(source.model, sampling, Batches(source.model.var.device, log))
-    about = source.describe() | {"source": source.origin, "sampling": sampling.describe()}
+    sampler, num, variation = choose_sampler(request, source, sampling, log)
+    best = sampler if isinstance(sampler, BestSampler) else None
+    about = source.describe() | {"source": source.origin, "sampling": sampler.sampling.describe()} | variation
     about |= {"provenance": source.describe_provenance(), "code": code_version()}
-    folder = SampleFolder(request.out, about, request.num, model.image_shape)
-    missing, damaged = folder.missing(), folder.damaged
+    folder = SampleFolder(request.out, about, num, model.image_shape)
+    missing, damaged = folder.missing(chosen=best is not None), folder.damaged
 
     # Any number of calls fill one folder: each draws only what is missing or damaged.
-    log(f"{request.num} images of {model.image_size} pixels from {source.origin}, weights {source.weights}")
-    if len(missing) < request.num:
-        log(f"{request.num - len(missing)} are there already")
+    log(f"{num} images of {model.image_size} pixels from {source.origin}, weights {source.weights}")
+    if len(missing) < num:
+        log(f"{num - len(missing)} are there already")
     if damaged:
         first = next(iter(damaged))
         log(f"{len(damaged)} damaged images are drawn again: {folder.path(first).name} is {damaged[first]}"
@@ -43,18 +47,18 @@ def sample_images(request: SampleRequest, log: Log = print) -> bool:
         for index, pixels in zip(drawn.finite_indices(), drawn.pixels()):
             folder.save(index, pixels)
         count.add(drawn)
-    folder.finish(count.nonfinite)
+    folder.finish(count.nonfinite, best.record(missing) if best else None)
     if count.certificates.rows or count.redone:
         log(f"certificates: {count.certificates}; {count.redone} of {count.asked} sampled again token by token")
 
     # The grid is made from the files, since samples of earlier calls belong in it too.
-    shown = _grid_order(sampler, min(request.num, GRID_IMAGES))
+    shown = _grid_order(sampler, min(num, GRID_IMAGES))
     images = [load_png(folder.path(i)) if folder.path(i).exists() else None for i in shown]
     if any(image is not None for image in images):
         save_png(request.out / "grid.png", make_grid(images, request.columns or _columns(sampler, len(images))))
         log(f"images: {folder.images}\ngrid: {request.out / 'grid.png'}")
     if request.form == "npz":
-        there = [path for i in range(request.num) if (path := folder.path(i)).exists()]
+        there = [path for i in range(num) if (path := folder.path(i)).exists()]
         shape = (len(there), model.image_size, model.image_size, 3)
         write_array(request.out / "samples.npz", shape, map(load_png, there))
         log(f"array: {request.out / 'samples.npz'} ({NAME}, uint8 {list(shape)})")
@@ -65,11 +69,15 @@ def sample_images(request: SampleRequest, log: Log = print) -> bool:
 
 def _grid_order(sampler: Sampler, num: int) -> list[int]:
     """Indices sorted by class, so that samples of a class are next to each other."""
+    if isinstance(sampler, TemperatureSampler):  # a row for each temperature
+        return list(range(num))
     return sorted(range(num), key=lambda i: (sampler.label_of(i), i))
 
 
 def _columns(sampler: Sampler, num: int) -> int:
     """One row per class if that fills all rows, otherwise about square."""
+    if isinstance(sampler, TemperatureSampler):
+        return sampler.columns
     classes = len({sampler.label_of(i) for i in range(num)} - {NO_LABEL})
     if classes > 1 and num % classes == 0 and num // classes >= 4:
         return num // classes

@@ -28,7 +28,7 @@ from tarflow.terminal import plain
 
 _NAME = re.compile(r"(\d{6,})\.png")
 # May differ between two calls that fill one folder: these do not change the images.
-_FREE = ("num", "nonfinite", "missing", "complete", "provenance", "code", "crc32")
+_FREE = ("num", "nonfinite", "missing", "complete", "provenance", "code", "crc32", "chosen")
 _LIMIT = 1 << 30  # bytes of settings.json, which has a checksum for every picture
 
 
@@ -61,17 +61,24 @@ class SampleFolder:
     def _name(index: int) -> str:
         return f"{index:06d}.png"
 
-    def missing(self) -> list[int]:
-        """Samples that are not there yet, ascending."""
-        return [i for i in range(self.num) if i in self.damaged or not self.path(i).exists()]
+    def missing(self, chosen: bool = False) -> list[int]:
+        """Samples that are not there yet, ascending; if they are `chosen` among others, those of unknown choice, too."""
+        there = {i for i in range(self.num) if i not in self.damaged and self.path(i).exists()}
+        if chosen:
+            there = {i for i in there if self._name(i) in self._chosen}
+        return [i for i in range(self.num) if i not in there]
 
     def save(self, index: int, pixels: Tensor) -> None:
         """uint8 [C, H, W] -> its PNG."""
         save_png(self.path(index), pixels)
         self.damaged.pop(index, None)
 
-    def finish(self, nonfinite: Sequence[int]) -> None:
-        """Record completion and the non-finite samples; damaged files of those are removed."""
+    def finish(self, nonfinite: Sequence[int], chosen: dict[int, Any] | None = None) -> None:
+        """Record completion and the non-finite samples; damaged files of those are removed.
+
+        `chosen`: what is recorded of samples that were chosen among others; that of earlier calls stays.
+        """
+        self._chosen |= {self._name(index): value for index, value in (chosen or {}).items()}
         for index in set(nonfinite) & self.damaged.keys():
             self.path(index).unlink(missing_ok=True)
         there = [path for i in range(self.num) if (path := self.path(i)).exists()]
@@ -79,11 +86,14 @@ class SampleFolder:
 
     def _write_settings(self, nonfinite: Sequence[int], sums: dict[str, int], complete: bool) -> None:
         state = {"num": self.num, "complete": complete, "nonfinite": list(nonfinite), "crc32": sums}
+        if self._chosen:
+            state["chosen"] = self._chosen
         write_object(self.root / "settings.json", self.settings | state)
 
     def _check_settings(self) -> None:
         path = self.root / "settings.json"
         self._sums: dict[str, int] = {}  # checksums of the pictures as they were written
+        self._chosen: dict[str, Any] = {}  # of samples that were chosen among others
         if not os.path.lexists(path):
             if self.root.exists() and any(self.root.iterdir()):
                 raise EvaluationError(
@@ -93,6 +103,8 @@ class SampleFolder:
         stored = read_object(path, what="settings of samples", way_out="give a new --out directory", limit=_LIMIT)
         if isinstance(sums := stored.get("crc32"), dict):
             self._sums = sums
+        if isinstance(chosen := stored.get("chosen"), dict):
+            self._chosen = chosen
 
         # Compared as JSON stores them: a tuple comes back as a list.
         there = {k: v for k, v in stored.items() if k not in _FREE}

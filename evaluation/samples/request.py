@@ -33,6 +33,7 @@ class SourceRequest:
     device: str = "auto"
     settings: dict[str, Any] = field(default_factory=dict)
     labels: str | None = None  # as typed on the command line
+    model: str | None = None  # architecture of a weights file that does not hold it: a preset, or key=value,...
     classes: Path | None = None  # file of class names, if neither run nor weights file holds them
 
 
@@ -44,6 +45,9 @@ class SampleRequest(SourceRequest):
     num: int = 64
     form: str = "png"  # or npz: also OUT/samples.npz, all images in one array
     columns: int | None = None
+    interpolate: tuple[str, str] | None = None  # seeds or pictures: `num` images on the path between them
+    temperatures: tuple[float, ...] = ()  # more than one: `num` samples at each
+    best_of: int = 1  # candidates for each sample
 
 
 def open_request(request: SourceRequest, log: Log) -> tuple[WeightsSource, ResolvedSampling, int]:
@@ -51,6 +55,11 @@ def open_request(request: SourceRequest, log: Log) -> tuple[WeightsSource, Resol
     device = resolve_device(request.device)
     if is_weights_file(request.source):
         return _open_file(request, device, log)
+    if request.model is not None:
+        raise EvaluationError(
+            f"--model {request.model} is for weights files that do not hold their configuration; {request.source} is a run, "
+            "whose config.yaml says it"
+        )
     config = run_config(request.source, log=log, given=request.settings)
     # A run knows its noise; given another one, denoising would take out what is not there.
     if "noise_std" in request.settings:
@@ -75,7 +84,7 @@ def _open_file(request: SourceRequest, device: torch.device, log: Log) -> tuple[
     for option, value in chosen:
         if value is not None:
             raise EvaluationError(f"{option} selects among a run's checkpoints; {request.source} is a weights file")
-    file = read_weights(request.source)
+    file = read_weights(request.source, model=request.model)
     log(describe_file(request.source, file))
     given = request.settings
     if request.labels is not None or request.classes is not None:

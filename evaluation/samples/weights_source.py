@@ -39,6 +39,9 @@ class WeightsSource:
     checkpoint: str | None = None  # name of the checkpoint, if it is one
     provenance: Provenance = field(default_factory=Provenance)
     checked: bool = True  # False: a file without a checksum
+    inferred: dict[str, Any] = field(
+        default_factory=dict
+    )  # what the file does not hold of its model, see `WeightsHeader`
 
     def describe(self) -> dict[str, Any]:
         """What a result records of its weights."""
@@ -50,8 +53,11 @@ class WeightsSource:
         }
 
     def describe_provenance(self) -> dict[str, Any]:
-        """How the weights were trained, as far as known; `checked` is false if their file carries no checksum."""
-        return self.provenance.describe() | ({} if self.checked else {"checked": False})
+        """How the weights were trained, as far as known; `checked` is false if their file carries no checksum.
+
+        `model`, `assumed` and `stated`: where the architecture came from, if the file does not hold it.
+        """
+        return self.provenance.describe() | ({} if self.checked else {"checked": False}) | self.inferred
 
     def training_noise(self, noise_std: float, seed: int = 0, draws: int = 1) -> NoiseSettings:
         """The noise that 8-bit images get before their likelihood is taken.
@@ -85,7 +91,9 @@ def from_file(path: Path, file: WeightsFile, device: torch.device) -> WeightsSou
     """The weights of a file that was read from `path`, which is recorded as the origin."""
     model = load_model(file.config, file.tensors).requires_grad_(False).to(device)
     digest = _digest(file.tensors)
-    return WeightsSource(model, "file", digest, str(path), provenance=file.provenance, checked=file.checked)
+    return WeightsSource(
+        model, "file", digest, str(path), provenance=file.provenance, checked=file.checked, inferred=file.inferred
+    )
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -49,6 +49,7 @@ class WorkerOptions:
     idle_s: float = 0.0  # stop following after this long without a new checkpoint; 0 = never
     device: str = "auto"
     reference: Path | None = None
+    model: str | None = None  # architecture of a weights file that does not hold it
     save: str = ""  # "shards", "png" or "npz": keep the samples
     overrides: list[str] = field(default_factory=list)
     hooks: Hooks = field(default_factory=Hooks)
@@ -121,7 +122,7 @@ def waiting(run_dir: Path, options: WorkerOptions, log: Log = print) -> list[tup
 
 def file_waiting(path: Path, options: WorkerOptions) -> list[tuple[Recipe, list[str]]]:
     """The same for a weights file."""
-    return [(file_recipe(path, read_weights(path), options.overrides), [path.name])]
+    return [(file_recipe(path, read_weights(path, model=options.model), options.overrides), [path.name])]
 
 
 def evaluate_file(
@@ -136,7 +137,7 @@ def evaluate_file(
         raise EvaluationError(
             f"--out {out} is a run directory, which holds only its own results; give another directory"
         )
-    file = read_weights(path)
+    file = read_weights(path, model=options.model)
     log(describe_file(path, file))
     recipe = file_recipe(path, file, options.overrides)
     (evaluator,) = _evaluators(out, [recipe], options, log)

@@ -7,6 +7,7 @@ them when it loads strictly.
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -15,7 +16,7 @@ from torch import Tensor
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.errors import ModelError
 
-HEAD_CHANNELS = 64  # of every published model; no tensor's shape depends on it
+WITHOUT_SHAPE: Mapping[str, Any] = {"head_channels": 64, "soft_clip": 0.0}  # as in every published model
 _LAYER = re.compile(r"blocks\.([0-9]{1,9})\.attn_blocks\.([0-9]{1,9})\..*")
 
 
@@ -37,12 +38,19 @@ def without_masks(config: TarFlowConfig, weights: Mapping[str, Tensor], where: s
     return {name: tensor for name, tensor in weights.items() if name not in masks}
 
 
-def config_by_shapes(weights: Mapping[str, Tensor], where: str, like: TarFlowConfig | None = None) -> TarFlowConfig:
+def config_by_shapes(
+    weights: Mapping[str, Tensor],
+    where: str,
+    like: TarFlowConfig | None = None,
+    stated: Mapping[str, Any] | None = None,
+) -> TarFlowConfig:
     """Infer the configuration from tensors in the published layout.
 
-    Two settings affect no shape: the channels of attention heads and the soft clip. They are taken from `like`, or are as
-    published. Raises ModelError for tensors of another layout.
+    Two settings affect no shape: the channels of attention heads and the soft clip (`WITHOUT_SHAPE`). They are as `stated`,
+    or else those of `like`, or else as published. Raises ModelError for tensors of another layout.
     """
+    free = {name: getattr(like, name) for name in WITHOUT_SHAPE} if like else dict(WITHOUT_SHAPE)
+    free |= {name: value for name, value in (stated or {}).items() if name in WITHOUT_SHAPE}
     layers = [(int(match[1]), int(match[2])) for match in map(_LAYER.fullmatch, weights) if match]
     try:
         channels, token_dim = weights["blocks.0.proj_in.weight"].shape
@@ -58,11 +66,10 @@ def config_by_shapes(weights: Mapping[str, Tensor], where: str, like: TarFlowCon
             channels=channels,
             num_blocks=1 + max(block for block, _ in layers),
             layers_per_block=1 + max(layer for _, layer in layers),
-            head_channels=like.head_channels if like else HEAD_CHANNELS,
             expansion=weights["blocks.0.attn_blocks.0.mlp.main.0.weight"].shape[0] // channels,
             num_classes=0 if classes is None else classes.shape[0],
             nvp=weights["blocks.0.proj_out.weight"].shape[0] == 2 * token_dim,
-            soft_clip=like.soft_clip if like else 0.0,
+            **free,
         )
     except KeyError as error:
         raise ModelError(f"{where} is not laid out as published TarFlow weights are: {error} is missing") from None

@@ -31,6 +31,13 @@ class SamplingSettings(Section):
     annealed: bool = Field(
         True, description="scale the guidance weight of token i by i / (T - 1): 0 at the first token, w at the last"
     )
+    temperature: float = Field(
+        1.0,
+        ge=0,
+        le=10,
+        description="t: the latents are drawn from N(0, t^2 times the prior's variance); below 1 likelier and plainer images, "
+        "0 the one image of the prior's mean",
+    )
     denoise: float | None = Field(
         None,
         ge=0,
@@ -119,5 +126,5 @@ class SamplingSettings(Section):
 
 
 # Settings that results of the first versions do not hold, with the values that these were drawn with.
-_LATER = ("guidance_form", "guide_blocks", "method", "tolerance", "certify_every")
+_LATER = ("guidance_form", "guide_blocks", "method", "tolerance", "certify_every", "temperature")
 LATER = {name: SamplingSettings.model_fields[name].default for name in _LATER}

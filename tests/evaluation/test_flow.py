@@ -87,6 +87,16 @@ def test_labels_may_be_names_numbers_or_none(flow):
     assert torch.equal(flow.log_prob(pictures(2), "dog"), flow.log_prob(pictures(2), torch.tensor([1, 1])))
 
 
+def test_a_number_is_a_number_although_a_class_is_named_like_another_ones(model, tmp_path):
+    known = KNOWN.model_copy(update={"classes": ("2", "0", "1")})
+    save_weights_file(tmp_path / "w.safetensors", model.config, model.state_dict(), known)
+    flow = tarflow.load(tmp_path / "w.safetensors")
+    assert torch.equal(flow.sample(2, [0, 2]), flow.sample(2, ["name:2", "name:1"]))
+    assert torch.equal(flow.log_prob(pictures(1), torch.tensor([1])), flow.log_prob(pictures(1), "name:0"))
+    with pytest.raises(EvaluationError, match="labels: '1' could be"):
+        flow.sample(1, "1")
+
+
 def test_denoising_uses_the_noise_of_training(flow, model):
     x = torch.randn(2, 1, 8, 8)
     score = torch.autograd.functional.jacobian(

@@ -100,9 +100,12 @@ def make(folder: Path, seed: int, limit_s: float = 120) -> None:
         "train tiny.yaml --run-dir runs/two train.seed=5 train.max_images=16",
         "checkpoint export runs/one --out w.safetensors",
         "checkpoint export runs/one --out w.pth",
+        "checkpoint export runs/one --out hub --format hf",
         "reference set/train --size 8 --channels 1 --out ref.npz",
         "sample runs/one --out drawn --num 2",
         "likelihood runs/one set/val --out lik",
+        "encode runs/one set/val --out lat",
+        "decode runs/one lat --out dec",
         _jobs,
     ]
     for step in steps:

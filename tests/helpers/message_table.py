@@ -60,12 +60,15 @@ VERBS = {
     "checkpoint verify": Verb("{run}", inputs="{run}/folder"),
     "checkpoint export": Verb("{run} --out {out}", "file", ".safetensors", inputs="{run}/folder"),
     "checkpoint export (pth)": Verb("{run} --out {out}", "file", ".pth"),
+    "checkpoint export (folder)": Verb("{run} --out {out} --format hf", "folder"),
     "checkpoint prune": Verb("{run} --keep-latest 2", "run", inputs="{run}/folder"),
     "checkpoint rewind": Verb("{run} --images 48", "run", inputs="{run}/folder"),
     "evaluate": Verb("{run} --newest", "run", inputs="{run}/folder"),
     "evaluate (weights)": Verb("w.safetensors --out {out} data.train=set/train train.noise_std=0.1 evaluation.num_samples=8"
                                " evaluation.grid=[2,2]", "folder", inputs="w.safetensors/file"),
     "likelihood": Verb("{run} set/train --out {out}", "folder", inputs="{run}/folder set/train/folder"),
+    "encode": Verb("{run} set/train --out {out}", "folder", inputs="{run}/folder set/train/folder"),
+    "decode": Verb("{run} lat --out {out}", "folder", inputs="{run}/folder lat/folder"),
     "sample": Verb("{run} --out {out} --num 2", "folder", inputs="{run}/folder"),
     "sample (weights)": Verb("w.safetensors --out {out} --num 2 --noise-std 0.1", "folder", inputs="w.safetensors/file"),
     "sweep-guidance": Verb("{run} --guidance 0,1 --start 4 --final 8", "run", inputs="{run}/folder"),
@@ -135,7 +138,8 @@ def make_inputs(home: Path) -> None:
         tool.write_text("#!/bin/sh\n" + ("echo Submitted batch job 7\n" if name == "sbatch" else "exit 0\n"))
         tool.chmod(0o755)
     os.environ["PATH"] = f"{home / 'bin'}:{os.environ['PATH']}"
-    for words in ("data prepare images set --size 8 --val-fraction 0.2", "train tiny.yaml --run-dir run"):
+    for words in ("data prepare images set --size 8 --val-fraction 0.2", "train tiny.yaml --run-dir run",
+                  "encode run set/val --out lat"):  # fmt: skip
         assert call(words.split()).code == 0, words
     for path in (Path("run"), *Path("run").rglob("*")):  # whoever may not write may read
         path.chmod(0o777 if path.is_dir() else 0o666)

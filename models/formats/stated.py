@@ -1,0 +1,66 @@
+"""Settings of an architecture that someone states (`--model`, config.json), held against what a file itself says."""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.errors import ModelError
+from tarflow.models.presets import preset, preset_names
+
+Stated = tuple[str, Mapping[str, Any]]  # who states, and what
+
+
+def parse_model(text: str) -> dict[str, Any]:
+    """`imagenet64-2-768-8-8`, `head_channels=32,soft_clip=4`, or a preset with changes -> settings by name.
+
+    Raises ModelError for an unknown preset or setting, with the nearest one, and for a value that is neither number nor bool.
+    """
+    found: dict[str, Any] = {}
+    for word in text.split(","):
+        key, equals, value = (part.strip() for part in word.partition("="))
+        if not equals:
+            if key not in preset_names():
+                raise ModelError(f"--model {key!r} is neither a preset nor key=value; {_near(key, preset_names())}")
+            found = preset(key).model_dump() | found
+            continue
+        if key not in TarFlowConfig.model_fields:
+            raise ModelError(
+                f"--model {word}: the model has no setting {key!r}; {_near(key, list(TarFlowConfig.model_fields))}"
+            )
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = None
+        if not isinstance(found[key], int | float):
+            raise ModelError(f"--model {word}: {value[:80]!r} is not a number, nor true or false")
+    return found
+
+
+def _near(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+
+
+def together(stated: Sequence[Stated]) -> dict[str, Any]:
+    """All that is stated. Raises ModelError, naming both sides, where one contradicts another."""
+    found: dict[str, Any] = {}
+    for number, (who, values) in enumerate(stated):
+        for other, theirs in stated[:number]:
+            _hold_against(f"{other} says", theirs, who, {key: values[key] for key in values if key in theirs})
+        found |= values
+    return found
+
+
+def check_stated(config: TarFlowConfig, where: str, stated: Sequence[Stated]) -> None:
+    """Raise ModelError, naming both sides, where something stated contradicts a configuration, said by `where`."""
+    for who, values in stated:
+        _hold_against(where, config.model_dump(), who, values)
+
+
+def _hold_against(where: str, known: Mapping[str, Any], who: str, values: Mapping[str, Any]) -> None:
+    differ = [name for name, value in values.items() if known[name] != value]
+    if differ:
+        sides = "".join(f"\n  {name}: {values[name]!r} and {known[name]!r}" for name in differ)
+        raise ModelError(f"{who} says another model than {where}:{sides}")
