@@ -31,14 +31,14 @@ class BlockPlan(Record):
     @classmethod
     def _engine(cls, value: str) -> str:
         if value not in ENGINES:
-            raise ValueError(f"{value!r} is no engine; there are {', '.join(ENGINES)}")
+            raise ValueError(f"{value!r} is not an engine; the engines are {', '.join(ENGINES)}")
         return value
 
     @field_validator("path")
     @classmethod
     def _path(cls, value: str) -> str:
         if value not in KINDS:
-            raise ValueError(f"{value!r} is no path; there are {', '.join(KINDS)}")
+            raise ValueError(f"{value!r} is not a path; the paths are {', '.join(KINDS)}")
         return value
 
     @property
