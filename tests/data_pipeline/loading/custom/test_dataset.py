@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from tarflow.cli import main
 from tarflow.data_pipeline.errors import BadSampleError, DataError
 from tarflow.data_pipeline.loading.custom.code import Named
 from tarflow.data_pipeline.loading.custom.dataset import CustomDataset, open_dataset
@@ -171,6 +173,19 @@ def test_code_that_nobody_has_named_in_person_is_not_imported(tmp_path: Path) ->
     with pytest.raises(DataError, match="has no f"):
         survey(found.model_copy(update={"dataset": other.dataset}))
     assert (tmp_path / "ran").exists()
+
+
+def test_info_shows_what_a_function_gives_and_a_sheet_of_it(tmp_path: Path, capsys) -> None:
+    sheet = tmp_path / "sheet.png"
+    assert main(["data", "info", "train-40", "--dataset", f"{HERE}:Spots", "--sheet", str(sheet), "--count", "4"]) == 0
+    said = capsys.readouterr().out
+    assert f"{HERE}:Spots('train-40') of {own_data.__file__}" in said
+    for line in ("samples      40", "image size   8x8 in 16 images looked at, grey", "labels       16 of these images with, 0",
+                 "fingerprint  custom-40-", "classes      3: left, middle, right"):  # fmt: skip
+        assert line in said
+    assert Image.open(sheet).size == (132, 132)
+    assert main(["data", "info", "train", "--dataset", f"{HERE}:Spots", "--allow-root", "s3://a"]) == 2
+    assert "--dataset replaces: give one of the two" in capsys.readouterr().err
 
 
 def test_settings_that_contradict_each_other_or_have_no_form() -> None:
