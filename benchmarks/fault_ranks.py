@@ -142,7 +142,7 @@ def serve(order: dict[str, Any]) -> dict[str, Any]:
 
     Answers with each rank's exit code and whether all left by themselves within `grace_s` of the first that did.
     """
-    config = load_config(Path(order["config"]), order.get("overrides", []))
+    config = load_config(Path(order["config"]), order.get("overrides", []), own=True)
     with full_disk(Path(order["run"]), order.get("full", [])):
         life = Life(config, Path(order["run"]), order.get("fault", ""), order.get("ranks", RANKS))
     if "wait_for_file" in order:  # in the run directory

@@ -26,6 +26,7 @@ from tarflow.trainer.saving.resume import decide_start, finished
 from tarflow.trainer.saving.together import decide_together
 from tarflow.trainer.start.check import check_start
 from tarflow.trainer.start.record import write_record
+from tarflow.trainer.start.same_data import check_same_data
 from tarflow.trainer.tracking.choose import training_trackers
 from tarflow.trainer.tracking.logger import MetricLogger
 
@@ -64,6 +65,7 @@ def _train(
         with deadline(limit + 2, run_dir, world.rank, "joining the other ranks"):  # torch's own error comes first
             stack.enter_context(process_group(world, device, limit, always=zero))
             check_devices(device)
+            check_same_data(checked.train.facts)
         set_timeouts(limits.start.collective_s)
         given = (run_dir, config, checked.train.facts, accept_new_data)
         with deadline(limit, run_dir, world.rank, "reading the newest checkpoint"):

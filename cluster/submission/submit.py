@@ -199,7 +199,7 @@ def check_array(count: int) -> None:
 def _runs(request: Submission, run_dir: Path) -> list[tuple[Path, Config]]:
     """Directories and configurations: one, or one for each value of the sweep."""
     if request.sweep is None:
-        return [(run_dir, load_config(request.config, request.overrides))]
+        return [(run_dir, load_config(request.config, request.overrides, own=True))]
     key, equals, values = request.sweep.partition("=")
     items = [v.strip() for v in values.split(",")]
     if not equals or not all(items):
@@ -213,7 +213,7 @@ def _runs(request: Submission, run_dir: Path) -> list[tuple[Path, Config]]:
     return [
         (
             run_dir / f"{name}-{item.replace('/', '_')}",
-            load_config(request.config, [*request.overrides, f"{full}={item}"]),
+            load_config(request.config, [*request.overrides, f"{full}={item}"], own=True),
         )
         for item in items
     ]

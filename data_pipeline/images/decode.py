@@ -48,7 +48,7 @@ def decode(data: bytes, channels: int, at_least: int | None = None, max_pixels: 
         if image is not None:
             return image
     with opened(data, max_pixels) as found:
-        return _to_array(found, channels)
+        return from_image(found, channels)
 
 
 def decode_into(data: bytes, out: NDArray[np.uint8]) -> bool:
@@ -73,7 +73,7 @@ def decode_into(data: bytes, out: NDArray[np.uint8]) -> bool:
 def from_pixels(pixels: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:
     """Apply the rules to pixels that came without a file: uint8 [H, W, 1 | 3 | 4] -> uint8 [H, W, channels]."""
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else np.ascontiguousarray(pixels))
-    return _to_array(image, channels)
+    return from_image(image, channels)
 
 
 def _decode_jpeg(data: bytes, channels: int, at_least: int | None, max_pixels: int) -> NDArray[np.uint8] | None:
@@ -165,7 +165,8 @@ def _turn(image: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     return image if orientation == 1 else np.ascontiguousarray(image)
 
 
-def _to_array(image: Image.Image, channels: int) -> NDArray[np.uint8]:
+def from_image(image: Image.Image, channels: int) -> NDArray[np.uint8]:
+    """Apply the rules to an image that is open already: uint8 [H, W, channels]. Raises BadSampleError (`unsupported`)."""
     orientation = _orientation(image)
     mode = image.mode
     if mode.startswith("I") or mode == "F":

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
@@ -44,6 +45,11 @@ def look_at(data: bytes) -> Look | None:
             except Exception:  # noqa: BLE001, S112 -- plug-ins raise anything for damaged files; the next try may open it
                 continue
     return None
+
+
+def look_at_pixels(pixels: NDArray[np.uint8]) -> Look:
+    """The same of pixels that came without a file: uint8 [H, W, 3]."""
+    return _look(Image.fromarray(pixels))
 
 
 def _too_large(canvas: tuple[int, int] | None) -> bool:

@@ -5,6 +5,7 @@
 | indexed | WebDataset tars with an index, in the file system or behind an address | exact |
 | mds | MDS shards (mosaicml-streaming) with an index, in either place | exact, the same order rule |
 | stream | tars without an index: pipes, addresses, files | by shard, to the nearest one |
+| custom | what a function of the user's gives (`data.dataset`) | exact, the same order rule |
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.index.index import Index
+from tarflow.data_pipeline.loading.custom.code import Named
+from tarflow.data_pipeline.loading.custom.dataset import CustomDataset, open_dataset
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.stream.shards import fingerprint_of_names, stream_fingerprint, stream_shards
 from tarflow.data_pipeline.storage.access import address
@@ -21,8 +24,10 @@ from tarflow.data_pipeline.storage.open_index import open_index
 
 
 def choose_reader(data: DataSettings) -> str:
-    """`indexed` or `stream`; whether an index is one of MDS shards is known once it is open. Raises DataError."""
+    """`indexed`, `stream` or `custom`; whether an index is one of MDS shards is known once it is open. Raises DataError."""
     text, reader = data.train, data.reader
+    if data.dataset is not None:
+        return "custom"
     if reader == "stream":
         return "stream"
     if text.startswith("pipe:"):
@@ -64,12 +69,35 @@ class DataFacts:
     num_samples: int | None
     num_classes: int | None
     former_fingerprint: str | None = None
-    index: Index | None = None  # none of a stream
+    index: Index | None = None  # none of a stream, nor of a user's own data
+    custom: CustomDataset | None = None
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes, in label order, where they are known."""
+        known = self.index or self.custom
+        return None if known is None else known.classes
+
+
+def open_custom(data: DataSettings) -> CustomDataset:
+    """The data set that `data.dataset` gives for `data.train`. Raises DataError."""
+    name = data.code("dataset")
+    assert name is not None
+    return open_dataset(Named(name), data.train)
+
+
+def open_data(data: DataSettings) -> Index | CustomDataset:
+    """The index of `data.train`, or the user's own data set: what knows the number of samples. Raises DataError."""
+    return open_index(data.train, data.access) if data.dataset is None else open_custom(data)
 
 
 def data_facts(data: DataSettings) -> DataFacts:
-    """Open the index, or list the stream's shards; reads and writes nothing else. Raises DataError."""
-    if choose_reader(data) == "stream":
+    """Open the index or the user's own data set, or list the stream's shards; writes nothing. Raises DataError."""
+    reader = choose_reader(data)
+    if reader == "custom":
+        custom = open_custom(data)
+        return DataFacts(custom.fingerprint, custom.num_samples, custom.num_classes, "", custom=custom)
+    if reader == "stream":
         shards = stream_shards(data.train)
         return DataFacts(stream_fingerprint(shards), None, None, fingerprint_of_names(shards))
     index = open_index(data.train, data.access)

@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from tarflow.data_pipeline.index.index import Index
 from tarflow.data_pipeline.loading.batch import Batch
 from tarflow.data_pipeline.loading.choose_reader import check_form
+from tarflow.data_pipeline.loading.custom.code import Named, find_function
+from tarflow.data_pipeline.loading.custom.dataset import CustomDataset
 from tarflow.data_pipeline.loading.order import Order
 from tarflow.data_pipeline.loading.prefetch import Prefetched
 from tarflow.data_pipeline.loading.sample_reader import check_labels
@@ -42,44 +45,30 @@ class _Planned:
     after: Position
 
 
-class IndexedSource:
-    """See `BatchSource`. WebDataset tars and MDS shards; `data.num_workers` changes nothing but the speed.
+class OrderedSource:
+    """A `BatchSource` in the exact order of `order`, whatever the samples are read from.
 
-    0 decodes in a background thread, more in processes of their own, up to `data.prefetch_batches` ahead. Raises DataError
-    for data that are not there, changed after indexing, or labelled for another model.
+    `data.num_workers` changes nothing but the speed: 0 decodes in a background thread, more in processes of their own, up to
+    `data.prefetch_batches` ahead. `custom`: the open data set, where it is a user's own.
     """
 
-    def __init__(self, settings: DataSettings, shape: ImageShape, shard: BatchShard, pin_memory: bool) -> None:
+    reader: str
+    fingerprint: str
+
+    def __init__(
+        self, settings: DataSettings, shard: BatchShard, pin_memory: bool, sizes: NDArray[np.int64], spec: Spec,
+        custom: CustomDataset | None = None,
+    ) -> None:  # fmt: skip
         self.settings, self.shard, self.pin_memory = settings, shard, pin_memory
-        self.index = open_index(settings.train, settings.access)
-        self.reader = check_form(self.index, settings.reader)
         self.order = Order(
-            self.index.shard_sizes, seed=shard.seed, num_canonical_nodes=settings.num_canonical_nodes,
-            shuffle_block=settings.shuffle_block,
+            sizes, seed=shard.seed, num_canonical_nodes=settings.num_canonical_nodes, shuffle_block=settings.shuffle_block
         )  # fmt: skip
-        check_labels(self.index, shape.num_classes, settings.on_error)
-        self._spec = Spec(
-            data=settings.train, fingerprint=self.index.fingerprint, shape=shape, on_error=settings.on_error,
-            seed=shard.seed, flip=settings.flip, access=settings.access, max_pixels=settings.max_image_pixels,
-        )  # fmt: skip
-        self._cached = self.index.any_remote and settings.cache_bytes > 0
-        if self._cached:
-            ShardCache(settings.access.folder(), settings.cache_bytes).sweep()
-        if shard.rank == 0:  # the others would only ask the file system the same
-            check_shards(self.index)
-            _log_data(self.index)
-            if why := unchecked(self.index, settings.access):
-                log.warning("%s", why)
+        self.fingerprint, self._spec, self._custom = spec.fingerprint, spec, custom
 
         # What the current iteration runs.
         self._prefetched: Prefetched[Delivery] | None = None
         self._pool: WorkerPool | None = None
         self._ahead: FetchAhead | None = None
-
-    @property
-    def fingerprint(self) -> str:
-        """See `BatchSource`."""
-        return self.index.fingerprint
 
     @property
     def num_samples(self) -> int:
@@ -97,12 +86,13 @@ class IndexedSource:
     def batches(self, position: Position) -> Iterator[Delivery]:
         """See `BatchSource`."""
         self.close()
-        if self._cached:
-            self._ahead = FetchAhead(
-                self.index, self.settings.access, self.shard.global_batch_size, position.images_seen, self._ids_ahead()
-            )
+        self._ahead = self._fetch_ahead(position)
         plan = self._plan(position.images_seen)
         yield from self._from_processes(plan) if self.settings.num_workers else self._from_thread(plan)
+
+    def _fetch_ahead(self, position: Position) -> FetchAhead | None:  # noqa: ARG002 -- for those that fetch
+        """What fetches shards ahead of the batches from `position` on; nothing where they need not be fetched."""
+        return None
 
     def worker_pids(self) -> list[int]:
         """See `BatchSource`."""
@@ -124,21 +114,6 @@ class IndexedSource:
             yield _Planned(images_seen, slots, positions, self.order.ids(positions), after)
             images_seen = after.images_seen
 
-    def _ids_ahead(self) -> Callable[[int, int], NDArray[np.int64]]:
-        """A function (images seen, batches) -> ids of this rank's samples in that many batches from there.
-
-        It has an order of its own, since two threads must not share the caches of one.
-        """
-        order, shard, size = self.order.copy(), self.shard, self.shard.global_batch_size
-
-        def ids(images_seen: int, batches: int) -> NDArray[np.int64]:
-            starts = range(images_seen, images_seen + batches * size, size)
-            return order.ids(
-                np.concatenate([seen + order.slots(seen, size, shard.rank, shard.world_size) for seen in starts])
-            )
-
-        return ids
-
     def _report_progress(self, after: Position) -> None:
         """Tell the thread that fetches ahead how far the consumer is."""
         if self._ahead is not None:
@@ -151,7 +126,7 @@ class IndexedSource:
             yield delivery
 
     def _decoded(self, plan: Iterator[_Planned]) -> Iterator[Delivery]:
-        producer = Producer(self._spec)
+        producer = Producer(self._spec, self._custom)
         for planned in plan:
             images, labels, ids = empty_batch(self.shard.size, self._spec.shape.pixels, self.pin_memory)
             replaced = producer.fill(planned.ids, planned.positions, images.numpy(), labels, ids)
@@ -179,6 +154,60 @@ class IndexedSource:
             self._report_progress(planned.after)
             yield Delivery(Batch.of(images, labels, ids, planned.slots, planned.images_seen), replaced, planned.after)
             del images  # or the slot would be held until the next batch is there
+
+
+class IndexedSource(OrderedSource):
+    """See `BatchSource`. WebDataset tars and MDS shards.
+
+    Raises DataError for data that are not there, changed after indexing, or labelled for another model.
+    """
+
+    def __init__(self, settings: DataSettings, shape: ImageShape, shard: BatchShard, pin_memory: bool) -> None:
+        self.index = open_index(settings.train, settings.access)
+        self.reader = check_form(self.index, settings.reader)
+        spec = spec_of(settings, shape, shard, self.index.fingerprint)
+        super().__init__(settings, shard, pin_memory, self.index.shard_sizes, spec)
+        check_labels(self.index, shape.num_classes, settings.on_error)
+        self._cached = self.index.any_remote and settings.cache_bytes > 0
+        if self._cached:
+            ShardCache(settings.access.folder(), settings.cache_bytes).sweep()
+        if shard.rank == 0:  # the others would only ask the file system the same
+            check_shards(self.index)
+            _log_data(self.index)
+            if why := unchecked(self.index, settings.access):
+                log.warning("%s", why)
+
+    def _fetch_ahead(self, position: Position) -> FetchAhead | None:
+        if not self._cached:
+            return None
+        return FetchAhead(
+            self.index, self.settings.access, self.shard.global_batch_size, position.images_seen, self._ids_ahead()
+        )
+
+    def _ids_ahead(self) -> Callable[[int, int], NDArray[np.int64]]:
+        """A function (images seen, batches) -> ids of this rank's samples in that many batches from there.
+
+        It has an order of its own, since two threads must not share the caches of one.
+        """
+        order, shard, size = self.order.copy(), self.shard, self.shard.global_batch_size
+
+        def ids(images_seen: int, batches: int) -> NDArray[np.int64]:
+            starts = range(images_seen, images_seen + batches * size, size)
+            return order.ids(
+                np.concatenate([seen + order.slots(seen, size, shard.rank, shard.world_size) for seen in starts])
+            )
+
+        return ids
+
+
+def spec_of(settings: DataSettings, shape: ImageShape, shard: BatchShard, fingerprint: str, **more: Any) -> Spec:
+    """What the readers of a source must know. Raises DataError where a transform may not be imported, or cannot."""
+    transform = settings.code("transform")
+    return Spec(
+        data=settings.train, fingerprint=fingerprint, shape=shape, on_error=settings.on_error, seed=shard.seed,
+        flip=settings.flip, access=settings.access, max_pixels=settings.max_image_pixels,
+        transform=None if transform is None else find_function("data.transform", Named(transform)).named, **more,
+    )  # fmt: skip
 
 
 class _PinnedMemory:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.batch import Batch
 from tarflow.data_pipeline.loading.choose_reader import choose_reader
+from tarflow.data_pipeline.loading.custom.source import CustomSource
 from tarflow.data_pipeline.loading.indexed import IndexedSource
 from tarflow.data_pipeline.loading.sample_reader import Skipped
 from tarflow.data_pipeline.loading.settings import DataSettings
@@ -21,6 +22,9 @@ from tarflow.data_pipeline.loading.stream.source import StreamSource
 
 log = logging.getLogger("tarflow.data")
 
+_SOURCES: dict[str, Callable[[DataSettings, ImageShape, BatchShard, bool], BatchSource]] = {
+    "indexed": IndexedSource, "stream": StreamSource, "custom": CustomSource,
+}  # fmt: skip
 _SHARE_FLOOR = (
     1000  # the bad share is taken of at least this many images, so that one early bad image does not stop a run
 )
@@ -34,9 +38,10 @@ class Loader:
     `data.shuffle_block` alone; the rank and the world size choose a share of each global batch. Tars without an index
     guarantee less, see `stream`.
 
-    `data.flip`: mirror half of the samples, keyed by seed and position. `data.on_error`: `strict` raises at the first
-    bad sample, `skip` replaces it by the next good sample of its shard (see `SkippingReader`), counts it in `counters`,
-    and stops when more than `data.max_bad_share` of the images (of at least 1,000) had to be replaced. Raises DataError.
+    `data.dataset` gives the samples in the place of shards, `data.transform` changes each image. `data.flip`: mirror half of
+    the samples, keyed by seed and position. `data.on_error`: `strict` raises at the first bad sample, `skip` replaces it by
+    the next good sample of its shard (see `SkippingReader`), counts it in `counters`, and stops when more than
+    `data.max_bad_share` of the images (of at least 1,000) had to be replaced. Raises DataError.
 
     Each `iter()` starts at the same position again, the one that was given or loaded last, and ends the one before.
     `state_dict()` is the position behind the last batch that was taken. Call `close()` when done, or use the loader as a
@@ -51,12 +56,12 @@ class Loader:
         self.counters: Counter[str] = Counter()
         self._start = self._position = Position(images_seen)
         self._delivered = 0  # images of this rank in the current iteration
-        source = StreamSource if choose_reader(settings) == "stream" else IndexedSource
+        source = _SOURCES[choose_reader(settings)]
         self.source: BatchSource = source(settings, shape, shard, pin_memory and torch.cuda.is_available())
 
     @property
     def reader(self) -> str:
-        """The reader that was chosen: `indexed`, `mds` or `stream`."""
+        """The reader that was chosen: `indexed`, `mds`, `stream` or `custom`."""
         return self.source.reader
 
     @property

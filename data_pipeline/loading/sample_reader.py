@@ -1,10 +1,14 @@
-"""From a sample id to its label and pixels: the index says where the bytes are, `ShardFiles` reads them."""
+"""From a sample id to its label and pixels: the index says where the bytes are, `ShardFiles` reads them.
+
+`SkippingReader` adds the policy for bad samples to this reader, or to that of a user's own data (`custom.reader`).
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,20 +18,62 @@ from tarflow.data_pipeline.images.bounds import MAX_PIXELS, check_bytes
 from tarflow.data_pipeline.images.decode import decode, decode_into
 from tarflow.data_pipeline.images.transform import fit
 from tarflow.data_pipeline.index.index import NO_LABEL, Index
+from tarflow.data_pipeline.loading.custom.dataset import CustomDataset
+from tarflow.data_pipeline.loading.custom.reader import CustomReader
+from tarflow.data_pipeline.loading.custom.transform import Transform
 from tarflow.data_pipeline.loading.shape import ImageShape
+from tarflow.data_pipeline.storage.access import Access
 from tarflow.data_pipeline.storage.local_shards import LocalShards, ShardFiles
+from tarflow.data_pipeline.storage.remote_shards import open_shards
+
+
+class Reader(Protocol):
+    """Reads samples by id, at the shape that the model takes."""
+
+    @property
+    def root(self) -> object:
+        """What messages call the data set."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the data set."""
+
+    def read_into(self, sample: int, out: NDArray[np.uint8], epoch: int | None = None) -> int:
+        """See `SampleReader.read_into`."""
+
+    def read(self, sample: int) -> tuple[NDArray[np.uint8], int]:
+        """See `SampleReader.read`."""
+
+    def read_full(self, sample: int) -> tuple[NDArray[np.uint8], int]:
+        """See `SampleReader.read_full`."""
+
+    def others(self, sample: int) -> Iterator[int]:
+        """The other samples, in the order in which they replace a bad one."""
+
+    def close(self) -> None:
+        """Close what was opened."""
+
+
+def reader_of(data: Index | CustomDataset, shape: ImageShape, access: Access, max_pixels: int = MAX_PIXELS) -> Reader:
+    """Reads an indexed data set, or a user's own; without a transform, which is for training."""
+    if isinstance(data, CustomDataset):
+        return CustomReader(data, shape, max_pixels)
+    return SampleReader(data, shape, open_shards(data, access), max_pixels)
 
 
 class SampleReader:
     """Reads samples of an indexed data set at the shape that the model takes.
 
     `files`: where the bytes come from; by default the shards next to the index. `max_pixels`: limit on an image.
+    `transform`: applied to training images.
     """
 
     def __init__(
-        self, index: Index, shape: ImageShape, files: ShardFiles | None = None, max_pixels: int = MAX_PIXELS
-    ) -> None:
-        self.index = index
+        self, index: Index, shape: ImageShape, files: ShardFiles | None = None, max_pixels: int = MAX_PIXELS,
+        transform: Transform | None = None,
+    ) -> None:  # fmt: skip
+        self.index, self.root, self.num_samples = index, index.root, index.num_samples
+        self.transform = transform
         self.shape = shape
         self.max_pixels = max_pixels
         self.files: ShardFiles = files or LocalShards(index)
@@ -40,15 +86,18 @@ class SampleReader:
         image = np.empty(self.shape.pixels, dtype=np.uint8)
         return image, self.read_into(sample, image)
 
-    def read_into(self, sample: int, out: NDArray[np.uint8]) -> int:
+    def read_into(self, sample: int, out: NDArray[np.uint8], epoch: int | None = None) -> int:
         """Write the image into `out`, contiguous uint8 [image_size, image_size, channels]; returns the label.
 
-        A JPEG of that size is decoded straight into `out`, without a copy. Raises BadSampleError naming shard and key;
-        `out` is then undefined.
+        A JPEG of that size is decoded straight into `out`, without a copy. `epoch`: of a training image, to which the
+        transform is applied, at the image's own size. Raises BadSampleError naming shard and key; `out` is then undefined.
         """
         try:
             data, label = self._fetch(sample)
-            if not decode_into(data, out):
+            if self.transform is not None and epoch is not None:
+                whole = decode(data, self.shape.channels, None, self.max_pixels)
+                out[...] = fit(self.transform(whole, epoch, sample), self.shape.image_size)
+            elif not decode_into(data, out):
                 size = self.shape.image_size
                 out[...] = fit(decode(data, self.shape.channels, size, self.max_pixels), size)
             return label
@@ -71,16 +120,22 @@ class SampleReader:
         shard = bisect_right(self._starts, sample) - 1
         row = sample - self._starts[shard]
         rows = self.index.rows(shard)
-        label = self._label(int(rows.labels[row])) if self.shape.num_classes else -1
+        stored = int(rows.labels[row])
+        label = self.shape.label(None if stored == NO_LABEL else stored)
         check_bytes(int(rows.sizes[row]))
         return self.files.read(shard, int(rows.offsets[row]), int(rows.sizes[row])), label
 
-    def _label(self, label: int) -> int:
-        if label == NO_LABEL:
-            raise BadSampleError("missing_label", f"has no label, the model has {self.shape.num_classes} classes")
-        if not 0 <= label < self.shape.num_classes:
-            raise BadSampleError("label_out_of_range", f"label {label} is outside 0..{self.shape.num_classes - 1}")
-        return label
+    def others(self, sample: int) -> Iterator[int]:
+        """Those of its shard, the next one first and after the last the first; then those of the following shards."""
+        index = self.index
+        shard, row = index.locate(sample)
+        size = int(index.shard_sizes[shard])
+        start = int(index.shard_starts[shard])
+        for step in range(1, size):
+            yield start + (row + step) % size
+        for step in range(1, len(index.shard_sizes)):
+            other = (shard + step) % len(index.shard_sizes)
+            yield from range(int(index.shard_starts[other]), int(index.shard_starts[other + 1]))
 
 
 @dataclass
@@ -94,52 +149,43 @@ class Skipped:
 
 
 class SkippingReader:
-    """A SampleReader with the policy for bad samples.
+    """A reader with the policy for bad samples.
 
     `strict`: the first bad sample raises. `skip`: a bad sample is replaced by the next good one of its shard in index
     order (after the last comes the first), or, where the whole shard is bad, of the following shards. The rule depends
     on the data alone, so every rank takes the same number of steps and every worker finds the same replacement.
     """
 
-    def __init__(self, reader: SampleReader, on_error: str) -> None:
+    def __init__(self, reader: Reader, on_error: str) -> None:
         if on_error not in ("strict", "skip"):
             raise DataError(f"on_error is {on_error!r}, it must be strict or skip (setting data.on_error)")
         self.reader = reader
         self.strict = on_error == "strict"
         self._bad: dict[int, Skipped] = {}
 
-    def read_into(self, sample: int, out: NDArray[np.uint8]) -> tuple[int, int, Skipped | None]:
+    def read_into(
+        self, sample: int, out: NDArray[np.uint8], epoch: int | None = None
+    ) -> tuple[int, int, Skipped | None]:
         """Fill `out` as `SampleReader.read_into`; (label, id of the sample delivered, what was skipped or None)."""
         known = self._bad.get(sample)
         if known is not None:
-            return self.reader.read_into(known.replacement, out), known.replacement, known
+            return self.reader.read_into(known.replacement, out, epoch), known.replacement, known
         try:
-            return self.reader.read_into(sample, out), sample, None
+            return self.reader.read_into(sample, out, epoch), sample, None
         except BadSampleError as err:
             if self.strict:
                 raise DataError(f"{err}; data.on_error=skip replaces such samples and counts them") from None
             first = err
-        for candidate in self._candidates(sample):
+        for candidate in self.reader.others(sample):
             try:
-                label = self.reader.read_into(candidate, out)
+                label = self.reader.read_into(candidate, out, epoch)
             except BadSampleError:
                 continue
             skipped = Skipped(sample, first.cause, str(first), candidate)
             if len(self._bad) < 100_000:
                 self._bad[sample] = skipped
             return label, candidate, skipped
-        raise DataError(f"no sample of {self.reader.index.root} can be read, last: {first}")
-
-    def _candidates(self, sample: int) -> Iterator[int]:
-        index = self.reader.index
-        shard, row = index.locate(sample)
-        size = int(index.shard_sizes[shard])
-        start = int(index.shard_starts[shard])
-        for step in range(1, size):
-            yield start + (row + step) % size
-        for step in range(1, len(index.shard_sizes)):
-            other = (shard + step) % len(index.shard_sizes)
-            yield from range(int(index.shard_starts[other]), int(index.shard_starts[other + 1]))
+        raise DataError(f"no sample of {self.reader.root} can be read, last: {first}")
 
 
 def check_labels(index: Index, num_classes: int, on_error: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
@@ -22,6 +23,20 @@ def _place(value: Any) -> Any:
 
 
 Place = Annotated[str, BeforeValidator(_place)]
+_FUNCTION = re.compile(r"(?:[^\W\d]\w*(?:\.[^\W\d]\w*)*|.*[^/]\.py):[^\W\d]\w*(?:\.[^\W\d]\w*)*")
+
+
+def _function(value: Any) -> Any:
+    """`module:function`, or `FILE.py:function` with a leading `~` expanded."""
+    if value is None or not isinstance(value, str):
+        return value
+    if not _FUNCTION.fullmatch(value):
+        raise ValueError("it must have the form module:function or FILE.py:function")
+    module, _, name = value.rpartition(":")
+    return f"{at_home(module)}:{name}" if module.endswith(".py") else value
+
+
+FunctionName = Annotated[str, BeforeValidator(_function)]
 
 
 class DataSettings(Section):
@@ -33,6 +48,16 @@ class DataSettings(Section):
     )
     validation: Place | None = Field(
         None, description="held-out images for bits per dimension: folder or address of shards with an index"
+    )
+    dataset: FunctionName | None = Field(
+        None,
+        description="a data set of your own, `module:function` or `FILE.py:function`: called with data.train, and with "
+        "data.validation, it returns anything with __len__ and __getitem__ -> (image, label). null = they are places of shards",
+    )
+    transform: FunctionName | None = Field(
+        None,
+        description="augmentation of your own, `module:function` or `FILE.py:function`: called with each training image "
+        "(uint8 [H, W, C]) and a random generator keyed by train.seed, epoch and image, it returns an image",
     )
     reader: Literal["auto", "indexed", "mds", "stream"] = Field(
         "auto",
@@ -101,15 +126,60 @@ class DataSettings(Section):
         "(more classes in the model than in the data), class_names (other names than in validation, checkpoint or weights)",
     )
 
+    # Names of functions that whoever runs this program has given in person: no others are imported. See docs/security.md.
+    _given: frozenset[str] = PrivateAttr(frozenset())
+
+    @model_validator(mode="after")
+    def _one_way_of_reading(self) -> DataSettings:
+        if self.dataset is not None and self.reader != "auto":
+            raise ValueError(
+                f"data.reader={self.reader} reads shards, and data.dataset={self.dataset} replaces them: set one"
+            )
+        return self
+
     @classmethod
     def of(cls, train: str | Path, **settings: Any) -> DataSettings:
         """The settings of a loader that is used on its own. Raises DataError, naming the setting that is out of range."""
         try:
-            return cls(train=train, **settings)
+            made = cls(train=train, **settings)
+            made.allow_code()
+            return made
         except ValidationError as error:
             first = error.errors()[0]
             why = first["msg"][0].lower() + first["msg"][1:]
+            if not first["loc"]:  # settings that contradict each other
+                raise DataError(why.removeprefix("value error, ")) from None
             raise DataError(f"data.{first['loc'][0]} cannot be {first['input']!r}: {why}") from None
+
+    def allow_code(self, *settings: str) -> None:
+        """Let the functions that these settings (`dataset`, `transform`; none: both) name be imported.
+
+        For a configuration, or a setting, that whoever runs the program has given in person.
+        """
+        names = (getattr(self, setting) for setting in settings or ("dataset", "transform"))
+        self._given |= frozenset(name for name in names if name is not None)
+
+    def allow_code_of(self, other: DataSettings) -> None:
+        """Let those functions be imported that may be for `other`."""
+        self._given |= other._given
+
+    def code(self, setting: Literal["dataset", "transform"]) -> str | None:
+        """The name of the function that `data.SETTING` names, None where it names none.
+
+        Raises DataError where the setting was only found in a file that may be anyone's, as a run directory's.
+        """
+        name: str | None = getattr(self, setting)
+        if name is not None and name not in self._given:
+            raise DataError(
+                f"data.{setting}={name} stands in the configuration of a run, which may come from anyone, and would be "
+                f"imported as code: it is only if you name it yourself. Look at it, then add data.{setting}={name}"
+            )
+        return name
+
+    @property
+    def place(self) -> str:
+        """What messages and records call the training images."""
+        return self.train if self.dataset is None else f"{self.dataset}({self.train!r})"
 
     @property
     def access(self) -> Access:
@@ -118,7 +188,7 @@ class DataSettings(Section):
 
     @property
     def held_out(self) -> DataSettings | None:
-        """The same settings, reading the held-out images; None where there are none."""
+        """The same settings, reading the held-out images, without a transform; None where there are none."""
         if self.validation is None:
             return None
-        return self.model_copy(update={"train": self.validation, "validation": None})
+        return self.model_copy(update={"train": self.validation, "validation": None, "transform": None})

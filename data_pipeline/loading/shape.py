@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.errors import BadSampleError, DataError
 from tarflow.data_pipeline.loading.order import check_world
 
 
@@ -34,6 +34,16 @@ class ImageShape:
     def pixels(self) -> tuple[int, int, int]:
         """(H, W, C) of a decoded image."""
         return (self.image_size, self.image_size, self.channels)
+
+    def label(self, label: int | None) -> int:
+        """A sample's label as batches hold it: -1 for a model without classes. Raises BadSampleError where it does not fit."""
+        if not self.num_classes:
+            return -1
+        if label is None:
+            raise BadSampleError("missing_label", f"has no label, the model has {self.num_classes} classes")
+        if not 0 <= label < self.num_classes:
+            raise BadSampleError("label_out_of_range", f"label {label} is outside 0..{self.num_classes - 1}")
+        return label
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Delivery:
 class BatchSource(Protocol):
     """Where a loader's batches come from. One iteration at a time: `batches` and `close` end the one before."""
 
-    reader: str  # `indexed`, `mds` or `stream`
+    reader: str  # `indexed`, `mds`, `stream` or `custom`
 
     @property
     def fingerprint(self) -> str:

@@ -9,10 +9,15 @@ import numpy as np
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
 from tarflow.data_pipeline.images.bounds import check_bytes
-from tarflow.data_pipeline.images.look import Look, look_at
+from tarflow.data_pipeline.images.look import Look, look_at, look_at_pixels
 from tarflow.data_pipeline.index.index import Index
 from tarflow.data_pipeline.loading.choose_reader import DataFacts, data_facts
+from tarflow.data_pipeline.loading.custom.code import Function, Named
+from tarflow.data_pipeline.loading.custom.dataset import CustomDataset, looked_at
+from tarflow.data_pipeline.loading.custom.transform import Transform
+from tarflow.data_pipeline.loading.sample_reader import reader_of
 from tarflow.data_pipeline.loading.settings import DataSettings
+from tarflow.data_pipeline.loading.shape import ImageShape
 from tarflow.data_pipeline.storage.remote_shards import open_shards, unchecked
 
 LOOKED_AT = 16  # images; of a remote set, a quarter of that
@@ -22,14 +27,17 @@ LOOKED_AT = 16  # images; of a remote set, a quarter of that
 class DataSurvey:
     """What a look at a data set shows.
 
-    `place`: the path or address. `looks`: at a few images, spread evenly; fewer where some cannot be read, none of a
-    stream, of which neither length nor classes are known.
+    `place`: the path or address, or the function that gives the data. `looks`: at a few images, spread evenly; fewer where
+    some cannot be read, none of a stream, of which neither length nor classes are known. `labels`: of those images, where
+    there is no index that knows them all.
     """
 
     place: str
     facts: DataFacts
     looks: tuple[Look, ...] = ()
     unchecked: str | None = None  # why fetched bytes are not checked against the index
+    labels: tuple[int, ...] = ()
+    transform: Function | None = None  # what training images go through
 
     @property
     def index(self) -> Index | None:
@@ -39,7 +47,7 @@ class DataSurvey:
     @property
     def classes(self) -> list[str] | None:
         """Names of the classes, in label order, where the index has them."""
-        return None if self.index is None else self.index.classes
+        return self.facts.classes
 
     @property
     def num_classes(self) -> int:
@@ -49,7 +57,7 @@ class DataSurvey:
     @property
     def labelled(self) -> bool:
         """Whether any sample has a label, as far as is known."""
-        return self.index is not None and self.index.unlabelled < self.index.num_samples
+        return bool(self.labels) or (self.index is not None and self.index.unlabelled < self.index.num_samples)
 
     @property
     def channels(self) -> int | None:
@@ -81,7 +89,8 @@ class DataSurvey:
         if self.channels:
             parts.append("RGB" if self.channels == 3 else "grey")
         count = self.num_classes
-        return ", ".join([*parts, f"{count} class{'es' * (count != 1)}" if self.labelled else "no labels"])
+        labels = f"{count} class{'es' * (count != 1)}" if count else "labels" if self.labelled else "no labels"
+        return ", ".join([*parts, labels])
 
     def describe(self) -> dict[str, object]:
         """Plain values, for a run's record of its data."""
@@ -94,18 +103,61 @@ class DataSurvey:
             "image_size": list(self.image_size) if self.image_size else None,
             "channels": self.channels,
             "unchecked": self.unchecked,
-        }
+        } | self.describe_code()
+
+    def describe_code(self) -> dict[str, object]:
+        """The functions of the user's that the data go through; nothing where there are none."""
+        given = {"dataset": self.facts.custom.function if self.facts.custom else None, "transform": self.transform}
+        return {name: function.describe() for name, function in given.items() if function is not None}
 
 
-def survey(data: DataSettings) -> DataSurvey:
-    """Open the index of `data.train` and look at a few images, or list a stream's shards. Raises DataError.
+def survey(data: DataSettings, channels: int = 3) -> DataSurvey:
+    """Open the index of `data.train`, or the user's own data, and look at a few images; or list a stream's shards.
 
-    Nothing is written: of remote shards only those images are fetched, without the node's cache.
+    Nothing is written: of remote shards only those images are fetched, without the node's cache. Raises DataError, also where
+    `data.dataset` or `data.transform` do not give the same twice. `channels`: of the images that a transform gets.
     """
+    named = data.code("transform")
     facts = data_facts(data)
+    transform = None if named is None else _checked_transform(named, data, facts, channels)
+    if facts.custom is not None:
+        return _survey_custom(data, facts, facts.custom, transform)
     if facts.index is None:
         return DataSurvey(data.train, facts)
-    return DataSurvey(data.train, facts, tuple(_looks(facts.index, data)), unchecked(facts.index, data.access))
+    looks = tuple(_looks(facts.index, data))
+    return DataSurvey(data.train, facts, looks, unchecked(facts.index, data.access), transform=transform)
+
+
+def _survey_custom(
+    data: DataSettings, facts: DataFacts, custom: CustomDataset, transform: Function | None
+) -> DataSurvey:
+    looks, labels = [], []
+    for sample in looked_at(custom.num_samples):
+        try:
+            pixels, label = custom.read(sample, 3, data.max_image_pixels)
+        except BadSampleError as error:
+            if data.on_error == "strict":
+                raise DataError(str(error)) from None
+            continue
+        looks.append(look_at_pixels(pixels))
+        labels += [label] if label is not None else []
+    return DataSurvey(data.place, facts, tuple(looks), labels=tuple(labels), transform=transform)
+
+
+def _checked_transform(name: str, data: DataSettings, facts: DataFacts, channels: int) -> Function:
+    """The transform, once it was seen to make the same of an image twice."""
+    transform = Transform(Named(name), 0, data.max_image_pixels)
+    opened = facts.custom or facts.index
+    if opened is None or (facts.index is not None and facts.index.any_remote):
+        return transform.function  # a stream has none, and of remote data no more is fetched than is looked at
+    reader = reader_of(opened, ImageShape(1, channels), data.access, data.max_image_pixels)
+    for sample in range(min(2, reader.num_samples)):
+        try:
+            transform.check(reader.read_full(sample)[0], sample)
+        except BadSampleError as error:
+            if data.on_error == "strict":
+                raise DataError(str(error)) from None
+    return transform.function
 
 
 def _looks(index: Index, data: DataSettings) -> Iterator[Look]:

@@ -33,7 +33,11 @@ from numpy.typing import NDArray
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.images.transform import flips
-from tarflow.data_pipeline.loading.sample_reader import SampleReader, Skipped, SkippingReader
+from tarflow.data_pipeline.loading.custom.code import Named
+from tarflow.data_pipeline.loading.custom.dataset import CustomDataset, open_dataset
+from tarflow.data_pipeline.loading.custom.reader import CustomReader
+from tarflow.data_pipeline.loading.custom.transform import Transform
+from tarflow.data_pipeline.loading.sample_reader import Reader, SampleReader, Skipped, SkippingReader
 from tarflow.data_pipeline.loading.shape import ImageShape
 from tarflow.data_pipeline.storage.access import Access
 from tarflow.data_pipeline.storage.open_index import open_index
@@ -54,12 +58,15 @@ class Spec:
     flip: bool
     access: Access
     max_pixels: int = MAX_PIXELS
+    dataset: Named | None = None  # gives the samples, in the place of shards
+    transform: Named | None = None
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Spec:
         """From the output of `asdict`."""
         access = plain["access"] | {"allow_roots": tuple(plain["access"]["allow_roots"])}
-        parts = {"shape": ImageShape(**plain["shape"]), "access": Access(**access)}
+        parts: dict[str, Any] = {"shape": ImageShape(**plain["shape"]), "access": Access(**access)}
+        parts |= {key: Named(**plain[key]) for key in ("dataset", "transform") if plain[key] is not None}
         return cls(**plain | parts)
 
 
@@ -93,13 +100,11 @@ class Layout:
 class Producer:
     """Fills rows of a batch from sample ids. The same code runs in workers and in the loader's own thread."""
 
-    def __init__(self, spec: Spec) -> None:
-        index = open_index(spec.data, spec.access)
-        if index.fingerprint != spec.fingerprint:
-            raise DataError(f"the index at {spec.data} was rewritten while the loader was starting: start again")
+    def __init__(self, spec: Spec, custom: CustomDataset | None = None) -> None:
         self.spec = spec
-        files = open_shards(index, spec.access)
-        reader = SampleReader(index, spec.shape, files, spec.max_pixels)
+        transform = Transform(spec.transform, spec.seed, spec.max_pixels) if spec.transform else None
+        reader = _custom(spec, custom, transform) if spec.dataset else _indexed(spec, transform)
+        self.num_samples = reader.num_samples
         self.reader = SkippingReader(reader, spec.on_error)
 
     def fill(
@@ -112,18 +117,38 @@ class Producer:
     ) -> list[Skipped]:
         """Write the samples `ids` (int64 [n]) into images [n, H, W, C], labels [n] and delivered ids [n].
 
-        `positions` (int64 [n]) key the flips. Returns the samples that were replaced; raises DataError in strict mode.
+        `positions` (int64 [n]) key the flips and tell the epoch. Returns the samples that were replaced; raises DataError in
+        strict mode.
         """
         skipped: list[Skipped] = []
         mirrored: Sequence[bool] = flips(self.spec.seed, positions).tolist() if self.spec.flip else [False] * len(ids)
-        for row, sample in enumerate(ids.tolist()):
-            image = images[row]
-            labels[row], delivered[row], bad = self.reader.read_into(sample, image)
+        for row, (sample, position) in enumerate(zip(ids.tolist(), positions.tolist())):
+            image, epoch = images[row], position // self.num_samples
+            labels[row], delivered[row], bad = self.reader.read_into(sample, image, epoch)
             if mirrored[row]:
                 image[...] = image[:, ::-1].copy()
             if bad is not None:
                 skipped.append(bad)
         return skipped
+
+
+def _indexed(spec: Spec, transform: Transform | None) -> Reader:
+    index = open_index(spec.data, spec.access)
+    if index.fingerprint != spec.fingerprint:
+        raise DataError(f"the index at {spec.data} was rewritten while the loader was starting: start again")
+    return SampleReader(index, spec.shape, open_shards(index, spec.access), spec.max_pixels, transform)
+
+
+def _custom(spec: Spec, custom: CustomDataset | None, transform: Transform | None) -> Reader:
+    """`custom`: the data set that is open already in this process, if there is one."""
+    assert spec.dataset is not None
+    data = custom or open_dataset(spec.dataset, spec.data)
+    if data.fingerprint != spec.fingerprint:
+        raise DataError(
+            f"{data.function}: called with {spec.data!r} again, in another process, it gives other images or another order "
+            f"(fingerprint {spec.fingerprint} there, {data.fingerprint} here): sort what is listed from a folder or a set"
+        )
+    return CustomReader(data, spec.shape, spec.max_pixels, transform)
 
 
 def main(arguments: list[str]) -> None:

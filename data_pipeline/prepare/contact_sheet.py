@@ -7,21 +7,23 @@ from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import BadSampleError
 from tarflow.data_pipeline.index.index import Index
-from tarflow.data_pipeline.loading.sample_reader import SampleReader
+from tarflow.data_pipeline.loading.custom.dataset import CustomDataset
+from tarflow.data_pipeline.loading.sample_reader import reader_of
 from tarflow.data_pipeline.loading.shape import ImageShape
 from tarflow.data_pipeline.storage.access import Access
-from tarflow.data_pipeline.storage.remote_shards import open_shards
 
 _GAP = 2  # pixels between tiles
 _UNREADABLE = 128  # grey
 
 
-def contact_sheet(index: Index, count: int, tile: int, access: Access | None = None) -> NDArray[np.uint8]:
+def contact_sheet(
+    index: Index | CustomDataset, count: int, tile: int, access: Access | None = None
+) -> NDArray[np.uint8]:
     """uint8 [H, W, 3]: `count` samples spread evenly over the data set as tiles of `tile` pixels, in rows.
 
     A sample that cannot be read is a grey tile.
     """
-    reader = SampleReader(index, ImageShape(tile), open_shards(index, access or Access()))
+    reader = reader_of(index, ImageShape(tile), access or Access())
     count = min(count, index.num_samples)
     columns = int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)

@@ -8,11 +8,12 @@ import numpy as np
 from torch import Tensor
 
 from tarflow.data_pipeline.index.index import Index
+from tarflow.data_pipeline.loading.choose_reader import open_data
+from tarflow.data_pipeline.loading.custom.dataset import CustomDataset
 from tarflow.data_pipeline.loading.evaluation_batches import evaluation_batches
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.shape import ImageShape
 from tarflow.data_pipeline.storage.changed_shards import check_shards
-from tarflow.data_pipeline.storage.open_index import open_index
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.models.config import TarFlowConfig
 
@@ -29,9 +30,9 @@ class ImageSet:
     limit: int = 0
 
     @cached_property
-    def index(self) -> Index:
-        """The index of the data set, opened on first use."""
-        return open_index(self.data.train, self.data.access)
+    def index(self) -> Index | CustomDataset:
+        """The index of the data set, or the user's own data, opened on first use."""
+        return open_data(self.data)
 
     @property
     def num_images(self) -> int:
@@ -58,7 +59,12 @@ class ImageSet:
             yield batch.images, batch.labels, batch.ids
 
     def class_counts(self) -> tuple[int, ...]:
-        """Images per class, from the index. Raises EvaluationError if the set has no labels."""
+        """Images per class, from the index. Raises EvaluationError if the set has no labels, or no index."""
+        if self.data.dataset is not None or not isinstance(self.index, Index):
+            raise EvaluationError(
+                f"sampling.labels=training: how many images {self.data.place} has of each class is not known without reading "
+                "them all; set sampling.labels=balanced"
+            )
         counts = np.zeros(self.model.num_classes, dtype=np.int64)
         for shard in range(len(self.index.shard_sizes)):
             labels = self.index.rows(shard).labels
@@ -71,9 +77,10 @@ class ImageSet:
 
     def provenance(self) -> dict[str, str | int]:
         """What statistics of these images depend on. Raises DataError if the shards changed since they were indexed."""
-        check_shards(self.index)
+        if isinstance(self.index, Index):
+            check_shards(self.index)
         return {
-            "data": self.data.train,
+            "data": self.data.place,
             "fingerprint": self.index.fingerprint,
             "images": self.num_images,
             "selection": "all" if self.num_images == self.index.num_samples else "spread evenly over the index",

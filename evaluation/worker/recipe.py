@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.storage.open_index import open_index
+from tarflow.data_pipeline.loading.choose_reader import open_data
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
@@ -56,8 +56,8 @@ class EvaluationSettings:
                 config.train.noise, config.train.noise_std, config.sampling.seed, e.likelihood_draws
             ),
             grid=e.grid,
-            train_fingerprint=open_index(data.train, data.access).fingerprint,
-            validation_fingerprint=open_index(held_out.train, data.access).fingerprint if held_out else None,
+            train_fingerprint=open_data(data).fingerprint,
+            validation_fingerprint=open_data(held_out).fingerprint if held_out else None,
             neighbour_samples=e.neighbour_samples,
             neighbour_images=e.neighbour_images,
             keep_features=e.keep_features,
@@ -102,6 +102,7 @@ def load_recipes(run_dir: Path, overrides: list[str], log: Log = print) -> list[
             )
     own_config = run_config(run_dir)
     config = run_config(run_dir, overrides, log)
+    own_config.data.allow_code_of(config.data)
     settings = EvaluationSettings.of_run(config)
     own = not overrides
     if overrides:

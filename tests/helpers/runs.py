@@ -11,7 +11,7 @@ MODEL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def write_config(path: Path, data: Path, **sections: dict[str, Any]) -> Path:
+def write_config(path: Path, data: Path, /, **sections: dict[str, Any]) -> Path:
     """Write a configuration for a set of grey 8 px images: `sections` beside the model, which `model` changes."""
     tree = {"data": {"train": str(data)}, "model": MODEL, "log": {"every_steps": 1, "tensorboard": False}}
     for section, values in sections.items():

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.storage.open_index import open_index
+from tarflow.data_pipeline.loading.choose_reader import open_data
 from tarflow.models.provenance import Provenance
 from tarflow.trainer.checkpoint.marker import Checkpoint
 from tarflow.trainer.config.ema import power_name
@@ -41,8 +41,8 @@ def names_of_checkpoint(checkpoint: Checkpoint, config: Config) -> Sequence[str]
     names: Sequence[str] | None = checkpoint.info.get("classes")
     if names is None and config.model.num_classes:
         try:
-            index = open_index(config.data.train, config.data.access)
-        except DataError:  # it has moved, or is a stream
+            data = open_data(config.data)
+        except DataError:  # it has moved, is a stream, or comes from code that nobody has named here
             return None
-        names = index.classes if index.fingerprint == checkpoint.info.get("data") else None
+        names = data.classes if data.fingerprint == checkpoint.info.get("data") else None
     return names

@@ -60,7 +60,7 @@ def _run(args: argparse.Namespace, stop: "StopRequest") -> int:
     from tarflow.trainer.errors import TrainerError
     from tarflow.trainer.start.check import check_start
 
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides, own=True)
     run_dir = args.run or Path("runs") / args.config.stem
     if args.init_partial and args.init_from is None:
         raise TrainerError("--init-partial needs --init-from: it says how those weights are used")

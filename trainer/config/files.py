@@ -20,15 +20,21 @@ from tarflow.trainer.errors import TrainerError
 MOST_FAULTS = 20  # listed in one error
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, own: bool = False) -> Config:
     """Read a configuration file with its bases and apply overrides.
+
+    `own`: whoever runs the program has given this file as the configuration to run. Only then may the functions that it names
+    (`data.dataset`, `data.transform`) be imported; those that overrides name always may.
 
     Raises:
         TrainerError: it names the file, the setting and the value.
 
     """
     tree, origin = read_tree(Path(path))
-    return build_config(tree, str(path), overrides, origin)
+    config = build_config(tree, str(path), overrides, origin)
+    if own:
+        config.data.allow_code()
+    return config
 
 
 def build_config(
@@ -46,7 +52,12 @@ def build_config(
             raise TrainerError(without_section(override))
         origin[key] = f"override {shown(override)}"
         _assign(whole, key.split("."), parse_yaml(value, f"the value of {origin[key]}"), f"{source} with {origin[key]}")
-    return parse_config(whole, source, origin)
+    config = parse_config(whole, source, origin)
+    given = {override.partition("=")[0] for override in overrides}
+    for setting in ("dataset", "transform"):
+        if f"data.{setting}" in given:
+            config.data.allow_code(setting)
+    return config
 
 
 def _assign(tree: dict[str, Any], keys: list[str], value: Any, where: str) -> None:

@@ -280,7 +280,7 @@ class Config(Section):
 
     def with_variant(self, variant: dict[str, Any]) -> "Config":
         """The configuration with one entry of `evaluation.variants` replacing the run's own settings."""
-        tree = self.model_dump()
+        tree = self.model_dump() | {"data": self.data}  # itself: it knows whose code may be imported
         tree["sampling"] |= {key: value for key, value in variant.items() if key != "weights"}
         tree["evaluation"] |= {"variants": (), "weights": variant.get("weights", self.evaluation.weights)}
         return Config.model_validate(tree)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.storage.open_index import open_index
+from tarflow.data_pipeline.loading.choose_reader import open_data
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.weights import WeightsFile, WeightsHeader, is_weights_file, read_header, read_weights
 from tarflow.trainer.checkpoint.find import find
@@ -81,7 +81,7 @@ def _noise_std(config: Config) -> float:
 def class_names(config: Config) -> Sequence[str] | None:
     """Class names of data.train; None where it has no index or no names."""
     try:
-        return open_index(config.data.train, config.data.access).classes
+        return open_data(config.data).classes
     except DataError:  # a stream
         return None
 

@@ -185,7 +185,7 @@ class CheckpointManager:
     def load(self, start: Start, facts: DataFacts, init_from: Path | None, init_partial: bool = False) -> Position:
         """Load the checkpoint to resume from; without one, begin from `init_from` or fresh weights."""
         self.fingerprint = facts.fingerprint
-        self.classes = None if facts.index is None else facts.index.classes
+        self.classes = facts.classes
         # Only what was decided is cleaned up after: a start that was refused has changed nothing.
         for line in start.lines + first_decides(self.world, lambda: clean_up(self.run_dir, start)):
             if self.world.first:

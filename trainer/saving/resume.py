@@ -146,6 +146,12 @@ def _check_data(
         f"the data set in data.train is another one than at {checkpoint.images_seen:,} images (fingerprint {stored} -> "
         f"{fingerprint})"
     )
+    then = config_of(checkpoint).data
+    if config.data.dataset is not None or then.dataset is not None:
+        text = (
+            f"the data set is another one than at {checkpoint.images_seen:,} images: {then.place} with the fingerprint "
+            f"{stored} then, {config.data.place} with {fingerprint} now (data.train, data.dataset)"
+        )
     # An index of such a version, on the other hand, cannot be compared with a checkpoint of this one.
     if former_fingerprint is None:
         text += (

@@ -53,7 +53,7 @@ def check_start(
     check_identity(run_dir)
     plan_batch(config.train.global_batch_size, world_size, config.train.micro_batch_size)
     mesh_shape(config.parallel, world_size)
-    train = survey(config.data)
+    train = survey(config.data, config.model.in_channels)
     held_out, unopened = open_held_out(config)
     goes_on = began(run_dir)
     tracking = refusals(lambda: check_wandb(config.log.wandb), "", "log.wandb")
@@ -87,7 +87,7 @@ def _changed(config: Config, run_dir: Path) -> set[str]:
 
 def _of_run(config: Config, train: DataSurvey, run_dir: Path) -> Iterator[Finding]:
     """Conflicts with the classes that the run was started on."""
-    if train.index is None or not train.labelled:
+    if not train.labelled:
         return
     yield from compare_classes(
         config, (f"data.train={train.place}", train.classes), (f"the run {run_dir}", recorded_classes(run_dir)),

@@ -12,6 +12,7 @@ _LARGE_NOISE = 0.5  # pixel values span 2; the published models use 0.05 to 0.15
 
 def data_findings(config: Config, train: DataSurvey) -> Iterator[Finding]:
     """Findings about the training images."""
+    yield from _code(train)
     yield from _length(config, train)
     yield from _noise(config)
     yield from patience(config)
@@ -39,6 +40,17 @@ def image_findings(config: Config, setting: str, images: DataSurvey) -> Iterator
         sides = f"{images.sides[0]} px" if images.image_size else f"{images.sides[0]} px and more"
         text = f"model.image_size={size}, but the shorter side of {what} has {sides}: they are enlarged"
         yield Finding(text, ("model.image_size", setting), note=True)
+
+
+def _code(train: DataSurvey) -> Iterator[Finding]:
+    """Which functions of the user's the images come from, and what was inferred from them."""
+    custom, transform = train.facts.custom, train.transform
+    if custom is not None:
+        text = f"{custom.function} of {custom.function.file}, called with data.train={custom.place!r}"
+        named = f"; classes are named by its attribute classes ({len(custom.classes)})" if custom.classes else ""
+        yield Finding(text + named, ("data.dataset",), note=True)
+    if transform is not None:
+        yield Finding(f"{transform} of {transform.file} changes each training image", ("data.transform",), note=True)
 
 
 def _length(config: Config, train: DataSurvey) -> Iterator[Finding]:
@@ -84,7 +96,7 @@ def _noise(config: Config) -> Iterator[Finding]:
 def _labels(config: Config, train: DataSurvey) -> Iterator[Finding]:
     wanted, have, index = config.model.num_classes, train.num_classes, train.index
     settings = ("model.num_classes", "data.train")
-    if index is None:  # a stream: its labels are checked as they come
+    if index is None and train.facts.custom is None:  # a stream: its labels are checked as they come
         return
     if wanted and not train.labelled:
         text = f"model.num_classes={wanted}, but the data in {train.place} have no labels: set model.num_classes=0"
@@ -93,9 +105,15 @@ def _labels(config: Config, train: DataSurvey) -> Iterator[Finding]:
         yield Finding(
             f"model.num_classes={wanted}, but the data in {train.place} have {have} classes", settings, always=True
         )
-    elif wanted:
+    elif wanted and index is not None:
         yield from refusals(
             lambda: check_labels(index, wanted, config.data.on_error), "data.train: ", *settings, always=True
+        )
+    elif (
+        wanted and (above := max(train.labels)) >= wanted
+    ):  # of the images looked at; the others are checked as they come
+        yield Finding(
+            f"model.num_classes={wanted}, but an image of {train.place} has the label {above}", settings, always=True
         )
     if wanted > have > 0:
         meant = "spare_classes" in config.data.accept
@@ -105,12 +123,13 @@ def _labels(config: Config, train: DataSurvey) -> Iterator[Finding]:
         way_out = "" if meant else f"; set model.num_classes={have}, or data.accept=[spare_classes] if that is meant"
         yield Finding(text + way_out, (*settings, "data.accept"), note=meant)
     if not wanted and train.labelled:
+        classes = f"{have} classes" if have else f"labels up to {max(train.labels)} at least"
         if "num_classes" in config.model.model_fields_set:
-            text = f"model.num_classes=0: the labels in {train.place} ({have} classes) are not used"
+            text = f"model.num_classes=0: the labels in {train.place} ({classes}) are not used"
             yield Finding(text, settings, note=True)
         else:
             text = (
-                f"the data in {train.place} have {have} classes, and model.num_classes is not set: set "
-                f"model.num_classes={have}, or model.num_classes=0 to train without labels"
+                f"the data in {train.place} have {classes}, and model.num_classes is not set: set "
+                f"model.num_classes={have or 'N'}, or model.num_classes=0 to train without labels"
             )
             yield Finding(text, settings)

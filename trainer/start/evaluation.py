@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tarflow.data_pipeline.errors import DataError
-from tarflow.data_pipeline.index.index import Index
 from tarflow.data_pipeline.loading.sample_reader import check_labels
 from tarflow.data_pipeline.loading.survey import DataSurvey, survey
 from tarflow.data_pipeline.storage.open_index import open_index
@@ -30,7 +29,7 @@ def evaluation_findings(config: Config, train: DataSurvey, held_out: DataSurvey 
     yield from _guidance(config)
     yield from _features(config)
     yield from _reference(config, train)
-    if train.index is None:
+    if train.index is None and train.facts.custom is None:
         text = f"data.train={train.place} is a stream: `tarflow evaluate` needs images with an index, data.train=FOLDER"
         yield Finding(text, ("data.train",), note=True)
     if held_out is not None:
@@ -55,7 +54,7 @@ def open_held_out(config: Config) -> tuple[DataSurvey | None, list[Finding]]:
         return None, []
     try:
         seen = survey(data.model_copy(update={"reader": "auto"}))  # the evaluation always reads by index
-        if seen.index is None:
+        if seen.index is None and seen.facts.custom is None:
             open_index(data.train, data.access)  # raises an error that names what is missing
         return seen, []
     except DataError as error:
@@ -65,25 +64,28 @@ def open_held_out(config: Config) -> tuple[DataSurvey | None, list[Finding]]:
 def _held_out(config: Config, train: DataSurvey, held_out: DataSurvey) -> Iterator[Finding]:
     place, wanted = held_out.place, config.model.num_classes
     index = held_out.index
-    assert isinstance(index, Index)
     yield from image_findings(config, "data.validation", held_out)
     if held_out.facts.fingerprint == train.facts.fingerprint:
         text = f"data.validation={place} holds the training images: bits per dimension of these flatter"
         yield Finding(text, ("data.validation", "data.train"), note=True)
     settings = ("data.validation", "data.train")
-    if wanted:
+    if wanted and index is not None:
         yield from refusals(
             lambda: check_labels(index, wanted, config.data.on_error),
             "data.validation: ",
             "model.num_classes",
             *settings,
         )
-    if train.index is not None and train.labelled and held_out.labelled:
-        names = f"{train.place}/classes.json"
-        yield from compare_classes(
-            config, (f"data.train={train.place}", train.classes), (f"data.validation={place}", held_out.classes),
+    if train.labelled and held_out.labelled:
+        way_out = (
             f"Prepare the held-out images with the names of the training images: `tarflow data prepare SOURCE {place} "
-            f"--classes {names}`", *settings,
+            f"--classes {train.place}/classes.json`"
+            if train.facts.custom is None
+            else f"Let {train.facts.custom.function} give both the same attribute classes"
+        )
+        yield from compare_classes(
+            config, (f"data.train={train.place}", train.classes), (f"data.validation={place}", held_out.classes), way_out,
+            *settings,
         )  # fmt: skip
 
 
@@ -165,9 +167,8 @@ def _reference(config: Config, train: DataSurvey) -> Iterator[Finding]:
         evaluation.features in FEATURE_PACKAGES or "form" in stored
     ):  # others are named after their file
         wanted["features"] = evaluation.features
-    if train.index is not None:
-        number = train.index.num_samples
-        wanted |= {"fingerprint": train.facts.fingerprint, "images": min(limit or number, number)}
+    if total is not None:
+        wanted |= {"fingerprint": train.facts.fingerprint, "images": min(limit or total, total)}
     differ = [
         f"{key} {stored.get(key)} there, {value} here"
         for key, value in wanted.items()

@@ -13,6 +13,14 @@ from tarflow.trainer.checkpoint.names import checkpoints_dir
 NAME = "data.json"
 
 
+class Code(Record):
+    """A function of the user's that the data go through."""
+
+    name: str  # module:function
+    file: str | None  # of its module
+    digest: str | None  # of that file
+
+
 class DataSet(Record):
     """A data set as data.json records it."""
 
@@ -28,6 +36,8 @@ class DataSet(Record):
     image_size: list[int] | None  # width, height in pixels
     channels: int | None
     unchecked: str | None = None  # why remote shards are not verified against checksums
+    dataset: Code | None = None
+    transform: Code | None = None
 
 
 class DataRecord(DataSet):

@@ -30,6 +30,11 @@ class StreamSource:
 
     def __init__(self, settings: DataSettings, shape: ImageShape, shard: BatchShard, pin_memory: bool) -> None:
         self.settings, self.shape, self.shard, self.pin_memory = settings, shape, shard, pin_memory
+        if settings.transform is not None:
+            raise DataError(
+                f"data.transform={settings.transform} gets random numbers by epoch and image, which a stream does not know: "
+                "give the data an index with `tarflow data index`"
+            )
         self.shards = stream_shards(settings.train)
         self._prefetched: Prefetched[Delivery] | None = None
         if shard.rank == 0:

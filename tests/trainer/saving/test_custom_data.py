@@ -1,0 +1,120 @@
+"""A run on a user's own data and transform, killed and continued with other ranks, sees what one uninterrupted process saw."""
+
+import json
+import os
+import shutil
+import signal
+import zlib
+from pathlib import Path
+
+import pytest
+
+from tarflow.records import load_record
+from tarflow.trainer.config.files import load_config
+from tarflow.trainer.errors import TrainerError
+from tarflow.trainer.hooks import Hook
+from tarflow.trainer.resilience.exit_codes import FINISHED
+from tarflow.trainer.start.record import DataRecord
+from tarflow.trainer.step_inputs import StepInput
+from tarflow.trainer.train import train
+from tests.helpers.ranks import launch_ranks
+from tests.helpers.runs import write_config
+
+ROOT = Path(__file__).resolve().parents[3]
+BATCH, STEPS, KILLED_AT = 12, 14, 9
+HERE = "tests.helpers.own_data"
+
+
+class NoteImages(Hook):
+    """Writes down what each rank gets, and dies by kill -9 at a step, if it is told one."""
+
+    def __init__(self, run: Path, killed_at: int | None) -> None:
+        self.run, self.killed_at = run, killed_at
+
+    def on_batch(self, batch: StepInput) -> None:
+        rows = zip((batch.slots + batch.images_seen).tolist(), batch.ids.tolist(), batch.pixels)
+        seen = [[place, number, zlib.crc32(image.contiguous().numpy().tobytes())] for place, number, image in rows]
+        with open(self.run / "seen.jsonl", "a") as file:
+            file.write(json.dumps(seen) + "\n")
+        if batch.images_seen == (self.killed_at or -1) * BATCH:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_and_note(config: Path, overrides: list[str], run: Path, killed_at: int | None = None) -> int:
+    return train(load_config(config, overrides, own=True), run, hooks=[NoteImages(run, killed_at)])
+
+
+def seen(run: Path) -> dict[int, tuple[int, int]]:
+    """Position -> id and checksum of the image; steps that were taken twice saw the same."""
+    found: dict[int, tuple[int, int]] = {}
+    for line in (run / "seen.jsonl").read_text().splitlines():
+        for place, number, checksum in json.loads(line):
+            assert found.setdefault(place, (number, checksum)) == (number, checksum), place
+    return found
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(
+        tmp_path_factory.mktemp("custom") / "custom.yaml", Path("train"),
+        data={"dataset": f"{HERE}:Spots", "transform": f"{HERE}:shift", "validation": "held-24"},
+        train={"global_batch_size": BATCH, "max_images": STEPS * BATCH}, checkpoint={"every_images": 4 * BATCH},
+        model={"channels": 16, "head_channels": 8}, parallel={"backend": "ddp"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def killed(config: Path) -> Path:
+    """Two ranks with data workers, killed at step 9 after the save at step 8."""
+    run = config.parent / "killed"
+    ended = launch_ranks(train_and_note, 2, config, ["data.num_workers=1"], run, KILLED_AT, may_fail=True)
+    assert ended.codes == [-signal.SIGKILL] * 2, ended.output
+    return run
+
+
+def test_killed_and_continued_on_other_ranks_it_sees_the_same_images_in_the_same_order(
+    config: Path, killed: Path
+) -> None:
+    whole, run = config.parent / "whole", config.parent / "continued"
+    assert launch_ranks(train_and_note, 1, config, [], whole).values == [FINISHED]
+    shutil.copytree(killed, run)
+    before = seen(run)
+    assert launch_ranks(train_and_note, 3, config, [], run).values == [FINISHED] * 3
+    expected = seen(whole)
+    assert seen(run) == expected
+    assert sorted(expected) == list(range(STEPS * BATCH))
+    assert 8 * BATCH < len(before) < len(expected)
+    losses = [
+        [json.loads(line).get("train/loss") for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
+        for folder in (whole, run)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+
+
+def test_the_run_records_function_file_and_fingerprint(killed: Path) -> None:
+    record = load_record(killed / "data.json", DataRecord)
+    assert record.place == f"{HERE}:Spots('train')"
+    assert record.fingerprint.startswith("custom-96-")
+    assert record.classes == ["left", "middle", "right"]
+    for code, name in ((record.dataset, "Spots"), (record.transform, "shift")):
+        assert code is not None
+        assert code.name == f"{HERE}:{name}"
+        assert code.file == str(ROOT / "tests/helpers/own_data.py")
+    assert record.validation is not None
+    assert record.validation.transform is None
+
+
+def test_changed_data_are_an_error_that_names_both_sides_unless_accepted(config: Path, killed: Path) -> None:
+    said = rf"at \d+ images: {HERE}:Spots\('train'\) with .* custom-96-\w+ then, {HERE}:Spots\('train-95'\) with custom-95-\w+ now"
+    other = load_config(config, ["data.train=train-95"], own=True)
+    with pytest.raises(TrainerError, match=rf"{said} \(data.train, data.dataset\); .*--accept-new-data"):
+        train(other, killed)
+
+
+def test_ranks_with_different_data_are_refused_before_the_first_step(config: Path, tmp_path: Path) -> None:
+    overrides = [f"data.dataset={HERE}:OfProcess", "data.validation=null"]
+    ended = launch_ranks(train_and_note, 2, config, overrides, tmp_path / "run", may_fail=True)
+    assert FINISHED not in ended.codes
+    assert "rank 1 has another data set than rank 0: fingerprint custom-96-" in ended.output
+    assert "sort what is listed from a folder or a set" in ended.output
+    assert not (tmp_path / "run/checkpoints").exists()
