@@ -218,13 +218,13 @@ def views_unseen() -> Iterator[None]:
     """
 
     def narrow(*args: Any, **kwargs: Any) -> Tensor:
-        with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+        with torch._C._DisableTorchDispatch():
             return whole_narrow(*args, **kwargs)
 
     def item(tensor: Tensor, index: Any) -> Tensor:
         if not isinstance(index, slice):  # indexing by tensors makes others
             return whole_item(tensor, index)
-        with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+        with torch._C._DisableTorchDispatch():
             return whole_item(tensor, index)
 
     whole_narrow, whole_item = Tensor.narrow, Tensor.__getitem__

@@ -46,51 +46,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --watch: seconds to wait for the run directory (default 60)",
     )  # fmt: skip
     parser.add_argument(
-        "--idle-limit",
-        type=float,
-        default=0.0,
-        metavar="MIN",
+        "--idle-limit", type=float, default=0.0, metavar="MIN",
         help="with --watch: stop after MIN minutes without a new checkpoint (default: never)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--workers",
-        default="1",
-        metavar="N",
+        "--workers", default="1", metavar="N",
         help="processes on this machine that share the work, each with a device of its own; auto: one on each GPU (default 1)",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--dry-run", action="store_true", help="say what it would compute and how long that takes, and compute nothing"
     )
     parser.add_argument(
-        "--rate",
-        type=float,
-        metavar="TFLOPS",
+        "--rate", type=float, metavar="TFLOPS",
         help="with --dry-run: what one device sustains (default: as measured in earlier results of the run)",
-    )
+    )  # fmt: skip
     add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate a run's checkpoints; 1 if one of them could not be."""
-    one = args.step is not None or args.images is not None
-    if args.watch and one:
-        option = "--images" if args.step is None else "--step"
-        raise EvaluationError(f"{option} selects one checkpoint, --watch follows a run: give one of the two")
     from tarflow.models.formats.folder import is_weights
 
     is_file = is_weights(args.run)
-    if args.model is not None and not is_file:
-        raise EvaluationError(
-            f"--model {args.model} is for weights files; {args.run} is a run, whose config.yaml says it"
-        )
-    if is_file and (args.watch or args.newest or one):
-        raise EvaluationError(
-            f"--watch, --newest, --images and --step select among a run's checkpoints; {args.run} is a weights file"
-        )
-    if is_file != (args.out is not None):
-        raise EvaluationError("--out DIR goes with a weights file (.safetensors), and a weights file needs it")
-    if args.rate is not None and (not args.dry_run or not args.rate):
-        raise EvaluationError("--rate TFLOPS is above 0, and goes with --dry-run")
+    _check_options(args, is_file)
     if args.dry_run:
         return _estimate(args, is_file)
     if args.workers != "1":
@@ -116,6 +94,26 @@ def run(args: argparse.Namespace) -> int:
     if not outcome.done and not outcome.failed:
         log("nothing to do: every checkpoint has a result under these settings")
     return FAILED if outcome.failed else OK
+
+
+def _check_options(args: argparse.Namespace, is_file: bool) -> None:
+    """Raise EvaluationError for options that contradict each other, or that RUN has no use for."""
+    one = args.step is not None or args.images is not None
+    if args.watch and one:
+        option = "--images" if args.step is None else "--step"
+        raise EvaluationError(f"{option} selects one checkpoint, --watch follows a run: give one of the two")
+    if args.model is not None and not is_file:
+        raise EvaluationError(
+            f"--model {args.model} is for weights files; {args.run} is a run, whose config.yaml says it"
+        )
+    if is_file and (args.watch or args.newest or one):
+        raise EvaluationError(
+            f"--watch, --newest, --images and --step select among a run's checkpoints; {args.run} is a weights file"
+        )
+    if is_file != (args.out is not None):
+        raise EvaluationError("--out DIR goes with a weights file (.safetensors), and a weights file needs it")
+    if args.rate is not None and (not args.dry_run or not args.rate):
+        raise EvaluationError("--rate TFLOPS is above 0, and goes with --dry-run")
 
 
 def _options(args: argparse.Namespace) -> "WorkerOptions":
