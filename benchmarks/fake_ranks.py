@@ -10,7 +10,7 @@ storages but no numbers. They say that they are on the CPU, and the plan is for 
 attention is torch's own on both; the formula of short sequences would double the activations and miss the bar. A step on
 fake tensors fails where a real one would wait for the device, which has no numbers for the host to read.
 
-DeepSpeed looks into its tensors, so that its rank, one of 16, has real ones, of a small model.
+DeepSpeed looks into its tensors, so that its rank, one of 16 or of 1,024, has real ones, of a small model.
 """
 
 import json
@@ -114,6 +114,10 @@ PLANS = {
         for stage, mode, accumulation in (
             (1, "full", 1), (1, "none", 4), (2, "full", 1), (2, "none", 4), (3, "full", 1), (3, "none", 1), (3, "none", 4),
         )
+    },
+    **{
+        f"ZeRO-{stage} x 1,024": Plan({"backend": "deepspeed", "zero_stage": stage}, "none", shape=SMALL)
+        for stage in (1, 2, 3)
     },
 }  # fmt: skip
 QUICK = (
@@ -277,7 +281,7 @@ def _step(backend: Any, ema: EMA, plan: Plan, alive: Alive) -> Counted:
     averages = [t for average in ema.averages.values() for t in average.values()]
     found = {"optimizer": storage_bytes(moments), "averages": storage_bytes(averages), "total": held + alive.peak}
     if plan.zero:  # its flat partitions belong to several uses at once
-        return found | {"between": held - found["averages"]}
+        return found | ({"held": held - found["averages"]} if backend.stage == 3 else {})
     found |= {"weights": storage_bytes(backend.model.parameters()), "gradients": gradients}
     return found if plan.keeps_weights else {**found, "activations": kept[0]}
 

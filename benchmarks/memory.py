@@ -71,7 +71,7 @@ def worker(parallel: dict[str, Any], quick: bool, out: str) -> None:
         backend.optimizer_step(1e-4)
     if world.first:
         estimate = rank_memory(config, world.size)
-        Path(out).write_text(json.dumps({"held": float(held), "estimate": estimate.between}))
+        Path(out).write_text(json.dumps({"held": float(held), "estimate": estimate.held}))
 
 
 def measure(name: str, quick: bool, folder: Path) -> dict[str, float]:

@@ -53,8 +53,11 @@ class RankMemory:
         return self.weights + self.gradients + self.optimizer
 
     @property
-    def between(self) -> float:
-        """What is held from step to step, averages apart: the state, and buffers that are made once."""
+    def held(self) -> float:
+        """What is there after a backward pass, averages apart: the state, and buffers that are made once.
+
+        ZeRO-3 holds all of it between the steps as well, since its gradients have a buffer.
+        """
         return self.state + self.buckets
 
     @property

@@ -39,6 +39,7 @@ def test_one_of_1024_ranks_of_the_largest_model_holds_what_the_cost_model_says(t
     for plan, kind, *numbers in json.loads((tmp_path / "out.json").read_text())["rows"]:
         plans.setdefault(plan, {})[kind] = numbers
     assert plans.keys() == set(QUICK)
+    assert [plan for plan, rows in plans.items() if "held" in rows] == ["ZeRO-3, none, 1 micro-batches"]
     for plan, rows in plans.items():
         assert rows.keys() >= {"total", "optimizer", "averages"}
         for kind, (counted, expected, *_) in rows.items():
