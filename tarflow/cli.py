@@ -64,7 +64,7 @@ EXAMPLES = """examples:
   tarflow sample runs/demo --out samples --num 64
   tarflow report runs/demo
 """
-WRITTEN = ("out", "sheet", "report", "run")  # options that name what a verb writes, the most likely first
+WRITTEN = ("out", "sheet", "report", "run", "runs")  # options that name what a verb writes, the most likely first
 _MONTH_S = 30 * 86_400
 # Bounds of numeric options of all verbs, checked before anything is done: option -> smallest and largest value. An option
 # that is not listed is a count, from 0 to COUNTED. A verb that does not allow 0 checks that itself.
@@ -268,22 +268,29 @@ def _at_home(value: Any) -> Any:
 
 def _option_of(error: OSError, args: argparse.Namespace | None) -> str:
     """The option, with its value, that named the path of an error. An error without a path is about what is written."""
-    given = {
-        action: Path(value)
+    given = [
+        (action, Path(value))
         for action in (args.parser._actions if args is not None else ())
-        if isinstance(value := getattr(args, action.dest, None), str | Path)
-    }
-    written = sorted((action for action in given if action.dest in WRITTEN), key=lambda one: WRITTEN.index(one.dest))
+        for value in _paths(getattr(args, action.dest, None))
+    ]
+    written = sorted((one for one in given if one[0].dest in WRITTEN), key=lambda one: WRITTEN.index(one[0].dest))
     if not path_of(error) and written:
-        error.filename = str(given[written[0]])
+        error.filename = str(written[0][1])
     path = os.path.abspath(path_of(error))
-    within = [action for action, value in given.items() if _is_within(path, value)]
-    beside = [action for action in written if _is_within(path, given[action].parent) or _is_within(given[action], path)]
+    within = [one for one in given if _is_within(path, one[1])]
+    beside = [one for one in written if _is_within(path, one[1].parent) or _is_within(one[1], path)]
     if not path_of(error) or not within + beside:
         return ""
-    action = max(within, key=lambda one: len(str(given[one]))) if within else beside[0]
+    action, value = max(within, key=lambda one: len(str(one[1]))) if within else beside[0]
     name = action.option_strings[0] if action.option_strings else action.metavar
-    return f"{name} " if path == os.path.abspath(given[action]) else f"{name} {given[action]}: "
+    return f"{name} " if path == os.path.abspath(value) else f"{name} {value}: "
+
+
+def _paths(value: object) -> list[str | Path]:
+    """What an option was given that may be a path; of several words only those that must be."""
+    if isinstance(value, list):
+        return [one for one in value if isinstance(one, Path)]
+    return [value] if isinstance(value, str | Path) else []
 
 
 def _is_within(path: str | Path, folder: str | Path) -> bool:
