@@ -1,4 +1,7 @@
-"""The wheel as a user has it: every part inside, at work in a folder whose own modules have the rooms' names."""
+"""The wheel as a user has it: every part inside, at work in a folder whose own modules have the rooms' names.
+
+So do the pages on Python and the notebook run here, as a reader runs them.
+"""
 
 import json
 import os
@@ -15,8 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
+
+from tests.helpers.pages import blocks
 
 ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = ROOT / "tests/helpers/programs"
+SHORT = PROGRAMS / "short.py"
 ROOMS = ("models", "data_pipeline", "trainer", "evaluation", "cluster")
 LOCKED = Path(sysconfig.get_path("purelib"))  # the packages that the suite runs with
 EIGHT_PIXELS = {
@@ -45,7 +53,7 @@ def package_files() -> dict[str, Path]:
 def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
     """Run a command to its end; what it printed. It must succeed."""
     done = subprocess.run(
-        command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300
+        command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900
     )
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
@@ -96,6 +104,10 @@ class Installed:
 
     def python(self, *arguments: str) -> str:
         return run(self.bin / "python", *arguments, cwd=self.work, env=self.environment)
+
+    def bash(self, text: str) -> str:
+        """A block as it is pasted into a shell that stops at the first error."""
+        return run("bash", "-euo", "pipefail", "-c", text, cwd=self.work, env=self.environment)
 
     def tarflow(self, *arguments: str) -> str:
         """The console script."""
@@ -192,6 +204,75 @@ def test_python_m_tarflow_and_torchrun_find_the_installed_package(trained: Insta
         "-m", "tarflow", "train", "tiny.yaml", "--run-dir", "by-torchrun",
     )  # fmt: skip
     assert losses(trained.work / "by-torchrun") == losses(trained.work / "run")
+
+
+@pytest.fixture(scope="module")
+def newcomer(installed: Installed) -> Installed:
+    """The demo's digits and a short run of the demo, pictures at home, and a `tarflow` that makes commands small."""
+    work = installed.work
+    shutil.copytree(ROOT / "configs", work / "configs")
+    home, programs = work.parent / "home", work.parent / "programs"
+    for shade, name in enumerate(("cats", "dogs", "owls")):
+        (home / "pictures" / name).mkdir(parents=True)
+        for number in range(8):
+            picture = np.random.default_rng(number).integers(0, 90, (40, 36, 3), dtype=np.uint8) + np.uint8(60 * shade)
+            Image.fromarray(picture).save(home / "pictures" / name / f"{number}.png")
+    programs.mkdir()
+    (programs / "tarflow").write_text(f'#!/bin/sh\nexec "{installed.bin / "python"}" "{SHORT}" tarflow "$@"\n')
+    (programs / "tarflow").chmod(0o755)
+    installed.environment |= {"HOME": str(home), "PATH": f"{programs}:{os.environ['PATH']}"}
+    installed.bash("tarflow data fetch mnist5k data/mnist5k && tarflow train configs/demo.yaml --run-dir runs/demo")
+    return installed
+
+
+def test_the_blocks_of_the_page_on_python_run_from_the_wheel(newcomer: Installed) -> None:
+    page = ROOT / "docs/python.md"
+    for block in blocks(page, "bash"):
+        newcomer.bash(block)
+    printed = "".join(newcomer.python("-c", block) for block in blocks(page, "python"))
+    assert "torch.Size([8, 3, 32, 32])" in printed
+    assert "torch.Size([2, 1, 28, 28])" in printed
+    assert (newcomer.work / "pictures.png").exists()
+    assert "data.dataset=mydata.py:Pictures" in (newcomer.work / "runs/pictures/log.txt").read_text()
+
+
+def test_the_notebook_runs_from_the_wheel(installed: Installed) -> None:
+    """Every cell in its order; it ends with a histogram of two groups that the flow tells apart."""
+    notebook = json.loads((ROOT / "docs/tour.ipynb").read_text())
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+    assert max(len(cell["source"]) for cell in notebook["cells"]) <= 24
+    printed = installed.python(str(PROGRAMS / "run_notebook.py"), str(ROOT / "docs/tour.ipynb"))
+    assert (installed.work / "likelihoods.png").stat().st_size > 1000
+    (line,) = (line for line in printed.splitlines() if line.startswith("{'held out'"))
+    held_out, lines = (float(number) for number in re.findall(r": (-?\d+\.\d+)", line))
+    assert held_out < lines - 0.1
+
+
+def test_a_plain_loop_over_the_module_reproduces_the_golden_curve(installed: Installed) -> None:
+    curve = ROOT / "tests/golden/training_curve.npz"
+    found = json.loads(installed.python(str(PROGRAMS / "plain_training.py"), str(curve)))
+    assert found["steps"] == 20
+    assert found["error"] <= 1e-4
+
+
+def test_a_data_set_of_the_users_resumes_exactly_after_a_kill(installed: Installed) -> None:
+    """The same figures, to the last digit, as the run that was not killed."""
+    shutil.copy(ROOT / "tests/helpers/programs/own_bars.py", installed.work / "own_bars.py")
+    own = EIGHT_PIXELS | {
+        "data": {"train": "60", "dataset": "own_bars.py:Bars", "transform": "own_bars.py:shift", "num_workers": 1}
+    }
+    own["checkpoint"] = {"every_images": 80, "asynchronous": False}
+    (installed.work / "own.yaml").write_text(yaml.safe_dump(own))
+    installed.tarflow("train", "own.yaml", "--run", "own-whole")
+    killed = subprocess.run(
+        [installed.bin / "tarflow", "train", "own.yaml", "--run", "own-killed"], cwd=installed.work,
+        env=installed.environment | {"TARFLOW_FAULT": "step@12=kill"}, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert killed.returncode == -9
+    assert "resuming at 160 images" in installed.tarflow("train", "own.yaml", "--run", "own-killed")
+    whole, resumed = losses(installed.work / "own-whole"), losses(installed.work / "own-killed")
+    assert dict(resumed) == dict(whole)
+    assert len(whole) == 20
 
 
 def test_the_checkout_works_from_such_a_folder_too(installed: Installed) -> None:

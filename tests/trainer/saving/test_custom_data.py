@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from tarflow.errors import UserError
 from tarflow.records import load_record
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.hooks import Hook
 from tarflow.trainer.resilience.exit_codes import FINISHED
+from tarflow.trainer.start.check import check_start
 from tarflow.trainer.start.record import DataRecord
 from tarflow.trainer.step_inputs import StepInput
 from tarflow.trainer.train import train
@@ -100,6 +102,10 @@ def test_the_run_records_function_file_and_fingerprint(killed: Path) -> None:
         assert code is not None
         assert code.name == f"{HERE}:{name}"
         assert code.file == str(ROOT / "tests/helpers/own_data.py")
+    log = (killed / "log.txt").read_text()
+    assert f"note: data.dataset={HERE}:Spots of {ROOT}/tests/helpers/own_data.py, called with data.train='train'" in log
+    assert "classes are named by its attribute classes (3)" in log
+    assert f"note: data.transform={HERE}:shift of " in log
     assert record.validation is not None
     assert record.validation.transform is None
 
@@ -109,6 +115,22 @@ def test_changed_data_are_an_error_that_names_both_sides_unless_accepted(config:
     other = load_config(config, ["data.train=train-95"], own=True)
     with pytest.raises(TrainerError, match=rf"{said} \(data.train, data.dataset\); .*--accept-new-data"):
         train(other, killed)
+
+
+def test_a_dry_run_compares_labels_and_model_as_far_as_it_looks(config: Path, tmp_path: Path) -> None:
+    unnamed = [f"data.dataset={HERE}:numbers", "data.train=60", "data.validation=30"]
+    start = check_start(load_config(config, unnamed, own=True), tmp_path / "run", 1)
+    assert start.lines()[0] == "data: 60 images, 8 x 8, grey, labels; held out: 30 images"
+    for overrides, said in (
+        (
+            [*unnamed, "model.num_classes=2"],
+            "model.num_classes=2, but an image of .*:numbers\\('60'\\) has the label 2",
+        ),
+        (["model.num_classes=2"], "model.num_classes=2, but the data in .*:Spots\\('train'\\) have 3 classes"),
+        ([f"data.transform={HERE}:careless"], "careless: image 0 comes out differently"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check_start(load_config(config, overrides, own=True), tmp_path / "run", 1)
 
 
 def test_ranks_with_different_data_are_refused_before_the_first_step(config: Path, tmp_path: Path) -> None:
