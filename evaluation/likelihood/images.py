@@ -2,14 +2,19 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from tarflow.data_pipeline.errors import BadSampleError
+from tarflow.data_pipeline.images.look import Look, look_at
+from tarflow.data_pipeline.images.opening import read_image
 from tarflow.data_pipeline.loading.settings import DataSettings
+from tarflow.data_pipeline.loading.survey import LOOKED_AT, survey
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.images.data_set import CROP, ImageSet
 from tarflow.evaluation.images.folder import ImageFolder
@@ -132,9 +137,36 @@ def open_images(data: Path, source: WeightsSource, num: int, label: str | None, 
     model, classes = source.model.config, source.provenance.classes
     one = None if label in (None, "data") else label_number(label, model.num_classes, classes, "--labels")
     if is_data_set(data):
-        return OfSet(str(data), model, num, classes, one)
-    if not data.is_dir():
+        images: Images = OfSet(str(data), model, num, classes, one)
+        looks = survey(DataSettings.of(str(data))).looks
+    elif not data.is_dir():
         raise EvaluationError(f"DATA {data}: there is no such data set or folder of images")
-    if model.num_classes and label is None:
-        log(f"{data} is a folder of images: they are taken without a label (--labels NAME gives one)")
-    return OfFolder(data, model, num, one)
+    else:
+        if model.num_classes and label is None:
+            log(f"{data} is a folder of images: they are taken without a label (--labels NAME gives one)")
+        images = folder = OfFolder(data, model, num, one)
+        looks = _looks(folder.files)
+    for note in _conversions(looks, model):
+        log(f"note: {data}: {note}")
+    return images
+
+
+def _looks(files: Sequence[Path]) -> tuple[Look, ...]:
+    """At a few of the files, spread evenly; those that cannot be read are errors later, when their turn comes."""
+    found = []
+    for place in sorted({number * len(files) // LOOKED_AT for number in range(LOOKED_AT)}):
+        with suppress(BadSampleError, OSError):
+            found.append(look_at(read_image(files[place])))
+    return tuple(look for look in found if look)
+
+
+def _conversions(looks: Sequence[Look], model: TarFlowConfig) -> Iterator[str]:
+    """What is done to images that are not as the model takes them: the figures are of what comes out."""
+    size = model.image_size
+    if others := sum((look.width, look.height) != (size, size) for look in looks):
+        yield (
+            f"{others} of {len(looks)} images looked at are not {size} x {size} pixels: such images are cropped to their "
+            f"largest centred square and resized to {size}"
+        )
+    if model.in_channels == 1 and (coloured := sum(not look.grey for look in looks)):
+        yield f"{coloured} of {len(looks)} images looked at have colours, and the model has none: they become grey"

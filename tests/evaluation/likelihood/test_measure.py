@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import tarflow
+import tarflow.cli
 from tarflow.cli import main
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.images.data_set import ImageSet
@@ -158,6 +159,29 @@ def test_a_folder_has_names_and_one_label_at_most(model, tmp_path):
     save_png(tmp_path / "in/2.png", 255 - pictures[2])
     with pytest.raises(EvaluationError, match="holds other likelihoods"):
         measure(source, tmp_path / "in", tmp_path / "named", labels="1", num=3)
+
+
+@pytest.mark.parametrize("as_a_set", [False, True], ids=["folder", "data set"])
+def test_images_of_other_sizes_and_colours_are_announced(model, held_out, tmp_path, as_a_set):
+    data = tmp_path / "in"
+    data.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for number, shape in enumerate([(1, 8, 8), (1, 8, 12), (3, 8, 8), (3, 20, 20)]):
+        save_png(data / f"{number}.png", torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator))
+    if as_a_set:
+        assert (
+            tarflow.cli.main(["data", "prepare", str(data), str(tmp_path / "set"), "--size", "12", "--channels", "3"])
+            == 0
+        )
+        data = tmp_path / "set"
+    source, lines = weights(tmp_path, model), []
+    measure(source, data, tmp_path / "out", labels="none", lines=lines)
+    notes = [line for line in lines if line.startswith(f"note: {data}: ")]
+    others, coloured = (4, 2) if as_a_set else (2, 2)
+    assert f"{others} of 4 images looked at are not 8 x 8 pixels" in notes[0]
+    assert f"{coloured} of 4 images looked at have colours, and the model has none" in notes[1]
+    measure(source, held_out, tmp_path / "own", lines=(quiet := []))
+    assert not [line for line in quiet if line.startswith("note: ")]
 
 
 def test_done_once_is_done_and_other_settings_are_refused(model, held_out, tmp_path, monkeypatch):
