@@ -7,6 +7,7 @@ from tarflow.evaluation.report.headline import Headline, alike, differences, set
 from tarflow.evaluation.report.history import History, Result
 from tarflow.evaluation.report.markup import paragraphs
 from tarflow.evaluation.report.plots import Curve, Plot, svg
+from tarflow.evaluation.sweep_file import shown_line, shown_setting
 from tarflow.trainer.checkpoint.names import leading_name
 
 # Sampling settings that a plot is made over: name of the setting, label of the axis.
@@ -93,13 +94,12 @@ def _setting_plot(history: History, setting: str, label: str) -> Plot:
 
 
 def _round_plot(sweep: dict[str, Any], part: dict[str, Any]) -> Plot:
-    """One round of a sweep: distance over guidance, a curve for each denoising multiplier and temperature."""
+    """One round of a sweep: distance over guidance, a curve for each setting of the others."""
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for point in part["points"]:
         if point["distance"] is not None:
-            key = f"denoise {point['denoise']:g}, temperature {point['attn_temp']:g}"
             stderr = point.get("distance_stderr") or 0.0
-            lines.setdefault(key, []).append((point["guidance"], point["distance"], stderr))
+            lines.setdefault(shown_line(point), []).append((point["guidance"], point["distance"], stderr))
     curves = []
     for key, line in sorted(lines.items()):
         line.sort()
@@ -110,11 +110,10 @@ def _round_plot(sweep: dict[str, Any], part: dict[str, Any]) -> Plot:
 
 def _outcome(sweep: dict[str, Any]) -> str:
     """What a sweep found, in a sentence or two."""
-    best = ", ".join(f"{key} {value:g}" for key, value in sweep["best"].items())
     stderr = sweep.get("distance_stderr")
     distance = f"{sweep['distance']:.2f}" + (f" ± {stderr:.2f}" if stderr is not None else "")
     verdict = f"No clear winner: {'; '.join(sweep['unclear'])}." if sweep.get("unclear") else "A clear winner."
-    return f"{sweep['name']}: the best is {best}, at a distance of {distance}. {verdict}"
+    return f"{sweep['name']}: the best is {shown_setting(sweep['best'])}, at a distance of {distance}. {verdict}"
 
 
 def _drawn(plots: Sequence[Plot], key: str) -> str:
