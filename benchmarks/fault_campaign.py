@@ -274,7 +274,7 @@ def table(tally: Tally, steps: int, log: str, real_disk: bool, seconds: float, a
         ("steps repeated per start, mean / most", f"{np.mean(tally.repeated):.1f} / {max(tally.repeated)}"),
         ("torn directories met, never used", str(tally.torn)),
         ("saves refused by a full disk", f"{tally.refused_saves} ({'a real one' if real_disk else 'injected'})"),
-        ("damaged checkpoints passed over", str(log.count("is damaged and not used") + log.count("is not used: its file"))),
+        ("damaged checkpoints skipped", str(log.count("is damaged and not used") + log.count("is not used: its file"))),
         ("pointer found at one damaged here", str(tally.pointer_damaged)),
         ("seconds, with deaths / left alone", f"{seconds:.0f} / {alone:.0f}"),
     ]  # fmt: skip

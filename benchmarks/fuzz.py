@@ -25,7 +25,10 @@ def main() -> int:
         __doc__ or "",
         (
             ("--cases", {"type": int, "default": 300, "metavar": "N", "help": "of each kind of file"}),
-            ("--each", {"action": "store_true", "help": "so many under each verb: not dealt out among a kind's verbs"}),
+            (
+                "--each",
+                {"action": "store_true", "help": "N under each verb, rather than N dealt out among a kind's verbs"},
+            ),
             ("--only", {"action": "append", "default": [], "metavar": "KIND"}),
             ("--verb", {"action": "append", "default": [], "metavar": "VERB"}),
             ("--seed", {"type": int, "default": 0}),

@@ -47,7 +47,7 @@ def load(
     Args:
         source: a run directory, or a weights file.
         weights: for a run, "raw" or an average such as "ema-0.100"; None: the one that its evaluations use.
-        images: for a run, the checkpoint after so many images; None: the newest.
+        images: for a run, the checkpoint at that number of images; None: the newest.
         step: the same by optimizer steps.
         device: "auto", "cpu", "cuda" or "mps".
         log: receives a line for each thing that was inferred; `print` shows them.

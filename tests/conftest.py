@@ -1,8 +1,11 @@
 """Which tests are slow, by measurement: `make test-fast` leaves them out, `make test` begins with the files that hold most.
 
 `tests/slow.txt` lists them with their seconds; `make slow-list` measures all tests and writes it again.
+
+Tests compute in one thread each: several processes share the cores, where threads of one wait for each other by spinning.
 """
 
+import os
 import time
 from collections import Counter
 from collections.abc import Generator
@@ -10,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before anything loads torch, and for every process that a test starts
 
 SLOW_S = 1.0  # a test that takes longer, from nothing, is slow
 LIST = Path(__file__).with_name("slow.txt")

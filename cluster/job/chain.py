@@ -168,6 +168,7 @@ def decide(result: AttemptResult, chain: Chain, step: int, limits: Limits, cance
     restarts = chain.restarts
     times = f"{restarts} restart{'s' if restarts != 1 else ''}"
     why = result.text or ("stopped on request" if result.stopped else f"exit code {result.code}")
+    # The order is that of certainty: what the start itself reports, then what the user asked for, then the limits.
     if result.code == IN_USE:
         return Decision(False, IN_USE, f"stopped: {why}")
     if result.code == FINISHED:
@@ -181,6 +182,7 @@ def decide(result: AttemptResult, chain: Chain, step: int, limits: Limits, cance
         )
     if result.code == NO_PROGRESS:
         return Decision(False, NO_PROGRESS, f"stopped: no progress at step {step} after {times}: {why}")
+    # Ahead of the number of restarts, which may be large: a job that saves nothing would otherwise use it all up.
     wasted = fruitless(chain.starts, step)
     if wasted >= limits.max_no_progress:
         return Decision(

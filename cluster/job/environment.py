@@ -53,7 +53,7 @@ class JobStart:
 
 
 def poll_s(tasks: int, least_s: float = 0.1, per_s: float = 500) -> float:
-    """Seconds between two looks at the shared files of a start, by each of so many tasks: `per_s` looks a second of all."""
+    """Seconds between two looks of one of N tasks, which make `per_s` looks a second together."""
     return min(max(least_s, tasks / per_s), 20.0)
 
 
@@ -112,6 +112,7 @@ def _step(env: Mapping[str, str]) -> Place:
         raise ClusterError(f"the environment of this Slurm step lacks {missing}; start it with srun")
     size, rank = _whole(env, size_name), _whole(env, "SLURM_PROCID")
     local, node = _whole(env, "SLURM_LOCALID", "0"), _whole(env, "SLURM_NODEID", "0")
+    # A step's own variables describe it; those of the job describe the allocation, and are right only if the step fills it.
     own = size_name == "SLURM_STEP_NUM_TASKS"
     per_node_name = "SLURM_STEP_TASKS_PER_NODE" if own else "SLURM_TASKS_PER_NODE"
     local_size = size

@@ -71,6 +71,7 @@ def submissions(run_dir: Path) -> Submissions:
     except OSError as error:
         found.problem = in_words(error)
         return found
+    # Only noted: showing jobs survives a damaged line, deciding by them (`checked`) does not.
     if lines.damaged or lines.torn:
         found.problem = str(lines) or "the last line has no end"
     elif lines.emptied:

@@ -54,6 +54,7 @@ def placement_notes(config: Config, profile: ClusterProfile, nodes: int, process
             f"data.num_workers={workers} and the rank itself share the {cpus} CPU{'s' * (cpus > 1)} of a process (cpus in the "
             f"profile): {workers + 1} would give each its own"
         )
+    # With these, Slurm gives the processes their CPUs although the profile has no `cpus`.
     elsewhere = [name for name in profile.sbatch if name.replace("_", "-") in ("exclusive", "cpus-per-gpu")]
     if cpus is None and workers and not elsewhere:
         notes.append(

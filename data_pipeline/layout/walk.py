@@ -47,6 +47,7 @@ def walk(root: Path) -> Walk:
         folder = waiting.pop()
         try:
             status = folder.stat()
+            # By device and inode, not by name: a link may lead back to a folder above it, or a second time to the same one.
             first = seen.setdefault((status.st_dev, status.st_ino), folder)
             if first is not folder:
                 if folder.is_relative_to(first):
@@ -63,6 +64,7 @@ def walk(root: Path) -> Walk:
         if not below and len(found.no_files) < _MOST_NAMED:
             found.no_files.append(folder)
         for entry in below:
+            # Whatever is skipped is counted by its reason, for one line at the end.
             if entry.name.startswith("."):
                 found.ignored["hidden"] += _count(entry)
             elif entry.is_dir():

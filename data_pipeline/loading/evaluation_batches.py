@@ -48,6 +48,7 @@ def evaluation_batches(
         for start in range(first, last, batch_size):
             places = np.arange(start, min(start + batch_size, last), dtype=np.int64)
             good: list[tuple[NDArray[np.uint8], int, int]] = []
+            # Spread evenly over the index: with a limit, place p of `total` stands for this sample.
             for sample in (places * index.num_samples // total).tolist():
                 try:
                     image, label = reader.read(sample)

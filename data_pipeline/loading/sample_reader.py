@@ -156,6 +156,7 @@ def check_labels(index: Index, num_classes: int, on_error: str) -> None:
         )
     if on_error != "strict":
         return
+    # A shard without any label has no largest one; it is reported as lacking labels, below.
     with_labels = index.label_max != NO_LABEL
     wrong = np.flatnonzero(with_labels & ((index.label_max >= num_classes) | (index.label_min < 0)))
     if len(wrong):

@@ -177,6 +177,7 @@ def _of_arrays(
     choices: Choices,
 ) -> ImageSource:
     """A source of several arrays, one for each split. `where`: where each came from; `how`: how the splits were found."""
+    # The arrays stay apart (they may be memory maps): an image is looked up by its place, and nothing is copied together.
     starts = np.concatenate([[0], np.cumsum([len(part) for part in images])])
 
     def place(i: int) -> tuple[int, int]:

@@ -39,8 +39,9 @@ _LOOKED_AT = 64  # rows, to tell bytes from paths
 def parquet_source(files: Sequence[Path], root: Path, choices: Choices | None = None) -> ImageSource:
     """Image bytes in a binary column, or a struct column with a `bytes` field; labels as integers or names.
 
-    Class names come from the schema where `datasets` wrote them (`ClassLabel`); -1 is no label there. Splits are recognised by
-    the files' names below `root`. Raises DataError for files that do not belong together, and columns without images.
+    Class names come from the schema where `datasets` wrote them (`ClassLabel`); -1 stands for no label there. Splits are
+    recognised by the files' names below `root`. Raises DataError for files that do not belong together, and columns
+    without images.
     """
     choices = choices or Choices()
     groups = _splits(files, root, choices.split)

@@ -105,7 +105,7 @@ class Remote:
                 raise DataError(f"{url} may not be read ({err}): check the credentials") from None
             except Exception as err:  # every client library has errors of its own
                 if isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise  # the disk of the cache is full, which is no fault of the server
+                    raise  # the disk of the cache is full, which is not the server's fault
                 last = err
             if number < attempts:
                 log.warning("attempt %d of %d at %s failed: %s", number, attempts, url, _in_words(last))

@@ -85,6 +85,7 @@ class ShardCache:
             with os.fdopen(create_own_file(folder, partial), "w+b") as file:
                 with self._counting():
                     self._make_room(size)
+                    # At its full size from the start, so that others who count see the room it is going to take.
                     file.truncate(size)
                 fetch(file)
                 file.truncate()
@@ -92,6 +93,7 @@ class ShardCache:
                 fsync_file(file.fileno(), self.folder / partial)
                 fd = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
             os.rename(partial, f"{name}.shard", src_dir_fd=folder, dst_dir_fd=folder)
+            # What others fetched meanwhile was not there when room was made, so the limit is met once more.
             with self._counting():
                 self._make_room(0)
             return fd

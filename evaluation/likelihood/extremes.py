@@ -16,7 +16,7 @@ class Extremes:
         self._kept: dict[tuple[float, int], NDArray[np.uint8]] = {}  # (bits per dimension, number) -> its pixels
 
     def add(self, found: ImageLikelihoods, pixels: NDArray[np.uint8]) -> None:
-        """Images uint8 [n, C, H, W] in the order of `found`; those without a finite likelihood are passed over."""
+        """Images uint8 [n, C, H, W] in the order of `found`; those without a finite likelihood are skipped."""
         for bits, number, image in zip(found.mean.tolist(), found.ids.tolist(), pixels):
             if np.isfinite(bits):
                 self._kept[bits, number] = image

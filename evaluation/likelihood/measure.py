@@ -103,6 +103,7 @@ def measure_likelihoods(request: LikelihoodRequest, log: Log = print) -> dict[st
     log(
         f"{images.num_images:,} images of {request.data}, weights {source.weights} of {source.origin}, {noise.describe()}"
     )
+    # The same request again only shows what is there; another one refuses the folder.
     if not _there(summary, identity):
         _refuse_other_files(request.out)
         check_writable(request.out if request.out.is_dir() else request.out.parent)

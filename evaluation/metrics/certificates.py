@@ -53,8 +53,8 @@ class Certificates:
         return found
 
     def __str__(self) -> str:
-        found = self.describe()
-        return f"at most {found['maximum']:g} in {len(self.rows)} samples" if "maximum" in found else "none"
+        found, number = self.describe(), len(self.rows)
+        return f"at most {found['maximum']:g} in {number} sample{'s' * (number != 1)}" if "maximum" in found else "none"
 
 
 def _digits(value: float) -> float:

@@ -70,7 +70,7 @@ class FeatureStatistics:
 
     @classmethod
     def of_moments(cls, mean: NDArray[np.float64], covariance: NDArray[np.float64]) -> "FeatureStatistics":
-        """Statistics of images whose number nobody recorded: taken for so many that chance plays no part in them."""
+        """Statistics of images whose number is not recorded: treated as exact, without sampling noise."""
         return cls.from_parts(UNCOUNTED, mean, covariance * (UNCOUNTED - 1))
 
 

@@ -220,7 +220,7 @@ class Features:
             return torch.cat(list(pool.map(self._together, images.split(_CHUNK_CPU))))
 
     def _together(self, images: Tensor) -> Tensor:
-        """Features of so many images that they are meant to fit; of half as many at a time if they do not."""
+        """Features of a batch that should fit into memory; computed in halves where it does not."""
         return torch.cat(self.batches.run(FEATURES, len(images), lambda part: self._forward(images[part])))
 
     @torch.inference_mode()

@@ -74,7 +74,7 @@ def _no_class(word: str, is_number: bool, num_classes: int, classes: Sequence[st
 
 def describe_classes(num_classes: int, classes: Sequence[str] | None) -> str:
     """List the classes for a message: `0 food, 1 smileys`, or `0..1, or none for no label` without names."""
-    if not classes:
+    if not classes or list(classes) == [str(number) for number in range(num_classes)]:  # names that say no more
         return f"0..{num_classes - 1}, or none for no label"
     shown = ", ".join(f"{number} {name}" for number, name in enumerate(classes[:MOST_SHOWN]))
     return shown + (f" and {len(classes) - MOST_SHOWN} more" if len(classes) > MOST_SHOWN else "")

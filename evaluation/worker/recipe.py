@@ -154,6 +154,7 @@ def file_recipe(path: Path, file: WeightsFile, overrides: list[str]) -> Recipe:
     if "data.train" not in given:
         raise EvaluationError(f"{path} does not record what it was trained on: give data.train=FOLDER")
     known = file.provenance.model_dump(include={key.partition(".")[2] for key in TRAINING}, exclude_none=True)
+    # Required settings that an evaluation never reads (batch, images) get the smallest value that validates.
     tree = {
         "data": {"train": ""},
         "model": file.config.model_dump(mode="json"),

@@ -31,14 +31,14 @@ class BlockPlan(Record):
     @classmethod
     def _engine(cls, value: str) -> str:
         if value not in ENGINES:
-            raise ValueError(f"{value!r} is no engine; there are {', '.join(ENGINES)}")
+            raise ValueError(f"{value!r} is not an engine; the engines are {', '.join(ENGINES)}")
         return value
 
     @field_validator("path")
     @classmethod
     def _path(cls, value: str) -> str:
         if value not in KINDS:
-            raise ValueError(f"{value!r} is no path; there are {', '.join(KINDS)}")
+            raise ValueError(f"{value!r} is not a path; the paths are {', '.join(KINDS)}")
         return value
 
     @property
@@ -80,7 +80,11 @@ class SamplingPlan(Record):
         return self.blocks[0].how == JOINT
 
     def check(self, conditions: dict[str, Any]) -> None:
-        """Raise ModelError where the plan was made under other conditions."""
+        """Raise ModelError where the plan was made under other conditions, or is not of as many blocks."""
+        if len(self.blocks) != conditions["blocks"]:
+            raise ModelError(
+                f"the plan of sampling has {len(self.blocks)} blocks, and the model {conditions['blocks']}"
+            )
         for key in sorted(self.conditions.keys() | conditions.keys()):
             made, here = self.conditions.get(key), conditions.get(key)
             if made != here:

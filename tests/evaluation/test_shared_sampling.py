@@ -9,7 +9,9 @@ from tarflow.evaluation.sweep.candidates import SweepRequest
 from tarflow.evaluation.sweep.guidance import sweep_guidance
 from tarflow.evaluation.worker.compute_chunk import Hooks
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
+from tarflow.models.sampling.plan import SamplingPlan
 from tarflow.npz import read_npz
+from tarflow.records import load_record, save_record
 
 pytestmark = pytest.mark.usefixtures("fake_features")
 
@@ -46,14 +48,25 @@ def test_the_first_worker_measures_and_the_others_take_it_over(run_dir, monkeypa
     assert not stored.exists(), "cleared away with the chunks"
 
 
-def test_a_damaged_plan_is_measured_again(run_dir):
+def of_other_bytes(plan):
+    plan.write_text(plan.read_text().replace('"batch": 16', '"batch": 17'))
+
+
+def of_one_block(plan):
+    sound = load_record(plan, SamplingPlan)
+    save_record(plan, sound.model_copy(update={"blocks": sound.blocks[:1]}))
+
+
+@pytest.mark.parametrize("hurt", [of_other_bytes, of_one_block])
+def test_a_damaged_plan_is_measured_again(run_dir, hurt):
     lines: list[str] = []
     stopped(run_dir, lines)
     (stored,) = run_dir.glob(f"evals/work/*/{NAME}")
-    stored.write_text(stored.read_text().replace('"batch": 16', '"batch": 17'))
+    hurt(stored)
     (result,) = evaluate(run_dir, False, WorkerOptions(), lines.append).done
     assert any("measured again" in line for line in lines)
     assert result["sampling_plan"]["machine"]["batch"] == 16
+    assert len(result["sampling_plan"]["blocks"]) == 2
 
 
 def test_a_result_holds_its_certificates_and_the_report_shows_them(run_dir):

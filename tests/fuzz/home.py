@@ -95,6 +95,7 @@ def make(folder: Path, seed: int, limit_s: float = 120) -> None:
         "evaluate runs/one --images 32 --save shards",
         "evaluate runs/one --images 48 --save png",
         _half_an_evaluation,
+        _half_an_evaluation_by_plan,
         "train tiny.yaml --run-dir runs/two train.seed=5 train.max_images=16",
         "checkpoint export runs/one --out w.safetensors",
         "checkpoint export runs/one --out w.pth",
@@ -165,7 +166,12 @@ def _inputs(seed: int) -> int:
     return 0
 
 
-def _half_an_evaluation() -> int:
+def _half_an_evaluation_by_plan() -> int:
+    """The same where the way of sampling was measured: a plan of sampling is left, too."""
+    return _half_an_evaluation("sampling.method=auto")
+
+
+def _half_an_evaluation(*words: str) -> int:
     """A worker that dies after its first chunk of samples: a plan, a chunk and claims are left."""
     import tarflow.cli
     from tarflow.evaluation import shared_work
@@ -178,7 +184,7 @@ def _half_an_evaluation() -> int:
             os._exit(0)
 
     shared_work.put_once = put_and_die
-    tarflow.cli.main(["evaluate", "runs/one", "--images", "16"])
+    tarflow.cli.main(["evaluate", "runs/one", "--images", "16", *words])
     return 1
 
 

@@ -70,6 +70,7 @@ _KINDS = (
     Kind("result.json", f"{ONE}/evals/*/result.json", ("evaluate", "evaluate --watch", *_STORED, "report", "status"), "json"),
     Kind("work.json", f"{ONE}/evals/*/work.json", ("evaluate", "report"), "json"),
     Kind("plan.json", f"{ONE}/evals/work/*/plan.json", ("evaluate",), "json", ("evals/work",)),
+    Kind("sampling-plan.json", f"{ONE}/evals/work/*/sampling-plan.json", ("evaluate (auto)",), "json", ("evals/work",)),
     Kind("chunk", f"{ONE}/evals/work/*/samples-*", ("evaluate",), "npz"),
     Kind("claim", f"{ONE}/evals/work/*/claims/*", ("evaluate",), "json"),
     Kind("sampling.json", f"{ONE}/sampling.json", ("sample", "evaluate", "sweep-guidance", "report", "status"), "json"),

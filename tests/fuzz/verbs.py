@@ -35,6 +35,7 @@ VERBS = {
     "sample (file)": Verb("sample w.safetensors --out new --num 2"),
     "sample (pth)": Verb("sample w.pth --out new --num 2 --noise-std 0.1"),
     "evaluate": Verb("evaluate runs/one", slow=True),
+    "evaluate (auto)": Verb("evaluate runs/one --images 16 sampling.method=auto", slow=True),
     "evaluate (png)": Verb("evaluate runs/one --images 48 --save png"),
     "evaluate (shards)": Verb("evaluate runs/one --images 32 --save shards"),
     "evaluate (file)": Verb(

@@ -80,6 +80,7 @@ def reconstruct(
     moments = sources(run_dir, log)
     final = choose(moments, step, images, f"run {run_dir}", "averages")
     wanted = Profile(final.images_seen, relative_std)
+    # Averages of later moments hold images that the wanted one has not seen.
     pairs = [(c, s) for c in moments if 0 < c.images_seen <= final.images_seen for s in _widths(c)]
     if not pairs:
         raise TrainerError(f"run {run_dir} stores no power averages: it was trained with ema.relative_stds=[]")

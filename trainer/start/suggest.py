@@ -53,6 +53,7 @@ def suggest(data: str) -> str:
     classes = 0 if unlabelled else seen.num_classes
     scale = next(s for s in _SCALES if number <= s.images)
     size, patch, why = grid_of(seen, small=scale is _SCALES[0])
+    # A power of two, so that it divides over any usual number of processes; a small set is seen in several steps an epoch.
     batch = max(1, min(scale.batch, 1 << (max(number, 1).bit_length() - 1)))
     steps = max(1, -(-number * scale.epochs // batch))
     most = steps * batch

@@ -38,6 +38,7 @@ def test_classes_go_by_name_or_number(text, labels):
         ("zebra", NAMES, "classes: 0 food, 1 smileys, 2 flags, coloured"),
         ("9", NAMES, "label 9 is not one of the model's 3 classes: 0 food, 1 smileys"),
         ("9", None, "label 9 is not one of the model's 3 classes: 0..2, or none"),
+        ("9", ["0", "1", "2"], "label 9 is not one of the model's 3 classes: 0..2, or none"),
         ("99999999999999999999999", NAMES, "no class is named"),
         ("-2", NAMES, "label -2 is not one of"),
         ("--3", NAMES, "no class is named"),

@@ -4,6 +4,7 @@ tarflow train, submit      a tiny model for 16 images; two ranks where a preset 
 tarflow sample, sweep-guidance, reference   a few images
 tarflow evaluate   of a weights file, which knows no run: a few images
 tarflow status     once, without --watch
+tarflow            all of them in forks of a process that has loaded torch (`tests.helpers.warm`)
 torchrun           two processes
 pip                what it would install, without dependencies
 make               which commands it would run (make -n, in the project's root)
@@ -48,7 +49,8 @@ def command(program: str, words: list[str]) -> list[str]:
     """What runs in the place of `program words...`."""
     python = [sys.executable]
     if program == "tarflow":
-        return [*python, "-m", "tarflow", *of_tarflow(words, ranks=1)]
+        ask = str(Path(__file__).with_name("ask.py"))
+        return [*python, "-S", ask, os.environ["WARM"], *of_tarflow(words, ranks=1)]
     if program == "torchrun":
         assert words[:1] == ["--nproc-per-node"], words
         assert words[2:4] == ["-m", "tarflow"], words
