@@ -5,18 +5,24 @@ is guided (weight 2, annealed). The ways take turns in one process; medians coun
 the machine moves least. Errors are against the sequential path in torch, float32, in units of the image's range [-1, 1].
 """
 
+import io
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks import published_sampler
 from benchmarks.common import Bar, finish, parse_args, table
+from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics, FrechetInfluence, frechet_distance
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.flow import TarFlow, flow_loss
 from tarflow.models.init import init_weights
@@ -58,10 +64,10 @@ CASES = [
 
 def pictures(n: int, config: TarFlowConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Soft blobs on a gradient, [n, C, H, W] in [-1, 1]; the class is where the blob is, with noise as in training."""
-    y = torch.randint(0, CLASSES, (n,), generator=generator)
+    y = torch.randint(0, config.num_classes, (n,), generator=generator)
     u = torch.rand(n, 6, generator=generator)
     side = torch.linspace(-1, 1, config.image_size)
-    angle = 2 * torch.pi * (y + u[:, 0]) / CLASSES
+    angle = 2 * torch.pi * (y + u[:, 0]) / config.num_classes
     rows, columns = side[None, :, None], side[None, None, :]
     near = (rows - 0.6 * torch.sin(angle)[:, None, None]) ** 2 + (columns - 0.6 * torch.cos(angle)[:, None, None]) ** 2
     blob = torch.exp(-near / (0.05 + 0.15 * u[:, 1, None, None]))
@@ -145,6 +151,12 @@ def speed(case: Case, model: TarFlow, batch: int, rounds: int, rate: float, wide
          operations(config, batch) / cpu / rate, errors[name])
         for name, (wall, cpu) in times.items()
     ]  # fmt: skip
+    alone = products_alone(model, batch)
+    print(
+        f"{case.name}, batch {batch}: the linear layers' products alone take {alone:.3g} CPU s in torch, of eager's "
+        f"{times['eager'][1]:.3g}; the published way takes {times['published'][1] / alone:.2f} x as long as they do",
+        flush=True,
+    )
     print(f"plan of auto, {case.name}, batch {batch}: {measured}", flush=True)
     where = f"{case.name}, batch {batch}"
     bars = [
@@ -169,16 +181,17 @@ def worst(found: Sampled | Tensor, exact: Tensor) -> float:
     return float((images.double() - exact.double()).abs().max())
 
 
-def iterations(case: Case, model: TarFlow, samples: int) -> list[Bar]:
-    """Passes, accepted tokens and certificates by block and path; errors against certificates."""
+def iterations(case: Case, model: TarFlow, samples: int, plot: Path | None) -> list[Bar]:
+    """Passes, accepted tokens and certificates by block and path, also drawn; errors against certificates."""
     config, y = model.config, torch.arange(samples) % CLASSES
     noise = torch.randn(samples, config.num_tokens, config.token_dim, generator=torch.Generator().manual_seed(2))
     every = torch.ones(samples, dtype=torch.bool)
     exact = invert(model, noise, y, SETTINGS, plan_of(config, "eager"), every)
     rows, ratio = [], 0.0
-    for path, width in (("sequential", 0), ("window", 8), ("window", 32), ("whole", 0)):
+    for path, width in (("sequential", 0), ("window", 8), ("window", 32), ("whole", 0), ("joint", 0)):
+        engine = "eager" if path == "joint" else "native"
         found = exact if path == "sequential" else invert(
-            model, noise, y, SETTINGS, plan_of(config, "native", path, width), every
+            model, noise, y, SETTINGS, plan_of(config, engine, path, width), every
         )  # fmt: skip
         error = (found.images.double() - exact.images.double()).abs().flatten(1).amax(1)
         if path != "sequential":
@@ -203,7 +216,79 @@ def iterations(case: Case, model: TarFlow, samples: int) -> list[Bar]:
         "error of the image",
     )
     print(f"{case.name}: {samples} samples, guided\n{table(rows, header)}", flush=True)
+    if plot:
+        plot.write_text(drawn(rows, f"{case.name}, {samples} samples", config.num_tokens - 1))
     return [Bar(f"error over certificate, {case.name}, {samples} samples", ratio, at_most=2.0)]
+
+
+def drawn(rows: list[Any], title: str, most: int) -> str:
+    """The table of `iterations` as SVG text: passes and largest certificates of each block, a colour for each path."""
+    paths = list(dict.fromkeys(row[0].strip() for row in rows))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tarflow", "font.size": 9}):
+        figure = Figure(figsize=(7.5, 3.0), layout="constrained")
+        FigureCanvasSVG(figure)
+        passes, certificates = figure.subplots(1, 2)
+        for place, path in enumerate(paths):
+            mine = [row for row in rows if row[0].strip() == path]  # in the order of sampling
+            at = [number + 0.15 * place for number in range(len(mine))]
+            for axes, column in ((passes, 2), (certificates, 6)):
+                axes.bar(at, [row[column] for row in mine], 0.15, label=path, color=f"C{place}")
+        passes.set_ylabel("passes until a sample is done (mean)")
+        passes.axhline(most, color="gray", lw=0.8, ls=":")
+        certificates.set_ylabel("largest certificate")
+        certificates.set_yscale("log")
+        certificates.axhline(SETTINGS.tolerance, color="gray", lw=0.8, ls=":")
+        for axes in (passes, certificates):
+            blocks = [row[1] for row in rows if row[0].strip() == paths[0]]
+            axes.set_xticks([number + 0.3 for number in range(len(blocks))], [f"block {block}" for block in blocks])
+        passes.legend(frameon=False, fontsize=8)
+        figure.suptitle(title, fontsize=10)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def distances(case: Case, model: TarFlow, samples: int) -> list[Bar]:
+    """The Frechet distance to pictures like those of training, of `auto` and of sequential samples of the same noise.
+
+    Features are the picture in 4 x 4 cells, so that the covariance has full rank and nothing is downloaded.
+    """
+    config, y = model.config, torch.arange(samples) % CLASSES
+    noise = torch.randn(samples, config.num_tokens, config.token_dim, generator=torch.Generator().manual_seed(3))
+    real = FeatureStatistics(16 * config.in_channels)
+    real.add(features(pictures(4 * samples, config, torch.Generator().manual_seed(4))[0]))
+    found = {}
+    plan = measure_plan(model, noise[:64], y[:64], SETTINGS)
+    for name, chosen in (("sequential", plan_of(config, "eager")), ("auto", plan)):
+        parts = [invert(model, noise[at], y[at], SETTINGS, chosen).images for at in torch.arange(samples).split(64)]
+        rows = features(torch.cat(parts))
+        statistics_of = FeatureStatistics(real.dim)
+        statistics_of.add(rows)
+        found[name] = frechet_distance(statistics_of, real).distance, FrechetInfluence(statistics_of, real).stderr(rows)
+        print(
+            f"{case.name}: Frechet distance of {samples} {name} samples {found[name][0]:.6f} +- {found[name][1]:.6f}",
+            flush=True,
+        )
+    apart = abs(found["auto"][0] - found["sequential"][0])
+    return [Bar(f"Frechet distances apart, in error bars, {case.name}", apart / found["sequential"][1], at_most=1.0)]
+
+
+def features(images: Tensor) -> Tensor:
+    return torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
+
+
+def products_alone(model: TarFlow, batch: int) -> float:
+    """CPU seconds of nothing but the products of guided sampling, one after the other in torch: what no torch code beats."""
+    config, rows = model.config, 2 * batch
+    c, up = config.channels, config.expansion * config.channels
+    ends = [(config.token_dim, c), (c, 2 * config.token_dim)]
+    shapes = [*ends, *[(c, 3 * c), (c, c), (c, up), (up, c)] * config.layers_per_block]
+    given = [(torch.randn(rows, i), torch.randn(i, o), torch.empty(rows, o)) for i, o in shapes]
+    begun, tokens = time.process_time(), config.num_tokens - 1
+    for _ in range(tokens):
+        for x, weight, out in given:
+            torch.mm(x, weight, out=out)
+    return (time.process_time() - begun) * config.num_blocks
 
 
 def memory(case: Case, model: TarFlow, batch: int) -> Bar:
@@ -221,8 +306,9 @@ def memory(case: Case, model: TarFlow, batch: int) -> Bar:
 
 def main() -> int:
     args = parse_args(
-        "Compare ways of sampling.", [("--threads", {"type": int, "default": 1, "help": "CPU threads (default 1)"})]
-    )
+        "Compare ways of sampling.", [("--threads", {"type": int, "default": 1, "help": "CPU threads (default 1)"}),
+         ("--plot", {"type": Path, "metavar": "FILE", "help": "draw passes and certificates there, as SVG"})],
+    )  # fmt: skip
     torch.set_num_threads(args.threads)
     rows: list[Any] = []
     bars: list[Bar] = []
@@ -239,7 +325,9 @@ def main() -> int:
             bars += found[1]
             bars.append(memory(case, model, batch))
         if case.config.channels == 128:
-            bars += iterations(case, model, 32 if args.quick else 500)
+            bars += iterations(case, model, 32 if args.quick else 500, args.plot if case is CASES[0] else None)
+        if case is CASES[0]:
+            bars += distances(case, model, 200 if args.quick else 2000)
     header = ("model", "batch", "way", "s", "CPU s", "x published", "x eager", "share of the product rate", "error")
     return finish(args, rows, header, bars, ("torch",))
 

@@ -1,7 +1,8 @@
-"""The schema of `RUN/sweeps/NAME/sweep.json`, the record of a guidance sweep."""
+"""The schema of `RUN/sweeps/NAME/sweep.json`, the record of a guidance sweep, and how its settings are written out."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,6 +19,9 @@ class Setting(Record):
     guidance: Number
     denoise: Number
     attn_temp: Number
+    # Where the sweep varied them:
+    guidance_form: Literal["linear", "closed"] | None = None
+    guide_blocks: list[Annotated[int, Field(ge=-(1 << 10), lt=1 << 10)]] | None = Field(None, max_length=1 << 10)
 
 
 class Scored(Setting):
@@ -56,6 +60,33 @@ class SweepFile(Record):
     features: dict[str, Any]
     reference: dict[str, Any]
     settings: dict[str, Any]
+
+
+def shown_blocks(blocks: Iterable[int]) -> str:
+    """Guided blocks as `--guide-blocks` takes them; none of them stands for all."""
+    return "+".join(str(block) for block in blocks) or "all"
+
+
+def shown_setting(setting: Mapping[str, Any]) -> str:
+    """A sweep's setting on one line, such as "guidance 2, denoise 1, attn_temp 1, guidance_form closed"."""
+    shown = {key: value for key, value in setting.items() if key in Setting.model_fields and value is not None}
+    return ", ".join(f"{key} {_shown(value)}" for key, value in shown.items())
+
+
+def shown_line(setting: Mapping[str, Any]) -> str:
+    """What a line of a sweep's plot has in common: all but the guidance weight."""
+    parts = [f"denoise {setting['denoise']:g}", f"temperature {setting['attn_temp']:g}"]
+    if (form := setting.get("guidance_form")) is not None:
+        parts.append(form)
+    if (blocks := setting.get("guide_blocks")) is not None:
+        parts.append(f"blocks {shown_blocks(blocks)}")
+    return ", ".join(parts)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:g}" if isinstance(value, float | int) else shown_blocks(value)
 
 
 def load_sweep(path: Path) -> dict[str, Any]:

@@ -35,50 +35,13 @@ class CausalAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
 
-    def _heads(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """Attention over whole sequences, [B, T, C] -> [B, T, C]."""
         B, T, _ = x_BTC.shape
         qkv_BTHK = self.qkv(self.norm(x_BTC)).view(B, T, 3 * self.num_heads, -1)
         q, k, v = qkv_BTHK.transpose(1, 2).chunk(3, dim=1)
-        return q, k, v
-
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        """Attention over whole sequences, [B, T, C] -> [B, T, C]."""
-        q, k, v = self._heads(x_BTC)
         out_BHTK = causal_attention(q, k, v)
         return self.proj(out_BHTK.transpose(1, 2).flatten(2))
-
-    def step(self, x_BNC: Tensor, cache_2BHTK: Tensor, first: int | Tensor, inverse_temp_B111: Tensor | None) -> Tensor:
-        """Attention of the N tokens from `first` on; the cache holds keys and values of the tokens before them.
-
-        `first` is one position for all rows, or int64 [B]; theirs go into the cache. `inverse_temp_B111` multiplies the
-        attention logits of each row of the batch (1 / attention temperature).
-        """
-        q, k, v = self._heads(x_BNC)
-        if inverse_temp_B111 is not None:
-            q = q * inverse_temp_B111
-        out_BHNK = _attend(q, k, v, cache_2BHTK, first)
-        return self.proj(out_BHNK.transpose(1, 2).flatten(2))
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, cache_2BHTK: Tensor, first: int | Tensor) -> Tensor:
-    """Write k and v [B, H, N, K] into the cache at `first`; what q sees of it and of the tokens up to itself."""
-    N = q.shape[2]
-    if isinstance(first, int):
-        cache_2BHTK[0, :, :, first : first + N] = k
-        cache_2BHTK[1, :, :, first : first + N] = v
-        keys, values = cache_2BHTK[:, :, :, : first + N]
-        if N == 1 or first == 0:
-            return F.scaled_dot_product_attention(q, keys, values, is_causal=N > 1)
-        seen = torch.ones(N, first + N, dtype=torch.bool, device=q.device).tril(first)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
-    position_BN = first[:, None] + torch.arange(N, device=q.device)
-    row_B1 = torch.arange(len(first), device=q.device)[:, None]
-    cache_2BHTK[0].transpose(1, 2)[row_B1, position_BN] = k.transpose(1, 2)
-    cache_2BHTK[1].transpose(1, 2)[row_B1, position_BN] = v.transpose(1, 2)
-    end = int(first.max()) + N
-    seen = torch.arange(end, device=q.device) <= position_BN[:, None, :, None]
-    keys, values = cache_2BHTK[:, :, :, :end]
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
 
 
 class MLP(nn.Module):
@@ -108,16 +71,3 @@ class TransformerLayer(nn.Module):
         """[B, T, C] -> [B, T, C]."""
         x_BTC = x_BTC + self.attention(x_BTC)
         return x_BTC + self.mlp(x_BTC)
-
-    def step(self, x_BNC: Tensor, cache_2BHTK: Tensor, first: int | Tensor, inverse_temp_B111: Tensor | None) -> Tensor:
-        """The layer for N tokens in a row; see `CausalAttention.step`."""
-        x_BNC = x_BNC + self.attention.step(x_BNC, cache_2BHTK, first, inverse_temp_B111)
-        return x_BNC + self.mlp(x_BNC)
-
-
-def empty_cache(layers: int, batch: int, heads: int, tokens: int, head_channels: int, like: Tensor) -> Tensor:
-    """A key-value cache for one block: [layers, 2, B, H, T, K] in the dtype and on the device of `like`.
-
-    Zeros: what is masked is still multiplied by its weight of 0, which a NaN in fresh memory would survive.
-    """
-    return torch.zeros(layers, 2, batch, heads, tokens, head_channels, dtype=like.dtype, device=like.device)

@@ -1,6 +1,7 @@
 """`tarflow sweep-guidance`: find the guidance with the smallest distance."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from tarflow.evaluation.commands.options import OK, add_machine, log, set_up_process
@@ -15,6 +16,7 @@ processes: they share the work. Rounds and plot are in RUN/sweeps/. The best set
 `sample` and `evaluate` use from then on, if it is clearly the best: more than two standard errors ahead of the next one,
 and not at an end of the range. --choose best always takes it, --choose none never.
 """
+FORMS = ("linear", "closed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--denoise", metavar="M,M,...", help="multipliers (default: the run's)")
     parser.add_argument("--attn-temp", metavar="T,T,...", help="attention temperatures (default: the run's)")
+    parser.add_argument("--guidance-form", metavar="F,F,...", help="linear, closed or both (default: the run's)")
+    parser.add_argument(
+        "--guide-blocks",
+        metavar="B,B+B,...",
+        help="guided blocks: all, or numbers joined by +, also from the end: --guide-blocks=all,-1,0+1 (default: the run's)",
+    )
     parser.add_argument("--start", type=int, default=500, metavar="N", help="samples of the first round (default 500)")
     parser.add_argument(
         "--final", type=int, default=0, metavar="N", help="samples of the last round (default: the run's)"
@@ -48,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     guidance = _numbers("--guidance", args.guidance)
     denoise = _numbers("--denoise", args.denoise)
     attn_temp = _numbers("--attn-temp", args.attn_temp)
+    forms = _words("--guidance-form", args.guidance_form, FORMS)
+    blocks = _blocks("--guide-blocks", args.guide_blocks)
     set_up_process(args)
     from tarflow.evaluation.sweep.candidates import SweepRequest
     from tarflow.evaluation.sweep.guidance import sweep_guidance
@@ -57,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
         guidance=guidance,
         denoise=denoise,
         attn_temp=attn_temp,
+        guidance_form=forms,
+        guide_blocks=blocks,
         start=args.start,
         final=args.final,
         step=args.step,
@@ -75,3 +87,23 @@ def _numbers(option: str, text: str | None) -> list[float]:
         return list(dict.fromkeys(float(part) for part in (text or "").split(",") if part.strip()))
     except ValueError:
         raise EvaluationError(f"{option} {text!r} must be numbers separated by commas, e.g. 0,0.5,1") from None
+
+
+def _words(option: str, text: str | None, known: Sequence[str]) -> list[str]:
+    """Text such as `linear,closed` -> known words, each once."""
+    words = list(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
+    if unknown := [word for word in words if word not in known]:
+        raise EvaluationError(f"{option} {unknown[0]!r} must be among {', '.join(known)}")
+    return words
+
+
+def _blocks(option: str, text: str | None) -> list[tuple[int, ...]]:
+    """Text such as `all,-1,0+1` -> sets of blocks, each once; an empty one is all."""
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    try:
+        sets = [() if part == "all" else tuple(int(block) for block in part.split("+")) for part in parts]
+    except ValueError:
+        raise EvaluationError(
+            f"{option} {text!r} must be all or numbers of blocks joined by +, e.g. all,-1,0+1"
+        ) from None
+    return list(dict.fromkeys(sets))

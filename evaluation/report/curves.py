@@ -7,11 +7,17 @@ from tarflow.evaluation.report.headline import Headline, alike, differences, set
 from tarflow.evaluation.report.history import History, Result
 from tarflow.evaluation.report.markup import paragraphs
 from tarflow.evaluation.report.plots import Curve, Plot, outline, svg
+from tarflow.evaluation.sweep_file import shown_line, shown_setting
 from tarflow.trainer.checkpoint.names import leading_name
 
 MOST_HISTOGRAMS = 4  # on one plot
 # Sampling settings that a plot is made over: name of the setting, label of the axis.
-AXES = (("guidance", "guidance weight"), ("denoise", "denoising multiplier"), ("attn_temp", "attention temperature"))
+AXES = (
+    ("guidance", "guidance weight"),
+    ("denoise", "denoising multiplier"),
+    ("attn_temp", "attention temperature"),
+    ("temperature", "temperature"),
+)
 
 
 def by_settings(history: History, headline: Headline) -> dict[str, list[Result]]:
@@ -110,13 +116,12 @@ def _setting_plot(history: History, setting: str, label: str) -> Plot:
 
 
 def _round_plot(sweep: dict[str, Any], part: dict[str, Any]) -> Plot:
-    """One round of a sweep: distance over guidance, a curve for each denoising multiplier and temperature."""
+    """One round of a sweep: distance over guidance, a curve for each setting of the others."""
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for point in part["points"]:
         if point["distance"] is not None:
-            key = f"denoise {point['denoise']:g}, temperature {point['attn_temp']:g}"
             stderr = point.get("distance_stderr") or 0.0
-            lines.setdefault(key, []).append((point["guidance"], point["distance"], stderr))
+            lines.setdefault(shown_line(point), []).append((point["guidance"], point["distance"], stderr))
     curves = []
     for key, line in sorted(lines.items()):
         line.sort()
@@ -127,11 +132,10 @@ def _round_plot(sweep: dict[str, Any], part: dict[str, Any]) -> Plot:
 
 def _outcome(sweep: dict[str, Any]) -> str:
     """What a sweep found, in a sentence or two."""
-    best = ", ".join(f"{key} {value:g}" for key, value in sweep["best"].items())
     stderr = sweep.get("distance_stderr")
     distance = f"{sweep['distance']:.2f}" + (f" ± {stderr:.2f}" if stderr is not None else "")
     verdict = f"No clear winner: {'; '.join(sweep['unclear'])}." if sweep.get("unclear") else "A clear winner."
-    return f"{sweep['name']}: the best is {best}, at a distance of {distance}. {verdict}"
+    return f"{sweep['name']}: the best is {shown_setting(sweep['best'])}, at a distance of {distance}. {verdict}"
 
 
 def drawn(plots: Sequence[Plot], key: str) -> str:

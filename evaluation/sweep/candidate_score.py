@@ -63,6 +63,9 @@ class CandidateScores:
         self.chunk_samples, self.batch_size = request.start, batch_size
         identity = [source.sha256, real.features.sha256, real.settings.hash, request.start, list(request.guidance)]
         identity += [list(request.denoise), list(request.attn_temp), request.final]
+        if request.guidance_form or request.guide_blocks:  # else it has the name that earlier versions gave it
+            identity += [list(request.guidance_form), [list(blocks) for blocks in request.guide_blocks]]
+        self.varied = {"guidance_form": bool(request.guidance_form), "guide_blocks": bool(request.guide_blocks)}
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
         self.identity = {"sweep": digest, "checkpoint": source.checkpoint, "weights": source.sha256}
         self.folder = request.run / "sweeps" / f"{source.checkpoint}-{digest}.work"
@@ -89,7 +92,10 @@ class CandidateScores:
             save_record(temporary, self._score(samples.merge(), number))
             put_once(temporary, stored)
         settings, found = candidate.settings, load_record(stored, Score)
-        point = Point(settings.guidance, candidate.denoise_multiplier, settings.attn_temp, **found.model_dump())
+        varied = {name: getattr(settings, name) for name, is_varied in self.varied.items() if is_varied}
+        point = Point(
+            settings.guidance, candidate.denoise_multiplier, settings.attn_temp, **found.model_dump(), **varied
+        )
         shown = "too many samples lost" if point.distance is None else with_error(point.distance, point.stderr)
         self.log(f"{number} samples, {point}: {shown}")
         return point

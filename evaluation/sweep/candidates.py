@@ -1,11 +1,11 @@
-"""What a guidance sweep tries: every combination of guidance, denoising and attention temperature that differs."""
+"""What a guidance sweep tries: every combination of guidance, denoising, temperature, form and guided blocks that differs."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log
@@ -24,6 +24,8 @@ class SweepRequest:
     guidance: Sequence[float] = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
     denoise: Sequence[float] = ()
     attn_temp: Sequence[float] = ()
+    guidance_form: Sequence[str] = ()
+    guide_blocks: Sequence[tuple[int, ...]] = ()  # an empty tuple: all blocks
     start: int = 500  # samples of the first round
     final: int = 0  # samples of the last round; 0 = evaluation.num_samples
     step: int | None = None
@@ -40,29 +42,51 @@ def sweep_candidates(request: SweepRequest, own: ResolvedSampling, config: Confi
     """
     denoise = list(request.denoise) or [own.denoise_multiplier]
     temperatures = list(request.attn_temp) or [own.settings.attn_temp]
+    forms = list(request.guidance_form) or [own.settings.guidance_form]
+    blocks = list(request.guide_blocks) or [own.settings.guide_blocks]
     _check_range("--guidance", request.guidance, 0.0)
     _check_range("--denoise", denoise, 0.0)
     _check_range("--attn-temp", temperatures, 1e-4)
     if config.train.noise == "uniform" and any(denoise):
         raise EvaluationError("--denoise needs a model trained with gaussian noise; this run has train.noise=uniform")
-    if (number := len(request.guidance) * len(denoise) * len(temperatures)) > MAX_CANDIDATES:
+    _check_blocks(blocks, config.model.num_blocks)
+    axes = (request.guidance, denoise, temperatures, forms, blocks)
+    if (number := math.prod(len(values) for values in axes)) > MAX_CANDIDATES:
         raise EvaluationError(
-            f"--guidance x --denoise x --attn-temp make {number:,} settings, more than the limit of {MAX_CANDIDATES}"
+            f"--guidance x --denoise x --attn-temp x --guidance-form x --guide-blocks make {number:,} settings, more than the "
+            f"limit of {MAX_CANDIDATES}"
         )
     unlabelled = not config.model.num_classes or set(own.labels) == {NO_LABEL}
-    found: dict[tuple[float, float, float], ResolvedSampling] = {}
-    for w, m, t in product(request.guidance, denoise, temperatures):
+    found: dict[tuple[Any, ...], ResolvedSampling] = {}
+    for w, m, t, form, guided in product(*axes):
         # Without labels, only the temperature tells the guided pass from the other one.
         if w and unlabelled and t == 1:
             log(f"skipped: guidance {w:g} with attention temperature 1 has no effect without labels")
             continue
-        key = (w, m, t if w else temperatures[0])  # without guidance the temperature has no effect
-        found.setdefault(key, own.with_changes(guidance=w, denoise=m, attn_temp=key[2]))
+        # Without guidance the others have no effect; blocks may be counted from either end.
+        t, form, guided = (t, form, guided) if w else (temperatures[0], forms[0], blocks[0])
+        key = (
+            w,
+            m,
+            t,
+            form,
+            frozenset(block % config.model.num_blocks for block in guided or range(config.model.num_blocks)),
+        )
+        if key not in found:
+            found[key] = own.with_changes(guidance=w, denoise=m, attn_temp=t, guidance_form=form, guide_blocks=guided)
     if not found:
         raise EvaluationError("nothing is left to sweep: without labels give --attn-temp values other than 1")
     for candidate in found.values():
         check_guidance(candidate, config.model.num_classes, config.train.label_dropout)
     return list(found.values())
+
+
+def _check_blocks(sets: Sequence[tuple[int, ...]], blocks: int) -> None:
+    if bad := [block for guided in sets for block in guided if not -blocks <= block < blocks]:
+        raise EvaluationError(
+            f"--guide-blocks {bad[0]}: the model has {blocks} blocks (0..{blocks - 1}, or -1 for the last, which is sampled "
+            "first)"
+        )
 
 
 def _check_range(option: str, values: Sequence[float], low: float) -> None:

@@ -4,8 +4,12 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from tarflow.evaluation.sweep_file import shown_blocks
 
 NOISE = 2.0  # standard errors of their difference within which two candidates are indistinguishable
+RANGES = ("guidance", "denoise", "attn_temp")  # settings that are numbers, which could be larger or smaller
 MIN_RANGE = 3  # values of a setting that make a range, which has ends; two are alternatives
 
 
@@ -21,6 +25,8 @@ class Point:
     count: int = 0  # samples behind the distance
     # How much each of the first samples moves the distance (see FrechetInfluence); None for one that was lost.
     influence: Sequence[float | None] = field(default=(), repr=False)
+    guidance_form: str | None = None  # None: not varied, as the blocks below
+    guide_blocks: tuple[int, ...] | None = None
 
     @property
     def order(self) -> tuple[float, float, float, float]:
@@ -29,9 +35,14 @@ class Point:
         return distance, self.guidance, self.denoise, self.attn_temp
 
     @property
-    def settings(self) -> dict[str, float]:
+    def settings(self) -> dict[str, Any]:
         """What the sweep varies, by name."""
-        return {"guidance": self.guidance, "denoise": self.denoise, "attn_temp": self.attn_temp}
+        found: dict[str, Any] = {"guidance": self.guidance, "denoise": self.denoise, "attn_temp": self.attn_temp}
+        if self.guidance_form is not None:
+            found["guidance_form"] = self.guidance_form
+        if self.guide_blocks is not None:
+            found["guide_blocks"] = list(self.guide_blocks)
+        return found
 
     @property
     def stderr(self) -> float | None:
@@ -39,7 +50,9 @@ class Point:
         return _stderr([value for value in self.influence if value is not None], self.count)
 
     def __str__(self) -> str:
-        return f"guidance {self.guidance:g}, denoise {self.denoise:g}, attention temperature {self.attn_temp:g}"
+        form = f", {self.guidance_form} form" if self.guidance_form is not None else ""
+        blocks = f", blocks {shown_blocks(self.guide_blocks)}" if self.guide_blocks is not None else ""
+        return f"guidance {self.guidance:g}, denoise {self.denoise:g}, attention temperature {self.attn_temp:g}{form}{blocks}"
 
 
 def with_error(value: float, stderr: float | None) -> str:
@@ -84,7 +97,8 @@ def _within_noise(best: Point, others: Sequence[Point]) -> list[str]:
 
 def _at_an_end(best: Point, tried: Sequence[Point]) -> list[str]:
     reasons = []
-    for name, value in best.settings.items():
+    for name in RANGES:
+        value = best.settings[name]
         values = {point.settings[name] for point in tried}
         if (
             len(values) < MIN_RANGE or value not in (min(values), max(values)) or value == 0

@@ -1,11 +1,11 @@
-"""`tarflow sweep-guidance`: which guidance, denoising and attention temperature give the smallest distance.
+"""`tarflow sweep-guidance`: which guidance, denoising, attention temperature and form of guidance give the smallest distance.
 
 Candidates are dropped by successive halving until the last two are compared at the full number of samples. Any number of
 processes share a sweep. It chooses by itself only what is clear: the best candidate is more than two standard errors
 ahead of the next one, and not at an end of the range tried (see `choice.py`).
 
     RUN/sweeps/images-NNNNNNNNNNNN-0123456789ab/sweep.json    every round, the best, the choice, all settings
-                                                guidance.svg  distance over guidance, a line per denoising and temperature
+                                                guidance.svg  distance over guidance, a line per setting of the others
     RUN/sampling.json                                         the choice: the default of sample and evaluate from now on
 """
 
@@ -25,7 +25,7 @@ from tarflow.evaluation.sweep.candidates import SweepRequest, sweep_candidates
 from tarflow.evaluation.sweep.choice import Point, why_unclear, with_error
 from tarflow.evaluation.sweep.halving import Round, samples_per_round, successive_halving
 from tarflow.evaluation.sweep.plot import plot_rounds
-from tarflow.evaluation.sweep_file import load_sweep
+from tarflow.evaluation.sweep_file import load_sweep, shown_setting
 from tarflow.evaluation.worker.real_images import RealImages
 from tarflow.evaluation.worker.recipe import load_recipes
 from tarflow.files import make_folder, write_text
@@ -73,9 +73,8 @@ def _choose(request: SweepRequest, record: dict[str, Any], final: int, log: Log)
     """Log the best candidate, and make it the run's default where that is clear or asked for."""
     best, unclear = record.get("best") or record["chosen"], record.get("unclear", [BEFORE_ERRORS])
     where = f"sweeps/{record['name']}"
-    listed = ", ".join(f"{key} {value:g}" for key, value in best.items())
     distance = with_error(record["distance"], record.get("distance_stderr"))
-    log(f"best: {listed}; distance {distance} with {final} samples; {where}/guidance.svg")
+    log(f"best: {shown_setting(best)}; distance {distance} with {final} samples; {where}/guidance.svg")
     for reason in unclear:
         log(f"not clear: {reason}")
     if request.choose == "best" or (request.choose == "clear" and not unclear):

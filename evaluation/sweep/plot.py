@@ -1,4 +1,4 @@
-"""The plot of a guidance sweep: distance over guidance, a line per denoising and temperature, a panel per round."""
+"""The plot of a guidance sweep: distance over guidance, a line per setting of the others, a panel per round."""
 
 import io
 from typing import Any
@@ -8,6 +8,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from tarflow.evaluation.report.plots import COLOURS
+from tarflow.evaluation.sweep_file import shown_line
 
 
 def plot_rounds(rounds: list[dict[str, Any]], metric: str) -> str:
@@ -15,7 +16,7 @@ def plot_rounds(rounds: list[dict[str, Any]], metric: str) -> str:
 
     Bars are one standard error; candidates without a distance have no point.
     """
-    keys = sorted({(p["denoise"], p["attn_temp"]) for r in rounds for p in r["points"]})
+    keys = sorted({shown_line(p) for r in rounds for p in r["points"]})
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tarflow", "font.size": 9}):
         figure = Figure(figsize=(3.2 * len(rounds) + 0.6, 3.0), layout="constrained")
         FigureCanvasSVG(figure)
@@ -24,13 +25,12 @@ def plot_rounds(rounds: list[dict[str, Any]], metric: str) -> str:
                 points = sorted(
                     (p["guidance"], p["distance"], p.get("distance_stderr") or 0.0)
                     for p in part["points"]
-                    if (p["denoise"], p["attn_temp"]) == key and p["distance"] is not None
+                    if shown_line(p) == key and p["distance"] is not None
                 )
                 if points:
-                    label = f"denoise {key[0]:g}, temperature {key[1]:g}"
                     x, y, errors = zip(*points)
                     colour = COLOURS[place % len(COLOURS)]
-                    axes.errorbar(x, y, yerr=errors, marker="o", ms=4, lw=1.2, capsize=2, color=colour, label=label)
+                    axes.errorbar(x, y, yerr=errors, marker="o", ms=4, lw=1.2, capsize=2, color=colour, label=key)
             axes.set_title(f"{part['num_samples']:,} samples", loc="left", fontsize=10)
             axes.set_xlabel("guidance")
             axes.grid(alpha=0.2)

@@ -4,15 +4,15 @@ The network's output at token i is the scale and shift of token i + 1; token 0 i
 sequential sampling, some at a time a sliding window, all of them the whole sequence, or the check of a finished one.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tarflow.models.flow import FlowBlock
+from tarflow.models.sampling.cached_layer import CachedLayer, empty_cache
 from tarflow.models.sampling.guidance import Guidance
-from tarflow.models.transformer import empty_cache
 
 # Without cuDNN's kernel, which plans anew for each length: here every token has its own, and planning took six sevenths of
 # the time on an H100.
@@ -52,6 +52,12 @@ class EagerBlock:
             config.layers_per_block, 2 * n if guidance.active else n, config.num_heads, config.num_tokens,
             config.head_channels, block.pos_embed,
         )  # fmt: skip
+        self.last = block.proj_out.bias, block.proj_out.weight.t()
+        self._bind()
+
+    def _bind(self) -> None:
+        layers: Any = self.block.attn_blocks
+        self.layers = [CachedLayer(*given, self.inverse_temp) for given in zip(layers, self.cache)]
 
     @sdpa_kernel(KERNELS, set_priority=True)
     def tokens(self, x: Tensor, first: int | Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -63,7 +69,7 @@ class EagerBlock:
         """See `BlockEngine.invert`."""
         for i in range(x.shape[1] - 1):
             a, b = self._tokens(x, i, 1)
-            x[:, i + 1] = x[:, i + 1] * torch.exp(a[:, 0]) + b[:, 0]
+            x.select(1, i + 1).mul_(torch.exp(a.select(1, 0))).add_(b.select(1, 0))
 
     def _tokens(self, x: Tensor, first: int | Tensor, count: int) -> tuple[Tensor, Tensor]:
         block = self.block
@@ -73,17 +79,18 @@ class EagerBlock:
             index = first[:, None] + torch.arange(count, device=x.device)
             some = x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
             positions = self.positions[index]
-        h = block.proj_in(some.to(block.proj_in.weight.dtype)) + positions
-        if self.guidance.active:
-            h = torch.cat([h, h])  # the halves share the tokens and differ in label and temperature
-            if not isinstance(first, int):
-                first = torch.cat([first, first])
+        h, halves = block.proj_in(some.to(block.pos_embed.dtype)) + positions, 2 if self.guidance.active else 1
+        at = first if isinstance(first, int) else first.repeat(halves)
+        # The halves share the tokens and differ in label and temperature.
         if self.embedding is not None:
-            h = h + self.embedding
-        for layer, layer_cache in zip(block.attn_blocks, self.cache):
-            h = layer.step(h, layer_cache, first, self.inverse_temp)  # type: ignore[operator]
-        a, b = block.split(block.proj_out(h))
-        return self.guidance.apply(a, b, first if isinstance(first, int) else first[: self.n])
+            h = h + self.embedding.view(halves, self.n, 1, -1)
+        elif halves == 2:
+            h = torch.cat([h, h])
+        h = h.reshape(halves * self.n * count, -1)
+        for layer in self.layers:
+            h = layer.step(h, at, count)
+        a, b = block.split(torch.addmm(self.last[0], h, self.last[1]).view(halves * self.n, count, -1))
+        return self.guidance.apply(a, b, first)
 
     def keep(self, rows: Tensor) -> None:
         """See `BlockEngine.keep`."""
@@ -94,6 +101,7 @@ class EagerBlock:
             self.embedding = self.embedding[both]
         if self.inverse_temp is not None:
             self.inverse_temp = self.inverse_temp[both]
+        self._bind()
 
 
 def conditions(

@@ -10,6 +10,7 @@ The closed form is the Gaussian p_c^(1 + w) / p_u^w, with the ratio s of the var
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,16 +64,23 @@ class Guidance:
         if self.settings.guidance_form == "closed":
             guided_a, guided_b = closed_form(a_c, a_u, b_c, b_u, weight)
         else:
-            guided_a, guided_b = a_c + weight * (a_c - a_u), b_c + weight * (b_c - b_u)
+            # a_c + w (a_c - a_u) in one call, as beyond the end of the line from a_u to a_c
+            guided_a, guided_b = torch.lerp(a_u, a_c, 1 + weight), torch.lerp(b_u, b_c, 1 + weight)
         guide = self.settings.guide
         return (guided_a if "a" in guide else a_c), (guided_b if "b" in guide else b_c)
+
+    @cached_property
+    def _numbers(self) -> list[float]:
+        """The weights, for calls of one token."""
+        assert self.weights is not None
+        return list(self.weights.tolist())
 
     def _weight(self, like: Tensor, first: int | Tensor) -> Tensor | float:
         assert self.weights is not None
         n = like.shape[1]
         if isinstance(first, int):
             if n == 1:
-                return float(self.weights[first])
+                return self._numbers[first]
             return self.weights[first : first + n].to(like)[:, None]
         index = first.cpu()[:, None] + torch.arange(n)
         return self.weights[index].to(like)[:, :, None]

@@ -16,6 +16,7 @@ from tarflow.models.float32 import products
 from tarflow.models.flow import FlowBlock, TarFlow
 from tarflow.models.sampling.engine import BlockEngine, EagerBlock
 from tarflow.models.sampling.guidance import Guidance
+from tarflow.models.sampling.joint import joint
 from tarflow.models.sampling.native import NativeBlock
 from tarflow.models.sampling.paths import Inverted, certify, follow
 from tarflow.models.sampling.plan import BlockPlan, SamplingPlan
@@ -81,13 +82,16 @@ def invert(
     )  # fmt: skip
     if with_trajectory:
         done.trajectory.append(model.unpatchify(x))
+    at_once = plan.is_joint and config.num_tokens > 1
+    jointly = _jointly(model, x, labels, settings, wanted) if at_once else None
     for number in reversed(range(config.num_blocks)):
-        block: FlowBlock = model.blocks[number]  # type: ignore[assignment]
-        guidance = Guidance.of_block(settings, number, config.num_blocks, config.num_tokens)
-        judged: FlowBlock = block if judge is None else judge.blocks[number]  # type: ignore[assignment]
-        step = _Step(block, judged, block.order(x), labels, guidance, settings.tolerance)
-        found, redone = step.run(plan.blocks[number], wanted)
-        x = block.order(found.x)
+        step = _step(model, number, x, labels, settings, judge)
+        if jointly is None:
+            found, redone = step.run(plan.blocks[number], wanted)
+        else:
+            found, redone = jointly[0][number], jointly[1]
+            step.again(found, redone)
+        x = step.block.order(found.x)
         done.certificate[:, number], done.passes[:, number], done.redone[:, number] = (
             found.certificate, found.passes, redone,
         )  # fmt: skip
@@ -116,15 +120,18 @@ class _Step:
         good = found.converged & torch.isfinite(found.x).flatten(1).all(1).cpu()
         if how.path != "sequential":
             wanted = torch.ones_like(wanted) if how.path == "window" else wanted | torch.isnan(found.certificate)
-        self._certify(found, wanted & good)
+        self.certify(found, wanted & good)
         if how.is_reference:
             return found, torch.zeros_like(good)
-        redone = ~good | (found.certificate > self.tolerance) | (wanted & torch.isnan(found.certificate))
-        if redone.any():
-            self._again(found, redone)
+        redone = ~good | self.missed(found, wanted)
+        self.again(found, redone)
         return found, redone
 
-    def _certify(self, found: Inverted, rows: Tensor) -> None:
+    def missed(self, found: Inverted, wanted: Tensor) -> Tensor:
+        """Bool [N]: whose certificate is above the tolerance, or is wanted and could not be computed."""
+        return (found.certificate > self.tolerance) | (wanted & torch.isnan(found.certificate))
+
+    def certify(self, found: Inverted, rows: Tensor) -> None:
         """Certify these samples in torch, also where a compiled path has its own certificate: the larger one counts."""
         if not rows.any():
             return
@@ -134,17 +141,51 @@ class _Step:
             mine = certify(engine, found.x[at], self.z[at])
         found.certificate[rows] = torch.fmax(found.certificate[rows], mine).where(~mine.isnan(), mine)
 
-    def _again(self, found: Inverted, rows: Tensor) -> None:
+    def again(self, found: Inverted, rows: Tensor) -> None:
+        """Compute these samples one token after the other."""
+        if not rows.any():
+            return
         at = rows.nonzero()[:, 0].to(self.z.device)
         x = self.z[at].clone()
         EagerBlock(self.block, self._labels(at), len(at), self.guidance).invert(x)
         found.x[at] = x
         found.passes[rows] += x.shape[1] - 1
         found.certificate[rows] = torch.nan
-        self._certify(found, rows)
+        self.certify(found, rows)
 
     def _labels(self, rows: Tensor) -> Tensor | None:
         return None if self.labels is None else self.labels[rows]
+
+
+def _step(
+    model: TarFlow,
+    number: int,
+    x: Tensor,
+    labels: Tensor | None,
+    settings: SamplingSettings,
+    judge: TarFlow | None = None,
+) -> _Step:
+    """The step that inverts block `number`, given what the one before it has made, x [N, T, D] in the image's order."""
+    block: FlowBlock = model.blocks[number]  # type: ignore[assignment]
+    judged: FlowBlock = block if judge is None else judge.blocks[number]  # type: ignore[assignment]
+    guidance = Guidance.of_block(settings, number, model.config.num_blocks, model.config.num_tokens)
+    return _Step(block, judged, block.order(x), labels, guidance, settings.tolerance)
+
+
+def _jointly(
+    model: TarFlow, x: Tensor, labels: Tensor | None, settings: SamplingSettings, wanted: Tensor
+) -> tuple[dict[int, Inverted], Tensor]:
+    """All blocks inverted at once, by number, and the samples bool [N] that have to be computed again in each."""
+    numbers = range(model.config.num_blocks)[::-1]
+    steps = [_step(model, number, x, labels, settings) for number in numbers]
+    found = joint([s.block for s in steps], steps[0].z, labels, [s.guidance for s in steps], settings.tolerance)
+    redone = ~found[0].converged
+    for step, one, after in zip(steps, found, [*steps[1:], None]):
+        step.certify(one, wanted & ~redone)
+        redone = redone | step.missed(one, wanted)
+        if after is not None:
+            after.z = after.block.order(step.block.order(one.x))
+    return dict(zip(numbers, found)), redone
 
 
 def check_labels(model: TarFlow, labels: Tensor | None, batch: int) -> None:

@@ -14,13 +14,16 @@ from tarflow.models.flow import FlowBlock, TarFlow
 from tarflow.models.sampling import native
 from tarflow.models.sampling.guidance import Guidance
 from tarflow.models.sampling.inverse import check_labels, make_engine
-from tarflow.models.sampling.paths import SEQUENTIAL, WHOLE, Path, certify, follow
+from tarflow.models.sampling.joint import Stack, joint
+from tarflow.models.sampling.paths import JOINT, SEQUENTIAL, WHOLE, Inverted, Path, certify, follow
 from tarflow.models.sampling.plan import BlockPlan, SamplingPlan, conditions_of
 from tarflow.models.sampling.settings import SamplingSettings
 
 WIDTHS = (8, 32)
 STEPS = 8  # single tokens, for choosing between engines
 LEAST_PASSES = 4  # of a whole sequence: none converged in fewer on trained weights
+JOINT_BATCH = 16  # samples; larger batches keep a device busy block by block
+JOINT_BYTES = 1 << 30  # of weights, which a joint iteration holds a second time
 
 
 @torch.inference_mode()
@@ -31,13 +34,14 @@ def measure_plan(
     check_labels(model, labels, noise.shape[0])
     config = model.config
     x = noise.float() * model.var.float().sqrt()
-    blocks: list[BlockPlan] = []
+    start, blocks = x, list[BlockPlan]()
     for number in reversed(range(config.num_blocks)):
         block: FlowBlock = model.blocks[number]  # type: ignore[assignment]
         guidance = Guidance.of_block(settings, number, config.num_blocks, config.num_tokens)
         trial = _Trial(block, block.order(x), labels, guidance, settings.tolerance)
         blocks.append(trial.run())
         x = block.order(trial.x)
+    blocks = _perhaps_at_once(model, start, labels, settings, blocks)
     machine = {
         "device": torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else x.device.type,
         "threads": torch.get_num_threads(),
@@ -45,6 +49,48 @@ def measure_plan(
         "torch": torch.__version__,
     }
     return SamplingPlan(blocks=blocks[::-1], conditions=conditions_of(config, settings, weights), machine=machine)
+
+
+def _perhaps_at_once(
+    model: TarFlow, x: Tensor, labels: Tensor | None, settings: SamplingSettings, blocks: list[BlockPlan]
+) -> list[BlockPlan]:
+    """The blocks' plans, in the order of sampling; those of the joint iteration where that is faster and proven."""
+    config, (n, tokens, _) = model.config, x.shape
+    weights = sum(p.numel() * p.element_size() for p in model.blocks.parameters())
+    if config.num_blocks < 2 or tokens < 3 or n > JOINT_BATCH or weights > JOINT_BYTES:
+        return blocks
+    numbers = range(config.num_blocks)[::-1]
+    members: list[FlowBlock] = [model.blocks[number] for number in numbers]  # type: ignore[misc]
+    guidances = [Guidance.of_block(settings, number, config.num_blocks, tokens) for number in numbers]
+    stacks: list[Stack] = []
+    seconds = _timed(x.device, lambda: stacks.append(Stack(members, labels, n, guidances)))
+    at = torch.stack([block.order(x) for block in members])
+    seconds += LEAST_PASSES * min(_timed(x.device, lambda: stacks[0].scales_and_shifts(at)) for _ in range(2))
+    stacks.clear()
+    best = sum(block.seconds[str(block)] for block in blocks)
+    if seconds > best:
+        return blocks
+    found: list[Inverted] = []
+    z = members[0].order(x)
+    seconds = _timed(x.device, lambda: found.extend(joint(members, z, labels, guidances, settings.tolerance)))
+    proven = all((one.converged & (one.certificate <= settings.tolerance)).all() for one in found)
+    share, path = float(f"{seconds / len(blocks):.3g}"), str(JOINT)
+    measured = [
+        {"seconds": block.seconds | {f"eager {path}": share}, "passes": block.passes | {f"eager {path}": int(one.passes.max())}}
+        for block, one in zip(blocks, found)
+    ]  # fmt: skip
+    change = {"engine": "eager", "path": JOINT.kind, "width": 0} if proven and seconds < best else {}
+    return [block.model_copy(update=change | more) for block, more in zip(blocks, measured)]
+
+
+def _timed(device: torch.device, work: Callable[[], object]) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
 
 
 class _Trial:
@@ -84,7 +130,7 @@ class _Trial:
         """Seconds of `number` calls over `count` tokens each; the better of two."""
         made = make_engine(engine, self.block, self.labels, len(self.z), self.guidance)
         at = range(0, min(number, self.z.shape[1] - count), 1)
-        return min(self._timed(lambda: [made.tokens(self.z, i, count) for i in at]) for _ in range(2))
+        return min(_timed(self.z.device, lambda: [made.tokens(self.z, i, count) for i in at]) for _ in range(2))
 
     def _whole_run(self, engine: str, path: Path) -> None:
         """Invert the block; the best so far if it is the fastest, and every sample is certified."""
@@ -94,7 +140,7 @@ class _Trial:
             made = make_engine(engine, self.block, self.labels, n, self.guidance)
             self._found = follow(path, made, self.z, self.tolerance)
 
-        self.seconds[name] = self._timed(run)
+        self.seconds[name] = _timed(self.z.device, run)
         self.passes[name] = int(self._found.passes.max())
         if path == SEQUENTIAL:
             self.x, self.best = self._found.x, (self.seconds[name], engine, path)
@@ -103,18 +149,9 @@ class _Trial:
         if path.kind == "window":
             judge = make_engine("eager", self.block, self.labels, n, self.guidance)
             found: list[Tensor] = []
-            self.seconds[name] += self._timed(lambda: found.append(certify(judge, self._found.x, self.z)))
+            self.seconds[name] += _timed(self.z.device, lambda: found.append(certify(judge, self._found.x, self.z)))
             certificate = found[0]
         proven = bool((self._found.converged & (certificate <= self.tolerance)).all())
         assert self.best is not None
         if proven and self.seconds[name] < self.best[0]:
             self.best = (self.seconds[name], engine, path)
-
-    def _timed(self, work: Callable[[], object]) -> float:
-        if self.z.device.type == "cuda":
-            torch.cuda.synchronize()
-        begun = time.perf_counter()
-        work()
-        if self.z.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begun

@@ -44,18 +44,15 @@ struct block {
 };
 
 struct work { float *token, *h, *norm, *qkv, *seen, *mid, *out, *logits; }; /* buffers of one step */
-
 int tarflow_panel(void) { return P; }
-
 INLINE vec load(const float *p) { return *(const loose *)p; }
 INLINE void store(float *p, vec v) { *(loose *)p = v; }
 INLINE vec all(float x) { return (vec){0} + x; }
 INLINE vec pick(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }
 
 INLINE float sum(vec v) {
-    float s = 0;
-    for (int i = 0; i < W; i++) s += v[i];
-    return s;
+    for (int i = 1; i < W; i++) v[0] += v[i];
+    return v[0];
 }
 
 /* exp(x) for x <= 0 to an ulp or two (Cephes); NaN stays NaN. */
@@ -133,6 +130,14 @@ static void norms(const struct block *b, int rows, const float *x, const float *
     }
 }
 
+/* C vectors of what a query sees: the values of `n` tokens by their probabilities, read as they lie. */
+INLINE void weigh(const int C, const float *values, int K, int n, const float *p, float norm, float *out) {
+    vec s[4] = {{0}};
+    for (int t = 0; t < n; t++)
+        for (int j = 0; j < C; j++) s[j] += load(values + (long)t * K + j * W) * p[t];
+    for (int j = 0; j < C; j++) store(out + j * W, s[j] * norm);
+}
+
 /* What one query sees of `n` tokens; p is room for their probabilities. */
 static void attend(const float *query, float scale, const float *keys, const float *values, int n, int K, float *p, float *out) {
     vec most = all(-INFINITY), total = {0};
@@ -150,13 +155,10 @@ static void attend(const float *query, float scale, const float *keys, const flo
     for (int i = 1; i < W; i++) peak = most[i] > peak ? most[i] : peak;
     for (int t = 0; t < n; t += W) store(p + t, exp_negative(load(p + t) - peak)), total += load(p + t);
     float norm = 1 / sum(total);
-    for (int k = 0; k < K; k += W) {
-        vec s[4] = {{0}};
-        int t = 0;
-        for (; t + 4 <= n; t += 4)
-            for (int j = 0; j < 4; j++) s[j] += load(values + (long)(t + j) * K + k) * p[t + j];
-        for (; t < n; t++) s[0] += load(values + (long)t * K + k) * p[t];
-        store(out + k, ((s[0] + s[1]) + (s[2] + s[3])) * norm);
+    for (int k = 0; k < K; k += 4 * W) switch ((K - k) / W) {
+#define SEEN(C) case C: weigh(C, values + k, K, n, p, norm, out + k); break;
+        SEEN(1) SEEN(2) SEEN(3)
+        default: weigh(4, values + k, K, n, p, norm, out + k);
     }
 }
 

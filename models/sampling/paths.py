@@ -22,7 +22,7 @@ LEAST_PASSES = 16
 
 @dataclass(frozen=True)
 class Path:
-    """How a block is inverted: "sequential", "window" (of `width` tokens) or "whole"."""
+    """How a block is inverted: "sequential", "window" (of `width` tokens), "whole", or "joint" with all other blocks."""
 
     kind: str
     width: int = 0
@@ -31,7 +31,7 @@ class Path:
         return f"{self.kind} {self.width}" if self.width else self.kind
 
 
-SEQUENTIAL, WHOLE = Path("sequential"), Path("whole")
+SEQUENTIAL, WHOLE, JOINT = Path("sequential"), Path("whole"), Path("joint")
 
 
 @dataclass
@@ -78,7 +78,7 @@ def whole(engine: BlockEngine, z: Tensor, tolerance: float) -> Inverted:
     it as not converged. The certificate comes with the last pass, at no cost.
     """
     n, tokens, _ = z.shape
-    done = _nothing(z)
+    done = nothing_done(z)
     x, rows = z.clone(), torch.arange(n, device=z.device)
     for number in range(1, max(LEAST_PASSES, tokens // 2) + 1):
         a, b = engine.tokens(x, 0, tokens - 1)
@@ -106,7 +106,7 @@ def window(engine: BlockEngine, z: Tensor, tolerance: float, width: int) -> Inve
     """
     n, tokens, d = z.shape
     count = min(width, tokens - 1)
-    done, rows = _nothing(z), torch.arange(n, device=z.device)
+    done, rows = nothing_done(z), torch.arange(n, device=z.device)
     x, settled = z.clone(), torch.zeros(n, dtype=torch.int64, device=z.device)  # the last token that is final
     ahead = torch.arange(1, count + 1, device=z.device)
     number = 0
@@ -135,7 +135,9 @@ def window(engine: BlockEngine, z: Tensor, tolerance: float, width: int) -> Inve
     return done
 
 
-class _Done(Inverted):
+class Done(Inverted):
+    """What is being found: samples are put in as they finish."""
+
     def put(self, rows: Tensor, x: Tensor, certificate: Tensor, converged: Tensor) -> None:
         """The samples of these rows are finished."""
         self.x[rows] = x
@@ -143,10 +145,11 @@ class _Done(Inverted):
         self.converged[rows.cpu()] = converged.cpu()
 
 
-def _nothing(z: Tensor) -> _Done:
+def nothing_done(z: Tensor) -> Done:
+    """What was found of the N samples z [N, T, D] before any is finished."""
     n = len(z)
     unknown = torch.full((n,), torch.nan, dtype=torch.float64)
-    return _Done(z.clone(), unknown, torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.bool))
+    return Done(z.clone(), unknown, torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.bool))
 
 
 def follow(path: Path, engine: BlockEngine, z: Tensor, tolerance: float) -> Inverted:

@@ -2,17 +2,17 @@
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.errors import ModelError
-from tarflow.models.sampling.paths import WHOLE, Path
+from tarflow.models.sampling.paths import JOINT, WHOLE, Path
 from tarflow.models.sampling.settings import SamplingSettings
 from tarflow.records import Record
 
 FIRST_WINDOW = 32  # of method=fixed_point in the block that is sampled first, where whole sequences converge slowly
 ENGINES = ("eager", "native")
-KINDS = ("sequential", "window", "whole")
+KINDS = ("sequential", "window", "whole", "joint")
 
 Seconds = Annotated[float, Field(ge=0, le=1e9)]
 
@@ -64,6 +64,20 @@ class SamplingPlan(Record):
     blocks: list[BlockPlan] = Field(min_length=1, max_length=1 << 10)
     conditions: dict[str, Any] = Field(default_factory=dict)  # a plan is refused where they differ
     machine: dict[str, Any] = Field(default_factory=dict)  # it was measured on; empty where nothing was
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> "SamplingPlan":
+        joint = [block.how == JOINT for block in self.blocks]
+        if any(joint) and not all(joint):
+            raise ValueError(
+                f"block {joint.index(False)} is inverted by itself, and block {joint.index(True)} with all others"
+            )
+        return self
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether all blocks are inverted at once."""
+        return self.blocks[0].how == JOINT
 
     def check(self, conditions: dict[str, Any]) -> None:
         """Raise ModelError where the plan was made under other conditions, or is not of as many blocks."""

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tarflow.models.transformer import SHORT, TransformerLayer, causal_attention, empty_cache
+from tarflow.models.sampling.cached_layer import CachedLayer, empty_cache
+from tarflow.models.transformer import SHORT, TransformerLayer, causal_attention
 
 
 def inputs(tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -108,7 +109,8 @@ def test_token_by_token_with_a_cache_is_the_same(dtype: torch.dtype, tokens: int
     x = torch.randn(2, tokens, 32).to(dtype)
     (cache,) = empty_cache(layers=1, batch=2, heads=2, tokens=tokens, head_channels=16, like=x)
     with torch.no_grad():
-        steps = torch.cat([layer.step(x[:, t : t + 1], cache, t, None) for t in range(tokens)], dim=1)
+        cached = CachedLayer(layer, cache, None)
+        steps = torch.stack([cached.step(x[:, t].clone(), t, 1) for t in range(tokens)], dim=1)
         whole, reference = layer(x), exact(x.float())
     if dtype == torch.float32:
         torch.testing.assert_close(steps, whole, rtol=1e-5, atol=1e-5)

@@ -1,5 +1,6 @@
 """RUN/sampling.json: the sampling settings that `tarflow sweep-guidance` chose for a run, and by which sweep."""
 
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +28,7 @@ class Choice(Record):
     def _known(cls, value: dict[str, Any]) -> dict[str, Any]:
         if unknown := set(value) - set(SamplingSettings.model_fields):
             raise ValueError(f"{sorted(unknown)[0]!r} is not a setting of the section sampling")
-        SamplingSettings.model_validate(value, strict=True)
+        SamplingSettings.model_validate_json(json.dumps(value), strict=True)  # there, a list is a tuple, too
         return value
 
 

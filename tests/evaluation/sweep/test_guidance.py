@@ -115,6 +115,51 @@ def test_standard_errors_stand_in_record_plot_and_report(run_dir):
     assert f"best is {best}, at a distance of {record['distance']:.2f} ± {record['distance_stderr']:.2f}" in text
 
 
+def test_forms_and_guided_blocks_are_axes_of_their_own(run_dir, tmp_path, capsys):
+    """Without guidance they have no effect, and a block may be counted from either end: such settings are tried once."""
+    words = ["sweep-guidance", str(run_dir), "--guidance", "0,2", "--denoise", "1", "--guidance-form", "linear,closed"]
+    words += ["--guide-blocks=all,-1,1,0+1,1+0", "--start", "8", "--final", "16", "--threads", "1", "--choose", "best"]
+    assert run_config(run_dir).model.num_blocks == 2
+    assert tarflow.cli.main(words) == 0
+    said = capsys.readouterr().out
+    (path,) = (run_dir / "sweeps").glob("*/sweep.json")
+    record = read_object(path)
+    tried = [(p["guidance"], p["guidance_form"], tuple(p["guide_blocks"])) for p in record["rounds"][0]["points"]]
+    assert sorted(tried) == [
+        (0, "linear", ()), (2, "closed", ()), (2, "closed", (-1,)), (2, "linear", ()), (2, "linear", (-1,)),
+    ]  # fmt: skip
+    distances = [p["distance"] for p in record["rounds"][0]["points"]]
+    assert len(set(distances)) == 5, "each draws other samples"
+    plot = path.with_name("guidance.svg").read_text()
+    for line in ("linear, blocks all", "linear, blocks -1", "closed, blocks all", "closed, blocks -1"):
+        assert f"denoise 1, temperature 1, {line}" in plot
+    best = record["best"]
+    shown = f"guidance_form {best['guidance_form']}, guide_blocks {'-1' if best['guide_blocks'] else 'all'}; distance"
+    assert shown in said
+    chosen = run_config(run_dir).sampling
+    assert (chosen.guidance_form, list(chosen.guide_blocks)) == (best["guidance_form"], best["guide_blocks"])
+    assert tarflow.cli.main(["report", str(run_dir), "--out", str(tmp_path / "page.html")]) == 0
+    assert shown.removesuffix("; distance") in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--guide-blocks=0,7", "--guide-blocks 7: the model has 2 blocks (0..1, or -1 for the last"),
+        (
+            "--guide-blocks=first",
+            "--guide-blocks 'first' must be all or numbers of blocks joined by +, e.g. all,-1,0+1",
+        ),
+        ("--guidance-form=square", "--guidance-form 'square' must be among linear, closed"),
+    ],
+)
+@pytest.mark.case("S10")
+def test_a_form_or_a_block_that_there_is_not_is_named(run_dir, capsys, option, said):
+    assert tarflow.cli.main(["sweep-guidance", str(run_dir), option, "--start", "4", "--final", "8"]) == 2
+    assert said in capsys.readouterr().err
+    assert not (run_dir / "sweeps").exists()
+
+
 @pytest.mark.case("N11")
 def test_a_record_of_an_earlier_version_is_read(run_dir):
     record = sweep_guidance(request(run_dir), lambda _: None)

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from tarflow.models.sampling import measure
+from tarflow.models.sampling import joint, measure
 from tarflow.models.sampling.engine import EagerBlock
 from tarflow.models.sampling.inverse import invert
+from tarflow.models.sampling.joint import Stack
 from tarflow.models.sampling.measure import measure_plan
 from tarflow.models.sampling.plan import SamplingPlan
 from tarflow.models.sampling.sequential import sample
@@ -44,6 +45,14 @@ class Clock:
             engine.name = name
             return engine
 
+        class CostedStack(Stack):
+            def scales_and_shifts(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                call, token = costs.get("joint", (1e9, 1e9))
+                clock.now += call + token * x.shape[:3].numel()
+                return super().scales_and_shifts(x)
+
+        for module in (measure, joint):
+            monkeypatch.setattr(module, "Stack", CostedStack)
         monkeypatch.setattr(measure, "make_engine", make)
         monkeypatch.setattr(measure.native, "why_not", lambda _: None if "native" in costs else "not here")
         monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: self.now))
@@ -60,6 +69,8 @@ def test_where_calls_cost_most_it_iterates_and_where_tokens_do_it_does_not(monke
         ({"eager": (1e-6, 1.0)}, {("eager", "sequential")}),
         ({"eager": (1e-6, 1.0), "native": (1e-6, 0.3)}, {("native", "sequential")}),
         ({"eager": (0.1, 1e-6), "native": (1e-6, 0.3)}, {("eager", "whole")}),
+        ({"eager": (1.0, 1e-6), "joint": (1.0, 1e-6)}, {("eager", "joint")}),
+        ({"eager": (1.0, 1e-6), "joint": (1.0, 1.0)}, {("eager", "whole")}),
     ]:
         Clock(monkeypatch, costs)
         plan = measure_plan(model, noise(4), Y, AUTO)
@@ -83,7 +94,7 @@ def test_a_candidate_that_cannot_win_is_not_run(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_path_that_is_not_proven_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """However fast it is: on these weights iterations fail."""
-    Clock(monkeypatch, {"eager": (1.0, 1e-9)})
+    Clock(monkeypatch, {"eager": (1.0, 1e-9), "joint": (1e-9, 1e-9)})
     model = perturbed(config(), size=0.06, outputs=0.05)
     plan = measure_plan(model, noise(4), Y[:4], SamplingSettings(method="auto"))
     certain = invert(model, noise(4), Y, SamplingSettings(method="auto"), plan)
