@@ -174,13 +174,13 @@ def test_images_of_other_sizes_and_colours_are_announced(model, held_out, tmp_pa
             == 0
         )
         data = tmp_path / "set"
-    source, lines = weights(tmp_path, model), []
+    source, lines, quiet = weights(tmp_path, model), list[str](), list[str]()
     measure(source, data, tmp_path / "out", labels="none", lines=lines)
     notes = [line for line in lines if line.startswith(f"note: {data}: ")]
     others, coloured = (4, 2) if as_a_set else (2, 2)
     assert f"{others} of 4 images looked at are not 8 x 8 pixels" in notes[0]
     assert f"{coloured} of 4 images looked at have colours, and the model has none" in notes[1]
-    measure(source, held_out, tmp_path / "own", lines=(quiet := []))
+    measure(source, held_out, tmp_path / "own", lines=quiet)
     assert not [line for line in quiet if line.startswith("note: ")]
 
 
