@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from tarflow.evaluation.metrics.names import is_kernel
+from tarflow.evaluation.metrics.names import is_kernel, is_spatial
 from tarflow.evaluation.report.headline import Headline
 from tarflow.evaluation.report.history import History, Result
 from tarflow.evaluation.report.markup import NONE, escaped, paragraphs
@@ -60,6 +60,11 @@ def _metrics(result: Result) -> Iterator[Card]:
     if distance is not None:
         note = f"{values['num_samples']:,} samples of {values['weights']}"
         yield Card(name, f"{distance:.2f}", _plus_minus(values.get("distance_stderr"), 2) + note)
+    for key, value in values.items():
+        if is_spatial(key) and value is not None:
+            note = _plus_minus(values.get("spatial_stderr"), 2) + "spatial features"
+            yield Card("sFID" if key == "sfid" else key, f"{value:.2f}", note)
+            break
     for key, value in values.items():
         if is_kernel(key) and value is not None:
             yield Card("kernel distance", f"{value:.4f}", "polynomial kernel (MMD²)")

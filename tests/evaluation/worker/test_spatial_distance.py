@@ -8,6 +8,7 @@ import scipy.linalg
 import torch
 
 from tarflow.evaluation.commands.options import log
+from tarflow.evaluation.report.build import write_report
 from tarflow.evaluation.results import metrics, read_result
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 from tarflow.records import DamagedFileError, read_object, write_object
@@ -62,6 +63,8 @@ def test_it_is_the_distance_of_the_spatial_features_of_all_samples(evaluated, di
     assert {"fid", "sfid", "spatial_stderr"} <= found.keys()
     line = json.loads((run_dir / "evals.jsonl").read_text().splitlines()[-1])
     assert line["sfid"] == result["sfid"]
+    card = f">sFID</div><div class='value'>{result['sfid']:.2f}</div>"
+    assert card in write_report(run_dir).read_text()
     _, _, other = evaluated("other", chunk=24)
     assert read_result(other)["sfid"] == pytest.approx(result["sfid"], rel=1e-9)  # type: ignore[index]
 
