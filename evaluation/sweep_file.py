@@ -75,7 +75,7 @@ def shown_setting(setting: Mapping[str, Any]) -> str:
 
 def shown_line(setting: Mapping[str, Any]) -> str:
     """What a line of a sweep's plot has in common: all but the guidance weight."""
-    parts = [f"denoise {setting['denoise']:g}", f"temperature {setting['attn_temp']:g}"]
+    parts = [f"denoise {setting['denoise']:g}", f"attention temperature {setting['attn_temp']:g}"]
     if (form := setting.get("guidance_form")) is not None:
         parts.append(form)
     if (blocks := setting.get("guide_blocks")) is not None:

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tarflow.evaluation.report.history import Result
-from tarflow.models.sampling.settings import LATER, SamplingSettings
+from tarflow.models.sampling.settings import SamplingSettings
 from tarflow.trainer.config.schema import Config
 
-_EARLIER = {name: list(value) if isinstance(value, tuple) else value for name, value in LATER.items()}
 _SAMPLING = [name for name in SamplingSettings.model_fields if name not in ("batch_size", "labels")]
 
 
@@ -58,8 +57,7 @@ def own_settings(config: Config) -> dict[str, Any]:
 
 def settings_of(result: Result) -> dict[str, Any]:
     """The same settings of a result; those that it does not hold are absent."""
-    stored = result.values["settings"]
-    sampling = _EARLIER | stored["sampling"]
+    stored, sampling = result.values["settings"], result.sampling
     found = {name: sampling[name] for name in _SAMPLING if name in sampling}
     found["labels"] = "training" if "class_counts" in sampling else "balanced"
     return found | {name: stored[name] for name in ("weights", "num_samples", "features") if name in stored}

@@ -15,10 +15,13 @@ from tarflow.evaluation.report.logged import Logged, read_metrics
 from tarflow.evaluation.results import scan
 from tarflow.evaluation.sweep_file import RECORD, load_sweep
 from tarflow.files import listed
+from tarflow.models.sampling.settings import LATER
 from tarflow.records import read_object
 from tarflow.trainer.checkpoint.names import is_checkpoint_name
 
 Point = tuple[float, float]
+# Sampling settings that results of earlier versions do not name, and neither do those that leave them at their default.
+_UNNAMED = {name: list(value) if isinstance(value, tuple) else value for name, value in LATER.items()}
 
 
 @dataclass
@@ -42,6 +45,11 @@ class Result:
     def published(self) -> float:
         """Unix time at which it was finished; 0 if not recorded."""
         return float(self.values.get("time") or 0)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Its sampling settings, as stored; with defaults for those that it does not name."""
+        return _UNNAMED | dict(self.values["settings"]["sampling"])
 
     @property
     def step_known(self) -> bool:
@@ -74,9 +82,9 @@ class Result:
         return path if path.is_file() else None
 
 
-def _apart_from(settings: dict[str, Any], key: str) -> dict[str, Any]:
+def _apart_from(result: Result, key: str) -> dict[str, Any]:
     """Settings of a result without one setting of the section sampling."""
-    return settings | {"sampling": {k: v for k, v in settings["sampling"].items() if k != key}}
+    return result.values["settings"] | {"sampling": {k: v for k, v in result.sampling.items() if k != key}}
 
 
 @dataclass
@@ -113,9 +121,9 @@ class History:
         """Results that differ in one sampling setting alone, as (its value, result), by weights and images seen."""
         groups: dict[str, list[tuple[float, Result]]] = {}
         for result in self.results:
-            rest = _apart_from(result.values["settings"], setting)
+            rest = _apart_from(result, setting)
             key = json.dumps([result.values.get("step"), rest], sort_keys=True)
-            groups.setdefault(key, []).append((float(result.values["settings"]["sampling"][setting]), result))
+            groups.setdefault(key, []).append((float(result.sampling[setting]), result))
         curves: dict[str, list[tuple[float, Result]]] = {}
         for group in groups.values():
             if len({value for value, _ in group}) > 1:

@@ -238,7 +238,7 @@ def test_guidance_curves_come_from_results_and_from_sweeps(finished):
     Page(text)
     assert "Distance over guidance weight" in text
     assert "images-000000000320: 500 samples" in text
-    assert "denoise 1, temperature 1" not in text  # a single curve needs no legend
+    assert "denoise 1, attention temperature 1" not in text  # a single curve needs no legend
     assert "Distance over denoising multiplier" not in text
 
 
