@@ -17,8 +17,14 @@ def test_the_list_of_slow_tests_names_tests_that_there_are() -> None:
 
 
 def test_every_program_of_the_tests_says_what_it_does_and_is_started() -> None:
-    texts = [path.read_text() for path in Path(__file__).parent.rglob("test_*.py")]
-    for program in sorted((LIST.parent / "helpers" / "programs").glob("[a-z]*.py")):
+    folder = LIST.parent / "helpers" / "programs"
+    texts = [path.read_text() for path in (*Path(__file__).parent.rglob("test_*.py"), *folder.glob("*.py"))]
+    for program in sorted(folder.glob("[a-z]*.py")):
         assert program.read_text().startswith('"""'), program.name
-        start = (f'program("{program.stem}"', f"programs/{program.name}", f'helpers.programs.{program.stem}"')
+        start = (
+            f'program("{program.stem}"',
+            f"programs/{program.name}",
+            f'helpers.programs.{program.stem}"',
+            f'"{program.name}"',
+        )
         assert any(words in text for words in start for text in texts), program.name

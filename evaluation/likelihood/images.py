@@ -13,6 +13,7 @@ from torch import Tensor
 from tarflow.data_pipeline.errors import BadSampleError
 from tarflow.data_pipeline.images.look import Look, look_at
 from tarflow.data_pipeline.images.opening import read_image
+from tarflow.data_pipeline.index.index import Index
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.survey import LOOKED_AT, survey
 from tarflow.evaluation.errors import EvaluationError
@@ -48,8 +49,15 @@ class OfSet:
 
     def __init__(self, data: str, model: TarFlowConfig, limit: int, classes: tuple[str, ...] | None, label: int | None):
         self.set, self.label = ImageSet(DataSettings.of(data), model, limit), label
-        names = self.set.index.classes
-        if label is not None or not model.num_classes or classes is None or names is None:
+        index = self.set.index
+        names = index.classes
+        if label is not None or not model.num_classes:
+            return
+        if isinstance(index, Index) and index.unlabelled == index.num_samples:
+            raise EvaluationError(
+                f"{data} has no labels, and the weights {model.num_classes} classes: give --labels NAME or none"
+            )
+        if classes is None or names is None:
             return
         if problem := difference(("the weights", classes), (data, names)):
             raise EvaluationError(f"{problem}: give --labels NAME or none, or prepare the images with --classes FILE")
@@ -65,7 +73,7 @@ class OfSet:
 
     def batches(self, batch_size: int, part: int, parts: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Images, labels and numbers of one of several parts."""
-        for pixels, labels, ids in self.set.batches(True, batch_size, part, parts):
+        for pixels, labels, ids in self.set.batches(self.label is None, batch_size, part, parts):
             yield pixels, labels if self.label is None else torch.full_like(labels, self.label), ids
 
     def name(self, number: int) -> str:  # noqa: ARG002 -- a set's images have numbers alone

@@ -11,7 +11,7 @@ from tarflow.records import DamagedFileError, parse_object, read_bounded
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 SUFFIXES = (".safetensors", ".pth")
 KIND = "tarflow"  # `model_type` in config.json
-WAY_OUT = "copy it again from its source, or remove it: model.safetensors says the same"
+WAY_OUT = "copy it again from its source, or name model.safetensors itself, which says the same"
 _WHAT = "the configuration of a folder of weights"
 
 

@@ -44,6 +44,7 @@ class CachedLayer:
         else:
             seen_MC = self._attend(qkv.view(self.rows, count, 3 * self.heads, -1), first)
         h_MC.addmm_(seen_MC, self.proj[1]).add_(self.proj[0])
+        del qkv, seen_MC  # a pass over many tokens is at its widest below
         mid = F.gelu(torch.addmm(self.up[0], torch.layer_norm(h_MC, *self.norms[1]), self.up[1]))
         return h_MC.addmm_(mid, self.down[1]).add_(self.down[0])
 

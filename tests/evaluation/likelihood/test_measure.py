@@ -169,10 +169,8 @@ def test_images_of_other_sizes_and_colours_are_announced(model, held_out, tmp_pa
     for number, shape in enumerate([(1, 8, 8), (1, 8, 12), (3, 8, 8), (3, 20, 20)]):
         save_png(data / f"{number}.png", torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator))
     if as_a_set:
-        assert (
-            tarflow.cli.main(["data", "prepare", str(data), str(tmp_path / "set"), "--size", "12", "--channels", "3"])
-            == 0
-        )
+        words = ["data", "prepare", str(data), str(tmp_path / "set"), "--size", "12", "--channels", "3"]
+        assert tarflow.cli.main(words) == 0
         data = tmp_path / "set"
     source, lines, quiet = weights(tmp_path, model), list[str](), list[str]()
     measure(source, data, tmp_path / "out", labels="none", lines=lines)
@@ -180,6 +178,11 @@ def test_images_of_other_sizes_and_colours_are_announced(model, held_out, tmp_pa
     others, coloured = (4, 2) if as_a_set else (2, 2)
     assert f"{others} of 4 images looked at are not 8 x 8 pixels" in notes[0]
     assert f"{coloured} of 4 images looked at have colours, and the model has none" in notes[1]
+    if as_a_set:
+        with pytest.raises(
+            EvaluationError, match="has no labels, and the weights 3 classes: give --labels NAME or none"
+        ):
+            measure(source, data, tmp_path / "asked")
     measure(source, held_out, tmp_path / "own", lines=quiet)
     assert not [line for line in quiet if line.startswith("note: ")]
 

@@ -295,7 +295,7 @@ def test_no_message_tells_to_remove_what_the_product_did_not_make():
     """Of files that a person names, that is. Its own choices and notes it may name: sampling.json, restarts.json."""
     own = {
         "trainer/config/chosen_sampling.py", "trainer/config/files.py", "trainer/saving/resume.py", "trainer/start/record.py",
-        "evaluation/result_file.py", "models/sampling/plan.py", "evaluation/samples/store_formats.py", "evaluation/sweep/candidate_score.py",
+        "evaluation/result_file.py", "evaluation/batches.py", "models/sampling/plan.py", "evaluation/samples/store_formats.py", "evaluation/sweep/candidate_score.py",
     }  # fmt: skip
     advice = re.compile(r"\b(remove|delete) (it|them|this|that|the file)\b")
     found = []

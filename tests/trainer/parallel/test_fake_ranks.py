@@ -23,6 +23,7 @@ from tarflow.trainer.parallel.mesh import mesh_shape
 from tarflow.trainer.parallel.zero import zero_config
 from tarflow.trainer.plan import describe
 from tarflow.trainer.resilience.exit_codes import FINISHED
+from tarflow.trainer.tracking.choose import wandb_tracker
 from tarflow.trainer.train import train
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -117,6 +118,7 @@ def test_every_setting_of_training_is_read_when_a_run_is_planned_and_made(
     config.model_dump(mode="json")
     assert not wanted & read  # writing a configuration down does not count
     assert train(config, tmp_path / "run") == FINISHED
+    wandb_tracker(config.log.model_copy(update={"wandb": "offline"}), tmp_path / "run", "training")
     describe(config, 2)
     mesh_shape(config.parallel, 1)
     zero_config(config, plan_batch(16, 1, 0))

@@ -61,7 +61,7 @@ def made(config: Config) -> Iterator[Path]:
     """A run as training leaves it: five checkpoints, two snapshots of averages, a reader at work, every small file."""
     with tempfile.TemporaryDirectory(prefix="flipped-", dir=MEMORY) as folder, pytest.MonkeyPatch.context() as patch:
         seen = survey(config.data)
-        patch.setattr("tarflow.trainer.start.check.survey", lambda _: seen)  # the data are not what is damaged here
+        patch.setattr("tarflow.trainer.start.check.survey", lambda *_: seen)  # the data are not what is damaged here
         run = Path(folder) / "run"
         fill(run, config)
         with pinned(find(run, 1), "reader"):
