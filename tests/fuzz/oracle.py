@@ -51,8 +51,9 @@ _VOLATILE = {
     "seconds",
     "total_s",
     "stall_s",
-    "time/step_s",
-    "time/data_wait_s",
+    "goodput/share",
+    "goodput/useful_s",
+    "goodput/held_s",
     "host",
     "pid",
     "created",
@@ -142,7 +143,7 @@ def _lasting(tree: Any) -> Any:
         return {
             k: _lasting(v)
             for k, v in tree.items()
-            if k not in _VOLATILE and not k.startswith(("throughput/", "memory/")) and k != "checksum"
+            if k not in _VOLATILE and not k.startswith(("throughput/", "memory/", "time/")) and k != "checksum"
         }
     return [_lasting(item) for item in tree] if isinstance(tree, list) else tree
 
