@@ -72,7 +72,8 @@ def encode_images(request: EncodeRequest, log: Log = print) -> Latents:
         work.run()
     found = open_latents(request.out)
     lost = f", {found.nonfinite} of them not finite" if found.nonfinite else ""
-    log(f"{found.encoded:,} latents in {len(found.shards)} shards{lost}\ntable: {request.out / found.table}")
+    number = len(found.shards)
+    log(f"{found.encoded:,} latents in {number} shard{'s' * (number != 1)}{lost}\ntable: {request.out / found.table}")
     return found
 
 

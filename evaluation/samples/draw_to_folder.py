@@ -11,9 +11,11 @@ from tarflow.evaluation.samples.png_folder import SampleFolder, load_png, save_p
 from tarflow.evaluation.samples.request import SampleRequest, open_request
 from tarflow.evaluation.samples.variations.best_of import BestSampler
 from tarflow.evaluation.samples.variations.choose import check_variation, choose_sampler
+from tarflow.evaluation.samples.variations.path import PathSampler
 from tarflow.evaluation.samples.variations.temperatures import TemperatureSampler
 
 GRID_IMAGES = 100
+LONGEST_ROW = 16
 
 
 def sample_images(request: SampleRequest, log: Log = print) -> bool:
@@ -75,9 +77,11 @@ def _grid_order(sampler: Sampler, num: int) -> list[int]:
 
 
 def _columns(sampler: Sampler, num: int) -> int:
-    """One row per class if that fills all rows, otherwise about square."""
+    """One row per class if that fills all rows, one for a path that is no wider than LONGEST_ROW, otherwise about square."""
     if isinstance(sampler, TemperatureSampler):
         return sampler.columns
+    if isinstance(sampler, PathSampler) and num <= LONGEST_ROW:
+        return num
     classes = len({sampler.label_of(i) for i in range(num)} - {NO_LABEL})
     if classes > 1 and num % classes == 0 and num // classes >= 4:
         return num // classes

@@ -116,6 +116,8 @@ def test_a_path_between_seeds_begins_and_ends_at_their_samples(source, tmp_path)
     options = {"num": 5, "labels": "dog", "settings": {"guidance": 1.5, "temperature": 0.8}}
     assert draw(source, tmp_path / "out", interpolate=("3", "4"), **options)
     assert torch.equal(images(tmp_path / "out"), path)
+    height, width = load_png(tmp_path / "out/grid.png").shape[1:]
+    assert width > 4 * height, "one row"
     assert settings_of(tmp_path / "out")["interpolate"] == {
         "path": "spherical", "from": {"seed": 3}, "to": {"seed": 4}, "images": 5,
     }  # fmt: skip
