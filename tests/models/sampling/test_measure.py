@@ -25,6 +25,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, costs: dict[str, tuple[float, float]]) -> None:
         self.now = 0.0
+        self.held_up: list[float] = []  # seconds that the next sequential inversions lose to a neighbour
         clock = self
 
         class Costed(EagerBlock):
@@ -37,7 +38,7 @@ class Clock:
 
             def invert(self, x: torch.Tensor) -> None:
                 call, token = costs[self.name]
-                clock.now += (x.shape[1] - 1) * (call + token * len(x))
+                clock.now += (x.shape[1] - 1) * (call + token * len(x)) + (clock.held_up.pop() if clock.held_up else 0)
                 super().invert(x)
 
         def make(name: str, *given: Any) -> EagerBlock:
@@ -75,6 +76,17 @@ def test_where_calls_cost_most_it_iterates_and_where_tokens_do_it_does_not(monke
         Clock(monkeypatch, costs)
         plan = measure_plan(model, noise(4), Y, AUTO)
         assert chosen(plan) == expected, costs
+
+
+def test_a_neighbour_who_held_one_of_them_up_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, {"eager": (1.0, 0.5)})
+    quiet = measure_plan(perturbed(config()), noise(4), Y, AUTO)
+    assert chosen(quiet) == {("eager", "sequential")}
+    clock.held_up = [1e6]
+    plan = measure_plan(perturbed(config()), noise(4), Y, AUTO)
+    assert len(plan.blocks[-1].seconds) > 1, "another one seemed faster"
+    assert chosen(plan) == {("eager", "sequential")}
+    assert plan.blocks[-1].seconds["eager sequential"] == quiet.blocks[-1].seconds["eager sequential"]
 
 
 def test_the_plan_is_the_fastest_of_all_that_were_run(monkeypatch: pytest.MonkeyPatch) -> None:
