@@ -241,7 +241,9 @@ def drawn(rows: list[Any], title: str, most: int) -> str:
         for axes in (passes, certificates):
             blocks = [row[1] for row in rows if row[0].strip() == paths[0]]
             axes.set_xticks([number + 0.3 for number in range(len(blocks))], [f"block {block}" for block in blocks])
-        passes.legend(frameon=False, fontsize=8)
+        figure.legend(
+            *passes.get_legend_handles_labels(), loc="outside lower center", ncols=len(paths), frameon=False, fontsize=8
+        )
         figure.suptitle(title, fontsize=10)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -18,6 +18,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before anything loads torch, and for ever
 
 SLOW_S = 1.0  # a test that takes longer, from nothing, is slow
 LIST = Path(__file__).with_name("slow.txt")
+# Seconds that the list does not know, since it is measured without a Slurm and with fewer random draws.
+LONG_IN_CI = {"tests/cluster/test_live_slurm.py": 600, "tests/fuzz/test_fuzz.py": 300}
 
 
 def read_list() -> dict[str, float]:
@@ -33,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the slow ones. Processes that share a run take the longest files first, so that none ends long after the rest."""
-    slow, of_file = read_list(), Counter[str]()
+    slow, of_file = read_list(), Counter[str](LONG_IN_CI)
     for item in items:
         seconds = slow.get(name_of(item.nodeid))
         if seconds is not None:

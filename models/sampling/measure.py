@@ -4,6 +4,7 @@ Every candidate is timed on the samples themselves; one that could not win even 
 The plan holds what was measured. It is deterministic to use, not to make: several workers share one.
 """
 
+import math
 import time
 from collections.abc import Callable
 
@@ -21,7 +22,11 @@ from tarflow.models.sampling.settings import SamplingSettings
 
 WIDTHS = (8, 32)
 STEPS = 8  # single tokens, for choosing between engines
-AGAIN = 2  # times that two candidates are timed against each other
+AGAIN = (
+    2,
+    20,
+)  # times that two candidates are timed against each other: at least, and where they take little time at most
+AGAIN_S = 0.1  # that each of them is timed for, where that takes no more turns
 LEAST_PASSES = 4  # of a whole sequence: none converged in fewer on trained weights
 JOINT_BATCH = 16  # samples; larger batches keep a device busy block by block
 JOINT_BYTES = 1 << 30  # of weights, which a joint iteration holds a second time
@@ -148,7 +153,8 @@ class _Trial:
         if seconds >= self.best[0] or not bool((found.converged & (certificate <= self.tolerance)).all()):
             return
         before, held, held_path = self.best
-        for _ in range(AGAIN):
+        least, most = AGAIN
+        for _ in range(min(max(least, math.ceil(AGAIN_S / max(seconds, 1e-9))), most)):
             before = min(before, self._invert(held, held_path)[0])
             seconds = min(seconds, self._invert(engine, path)[0])
         self.seconds[f"{held} {held_path}"], self.seconds[name] = before, seconds
