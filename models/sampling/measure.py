@@ -22,11 +22,8 @@ from tarflow.models.sampling.settings import SamplingSettings
 
 WIDTHS = (8, 32)
 STEPS = 8  # single tokens, for choosing between engines
-AGAIN = (
-    2,
-    20,
-)  # times that two candidates are timed against each other: at least, and where they take little time at most
-AGAIN_S = 0.1  # that each of them is timed for, where that takes no more turns
+TURNS = (2, 20)  # how often what is compared is timed: at least, and where it takes little time at most
+TURNS_S = 0.1  # that is timed in all, where that takes no more turns
 LEAST_PASSES = 4  # of a whole sequence: none converged in fewer on trained weights
 JOINT_BATCH = 16  # samples; larger batches keep a device busy block by block
 JOINT_BYTES = 1 << 30  # of weights, which a joint iteration holds a second time
@@ -99,6 +96,12 @@ def _timed(device: torch.device, work: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
+def _turns(seconds: float) -> int:
+    """How often something that takes `seconds` is timed."""
+    least, most = TURNS
+    return min(max(least, math.ceil(TURNS_S / max(seconds, 1e-9))), most)
+
+
 class _Trial:
     """The candidates of one block."""
 
@@ -133,10 +136,15 @@ class _Trial:
         )  # fmt: skip
 
     def _calls(self, engine: str, count: int, number: int) -> float:
-        """Seconds of `number` calls over `count` tokens each; the better of two."""
+        """Seconds of `number` calls over `count` tokens each; the best of several turns."""
         made = make_engine(engine, self.block, self.labels, len(self.z), self.guidance)
         at = range(0, min(number, self.z.shape[1] - count), 1)
-        return min(_timed(self.z.device, lambda: [made.tokens(self.z, i, count) for i in at]) for _ in range(2))
+
+        def once() -> float:
+            return _timed(self.z.device, lambda: [made.tokens(self.z, i, count) for i in at])
+
+        first = once()
+        return min(first, *(once() for _ in range(_turns(first) - 1)))
 
     def _whole_run(self, engine: str, path: Path) -> None:
         """Invert the block; the best so far if it is the fastest, and every sample is certified.
@@ -153,8 +161,7 @@ class _Trial:
         if seconds >= self.best[0] or not bool((found.converged & (certificate <= self.tolerance)).all()):
             return
         before, held, held_path = self.best
-        least, most = AGAIN
-        for _ in range(min(max(least, math.ceil(AGAIN_S / max(seconds, 1e-9))), most)):
+        for _ in range(_turns(seconds)):
             before = min(before, self._invert(held, held_path)[0])
             seconds = min(seconds, self._invert(engine, path)[0])
         self.seconds[f"{held} {held_path}"], self.seconds[name] = before, seconds
