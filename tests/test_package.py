@@ -233,7 +233,7 @@ def test_the_blocks_of_the_page_on_python_run_from_the_wheel(newcomer: Installed
     assert "torch.Size([8, 3, 32, 32])" in printed
     assert "torch.Size([2, 1, 28, 28])" in printed
     assert (newcomer.work / "pictures.png").exists()
-    assert "data.dataset=mydata.py:Pictures" in (newcomer.work / "runs/pictures/log.txt").read_text()
+    assert "data.dataset=mydata.py:Pictures" in (newcomer.work / "runs/own-data/log.txt").read_text()
 
 
 def test_the_notebook_runs_from_the_wheel(installed: Installed) -> None:
