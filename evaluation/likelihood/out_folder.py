@@ -13,9 +13,13 @@ from tarflow.terminal import plain
 def refuse_other_files(out: Path, *own: str) -> None:
     """Raise EvaluationError for a folder with anything but what a command leaves, or left unfinished in `work`.
 
-    `own`: what the names of its files begin with.
+    `own`: what the names of its files begin with. A link in their place is refused, too, before anything is computed.
     """
-    names = [path.name for path in listed(out)] if out.is_dir() else []
+    there = listed(out) if out.is_dir() else []
+    for path in there:
+        if path.is_symlink():
+            raise EvaluationError(f"--out {path}: it is a link, and nothing is written through one: give a new folder")
+    names = [path.name for path in there]
     if others := [name for name in names if name != "work" and not name.startswith((".", *own))]:
         raise EvaluationError(f"--out {out} holds other files ({others[0]}, ...): give a new folder")
 

@@ -286,6 +286,14 @@ def test_a_folder_with_other_files_is_left_alone(model, held_out, tmp_path, make
         measure(weights(tmp_path, model), tmp_path / "nothing", tmp_path / "out")
 
 
+def test_a_link_in_the_place_of_a_file_is_refused_before_anything_is_measured(model, held_out, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/likelihood.parquet").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(EvaluationError, match=r"likelihood\.parquet: it is a link, and nothing is written through one"):
+        measure(weights(tmp_path, model), held_out, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["likelihood.parquet"]
+
+
 def test_classes_that_mean_other_things_are_refused_unless_a_label_is_given(model, held_out, tmp_path):
     classes = json.loads((held_out / "classes.json").read_text())
     named = GAUSSIAN.model_copy(update={"classes": tuple(reversed(classes))})
