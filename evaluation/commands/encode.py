@@ -1,10 +1,8 @@
 """`tarflow encode`: the latents of a data set or a folder of images, as shards."""
 
 import argparse
-from pathlib import Path
 
-from tarflow.evaluation.commands.options import FAILED, OK, add_machine, add_model, log, set_up_process
-from tarflow.trainer.checkpoint.choice import add_choice
+from tarflow.evaluation.commands.options import FAILED, OK, add_images, add_machine, log, set_up_process
 
 EXAMPLE = """example:
   tarflow encode runs/demo data/mnist5k/val --out latents
@@ -18,22 +16,7 @@ and DIR/latents.parquet (a row per image). Any number of processes share the wor
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which weights, which images, how."""
-    parser.add_argument(
-        "source", type=Path, metavar="RUN_OR_WEIGHTS", help="run directory, or a weights file (.safetensors, .pth)"
-    )
-    parser.add_argument("data", type=Path, metavar="DATA", help="data set with an index, or a folder of images")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the latents")
-    parser.add_argument("--format", choices=("parquet", "csv"), default="parquet", help="of the table (parquet)")
-    parser.add_argument(
-        "--num", type=int, default=0, metavar="N", help="how many images, spread evenly (default 0 = all)"
-    )
-    add_choice(parser)
-    parser.add_argument("--weights", metavar="SET", help="raw or an average such as ema-0.100")
-    add_model(parser)
-    parser.add_argument(
-        "--labels", metavar="LABEL",
-        help="data = those of the data set (default), or one for all images: a class by name or number, none = no label",
-    )  # fmt: skip
+    add_images(parser, out="directory for the latents")
     parser.add_argument(
         "--noisy", action="store_true", help="add the noise of training first: such latents are standard normal"
     )

@@ -1,10 +1,8 @@
 """`tarflow likelihood`: the exact likelihood of every image of a data set or a folder."""
 
 import argparse
-from pathlib import Path
 
-from tarflow.evaluation.commands.options import FAILED, OK, add_machine, add_model, log, set_up_process
-from tarflow.trainer.checkpoint.choice import add_choice
+from tarflow.evaluation.commands.options import FAILED, OK, add_images, add_machine, log, set_up_process
 
 EXAMPLE = """example:
   tarflow likelihood runs/demo data/mnist5k/val --out likelihoods
@@ -18,22 +16,7 @@ least likely images). Any number of processes share the work. Images get the noi
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which weights, which images, how."""
-    parser.add_argument(
-        "source", type=Path, metavar="RUN_OR_WEIGHTS", help="run directory, or a weights file (.safetensors, .pth)"
-    )
-    parser.add_argument("data", type=Path, metavar="DATA", help="data set with an index, or a folder of images")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the table and the page")
-    parser.add_argument("--format", choices=("parquet", "csv"), default="parquet", help="of the table (parquet)")
-    parser.add_argument(
-        "--num", type=int, default=0, metavar="N", help="how many images, spread evenly (default 0 = all)"
-    )
-    add_choice(parser)
-    parser.add_argument("--weights", metavar="SET", help="raw or an average such as ema-0.100")
-    add_model(parser)
-    parser.add_argument(
-        "--labels", metavar="LABEL",
-        help="data = those of the data set (default), or one for all images: a class by name or number, none = no label",
-    )  # fmt: skip
+    add_images(parser, out="directory for the table and the page")
     parser.add_argument("--draws", type=int, default=1, metavar="K", help="draws of the noise per image (1)")
     parser.add_argument("--seed", type=int, help="key of the noise (default: the sampling settings')")
     parser.add_argument(

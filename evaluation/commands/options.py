@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS, MAX_SIDE
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.trainer.checkpoint.choice import add_choice
 
 OK, FAILED = 0, 1
 
@@ -23,6 +24,26 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="PRESET|KEY=VALUE,...",
         help="model of a weights file that does not say it, where its tensors' shapes do not tell; a contradiction is an error",
+    )  # fmt: skip
+
+
+def add_images(parser: argparse.ArgumentParser, out: str) -> None:
+    """Weights, real images with their labels, and the folder for results, which `out` describes."""
+    parser.add_argument(
+        "source", type=Path, metavar="RUN_OR_WEIGHTS", help="run directory, or a weights file (.safetensors, .pth)"
+    )
+    parser.add_argument("data", type=Path, metavar="DATA", help="data set with an index, or a folder of images")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=out)
+    parser.add_argument("--format", choices=("parquet", "csv"), default="parquet", help="of the table (parquet)")
+    parser.add_argument(
+        "--num", type=int, default=0, metavar="N", help="how many images, spread evenly (default 0 = all)"
+    )
+    add_choice(parser)
+    parser.add_argument("--weights", metavar="SET", help="raw or an average such as ema-0.100")
+    add_model(parser)
+    parser.add_argument(
+        "--labels", metavar="LABEL",
+        help="data = those of the data set (default), or one for all images: a class by name or number, none = no label",
     )  # fmt: skip
 
 
