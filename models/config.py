@@ -44,6 +44,11 @@ class TarFlowConfig(Section):
     soft_clip: float = Field(
         0.0, ge=0, le=1e3, description="c: bound the log-scale a by c * tanh(a / c); 0 = off, as published"
     )
+    qk_norm: bool = Field(
+        False,
+        description="normalize queries and keys of each head by a layer norm with learned scales (arXiv 2302.05442), which "
+        "bounds the logits of attention; false, as published",
+    )
 
     @field_validator("layers_per_block")
     @classmethod

@@ -48,7 +48,8 @@ def layer_shapes(config: TarFlowConfig) -> Shapes:
     c, hidden = config.channels, config.expansion * config.channels
     attention: Shapes = [(c,), (c,), (3 * c, c), (3 * c,), (c, c), (c,)]
     mlp: Shapes = [(c,), (c,), (hidden, c), (hidden,), (c, hidden), (c,)]
-    return attention + mlp
+    qk_norm: Shapes = [(config.head_channels,)] * 2 if config.qk_norm else []
+    return attention + qk_norm + mlp
 
 
 def end_shapes(config: TarFlowConfig) -> Shapes:
@@ -121,7 +122,7 @@ def activation_bytes(
     statistics = 4 * config.num_heads + 4 * element
     # Without checkpointing: inputs and outputs of the two norms, q, k, v, attention's output, and the MLP's hidden
     # values before and after the GELU.
-    whole = (2 * stream + 2 * normed + (4 + 2 * config.expansion) * element) * c + statistics
+    whole = (2 * stream + 2 * normed + (4 + 2 * config.expansion) * element) * c + statistics + _compared(config, element)
     # Selective: the layer's input, and the outputs of its four matrix products and of attention.
     products = (stream + (6 + config.expansion) * element) * c + 4 * config.num_heads
     kept_input = c * stream
@@ -136,6 +137,12 @@ def activation_bytes(
     # Outside its layers a block keeps the inputs of its two projections, and x - b and exp(-a) in float32.
     block = (d + c) * normed + 2 * 4 * d
     return t * (layers * per_layer + config.num_blocks * block)
+
+
+def _compared(config: TarFlowConfig, element: int) -> int:
+    """Bytes per token of queries and keys as attention compares them, where these are not the ones that were projected."""
+    statistics = 2 * 2 * 4 * config.num_heads
+    return (2 * config.channels * element + statistics) if config.qk_norm else 0
 
 
 def layer_at_work_bytes(
@@ -154,6 +161,7 @@ def layer_at_work_bytes(
         "selective": (stream + 2 * normed + config.expansion * element) * c,  # the norms' in- and outputs, the GELU's
         "full": (2 * stream + 2 * normed + (4 + 2 * config.expansion) * element) * c,
     }[mode]
+    again += _compared(config, element) if mode != "none" else 0
     return float(t * (again + gradients))
 
 

@@ -43,7 +43,7 @@ class FlowBlock(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(config.num_tokens, c))
         self.class_embed = nn.Parameter(torch.zeros(config.num_classes, 1, c)) if config.num_classes else None
         self.attn_blocks = nn.ModuleList(
-            TransformerLayer(c, config.head_channels, config.expansion) for _ in range(layers)
+            TransformerLayer(c, config.head_channels, config.expansion, config.qk_norm) for _ in range(layers)
         )
         self.proj_out = nn.Linear(c, config.token_dim * (2 if config.nvp else 1))
 

@@ -25,11 +25,18 @@ def causal_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
     return (logits.softmax(-1) @ v).view(B, H, T, K)
 
 
+def compared(x: Tensor, norm: nn.Module | None) -> Tensor:
+    """Queries or keys [..., K] as attention compares them: normalized, if the model has it so."""
+    return x if norm is None else norm(x).to(x.dtype)
+
+
 class CausalAttention(nn.Module):
     """Pre-norm multi-head attention; token t sees tokens 0..t. No mask is stored."""
 
-    def __init__(self, channels: int, head_channels: int) -> None:
+    def __init__(self, channels: int, head_channels: int, qk_norm: bool = False) -> None:
         super().__init__()
+        self.q_norm = nn.LayerNorm(head_channels, bias=False) if qk_norm else None
+        self.k_norm = nn.LayerNorm(head_channels, bias=False) if qk_norm else None
         self.num_heads = channels // head_channels
         self.norm = nn.LayerNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
@@ -40,7 +47,7 @@ class CausalAttention(nn.Module):
         B, T, _ = x_BTC.shape
         qkv_BTHK = self.qkv(self.norm(x_BTC)).view(B, T, 3 * self.num_heads, -1)
         q, k, v = qkv_BTHK.transpose(1, 2).chunk(3, dim=1)
-        out_BHTK = causal_attention(q, k, v)
+        out_BHTK = causal_attention(compared(q, self.q_norm), compared(k, self.k_norm), v)
         return self.proj(out_BHTK.transpose(1, 2).flatten(2))
 
 
@@ -62,9 +69,9 @@ class MLP(nn.Module):
 class TransformerLayer(nn.Module):
     """x + attention(x), then x + mlp(x). The unit that activation checkpointing, compile and sharding act on."""
 
-    def __init__(self, channels: int, head_channels: int, expansion: int) -> None:
+    def __init__(self, channels: int, head_channels: int, expansion: int, qk_norm: bool = False) -> None:
         super().__init__()
-        self.attention = CausalAttention(channels, head_channels)
+        self.attention = CausalAttention(channels, head_channels, qk_norm)
         self.mlp = MLP(channels, expansion)
 
     def forward(self, x_BTC: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ def config_by_shapes(
 ) -> TarFlowConfig:
     """Infer the configuration from tensors in the published layout.
 
-    Two settings affect no shape: the channels of attention heads and the soft clip (`WITHOUT_SHAPE`). They are as `stated`,
-    or else those of `like`, or else as published. Raises ModelError for tensors of another layout.
+    Two settings affect no shape: the channels of attention heads, unless queries and keys have a norm, and the soft clip
+    (`WITHOUT_SHAPE`). They are as `stated`, or else those of `like`, or else as published. Raises ModelError for tensors of another layout.
     """
     free = {name: getattr(like, name) for name in WITHOUT_SHAPE} if like else dict(WITHOUT_SHAPE)
     free |= {name: value for name, value in (stated or {}).items() if name in WITHOUT_SHAPE}
@@ -62,6 +62,9 @@ def config_by_shapes(
         in_channels = 3 if token_dim % 3 == 0 and math.isqrt(token_dim // 3) ** 2 == token_dim // 3 else 1
         patch_size = math.isqrt(token_dim // in_channels)
         classes = weights.get("blocks.0.class_embed")
+        q_norm = weights.get("blocks.0.attn_blocks.0.attention.q_norm.weight")
+        if q_norm is not None:  # it has a number for each channel of a head
+            free["head_channels"] = q_norm.shape[0]
         return TarFlowConfig(
             image_size=math.isqrt(num_tokens) * patch_size,
             patch_size=patch_size,
@@ -72,6 +75,7 @@ def config_by_shapes(
             expansion=weights["blocks.0.attn_blocks.0.mlp.main.0.weight"].shape[0] // channels,
             num_classes=0 if classes is None else classes.shape[0],
             nvp=weights["blocks.0.proj_out.weight"].shape[0] == 2 * token_dim,
+            qk_norm=q_norm is not None,
             **free,
         )
     except KeyError as error:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tarflow.models.transformer import TransformerLayer
+from tarflow.models.transformer import TransformerLayer, compared
 
 
 class CachedLayer:
@@ -24,6 +24,7 @@ class CachedLayer:
         self.norms = [(norm.normalized_shape, norm.weight, norm.bias, norm.eps) for norm in (attention.norm, mlp.norm)]
         weights: list[tuple[Tensor, Tensor]] = [(linear.bias, linear.weight.t()) for linear in linears]
         self.qkv, self.proj, self.up, self.down = weights
+        self.qk_norms = attention.q_norm, attention.k_norm
         self.cache, self.inverse_temp = cache_2BHTK, inverse_temp_B111
         _, self.rows, self.heads, _, k = cache_2BHTK.shape
         self.plain = cache_2BHTK.device.type == "cpu" and cache_2BHTK.dtype == torch.float32
@@ -38,7 +39,7 @@ class CachedLayer:
 
         `first`: the position of the first of them, for all rows or int64 [B]. The cache holds all tokens before.
         """
-        qkv = torch.addmm(self.qkv[0], torch.layer_norm(h_MC, *self.norms[0]), self.qkv[1])
+        qkv = self._compared(torch.addmm(self.qkv[0], torch.layer_norm(h_MC, *self.norms[0]), self.qkv[1]))
         if count == 1 and self.plain and isinstance(first, int):
             seen_MC = self._attend_one(qkv, first)
         else:
@@ -47,6 +48,13 @@ class CachedLayer:
         del qkv, seen_MC  # a pass over many tokens is at its widest below
         mid = F.gelu(torch.addmm(self.up[0], torch.layer_norm(h_MC, *self.norms[1]), self.up[1]))
         return h_MC.addmm_(mid, self.down[1]).add_(self.down[0])
+
+    def _compared(self, qkv_MC: Tensor) -> Tensor:
+        """Projections [B * count, 3 C] of all tokens, with queries and keys as attention compares them."""
+        if self.qk_norms[0] is None:
+            return qkv_MC
+        q, k, v = qkv_MC.view(len(qkv_MC), 3, self.heads, -1).unbind(1)
+        return torch.stack([compared(q, self.qk_norms[0]), compared(k, self.qk_norms[1]), v], 1).flatten(1)
 
     def _attend_one(self, qkv: Tensor, position: int) -> Tensor:
         """What one token of each row sees of the cache and of itself; [B, 3 C] -> [B, C]."""

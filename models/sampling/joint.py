@@ -111,15 +111,18 @@ class Stack:
         a, b = torch.stack(found, 1)
         return a, b
 
-    def _layer(self, h: Tensor, layer: tuple[Affine, ...]) -> Tensor:
-        norm1, qkv, proj, norm2, up, down = layer
-        h = h + _times(self._attention(_times(_normed(h, norm1), qkv)), proj)
+    def _layer(self, h: Tensor, layer: tuple[Any, ...]) -> Tensor:
+        norm1, qkv, proj, norm2, up, down, *qk_norms = layer
+        h = h + _times(self._attention(_times(_normed(h, norm1), qkv), qk_norms), proj)
         return h + _times(F.gelu(_times(_normed(h, norm2), up)), down)
 
-    def _attention(self, qkv: Tensor) -> Tensor:
+    def _attention(self, qkv: Tensor, qk_norms: Sequence[Tensor]) -> Tensor:
         g, rows, t, c = qkv.shape
         heads = self.blocks[0].config.num_heads
-        q, k, v = qkv.view(g * rows, t, 3 * heads, -1).transpose(1, 2).chunk(3, dim=1)
+        q, k, v = qkv.view(g, rows, t, 3 * heads, -1).transpose(2, 3).chunk(3, dim=2)
+        if qk_norms:
+            q, k = (F.layer_norm(x, x.shape[-1:]) * scale for x, scale in zip((q, k), qk_norms))
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         if self.inverse_temp is not None:
             q = q * self.inverse_temp.repeat(g, 1, 1, 1)
         return causal_attention(q, k, v).transpose(1, 2).reshape(g, rows, t, c // 3)
@@ -145,15 +148,15 @@ def _normed(x: Tensor, affine: Affine) -> Tensor:
     return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:]), weight)
 
 
-def _at_depth(blocks: Sequence[FlowBlock], depth: int, device: torch.device) -> tuple[Any, tuple[Affine, ...]]:
+def _at_depth(blocks: Sequence[FlowBlock], depth: int, device: torch.device) -> tuple[Any, tuple[Any, ...]]:
     """Which blocks have a layer at this depth, as an index into the axis of blocks, and those layers."""
     deep = [number for number, block in enumerate(blocks) if depth < len(block.attn_blocks)]
     members = slice(None) if len(deep) == len(blocks) else torch.tensor(deep, device=device)
     return members, _layer(blocks[number].attn_blocks[depth] for number in deep)
 
 
-def _layer(layers: Iterable[Any]) -> tuple[Affine, ...]:
-    """One layer of every block: norm, qkv, projection, norm, and the two of the MLP."""
+def _layer(layers: Iterable[Any]) -> tuple[Any, ...]:
+    """One layer of every block: norm, qkv, projection, norm, the two of the MLP, and the norms of queries and keys if any."""
     layers = list(layers)
     attention, mlp = [layer.attention for layer in layers], [layer.mlp for layer in layers]
     return (
@@ -163,7 +166,13 @@ def _layer(layers: Iterable[Any]) -> tuple[Affine, ...]:
         _norm(part.norm for part in mlp),
         _linear(part.main[0] for part in mlp),
         _linear(part.main[2] for part in mlp),
+        *(_scales(getattr(part, name) for part in attention) for name in ("q_norm", "k_norm") if layers[0].attention.q_norm),
     )
+
+
+def _scales(parts: Iterable[Any]) -> Tensor:
+    """The scales [G, 1, 1, 1, K] of a norm of queries or keys."""
+    return torch.stack([part.weight for part in parts])[:, None, None, None]
 
 
 def _linear(parts: Iterable[Any]) -> Affine:

@@ -30,6 +30,7 @@ typedef float loose __attribute__((vector_size(4 * W), aligned(4), may_alias)); 
 
 struct layer {
     const float *norm1, *norm1_b, *qkv, *qkv_b, *proj, *proj_b, *norm2, *norm2_b, *up, *up_b, *down, *down_b;
+    const float *q_norm, *k_norm; /* [K] each, or NULL */
     float *keys, *values; /* [rows][heads][tiles][K][P] and [rows][heads][tokens][K] */
 };
 
@@ -162,6 +163,15 @@ static void attend(const float *query, float scale, const float *keys, const flo
     }
 }
 
+/* The layer norm of a query or key of one head, in place. */
+static void normalize(float *x, int K, const float *scales) {
+    float mean = 0, square = 0;
+    for (int k = 0; k < K; k++) mean += x[k] / K;
+    for (int k = 0; k < K; k++) square += (x[k] - mean) * (x[k] - mean);
+    const float by = 1 / sqrtf(square / K + 1e-5f);
+    for (int k = 0; k < K; k++) x[k] = (x[k] - mean) * by * scales[k];
+}
+
 static void attention(const struct block *b, const struct layer *l, const struct work *w, const long *first, int q) {
     const int C = b->channels, K = C / b->heads, rows = b->halves * b->n;
     const long room = ROUND(b->tokens), ld = ROUND(3 * C), ldc = ROUND(C);
@@ -172,8 +182,9 @@ static void attention(const struct block *b, const struct layer *l, const struct
             float *keys = l->keys + (r * b->heads + h) * room * K, *values = l->values + (long)(r * b->heads + h) * b->tokens * K;
             float scale = 1 / sqrtf(K) * (r >= b->n ? b->inverse_temp : 1);
             for (int i = 0; i < q; i++) {
-                const float *row = w->qkv + ((long)r * q + i) * ld + h * K;
+                float *row = w->qkv + ((long)r * q + i) * ld + h * K;
                 long t = first[r % b->n] + i;
+                if (l->q_norm) normalize(row, K, l->q_norm), normalize(row + C, K, l->k_norm);
                 for (int k = 0; k < K; k++) keys[t / P * K * P + k * P + t % P] = row[C + k];
                 memcpy(values + t * K, row + 2 * C, K * sizeof(float));
                 attend(row, scale, keys, values, (int)t + 1, K, p, w->seen + ((long)r * q + i) * ldc + h * K);

@@ -33,7 +33,7 @@ class _Layer(ctypes.Structure):
         (name, _Pointer)
         for name in (
             "norm1", "norm1_b", "qkv", "qkv_b", "proj", "proj_b", "norm2", "norm2_b", "up", "up_b", "down", "down_b",
-            "keys", "values",
+            "q_norm", "k_norm", "keys", "values",
         )
     )  # fmt: skip
 
@@ -229,6 +229,8 @@ def _packed(block: FlowBlock, panel: int) -> _Packed:
         mlp: Any = layer.mlp
         found = {"norm1": attention.norm.weight.detach(), "norm1_b": attention.norm.bias.detach()}
         found |= {"norm2": mlp.norm.weight.detach(), "norm2_b": mlp.norm.bias.detach()}
+        if attention.q_norm is not None:
+            found |= {"q_norm": attention.q_norm.weight.detach(), "k_norm": attention.k_norm.weight.detach()}
         linear = [("qkv", attention.qkv), ("proj", attention.proj), ("up", mlp.main[0]), ("down", mlp.main[2])]
         layers.append(found | _panels(linear, panel))
     packed = {"layers": layers, "ends": _panels([("in", block.proj_in), ("last", block.proj_out)], panel)}
