@@ -31,6 +31,7 @@ from tarflow.trainer.parallel.world import process_group, world_from_env
 OPTIONS: dict[str, dict[str, Any]] = {
     "deep-shallow": {"layers_per_block": (1, 3), "num_blocks": 2},
     "QK norm": {"qk_norm": True},
+    "rotary": {"positions": "rotary"},
 }
 CLIP = 0.4  # about half of the curve's gradient norms, so that every step is clipped
 

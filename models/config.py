@@ -1,6 +1,6 @@
 """The architecture of a TarFlow: everything that determines its parameters, and nothing else."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -44,6 +44,12 @@ class TarFlowConfig(Section):
     soft_clip: float = Field(
         0.0, ge=0, le=1e3, description="c: bound the log-scale a by c * tanh(a / c); 0 = off, as published"
     )
+    positions: Literal["learned", "rotary"] = Field(
+        "learned",
+        description="how attention knows where a patch is: an embedding learned for each patch, as published, or queries and "
+        "keys rotated by its row and column instead (no weight depends on image_size then, so that a run at another "
+        "resolution can start from these); head_channels must be a multiple of 4",
+    )
     qk_norm: bool = Field(
         False,
         description="normalize queries and keys of each head by a layer norm with learned scales (arXiv 2302.05442), which "
@@ -76,6 +82,11 @@ class TarFlowConfig(Section):
             raise ValueError(
                 f"model.channels={self.channels} is not a multiple of model.head_channels={self.head_channels}"
             )
+        if self.positions == "rotary" and self.head_channels % 4:
+            raise ValueError(
+                f"model.positions=rotary rotates pairs of channels by rows and as many by columns: model.head_channels="
+                f"{self.head_channels} must be a multiple of 4"
+            )
         if 0 < self.soft_clip < 1e-6:
             raise ValueError(f"model.soft_clip={self.soft_clip:g} must be 0 (off) or at least 1e-6")
         # Each setting is bounded on its own; their products decide what fits into memory.
@@ -98,6 +109,11 @@ class TarFlowConfig(Section):
         """Transformer layers of every block, in the forward direction."""
         per_block = self.layers_per_block
         return per_block if isinstance(per_block, tuple) else (per_block,) * self.num_blocks
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches, in row-major order the sequence of tokens."""
+        return self.image_size // self.patch_size, self.image_size // self.patch_size
 
     @property
     def num_tokens(self) -> int:

@@ -56,7 +56,8 @@ def end_shapes(config: TarFlowConfig) -> Shapes:
     """Shapes of a block's parameters outside its transformer layers."""
     c, d = config.channels, config.token_dim
     out = d * (2 if config.nvp else 1)
-    return [(c, d), (c,), (out, c), (out,), (config.num_tokens, c), (config.num_classes, 1, c)]
+    positions: Shapes = [(config.num_tokens, c)] if config.positions == "learned" else []
+    return [(c, d), (c,), (out, c), (out,), *positions, (config.num_classes, 1, c)]
 
 
 def parameters_per_layer(config: TarFlowConfig) -> int:
@@ -122,7 +123,9 @@ def activation_bytes(
     statistics = 4 * config.num_heads + 4 * element
     # Without checkpointing: inputs and outputs of the two norms, q, k, v, attention's output, and the MLP's hidden
     # values before and after the GELU.
-    whole = (2 * stream + 2 * normed + (4 + 2 * config.expansion) * element) * c + statistics + _compared(config, element)
+    whole = (
+        (2 * stream + 2 * normed + (4 + 2 * config.expansion) * element) * c + statistics + _compared(config, element)
+    )
     # Selective: the layer's input, and the outputs of its four matrix products and of attention.
     products = (stream + (6 + config.expansion) * element) * c + 4 * config.num_heads
     kept_input = c * stream
@@ -141,8 +144,8 @@ def activation_bytes(
 
 def _compared(config: TarFlowConfig, element: int) -> int:
     """Bytes per token of queries and keys as attention compares them, where these are not the ones that were projected."""
-    statistics = 2 * 2 * 4 * config.num_heads
-    return (2 * config.channels * element + statistics) if config.qk_norm else 0
+    statistics = 2 * 2 * 4 * config.num_heads * config.qk_norm
+    return 2 * config.channels * element * (config.qk_norm or config.positions == "rotary") + statistics
 
 
 def layer_at_work_bytes(

@@ -47,7 +47,8 @@ def config_by_shapes(
     """Infer the configuration from tensors in the published layout.
 
     Two settings affect no shape: the channels of attention heads, unless queries and keys have a norm, and the soft clip
-    (`WITHOUT_SHAPE`). They are as `stated`, or else those of `like`, or else as published. Raises ModelError for tensors of another layout.
+    (`WITHOUT_SHAPE`). They are as `stated`, or else those of `like`, or else as published. Without an embedding of positions
+    these are rotary. Raises ModelError for tensors of another layout.
     """
     free = {name: getattr(like, name) for name in WITHOUT_SHAPE} if like else dict(WITHOUT_SHAPE)
     free |= {name: value for name, value in (stated or {}).items() if name in WITHOUT_SHAPE}
@@ -57,7 +58,8 @@ def config_by_shapes(
             layers[int(match[1])] = max(layers.get(int(match[1]), 0), 1 + int(match[2]))
     try:
         channels, token_dim = weights["blocks.0.proj_in.weight"].shape
-        num_tokens, _ = weights["blocks.0.pos_embed"].shape
+        positions = "learned" if "blocks.0.pos_embed" in weights else "rotary"
+        num_tokens, _ = weights["blocks.0.pos_embed" if positions == "learned" or "var" not in weights else "var"].shape
         # D = in_channels * patch_size^2 is 3 p^2 or p^2, never both: their ratio 3 is not a square.
         in_channels = 3 if token_dim % 3 == 0 and math.isqrt(token_dim // 3) ** 2 == token_dim // 3 else 1
         patch_size = math.isqrt(token_dim // in_channels)
@@ -75,6 +77,7 @@ def config_by_shapes(
             expansion=weights["blocks.0.attn_blocks.0.mlp.main.0.weight"].shape[0] // channels,
             num_classes=0 if classes is None else classes.shape[0],
             nvp=weights["blocks.0.proj_out.weight"].shape[0] == 2 * token_dim,
+            positions=positions,
             qk_norm=q_norm is not None,
             **free,
         )

@@ -40,6 +40,7 @@ struct block {
     float clip, inverse_temp;                        /* of log-scales, 0 = off; of the unconditional half's attention */
     const float *in, *in_b, *last, *last_b;          /* the first and the last projection */
     const float *positions, *embedding;              /* [tokens][C]; [rows][C] or NULL */
+    const float *rotary;                             /* [tokens][K] cosines and sines (transformer.py) or NULL */
     const float *weights;                            /* [tokens - 1] of guidance */
     const struct layer *layer;
 };
@@ -172,6 +173,15 @@ static void normalize(float *x, int K, const float *scales) {
     for (int k = 0; k < K; k++) x[k] = (x[k] - mean) * by * scales[k];
 }
 
+/* Rotary positions of a query or key of one head, in place: a half of its channels by rows, then one by columns. */
+static void rotate(float *x, int K, const float *cosines) {
+    const float *sines = cosines + K / 2;
+    for (int i = 0; i < K / 2; i++) {
+        float *a = x + i + (i < K / 4 ? 0 : K / 4), *b = a + K / 4, turned = *a * cosines[i] - *b * sines[i];
+        *b = *a * sines[i] + *b * cosines[i], *a = turned;
+    }
+}
+
 static void attention(const struct block *b, const struct layer *l, const struct work *w, const long *first, int q) {
     const int C = b->channels, K = C / b->heads, rows = b->halves * b->n;
     const long room = ROUND(b->tokens), ld = ROUND(3 * C), ldc = ROUND(C);
@@ -185,6 +195,7 @@ static void attention(const struct block *b, const struct layer *l, const struct
                 float *row = w->qkv + ((long)r * q + i) * ld + h * K;
                 long t = first[r % b->n] + i;
                 if (l->q_norm) normalize(row, K, l->q_norm), normalize(row + C, K, l->k_norm);
+                if (b->rotary) rotate(row, K, b->rotary + t * K), rotate(row + C, K, b->rotary + t * K);
                 for (int k = 0; k < K; k++) keys[t / P * K * P + k * P + t % P] = row[C + k];
                 memcpy(values + t * K, row + 2 * C, K * sizeof(float));
                 attend(row, scale, keys, values, (int)t + 1, K, p, w->seen + ((long)r * q + i) * ldc + h * K);

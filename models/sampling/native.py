@@ -46,7 +46,7 @@ class _Block(ctypes.Structure):
         )),
         ("clip", ctypes.c_float), ("inverse_temp", ctypes.c_float),
         *((name, _Pointer) for name in (
-            "in", "in_b", "last", "last_b", "positions", "embedding", "weights", "layer",
+            "in", "in_b", "last", "last_b", "positions", "embedding", "rotary", "weights", "layer",
         )),
     )  # fmt: skip
 
@@ -138,7 +138,8 @@ class _Part:
         embedding, inverse_temp = conditions(block, labels, n, guidance)
         self.embedding = None if embedding is None else embedding[:, 0].contiguous()
         self.inverse_temp = 1.0 if inverse_temp is None else float(inverse_temp[-1])
-        self.positions = block.order(block.pos_embed, dim=0).contiguous()
+        self.positions = block.position_embedding().expand(config.num_tokens, config.channels).contiguous()
+        self.rotary = block.rotary()
         weights = torch.zeros(config.num_tokens) if guidance.weights is None else guidance.weights.float()
         self.weights = weights.contiguous()
         heads, rows, k = config.num_heads, self.halves * n, config.head_channels
@@ -185,6 +186,7 @@ class _Part:
         )  # fmt: skip
         _point(block, self.packed["ends"] | {"positions": self.positions, "weights": self.weights})
         block.embedding = None if self.embedding is None else self.embedding.data_ptr()
+        block.rotary = None if self.rotary is None else self.rotary.data_ptr()
         block.layer = ctypes.addressof(layers)
         work, buffers = _Work(), self._buffers(q)
         _point(work, buffers)
