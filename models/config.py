@@ -44,6 +44,12 @@ class TarFlowConfig(Section):
     soft_clip: float = Field(
         0.0, ge=0, le=1e3, description="c: bound the log-scale a by c * tanh(a / c); 0 = off, as published"
     )
+    scale: Literal["exp", "softplus"] = Field(
+        "exp",
+        description="how the network's output u becomes the scale in x = z * scale + b: exp(u), as published, or "
+        "0.001 + 0.999 * softplus(u + log(e - 1)), which is 1 at u = 0, grows linearly and never falls below 0.001. soft_clip "
+        "bounds its logarithm besides",
+    )
     positions: Literal["learned", "rotary"] = Field(
         "learned",
         description="how attention knows where a patch is: an embedding learned for each patch, as published, or queries and "
@@ -81,6 +87,10 @@ class TarFlowConfig(Section):
         if self.channels % self.head_channels:
             raise ValueError(
                 f"model.channels={self.channels} is not a multiple of model.head_channels={self.head_channels}"
+            )
+        if self.scale == "softplus" and not self.nvp:
+            raise ValueError(
+                "model.scale=softplus needs model.nvp=true: the shift-only flow (model.nvp=false) has no scale"
             )
         if self.positions == "rotary" and self.head_channels % 4:
             raise ValueError(

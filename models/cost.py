@@ -138,8 +138,13 @@ def activation_bytes(
     else:
         per_layer = float(products)
     # Outside its layers a block keeps the inputs of its two projections, and x - b and exp(-a) in float32.
-    block = (d + c) * normed + 2 * 4 * d
+    block = (d + c) * normed + (2 + _scale_steps(config)) * 4 * d
     return t * (layers * per_layer + config.num_blocks * block)
+
+
+def _scale_steps(config: TarFlowConfig) -> int:
+    """Numbers per number of a token that are kept on the way from the network's output to the log-scale."""
+    return 2 * (config.scale == "softplus") + (config.soft_clip > 0)
 
 
 def _compared(config: TarFlowConfig, element: int) -> int:
@@ -175,9 +180,9 @@ def denoising_bytes(config: TarFlowConfig) -> float:
     computed again, with its gradients. Nothing is kept for gradients of the weights, which are frozen.
     """
     c, d = config.channels, config.token_dim
-    kept = sum(config.layers) * c + config.num_blocks * 2 * d
+    kept = sum(config.layers) * c + config.num_blocks * (2 + _scale_steps(config)) * d
     at_work = (6 + 3 * config.expansion) * c
-    return 4.0 * config.num_tokens * (kept + at_work)
+    return config.num_tokens * (4.0 * (kept + at_work) + _compared(config, 4))
 
 
 def sampling_bytes(

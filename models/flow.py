@@ -4,6 +4,8 @@ Data run through the flow in float32 (`x`, `a`, `b`, `exp`, log-determinant); on
 computes in the dtype of its weights. With `exp(a)` in bf16 the flow and its inverse would disagree.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.transformer import TransformerLayer, rotary_table
 
+# The softplus scale: its lower bound, and the output at which softplus is 1.
+LEAST_SCALE, UNIT = 1e-3, math.log(math.e - 1)
 PRIOR_MOMENTUM = 0.1  # of the learned prior variance of the volume-preserving flow, as published
 
 
@@ -79,6 +83,8 @@ class FlowBlock(nn.Module):
         if not self.config.nvp:
             return torch.zeros_like(out), out
         a, b = out.chunk(2, dim=-1)
+        if self.config.scale == "softplus":
+            a = torch.log(LEAST_SCALE + (1 - LEAST_SCALE) * F.softplus(a + UNIT))
         clip = self.config.soft_clip
         return (clip * torch.tanh(a / clip) if clip else a), b
 

@@ -16,7 +16,11 @@ from torch import Tensor
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.errors import ModelError
 
-WITHOUT_SHAPE: Mapping[str, Any] = {"head_channels": 64, "soft_clip": 0.0}  # as in every published model
+WITHOUT_SHAPE: Mapping[str, Any] = {
+    "head_channels": 64,
+    "soft_clip": 0.0,
+    "scale": "exp",
+}  # as in every published model
 _LAYER = re.compile(r"blocks\.([0-9]{1,9})\.attn_blocks\.([0-9]{1,9})\..*")
 
 
@@ -46,9 +50,9 @@ def config_by_shapes(
 ) -> TarFlowConfig:
     """Infer the configuration from tensors in the published layout.
 
-    Two settings affect no shape: the channels of attention heads, unless queries and keys have a norm, and the soft clip
-    (`WITHOUT_SHAPE`). They are as `stated`, or else those of `like`, or else as published. Without an embedding of positions
-    these are rotary. Raises ModelError for tensors of another layout.
+    Three settings affect no shape (`WITHOUT_SHAPE`): the channels of attention heads, unless queries and keys have a norm, the
+    soft clip, and the form of the scale. They are as `stated`, or else those of `like`, or else as published. Without an
+    embedding of positions these are rotary. Raises ModelError for tensors of another layout.
     """
     free = {name: getattr(like, name) for name in WITHOUT_SHAPE} if like else dict(WITHOUT_SHAPE)
     free |= {name: value for name, value in (stated or {}).items() if name in WITHOUT_SHAPE}

@@ -42,7 +42,7 @@ class _Block(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int) for name in (
             "layers", "channels", "heads", "hidden", "dim", "out", "tokens", "threads", "n", "halves", "closed", "guide_a",
-            "guide_b", "affine",
+            "guide_b", "affine", "softplus",
         )),
         ("clip", ctypes.c_float), ("inverse_temp", ctypes.c_float),
         *((name, _Pointer) for name in (
@@ -182,7 +182,7 @@ class _Part:
             len(layers), config.channels, config.num_heads, config.expansion * config.channels, config.token_dim,
             config.token_dim * (2 if config.nvp else 1), config.num_tokens, self.threads, self.n, self.halves,
             settings.guidance_form == "closed", "a" in settings.guide, "b" in settings.guide, config.nvp,
-            config.soft_clip, self.inverse_temp,
+            config.scale == "softplus", config.soft_clip, self.inverse_temp,
         )  # fmt: skip
         _point(block, self.packed["ends"] | {"positions": self.positions, "weights": self.weights})
         block.embedding = None if self.embedding is None else self.embedding.data_ptr()

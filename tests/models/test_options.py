@@ -3,6 +3,7 @@
 Options (`benchmarks.parity.OPTIONS`) x claims: exact density, inverse by every path, backends, resume, cost, files, graphs.
 """
 
+import math
 import shutil
 from collections.abc import Iterator
 from functools import cache
@@ -143,7 +144,9 @@ def test_the_cost_model_counts_it(option: str) -> None:
     # Products alone: what the CPU's kernel for attention does is not counted. Of the T x T logits the causal half is used.
     attention = 2 * sum(shape.layers) * shape.num_tokens**2 * shape.channels
     assert counter.get_total_flops() + attention == pytest.approx(flops_per_image(shape, training=False), rel=0.01)
-    tables = 4 * shape.num_blocks * shape.num_tokens * shape.head_channels * (shape.positions == "rotary")  # of any batch
+    tables = (
+        4 * shape.num_blocks * shape.num_tokens * shape.head_channels * (shape.positions == "rotary")
+    )  # of any batch
     for mode in ("none", "selective", "full"):
         expected = activation_bytes(shape, mode, 4)
         assert modes.kept_bytes(shape, mode) - tables == pytest.approx(expected, rel=0.1), mode
@@ -175,7 +178,7 @@ def test_files_say_what_it_is(option: str, tmp_path: Path) -> None:
     save_weights_file(tmp_path / "w.safetensors", shape, weights)
     save_weights_folder(tmp_path / "hub", shape, weights)
     torch.save(weights, tmp_path / "published.pth")
-    stated = ",".join(f"{name}={getattr(shape, name)}" for name in ("head_channels", "soft_clip"))
+    stated = ",".join(f"{name}={getattr(shape, name)}" for name in ("head_channels", "soft_clip", "scale"))
     for path, model_text in (("w.safetensors", None), ("hub", None), ("published.pth", stated)):
         assert read_weights(tmp_path / path, model=model_text).config == shape, path
 
@@ -262,3 +265,15 @@ def test_another_resolution_starts_from_rotary_weights(tmp_path: Path) -> None:
     assert torch.allclose(
         few[:, :4], many[:, :4], atol=1e-5
     )  # the first row of patches, up to the smaller image's width
+
+
+def test_the_softplus_scale_is_bounded_below_and_grows_linearly() -> None:
+    u = torch.tensor([-1e9, -30.0, -1.0, 0.0, 2.0, 1e9])
+    a, _ = perturbed(of("softplus")).blocks[0].split(torch.cat([u, u]))  # type: ignore[operator]
+    expected = torch.log(0.001 + 0.999 * torch.log1p(torch.exp(u.double() + math.log(math.e - 1))))
+    expected[-1] = math.log(0.001 + 0.999 * (1e9 + math.log(math.e - 1)))
+    assert torch.allclose(a.double(), expected, atol=1e-6)
+    assert abs(float(a[3])) < 1e-6  # at initialization the flow is the identity
+    assert float(a.min()) == pytest.approx(
+        math.log(0.001), abs=1e-6
+    )  # -a, its part of the log-determinant, at most 6.9
