@@ -48,14 +48,16 @@ def layer_shapes(config: TarFlowConfig) -> Shapes:
     c, hidden = config.channels, config.expansion * config.channels
     attention: Shapes = [(c,), (c,), (3 * c, c), (3 * c,), (c, c), (c,)]
     mlp: Shapes = [(c,), (c,), (hidden, c), (hidden,), (c, hidden), (c,)]
-    return attention + mlp
+    qk_norm: Shapes = [(config.head_channels,)] * 2 if config.qk_norm else []
+    return attention + qk_norm + mlp
 
 
 def end_shapes(config: TarFlowConfig) -> Shapes:
     """Shapes of a block's parameters outside its transformer layers."""
     c, d = config.channels, config.token_dim
     out = d * (2 if config.nvp else 1)
-    return [(c, d), (c,), (out, c), (out,), (config.num_tokens, c), (config.num_classes, 1, c)]
+    positions: Shapes = [(config.num_tokens, c)] if config.positions == "learned" else []
+    return [(c, d), (c,), (out, c), (out,), *positions, (config.num_classes, 1, c)]
 
 
 def parameters_per_layer(config: TarFlowConfig) -> int:
@@ -73,7 +75,7 @@ def largest_piece(config: TarFlowConfig, pieces: int) -> int:
 
     1,280 rows over 1,024 ranks are two rows each on 640 ranks, 1.6 times an even share; the other ranks pad to as much.
     """
-    return config.num_blocks * largest_unit_piece(config, pieces, config.layers_per_block, ends=True)
+    return sum(largest_unit_piece(config, pieces, layers, ends=True) for layers in config.layers)
 
 
 def largest_unit_piece(config: TarFlowConfig, pieces: int, layers: int, ends: bool = False) -> int:
@@ -90,7 +92,7 @@ def flops_per_image(config: TarFlowConfig, training: bool = True) -> float:
     c, d, t, e = config.channels, config.token_dim, config.num_tokens, config.expansion
     layer = 2 * (4 + 2 * e) * c * c + 2 * t * c  # the linear maps; QK^T and its product with V, halved
     ends = 2 * d * c + 2 * c * d * (2 if config.nvp else 1)
-    forward = config.num_blocks * (config.layers_per_block * layer + ends) * t
+    forward = (sum(config.layers) * layer + config.num_blocks * ends) * t
     return (3.0 if training else 1.0) * forward
 
 
@@ -116,12 +118,14 @@ def activation_bytes(
     """
     c, d, t = config.channels, config.token_dim, config.num_tokens
     stream, normed = stream or element, normed or element
-    layers = config.num_blocks * config.layers_per_block
+    layers = sum(config.layers)
     # What one layer keeps per token. Statistics: attention's log-sum-exp per head; mean and inverse width of two norms.
     statistics = 4 * config.num_heads + 4 * element
     # Without checkpointing: inputs and outputs of the two norms, q, k, v, attention's output, and the MLP's hidden
     # values before and after the GELU.
-    whole = (2 * stream + 2 * normed + (4 + 2 * config.expansion) * element) * c + statistics
+    whole = (
+        (2 * stream + 2 * normed + (4 + 2 * config.expansion) * element) * c + statistics + _compared(config, element)
+    )
     # Selective: the layer's input, and the outputs of its four matrix products and of attention.
     products = (stream + (6 + config.expansion) * element) * c + 4 * config.num_heads
     kept_input = c * stream
@@ -134,8 +138,19 @@ def activation_bytes(
     else:
         per_layer = float(products)
     # Outside its layers a block keeps the inputs of its two projections, and x - b and exp(-a) in float32.
-    block = (d + c) * normed + 2 * 4 * d
+    block = (d + c) * normed + (2 + _scale_steps(config)) * 4 * d
     return t * (layers * per_layer + config.num_blocks * block)
+
+
+def _scale_steps(config: TarFlowConfig) -> int:
+    """Numbers per number of a token that are kept on the way from the network's output to the log-scale."""
+    return 2 * (config.scale == "softplus") + (config.soft_clip > 0)
+
+
+def _compared(config: TarFlowConfig, element: int) -> int:
+    """Bytes per token of queries and keys as attention compares them, where these are not the ones that were projected."""
+    statistics = 2 * 2 * 4 * config.num_heads * config.qk_norm
+    return 2 * config.channels * element * (config.qk_norm or config.positions == "rotary") + statistics
 
 
 def layer_at_work_bytes(
@@ -154,6 +169,7 @@ def layer_at_work_bytes(
         "selective": (stream + 2 * normed + config.expansion * element) * c,  # the norms' in- and outputs, the GELU's
         "full": (2 * stream + 2 * normed + (4 + 2 * config.expansion) * element) * c,
     }[mode]
+    again += _compared(config, element) if mode != "none" else 0
     return float(t * (again + gradients))
 
 
@@ -164,9 +180,9 @@ def denoising_bytes(config: TarFlowConfig) -> float:
     computed again, with its gradients. Nothing is kept for gradients of the weights, which are frozen.
     """
     c, d = config.channels, config.token_dim
-    kept = config.num_blocks * (config.layers_per_block * c + 2 * d)
+    kept = sum(config.layers) * c + config.num_blocks * (2 + _scale_steps(config)) * d
     at_work = (6 + 3 * config.expansion) * c
-    return 4.0 * config.num_tokens * (kept + at_work)
+    return config.num_tokens * (4.0 * (kept + at_work) + _compared(config, 4))
 
 
 def sampling_bytes(
@@ -180,7 +196,7 @@ def sampling_bytes(
     """
     c, d, t = config.channels, config.token_dim, config.num_tokens
     rows = 2 if guided else 1
-    cache = rows * 2 * config.layers_per_block * t * c  # keys and values
+    cache = rows * 2 * max(config.layers) * t * c  # keys and values of the deepest block
     a_pass = rows * t * (3 + 2 * config.expansion) * c  # one layer at work on all tokens
     checked = 4.0 * (cache + a_pass)
     sequences = 4 * 4 * t * d  # the noise, the block's input in two orders, and what it becomes
