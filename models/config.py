@@ -37,6 +37,14 @@ class TarFlowConfig(Section):
     soft_clip: float = Field(
         0.0, ge=0, le=1e3, description="c: bound the log-scale a by c * tanh(a / c); 0 = off, as published"
     )
+    noise_conditioning: bool = Field(
+        False,
+        description="tell every block the standard deviation of the noise in its images, so that one flow learns the densities"
+        " at all noise levels (train.noise_range) and samples are denoised in many steps; see iterative.md",
+    )
+    input_scale: float = Field(
+        1.0, ge=1e-3, le=1e3, description="factor on the images before the first block; samples are divided by it"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "TarFlowConfig":
@@ -52,6 +60,11 @@ class TarFlowConfig(Section):
             raise ValueError(
                 f"model.channels={self.channels} is not a multiple of model.head_channels={self.head_channels}"
             )
+        if self.noise_conditioning and self.channels % 2:
+            raise ValueError(
+                "model.noise_conditioning needs an even model.channels, half for sines and half for cosines; got "
+                f"{self.channels}"
+            )
         if 0 < self.soft_clip < 1e-6:
             raise ValueError(f"model.soft_clip={self.soft_clip:g} must be 0 (off) or at least 1e-6")
         # Each setting is bounded on its own; their products decide what fits into memory.
@@ -66,6 +79,7 @@ class TarFlowConfig(Section):
         """Parameters of all matrices and embeddings, near enough for a bound (`cost.parameters` is exact)."""
         layer = (4 + 2 * self.expansion) * self.channels**2
         ends = self.channels * (3 * self.token_dim + self.num_tokens + self.num_classes)
+        ends += 8 * self.channels**2 * self.noise_conditioning
         return self.num_blocks * (self.layers_per_block * layer + ends)
 
     @property
