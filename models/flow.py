@@ -38,7 +38,7 @@ def unpatchify(tokens: Tensor, patch_size: int, in_channels: int) -> Tensor:
 class FlowBlock(nn.Module):
     """One autoregressive block: z = (x - b) * exp(-a), with (a, b) of a token computed from the tokens before it."""
 
-    def __init__(self, config: TarFlowConfig, reverse: bool) -> None:
+    def __init__(self, config: TarFlowConfig, layers: int, reverse: bool) -> None:
         super().__init__()
         self.config = config
         self.reverse_order = reverse
@@ -48,7 +48,7 @@ class FlowBlock(nn.Module):
         self.class_embed = nn.Parameter(torch.zeros(config.num_classes, 1, c)) if config.num_classes else None
         self.noise_embed = NoiseEmbedding(c) if config.noise_conditioning else None
         self.attn_blocks = nn.ModuleList(
-            TransformerLayer(c, config.head_channels, config.expansion) for _ in range(config.layers_per_block)
+            TransformerLayer(c, config.head_channels, config.expansion) for _ in range(layers)
         )
         self.proj_out = nn.Linear(c, config.token_dim * (2 if config.nvp else 1))
 
@@ -122,7 +122,7 @@ class TarFlow(nn.Module):
     def __init__(self, config: TarFlowConfig) -> None:
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList(FlowBlock(config, reverse=bool(i % 2)) for i in range(config.num_blocks))
+        self.blocks = nn.ModuleList(FlowBlock(config, layers, bool(i % 2)) for i, layers in enumerate(config.layers))
         self.register_buffer("var", torch.ones(config.num_tokens, config.token_dim))
 
     def patchify(self, images: Tensor) -> Tensor:

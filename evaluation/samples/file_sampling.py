@@ -91,12 +91,13 @@ def describe_file(path: Path, file: WeightsFile) -> str:
         sampling = f"; sampled with {', '.join(f'{key}={value}' for key, value in stored.items())}" if stored else ""
         return plain(f"{path}: {file.provenance}{sampling}", 5000) + file.caveat
     c = file.config
+    layers = "-".join(map(str, c.layers)) if isinstance(c.layers_per_block, tuple) else c.layers_per_block
     words = {"head_channels": f"attention heads of {c.head_channels} channels", "soft_clip": "no soft clip"}
     assumed = ", ".join(words[key] for key in file.inferred["assumed"])
     stated = ", ".join(f"{key}={value}" for key, value in file.stated.items())
     return (
         f"{path}: published layout; from its shapes {c.image_size} x {c.image_size} pixels, patches of {c.patch_size}, "
-        f"{c.channels} channels, {c.num_blocks} blocks of {c.layers_per_block} layers, {c.num_classes} classes"
+        f"{c.channels} channels, {c.num_blocks} blocks of {layers} layers, {c.num_classes} classes"
         + (f"; assumed as published: {assumed}" if assumed else "")
         + (f"; as stated: {stated}" if stated else "")
         + file.caveat

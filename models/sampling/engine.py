@@ -49,7 +49,7 @@ class EagerBlock:
         self.embedding, self.inverse_temp = conditions(block, labels, n, guidance)
         self.positions = block.order(block.pos_embed, dim=0)
         self.cache = empty_cache(
-            config.layers_per_block, 2 * n if guidance.active else n, config.num_heads, config.num_tokens,
+            len(block.attn_blocks), 2 * n if guidance.active else n, config.num_heads, config.num_tokens,
             config.head_channels, block.pos_embed,
         )  # fmt: skip
         self.last = block.proj_out.bias, block.proj_out.weight.t()
