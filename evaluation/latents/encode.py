@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tarflow.code_version import code_version
+from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.flow import Flow
 from tarflow.evaluation.latents.store import (
     FORMAT,
@@ -57,7 +58,12 @@ def encode_images(request: EncodeRequest, log: Log = print) -> Latents:
     request.settings = request.settings | UNGUIDED
     source, sampling, batch_size = open_request(request, log)
     seed = sampling.settings.seed if request.seed is None else request.seed
-    level = source.level(request.settings.get("noise_std"))
+    given = request.settings.get("noise_std")
+    level = source.level(given)
+    if given is not None and level is None and not request.noisy:
+        raise EvaluationError(
+            f"--noise-std {given:g} is about noise, and without --noisy none is added: give both or neither"
+        )
     noise = source.training_noise(sampling.noise_std, seed, level=level) if request.noisy else None
     images = open_images(request.data, source, request.num, label, log)
     identity = {
