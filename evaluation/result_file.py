@@ -45,6 +45,11 @@ class Sampling(_Open):
     seed: Count
     labels: str | list[int]
     class_counts: list[Count] | None = None
+    noise_level: Number | None = None  # these five of a model that is told the noise level
+    denoise_to: Number | None = None
+    denoise_steps: Count | None = None
+    denoise_schedule: str | None = None
+    denoise_stochastic: bool | None = None
 
 
 class Settings(_Open):

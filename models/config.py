@@ -61,6 +61,14 @@ class TarFlowConfig(Section):
         description="normalize queries and keys of each head by a layer norm with learned scales (arXiv 2302.05442), which "
         "bounds the logits of attention; false, as published",
     )
+    noise_conditioning: bool = Field(
+        False,
+        description="tell every block the standard deviation of the noise in its images, so that one flow learns the densities"
+        " at all noise levels (train.noise_range) and samples are denoised in many steps; see iterative.md",
+    )
+    input_scale: float = Field(
+        1.0, ge=1e-3, le=1e3, description="factor on the images before the first block; samples are divided by it"
+    )
 
     @field_validator("layers_per_block")
     @classmethod
@@ -97,6 +105,11 @@ class TarFlowConfig(Section):
                 f"model.positions=rotary rotates pairs of channels by rows and as many by columns: model.head_channels="
                 f"{self.head_channels} must be a multiple of 4"
             )
+        if self.noise_conditioning and self.channels % 2:
+            raise ValueError(
+                "model.noise_conditioning needs an even model.channels, half for sines and half for cosines; got "
+                f"{self.channels}"
+            )
         if 0 < self.soft_clip < 1e-6:
             raise ValueError(f"model.soft_clip={self.soft_clip:g} must be 0 (off) or at least 1e-6")
         # Each setting is bounded on its own; their products decide what fits into memory.
@@ -112,6 +125,7 @@ class TarFlowConfig(Section):
         """Parameters of all matrices and embeddings, near enough for a bound (`cost.parameters` is exact)."""
         layer = (4 + 2 * self.expansion) * self.channels**2
         ends = self.channels * (3 * self.token_dim + self.num_tokens + self.num_classes)
+        ends += 8 * self.channels**2 * self.noise_conditioning
         return sum(self.layers) * layer + self.num_blocks * ends
 
     @property

@@ -57,7 +57,8 @@ def end_shapes(config: TarFlowConfig) -> Shapes:
     c, d = config.channels, config.token_dim
     out = d * (2 if config.nvp else 1)
     positions: Shapes = [(config.num_tokens, c)] if config.positions == "learned" else []
-    return [(c, d), (c,), (out, c), (out,), *positions, (config.num_classes, 1, c)]
+    noise: Shapes = [(4 * c, c), (4 * c,), (c, 4 * c), (c,)] if config.noise_conditioning else []
+    return [(c, d), (c,), (out, c), (out,), *positions, (config.num_classes, 1, c), *noise]
 
 
 def parameters_per_layer(config: TarFlowConfig) -> int:
@@ -93,6 +94,7 @@ def flops_per_image(config: TarFlowConfig, training: bool = True) -> float:
     layer = 2 * (4 + 2 * e) * c * c + 2 * t * c  # the linear maps; QK^T and its product with V, halved
     ends = 2 * d * c + 2 * c * d * (2 if config.nvp else 1)
     forward = (sum(config.layers) * layer + config.num_blocks * ends) * t
+    forward += config.num_blocks * 16 * c * c * config.noise_conditioning  # of the noise embedding, once for all tokens
     return (3.0 if training else 1.0) * forward
 
 
@@ -139,7 +141,9 @@ def activation_bytes(
         per_layer = float(products)
     # Outside its layers a block keeps the inputs of its two projections, and x - b and exp(-a) in float32.
     block = (d + c) * normed + (2 + _scale_steps(config)) * 4 * d
-    return t * (layers * per_layer + config.num_blocks * block)
+    # Of the noise embedding, in float32 and once for all tokens: sinusoids, and the hidden values before and after the GELU.
+    noise = 4 * 9 * c * config.noise_conditioning
+    return t * (layers * per_layer + config.num_blocks * block) + config.num_blocks * noise
 
 
 def _scale_steps(config: TarFlowConfig) -> int:

@@ -20,7 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draws", type=int, default=1, metavar="K", help="draws of the noise per image (1)")
     parser.add_argument("--seed", type=int, help="key of the noise (default: the sampling settings')")
     parser.add_argument(
-        "--noise-std", type=float, metavar="S", help="training noise of a weights file that does not record it"
+        "--noise-std",
+        type=float,
+        metavar="S",
+        help="training noise of a weights file that does not record it; the level of a model that is told the noise",
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at once")
     add_machine(parser)

@@ -108,12 +108,17 @@ class EagerBlock:
 def conditions(
     block: FlowBlock, labels: Tensor | None, n: int, guidance: Guidance
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Label embedding and inverse attention temperature of every row, conditional rows first."""
-    embedding = block.label_embedding(labels, n)
+    """What is added to every token, and the inverse attention temperature, of every row, conditional rows first.
+
+    Both halves are told the noise level at which the flow is inverted.
+    """
+    t = guidance.settings.noise_level
+    noise = None if t is None else torch.full((n,), t, dtype=torch.float32, device=block.proj_in.weight.device)
+    embedding = block.conditioning(labels, noise, n)
     if not guidance.active:
         return embedding, None
     if embedding is not None:
-        no_label = block.label_embedding(None, n)
+        no_label = block.conditioning(None, noise, n)
         assert no_label is not None
         embedding = torch.cat([embedding, no_label])
     if guidance.settings.attn_temp == 1.0:

@@ -25,6 +25,8 @@ ROWS_OF_A_THREAD = 8  # of the batch, both halves: below, threads share out the 
 ROWS = 64  # rows of a step over several tokens: enough to use each load of weights, few enough for the cache
 KEEP_BYTES = 64 << 20  # of packed weights, kept from batch to batch
 
+FORMS = {"linear": 0, "closed": 1, "sigma": 2}  # of guidance, as in native.c
+
 _Pointer = ctypes.c_void_p
 
 
@@ -41,7 +43,7 @@ class _Layer(ctypes.Structure):
 class _Block(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int) for name in (
-            "layers", "channels", "heads", "hidden", "dim", "out", "tokens", "threads", "n", "halves", "closed", "guide_a",
+            "layers", "channels", "heads", "hidden", "dim", "out", "tokens", "threads", "n", "halves", "form", "guide_a",
             "guide_b", "affine", "softplus",
         )),
         ("clip", ctypes.c_float), ("inverse_temp", ctypes.c_float),
@@ -181,7 +183,7 @@ class _Part:
         block = _Block(
             len(layers), config.channels, config.num_heads, config.expansion * config.channels, config.token_dim,
             config.token_dim * (2 if config.nvp else 1), config.num_tokens, self.threads, self.n, self.halves,
-            settings.guidance_form == "closed", "a" in settings.guide, "b" in settings.guide, config.nvp,
+            FORMS[settings.guidance_form], "a" in settings.guide, "b" in settings.guide, config.nvp,
             config.scale == "softplus", config.soft_clip, self.inverse_temp,
         )  # fmt: skip
         _point(block, self.packed["ends"] | {"positions": self.positions, "weights": self.weights})
