@@ -1,7 +1,12 @@
 """The architecture of a TarFlow: everything that determines its parameters, and nothing else."""
 
-from pydantic import Field, model_validator
+import json
+import math
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from tarflow.image_size import sides, size_of
 from tarflow.settings import Count, Section
 
 # Beyond anything that fits on a cluster: a typo fails here, by name, and not when memory runs out.
@@ -9,6 +14,23 @@ MOST_PIXELS, MOST_CHANNELS, MOST_LAYERS, MOST_CLASSES = 1 << 14, 1 << 16, 1 << 1
 MOST_TOKENS = 1 << 16  # attention is quadratic in them
 MOST_LAYERS_IN_ALL = 1 << 12
 MOST_PARAMETERS = 1 << 40
+
+KINDS_OF_SIZE = ("square", "rectangle")  # where an error is, besides the names of settings
+_Side = Annotated[Count, Field(gt=0, le=MOST_PIXELS)]
+
+
+def _two_sides(value: Any) -> Any:
+    if isinstance(value, list | tuple) and len(value) != 2:
+        raise ValueError("a rectangle has two sides, [height, width]")
+    return value
+
+
+ImageSize = Annotated[
+    Annotated[_Side, Tag(KINDS_OF_SIZE[0])] | Annotated[tuple[_Side, _Side], Tag(KINDS_OF_SIZE[1])],
+    Discriminator(lambda value: KINDS_OF_SIZE[isinstance(value, list | tuple)]),
+    BeforeValidator(_two_sides),
+    AfterValidator(lambda value: size_of(*sides(value))),  # one spelling for each size
+]
 
 
 class TarFlowConfig(Section):
@@ -18,9 +40,11 @@ class TarFlowConfig(Section):
     `layers_per_block` transformer layers each transform the sequence, alternating between its order and the reverse.
     """
 
-    image_size: Count = Field(gt=0, le=MOST_PIXELS, description="height and width of the (square) images, in pixels")
+    image_size: ImageSize = Field(
+        description="height and width of the images, in pixels: a whole number for squares, [height, width] for rectangles"
+    )
     patch_size: Count = Field(
-        gt=0, le=MOST_PIXELS, description="height and width of a patch, in pixels; must divide image_size"
+        gt=0, le=MOST_PIXELS, description="height and width of a patch, in pixels; must divide both sides of image_size"
     )
     in_channels: Count = Field(3, description="image channels: 3 (colour) or 1 (grey)")
     channels: Count = Field(
@@ -42,10 +66,11 @@ class TarFlowConfig(Section):
     def _fits(self) -> "TarFlowConfig":
         if self.in_channels not in (1, 3):
             raise ValueError(f"model.in_channels must be 1 (grey) or 3 (colour), got {self.in_channels}")
-        if self.image_size % self.patch_size:
-            near = [p for p in range(1, self.image_size + 1) if self.image_size % p == 0]
+        if self.height % self.patch_size or self.width % self.patch_size:
+            common = math.gcd(self.height, self.width)
+            near = [p for p in range(1, common + 1) if common % p == 0]
             raise ValueError(
-                f"model.image_size={self.image_size} is not divisible by model.patch_size={self.patch_size}; "
+                f"model.image_size={json.dumps(self.image_size)} is not divisible by model.patch_size={self.patch_size}; "
                 f"patch sizes that divide it: {', '.join(map(str, near))}"
             )
         if self.channels % self.head_channels:
@@ -69,9 +94,24 @@ class TarFlowConfig(Section):
         return self.num_blocks * (self.layers_per_block * layer + ends)
 
     @property
+    def height(self) -> int:
+        """H: rows of pixels."""
+        return sides(self.image_size)[0]
+
+    @property
+    def width(self) -> int:
+        """W: columns of pixels."""
+        return sides(self.image_size)[1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches, in row-major order the sequence of tokens."""
+        return self.height // self.patch_size, self.width // self.patch_size
+
+    @property
     def num_tokens(self) -> int:
         """T: tokens in the sequence."""
-        return (self.image_size // self.patch_size) ** 2
+        return math.prod(self.grid)
 
     @property
     def token_dim(self) -> int:
@@ -86,7 +126,7 @@ class TarFlowConfig(Section):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
-        return (self.in_channels, self.image_size, self.image_size)
+        return (self.in_channels, self.height, self.width)
 
 
 def _at_most(number: int, most: int, what: str, way_out: str) -> None:

@@ -2,14 +2,17 @@
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tarflow.image_size import parse_size
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.errors import ModelError
 from tarflow.models.presets import preset, preset_names
 
 Stated = tuple[str, Mapping[str, Any]]  # who states, and what
+_BETWEEN = re.compile(r",(?!\s*\d+\s*(?:,|$))")  # words; `image_size=256,384` is one
 
 
 def parse_model(text: str) -> dict[str, Any]:
@@ -18,7 +21,7 @@ def parse_model(text: str) -> dict[str, Any]:
     Raises ModelError for an unknown preset or setting, with the nearest one, and for a value that is neither number nor bool.
     """
     found: dict[str, Any] = {}
-    for word in text.split(","):
+    for word in _BETWEEN.split(text):
         key, equals, value = (part.strip() for part in word.partition("="))
         if not equals:
             if key not in preset_names():
@@ -30,10 +33,12 @@ def parse_model(text: str) -> dict[str, Any]:
                 f"--model {word}: the model has no setting {key!r}; {_near(key, list(TarFlowConfig.model_fields))}"
             )
         try:
-            found[key] = json.loads(value)
-        except ValueError:
+            found[key] = parse_size(value) if key == "image_size" else json.loads(value)
+        except ValueError as error:
+            if key == "image_size":
+                raise ModelError(f"--model {word}: {error}") from None
             found[key] = None
-        if not isinstance(found[key], int | float):
+        if key != "image_size" and not isinstance(found[key], int | float):
             raise ModelError(f"--model {word}: {value[:80]!r} is not a number, nor true or false")
     return found
 
@@ -60,7 +65,12 @@ def check_stated(config: TarFlowConfig, where: str, stated: Sequence[Stated]) ->
 
 
 def _hold_against(where: str, known: Mapping[str, Any], who: str, values: Mapping[str, Any]) -> None:
-    differ = [name for name, value in values.items() if known[name] != value]
+    differ = [name for name, value in values.items() if _plain(known[name]) != _plain(value)]
     if differ:
-        sides = "".join(f"\n  {name}: {values[name]!r} and {known[name]!r}" for name in differ)
+        sides = "".join(f"\n  {name}: {_plain(values[name])!r} and {_plain(known[name])!r}" for name in differ)
         raise ModelError(f"{who} says another model than {where}:{sides}")
+
+
+def _plain(value: Any) -> Any:
+    """A value as it compares: JSON knows no tuples."""
+    return tuple(value) if isinstance(value, list) else value
