@@ -7,8 +7,8 @@
 | stream | tars without an index: pipes, addresses, files | by shard, to the nearest one |
 | custom | what a function of the user's gives (`data.dataset`) | exact, the same order rule |
 
-Preparing a set crops it for good (`tarflow data prepare --crop`), and the index records by which rule. Reading crops whatever has
-another size than the model: originals that were only indexed, and prepared images for a model of smaller ones.
+Preparing a set crops it for good (`tarflow data prepare --crop`), and the index records by which rule. Reading crops whatever
+has another size than the model: originals that were only indexed, and prepared images for a model of smaller ones.
 """
 
 from __future__ import annotations

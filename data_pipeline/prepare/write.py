@@ -30,7 +30,7 @@ from tarflow.data_pipeline.prepare.order import Mask, shuffled, split_masks
 from tarflow.data_pipeline.prepare.source import ImageSource
 from tarflow.files import replace_dir
 from tarflow.image_size import Size, plain, sides
-from tarflow.locks import locked
+from tarflow.leases import locked
 
 FORMATS = ("png", "jpeg", "webp")
 _EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
