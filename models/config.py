@@ -1,10 +1,22 @@
 """The architecture of a TarFlow: everything that determines its parameters, and nothing else."""
 
-from typing import Annotated, Literal
+import json
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from tarflow.settings import Count, OneOrList, Section, one_if_equal
+from tarflow.image_size import sides, size_of
+from tarflow.settings import LIST, ONE, Count, OneOrList, Section, form_of, one_if_equal
 
 # Beyond anything that fits on a cluster: a typo fails here, by name, and not when memory runs out.
 MOST_PIXELS, MOST_CHANNELS, MOST_LAYERS, MOST_CLASSES = 1 << 14, 1 << 16, 1 << 10, 1 << 24
@@ -13,6 +25,21 @@ MOST_LAYERS_IN_ALL = 1 << 12
 MOST_PARAMETERS = 1 << 40
 
 Layers = Annotated[Count, Field(gt=0, le=MOST_LAYERS)]
+_Side = Annotated[Count, Field(gt=0, le=MOST_PIXELS)]
+
+
+def _two_sides(value: Any) -> Any:
+    if isinstance(value, list | tuple) and len(value) != 2:
+        raise ValueError("a rectangle has two sides, [height, width]")
+    return value
+
+
+ImageSize = Annotated[
+    Annotated[_Side, Tag(ONE)] | Annotated[tuple[_Side, _Side], Tag(LIST)],
+    Discriminator(form_of),
+    BeforeValidator(_two_sides),
+    AfterValidator(lambda value: size_of(*sides(value))),  # one spelling for each size
+]
 
 
 class TarFlowConfig(Section):
@@ -22,9 +49,11 @@ class TarFlowConfig(Section):
     `layers` transformer layers each transform the sequence, alternating between its order and the reverse.
     """
 
-    image_size: Count = Field(gt=0, le=MOST_PIXELS, description="height and width of the (square) images, in pixels")
+    image_size: ImageSize = Field(
+        description="height and width of the images, in pixels: a whole number for squares, [height, width] for rectangles"
+    )
     patch_size: Count = Field(
-        gt=0, le=MOST_PIXELS, description="height and width of a patch, in pixels; must divide image_size"
+        gt=0, le=MOST_PIXELS, description="height and width of a patch, in pixels; must divide both sides of image_size"
     )
     in_channels: Count = Field(3, description="image channels: 3 (colour) or 1 (grey)")
     channels: Count = Field(
@@ -81,10 +110,11 @@ class TarFlowConfig(Section):
     def _fits(self) -> "TarFlowConfig":
         if self.in_channels not in (1, 3):
             raise ValueError(f"model.in_channels must be 1 (grey) or 3 (colour), got {self.in_channels}")
-        if self.image_size % self.patch_size:
-            near = [p for p in range(1, self.image_size + 1) if self.image_size % p == 0]
+        if self.height % self.patch_size or self.width % self.patch_size:
+            common = math.gcd(self.height, self.width)
+            near = [p for p in range(1, common + 1) if common % p == 0]
             raise ValueError(
-                f"model.image_size={self.image_size} is not divisible by model.patch_size={self.patch_size}; "
+                f"model.image_size={json.dumps(self.image_size)} is not divisible by model.patch_size={self.patch_size}; "
                 f"patch sizes that divide it: {', '.join(map(str, near))}"
             )
         if len(self.layers) != self.num_blocks:
@@ -135,14 +165,24 @@ class TarFlowConfig(Section):
         return per_block if isinstance(per_block, tuple) else (per_block,) * self.num_blocks
 
     @property
+    def height(self) -> int:
+        """H: rows of pixels."""
+        return sides(self.image_size)[0]
+
+    @property
+    def width(self) -> int:
+        """W: columns of pixels."""
+        return sides(self.image_size)[1]
+
+    @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches, in row-major order the sequence of tokens."""
-        return self.image_size // self.patch_size, self.image_size // self.patch_size
+        return self.height // self.patch_size, self.width // self.patch_size
 
     @property
     def num_tokens(self) -> int:
         """T: tokens in the sequence."""
-        return (self.image_size // self.patch_size) ** 2
+        return math.prod(self.grid)
 
     @property
     def token_dim(self) -> int:
@@ -157,7 +197,7 @@ class TarFlowConfig(Section):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
-        return (self.in_channels, self.image_size, self.image_size)
+        return (self.in_channels, self.height, self.width)
 
 
 def _at_most(number: int, most: int, what: str, way_out: str) -> None:

@@ -29,12 +29,11 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(n, (h // p) * (w // p), c * p * p)
 
 
-def unpatchify(tokens: Tensor, patch_size: int, in_channels: int) -> Tensor:
-    """[N, T, D] -> [N, C, H, W], the inverse of `patchify` for square images."""
-    n, t, _ = tokens.shape
-    p, side = patch_size, round(t**0.5)
-    grid = tokens.reshape(n, side, side, in_channels, p, p)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(n, in_channels, side * p, side * p)
+def unpatchify(tokens: Tensor, patch_size: int, in_channels: int, grid: tuple[int, int]) -> Tensor:
+    """[N, T, D] -> [N, C, H, W], the inverse of `patchify` for images of a grid of (rows, columns) patches."""
+    (rows, columns), p = grid, patch_size
+    patches = tokens.reshape(len(tokens), rows, columns, in_channels, p, p)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), in_channels, rows * p, columns * p)
 
 
 class FlowBlock(nn.Module):
@@ -151,7 +150,7 @@ class TarFlow(nn.Module):
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """[N, T, D] -> [N, C, H, W], the inverse of `patchify`."""
-        images = unpatchify(tokens, self.config.patch_size, self.config.in_channels)
+        images = unpatchify(tokens, self.config.patch_size, self.config.in_channels, self.config.grid)
         return images if self.config.input_scale == 1 else images / self.config.input_scale
 
     def forward(

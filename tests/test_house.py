@@ -90,7 +90,7 @@ ROOMS_BELOW = {
 TRAINER_FOR_EVALUATION = {"config", "run_dir", "checkpoint", "tracking", "errors"}
 # Files of tarflow/ that every room may import.
 GROUND = {
-    "code_version", "devices", "errors", "file_systems", "files", "interpreter", "leases", "locks", "npz", "records",
+    "code_version", "devices", "errors", "file_systems", "files", "image_size", "interpreter", "leases", "npz", "records",
     "settings", "terminal",
 }  # fmt: skip
 

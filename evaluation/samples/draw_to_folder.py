@@ -13,6 +13,7 @@ from tarflow.evaluation.samples.variations.best_of import BestSampler
 from tarflow.evaluation.samples.variations.choose import check_variation, choose_sampler
 from tarflow.evaluation.samples.variations.path import PathSampler
 from tarflow.evaluation.samples.variations.temperatures import TemperatureSampler
+from tarflow.image_size import plain
 
 GRID_IMAGES = 100
 LONGEST_ROW = 16
@@ -34,7 +35,7 @@ def sample_images(request: SampleRequest, log: Log = print) -> bool:
     missing, damaged = folder.missing(chosen=best is not None), folder.damaged
 
     # Any number of calls fill one folder: each draws only what is missing or damaged.
-    log(f"{num} images of {model.image_size} pixels from {source.origin}, weights {source.weights}")
+    log(f"{num} images of {plain(model.image_size)} pixels from {source.origin}, weights {source.weights}")
     if len(missing) < num:
         log(f"{num - len(missing)} are there already")
     if damaged:
@@ -61,7 +62,7 @@ def sample_images(request: SampleRequest, log: Log = print) -> bool:
         log(f"images: {folder.images}\ngrid: {request.out / 'grid.png'}")
     if request.form == "npz":
         there = [path for i in range(num) if (path := folder.path(i)).exists()]
-        shape = (len(there), model.image_size, model.image_size, 3)
+        shape = (len(there), model.height, model.width, 3)
         write_array(request.out / "samples.npz", shape, map(load_png, there))
         log(f"array: {request.out / 'samples.npz'} ({NAME}, uint8 {list(shape)})")
     if count.nonfinite:

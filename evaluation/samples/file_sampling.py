@@ -10,6 +10,7 @@ from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.draw import check_guidance, check_noise
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
+from tarflow.image_size import shown
 from tarflow.models.sampling.settings import SamplingSettings
 from tarflow.models.weights import WeightsFile
 from tarflow.terminal import plain
@@ -100,7 +101,7 @@ def describe_file(path: Path, file: WeightsFile) -> str:
     assumed = ", ".join(words[key] for key in file.inferred["assumed"])
     stated = ", ".join(f"{key}={value}" for key, value in file.stated.items())
     return (
-        f"{path}: published layout; from its shapes {c.image_size} x {c.image_size} pixels, patches of {c.patch_size}, "
+        f"{path}: published layout; from its shapes {shown(c.image_size)} pixels, patches of {c.patch_size}, "
         f"{c.channels} channels, {c.num_blocks} blocks of {layers} layers, {c.num_classes} classes"
         + (f"; assumed as published: {assumed}" if assumed else "")
         + (f"; as stated: {stated}" if stated else "")

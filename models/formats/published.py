@@ -13,6 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from tarflow.image_size import FORM, Size, is_size, shown, sides
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.errors import ModelError
 
@@ -51,8 +52,9 @@ def config_by_shapes(
     """Infer the configuration from tensors in the published layout.
 
     Three settings affect no shape (`WITHOUT_SHAPE`): the channels of attention heads, unless queries and keys have a norm, the
-    soft clip, and the form of the scale. They are as `stated`, or else those of `like`, or else as published. Without an
-    embedding of positions these are rotary. Raises ModelError for tensors of another layout.
+    soft clip, and the form of the scale. They are as `stated`, or else those of `like`, or else as published. So are the sides
+    of a rectangle, of which shapes tell the product alone: the images are squares, as published, unless `stated` or `like` say
+    otherwise. Without an embedding of positions these are rotary. Raises ModelError for tensors of another layout.
     """
     free = {name: getattr(like, name) for name in WITHOUT_SHAPE} if like else dict(WITHOUT_SHAPE)
     free |= {name: value for name, value in (stated or {}).items() if name in WITHOUT_SHAPE}
@@ -72,7 +74,7 @@ def config_by_shapes(
         if q_norm is not None:  # it has a number for each channel of a head
             free["head_channels"] = q_norm.shape[0]
         return TarFlowConfig(
-            image_size=math.isqrt(num_tokens) * patch_size,
+            image_size=_image_size(num_tokens, patch_size, stated or {}, like),
             patch_size=patch_size,
             in_channels=in_channels,
             channels=channels,
@@ -90,3 +92,19 @@ def config_by_shapes(
     except (ValueError, IndexError, ZeroDivisionError, ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise ModelError(f"{where} does not determine a model by the shapes of its tensors: {reason}") from None
+
+
+def _image_size(num_tokens: int, patch: int, stated: Mapping[str, Any], like: TarFlowConfig | None) -> Size:
+    """The size of images of so many patches. Raises ValueError where these make no square and nothing says what they make."""
+    for size in (stated.get("image_size"), like and like.image_size):
+        if is_size(size) and math.prod(side / patch for side in sides(size)) == num_tokens:
+            return size
+    rows = math.isqrt(num_tokens)
+    if rows**2 == num_tokens:
+        return rows * patch
+    said = stated.get("image_size")
+    known = f", nor images of {shown(said)} pixels in patches of {patch}" if is_size(said) else ""
+    raise ValueError(
+        f"its {num_tokens} positions make no square{known}, and of a rectangle shapes do not tell the sides: say "
+        f"--model image_size=SIZE ({FORM}), or for --init-from set model.image_size as there"
+    )

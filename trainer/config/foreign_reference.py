@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tarflow.files import open_to_read
+from tarflow.image_size import plain, size_of
 from tarflow.npz import Declared, declared, read_npz
 
 # One set of weights, three rules of resizing: TensorFlow's, pytorch-fid's, clean-fid's.
@@ -123,9 +124,9 @@ def _images_inside(found: Mapping[str, Declared]) -> dict[str, str | int]:
     images = found.get(IMAGES)
     if images is None:
         return {}
-    if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[1] != images.shape[2]:
-        raise ValueError(f"its {IMAGES} is {images.dtype} {list(images.shape)}, not uint8 [images, size, size, 3]")
-    return {"image_size": images.shape[1], "images_inside": images.shape[0]}
+    if images.dtype != np.uint8 or len(images.shape) != 4:
+        raise ValueError(f"its {IMAGES} is {images.dtype} {list(images.shape)}, not uint8 [images, height, width, 3]")
+    return {"image_size": plain(size_of(*images.shape[1:3])), "images_inside": images.shape[0]}
 
 
 def moments(mean: NDArray[Any], covariance: NDArray[Any], names: tuple[str, str] = ("mu", "sigma")) -> Moments:

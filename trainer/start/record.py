@@ -35,6 +35,7 @@ class DataSet(Record):
     num_classes: int = Field(ge=0)
     image_size: list[int] | None  # width, height in pixels
     channels: int | None
+    crop: str | None = None  # the rule by which images get the model's size; not recorded by earlier versions
     unchecked: str | None = None  # why remote shards are not verified against checksums
     dataset: Code | None = None
     transform: Code | None = None
