@@ -14,7 +14,7 @@ from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log, no_log
 from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler, check_guidance
 from tarflow.evaluation.samples.labels import label_number
-from tarflow.evaluation.samples.request import SourceRequest, open_request
+from tarflow.evaluation.samples.request import SourceRequest, batches_of, open_request
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.variations.path import End, PathSampler, path_between, settings_of_path
 from tarflow.evaluation.samples.weights_source import WeightsSource
@@ -70,7 +70,8 @@ def load(
     found, sampling, batch_size = open_request(request, log)
     if found.checkpoint:
         log(plain(f"{found.origin}: {found.provenance}", 5000))
-    return Flow(found, sampling, batch_size)
+    # What evaluations of the run found out is used; what happens beside other work in this program is not noted there.
+    return Flow(found, sampling, batch_size, batches_of(request, found, keep=False))
 
 
 class Flow:
@@ -80,9 +81,11 @@ class Flow:
     class names, or None (no label): one for all images, or one for each.
     """
 
-    def __init__(self, source: WeightsSource, sampling: ResolvedSampling, batch_size: int) -> None:
+    def __init__(
+        self, source: WeightsSource, sampling: ResolvedSampling, batch_size: int, memory: Batches | None = None
+    ) -> None:
         self.source, self.sampling, self.batch_size = source, sampling, batch_size
-        self._memory = Batches(source.model.var.device)
+        self._memory = memory or Batches(source.model.var.device)
 
     @property
     def model(self) -> TarFlow:

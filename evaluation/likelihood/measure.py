@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 from tarflow.code_version import code_version
-from tarflow.evaluation.batches import Batches
+from tarflow.evaluation.batches import named_cause
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.likelihood.extremes import Extremes
 from tarflow.evaluation.likelihood.files import columns_of, write_page, write_table
@@ -29,7 +29,7 @@ from tarflow.evaluation.likelihood.out_folder import refuse_other_files, refuse_
 from tarflow.evaluation.likelihood.per_image import ImageLikelihoods, likelihoods
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
-from tarflow.evaluation.samples.request import SourceRequest, open_request
+from tarflow.evaluation.samples.request import SourceRequest, batches_of, open_request
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.shared_work import SharedWork
 from tarflow.evaluation.worker.chunk_file import Chunk, Form, is_valid, read_chunk, write_chunk
@@ -90,7 +90,8 @@ def measure_likelihoods(request: LikelihoodRequest, log: Log = print) -> dict[st
     if not _there(summary, identity):
         refuse_other_files(request.out, "likelihood.")
         check_writable(request.out if request.out.is_dir() else request.out.parent)
-        _Measurement(request, source, noise, images, identity, batch_size, log).run()
+        with named_cause("likelihood", source.model.var.device):
+            _Measurement(request, source, noise, images, identity, batch_size, log).run()
     result = load_record(summary, Summary)
     log(_headline(result))
     log(f"table: {request.out / result.table}\npage: {request.out / 'likelihood.html'}")
@@ -127,7 +128,7 @@ class _Measurement:
     def run(self) -> None:
         """Help until the summary is there, by any process."""
         self.parts = max(1, -(-self.images.num_images // CHUNK))
-        self.memory = Batches(self.source.model.var.device, self.log)
+        self.memory = batches_of(self.request, self.source, self.log)
         self.chunks = {f"likelihood-{part:06d}": part for part in range(self.parts)}
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
         plan = {"batch_size": self.batch_size, "chunks": self.parts}

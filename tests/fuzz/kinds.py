@@ -72,7 +72,7 @@ _KINDS = (
     Kind("plan.json", f"{ONE}/evals/work/*/plan.json", ("evaluate",), "json", ("evals/work",)),
     Kind("sampling-plan.json", f"{ONE}/evals/work/*/sampling-plan.json", ("evaluate (auto)",), "json", ("evals/work",)),
     Kind("chunk", f"{ONE}/evals/work/*/samples-*", ("evaluate",), "npz"),
-    Kind("batches.json", f"{ONE}/evals/batches.json", ("evaluate",), "json"),
+    Kind("batches.json", f"{ONE}/evals/batches.json", ("evaluate", "sample", "likelihood", "encode"), "json"),
     Kind("claim", f"{ONE}/evals/work/*/claims/*", ("evaluate",), "json"),
     Kind("sampling.json", f"{ONE}/sampling.json", ("sample", "evaluate", "sweep-guidance", "report", "status"), "json"),
     Kind("sweep.json", f"{ONE}/sweeps/*/sweep.json", ("sweep-guidance", "report"), "json"),

@@ -57,6 +57,7 @@ VERBS = {
     "score (array)": Verb("score array.npz --reference ref.npz --out new.json", prints=True),
     "likelihood": Verb("likelihood runs/one set/val --out new", prints=True),
     "likelihood (again)": Verb("likelihood runs/one set/val --out lik", prints=True),
+    "encode": Verb("encode runs/one set/val --out new", prints=True),
     "encode (again)": Verb("encode runs/one set/val --out lat", prints=True),
     "decode": Verb("decode runs/one lat --out new", prints=True),
     "decode (again)": Verb("decode runs/one lat --out dec", prints=True),

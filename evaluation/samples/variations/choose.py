@@ -3,11 +3,10 @@
 import hashlib
 from typing import Any
 
-from tarflow.evaluation.batches import Batches
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.draw import Sampler, check_guidance
-from tarflow.evaluation.samples.request import SampleRequest
+from tarflow.evaluation.samples.request import SampleRequest, batches_of
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.variations.best_of import MOST_CANDIDATES, BestSampler
 from tarflow.evaluation.samples.variations.path import (
@@ -48,7 +47,7 @@ def choose_sampler(
     request: SampleRequest, source: WeightsSource, sampling: ResolvedSampling, log: Log
 ) -> tuple[Sampler, int, dict[str, Any]]:
     """(the sampler, how many images it draws, what its settings record beyond those of sampling)."""
-    model, memory = source.model, Batches(source.model.var.device, log)
+    model, memory = source.model, batches_of(request, source, log)
     if request.interpolate is not None:
         ends = [parse_end(text, model.config) for text in request.interpolate]
         sampling = label_of_path(settings_of_path(sampling, ends, request.settings), model.config)
