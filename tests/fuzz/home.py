@@ -104,6 +104,7 @@ def make(folder: Path, seed: int, limit_s: float = 120) -> None:
         "reference set/train --size 8 --channels 1 --out ref.npz",
         "sample runs/one --out drawn --num 2",
         "likelihood runs/one set/val --out lik",
+        "likelihood runs/one set/val --out runs/one/likelihoods/val",
         "encode runs/one set/val --out lat",
         "decode runs/one lat --out dec",
         _jobs,

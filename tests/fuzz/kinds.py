@@ -90,6 +90,8 @@ _KINDS = (
     Kind("theirs: state", "theirs.pth", ("score (state)",), "zip", own_words=True),
     Kind("array of images", "array.npz", ("score (array)",), "npz", own_words=True),
     Kind("likelihood.json", "lik/likelihood.json", ("likelihood (again)",), "json", ("lik",)),
+    Kind("likelihood.json of a run", f"{ONE}/likelihoods/*/likelihood.json", ("report",), "json", ("likelihoods",)),
+    Kind("likelihood: picture", f"{ONE}/likelihoods/*/*.png", ("report",), any_sound=True),
     Kind("latents.json", "lat/latents.json", ("encode (again)", "decode"), "json", ("lat",)),
     Kind("shard of latents", "lat/latents-*.npz", ("encode (again)", "decode"), "npz", ("lat",)),
     Kind("decoded.json", "dec/decoded.json", ("decode (again)",), "json", ("dec",)),
