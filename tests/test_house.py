@@ -56,9 +56,10 @@ LAYERS = {
         commands
         start
         sweep latents
+        flow
         likelihood
         worker
-        references report flow
+        references report
         results shared_sampling
         samples
         networks

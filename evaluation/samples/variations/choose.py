@@ -8,7 +8,7 @@ from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.draw import Sampler, check_guidance
 from tarflow.evaluation.samples.request import SampleRequest, batches_of
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
-from tarflow.evaluation.samples.variations.best_of import MOST_CANDIDATES, BestSampler
+from tarflow.evaluation.samples.variations.best_of import MOST_CANDIDATES, choose_best_of
 from tarflow.evaluation.samples.variations.path import (
     OF_IMAGES,
     End,
@@ -62,14 +62,10 @@ def choose_sampler(
         about = {"temperatures": list(request.temperatures), "samples": request.num}
         return rows, request.num * len(request.temperatures), about
     if request.best_of > 1:
-        if sampling.settings.temperature == 0:
-            raise EvaluationError(
-                f"--best-of {request.best_of} chooses among samples, and at --temperature 0 all of them are one: give one of "
-                "the two"
-            )
+        best = choose_best_of(model, sampling, request.best_of, memory, "--best-of {}", "--temperature 0")
         log(f"of {request.best_of} candidates for each image the one of highest likelihood, before denoising")
         about = {"candidates": request.best_of, "by": "log p(x | label) of the sample before denoising, unguided"}
-        return BestSampler(model, sampling, request.best_of, memory), request.num, {"best_of": about}
+        return best, request.num, {"best_of": about}
     return Sampler(model, sampling, memory), request.num, {}
 
 
