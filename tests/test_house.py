@@ -91,7 +91,7 @@ ROOMS_BELOW = {
 TRAINER_FOR_EVALUATION = {"config", "run_dir", "checkpoint", "tracking", "errors"}
 # Files of tarflow/ that every room may import.
 GROUND = {
-    "code_version", "devices", "errors", "file_systems", "files", "interpreter", "leases", "locks", "npz", "records",
+    "array_pickles", "code_version", "devices", "errors", "file_systems", "files", "interpreter", "leases", "locks", "npz", "records",
     "settings", "terminal",
 }  # fmt: skip
 

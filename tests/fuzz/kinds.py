@@ -126,6 +126,8 @@ _KINDS = (
     Kind("source: npz", "sources/arrays.npz", ("data prepare (npz)",), "npz", own_words=True),
     Kind("source: parquet", "sources/table.parquet", ("data prepare (parquet)",), own_words=True),
     Kind("source: dataset.json", "edm/dataset.json", ("data prepare (edm)",), "json", own_words=True),
+    Kind("source: pickled rows", "rows/val_data", ("data prepare (rows)",), own_words=True),
+    Kind("source: rows", "rows/train_data_batch_1.npz", ("data prepare (rows)",), "npz", own_words=True),
     Kind("source: idx", "idx/*", ("data prepare (idx)",), own_words=True),
     Kind("source: any format", "formats/*", ("data prepare (formats)", "score (formats)"), own_words=True),
 )  # fmt: skip

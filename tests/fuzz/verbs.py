@@ -91,6 +91,7 @@ VERBS = {
     "data prepare (parquet)": Verb("data prepare sources/table.parquet new --size 8"),
     "data prepare (edm)": Verb("data prepare edm new --size 8"),
     "data prepare (idx)": Verb("data prepare idx new --size 8"),
+    "data prepare (rows)": Verb("data prepare rows new --size 8"),
     "data prepare (formats)": Verb("data prepare formats new --size 8 --channels 3"),
     "score (formats)": Verb("score formats --against formats --size 8 --out new.json", prints=True),
     "sample (classes)": Verb("sample w.safetensors --out new --num 2 --classes names.json --labels b"),
