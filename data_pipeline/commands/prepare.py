@@ -17,7 +17,8 @@ EXAMPLE = """example:
 SOURCE is a folder of images (class folders, train/ and val/ of class folders, dataset.json of EDM and StyleGAN), Parquet with
 image bytes (a file, or a folder with train-*.parquet and so on), an .npz file with images and labels, IDX files, or the
 official files of downsampled ImageNet (train_data_batch_1 ... and val_data in one folder). What is inferred is printed first;
-docs/data.md has the table of layouts. Splits found by name become OUT/train, OUT/val and OUT/test. Images are cut to a centred square of --size pixels. OUT must be new or empty; it only appears when everything is written.
+docs/data.md has the table of layouts. Splits found by name become OUT/train, OUT/val and OUT/test. Images are cut to a centred
+square of --size pixels. OUT must be new or empty; it only appears when everything is written.
 """
 
 
