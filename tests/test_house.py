@@ -32,7 +32,7 @@ LAYERS = {
         index
         layout
         images
-        keyed errors
+        keyed errors array_pickles
     """,
     "trainer": """
         commands
@@ -91,7 +91,7 @@ ROOMS_BELOW = {
 TRAINER_FOR_EVALUATION = {"config", "run_dir", "checkpoint", "tracking", "errors"}
 # Files of tarflow/ that every room may import.
 GROUND = {
-    "array_pickles", "code_version", "devices", "errors", "file_systems", "files", "interpreter", "leases", "locks", "npz", "records",
+    "code_version", "devices", "errors", "file_systems", "files", "interpreter", "leases", "locks", "npz", "records",
     "settings", "terminal",
 }  # fmt: skip
 

@@ -11,7 +11,7 @@
 
 mu_s and sigma_s are of the 2,023 spatial features, which sFID compares. No file says which images it is of or how they were
 cropped, and only torchmetrics says how many. Which rule resized them to 299 pixels follows from the program; two rules are
-possible where two programs write the same form. Nothing in a pickle is run (`tarflow.array_pickles`).
+possible where two programs write the same form. Nothing in a pickle is run (`tarflow.data_pipeline.array_pickles`).
 """
 
 import errno
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tarflow.array_pickles import FLOATS, NotArraysError, unpickled
+from tarflow.data_pipeline.array_pickles import FLOATS, NotArraysError, unpickled
 from tarflow.files import open_to_read
 from tarflow.npz import Declared, declared, read_npz
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tarflow.array_pickles import NUMBERS, PickledArray, unpickled
+from tarflow.data_pipeline.array_pickles import NUMBERS, PickledArray, unpickled
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.layout.names import shown
 from tarflow.errors import why
