@@ -32,7 +32,7 @@ LAYERS = {
         index
         layout
         images
-        keyed errors
+        keyed errors array_pickles
     """,
     "trainer": """
         commands
@@ -56,9 +56,10 @@ LAYERS = {
         commands
         start
         sweep latents
+        flow
         likelihood
         worker
-        references report flow
+        references report
         results shared_sampling
         samples
         networks

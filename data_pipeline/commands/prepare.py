@@ -16,10 +16,10 @@ EXAMPLE = """example:
   tarflow data prepare photos/ sets/photos --size 64 --val-fraction 0.1
 
 SOURCE is a folder of images (class folders, train/ and val/ of class folders, dataset.json of EDM and StyleGAN), Parquet with
-image bytes (a file, or a folder with train-*.parquet and so on), an .npz file with images and labels, or IDX files. What is
-inferred is printed first; docs/data.md has the table of layouts. Splits found by name become OUT/train, OUT/val and OUT/test.
-Images are cropped to the shape of --size and resized, by the rule of --crop. OUT must be new or empty; it only appears when
-everything is written.
+image bytes (a file, or a folder with train-*.parquet and so on), an .npz file with images and labels, IDX files, or the
+official files of downsampled ImageNet (train_data_batch_1 ... and val_data in one folder). What is inferred is printed first;
+docs/data.md has the table of layouts. Splits found by name become OUT/train, OUT/val and OUT/test. Images are cropped to the
+shape of --size and resized, by the rule of --crop. OUT must be new or empty; it only appears when everything is written.
 """
 
 

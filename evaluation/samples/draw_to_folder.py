@@ -3,6 +3,7 @@
 import math
 
 from tarflow.code_version import code_version
+from tarflow.evaluation.batches import named_cause
 from tarflow.evaluation.images.array import NAME, write_array
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler
@@ -42,14 +43,15 @@ def sample_images(request: SampleRequest, log: Log = print) -> bool:
         first = next(iter(damaged))
         log(f"{len(damaged)} damaged images are drawn again: {folder.path(first).name} is {damaged[first]}"
             + (f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""))  # fmt: skip
-    if missing and sampler.plan is None:
-        sampler.take_over(sampler.measure(missing[:batch_size], source.sha256, log), source.sha256)
-        log(f"sampling: {sampler.plan}")
     count = SampleCount()
-    for drawn in sampler.draw_all(missing, batch_size):
-        for index, pixels in zip(drawn.finite_indices(), drawn.pixels()):
-            folder.save(index, pixels)
-        count.add(drawn)
+    with named_cause("sampling", source.model.var.device):
+        if missing and sampler.plan is None:
+            sampler.take_over(sampler.measure(missing[:batch_size], source.sha256, log), source.sha256)
+            log(f"sampling: {sampler.plan}")
+        for drawn in sampler.draw_all(missing, batch_size):
+            for index, pixels in zip(drawn.finite_indices(), drawn.pixels()):
+                folder.save(index, pixels)
+            count.add(drawn)
     folder.finish(count.nonfinite, best.record(missing) if best else None)
     if count.certificates.rows or count.redone:
         log(f"certificates: {count.certificates}; {count.redone} of {count.asked} sampled again token by token")
