@@ -19,11 +19,16 @@ from torch import Tensor
 
 from benchmarks.common import Bar, finish, parse_args
 from benchmarks.golden import load, training_config, weight_error
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.flow import TarFlow
+from tarflow.models.init import init_weights
 from tarflow.trainer.batch import plan_batch
 from tarflow.trainer.parallel.choose import make_backend
 from tarflow.trainer.parallel.saved import place, whole
 from tarflow.trainer.parallel.world import process_group, world_from_env
 
+# Of the architecture, each alone and all together.
+OPTIONS: dict[str, dict[str, Any]] = {"deep-shallow": {"layers_per_block": (1, 3), "num_blocks": 2}}
 CLIP = 0.4  # about half of the curve's gradient norms, so that every step is clipped
 
 VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -43,11 +48,19 @@ Launch = Callable[[int, list[dict[str, Any]], Path], list[dict[str, Any]]]  # pr
 QUICK = ("one process", "ddp x2", "fsdp2 x2", "ZeRO-2 x2", "ZeRO-3 x2")
 
 
-def train_curve(parallel: dict[str, Any], accumulation: int, grad_clip: float) -> dict[str, Any]:
-    """Compute the part of this process of the golden training curve: losses, norms and final weights (whole) of the run."""
+def train_curve(
+    parallel: dict[str, Any], accumulation: int, grad_clip: float, option: str = "", steps: int = 20
+) -> dict[str, Any]:
+    """Compute the part of this process of the golden training curve: losses, norms and final weights (whole) of the run.
+
+    With an `option` another model, from fresh weights, on the same data.
+    """
     torch.set_num_threads(1)
     world = world_from_env()
     data, model = load("training_curve")
+    if option:
+        model = TarFlow(TarFlowConfig.model_validate(model.config.model_dump() | OPTIONS[option]))
+        init_weights(model, 0)
     train = {"micro_batch_size": 8 // world.size // accumulation, "grad_clip": grad_clip}
     config = training_config(model.config, train=train, parallel=parallel)
     plan = plan_batch(8, world.size, config.train.micro_batch_size)
@@ -58,7 +71,7 @@ def train_curve(parallel: dict[str, Any], accumulation: int, grad_clip: float) -
     backend.load(state)
     mine = slice(world.rank * plan.per_rank, (world.rank + 1) * plan.per_rank)
     losses, norms = [], []
-    for k in range(20):
+    for k in range(steps):
         y = torch.where(data["label_dropped"][k], -1, data["y"][k])[mine]
         x = (data["x"][k] + data["noise_std"].float() * data["gaussian"][k])[mine]
         loss = torch.zeros(())
@@ -126,6 +139,21 @@ def compare(got: dict[str, Any], expected: dict[str, Any]) -> tuple[float, float
     return relative(got["losses"], expected["losses"]), relative(got["norms"], expected["norms"]), weights
 
 
+def option_rows(
+    folder: Path, launch: Launch = launch, steps: int = 20
+) -> list[tuple[str, int, str, float, float, float]]:
+    """Rows as those of `matrix` for each option of the architecture: two ranks against one process, in one launch."""
+    plain = {"accumulation": 1, "grad_clip": 0.0, "steps": steps}
+    engines = [name for name in QUICK if name in ("fsdp2 x2", "ZeRO-3 x2")]
+    alone = launch(1, [plain | {"parallel": {}, "option": option} for option in OPTIONS], folder / "alone.pt")
+    jobs = [plain | {"parallel": VARIANTS[name][1], "option": o} for name, o in product(engines, OPTIONS)]
+    found = launch(2, jobs, folder / "together.pt")
+    return [
+        (f"{name}, {option}", 1, "off", *compare(got, alone[number % len(OPTIONS)]))
+        for number, ((name, option), got) in enumerate(zip(product(engines, OPTIONS), found, strict=True))
+    ]
+
+
 def matrix(
     names: Sequence[str], folder: Path, launch: Launch = launch
 ) -> list[tuple[str, int, str, float, float, float]]:
@@ -151,7 +179,7 @@ def main() -> int:
         return 0
     args = parse_args("Compare the parallel backends on the golden training curve.")
     with tempfile.TemporaryDirectory() as folder:
-        rows = matrix(list(QUICK if args.quick else VARIANTS), Path(folder))
+        rows = matrix(list(QUICK if args.quick else VARIANTS), Path(folder)) + option_rows(Path(folder))
     header = ("variant", "accumulation", "clip", "losses", "gradient norms", "final weights")
     worst = max(float(v) if v == v else float("inf") for row in rows for v in row[3:])
     bars = [Bar("worst relative difference", worst, at_most=1e-5, reason="order of sums, amplified by AdamW")]

@@ -55,13 +55,13 @@ class DenseLayer(nn.Module):
 class DenseBlock(nn.Module):
     attn_mask: Tensor
 
-    def __init__(self, config: TarFlowConfig, reverse: bool) -> None:
+    def __init__(self, config: TarFlowConfig, layers: int, reverse: bool) -> None:
         super().__init__()
         self.reverse = reverse
         self.proj_in = nn.Linear(config.token_dim, config.channels)
         self.pos_embed = nn.Parameter(torch.zeros(config.num_tokens, config.channels))
         self.class_embed = nn.Parameter(torch.zeros(config.num_classes, 1, config.channels))
-        self.attn_blocks = nn.ModuleList(DenseLayer(config) for _ in range(config.layers_per_block))
+        self.attn_blocks = nn.ModuleList(DenseLayer(config) for _ in range(layers))
         self.proj_out = nn.Linear(config.channels, 2 * config.token_dim)
         self.register_buffer(
             "attn_mask", torch.tril(torch.ones(config.num_tokens, config.num_tokens)), persistent=False
@@ -93,7 +93,7 @@ class DenseTrainer:
 
     def __init__(self, config: TarFlowConfig, weights: dict[str, Tensor], dtype: torch.dtype, lr: float) -> None:
         self.config, self.dtype = config, dtype
-        self.blocks = nn.ModuleList(DenseBlock(config, bool(i % 2)) for i in range(config.num_blocks))
+        self.blocks = nn.ModuleList(DenseBlock(config, n, bool(i % 2)) for i, n in enumerate(config.layers))
         self.blocks.load_state_dict({k.removeprefix("blocks."): v for k, v in weights.items() if k != "var"})
         self.optimizer = torch.optim.AdamW(
             self.blocks.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=1e-4, foreach=False, fused=False

@@ -119,7 +119,7 @@ def operations(config: TarFlowConfig, batch: int) -> float:
     c, t = config.channels, config.num_tokens
     layer = (4 + 2 * config.expansion) * c * c + t * c  # a token sees half of the others, twice
     ends = 3 * config.token_dim * c
-    return 2.0 * 2 * batch * t * config.num_blocks * (config.layers_per_block * layer + ends)
+    return 2.0 * 2 * batch * t * (sum(config.layers) * layer + config.num_blocks * ends)
 
 
 def product_rate() -> float:
@@ -284,7 +284,7 @@ def products_alone(model: TarFlow, batch: int) -> float:
     config, rows = model.config, 2 * batch
     c, up = config.channels, config.expansion * config.channels
     ends = [(config.token_dim, c), (c, 2 * config.token_dim)]
-    shapes = [*ends, *[(c, 3 * c), (c, c), (c, up), (up, c)] * config.layers_per_block]
+    shapes = [*ends, *[(c, 3 * c), (c, c), (c, up), (up, c)] * config.layers[0]]  # all blocks here are as deep
     given = [(torch.randn(rows, i), torch.randn(i, o), torch.empty(rows, o)) for i, o in shapes]
     begun, tokens = time.process_time(), config.num_tokens - 1
     for _ in range(tokens):

@@ -12,7 +12,7 @@ from torch import Tensor
 from tarflow.evaluation.batches import DENOISING, LIKELIHOOD, SAMPLING, Batches
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log, no_log
-from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler, check_guidance
+from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler, check_guidance, check_noise, levels_of
 from tarflow.evaluation.samples.labels import label_number
 from tarflow.evaluation.samples.request import SourceRequest, open_request
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
@@ -20,7 +20,7 @@ from tarflow.evaluation.samples.variations.path import End, PathSampler, path_be
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.cost import denoising_bytes, likelihood_bytes
-from tarflow.models.denoise import denoise
+from tarflow.models.denoise import denoise, denoise_in_steps, flow_score
 from tarflow.models.float32 import TRUE_FLOAT32, products
 from tarflow.models.flow import TarFlow
 from tarflow.models.formats.card import card_text
@@ -56,7 +56,8 @@ def load(
         model: for a weights file that does not hold its architecture: a preset, or "key=value,...".
         log: receives a line for each thing that was inferred; `print` shows them.
         settings: override the sampling settings (`guidance`, `attn_temp`, `denoise`, `seed`, `param_dtype`, ...; all are in
-            the section `sampling` of a configuration). `noise_std` is needed for a file that does not record it.
+            the section `sampling` of a configuration). `noise_std` is needed for a file that does not record it; of a model
+            that is told the noise level, it is the level at which it is sampled and measured.
 
     Raises:
         TrainerError: there is no such run or checkpoint, or it is damaged.
@@ -128,6 +129,7 @@ class Flow:
         if given := self._numbers(labels):
             changed = changed.with_changes(labels=given)
         check_guidance(changed, self.config.num_classes, self.provenance.label_dropout)
+        check_noise(changed, self.config, self.provenance.noise_range)
         return self._drawn(Sampler(self.model, changed, self._memory), range(first, first + num))
 
     def _drawn(self, sampler: Sampler, indices: range) -> Tensor:
@@ -164,35 +166,55 @@ class Flow:
         return End(name, image=self._in_model_range(torch.as_tensor(end)[None])[0])
 
     def log_prob(
-        self, images: Images, labels: Labels = None, *, draws: int = 1, seed: int | None = None, first: int = 0
+        self,
+        images: Images,
+        labels: Labels = None,
+        *,
+        draws: int = 1,
+        seed: int | None = None,
+        first: int = 0,
+        noise_level: float | None = None,
     ) -> Tensor:
         """Exact log p(x | label) of each image in nats, float64 [N]: the density in model range.
 
         uint8 images get the noise that the flow was trained on, keyed by (seed, draw, number of the image, counted from
         `first`), and the mean over `draws` of it is returned. Floats are taken as they are: they already contain theirs.
+        `noise_level`: of a flow that is told it, the level of that noise; None: the one at which its evaluations measure.
         """
-        return self._mean_over_draws(log_likelihood, images, labels, draws, seed, first)
+        return self._mean_over_draws(log_likelihood, images, labels, draws, seed, first, noise_level)
 
     def bits_per_dim(
-        self, images: Images, labels: Labels = None, *, draws: int = 1, seed: int | None = None, first: int = 0
+        self,
+        images: Images,
+        labels: Labels = None,
+        *,
+        draws: int = 1,
+        seed: int | None = None,
+        first: int = 0,
+        noise_level: float | None = None,
     ) -> Tensor:
         """Bits per dimension of each image as 8-bit data, float64 [N]; noise as in `log_prob`.
 
         The mean over the images of a data set, numbered as in its index, is the figure that `tarflow evaluate` reports.
         """
-        return self._mean_over_draws(bits_per_dim, images, labels, draws, seed, first)
+        return self._mean_over_draws(bits_per_dim, images, labels, draws, seed, first, noise_level)
 
     @torch.inference_mode()
-    def encode(self, images: Images, labels: Labels = None) -> Tensor:
-        """Images, without noise added -> latents z, float32 [N, T, D]. Under the model they are standard normal."""
+    def encode(self, images: Images, labels: Labels = None, *, noise_level: float | None = None) -> Tensor:
+        """Images, without noise added -> latents z, float32 [N, T, D]. Under the model they are standard normal.
+
+        `noise_level`: what a flow is told that is told it; None: the level at which its evaluations measure.
+        """
         x, y = self._in_model_range(images), self._tensor(labels, len(images))
         latents = [torch.empty(0, self.config.num_tokens, self.config.token_dim)]
-        size = likelihood_bytes(self.config)
-        return torch.cat(
-            [*latents, *self._computed(LIKELIHOOD, lambda *batch: self.model(*batch)[0].cpu(), x, y, size)]
-        )
+        size, level = likelihood_bytes(self.config), self.source.level(noise_level)
 
-    def decode(self, z: Tensor, labels: Labels = None) -> Tensor:
+        def compute(part: Tensor, label: Tensor | None) -> Tensor:
+            return self.model(part, label, noise=_levels(level, part))[0].cpu()
+
+        return torch.cat([*latents, *self._computed(LIKELIHOOD, compute, x, y, size)])
+
+    def decode(self, z: Tensor, labels: Labels = None, *, noise_level: float | None = None) -> Tensor:
         """Latents [N, T, D] -> images, float32 [N, C, H, W] in model range, not clipped: the inverse of `encode`, unguided."""
         shape = (self.config.num_tokens, self.config.token_dim)
         if z.ndim != 3 or tuple(z.shape[1:]) != shape:
@@ -200,14 +222,20 @@ class Flow:
         scale = self.model.var.float().sqrt()  # `sample` takes standard normal numbers
         y = self._tensor(labels, len(z))
         images = [torch.empty(0, *self.config.image_shape)]
+        settings = UNGUIDED.model_copy(update={"noise_level": self.source.level(noise_level)})
 
         def compute(part: Tensor, label: Tensor | None) -> Tensor:
-            return sample(self.model, part.float() / scale, label, UNGUIDED).cpu()
+            return sample(self.model, part.float() / scale, label, settings).cpu()
 
         return torch.cat([*images, *self._computed(SAMPLING, compute, z, y)])
 
     def denoise(self, images: Images, labels: Labels = None, *, multiplier: float = 1.0) -> Tensor:
-        """One step along the score, which takes out the training noise (section 2.5 of the paper): float32 in model range."""
+        """One step along the score, which takes out the training noise (section 2.5 of the paper): float32 in model range.
+
+        A flow that is told the noise level takes its samples' noise (`sampling.noise_level`) out in many steps, by the ODE.
+        """
+        if self.config.noise_conditioning:
+            return self._denoised_in_steps(images, labels, multiplier)
         std = self.provenance.noise_std or self.sampling.noise_std
         if not std:
             raise EvaluationError(
@@ -222,15 +250,35 @@ class Flow:
 
         return torch.cat([*clean, *self._computed(DENOISING, compute, x, y, denoising_bytes(self.config))])
 
+    def _denoised_in_steps(self, images: Images, labels: Labels, multiplier: float) -> Tensor:
+        changed = self.sampling.with_changes(denoise=multiplier, denoise_stochastic=False)
+        check_noise(changed, self.config, self.provenance.noise_range)
+        levels = levels_of(changed.settings)
+
+        def compute(part: Tensor, label: Tensor | None) -> Tensor:
+            return denoise_in_steps(part, levels, flow_score(self.model, label)).cpu()
+
+        x, y = self._in_model_range(images), self._tensor(labels, len(images))
+        clean = [torch.empty(0, *self.config.image_shape)]
+        return torch.cat([*clean, *self._computed(DENOISING, compute, x, y, denoising_bytes(self.config))])
+
     def _mean_over_draws(
-        self, of: Any, images: Images, labels: Labels, draws: int, seed: int | None, first: int
+        self,
+        of: Any,
+        images: Images,
+        labels: Labels,
+        draws: int,
+        seed: int | None,
+        first: int,
+        noise_level: float | None,
     ) -> Tensor:
         if draws < 1:
             raise EvaluationError(f"draws={draws}: at least one is needed")
         pixels, y = self._checked(images), self._tensor(labels, len(images))
         is_8_bit = pixels.dtype == torch.uint8
         seed = self.sampling.settings.seed if seed is None else seed
-        noise = self.source.training_noise(self.sampling.noise_std, seed) if is_8_bit else None
+        level = self.source.level(noise_level)
+        noise = self.source.training_noise(self.sampling.noise_std, seed, level=level) if is_8_bit else None
         total = torch.zeros(len(pixels), dtype=torch.float64)
         for draw in range(draws if noise else 1):
             for begin in range(0, len(pixels), self.batch_size):
@@ -240,7 +288,7 @@ class Flow:
 
                 @torch.inference_mode()
                 def compute(images: Tensor, label: Tensor | None) -> Tensor:
-                    return of(self.model, images, label).double().cpu()
+                    return of(self.model, images, label, noise=_levels(level, images)).double().cpu()
 
                 labelled = None if y is None else y[part]
                 total[part] += torch.cat(
@@ -301,3 +349,8 @@ class Flow:
             raise EvaluationError(f"{len(numbers)} labels for {num} images: give one for all, or one for each")
         tensor = torch.tensor(numbers, dtype=torch.int64).expand(num)
         return tensor if self.config.num_classes else None
+
+
+def _levels(level: float | None, images: Tensor) -> Tensor | None:
+    """What a model is told of the noise in each of these images."""
+    return None if level is None else torch.full((len(images),), level, device=images.device)

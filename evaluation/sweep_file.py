@@ -20,8 +20,10 @@ class Setting(Record):
     denoise: Number
     attn_temp: Number
     # Where the sweep varied them:
-    guidance_form: Literal["linear", "closed"] | None = None
+    guidance_form: Literal["linear", "closed", "sigma"] | None = None
     guide_blocks: list[Annotated[int, Field(ge=-(1 << 10), lt=1 << 10)]] | None = Field(None, max_length=1 << 10)
+    noise_level: Number | None = None
+    denoise_steps: Count | None = None
 
 
 class Scored(Setting):
@@ -80,6 +82,10 @@ def shown_line(setting: Mapping[str, Any]) -> str:
         parts.append(form)
     if (blocks := setting.get("guide_blocks")) is not None:
         parts.append(f"blocks {shown_blocks(blocks)}")
+    if (level := setting.get("noise_level")) is not None:
+        parts.append(f"noise level {level:g}")
+    if (steps := setting.get("denoise_steps")) is not None:
+        parts.append(f"{steps} steps")
     return ", ".join(parts)
 
 

@@ -1,8 +1,10 @@
 """The architecture of a TarFlow: everything that determines its parameters, and nothing else."""
 
-from pydantic import Field, model_validator
+from typing import Annotated
 
-from tarflow.settings import Count, Section
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from tarflow.settings import Count, OneOrList, Section, one_if_equal
 
 # Beyond anything that fits on a cluster: a typo fails here, by name, and not when memory runs out.
 MOST_PIXELS, MOST_CHANNELS, MOST_LAYERS, MOST_CLASSES = 1 << 14, 1 << 16, 1 << 10, 1 << 24
@@ -10,12 +12,14 @@ MOST_TOKENS = 1 << 16  # attention is quadratic in them
 MOST_LAYERS_IN_ALL = 1 << 12
 MOST_PARAMETERS = 1 << 40
 
+Layers = Annotated[Count, Field(gt=0, le=MOST_LAYERS)]
+
 
 class TarFlowConfig(Section):
     """Architecture of one TarFlow (arXiv 2412.06329, section 2).
 
     An image is split into `num_tokens` patches of `token_dim` numbers. `num_blocks` autoregressive blocks of
-    `layers_per_block` transformer layers each transform the sequence, alternating between its order and the reverse.
+    `layers` transformer layers each transform the sequence, alternating between its order and the reverse.
     """
 
     image_size: Count = Field(gt=0, le=MOST_PIXELS, description="height and width of the (square) images, in pixels")
@@ -27,7 +31,10 @@ class TarFlowConfig(Section):
         gt=0, le=MOST_CHANNELS, description="transformer width; must be a multiple of head_channels"
     )
     num_blocks: Count = Field(gt=0, le=MOST_LAYERS, description="number of flow blocks")
-    layers_per_block: Count = Field(gt=0, le=MOST_LAYERS, description="transformer layers per flow block")
+    layers_per_block: OneOrList[Layers] = Field(
+        description="transformer layers per flow block: one number for all blocks, or a list with one for each in the forward "
+        "direction, such as [4, 4, 4, 24], whose last block is the first to be sampled"
+    )
     head_channels: Count = Field(64, gt=0, le=MOST_CHANNELS, description="channels per attention head")
     expansion: Count = Field(4, gt=0, le=64, description="hidden width of the MLP as a multiple of channels")
     num_classes: Count = Field(0, ge=0, le=MOST_CLASSES, description="number of classes; 0 = unconditional")
@@ -37,6 +44,21 @@ class TarFlowConfig(Section):
     soft_clip: float = Field(
         0.0, ge=0, le=1e3, description="c: bound the log-scale a by c * tanh(a / c); 0 = off, as published"
     )
+    noise_conditioning: bool = Field(
+        False,
+        description="tell every block the standard deviation of the noise in its images, so that one flow learns the densities"
+        " at all noise levels (train.noise_range) and samples are denoised in many steps; see iterative.md",
+    )
+    input_scale: float = Field(
+        1.0, ge=1e-3, le=1e3, description="factor on the images before the first block; samples are divided by it"
+    )
+
+    @field_validator("layers_per_block")
+    @classmethod
+    def _spelt_in_one_way(cls, value: int | tuple[int, ...], known: ValidationInfo) -> int | tuple[int, ...]:
+        """A list that says the same of every block is that number; one of the wrong length stays, for the error below."""
+        fits = isinstance(value, tuple) and len(value) == known.data.get("num_blocks")
+        return one_if_equal(value) if fits else value
 
     @model_validator(mode="after")
     def _fits(self) -> "TarFlowConfig":
@@ -48,16 +70,27 @@ class TarFlowConfig(Section):
                 f"model.image_size={self.image_size} is not divisible by model.patch_size={self.patch_size}; "
                 f"patch sizes that divide it: {', '.join(map(str, near))}"
             )
+        if len(self.layers) != self.num_blocks:
+            raise ValueError(
+                f"model.layers_per_block lists {len(self.layers)} blocks, and model.num_blocks={self.num_blocks}: list one "
+                "number for each block, or give one number for all"
+            )
         if self.channels % self.head_channels:
             raise ValueError(
                 f"model.channels={self.channels} is not a multiple of model.head_channels={self.head_channels}"
+            )
+        if self.noise_conditioning and self.channels % 2:
+            raise ValueError(
+                "model.noise_conditioning needs an even model.channels, half for sines and half for cosines; got "
+                f"{self.channels}"
             )
         if 0 < self.soft_clip < 1e-6:
             raise ValueError(f"model.soft_clip={self.soft_clip:g} must be 0 (off) or at least 1e-6")
         # Each setting is bounded on its own; their products decide what fits into memory.
         _at_most(self.num_tokens, MOST_TOKENS, "tokens", "a larger model.patch_size, or smaller images")
-        layers = self.num_blocks * self.layers_per_block
-        _at_most(layers, MOST_LAYERS_IN_ALL, "layers in total", "fewer model.num_blocks or model.layers_per_block")
+        _at_most(
+            sum(self.layers), MOST_LAYERS_IN_ALL, "layers in total", "fewer model.num_blocks or model.layers_per_block"
+        )
         _at_most(self._weights, MOST_PARAMETERS, "parameters", "a smaller model, or fewer model.num_classes")
         return self
 
@@ -66,7 +99,14 @@ class TarFlowConfig(Section):
         """Parameters of all matrices and embeddings, near enough for a bound (`cost.parameters` is exact)."""
         layer = (4 + 2 * self.expansion) * self.channels**2
         ends = self.channels * (3 * self.token_dim + self.num_tokens + self.num_classes)
-        return self.num_blocks * (self.layers_per_block * layer + ends)
+        ends += 8 * self.channels**2 * self.noise_conditioning
+        return sum(self.layers) * layer + self.num_blocks * ends
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Transformer layers of every block, in the forward direction."""
+        per_block = self.layers_per_block
+        return per_block if isinstance(per_block, tuple) else (per_block,) * self.num_blocks
 
     @property
     def num_tokens(self) -> int:

@@ -55,7 +55,8 @@ def end_shapes(config: TarFlowConfig) -> Shapes:
     """Shapes of a block's parameters outside its transformer layers."""
     c, d = config.channels, config.token_dim
     out = d * (2 if config.nvp else 1)
-    return [(c, d), (c,), (out, c), (out,), (config.num_tokens, c), (config.num_classes, 1, c)]
+    noise: Shapes = [(4 * c, c), (4 * c,), (c, 4 * c), (c,)] if config.noise_conditioning else []
+    return [(c, d), (c,), (out, c), (out,), (config.num_tokens, c), (config.num_classes, 1, c), *noise]
 
 
 def parameters_per_layer(config: TarFlowConfig) -> int:
@@ -73,7 +74,7 @@ def largest_piece(config: TarFlowConfig, pieces: int) -> int:
 
     1,280 rows over 1,024 ranks are two rows each on 640 ranks, 1.6 times an even share; the other ranks pad to as much.
     """
-    return config.num_blocks * largest_unit_piece(config, pieces, config.layers_per_block, ends=True)
+    return sum(largest_unit_piece(config, pieces, layers, ends=True) for layers in config.layers)
 
 
 def largest_unit_piece(config: TarFlowConfig, pieces: int, layers: int, ends: bool = False) -> int:
@@ -90,7 +91,8 @@ def flops_per_image(config: TarFlowConfig, training: bool = True) -> float:
     c, d, t, e = config.channels, config.token_dim, config.num_tokens, config.expansion
     layer = 2 * (4 + 2 * e) * c * c + 2 * t * c  # the linear maps; QK^T and its product with V, halved
     ends = 2 * d * c + 2 * c * d * (2 if config.nvp else 1)
-    forward = config.num_blocks * (config.layers_per_block * layer + ends) * t
+    forward = (sum(config.layers) * layer + config.num_blocks * ends) * t
+    forward += config.num_blocks * 16 * c * c * config.noise_conditioning  # of the noise embedding, once for all tokens
     return (3.0 if training else 1.0) * forward
 
 
@@ -116,7 +118,7 @@ def activation_bytes(
     """
     c, d, t = config.channels, config.token_dim, config.num_tokens
     stream, normed = stream or element, normed or element
-    layers = config.num_blocks * config.layers_per_block
+    layers = sum(config.layers)
     # What one layer keeps per token. Statistics: attention's log-sum-exp per head; mean and inverse width of two norms.
     statistics = 4 * config.num_heads + 4 * element
     # Without checkpointing: inputs and outputs of the two norms, q, k, v, attention's output, and the MLP's hidden
@@ -135,7 +137,9 @@ def activation_bytes(
         per_layer = float(products)
     # Outside its layers a block keeps the inputs of its two projections, and x - b and exp(-a) in float32.
     block = (d + c) * normed + 2 * 4 * d
-    return t * (layers * per_layer + config.num_blocks * block)
+    # Of the noise embedding, in float32 and once for all tokens: sinusoids, and the hidden values before and after the GELU.
+    noise = 4 * 9 * c * config.noise_conditioning
+    return t * (layers * per_layer + config.num_blocks * block) + config.num_blocks * noise
 
 
 def layer_at_work_bytes(
@@ -164,7 +168,7 @@ def denoising_bytes(config: TarFlowConfig) -> float:
     computed again, with its gradients. Nothing is kept for gradients of the weights, which are frozen.
     """
     c, d = config.channels, config.token_dim
-    kept = config.num_blocks * (config.layers_per_block * c + 2 * d)
+    kept = sum(config.layers) * c + config.num_blocks * 2 * d
     at_work = (6 + 3 * config.expansion) * c
     return 4.0 * config.num_tokens * (kept + at_work)
 
@@ -180,7 +184,7 @@ def sampling_bytes(
     """
     c, d, t = config.channels, config.token_dim, config.num_tokens
     rows = 2 if guided else 1
-    cache = rows * 2 * config.layers_per_block * t * c  # keys and values
+    cache = rows * 2 * max(config.layers) * t * c  # keys and values of the deepest block
     a_pass = rows * t * (3 + 2 * config.expansion) * c  # one layer at work on all tokens
     checked = 4.0 * (cache + a_pass)
     sequences = 4 * 4 * t * d  # the noise, the block's input in two orders, and what it becomes

@@ -20,13 +20,15 @@ def bits_from_nats(loss: NumberT) -> NumberT:
     return loss / math.log(2) + BITS_CONSTANT
 
 
-def log_likelihood(model: TarFlow, images: Tensor, y: Tensor | None = None, recompute: bool = False) -> Tensor:
+def log_likelihood(
+    model: TarFlow, images: Tensor, y: Tensor | None = None, recompute: bool = False, noise: Tensor | None = None
+) -> Tensor:
     """Exact log p(x | y) of images [N, C, H, W] in [-1, 1], per image [N], in nats (a sum over all dimensions).
 
     By the change of variables, log p(x) = log p0(z) + log |det dz/dx|, with a Gaussian prior p0 of variance `model.var`
-    (ones for the affine flow). `recompute`: as in `TarFlow`.
+    (ones for the affine flow). `recompute`, `noise`: as in `TarFlow`; with noise levels [N], p is the density at those.
     """
-    z, logdet = model(images, y, recompute=recompute)
+    z, logdet = model(images, y, recompute=recompute, noise=noise)
     return log_density(model, z, logdet)
 
 
@@ -37,9 +39,9 @@ def log_density(model: TarFlow, z: Tensor, logdet: Tensor) -> Tensor:
     return (logdet - energy) * (z.shape[1] * z.shape[2])
 
 
-def bits_per_dim(model: TarFlow, images: Tensor, y: Tensor | None = None) -> Tensor:
+def bits_per_dim(model: TarFlow, images: Tensor, y: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
     """Bits per dimension of 8-bit data, per image [N]: -log2 p(x) / dims + log2(128). `images` already contain their noise."""
-    return bits_from_density(log_likelihood(model, images, y), images[0].numel())
+    return bits_from_density(log_likelihood(model, images, y, noise=noise), images[0].numel())
 
 
 def bits_from_density(log_p: Tensor, dims: int) -> Tensor:

@@ -41,6 +41,9 @@ class Provenance(Section):
     run: Word | None = Field(None, description="id of the training run")
     noise: Literal["gaussian", "uniform"] | None = Field(None, description="training noise")
     noise_std: float | None = Field(None, ge=0, description="standard deviation of gaussian noise, in model range")
+    noise_range: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="lowest and highest standard deviation of the noise, of a model that is told it"
+    )
     label_dropout: float | None = Field(None, ge=0, le=1, description="probability of training without the label")
     classes: tuple[Word, ...] | None = Field(None, description="class names, by label")
     sampling: Facts | None = Field(None, description="the run's sampling settings")
@@ -50,6 +53,12 @@ class Provenance(Section):
     def _noise_fits(self) -> "Provenance":
         if (self.noise == "gaussian" and self.noise_std is None) or (self.noise == "uniform" and self.noise_std):
             raise ValueError(f"noise={self.noise} does not go with noise_std={self.noise_std}")
+        if self.noise_range is not None and (self.noise != "gaussian" or self.noise_std):
+            raise ValueError(
+                f"noise_range={list(self.noise_range)} does not go with noise={self.noise}, {self.noise_std}"
+            )
+        if self.noise_range is not None and self.noise_range[0] > self.noise_range[1]:
+            raise ValueError(f"noise_range={list(self.noise_range)} must begin with the lower level")
         return self
 
     def describe(self) -> dict[str, Any]:
@@ -65,8 +74,14 @@ class Provenance(Section):
             what += f" ({self.images_seen:,} images)"
         if self.noise is None:
             return f"{what}; their training noise is not known"
-        noise = (
-            "uniform noise" if self.noise == "uniform" else f"Gaussian noise of standard deviation {self.noise_std:g}"
-        )
         dropout = "" if self.label_dropout is None else f", label dropout {self.label_dropout:g}"
-        return f"{what}, trained on {noise}{dropout}"
+        return f"{what}, trained on {self.noise_words}{dropout}"
+
+    @property
+    def noise_words(self) -> str:
+        """The noise of training, which is known, in words."""
+        if self.noise == "uniform":
+            return "uniform noise"
+        if self.noise_range is not None:
+            return "Gaussian noise of standard deviations {:g} to {:g}, told to the model".format(*self.noise_range)
+        return f"Gaussian noise of standard deviation {self.noise_std:g}"

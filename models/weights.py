@@ -36,7 +36,7 @@ from tarflow.models.formats.tensor_files import (
 )
 from tarflow.models.provenance import Provenance
 from tarflow.records import DamagedFileError, parse_object
-from tarflow.settings import Section
+from tarflow.settings import FORMS, Section
 
 CONFIG_KEY, PROVENANCE_KEY = "tarflow_config", "tarflow_provenance"
 ATTRIBUTE = "tarflow"  # of the dictionary in a `.pth`; holds what safetensors keep as metadata
@@ -228,7 +228,7 @@ def _section(path: Path, what: str, text: str, kind: type[SectionT]) -> SectionT
         return kind.model_validate(parse_object(text.encode("utf-8", "surrogatepass")))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part)[:80] for part in first["loc"])
+        where = ".".join(str(part)[:80] for part in first["loc"] if part not in FORMS)
         problem = f"{where}: {first['msg']}" if where else first["msg"]
     except ValueError as error:
         problem = str(error)

@@ -80,7 +80,8 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "num": (0, 10**8), "start": (0, 10**8), "final": (0, 10**8), "columns": (0, 10_000), "batch_size": (0, 1 << 20),
     "count": (0, 100_000), "tile": (0, 4096), "size": (0, 1 << 20), "max_pixels": (0, 1 << 34), "shard_size": (0, 10**9),
     "best_of": (0, 10_000), "quality": (0, 100), "val_fraction": (0, 1),
-    "guidance": (0, 1e4), "attn_temp": (0, 1e4), "denoise": (0, 1e4), "noise_std": (0, 100), "relative_std": (0, 1),
+    "guidance": (0, 1e4), "attn_temp": (0, 1e4), "denoise": (0, 1e4), "noise_std": (0, 100), "denoise_steps": (0, 10_000),
+    "relative_std": (0, 1),
 }  # fmt: skip
 
 FAILED, USAGE = 1, 2

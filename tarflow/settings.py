@@ -3,9 +3,9 @@
 import math
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag
 
 
 def _whole_number(value: Any) -> Any:
@@ -28,6 +28,25 @@ def _whole_number(value: Any) -> Any:
 
 
 Count = Annotated[int, BeforeValidator(_whole_number)]
+
+ValueT = TypeVar("ValueT")
+ONE, LIST = "one", "list"
+FORMS = (ONE, LIST)  # pydantic's errors have them in their path, below the setting
+
+
+def _form(value: Any) -> str:
+    return LIST if isinstance(value, list | tuple) else ONE
+
+
+# A value, or a list of such values. Told apart by their form, so that an error is about the one that was meant.
+OneOrList = Annotated[Annotated[ValueT, Tag(ONE)] | Annotated[tuple[ValueT, ...], Tag(LIST)], Discriminator(_form)]
+
+
+def one_if_equal(value: Any) -> Any:
+    """A list whose entries are all equal as that entry: one model is spelt in one way. Other values unchanged."""
+    equal = isinstance(value, list | tuple) and len(value) > 0 and all(entry == value[0] for entry in value)
+    return value[0] if equal else value
+
 
 # Every number in every section has a lower and an upper bound, beyond anything useful and within what can be computed with:
 # a typo is an error at once, not a failure later.

@@ -12,6 +12,7 @@ from tarflow.data_pipeline.loading.choose_reader import DataFacts
 from tarflow.data_pipeline.loading.loader import Loader
 from tarflow.data_pipeline.loading.shape import BatchShard, ImageShape
 from tarflow.models.cost import flops_per_image, parameters, peak_rate
+from tarflow.models.likelihood import bits_from_nats
 from tarflow.trainer.batch import BatchPlan
 from tarflow.trainer.config.files import config_tree
 from tarflow.trainer.config.schema import Config
@@ -242,11 +243,9 @@ class Trainer:
         """One optimizer step on one global batch. Returns its learning rate."""
         config, size = self.config, self.plan.global_batch_size
         stats = torch.zeros(3, device=self.device)
-        for number, (images, labels, share) in enumerate(
-            batch.micro_batches(self.plan.micro_batch_size, config.train, self.device), 1
-        ):
-            last = number == self.plan.accumulation_steps
-            stats += self.backend.forward_backward(images, labels if config.model.num_classes else None, share, last)
+        for number, part in enumerate(batch.micro_batches(self.plan.micro_batch_size, config.train, self.device), 1):
+            last, labels = number == self.plan.accumulation_steps, part.labels if config.model.num_classes else None
+            stats += self.backend.forward_backward(part.images, labels, part.share, last, part.levels)
         self.images_seen = batch.images_seen + size
         lr = learning_rate(config.optim, self.images_seen, self.warmup_images, config.train.max_images)
         metrics.add(stats, self.backend.optimizer_step(lr))
@@ -273,6 +272,8 @@ class Trainer:
         pending, tried, images_seen, lr = self._pending
         self._pending = None
         row = pending.wait()
+        if self.config.train.noise_range is not None:  # the loss is weighted by t, and is nobody's density
+            row["train/bits_per_dim"] = bits_from_nats(0.5 * row["train/mse_z"] - row["train/logdet"])
         if self._peak:
             flops = row["throughput/images_per_sec"] * flops_per_image(self.config.model)
             row["throughput/mfu"] = flops / (self._peak * self.world.size)

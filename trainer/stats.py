@@ -3,6 +3,15 @@
 import torch
 from torch import Tensor
 
+from tarflow.models.flow import flow_loss
+from tarflow.models.noise import Weighting, loss_weight
+
+
+def training_loss(z: Tensor, logdet: Tensor, noise: Tensor | None, weighting: Weighting) -> Tensor:
+    """The mean over images of the loss in nats per dimension, each by w(t) of its noise level where there are levels [N]."""
+    each = flow_loss(z, logdet)
+    return (each if noise is None else loss_weight(noise, weighting) * each).mean()
+
 
 @torch.no_grad()
 def batch_stats(loss: Tensor, z: Tensor, logdet: Tensor, share: float) -> Tensor:

@@ -116,8 +116,8 @@ class Steps:
         inputs = step_input(self.config, number + 1_000_000 * self.rank, self.images, pin=not self.bench.tiny)
         parts = list(inputs.micro_batches(train.micro_batch_size, train, device))
         stats = torch.zeros(3, device=device)
-        for place, (images, labels, share) in enumerate(parts, 1):
-            stats += self.backend.forward_backward(images, labels, share, place == len(parts))
+        for place, part in enumerate(parts, 1):
+            stats += self.backend.forward_backward(part.images, part.labels, part.share, place == len(parts))
         self.window.add(stats, self.backend.optimizer_step(1e-4))
         self.ema.update(10_000 + number, train.global_batch_size)
 

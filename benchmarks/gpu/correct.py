@@ -174,7 +174,7 @@ def zero(bench: Bench) -> Figures:
     backend, losses = ZeroBackend(config, bench.device, World(), plan_batch(4, 1, 2)), []
     for number in range(3):
         for place, part in enumerate(step_input(config, number, 4).micro_batches(2, config.train, bench.device), 1):
-            stats = backend.forward_backward(*part, place == 2)
+            stats = backend.forward_backward(part.images, part.labels, part.share, place == 2)
         backend.optimizer_step(1e-4)
         losses.append(float(stats[0]))
     return {"losses": losses}

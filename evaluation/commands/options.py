@@ -9,6 +9,7 @@ from tarflow.evaluation.errors import EvaluationError
 from tarflow.trainer.checkpoint.choice import add_choice
 
 OK, FAILED = 0, 1
+GUIDANCE_FORMS = ("linear", "closed", "sigma")  # as in section `sampling`, which help must not import
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from tarflow.evaluation.commands.options import FAILED, OK, add_machine, add_model, log, set_up_process
+from tarflow.evaluation.commands.options import FAILED, GUIDANCE_FORMS, OK, add_machine, add_model, log, set_up_process
 from tarflow.trainer.checkpoint.choice import add_choice
 
 EXAMPLE = """example:
@@ -40,16 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes", type=Path, metavar="FILE", help="JSON list of class names in label order, if the source has none"
     )
-    parser.add_argument("--guidance", type=float, metavar="W", help="guidance weight; 0 = none")
-    parser.add_argument("--guide", choices=("a", "b", "ab"), help="what is guided: log-scale a, shift b")
-    parser.add_argument(
-        "--guidance-form", choices=("linear", "closed"), help="formula of guidance: the paper's, or the closed form"
-    )
-    parser.add_argument("--attn-temp", type=float, metavar="T", help="attention temperature of the unguided half")
-    parser.add_argument(
-        "--annealed", action=argparse.BooleanOptionalAction, help="let the guidance grow over the tokens"
-    )
-    parser.add_argument("--denoise", type=float, metavar="M", help="multiplier of the denoising step; 0 = none")
+    _add_sampling(parser)
     parser.add_argument(
         "--temperature",
         metavar="T,...",
@@ -63,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--best-of", type=int, default=1, metavar="N", help="of N candidates for each image keep the likeliest (1)"
     )
     parser.add_argument(
-        "--noise-std", type=float, metavar="S", help="training noise of a weights file that does not record it"
+        "--noise-std",
+        type=float,
+        metavar="S",
+        help="training noise of a weights file that does not record it; the level t1, of a model that is told the noise",
     )
     parser.add_argument(
         "--method", choices=("sequential", "fixed_point", "auto"),
@@ -75,6 +69,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at once; does not change them")
     parser.add_argument("--columns", type=int, metavar="N", help="columns of the grid (default: about square)")
     add_machine(parser)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Guidance and denoising."""
+    parser.add_argument("--guidance", type=float, metavar="W", help="guidance weight; 0 = none")
+    parser.add_argument("--guide", choices=("a", "b", "ab"), help="what is guided: log-scale a, shift b")
+    parser.add_argument(
+        "--guidance-form",
+        choices=GUIDANCE_FORMS,
+        help="formula of guidance: the paper's, the closed form, or linear in exp(a)",
+    )
+    parser.add_argument("--attn-temp", type=float, metavar="T", help="attention temperature of the unguided half")
+    parser.add_argument(
+        "--annealed", action=argparse.BooleanOptionalAction, help="let the guidance grow over the tokens"
+    )
+    parser.add_argument("--denoise", type=float, metavar="M", help="multiplier of the denoising step; 0 = none")
+    parser.add_argument("--denoise-steps", type=int, metavar="N", help="steps of iterative denoising")
+    parser.add_argument(
+        "--denoise-stochastic", action=argparse.BooleanOptionalAction, help="iterative denoising with fresh noise"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
         "attn_temp": args.attn_temp,
         "annealed": args.annealed,
         "denoise": args.denoise,
+        "denoise_steps": args.denoise_steps,
+        "denoise_stochastic": args.denoise_stochastic,
         "temperature": temperatures[0] if len(temperatures) == 1 else None,
         "noise_std": args.noise_std,
         "method": args.method,

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from tarflow.evaluation.commands.options import OK, add_machine, log, set_up_process
+from tarflow.evaluation.commands.options import GUIDANCE_FORMS, OK, add_machine, log, set_up_process
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.trainer.checkpoint.choice import add_choice
 
@@ -16,7 +16,6 @@ processes: they share the work. Rounds and plot are in RUN/sweeps/. The best set
 `sample` and `evaluate` use from then on, if it is clearly the best: more than two standard errors ahead of the next one,
 and not at an end of the range. --choose best always takes it, --choose none never.
 """
-FORMS = ("linear", "closed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--denoise", metavar="M,M,...", help="multipliers (default: the run's)")
     parser.add_argument("--attn-temp", metavar="T,T,...", help="attention temperatures (default: the run's)")
-    parser.add_argument("--guidance-form", metavar="F,F,...", help="linear, closed or both (default: the run's)")
+    parser.add_argument("--noise-level", metavar="T,T,...", help="levels t1 of an iterative model (default: the run's)")
+    parser.add_argument("--denoise-steps", metavar="N,N,...", help="steps of iterative denoising (default: the run's)")
+    parser.add_argument("--guidance-form", metavar="F,F,...", help="of linear, closed, sigma (default: the run's)")
     parser.add_argument(
         "--guide-blocks",
         metavar="B,B+B,...",
@@ -56,7 +57,9 @@ def run(args: argparse.Namespace) -> int:
     guidance = _numbers("--guidance", args.guidance)
     denoise = _numbers("--denoise", args.denoise)
     attn_temp = _numbers("--attn-temp", args.attn_temp)
-    forms = _words("--guidance-form", args.guidance_form, FORMS)
+    levels = _numbers("--noise-level", args.noise_level)
+    steps = _counts("--denoise-steps", args.denoise_steps)
+    forms = _words("--guidance-form", args.guidance_form, GUIDANCE_FORMS)
     blocks = _blocks("--guide-blocks", args.guide_blocks)
     set_up_process(args)
     from tarflow.evaluation.sweep.candidates import SweepRequest
@@ -67,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
         guidance=guidance,
         denoise=denoise,
         attn_temp=attn_temp,
+        noise_level=levels,
+        denoise_steps=steps,
         guidance_form=forms,
         guide_blocks=blocks,
         start=args.start,
@@ -87,6 +92,14 @@ def _numbers(option: str, text: str | None) -> list[float]:
         return list(dict.fromkeys(float(part) for part in (text or "").split(",") if part.strip()))
     except ValueError:
         raise EvaluationError(f"{option} {text!r} must be numbers separated by commas, e.g. 0,0.5,1") from None
+
+
+def _counts(option: str, text: str | None) -> list[int]:
+    """Text such as `10,30` -> whole numbers, each once."""
+    numbers = _numbers(option, text)
+    if bad := [number for number in numbers if number != round(number)]:
+        raise EvaluationError(f"{option} {bad[0]:g} must be a whole number")
+    return [round(number) for number in numbers]
 
 
 def _words(option: str, text: str | None, known: Sequence[str]) -> list[str]:

@@ -149,7 +149,8 @@ class _Decoding:
         for start in range(0, len(arrays["ids"]), self.flow.batch_size):
             part = slice(start, start + self.flow.batch_size)
             z, labels = (torch.from_numpy(arrays[key][part].copy()) for key in ("z", "labels"))
-            images, ids = self.flow.decode(z, labels), arrays["ids"][part].tolist()
+            images = self.flow.decode(z, labels, noise_level=self.latents.noise_level)
+            ids = arrays["ids"][part].tolist()
             pixels = torch.from_numpy(arrays["pixels"][part].copy())
             finite = torch.isfinite(images).flatten(1).all(dim=1)
             for number, image, good in zip(ids, images, finite.tolist()):

@@ -57,15 +57,16 @@ def encode_images(request: EncodeRequest, log: Log = print) -> Latents:
     request.settings = request.settings | UNGUIDED
     source, sampling, batch_size = open_request(request, log)
     seed = sampling.settings.seed if request.seed is None else request.seed
-    noise = source.training_noise(sampling.noise_std, seed) if request.noisy else None
+    level = source.level(request.settings.get("noise_std"))
+    noise = source.training_noise(sampling.noise_std, seed, level=level) if request.noisy else None
     images = open_images(request.data, source, request.num, label, log)
     identity = {
         "format": FORMAT, **source.describe(), "noise": noise.describe() if noise else "none",
         "images": images.provenance(), "table": f"latents.{request.form}",
-    }  # fmt: skip
+    } | ({} if level is None else {"noise_level": level})  # fmt: skip
     what = "without noise" if noise is None else f"with noise ({noise.describe()})"
     log(f"{images.num_images:,} images of {request.data}, {what}, weights {source.weights} of {source.origin}")
-    work = _Encoding(request, Flow(source, sampling, batch_size), noise, images, identity, log)
+    work = _Encoding(request, Flow(source, sampling, batch_size), noise, level, images, identity, log)
     if not work.is_there():
         refuse_other_files(request.out, "latents")
         check_writable(request.out if request.out.is_dir() else request.out.parent)
@@ -82,6 +83,7 @@ class _Encoding:
     request: EncodeRequest
     flow: Flow
     noise: NoiseSettings | None
+    level: float | None  # that the model is told
     images: Images
     identity: dict[str, Any]
     log: Log
@@ -128,7 +130,8 @@ class _Encoding:
         }  # fmt: skip
         var = self.flow.model.var.float().cpu()
         for pixels, labels, ids in self.images.batches(self.flow.batch_size, part, self.parts):
-            z = self.flow.encode(self.noise.apply(pixels, ids.tolist()) if self.noise else pixels, labels)
+            x = self.noise.apply(pixels, ids.tolist()) if self.noise else pixels
+            z = self.flow.encode(x, labels, noise_level=self.level)
             energy = (z.double().square() / var).mean(dim=(1, 2))
             for key, value in (("z", z), ("ids", ids), ("labels", labels), ("pixels", pixels), ("energy", energy)):
                 arrays[key].append(value)
@@ -162,8 +165,9 @@ class _Encoding:
         noise, source = self.noise, self.flow.source
         record = Latents(
             identity=json.loads(json.dumps(self.identity)), weights_sha256=source.sha256, shards=counts, nonfinite=nonfinite,
-            noise=Noise(kind=noise.kind, std=noise.std, seed=noise.seed) if noise else None, table=table,
-            data=str(self.request.data), origin=source.origin, provenance=source.describe_provenance(), code=code_version(),
+            noise=Noise(kind=noise.kind, std=noise.std, seed=noise.seed) if noise else None, noise_level=self.level,
+            table=table, data=str(self.request.data), origin=source.origin, provenance=source.describe_provenance(),
+            code=code_version(),
         )  # fmt: skip
         save_record(self.request.out / RECORD, record)
         fill(path, "")

@@ -58,6 +58,7 @@ class Latents(Record):
     identity: dict[str, Any]
     weights_sha256: Sha256
     noise: Noise | None
+    noise_level: float | None = Field(None, gt=0, le=100)  # that the model was told
     shards: Annotated[list[Images], Field(min_length=1, max_length=1 << 20)]  # images in each
     nonfinite: Images
     table: Literal["latents.parquet", "latents.csv"]

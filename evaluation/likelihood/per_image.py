@@ -98,7 +98,8 @@ def likelihoods(
 
             def compute(rows: slice, noisy: Tensor = noisy, y: Tensor | None = y) -> tuple[Floats, Floats]:
                 with products(TRUE_FLOAT32):
-                    return _of_draw(model, noisy[rows].to(device), None if y is None else y[rows])
+                    x = noisy[rows].to(device)
+                    return _of_draw(model, x, None if y is None else y[rows], noise.levels(x))
 
             parts = memory.run(LIKELIHOOD, len(ids), compute, likelihood_bytes(model.config))
             drawn.append((np.concatenate([values for values, _ in parts]), np.concatenate([part for _, part in parts])))
@@ -107,11 +108,11 @@ def likelihoods(
     return ImageLikelihoods.joined(found)
 
 
-def _of_draw(model: TarFlow, images: Tensor, y: Tensor | None) -> tuple[Floats, Floats]:
+def _of_draw(model: TarFlow, images: Tensor, y: Tensor | None, noise: Tensor | None) -> tuple[Floats, Floats]:
     """Bits per dimension [n], to the bits of `models.likelihood`, and the parts [n, 1 + blocks] that they consist of."""
-    z, logdets = model.patchify(images), [torch.zeros(len(images), device=images.device)]
+    z, logdets = model.patchify(images), [torch.full((len(images),), model.scale_logdet, device=images.device)]
     for block in model.blocks:
-        z, logdet = block(z, y)
+        z, logdet = block(z, y, noise=noise)
         logdets.append(logdet)
     bits = bits_from_density(log_density(model, z, sum(logdets[1:], logdets[0])), images[0].numel())
     shares = torch.stack([bits, *(-logdet / math.log(2) for logdet in logdets[1:])], dim=1).double().cpu().numpy()

@@ -35,13 +35,19 @@ class NoiseSettings:
     std: float  # of gaussian noise, in model range
     seed: int = 0
     draws: int = 1  # per image
+    told: bool = False  # the model is told `std` as the noise level of its images
 
     def describe(self) -> str:
         """For results: bits per dimension compare only under the same noise."""
         draws = f"seed {self.seed}" + (f", {self.draws} draws" if self.draws > 1 else "")
         if self.kind == "uniform":
             return f"uniform dequantisation, {draws}"
-        return f"gaussian, standard deviation {self.std:g} in [-1, 1], {draws}"
+        told = ", told to the model" if self.told else ""
+        return f"gaussian, standard deviation {self.std:g} in [-1, 1]{told}, {draws}"
+
+    def levels(self, images: Tensor) -> Tensor | None:
+        """What the model is told of so many images: noise levels [N] on their device; None where it is told nothing."""
+        return torch.full((len(images),), self.std, device=images.device) if self.told else None
 
     def apply(self, pixels: Tensor, ids: list[int], draw: int = 0) -> Tensor:
         """uint8 [N, C, H, W] with sample ids -> float32 in model range with the noise of each sample and draw."""
@@ -73,7 +79,8 @@ class BitsPerDim:
 
             def compute(part: slice, noisy: Tensor = noisy) -> list[float]:
                 with products(TRUE_FLOAT32):
-                    one = bits_per_dim(model, noisy[part].to(device), None if y is None else y[part])
+                    x = noisy[part].to(device)
+                    one = bits_per_dim(model, x, None if y is None else y[part], self.noise.levels(x))
                 return list(one.double().tolist())
 
             parts = batches.run(LIKELIHOOD, len(names), compute, likelihood_bytes(model.config))

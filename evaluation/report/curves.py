@@ -17,6 +17,8 @@ AXES = (
     ("denoise", "denoising multiplier"),
     ("attn_temp", "attention temperature"),
     ("temperature", "temperature"),
+    ("noise_level", "noise level t1"),
+    ("denoise_steps", "denoising steps"),
 )
 
 

@@ -47,7 +47,7 @@ class Headline:
 
 def own_settings(config: Config) -> dict[str, Any]:
     """The settings that make two results comparable, of a run's configuration under its sweep's choice."""
-    sampling = config.sampling.model_dump(mode="json") | {"denoise": config.denoise_multiplier}
+    sampling = config.resolved_sampling.described()
     found = {name: sampling[name] for name in _SAMPLING} | {"labels": config.sampling.labels}
     if not config.model.num_classes:
         found["labels"] = "balanced"

@@ -1,7 +1,8 @@
 """The report's pictures: grids over training, and what the newest result shows beside its grid."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from PIL import Image
 
@@ -88,12 +89,8 @@ def comparisons(history: History, results: Sequence[Result]) -> str:
     sampling = result.values["settings"]["sampling"]
     guided = f"guidance {sampling['guidance']:g}" + (", annealed" if sampling["annealed"] else "")
     return "".join((
-        _pair(
-            "Before and after denoising",
-            "The flow is trained on noisy images and so it samples noisy images; one step along the score removes the noise.",
-            ("grid-noisy.png", "as sampled"), ("grid.png", f"denoised, multiplier {sampling['denoise']:g}"),
-            history, result,
-        ),
+        _pair("Before and after denoising", *_denoising_words(sampling), history, result),
+        _strip(history, result),
         _pair(
             "Without and with guidance", "From the same noise.",
             ("grid-unguided.png", "no guidance"), ("grid.png", guided), history, result,
@@ -101,6 +98,33 @@ def comparisons(history: History, results: Sequence[Result]) -> str:
         _neighbours(history, result),
         _trajectory(history, result),
     ))  # fmt: skip
+
+
+def _denoising_words(sampling: Mapping[str, Any]) -> tuple[str, tuple[str, str], tuple[str, str]]:
+    """What the pictures before and after denoising show: a text, and (file, caption) of each."""
+    before = "The flow is trained on noisy images and so it samples noisy images; "
+    if (level := sampling.get("noise_level")) is None:
+        after = f"denoised, multiplier {sampling['denoise']:g}"
+        return (
+            f"{before}one step along the score removes the noise.",
+            ("grid-noisy.png", "as sampled"),
+            ("grid.png", after),
+        )
+    steps = sampling.get("denoise_steps", 0)
+    how = "each with fresh noise" if sampling.get("denoise_stochastic") else "along the ODE"
+    return (
+        f"{before}{steps} steps remove the noise little by little, {how}.",
+        ("grid-noisy.png", f"as sampled, at noise level {level:g}"), ("grid.png", f"denoised in {steps} steps"),
+    )  # fmt: skip
+
+
+def _strip(history: History, result: Result) -> str:
+    path, sampling = result.picture("denoising.png"), result.values["settings"]["sampling"]
+    if path is None or (level := sampling.get("noise_level")) is None:
+        return ""
+    steps = sampling.get("denoise_steps", 0)
+    caption = f"one sample per row: noise level {level:g} on the left, 0 on the right, {steps} steps later"
+    return section("From noise level t1 to 0", picture(path, caption, history.flaws))
 
 
 def _pair(

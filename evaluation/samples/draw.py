@@ -20,8 +20,9 @@ from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.metrics.certificates import Certificates
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
+from tarflow.models.config import TarFlowConfig
 from tarflow.models.cost import denoising_bytes
-from tarflow.models.denoise import denoise
+from tarflow.models.denoise import denoise, denoise_in_steps, flow_score, schedule
 from tarflow.models.float32 import products
 from tarflow.models.flow import TarFlow
 from tarflow.models.noise import to_pixels
@@ -30,6 +31,7 @@ from tarflow.models.sampling import native
 from tarflow.models.sampling.inverse import Sampled, invert, together
 from tarflow.models.sampling.measure import measure_plan
 from tarflow.models.sampling.plan import SamplingPlan, conditions_of, plan_without_measuring
+from tarflow.models.sampling.settings import SamplingSettings
 
 STREAM = "sample"
 NO_LABEL = -1
@@ -46,6 +48,7 @@ class Drawn:
     finite: Tensor  # [n] bool: usable
     retried: int  # drawn again in float32
     trajectory: list[Tensor] = field(default_factory=list)  # [n, C, H, W] after 0, 1, ... blocks, if asked for
+    denoising: list[Tensor] = field(default_factory=list)  # [n, C, H, W] after 0, 1, ... steps of several, if asked for
     certificate: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # [n, blocks], see `models.sampling.paths`
     redone: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))  # [n]: token by token after all
 
@@ -151,13 +154,15 @@ class Sampler:
             noisy[bad], done.certificate[bad.cpu()] = again.images, again.certificate
 
         # The score is always that of the float32 network; the step can overflow too, so its result is checked as well.
-        images = noisy
-        if self.sampling.denoise_multiplier:
+        images, states = noisy, []
+        if self.sampling.settings.steps:
+            images, *states = self._denoised_in_steps(noisy, y, indices, with_trajectory)
+        elif self.sampling.denoise_multiplier:
             images = self._denoised(noisy, y)
         finite = _finite(noisy) & _finite(images)
         return Drawn(
             list(indices), labels, noisy.cpu(), images.detach().cpu(), finite.cpu(), retried, done.trajectory,
-            done.certificate, done.redone.any(1),
+            states, done.certificate, done.redone.any(1),
         )  # fmt: skip
 
     def _sampled(
@@ -184,10 +189,43 @@ class Sampler:
 
         return torch.cat(self.batches.run(DENOISING, len(noisy), compute, denoising_bytes(self.model.config)))
 
+    def _denoised_in_steps(
+        self, noisy: Tensor, y: Tensor | None, indices: Sequence[int], with_states: bool
+    ) -> list[Tensor]:
+        """The images after the last step of iterative denoising; with_states: and after 0, 1, ... steps, on the CPU."""
+        settings, shape = self.sampling.settings, self.model.config.image_shape
+        levels = levels_of(settings)
+
+        def compute(part: slice) -> list[Tensor]:
+            def fresh(number: int) -> Tensor:
+                return keyed_normal(settings.seed, f"{STREAM}/denoise", number, indices[part], shape).to(noisy.device)
+
+            score, states = flow_score(self.model, None if y is None else y[part]), list[Tensor]()
+            images = denoise_in_steps(
+                noisy[part],
+                levels,
+                score,
+                fresh if settings.denoise_stochastic else None,
+                states if with_states else None,
+            )
+            return [images, *(state.cpu() for state in states)]
+
+        parts = self.batches.run(DENOISING, len(noisy), compute, denoising_bytes(self.model.config))
+        return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+
     def draw_all(self, indices: Sequence[int], batch_size: int) -> Iterator[Drawn]:
         """Yield the samples of these indices in batches."""
         for start in range(0, len(indices), batch_size):
             yield self.draw(indices[start : start + batch_size])
+
+
+def levels_of(settings: SamplingSettings) -> list[float]:
+    """The noise levels of iterative denoising, from t1 to 0; t1 alone where it is off."""
+    assert settings.noise_level is not None
+    if not settings.steps:
+        return [settings.noise_level]
+    low = settings.noise_level if settings.denoise_to is None else settings.denoise_to
+    return schedule(settings.noise_level, low, settings.steps, settings.denoise_schedule)
 
 
 def _finite(images: Tensor) -> Tensor:
@@ -265,6 +303,18 @@ class SampleCount:
             f"{len(self.nonfinite)} of {self.asked} samples are not finite ({self.nonfinite_share:.1%}, at most "
             f"{max_share:.1%} may be): samples {self.nonfinite[:10]}. Try sampling.param_dtype=float32, a lower "
             "sampling.guidance, weights of another average, or train with model.soft_clip=4"
+        )
+
+
+def check_noise(sampling: ResolvedSampling, model: TarFlowConfig, bounds: tuple[float, float] | None) -> None:
+    """Raise EvaluationError for noise levels that the model cannot be sampled at. `bounds`: of training; None if unknown."""
+    problem = sampling.settings.noise_problem(model.noise_conditioning, bounds)
+    if problem is not None:
+        raise EvaluationError(problem)
+    if model.noise_conditioning and sampling.settings.noise_level is None:
+        raise EvaluationError(
+            "the weights do not record the noise levels that they were trained on, and a model with noise_conditioning is "
+            "sampled at one of them: give it (noise_std, --noise-std)"
         )
 
 

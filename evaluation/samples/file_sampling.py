@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log
-from tarflow.evaluation.samples.draw import check_guidance
+from tarflow.evaluation.samples.draw import check_guidance, check_noise
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.models.sampling.settings import SamplingSettings
 from tarflow.models.weights import WeightsFile
@@ -21,10 +21,16 @@ def sampling_of_file(path: Path, file: WeightsFile, given: Mapping[str, Any], lo
     Raises EvaluationError for a given setting that contradicts the file, and where the training noise is unknown but needed.
     """
     known = file.provenance
-    noise_std = _noise_std(path, known.noise_std, given)
-    if given.get("denoise") and not noise_std:
+    told = file.config.noise_conditioning
+    if told:
+        given = level_of(given)
+    noise_std = 0.0 if told else _noise_std(path, known.noise_std, given)
+    if given.get("denoise") and not noise_std and not told:
         raise EvaluationError(f"--denoise needs a model trained with gaussian noise; {path} was trained without")
     settings = stored_sampling(path, known.sampling)
+    if told:
+        level = given.get("noise_level", settings.noise_level)
+        settings = settings.at_noise(known.noise_range or ((level, level) if level else None))
     # Label frequencies were those of the run's data, which a file does not carry.
     if settings.labels == "training":
         settings = settings.model_copy(update={"labels": "balanced"})
@@ -33,6 +39,7 @@ def sampling_of_file(path: Path, file: WeightsFile, given: Mapping[str, Any], lo
     if settings.denoise is None:
         settings = settings.model_copy(update={"denoise": 1.0 if noise_std else 0.0})
     resolved = ResolvedSampling(settings).with_changes(**{**given, "noise_std": noise_std})
+    check_noise(resolved, file.config, known.noise_range)
     check_guidance(resolved, file.config.num_classes, known.label_dropout)
     if resolved.settings.guidance and file.config.num_classes and known.label_dropout is None:
         log(
@@ -40,6 +47,14 @@ def sampling_of_file(path: Path, file: WeightsFile, given: Mapping[str, Any], lo
             "guidance is meaningless"
         )
     return resolved
+
+
+def level_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Given settings, where a standard deviation of the noise means the level at which a model is sampled that is told it."""
+    settings = dict(given)
+    if "noise_std" in settings:
+        settings.setdefault("noise_level", settings.pop("noise_std"))
+    return settings
 
 
 def _noise_std(path: Path, known: float | None, given: Mapping[str, Any]) -> float:
@@ -76,12 +91,13 @@ def describe_file(path: Path, file: WeightsFile) -> str:
         sampling = f"; sampled with {', '.join(f'{key}={value}' for key, value in stored.items())}" if stored else ""
         return plain(f"{path}: {file.provenance}{sampling}", 5000) + file.caveat
     c = file.config
+    layers = "-".join(map(str, c.layers)) if isinstance(c.layers_per_block, tuple) else c.layers_per_block
     words = {"head_channels": f"attention heads of {c.head_channels} channels", "soft_clip": "no soft clip"}
     assumed = ", ".join(words[key] for key in file.inferred["assumed"])
     stated = ", ".join(f"{key}={value}" for key, value in file.stated.items())
     return (
         f"{path}: published layout; from its shapes {c.image_size} x {c.image_size} pixels, patches of {c.patch_size}, "
-        f"{c.channels} channels, {c.num_blocks} blocks of {c.layers_per_block} layers, {c.num_classes} classes"
+        f"{c.channels} channels, {c.num_blocks} blocks of {layers} layers, {c.num_classes} classes"
         + (f"; assumed as published: {assumed}" if assumed else "")
         + (f"; as stated: {stated}" if stated else "")
         + file.caveat

@@ -10,8 +10,8 @@ import torch
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.run_config import run_config
-from tarflow.evaluation.samples.draw import check_guidance
-from tarflow.evaluation.samples.file_sampling import describe_file, sampling_of_file
+from tarflow.evaluation.samples.draw import check_guidance, check_noise
+from tarflow.evaluation.samples.file_sampling import describe_file, level_of, sampling_of_file
 from tarflow.evaluation.samples.labels import given_names, parse_labels
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import WeightsSource, from_checkpoint, from_file, resolve_device
@@ -62,18 +62,20 @@ def open_request(request: SourceRequest, log: Log) -> tuple[WeightsSource, Resol
         )
     config = run_config(request.source, log=log, given=request.settings)
     # A run knows its noise; given another one, denoising would take out what is not there.
-    if "noise_std" in request.settings:
+    if "noise_std" in request.settings and not config.model.noise_conditioning:
         raise EvaluationError(
-            f"--noise-std is for weights files; {request.source} was trained with {config.train.noise_std}"
+            f"--noise-std is for weights files, and for models with noise_conditioning; {request.source} was trained with "
+            f"{config.train.noise_std}"
         )
     checkpoint = find(request.source, request.step, request.images)
-    given = request.settings
+    given = level_of(request.settings) if config.model.noise_conditioning else request.settings
     if request.labels is not None or request.classes is not None:
         given = given | _labels(request, names_of_checkpoint(checkpoint, config), config.model.num_classes)
     sampling = ResolvedSampling.of_run(config).with_changes(**given)
     if sampling.denoise_multiplier and config.train.noise == "uniform":
         raise EvaluationError("--denoise needs a model trained with gaussian noise; this run has train.noise=uniform")
     check_guidance(sampling, config.model.num_classes, config.train.label_dropout)
+    check_noise(sampling, config.model, config.train.noise_range)
     with pinned(checkpoint, f"sample-{id(request)}"):
         source = from_checkpoint(config, checkpoint, request.weights or config.evaluated_weights, device)
     return source, sampling, request.batch_size or config.sampling.batch_size

@@ -21,7 +21,7 @@ class ResolvedSampling:
     """
 
     settings: SamplingSettings = field(default_factory=SamplingSettings)  # with `denoise` a number; None = off
-    noise_std: float = 0.0  # of the training noise, in model range; sets the denoising step
+    noise_std: float = 0.0  # of the noise in samples, in model range: that of training, or t1; sets the denoising
     labels: tuple[int, ...] = ()  # sample i has labels[i % len]; empty = balanced over all classes; -1 = no label
     class_counts: tuple[int, ...] = ()  # if `labels` is empty: labels are drawn with these frequencies
     matmul_precision: Precision = TRUE_FLOAT32  # of float32 products while sampling
@@ -32,9 +32,11 @@ class ResolvedSampling:
         counts: tuple[int, ...] = ()
         if config.sampling.labels == "training" and config.model.num_classes:
             counts = ImageSet(config.data, config.model).class_counts()
-        settings = config.sampling.model_copy(update={"denoise": config.denoise_multiplier})
+        settings = config.resolved_sampling
         precision = config.evaluation.matmul_precision
-        return cls(settings, config.train.noise_std, class_counts=counts, matmul_precision=precision)
+        return cls(
+            settings, settings.noise_level or config.train.noise_std, class_counts=counts, matmul_precision=precision
+        )
 
     def with_changes(self, **changes: Any) -> "ResolvedSampling":
         """A copy with other sampling settings, or other fields of this class (so `labels` is a tuple of labels).
@@ -51,6 +53,8 @@ class ResolvedSampling:
             if not first["loc"]:  # several settings contradict each other
                 raise EvaluationError(first["msg"].removeprefix("Value error, ")) from None
             raise EvaluationError(f"sampling.{first['loc'][0]} cannot be {first['input']!r}: {first['msg']}") from None
+        if settings.noise_level is not None:
+            own["noise_std"] = settings.noise_level
         return replace(self, settings=settings, **own)
 
     @property
@@ -60,7 +64,9 @@ class ResolvedSampling:
 
     def describe(self) -> dict[str, Any]:
         """Plain values for result files; `labels` is written out."""
-        described = self.settings.model_dump(mode="json", exclude={"batch_size"} | self.settings.unsaid)
+        steps = {"denoise_steps"} if self.settings.steps else set()
+        unsaid = {"batch_size"} | (self.settings.unsaid - steps)
+        described = {key: value for key, value in self.settings.described().items() if key not in unsaid}
         described |= {"denoise": self.denoise_multiplier, "noise_std": self.noise_std}
         if (
             self.matmul_precision != TRUE_FLOAT32

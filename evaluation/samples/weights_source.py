@@ -38,6 +38,9 @@ class WeightsSource:
     images_seen: int | None = None
     checkpoint: str | None = None  # name of the checkpoint, if it is one
     provenance: Provenance = field(default_factory=Provenance)
+    likelihood_noise: float | None = (
+        None  # at which a run measures likelihoods, of a model that is told the noise level
+    )
     checked: bool = True  # False: a file without a checksum
     inferred: dict[str, Any] = field(
         default_factory=dict
@@ -59,11 +62,38 @@ class WeightsSource:
         """
         return self.provenance.describe() | ({} if self.checked else {"checked": False}) | self.inferred
 
-    def training_noise(self, noise_std: float, seed: int = 0, draws: int = 1) -> NoiseSettings:
+    def level(self, asked: float | None = None) -> float | None:
+        """The noise level of images that the model is told, if it is told one: as asked for, or the one of its likelihoods.
+
+        Raises EvaluationError for a level that the model was not trained at, and for one that nobody knows.
+        """
+        if not self.model.config.noise_conditioning:
+            return None
+        bounds = self.provenance.noise_range
+        level = asked or self.likelihood_noise or (bounds[0] if bounds else None)
+        if level is None:
+            raise EvaluationError(
+                f"{self.origin} does not record the noise levels it was trained on, one of which its model has to be told: "
+                "give it (noise_std, --noise-std)"
+            )
+        if bounds is not None and not bounds[0] <= level <= bounds[1]:
+            raise EvaluationError(
+                f"the noise level {level:g} (noise_std, --noise-std) lies outside of those that {self.origin} was trained on, "
+                f"{bounds[0]:g} to {bounds[1]:g}"
+            )
+        return level
+
+    def training_noise(
+        self, noise_std: float, seed: int = 0, draws: int = 1, level: float | None = None
+    ) -> NoiseSettings:
         """The noise that 8-bit images get before their likelihood is taken.
 
-        `noise_std` serves a file that does not record its noise; EvaluationError where that is unknown, too (0).
+        `noise_std` serves a file that does not record its noise; EvaluationError where that is unknown, too (0). `level`: at
+        which noise level, of a model that is told it; see `level`.
         """
+        told = self.level(level)
+        if told is not None:
+            return NoiseSettings("gaussian", told, seed, draws, told=True)
         if self.provenance.noise is not None:
             return NoiseSettings(self.provenance.noise, self.provenance.noise_std or 0.0, seed, draws)
         if noise_std:
@@ -84,7 +114,8 @@ def from_checkpoint(config: Config, checkpoint: Checkpoint, which: str, device: 
     model = load_model(config.model, tensors).requires_grad_(False).to(device)
     known = provenance_of(checkpoint, config, which)
     place, step, images_seen = str(checkpoint.path), checkpoint.step, checkpoint.images_seen
-    return WeightsSource(model, which, _digest(tensors), place, step, images_seen, checkpoint.name, known)
+    level = config.likelihood_noise if config.model.noise_conditioning else None
+    return WeightsSource(model, which, _digest(tensors), place, step, images_seen, checkpoint.name, known, level)
 
 
 def from_file(path: Path, file: WeightsFile, device: torch.device) -> WeightsSource:

@@ -21,7 +21,7 @@ class Work:
 
     samples: int
     guided: bool
-    denoised: bool
+    denoised: int  # steps of denoising
     held_out: int  # images
     draws: int  # of noise for each of them
 
@@ -33,15 +33,15 @@ class Work:
         if held_out is not None:
             images = ImageSet(held_out, recipe.config.model, settings.validation_images).num_images
         sampling = settings.sampling
-        return cls(settings.num_samples, sampling.settings.guided, bool(sampling.denoise_multiplier), images,
-                   settings.likelihood.draws)  # fmt: skip
+        steps = sampling.settings.steps or int(sampling.denoise_multiplier > 0)
+        return cls(settings.num_samples, sampling.settings.guided, steps, images, settings.likelihood.draws)
 
     @classmethod
     def of_result(cls, result: dict[str, Any]) -> "Work":
         """The work that a result took."""
         sampling, held_out = result["settings"]["sampling"], result.get("likelihood") or {}
         return cls(
-            result["samples"]["asked"], sampling["guidance"] > 0, sampling["denoise"] > 0,
+            result["samples"]["asked"], sampling["guidance"] > 0, sampling.get("denoise_steps") or int(sampling["denoise"] > 0),
             int(held_out.get("images") or 0), int(held_out.get("draws") or 1),
         )  # fmt: skip
 
@@ -147,7 +147,8 @@ def _describe(recipe: Recipe, work: Work, names: Sequence[str]) -> list[str]:
     ]
     if work.denoised:
         lines.append(
-            f"  denoising   {work.samples:,} images; {work.samples * model.num_tokens:,} tokens; {denoising:.3g} FLOP"
+            f"  denoising   {work.samples:,} images{f' x {work.denoised} steps' if work.denoised > 1 else ''}; "
+            f"{work.samples * work.denoised * model.num_tokens:,} tokens; {denoising:.3g} FLOP"
         )
     if work.held_out:
         lines.append(

@@ -53,6 +53,9 @@ class Score(Record):
     count: Count = 0
 
 
+VARIED = ("guidance_form", "guide_blocks", "noise_level", "denoise_steps")  # what a record holds only where it varies
+
+
 class CandidateScores:
     """Scores candidates on growing numbers of samples; a folder of shared work for each candidate."""
 
@@ -65,7 +68,9 @@ class CandidateScores:
         identity += [list(request.denoise), list(request.attn_temp), request.final]
         if request.guidance_form or request.guide_blocks:  # else it has the name that earlier versions gave it
             identity += [list(request.guidance_form), [list(blocks) for blocks in request.guide_blocks]]
-        self.varied = {"guidance_form": bool(request.guidance_form), "guide_blocks": bool(request.guide_blocks)}
+        if request.noise_level or request.denoise_steps:
+            identity += ["iterative", list(request.noise_level), list(request.denoise_steps)]
+        self.varied = {name: bool(getattr(request, name)) for name in VARIED}
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
         self.identity = {"sweep": digest, "checkpoint": source.checkpoint, "weights": source.sha256}
         self.folder = request.run / "sweeps" / f"{source.checkpoint}-{digest}.work"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log
-from tarflow.evaluation.samples.draw import NO_LABEL, check_guidance
+from tarflow.evaluation.samples.draw import NO_LABEL, check_guidance, check_noise
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.trainer.config.schema import Config
 
@@ -24,6 +24,8 @@ class SweepRequest:
     guidance: Sequence[float] = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
     denoise: Sequence[float] = ()
     attn_temp: Sequence[float] = ()
+    noise_level: Sequence[float] = ()  # of a model that is told the noise level
+    denoise_steps: Sequence[int] = ()
     guidance_form: Sequence[str] = ()
     guide_blocks: Sequence[tuple[int, ...]] = ()  # an empty tuple: all blocks
     start: int = 500  # samples of the first round
@@ -50,15 +52,17 @@ def sweep_candidates(request: SweepRequest, own: ResolvedSampling, config: Confi
     if config.train.noise == "uniform" and any(denoise):
         raise EvaluationError("--denoise needs a model trained with gaussian noise; this run has train.noise=uniform")
     _check_blocks(blocks, config.model.num_blocks)
-    axes = (request.guidance, denoise, temperatures, forms, blocks)
+    levels: list[float | None] = [*request.noise_level] or [own.settings.noise_level]
+    steps: list[int | None] = [*request.denoise_steps] or [own.settings.denoise_steps]
+    axes = (request.guidance, denoise, temperatures, forms, blocks, levels, steps)
     if (number := math.prod(len(values) for values in axes)) > MAX_CANDIDATES:
         raise EvaluationError(
-            f"--guidance x --denoise x --attn-temp x --guidance-form x --guide-blocks make {number:,} settings, more than the "
-            f"limit of {MAX_CANDIDATES}"
+            "--guidance x --denoise x --attn-temp x --guidance-form x --guide-blocks x --noise-level x --denoise-steps make "
+            f"{number:,} settings, more than the limit of {MAX_CANDIDATES}"
         )
     unlabelled = not config.model.num_classes or set(own.labels) == {NO_LABEL}
     found: dict[tuple[Any, ...], ResolvedSampling] = {}
-    for w, m, t, form, guided in product(*axes):
+    for w, m, t, form, guided, level, count in product(*axes):
         # Without labels, only the temperature tells the guided pass from the other one.
         if w and unlabelled and t == 1:
             log(f"skipped: guidance {w:g} with attention temperature 1 has no effect without labels")
@@ -71,12 +75,16 @@ def sweep_candidates(request: SweepRequest, own: ResolvedSampling, config: Confi
             t,
             form,
             frozenset(block % config.model.num_blocks for block in guided or range(config.model.num_blocks)),
+            level,
+            count,
         )
         if key not in found:
-            found[key] = own.with_changes(guidance=w, denoise=m, attn_temp=t, guidance_form=form, guide_blocks=guided)
+            changed = own.with_changes(guidance=w, denoise=m, attn_temp=t, guidance_form=form, guide_blocks=guided)
+            found[key] = changed.with_changes(noise_level=level, denoise_steps=count)
     if not found:
         raise EvaluationError("nothing is left to sweep: without labels give --attn-temp values other than 1")
     for candidate in found.values():
+        check_noise(candidate, config.model, config.train.noise_range)
         check_guidance(candidate, config.model.num_classes, config.train.label_dropout)
     return list(found.values())
 

@@ -9,7 +9,13 @@ from typing import Any
 from tarflow.evaluation.sweep_file import shown_blocks
 
 NOISE = 2.0  # standard errors of their difference within which two candidates are indistinguishable
-RANGES = ("guidance", "denoise", "attn_temp")  # settings that are numbers, which could be larger or smaller
+RANGES = (
+    "guidance",
+    "denoise",
+    "attn_temp",
+    "noise_level",
+    "denoise_steps",
+)  # settings that are numbers, which could be larger or smaller
 MIN_RANGE = 3  # values of a setting that make a range, which has ends; two are alternatives
 
 
@@ -27,6 +33,8 @@ class Point:
     influence: Sequence[float | None] = field(default=(), repr=False)
     guidance_form: str | None = None  # None: not varied, as the blocks below
     guide_blocks: tuple[int, ...] | None = None
+    noise_level: float | None = None
+    denoise_steps: int | None = None
 
     @property
     def order(self) -> tuple[float, float, float, float]:
@@ -42,7 +50,8 @@ class Point:
             found["guidance_form"] = self.guidance_form
         if self.guide_blocks is not None:
             found["guide_blocks"] = list(self.guide_blocks)
-        return found
+        iterative = {"noise_level": self.noise_level, "denoise_steps": self.denoise_steps}
+        return found | {name: value for name, value in iterative.items() if value is not None}
 
     @property
     def stderr(self) -> float | None:
@@ -52,7 +61,12 @@ class Point:
     def __str__(self) -> str:
         form = f", {self.guidance_form} form" if self.guidance_form is not None else ""
         blocks = f", blocks {shown_blocks(self.guide_blocks)}" if self.guide_blocks is not None else ""
-        return f"guidance {self.guidance:g}, denoise {self.denoise:g}, attention temperature {self.attn_temp:g}{form}{blocks}"
+        level = f", noise level {self.noise_level:g}" if self.noise_level is not None else ""
+        steps = f", {self.denoise_steps} steps" if self.denoise_steps is not None else ""
+        return (
+            f"guidance {self.guidance:g}, denoise {self.denoise:g}, attention temperature {self.attn_temp:g}{form}{blocks}"
+            f"{level}{steps}"
+        )
 
 
 def with_error(value: float, stderr: float | None) -> str:
@@ -97,7 +111,7 @@ def _within_noise(best: Point, others: Sequence[Point]) -> list[str]:
 
 def _at_an_end(best: Point, tried: Sequence[Point]) -> list[str]:
     reasons = []
-    for name in RANGES:
+    for name in (name for name in RANGES if name in best.settings):
         value = best.settings[name]
         values = {point.settings[name] for point in tried}
         if (

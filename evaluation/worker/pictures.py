@@ -5,6 +5,7 @@ grid-noisy.png     the same before denoising           (when there is denoising)
 grid-unguided.png  the same noise without guidance     (when there is guidance)
 neighbours.png     samples above their nearest training images
 trajectory.png     one sample a row: noise, after each block, denoised
+denoising.png      one sample a row: at some noise levels from t1 to 0 (where denoising takes several steps)
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from tarflow.models.noise import to_pixels
 
 NEIGHBOUR_COLUMNS = 10
 TRAJECTORY_ROWS = 4
+STRIP_COLUMNS = 9  # of states of iterative denoising
 
 
 class GridImages:
@@ -103,7 +105,15 @@ def save_trajectory(path: Path, sampler: Sampler, indices: Sequence[int]) -> Non
     columns = [step.cpu() for step in drawn.trajectory] + (
         [drawn.images] if sampler.sampling.denoise_multiplier else []
     )
-    images = [_shown(column[row]) for row in range(len(indices)) for column in columns]
+    _save_rows(path, columns)
+    if states := drawn.denoising:
+        last = len(states) - 1
+        shown = sorted({round(k * last / (STRIP_COLUMNS - 1)) for k in range(STRIP_COLUMNS)})
+        _save_rows(path.with_name("denoising.png"), [states[number] for number in shown])
+
+
+def _save_rows(path: Path, columns: Sequence[Tensor]) -> None:
+    images = [_shown(column[row]) for row in range(len(columns[0])) for column in columns]
     if any(image is not None for image in images):
         save_png(path, make_grid(images, columns=len(columns)))
 

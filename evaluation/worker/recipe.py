@@ -53,7 +53,11 @@ class EvaluationSettings:
             reference_images=e.reference_images,
             validation_images=e.validation_images,
             likelihood=NoiseSettings(
-                config.train.noise, config.train.noise_std, config.sampling.seed, e.likelihood_draws
+                config.train.noise,
+                config.likelihood_noise,
+                config.sampling.seed,
+                e.likelihood_draws,
+                told=config.model.noise_conditioning,
             ),
             grid=e.grid,
             train_fingerprint=open_data(data).fingerprint,
@@ -137,7 +141,7 @@ def _at_the_end(config: Config, overridden: list[str]) -> Config | None:
 
 
 # What a weights file may record of its training; an override where it does not.
-TRAINING = ("train.noise", "train.noise_std", "train.label_dropout")
+TRAINING = ("train.noise", "train.noise_std", "train.noise_range", "train.label_dropout")
 
 
 def file_recipe(path: Path, file: WeightsFile, overrides: list[str]) -> Recipe:
@@ -171,8 +175,10 @@ def file_recipe(path: Path, file: WeightsFile, overrides: list[str]) -> Recipe:
                 f"override train.{name}={getattr(config.train, name)}, but {path} was trained with {value}: leave it out"
             )
     known_settings = given | {f"train.{name}" for name in known}
-    if "train.noise_std" not in known_settings and (
-        config.train.noise == "gaussian" or "train.noise" not in known_settings
+    if (
+        config.train.noise_range is None
+        and "train.noise_std" not in known_settings
+        and (config.train.noise == "gaussian" or "train.noise" not in known_settings)
     ):
         raise EvaluationError(
             f"{path} does not record its noise: give train.noise_std=S (its standard deviation), or train.noise=uniform"

@@ -48,6 +48,8 @@ def _architecture(config: TarFlowConfig) -> Iterator[tuple[str, Any]]:
 
 def _training(known: Provenance) -> Iterator[tuple[str, Any]]:
     noise = known.noise if known.noise != "gaussian" else f"gaussian, standard deviation {known.noise_std:g} in [-1, 1]"
+    if known.noise_range is not None:
+        noise = "gaussian, standard deviations {:g} to {:g} in [-1, 1], told to the model".format(*known.noise_range)
     yield "noise", noise
     yield "label dropout", known.label_dropout
     yield "images seen", None if known.images_seen is None else f"{known.images_seen:,}"

@@ -51,7 +51,10 @@ def config_by_shapes(
     """
     free = {name: getattr(like, name) for name in WITHOUT_SHAPE} if like else dict(WITHOUT_SHAPE)
     free |= {name: value for name, value in (stated or {}).items() if name in WITHOUT_SHAPE}
-    layers = [(int(match[1]), int(match[2])) for match in map(_LAYER.fullmatch, weights) if match]
+    layers: dict[int, int] = {}  # block -> how many
+    for match in map(_LAYER.fullmatch, weights):
+        if match:
+            layers[int(match[1])] = max(layers.get(int(match[1]), 0), 1 + int(match[2]))
     try:
         channels, token_dim = weights["blocks.0.proj_in.weight"].shape
         num_tokens, _ = weights["blocks.0.pos_embed"].shape
@@ -64,8 +67,8 @@ def config_by_shapes(
             patch_size=patch_size,
             in_channels=in_channels,
             channels=channels,
-            num_blocks=1 + max(block for block, _ in layers),
-            layers_per_block=1 + max(layer for _, layer in layers),
+            num_blocks=1 + max(layers),
+            layers_per_block=tuple(number for _, number in sorted(layers.items())),
             expansion=weights["blocks.0.attn_blocks.0.mlp.main.0.weight"].shape[0] // channels,
             num_classes=0 if classes is None else classes.shape[0],
             nvp=weights["blocks.0.proj_out.weight"].shape[0] == 2 * token_dim,

@@ -49,7 +49,7 @@ class EagerBlock:
         self.embedding, self.inverse_temp = conditions(block, labels, n, guidance)
         self.positions = block.order(block.pos_embed, dim=0)
         self.cache = empty_cache(
-            config.layers_per_block, 2 * n if guidance.active else n, config.num_heads, config.num_tokens,
+            len(block.attn_blocks), 2 * n if guidance.active else n, config.num_heads, config.num_tokens,
             config.head_channels, block.pos_embed,
         )  # fmt: skip
         self.last = block.proj_out.bias, block.proj_out.weight.t()
@@ -107,12 +107,17 @@ class EagerBlock:
 def conditions(
     block: FlowBlock, labels: Tensor | None, n: int, guidance: Guidance
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Label embedding and inverse attention temperature of every row, conditional rows first."""
-    embedding = block.label_embedding(labels, n)
+    """What is added to every token, and the inverse attention temperature, of every row, conditional rows first.
+
+    Both halves are told the noise level at which the flow is inverted.
+    """
+    t = guidance.settings.noise_level
+    noise = None if t is None else torch.full((n,), t, dtype=torch.float32, device=block.pos_embed.device)
+    embedding = block.conditioning(labels, noise, n)
     if not guidance.active:
         return embedding, None
     if embedding is not None:
-        no_label = block.label_embedding(None, n)
+        no_label = block.conditioning(None, noise, n)
         assert no_label is not None
         embedding = torch.cat([embedding, no_label])
     if guidance.settings.attn_temp == 1.0:

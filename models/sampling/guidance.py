@@ -5,8 +5,11 @@ With (a_c, b_c) of the conditional network, (a_u, b_u) of the unconditional one 
     linear   a = a_c + w (a_c - a_u),  b = b_c + w (b_c - b_u)                       (arXiv 2412.06329, section 2.6)
     closed   s = min(exp(2 (a_c - a_u)), 1),  v = 1 + w (1 - s)                       (the latent follow-up, STARFlow)
              a = a_c - log(v) / 2,  b = ((1 + w) b_c - w s b_u) / v
+    sigma    exp(a) = |exp(a_c) + w (exp(a_c) - exp(a_u))|,  b as in the linear form                  (arXiv 2604.20041)
 
 The closed form is the Gaussian p_c^(1 + w) / p_u^w, with the ratio s of the variances bounded by 1 so that it always is one.
+The scale of the form `sigma` turns negative where the unconditional one is far larger; z is as likely as -z, so that its
+absolute value stands for the same distribution.
 """
 
 from dataclasses import dataclass
@@ -63,6 +66,8 @@ class Guidance:
         weight = self._weight(a_c, first)
         if self.settings.guidance_form == "closed":
             guided_a, guided_b = closed_form(a_c, a_u, b_c, b_u, weight)
+        elif self.settings.guidance_form == "sigma":
+            guided_a, guided_b = linear_in_scale(a_c, a_u, weight), torch.lerp(b_u, b_c, 1 + weight)
         else:
             # a_c + w (a_c - a_u) in one call, as beyond the end of the line from a_u to a_c
             guided_a, guided_b = torch.lerp(a_u, a_c, 1 + weight), torch.lerp(b_u, b_c, 1 + weight)
@@ -84,6 +89,11 @@ class Guidance:
             return self.weights[first : first + n].to(like)[:, None]
         index = first.cpu()[:, None] + torch.arange(n)
         return self.weights[index].to(like)[:, :, None]
+
+
+def linear_in_scale(a_c: Tensor, a_u: Tensor, weight: Tensor | float) -> Tensor:
+    """The guided a of the form `sigma`: a_c + log |1 - w (exp(a_u - a_c) - 1)|."""
+    return a_c + torch.log((1 - weight * torch.expm1(a_u - a_c)).abs())
 
 
 def closed_form(a_c: Tensor, a_u: Tensor, b_c: Tensor, b_u: Tensor, weight: Tensor | float) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,8 @@ class Stack:
         self.positions = torch.stack([block.order(block.pos_embed, dim=0)[:-1] for block in blocks])
         self.proj_in = _linear(block.proj_in for block in blocks)
         self.proj_out = _linear(block.proj_out for block in blocks)
-        self.layers = [_layer(layers) for layers in zip(*(block.attn_blocks for block in blocks))]
+        deepest = max(len(block.attn_blocks) for block in blocks)
+        self.layers = [_at_depth(blocks, depth, self.positions.device) for depth in range(deepest)]
 
     def scales_and_shifts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """X [G, N, T, D], each block's in its own order -> guided (a, b) of all tokens but the first, [G, N, T - 1, D]."""
@@ -100,15 +101,20 @@ class Stack:
             h = torch.cat([h, h], 1)
         if self.embedding is not None:
             h = h + self.embedding
-        for norm1, qkv, proj, norm2, up, down in self.layers:
-            h = h + _times(self._attention(_times(_normed(h, norm1), qkv)), proj)
-            h = h + _times(F.gelu(_times(_normed(h, norm2), up)), down)
+        for members, layer in self.layers:
+            some = self._layer(h[members], layer)
+            h = some if len(some) == len(h) else h.index_copy(0, members, some)
         found = []
         for block, guidance, out in zip(self.blocks, self.guidances, _times(h, self.proj_out)):
             a, b = block.split(out if guidance.active else out[: self.n])
             found.append(torch.stack(guidance.apply(a, b, 0)))
         a, b = torch.stack(found, 1)
         return a, b
+
+    def _layer(self, h: Tensor, layer: tuple[Affine, ...]) -> Tensor:
+        norm1, qkv, proj, norm2, up, down = layer
+        h = h + _times(self._attention(_times(_normed(h, norm1), qkv)), proj)
+        return h + _times(F.gelu(_times(_normed(h, norm2), up)), down)
 
     def _attention(self, qkv: Tensor) -> Tensor:
         g, rows, t, c = qkv.shape
@@ -137,6 +143,13 @@ def _times(x: Tensor, linear: Affine) -> Tensor:
 def _normed(x: Tensor, affine: Affine) -> Tensor:
     weight, bias = affine
     return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:]), weight)
+
+
+def _at_depth(blocks: Sequence[FlowBlock], depth: int, device: torch.device) -> tuple[Any, tuple[Affine, ...]]:
+    """Which blocks have a layer at this depth, as an index into the axis of blocks, and those layers."""
+    deep = [number for number, block in enumerate(blocks) if depth < len(block.attn_blocks)]
+    members = slice(None) if len(deep) == len(blocks) else torch.tensor(deep, device=device)
+    return members, _layer(blocks[number].attn_blocks[depth] for number in deep)
 
 
 def _layer(layers: Iterable[Any]) -> tuple[Affine, ...]:

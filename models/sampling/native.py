@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tarflow.errors import UserError
+from tarflow.models.cost import parameters
 from tarflow.models.flow import FlowBlock
 from tarflow.models.sampling.engine import conditions
 from tarflow.models.sampling.guidance import Guidance
@@ -23,6 +24,8 @@ from tarflow.models.sampling.native_build import NotBuiltError, library
 ROWS_OF_A_THREAD = 8  # of the batch, both halves: below, threads share out the weights instead
 ROWS = 64  # rows of a step over several tokens: enough to use each load of weights, few enough for the cache
 KEEP_BYTES = 64 << 20  # of packed weights, kept from batch to batch
+
+FORMS = {"linear": 0, "closed": 1, "sigma": 2}  # of guidance, as in native.c
 
 _Pointer = ctypes.c_void_p
 
@@ -40,7 +43,7 @@ class _Layer(ctypes.Structure):
 class _Block(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int) for name in (
-            "layers", "channels", "heads", "hidden", "dim", "out", "tokens", "threads", "n", "halves", "closed", "guide_a",
+            "layers", "channels", "heads", "hidden", "dim", "out", "tokens", "threads", "n", "halves", "form", "guide_a",
             "guide_b", "affine",
         )),
         ("clip", ctypes.c_float), ("inverse_temp", ctypes.c_float),
@@ -142,8 +145,8 @@ class _Part:
         self.weights = weights.contiguous()
         heads, rows, k = config.num_heads, self.halves * n, config.head_channels
         tiles = math.ceil(config.num_tokens / self.panel)
-        self.keys = torch.zeros(config.layers_per_block, rows, heads, tiles, k, self.panel)
-        self.values = torch.zeros(config.layers_per_block, rows, heads, config.num_tokens, k)
+        self.keys = torch.zeros(len(packed["layers"]), rows, heads, tiles, k, self.panel)
+        self.values = torch.zeros(len(packed["layers"]), rows, heads, config.num_tokens, k)
 
     def tokens(self, x: Tensor, first: Tensor, a: Tensor, b: Tensor) -> None:
         """(a, b) of the tokens after `first` [n], as many as the tensors have room for."""
@@ -173,13 +176,13 @@ class _Part:
         if count == 0 or self.n == 0:
             return
         config, settings = self.config, self.guidance.settings
-        layers = (_Layer * config.layers_per_block)()
+        layers = (_Layer * len(self.packed["layers"]))()
         for i, (layer, parts) in enumerate(zip(layers, self.packed["layers"])):
             _point(layer, parts | {"keys": self.keys[i], "values": self.values[i]})
         block = _Block(
-            config.layers_per_block, config.channels, config.num_heads, config.expansion * config.channels, config.token_dim,
+            len(layers), config.channels, config.num_heads, config.expansion * config.channels, config.token_dim,
             config.token_dim * (2 if config.nvp else 1), config.num_tokens, self.threads, self.n, self.halves,
-            settings.guidance_form == "closed", "a" in settings.guide, "b" in settings.guide, config.nvp,
+            FORMS[settings.guidance_form], "a" in settings.guide, "b" in settings.guide, config.nvp,
             config.soft_clip, self.inverse_temp,
         )  # fmt: skip
         _point(block, self.packed["ends"] | {"positions": self.positions, "weights": self.weights})
@@ -231,7 +234,7 @@ def _packed(block: FlowBlock, panel: int) -> _Packed:
         linear = [("qkv", attention.qkv), ("proj", attention.proj), ("up", mlp.main[0]), ("down", mlp.main[2])]
         layers.append(found | _panels(linear, panel))
     packed = {"layers": layers, "ends": _panels([("in", block.proj_in), ("last", block.proj_out)], panel)}
-    size = 4 * sum(p.numel() for p in block.parameters()) * block.config.num_blocks
+    size = 4 * parameters(block.config)
     if size <= KEEP_BYTES:
         _kept[block] = (state, packed)
     return packed

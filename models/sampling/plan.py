@@ -104,7 +104,8 @@ def conditions_of(config: TarFlowConfig, settings: SamplingSettings, weights: st
         include={"guidance", "guide", "guidance_form", "guide_blocks", "attn_temp", "annealed", "method", "tolerance",
                  "param_dtype"},
     )  # fmt: skip
-    return {"weights": weights, "tokens": config.num_tokens, "blocks": config.num_blocks} | guidance
+    level = {} if settings.noise_level is None else {"noise_level": settings.noise_level}
+    return {"weights": weights, "tokens": config.num_tokens, "blocks": config.num_blocks} | guidance | level
 
 
 def plan_without_measuring(config: TarFlowConfig, settings: SamplingSettings, weights: str = "") -> SamplingPlan:

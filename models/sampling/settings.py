@@ -1,10 +1,13 @@
 """How images are sampled: section `sampling` of a configuration, and what `sample` goes by."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from tarflow.settings import MOST_SEED, Count, Section
+
+LEVEL_OF_A_STEP = 0.01  # of noise that one step of iterative denoising takes out by default, as published
 
 
 class SamplingSettings(Section):
@@ -16,10 +19,10 @@ class SamplingSettings(Section):
 
     guidance: float = Field(0.0, ge=0, le=1e4, description="guidance weight w in a = a_c + w (a_c - a_u); 0 = off")
     guide: Literal["a", "b", "ab"] = Field("ab", description="what guidance acts on: log-scale a, shift b, or both")
-    guidance_form: Literal["linear", "closed"] = Field(
+    guidance_form: Literal["linear", "closed", "sigma"] = Field(
         "linear",
-        description="formula of guidance: the paper's linear rule, or the closed form of the guided Gaussian, which stays "
-        "stable at large w",
+        description="formula of guidance: the paper's linear rule; the closed form of the guided Gaussian, which stays "
+        "stable at large w; or linear in the scale exp(a) itself instead of its logarithm, as iterative models were published",
     )
     guide_blocks: tuple[Annotated[Count, Field(ge=-(1 << 10), lt=1 << 10)], ...] = Field(
         (),
@@ -43,6 +46,34 @@ class SamplingSettings(Section):
         ge=0,
         le=1e4,
         description="multiplier of the score-based denoising step; 0 = off, null = 1 if trained with gaussian noise",
+    )
+    noise_level: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="t1, of a model with noise_conditioning: the noise level at which the flow is inverted, and from which its "
+        "samples are denoised step by step; null = the upper end of train.noise_range",
+    )
+    denoise_to: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="t0, the last noise level before 0 in iterative denoising; null = the lower end of train.noise_range",
+    )
+    denoise_steps: Count | None = Field(
+        None,
+        gt=0,
+        le=10_000,
+        description="steps of iterative denoising, each a forward and a backward pass; null = one for every 0.01 of t1",
+    )
+    denoise_schedule: Literal["linear", "geometric"] = Field(
+        "linear",
+        description="noise levels of iterative denoising from t1 to t0: at equal distances, or in equal ratios",
+    )
+    denoise_stochastic: bool = Field(
+        False,
+        description="iterative denoising: draw a part of the noise anew at every step, instead of following the ODE; the draws "
+        "are keyed by the sample",
     )
     batch_size: Count = Field(64, gt=0, le=1 << 20, description="images per batch; does not change the images")
     param_dtype: Literal["float32", "bfloat16"] = Field(
@@ -89,6 +120,10 @@ class SamplingSettings(Section):
         """
         return {name for name, value in LATER.items() if getattr(self, name) == value}
 
+    def described(self) -> dict[str, Any]:
+        """Plain values, with the number of denoising steps resolved; for results and to compare with them."""
+        return self.model_dump(mode="json") | ({"denoise_steps": self.steps} if self.steps else {})
+
     @property
     def guided(self) -> bool:
         """Whether a second, unconditional half is computed at all."""
@@ -103,6 +138,57 @@ class SamplingSettings(Section):
             "whole": self.method != "sequential",
             "certified": 1 / self.certify_every if self.certify_every else 0.0,
         }
+
+    @property
+    def steps(self) -> int:
+        """Steps of iterative denoising; 0 where there is none."""
+        if self.noise_level is None or self.denoise == 0:
+            return 0
+        return self.denoise_steps or max(round(self.noise_level / LEVEL_OF_A_STEP), 1)
+
+    def at_noise(self, bounds: tuple[float, float] | None) -> "SamplingSettings":
+        """The settings with what was left to the noise levels (t0, t1) that a model was trained on; None: on one alone."""
+        if bounds is None:
+            return self
+        low, high = bounds
+        level = high if self.noise_level is None else self.noise_level
+        return self.model_copy(
+            update={
+                "noise_level": level,
+                "denoise_to": min(low, level) if self.denoise_to is None else self.denoise_to,
+                "denoise": 1.0 if self.denoise is None else self.denoise,
+            }
+        )
+
+    def noise_problem(self, conditioned: bool, bounds: tuple[float, float] | None = None) -> str | None:
+        """Why these settings do not go with a model, or None. `bounds`: the noise levels it was trained on; None if unknown."""
+        if not conditioned:
+            for name in ITERATIVE:
+                if getattr(self, name) != LATER[name]:
+                    return (
+                        f"sampling.{name}={getattr(self, name)} needs model.noise_conditioning=true: a model that is told no "
+                        "noise level has one step of denoising (sampling.denoise)"
+                    )
+            return None
+        if self.denoise not in (None, 0, 1):
+            return (
+                f"sampling.denoise={self.denoise:g} needs model.noise_conditioning=false: iterative denoising has steps "
+                "(sampling.denoise_steps) instead of a multiplier; 1 = on, 0 = off"
+            )
+        low, high = bounds or (0.0, math.inf)
+        for name in ("noise_level", "denoise_to"):
+            level = getattr(self, name)
+            if level is not None and not low <= level <= high:
+                return (
+                    f"sampling.{name}={level:g} lies outside train.noise_range=[{low:g}, {high:g}]: the model was not trained "
+                    "at that noise level"
+                )
+        if self.noise_level is not None and self.denoise_to is not None and self.denoise_to > self.noise_level:
+            return (
+                f"sampling.denoise_to={self.denoise_to:g} is above sampling.noise_level={self.noise_level:g}: denoising "
+                "goes from the latter down to the former"
+            )
+        return None
 
     def guidance_problem(self, labelled: bool, label_dropout: float | None) -> str | None:
         """Why this guidance would be meaningless, or None. `label_dropout` is that of training; None if unknown.
@@ -126,5 +212,6 @@ class SamplingSettings(Section):
 
 
 # Settings that results of the first versions do not hold, with the values that these were drawn with.
-_LATER = ("guidance_form", "guide_blocks", "method", "tolerance", "certify_every", "temperature")
+ITERATIVE = ("noise_level", "denoise_to", "denoise_steps", "denoise_schedule", "denoise_stochastic")
+_LATER = ("guidance_form", "guide_blocks", "method", "tolerance", "certify_every", "temperature", *ITERATIVE)
 LATER = {name: SamplingSettings.model_fields[name].default for name in _LATER}

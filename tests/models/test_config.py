@@ -28,6 +28,10 @@ SMALL: dict[str, Any] = {"image_size": 16, "patch_size": 4, "channels": 64, "num
         ({"image_size": 1 << 14, "patch_size": 1}, "268,435,456 tokens, more than 65,536"),
         ({"num_blocks": 1024, "layers_per_block": 1024}, "1,048,576 layers in total, more than 4,096"),
         ({"channels": 1 << 16, "num_blocks": 512, "layers_per_block": 8}, "parameters"),
+        ({"layers_per_block": [2, 2, 2]}, "layers_per_block lists 3 blocks, and model.num_blocks=2"),
+        ({"layers_per_block": []}, "layers_per_block lists 0 blocks, and model.num_blocks=2"),
+        ({"layers_per_block": [2, 0]}, "greater than 0"),
+        ({"num_blocks": 5, "layers_per_block": [1024] * 5}, "5,120 layers in total, more than 4,096"),
         ({"channels": 1 << 16, "num_classes": 1 << 24}, "parameters, more than 1,099,511,627,776"),
         ({"image_size": 1 << 14, "patch_size": 1 << 14, "channels": 1 << 12}, "parameters"),
     ],
@@ -43,3 +47,13 @@ def test_numbers_of_a_model_and_their_products_are_bounded(change: dict[str, Any
 @pytest.mark.case("H10")
 def test_no_published_model_comes_near_the_bounds() -> None:
     assert all(100 * parameters(preset(name)) < 1 << 40 for name in preset_names())
+
+
+def test_layers_of_a_block_are_a_number_or_one_for_each_block() -> None:
+    deep = TarFlowConfig.model_validate(SMALL | {"layers_per_block": ["2", 4]})
+    assert deep.layers == deep.layers_per_block == (2, 4)
+    assert TarFlowConfig.model_validate_json(deep.model_dump_json()) == deep
+    alike = TarFlowConfig.model_validate(SMALL | {"layers_per_block": [2, 2]})
+    assert alike == TarFlowConfig.model_validate(SMALL)  # one model, spelt in one way
+    assert alike.model_dump()["layers_per_block"] == 2
+    assert alike.layers == (2, 2)

@@ -96,6 +96,13 @@ class EvaluationConfig(Section):
     likelihood_draws: Count = Field(
         4, gt=0, le=10_000, description="noise draws per held-out image, averaged for bits per dimension"
     )
+    likelihood_noise: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="noise level t at which bits per dimension are measured, of a model with noise_conditioning: images get "
+        "noise of this standard deviation, and the model is told it; null = the lower end of train.noise_range",
+    )
     final_num_samples: Count | None = Field(
         None,
         gt=1,

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from tarflow.settings import FORMS
 from tarflow.trainer.config.schema import Config
 
 NOT_A_SECTION = "a section holds settings (name: value)"
@@ -18,7 +19,7 @@ _WRONG_FORM = {
 
 def explain(item: Any, source: str, origin: Mapping[str, str]) -> str:
     """The message for one of pydantic's errors. `source`: the file; `origin`: key -> the override or base that set it."""
-    path = [str(part)[:100] for part in item["loc"]]
+    path = [str(part)[:100] for part in item["loc"] if part not in FORMS]
     key = ".".join(path)
     where = _where(key, source, origin)
     if item["type"] == "extra_forbidden":

@@ -83,7 +83,11 @@ def presets_table(folder: Path) -> str:
 
 
 def _cell(tree: dict[str, dict[str, object]], names: Sequence[str]) -> str:
-    if names == COLUMNS["noise"]:  # uniform noise has no standard deviation
+    if (
+        names == COLUMNS["noise"]
+    ):  # uniform noise has no standard deviation, and noise of many levels has a range of them
+        if levels := tree["train"]["noise_range"]:
+            return "{} to {}".format(*levels)  # type: ignore[misc]
         return str(tree["train"]["noise_std"] if tree["train"]["noise"] == "gaussian" else tree["train"]["noise"])
     values = [tree[section][key] for section, _, key in (name.partition(".") for name in names)]
     texts = [f"{value:,}" if type(value) is int else json.dumps(value).strip('"') for value in values]

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.float32 import Precision
+from tarflow.models.noise import Distribution, Weighting
 from tarflow.models.presets import preset
 from tarflow.models.sampling.settings import SamplingSettings
 from tarflow.settings import MOST_IMAGES, MOST_SECONDS, MOST_SEED, Count, Section
@@ -23,6 +24,7 @@ from tarflow.trainer.config.products import oversized
 
 MOST_BATCH = 1 << 24
 MOST_TRACED = 100  # steps: a trace holds every operation, about a megabyte for each step
+Level = Annotated[float, Field(ge=1e-4, le=100)]  # of noise: a standard deviation in model range
 Image = Annotated[Count, Field(ge=0, le=MOST_IMAGES)]  # by its position in the run
 
 
@@ -62,6 +64,24 @@ class TrainConfig(Section):
         le=100,
         description="standard deviation of the gaussian noise, where pixel values span [-1, 1]. The paper "
         "uses 0.05 at 64 px, 0.15 at 128 and 256",
+    )
+    noise_range: tuple[Level, Level] | None = Field(
+        None,
+        description="[t0, t1], for a model with noise_conditioning: each image gets gaussian noise of its own standard "
+        "deviation between the two. Takes the place of noise_std; null = the same noise for all images",
+    )
+    noise_distribution: Distribution = Field(
+        "uniform",
+        description="distribution of noise levels t over noise_range: uniform; squared_uniform = t^2 is uniform; log_normal = "
+        "log t is normal (noise_log_normal), cut off at the ends",
+    )
+    noise_log_normal: tuple[Annotated[float, Field(ge=-20, le=20)], Annotated[float, Field(ge=0.01, le=20)]] = Field(
+        (-1.2, 1.0), description="mean and standard deviation of log t with noise_distribution=log_normal"
+    )
+    loss_weight: Weighting = Field(
+        "level",
+        description="weight of an image's loss at noise level t, with noise_range: level = t, as published; level_squared = "
+        "t^2; none = 1",
     )
     label_dropout: float = Field(
         0.1,
@@ -123,6 +143,37 @@ class TrainConfig(Section):
         description="collect Python garbage every N steps, on all ranks at the same step; try 50 to 1000 if single ranks "
         "stall now and then. 0 = whenever Python decides",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_noise(cls, value: Any) -> Any:
+        """With a range of levels there is no one level, unless somebody sets it: then `_noise_fits` refuses."""
+        if isinstance(value, dict) and value.get("noise_range") is not None and "noise_std" not in value:
+            return value | {"noise_std": 0.0}
+        return value
+
+    @model_validator(mode="after")
+    def _noise_fits(self) -> "TrainConfig":
+        if self.noise_range is None:
+            for name in ("noise_distribution", "noise_log_normal", "loss_weight"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"train.{name} needs train.noise_range=[t0, t1]: without it, all images have the noise of "
+                        "train.noise_std"
+                    )
+            return self
+        low, high = self.noise_range
+        shown = f"train.noise_range=[{low:g}, {high:g}]"
+        if low >= high:
+            raise ValueError(f"{shown} must be [t0, t1] with t0 below t1")
+        if self.noise == "uniform":
+            raise ValueError(f"{shown} needs train.noise=gaussian, got train.noise=uniform, which has no levels")
+        if self.noise_std:
+            raise ValueError(
+                f"{shown} and train.noise_std={self.noise_std:g} are two settings of the same noise: leave one of them out "
+                "(train.noise_std=0, or train.noise_range=null)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ranges(self) -> "TrainConfig":
@@ -264,6 +315,8 @@ class Config(Section):
             raise ValueError(
                 "sampling.denoise needs train.noise=gaussian: without gaussian noise there is nothing to remove"
             )
+        if problem := self._noise_problem():
+            raise ValueError(problem)
         if problems := list(oversized(self)):
             raise ValueError("; ".join(problems))
         for variant in self.evaluation.variants:
@@ -277,6 +330,43 @@ class Config(Section):
                     f"evaluation.variants: {variant}: {where} {first['msg']}; a variant takes {known}"
                 ) from None
         return self
+
+    def _noise_problem(self) -> str | None:
+        """Where the noise of training, the model that is told it or not, and the sampling contradict each other, or None."""
+        conditioned, bounds, measured = (
+            self.model.noise_conditioning, self.train.noise_range, self.evaluation.likelihood_noise,
+        )  # fmt: skip
+        if conditioned and bounds is None:
+            return (
+                "model.noise_conditioning=true needs train.noise_range=[t0, t1], such as [0.01, 0.3]: at a single noise level "
+                "(train.noise_std) there is nothing to tell the model"
+            )
+        if bounds is not None and not conditioned:
+            return (
+                f"train.noise_range=[{bounds[0]:g}, {bounds[1]:g}] needs model.noise_conditioning=true: a model that is not "
+                "told the noise level of an image would learn the mixture of all levels"
+            )
+        if measured is not None and (bounds is None or not bounds[0] <= measured <= bounds[1]):
+            why = (
+                "model.noise_conditioning=true"
+                if bounds is None
+                else f"a level in train.noise_range=[{bounds[0]:g}, {bounds[1]:g}]"
+            )
+            return f"evaluation.likelihood_noise={measured:g} needs {why}"
+        return self.sampling.noise_problem(conditioned, bounds)
+
+    @property
+    def resolved_sampling(self) -> SamplingSettings:
+        """The section `sampling` with what it leaves to the training noise: levels, and whether there is denoising."""
+        found = self.sampling.at_noise(self.train.noise_range)
+        return found.model_copy(update={"denoise": self.denoise_multiplier})
+
+    @property
+    def likelihood_noise(self) -> float:
+        """Standard deviation of the gaussian noise under which held-out images are measured."""
+        if self.train.noise_range is None:
+            return self.train.noise_std
+        return self.evaluation.likelihood_noise or self.train.noise_range[0]
 
     def with_variant(self, variant: dict[str, Any]) -> "Config":
         """The configuration with one entry of `evaluation.variants` replacing the run's own settings."""

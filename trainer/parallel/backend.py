@@ -23,10 +23,13 @@ class Backend(Protocol):
     device: torch.device
     model: TarFlow  # what computes
 
-    def forward_backward(self, images: Tensor, labels: Tensor | None, share: float, last: bool) -> Tensor:
+    def forward_backward(
+        self, images: Tensor, labels: Tensor | None, share: float, last: bool, noise: Tensor | None = None
+    ) -> Tensor:
         """One micro-batch: noisy images [n, C, H, W], labels [n]; `share` = n / the rank's images in this step.
 
-        `last`: the step's last micro-batch, after which gradients are summed over ranks. Returns [loss, mse_z, logdet],
+        `noise` [n]: the noise level of each image, for a model that is told it. `last`: the step's last micro-batch, after
+        which gradients are summed over ranks. Returns [loss, mse_z, logdet],
         this rank's means over the micro-batch times `share`, float32, on the device.
         """
         ...

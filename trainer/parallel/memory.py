@@ -108,25 +108,43 @@ class _Engine:
         return _size(self.config.parallel.reduce_dtype)
 
     @property
+    def units(self) -> list[tuple[int, bool]]:
+        """What is gathered and reduced at a time, in order: layers, and whether the block's ends come with them.
+
+        A block of no more layers than a unit has is one unit with everything in it. ZeRO-3 goes by the layer.
+        """
+        size, found = 1 if self.zero else self.config.parallel.layers_per_unit, list[tuple[int, bool]]()
+        for deep in self.config.model.layers:
+            if not self.zero and (not size or size >= deep):
+                found.append((deep, True))
+            else:
+                found += [(min(size, deep - first), False) for first in range(0, deep, size)]
+        return found
+
+    @property
     def layers(self) -> int:
-        """Layers that are gathered and reduced at a time; ZeRO-3 goes by the layer."""
-        size = 1 if self.zero else self.config.parallel.layers_per_unit
-        return min(size or self.config.model.layers_per_block, self.config.model.layers_per_block)
+        """Layers of the deepest unit."""
+        return max(layers for layers, _ in self.units)
 
     @property
     def unit(self) -> int:
         """Parameters of the largest unit that is gathered and reduced at a time."""
-        return self._unit_piece(1)
+        return max(self._pieces(1))
 
     @property
     def padded_unit(self) -> int:
         """The same with the rows that pad each tensor to equal pieces: what goes over the wire."""
-        return self.unit if self.zero else self.shard * self._unit_piece(self.shard)
+        return self.unit if self.zero else self.shard * max(self._pieces(self.shard))
 
-    def _unit_piece(self, pieces: int) -> int:
-        model = self.config.model
-        ends = not self.zero and self.layers == model.layers_per_block
-        return largest_unit_piece(model, pieces, self.layers, ends)
+    @property
+    def padded_units_ahead(self) -> int:
+        """The same of the unit at work and those gathered before their turn, where these are most."""
+        pieces, together = self._pieces(self.shard), 1 + self.ahead
+        return self.shard * max(sum(pieces[i : i + together]) for i in range(max(1, len(pieces) - self.ahead)))
+
+    def _pieces(self, pieces: int) -> list[int]:
+        size = {unit: largest_unit_piece(self.config.model, pieces, *unit) for unit in set(self.units)}
+        return [size[unit] for unit in self.units]
 
     @property
     def ahead(self) -> int:
@@ -182,7 +200,7 @@ def _rank_memory(config: Config, ranks: int, reshard: bool) -> RankMemory:
     recomputed = "full" if checkpointing.every_nth_layer else checkpointing.mode
     gathered, kept = _gathered(engine, reshard)
     # Gradients that are not there when the backward pass begins grow unit by unit, while what was kept for it goes.
-    left = 1 - engine.layers / (model.num_blocks * model.layers_per_block)
+    left = 1 - engine.layers / sum(model.layers)
     going = activations + (gathered if kept else 0)
     at_work = images * layer_at_work_bytes(model, recomputed, engine.element, **engine.autocast)
     reducing = _reducing(engine, plan.accumulation_steps)
@@ -223,7 +241,7 @@ def _gathered(engine: _Engine, reshard: bool) -> tuple[float, bool]:
     if engine.zero:  # weights in float32; in the backward pass, the last ones ahead are gone when gradients are most
         return 4.0 * (engine.unit * engine.ahead if reshard else n), not reshard
     if reshard and engine.shard > 1:
-        return element * engine.padded_unit * (1 + engine.ahead), False
+        return float(element * engine.padded_units_ahead), False
     return element * n, True
 
 

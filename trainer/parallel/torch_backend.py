@@ -6,14 +6,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from tarflow.models.flow import TarFlow, flow_loss
+from tarflow.models.flow import TarFlow
 from tarflow.models.init import initial_values
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.optimizer import GuardedAdamW
 from tarflow.trainer.parallel.apply import apply_parallelism
 from tarflow.trainer.parallel.mesh import mesh_shape
 from tarflow.trainer.parallel.world import World
-from tarflow.trainer.stats import batch_stats
+from tarflow.trainer.stats import batch_stats, training_loss
 
 
 class TorchBackend:
@@ -21,6 +21,7 @@ class TorchBackend:
 
     def __init__(self, model: TarFlow, config: Config, device: torch.device, group: dist.ProcessGroup | None) -> None:
         self.device, self.model = device, model
+        self._weighting = config.train.loss_weight
         self._locals = self._make_locals()
         self.optimizer = GuardedAdamW(
             self._locals.values(),
@@ -37,11 +38,18 @@ class TorchBackend:
     def _make_locals(self) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def forward_backward(self, images: Tensor, labels: Tensor | None, share: float, last: bool = True) -> Tensor:  # noqa: ARG002 - one process sums over no ranks
+    def forward_backward(
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        share: float,
+        last: bool = True,  # noqa: ARG002 - one process sums over no ranks
+        noise: Tensor | None = None,
+    ) -> Tensor:
         """Add this micro-batch's gradients to those that the parameters hold; see `Backend`."""
-        z, logdet = self.model(images, labels)
+        z, logdet = self.model(images, labels, noise=noise)
         # Each micro-batch counts by its share of the images, so that the sum of the gradients is their mean.
-        loss = flow_loss(z, logdet).mean() * share
+        loss = training_loss(z, logdet, noise, self._weighting) * share
         loss.backward()
         if not self.model.config.nvp:
             mean_square = z.detach().square().mean(0) * share
@@ -179,10 +187,12 @@ class ShardedBackend(TorchBackend):
         if place < len(pieces):
             _local(parameter).copy_(pieces[place])
 
-    def forward_backward(self, images: Tensor, labels: Tensor | None, share: float, last: bool = True) -> Tensor:
+    def forward_backward(
+        self, images: Tensor, labels: Tensor | None, share: float, last: bool = True, noise: Tensor | None = None
+    ) -> Tensor:
         """As in one process; gradients are reduced over ranks after the step's last micro-batch only."""
         self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
-        return super().forward_backward(images, labels, share, last)
+        return super().forward_backward(images, labels, share, last, noise)
 
     def _collect_gradients(self) -> None:
         for name, parameter in self._parameters.items():

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tarflow.models.cost import parameters_per_layer
-from tarflow.models.flow import TarFlow, flow_loss
+from tarflow.models.flow import TarFlow
 from tarflow.models.init import initial_values
 from tarflow.trainer.batch import BatchPlan
 from tarflow.trainer.config.schema import Config
@@ -32,11 +32,13 @@ from tarflow.trainer.parallel.apply import apply_parallelism
 from tarflow.trainer.parallel.memory import bucket_size, reshards
 from tarflow.trainer.parallel.saved import whole
 from tarflow.trainer.parallel.world import World
-from tarflow.trainer.stats import batch_stats
+from tarflow.trainer.stats import batch_stats, training_loss
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Every module that holds parameters itself, by the name that DeepSpeed imports.
-OWNERS = ("torch.nn.Linear", "torch.nn.LayerNorm", "tarflow.models.flow.FlowBlock")
+OWNERS = (
+    "torch.nn.Linear", "torch.nn.LayerNorm", "tarflow.models.flow.FlowBlock", "tarflow.models.noise.WideLinear",
+)  # fmt: skip
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -157,6 +159,7 @@ class ZeroBackend:
     def __init__(self, config: Config, device: torch.device, world: World, plan: BatchPlan) -> None:
         deepspeed = import_deepspeed(device)
         self.device, self.world, self.stage = device, world, config.parallel.zero_stage
+        self._weighting = config.train.loss_weight
         name_device(device, world)
         self._start(deepspeed, config, zero_config(config, plan))
 
@@ -209,10 +212,12 @@ class ZeroBackend:
 
     # --- steps ---
 
-    def forward_backward(self, images: Tensor, labels: Tensor | None, share: float, last: bool = True) -> Tensor:
+    def forward_backward(
+        self, images: Tensor, labels: Tensor | None, share: float, last: bool = True, noise: Tensor | None = None
+    ) -> Tensor:
         """Let the engine accumulate one micro-batch; its last one is stepped by `optimizer_step`."""
-        z, logdet = self.engine(images, labels)
-        loss = flow_loss(z, logdet).mean()
+        z, logdet = self.engine(images, labels, noise=noise)
+        loss = training_loss(z, logdet, noise, self._weighting)
         self.engine.backward(loss)  # divides by the number of micro-batches itself
         if not last:
             self.engine.step()  # only counts

@@ -14,6 +14,7 @@ from torch import Tensor
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.choose_reader import open_data
 from tarflow.models.config import TarFlowConfig
+from tarflow.models.provenance import Provenance
 from tarflow.models.weights import WeightsFile, WeightsHeader, is_weights_file, read_header, read_weights
 from tarflow.trainer.checkpoint.find import find
 from tarflow.trainer.checkpoint.marker import Checkpoint, config_of
@@ -58,8 +59,9 @@ def initial_weights(
             f"{source} does not say the size of its attention heads: taken as model.head_channels={config.model.head_channels}"
         )
     trained, train = file.provenance, config.train
-    if trained.noise and (trained.noise, trained.noise_std) != (train.noise, _noise_std(config)):
-        lines.append(f"note: this run trains on other noise: {train.noise}, standard deviation {_noise_std(config):g}")
+    noise = Provenance(noise=train.noise, noise_std=_noise_std(config), noise_range=train.noise_range)
+    if trained.noise and trained.noise_words != noise.noise_words:
+        lines.append(f"note: this run trains on other noise: {noise.noise_words}")
     tensors = dict(file.tensors)
     # The same number of classes may still be other classes, or in another order.
     theirs = file.provenance.classes

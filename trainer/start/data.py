@@ -85,6 +85,8 @@ def patience(config: Config) -> Iterator[Finding]:
 
 def _noise(config: Config) -> Iterator[Finding]:
     std = config.train.noise_std
+    if config.train.noise_range is not None:
+        return
     if config.train.noise == "gaussian" and std == 0:
         text = "train.noise_std=0: images of 8 bits have no density without noise, the likelihood grows without bound"
         yield Finding(text, ("train.noise_std",), note=True)

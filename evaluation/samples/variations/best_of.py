@@ -60,7 +60,9 @@ class BestSampler(Sampler):
 
         @torch.inference_mode()
         def measure(part: slice) -> Tensor:
-            return bits_per_dim(self.model, images[part], None if labels is None else labels[part]).double().cpu()
+            t, some = self.sampling.settings.noise_level, images[part]
+            noise = None if t is None else torch.full((len(some),), t, device=some.device)
+            return bits_per_dim(self.model, some, None if labels is None else labels[part], noise).double().cpu()
 
         with products(TRUE_FLOAT32):
             found = torch.cat(self.batches.run(LIKELIHOOD, len(indices), measure, likelihood_bytes(self.model.config)))

@@ -88,7 +88,9 @@ def settings_of_path(sampling: ResolvedSampling, ends: Sequence[End], given: dic
                 f"{key}={given[key]:g} (--{key}) changes samples, and a path from or to the image {images[0]} "
                 f"(--interpolate) has to end there: leave --{key} out"
             )
-    return sampling.with_changes(**OF_IMAGES)
+    # Images have next to no noise: a flow that is told the level is told its lowest one.
+    clean = {"noise_level": sampling.settings.denoise_to} if sampling.settings.noise_level is not None else {}
+    return sampling.with_changes(**OF_IMAGES, **clean)
 
 
 def label_of_path(sampling: ResolvedSampling, model: TarFlowConfig) -> ResolvedSampling:
@@ -143,7 +145,8 @@ def _noise(model: TarFlow, end: End, sampling: ResolvedSampling) -> Tensor:
         return drawn * sampling.settings.temperature
     y = torch.tensor(sampling.labels, device=device) if config.num_classes else None
     with products(TRUE_FLOAT32):
-        z = model(end.image[None].to(device), y)[0][0]
+        t = sampling.settings.noise_level
+        z = model(end.image[None].to(device), y, noise=None if t is None else torch.tensor([t], device=device))[0][0]
     z = (z / model.var.float().sqrt()).cpu()
     if not torch.isfinite(z).all():
         raise EvaluationError(f"the latent of {end.name} is not finite: it is no end of a path (--interpolate)")

@@ -79,7 +79,8 @@ def test_high_resolutions_are_evaluated_cheaply_during_a_run_and_in_full_at_its_
 
     def flops(evaluation: EvaluationConfig) -> float:
         images = evaluation.validation_images or 50_000  # the held-out part of ImageNet has as many
-        work = Work(evaluation.num_samples, config.sampling.guided, bool(config.denoise_multiplier), images,
+        steps = config.resolved_sampling.steps or int(config.denoise_multiplier > 0)
+        work = Work(evaluation.num_samples, config.sampling.guided, steps, images,
                     evaluation.likelihood_draws)  # fmt: skip
         return sum(work.drawing_flops(model)) + work.likelihood_flops(model)
 

@@ -72,6 +72,8 @@ def test_what_no_shape_tells_is_stated_and_the_rest_inferred(published: Path) ->
         ("chanels=64", "no setting 'chanels'; did you mean channels"),
         ("channels=many", "'many' is not a number"),
         ("channels=[1]", "is not a number"),
+        ("layers_per_block=[1,x]", r"'\[1,x\]' is not a number, nor a list of numbers"),
+        ("layers_per_block=[1,2],head_channels=16", r"layers_per_block: \[1, 2\] and 1$"),
         ("channels", "neither a preset nor key=value"),
         ("", None),
     ],

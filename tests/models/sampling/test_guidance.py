@@ -30,6 +30,9 @@ def by_the_book(model: TarFlow, z: torch.Tensor, settings: SamplingSettings, gui
                 weight = w * i / 15 if settings.annealed else w
                 if settings.guidance_form == "linear":
                     a, b = a + weight * (a - a_u), b + weight * (b - b_u)
+                elif settings.guidance_form == "sigma":
+                    sigma = torch.exp(a) + weight * (torch.exp(a) - torch.exp(a_u))
+                    a, b = torch.log(sigma.abs()), b + weight * (b - b_u)
                 else:
                     var, var_u = torch.exp(2 * a), torch.exp(2 * a_u)
                     s = (var / var_u).clamp(max=1)
@@ -40,7 +43,7 @@ def by_the_book(model: TarFlow, z: torch.Tensor, settings: SamplingSettings, gui
     return model.unpatchify(x)
 
 
-@pytest.mark.parametrize("form", ["linear", "closed"])
+@pytest.mark.parametrize("form", ["linear", "closed", "sigma"])
 @pytest.mark.parametrize("annealed", [True, False])
 @pytest.mark.parametrize("blocks", [(), (-1,), (0, 2)], ids=str)
 @pytest.mark.case("S10")
@@ -55,7 +58,7 @@ def test_each_form_is_its_formula_in_the_blocks_that_are_named(
     assert (ours - unguided).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("form", ["linear", "closed"])
+@pytest.mark.parametrize("form", ["linear", "closed", "sigma"])
 @pytest.mark.case("S10")
 def test_weight_zero_is_unguided_to_the_bit(form: Any) -> None:
     model = perturbed(config())

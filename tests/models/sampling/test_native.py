@@ -31,6 +31,7 @@ SETTINGS = [
     SamplingSettings(guidance=2.0, annealed=False, attn_temp=0.5, guide="a"),
     SamplingSettings(guidance=2.0, attn_temp=0.5, guide="b"),
     SamplingSettings(guidance=2.0, attn_temp=0.5, guidance_form="closed"),
+    SamplingSettings(guidance=2.0, attn_temp=0.5, guidance_form="sigma"),
 ]
 
 

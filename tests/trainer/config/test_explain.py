@@ -47,6 +47,10 @@ def error_of(tmp_path: Path, *overrides: str, text: str = BASE) -> str:
         ("optim.betas=[0.9, 1.5]", "override 'optim.betas=[0.9, 1.5]': optim.betas.1='1.5': input should be less than 1"),
         ("evaluation.grid=[-1, 2]", "evaluation.grid.0='-1': input should be greater than or equal to 0"),
         ("model.patch_size=3", "run.yaml with override 'model.patch_size=3': model.image_size=8 is not divisible"),
+        ("model.layers_per_block=[1, x]", "model.layers_per_block.1='x': it must be a whole number"),
+        ("model.layers_per_block=x", "model.layers_per_block='x': it must be a whole number"),
+        ("model.layers_per_block=[1]", "run.yaml with override 'model.layers_per_block=[1]': model.layers_per_block lists 1 "
+                                       "blocks, and model.num_blocks=2"),
         ("model.num_blocks=2000000000", "less than or equal to 1024"),
         ("model.num_classes=3e11", "less than or equal to 16777216"),
         ("train.global_batch_size=1e12", "less than or equal to 16777216"),

@@ -1,0 +1,220 @@
+"""Every option of the architecture, switched on: the same claims hold as without it. Off, goldens and all other tests hold.
+
+Options (`benchmarks.parity.OPTIONS`) x claims: exact density, inverse by every path, backends, resume, cost, files, graphs.
+"""
+
+import shutil
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
+
+import tarflow.cli
+from benchmarks import activation_checkpointing as modes
+from benchmarks import parity
+from benchmarks.golden import training_config
+from benchmarks.parity import OPTIONS
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.cost import activation_bytes, flops_per_image, parameters, sampling_bytes
+from tarflow.models.flow import TarFlow
+from tarflow.models.sampling import native
+from tarflow.models.sampling.inverse import Sampled, invert
+from tarflow.models.sampling.plan import BlockPlan, SamplingPlan
+from tarflow.models.sampling.settings import SamplingSettings
+from tarflow.models.weights import read_weights, save_weights_file, save_weights_folder
+from tarflow.trainer.checkpoint.find import committed, find
+from tarflow.trainer.checkpoint.tensors import load_weights
+from tarflow.trainer.parallel.memory import rank_memory
+from tests.helpers.data import prepared, spots
+from tests.helpers.flows import config, noise, perturbed
+from tests.helpers.live_bytes import LiveBytes
+from tests.helpers.ranks import launch_ranks
+from tests.helpers.runs import write_config
+
+Y = torch.tensor([0, 3, -1, 1])
+each_option = pytest.mark.parametrize("option", OPTIONS)
+
+
+def of(option: str, **changes: Any) -> TarFlowConfig:
+    return config(**OPTIONS[option] | changes)
+
+
+@each_option
+@pytest.mark.case("S11")
+def test_the_log_determinant_is_the_jacobians(option: str) -> None:
+    model = perturbed(of(option, image_size=3, patch_size=1, in_channels=1, num_classes=0), size=0.1)
+    x = torch.rand(1, 1, 3, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    jacobian = torch.autograd.functional.jacobian(lambda v: model(v.view(x.shape))[0].flatten(), x.flatten())
+    expected, found = torch.linalg.slogdet(jacobian.double())[1], model(x)[1]
+    assert abs(float(expected) - 9 * float(found)) <= 1e-4
+    assert abs(float(found)) > 1e-3
+
+
+@cache
+def sampled(option: str, engine: str, path: str, guidance: float) -> tuple[TarFlow, torch.Tensor, Sampled]:
+    """All samples certified, which every path but this one may miss."""
+    model = perturbed(of(option))
+    z, plan = noise(4, model.config), SamplingPlan(
+        blocks=[BlockPlan(engine=engine, path=path, width=4 if path == "window" else 0)] * model.config.num_blocks
+    )  # fmt: skip
+    settings = SamplingSettings(guidance=guidance, attn_temp=0.5)
+    return model, z, invert(model, z, Y, settings, plan, torch.ones(4, dtype=torch.bool))
+
+
+PATHS = [(e, p) for e in ("eager", "native") for p in ("sequential", "window", "whole")] + [("eager", "joint")]
+
+
+@pytest.mark.parametrize(("engine", "path"), PATHS)
+@each_option
+@torch.no_grad()
+def test_every_path_of_the_sampler_inverts_it(option: str, engine: str, path: str) -> None:
+    model, z, done = sampled(option, engine, path, 0.0)
+    assert torch.allclose(model(done.images, Y)[0], z, atol=1e-4)
+    assert not done.redone.any()
+    assert float(done.certificate.max()) <= 1e-4
+    _, _, guided = sampled(option, engine, path, 1.5)
+    assert torch.allclose(guided.images, sampled(option, "eager", "sequential", 1.5)[2].images, atol=1e-4)
+    assert not guided.redone.any()
+    assert (guided.images - done.images).abs().max() > 1e-2
+    if engine == "native" and not native.why_not(model.blocks[0]):  # type: ignore[arg-type]
+        assert not torch.equal(done.images, sampled(option, "eager", path, 0.0)[2].images)  # it did serve
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, int, str, float, float, float]]:
+    def launch(size: int, jobs: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+        launch_ranks(parity.worker, size, jobs, str(out))
+        return list(torch.load(out, weights_only=True))
+
+    return parity.option_rows(tmp_path_factory.mktemp("parity"), launch, steps=6)
+
+
+@each_option
+@pytest.mark.case("T12")
+def test_two_ranks_train_it_as_one_process_does(rows: list[Any], option: str) -> None:
+    mine = [row for row in rows if row[0].endswith(f", {option}")]
+    assert [row[0].partition(",")[0] for row in mine] == ["fsdp2 x2", "ZeRO-3 x2"]
+    assert max(difference for row in mine for difference in row[3:]) <= 1e-5
+    assert all(difference == difference for row in mine for difference in row[3:])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("options"), *spots())
+
+
+@each_option
+@pytest.mark.case("T04")
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(data: Path, tmp_path: Path, option: str) -> None:
+    model = OPTIONS[option] | {"layers_per_block": list(of(option).layers), "num_blocks": of(option).num_blocks}
+    tree = write_config(
+        tmp_path / "c.yaml", data, model=model | {"channels": 32, "head_channels": 16},
+        train={"global_batch_size": 12, "max_images": 48, "param_dtype": "bfloat16"},
+        optim={"lr": 1e-3, "warmup_images": 12}, checkpoint={"every_images": 24},
+    )  # fmt: skip
+    words = ["train", str(tree), "--run-dir", str(tmp_path / "run")]
+    assert tarflow.cli.main(words) == 0
+    assert [checkpoint.images_seen for checkpoint in committed(tmp_path / "run")] == [24, 48]
+    shutil.copytree(tmp_path / "run", tmp_path / "first")
+    next(find(tmp_path / "run").path.glob("*.distcp")).write_bytes(b"cut")
+    assert tarflow.cli.main(words) == 0
+    assert "resuming at 24 images" in (tmp_path / "run" / "log.txt").read_text()
+    first, again = (load_weights(find(tmp_path / name), "raw") for name in ("first", "run"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@each_option
+def test_the_cost_model_counts_it(option: str) -> None:
+    shape = of(option, image_size=16, head_channels=32)
+    with torch.device("meta"):
+        model = TarFlow(shape)
+    assert parameters(shape) == sum(p.numel() for p in model.parameters())
+    model = perturbed(shape)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *shape.image_shape))
+    # Products alone: what the CPU's kernel for attention does is not counted. Of the T x T logits the causal half is used.
+    attention = 2 * sum(shape.layers) * shape.num_tokens**2 * shape.channels
+    assert counter.get_total_flops() + attention == pytest.approx(flops_per_image(shape, training=False), rel=0.01)
+    for mode in ("none", "selective", "full"):
+        expected = activation_bytes(shape, mode, 4)
+        assert modes.kept_bytes(shape, mode) == pytest.approx(expected, rel=0.1), mode
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@each_option
+@torch.no_grad()
+def test_the_cost_model_says_what_sampling_takes(option: str, guided: bool) -> None:
+    settings = SamplingSettings(guidance=1.5 * guided, certify_every=0)
+    model = perturbed(of(option, image_size=16, channels=96))
+    plan = SamplingPlan(blocks=[BlockPlan()] * model.config.num_blocks)
+
+    def peak(count: int) -> int:
+        z, labels = noise(count, model.config), torch.zeros(count, dtype=torch.int64)
+        with LiveBytes() as live:
+            invert(model, z, labels, settings, plan)
+        return live.peak
+
+    expected = sampling_bytes(model.config, **settings.memory)
+    assert (peak(6) - peak(2)) / 4 == pytest.approx(expected, rel=0.1)
+
+
+@each_option
+def test_files_say_what_it_is(option: str, tmp_path: Path) -> None:
+    """In metadata, beside a folder's weights, and by the shapes of published ones as far as these tell."""
+    model = perturbed(of(option))
+    shape, weights = model.config, dict(model.state_dict())
+    save_weights_file(tmp_path / "w.safetensors", shape, weights)
+    save_weights_folder(tmp_path / "hub", shape, weights)
+    torch.save(weights, tmp_path / "published.pth")
+    stated = ",".join(f"{name}={getattr(shape, name)}" for name in ("head_channels", "soft_clip"))
+    for path, model_text in (("w.safetensors", None), ("hub", None), ("published.pth", stated)):
+        assert read_weights(tmp_path / path, model=model_text).config == shape, path
+
+
+@pytest.fixture
+def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **k: compile_(f, **{"backend": "aot_eager"} | k))
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@each_option
+@pytest.mark.case("T11")
+def test_one_graph_serves_all_layers_under_checkpointing(fresh_compiler: None, option: str) -> None:
+    shape, found = of(option, num_classes=0), []
+    for compiled in (False, True):
+        settings: dict[str, Any] = {"activation_checkpoint": {"mode": "full"}, "compile": {"enable": compiled}}
+        model = perturbed(shape).requires_grad_()
+        modes.apply_parallelism(model, training_config(shape, **settings), mesh=None)
+        x = torch.rand(2, *shape.image_shape, generator=torch.Generator().manual_seed(0))
+        loss = modes.flow_loss(*model(x)).mean()
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for plain, other in zip(*found, strict=True):
+        assert torch.allclose(plain, other, rtol=1e-4, atol=1e-5 * float(plain.abs().max()) + 1e-7)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_the_plan_gathers_the_deepest_block_and_its_neighbour() -> None:
+    """By blocks of 4, 4, 4 and 24 layers the last two are whole at once; by 8 layers, two units of the deep one."""
+    shape = config(num_blocks=4, layers_per_block=(4, 4, 4, 24))
+    layer = parameters(config(num_blocks=1, layers_per_block=2)) - parameters(config(num_blocks=1, layers_per_block=1))
+    ends = parameters(config(num_blocks=1, layers_per_block=1)) - layer
+
+    def gathered(size: int) -> float:
+        settings = {"backend": "fsdp2", "layers_per_unit": size}
+        return rank_memory(training_config(shape, parallel=settings), 2).gathered
+
+    assert gathered(0) == 4 * (28 * layer + 2 * ends)
+    assert gathered(8) == 4 * 2 * 8 * layer
+    assert gathered(1) == 4 * 2 * layer
