@@ -195,13 +195,25 @@ def _emoji256(source: Path | None, _size: int, _seed: int) -> ImageSource:
     return _files_source([(path, category) for path, category in files if path.is_file()])
 
 
-def _photos(source: Path | None, size: int, seed: int) -> ImageSource:
-    """Tiles that do not overlap, on a centred grid. All tiles of a photograph go to one split: they are alike."""
-    share = source or Path("/usr/share")
+def wallpapers(share: Path) -> list[Path]:
+    """The photographs among the wallpapers under `share` (/usr/share, or where a package was unpacked), without links."""
     files = [share / "backgrounds" / f"{name}.jpg" for name in _PHOTOS]
     for name in _PLASMA_PHOTOS:
         files += sorted((share / "wallpapers" / name / "contents" / "images").glob("*.jpg"))
-    files = [file for file in files if file.is_file() and not file.is_symlink()]
+    return [file for file in files if file.is_file() and not file.is_symlink()]
+
+
+def tile_places(height: int, width: int, size: int) -> list[tuple[int, int]]:
+    """(y, x) of the tiles of `size` pixels that fit on a centred grid, row by row."""
+    rows, columns = height // size, width // size
+    top, left = (height - rows * size) // 2, (width - columns * size) // 2
+    return [(top + row * size, left + column * size) for row in range(rows) for column in range(columns)]
+
+
+def _photos(source: Path | None, size: int, seed: int) -> ImageSource:
+    """Tiles that do not overlap, on a centred grid. All tiles of a photograph go to one split: they are alike."""
+    share = source or Path("/usr/share")
+    files = wallpapers(share)
     if not files:
         raise DataError(f"photos: no wallpapers under {share} (--source); install them with: {_WALLPAPERS}")
     held = {files[i] for i in keyed.permutation(keyed.key(seed, "photos"), len(files))[: max(1, len(files) // 10)]}
@@ -210,10 +222,7 @@ def _photos(source: Path | None, size: int, seed: int) -> ImageSource:
     val: list[bool] = []
     for file in files:
         photo = decode(read_image(file), 3)
-        rows, columns = photo.shape[0] // size, photo.shape[1] // size
-        top, left = (photo.shape[0] - rows * size) // 2, (photo.shape[1] - columns * size) // 2
-        for tile in range(rows * columns):
-            y, x = top + tile // columns * size, left + tile % columns * size
+        for y, x in tile_places(photo.shape[0], photo.shape[1], size):
             tiles.append(photo[y : y + size, x : x + size])
             names.append(f"{file} tile at {x},{y}")
             val.append(file in held)
