@@ -84,13 +84,13 @@ def check_stated(config: TarFlowConfig, where: str, stated: Sequence[Stated]) ->
 
 
 def _hold_against(where: str, known: Mapping[str, Any], who: str, values: Mapping[str, Any]) -> None:
-    differ = [name for name, value in values.items() if _plain(known[name]) != _plain(value)]
+    differ = [name for name, value in values.items() if _plain(name, known[name]) != _plain(name, value)]
     if differ:
-        sides = "".join(f"\n  {name}: {_plain(values[name])!r} and {_plain(known[name])!r}" for name in differ)
+        sides = "".join(f"\n  {name}: {_plain(name, values[name])!r} and {_plain(name, known[name])!r}" for name in differ)
         raise ModelError(f"{who} says another model than {where}:{sides}")
 
 
-def _plain(value: Any) -> Any:
-    """A value as it compares: JSON knows no tuples, and what is the same for all blocks may be one number."""
-    value = one_if_equal(value)
-    return tuple(value) if isinstance(value, list) else value
+def _plain(name: str, value: Any) -> Any:
+    """A value as it compares and is shown: JSON knows no tuples, and layers that are the same in all blocks are one number."""
+    value = one_if_equal(value) if name == "layers_per_block" else value
+    return list(value) if isinstance(value, tuple) else value

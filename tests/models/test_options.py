@@ -257,7 +257,7 @@ def test_another_resolution_starts_from_rotary_weights(tmp_path: Path) -> None:
     save_weights_file(tmp_path / "w.safetensors", small, dict(model.state_dict()))
     tensors, lines = initial_weights(tmp_path / "w.safetensors", training_config(large), partial=True)
     assert all(torch.equal(tensors[name], p) for name, p in model.named_parameters())
-    assert "the prior's variance is resampled from 8 to 16 pixels" in lines
+    assert "the prior's variance is resampled from 8 x 8 to 16 x 16 pixels" in lines
     grown = load_model(large, tensors)
     row = torch.rand(1, 3, 2, 16, generator=torch.Generator().manual_seed(0))
     images = (torch.nn.functional.pad(row[..., :8], (0, 0, 0, 6)), torch.nn.functional.pad(row, (0, 0, 0, 14)))

@@ -112,7 +112,7 @@ def test_the_sides_of_a_rectangle_are_stated_where_shapes_do_not_tell_them(
         ):
             read_weights(path, model=STATED)
     with pytest.raises(
-        ModelError, match=r"image_size: \(6, 8\) and 8$" if size == (4, 16) else r"nor images of 6 x 8 \(height"
+        ModelError, match=r"image_size: \[6, 8\] and 8$" if size == (4, 16) else r"nor images of 6 x 8 \(height"
     ):
         read_weights(path, model=f"{STATED},image_size=6,8")
     # Files that say what they are keep the sides, and hold others against them.
@@ -121,7 +121,7 @@ def test_the_sides_of_a_rectangle_are_stated_where_shapes_do_not_tell_them(
     assert read_weights(tmp_path / "hub").config == config
     assert f"{size[0]} x {size[1]} (height x width) pixels" in (tmp_path / "hub" / "README.md").read_text()
     with pytest.raises(
-        ModelError, match=rf"(?s)--model says another model than .*image_size: \(6, 8\) and \({size[0]}, {size[1]}\)"
+        ModelError, match=rf"(?s)--model says another model than .*image_size: \[6, 8\] and \[{size[0]}, {size[1]}\]"
     ):
         read_weights(tmp_path / "hub", model="image_size=6,8")
 
