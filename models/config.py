@@ -31,6 +31,8 @@ _Side = Annotated[Count, Field(gt=0, le=MOST_PIXELS)]
 def _two_sides(value: Any) -> Any:
     if isinstance(value, list | tuple) and len(value) != 2:
         raise ValueError("a rectangle has two sides, [height, width]")
+    if isinstance(value, str) and "," in value:
+        raise ValueError("a rectangle is written in brackets, [height, width]")
     return value
 
 

@@ -1,6 +1,7 @@
 """Images that are no squares, from pictures of several sizes to samples, likelihoods and a report, through the front door."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def evaluated(run: Path, fake_features: object) -> dict[str, object]:
     if not (run / "evals").exists():
-        assert main(["evaluate", str(run)]) == 0
+        assert main(["evaluate", str(run), "--save", "npz"]) == 0
     found: dict[str, object] = json.loads((run / "evals/images-000000000480/result.json").read_text())
     return found
 
@@ -85,6 +86,13 @@ def test_it_is_evaluated_and_reported(run: Path, evaluated: dict[str, object]) -
     with Image.open(run / "evals/images-000000000480/grid.png") as grid:
         cell = np.array(grid.size) / (2, 3)  # columns, rows
         assert cell[0] / cell[1] == pytest.approx((WIDTH + 3) / (HEIGHT + 2.7), abs=0.08)
+    (shard,) = run.glob("**/samples-*.tar")
+    with tarfile.open(shard) as tar, Image.open(tar.extractfile("00000000.png")) as picture:  # type: ignore[arg-type]
+        assert picture.size == (WIDTH, HEIGHT)
+    with np.load(next(run.glob("**/samples.npz"))) as file:
+        assert file["arr_0"].shape == (12, HEIGHT, WIDTH, 3)
+    options = ["--guidance", "0,1", "--start", "4", "--final", "6", "--no-default"]
+    assert main(["sweep-guidance", str(run), *options]) == 0
     assert main(["report", str(run)]) == 0
     assert (run / "report.html").stat().st_size > 10_000
 

@@ -71,7 +71,7 @@ def test_a_rectangle_is_height_and_width_and_with_equal_sides_a_square(
         ([16, 0], "greater than 0"),
         ([16, 1 << 15], "less than or equal to 16384"),
         ([16, "x"], "whole number"),
-        ("16,24", "whole number"),
+        ("16,24", "in brackets"),
         ([16, 18], r"image_size=\[16, 18\] is not divisible by model.patch_size=4; patch sizes that divide it: 1, 2$"),
         ([1 << 14, 128], "131,072 tokens, more than"),
     ],

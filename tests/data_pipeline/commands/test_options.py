@@ -147,6 +147,7 @@ def test_options_of_the_writing_have_an_effect_in_both_containers(
     assert plain[2] == (4, 4)
     options: list[tuple[object, ...]] = [
         ("--format", "webp"), ("--format", "jpeg"), ("--format", "jpeg", "--quality", 30), ("--channels", 1), ("--seed", 1),
+        ("--crop", "adm"), ("--crop", "edm"), ("--size", "4,2"),
     ]  # fmt: skip
     if container == "webdataset":
         options.append(("--shard-size", 5))
@@ -229,7 +230,7 @@ def test_options_of_index_and_info(tmp_path: Path, lab: SimpleNamespace) -> None
 def test_this_page_knows_every_option() -> None:
     """A new option comes here, too: its effect is tested or it is refused."""
     tested = {
-        "prepare": {"size", "val_fraction", "format", "quality", "channels", "shard_size", "container", "seed", "on_error",
+        "prepare": {"size", "crop", "val_fraction", "format", "quality", "channels", "shard_size", "container", "seed", "on_error",
                     "source", "out", *(name[2:].replace("-", "_") for name in SOURCE_OPTIONS)},
         "fetch": {"name", "out", "size", "source", "val_fraction", "format", "quality", "channels", "shard_size", "container",
                   "seed", "on_error", "max_pixels"},
