@@ -1,6 +1,6 @@
 """The architecture of a TarFlow: everything that determines its parameters, and nothing else."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -52,6 +52,23 @@ class TarFlowConfig(Section):
     input_scale: float = Field(
         1.0, ge=1e-3, le=1e3, description="factor on the images before the first block; samples are divided by it"
     )
+    scale: Literal["exp", "softplus"] = Field(
+        "exp",
+        description="how the network's output u becomes the scale in x = z * scale + b: exp(u), as published, or "
+        "0.001 + 0.999 * softplus(u + log(e - 1)), which is 1 at u = 0, grows linearly and never falls below 0.001. soft_clip "
+        "bounds its logarithm besides",
+    )
+    positions: Literal["learned", "rotary"] = Field(
+        "learned",
+        description="how attention knows where a patch is: an embedding learned for each patch, as published, or queries and "
+        "keys rotated by its row and column instead (no weight depends on image_size then, so that a run at another "
+        "resolution can start from these); head_channels must be a multiple of 4",
+    )
+    qk_norm: bool = Field(
+        False,
+        description="normalize queries and keys of each head by a layer norm with learned scales (arXiv 2302.05442), which "
+        "bounds the logits of attention; false, as published",
+    )
 
     @field_validator("layers_per_block")
     @classmethod
@@ -84,6 +101,15 @@ class TarFlowConfig(Section):
                 "model.noise_conditioning needs an even model.channels, half for sines and half for cosines; got "
                 f"{self.channels}"
             )
+        if self.scale == "softplus" and not self.nvp:
+            raise ValueError(
+                "model.scale=softplus needs model.nvp=true: the shift-only flow (model.nvp=false) has no scale"
+            )
+        if self.positions == "rotary" and self.head_channels % 4:
+            raise ValueError(
+                f"model.positions=rotary rotates pairs of channels by rows and as many by columns: model.head_channels="
+                f"{self.head_channels} must be a multiple of 4"
+            )
         if 0 < self.soft_clip < 1e-6:
             raise ValueError(f"model.soft_clip={self.soft_clip:g} must be 0 (off) or at least 1e-6")
         # Each setting is bounded on its own; their products decide what fits into memory.
@@ -107,6 +133,11 @@ class TarFlowConfig(Section):
         """Transformer layers of every block, in the forward direction."""
         per_block = self.layers_per_block
         return per_block if isinstance(per_block, tuple) else (per_block,) * self.num_blocks
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches, in row-major order the sequence of tokens."""
+        return self.image_size // self.patch_size, self.image_size // self.patch_size
 
     @property
     def num_tokens(self) -> int:

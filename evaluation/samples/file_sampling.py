@@ -92,7 +92,11 @@ def describe_file(path: Path, file: WeightsFile) -> str:
         return plain(f"{path}: {file.provenance}{sampling}", 5000) + file.caveat
     c = file.config
     layers = "-".join(map(str, c.layers)) if isinstance(c.layers_per_block, tuple) else c.layers_per_block
-    words = {"head_channels": f"attention heads of {c.head_channels} channels", "soft_clip": "no soft clip"}
+    words = {
+        "head_channels": f"attention heads of {c.head_channels} channels",
+        "soft_clip": "no soft clip",
+        "scale": "scales by exp",
+    }
     assumed = ", ".join(words[key] for key in file.inferred["assumed"])
     stated = ", ".join(f"{key}={value}" for key, value in file.stated.items())
     return (

@@ -247,7 +247,7 @@ def test_on_a_gpu_a_batch_is_what_fits_and_a_full_device_halves_it(make_model, m
     """The cost model against the allocator's peak; then a device on which all but 0.3 GB and a few images is taken."""
     device = torch.device("cuda")
     shape = {"image_size": 64, "in_channels": 3, "channels": 512, "head_channels": 64, "layers_per_block": 4}
-    model = make_model(scale=0.01, **shape).requires_grad_(False).to(device)
+    model = make_model(moved=0.01, **shape).requires_grad_(False).to(device)
     per_image = denoising_bytes(model.config)
 
     def drawn(shared: Batches, count: int) -> torch.Tensor:

@@ -24,6 +24,8 @@ SMALL: dict[str, Any] = {"image_size": 16, "patch_size": 4, "channels": 64, "num
         ({"soft_clip": 1e300}, "soft_clip"),
         ({"soft_clip": 1e-300}, "soft_clip=1e-300 must be 0"),
         ({"soft_clip": "nan"}, "soft_clip"),
+        ({"scale": "softplus", "nvp": False}, "model.scale=softplus needs model.nvp=true"),
+        ({"positions": "rotary", "head_channels": 2}, "model.head_channels=2 must be a multiple of 4"),
         # Each number alone is allowed.
         ({"image_size": 1 << 14, "patch_size": 1}, "268,435,456 tokens, more than 65,536"),
         ({"num_blocks": 1024, "layers_per_block": 1024}, "1,048,576 layers in total, more than 4,096"),

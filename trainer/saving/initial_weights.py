@@ -70,9 +70,8 @@ def initial_weights(
         lines.append(_change_classes(tensors, config.model, theirs, classes))
     if "image_size" in changed:
         _resample(tensors, config.model)
-        lines.append(
-            f"position embeddings are resampled from {file.config.image_size} to {config.model.image_size} pixels"
-        )
+        tables = "position embeddings are" if config.model.positions == "learned" else "the prior's variance is"
+        lines.append(f"{tables} resampled from {file.config.image_size} to {config.model.image_size} pixels")
     return tensors, lines
 
 
@@ -167,7 +166,8 @@ def _resample(tensors: dict[str, Tensor], model: TarFlowConfig) -> None:
     """Resample the tensors [T, ...] that belong to positions in the image to this model's number of tokens, in place."""
     for block in range(model.num_blocks):
         name = f"blocks.{block}.pos_embed"
-        tensors[name] = _resized(tensors[name], model.num_tokens, "bicubic")
+        if name in tensors:  # rotary positions have none
+            tensors[name] = _resized(tensors[name], model.num_tokens, "bicubic")
     tensors["var"] = _resized(tensors["var"], model.num_tokens, "bilinear")  # which keeps variances positive
 
 
