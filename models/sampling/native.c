@@ -25,7 +25,7 @@ struct layer {
 struct block {
     int layers, channels, heads, hidden, dim, out, tokens, threads;
     int n, halves, form, guide_a, guide_b, affine; /* samples; 2 halves where guided; 0 linear, 1 closed, 2 sigma */
-    int softplus;                                    /* the scale, else exp */
+    int softplus;                                  /* the scale, else exp */
     float clip, inverse_temp;                        /* of log-scales, 0 = off; of the unconditional half's attention */
     const float *in, *in_b, *last, *last_b;          /* the first and the last projection */
     const float *positions, *embedding;              /* [tokens][C]; [rows][C] or NULL */
@@ -175,7 +175,8 @@ static void scale_and_shift(const struct block *b, const float *c, const float *
         a[d] = ac, shift[d] = bc;
         if (!u) continue;
         float au = b->affine ? log_scale(b, u[d]) : 0, bu = u[b->affine * D + d];
-        float ga = ac + (b->form == 2 ? logf(fabsf(1 - weight * expm1f(au - ac))) : weight * (ac - au)), gb = bc + weight * (bc - bu);
+        float ga = ac + weight * (ac - au), gb = bc + weight * (bc - bu);
+        if (b->form == 2) ga = ac + logf(fabsf(1 - weight * expm1f(au - ac)));
         if (b->form == 1) {
             float off = 2 * (ac - au), excess = -expm1f(off > 0 ? 0 : off), ratio = 1 + weight * excess;
             ga = ac - 0.5f * logf(ratio), gb = ((1 + weight) * bc - weight * (1 - excess) * bu) / ratio;
