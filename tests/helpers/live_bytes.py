@@ -9,6 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tarflow.models.config import TarFlowConfig
+from tarflow.models.flow import TarFlow
+
 
 class LiveBytes(TorchDispatchMode):
     """`now` and `peak`: bytes of all storages that operations made while the mode is on. Kernels' scratch space is not seen."""
@@ -47,3 +50,17 @@ def peak_bytes(make: Callable[[], Callable[[], Any]]) -> int:
         with LiveBytes() as live:
             run()
     return live.peak
+
+
+def per_image(config: TarFlowConfig, compute: Callable[..., Any]) -> float:
+    """Counted on fake tensors: the difference of two batches, so that what does not grow with the batch falls out."""
+
+    def peak(count: int) -> int:
+        def prepared() -> Callable[[], Any]:
+            model = TarFlow(config).eval().requires_grad_(False)
+            images = torch.zeros(count, *config.image_shape)
+            return lambda: compute(model, images, torch.zeros(count, dtype=torch.int64))
+
+        return peak_bytes(prepared)
+
+    return (peak(5) - peak(2)) / 3

@@ -1,7 +1,6 @@
 """The cost model's peaks of sampling, denoising and likelihood, against the bytes of every tensor that the real code makes."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from tarflow.models.presets import preset
 from tarflow.models.sampling.inverse import invert
 from tarflow.models.sampling.plan import plan_without_measuring
 from tarflow.models.sampling.settings import SamplingSettings
-from tests.helpers.live_bytes import LiveBytes, peak_bytes
+from tests.helpers.live_bytes import LiveBytes, per_image
 
 SHAPES = {
     "imagenet64": preset("imagenet64-2-768-8-8"),
@@ -27,20 +26,6 @@ SHAPES = {
         image_size=32, patch_size=2, channels=256, expansion=2, num_blocks=2, layers_per_block=4, num_classes=3
     ),
 }
-
-
-def per_image(config: TarFlowConfig, compute: Callable[..., Any]) -> float:
-    """Counted on fake tensors: the difference of two batches, so that what does not grow with the batch falls out."""
-
-    def peak(count: int) -> int:
-        def prepared() -> Callable[[], Any]:
-            model = TarFlow(config).eval().requires_grad_(False)
-            images = torch.zeros(count, *config.image_shape)
-            return lambda: compute(model, images, torch.zeros(count, dtype=torch.int64))
-
-        return peak_bytes(prepared)
-
-    return (peak(5) - peak(2)) / 3
 
 
 @pytest.mark.parametrize("shape", SHAPES)
