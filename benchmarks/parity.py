@@ -28,7 +28,13 @@ from tarflow.trainer.parallel.saved import place, whole
 from tarflow.trainer.parallel.world import process_group, world_from_env
 
 # Of the architecture, each alone and all together.
-OPTIONS: dict[str, dict[str, Any]] = {"deep-shallow": {"layers_per_block": (1, 3), "num_blocks": 2}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "deep-shallow": {"layers_per_block": (1, 3), "num_blocks": 2},
+    "QK norm": {"qk_norm": True},
+    "rotary": {"positions": "rotary"},
+    "softplus": {"scale": "softplus"},
+}
+OPTIONS["all"] = {setting: value for option in OPTIONS.values() for setting, value in option.items()}
 CLIP = 0.4  # about half of the curve's gradient norms, so that every step is clipped
 
 VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {

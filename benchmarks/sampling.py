@@ -66,7 +66,7 @@ def pictures(n: int, config: TarFlowConfig, generator: torch.Generator) -> tuple
     """Soft blobs on a gradient, [n, C, H, W] in [-1, 1]; the class is where the blob is, with noise as in training."""
     y = torch.randint(0, config.num_classes, (n,), generator=generator)
     u = torch.rand(n, 6, generator=generator)
-    side = torch.linspace(-1, 1, config.image_size)
+    side = torch.linspace(-1, 1, config.height)
     angle = 2 * torch.pi * (y + u[:, 0]) / config.num_classes
     rows, columns = side[None, :, None], side[None, None, :]
     near = (rows - 0.6 * torch.sin(angle)[:, None, None]) ** 2 + (columns - 0.6 * torch.cos(angle)[:, None, None]) ** 2

@@ -1,5 +1,6 @@
 """Slurm's commands, run with a timeout; their error output ends up in the message."""
 
+import math
 import re
 import shlex
 import signal
@@ -63,6 +64,48 @@ def requeue(job: str, timeout_s: float = 40) -> str | None:
     if done.returncode == 0 or "pending execution" in said.lower():
         return None
     return f"`scontrol requeue {job}` failed with {done.returncode}: {said or 'it said nothing'}"
+
+
+# Ends of a job in accounting that nobody asked for.
+_OWN_ENDS = {
+    "BOOT_FAIL",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REQUEUED",
+    "TIMEOUT",
+}
+
+
+def is_scancelled(job: str, restart: int) -> bool:
+    """Whether somebody ends this start of a job with `scancel`: Slurm lets it run out, and plans no other start.
+
+    The step is sent the same SIGTERM when it is preempted, requeued or at its limit. A requeue of Slurm's own has counted
+    the next start by then, a preemption with a grace time leaves the job running and says since when, and a job at its
+    limit has run as long as it may. If Slurm does not say, nobody has.
+    """
+    shown = ask(["scontrol", "show", "job", job, "-o"], 10, shielded=True)
+    facts = dict(re.findall(r"\b(JobState|Restarts|PreemptTime|RunTime|TimeLimit)=(\S+)", shown or ""))
+    if facts.get("JobState") not in ("COMPLETING", "CANCELLED") or facts.get("Restarts") != str(restart):
+        return False
+    run_time, limit = _seconds(facts.get("RunTime", ""), 0), _seconds(facts.get("TimeLimit", ""), math.inf)
+    if facts.get("PreemptTime", "None") != "None" or run_time >= limit:
+        return False
+    # Accounting, where there is one, knows of other ends: an allocation whose batch script died, for example.
+    record = ask(["sacct", "-n", "-P", "-X", "-o", "state", "-j", job], 10, shielded=True) or ""
+    return not any(line.split(" ")[0] in _OWN_ENDS for line in record.splitlines())
+
+
+def _seconds(clock: str, otherwise: float) -> float:
+    """A time as Slurm writes it, [D-]HH:MM:SS; `otherwise` for words such as UNLIMITED."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", clock)
+    if found is None:
+        return otherwise
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def exclude_nodes(job: str, nodes: Sequence[str], timeout_s: float = 10, tries: int = 3) -> bool:

@@ -22,6 +22,7 @@ from tarflow.files import make_folder, read_bytes
 from tarflow.models.cost import batch_that_fits
 from tarflow.records import DamagedFileError, Record, load_record, save_record
 
+NOTE = Path("evals", "batches.json")  # of a run
 SAMPLING, DENOISING, LIKELIHOOD, FEATURES = "sampling", "denoising", "likelihood", "features"
 # What to change when a stage does not fit even in half its batch.
 _WAYS_OUT = {
@@ -44,6 +45,7 @@ class Batches:
     log: Log = print
     used: dict[str, int] = field(default_factory=dict)
     note: Path | None = None  # where halves that worked are noted for later workers, see `Fitted`
+    keep: bool = True  # whether this process notes its own there, too
     _most: dict[str, int] = field(default_factory=dict)
     _why: dict[str, str] = field(default_factory=dict)  # of a limit that has not been said yet
     _halved: set[str] = field(default_factory=set)
@@ -102,7 +104,7 @@ class Batches:
 
     def _note(self, stage: str, size: int) -> None:
         """Note a half that worked. Two workers at once may lose one of two notes, which then is found out again."""
-        if self.note is None:
+        if self.note is None or not self.keep:
             return
         devices, name = self._fitted().devices, device_name(self.device)
         devices[name] = {**devices.get(name, {}), stage: size}

@@ -11,11 +11,15 @@ from torch import Tensor
 
 from tarflow.evaluation.batches import DENOISING, LIKELIHOOD, SAMPLING, Batches
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.likelihood.images import open_images
+from tarflow.evaluation.likelihood.per_image import ImageLikelihoods, likelihoods
 from tarflow.evaluation.log import Log, no_log
+from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
 from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler, check_guidance, check_noise, levels_of
-from tarflow.evaluation.samples.labels import label_number
-from tarflow.evaluation.samples.request import SourceRequest, open_request
+from tarflow.evaluation.samples.labels import given_names, label_number
+from tarflow.evaluation.samples.request import SourceRequest, batches_of, open_request
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
+from tarflow.evaluation.samples.variations.best_of import choose_best_of
 from tarflow.evaluation.samples.variations.path import End, PathSampler, path_between, settings_of_path
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.models.config import TarFlowConfig
@@ -42,6 +46,8 @@ def load(
     step: int | None = None,
     device: str = "auto",
     model: str | None = None,
+    classes: Sequence[str] | str | Path | None = None,
+    batch_size: int | None = None,
     log: Log = no_log,
     **settings: Any,
 ) -> "Flow":
@@ -54,6 +60,8 @@ def load(
         step: the same by optimizer steps.
         device: "auto", "cpu", "cuda" or "mps".
         model: for a weights file that does not hold its architecture: a preset, or "key=value,...".
+        classes: names of the classes by label, or a JSON file of them, where neither run nor file holds them.
+        batch_size: images at a time; None: `sampling.batch_size`. No result depends on it, but for rounding.
         log: receives a line for each thing that was inferred; `print` shows them.
         settings: override the sampling settings (`guidance`, `attn_temp`, `denoise`, `seed`, `param_dtype`, ...; all are in
             the section `sampling` of a configuration). `noise_std` is needed for a file that does not record it; of a model
@@ -66,12 +74,21 @@ def load(
 
     """
     request = SourceRequest(
-        source=Path(source), step=step, images=images, weights=weights, device=device, model=model, settings=settings
-    )
-    found, sampling, batch_size = open_request(request, log)
+        source=Path(source), step=step, images=images, weights=weights, device=device, model=model, settings=settings,
+        batch_size=batch_size,
+    )  # fmt: skip
+    if batch_size is not None and batch_size < 1:
+        raise EvaluationError(f"batch_size={batch_size}: at least one image has to be taken at a time")
+    found, sampling, size = open_request(request, log)
+    if classes is not None:
+        known = found.provenance.classes
+        given = Path(classes) if isinstance(classes, str) else classes
+        names = given_names(given, known, found.model.config.num_classes, str(source), "classes")
+        found.provenance = found.provenance.model_copy(update={"classes": names and tuple(names)})
     if found.checkpoint:
         log(plain(f"{found.origin}: {found.provenance}", 5000))
-    return Flow(found, sampling, batch_size)
+    # What evaluations of the run found out is used; what happens beside other work in this program is not noted there.
+    return Flow(found, sampling, size, batches_of(request, found, keep=False))
 
 
 class Flow:
@@ -81,9 +98,11 @@ class Flow:
     class names, or None (no label): one for all images, or one for each.
     """
 
-    def __init__(self, source: WeightsSource, sampling: ResolvedSampling, batch_size: int) -> None:
+    def __init__(
+        self, source: WeightsSource, sampling: ResolvedSampling, batch_size: int, memory: Batches | None = None
+    ) -> None:
         self.source, self.sampling, self.batch_size = source, sampling, batch_size
-        self._memory = Batches(source.model.var.device)
+        self._memory = memory or Batches(source.model.var.device)
 
     @property
     def model(self) -> TarFlow:
@@ -115,11 +134,12 @@ class Flow:
         """Where the network is."""
         return self.model.var.device
 
-    def sample(self, num: int, labels: Labels = (), *, first: int = 0, **settings: Any) -> Tensor:
+    def sample(self, num: int, labels: Labels = (), *, first: int = 0, best_of: int = 1, **settings: Any) -> Tensor:
         """Draw `num` images, uint8 [num, C, H, W], guided and denoised by `sampling`, which `settings` override.
 
         `labels`: image i gets labels[i % len(labels)]; without any, classes take turns. `first`: the number of the first
         image; image i depends on its number and the seed alone, so that `sample(2)` and `sample(1, first=1)` agree.
+        `best_of`: of so many candidates for each image the one of highest log p(x | label), before denoising, unguided.
 
         Raises:
             EvaluationError: settings or labels without meaning for this model, or an image that is not finite.
@@ -130,11 +150,13 @@ class Flow:
             changed = changed.with_changes(labels=given)
         check_guidance(changed, self.config.num_classes, self.provenance.label_dropout)
         check_noise(changed, self.config, self.provenance.noise_range)
-        return self._drawn(Sampler(self.model, changed, self._memory), range(first, first + num))
+        sampler = choose_best_of(self.model, changed, best_of, self._memory, "best_of={}", "temperature=0")
+        return self._drawn(sampler, range(first, first + num))
 
     def _drawn(self, sampler: Sampler, indices: range) -> Tensor:
         count, pixels = SampleCount(), [torch.empty(0, *self.config.image_shape, dtype=torch.uint8)]
-        for drawn in sampler.draw_all(indices, self.batch_size):
+        given, usual = sampler.sampling.settings.batch_size, self.sampling.settings.batch_size
+        for drawn in sampler.draw_all(indices, self.batch_size if given == usual else given):
             count.add(drawn)
             pixels.append(drawn.pixels())
         if problem := count.problem(0.0):
@@ -199,13 +221,71 @@ class Flow:
         """
         return self._mean_over_draws(bits_per_dim, images, labels, draws, seed, first, noise_level)
 
-    @torch.inference_mode()
-    def encode(self, images: Images, labels: Labels = None, *, noise_level: float | None = None) -> Tensor:
-        """Images, without noise added -> latents z, float32 [N, T, D]. Under the model they are standard normal.
+    def likelihoods(
+        self,
+        images: Images,
+        labels: Labels = None,
+        *,
+        draws: int = 1,
+        seed: int | None = None,
+        first: int = 0,
+        noise_level: float | None = None,
+    ) -> ImageLikelihoods:
+        """What `tarflow likelihood` measures of uint8 images, in bits per dimension, noise and its level as in `log_prob`.
 
-        `noise_level`: what a flow is told that is told it; None: the level at which its evaluations measure.
+        Its `mean` [N] is `bits_per_dim`; `bits` [N, draws] each draw's, `stderr` [N] over them; `parts` [N, 1 + blocks] what
+        the prior and each block contribute; `importance_weighted(dims)` the bound over the draws.
+        """
+        pixels, y = self._checked(images), self._tensor(labels, len(images))
+        noise = self._noise(draws, seed, noise_level)
+        if pixels.dtype != torch.uint8:
+            raise EvaluationError(
+                f"likelihoods takes uint8 images, not {pixels.dtype}: log_prob takes floats as they are"
+            )
+        y = torch.full((len(pixels),), NO_LABEL) if y is None else y
+        every = (pixels, y, torch.arange(first, first + len(pixels)))
+        parts = (slice(at, at + self.batch_size) for at in range(0, len(pixels), self.batch_size))
+        return likelihoods(self.model, ((every[0][i], every[1][i], every[2][i]) for i in parts), noise, self._memory)
+
+    def images(self, data: str | Path, num: int = 0, labels: str | int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Real images at this flow's size: pixels uint8 [N, C, H, W], labels int64 [N] (-1: none), numbers int64 [N].
+
+        Args:
+            data: a data set with an index, or a folder of images.
+            num: so many, spread evenly; 0: all. They are held in memory.
+            labels: None or "data": those of the data set; or one class for all, by name or number; "none": no label.
+
+        """
+        label = None if labels is None else str(labels)
+        found = open_images(Path(data), self.source, num, label, no_log).batches(self.batch_size, 0, 1)
+        nothing = torch.empty(0, dtype=torch.int64)
+        none = (torch.empty(0, *self.config.image_shape, dtype=torch.uint8), nothing, nothing)
+        pixels, classes, numbers = (torch.cat(parts) for parts in zip(none, *found))
+        return pixels, classes, numbers
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        images: Images,
+        labels: Labels = None,
+        *,
+        noisy: bool = False,
+        seed: int | None = None,
+        first: int = 0,
+        noise_level: float | None = None,
+    ) -> Tensor:
+        """Images -> latents z, float32 [N, T, D], which under the model are standard normal.
+
+        `noisy`: uint8 images get the noise of training first, keyed as in `log_prob`, without which they are not of the
+        distribution that the flow was trained on. `decode` then gives the noisy images back. `noise_level`: what a flow is
+        told that is told it; None: the level at which its evaluations measure.
         """
         x, y = self._in_model_range(images), self._tensor(labels, len(images))
+        if noisy:
+            pixels = self._checked(images)
+            if pixels.dtype != torch.uint8:
+                raise EvaluationError(f"noisy=True is for uint8 images; {pixels.dtype} ones are taken as they are")
+            x = self._noise(1, seed, noise_level).apply(pixels, list(range(first, first + len(pixels))))
         latents = [torch.empty(0, self.config.num_tokens, self.config.token_dim)]
         size, level = likelihood_bytes(self.config), self.source.level(noise_level)
 
@@ -272,13 +352,9 @@ class Flow:
         first: int,
         noise_level: float | None,
     ) -> Tensor:
-        if draws < 1:
-            raise EvaluationError(f"draws={draws}: at least one is needed")
         pixels, y = self._checked(images), self._tensor(labels, len(images))
-        is_8_bit = pixels.dtype == torch.uint8
-        seed = self.sampling.settings.seed if seed is None else seed
+        noise = self._noise(draws, seed, noise_level) if pixels.dtype == torch.uint8 else None
         level = self.source.level(noise_level)
-        noise = self.source.training_noise(self.sampling.noise_std, seed, level=level) if is_8_bit else None
         total = torch.zeros(len(pixels), dtype=torch.float64)
         for draw in range(draws if noise else 1):
             for begin in range(0, len(pixels), self.batch_size):
@@ -295,6 +371,13 @@ class Flow:
                     self._computed(LIKELIHOOD, compute, x, labelled, likelihood_bytes(self.config))
                 )
         return total / (draws if noise else 1)
+
+    def _noise(self, draws: int, seed: int | None, level: float | None) -> NoiseSettings:
+        """The noise that uint8 images get. Raises EvaluationError where that of training is not known."""
+        if draws < 1:
+            raise EvaluationError(f"draws={draws}: at least one is needed")
+        seed = self.sampling.settings.seed if seed is None else seed
+        return self.source.training_noise(self.sampling.noise_std, seed, draws, level)
 
     def _checked(self, images: Images) -> Tensor:
         tensor = torch.as_tensor(images)

@@ -45,6 +45,11 @@ class Sampling(_Open):
     seed: Count
     labels: str | list[int]
     class_counts: list[Count] | None = None
+    noise_level: Number | None = None  # these five of a model that is told the noise level
+    denoise_to: Number | None = None
+    denoise_steps: Count | None = None
+    denoise_schedule: str | None = None
+    denoise_stochastic: bool | None = None
 
 
 class Settings(_Open):
@@ -144,6 +149,52 @@ class WorkFile(Record):
     machine: dict[str, Any] = Field(default_factory=dict)
     time: float = Field(ge=0, le=1e12)  # when it was finished, in seconds since 1970
     code: Any = None
+
+
+LIKELIHOOD_PICTURES = {"most": "likelihood.most.png", "least": "likelihood.least.png"}
+Ranked = Annotated[list[tuple[Count, Number]], Field(max_length=1000)]  # (number of an image, its bits per dimension)
+
+
+class Histogram(Record):
+    """Images by their bits per dimension, in equal bins."""
+
+    low: Number
+    high: Number
+    counts: list[Count] = Field(min_length=1, max_length=1000)
+
+    @model_validator(mode="after")
+    def _some(self) -> "Histogram":
+        if not self.low < self.high or not 0 < sum(self.counts) < 1 << 53:
+            raise ValueError("it holds no images")
+        return self
+
+
+class LikelihoodFile(Record):
+    """`likelihood.json` of a folder that `tarflow likelihood` wrote; the rest is compared with what is asked.
+
+    Earlier versions wrote no histogram, and no pictures of the most and least likely images.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    what: ClassVar[str] = "a summary of likelihoods"
+    way_out: ClassVar[str] = "remove its folder and measure again, or give another --out"
+    must_be_sealed: ClassVar[bool] = True
+
+    table: Literal["likelihood.parquet", "likelihood.csv"]
+    measured: int = Field(ge=1, lt=1 << 53)
+    nonfinite: Count
+    bits_per_dim: Number | None
+    stderr: StandardError | None = None
+    histogram: Histogram | None = None
+    most_likely: Ranked | None = None
+    least_likely: Ranked | None = None
+    data: str
+    origin: str
+    weights: str
+    images_seen: Count | None = None
+    images: dict[str, Any]
+    noise: str
+    provenance: dict[str, Any] = Field(default_factory=dict)
 
 
 def settings_digest(settings: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tarflow.evaluation.event_file import EventFile
 from tarflow.evaluation.log import Log
-from tarflow.locks import locked
+from tarflow.leases import locked
 from tarflow.trainer.config.files import config_tree
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.run_dir import is_run

@@ -1,10 +1,22 @@
 """The architecture of a TarFlow: everything that determines its parameters, and nothing else."""
 
-from typing import Annotated
+import json
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from tarflow.settings import Count, OneOrList, Section, one_if_equal
+from tarflow.image_size import sides, size_of
+from tarflow.settings import LIST, ONE, Count, OneOrList, Section, form_of, one_if_equal
 
 # Beyond anything that fits on a cluster: a typo fails here, by name, and not when memory runs out.
 MOST_PIXELS, MOST_CHANNELS, MOST_LAYERS, MOST_CLASSES = 1 << 14, 1 << 16, 1 << 10, 1 << 24
@@ -13,6 +25,21 @@ MOST_LAYERS_IN_ALL = 1 << 12
 MOST_PARAMETERS = 1 << 40
 
 Layers = Annotated[Count, Field(gt=0, le=MOST_LAYERS)]
+_Side = Annotated[Count, Field(gt=0, le=MOST_PIXELS)]
+
+
+def _two_sides(value: Any) -> Any:
+    if isinstance(value, list | tuple) and len(value) != 2:
+        raise ValueError("a rectangle has two sides, [height, width]")
+    return value
+
+
+ImageSize = Annotated[
+    Annotated[_Side, Tag(ONE)] | Annotated[tuple[_Side, _Side], Tag(LIST)],
+    Discriminator(form_of),
+    BeforeValidator(_two_sides),
+    AfterValidator(lambda value: size_of(*sides(value))),  # one spelling for each size
+]
 
 
 class TarFlowConfig(Section):
@@ -22,9 +49,11 @@ class TarFlowConfig(Section):
     `layers` transformer layers each transform the sequence, alternating between its order and the reverse.
     """
 
-    image_size: Count = Field(gt=0, le=MOST_PIXELS, description="height and width of the (square) images, in pixels")
+    image_size: ImageSize = Field(
+        description="height and width of the images, in pixels: a whole number for squares, [height, width] for rectangles"
+    )
     patch_size: Count = Field(
-        gt=0, le=MOST_PIXELS, description="height and width of a patch, in pixels; must divide image_size"
+        gt=0, le=MOST_PIXELS, description="height and width of a patch, in pixels; must divide both sides of image_size"
     )
     in_channels: Count = Field(3, description="image channels: 3 (colour) or 1 (grey)")
     channels: Count = Field(
@@ -43,6 +72,23 @@ class TarFlowConfig(Section):
     )
     soft_clip: float = Field(
         0.0, ge=0, le=1e3, description="c: bound the log-scale a by c * tanh(a / c); 0 = off, as published"
+    )
+    scale: Literal["exp", "softplus"] = Field(
+        "exp",
+        description="how the network's output u becomes the scale in x = z * scale + b: exp(u), as published, or "
+        "0.001 + 0.999 * softplus(u + log(e - 1)), which is 1 at u = 0, grows linearly and never falls below 0.001. soft_clip "
+        "bounds its logarithm besides",
+    )
+    positions: Literal["learned", "rotary"] = Field(
+        "learned",
+        description="how attention knows where a patch is: an embedding learned for each patch, as published, or queries and "
+        "keys rotated by its row and column instead (no weight depends on image_size then, so that a run at another "
+        "resolution can start from these); head_channels must be a multiple of 4",
+    )
+    qk_norm: bool = Field(
+        False,
+        description="normalize queries and keys of each head by a layer norm with learned scales (arXiv 2302.05442), which "
+        "bounds the logits of attention; false, as published",
     )
     noise_conditioning: bool = Field(
         False,
@@ -64,10 +110,11 @@ class TarFlowConfig(Section):
     def _fits(self) -> "TarFlowConfig":
         if self.in_channels not in (1, 3):
             raise ValueError(f"model.in_channels must be 1 (grey) or 3 (colour), got {self.in_channels}")
-        if self.image_size % self.patch_size:
-            near = [p for p in range(1, self.image_size + 1) if self.image_size % p == 0]
+        if self.height % self.patch_size or self.width % self.patch_size:
+            common = math.gcd(self.height, self.width)
+            near = [p for p in range(1, common + 1) if common % p == 0]
             raise ValueError(
-                f"model.image_size={self.image_size} is not divisible by model.patch_size={self.patch_size}; "
+                f"model.image_size={json.dumps(self.image_size)} is not divisible by model.patch_size={self.patch_size}; "
                 f"patch sizes that divide it: {', '.join(map(str, near))}"
             )
         if len(self.layers) != self.num_blocks:
@@ -78,6 +125,15 @@ class TarFlowConfig(Section):
         if self.channels % self.head_channels:
             raise ValueError(
                 f"model.channels={self.channels} is not a multiple of model.head_channels={self.head_channels}"
+            )
+        if self.scale == "softplus" and not self.nvp:
+            raise ValueError(
+                "model.scale=softplus needs model.nvp=true: the shift-only flow (model.nvp=false) has no scale"
+            )
+        if self.positions == "rotary" and self.head_channels % 4:
+            raise ValueError(
+                f"model.positions=rotary rotates pairs of channels by rows and as many by columns: model.head_channels="
+                f"{self.head_channels} must be a multiple of 4"
             )
         if self.noise_conditioning and self.channels % 2:
             raise ValueError(
@@ -109,9 +165,24 @@ class TarFlowConfig(Section):
         return per_block if isinstance(per_block, tuple) else (per_block,) * self.num_blocks
 
     @property
+    def height(self) -> int:
+        """H: rows of pixels."""
+        return sides(self.image_size)[0]
+
+    @property
+    def width(self) -> int:
+        """W: columns of pixels."""
+        return sides(self.image_size)[1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches, in row-major order the sequence of tokens."""
+        return self.height // self.patch_size, self.width // self.patch_size
+
+    @property
     def num_tokens(self) -> int:
         """T: tokens in the sequence."""
-        return (self.image_size // self.patch_size) ** 2
+        return math.prod(self.grid)
 
     @property
     def token_dim(self) -> int:
@@ -126,7 +197,7 @@ class TarFlowConfig(Section):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
-        return (self.in_channels, self.image_size, self.image_size)
+        return (self.in_channels, self.height, self.width)
 
 
 def _at_most(number: int, most: int, what: str, way_out: str) -> None:

@@ -48,15 +48,17 @@ def layer_shapes(config: TarFlowConfig) -> Shapes:
     c, hidden = config.channels, config.expansion * config.channels
     attention: Shapes = [(c,), (c,), (3 * c, c), (3 * c,), (c, c), (c,)]
     mlp: Shapes = [(c,), (c,), (hidden, c), (hidden,), (c, hidden), (c,)]
-    return attention + mlp
+    qk_norm: Shapes = [(config.head_channels,)] * 2 if config.qk_norm else []
+    return attention + qk_norm + mlp
 
 
 def end_shapes(config: TarFlowConfig) -> Shapes:
     """Shapes of a block's parameters outside its transformer layers."""
     c, d = config.channels, config.token_dim
     out = d * (2 if config.nvp else 1)
+    positions: Shapes = [(config.num_tokens, c)] if config.positions == "learned" else []
     noise: Shapes = [(4 * c, c), (4 * c,), (c, 4 * c), (c,)] if config.noise_conditioning else []
-    return [(c, d), (c,), (out, c), (out,), (config.num_tokens, c), (config.num_classes, 1, c), *noise]
+    return [(c, d), (c,), (out, c), (out,), *positions, (config.num_classes, 1, c), *noise]
 
 
 def parameters_per_layer(config: TarFlowConfig) -> int:
@@ -123,7 +125,9 @@ def activation_bytes(
     statistics = 4 * config.num_heads + 4 * element
     # Without checkpointing: inputs and outputs of the two norms, q, k, v, attention's output, and the MLP's hidden
     # values before and after the GELU.
-    whole = (2 * stream + 2 * normed + (4 + 2 * config.expansion) * element) * c + statistics
+    whole = (
+        (2 * stream + 2 * normed + (4 + 2 * config.expansion) * element) * c + statistics + _compared(config, element)
+    )
     # Selective: the layer's input, and the outputs of its four matrix products and of attention.
     products = (stream + (6 + config.expansion) * element) * c + 4 * config.num_heads
     kept_input = c * stream
@@ -136,10 +140,21 @@ def activation_bytes(
     else:
         per_layer = float(products)
     # Outside its layers a block keeps the inputs of its two projections, and x - b and exp(-a) in float32.
-    block = (d + c) * normed + 2 * 4 * d
+    block = (d + c) * normed + (2 + _scale_steps(config)) * 4 * d
     # Of the noise embedding, in float32 and once for all tokens: sinusoids, and the hidden values before and after the GELU.
     noise = 4 * 9 * c * config.noise_conditioning
     return t * (layers * per_layer + config.num_blocks * block) + config.num_blocks * noise
+
+
+def _scale_steps(config: TarFlowConfig) -> int:
+    """Numbers per number of a token that are kept on the way from the network's output to the log-scale."""
+    return 2 * (config.scale == "softplus") + (config.soft_clip > 0)
+
+
+def _compared(config: TarFlowConfig, element: int) -> int:
+    """Bytes per token of queries and keys as attention compares them, where these are not the ones that were projected."""
+    statistics = 2 * 2 * 4 * config.num_heads * config.qk_norm
+    return 2 * config.channels * element * (config.qk_norm or config.positions == "rotary") + statistics
 
 
 def layer_at_work_bytes(
@@ -158,6 +173,7 @@ def layer_at_work_bytes(
         "selective": (stream + 2 * normed + config.expansion * element) * c,  # the norms' in- and outputs, the GELU's
         "full": (2 * stream + 2 * normed + (4 + 2 * config.expansion) * element) * c,
     }[mode]
+    again += _compared(config, element) if mode != "none" else 0
     return float(t * (again + gradients))
 
 
@@ -168,9 +184,9 @@ def denoising_bytes(config: TarFlowConfig) -> float:
     computed again, with its gradients. Nothing is kept for gradients of the weights, which are frozen.
     """
     c, d = config.channels, config.token_dim
-    kept = sum(config.layers) * c + config.num_blocks * 2 * d
+    kept = sum(config.layers) * c + config.num_blocks * (2 + _scale_steps(config)) * d
     at_work = (6 + 3 * config.expansion) * c
-    return 4.0 * config.num_tokens * (kept + at_work)
+    return config.num_tokens * (4.0 * (kept + at_work) + _compared(config, 4))
 
 
 def sampling_bytes(

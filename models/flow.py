@@ -14,8 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.errors import ModelError
 from tarflow.models.noise import NoiseEmbedding
-from tarflow.models.transformer import TransformerLayer
+from tarflow.models.transformer import TransformerLayer, rotary_table
 
+# The softplus scale: its lower bound, and the output at which softplus is 1.
+LEAST_SCALE, UNIT = 1e-3, math.log(math.e - 1)
 PRIOR_MOMENTUM = 0.1  # of the learned prior variance of the volume-preserving flow, as published
 
 
@@ -27,12 +29,11 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(n, (h // p) * (w // p), c * p * p)
 
 
-def unpatchify(tokens: Tensor, patch_size: int, in_channels: int) -> Tensor:
-    """[N, T, D] -> [N, C, H, W], the inverse of `patchify` for square images."""
-    n, t, _ = tokens.shape
-    p, side = patch_size, round(t**0.5)
-    grid = tokens.reshape(n, side, side, in_channels, p, p)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(n, in_channels, side * p, side * p)
+def unpatchify(tokens: Tensor, patch_size: int, in_channels: int, grid: tuple[int, int]) -> Tensor:
+    """[N, T, D] -> [N, C, H, W], the inverse of `patchify` for images of a grid of (rows, columns) patches."""
+    (rows, columns), p = grid, patch_size
+    patches = tokens.reshape(len(tokens), rows, columns, in_channels, p, p)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), in_channels, rows * p, columns * p)
 
 
 class FlowBlock(nn.Module):
@@ -44,17 +45,30 @@ class FlowBlock(nn.Module):
         self.reverse_order = reverse
         c = config.channels
         self.proj_in = nn.Linear(config.token_dim, c)
-        self.pos_embed = nn.Parameter(torch.zeros(config.num_tokens, c))
+        learned = config.positions == "learned"
+        self.pos_embed = nn.Parameter(torch.zeros(config.num_tokens, c)) if learned else None
         self.class_embed = nn.Parameter(torch.zeros(config.num_classes, 1, c)) if config.num_classes else None
         self.noise_embed = NoiseEmbedding(c) if config.noise_conditioning else None
         self.attn_blocks = nn.ModuleList(
-            TransformerLayer(c, config.head_channels, config.expansion) for _ in range(layers)
+            TransformerLayer(c, config.head_channels, config.expansion, config.qk_norm) for _ in range(layers)
         )
         self.proj_out = nn.Linear(c, config.token_dim * (2 if config.nvp else 1))
 
     def order(self, x: Tensor, dim: int = 1) -> Tensor:
         """The sequence in this block's order; its own inverse."""
         return x.flip(dim) if self.reverse_order else x
+
+    def position_embedding(self) -> Tensor:
+        """[T, C] in this block's order; [1, 1] zeros where positions are rotary."""
+        weight = self.proj_in.weight
+        return weight.new_zeros(1, 1) if self.pos_embed is None else self.order(self.pos_embed, dim=0)
+
+    def rotary(self) -> Tensor | None:
+        """The table [T, K] of rotary positions (`rotary_table`) in this block's order; None where positions are learned."""
+        if self.pos_embed is not None:
+            return None
+        config = self.config
+        return self.order(rotary_table(config.grid, config.head_channels, self.proj_in.weight.device), dim=0)
 
     def label_embedding(self, y: Tensor | None, batch: int) -> Tensor | None:
         """[N, 1, C] embedding of labels [N]; -1, or no labels at all, means "no label": the mean over the classes."""
@@ -88,6 +102,8 @@ class FlowBlock(nn.Module):
         if not self.config.nvp:
             return torch.zeros_like(out), out
         a, b = out.chunk(2, dim=-1)
+        if self.config.scale == "softplus":
+            a = torch.log(LEAST_SCALE + (1 - LEAST_SCALE) * F.softplus(a + UNIT))
         clip = self.config.soft_clip
         return (clip * torch.tanh(a / clip) if clip else a), b
 
@@ -95,12 +111,14 @@ class FlowBlock(nn.Module):
         self, x: Tensor, y: Tensor | None, recompute: bool = False, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """(a, b), each [N, T, D] float32, of a sequence already in this block's order; token 0 gets zeros."""
-        h = self.proj_in(x.to(self.proj_in.weight.dtype)) + self.order(self.pos_embed, dim=0)
+        h = self.proj_in(x.to(self.proj_in.weight.dtype)) + self.position_embedding()
         embedding = self.conditioning(y, noise, x.shape[0])
         if embedding is not None:
             h = h + embedding
+        table = self.rotary()
+        rotary = () if table is None else (table,)
         for layer in self.attn_blocks:
-            h = checkpoint(layer, h, use_reentrant=False) if recompute else layer(h)
+            h = checkpoint(layer, h, *rotary, use_reentrant=False) if recompute else layer(h, *rotary)
         # Shift right by one: what the transformer says at token t is about token t + 1, and nothing is known of token 0.
         return self.split(F.pad(self.proj_out(h)[:, :-1], (0, 0, 1, 0)))
 
@@ -132,7 +150,7 @@ class TarFlow(nn.Module):
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """[N, T, D] -> [N, C, H, W], the inverse of `patchify`."""
-        images = unpatchify(tokens, self.config.patch_size, self.config.in_channels)
+        images = unpatchify(tokens, self.config.patch_size, self.config.in_channels, self.config.grid)
         return images if self.config.input_scale == 1 else images / self.config.input_scale
 
     def forward(

@@ -59,7 +59,8 @@ class WeightsHeader:
         """Where the configuration came from, if the file does not hold it; for results. Empty otherwise."""
         if not self.by_shapes:
             return {}
-        assumed = {name: getattr(self.config, name) for name in WITHOUT_SHAPE if name not in self.stated}
+        told = {*self.stated, *(["head_channels"] if self.config.qk_norm else [])}  # or shown by the norm's shape
+        assumed = {name: getattr(self.config, name) for name in WITHOUT_SHAPE if name not in told}
         return {"model": "inferred from the shapes of the tensors", "assumed": assumed, "stated": self.stated}
 
     @property

@@ -34,12 +34,13 @@ ONE, LIST = "one", "list"
 FORMS = (ONE, LIST)  # pydantic's errors have them in their path, below the setting
 
 
-def _form(value: Any) -> str:
+def form_of(value: Any) -> str:
+    """The tag of a value that may be one or a list."""
     return LIST if isinstance(value, list | tuple) else ONE
 
 
 # A value, or a list of such values. Told apart by their form, so that an error is about the one that was meant.
-OneOrList = Annotated[Annotated[ValueT, Tag(ONE)] | Annotated[tuple[ValueT, ...], Tag(LIST)], Discriminator(_form)]
+OneOrList = Annotated[Annotated[ValueT, Tag(ONE)] | Annotated[tuple[ValueT, ...], Tag(LIST)], Discriminator(form_of)]
 
 
 def one_if_equal(value: Any) -> Any:

@@ -32,7 +32,7 @@ LAYERS = {
         index
         layout
         images
-        keyed errors
+        keyed errors array_pickles
     """,
     "trainer": """
         commands
@@ -56,9 +56,10 @@ LAYERS = {
         commands
         start
         sweep latents
+        flow
         likelihood
         worker
-        references report flow
+        references report
         results shared_sampling
         samples
         networks
@@ -90,7 +91,7 @@ ROOMS_BELOW = {
 TRAINER_FOR_EVALUATION = {"config", "run_dir", "checkpoint", "tracking", "errors"}
 # Files of tarflow/ that every room may import.
 GROUND = {
-    "code_version", "devices", "errors", "file_systems", "files", "interpreter", "leases", "locks", "npz", "records",
+    "code_version", "devices", "errors", "file_systems", "files", "image_size", "interpreter", "leases", "npz", "records",
     "settings", "terminal",
 }  # fmt: skip
 

@@ -10,11 +10,11 @@ import time
 
 import pytest
 
-from tarflow import errors, file_systems, locks
+from tarflow import errors, file_systems, leases
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.prepare.write import partial_folder
 from tarflow.data_pipeline.storage.shard_cache import ShardCache
-from tarflow.locks import holder, locked
+from tarflow.leases import holder, locked
 from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import writer_lock
 from tests.helpers.poor_files import lack
@@ -76,7 +76,7 @@ def test_two_writers_of_one_data_set_without_flock(tmp_path, monkeypatch, number
 @pytest.mark.case("F01")
 def test_the_shard_cache_fetches_once_without_flock(tmp_path, monkeypatch, number):
     lack(monkeypatch, flock=number)
-    monkeypatch.setattr(locks, "_LOOK_S", 0.01)
+    monkeypatch.setattr(leases, "_LOOK_S", 0.01)
     fetched, began = [], threading.Barrier(4)
 
     def fetch(file):

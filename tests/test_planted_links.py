@@ -25,8 +25,7 @@ from tarflow.files import (
     write_new,
     write_text,
 )
-from tarflow.leases import leased
-from tarflow.locks import locked, sign
+from tarflow.leases import leased, locked, sign
 from tarflow.records import append_record_line
 from tests.helpers.programs import ENV, program
 

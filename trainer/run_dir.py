@@ -19,7 +19,7 @@ from pydantic import Field
 
 from tarflow.files import append_line, fill, refuse_link, write_text
 from tarflow.interpreter import JOB_VARIABLE
-from tarflow.locks import holder, locked
+from tarflow.leases import holder, locked
 from tarflow.records import DamagedFileError, Record, load_record, save_record, sealed
 from tarflow.trainer.config.files import load_config, sealed_text
 from tarflow.trainer.config.schema import Config

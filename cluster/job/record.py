@@ -1,4 +1,4 @@
-"""The submitted jobs of a run: RUN/slurm/jobs.jsonl, a line for each, oldest first."""
+"""The submitted jobs of a run: RUN/slurm/jobs.jsonl, a line for each, oldest first; and one that another follows."""
 
 import os
 import time
@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from tarflow.cluster import slurm
+from tarflow.cluster.exit_codes import IN_USE
 from tarflow.cluster.job.chain import JOB_ID, Chain
 from tarflow.errors import UserError, in_words
 from tarflow.records import DamagedFileError, Record, append_record_line, as_record, read_lines
@@ -167,3 +168,46 @@ def _if_ours(state: slurm.JobState) -> slurm.JobState:
 def job_name(folder: Path, kind: str) -> str:
     """The name of a run's or a sweep's jobs in Slurm's queue."""
     return f"{NAME}{folder.name}" + ("-eval" if kind == "evaluate" else "")
+
+
+class Followed:
+    """The training that an evaluation follows: whether it has ended early.
+
+    A job that was queued behind the followed one may go on with the run; one that found the run in use leaves it to the
+    job before.
+    """
+
+    def __init__(self, slurm_dir: Path, job: str, look_every_s: float = 60.0) -> None:
+        self.slurm_dir, self.job, self.look_every_s = slurm_dir, job, look_every_s
+        self.next_look = time.monotonic() + look_every_s
+        self.gone = 0  # looks in a row that have found none of the jobs in the queue
+
+    def ended_early(self) -> str:
+        """How it ended, in words; empty while it may still go on, or when it finished."""
+        jobs = [entry["job"] for entry in submissions(self.slurm_dir.parent).entries if entry["kind"] == "train"]
+        jobs = jobs if self.job in jobs else [self.job]
+        chains = [Chain.shown(self.slurm_dir, one) for one in jobs]
+        first = jobs.index(self.job)
+        while first > 0 and (ended := chains[first].ended) is not None and ended["code"] == IN_USE:
+            first -= 1
+        may_go_on = [job for job, chain in zip(jobs[first:], chains[first:]) if not chain.failed]
+        if may_go_on:
+            finished = any(chain.ended for chain in chains[first:] if not chain.failed)
+            return "" if finished or not self._killed(may_go_on) else f"{self._named} was ended before it could note it"
+        return f"{self._named} has ended: {chains[-1].ended['text']}" if chains[-1].ended else ""
+
+    @property
+    def _named(self) -> str:
+        return f"training job {self.job}"
+
+    def _killed(self, jobs: list[str]) -> bool:
+        """Whether Slurm knows none of these jobs any more: they were killed before they could record their end.
+
+        It is asked seldom, and believed the second time: between two starts a job may be nowhere for a moment.
+        """
+        if time.monotonic() >= self.next_look:
+            self.next_look = time.monotonic() + self.look_every_s
+            states = slurm.states(jobs)
+            over = len(states) == len(jobs) and not any(_if_ours(state).live for state in states.values())
+            self.gone = self.gone + 1 if over else 0
+        return self.gone > 1

@@ -105,7 +105,9 @@ class ChainOwner:
             self.chain.save()
 
     def _decide(self, result: AttemptResult) -> Decision:
-        cancelled = is_cancelled(self.slurm_dir, self.start.job_id, self.job.submission)
+        cancelled = is_cancelled(self.slurm_dir, self.start.job_id, self.job.submission) or (
+            result.stopped and slurm.is_scancelled(self.start.job_id, self.start.restart)
+        )
         decision = decide(result, self.chain, self.progress(), self.job.limits, cancelled)
         from tarflow.cluster.job.writer import other_writer  # here: only rank 0 loads the configuration
 

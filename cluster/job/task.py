@@ -10,13 +10,13 @@ from tarflow.cluster.errors import ClusterError, RunInUseError
 from tarflow.cluster.exit_codes import FAILED, FINISHED, HUNG, IN_USE, NO_PROGRESS, REQUEUE, USAGE
 from tarflow.cluster.hosts import expand, network_variables
 from tarflow.cluster.job.all_reduce import DEVICE_FAILED, silent_node
-from tarflow.cluster.job.chain import AttemptResult, Chain
+from tarflow.cluster.job.chain import AttemptResult
 from tarflow.cluster.job.child import PATIENCE_S, Children, Exit, Signals
 from tarflow.cluster.job.description import Job
 from tarflow.cluster.job.environment import JobStart, Place, find_start, poll_s, scrubbed, threads_per_process
 from tarflow.cluster.job.failure_notes import TaskNotes
 from tarflow.cluster.job.preflight import BadNodeError, all_reduce_command, check_node, check_shared
-from tarflow.cluster.job.record import submissions
+from tarflow.cluster.job.record import Followed
 from tarflow.cluster.job.rendezvous import Meeting, meet
 from tarflow.cluster.job.requeue import ChainOwner, finish_other
 from tarflow.devices import GPUS_VARIABLE
@@ -38,6 +38,7 @@ class Task:
         self.folder = self.slurm_dir / "starts" / f"{self.start.job_id}-{self.start.restart}-{job.submission}"
         self.notes = TaskNotes(self.folder, self.place)  # of this attempt: a restart in place has its own
         self.owner = ChainOwner(job, self.start) if self.place.rank == 0 else None
+        self.followed = Followed(self.slurm_dir, job.follows) if job.follows else None
         self.network: dict[str, str] = {}  # variables for the child processes, see find_network
         self.gpus = 0 if job.device == "cpu" else job.gpus  # of this node, that must do the work
         self.threads = threads_per_process(self.place, job.ranks_per_task)
@@ -167,7 +168,7 @@ class Task:
                         self.start.log("rank 0 has finished, but not the processes here: ending them")
                         children.end(5)
                     return AttemptResult(FINISHED)
-                if self.job.follows and (text := training_failed(self.slurm_dir, self.job.follows)):
+                if self.followed is not None and (text := self.followed.ended_early()):
                     children.end(10)
                     return self.evaluate_the_rest(text, signals)
         finally:
@@ -245,20 +246,3 @@ def check_code(job: Job) -> None:
             f"this job was submitted with the code in {job.code}, but {here} is what runs: its snapshot was moved or "
             f"removed; submit again with `{job.resubmit}`"
         )
-
-
-def training_failed(slurm_dir: Path, job: str) -> str:
-    """The last line of a training that ended early; empty while it may still go on, or when it finished.
-
-    A job that was queued behind the followed one may go on with the run; one that found the run in use leaves it to the
-    job before.
-    """
-    jobs = [entry["job"] for entry in submissions(slurm_dir.parent).entries if entry["kind"] == "train"]
-    chains = [Chain.shown(slurm_dir, one) for one in (jobs if job in jobs else [job])]
-    first = jobs.index(job) if job in jobs else 0
-    while first > 0 and (ended := chains[first].ended) is not None and ended["code"] == IN_USE:
-        first -= 1
-    for chain in chains[first:]:
-        if not chain.failed:
-            return ""
-    return f"training job {job} has ended: {chains[-1].ended['text']}" if chains[-1].ended else ""

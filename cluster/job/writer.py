@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.cluster.errors import ClusterError, RunInUseError
-from tarflow.locks import locked
+from tarflow.leases import locked
 from tarflow.trainer.resilience.alive import beat_interval_s, holder_of, is_alive, read_heartbeats
 from tarflow.trainer.run_dir import LOCK, Holder, read_holder
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tarflow.image_size import shown
 from tarflow.terminal import plain
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def _of_shards(place: str, access: Access) -> Index:
     print(f"samples      {index.num_samples:,}")
     print(f"shards       {len(sizes):,} ({int(sizes.min())} to {int(sizes.max())} samples, "
           f"{index.shard_bytes.sum() / 2**20:,.1f} MiB)")  # fmt: skip
-    print(f"image size   {'x'.join(map(str, index.image_size)) if index.image_size else 'not recorded'}")
+    size = shown(index.image_size[::-1]) if index.image_size else "not recorded"
+    print(f"image size   {size}" + (f", cropped by the rule {index.crop}" if index.crop else ""))
     print(f"labels       {index.num_samples - index.unlabelled:,} with, {index.unlabelled:,} without")
     without = " (of an earlier version, without contents: `tarflow data index` makes one with)"
     print(f"fingerprint  {index.fingerprint}{'' if index.knows_content else without}")
@@ -88,7 +90,7 @@ def _of_function(name: str, place: str) -> CustomDataset:
     assert data is not None
     print(f"{plain(data.root, 4096)} of {plain(str(data.function.file), 4096)}")
     print(f"samples      {data.num_samples:,}")
-    size = "x".join(map(str, seen.image_size)) if seen.image_size else f"several, shorter sides from {seen.sides[0]} px"
+    size = shown(seen.image_size[::-1]) if seen.image_size else f"several, shorter sides from {seen.sides[0]} px"
     print(f"image size   {size} in {len(seen.looks)} images looked at, {'RGB' if seen.channels == 3 else 'grey'}")
     print(f"labels       {len(seen.labels)} of these images with, {len(seen.looks) - len(seen.labels)} without")
     print(f"fingerprint  {data.fingerprint}")

@@ -14,6 +14,7 @@ from tarflow.terminal import message, styled
 
 if TYPE_CHECKING:
     from tarflow.data_pipeline.prepare.write import Options
+    from tarflow.image_size import Size
 
 
 def add_writing(parser: argparse.ArgumentParser) -> None:
@@ -36,14 +37,14 @@ def add_max_pixels(parser: argparse.ArgumentParser) -> None:
                         help=f"maximum number of pixels of an image ({MAX_PIXELS})")  # fmt: skip
 
 
-def writing_options(args: argparse.Namespace, size: int) -> Options:
-    """The checked options that `add_writing` added, for images of `size` pixels a side."""
+def writing_options(args: argparse.Namespace, size: Size, crop: str = "centre") -> Options:
+    """The checked options that `add_writing` added, for images of `size` pixels by the rule `crop`."""
     from tarflow.data_pipeline.prepare.write import Options
 
     options = Options(
         size=size, format=args.format, quality=args.quality, channels=args.channels or 0, shard_size=args.shard_size,
         seed=args.seed, val_fraction=args.val_fraction or 0.0, on_error=args.on_error, container=args.container,
-        max_pixels=args.max_pixels,
+        max_pixels=args.max_pixels, crop=crop,
     )  # fmt: skip
     options.check()
     return options

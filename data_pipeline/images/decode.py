@@ -10,7 +10,7 @@ Rules, the same for all formats:
   pixels; damaged or large metadata do not (`opening`).
 
 JPEGs take a fast path through libjpeg-turbo with the same result as the general path. With `at_least`, a JPEG is
-decoded at 1/2, 1/4 or 1/8 of its size if its shorter side stays at least that long; the caller resizes from there.
+decoded at 1/2, 1/4 or 1/8 of its size if both sides stay at least that long; the caller resizes from there.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from PIL import Image
 from tarflow.data_pipeline.errors import BadSampleError
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS, check_scans, check_size
 from tarflow.data_pipeline.images.opening import opened
+from tarflow.image_size import Size, sides
 
 WHITE = 255
 _ORIENTATION = 0x0112
@@ -34,11 +35,11 @@ _FACTORS = (8, 4, 2)
 _PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 
 
-def decode(data: bytes, channels: int, at_least: int | None = None, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+def decode(data: bytes, channels: int, at_least: Size | None = None, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decode an image file to uint8 [H, W, channels], channels 1 or 3.
 
-    `at_least`: pixels of the shorter side below which decoding must not reduce it. `max_pixels`: a bound on the pixels to
-    decode; for a JPEG those of the reduced size count. Raises BadSampleError with the cause `undecodable` (damaged, cut
+    `at_least`: the size below which decoding must not reduce it (see `tarflow.image_size`). `max_pixels`: a bound on the pixels
+    to decode; for a JPEG those of the reduced size count. Raises BadSampleError with the cause `undecodable` (damaged, cut
     short, no image), `unsupported` (float or 32-bit pixels) or `too_large`.
     """
     if channels not in (1, 3):
@@ -76,17 +77,20 @@ def from_pixels(pixels: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:
     return from_image(image, channels)
 
 
-def _decode_jpeg(data: bytes, channels: int, at_least: int | None, max_pixels: int) -> NDArray[np.uint8] | None:
+def _decode_jpeg(data: bytes, channels: int, at_least: Size | None, max_pixels: int) -> NDArray[np.uint8] | None:
     """The fast path; None where the general path has to be used (CMYK, or any error of libjpeg-turbo)."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         check_scans(data, height * width)
         if colours not in ("YCbCr", "RGB", "Gray"):
             return None
+        at = _exif_at(data)
+        orientation = _exif_orientation(data[at:]) if at >= 0 else 1
         least_height = least_width = 0
         if at_least:
+            tall, wide = sides(at_least) if orientation < 5 else sides(at_least)[::-1]  # of the stored picture
             for factor in _FACTORS:
-                if min(height, width) >= at_least * factor:
+                if height >= tall * factor and width >= wide * factor:
                     # Sides at 1/factor, rounded up as libjpeg does: asking for exactly these gives that factor.
                     least_height, least_width = -(-height // factor), -(-width // factor)
                     break
@@ -108,10 +112,7 @@ def _decode_jpeg(data: bytes, channels: int, at_least: int | None, max_pixels: i
         return None
     if channels == 3 and image.shape[2] == 1:
         image = np.repeat(image, 3, axis=2)
-    at = _exif_at(data)
-    if at >= 0:
-        return _turn(image, _exif_orientation(data[at:]))
-    return np.asarray(image)
+    return _turn(np.asarray(image), orientation)
 
 
 def _exif_at(jpeg: bytes) -> int:

@@ -71,6 +71,7 @@ def build_index(
     image_field: str | None = None,
     origin: list[str] | None = None,
     image_size: tuple[int, int] | None = None,
+    crop: str | None = None,
     measure: bool = False,
     processes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -80,7 +81,8 @@ def build_index(
     `shards` are tars, or one folder that holds an MDS set (`mds.INDEX_FILE`). `on_error`: `strict` or `skip`. `classes`
     defaults to the names in `root/classes.json`, or beside the shards, where that file exists. `label_field`, `image_field`,
     `measure`: see `samples.Rules`. `origin`: lines about where the data came from and what was inferred, kept in the index.
-    `image_size` (width, height): recorded when the caller knows that all images have it. `processes`: how many scan at once
+    `image_size` (width, height): recorded when the caller knows that all images have it; so is `crop`, the rule
+    that gave it to them. `processes`: how many scan at once
     (None: as many as there are cores, one for small sets). `progress(done, total)` is called after each shard. Raises
     DataError: in strict mode for the first damaged or odd sample, always for an empty data set.
     """
@@ -92,7 +94,7 @@ def build_index(
     rules = Rules(on_error == "strict", label_field, image_field, classes, measure)
     jobs, form = scan_jobs(shards, rules)
     report = BuildReport(seen=LabelsSeen(form, classes, names_from))
-    with IndexWriter(root, classes, image_size) as writer:
+    with IndexWriter(root, classes, image_size, crop) as writer:
         for done, (path, content, samples) in enumerate(run_jobs(jobs, processes), start=1):
             report.add(path, samples)
             writer.add(path, content, samples)

@@ -81,7 +81,8 @@ class Index:
     `classes`: names or None. `num_classes`: len(classes), else 1 + the largest label, else None. `fingerprint`: hex, of
     names, places, labels and contents. `fingerprint_of_places`: the same without the contents, the only one of version 0.1.
     `knows_content`: whether it holds checksums of the shards.
-    `image_size`: (width, height) if all images share it, else None. `form`: what the shards are, `tar` or `mds`.
+    `image_size`: (width, height) if all images share it, else None. `crop`: the rule by which they were cropped when they were
+    prepared, where that is recorded. `form`: what the shards are, `tar` or `mds`.
     """
 
     def __init__(self, root: Path | str, files: IndexFiles | None = None) -> None:
@@ -116,6 +117,7 @@ class Index:
         self.classes: list[str] | None = meta["classes"]
         self.fingerprint: str = meta["fingerprint"]
         self.image_size: tuple[int, int] | None = tuple(meta["image_size"]) if meta.get("image_size") else None
+        self.crop: str | None = meta.get("crop")
         self.fingerprint_of_places: str = meta.get("fingerprint_of_places") or self.fingerprint
         self._digests: list[str] = table["digest"]
         self.knows_content = "checksum" in table  # not in indexes of version 0.1

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tarflow.data_pipeline.images.crop import FIXED
 from tarflow.data_pipeline.index.labels import MAX_CLASSES
 
 META_KEY = b"tarflow.index"
@@ -140,6 +141,7 @@ _META: dict[str, Callable[[Any], bool]] = {
     "image_size": lambda value: (
         value is None or (_each(lambda side: _whole(side, 1, 1 << 20), 2)(value) and len(value) == 2)
     ),
+    "crop": lambda value: value is None or value in FIXED,
     "form": lambda value: value in (None, "tar", "mds"),
     "label_field": _text(_MAX_PATH),
     "image_field": _text(_MAX_PATH),

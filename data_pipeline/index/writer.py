@@ -27,10 +27,12 @@ class IndexWriter:
     older index as it was.
     """
 
-    def __init__(self, root: Path, classes: list[str] | None, image_size: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, root: Path, classes: list[str] | None, image_size: tuple[int, int] | None = None, crop: str | None = None
+    ) -> None:
         self.root = root
         self.classes = classes
-        self.image_size = image_size
+        self.image_size, self.crop = image_size, crop
         self._resolved_root = root.resolve()
         self._folder = root / "index.partial"
         self._parts = _Parts(self._folder)
@@ -87,6 +89,7 @@ class IndexWriter:
             "fingerprint": self._fingerprint.hexdigest()[:_DIGEST],
             "fingerprint_of_places": self._fingerprint_of_places.hexdigest()[:_DIGEST],
             "image_size": self.image_size,
+            **({"crop": self.crop} if self.crop else {}),
             "form": form,
             "label_field": rules.label_field,
             "image_field": rules.image_field,

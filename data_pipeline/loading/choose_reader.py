@@ -1,4 +1,4 @@
-"""Which reader fits what lies at a path or address.
+"""Which reader fits what lies at a path or address, and by which rule it crops.
 
 | reader | what it reads | order and resume |
 |---|---|---|
@@ -6,6 +6,9 @@
 | mds | MDS shards (mosaicml-streaming) with an index, in either place | exact, the same order rule |
 | stream | tars without an index: pipes, addresses, files | by shard, to the nearest one |
 | custom | what a function of the user's gives (`data.dataset`) | exact, the same order rule |
+
+Preparing a set crops it for good (`tarflow data prepare --crop`), and the index records by which rule. Reading crops whatever
+has another size than the model: originals that were only indexed, and prepared images for a model of smaller ones.
 """
 
 from __future__ import annotations
@@ -104,3 +107,24 @@ def data_facts(data: DataSettings) -> DataFacts:
     check_form(index, data.reader)
     former = index.fingerprint_of_places if index.knows_content else None
     return DataFacts(index.fingerprint, index.num_samples, index.num_classes, former, index)
+
+
+def rule_of(settings: DataSettings, data: Index | CustomDataset | None = None, training: bool = True) -> str:
+    """The rule by which images are cropped as they are read. Raises DataError where the set was prepared by another one.
+
+    A random crop draws from what is there: it goes with any preparation. It is for training alone, and not for streams, which
+    are no `data` here.
+    """
+    prepared = data.crop if isinstance(data, Index) else None
+    asked = None if settings.crop == "random" and not training else settings.crop
+    if asked and prepared and asked not in ("random", prepared):
+        raise DataError(
+            f"data.crop={asked}, but the images of {settings.place} were cropped by the rule {prepared} when they were "
+            f"prepared: set data.crop={prepared} or leave it out, or prepare them again (`tarflow data prepare --crop {asked}`)"
+        )
+    if asked == "random" and data is None:
+        raise DataError(
+            f"data.crop=random is keyed by epoch and image, which a stream ({settings.place}) does not know: give the data an "
+            "index with `tarflow data index`, or set data.crop to centre, adm or edm"
+        )
+    return asked or prepared or "centre"

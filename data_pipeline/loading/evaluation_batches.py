@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
+from tarflow.data_pipeline.images.crop import Crop
 from tarflow.data_pipeline.index.index import Index
 from tarflow.data_pipeline.loading.batch import Batch
-from tarflow.data_pipeline.loading.choose_reader import open_data
+from tarflow.data_pipeline.loading.choose_reader import open_data, rule_of
 from tarflow.data_pipeline.loading.order import check_world
 from tarflow.data_pipeline.loading.prefetch import Prefetched
 from tarflow.data_pipeline.loading.sample_reader import check_labels, reader_of
@@ -31,7 +32,8 @@ def evaluation_batches(
     `slots` equal `ids`, `images_seen` is the index of a batch's first sample. `limit`: at most this many samples, spread
     evenly over the index, since shards may be sorted by class. Every rank gets a range of its own; ranges differ by at most
     one sample, so ranks may yield different numbers of batches: do not run a collective per batch.
-    Bad samples raise DataError, or with on_error=skip are skipped and logged. `data.transform` is for training alone.
+    Bad samples raise DataError, or with on_error=skip are skipped and logged. `data.transform` and random crops are for
+    training alone.
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise DataError(f"batch_size {batch_size} and limit {limit} must be at least 1")
@@ -39,13 +41,14 @@ def evaluation_batches(
     index = open_data(data)
     if index.num_samples == 0:
         raise DataError(f"the data set at {data.train} holds no samples")
+    crop = Crop(rule_of(data, index, training=False))
     if isinstance(index, Index):
         check_labels(index, shape.num_classes, data.on_error)
     total = index.num_samples if limit is None else min(limit, index.num_samples)
     first, last = rank * total // world_size, (rank + 1) * total // world_size
 
     def produce() -> Iterator[Batch]:
-        reader = reader_of(index, shape, data.access, data.max_image_pixels)
+        reader = reader_of(index, shape, data.access, data.max_image_pixels, crop)
         for start in range(first, last, batch_size):
             places = np.arange(start, min(start + batch_size, last), dtype=np.int64)
             good: list[tuple[NDArray[np.uint8], int, int]] = []

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tarflow.data_pipeline.index.index import Index
 from tarflow.data_pipeline.loading.batch import Batch
-from tarflow.data_pipeline.loading.choose_reader import check_form
+from tarflow.data_pipeline.loading.choose_reader import check_form, rule_of
 from tarflow.data_pipeline.loading.custom.code import Named, find_function
 from tarflow.data_pipeline.loading.custom.dataset import CustomDataset
 from tarflow.data_pipeline.loading.order import Order
@@ -134,7 +134,7 @@ class OrderedSource:
 
     def _from_processes(self, plan: Iterator[_Planned]) -> Iterator[Delivery]:
         shape, settings = self._spec.shape, self.settings
-        layout = Layout(self.shard.size, shape.image_size, shape.channels)
+        layout = Layout(self.shard.size, shape.pixels)
         self._pool = pool = WorkerPool(self._spec, layout, settings.num_workers, settings.prefetch_batches)
         pinned = _PinnedMemory(pool) if self.pin_memory else None
         submitted: deque[tuple[int, _Planned]] = deque()
@@ -165,7 +165,8 @@ class IndexedSource(OrderedSource):
     def __init__(self, settings: DataSettings, shape: ImageShape, shard: BatchShard, pin_memory: bool) -> None:
         self.index = open_index(settings.train, settings.access)
         self.reader = check_form(self.index, settings.reader)
-        spec = spec_of(settings, shape, shard, self.index.fingerprint)
+        crop = rule_of(settings, self.index)
+        spec = spec_of(settings, shape, shard, self.index.fingerprint, crop=crop)
         super().__init__(settings, shard, pin_memory, self.index.shard_sizes, spec)
         check_labels(self.index, shape.num_classes, settings.on_error)
         self._cached = self.index.any_remote and settings.cache_bytes > 0

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS, check_bytes
+from tarflow.data_pipeline.images.crop import CENTRE, Crop
 from tarflow.data_pipeline.images.decode import decode, decode_into
-from tarflow.data_pipeline.images.transform import fit
 from tarflow.data_pipeline.index.index import NO_LABEL, Index
 from tarflow.data_pipeline.loading.custom.dataset import CustomDataset
 from tarflow.data_pipeline.loading.custom.reader import CustomReader
@@ -54,26 +54,28 @@ class Reader(Protocol):
         """Close what was opened."""
 
 
-def reader_of(data: Index | CustomDataset, shape: ImageShape, access: Access, max_pixels: int = MAX_PIXELS) -> Reader:
+def reader_of(
+    data: Index | CustomDataset, shape: ImageShape, access: Access, max_pixels: int = MAX_PIXELS, crop: Crop = CENTRE
+) -> Reader:
     """Reads an indexed data set, or a user's own; without a transform, which is for training."""
     if isinstance(data, CustomDataset):
-        return CustomReader(data, shape, max_pixels)
-    return SampleReader(data, shape, open_shards(data, access), max_pixels)
+        return CustomReader(data, shape, max_pixels, crop=crop)
+    return SampleReader(data, shape, open_shards(data, access), max_pixels, crop=crop)
 
 
 class SampleReader:
     """Reads samples of an indexed data set at the shape that the model takes.
 
     `files`: where the bytes come from; by default the shards next to the index. `max_pixels`: limit on an image.
-    `transform`: applied to training images.
+    `transform`: applied to training images. `crop`: the rule by which images get the model's size.
     """
 
     def __init__(
         self, index: Index, shape: ImageShape, files: ShardFiles | None = None, max_pixels: int = MAX_PIXELS,
-        transform: Transform | None = None,
+        transform: Transform | None = None, crop: Crop = CENTRE,
     ) -> None:  # fmt: skip
         self.index, self.root, self.num_samples = index, index.root, index.num_samples
-        self.transform = transform
+        self.transform, self.crop = transform, crop
         self.shape = shape
         self.max_pixels = max_pixels
         self.files: ShardFiles = files or LocalShards(index)
@@ -82,24 +84,26 @@ class SampleReader:
         )  # bisecting a list is faster than searching an array for one sample at a time
 
     def read(self, sample: int) -> tuple[NDArray[np.uint8], int]:
-        """(uint8 [image_size, image_size, channels], label). Raises BadSampleError naming shard and key."""
+        """(uint8 [H, W, channels] of the model's size, label). Raises BadSampleError naming shard and key."""
         image = np.empty(self.shape.pixels, dtype=np.uint8)
         return image, self.read_into(sample, image)
 
     def read_into(self, sample: int, out: NDArray[np.uint8], epoch: int | None = None) -> int:
-        """Write the image into `out`, contiguous uint8 [image_size, image_size, channels]; returns the label.
+        """Write the image into `out`, contiguous uint8 [H, W, channels] of the model's size; returns the label.
 
         A JPEG of that size is decoded straight into `out`, without a copy. `epoch`: of a training image, to which the
         transform is applied, at the image's own size. Raises BadSampleError naming shard and key; `out` is then undefined.
         """
         try:
             data, label = self._fetch(sample)
-            if self.transform is not None and epoch is not None:
-                whole = decode(data, self.shape.channels, None, self.max_pixels)
-                out[...] = fit(self.transform(whole, epoch, sample), self.shape.image_size)
-            elif not decode_into(data, out):
-                size = self.shape.image_size
-                out[...] = fit(decode(data, self.shape.channels, size, self.max_pixels), size)
+            size, changed = self.shape.image_size, self.transform is not None and epoch is not None
+            drawn = self.crop.is_random and epoch is not None
+            if changed or drawn or not decode_into(data, out):
+                at_least = size if self.crop.reduced_ok and not changed else None
+                image = decode(data, self.shape.channels, at_least, self.max_pixels)
+                if self.transform is not None and epoch is not None:
+                    image = self.transform(image, epoch, sample)
+                out[...] = self.crop(image, size, epoch, sample)
             return label
         except BadSampleError as err:
             raise BadSampleError(err.cause, f"{self.index.where(sample)}: {err}") from None

@@ -59,6 +59,12 @@ class DataSettings(Section):
         description="augmentation of your own, `module:function` or `FILE.py:function`: called with each training image "
         "(uint8 [H, W, C]) and a random generator keyed by train.seed, epoch and image, it returns an image",
     )
+    crop: Literal["centre", "random", "adm", "edm"] | None = Field(
+        None,
+        description="how images of another size than the model's are cropped and resized as they are read: centre (the largest "
+        "centred box, bicubic), adm or edm (the centre crops of these papers), random (random resized crop of training images, "
+        "keyed by train.seed, epoch and image; held-out images are centred). null = as the set was prepared, else centre",
+    )
     reader: Literal["auto", "indexed", "mds", "stream"] = Field(
         "auto",
         description="how data.train is read: auto decides by what it finds; stream needs no index, but its order depends "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
 from tarflow.data_pipeline.loading.order import check_world
+from tarflow.image_size import Size, is_size, sides
 
 
 def _check(name: str, value: object, valid: bool) -> None:
@@ -16,24 +17,26 @@ def _check(name: str, value: object, valid: bool) -> None:
 
 @dataclass(frozen=True)
 class ImageShape:
-    """What the model takes: squares of `image_size` pixels with `channels` channels (1 or 3), and a label.
+    """What the model takes: images of `image_size` pixels (see `tarflow.image_size`) with 1 or 3 `channels`, and a label.
 
     `num_classes`: 0 = unconditional, labels come as -1; otherwise labels outside 0 .. num_classes-1 are refused.
     Raises DataError.
     """
 
-    image_size: int
+    image_size: Size
     channels: int = 3
     num_classes: int = 0
 
     def __post_init__(self) -> None:
-        _check("image_size", self.image_size, self.image_size >= 1)
+        if isinstance(self.image_size, list):  # from JSON
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        _check("image_size", self.image_size, is_size(self.image_size))
         _check("channels", self.channels, self.channels in (1, 3))
 
     @property
     def pixels(self) -> tuple[int, int, int]:
         """(H, W, C) of a decoded image."""
-        return (self.image_size, self.image_size, self.channels)
+        return (*sides(self.image_size), self.channels)
 
     def label(self, label: int | None) -> int:
         """A sample's label as batches hold it: -1 for a model without classes. Raises BadSampleError where it does not fit."""

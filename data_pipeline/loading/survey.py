@@ -11,7 +11,7 @@ from tarflow.data_pipeline.errors import BadSampleError, DataError
 from tarflow.data_pipeline.images.bounds import check_bytes
 from tarflow.data_pipeline.images.look import Look, look_at, look_at_pixels
 from tarflow.data_pipeline.index.index import Index
-from tarflow.data_pipeline.loading.choose_reader import DataFacts, data_facts
+from tarflow.data_pipeline.loading.choose_reader import DataFacts, data_facts, rule_of
 from tarflow.data_pipeline.loading.custom.code import Function, Named
 from tarflow.data_pipeline.loading.custom.dataset import CustomDataset, looked_at
 from tarflow.data_pipeline.loading.custom.transform import Transform
@@ -19,6 +19,7 @@ from tarflow.data_pipeline.loading.sample_reader import reader_of
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.shape import ImageShape
 from tarflow.data_pipeline.storage.remote_shards import open_shards, unchecked
+from tarflow.image_size import shown
 
 LOOKED_AT = 16  # images; of a remote set, a quarter of that
 
@@ -38,6 +39,7 @@ class DataSurvey:
     unchecked: str | None = None  # why fetched bytes are not checked against the index
     labels: tuple[int, ...] = ()
     transform: Function | None = None  # what training images go through
+    crop: str = "centre"  # the rule by which images of another size than the model's are cropped
 
     @property
     def index(self) -> Index | None:
@@ -83,7 +85,7 @@ class DataSurvey:
             return "a stream, whose length, image size and classes are not known"
         parts = [f"{self.facts.num_samples:,} image{'s' * (self.facts.num_samples != 1)}"]
         if self.image_size:
-            parts.append("{} x {}".format(*self.image_size))
+            parts.append(shown(self.image_size[::-1]))
         elif self.sides:
             parts.append(f"of several sizes (shorter sides of {self.sides[0]} to {self.sides[-1]} px)")
         if self.channels:
@@ -102,6 +104,7 @@ class DataSurvey:
             "num_classes": self.num_classes,
             "image_size": list(self.image_size) if self.image_size else None,
             "channels": self.channels,
+            "crop": self.crop,
             "unchecked": self.unchecked,
         } | self.describe_code()
 
@@ -120,12 +123,13 @@ def survey(data: DataSettings, channels: int = 3) -> DataSurvey:
     named = data.code("transform")
     facts = data_facts(data)
     transform = None if named is None else _checked_transform(named, data, facts, channels)
+    rule = rule_of(data, facts.custom or facts.index)
     if facts.custom is not None:
-        return _survey_custom(data, facts, facts.custom, transform)
+        return replace(_survey_custom(data, facts, facts.custom, transform), crop=rule)
     if facts.index is None:
-        return DataSurvey(data.train, facts)
+        return DataSurvey(data.train, facts, crop=rule)
     looks = tuple(_looks(facts.index, data))
-    return DataSurvey(data.train, facts, looks, unchecked(facts.index, data.access), transform=transform)
+    return DataSurvey(data.train, facts, looks, unchecked(facts.index, data.access), transform=transform, crop=rule)
 
 
 def _survey_custom(

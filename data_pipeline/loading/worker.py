@@ -18,6 +18,7 @@ if __name__ == "__main__":  # before the imports below, which take a while
 
 import gc
 import json
+import math
 import mmap
 import os
 import socket
@@ -32,6 +33,7 @@ from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
+from tarflow.data_pipeline.images.crop import Crop
 from tarflow.data_pipeline.images.transform import flips
 from tarflow.data_pipeline.loading.custom.code import Named
 from tarflow.data_pipeline.loading.custom.dataset import CustomDataset, open_dataset
@@ -60,6 +62,7 @@ class Spec:
     max_pixels: int = MAX_PIXELS
     dataset: Named | None = None  # gives the samples, in the place of shards
     transform: Named | None = None
+    crop: str = "centre"
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Spec:
@@ -75,13 +78,12 @@ class Layout:
     """Where the parts of a batch of `rows` samples lie in a slot: pixels, then labels, then ids."""
 
     rows: int
-    image_size: int
-    channels: int
+    pixels: tuple[int, int, int]  # H, W, C
 
     @property
     def pixel_bytes(self) -> int:
         """Bytes of all images, rounded up so that the integers after them are aligned."""
-        return -(-self.rows * self.image_size * self.image_size * self.channels // 64) * 64
+        return -(-self.rows * math.prod(self.pixels) // 64) * 64
 
     @property
     def slot_bytes(self) -> int:
@@ -91,8 +93,8 @@ class Layout:
     def views(self, memory: object, slot: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
         """(images uint8 [rows, H, W, C], labels int64 [rows], ids int64 [rows]) of a slot, as views of `memory`."""
         start = slot * self.slot_bytes
-        shape = (self.rows, self.image_size, self.image_size, self.channels)
-        images = np.frombuffer(memory, np.uint8, int(np.prod(shape)), start).reshape(shape)  # type: ignore[call-overload]
+        shape = (self.rows, *self.pixels)
+        images = np.frombuffer(memory, np.uint8, math.prod(shape), start).reshape(shape)  # type: ignore[call-overload]
         integers = np.frombuffer(memory, np.int64, 2 * self.rows, start + self.pixel_bytes)  # type: ignore[call-overload]
         return images, integers[: self.rows], integers[self.rows :]
 
@@ -103,7 +105,8 @@ class Producer:
     def __init__(self, spec: Spec, custom: CustomDataset | None = None) -> None:
         self.spec = spec
         transform = Transform(spec.transform, spec.seed, spec.max_pixels) if spec.transform else None
-        reader = _custom(spec, custom, transform) if spec.dataset else _indexed(spec, transform)
+        crop = Crop(spec.crop, spec.seed)
+        reader = _custom(spec, custom, transform, crop) if spec.dataset else _indexed(spec, transform, crop)
         self.num_samples = reader.num_samples
         self.reader = SkippingReader(reader, spec.on_error)
 
@@ -132,14 +135,14 @@ class Producer:
         return skipped
 
 
-def _indexed(spec: Spec, transform: Transform | None) -> Reader:
+def _indexed(spec: Spec, transform: Transform | None, crop: Crop) -> Reader:
     index = open_index(spec.data, spec.access)
     if index.fingerprint != spec.fingerprint:
         raise DataError(f"the index at {spec.data} was rewritten while the loader was starting: start again")
-    return SampleReader(index, spec.shape, open_shards(index, spec.access), spec.max_pixels, transform)
+    return SampleReader(index, spec.shape, open_shards(index, spec.access), spec.max_pixels, transform, crop)
 
 
-def _custom(spec: Spec, custom: CustomDataset | None, transform: Transform | None) -> Reader:
+def _custom(spec: Spec, custom: CustomDataset | None, transform: Transform | None, crop: Crop) -> Reader:
     """`custom`: the data set that is open already in this process, if there is one."""
     assert spec.dataset is not None
     data = custom or open_dataset(spec.dataset, spec.data)
@@ -148,7 +151,7 @@ def _custom(spec: Spec, custom: CustomDataset | None, transform: Transform | Non
             f"{data.function}: called with {spec.data!r} again, in another process, it gives other images or another order "
             f"(fingerprint {spec.fingerprint} there, {data.fingerprint} here): sort what is listed from a folder or a set"
         )
-    return CustomReader(data, spec.shape, spec.max_pixels, transform)
+    return CustomReader(data, spec.shape, spec.max_pixels, transform, crop)
 
 
 def main(arguments: list[str]) -> None:

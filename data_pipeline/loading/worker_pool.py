@@ -114,7 +114,7 @@ class WorkerPool:
 
         `on_free()` is called when the last view is gone; what it returns is called before the slot is overwritten.
         """
-        shape = (self.layout.rows, self.layout.image_size, self.layout.image_size, self.layout.channels)
+        shape = (self.layout.rows, *self.layout.pixels)
         size = int(np.prod(shape))
         if len(self.held) >= _HELD:
             copy = self.layout.views(self.memory, slot)[0].copy()

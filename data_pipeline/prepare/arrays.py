@@ -249,5 +249,8 @@ def _check_images(images: NDArray[Any], where: str) -> NDArray[np.uint8]:
     elif images.ndim == 4 and images.shape[3] not in (1, 3, 4) and images.shape[1] in (1, 3, 4):
         images = images.transpose(0, 2, 3, 1)
     if images.ndim != 4 or images.shape[3] not in (1, 3, 4) or 0 in images.shape:
-        raise DataError(f"{where} has shape {images.shape}, expected [N, H, W], [N, H, W, C] or [N, C, H, W]")
+        rows = "; rows of pixels are read from files called train_data_batch_N.npz and val_data.npz" * (
+            images.ndim == 2
+        )
+        raise DataError(f"{where} has shape {images.shape}, expected [N, H, W], [N, H, W, C] or [N, C, H, W]{rows}")
     return images

@@ -1,4 +1,4 @@
-"""Images of any source as the files that go into shards: decoded once, cut to a square, encoded, in threads."""
+"""Images of any source as the files that go into shards: decoded once, cropped, encoded, in threads."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from PIL import Image
 
 from tarflow.data_pipeline.errors import BadSampleError
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
+from tarflow.data_pipeline.images.crop import Crop
 from tarflow.data_pipeline.images.decode import decode, from_pixels
-from tarflow.data_pipeline.images.transform import fit
 from tarflow.data_pipeline.prepare.source import ImageSource
+from tarflow.image_size import Size, sides
 
 QUALITY = 95  # of JPEGs
 _CHUNK = 256  # images in flight between the threads and the writer
@@ -25,13 +26,14 @@ _MAX_THREADS = 16
 
 @dataclass(frozen=True)
 class Encoding:
-    """What images become: squares of `size` pixels with 1 or 3 channels (0: as many as the source has) in a file format."""
+    """What images become: of `size` pixels with 1 or 3 channels (0: as many as the source has), by `crop`, in a file format."""
 
-    size: int
+    size: Size
     format: str = "png"
     quality: int = QUALITY
     channels: int = 0
     max_pixels: int = MAX_PIXELS
+    crop: str = "centre"
 
     def convert(self, data: bytes | NDArray[np.uint8]) -> tuple[bytes, bool]:
         """(a file's bytes or pixels as the bytes of a file, whether it was enlarged). Raises BadSampleError."""
@@ -39,8 +41,9 @@ class Encoding:
             pixels = decode(data, self.channels or 3, None, self.max_pixels)
         else:
             pixels = from_pixels(data, self.channels or (1 if data.shape[2] == 1 else 3))
-        small = min(pixels.shape[:2]) < self.size
-        return encode(fit(pixels, self.size), self.format, self.quality), small
+        height, width = sides(self.size)
+        small = pixels.shape[0] < height or pixels.shape[1] < width
+        return encode(Crop(self.crop)(pixels, self.size), self.format, self.quality), small
 
 
 def encode(pixels: NDArray[np.uint8], format: str, quality: int = QUALITY) -> bytes:

@@ -1,4 +1,6 @@
-"""Open what `data prepare` reads: folders of images, Parquet with image bytes, `.npz` arrays, IDX files; recognised by name.
+"""Open what `data prepare` reads, recognised by name.
+
+Folders of images, Parquet with image bytes, `.npz` arrays, IDX files, the official files of downsampled ImageNet.
 
 Every source gives its images in any order by number: labels, classes and splits are known at once, pixels or file bytes
 are read one by one. What was inferred is in `notes`, to be printed before the work and stored with its result.
@@ -15,6 +17,7 @@ from tarflow.data_pipeline.index.kinds import what_file, what_folder
 from tarflow.data_pipeline.layout.names import shown
 from tarflow.data_pipeline.layout.walk import Walk, walk
 from tarflow.data_pipeline.prepare.arrays import idx_source, npz_source
+from tarflow.data_pipeline.prepare.downsampled.batches import downsampled_source, is_official
 from tarflow.data_pipeline.prepare.folders import folder_source
 from tarflow.data_pipeline.prepare.labels import by_list, label_notes
 from tarflow.data_pipeline.prepare.source import LABELS, Choices, ImageSource
@@ -58,6 +61,9 @@ def open_source(
 def _recognised(path: Path, choices: Choices) -> ImageSource:
     if path.is_dir():
         return _folder(path, choices)
+    if is_official(path):
+        _only(choices, path, "a file of downsampled ImageNet", "split")
+        return downsampled_source([path], path.parent, choices)
     if path.suffix == ".parquet":
         _only(choices, path, "a Parquet file", "image_column", "label_column")
         return parquet_source([path], path.parent, choices)
@@ -84,6 +90,9 @@ def _folder(path: Path, choices: Choices) -> ImageSource:
     if idx:
         _only(choices, path, "a folder of IDX files", "split")
         return idx_source(idx, choices)
+    if official := [p for p in path.iterdir() if is_official(p)]:
+        _only(choices, path, "a folder of downsampled ImageNet", "split")
+        return downsampled_source(official, path, choices)
     found = walk(path)
     tables = _tables(path, found)
     if tables:

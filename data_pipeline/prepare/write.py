@@ -1,4 +1,4 @@
-"""Write a source as WebDataset (or MDS) shards with an index: decoded once, cut to a square, shuffled so that classes mix.
+"""Write a source as WebDataset (or MDS) shards with an index: decoded once, cropped, shuffled so that classes mix.
 
 Everything is written into `OUT.partial` and renamed at the end: an interrupted or failed run leaves no data set behind,
 and the same command started again begins afresh. The result depends on the source, the options and the seed only.
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import BadSampleError, DataError
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS, MAX_SIDE
+from tarflow.data_pipeline.images.crop import FIXED
 from tarflow.data_pipeline.index.build import build_index, by_cause
 from tarflow.data_pipeline.index.classes import CLASSES_FILE
 from tarflow.data_pipeline.index.mds import write_mds
@@ -28,7 +29,8 @@ from tarflow.data_pipeline.prepare.encode import QUALITY, Encoding, encoded_imag
 from tarflow.data_pipeline.prepare.order import Mask, shuffled, split_masks
 from tarflow.data_pipeline.prepare.source import ImageSource
 from tarflow.files import replace_dir
-from tarflow.locks import locked
+from tarflow.image_size import Size, plain, sides
+from tarflow.leases import locked
 
 FORMATS = ("png", "jpeg", "webp")
 _EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
@@ -45,7 +47,8 @@ _LISTED = 12  # classes
 class Options:
     """How to prepare. `container`: shards of `webdataset` (tars) or `mds` (mosaicml-streaming).
 
-    `size`: side of the square in pixels. `channels`: 1, 3, or 0 for as many as the source has.
+    `size`: in pixels (see `tarflow.image_size`). `crop`: the rule by which images get it (`images.crop`). `channels`: 1, 3, or
+    0 for as many as the source has.
 
     `shard_size`: most samples in a tar (10,000; a tar also ends at 512 MiB, an MDS shard at 64 MiB). `format`: png and webp
     are lossless, jpeg has `quality` (95). `val_fraction`: share of every class that goes to OUT/val, the rest to OUT/train;
@@ -53,7 +56,7 @@ class Options:
     `max_pixels`: of the largest image that is decoded (180 million).
     """
 
-    size: int
+    size: Size
     format: str = "png"
     quality: int | None = None
     channels: int = 0
@@ -63,15 +66,17 @@ class Options:
     on_error: str = "strict"
     container: str = "webdataset"
     max_pixels: int | None = None
+    crop: str = "centre"
 
     def encoding(self) -> Encoding:
         """How the images are encoded, with the defaults filled in."""
-        return Encoding(self.size, self.format, self.quality or QUALITY, self.channels, self.max_pixels or MAX_PIXELS)
+        quality, most = self.quality or QUALITY, self.max_pixels or MAX_PIXELS
+        return Encoding(self.size, self.format, quality, self.channels, most, self.crop)
 
     def check(self) -> None:
         """Raise DataError for a value out of range, and for one that would have no effect."""
         for name, value, right in (
-            ("--size", self.size, 1 <= self.size <= MAX_SIDE),
+            ("--size", plain(self.size), all(1 <= side <= MAX_SIDE for side in sides(self.size))),
             ("--format", self.format, self.format in FORMATS),
             ("--quality", self.quality, self.quality is None or 1 <= self.quality <= 100),
             ("--channels", self.channels, self.channels in (0, 1, 3)),
@@ -79,6 +84,7 @@ class Options:
             ("--val-fraction", self.val_fraction, 0 <= self.val_fraction < 1),
             ("--max-pixels", self.max_pixels, self.max_pixels is None or self.max_pixels >= 1),
             ("--on-error", self.on_error, self.on_error in ("strict", "skip")),
+            ("--crop", self.crop, self.crop in FIXED),
             ("--container", self.container, self.container in CONTAINERS),
         ):
             if not right:
@@ -251,8 +257,15 @@ class _SplitWriter:
             (folder / CLASSES_FILE).write_text(names + "\n", encoding="utf-8")
         self.progress(len(numbers))
         if written:
-            square = (options.size, options.size)
-            build_index(folder, shards, classes=source.classes, image_size=square, origin=source.notes)
+            height, width = sides(options.size)
+            build_index(
+                folder,
+                shards,
+                classes=source.classes,
+                image_size=(width, height),
+                crop=options.crop,
+                origin=source.notes,
+            )
         return written
 
     def _images(self, numbers: NDArray[np.int64]) -> Iterator[tuple[bytes, int]]:

@@ -25,7 +25,7 @@ from typing import Any
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.storage.cache_folder import create_own_file, make_cache_folder, open_own_file, opened
 from tarflow.files import fsync_file, listed
-from tarflow.locks import locked
+from tarflow.leases import locked
 
 
 class ShardCache:

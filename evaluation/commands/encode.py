@@ -22,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, help="with --noisy: key of the noise (default: the sampling settings')")
     parser.add_argument(
-        "--noise-std", type=float, metavar="S", help="with --noisy: the noise of a weights file that does not record it"
+        "--noise-std",
+        type=float,
+        metavar="S",
+        help="with --noisy: the noise of a weights file that does not record it; the level of a model that is told the noise",
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at once")
     add_machine(parser)
@@ -32,11 +35,10 @@ def run(args: argparse.Namespace) -> int:
     """Encode; 1 if an image has no finite latent."""
     from tarflow.evaluation.errors import EvaluationError
 
-    for option, value in (("--seed", args.seed), ("--noise-std", args.noise_std)):
-        if value is not None and not args.noisy:
-            raise EvaluationError(
-                f"{option} {value:g} is about noise, and without --noisy none is added: give both or neither"
-            )
+    if args.seed is not None and not args.noisy:
+        raise EvaluationError(
+            f"--seed {args.seed} is about noise, and without --noisy none is added: give both or neither"
+        )
     set_up_process(args, num=0, batch_size=1)
     from tarflow.evaluation.latents.encode import EncodeRequest, encode_images
 

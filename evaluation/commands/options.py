@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS, MAX_SIDE
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.image_size import plain, sides
 from tarflow.trainer.checkpoint.choice import add_choice
 
 OK, FAILED = 0, 1
@@ -69,10 +70,10 @@ def set_up_process(args: argparse.Namespace, **lowest: int) -> None:
     """Check options against their `lowest` values, then set priority and threads."""
     for name, low in {"threads": 1, "nice": 0, **lowest}.items():
         value = getattr(args, name)
-        if value is not None and value < low:
-            raise EvaluationError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
-    if (size := getattr(args, "size", None)) is not None and size > MAX_SIDE:
-        raise EvaluationError(f"--size must be at most {MAX_SIDE} pixels, got {size}")
+        if value is not None and min(sides(value)) < low:
+            raise EvaluationError(f"--{name.replace('_', '-')} must be at least {low}, got {plain(value)}")
+    if (size := getattr(args, "size", None)) is not None and max(sides(size)) > MAX_SIDE:
+        raise EvaluationError(f"--size must be at most {MAX_SIDE} pixels, got {plain(size)}")
     if args.nice:
         os.nice(args.nice)
     import torch

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from tarflow.evaluation.commands.options import OK, add_features, add_machine, log, set_up_process
+from tarflow.image_size import size_option
 
 EXAMPLE = """example:
   tarflow reference data/mnist5k/train --size 28 --channels 1
@@ -19,7 +20,11 @@ any number, on any machines that see the folder: they share the images, and the 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments and options."""
     parser.add_argument("data", metavar="DATA", help="folder of indexed shards")
-    parser.add_argument("--size", type=int, required=True, metavar="N", help="pixels that models of this data see")
+    parser.add_argument(
+        "--size", type=size_option, required=True, metavar="SIZE",
+        help="pixels that models of this data see: a whole number, or HEIGHT,WIDTH",
+    )  # fmt: skip
+    parser.add_argument("--crop", choices=("centre", "adm", "edm"), help="as data.crop (as prepared, else centre)")
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1 for grey (default 3)")
     parser.add_argument("--images", type=int, default=0, metavar="N", help="use N images, spread evenly (default: all)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write it (default: beside the shards)")
@@ -54,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         on_error=args.on_error,
         device=args.device,
         max_pixels=args.max_pixels,
+        crop=args.crop,
     )
     make_reference(request, log)
     return OK

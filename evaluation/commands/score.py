@@ -4,13 +4,14 @@ import argparse
 from pathlib import Path
 
 from tarflow.evaluation.commands.options import OK, add_features, add_machine, log, set_up_process
+from tarflow.image_size import size_option
 
 EXAMPLE = """example:
   tarflow score samples/images --reference data/mnist5k/train/reference-efficientnet_lite0-0123456789ab.npz
   tarflow score samples/images --against other/images --size 64 --out scores.json
   tarflow score samples.npz --reference VIRTUAL_imagenet64_labeled.npz --features fid_inception --features-file FILE
 
-Every image in the folder and its subfolders counts once, at the size of the reference (largest centred square). Damaged
+Every image in the folder and its subfolders counts once, at the size of the reference (largest centred box). Damaged
 files are an error, or listed with --on-error skip; files that are not images are listed.
 """
 
@@ -24,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against", type=Path, metavar="IMAGES", help="compare with the images of another folder or file"
     )
-    parser.add_argument("--size", type=int, metavar="N", help="pixels (default: the reference's, or the images' own)")
+    parser.add_argument(
+        "--size", type=size_option, metavar="SIZE",
+        help="pixels: a whole number, or HEIGHT,WIDTH (default: the reference's, or the images' own)",
+    )  # fmt: skip
     parser.add_argument("--channels", type=int, choices=(1, 3), help="1 for grey (default: the reference's, or 3)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all scores and counts there (JSON)")
     add_features(parser)

@@ -18,6 +18,7 @@ from tarflow.data_pipeline.images.identical import image_hashes
 from tarflow.data_pipeline.images.transform import fit
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.files import write_atomic
+from tarflow.image_size import Size, plain, sides, size_of
 from tarflow.npz import declared, rows
 from tarflow.records import DamagedFileError
 
@@ -31,7 +32,7 @@ class ImageArray:
 
     root: Path
     channels: int
-    size: int | None  # side of the square to score; None = the images' own
+    size: Size | None  # of the images to score; None = the images' own
     resized: int = 0
     used: int = 0
     sha256: str = ""  # of all scored pixels, in order
@@ -48,15 +49,11 @@ class ImageArray:
             )
         self.num_images, height, width, _ = found.shape
         if self.size is None:
-            if height != width:
-                raise EvaluationError(
-                    f"{self.root}: its images are {width} x {height}; give --size to crop and resize to"
-                )
-            self.size = height
-        self._fits = (height, width) == (self.size, self.size)
+            self.size = size_of(height, width)
+        self._fits = (height, width) == sides(self.size)
 
     def batches(self, batch_size: int = 64) -> Iterator[Tensor]:
-        """Yield uint8 [n, C, size, size] in their order."""
+        """Yield uint8 [n, C, H, W] of that size in their order."""
         self.resized, self.used = 0, 0
         digest = hashlib.sha256()
         hashes: list[NDArray[np.uint64]] = []
@@ -71,7 +68,7 @@ class ImageArray:
         self.hashes, self.sha256 = np.concatenate(hashes), digest.hexdigest()
 
     def _converted(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """[H, W, 1 or 3] -> [size, size, channels]."""
+        """[H, W, 1 or 3] -> [height, width, channels] of that size."""
         if image.shape[2] != self.channels:
             picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
             image = np.asarray(picture.convert("L" if self.channels == 1 else "RGB")).reshape(
@@ -83,7 +80,7 @@ class ImageArray:
     def describe(self) -> dict[str, Any]:
         """What was scored, for result files."""
         return {
-            "file": str(self.root), "images": self.used, "pixels_sha256": self.sha256, "image_size": self.size,
+            "file": str(self.root), "images": self.used, "pixels_sha256": self.sha256, "image_size": plain(self.size or 0),
             "channels": self.channels, "cropped_or_resized": self.resized,
         }  # fmt: skip
 
@@ -91,7 +88,8 @@ class ImageArray:
         """Reasons to distrust a score of this file."""
         if not self.resized:
             return []
-        return [f"{self.resized} of {self.used} images in {self.root} were cropped or resized to {self.size} pixels"]
+        size = plain(self.size or 0)
+        return [f"{self.resized} of {self.used} images in {self.root} were cropped or resized to {size} pixels"]
 
 
 def write_array(

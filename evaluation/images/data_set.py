@@ -8,17 +8,28 @@ import numpy as np
 from torch import Tensor
 
 from tarflow.data_pipeline.index.index import Index
-from tarflow.data_pipeline.loading.choose_reader import open_data
+from tarflow.data_pipeline.loading.choose_reader import open_data, rule_of
 from tarflow.data_pipeline.loading.custom.dataset import CustomDataset
 from tarflow.data_pipeline.loading.evaluation_batches import evaluation_batches
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.shape import ImageShape
 from tarflow.data_pipeline.storage.changed_shards import check_shards
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.image_size import Size, plain
 from tarflow.models.config import TarFlowConfig
 
 CROP = "largest centred square, bicubic with antialias (data_pipeline.transform.fit)"
 BATCH = 64
+_RULES = {
+    "adm": "ADM's centre crop: halved by a box filter, then bicubic, then the centre (data_pipeline.images.crop)",
+    "edm": "EDM's centre crop: the largest centred box, then Lanczos (data_pipeline.images.crop)",
+}
+
+
+def crop_text(size: Size, rule: str = "centre") -> str:
+    """What a provenance says of how images got their size."""
+    own = CROP if isinstance(size, int) else CROP.replace("square", "rectangle of the same shape")
+    return _RULES.get(rule, own)
 
 
 @dataclass(frozen=True)
@@ -84,8 +95,8 @@ class ImageSet:
             "fingerprint": self.index.fingerprint,
             "images": self.num_images,
             "selection": "all" if self.num_images == self.index.num_samples else "spread evenly over the index",
-            "image_size": self.model.image_size,
+            "image_size": plain(self.model.image_size),
             "channels": self.model.in_channels,
-            "crop": CROP,
+            "crop": crop_text(self.model.image_size, rule_of(self.data, self.index, training=False)),
             "damaged images": "left out" if self.skips_damaged else "refused",
         }

@@ -28,6 +28,8 @@ from tarflow.data_pipeline.images.opening import read_image
 from tarflow.data_pipeline.images.transform import fit
 from tarflow.data_pipeline.layout.walk import walk
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.images.data_set import crop_text
+from tarflow.image_size import Size, plain, shown, sides, size_of
 
 _NAMED = 20  # files named in a result
 _JPEG = b"\xff\xd8\xff"
@@ -39,7 +41,7 @@ class ImageFolder:
 
     root: Path
     channels: int
-    size: int | None  # side of the square to score; None = all images must already have one size
+    size: Size | None  # of the images to score; None = all images must already have one size
     on_error: str = "strict"
     max_pixels: int = MAX_PIXELS  # of the largest image to decode
     files: list[Path] = field(default_factory=list)
@@ -85,7 +87,7 @@ class ImageFolder:
         return len(self.files)
 
     def batches(self, batch_size: int = 64) -> Iterator[Tensor]:
-        """Yield uint8 [n, C, size, size] in the order of names. Raises EvaluationError if no image can be decoded."""
+        """Yield uint8 [n, C, H, W] of that size in the order of names. Raises EvaluationError if no image can be decoded."""
         self.broken, self.jpegs, self.resized, self.used = [], 0, 0, 0
         digest = hashlib.sha256()
         waiting: list[NDArray[np.uint8]] = []
@@ -111,7 +113,7 @@ class ImageFolder:
             )
 
     def _read(self, path: Path, digest: Any) -> NDArray[np.uint8] | None:
-        """One image, uint8 [size, size, C], counted and added to `digest`; None if it was skipped."""
+        """One image, uint8 [H, W, C] of that size, counted and added to `digest`; None if it was skipped."""
         name = path.relative_to(self.root).as_posix()
         try:
             data = read_image(path)
@@ -126,13 +128,11 @@ class ImageFolder:
         # Without --size the first image decides: resizing unasked would change the metrics.
         height, width = image.shape[:2]
         if self.size is None:
-            if height != width:
-                raise EvaluationError(f"{path} is {width} x {height}, not square; give --size to crop and resize to")
-            self.size = height
-        if (height, width) != (self.size, self.size):
+            self.size = size_of(height, width)
+        if (height, width) != sides(self.size):
             if self._first_decides:
                 raise EvaluationError(
-                    f"{path} is {width} x {height}, the images before it are {self.size} x {self.size}; give --size to "
+                    f"{path} is {shown((height, width))}, the images before it are {shown(self.size)}; give --size to "
                     "crop and resize all to"
                 )
             self.resized += 1
@@ -146,9 +146,9 @@ class ImageFolder:
             "folder": str(self.root),
             "images": self.used,
             "pixels_sha256": self.sha256,
-            "image_size": self.size,
+            "image_size": None if self.size is None else plain(self.size),
             "channels": self.channels,
-            "crop": "largest centred square, bicubic with antialias (data_pipeline.transform.fit)",
+            "crop": crop_text(self.size or 0),
             "cropped_or_resized": self.resized,
             "jpeg_files": self.jpegs,
             "linked_folders": self.linked,
@@ -173,7 +173,7 @@ class ImageFolder:
             )
         if self.resized:
             lines.append(
-                f"{self.resized} of {self.used} images in {self.root} were cropped or resized to {self.size} pixels"
+                f"{self.resized} of {self.used} images in {self.root} were cropped or resized to {plain(self.size or 0)} pixels"
             )
         if self.unread:
             lines.append(f"{self.root} also holds {self._unread()}: not scored")

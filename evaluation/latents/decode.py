@@ -20,6 +20,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from tarflow.code_version import code_version
+from tarflow.evaluation.batches import named_cause
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.flow import Flow
 from tarflow.evaluation.latents.encode import LEASE_S, UNGUIDED
@@ -28,7 +29,7 @@ from tarflow.evaluation.likelihood.files import who_is_who, write_table
 from tarflow.evaluation.likelihood.out_folder import refuse_other_files, refuse_others
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.png_folder import save_png
-from tarflow.evaluation.samples.request import SourceRequest, open_request
+from tarflow.evaluation.samples.request import SourceRequest, batches_of, open_request
 from tarflow.evaluation.shared_work import SharedWork
 from tarflow.evaluation.worker.chunk_file import Chunk, Form, is_valid, read_chunk, write_chunk
 from tarflow.files import check_writable, fill, make_folder
@@ -85,7 +86,9 @@ def decode_latents(request: DecodeRequest, log: Log = print) -> Decoded:
     if not _there(request.out, identity):
         refuse_other_files(request.out, "decoded.", "images")
         check_writable(request.out if request.out.is_dir() else request.out.parent)
-        _Decoding(request, latents, Flow(source, sampling, batch_size), identity, log).run()
+        flow = Flow(source, sampling, batch_size, batches_of(request, source, log))
+        with named_cause("decoding", flow.device):
+            _Decoding(request, latents, flow, identity, log).run()
     found = load_record(record, Decoded)
     if found.max_error is not None:
         log(

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from tarflow.code_version import code_version
+from tarflow.evaluation.batches import named_cause
+from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.flow import Flow
 from tarflow.evaluation.latents.store import (
     FORMAT,
@@ -27,7 +29,7 @@ from tarflow.evaluation.likelihood.images import Images, open_images
 from tarflow.evaluation.likelihood.out_folder import refuse_other_files, refuse_others
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
-from tarflow.evaluation.samples.request import SourceRequest, open_request
+from tarflow.evaluation.samples.request import SourceRequest, batches_of, open_request
 from tarflow.evaluation.shared_work import SharedWork
 from tarflow.evaluation.worker.chunk_file import Chunk, write_chunk
 from tarflow.files import check_writable, create_empty, discarded, fill, put_once
@@ -57,7 +59,12 @@ def encode_images(request: EncodeRequest, log: Log = print) -> Latents:
     request.settings = request.settings | UNGUIDED
     source, sampling, batch_size = open_request(request, log)
     seed = sampling.settings.seed if request.seed is None else request.seed
-    level = source.level(request.settings.get("noise_std"))
+    given = request.settings.get("noise_std")
+    level = source.level(given)
+    if given is not None and level is None and not request.noisy:
+        raise EvaluationError(
+            f"--noise-std {given:g} is about noise, and without --noisy none is added: give both or neither"
+        )
     noise = source.training_noise(sampling.noise_std, seed, level=level) if request.noisy else None
     images = open_images(request.data, source, request.num, label, log)
     identity = {
@@ -66,11 +73,13 @@ def encode_images(request: EncodeRequest, log: Log = print) -> Latents:
     } | ({} if level is None else {"noise_level": level})  # fmt: skip
     what = "without noise" if noise is None else f"with noise ({noise.describe()})"
     log(f"{images.num_images:,} images of {request.data}, {what}, weights {source.weights} of {source.origin}")
-    work = _Encoding(request, Flow(source, sampling, batch_size), noise, level, images, identity, log)
+    flow = Flow(source, sampling, batch_size, batches_of(request, source, log))
+    work = _Encoding(request, flow, noise, level, images, identity, log)
     if not work.is_there():
         refuse_other_files(request.out, "latents")
         check_writable(request.out if request.out.is_dir() else request.out.parent)
-        work.run()
+        with named_cause("encoding", source.model.var.device):
+            work.run()
     found = open_latents(request.out)
     lost = f", {found.nonfinite} of them not finite" if found.nonfinite else ""
     number = len(found.shards)

@@ -17,12 +17,13 @@ from tarflow.data_pipeline.index.index import Index
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.survey import LOOKED_AT, survey
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.images.data_set import CROP, ImageSet
+from tarflow.evaluation.images.data_set import ImageSet, crop_text
 from tarflow.evaluation.images.folder import ImageFolder
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.draw import NO_LABEL
 from tarflow.evaluation.samples.labels import label_number
 from tarflow.evaluation.samples.weights_source import WeightsSource
+from tarflow.image_size import plain, shown, sides
 from tarflow.models.config import TarFlowConfig
 from tarflow.trainer.config.class_names import difference
 
@@ -88,6 +89,7 @@ class OfFolder:
     """
 
     def __init__(self, folder: Path, model: TarFlowConfig, limit: int, label: int | None):
+        self.model_size = model.image_size
         self.images = ImageFolder(folder, model.in_channels, model.image_size)
         total = len(self.images.files)
         count = min(limit, total) if limit else total
@@ -101,11 +103,11 @@ class OfFolder:
 
     def provenance(self) -> dict[str, Any]:
         """What their likelihoods depend on."""
-        size = self.images.size
+        size = self.model_size
         return {
             "data": str(self.images.root.resolve()), "files": self._fingerprint(),
-            "images": self.num_images, "image_size": size,
-            "channels": self.images.channels, "crop": CROP, "labels": self.label,
+            "images": self.num_images, "image_size": plain(size),
+            "channels": self.images.channels, "crop": crop_text(size), "labels": self.label,
         }  # fmt: skip
 
     def batches(self, batch_size: int, part: int, parts: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -171,10 +173,11 @@ def _looks(files: Sequence[Path]) -> tuple[Look, ...]:
 def _conversions(looks: Sequence[Look], model: TarFlowConfig) -> Iterator[str]:
     """What is done to images that are not as the model takes them: the figures are of what comes out."""
     size = model.image_size
-    if others := sum((look.width, look.height) != (size, size) for look in looks):
+    if others := sum((look.height, look.width) != sides(size) for look in looks):
+        shape = "square" if isinstance(size, int) else "rectangle of this shape"
         yield (
-            f"{others} of {len(looks)} images looked at are not {size} x {size} pixels: such images are cropped to their "
-            f"largest centred square and resized to {size}"
+            f"{others} of {len(looks)} images looked at are not {shown(size)} pixels: such images are cropped to their "
+            f"largest centred {shape} and resized to {plain(size)}"
         )
     if model.in_channels == 1 and (coloured := sum(not look.grey for look in looks)):
         yield f"{coloured} of {len(looks)} images looked at have colours, and the model has none: they become grey"

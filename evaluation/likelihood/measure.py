@@ -3,6 +3,7 @@
     OUT/likelihood.json      what was measured under which settings, mean and quantiles; written last
     OUT/likelihood.parquet   a row per image (or .csv)
     OUT/likelihood.html      histogram, blocks, the most and the least likely images
+    OUT/likelihood.most.png  those images as grids, for the report of the run; and likelihood.least.png
     OUT/work/                chunks, until the table is written
 
 A chunk's numbers follow from the settings alone, so the files are the same for any number of processes.
@@ -14,50 +15,39 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import ConfigDict, Field
 
 from tarflow.code_version import code_version
-from tarflow.evaluation.batches import Batches
+from tarflow.evaluation.batches import named_cause
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.likelihood.extremes import Extremes
-from tarflow.evaluation.likelihood.files import columns_of, write_page, write_table
+from tarflow.evaluation.likelihood.files import BINS, columns_of, write_page, write_table
 from tarflow.evaluation.likelihood.images import Images, open_images
 from tarflow.evaluation.likelihood.out_folder import refuse_other_files, refuse_others
 from tarflow.evaluation.likelihood.per_image import ImageLikelihoods, likelihoods
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
-from tarflow.evaluation.samples.request import SourceRequest, open_request
+from tarflow.evaluation.report.likelihoods import headline
+from tarflow.evaluation.result_file import LIKELIHOOD_PICTURES, LikelihoodFile
+from tarflow.evaluation.samples.grid import make_grid
+from tarflow.evaluation.samples.png_folder import save_png
+from tarflow.evaluation.samples.request import SourceRequest, batches_of, open_request
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.shared_work import SharedWork
 from tarflow.evaluation.worker.chunk_file import Chunk, Form, is_valid, read_chunk, write_chunk
 from tarflow.files import check_writable, fill
 from tarflow.models.float32 import TRUE_FLOAT32
-from tarflow.records import Record, load_record, write_object
+from tarflow.records import load_record, write_object
 
 FORMAT, CHUNK, LEASE_S = 1, 256, 120.0
 FORM: Form = {
     "ids": (np.int64, "n"), "labels": (np.int64, "n"), "bits": (np.float64, "n k"), "parts": (np.float64, "n b"),
     "extremes": (np.int64, "e"), "pixels": (np.uint8, "e * * *"),
 }  # fmt: skip
+COLUMNS = 6  # of the grids
 SHOWN = 12  # most and least likely images on the page, each
-
-
-class Summary(Record):
-    """What OUT/likelihood.json must hold to be believed; the rest is compared with what is asked."""
-
-    model_config = ConfigDict(extra="allow")
-    what: ClassVar[str] = "a summary of likelihoods"
-    way_out: ClassVar[str] = "give another --out"
-    must_be_sealed: ClassVar[bool] = True
-
-    table: Literal["likelihood.parquet", "likelihood.csv"]
-    measured: int = Field(ge=1)
-    nonfinite: int = Field(ge=0)
-    bits_per_dim: float | None
-    stderr: float | None = Field(None, ge=0)
 
 
 @dataclass(kw_only=True)
@@ -90,9 +80,10 @@ def measure_likelihoods(request: LikelihoodRequest, log: Log = print) -> dict[st
     if not _there(summary, identity):
         refuse_other_files(request.out, "likelihood.")
         check_writable(request.out if request.out.is_dir() else request.out.parent)
-        _Measurement(request, source, noise, images, identity, batch_size, log).run()
-    result = load_record(summary, Summary)
-    log(_headline(result))
+        with named_cause("likelihood", source.model.var.device):
+            _Measurement(request, source, noise, images, identity, batch_size, log).run()
+    result = load_record(summary, LikelihoodFile)
+    log(headline(result.model_dump()).replace("±", "+-"))
     log(f"table: {request.out / result.table}\npage: {request.out / 'likelihood.html'}")
     return result.model_dump()
 
@@ -101,7 +92,7 @@ def _there(summary: Path, identity: dict[str, Any]) -> bool:
     """Whether OUT holds this very measurement, complete. Raises EvaluationError where it holds another one."""
     if not summary.is_file():
         return False
-    found = load_record(summary, Summary)
+    found = load_record(summary, LikelihoodFile)
     if not (summary.parent / found.table).is_file():
         raise EvaluationError(
             f"--out {summary.parent}: its {summary.name} is there, but {found.table} is not: give another folder"
@@ -127,7 +118,7 @@ class _Measurement:
     def run(self) -> None:
         """Help until the summary is there, by any process."""
         self.parts = max(1, -(-self.images.num_images // CHUNK))
-        self.memory = Batches(self.source.model.var.device, self.log)
+        self.memory = batches_of(self.request, self.source, self.log)
         self.chunks = {f"likelihood-{part:06d}": part for part in range(self.parts)}
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
         plan = {"batch_size": self.batch_size, "chunks": self.parts}
@@ -172,9 +163,22 @@ class _Measurement:
         summary |= {"data": str(self.request.data), "origin": self.source.origin, "code": code_version()}
         summary["float32"] = TRUE_FLOAT32
         summary["provenance"] = self.source.describe_provenance()
+        summary |= self._pictures(found, extremes)
         write_page(self.request.out / "likelihood.html", found, extremes.pictures, summary)
         write_object(self.request.out / "likelihood.json", summary)
         fill(path, "")
+
+    def _pictures(self, found: ImageLikelihoods, extremes: Extremes) -> dict[str, list[tuple[int, float]]]:
+        """Write the grids of both ends, likeliest or least likely first; what the summary says of them."""
+        bits, shown = dict(zip(found.ids.tolist(), found.mean.tolist())), extremes.pictures
+        ordered = [(int(number), bits[number]) for number in extremes.numbers.tolist()]
+        half = len(ordered) // 2
+        ranked = {"most": ordered[:half] or ordered, "least": ordered[::-1][:half]}
+        for end, name in LIKELIHOOD_PICTURES.items():
+            if ranked[end]:
+                grid = make_grid([shown[number] for number, _ in ranked[end]], min(COLUMNS, len(ranked[end])))
+                save_png(self.request.out / name, grid)
+        return {f"{end}_likely": numbers for end, numbers in ranked.items()}
 
 
 def _summary(found: ImageLikelihoods, noise: NoiseSettings, dims: int) -> dict[str, Any]:
@@ -190,6 +194,8 @@ def _summary(found: ImageLikelihoods, noise: NoiseSettings, dims: int) -> dict[s
     about["log_prob"] = float((7 - bits).mean() * dims * np.log(2))
     quantiles = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
     about["quantiles"] = {f"{q:g}": float(value) for q, value in zip(quantiles, np.quantile(bits, quantiles))}
+    counts, edges = np.histogram(bits, bins=min(BINS, len(bits)))
+    about["histogram"] = {"low": float(edges[0]), "high": float(edges[-1]), "counts": counts.tolist()}
     about["parts"] = dict(zip(part_names(found), found.parts[finite].mean(axis=0).tolist()))
     if noise.kind == "uniform":
         about["importance_weighted"] = float(found.importance_weighted(dims)[finite].mean())
@@ -199,11 +205,3 @@ def _summary(found: ImageLikelihoods, noise: NoiseSettings, dims: int) -> dict[s
 def part_names(found: ImageLikelihoods) -> list[str]:
     """Names of the columns of `parts`."""
     return ["prior", *(f"block_{number}" for number in range(found.parts.shape[1] - 1))]
-
-
-def _headline(result: Summary) -> str:
-    lost = f", {result.nonfinite} of them not finite" if result.nonfinite else ""
-    if result.bits_per_dim is None:
-        return f"no image has a finite likelihood{lost}"
-    error = f" +- {result.stderr:.4f}" if result.stderr is not None else ""
-    return f"{result.bits_per_dim:.4f}{error} bits per dimension over {result.measured:,} images{lost}"

@@ -63,9 +63,11 @@ def nearest_neighbours(
 
 def _comparable(pixels: Tensor) -> Tensor:
     """uint8 [n, C, H, W] -> float64 [n, d] of whole grey levels, at most 64 x 64 pixels."""
-    size = pixels.shape[-1]
-    if size > LARGEST:
-        pixels = F.adaptive_avg_pool2d(pixels.float(), LARGEST).round()
+    height, width = pixels.shape[2:]
+    longer = max(height, width)
+    if longer > LARGEST:
+        smaller = (max(1, height * LARGEST // longer), max(1, width * LARGEST // longer))
+        pixels = F.adaptive_avg_pool2d(pixels.float(), smaller).round()
     return pixels.flatten(1).double()
 
 

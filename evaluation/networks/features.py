@@ -34,9 +34,10 @@ _IMAGENET = ((255 * 0.485, 255 * 0.456, 255 * 0.406), (255 * 0.229, 255 * 0.224,
 
 
 def to_network_input(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
-    """uint8 [N, C, H, W], C = 1 or 3, square -> float32 [N, 3, size, size] in 0..255: the same for samples and data.
+    """uint8 [N, C, H, W], C = 1 or 3 -> float32 [N, 3, size, size] in 0..255: the same for samples and data.
 
-    Bicubic with antialias, float32, clamped to 0..255, not rounded; grey is repeated to three equal channels.
+    Bicubic with antialias, float32, clamped to 0..255, not rounded; grey is repeated to three equal channels. A
+    rectangle is resized as a whole, as every published program does: its features see it stretched to a square.
     """
     _check(images)
     x = F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True)
@@ -56,8 +57,6 @@ def _check(images: Tensor) -> None:
         raise EvaluationError(
             f"feature networks take uint8 images [N, 1 or 3, H, W], got {images.dtype} {list(images.shape)}"
         )
-    if images.shape[2] != images.shape[3]:
-        raise EvaluationError(f"feature networks take square images, got {list(images.shape)}: crop, do not stretch")
 
 
 def _resize_text(size: int) -> str:

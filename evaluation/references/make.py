@@ -1,6 +1,7 @@
 """`tarflow reference`: compute the statistics of a data set once, ahead of the evaluations that use them."""
 
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tarflow.evaluation.references.compute import reference_statistics
 from tarflow.evaluation.references.reference import Reference, cache_path, full_provenance
 from tarflow.evaluation.samples.weights_source import resolve_device
 from tarflow.files import write_atomic, write_new
+from tarflow.image_size import Size, sides
 from tarflow.models.config import TarFlowConfig
 from tarflow.npz import write_npz
 
@@ -37,7 +39,7 @@ class ReferenceRequest:
     """Which statistics to compute."""
 
     data: str
-    size: int
+    size: Size
     channels: int
     images: int  # spread evenly over the data; 0 = all
     features: str
@@ -46,6 +48,7 @@ class ReferenceRequest:
     on_error: str
     device: str
     max_pixels: int = MAX_PIXELS
+    crop: str | None = None  # as data.crop
     form: str = OURS  # of `out`, or one of `FORMS`
     with_images: int = 0  # images in a file of ADM's form, spread evenly over the data
 
@@ -54,8 +57,8 @@ def make_reference(request: ReferenceRequest, log: Log = print) -> Reference:
     """Compute statistics together with any other workers, or load them if they exist."""
     # Only the shape of the images is used; the rest of the model is a placeholder.
     shape = TarFlowConfig(
-        image_size=request.size, patch_size=request.size, in_channels=request.channels, channels=64, num_blocks=1,
-        layers_per_block=1,
+        image_size=request.size, patch_size=math.gcd(*sides(request.size)), in_channels=request.channels, channels=64,
+        num_blocks=1, layers_per_block=1,
     )  # fmt: skip
     images = ImageSet(_data(request), shape, request.images)
     network = Features(request.features, resolve_device(request.device), request.features_file)
@@ -116,7 +119,7 @@ def _export(request: ReferenceRequest, reference: Reference, shape: TarFlowConfi
         if inside.skips_damaged:  # the file begins with the number of its images
             number = sum(len(pixels) for pixels, _, _ in inside.batches(labelled=False))
         pictures = (image for pixels, _, _ in inside.batches(labelled=False) for image in pixels)
-        write_array(request.out, (number, request.size, request.size, 3), pictures, arrays)
+        write_array(request.out, (number, *sides(request.size), 3), pictures, arrays)
         return
     content = io.BytesIO()
     write_npz(content, arrays, sealed=False)
@@ -130,4 +133,6 @@ def moments_of(statistics: FeatureStatistics, suffix: str = "") -> dict[str, NDA
 
 
 def _data(request: ReferenceRequest) -> DataSettings:
-    return DataSettings.of(request.data, on_error=request.on_error, max_image_pixels=request.max_pixels)
+    return DataSettings.of(
+        request.data, on_error=request.on_error, max_image_pixels=request.max_pixels, crop=request.crop
+    )

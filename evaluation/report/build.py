@@ -11,6 +11,7 @@ from tarflow.evaluation.report.cards import cards_section
 from tarflow.evaluation.report.curves import sampling_curves, training_curves
 from tarflow.evaluation.report.headline import alike, find_headline
 from tarflow.evaluation.report.history import read_history
+from tarflow.evaluation.report.likelihoods import likelihood_sections, read_likelihoods
 from tarflow.evaluation.report.markup import damaged_files, escaped, section
 from tarflow.evaluation.report.pictures import by_class, comparisons, grids, over_settings
 from tarflow.evaluation.report.tables import config_table, headline_table, results_table
@@ -30,6 +31,7 @@ def write_report(run_dir: str | Path, out: Path | None = None, log: Log = lambda
     chosen: list[str] = []
     history = read_history(run_dir)
     config, known = shown_config(run_dir, history.flaws, chosen.append)
+    measured = read_likelihoods(run_dir, history.flaws)
     headline = find_headline(history.results, config if known else None)
     # Curves and grids are only comparable under one group of settings: the headline's.
     shown = alike(history.results, headline.curve) if headline else []
@@ -41,6 +43,7 @@ def write_report(run_dir: str | Path, out: Path | None = None, log: Log = lambda
         section("Samples by class", by_class(history, shown)),
         over_settings(history),
         comparisons(history, shown),
+        likelihood_sections(measured, history.flaws),
         section("All results", results_table(history, headline)),
         section("Headline result in full", headline_table(headline)),
         section("Configuration", config_table(config)),

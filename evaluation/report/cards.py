@@ -73,7 +73,9 @@ def _metrics(result: Result) -> Iterator[Card]:
         if values.get(key) is not None:
             yield Card(label, f"{values[key]:.{digits}f}", note)
     if values.get("bits_per_dim") is not None:
-        note = _plus_minus(values.get("bits_per_dim_stderr"), 4) + "held-out images"
+        level = values["likelihood"].get("noise_level")  # of a model that is told it
+        at = f" at noise level {level:g}" if isinstance(level, int | float) else ""
+        note = _plus_minus(values.get("bits_per_dim_stderr"), 4) + f"held-out images{at}"
         yield Card("bits per dimension", f"{values['bits_per_dim']:.4f}", note)
     if values.get("label_agreement") is not None:
         yield Card("label agreement", f"{values['label_agreement']:.1%}", "vote of the 5 nearest training images")

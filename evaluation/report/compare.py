@@ -12,6 +12,7 @@ from tarflow.evaluation.metrics.names import is_distance, is_kernel
 from tarflow.evaluation.report.curves import by_settings, drawn, likelihoods, over_images
 from tarflow.evaluation.report.headline import Headline, find_headline, settings_of
 from tarflow.evaluation.report.history import History, read_history
+from tarflow.evaluation.report.likelihoods import Measured, compared, read_likelihoods
 from tarflow.evaluation.report.markup import damaged_files, paragraphs, picture, section, table
 from tarflow.evaluation.report.plots import COLOURS, Curve, Plot
 from tarflow.evaluation.report.template import PAGE
@@ -51,6 +52,7 @@ class _Run:
     history: History
     config: Config | None
     headline: Headline | None
+    measured: list[Measured]
 
     def curve(self, points: Sequence[tuple[float, float]]) -> Curve:
         return Curve(self.label, points, colour=self.colour, style=self.style)
@@ -62,9 +64,11 @@ def write_comparison(paths: Sequence[str | Path], out: Path, log: Log = lambda _
     Raises TrainerError where one is not a run, EvaluationError for too many runs, or one that is given twice.
     """
     runs, flaws = _read(paths), list[str]()
+    measured, pictures = compared([(run.curve([]), run.measured) for run in runs], flaws)
     sections = [
         section("Headline results", _headlines(runs)),
         section("Curves", drawn(_plots(runs), "plot")),
+        section("Likelihoods of images", drawn(measured, "likelihood") + pictures),
         section("Settings that differ", _settings(runs)),
         section("Samples", _grids(runs, flaws)),
     ]
@@ -93,9 +97,9 @@ def _read(paths: Sequence[str | Path]) -> list[_Run]:
         config, known = shown_config(folder, history.flaws)
         label = plain(name.name if short.count(name.name) == 1 else folder, 60)
         colour, style = COLOURS[number % len(COLOURS)], _STYLES[number // len(COLOURS)]
-        found.append(
-            _Run(label, colour, style, history, config, find_headline(history.results, config if known else None))
-        )
+        headline = find_headline(history.results, config if known else None)
+        measured = read_likelihoods(folder, history.flaws)
+        found.append(_Run(label, colour, style, history, config, headline, measured))
     return found
 
 

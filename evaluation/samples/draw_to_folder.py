@@ -3,6 +3,7 @@
 import math
 
 from tarflow.code_version import code_version
+from tarflow.evaluation.batches import named_cause
 from tarflow.evaluation.images.array import NAME, write_array
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler
@@ -13,6 +14,7 @@ from tarflow.evaluation.samples.variations.best_of import BestSampler
 from tarflow.evaluation.samples.variations.choose import check_variation, choose_sampler
 from tarflow.evaluation.samples.variations.path import PathSampler
 from tarflow.evaluation.samples.variations.temperatures import TemperatureSampler
+from tarflow.image_size import plain
 
 GRID_IMAGES = 100
 LONGEST_ROW = 16
@@ -34,21 +36,22 @@ def sample_images(request: SampleRequest, log: Log = print) -> bool:
     missing, damaged = folder.missing(chosen=best is not None), folder.damaged
 
     # Any number of calls fill one folder: each draws only what is missing or damaged.
-    log(f"{num} images of {model.image_size} pixels from {source.origin}, weights {source.weights}")
+    log(f"{num} images of {plain(model.image_size)} pixels from {source.origin}, weights {source.weights}")
     if len(missing) < num:
         log(f"{num - len(missing)} are there already")
     if damaged:
         first = next(iter(damaged))
         log(f"{len(damaged)} damaged images are drawn again: {folder.path(first).name} is {damaged[first]}"
             + (f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""))  # fmt: skip
-    if missing and sampler.plan is None:
-        sampler.take_over(sampler.measure(missing[:batch_size], source.sha256, log), source.sha256)
-        log(f"sampling: {sampler.plan}")
     count = SampleCount()
-    for drawn in sampler.draw_all(missing, batch_size):
-        for index, pixels in zip(drawn.finite_indices(), drawn.pixels()):
-            folder.save(index, pixels)
-        count.add(drawn)
+    with named_cause("sampling", source.model.var.device):
+        if missing and sampler.plan is None:
+            sampler.take_over(sampler.measure(missing[:batch_size], source.sha256, log), source.sha256)
+            log(f"sampling: {sampler.plan}")
+        for drawn in sampler.draw_all(missing, batch_size):
+            for index, pixels in zip(drawn.finite_indices(), drawn.pixels()):
+                folder.save(index, pixels)
+            count.add(drawn)
     folder.finish(count.nonfinite, best.record(missing) if best else None)
     if count.certificates.rows or count.redone:
         log(f"certificates: {count.certificates}; {count.redone} of {count.asked} sampled again token by token")
@@ -61,7 +64,7 @@ def sample_images(request: SampleRequest, log: Log = print) -> bool:
         log(f"images: {folder.images}\ngrid: {request.out / 'grid.png'}")
     if request.form == "npz":
         there = [path for i in range(num) if (path := folder.path(i)).exists()]
-        shape = (len(there), model.image_size, model.image_size, 3)
+        shape = (len(there), model.height, model.width, 3)
         write_array(request.out / "samples.npz", shape, map(load_png, there))
         log(f"array: {request.out / 'samples.npz'} ({NAME}, uint8 {list(shape)})")
     if count.nonfinite:

@@ -10,6 +10,7 @@ from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.draw import check_guidance, check_noise
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
+from tarflow.image_size import shown
 from tarflow.models.sampling.settings import SamplingSettings
 from tarflow.models.weights import WeightsFile
 from tarflow.terminal import plain
@@ -92,11 +93,15 @@ def describe_file(path: Path, file: WeightsFile) -> str:
         return plain(f"{path}: {file.provenance}{sampling}", 5000) + file.caveat
     c = file.config
     layers = "-".join(map(str, c.layers)) if isinstance(c.layers_per_block, tuple) else c.layers_per_block
-    words = {"head_channels": f"attention heads of {c.head_channels} channels", "soft_clip": "no soft clip"}
+    words = {
+        "head_channels": f"attention heads of {c.head_channels} channels",
+        "soft_clip": "no soft clip",
+        "scale": "scales by exp",
+    }
     assumed = ", ".join(words[key] for key in file.inferred["assumed"])
     stated = ", ".join(f"{key}={value}" for key, value in file.stated.items())
     return (
-        f"{path}: published layout; from its shapes {c.image_size} x {c.image_size} pixels, patches of {c.patch_size}, "
+        f"{path}: published layout; from its shapes {shown(c.image_size)} pixels, patches of {c.patch_size}, "
         f"{c.channels} channels, {c.num_blocks} blocks of {layers} layers, {c.num_classes} classes"
         + (f"; assumed as published: {assumed}" if assumed else "")
         + (f"; as stated: {stated}" if stated else "")

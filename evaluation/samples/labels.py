@@ -80,19 +80,26 @@ def describe_classes(num_classes: int, classes: Sequence[str] | None) -> str:
     return shown + (f" and {len(classes) - MOST_SHOWN} more" if len(classes) > MOST_SHOWN else "")
 
 
-def given_names(file: Path | None, known: Sequence[str] | None, num_classes: int, where: str) -> Sequence[str] | None:
-    """Class names: those known from `where`, or those in the file of `--classes`, which must not contradict them."""
-    if file is None:
+def given_names(
+    given: Path | Sequence[str] | None,
+    known: Sequence[str] | None,
+    num_classes: int,
+    where: str,
+    option: str = "--classes",
+) -> Sequence[str] | None:
+    """Class names: those known from `where`, or those of `option`, themselves or in a file, which must not contradict them."""
+    if given is None:
         return known
-    names = parse_classes(file)
+    names = parse_classes(given) if isinstance(given, Path) else list(given)
+    option += f" {given}" if isinstance(given, Path) else ""
     if known is not None and list(known) != names:
         differ = next(
             (i for i, pair in enumerate(zip(known, names)) if pair[0] != pair[1]), min(len(known), len(names))
         )
         ours, theirs = (repr(s[differ]) if differ < len(s) else "no class" for s in (known, names))
         raise EvaluationError(
-            f"--classes {file}: class {differ} is {theirs} there, and {ours} in {where}; leave the option out"
+            f"{option}: class {differ} is {theirs} there, and {ours} in {where}; leave the option out"
         )
     if len(names) > num_classes:
-        raise EvaluationError(f"--classes {file} holds {len(names)} names, but {where} has {num_classes} classes")
+        raise EvaluationError(f"{option} holds {len(names)} names, but {where} has {num_classes} classes")
     return names

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tarflow.evaluation.batches import NOTE, Batches
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.run_config import run_config
@@ -79,6 +80,15 @@ def open_request(request: SourceRequest, log: Log) -> tuple[WeightsSource, Resol
     with pinned(checkpoint, f"sample-{id(request)}"):
         source = from_checkpoint(config, checkpoint, request.weights or config.evaluated_weights, device)
     return source, sampling, request.batch_size or config.sampling.batch_size
+
+
+def batches_of(request: SourceRequest, source: WeightsSource, log: Log = print, keep: bool = True) -> Batches:
+    """How many images a command takes at a time: of a run, by the note of halves that its evaluations go by and add to.
+
+    `keep`: whether this process adds to it. A weights file has no such note.
+    """
+    note = None if is_weights_file(request.source) else request.source / NOTE
+    return Batches(source.model.var.device, log, note=note, keep=keep)
 
 
 def _open_file(request: SourceRequest, device: torch.device, log: Log) -> tuple[WeightsSource, ResolvedSampling, int]:

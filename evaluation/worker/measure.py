@@ -81,6 +81,8 @@ def _bits_per_dim(task: EvaluationTask, likelihood: MergedLikelihood) -> dict[st
         return {"bits_per_dim": None, "bits_per_dim_stderr": None, "likelihood": {"note": note}}
     found = likelihood.bits.result()
     about = task.held_out.provenance() | {key: found[key] for key in ("images", "nonfinite", "noise", "draws")}
+    if task.settings.likelihood.told:
+        about["noise_level"] = task.settings.likelihood.std
     about["importance_weighted_bits_per_dim"] = found["importance_weighted"]
     about["histogram"] = likelihood.bits.histogram()
     return {"bits_per_dim": found["bits_per_dim"], "bits_per_dim_stderr": found["stderr"], "likelihood": about}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tarflow.evaluation.batches import Batches
+from tarflow.evaluation.batches import NOTE, Batches
 from tarflow.evaluation.images.data_set import ImageSet
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.networks.features import Features
@@ -41,7 +41,7 @@ class RealImages:
     @cached_property
     def batches(self) -> Batches:
         """How many images each stage takes at a time, on this process's device."""
-        return Batches(self.device, self.log, note=self.evals / "batches.json")
+        return Batches(self.device, self.log, note=self.evals.parent / NOTE)
 
     def images(self, limit: int) -> ImageSet:
         """Training images; `limit` of them, spread evenly (0 = all)."""

@@ -24,6 +24,7 @@ from tarflow.evaluation.networks.features import Features
 from tarflow.evaluation.references.compute import KEEP, spread_evenly
 from tarflow.evaluation.references.reference import load_reference
 from tarflow.evaluation.samples.weights_source import resolve_device
+from tarflow.image_size import Size, parse_size, plain
 from tarflow.records import write_object
 
 FORMAT = 1
@@ -36,7 +37,7 @@ class ScoreRequest:
     folder: Path
     reference: Path | None  # statistics of `tarflow reference`
     against: Path | None  # another folder of images
-    size: int | None
+    size: Size | None
     channels: int | None
     features: str
     features_file: Path | None
@@ -54,7 +55,7 @@ class _Baseline:
     rows: Tensor
     spatial: FeatureStatistics | None
     hashes: NDArray[np.uint64] | None
-    size: int | None  # None: the images' own
+    size: Size | None  # None: the images' own
     channels: int
     about: dict[str, Any]
     warnings: list[str]
@@ -104,11 +105,12 @@ def _stored(request: ScoreRequest, network: Features) -> _Baseline:
         "features_sha256": network.sha256,
         "preprocessing": network.preprocessing,
     }
-    given = {"image_size": request.size, "channels": request.channels}
+    given = {"image_size": request.size and plain(request.size), "channels": request.channels}
     expected |= {key: value for key, value in given.items() if value is not None}
     assert request.reference is not None
     found = load_reference(request.reference, expected, tuple(expected), network.dim, spatial_dim=network.spatial_dim)
-    size = int(found.provenance.get("image_size", request.size or 0)) or None
+    known = found.provenance.get("image_size")
+    size = request.size if known is None else parse_size(known)
     channels = int(found.provenance.get("channels", request.channels or 3))
     about = {"file": request.reference.name, **found.describe()}
     notes = found.notes + found.without_spatial(network)
@@ -125,7 +127,7 @@ def _other_folder(request: ScoreRequest, network: Features, log: Log) -> _Baseli
     return _Baseline(found.statistics, found.rows, found.spatial, other.hashes, other.size, channels, about, warnings)
 
 
-def _images(request: ScoreRequest, place: Path, channels: int, size: int | None) -> ImageFolder | ImageArray:
+def _images(request: ScoreRequest, place: Path, channels: int, size: Size | None) -> ImageFolder | ImageArray:
     if place.suffix == ".npz":
         return ImageArray(place, channels, size)
     return ImageFolder(place, channels, size, request.on_error, request.max_pixels)

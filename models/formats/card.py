@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from tarflow.image_size import shown
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.cost import parameters
 from tarflow.models.provenance import Provenance
@@ -25,7 +26,7 @@ def card_text(config: TarFlowConfig, known: Provenance, title: str = "TarFlow") 
     ]
     head += [
         f"A {kind} TarFlow (a normalizing flow of causal transformers on image patches, arXiv 2412.06329) for images of "
-        f"{config.image_size} x {config.image_size} pixels, {'colour' if config.in_channels == 3 else 'grey'}: samples, exact "
+        f"{shown(config.image_size)} pixels, {'colour' if config.in_channels == 3 else 'grey'}: samples, exact "
         "likelihoods, latents and back.",
         "",
     ]

@@ -13,10 +13,15 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from tarflow.image_size import FORM, Size, is_size, shown, sides
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.errors import ModelError
 
-WITHOUT_SHAPE: Mapping[str, Any] = {"head_channels": 64, "soft_clip": 0.0}  # as in every published model
+WITHOUT_SHAPE: Mapping[str, Any] = {
+    "head_channels": 64,
+    "soft_clip": 0.0,
+    "scale": "exp",
+}  # as in every published model
 _LAYER = re.compile(r"blocks\.([0-9]{1,9})\.attn_blocks\.([0-9]{1,9})\..*")
 
 
@@ -46,8 +51,10 @@ def config_by_shapes(
 ) -> TarFlowConfig:
     """Infer the configuration from tensors in the published layout.
 
-    Two settings affect no shape: the channels of attention heads and the soft clip (`WITHOUT_SHAPE`). They are as `stated`,
-    or else those of `like`, or else as published. Raises ModelError for tensors of another layout.
+    Three settings affect no shape (`WITHOUT_SHAPE`): the channels of attention heads, unless queries and keys have a norm, the
+    soft clip, and the form of the scale. They are as `stated`, or else those of `like`, or else as published. So are the sides
+    of a rectangle, of which shapes tell the product alone: the images are squares, as published, unless `stated` or `like` say
+    otherwise. Without an embedding of positions these are rotary. Raises ModelError for tensors of another layout.
     """
     free = {name: getattr(like, name) for name in WITHOUT_SHAPE} if like else dict(WITHOUT_SHAPE)
     free |= {name: value for name, value in (stated or {}).items() if name in WITHOUT_SHAPE}
@@ -57,13 +64,17 @@ def config_by_shapes(
             layers[int(match[1])] = max(layers.get(int(match[1]), 0), 1 + int(match[2]))
     try:
         channels, token_dim = weights["blocks.0.proj_in.weight"].shape
-        num_tokens, _ = weights["blocks.0.pos_embed"].shape
+        positions = "learned" if "blocks.0.pos_embed" in weights else "rotary"
+        num_tokens, _ = weights["blocks.0.pos_embed" if positions == "learned" or "var" not in weights else "var"].shape
         # D = in_channels * patch_size^2 is 3 p^2 or p^2, never both: their ratio 3 is not a square.
         in_channels = 3 if token_dim % 3 == 0 and math.isqrt(token_dim // 3) ** 2 == token_dim // 3 else 1
         patch_size = math.isqrt(token_dim // in_channels)
         classes = weights.get("blocks.0.class_embed")
+        q_norm = weights.get("blocks.0.attn_blocks.0.attention.q_norm.weight")
+        if q_norm is not None:  # it has a number for each channel of a head
+            free["head_channels"] = q_norm.shape[0]
         return TarFlowConfig(
-            image_size=math.isqrt(num_tokens) * patch_size,
+            image_size=_image_size(num_tokens, patch_size, stated or {}, like),
             patch_size=patch_size,
             in_channels=in_channels,
             channels=channels,
@@ -72,6 +83,8 @@ def config_by_shapes(
             expansion=weights["blocks.0.attn_blocks.0.mlp.main.0.weight"].shape[0] // channels,
             num_classes=0 if classes is None else classes.shape[0],
             nvp=weights["blocks.0.proj_out.weight"].shape[0] == 2 * token_dim,
+            positions=positions,
+            qk_norm=q_norm is not None,
             **free,
         )
     except KeyError as error:
@@ -79,3 +92,19 @@ def config_by_shapes(
     except (ValueError, IndexError, ZeroDivisionError, ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise ModelError(f"{where} does not determine a model by the shapes of its tensors: {reason}") from None
+
+
+def _image_size(num_tokens: int, patch: int, stated: Mapping[str, Any], like: TarFlowConfig | None) -> Size:
+    """The size of images of so many patches. Raises ValueError where these make no square and nothing says what they make."""
+    for size in (stated.get("image_size"), like and like.image_size):
+        if is_size(size) and math.prod(side / patch for side in sides(size)) == num_tokens:
+            return size
+    rows = math.isqrt(num_tokens)
+    if rows**2 == num_tokens:
+        return rows * patch
+    said = stated.get("image_size")
+    known = f", nor images of {shown(said)} pixels in patches of {patch}" if is_size(said) else ""
+    raise ValueError(
+        f"its {num_tokens} positions make no square{known}, and of a rectangle shapes do not tell the sides: say "
+        f"--model image_size=SIZE ({FORM}), or for --init-from set model.image_size as there"
+    )

@@ -6,12 +6,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
+from tarflow.image_size import parse_size
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.errors import ModelError
 from tarflow.models.presets import preset, preset_names
 from tarflow.settings import one_if_equal
 
 Stated = tuple[str, Mapping[str, Any]]  # who states, and what
+_BETWEEN = re.compile(
+    r",(?![^\[]*\])(?!\s*\d+\s*(?:,|$))"
+)  # words; `image_size=256,384` and a list in brackets are one
 
 
 def parse_model(text: str) -> dict[str, Any]:
@@ -21,7 +25,7 @@ def parse_model(text: str) -> dict[str, Any]:
     numbers or bool, or not among the setting's words.
     """
     found: dict[str, Any] = {}
-    for word in re.split(r",(?![^\[]*\])", text):  # not at the commas of a list
+    for word in _BETWEEN.split(text):
         key, equals, value = (part.strip() for part in word.partition("="))
         if not equals:
             if key not in preset_names():
@@ -37,6 +41,11 @@ def parse_model(text: str) -> dict[str, Any]:
 
 
 def _value(word: str, key: str, text: str) -> Any:
+    if key == "image_size":
+        try:
+            return parse_size(text.strip("[]"))
+        except ValueError as error:
+            raise ModelError(f"--model {word}: {error}") from None
     annotation = TarFlowConfig.model_fields[key].annotation
     if get_origin(annotation) is Literal:
         if text not in get_args(annotation):
@@ -75,7 +84,13 @@ def check_stated(config: TarFlowConfig, where: str, stated: Sequence[Stated]) ->
 
 
 def _hold_against(where: str, known: Mapping[str, Any], who: str, values: Mapping[str, Any]) -> None:
-    differ = [name for name, value in values.items() if one_if_equal(known[name]) != one_if_equal(value)]
+    differ = [name for name, value in values.items() if _plain(known[name]) != _plain(value)]
     if differ:
-        sides = "".join(f"\n  {name}: {values[name]!r} and {known[name]!r}" for name in differ)
+        sides = "".join(f"\n  {name}: {_plain(values[name])!r} and {_plain(known[name])!r}" for name in differ)
         raise ModelError(f"{who} says another model than {where}:{sides}")
+
+
+def _plain(value: Any) -> Any:
+    """A value as it compares: JSON knows no tuples, and what is the same for all blocks may be one number."""
+    value = one_if_equal(value)
+    return tuple(value) if isinstance(value, list) else value

@@ -11,19 +11,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tarflow.models.transformer import TransformerLayer
+from tarflow.models.transformer import TransformerLayer, compared
 
 
 class CachedLayer:
     """A layer for B rows, with their cache."""
 
-    def __init__(self, layer: TransformerLayer, cache_2BHTK: Tensor, inverse_temp_B111: Tensor | None) -> None:
-        """`inverse_temp_B111` multiplies the attention logits of each row (1 / attention temperature)."""
+    def __init__(
+        self,
+        layer: TransformerLayer,
+        cache_2BHTK: Tensor,
+        inverse_temp_B111: Tensor | None,
+        rotary_TK: Tensor | None = None,
+    ) -> None:
+        """`inverse_temp_B111` multiplies the attention logits of each row (1 / attention temperature).
+
+        `rotary_TK`: the table of rotary positions in the order of the tokens.
+        """
         attention, mlp = layer.attention, layer.mlp
         linears: list[Any] = [attention.qkv, attention.proj, mlp.main[0], mlp.main[2]]
         self.norms = [(norm.normalized_shape, norm.weight, norm.bias, norm.eps) for norm in (attention.norm, mlp.norm)]
         weights: list[tuple[Tensor, Tensor]] = [(linear.bias, linear.weight.t()) for linear in linears]
         self.qkv, self.proj, self.up, self.down = weights
+        self.qk_norms, self.rotary = (attention.q_norm, attention.k_norm), rotary_TK
         self.cache, self.inverse_temp = cache_2BHTK, inverse_temp_B111
         _, self.rows, self.heads, _, k = cache_2BHTK.shape
         self.plain = cache_2BHTK.device.type == "cpu" and cache_2BHTK.dtype == torch.float32
@@ -39,6 +49,8 @@ class CachedLayer:
         `first`: the position of the first of them, for all rows or int64 [B]. The cache holds all tokens before.
         """
         qkv = torch.addmm(self.qkv[0], torch.layer_norm(h_MC, *self.norms[0]), self.qkv[1])
+        if self.rotary is not None or self.qk_norms[0] is not None:
+            qkv = self._compared(qkv, first, count)
         if count == 1 and self.plain and isinstance(first, int):
             seen_MC = self._attend_one(qkv, first)
         else:
@@ -47,6 +59,16 @@ class CachedLayer:
         del qkv, seen_MC  # a pass over many tokens is at its widest below
         mid = F.gelu(torch.addmm(self.up[0], torch.layer_norm(h_MC, *self.norms[1]), self.up[1]))
         return h_MC.addmm_(mid, self.down[1]).add_(self.down[0])
+
+    def _compared(self, qkv_MC: Tensor, first: int | Tensor, count: int) -> Tensor:
+        """Projections [B * count, 3 C] of tokens, with queries and keys as attention compares them."""
+        q, k, v = qkv_MC.view(self.rows, count, 3, self.heads, -1).unbind(2)
+        table = None
+        if self.rotary is not None:
+            at = torch.arange(count, device=qkv_MC.device) + (first if isinstance(first, int) else first[:, None])
+            table = self.rotary[at].unsqueeze(-2)  # [(B,) count, 1, K]
+        q, k = (compared(x, norm, table) for x, norm in zip((q, k), self.qk_norms))
+        return torch.stack([q, k, v], 2).view_as(qkv_MC)
 
     def _attend_one(self, qkv: Tensor, position: int) -> Tensor:
         """What one token of each row sees of the cache and of itself; [B, 3 C] -> [B, C]."""

@@ -47,17 +47,18 @@ class EagerBlock:
         self.block, self.guidance = block, guidance
         config, self.n = block.config, n
         self.embedding, self.inverse_temp = conditions(block, labels, n, guidance)
-        self.positions = block.order(block.pos_embed, dim=0)
+        weight = block.proj_in.weight
+        self.positions, self.rotary = block.position_embedding().expand(config.num_tokens, -1), block.rotary()
         self.cache = empty_cache(
             len(block.attn_blocks), 2 * n if guidance.active else n, config.num_heads, config.num_tokens,
-            config.head_channels, block.pos_embed,
+            config.head_channels, weight,
         )  # fmt: skip
         self.last = block.proj_out.bias, block.proj_out.weight.t()
         self._bind()
 
     def _bind(self) -> None:
         layers: Any = self.block.attn_blocks
-        self.layers = [CachedLayer(*given, self.inverse_temp) for given in zip(layers, self.cache)]
+        self.layers = [CachedLayer(*given, self.inverse_temp, self.rotary) for given in zip(layers, self.cache)]
 
     @sdpa_kernel(KERNELS, set_priority=True)
     def tokens(self, x: Tensor, first: int | Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -79,7 +80,7 @@ class EagerBlock:
             index = first[:, None] + torch.arange(count, device=x.device)
             some = x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
             positions = self.positions[index]
-        h, halves = block.proj_in(some.to(block.pos_embed.dtype)) + positions, 2 if self.guidance.active else 1
+        h, halves = block.proj_in(some.to(self.positions.dtype)) + positions, 2 if self.guidance.active else 1
         at = first if isinstance(first, int) else first.repeat(halves)
         # The halves share the tokens and differ in label and temperature.
         if self.embedding is not None:
@@ -112,7 +113,7 @@ def conditions(
     Both halves are told the noise level at which the flow is inverted.
     """
     t = guidance.settings.noise_level
-    noise = None if t is None else torch.full((n,), t, dtype=torch.float32, device=block.pos_embed.device)
+    noise = None if t is None else torch.full((n,), t, dtype=torch.float32, device=block.proj_in.weight.device)
     embedding = block.conditioning(labels, noise, n)
     if not guidance.active:
         return embedding, None
@@ -122,6 +123,6 @@ def conditions(
         embedding = torch.cat([embedding, no_label])
     if guidance.settings.attn_temp == 1.0:
         return embedding, None
-    inverse_temp = torch.ones(2 * n, 1, 1, 1, dtype=block.pos_embed.dtype, device=block.pos_embed.device)
+    inverse_temp = torch.ones(2 * n, 1, 1, 1, dtype=block.proj_in.weight.dtype, device=block.proj_in.weight.device)
     inverse_temp[n:] = 1 / guidance.settings.attn_temp
     return embedding, inverse_temp

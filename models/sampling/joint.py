@@ -20,7 +20,7 @@ from tarflow.models.flow import FlowBlock
 from tarflow.models.sampling.engine import conditions
 from tarflow.models.sampling.guidance import Guidance
 from tarflow.models.sampling.paths import LEAST_PASSES, STOP, Inverted, nothing_done, residual
-from tarflow.models.transformer import causal_attention
+from tarflow.models.transformer import causal_attention, rotated
 
 Affine = tuple[Tensor, Tensor]  # weight and bias of every block
 
@@ -88,7 +88,10 @@ class Stack:
                 self.inverse_temp = inverse_temp
         if embeddings:
             self.embedding = torch.stack(embeddings)
-        self.positions = torch.stack([block.order(block.pos_embed, dim=0)[:-1] for block in blocks])
+        tokens = blocks[0].config.num_tokens
+        self.positions = torch.stack([block.position_embedding().expand(tokens, -1)[:-1] for block in blocks])
+        tables = [table[:-1] for block in blocks if (table := block.rotary()) is not None]
+        self.rotary = torch.stack(tables)[:, None, None] if tables else None  # [G, 1, 1, T - 1, K]
         self.proj_in = _linear(block.proj_in for block in blocks)
         self.proj_out = _linear(block.proj_out for block in blocks)
         deepest = max(len(block.attn_blocks) for block in blocks)
@@ -102,7 +105,7 @@ class Stack:
         if self.embedding is not None:
             h = h + self.embedding
         for members, layer in self.layers:
-            some = self._layer(h[members], layer)
+            some = self._layer(h[members], layer, None if self.rotary is None else self.rotary[members])
             h = some if len(some) == len(h) else h.index_copy(0, members, some)
         found = []
         for block, guidance, out in zip(self.blocks, self.guidances, _times(h, self.proj_out)):
@@ -111,15 +114,20 @@ class Stack:
         a, b = torch.stack(found, 1)
         return a, b
 
-    def _layer(self, h: Tensor, layer: tuple[Affine, ...]) -> Tensor:
-        norm1, qkv, proj, norm2, up, down = layer
-        h = h + _times(self._attention(_times(_normed(h, norm1), qkv)), proj)
+    def _layer(self, h: Tensor, layer: tuple[Any, ...], rotary: Tensor | None) -> Tensor:
+        norm1, qkv, proj, norm2, up, down, *qk_norms = layer
+        h = h + _times(self._attention(_times(_normed(h, norm1), qkv), qk_norms, rotary), proj)
         return h + _times(F.gelu(_times(_normed(h, norm2), up)), down)
 
-    def _attention(self, qkv: Tensor) -> Tensor:
+    def _attention(self, qkv: Tensor, qk_norms: Sequence[Tensor], rotary: Tensor | None) -> Tensor:
         g, rows, t, c = qkv.shape
         heads = self.blocks[0].config.num_heads
-        q, k, v = qkv.view(g * rows, t, 3 * heads, -1).transpose(1, 2).chunk(3, dim=1)
+        q, k, v = qkv.view(g, rows, t, 3 * heads, -1).transpose(2, 3).chunk(3, dim=2)
+        if qk_norms:
+            q, k = (F.layer_norm(x, x.shape[-1:]) * scale for x, scale in zip((q, k), qk_norms))
+        if rotary is not None:
+            q, k = rotated(q, rotary), rotated(k, rotary)
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         if self.inverse_temp is not None:
             q = q * self.inverse_temp.repeat(g, 1, 1, 1)
         return causal_attention(q, k, v).transpose(1, 2).reshape(g, rows, t, c // 3)
@@ -145,15 +153,15 @@ def _normed(x: Tensor, affine: Affine) -> Tensor:
     return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:]), weight)
 
 
-def _at_depth(blocks: Sequence[FlowBlock], depth: int, device: torch.device) -> tuple[Any, tuple[Affine, ...]]:
+def _at_depth(blocks: Sequence[FlowBlock], depth: int, device: torch.device) -> tuple[Any, tuple[Any, ...]]:
     """Which blocks have a layer at this depth, as an index into the axis of blocks, and those layers."""
     deep = [number for number, block in enumerate(blocks) if depth < len(block.attn_blocks)]
     members = slice(None) if len(deep) == len(blocks) else torch.tensor(deep, device=device)
     return members, _layer(blocks[number].attn_blocks[depth] for number in deep)
 
 
-def _layer(layers: Iterable[Any]) -> tuple[Affine, ...]:
-    """One layer of every block: norm, qkv, projection, norm, and the two of the MLP."""
+def _layer(layers: Iterable[Any]) -> tuple[Any, ...]:
+    """One layer of every block: norm, qkv, projection, norm, the two of the MLP, and the norms of queries and keys if any."""
     layers = list(layers)
     attention, mlp = [layer.attention for layer in layers], [layer.mlp for layer in layers]
     return (
@@ -163,7 +171,17 @@ def _layer(layers: Iterable[Any]) -> tuple[Affine, ...]:
         _norm(part.norm for part in mlp),
         _linear(part.main[0] for part in mlp),
         _linear(part.main[2] for part in mlp),
+        *(
+            _scales(getattr(part, name) for part in attention)
+            for name in ("q_norm", "k_norm")
+            if layers[0].attention.q_norm
+        ),
     )
+
+
+def _scales(parts: Iterable[Any]) -> Tensor:
+    """The scales [G, 1, 1, 1, K] of a norm of queries or keys."""
+    return torch.stack([part.weight for part in parts])[:, None, None, None]
 
 
 def _linear(parts: Iterable[Any]) -> Affine:

@@ -1,84 +1,41 @@
 /* One flow block over a static cache, float32, guided or not; native.py builds it and holds the memory.
 
-   Vectors are the compiler's own types, so this runs on any processor that a C compiler knows. Weights are packed into panels
-   of P columns [columns / P][depth][P], keys into tiles of P tokens [tokens / P][channels of a head][P]. The leading dimension
-   of every buffer is its width rounded up to P. All threads run through every step and share its loops.
+   Weights are packed into panels of P columns [columns / P][depth][P], keys into tiles of P tokens
+   [tokens / P][channels of a head][P]. The leading dimension of every buffer is its width rounded up to P. All threads run through every step and share its loops.
    Not with -ffast-math: it breaks the tests for NaN, and may make the whole process flush small numbers to zero. */
-#include <math.h>
 #include <string.h>
+
+#include "native_vectors.h"
 #ifdef _OPENMP
 #include <omp.h>
 #else
 #define omp_get_thread_num() 0
 #endif
 
-#if defined(__AVX512F__)
-#define W 16
-#elif defined(__AVX__)
-#define W 8
-#else
-#define W 4
-#endif
 #define P (2 * W) /* columns of a panel, tokens of a tile */
 #define M 8       /* rows that share a load of weights */
-#define INLINE static inline __attribute__((always_inline))
 #define ROUND(n) (((n) + P - 1) / P * P)
-
-typedef float vec __attribute__((vector_size(4 * W)));
-typedef int ivec __attribute__((vector_size(4 * W)));
-typedef float loose __attribute__((vector_size(4 * W), aligned(4), may_alias)); /* at any address */
 
 struct layer {
     const float *norm1, *norm1_b, *qkv, *qkv_b, *proj, *proj_b, *norm2, *norm2_b, *up, *up_b, *down, *down_b;
-    float *keys, *values; /* [rows][heads][tiles][K][P] and [rows][heads][tokens][K] */
+    const float *q_norm, *k_norm; /* [K] each, or NULL */
+    float *keys, *values;         /* [rows][heads][tiles][K][P] and [rows][heads][tokens][K] */
 };
 
 struct block {
     int layers, channels, heads, hidden, dim, out, tokens, threads;
     int n, halves, form, guide_a, guide_b, affine; /* samples; 2 halves where guided; 0 linear, 1 closed, 2 sigma */
+    int softplus;                                    /* the scale, else exp */
     float clip, inverse_temp;                        /* of log-scales, 0 = off; of the unconditional half's attention */
     const float *in, *in_b, *last, *last_b;          /* the first and the last projection */
     const float *positions, *embedding;              /* [tokens][C]; [rows][C] or NULL */
+    const float *rotary;                             /* [tokens][K] cosines and sines (transformer.py) or NULL */
     const float *weights;                            /* [tokens - 1] of guidance */
     const struct layer *layer;
 };
 
 struct work { float *token, *h, *norm, *qkv, *seen, *mid, *out, *logits; }; /* buffers of one step */
 int tarflow_panel(void) { return P; }
-INLINE vec load(const float *p) { return *(const loose *)p; }
-INLINE void store(float *p, vec v) { *(loose *)p = v; }
-INLINE vec all(float x) { return (vec){0} + x; }
-INLINE vec pick(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }
-
-INLINE float sum(vec v) {
-    for (int i = 1; i < W; i++) v[0] += v[i];
-    return v[0];
-}
-
-/* exp(x) for x <= 0 to an ulp or two (Cephes); NaN stays NaN. */
-INLINE vec exp_negative(vec x) {
-    x = pick(x < all(-87.f), all(-87.f), x);
-    vec n = (x * 1.44269504f + 12582912.f) - 12582912.f; /* to the nearest integer */
-    vec f = x - n * 0.693359375f + n * 2.12194440e-4f;
-    static const float c[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-    vec p = all(1.9875691500e-4f);
-    for (int i = 0; i < 5; i++) p = p * f + c[i];
-    p = p * f * f + f + 1.f;
-    return p * (vec)((__builtin_convertvector(n, ivec) + 127) << 23);
-}
-
-/* x Phi(x), the exact GELU, with the rational erf that Eigen uses in float32. */
-INLINE vec gelu(vec x) {
-    vec y = x * 0.70710678f;
-    y = pick(y > all(4.f), all(4.f), pick(y < all(-4.f), all(-4.f), y));
-    static const float over[] = {2.77068142495902e-08f, -2.10102402082508e-06f, -5.69250639462346e-05f, -7.34990630326855e-04f,
-                                 -2.95459980854025e-03f, -1.60960333262415e-02f};
-    static const float under[] = {-2.13374055278905e-04f, -1.68282697438203e-03f, -7.37332916720468e-03f, -1.42647390514189e-02f};
-    vec s = y * y, p = all(-2.72614225801306e-10f), q = all(-1.45660718464996e-05f);
-    for (int i = 0; i < 6; i++) p = p * s + over[i];
-    for (int i = 0; i < 4; i++) q = q * s + under[i];
-    return 0.5f * x * (1.f + y * p / q);
-}
 
 enum mode { PLAIN, GELU, ADD };
 
@@ -162,6 +119,24 @@ static void attend(const float *query, float scale, const float *keys, const flo
     }
 }
 
+/* The layer norm of a query or key of one head, in place. */
+static void normalize(float *x, int K, const float *scales) {
+    float mean = 0, square = 0;
+    for (int k = 0; k < K; k++) mean += x[k] / K;
+    for (int k = 0; k < K; k++) square += (x[k] - mean) * (x[k] - mean);
+    const float by = 1 / sqrtf(square / K + 1e-5f);
+    for (int k = 0; k < K; k++) x[k] = (x[k] - mean) * by * scales[k];
+}
+
+/* Rotary positions of a query or key of one head, in place: a half of its channels by rows, then one by columns. */
+static void rotate(float *x, int K, const float *cosines) {
+    const float *sines = cosines + K / 2;
+    for (int i = 0; i < K / 2; i++) {
+        float *a = x + i + (i < K / 4 ? 0 : K / 4), *b = a + K / 4, turned = *a * cosines[i] - *b * sines[i];
+        *b = *a * sines[i] + *b * cosines[i], *a = turned;
+    }
+}
+
 static void attention(const struct block *b, const struct layer *l, const struct work *w, const long *first, int q) {
     const int C = b->channels, K = C / b->heads, rows = b->halves * b->n;
     const long room = ROUND(b->tokens), ld = ROUND(3 * C), ldc = ROUND(C);
@@ -172,8 +147,10 @@ static void attention(const struct block *b, const struct layer *l, const struct
             float *keys = l->keys + (r * b->heads + h) * room * K, *values = l->values + (long)(r * b->heads + h) * b->tokens * K;
             float scale = 1 / sqrtf(K) * (r >= b->n ? b->inverse_temp : 1);
             for (int i = 0; i < q; i++) {
-                const float *row = w->qkv + ((long)r * q + i) * ld + h * K;
+                float *row = w->qkv + ((long)r * q + i) * ld + h * K;
                 long t = first[r % b->n] + i;
+                if (l->q_norm) normalize(row, K, l->q_norm), normalize(row + C, K, l->k_norm);
+                if (b->rotary) rotate(row, K, b->rotary + t * K), rotate(row + C, K, b->rotary + t * K);
                 for (int k = 0; k < K; k++) keys[t / P * K * P + k * P + t % P] = row[C + k];
                 memcpy(values + t * K, row + 2 * C, K * sizeof(float));
                 attend(row, scale, keys, values, (int)t + 1, K, p, w->seen + ((long)r * q + i) * ldc + h * K);
@@ -181,16 +158,23 @@ static void attention(const struct block *b, const struct layer *l, const struct
         }
 }
 
+/* The log-scale from the network's output (FlowBlock.split). */
+static float log_scale(const struct block *b, float u) {
+    if (b->softplus) {
+        u += 0.54132485f; /* log(e - 1), where softplus is 1 */
+        u = logf(1e-3f + 0.999f * ((u > 0 ? u : 0) + log1pf(expf(-fabsf(u)))));
+    }
+    return b->clip > 0 ? b->clip * tanhf(u / b->clip) : u;
+}
+
 /* Guided (a, b) of one token from the network's outputs c and u (u = NULL: unguided). */
 static void scale_and_shift(const struct block *b, const float *c, const float *u, float weight, float *a, float *shift) {
     const int D = b->dim;
     for (int d = 0; d < D; d++) {
-        float ac = b->affine ? c[d] : 0, bc = c[b->affine * D + d];
-        if (b->clip > 0) ac = b->clip * tanhf(ac / b->clip);
+        float ac = b->affine ? log_scale(b, c[d]) : 0, bc = c[b->affine * D + d];
         a[d] = ac, shift[d] = bc;
         if (!u) continue;
-        float au = b->affine ? u[d] : 0, bu = u[b->affine * D + d];
-        if (b->clip > 0) au = b->clip * tanhf(au / b->clip);
+        float au = b->affine ? log_scale(b, u[d]) : 0, bu = u[b->affine * D + d];
         float ga = ac + (b->form == 2 ? logf(fabsf(1 - weight * expm1f(au - ac))) : weight * (ac - au)), gb = bc + weight * (bc - bu);
         if (b->form == 1) {
             float off = 2 * (ac - au), excess = -expm1f(off > 0 ? 0 : off), ratio = 1 + weight * excess;

@@ -35,7 +35,7 @@ class _Layer(ctypes.Structure):
         (name, _Pointer)
         for name in (
             "norm1", "norm1_b", "qkv", "qkv_b", "proj", "proj_b", "norm2", "norm2_b", "up", "up_b", "down", "down_b",
-            "keys", "values",
+            "q_norm", "k_norm", "keys", "values",
         )
     )  # fmt: skip
 
@@ -44,11 +44,11 @@ class _Block(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int) for name in (
             "layers", "channels", "heads", "hidden", "dim", "out", "tokens", "threads", "n", "halves", "form", "guide_a",
-            "guide_b", "affine",
+            "guide_b", "affine", "softplus",
         )),
         ("clip", ctypes.c_float), ("inverse_temp", ctypes.c_float),
         *((name, _Pointer) for name in (
-            "in", "in_b", "last", "last_b", "positions", "embedding", "weights", "layer",
+            "in", "in_b", "last", "last_b", "positions", "embedding", "rotary", "weights", "layer",
         )),
     )  # fmt: skip
 
@@ -140,7 +140,8 @@ class _Part:
         embedding, inverse_temp = conditions(block, labels, n, guidance)
         self.embedding = None if embedding is None else embedding[:, 0].contiguous()
         self.inverse_temp = 1.0 if inverse_temp is None else float(inverse_temp[-1])
-        self.positions = block.order(block.pos_embed, dim=0).contiguous()
+        self.positions = block.position_embedding().expand(config.num_tokens, config.channels).contiguous()
+        self.rotary = block.rotary()
         weights = torch.zeros(config.num_tokens) if guidance.weights is None else guidance.weights.float()
         self.weights = weights.contiguous()
         heads, rows, k = config.num_heads, self.halves * n, config.head_channels
@@ -183,10 +184,11 @@ class _Part:
             len(layers), config.channels, config.num_heads, config.expansion * config.channels, config.token_dim,
             config.token_dim * (2 if config.nvp else 1), config.num_tokens, self.threads, self.n, self.halves,
             FORMS[settings.guidance_form], "a" in settings.guide, "b" in settings.guide, config.nvp,
-            config.soft_clip, self.inverse_temp,
+            config.scale == "softplus", config.soft_clip, self.inverse_temp,
         )  # fmt: skip
         _point(block, self.packed["ends"] | {"positions": self.positions, "weights": self.weights})
         block.embedding = None if self.embedding is None else self.embedding.data_ptr()
+        block.rotary = None if self.rotary is None else self.rotary.data_ptr()
         block.layer = ctypes.addressof(layers)
         work, buffers = _Work(), self._buffers(q)
         _point(work, buffers)
@@ -231,6 +233,8 @@ def _packed(block: FlowBlock, panel: int) -> _Packed:
         mlp: Any = layer.mlp
         found = {"norm1": attention.norm.weight.detach(), "norm1_b": attention.norm.bias.detach()}
         found |= {"norm2": mlp.norm.weight.detach(), "norm2_b": mlp.norm.bias.detach()}
+        if attention.q_norm is not None:
+            found |= {"q_norm": attention.q_norm.weight.detach(), "k_norm": attention.k_norm.weight.detach()}
         linear = [("qkv", attention.qkv), ("proj", attention.proj), ("up", mlp.main[0]), ("down", mlp.main[2])]
         layers.append(found | _panels(linear, panel))
     packed = {"layers": layers, "ends": _panels([("in", block.proj_in), ("last", block.proj_out)], panel)}

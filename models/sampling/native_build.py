@@ -1,4 +1,4 @@
-"""Builds `native.c` with the system's C compiler at first use, into a folder of this user's own, and finds it there after.
+"""Builds `native.c` and its header with the system's C compiler at first use, into a folder of this user's own.
 
 The name of the library tells source, compiler, options and processor: on a home directory that several kinds of nodes share,
 each kind has its own.
@@ -21,6 +21,7 @@ from tarflow.file_systems import private_folder
 from tarflow.files import open_to_read
 from tarflow.leases import unique_name
 
+SOURCES = ("native.c", "native_vectors.h")
 FOLDER = "TARFLOW_COMPILED_DIR"
 BASE = ("-O3", "-std=gnu11", "-shared", "-fPIC")
 # From the best to what any compiler takes: without OpenMP it computes in one thread.
@@ -53,16 +54,21 @@ def outcome() -> ctypes.CDLL | NotBuiltError | UserError:
 def _found_or_built() -> ctypes.CDLL:
     compiler = _compiler()
     folder = private_folder(_folder(), WAY_OUT)
-    with open_to_read(Path(str(resources.files("tarflow.models.sampling").joinpath("native.c")))) as file:
-        source = file.read()
-    key = hashlib.sha256(source + repr((BASE, OPTIONS, _version(compiler), _processor())).encode()).hexdigest()[:24]
+    sources = {name: _source(name) for name in SOURCES}
+    identity = repr((BASE, OPTIONS, _version(compiler), _processor())).encode()
+    key = hashlib.sha256(b"".join(sources.values()) + identity).hexdigest()[:24]
     path = folder / f"native-{key}.so"
     if not path.is_file():
-        _build(compiler, source, path)
+        _build(compiler, sources, path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise NotBuiltError(f"{path} cannot be loaded: {error}") from None
+
+
+def _source(name: str) -> bytes:
+    with open_to_read(Path(str(resources.files("tarflow.models.sampling").joinpath(name)))) as file:
+        return file.read()
 
 
 def _folder() -> Path:
@@ -100,11 +106,12 @@ def _processor() -> tuple[str, ...]:
     return (platform.machine(), *lines)
 
 
-def _build(compiler: str, source: bytes, path: Path) -> None:
+def _build(compiler: str, sources: dict[str, bytes], path: Path) -> None:
     said = ""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{unique_name()}.") as folder:
-        text, out = Path(folder) / "native.c", Path(folder) / "native.so"
-        text.write_bytes(source)
+        text, out = Path(folder) / SOURCES[0], Path(folder) / "native.so"
+        for name, source in sources.items():
+            (Path(folder) / name).write_bytes(source)
         for options in OPTIONS:
             try:
                 done = subprocess.run(  # noqa: S603

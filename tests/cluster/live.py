@@ -46,13 +46,18 @@ def last_line(run_dir: Path, kind: str = "train") -> str:
     return file.read_text().splitlines()[-1]
 
 
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, but for one that is just being written."""
+    from tarflow.records import read_lines
+
+    return list(read_lines(run_dir / "metrics.jsonl").rows)
+
+
 def at_step(run_dir: Path, step: int) -> None:
     """Wait until training has passed a step."""
 
     def there() -> bool:
-        file = run_dir / "metrics.jsonl"
-        steps = [json.loads(line).get("step", 0) for line in file.read_text().splitlines()] if file.exists() else []
-        return bool(steps) and max(steps) >= step
+        return max((row.get("step", 0) for row in metrics(run_dir)), default=-1) >= step
 
     until(f"step {step} of {run_dir}\n{log(run_dir)[-2000:]}", there)
 
@@ -120,5 +125,4 @@ def assert_same_run(run_dir: Path, reference: Path) -> None:
 
 def step_losses(run_dir: Path) -> dict[int, float]:
     """Training loss by step; what a restart repeats counts once."""
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    return {row["step"]: row["train/loss"] for row in metrics(run_dir) if "train/loss" in row}

@@ -26,14 +26,14 @@ def model_config(**changes):
     return TarFlowConfig(**(base | changes))
 
 
-def tiny_model(seed=0, scale=0.1, **changes):
+def tiny_model(seed=0, moved=0.1, **changes):
     """A model away from the identity: every parameter is moved by normal noise."""
     model = TarFlow(model_config(**changes))
     init_weights(model, seed)
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=rng))
+            parameter.add_(moved * torch.randn(parameter.shape, generator=rng))
     return model.eval()
 
 

@@ -11,19 +11,25 @@ import numpy as np
 import pytest
 import torch
 
+import tarflow
 from tarflow.evaluation import batches
-from tarflow.evaluation.batches import Batches
+from tarflow.evaluation.batches import Batches, Fitted
 from tarflow.evaluation.errors import DeviceFailedError, EvaluationError
 from tarflow.evaluation.flow import Flow
+from tarflow.evaluation.latents.encode import EncodeRequest, encode_images
+from tarflow.evaluation.likelihood.measure import LikelihoodRequest, measure_likelihoods
 from tarflow.evaluation.likelihood.per_image import likelihoods
 from tarflow.evaluation.metrics.bits_per_dim import BitsPerDim, NoiseSettings
 from tarflow.evaluation.networks.features import Features
 from tarflow.evaluation.samples import draw
 from tarflow.evaluation.samples.draw import Sampler
+from tarflow.evaluation.samples.draw_to_folder import SampleRequest, sample_images
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import WeightsSource
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 from tarflow.models.cost import SHARE, denoising_bytes, likelihood_bytes
+from tarflow.models.flow import TarFlow
+from tarflow.records import save_record
 
 GUIDED = ResolvedSampling(noise_std=0.2).with_changes(guidance=1.5, denoise=1.0)
 
@@ -208,6 +214,78 @@ def test_a_result_records_the_batches_and_is_the_same_result(make_run, monkeypat
     assert noted == {f"the cpu of {platform.node()}": {"denoising": 4}}
 
 
+COMMANDS: dict[str, Callable[[Path, Path, Callable[[str], None]], Any]] = {
+    "sample": lambda run, out, log: sample_images(SampleRequest(source=run, out=out, num=8, batch_size=8), log),
+    "likelihood": lambda run, out, log: measure_likelihoods(
+        LikelihoodRequest(source=run, data=run / "val", out=out, num=8, batch_size=8), log
+    ),
+    "encode": lambda run, out, log: encode_images(
+        EncodeRequest(source=run, data=run / "val", out=out, num=8, batch_size=8), log
+    ),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_go_by_the_note_of_evaluations_and_add_to_it(
+    command, make_run, digit_like, tmp_path, monkeypatch
+) -> None:
+    run_dir, _ = make_run(steps=(20,))
+    (run_dir / "val").symlink_to(digit_like / "val")
+    free(monkeypatch, None)
+    note, name = run_dir / "evals" / "batches.json", f"the cpu of {platform.node()}"
+    stage = "denoising" if command == "sample" else "likelihood"
+
+    def on_a_device_that_holds(most: int, out: str) -> list[str]:
+        lines: list[str] = []
+        with monkeypatch.context() as device:
+            device.setattr(draw, "denoise", too_large(most, draw.denoise, 1))
+            device.setattr(TarFlow, "patchify", too_large(most, TarFlow.patchify, 1))
+            COMMANDS[command](run_dir, tmp_path / out, lines.append)
+        return [line.partition(" (")[0] for line in lines if stage in line and "images at a time" in line]
+
+    assert on_a_device_that_holds(8, "whole") == []
+    assert not note.exists(), "nothing that had to be found out"
+    halved = f"{stage} of 8 images at a time does not fit into the memory of cpu: halved once, to 4, from here on"
+    assert on_a_device_that_holds(4, "halved") == [halved]
+    assert json.loads(note.read_text())["devices"] == {name: {stage: 4}}
+    told = f"{stage}: 4 of 8 images at a time, since more did not fit on {name} before"
+    assert on_a_device_that_holds(8, "told") == [told]
+    files = [sorted(p for p in (tmp_path / out).rglob("*.[pn]*") if p.suffix in (".png", ".parquet", ".npz")) for out in ("whole", "halved", "told")]  # fmt: skip
+    for whole, *others in zip(*files, strict=True):
+        assert all(other.read_bytes() == whole.read_bytes() for other in others), whole
+
+
+def test_from_python_the_note_is_read_and_other_work_in_the_program_is_no_reason_to_add_to_it(
+    make_run, monkeypatch
+) -> None:
+    run_dir, _ = make_run(steps=(20,))
+    note = run_dir / "evals" / "batches.json"
+    save_record(note, Fitted(devices={f"the cpu of {platform.node()}": {"denoising": 4}}))
+    before = note.read_bytes()
+    flow = tarflow.load(run_dir)
+    flow.sample(8)
+    assert flow._memory.used["denoising"] == 4
+    monkeypatch.setattr(draw, "denoise", too_large(2, draw.denoise, 1))
+    flow.sample(8)
+    assert flow._memory.used["denoising"] == 2
+    assert note.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_error_of_torch_is_named_by_what_was_computed(command, make_run, digit_like, tmp_path, monkeypatch) -> None:
+    run_dir, _ = make_run(steps=(20,))
+    (run_dir / "val").symlink_to(digit_like / "val")
+
+    def broken(*_args: Any, **_kwargs: Any) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied\nstack")
+
+    monkeypatch.setattr(draw, "denoise", broken)
+    monkeypatch.setattr(TarFlow, "patchify", broken)
+    doing = {"sample": "sampling", "encode": "encoding"}.get(command, command)
+    with pytest.raises(EvaluationError, match=rf"^{doing}: RuntimeError on cpu: mat1 and mat2 .* multiplied$"):
+        COMMANDS[command](run_dir, tmp_path / "out", lambda _: None)
+
+
 @pytest.mark.usefixtures("fake_features")
 def test_no_error_of_torch_ends_a_worker_without_its_cause(make_run, monkeypatch) -> None:
     """The first checkpoint fails in the middle; the second is scored. A device that failed ends the worker."""
@@ -247,7 +325,7 @@ def test_on_a_gpu_a_batch_is_what_fits_and_a_full_device_halves_it(make_model, m
     """The cost model against the allocator's peak; then a device on which all but 0.3 GB and a few images is taken."""
     device = torch.device("cuda")
     shape = {"image_size": 64, "in_channels": 3, "channels": 512, "head_channels": 64, "layers_per_block": 4}
-    model = make_model(scale=0.01, **shape).requires_grad_(False).to(device)
+    model = make_model(moved=0.01, **shape).requires_grad_(False).to(device)
     per_image = denoising_bytes(model.config)
 
     def drawn(shared: Batches, count: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Trained weights from Python: the same images and figures as the commands give, and errors in words."""
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -8,8 +9,13 @@ import tarflow
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.images.data_set import ImageSet
+from tarflow.evaluation.latents.encode import EncodeRequest, encode_images
+from tarflow.evaluation.latents.store import open_latents, read_shard
+from tarflow.evaluation.likelihood.measure import LikelihoodRequest, measure_likelihoods
 from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings, measure_bits_per_dim
 from tarflow.evaluation.samples.draw import Sampler
+from tarflow.evaluation.samples.draw_to_folder import SampleRequest, sample_images
+from tarflow.evaluation.samples.png_folder import load_png
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import from_checkpoint
 from tarflow.models.errors import ModelError
@@ -24,6 +30,14 @@ KNOWN = Provenance(noise="gaussian", noise_std=0.1, label_dropout=0.1, classes=(
 @pytest.fixture
 def flow(model, tmp_path):
     save_weights_file(tmp_path / "w.safetensors", model.config, model.state_dict(), KNOWN)
+    return tarflow.load(tmp_path / "w.safetensors")
+
+
+@pytest.fixture
+def digits(model, tmp_path):
+    """A flow whose classes are those of the shared data set."""
+    known = KNOWN.model_copy(update={"classes": ("0", "1", "2")})
+    save_weights_file(tmp_path / "w.safetensors", model.config, model.state_dict(), known)
     return tarflow.load(tmp_path / "w.safetensors")
 
 
@@ -112,6 +126,65 @@ def test_of_no_images_there_is_nothing(flow):
     assert flow.log_prob(pictures(0)).shape == (0,)
 
 
+def test_the_best_of_several_is_the_commands(flow, tmp_path):
+    request = SampleRequest(source=tmp_path / "w.safetensors", out=tmp_path / "out", num=3, best_of=4)
+    sample_images(request, lambda _: None)
+    best = flow.sample(3, best_of=4)
+    assert torch.equal(best, torch.stack([load_png(tmp_path / "out/images" / f"{i:06d}.png") for i in range(3)]))
+    assert torch.equal(flow.sample(1, first=2, best_of=4, batch_size=1), best[2:])
+    assert torch.equal(flow.sample(3, best_of=1), flow.sample(3))
+    assert not torch.equal(best, flow.sample(3))
+
+
+def test_likelihoods_are_the_commands_with_their_parts_and_errors(digits, tmp_path, digit_like):
+    request = LikelihoodRequest(
+        source=tmp_path / "w.safetensors", data=digit_like / "val", out=tmp_path / "out", draws=3, seed=2
+    )
+    measure_likelihoods(request, lambda _: None)
+    table = pq.read_table(tmp_path / "out/likelihood.parquet").to_pydict()
+    digits.batch_size = 5
+    pixels, labels, numbers = digits.images(digit_like / "val")
+    assert (numbers.tolist(), labels.tolist()) == (table["image"], table["label"])
+    found = digits.likelihoods(pixels, labels, draws=3, seed=2)
+    for name, column in (("bits_per_dim", found.mean), ("stderr", found.stderr), ("prior", found.parts[:, 0])):
+        np.testing.assert_allclose(column, table[name], atol=1e-5)
+    np.testing.assert_allclose(found.mean, digits.bits_per_dim(pixels, labels, draws=3, seed=2), atol=1e-6)
+    np.testing.assert_allclose(
+        digits.likelihoods(pixels[4:6], labels[4:6], draws=3, seed=2, first=4).bits, found.bits[4:6], atol=1e-5
+    )
+    some, one, few = digits.images(digit_like / "val", num=3, labels=1)
+    assert (one.tolist(), few.tolist()) == ([1, 1, 1], [0, 4, 8])
+    assert torch.equal(some, pixels[few])
+
+
+def test_noisy_latents_are_the_commands(digits, tmp_path, digit_like):
+    request = EncodeRequest(source=tmp_path / "w.safetensors", data=digit_like / "val", out=tmp_path / "z", noisy=True)
+    encode_images(request, lambda _: None)
+    stored = read_shard(tmp_path / "z", open_latents(tmp_path / "z"), 0)
+    pixels, labels, _ = digits.images(digit_like / "val")
+    z = digits.encode(pixels, labels, noisy=True)
+    np.testing.assert_allclose(z, stored["z"], atol=1e-5)
+    assert torch.equal(digits.encode(pixels[3:5], labels[3:5], noisy=True, first=3), z[3:5])
+    assert not torch.equal(digits.encode(pixels, labels), z)
+
+
+def test_names_and_batches_may_be_given(model, make_run, tmp_path):
+    known = KNOWN.model_copy(update={"classes": None})
+    save_weights_file(tmp_path / "w.safetensors", model.config, model.state_dict(), known)
+    (tmp_path / "names.json").write_text('["cat", "dog", "emu"]')
+    for names in (["cat", "dog", "emu"], tmp_path / "names.json", str(tmp_path / "names.json")):
+        flow = tarflow.load(tmp_path / "w.safetensors", classes=names, batch_size=2)
+        assert flow.classes == ("cat", "dog", "emu")
+        assert torch.equal(flow.sample(2, "emu"), flow.sample(2, 2))
+    assert flow.batch_size == 2
+    assert tarflow.load(make_run()[0], batch_size=3).batch_size == 3
+    save_weights_file(tmp_path / "w.safetensors", model.config, model.state_dict(), KNOWN)
+    with pytest.raises(EvaluationError, match=r"^classes: class 1 is 'cow' there, and 'dog' in"):
+        tarflow.load(tmp_path / "w.safetensors", classes=["cat", "cow", "emu"])
+    with pytest.raises(EvaluationError, match="batch_size=0: at least one"):
+        tarflow.load(tmp_path / "w.safetensors", batch_size=0)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -124,6 +197,12 @@ def test_of_no_images_there_is_nothing(flow):
         (lambda f: f.log_prob(pictures(3)[:, :, :4]), r"images must have the shape \[N, 1, 8, 8\], not \[3, 1, 4, 8\]"),
         (lambda f: f.log_prob(pictures(3).long()), "must be uint8"),
         (lambda f: f.log_prob(pictures(3), draws=0), "draws=0"),
+        (lambda f: f.likelihoods(pictures(3), draws=0), "draws=0"),
+        (lambda f: f.likelihoods(pictures(3).float()), "likelihoods takes uint8 images"),
+        (lambda f: f.encode(pictures(3).float(), noisy=True), "noisy=True is for uint8 images"),
+        (lambda f: f.sample(1, best_of=0), "best_of=0 is out of bounds: it may be 1 to 10,000"),
+        (lambda f: f.sample(1, best_of=2, temperature=0), "best_of=2 chooses among samples, and at temperature=0 all"),
+        (lambda f: f.images("nowhere"), "nowhere: there is no such data set or folder"),
         (lambda f: f.decode(torch.zeros(3, 64)), r"latents must have the shape \[N, 4, 16\], not \[3, 64\]"),
     ],
 )

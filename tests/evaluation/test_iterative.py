@@ -87,6 +87,7 @@ def test_a_result_says_at_which_levels_and_the_report_shows_the_way_down(iterati
     page = (run_dir / "report.html").read_text()
     assert "From noise level t1 to 0" in page
     assert "noise level 0.3 on the left" in page
+    assert "held-out images at noise level 0.05" in page
     assert "no result under the run's own settings" not in page
 
 

@@ -104,6 +104,7 @@ def make(folder: Path, seed: int, limit_s: float = 120) -> None:
         "reference set/train --size 8 --channels 1 --out ref.npz",
         "sample runs/one --out drawn --num 2",
         "likelihood runs/one set/val --out lik",
+        "likelihood runs/one set/val --out runs/one/likelihoods/val",
         "encode runs/one set/val --out lat",
         "decode runs/one lat --out dec",
         _jobs,
@@ -152,6 +153,10 @@ def _inputs(seed: int) -> int:
     torch.save(moments, "theirs.pt")
     sums = {"sum": rows.sum(axis=0), "cov_sum": rows.T @ rows, "num_samples": np.array(len(rows))}
     torch.save({f"real_features_{name}": torch.from_numpy(array) for name, array in sums.items()}, "theirs.pth")
+    Path("rows").mkdir()
+    planes: dict[str, Any] = {"data": np.repeat(pixels[:6].reshape(6, -1), 3, axis=1), "labels": [1, 2, 3, 1, 2, 3]}
+    Path("rows/val_data").write_bytes(pickle.dumps(planes))
+    np.savez("rows/train_data_batch_1.npz", **planes)
     Path("names.json").write_text(json.dumps(list(CLASSES), indent=1))
     tree = {
         "data": {"train": "set/train", "validation": "set/val"},

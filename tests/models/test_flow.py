@@ -52,12 +52,14 @@ def guidance(weight: float, **others: Any) -> SamplingSettings:
     return SamplingSettings(guidance=weight, **{"annealed": False} | others)
 
 
-def test_patches_are_channel_major_and_row_by_row() -> None:
-    x = torch.arange(2 * 3 * 4 * 4).float().view(2, 3, 4, 4)
-    p = patchify(x, 2)
-    assert p.shape == (2, 4, 12)
-    assert torch.equal(p[0, 1], x[0, :, 0:2, 2:4].flatten())
-    assert torch.equal(unpatchify(p, 2, 3), x)
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (4, 6), (8, 2)])
+def test_patches_are_channel_major_and_row_by_row(height: int, width: int) -> None:
+    x = torch.arange(2 * 3 * height * width).float().view(2, 3, height, width)
+    p, columns = patchify(x, 2), width // 2
+    assert p.shape == (2, height // 2 * columns, 12)
+    row, column = divmod(1, columns)
+    assert torch.equal(p[0, 1], x[0, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].flatten())
+    assert torch.equal(unpatchify(p, 2, 3, (height // 2, columns)), x)
 
 
 @pytest.mark.parametrize("nvp", [True, False])

@@ -35,7 +35,7 @@ def per_image(config: TarFlowConfig, compute: Callable[..., Any]) -> float:
     def peak(count: int) -> int:
         def prepared() -> Callable[[], Any]:
             model = TarFlow(config).eval().requires_grad_(False)
-            images = torch.zeros(count, config.in_channels, config.image_size, config.image_size)
+            images = torch.zeros(count, *config.image_shape)
             return lambda: compute(model, images, torch.zeros(count, dtype=torch.int64))
 
         return peak_bytes(prepared)

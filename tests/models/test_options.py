@@ -3,6 +3,7 @@
 Options (`benchmarks.parity.OPTIONS`) x claims: exact density, inverse by every path, backends, resume, cost, files, graphs.
 """
 
+import math
 import shutil
 from collections.abc import Iterator
 from functools import cache
@@ -26,10 +27,12 @@ from tarflow.models.sampling import native
 from tarflow.models.sampling.inverse import Sampled, invert
 from tarflow.models.sampling.plan import BlockPlan, SamplingPlan
 from tarflow.models.sampling.settings import SamplingSettings
-from tarflow.models.weights import read_weights, save_weights_file, save_weights_folder
+from tarflow.models.transformer import rotary_table, rotated
+from tarflow.models.weights import load_model, read_weights, save_weights_file, save_weights_folder
 from tarflow.trainer.checkpoint.find import committed, find
 from tarflow.trainer.checkpoint.tensors import load_weights
 from tarflow.trainer.parallel.memory import rank_memory
+from tarflow.trainer.saving.initial_weights import initial_weights
 from tests.helpers.data import prepared, spots
 from tests.helpers.flows import config, noise, perturbed
 from tests.helpers.live_bytes import LiveBytes
@@ -141,9 +144,12 @@ def test_the_cost_model_counts_it(option: str) -> None:
     # Products alone: what the CPU's kernel for attention does is not counted. Of the T x T logits the causal half is used.
     attention = 2 * sum(shape.layers) * shape.num_tokens**2 * shape.channels
     assert counter.get_total_flops() + attention == pytest.approx(flops_per_image(shape, training=False), rel=0.01)
+    tables = (
+        4 * shape.num_blocks * shape.num_tokens * shape.head_channels * (shape.positions == "rotary")
+    )  # of any batch
     for mode in ("none", "selective", "full"):
         expected = activation_bytes(shape, mode, 4)
-        assert modes.kept_bytes(shape, mode) == pytest.approx(expected, rel=0.1), mode
+        assert modes.kept_bytes(shape, mode) - tables == pytest.approx(expected, rel=0.1), mode
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -172,7 +178,7 @@ def test_files_say_what_it_is(option: str, tmp_path: Path) -> None:
     save_weights_file(tmp_path / "w.safetensors", shape, weights)
     save_weights_folder(tmp_path / "hub", shape, weights)
     torch.save(weights, tmp_path / "published.pth")
-    stated = ",".join(f"{name}={getattr(shape, name)}" for name in ("head_channels", "soft_clip"))
+    stated = ",".join(f"{name}={getattr(shape, name)}" for name in ("head_channels", "soft_clip", "scale"))
     for path, model_text in (("w.safetensors", None), ("hub", None), ("published.pth", stated)):
         assert read_weights(tmp_path / path, model=model_text).config == shape, path
 
@@ -218,3 +224,56 @@ def test_the_plan_gathers_the_deepest_block_and_its_neighbour() -> None:
     assert gathered(0) == 4 * (28 * layer + 2 * ends)
     assert gathered(8) == 4 * 2 * 8 * layer
     assert gathered(1) == 4 * 2 * layer
+
+
+@torch.no_grad()
+def test_rotary_attention_goes_by_differences_of_rows_and_columns_alone() -> None:
+    """The logit of a query and a key is that of any other pair as many rows and columns apart, and of no other pair."""
+    table = rotary_table((4, 5), 16, torch.device("cpu")).view(4, 5, 16)
+    q, k = noise(1)[0, 0:2].flatten()[:16], noise(1)[0, 2:4].flatten()[:16]
+    logits = torch.einsum("ijk,lmk->ijlm", rotated(q.expand(4, 5, 16), table), rotated(k.expand(4, 5, 16), table))
+    assert torch.allclose(logits[0, 0, 2, 1], q @ rotated(k, table[2, 1]), atol=1e-5)
+    assert torch.allclose(logits[:2, :4, 2:, 1:].diagonal(0, 0, 2).diagonal(0, 0, 1), logits[0, 0, 2, 1], atol=1e-5)
+    assert (logits[0, 0] - logits[0, 0, 2, 1]).abs().flatten().sort().values[1] > 1e-3
+    # The first half of the channels knows rows alone, the second columns.
+    rows, columns = (rotated(torch.ones(4, 5, 16), table)[..., part] for part in (slice(8), slice(8, 16)))
+    assert torch.equal(rows[:, :1].expand_as(rows), rows)
+    assert torch.equal(columns[:1].expand_as(columns), columns)
+    assert not torch.equal(rows[0], rows[1])
+
+
+@torch.no_grad()
+def test_the_block_in_reversed_order_has_the_positions_of_its_patches() -> None:
+    model = perturbed(of("rotary"))
+    forward, reverse = (block.rotary() for block in model.blocks[:2])  # type: ignore[operator]
+    assert torch.equal(reverse, forward.flip(0))
+    assert torch.equal(forward, rotary_table((4, 4), 32, torch.device("cpu")))
+
+
+def test_another_resolution_starts_from_rotary_weights(tmp_path: Path) -> None:
+    """All weights are those there; of the first patches, whose rows and columns are the same, the density is the same."""
+    small, large = of("rotary", image_size=8, nvp=False), of("rotary", image_size=16, nvp=False)
+    model = perturbed(small)
+    save_weights_file(tmp_path / "w.safetensors", small, dict(model.state_dict()))
+    tensors, lines = initial_weights(tmp_path / "w.safetensors", training_config(large), partial=True)
+    assert all(torch.equal(tensors[name], p) for name, p in model.named_parameters())
+    assert "the prior's variance is resampled from 8 to 16 pixels" in lines
+    grown = load_model(large, tensors)
+    row = torch.rand(1, 3, 2, 16, generator=torch.Generator().manual_seed(0))
+    images = (torch.nn.functional.pad(row[..., :8], (0, 0, 0, 6)), torch.nn.functional.pad(row, (0, 0, 0, 14)))
+    few, many = (one.blocks[0](one.patchify(x))[0] for one, x in zip((model, grown), images))
+    assert torch.allclose(
+        few[:, :4], many[:, :4], atol=1e-5
+    )  # the first row of patches, up to the smaller image's width
+
+
+def test_the_softplus_scale_is_bounded_below_and_grows_linearly() -> None:
+    u = torch.tensor([-1e9, -30.0, -1.0, 0.0, 2.0, 1e9])
+    a, _ = perturbed(of("softplus")).blocks[0].split(torch.cat([u, u]))  # type: ignore[operator]
+    expected = torch.log(0.001 + 0.999 * torch.log1p(torch.exp(u.double() + math.log(math.e - 1))))
+    expected[-1] = math.log(0.001 + 0.999 * (1e9 + math.log(math.e - 1)))
+    assert torch.allclose(a.double(), expected, atol=1e-6)
+    assert abs(float(a[3])) < 1e-6  # at initialization the flow is the identity
+    assert float(a.min()) == pytest.approx(
+        math.log(0.001), abs=1e-6
+    )  # -a, its part of the log-determinant, at most 6.9

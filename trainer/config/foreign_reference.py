@@ -11,15 +11,11 @@
 
 mu_s and sigma_s are of the 2,023 spatial features, which sFID compares. No file says which images it is of or how they were
 cropped, and only torchmetrics says how many. Which rule resized them to 299 pixels follows from the program; two rules are
-possible where two programs write the same form. Pickles are read without running anything in them: the names of numpy's
-constructors stand for plain containers here, and any other name is refused.
+possible where two programs write the same form. Nothing in a pickle is run (`tarflow.data_pipeline.array_pickles`).
 """
 
 import errno
 import hashlib
-import io
-import pickle
-import pickletools
 import re
 import struct
 import zipfile
@@ -32,7 +28,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tarflow.data_pipeline.array_pickles import FLOATS, NotArraysError, unpickled
 from tarflow.files import open_to_read
+from tarflow.image_size import plain, size_of
 from tarflow.npz import Declared, declared, read_npz
 
 # One set of weights, three rules of resizing: TensorFlow's, pytorch-fid's, clean-fid's.
@@ -123,9 +121,9 @@ def _images_inside(found: Mapping[str, Declared]) -> dict[str, str | int]:
     images = found.get(IMAGES)
     if images is None:
         return {}
-    if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[1] != images.shape[2]:
-        raise ValueError(f"its {IMAGES} is {images.dtype} {list(images.shape)}, not uint8 [images, size, size, 3]")
-    return {"image_size": images.shape[1], "images_inside": images.shape[0]}
+    if images.dtype != np.uint8 or len(images.shape) != 4:
+        raise ValueError(f"its {IMAGES} is {images.dtype} {list(images.shape)}, not uint8 [images, height, width, 3]")
+    return {"image_size": plain(size_of(*images.shape[1:3])), "images_inside": images.shape[0]}
 
 
 def moments(mean: NDArray[Any], covariance: NDArray[Any], names: tuple[str, str] = ("mu", "sigma")) -> Moments:
@@ -192,94 +190,10 @@ def _in_state(path: Path) -> tuple[dict[str, NDArray[Any]], int]:
 def _in_pickle(data: bytes) -> dict[str, NDArray[Any]]:
     """Mu and sigma. Raises ValueError for anything but dictionaries of arrays."""
     try:
-        # The machine makes room for as many objects as the largest number says that one is put under.
-        for operation, number, _ in pickletools.genops(data):
-            if operation.name in ("PUT", "LONG_BINPUT") and number is not None and number > len(data):
-                raise ValueError("it numbers more objects than it can hold")
-        found = _Unpickler(io.BytesIO(data)).load()
+        found = unpickled(data, FLOATS)
         part = found["fid"] if isinstance(found, dict) and "fid" in found else found
         return {name: part[name].array for name in _MOMENTS}
-    except ValueError:
-        raise
-    # What a pickle of other things, or a damaged one, makes the machine of pickles raise.
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        OverflowError,
-        MemoryError,
-    ):
+    except (NotArraysError, KeyError, TypeError, AttributeError):
         raise ValueError(
             'it is no pickle of {"mu": array, "sigma": array}, or of {"fid": {"mu": array, "sigma": array}}'
         ) from None
-
-
-class _Type:
-    """In the place of numpy.dtype: a code, and an order of bytes."""
-
-    def __init__(self, code: object = "", *_: object) -> None:
-        self.code, self.order = code, "<"
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.order = str(state[1])
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        if self.code not in ("f4", "f8") or self.order not in ("<", ">", "="):
-            raise ValueError(f"its arrays are of {self.code!r}, not of floats")
-        return np.dtype(f"{self.order}{self.code}")
-
-
-class _Array:
-    """In the place of numpy.ndarray: what its state says, checked, and nothing allocated before."""
-
-    array: NDArray[Any]
-
-    def __init__(self, *_: object) -> None: ...
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, kind, in_fortran_order, raw = state
-        self.fill(raw, kind, shape, "F" if in_fortran_order else "C")
-
-    def fill(self, raw: object, kind: object, shape: object, order: object) -> None:
-        if not isinstance(kind, _Type) or not isinstance(raw, bytes | bytearray) or not isinstance(shape, tuple):
-            raise ValueError("an array in it is not one")
-        if not all(isinstance(size, int) for size in shape):
-            raise ValueError("an array in it has no shape")
-        self.array = np.frombuffer(raw, kind.dtype).reshape(shape, order="F" if order == "F" else "C")
-
-
-def _from_buffer(raw: object, kind: object, shape: object, order: object) -> _Array:
-    """In the place of numpy's function of that name, by which pickles of protocol 5 hold arrays."""
-    found = _Array()
-    found.fill(raw, kind, shape, order)
-    return found
-
-
-def _encoded(text: str, encoding: str = "latin1") -> bytes:
-    """In the place of codecs.encode: pickles of before protocol 3 hold bytes as text."""
-    if encoding != "latin1":
-        raise ValueError(f"its bytes are encoded in {encoding!r:.40}")
-    return text.encode("latin1")
-
-
-_NAMES: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Type,
-    ("_codecs", "encode"): _encoded,
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")},
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows dictionaries, text, numbers and arrays."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = _NAMES.get((module, name))
-        if found is None:
-            raise ValueError(f"it asks for {f'{module}.{name}'[:200]}, which could run code: only arrays are read")
-        return found

@@ -1,10 +1,13 @@
 """Bounds on products of settings: each may be within its own bounds, and together they ask for what no machine has."""
 
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
 
-_IMAGE = ("model.image_size", "model.image_size")
+from tarflow.image_size import sides
+
+_IMAGE = ("model.image_size",)  # counts for both of its sides
 
 # Settings (of a list, all entries), the largest product, what it counts. A 0 (`all` or `none`) makes the product 0.
 PRODUCTS: tuple[tuple[tuple[str, ...], int, str], ...] = (
@@ -27,9 +30,10 @@ def oversized(config: Any) -> Iterator[str]:
     """An error text for each product over its bound, with the settings, their values and the bound."""
     for keys, most, what in PRODUCTS:
         values = [_value(config, key) for key in keys]
-        product = math.prod(math.prod(value) if isinstance(value, tuple) else value for value in values)
+        pixels = (sides(value) if (key,) == _IMAGE else value for key, value in zip(keys, values))
+        product = math.prod(math.prod(value) if isinstance(value, tuple) else value for value in pixels)
         if product > most:
-            factors = " x ".join(f"{key}={value}" for key, value in zip(keys, values))
+            factors = " x ".join(f"{key}={json.dumps(value)}" for key, value in zip(keys, values))
             yield f"{factors} makes {product:.2g} {what}, and {most:.2g} is the most: lower one of them"
 
 

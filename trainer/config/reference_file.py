@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
+from tarflow.image_size import parse_size, plain, sides
 from tarflow.npz import read_npz
 from tarflow.records import DamagedFileError, Record, as_record, parse_object
 from tarflow.trainer.config.foreign_reference import ForeignReference, read_foreign
@@ -28,6 +29,14 @@ _ROUNDING = 1e-6  # generous for products of sums in float64
 Text = Annotated[str, Field(max_length=10_000)]
 
 
+def _size(value: int | str) -> int | str:
+    """As `image_size.plain` writes it, within bounds."""
+    size = parse_size(value)
+    if plain(size) != value or not all(1 <= side <= 1 << 14 for side in sides(size)):
+        raise ValueError(f"{str(value)[:80]!r} is neither a square's number of pixels nor a rectangle's HEIGHT,WIDTH")
+    return value
+
+
 class _Provenance(Record):
     """What the statistics were computed from. Later versions may add fields; then those must agree, too."""
 
@@ -35,7 +44,7 @@ class _Provenance(Record):
 
     fingerprint: str = Field(min_length=1, max_length=200)
     images: int = Field(ge=1, lt=1 << 53)
-    image_size: int = Field(ge=1, le=1 << 14)
+    image_size: Annotated[int | str, AfterValidator(_size)]
     channels: int = Field(ge=1, le=4)
     features: str = Field(min_length=1, max_length=200)
     features_sha256: str = Field(min_length=1, max_length=200)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from tarflow.trainer.config.schema import ActivationCheckpointConfig
 
-Forward = Callable[[Tensor], Any]
+Forward = Callable[..., Any]  # (x), or (x, table of rotary positions)
 
 _aten = torch.ops.aten
 KEPT = {
@@ -59,8 +59,8 @@ _HOOKS: dict[str, Any] = (
 
 
 def _full(forward: Forward) -> Forward:
-    def checkpointed(x: Tensor) -> Any:
-        return checkpoint(forward, x, use_reentrant=False)
+    def checkpointed(*inputs: Tensor) -> Any:
+        return checkpoint(forward, *inputs, use_reentrant=False)
 
     return checkpointed
 
@@ -68,17 +68,17 @@ def _full(forward: Forward) -> Forward:
 def _selective(forward: Forward) -> Forward:
     contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
 
-    def checkpointed(x: Tensor) -> Any:
-        return checkpoint(forward, x, use_reentrant=False, context_fn=contexts, **_HOOKS)
+    def checkpointed(*inputs: Tensor) -> Any:
+        return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **_HOOKS)
 
     return checkpointed
 
 
 def _offloaded(forward: Forward) -> Forward:
-    def checkpointed(x: Tensor) -> Any:
+    def checkpointed(*inputs: Tensor) -> Any:
         # Only the reentrant form saves its input where saved-tensor hooks can move it.
-        with save_on_cpu(pin_memory=x.device.type == "cuda"):
-            return checkpoint(forward, x, use_reentrant=True)
+        with save_on_cpu(pin_memory=inputs[0].device.type == "cuda"):
+            return checkpoint(forward, *inputs, use_reentrant=True)
 
     return checkpointed
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.choose_reader import open_data
+from tarflow.image_size import shown
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.provenance import Provenance
 from tarflow.models.weights import WeightsFile, WeightsHeader, is_weights_file, read_header, read_weights
@@ -58,6 +59,10 @@ def initial_weights(
         lines.append(
             f"{source} does not say the size of its attention heads: taken as model.head_channels={config.model.head_channels}"
         )
+        if not isinstance(file.config.image_size, int):
+            lines.append(
+                f"{source} does not say how its patches lie: taken as those of {shown(file.config.image_size)} pixels"
+            )
     trained, train = file.provenance, config.train
     noise = Provenance(noise=train.noise, noise_std=_noise_std(config), noise_range=train.noise_range)
     if trained.noise and trained.noise_words != noise.noise_words:
@@ -69,9 +74,10 @@ def initial_weights(
     if "num_classes" in changed or (partial and renamed):
         lines.append(_change_classes(tensors, config.model, theirs, classes))
     if "image_size" in changed:
-        _resample(tensors, config.model)
+        _resample(tensors, file.config, config.model)
+        tables = "position embeddings are" if config.model.positions == "learned" else "the prior's variance is"
         lines.append(
-            f"position embeddings are resampled from {file.config.image_size} to {config.model.image_size} pixels"
+            f"{tables} resampled from {shown(file.config.image_size)} to {shown(config.model.image_size)} pixels"
         )
     return tensors, lines
 
@@ -163,16 +169,17 @@ def _change_classes(
     return f"classes changed: {by_name}; the others start as images without a label"
 
 
-def _resample(tensors: dict[str, Tensor], model: TarFlowConfig) -> None:
-    """Resample the tensors [T, ...] that belong to positions in the image to this model's number of tokens, in place."""
-    for block in range(model.num_blocks):
+def _resample(tensors: dict[str, Tensor], theirs: TarFlowConfig, ours: TarFlowConfig) -> None:
+    """Resample the tensors [T, ...] that belong to positions in the image to this model's grid of patches, in place."""
+    for block in range(ours.num_blocks):
         name = f"blocks.{block}.pos_embed"
-        tensors[name] = _resized(tensors[name], model.num_tokens, "bicubic")
-    tensors["var"] = _resized(tensors["var"], model.num_tokens, "bilinear")  # which keeps variances positive
+        if name in tensors:  # rotary positions have none
+            tensors[name] = _resized(tensors[name], theirs.grid, ours.grid, "bicubic")
+    # Bilinear keeps variances positive.
+    tensors["var"] = _resized(tensors["var"], theirs.grid, ours.grid, "bilinear")
 
 
-def _resized(table: Tensor, num_tokens: int, mode: str) -> Tensor:
-    """A table [T, C] of a square grid of patches in row-major order, resampled to another number of patches."""
-    old, new = round(len(table) ** 0.5), round(num_tokens**0.5)
-    grid = table.float().T.reshape(1, -1, old, old)
-    return F.interpolate(grid, size=(new, new), mode=mode, antialias=True).reshape(-1, num_tokens).T.contiguous()
+def _resized(table: Tensor, old: tuple[int, int], new: tuple[int, int], mode: str) -> Tensor:
+    """A table [T, C] of a grid of (rows, columns) patches in row-major order, resampled to another grid."""
+    grid = table.float().T.reshape(1, -1, *old)
+    return F.interpolate(grid, size=new, mode=mode, antialias=True).flatten(2)[0].T.contiguous()

@@ -15,7 +15,7 @@ from tarflow.trainer.start.classes import compare_classes
 from tarflow.trainer.start.data import data_findings
 from tarflow.trainer.start.evaluation import evaluation_findings, open_held_out
 from tarflow.trainer.start.finding import Finding, refusals
-from tarflow.trainer.start.record import began, recorded_classes
+from tarflow.trainer.start.record import began, code_changes, recorded_classes
 from tarflow.trainer.tracking.weights_and_biases import check_wandb
 
 
@@ -86,7 +86,9 @@ def _changed(config: Config, run_dir: Path) -> set[str]:
 
 
 def _of_run(config: Config, train: DataSurvey, run_dir: Path) -> Iterator[Finding]:
-    """Conflicts with the classes that the run was started on."""
+    """Conflicts with the classes that the run was started on; the user's code, if it has changed since."""
+    for change in code_changes(run_dir, train.describe()):
+        yield Finding(str(change), (change.setting,), note=True)
     if not train.labelled:
         return
     yield from compare_classes(

@@ -1,9 +1,11 @@
 """Checks the data against the model: each finding names both sides."""
 
+import json
 from collections.abc import Iterator
 
 from tarflow.data_pipeline.loading.sample_reader import check_labels
 from tarflow.data_pipeline.loading.survey import DataSurvey
+from tarflow.image_size import sides
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.start.finding import Finding, refusals
 
@@ -36,10 +38,17 @@ def image_findings(config: Config, setting: str, images: DataSurvey) -> Iterator
     if channels == 3 and images.channels == 1:
         text = f"model.in_channels=3 (colour), but {what} are grey: model.in_channels=1 would do"
         yield Finding(text, ("model.in_channels", setting), note=True)
-    if images.sides and images.sides[0] < size:
-        sides = f"{images.sides[0]} px" if images.image_size else f"{images.sides[0]} px and more"
-        text = f"model.image_size={size}, but the shorter side of {what} has {sides}: they are enlarged"
+    height, width = sides(size)
+    if any(look.height < height or look.width < width for look in images.looks):
+        least = f"{images.sides[0]} px" if images.image_size else f"{images.sides[0]} px and more"
+        have = f"the shorter side of {what} has {least}" if isinstance(size, int) else f"{what} are smaller"
+        text = f"model.image_size={json.dumps(size)}, but {have}: they are enlarged"
         yield Finding(text, ("model.image_size", setting), note=True)
+    prepared = images.index.crop if images.index is not None else None
+    if prepared not in (None, "centre"):
+        text = f"{what} were cropped by the rule {prepared} when they were prepared: where one has another size, so it is again"
+        if config.data.crop is None:
+            yield Finding(text, ("data.crop", setting), note=True)
 
 
 def _code(train: DataSurvey) -> Iterator[Finding]:

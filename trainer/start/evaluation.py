@@ -12,6 +12,7 @@ from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.sample_reader import check_labels
 from tarflow.data_pipeline.loading.survey import DataSurvey, survey
 from tarflow.data_pipeline.storage.open_index import open_index
+from tarflow.image_size import plain
 from tarflow.records import DamagedFileError
 from tarflow.trainer.config.evaluation import FEATURE_PACKAGES
 from tarflow.trainer.config.foreign_reference import ForeignReference
@@ -158,7 +159,7 @@ def _reference(config: Config, train: DataSurvey) -> Iterator[Finding]:
         return
     stored = found.provenance
     wanted: dict[str, object] = {
-        "image_size": config.model.image_size,
+        "image_size": plain(config.model.image_size),
         "channels": config.model.in_channels,
         "damaged images": "refused" if config.data.on_error == "strict" else "left out",
     }

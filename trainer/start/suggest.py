@@ -4,11 +4,13 @@ A starting point, with the reason for each choice in a comment.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.survey import DataSurvey, survey
+from tarflow.image_size import Size, sides
 from tarflow.trainer.errors import TrainerError
 
 MOST_PIXELS = 256  # larger images are for people to decide on: the cost grows with the square
@@ -57,7 +59,8 @@ def suggest(data: str) -> str:
     batch = max(1, min(scale.batch, 1 << (max(number, 1).bit_length() - 1)))
     steps = max(1, -(-number * scale.epochs // batch))
     most = steps * batch
-    noise = 0.1 if size < 64 else 0.05 if size == 64 else 0.15
+    longer, tokens = max(sides(size)), math.prod(side // patch for side in sides(size))
+    noise = 0.1 if longer < 64 else 0.05 if longer == 64 else 0.15
     held_out = f"\n  validation: {_quoted(validation)}" if validation else "\n  # validation: none was found beside it"
     return f"""# Written by `tarflow init`.
 # data: {seen}
@@ -65,8 +68,8 @@ data:
   train: {_quoted(train)}{held_out}
 
 model:
-  image_size: {size}  # {why}
-  patch_size: {patch}  # {(size // patch) ** 2} tokens of {patch} x {patch} px; a smaller patch is better and dearer
+  image_size: {json.dumps(size)}  # {why}
+  patch_size: {patch}  # {tokens} tokens of {patch} x {patch} px; a smaller patch is better and dearer
   in_channels: {seen.channels}  # {"colour" if seen.channels == 3 else "grey"}
   num_classes: {classes}  # {_why_classes(classes, unlabelled, number)}
   channels: {scale.channels}  # channels, blocks and layers: for {number:,} images; more of them want a larger model
@@ -119,8 +122,19 @@ def _indexed(folder: Path) -> bool:
     return (folder / "index" / "shards.parquet").is_file()
 
 
-def grid_of(seen: DataSurvey, small: bool) -> tuple[int, int, str]:
-    """(image_size, patch_size, why): the largest size, up to that of the images, with a reasonable number of patches."""
+def grid_of(seen: DataSurvey, small: bool) -> tuple[Size, int, str]:
+    """(image_size, patch_size, why): the largest size, up to that of the images, with a reasonable number of patches.
+
+    Images that were prepared as rectangles keep their size; all others are taken as squares.
+    """
+    prepared = (
+        seen.index.image_size[::-1] if seen.index is not None and seen.index.crop and seen.index.image_size else (1, 1)
+    )
+    if prepared[0] != prepared[1]:
+        common = math.gcd(*prepared)
+        patches = [p for p in range(1, common + 1) if common % p == 0]
+        few = [p for p in patches if math.prod(prepared) <= _MOST * p * p]
+        return prepared, min(few, default=common), "as the images were prepared, height and width"
     side = seen.sides[len(seen.sides) // 2]
     what = f"the images' shorter side is {side} px" if seen.image_size else f"half of the images have {side} px or more"
     for size in range(min(side, MOST_PIXELS), 0, -1):

@@ -9,28 +9,34 @@ from numpy.typing import NDArray
 
 from tarflow.data_pipeline.errors import BadSampleError
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
-from tarflow.data_pipeline.images.transform import fit
+from tarflow.data_pipeline.images.crop import CENTRE, Crop
 from tarflow.data_pipeline.loading.custom.dataset import CustomDataset
 from tarflow.data_pipeline.loading.custom.transform import Transform
 from tarflow.data_pipeline.loading.shape import ImageShape
 
 
 class CustomReader:
-    """See `sample_reader.Reader`. `max_pixels`: limit on an image. `transform`: applied to training images."""
+    """See `sample_reader.Reader`.
+
+    `max_pixels`: limit on an image. `transform`: applied to training images. `crop`: the rule by which they get the
+    model's size.
+    """
 
     def __init__(
-        self, data: CustomDataset, shape: ImageShape, max_pixels: int = MAX_PIXELS, transform: Transform | None = None
-    ) -> None:
-        self.data, self.shape, self.max_pixels, self.transform = data, shape, max_pixels, transform
+        self, data: CustomDataset, shape: ImageShape, max_pixels: int = MAX_PIXELS, transform: Transform | None = None,
+        crop: Crop = CENTRE,
+    ) -> None:  # fmt: skip
+        self.data, self.shape, self.max_pixels = data, shape, max_pixels
+        self.transform, self.crop = transform, crop
         self.root, self.num_samples = data.root, data.num_samples
 
     def read(self, sample: int) -> tuple[NDArray[np.uint8], int]:
-        """(uint8 [image_size, image_size, channels], label). Raises BadSampleError naming the image."""
+        """(uint8 [H, W, channels] of the model's size, label). Raises BadSampleError naming the image."""
         image = np.empty(self.shape.pixels, dtype=np.uint8)
         return image, self.read_into(sample, image)
 
     def read_into(self, sample: int, out: NDArray[np.uint8], epoch: int | None = None) -> int:
-        """Write the image into `out`, uint8 [image_size, image_size, channels]; returns the label.
+        """Write the image into `out`, uint8 [H, W, channels] of the model's size; returns the label.
 
         `epoch`: of a training image, to which the transform is applied. Raises BadSampleError naming the image.
         """
@@ -38,7 +44,7 @@ class CustomReader:
         number = self._label(sample, label)
         if self.transform is not None and epoch is not None:
             image = self.transform(image, epoch, sample)
-        out[...] = fit(image, self.shape.image_size)
+        out[...] = self.crop(image, self.shape.image_size, epoch, sample)
         return number
 
     def read_full(self, sample: int) -> tuple[NDArray[np.uint8], int]:

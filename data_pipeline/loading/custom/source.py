@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from tarflow.data_pipeline.loading.choose_reader import open_custom
+from tarflow.data_pipeline.loading.choose_reader import open_custom, rule_of
 from tarflow.data_pipeline.loading.indexed import OrderedSource, spec_of
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.shape import BatchShard, ImageShape
@@ -19,7 +19,14 @@ class CustomSource(OrderedSource):
 
     def __init__(self, settings: DataSettings, shape: ImageShape, shard: BatchShard, pin_memory: bool) -> None:
         data = open_custom(settings)
-        spec = spec_of(settings, shape, shard, data.fingerprint, dataset=data.function.named)
+        spec = spec_of(
+            settings,
+            shape,
+            shard,
+            data.fingerprint,
+            dataset=data.function.named,
+            crop=rule_of(settings, data),
+        )
         super().__init__(settings, shard, pin_memory, data.shard_sizes, spec, data)
         if shard.rank == 0:
             log.info("%s: %s samples, fingerprint %s", data.root, f"{data.num_samples:,}", data.fingerprint)

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from tarflow.data_pipeline import keyed
 from tarflow.data_pipeline.errors import BadSampleError, DataError
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
+from tarflow.data_pipeline.images.crop import CENTRE, Crop
 from tarflow.data_pipeline.images.decode import decode, decode_into
 from tarflow.data_pipeline.images.formats import IMAGE_EXTENSIONS
-from tarflow.data_pipeline.images.transform import fit
 from tarflow.data_pipeline.index.labels import parse_label
 from tarflow.data_pipeline.loading.sample_reader import Skipped
 from tarflow.data_pipeline.loading.shape import BatchShard, ImageShape
@@ -33,18 +33,18 @@ ROW_BITS = 32  # the id of a sample: number of its shard << 32 | its row
 class StreamReader:
     """The endless samples of one rank, from the position `cursor`, or from the start of the shard nearest to `images_seen`.
 
-    `read_into(out)` fills uint8 [size, size, channels] with the next good sample. `counts_folder`: where the sizes of
+    `read_into(out)` fills uint8 [H, W, channels] with the next good sample. `counts_folder`: where the sizes of
     shards are kept. Raises DataError: no samples in a whole round of shards, in strict mode the first bad one.
     """
 
     def __init__(
         self, shards: list[str], shape: ImageShape, shard: BatchShard, position: Position, *, strict: bool, buffer: int,
-        counts_folder: Path, max_pixels: int = MAX_PIXELS,
+        counts_folder: Path, max_pixels: int = MAX_PIXELS, crop: Crop = CENTRE,
     ) -> None:  # fmt: skip
         self.shards = shards
         self.shape = shape
         self.strict = strict
-        self.max_pixels = max_pixels
+        self.max_pixels, self.crop = max_pixels, crop
         self.seed, self.rank, self.world_size = shard.seed, shard.rank, shard.world_size
         self.buffer = buffer
         self.counts = ShardCounts(counts_folder, shards, f"{shard.rank}of{shard.world_size}")
@@ -71,7 +71,8 @@ class StreamReader:
                     fields = ", ".join(name for name in sample if not name.startswith("__"))
                     raise BadSampleError("no_image", f"has no image, its fields are {fields}")
                 if not decode_into(sample[name], out):
-                    out[...] = fit(decode(sample[name], self.shape.channels, size, self.max_pixels), size)
+                    at_least = size if self.crop.reduced_ok else None
+                    out[...] = self.crop(decode(sample[name], self.shape.channels, at_least, self.max_pixels), size)
                 return label, number << ROW_BITS | row
             except BadSampleError as err:
                 message = f"shard {self.shards[number]}, sample {sample['__key__']!r}: {err}"

@@ -9,8 +9,10 @@ from functools import cached_property
 import numpy as np
 
 from tarflow.data_pipeline.errors import DataError
+from tarflow.data_pipeline.images.crop import Crop
 from tarflow.data_pipeline.images.transform import flips
 from tarflow.data_pipeline.loading.batch import Batch
+from tarflow.data_pipeline.loading.choose_reader import rule_of
 from tarflow.data_pipeline.loading.prefetch import Prefetched
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.data_pipeline.loading.shape import BatchShard, ImageShape
@@ -35,6 +37,7 @@ class StreamSource:
                 f"data.transform={settings.transform} gets random numbers by epoch and image, which a stream does not know: "
                 "give the data an index with `tarflow data index`"
             )
+        self.crop = Crop(rule_of(settings))
         self.shards = stream_shards(settings.train)
         self._prefetched: Prefetched[Delivery] | None = None
         if shard.rank == 0:
@@ -82,7 +85,7 @@ class StreamSource:
         settings, shard, seen = self.settings, self.shard, position.images_seen
         reader = StreamReader(
             self.shards, self.shape, shard, position, strict=settings.on_error == "strict", buffer=self._buffer,
-            counts_folder=settings.access.folder(), max_pixels=settings.max_image_pixels,
+            counts_folder=settings.access.folder(), max_pixels=settings.max_image_pixels, crop=self.crop,
         )  # fmt: skip
         slots = np.arange(shard.rank * shard.size, (shard.rank + 1) * shard.size, dtype=np.int64)
         while True:

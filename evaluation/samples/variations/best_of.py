@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tarflow.evaluation.batches import LIKELIHOOD, Batches
+from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.draw import Drawn, Sampler
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.models.cost import likelihood_bytes
@@ -67,3 +68,21 @@ class BestSampler(Sampler):
         with products(TRUE_FLOAT32):
             found = torch.cat(self.batches.run(LIKELIHOOD, len(indices), measure, likelihood_bytes(self.model.config)))
         return found.where(torch.isfinite(found), torch.inf)
+
+
+def choose_best_of(
+    model: TarFlow, sampling: ResolvedSampling, number: int, batches: Batches, option: str, cold: str
+) -> Sampler:
+    """The sampler of the best of `number` candidates, which of one is the plain one.
+
+    `option` with the number in it and `cold`, for temperature 0, are what the user calls them. Raises EvaluationError.
+    """
+    if not 1 <= number <= MOST_CANDIDATES:
+        raise EvaluationError(f"{option.format(number)} is out of bounds: it may be 1 to {MOST_CANDIDATES:,}")
+    if number == 1:
+        return Sampler(model, sampling, batches)
+    if sampling.settings.temperature == 0:
+        raise EvaluationError(
+            f"{option.format(number)} chooses among samples, and at {cold} all of them are one: give one of the two"
+        )
+    return BestSampler(model, sampling, number, batches)

@@ -3,13 +3,12 @@
 import hashlib
 from typing import Any
 
-from tarflow.evaluation.batches import Batches
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.draw import Sampler, check_guidance
-from tarflow.evaluation.samples.request import SampleRequest
+from tarflow.evaluation.samples.request import SampleRequest, batches_of
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
-from tarflow.evaluation.samples.variations.best_of import MOST_CANDIDATES, BestSampler
+from tarflow.evaluation.samples.variations.best_of import MOST_CANDIDATES, choose_best_of
 from tarflow.evaluation.samples.variations.path import (
     OF_IMAGES,
     End,
@@ -48,7 +47,7 @@ def choose_sampler(
     request: SampleRequest, source: WeightsSource, sampling: ResolvedSampling, log: Log
 ) -> tuple[Sampler, int, dict[str, Any]]:
     """(the sampler, how many images it draws, what its settings record beyond those of sampling)."""
-    model, memory = source.model, Batches(source.model.var.device, log)
+    model, memory = source.model, batches_of(request, source, log)
     if request.interpolate is not None:
         ends = [parse_end(text, model.config) for text in request.interpolate]
         sampling = label_of_path(settings_of_path(sampling, ends, request.settings), model.config)
@@ -63,14 +62,10 @@ def choose_sampler(
         about = {"temperatures": list(request.temperatures), "samples": request.num}
         return rows, request.num * len(request.temperatures), about
     if request.best_of > 1:
-        if sampling.settings.temperature == 0:
-            raise EvaluationError(
-                f"--best-of {request.best_of} chooses among samples, and at --temperature 0 all of them are one: give one of "
-                "the two"
-            )
+        best = choose_best_of(model, sampling, request.best_of, memory, "--best-of {}", "--temperature 0")
         log(f"of {request.best_of} candidates for each image the one of highest likelihood, before denoising")
         about = {"candidates": request.best_of, "by": "log p(x | label) of the sample before denoising, unguided"}
-        return BestSampler(model, sampling, request.best_of, memory), request.num, {"best_of": about}
+        return best, request.num, {"best_of": about}
     return Sampler(model, sampling, memory), request.num, {}
 
 

@@ -349,13 +349,13 @@ def test_a_submission_is_refused_while_a_job_may_be_unknown(submitted, fake_slur
 
 def test_an_evaluation_goes_on_while_the_record_of_its_training_cannot_be_read(tmp_path: Path) -> None:
     """It ends by its own bounds; that a training is over is nothing to be guessed."""
-    from tarflow.cluster.job.task import training_failed
+    from tarflow.cluster.job.record import Followed
 
     slurm_dir = tmp_path / "slurm"
     slurm_dir.mkdir()
     append_record_line(slurm_dir / "jobs.jsonl", {"job": "107", "kind": "train"})
     Chain.load(slurm_dir, "107").end(78, "stopped: requeue limit")
-    assert "requeue limit" in training_failed(slurm_dir, "107")
+    assert "requeue limit" in Followed(slurm_dir, "107").ended_early()
     path = slurm_dir / "chain-107.json"
     path.write_bytes(path.read_bytes()[:30])
-    assert training_failed(slurm_dir, "107") == ""
+    assert Followed(slurm_dir, "107").ended_early() == ""

@@ -16,9 +16,10 @@ import pytest
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.job import writer
 from tarflow.cluster.job.chain import Chain
-from tarflow.cluster.job.task import training_failed
+from tarflow.cluster.job.record import Followed
 from tarflow.cluster.job.writer import RunInUseError, other_writer, wait_for_writer
 from tarflow.trainer.run_dir import create_run
+from tests.cluster.fake_slurm import FakeSlurm
 from tests.helpers.waiting import until
 
 
@@ -175,13 +176,39 @@ def test_the_evaluation_follows_the_run_through_all_its_jobs(run: Path) -> None:
     )
     end = lambda job, code, text: Chain.load(folder, job).end(code, text)  # noqa: E731
     end("109", 80, "stopped: run is being trained by another process")
-    assert training_failed(folder, "109") == "", "108 may go on"
+    assert Followed(folder, "109").ended_early() == "", "108 may go on"
     end("107", 78, "stopped: requeue limit")
-    assert training_failed(folder, "107") == ""
+    assert Followed(folder, "107").ended_early() == ""
     end("108", 78, "stopped: requeue limit")
     for job in ("107", "108", "109"):
-        assert "has ended: stopped" in training_failed(folder, job)
+        assert "has ended: stopped" in Followed(folder, job).ended_early()
     end("108", 0, "finished at step 200 after 0 restarts")
-    assert training_failed(folder, "109") == ""
+    assert Followed(folder, "109").ended_early() == ""
     Chain.load(folder, "108").end(0, "cancelled at step 100 after 0 restarts", cancelled=True)
-    assert "training job 108 has ended" in training_failed(folder, "108"), "no failure, but nothing follows"
+    assert "training job 108 has ended" in Followed(folder, "108").ended_early(), "no failure, but nothing follows"
+
+
+def test_the_evaluation_ends_behind_a_training_that_was_killed_before_it_could_note_it(
+    run: Path, fake_slurm: FakeSlurm
+) -> None:
+    """Only if Slurm says twice that it has left the queue: no answer is none, and a requeue takes a moment."""
+    folder = run / "slurm"
+    folder.mkdir()
+    (folder / "jobs.jsonl").write_text('{"job": "107", "kind": "train"}\n')
+    Chain.load(folder, "107").begin(0, 0, "node1")
+    answers = [
+        "echo '107|RUNNING|None|node1|tarflow-x'",
+        "exit 1",
+        "exit 0",
+        "echo '107|PENDING|||tarflow-x'",
+        "exit 0",
+    ]
+    followed = Followed(folder, "107", look_every_s=0)
+    for answer in answers:
+        fake_slurm.command("squeue", answer)
+        assert followed.ended_early() == "", answer
+    assert followed.ended_early() == "training job 107 was ended before it could note it"
+    seldom = Followed(folder, "107", look_every_s=1000)
+    asked = len(fake_slurm.calls("squeue"))
+    assert [seldom.ended_early() for _ in range(3)] == [""] * 3
+    assert len(fake_slurm.calls("squeue")) == asked

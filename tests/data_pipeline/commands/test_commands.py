@@ -38,7 +38,7 @@ def test_prepare_index_info_verify(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "train: 24 samples" in capsys.readouterr().out
     assert tarflow_data("info", out / "val", "--sheet", tmp_path / "sheet.png", "--count", 5, "--tile", 16) == 0
     text = capsys.readouterr().out
-    for piece in ("samples      6", "shards       1", "image size   8x8", "fingerprint  ", "      0           2  0"):
+    for piece in ("samples      6", "shards       1", "image size   8 x 8", "fingerprint  ", "      0           2  0"):
         assert piece in text
     assert Image.open(tmp_path / "sheet.png").size == (3 * 18, 2 * 18)
     before = open_index(out / "train").fingerprint

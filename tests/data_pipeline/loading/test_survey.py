@@ -30,7 +30,7 @@ def test_a_survey_says_what_there_is(pictures: Path) -> None:
     described = json.loads(json.dumps(seen.describe()))
     assert described == {
         "place": str(pictures), "fingerprint": seen.facts.fingerprint, "num_samples": 40, "classes": ["no", "yes"],
-        "num_classes": 2, "image_size": [6, 6], "channels": 3, "unchecked": None,
+        "num_classes": 2, "image_size": [6, 6], "channels": 3, "crop": "centre", "unchecked": None,
     }  # fmt: skip
 
 

@@ -80,13 +80,24 @@ def test_a_file_gives_the_pixels_of_the_same_folder(tmp_path, stored, channels, 
         ({"arr_0": np.zeros((2, 4, 4, 3), np.float32)}, r"float32 \[2, 4, 4, 3\], expected uint8"),
         ({"arr_0": np.zeros((2, 3, 4, 4), np.uint8)}, "expected uint8"),
         ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, "expected uint8"),
-        ({"arr_0": np.zeros((2, 4, 6, 3), np.uint8)}, "6 x 4; give --size"),
+        ({"arr_0": np.zeros((2, 4, 6, 4), np.uint8)}, "expected uint8"),
     ],
 )
 def test_what_are_no_images_is_said(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(EvaluationError, match=message):
         ImageArray(tmp_path / "a.npz", 3, None)
+
+
+def test_rectangles_are_taken_at_their_own_size_or_at_the_one_asked_for(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 6, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", arr_0=images)
+    own = ImageArray(tmp_path / "a.npz", 3, None)
+    assert np.array_equal(torch.cat(list(own.batches())).permute(0, 2, 3, 1), images)
+    assert (own.describe()["image_size"], own.warnings()) == ("4,6", [])
+    other = ImageArray(tmp_path / "a.npz", 3, (2, 6))
+    assert next(iter(other.batches())).shape == (3, 3, 2, 6)
+    assert "were cropped or resized to 2,6 pixels" in other.warnings()[0]
 
 
 @pytest.mark.case("H06")

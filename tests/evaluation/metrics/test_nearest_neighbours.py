@@ -55,6 +55,17 @@ def test_large_images_are_compared_at_64_pixels():
     assert found.nearest.shape == (1, 1, 128, 128)
 
 
+def test_large_rectangles_are_compared_with_their_longer_side_at_64_pixels():
+    """Two images that differ in one half of the longer side alone: averaged over a square of 64, both sides would shrink."""
+    image = pictures(1, 128)[..., :32].contiguous()
+    other = image.clone()
+    other[:, :, 64:] = 255 - other[:, :, 64:]
+    found = nearest_neighbours(image, [(torch.cat([other, image]), torch.tensor([0, 1]), torch.tensor([7, 8]))], k=2)
+    assert found.ids[0].tolist() == [8, 7]
+    theirs, ours = (x.double().view(1, 1, 64, 2, 16, 2).mean((3, 5)).float().round().double() for x in (other, image))
+    assert found.distances[0].tolist() == pytest.approx([0, float((theirs - ours).square().mean().sqrt())], rel=1e-6)
+
+
 def test_the_vote_goes_to_the_most_frequent_and_then_to_the_nearest():
     labels = torch.tensor([[1, 2, 2, 3, 3], [0, 0, 1, 1, 2], [5, 4, 4, 5, 9], [-1, -1, -1, 7, 8], [3, 3, 3, 3, 3]])
     assert vote(labels).tolist() == [2, 0, 5, 7, 3]

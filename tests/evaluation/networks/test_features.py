@@ -12,7 +12,7 @@ from PIL import Image
 
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.networks import features, inception
-from tarflow.evaluation.networks.features import Features, to_network_input
+from tarflow.evaluation.networks.features import Features, to_fid_input, to_network_input
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +105,30 @@ def test_what_overshoots_is_clamped():
     [
         (torch.zeros(2, 3, 8, 8), "uint8"),
         (torch.zeros(2, 2, 8, 8, dtype=torch.uint8), "1 or 3"),
-        (torch.zeros(2, 3, 8, 9, dtype=torch.uint8), "square"),
+        (torch.zeros(2, 3, 8, dtype=torch.uint8), r"got torch\.uint8 \[2, 3, 8\]"),
     ],
 )
 def test_images_of_another_kind_are_refused(bad, message):
     with pytest.raises(EvaluationError, match=message):
         to_network_input(bad)
+
+
+def test_a_rectangle_is_resized_as_a_whole():
+    """Its left edge is that of the network's square, its right edge too: nothing is cropped, by any of the resizes."""
+    image = torch.zeros(1, 1, 10, 20, dtype=torch.uint8)
+    image[..., :10] = 200  # the left half
+    image[..., :5, :] += 50  # the upper half
+    for out in (to_network_input(image), to_fid_input(image)):
+        size = out.shape[-1]
+        assert out.shape == (1, 3, size, size)
+        quarters = (
+            out[0, 0].reshape(2, size // 2, size)[:, 20:-20]
+            if size % 2 == 0
+            else out[0, 0, 1:].view(2, size // 2, size)[:, 20:-20]
+        )
+        left, right = quarters[..., 20 : size // 2 - 20], quarters[..., size // 2 + 20 : -20]
+        assert left.mean((1, 2)).tolist() == pytest.approx([250, 200], abs=0.5)
+        assert right.mean((1, 2)).tolist() == pytest.approx([50, 0], abs=0.5)
 
 
 def test_an_unknown_network_is_refused_with_the_known_ones():

@@ -365,6 +365,14 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "bytes": (lambda path: {"provenance": np.array(b"{}")}, "its provenance is not text"),
     "no network": (lambda path: {"provenance": of(path, features=None)}, "features: field required"),
     "no size": (lambda path: {"provenance": of(path, image_size="8")}, "image_size"),
+    "a size in another spelling": (
+        lambda path: {"provenance": of(path, image_size="8, 12")},
+        "nor a rectangle's HEIGHT,WIDTH",
+    ),
+    "a rectangle without end": (
+        lambda path: {"provenance": of(path, image_size="8,99999")},
+        "nor a rectangle's HEIGHT,WIDTH",
+    ),
     "a list": (lambda path: {"provenance": of(path, data=["x"])}, "data is neither text nor a number"),
 }
 

@@ -67,7 +67,7 @@ def test_images_tokens_and_flops_are_those_of_the_settings_and_nothing_is_made(m
     assert lines[-1].startswith("time        not known: no result of this run recorded its times; give --rate")
 
 
-FINE = [p for p in (ROOT / "configs").glob("*.yaml") if load_config(p).model.image_size >= 128]
+FINE = [p for p in (ROOT / "configs").glob("*.yaml") if load_config(p).model.height >= 128]
 
 
 @pytest.mark.parametrize("path", sorted(FINE), ids=lambda p: p.stem)

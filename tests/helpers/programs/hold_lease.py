@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tarflow import locks
+from tarflow import leases
 from tarflow.trainer.run_dir import writer_lock
 from tests.helpers.poor_files import lack
 
 if __name__ == "__main__":
     lack(pytest.MonkeyPatch(), flock=errno.ENOSYS)
-    locks.LEASE_S = float(sys.argv[2])
+    leases.LEASE_S = float(sys.argv[2])
     with writer_lock(Path(sys.argv[1])):
         print("held", flush=True)
         time.sleep(60)

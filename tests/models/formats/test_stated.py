@@ -53,11 +53,12 @@ def test_what_no_shape_tells_is_stated_and_the_rest_inferred(published: Path) ->
     file = read_weights(published, model=STATED)
     assert file.config == CONFIG
     assert file.inferred == {
-        "model": "inferred from the shapes of the tensors", "assumed": {}, "stated": {"head_channels": 16, "soft_clip": 4},
+        "model": "inferred from the shapes of the tensors", "assumed": {"scale": "exp"},
+        "stated": {"head_channels": 16, "soft_clip": 4},
     }  # fmt: skip
     half = read_weights(published, model="head_channels=32, num_blocks=2")
     assert half.config == CONFIG.model_copy(update={"head_channels": 32, "soft_clip": 0.0})
-    assert half.inferred["assumed"] == {"soft_clip": 0.0}
+    assert half.inferred["assumed"] == {"soft_clip": 0.0, "scale": "exp"}
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,52 @@ def test_what_contradicts_the_shapes_names_both_sides(published: Path, model: st
         ModelError, match=message or "does not determine a model"
     ):  # 64 is assumed, and does not divide 32
         read_weights(published, model=model)
+
+
+def save_published(path: Path, config: TarFlowConfig) -> None:
+    model = TarFlow(config)
+    init_weights(model, 3)
+    torch.save(dict(model.state_dict()), path)
+
+
+@pytest.mark.parametrize("size", [(8, 12), (4, 16), (12, 2)])
+def test_the_sides_of_a_rectangle_are_stated_where_shapes_do_not_tell_them(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    config = CONFIG.model_copy(update={"image_size": size})
+    path, said = tmp_path / "w.pth", f"{STATED},image_size={size[0]},{size[1]}"
+    save_published(path, config)
+    assert read_weights(path, model=said).config == config
+    assert read_weights(path, like=config).config == config
+    assert parse_model(said)["image_size"] == size
+    if size == (4, 16):  # as many patches as a square has: that is what a file without a statement is
+        assert read_weights(path, model=STATED).config == CONFIG
+    else:
+        with pytest.raises(
+            ModelError, match=r"positions make no square, and of a rectangle .*say --model image_size=SIZE"
+        ):
+            read_weights(path, model=STATED)
+    with pytest.raises(
+        ModelError, match=r"image_size: \(6, 8\) and 8$" if size == (4, 16) else r"nor images of 6 x 8 \(height"
+    ):
+        read_weights(path, model=f"{STATED},image_size=6,8")
+    # Files that say what they are keep the sides, and hold others against them.
+    save_weights_folder(tmp_path / "hub", config, read_weights(path, like=config).tensors, KNOWN)
+    assert json.loads((tmp_path / "hub" / "config.json").read_text())["image_size"] == list(size)
+    assert read_weights(tmp_path / "hub").config == config
+    assert f"{size[0]} x {size[1]} (height x width) pixels" in (tmp_path / "hub" / "README.md").read_text()
+    with pytest.raises(
+        ModelError, match=rf"(?s)--model says another model than .*image_size: \(6, 8\) and \({size[0]}, {size[1]}\)"
+    ):
+        read_weights(tmp_path / "hub", model="image_size=6,8")
+
+
+@pytest.mark.parametrize("size", ["8", [8], [8, "x"], [8, -8], [True, 8], {}, 1.5])
+def test_a_folder_that_states_no_size_is_a_clear_error(hub: Path, size: object) -> None:
+    stated = json.loads((hub / "config.json").read_text()) | {"image_size": size}
+    (hub / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(ModelError, match="image_size: "):
+        read_weights(hub)
 
 
 def test_a_preset_may_be_changed() -> None:

@@ -140,3 +140,38 @@ def test_ranks_with_different_data_are_refused_before_the_first_step(config: Pat
     assert "rank 1 has another data set than rank 0: fingerprint custom-96-" in ended.output
     assert "sort what is listed from a folder or a set" in ended.output
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_code_that_changed_since_the_last_start_is_said_and_kept(config: Path, tmp_path: Path) -> None:
+    """Not an error: the fingerprint is the same. Every change stays listed, with the checkpoint at which it came."""
+    own, run = tmp_path / "own.py", tmp_path / "run"
+    source = (ROOT / "tests/helpers/own_data.py").read_text()
+    own.write_text(source)
+
+    def started(images: int) -> str:
+        words = [f"data.dataset={own}:Spots", f"data.transform={own}:shift", f"train.max_images={images}"]
+        before = len((run / "log.txt").read_text()) if run.exists() else 0
+        ended = launch_ranks(train_and_note, 1, config, [*words, f"checkpoint.every_images={images}"], run)
+        assert ended.values == [FINISHED]
+        return (run / "log.txt").read_text()[before:]
+
+    assert "come from other code" not in started(2 * BATCH)
+    digest = [load_record(run / "data.json", DataRecord).dataset.digest]  # type: ignore[union-attr]
+    assert "come from other code" not in started(3 * BATCH)
+    own.write_text(source + "\n# another comment\n")
+    log = started(4 * BATCH)
+    record = load_record(run / "data.json", DataRecord)
+    digest.append(record.dataset.digest)  # type: ignore[union-attr]
+    for name, function in (("dataset", "Spots"), ("transform", "shift")):
+        assert (
+            f"note: data.{name}: {own}:{function} (SHA-256 {digest[0]}) when the run was last started, {own}:{function} "
+            f"(SHA-256 {digest[1]}) now: images after images-{3 * BATCH:012d} come from other code than those before"
+        ) in log
+    assert "come from other code" not in started(5 * BATCH)
+    own.write_text(source)
+    assert "come from other code" in started(6 * BATCH)
+    changed = load_record(run / "data.json", DataRecord).changed
+    assert [(one.setting, one.checkpoint) for one in changed] == [
+        (f"data.{name}", f"images-{number * BATCH:012d}") for number in (3, 5) for name in ("dataset", "transform")
+    ]
+    assert [one.now.digest for one in changed[::2] if one.now] == [digest[1], digest[0]]

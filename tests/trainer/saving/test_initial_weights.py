@@ -187,6 +187,51 @@ def test_positions_are_resampled(save, config, there) -> None:
     assert load_model(config.model, tensors)
 
 
+@pytest.mark.parametrize(("there", "here"), [((8, 12), (8, 12)), (8, (8, 12)), ((4, 12), (12, 8)), ((8, 16), 8)])
+@pytest.mark.case("N04")
+def test_positions_of_rectangles_are_resampled_over_their_grids(save, config, there, here) -> None:
+    """A ramp downwards and one to the right stay such ramps; variances stay positive; the same size is taken over whole."""
+    config = config.model_copy(update={"model": config.model.model_copy(update={"nvp": False, "image_size": here})})
+    path, old = save(nvp=False, image_size=there)
+    down, right = (torch.linspace(0, 1, side) for side in old.config.grid)
+    with torch.no_grad():
+        old.blocks[0].pos_embed[:] = down.repeat_interleave(len(right))[:, None]
+        old.blocks[1].pos_embed[:] = right.repeat(len(down))[:, None]
+        old.var[:] = 1 + right.repeat(len(down))[:, None]
+    save_weights_file(path, old.config, old.state_dict())
+    tensors, lines = initial_weights(path, config, True)
+    grid = (*config.model.grid, -1)
+    for name, along in (("blocks.0.pos_embed", 0), ("blocks.1.pos_embed", 1), ("var", 1)):
+        table = tensors[name].reshape(grid)
+        assert (table.diff(dim=along) > 0).all()
+        torch.testing.assert_close(table.mean(), old.state_dict()[name].mean(), rtol=0.02, atol=0)
+        assert table.std(dim=1 - along).max() < 1e-6
+    assert load_model(config.model, tensors)
+    said = [line for line in lines if "resampled" in line]
+    if there == here:
+        bare = path.with_suffix(".pth")
+        torch.save(dict(old.state_dict()), bare)  # shapes tell the number of patches alone
+        assert any(
+            "does not say how its patches lie: taken as those of 8 x 12" in line
+            for line in initial_weights(bare, config, False)[1]
+        )
+        assert said == []
+        assert all(torch.equal(tensors[name], t) for name, t in old.state_dict().items())
+    else:
+        (line,) = said
+        assert line.startswith("position embeddings are resampled from ")
+        assert " to 8 x 8 pixels" in line or "(height x width) pixels" in line
+        with pytest.raises(TrainerError, match=r"model\.image_size: .* there, .* here"):
+            initial_weights(path, config, False)
+
+
+@pytest.mark.case("N04")
+def test_another_patch_size_is_refused_by_both_sides(save, config) -> None:
+    path, _ = save(image_size=(16, 8), patch_size=4)
+    with pytest.raises(TrainerError, match=r"model\.patch_size: 4 there, 2 here\nSet model\.patch_size as there"):
+        initial_weights(path, config, True)
+
+
 @pytest.mark.case("N04")
 def test_a_run_is_begun_from_the_newest_average_of_another(tiny_config, config, tmp_path, capsys) -> None:
     """Through the front door: refused before anything is made, then with --init-partial, then from the run that it made."""

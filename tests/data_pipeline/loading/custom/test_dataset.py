@@ -180,7 +180,7 @@ def test_info_shows_what_a_function_gives_and_a_sheet_of_it(tmp_path: Path, caps
     assert main(["data", "info", "train-40", "--dataset", f"{HERE}:Spots", "--sheet", str(sheet), "--count", "4"]) == 0
     said = capsys.readouterr().out
     assert f"{HERE}:Spots('train-40') of {own_data.__file__}" in said
-    for line in ("samples      40", "image size   8x8 in 16 images looked at, grey", "labels       16 of these images with, 0",
+    for line in ("samples      40", "image size   8 x 8 in 16 images looked at, grey", "labels       16 of these images with, 0",
                  "fingerprint  custom-40-", "classes      3: left, middle, right"):  # fmt: skip
         assert line in said
     assert Image.open(sheet).size == (132, 132)
