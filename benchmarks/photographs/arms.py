@@ -35,13 +35,33 @@ BASE: dict[str, Any] = {
     "optim.lr": 1e-3,
     "optim.final_lr": 1e-5,
     "log.every_steps": 25,
-    "sampling.method": "auto",
     "sampling.guidance": 1.0,
     "sampling.annealed": False,
     "sampling.batch_size": 50,
 }
 
-ARMS = (Arm("plain", lambda size: {"train.noise_std": NOISE[size]}),)
+LEVELS = {64: (0.01, 0.3), 128: (0.01, 0.5), 256: (0.01, 0.7), 512: (0.01, 0.7)}  # t0 and t1 of the follow-up recipe
+
+
+def plain(size: int) -> dict[str, Any]:
+    """TarFlow as first published: one noise level, blocks of one depth, one denoising step."""
+    return {"train.noise_std": NOISE[size]}
+
+
+def iterative(size: int) -> dict[str, Any]:
+    """The follow-up recipe (arXiv 2604.20041): many noise levels, as many layers deep-shallow, ten denoising steps."""
+    return {
+        "model.layers_per_block": [2, 2, 2, 10],
+        "model.noise_conditioning": True,
+        "train.noise_range": list(LEVELS[size]),
+        "sampling.guidance_form": "sigma",
+        "sampling.guide_blocks": [-1],
+        "sampling.denoise_steps": 10,
+        "evaluation.likelihood_noise": NOISE[size],
+    }
+
+
+ARMS = (Arm("plain", plain), Arm("iterative", iterative))
 
 
 def reference_images(size: int, quick: bool) -> int:

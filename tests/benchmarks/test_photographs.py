@@ -155,7 +155,9 @@ def test_slices_too_short_for_a_checkpoint_are_given_up(
 
 
 def test_a_run_stopped_in_its_third_step_goes_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = a_config(tmp_path / "c.yaml", prepared(tmp_path, *spots()), train={"max_images": 4 * 8})
+    config = a_config(
+        tmp_path / "c.yaml", prepared(tmp_path, *spots()), train={"global_batch_size": 8, "max_images": 4 * 8}
+    )
     monkeypatch.setenv("TARFLOW_FAULT", "step@3=term")  # asks itself to stop, as the end of a slice does
     run = tmp_path / "runs/short"
     taken = train_in_slices(config, run, 600.0, say=False)
