@@ -12,12 +12,15 @@ from tarflow.evaluation.latents.encode import EncodeRequest, encode_images
 from tarflow.evaluation.likelihood.measure import LikelihoodRequest, measure_likelihoods
 from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings, measure_bits_per_dim
 from tarflow.evaluation.report.build import write_report
+from tarflow.evaluation.run_config import run_config
 from tarflow.evaluation.samples.draw import Sampler
 from tarflow.evaluation.samples.draw_to_folder import SampleRequest, sample_images
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.weights_source import from_checkpoint
 from tarflow.evaluation.start.estimate import Work
 from tarflow.evaluation.sweep.candidates import SweepRequest, sweep_candidates
+from tarflow.evaluation.sweep.guidance import sweep_guidance
+from tarflow.evaluation.sweep_file import load_sweep
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 from tarflow.models.denoise import denoise_in_steps, flow_score, schedule
 from tarflow.models.noise import to_model_range
@@ -166,6 +169,27 @@ def test_a_sweep_varies_the_level_and_the_steps(iterative):
     request.noise_level = [0.5]
     with pytest.raises(EvaluationError, match=r"noise_level=0\.5 .*noise_range"):
         sweep_candidates(request, own, config, lambda _: None)
+
+
+@pytest.mark.usefixtures("fake_features")
+def test_a_sweep_records_and_chooses_them(iterative):
+    run_dir, _, _ = iterative
+    request = SweepRequest(
+        run=run_dir,
+        guidance=[0.0],
+        noise_level=[0.1, 0.3],
+        denoise_steps=[2],
+        start=8,
+        final=8,
+        choose="best",
+        device="cpu",
+    )
+    sweep_guidance(request, lambda _: None)
+    (record,) = (load_sweep(path) for path in run_dir.glob("sweeps/*/sweep.json"))
+    points = record["rounds"][-1]["points"]
+    assert {(point["noise_level"], point["denoise_steps"]) for point in points} <= {(0.1, 2), (0.3, 2)}
+    chosen = run_config(run_dir).sampling
+    assert (chosen.noise_level, chosen.denoise_steps) == (record["best"]["noise_level"], 2)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tarflow.models.cost import activation_bytes, flops_per_image, parameters
 from tarflow.models.errors import ModelError
 from tarflow.models.flow import TarFlow, flow_loss
 from tarflow.models.noise import NoiseEmbedding, loss_weight, noise_levels, sinusoids
+from tarflow.models.presets import preset
 from tarflow.models.sampling import native
 from tarflow.models.sampling.inverse import invert
 from tarflow.models.sampling.paths import JOINT, SEQUENTIAL, WHOLE
@@ -129,6 +130,14 @@ def test_a_level_that_is_missing_or_has_no_meaning_is_an_error() -> None:
         invert(told(), noise(1), None, SamplingSettings(), SamplingPlan(blocks=[BlockPlan()] * 3))
     with pytest.raises(ValueError, match=r"even model\.channels"):
         config(noise_conditioning=True, channels=45, head_channels=15)
+
+
+@pytest.mark.parametrize(("size", "millions"), [(64, 771), (128, 1203), (256, 2221)])
+def test_the_presets_are_told_it_and_have_their_depth_in_the_last_block(size: int, millions: int) -> None:
+    model = preset(f"imagenet{size}-iterative")
+    assert model.noise_conditioning
+    assert model.layers == (4, 4, 4, 24)
+    assert round(parameters(model) / 1e6) == millions
 
 
 def test_a_weights_file_knows_it(tmp_path: Path) -> None:
