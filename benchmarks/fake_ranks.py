@@ -52,6 +52,7 @@ CPU = torch.device("cpu")
 WHOLE = preset("imagenet256-8-1280-8-8")
 CUT = WHOLE.model_copy(update={"layers_per_block": 2})
 # More tokens than those for which the CPU writes attention out.
+DEEP = WHOLE.model_copy(update={"num_blocks": 4, "layers_per_block": (1, 1, 1, 5)})
 SMALL = TarFlowConfig(image_size=80, patch_size=4, channels=256, num_blocks=4, layers_per_block=4, num_classes=10)
 LARGE = 2**12  # bytes
 Counted = dict[str, float]
@@ -99,6 +100,8 @@ PLANS = {
     "HSDP 128 x 8, full": Plan(HSDP),
     "HSDP 128 x 8, selective": Plan(HSDP, "selective"),
     "HSDP 128 x 8, none": Plan(HSDP, "none"),
+    "HSDP 128 x 8, none, deep-shallow": Plan(HSDP, "none", shape=DEEP),
+    "HSDP 128 x 8, full, deep-shallow": Plan(HSDP, shape=DEEP),
     "HSDP 128 x 8, full, 4 micro-batches": Plan(HSDP, accumulation=4),
     "HSDP 128 x 8, none, weights kept": Plan(HSDP | {"reshard_after_forward": "never"}, "none"),
     "HSDP 128 x 8, full, by layer, 2 ahead": Plan(HSDP | {"layers_per_unit": 1, "prefetch_units": 2}),
@@ -123,6 +126,7 @@ PLANS = {
 QUICK = (
     "HSDP 128 x 8, full",
     "HSDP 128 x 8, none",
+    "HSDP 128 x 8, none, deep-shallow",
     "HSDP 128 x 8, full, 4 micro-batches",
     "ZeRO-3, none, 1 micro-batches",
 )

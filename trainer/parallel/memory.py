@@ -129,21 +129,22 @@ class _Engine:
     @property
     def unit(self) -> int:
         """Parameters of the largest unit that is gathered and reduced at a time."""
-        return max(self._pieces(1))
+        return max(self.pieces(1))
 
     @property
     def padded_unit(self) -> int:
         """The same with the rows that pad each tensor to equal pieces: what goes over the wire."""
-        return self.unit if self.zero else self.shard * max(self._pieces(self.shard))
+        return self.unit if self.zero else self.shard * max(self.pieces(self.shard))
 
     @property
     def padded_units_ahead(self) -> int:
         """The same of the unit at work and those gathered before their turn, where these are most."""
-        pieces, together = self._pieces(self.shard), 1 + self.ahead
+        pieces, together = self.pieces(self.shard), 1 + self.ahead
         return self.shard * max(sum(pieces[i : i + together]) for i in range(max(1, len(pieces) - self.ahead)))
 
-    def _pieces(self, pieces: int) -> list[int]:
-        size = {unit: largest_unit_piece(self.config.model, pieces, *unit) for unit in set(self.units)}
+    def pieces(self, ranks: int) -> list[int]:
+        """Parameters of every unit on the fullest of so many ranks."""
+        size = {unit: largest_unit_piece(self.config.model, ranks, *unit) for unit in set(self.units)}
         return [size[unit] for unit in self.units]
 
     @property
@@ -205,6 +206,10 @@ def _rank_memory(config: Config, ranks: int, reshard: bool) -> RankMemory:
     at_work = images * layer_at_work_bytes(model, recomputed, engine.element, **engine.autocast)
     reducing = _reducing(engine, plan.accumulation_steps)
     overlap = left * min(gradients, going) if grow else 0.0
+    if not engine.zero and len(set(model.layers)) > 1:
+        growing, freed = gradients if grow else 0.0, 0.0 if kept else gathered
+        together = _most_together(engine, activations, growing, freed, reducing)
+        overlap = activations + growing + freed + reducing - together
     if engine.zero in (1, 2) and checkpointing.mode == "full":  # autocast's copies end with the forward pass
         overlap += min(gathered, reducing + at_work + (gradients if grow else 0))
     return RankMemory(
@@ -243,6 +248,23 @@ def _gathered(engine: _Engine, reshard: bool) -> tuple[float, bool]:
     if reshard and engine.shard > 1:
         return float(element * engine.padded_units_ahead), False
     return element * n, True
+
+
+def _most_together(engine: _Engine, activations: float, gradients: float, gathered: float, reducing: float) -> float:
+    """Most bytes at once of what comes and goes in a backward pass, where blocks differ in depth.
+
+    While a unit is at work, the gradients of the one after it are being reduced, those after that have theirs, and the
+    activations of all of these are gone: beside the deepest unit's gradients are only those of what comes before it.
+    """
+    layers, pieces = [n for n, _ in engine.units], engine.pieces(engine.shard)
+    windows = [sum(pieces[max(0, unit - engine.ahead) : unit + 1]) for unit in range(len(pieces))]
+    return max(
+        activations * sum(layers[: unit + 1]) / sum(layers)
+        + gradients * sum(layers[unit + 2 :]) / sum(layers)
+        + (gathered * windows[unit] / max(windows) if unit >= 0 else 0)
+        + (reducing * pieces[unit + 1] / max(pieces) if unit + 1 < len(pieces) else 0)
+        for unit in range(-1, len(pieces))
+    )
 
 
 def _reducing(engine: _Engine, micro_batches: int) -> float:
