@@ -27,7 +27,9 @@ DEFAULT = "default"
 OPTIONS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     "deep-shallow": {"model.layers_per_block": [1, 1, 1, 5]},
+    "rotary positions": {"model.positions": "rotary"},
     "QK norm": {"model.qk_norm": True},
+    "softplus scale": {"model.scale": "softplus"},
     "soft clip": {"model.soft_clip": 3.0},
     "noise conditioning": {
         "model.noise_conditioning": True, "train.noise_std": 0, "train.noise_range": [0.01, 0.3], "sampling.denoise_steps": 10,

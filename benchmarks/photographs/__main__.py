@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.common import finish, parse_args
 from benchmarks.photographs.arms import ARMS, BATCH, SHARE, SMOKE_STEPS, Arm, reference_images, settings_of
 from benchmarks.photographs.scores import bits_of, difference, evaluate
+from benchmarks.photographs.sheet import sheet
 from benchmarks.photographs.sources import download, photographs
 from benchmarks.photographs.tables import HEADER, Result, curve_rows, markdown, result_rows
 from benchmarks.photographs.tiles import count_rows, held_out, write_tiles
@@ -131,6 +132,9 @@ def main() -> int:
             run_verb(
                 ["report", *(p.run for p in plans), "--out", root / f"comparison-{size}.html"], root / "prepare.log"
             )
+    for size in dict.fromkeys(result.size for result in results):
+        grids = [Path(r.scores[-1].folder) / "grid.png" for r in results if r.size == size]
+        sheet([grid for grid in grids if grid.is_file()], root / f"samples-{size}.png")
     print("\n" + markdown(("size", "arm", "images", "samples", "distance", "+-"), curve_rows(results)))
     if rows := compared(results):
         print("\n" + markdown(("size", "arms", "bits/dim", "+-", "distance", "+-"), rows))

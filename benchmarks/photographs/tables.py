@@ -45,7 +45,7 @@ class Result:
 
     def record(self) -> dict[str, Any]:
         """Everything, for a JSON file."""
-        return asdict(self) | {"bits_per_dim": mean_bits(self.bits)}
+        return asdict(self) | {"bits_per_dim": [None if math.isnan(x) else x for x in mean_bits(self.bits)]}
 
 
 def result_rows(results: Iterable[Result]) -> list[tuple[Any, ...]]:

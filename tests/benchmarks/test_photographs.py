@@ -11,6 +11,7 @@ from PIL import Image
 
 from benchmarks.photographs import training
 from benchmarks.photographs.scores import Score, clustered, difference
+from benchmarks.photographs.sheet import MOST_BYTES, sheet
 from benchmarks.photographs.sources import Photograph, webp_files
 from benchmarks.photographs.tables import HEADER, Result, markdown, result_rows
 from benchmarks.photographs.tiles import COUNTS, count_rows, cut, held_out, photograph_of, tile_name, write_tiles
@@ -115,6 +116,21 @@ def test_a_budget_buys_whole_batches_and_settings_are_written_as_a_tree(tmp_path
     assert write_config(path, settings) == path
     with pytest.raises(SystemExit, match="other settings"):
         write_config(path, settings | {"model.channels": 16})
+
+
+def test_a_sheet_of_samples_holds_every_grid_and_stays_small(tmp_path: Path) -> None:
+    grids = []
+    for number, width in enumerate((300, 200)):
+        grids.append(tmp_path / f"{number}.png")
+        noise = np.random.default_rng(number).integers(0, 256, (240, width, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(grids[-1])
+    made = sheet(grids, tmp_path / "sheet.png")
+    assert made is not None
+    assert made.stat().st_size <= MOST_BYTES
+    with Image.open(made) as image:
+        assert image.width / image.height == pytest.approx(300 / 488, rel=0.01)
+    assert sheet([], tmp_path / "none.png") is None
+    assert not (tmp_path / "none.png").exists()
 
 
 @pytest.fixture
