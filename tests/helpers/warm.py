@@ -111,8 +111,9 @@ def _command(order: dict[str, Any], streams: list[int]) -> None:
             os.dup2(stream, number)
             os.close(stream)
         sys.stdin = open(0, closefd=False)  # noqa: SIM115 - multiprocessing has put another one there
-        for number in order["ignored"]:
-            signal.signal(number, signal.SIG_IGN)
+        for number in order["signals"]:
+            usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, signal.SIG_IGN if number in order["ignored"] else usual)
         os.environ.clear()
         os.environ.update(order["environment"])
         os.chdir(order["at"])

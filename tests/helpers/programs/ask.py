@@ -15,7 +15,8 @@ signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is a process to
 with socket.socket(socket.AF_UNIX) as server:
     server.connect(sys.argv[1])
     ignored = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
-    order = {"words": sys.argv[2:], "at": os.getcwd(), "environment": dict(os.environ), "ignored": ignored}
+    place = {"at": os.getcwd(), "environment": dict(os.environ)}
+    order = {"words": sys.argv[2:], "signals": SIGNALS, "ignored": ignored} | place
     content = json.dumps(order).encode()
     socket.send_fds(server, [len(content).to_bytes(8, "big")], [0, 1, 2])
     server.sendall(content)
