@@ -125,6 +125,8 @@ def _command(order: dict[str, Any], streams: list[int]) -> None:
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str | BaseException):
+            print(end.code, file=sys.stderr)
     except BaseException:  # noqa: BLE001 - as an interpreter would end
         traceback.print_exc()
         code = 1

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,12 @@ def folder(tmp_path: Path) -> Path:
 
 def supervise(folder: Path, what: str, restarts: int, ranks: int = 2, grace_s: float = 0.5) -> int:
     """`grace_s`: PATIENCE_S where ranks must have time to heed a signal, also on a busy machine."""
+    return supervisor(folder, what, restarts, ranks, grace_s).run()
+
+
+def supervisor(folder: Path, what: str, restarts: int, ranks: int, grace_s: float = 0.5) -> Supervisor:
     command = [sys.executable, "-S", *program("scripted_rank", folder / "notes", what)[1:]]
-    return Supervisor(command, ranks, folder / "run", restarts, grace_s).run()
+    return Supervisor(command, ranks, folder / "run", restarts, grace_s)
 
 
 def starts(folder: Path, rank: int) -> int:
@@ -104,13 +107,15 @@ def test_signal_while_the_ranks_are_started_is_not_lost(folder: Path, monkeypatc
 
 
 def test_second_interrupt_ends_ranks_that_do_not_listen(folder: Path) -> None:
+    launcher = supervisor(folder, "deaf", restarts=5, ranks=1)
+
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.3)
+        until("the first one is heeded", lambda: launcher._interrupted)
         os.kill(os.getpid(), signal.SIGINT)
 
     when(lambda: (folder / "notes" / "deaf").exists(), twice)
-    assert supervise(folder, "deaf", restarts=5, ranks=1) == FAILED
+    assert launcher.run() == FAILED
     assert starts(folder, 0) == 1
 
 
