@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tarflow.terminal import Output, ReaderGoneError
 from tests.helpers.data import prepared
 from tests.helpers.programs import ENV, program
 from tests.helpers.waiting import until
+from tests.helpers.warm import warm
 from tests.test_poor_file_system import CONFIG
 
 
@@ -23,10 +24,13 @@ def heed_hangup() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def start(*words: object, **options: Any) -> "subprocess.Popen[str]":
+COLD = [sys.executable, "-m", "tarflow"]
+
+
+def start(*words: object, python: Sequence[str] = COLD, **options: Any) -> "subprocess.Popen[str]":
     """A verb as from a terminal, also where these tests themselves run under nohup."""
     return subprocess.Popen(
-        [sys.executable, "-m", "tarflow", *map(str, words)], env=ENV, text=True,
+        [*python, *map(str, words)], env=ENV, text=True,
         preexec_fn=heed_hangup,
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
     )  # fmt: skip
@@ -65,7 +69,7 @@ def test_a_training_outlives_its_reader_and_saves_when_its_terminal_is_closed(sm
     config, run = tmp_path / "tiny.yaml", tmp_path / "run"
     config.write_text(yaml.safe_dump(CONFIG | {"data": {"train": str(small_set), "num_workers": 1}}))
     settings = ("train.max_images=1_600_000", "checkpoint.every_images=1_600_000", "ema.snapshot_every_images=0")
-    process = start("train", config, "--run-dir", run, *settings)
+    process = start("train", config, "--run-dir", run, *settings, python=warm("tarflow"))
     assert process.stdout is not None
     assert process.stderr is not None
     assert process.stdout.readline().startswith("data:")

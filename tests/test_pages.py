@@ -21,6 +21,7 @@ from PIL import Image
 from tarflow.cli import parse
 from tarflow.trainer.config.files import load_config
 from tests.helpers.pages import PAGES, ROOT, blocks, commands
+from tests.helpers.warm import server
 
 SHORT = ROOT / "tests/helpers/programs/short.py"
 PROGRAMS = ("tarflow", "torchrun", "make", "pip", "python")
@@ -55,23 +56,16 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, d
     fake = module_from_spec(spec)
     spec.loader.exec_module(fake)
     slurm = fake.FakeSlurm(clone / "slurm", f"{programs}:{os.environ['PATH']}")
-    warm = subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.warm", clone / "warm"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert warm.stdout is not None
-    assert warm.stdout.readline() == b"ready\n"
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "TARFLOW"))}
     own = {
         "PATH": slurm.path,
         "HOME": str(home),
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
-        "WARM": str(clone / "warm"),
+        "WARM": server(),
     }
     yield clone, kept | own
     slurm.kill()
-    warm.communicate()  # the end of its input is its end
 
 
 def paste(text: str, place: tuple[Path, dict[str, str]], program: str = "bash") -> str:

@@ -12,13 +12,20 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
-_spawner = multiprocessing.get_context("forkserver")
-_spawner.set_forkserver_preload(["tests.helpers.prepared"])
+spawner = multiprocessing.get_context("forkserver")
+spawner.set_forkserver_preload(["tests.helpers.prepared"])
+
+
+def begin(process: ForkServerProcess) -> None:
+    """Start one, as a fork of the server: that finds what it loads from here, whatever the test's own folder."""
+    with contextlib.chdir(ROOT):
+        process.start()
 
 
 @dataclass(frozen=True)
@@ -50,10 +57,9 @@ def launch_ranks(
         for rank in range(world_size):
             variables = torchrun_variables(rank, world_size, port) if world_size > 1 else {}
             order = (pickle.dumps((fn, args)), os.environ | variables, here, folder, rank)
-            processes.append(_spawner.Process(target=_rank, args=order))
-        with contextlib.chdir(ROOT):  # the fork server finds what it loads from here, whatever the test's own folder
-            for process in processes:
-                process.start()
+            processes.append(spawner.Process(target=_rank, args=order))
+        for process in processes:
+            begin(process)
         end = time.monotonic() + patience_s
         for process in processes:
             process.join(max(0.0, end - time.monotonic()))

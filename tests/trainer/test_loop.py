@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,10 +19,11 @@ from tarflow.trainer.config.files import load_config
 from tarflow.trainer.resilience.exit_codes import FINISHED, REQUEUE
 from tarflow.trainer.schedule import learning_rate
 from tests.helpers.ranks import tarflow
+from tests.helpers.warm import warm
 
 
 def command(config: Path, run: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "tarflow", "train", str(config), "--run", str(run), *overrides]
+    return warm("tarflow", "train", config, "--run", run, *overrides)
 
 
 def train(config: Path, run: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

@@ -5,13 +5,20 @@ the last of two equal keys: a section written twice would lose its first half.
 
 A configuration may come from a stranger: its size, depth and number of nodes (with aliases expanded: eight lines of them can
 mean a billion nodes) are bounded while it is read, and only tags of plain values are allowed.
+
+libyaml splits the text into events, where PyYAML has been built with it: several times as fast, and a report or a table of runs
+reads many configurations. Whatever it stumbles over is read again in Python, whose errors say more.
 """
 
 from collections.abc import Hashable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import Composer
+from yaml.constructor import BaseConstructor
+from yaml.resolver import BaseResolver
 
 from tarflow.files import open_to_read
 from tarflow.trainer.errors import TrainerError
@@ -29,9 +36,15 @@ class _RefusedError(Exception):
     """Valid YAML that is not allowed here; the text says where."""
 
 
-class _Loader(yaml.BaseLoader):
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
+class _Rules(Composer, BaseConstructor, BaseResolver):
+    """What is allowed, whoever reads the events."""
+
+    peek_event: Any
+
+    def __init__(self) -> None:
+        Composer.__init__(self)
+        BaseConstructor.__init__(self)
+        BaseResolver.__init__(self)
         self._depth = self._nodes = 0
         self._sizes: dict[int, tuple[int, int]] = {}  # node -> (nodes in it, its height)
         self._lowest = 0  # greatest depth below the node that is being read
@@ -95,6 +108,28 @@ class _Loader(yaml.BaseLoader):
         return taken_in | tree
 
 
+class _Loader(_Rules, yaml.BaseLoader):
+    def __init__(self, text: str) -> None:
+        yaml.BaseLoader.__init__(self, text)
+        _Rules.__init__(self)
+
+
+def _quick_loader() -> Any:
+    """The same over libyaml's events; None where PyYAML has been built without it."""
+    if not yaml.__with_libyaml__:
+        return None
+
+    class QuickLoader(_Rules, yaml.CBaseLoader):
+        def __init__(self, text: str) -> None:
+            yaml.CBaseLoader.__init__(self, text)
+            _Rules.__init__(self)
+
+    return QuickLoader
+
+
+_QuickLoader = _quick_loader()
+
+
 def _line(event: yaml.Event) -> int:
     return int(event.start_mark.line) + 1 if event.start_mark else 0
 
@@ -127,6 +162,9 @@ def parse_yaml(text: str, source: str) -> Any:
     """
     if len(text) > MOST_BYTES:
         raise TrainerError(f"{source} is not readable YAML: {_TOO_LONG}")
+    if _QuickLoader:
+        with suppress(_RefusedError, yaml.YAMLError, RecursionError, UnicodeError):
+            return yaml.load(text, Loader=_QuickLoader)  # noqa: S506 -- as below
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 -- a BaseLoader: text, lists and mappings, no objects
     except _RefusedError as error:

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +15,7 @@ from tarflow.cluster.job import all_reduce
 from tarflow.cluster.job.all_reduce import DEVICE_FAILED, silent_node, unlike_versions
 from tarflow.cluster.job.preflight import Here, all_reduce_command
 from tarflow.records import save_record
+from tests.helpers.warm import warm
 
 ROOT = Path(__file__).parents[3]
 PROGRAM = "tests.helpers.programs.check_devices"
@@ -33,9 +33,8 @@ def start(
     """A rank of its own node. `fake`: its device, without touching one."""
     save_record(folder / f"here-{rank}.json", Here(rank=rank, node=f"n{rank}", time=time.time()), shared=False)
     command = all_reduce_command("auto", limit_s, folder, 1, f"n{rank}")
-    if fake:
-        words = command[command.index("tarflow.cluster.job.all_reduce") + 1 :]
-        command = [sys.executable, "-m", PROGRAM, *words]
+    module = "tarflow.cluster.job.all_reduce"
+    command = warm(PROGRAM if fake else module, *command[command.index(module) + 1 :])
     place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
     variables = {
         **os.environ,

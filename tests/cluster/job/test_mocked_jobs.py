@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tarflow.trainer.checkpoint.find import committed
+from tests.cluster.fake_slurm import FakeSlurm
 from tests.helpers.waiting import until
 
 
@@ -28,6 +29,21 @@ def submitted(fake, fake_slurm, verb, config_file, plain, tmp_path):
     return make
 
 
+def heeds(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+def heeding_tasks(fake_slurm: FakeSlurm) -> list[int]:
+    """Process ids of the step's tasks, as soon as all heed the signal that Slurm sends before the end."""
+    until("the tasks", (fake_slurm.folder / "srun.json.pids").exists)
+    until("their ids", lambda: (fake_slurm.folder / "srun.json.pids").read_text().endswith("]"))
+    pids = fake_slurm.task_pids()
+    until("their handlers", lambda: all(heeds(pid, signal.SIGUSR2) for pid in pids))
+    return pids
+
+
 def impatient(run: Path) -> None:
     """Shorten the time that other processes have to notice a failure."""
     code = next((run / "slurm").glob("code-*")) / "tarflow/cluster/job/child.py"
@@ -42,9 +58,9 @@ def test_one_requeue_of_the_array_element_from_rank_0_after_the_save(submitted, 
     fake_slurm.command("scontrol", f'[ "$1" != requeue ] || {{ [ -e "{saved}" ] && touch "{run}/saved-before"; }}')
     job = fake_slurm.start(tasks=2, element=3, STUB="wait", STUB_SAVE_S="1")
     until("both ranks", lambda: fake.stub_calls(run, 0) and fake.stub_calls(run, 1))
-    time.sleep(0.3)
+    tasks = heeding_tasks(fake_slurm)
     for _ in range(2):  # twice, as Slurm and an impatient person do
-        for pid in fake_slurm.task_pids():
+        for pid in tasks:
             os.kill(pid, signal.SIGUSR2)
         time.sleep(0.2)
     assert job.wait(60) == 75
@@ -84,8 +100,8 @@ def test_a_requeue_that_fails_leaves_the_save_and_says_how_to_go_on(
         code.write_text(code.read_text().replace("timeout_s: float = 40)", "timeout_s: float = 1)"))
     job = fake_slurm.start(STUB="wait")
     until("the training", lambda: fake.stub_calls(run))
-    time.sleep(0.3)
-    os.kill(fake_slurm.task_pids()[0], signal.SIGUSR2)
+    (pid,) = heeding_tasks(fake_slurm)
+    os.kill(pid, signal.SIGUSR2)
     assert job.wait(60) == 79
     last = fake.said(run)
     assert why in last
@@ -241,8 +257,7 @@ def test_an_old_start_that_outlives_its_requeue_decides_nothing(submitted, fake,
     run = submitted()
     old = fake_slurm.start(restart=0, STUB="wait")
     until("the old start", lambda: fake.stub_calls(run))
-    time.sleep(0.3)
-    pid = fake_slurm.task_pids()[0]
+    (pid,) = heeding_tasks(fake_slurm)
     assert fake_slurm.run(restart=1, STUB="finish") == 0
     before = fake.chain(run)
     os.kill(pid, signal.SIGUSR2)
@@ -258,8 +273,7 @@ def test_preemption_without_grace_time_is_no_failure(submitted, fake, fake_slurm
     fake_slurm.command("scontrol", "echo 'slurm_requeue: Job is pending execution' >&2; exit 1")
     job = fake_slurm.start(STUB="wait")
     until("the training", lambda: fake.stub_calls(run))
-    time.sleep(0.3)
-    pid = fake_slurm.task_pids()[0]
+    (pid,) = heeding_tasks(fake_slurm)
     os.kill(pid, signal.SIGUSR2)
     os.kill(pid, signal.SIGTERM)
     assert job.wait(60) == 75
@@ -274,21 +288,13 @@ def test_the_requeue_is_shielded_from_the_signals_that_end_the_step(fake_slurm) 
     assert (fake_slurm.folder / "survived").exists()
 
 
-def heeds(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler for a signal."""
-    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
-    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
-
-
 def test_a_signal_in_the_first_moments_of_a_task_has_the_job_requeued(submitted, fake, fake_slurm) -> None:
     """Before it has read what it is to do, here because the file system is slow to show that."""
     run = submitted()
     (description,) = (run / "slurm" / "jobs").glob("job-*.json")
     description.rename(run / "hidden")
     job = fake_slurm.start(STUB="finish")
-    until("the task", lambda: (fake_slurm.folder / "srun.json.pids").exists() and fake_slurm.task_pids())
-    (pid,) = fake_slurm.task_pids()
-    until("its handlers", lambda: heeds(pid, signal.SIGUSR2))
+    (pid,) = heeding_tasks(fake_slurm)
     os.kill(pid, signal.SIGUSR2)
     (run / "hidden").rename(description)
     assert job.wait(60) == 75

@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from tarflow.cluster.job.writer import RunInUseError, other_writer, wait_for_wri
 from tarflow.trainer.run_dir import create_run
 from tests.cluster.fake_slurm import FakeSlurm
 from tests.helpers.waiting import until
+from tests.helpers.warm import warm
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def trained(verb, config_file, plain, tmp_path, fake, fake_slurm) -> Iterator[Pa
     """A run with a submitted job, 107, that a real training holds as if it were job 99's."""
     run = tmp_path / "run"
     assert verb("submit", config_file, "--run", run, "--profile", plain) == 0
-    words = [sys.executable, "-m", "tarflow", "train", config_file, "--run-dir", run, "train.max_images=10_000_000"]
+    words = warm("tarflow", "train", config_file, "--run-dir", run, "train.max_images=10_000_000")
     process = subprocess.Popen(
         words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "TARFLOW_JOB": "99"}
     )

@@ -65,11 +65,23 @@ class Page(HTMLParser):
         assert self._open.pop() == tag
 
 
+@pytest.fixture(scope="module")
+def evaluated_once(tmp_path_factory):
+    """A folder for the run of `finished`, which is made once."""
+    return tmp_path_factory.mktemp("evaluated") / "run"
+
+
 @pytest.fixture
-def finished(make_run):
-    run_dir, config = make_run()
-    log_rows(run_dir, [START, *[row(16 * s, 3 - s / 20) for s in range(1, 21)]])
-    evaluate(run_dir, False, WorkerOptions(), lambda _: None)
+def finished(make_run, evaluated_once):
+    if evaluated_once.exists():
+        run_dir, config = make_run(steps=())
+        shutil.rmtree(run_dir)
+    else:
+        run_dir, config = make_run()
+        log_rows(run_dir, [START, *[row(16 * s, 3 - s / 20) for s in range(1, 21)]])
+        evaluate(run_dir, False, WorkerOptions(), lambda _: None)
+        run_dir.rename(evaluated_once)
+    shutil.copytree(evaluated_once, run_dir)
     return run_dir, config
 
 

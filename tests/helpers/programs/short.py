@@ -54,7 +54,7 @@ def command(program: str, words: list[str]) -> list[str]:
         if "WARM" not in os.environ:
             return [*python, "-m", "tarflow", *small]
         ask = str(Path(__file__).with_name("ask.py"))
-        return [*python, "-S", ask, os.environ["WARM"], *small]
+        return [*python, "-S", ask, os.environ["WARM"], "tarflow", *small]
     if program == "torchrun":
         assert words[:1] == ["--nproc-per-node"], words
         assert words[2:4] == ["-m", "tarflow"], words

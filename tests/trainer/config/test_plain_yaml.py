@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 import tarflow.cli
 from tarflow.cluster.errors import ClusterError
 from tarflow.cluster.submission.profile import load_profile
+from tarflow.trainer.config import plain_yaml
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.config.plain_yaml import parse_yaml
 from tarflow.trainer.config.schema import Config
@@ -106,3 +108,21 @@ def test_unreadable_text_is_one_line_that_names_the_place(text: str, message: st
         parse_yaml(text, "run.yaml")
     assert str(caught.value).startswith("run.yaml")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(plain_yaml._QuickLoader is None, reason="this PyYAML was built without libyaml")
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(path.read_text() for path in sorted((Path(__file__).resolve().parents[3] / "configs").glob("*.yaml"))),
+        BASE
+        + "a: &a {x: 1e-4, y: 010}\nb: {<<: *a, y: ~}\nc: [*a, 'it''s', \"\\u00e9\", !!int 3]\nd: |\n  two\n  lines\n",
+        "",
+        "- 1\n- [a:b, {c: , d}]\n",
+    ],
+)
+def test_what_libyaml_reads_is_what_python_reads(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert yaml.load(text, Loader=plain_yaml._QuickLoader) == yaml.load(text, Loader=plain_yaml._Loader)
+    quick = parse_yaml(text, "text")
+    monkeypatch.setattr(plain_yaml, "_QuickLoader", None)
+    assert parse_yaml(text, "text") == quick

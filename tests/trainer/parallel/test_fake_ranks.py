@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from tarflow.trainer.plan import describe
 from tarflow.trainer.resilience.exit_codes import FINISHED
 from tarflow.trainer.tracking.choose import wandb_tracker
 from tarflow.trainer.train import train
+from tests.helpers.warm import warm
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def test_one_of_1024_ranks_of_the_largest_model_holds_what_the_cost_model_says(tmp_path: Path) -> None:
     """In a process of its own: the fake process group would be this one's. A host sync in the step would fail it, too."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.fake_ranks", "--quick", "--check", "--json", str(tmp_path / "out.json")],
+        warm("benchmarks.fake_ranks", "--quick", "--check", "--json", str(tmp_path / "out.json")),
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

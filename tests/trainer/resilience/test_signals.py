@@ -12,6 +12,8 @@ import pytest
 
 from tarflow.trainer.checkpoint.find import committed, find
 from tarflow.trainer.resilience.exit_codes import FINISHED, REQUEUE
+from tests.helpers.waiting import PATIENCE_S, until
+from tests.helpers.warm import warm
 
 SETTINGS = ("train.max_images=16_000", "checkpoint.every_images=48", "log.every_steps=1", "data.num_workers=1")
 
@@ -50,20 +52,20 @@ def test_stopped_run_goes_on_to_the_same_end(start, tiny_config, tmp_path) -> No
     assert committed(run)[-1].images_seen == 480
 
 
-def launch(config: Path, run: Path, **env: str) -> "subprocess.Popen[str]":
+def launch(python: list[str], config: Path, run: Path, **env: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "tarflow", "train", str(config), "--run", str(run), "train.max_images=16_000"],
+        [*python, "train", str(config), "--run", str(run), "train.max_images=16_000"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
     )  # fmt: skip
 
 
 @pytest.mark.case("C07")
 def test_signal_before_torch_is_loaded_is_a_request_too(tiny_config: Path, tmp_path: Path) -> None:
-    process = launch(tiny_config, tmp_path / "run")
+    process = launch([sys.executable, "-m", "tarflow"], tiny_config, tmp_path / "run")
     assert process.stdout is not None
     process.stdout.readline()  # the configuration: torch comes after it
     process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == REQUEUE, errors[-2000:]
     assert "stopped by SIGTERM at 0 images" in output
 
@@ -73,18 +75,17 @@ def test_second_interrupt_leaves_at_once_even_while_waiting_inside_a_library(tin
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    process = launch(tiny_config, tmp_path / "run", RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                     MASTER_PORT=str(port))  # fmt: skip
-    end = time.monotonic() + 60
-    while True:  # until it waits for a rank that never comes
+    process = launch(warm("tarflow"), tiny_config, tmp_path / "run", RANK="0", LOCAL_RANK="0", WORLD_SIZE="2",
+                     MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+
+    def waits() -> bool:  # for a rank that never comes
         with socket.socket() as other:
-            if other.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        assert time.monotonic() < end
-        time.sleep(0.05)
+            return other.connect_ex(("127.0.0.1", port)) == 0
+
+    until("the wait", waits)
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert process.poll() is None  # one is a request
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 128 + signal.SIGINT

@@ -1,23 +1,25 @@
 """Ranks on one machine: a lost process does not lose the allocation, exit codes and signals pass through."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import tarflow.cli
 import tarflow.trainer.resilience.supervisor
 from tarflow.trainer.resilience.exit_codes import FAILED, FINISHED, HUNG, NO_PROGRESS, REQUEUE, USAGE
 from tarflow.trainer.resilience.supervisor import Supervisor
 from tarflow.trainer.run_dir import create_run
 from tests.helpers.programs import program
 from tests.helpers.waiting import PATIENCE_S, until
+from tests.helpers.warm import warm
 
 
 @pytest.fixture
@@ -29,8 +31,12 @@ def folder(tmp_path: Path) -> Path:
 
 def supervise(folder: Path, what: str, restarts: int, ranks: int = 2, grace_s: float = 0.5) -> int:
     """`grace_s`: PATIENCE_S where ranks must have time to heed a signal, also on a busy machine."""
+    return supervisor(folder, what, restarts, ranks, grace_s).run()
+
+
+def supervisor(folder: Path, what: str, restarts: int, ranks: int, grace_s: float = 0.5) -> Supervisor:
     command = [sys.executable, "-S", *program("scripted_rank", folder / "notes", what)[1:]]
-    return Supervisor(command, ranks, folder / "run", restarts, grace_s).run()
+    return Supervisor(command, ranks, folder / "run", restarts, grace_s)
 
 
 def starts(folder: Path, rank: int) -> int:
@@ -101,13 +107,15 @@ def test_signal_while_the_ranks_are_started_is_not_lost(folder: Path, monkeypatc
 
 
 def test_second_interrupt_ends_ranks_that_do_not_listen(folder: Path) -> None:
+    launcher = supervisor(folder, "deaf", restarts=5, ranks=1)
+
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.3)
+        until("the first one is heeded", lambda: launcher._interrupted)
         os.kill(os.getpid(), signal.SIGINT)
 
     when(lambda: (folder / "notes" / "deaf").exists(), twice)
-    assert supervise(folder, "deaf", restarts=5, ranks=1) == FAILED
+    assert launcher.run() == FAILED
     assert starts(folder, 0) == 1
 
 
@@ -136,18 +144,27 @@ def wait_for_log(run: Path, text: str) -> None:
 
 
 @pytest.mark.case("C11")
-def test_killed_rank_of_a_real_run_costs_a_restart_and_no_work(tiny_config: Path, tmp_path: Path) -> None:
+def test_killed_rank_of_a_real_run_costs_a_restart_and_no_work(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The launcher in this process, its ranks in forks that have loaded torch."""
     run = tmp_path / "run"
+    monkeypatch.setattr(tarflow.trainer.resilience.supervisor, "module_command", warm)
+    monkeypatch.setenv("TARFLOW_FAULT", "step@8/1=kill")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     settings = ("train.max_images=160", "checkpoint.every_images=48", "checkpoint.asynchronous=false")
-    process = launch(tiny_config, run, *settings, "--ranks", "2", "--max-restarts", "1", TARFLOW_FAULT="step@8/1=kill")
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == FINISHED, errors[-2000:]
+    words = ["train", str(tiny_config), "--run", str(run), *settings, "--ranks", "2", "--max-restarts", "1"]
+    code = tarflow.cli.main(words)
+    errors = capsys.readouterr().err
+    assert code == FINISHED, errors[-2000:]
     said = (run / "log.txt").read_text()
     assert "supervisor: rank 1 was killed by SIGKILL (often: out of memory) first" in errors
     assert "rank 1 was killed by SIGKILL (often: out of memory) first; all ranks are gone; restart 1 of 1" in said
     assert "resuming at 96 images" in said
     assert "2 ranks x 1 micro-batch x 8 images" in said
-    assert members(process.pid) == []
+    ranks = [json.loads(path.read_text())["pid"] for path in (run / "heartbeats").glob("rank-*.json")]
+    assert len(ranks) == 2
+    assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
 
 
 @pytest.mark.case("C07")
