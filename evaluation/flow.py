@@ -1,22 +1,21 @@
 """Trained weights for use from Python: samples, exact likelihoods, latents."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tarflow.evaluation.batches import DENOISING, LIKELIHOOD, SAMPLING, Batches
 from tarflow.evaluation.errors import EvaluationError
+from tarflow.evaluation.given import Images, Labels, checked_images, images_in_model_range, label_numbers, labels_of
 from tarflow.evaluation.likelihood.images import open_images
 from tarflow.evaluation.likelihood.per_image import ImageLikelihoods, likelihoods
 from tarflow.evaluation.log import Log, no_log
 from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
 from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler, check_guidance, check_noise, levels_of
-from tarflow.evaluation.samples.labels import given_names, label_number
+from tarflow.evaluation.samples.labels import given_names
 from tarflow.evaluation.samples.request import SourceRequest, batches_of, open_request
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.variations.best_of import choose_best_of
@@ -29,13 +28,9 @@ from tarflow.models.float32 import TRUE_FLOAT32, products
 from tarflow.models.flow import TarFlow
 from tarflow.models.formats.card import card_text
 from tarflow.models.likelihood import bits_per_dim, log_likelihood
-from tarflow.models.noise import to_model_range
 from tarflow.models.provenance import Provenance
 from tarflow.models.sampling.sequential import UNGUIDED, sample
 from tarflow.terminal import plain
-
-Labels = str | int | None | Sequence[str | int | None] | Tensor | NDArray[np.integer[Any]]
-Images = Tensor | NDArray[Any]
 
 
 def load(
@@ -146,7 +141,7 @@ class Flow:
 
         """
         changed = self.sampling.with_changes(**settings)
-        if given := self._numbers(labels):
+        if given := self._labels(labels):
             changed = changed.with_changes(labels=given)
         check_guidance(changed, self.config.num_classes, self.provenance.label_dropout)
         check_noise(changed, self.config, self.provenance.noise_range)
@@ -177,7 +172,7 @@ class Flow:
         """
         ends = [self._end(end, name) for end, name in ((a, "a"), (b, "b"))]
         changed = settings_of_path(self.sampling.with_changes(**settings), ends, settings)
-        changed = changed.with_changes(labels=self._numbers(label) if self.config.num_classes else ())
+        changed = changed.with_changes(labels=self._labels(label) if self.config.num_classes else ())
         check_guidance(changed, self.config.num_classes, self.provenance.label_dropout)
         sampler = PathSampler(self.model, changed, path_between(self.model, ends, changed, steps), self._memory)
         return self._drawn(sampler, range(steps))
@@ -185,7 +180,7 @@ class Flow:
     def _end(self, end: int | Images, name: str) -> End:
         if isinstance(end, int):
             return End(f"seed {end}", seed=end)
-        return End(name, image=self._in_model_range(torch.as_tensor(end)[None])[0])
+        return End(name, image=images_in_model_range(torch.as_tensor(end)[None], self.config.image_shape)[0])
 
     def log_prob(
         self,
@@ -236,7 +231,7 @@ class Flow:
         Its `mean` [N] is `bits_per_dim`; `bits` [N, draws] each draw's, `stderr` [N] over them; `parts` [N, 1 + blocks] what
         the prior and each block contribute; `importance_weighted(dims)` the bound over the draws.
         """
-        pixels, y = self._checked(images), self._tensor(labels, len(images))
+        pixels, y = checked_images(images, self.config.image_shape), self._labels_of(labels, len(images))
         noise = self._noise(draws, seed, noise_level)
         if pixels.dtype != torch.uint8:
             raise EvaluationError(
@@ -280,9 +275,9 @@ class Flow:
         distribution that the flow was trained on. `decode` then gives the noisy images back. `noise_level`: what a flow is
         told that is told it; None: the level at which its evaluations measure.
         """
-        x, y = self._in_model_range(images), self._tensor(labels, len(images))
+        x, y = images_in_model_range(images, self.config.image_shape), self._labels_of(labels, len(images))
         if noisy:
-            pixels = self._checked(images)
+            pixels = checked_images(images, self.config.image_shape)
             if pixels.dtype != torch.uint8:
                 raise EvaluationError(f"noisy=True is for uint8 images; {pixels.dtype} ones are taken as they are")
             x = self._noise(1, seed, noise_level).apply(pixels, list(range(first, first + len(pixels))))
@@ -300,7 +295,7 @@ class Flow:
         if z.ndim != 3 or tuple(z.shape[1:]) != shape:
             raise EvaluationError(f"latents must have the shape [N, {shape[0]}, {shape[1]}], not {list(z.shape)}")
         scale = self.model.var.float().sqrt()  # `sample` takes standard normal numbers
-        y = self._tensor(labels, len(z))
+        y = self._labels_of(labels, len(z))
         images = [torch.empty(0, *self.config.image_shape)]
         settings = UNGUIDED.model_copy(update={"noise_level": self.source.level(noise_level)})
 
@@ -315,32 +310,33 @@ class Flow:
         A flow that is told the noise level takes its samples' noise (`sampling.noise_level`) out in many steps, by the ODE.
         """
         if self.config.noise_conditioning:
-            return self._denoised_in_steps(images, labels, multiplier)
-        std = self.provenance.noise_std or self.sampling.noise_std
-        if not std:
-            raise EvaluationError(
-                "denoising needs a flow trained with gaussian noise; this one's is "
-                f"{self.provenance.noise or 'not known: tarflow.load(..., noise_std=...)'}"
-            )
-        x, y = self._in_model_range(images), self._tensor(labels, len(images))
-        clean = [torch.empty(0, *self.config.image_shape)]
+            changed = self.sampling.with_changes(denoise=multiplier, denoise_stochastic=False)
+            check_noise(changed, self.config, self.provenance.noise_range)
+            levels = levels_of(changed.settings)
 
-        def compute(part: Tensor, label: Tensor | None) -> Tensor:
-            return denoise(self.model, part, label, std, multiplier).detach().cpu()
+            def compute(part: Tensor, label: Tensor | None) -> Tensor:
+                return denoise_in_steps(part, levels, flow_score(self.model, label)).cpu()
 
-        return torch.cat([*clean, *self._computed(DENOISING, compute, x, y, denoising_bytes(self.config))])
+        else:
+            std = self.provenance.noise_std or self.sampling.noise_std
+            if not std:
+                raise EvaluationError(
+                    "denoising needs a flow trained with gaussian noise; this one's is "
+                    f"{self.provenance.noise or 'not known: tarflow.load(..., noise_std=...)'}"
+                )
 
-    def _denoised_in_steps(self, images: Images, labels: Labels, multiplier: float) -> Tensor:
-        changed = self.sampling.with_changes(denoise=multiplier, denoise_stochastic=False)
-        check_noise(changed, self.config, self.provenance.noise_range)
-        levels = levels_of(changed.settings)
+            def compute(part: Tensor, label: Tensor | None) -> Tensor:
+                return denoise(self.model, part, label, std, multiplier).detach().cpu()
 
-        def compute(part: Tensor, label: Tensor | None) -> Tensor:
-            return denoise_in_steps(part, levels, flow_score(self.model, label)).cpu()
-
-        x, y = self._in_model_range(images), self._tensor(labels, len(images))
+        x, y = images_in_model_range(images, self.config.image_shape), self._labels_of(labels, len(images))
         clean = [torch.empty(0, *self.config.image_shape)]
         return torch.cat([*clean, *self._computed(DENOISING, compute, x, y, denoising_bytes(self.config))])
+
+    def _labels(self, labels: Labels) -> tuple[int, ...]:
+        return label_numbers(labels, self.config.num_classes, self.classes)
+
+    def _labels_of(self, labels: Labels, num: int) -> Tensor | None:
+        return labels_of(labels, num, self.config.num_classes, self.classes)
 
     def _mean_over_draws(
         self,
@@ -352,7 +348,7 @@ class Flow:
         first: int,
         noise_level: float | None,
     ) -> Tensor:
-        pixels, y = self._checked(images), self._tensor(labels, len(images))
+        pixels, y = checked_images(images, self.config.image_shape), self._labels_of(labels, len(images))
         noise = self._noise(draws, seed, noise_level) if pixels.dtype == torch.uint8 else None
         level = self.source.level(noise_level)
         total = torch.zeros(len(pixels), dtype=torch.float64)
@@ -366,10 +362,8 @@ class Flow:
                 def compute(images: Tensor, label: Tensor | None) -> Tensor:
                     return of(self.model, images, label, noise=_levels(level, images)).double().cpu()
 
-                labelled = None if y is None else y[part]
-                total[part] += torch.cat(
-                    self._computed(LIKELIHOOD, compute, x, labelled, likelihood_bytes(self.config))
-                )
+                labelled, size = None if y is None else y[part], likelihood_bytes(self.config)
+                total[part] += torch.cat(self._computed(LIKELIHOOD, compute, x, labelled, size))
         return total / (draws if noise else 1)
 
     def _noise(self, draws: int, seed: int | None, level: float | None) -> NoiseSettings:
@@ -378,21 +372,6 @@ class Flow:
             raise EvaluationError(f"draws={draws}: at least one is needed")
         seed = self.sampling.settings.seed if seed is None else seed
         return self.source.training_noise(self.sampling.noise_std, seed, draws, level)
-
-    def _checked(self, images: Images) -> Tensor:
-        tensor = torch.as_tensor(images)
-        shape = self.config.image_shape
-        if tensor.ndim != 4 or tuple(tensor.shape[1:]) != shape:
-            raise EvaluationError(
-                f"images must have the shape [N, {', '.join(map(str, shape))}], not {list(tensor.shape)}"
-            )
-        if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
-            raise EvaluationError(f"images must be uint8 (0..255) or floats in [-1, 1], not {tensor.dtype}")
-        return tensor
-
-    def _in_model_range(self, images: Images) -> Tensor:
-        tensor = self._checked(images)
-        return to_model_range(tensor) if tensor.dtype == torch.uint8 else tensor.float()
 
     def _computed(
         self,
@@ -413,25 +392,6 @@ class Flow:
             with products(TRUE_FLOAT32):
                 found += self._memory.run(stage, min(self.batch_size, len(x) - start), one, bytes_per_image)
         return found
-
-    def _numbers(self, labels: Labels) -> tuple[int, ...]:
-        if isinstance(labels, Tensor | np.ndarray):
-            labels = labels.tolist()
-        given: Sequence[str | int | None] = [labels] if labels is None or isinstance(labels, str | int) else labels
-        if isinstance(given, Mapping):
-            raise EvaluationError("labels must be class numbers or names in a list, not a mapping")
-        count = self.config.num_classes
-        # A number is a number, also where a class is named like another one's.
-        words = (one if isinstance(one, str) else f"number:{NO_LABEL if one is None else one}" for one in given)
-        return tuple(label_number(word, count, self.classes, "labels") for word in words)
-
-    def _tensor(self, labels: Labels, num: int) -> Tensor | None:
-        """Labels of `num` images, int64 [num]; None for a model without classes."""
-        numbers = self._numbers(labels)
-        if len(numbers) not in (1, num):
-            raise EvaluationError(f"{len(numbers)} labels for {num} images: give one for all, or one for each")
-        tensor = torch.tensor(numbers, dtype=torch.int64).expand(num)
-        return tensor if self.config.num_classes else None
 
 
 def _levels(level: float | None, images: Tensor) -> Tensor | None:

@@ -21,7 +21,7 @@ from tarflow.errors import UserError, noted
 from tarflow.evaluation.log import Log, no_log
 from tarflow.evaluation.metrics.names import is_distance, is_kernel, is_spatial
 from tarflow.evaluation.result_file import FORMAT, RESULT, WORK, load_result, load_work
-from tarflow.evaluation.trackers import track
+from tarflow.evaluation.tracking.trackers import track
 from tarflow.files import discard, free_name, listed, make_folder, publish_dir
 from tarflow.records import DamagedFileError, append_record_line, read_lines
 from tarflow.trainer.checkpoint.names import leading_name

@@ -57,6 +57,7 @@ LAYERS = {
         start
         sweep latents
         flow
+        given
         likelihood
         worker
         references report
@@ -64,9 +65,9 @@ LAYERS = {
         samples
         networks
         sweep_file
-        result_file trackers
+        result_file tracking
         metrics
-        run_config images shared_work event_file batches
+        run_config images shared_work batches
         errors log stopwatch
     """,
     "cluster": """

@@ -121,6 +121,8 @@ class History:
         """Results that differ in one sampling setting alone, as (its value, result), by weights and images seen."""
         groups: dict[str, list[tuple[float, Result]]] = {}
         for result in self.results:
+            if result.sampling[setting] is None:  # a model that is not told noise levels has none
+                continue
             rest = _apart_from(result, setting)
             key = json.dumps([result.values.get("step"), rest], sort_keys=True)
             groups.setdefault(key, []).append((float(result.sampling[setting]), result))

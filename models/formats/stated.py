@@ -86,7 +86,9 @@ def check_stated(config: TarFlowConfig, where: str, stated: Sequence[Stated]) ->
 def _hold_against(where: str, known: Mapping[str, Any], who: str, values: Mapping[str, Any]) -> None:
     differ = [name for name, value in values.items() if _plain(name, known[name]) != _plain(name, value)]
     if differ:
-        sides = "".join(f"\n  {name}: {_plain(name, values[name])!r} and {_plain(name, known[name])!r}" for name in differ)
+        sides = "".join(
+            f"\n  {name}: {_plain(name, values[name])!r} and {_plain(name, known[name])!r}" for name in differ
+        )
         raise ModelError(f"{who} says another model than {where}:{sides}")
 
 

@@ -381,7 +381,7 @@ def test_a_runs_evaluations_share_one_file_of_events_and_grids_are_in_it(make_ru
 def test_a_large_grid_is_made_smaller_for_tensorboard(tmp_path):
     from PIL import Image
 
-    from tarflow.evaluation.event_file import append_events
+    from tarflow.evaluation.tracking.event_file import append_events
 
     Image.new("RGB", (3000, 1500), "red").save(tmp_path / "grid.png")
     append_events(
@@ -395,7 +395,7 @@ def test_a_large_grid_is_made_smaller_for_tensorboard(tmp_path):
 
 @pytest.mark.case("H06")
 def test_damaged_pictures_and_event_files_cost_nothing_else(tmp_path):
-    from tarflow.evaluation.event_file import append_events
+    from tarflow.evaluation.tracking.event_file import append_events
 
     (tmp_path / "grid.png").write_bytes(b"no picture")
     os.mkfifo(tmp_path / "pipe.png")

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from tarflow.evaluation.event_file import EventFile
 from tarflow.evaluation.log import Log
+from tarflow.evaluation.tracking.event_file import EventFile
 from tarflow.leases import locked
 from tarflow.trainer.config.files import config_tree
 from tarflow.trainer.config.schema import Config

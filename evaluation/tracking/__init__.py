@@ -1,0 +1,1 @@
+"""Where the results of an evaluation are announced: TensorBoard, Weights & Biases."""
