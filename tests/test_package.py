@@ -13,6 +13,7 @@ import sysconfig
 import tarfile
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -207,8 +208,11 @@ def test_python_m_tarflow_and_torchrun_find_the_installed_package(trained: Insta
 
 
 @pytest.fixture(scope="module")
-def newcomer(installed: Installed) -> Installed:
-    """The demo's digits and a short run of the demo, pictures at home, and a `tarflow` that makes commands small."""
+def newcomer(installed: Installed) -> Iterator[Installed]:
+    """The demo's digits and a short run of the demo, pictures at home, and a `tarflow` that makes commands small.
+
+    Its commands are forks of one process of the installed interpreter.
+    """
     work = installed.work
     shutil.copytree(ROOT / "configs", work / "configs")
     home, programs = work.parent / "home", work.parent / "programs"
@@ -220,9 +224,21 @@ def newcomer(installed: Installed) -> Installed:
     programs.mkdir()
     (programs / "tarflow").write_text(f'#!/bin/sh\nexec "{installed.bin / "python"}" "{SHORT}" tarflow "$@"\n')
     (programs / "tarflow").chmod(0o755)
-    installed.environment |= {"HOME": str(home), "PATH": f"{programs}:{os.environ['PATH']}"}
+    socket = work.parent / "warm"
+    warm = subprocess.Popen(
+        [installed.bin / "python", "-P", ROOT / "tests/helpers/warm.py", socket], cwd=work, env=installed.environment,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert warm.stdout is not None
+    assert warm.stdout.readline() == b"ready\n"
+    installed.environment |= {
+        "HOME": str(home),
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "WARM": str(socket),
+    }
     installed.bash("tarflow data fetch mnist5k data/mnist5k && tarflow train configs/demo.yaml --run-dir runs/demo")
-    return installed
+    yield installed
+    warm.communicate()  # the end of its input is its end
 
 
 def test_the_blocks_of_the_page_on_python_run_from_the_wheel(newcomer: Installed) -> None:
@@ -263,7 +279,7 @@ def test_a_data_set_of_the_users_resumes_exactly_after_a_kill(installed: Install
     }
     own["checkpoint"] = {"every_images": 80, "asynchronous": False}
     (installed.work / "own.yaml").write_text(yaml.safe_dump(own))
-    installed.tarflow("train", "own.yaml", "--run", "own-whole")
+    installed.tarflow("train", "own.yaml", "--run", "own-whole", "data.num_workers=0")
     killed = subprocess.run(
         [installed.bin / "tarflow", "train", "own.yaml", "--run", "own-killed"], cwd=installed.work,
         env=installed.environment | {"TARFLOW_FAULT": "step@12=kill"}, capture_output=True, timeout=300,
