@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageStat
@@ -94,7 +95,7 @@ def write_tiles(photos: Iterable[Photograph], size: int, held: set[str], folder:
     return counts
 
 
-def count_rows(counts: Counter[str], photos: Sequence[Photograph]) -> list[tuple[object, ...]]:
+def count_rows(counts: Counter[str], photos: Sequence[Photograph]) -> list[tuple[Any, ...]]:
     """(package, kind, photographs, tiles to train on, tiles held out, left out as flat) for the table."""
     of = Counter(f"{photo.package} {photo.kind}" for photo in photos)
     return [

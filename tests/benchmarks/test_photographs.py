@@ -50,7 +50,7 @@ def test_no_photograph_has_tiles_in_both_splits_and_the_counts_are_those_of_the_
     rows = count_rows(counts, photos)
     assert [(row[1], row[2]) for row in rows] == [("land", 6), ("sky", 2)]
     for split, column in (("train", 3), ("val", 4)):
-        assert sum(row[column] for row in rows) == len(found[split])  # type: ignore[misc]
+        assert sum(row[column] for row in rows) == len(found[split])
     assert rows[1][5] == 2, "a flat photograph of 40 x 24 pixels, two tiles across, leaves none"
     assert not list((tmp_path / "tiles").rglob("sky-22-*"))
     (tmp_path / "tiles" / COUNTS).write_text(json.dumps({"a-package land train": 1}))
