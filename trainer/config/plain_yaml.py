@@ -6,8 +6,8 @@ the last of two equal keys: a section written twice would lose its first half.
 A configuration may come from a stranger: its size, depth and number of nodes (with aliases expanded: eight lines of them can
 mean a billion nodes) are bounded while it is read, and only tags of plain values are allowed.
 
-libyaml splits the text into events, where PyYAML has been built with it: several times as fast, and a report or a table of runs
-reads many configurations. Whatever it stumbles over is read again in Python, whose errors say more.
+What this program wrote itself is split into events by libyaml, where PyYAML has been built with it: several times as fast, and
+a report or a table of runs reads many configurations. What people write is not: libyaml passes over some slips in silence.
 """
 
 from collections.abc import Hashable
@@ -153,8 +153,8 @@ def yaml_text(path: Path) -> str:
         raise TrainerError(f"{path} is not readable YAML: {error}") from None
 
 
-def parse_yaml(text: str, source: str) -> Any:
-    """Text -> nested dicts, lists and strings; an alias is the same object as its anchor.
+def parse_yaml(text: str, source: str, own: bool = False) -> Any:
+    """Text -> nested dicts, lists and strings; an alias is the same object as its anchor. `own`: this program wrote it.
 
     Raises:
         TrainerError: not valid YAML, a duplicate key, or beyond a bound; it names `source` and the line.
@@ -162,7 +162,7 @@ def parse_yaml(text: str, source: str) -> Any:
     """
     if len(text) > MOST_BYTES:
         raise TrainerError(f"{source} is not readable YAML: {_TOO_LONG}")
-    if _QuickLoader:
+    if own and _QuickLoader:
         with suppress(_RefusedError, yaml.YAMLError, RecursionError, UnicodeError):
             return yaml.load(text, Loader=_QuickLoader)  # noqa: S506 -- as below
     try:

@@ -64,8 +64,8 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise TrainerError(f"no configuration file at {path}")
     text = yaml_text(path)
-    _check_seal(path, text)
-    tree = parse_yaml(text, str(path))
+    own = _is_sealed(path, text)
+    tree = parse_yaml(text, str(path), own=own)
     if not isinstance(tree, dict):
         found = "it is empty" if tree is None else f"not {in_words(tree)}"
         raise TrainerError(f"{path} must hold sections (data:, model:, train:, ...), {found}")
@@ -95,8 +95,10 @@ def _check_chain(chain: list[Path], below: Path) -> None:
         raise TrainerError(f"{chain[0]}: more than {MOST_BASES} files, each based on the next: {names}")
 
 
-def _check_seal(path: Path, text: str) -> None:
+def _is_sealed(path: Path, text: str) -> bool:
+    """Whether this program wrote it and nothing has changed since. Raises DamagedFileError if something has."""
     found = _SEAL.match(text)
     if found and int(found[1], 16) != zlib.crc32(text[found.end() :].encode()):
         way_out = "restore it from a copy, or remove its first line if you edited it"
         raise DamagedFileError(path, "its checksum does not fit its lines", way_out)
+    return found is not None

@@ -123,6 +123,12 @@ def test_unreadable_text_is_one_line_that_names_the_place(text: str, message: st
 )
 def test_what_libyaml_reads_is_what_python_reads(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert yaml.load(text, Loader=plain_yaml._QuickLoader) == yaml.load(text, Loader=plain_yaml._Loader)
-    quick = parse_yaml(text, "text")
+    quick = parse_yaml(text, "text", own=True)
     monkeypatch.setattr(plain_yaml, "_QuickLoader", None)
-    assert parse_yaml(text, "text") == quick
+    assert parse_yaml(text, "text", own=True) == quick
+
+
+def test_what_people_write_is_not_read_by_libyaml_which_passes_over_slips() -> None:
+    slip = ">1##e-"  # to libyaml an empty text
+    with pytest.raises(TrainerError, match="line 1 is not readable YAML"):
+        parse_yaml(slip, "run.yaml")
