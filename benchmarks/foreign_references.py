@@ -57,15 +57,16 @@ def features_of(images: ImageSet, network: Features, keep: Path) -> tuple[Rows, 
     """Of every other image, and of those between them. `keep`: folder of the parts that are done."""
     identity = json.dumps([images.provenance(), network.name, network.sha256, network.preprocessing], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    rows, parts, begin = [], max(1, images.num_images // PART), time.monotonic()
+    rows: list[Rows] = []
+    parts, begin = max(1, images.num_images // PART), time.monotonic()
     for part in range(parts):
         path = keep / f"features-{digest}-{part:04d}-of-{parts:04d}.npz"
         if not path.exists():
             found = [network.with_spatial(pixels) for pixels, _, _ in images.batches(False, BATCH, part, parts)]
-            features, spatial = (torch.cat(pieces).numpy() for pieces in zip(*found))
+            arrays = [torch.cat(pieces).numpy() for pieces in zip(*found)]
             temporary = path.with_suffix(".tmp")
             with temporary.open("wb") as file:
-                np.savez(file, features=features, spatial=spatial)
+                np.savez(file, features=arrays[0], spatial=arrays[1])
             temporary.replace(path)
             minutes = (time.monotonic() - begin) / 60
             print(f"features: {part + 1} of {parts} parts after {minutes:.1f} minutes", file=sys.stderr, flush=True)
