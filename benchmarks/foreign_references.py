@@ -1,15 +1,22 @@
 """FID and sFID of the same images against one set of statistics in ADM's form and in ours, by the FID Inception.
 
-    python -m benchmarks.foreign_references DATA [--weights pt_inception-2015-12-05-6726825d.pth] [--quick] [--check]
+    python -m benchmarks.foreign_references DATA [--weights pt_inception-2015-12-05-6726825d.pth] [--keep DIR]
+                                           [--quick] [--check]
 
 DATA: a folder of indexed shards; 2,000 of its images are the reference, and 2,000 are scored. What ADM's evaluator would store
 is computed here as it does: numpy's mean and covariance of all features at once. Without --weights the network has random
 weights, all of them drawn: then the distances mean nothing, and agree all the same. The last column is the formula of ADM's
 evaluator, with scipy's square root of the product, which is itself inexact where there are fewer images than features.
+
+Nearly all of the time goes into the network, on a loaded machine an hour: a line tells how far it is, and with --keep DIR the
+features are written there, a part at a time, so that the same call after a time limit goes on with what is missing.
 """
 
+import hashlib
+import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +35,7 @@ from tarflow.evaluation.references.reference import load_reference, save_referen
 from tarflow.models.config import TarFlowConfig
 
 AGREE = 1e-6
+PART, BATCH = 200, 64  # images of a part that is kept, and in a pass
 Rows = tuple[Tensor, Tensor]  # features [n, 2048], spatial features [n, 2023]
 
 
@@ -45,10 +53,26 @@ def random_weights(path: Path) -> None:
     torch.save(network.state_dict(), path)
 
 
-def features_of(images: ImageSet, network: Features) -> tuple[Rows, Rows]:
-    """Of every other image, and of those between them."""
-    rows = [network.with_spatial(pixels) for pixels, _, _ in images.batches(labelled=False)]
-    features, spatial = (torch.cat(parts) for parts in zip(*rows))
+def features_of(images: ImageSet, network: Features, keep: Path) -> tuple[Rows, Rows]:
+    """Of every other image, and of those between them. `keep`: folder of the parts that are done."""
+    identity = json.dumps([images.provenance(), network.name, network.sha256, network.preprocessing], sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    rows: list[Rows] = []
+    parts, begin = max(1, images.num_images // PART), time.monotonic()
+    for part in range(parts):
+        path = keep / f"features-{digest}-{part:04d}-of-{parts:04d}.npz"
+        if not path.exists():
+            found = [network.with_spatial(pixels) for pixels, _, _ in images.batches(False, BATCH, part, parts)]
+            arrays = [torch.cat(pieces).numpy() for pieces in zip(*found)]
+            temporary = path.with_suffix(".tmp")
+            with temporary.open("wb") as file:
+                np.savez(file, features=arrays[0], spatial=arrays[1])
+            temporary.replace(path)
+            minutes = (time.monotonic() - begin) / 60
+            print(f"features: {part + 1} of {parts} parts after {minutes:.1f} minutes", file=sys.stderr, flush=True)
+        with np.load(path) as stored:
+            rows.append((torch.from_numpy(stored["features"]), torch.from_numpy(stored["spatial"])))
+    features, spatial = (torch.cat(pieces) for pieces in zip(*rows))
     return (features[::2], spatial[::2]), (features[1::2], spatial[1::2])
 
 
@@ -75,6 +99,7 @@ def main() -> int:
     args = parse_args(__doc__.splitlines()[0], (
         ("data", {"metavar": "DATA"}),
         ("--weights", {"type": Path, "metavar": "FILE"}),
+        ("--keep", {"type": Path, "metavar": "DIR", "help": "where features are kept for the next call"}),
         ("--size", {"type": int, "default": 28, "metavar": "N"}),
         ("--channels", {"type": int, "default": 1, "choices": (1, 3)}),
     ))  # fmt: skip
@@ -90,7 +115,9 @@ def main() -> int:
         if args.weights is None:
             random_weights(weights)
         network = Features("fid_inception", file=weights)
-        reference, scored = features_of(ImageSet(DataSettings.of(args.data), shape, 2 * number), network)
+        keep = args.keep or folder
+        keep.mkdir(parents=True, exist_ok=True)
+        reference, scored = features_of(ImageSet(DataSettings.of(args.data), shape, 2 * number), network, keep)
         moments = [as_adm(part) for part in reference]
         np.savez(folder / "adm.npz", mu=moments[0][0], sigma=moments[0][1], mu_s=moments[1][0], sigma_s=moments[1][1])
         about: dict[str, str | int] = {

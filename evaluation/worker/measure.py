@@ -61,7 +61,7 @@ def _distance(plan: ChunkPlan, samples: SamplesPart, problem: str | None) -> dic
     # Only read where no features were kept: then the error bar comes from the spread of whole chunks.
     parts = chunk_statistics(plan.chunk(name) for name in plan.samples)
     found = feature_scores(
-        network, samples.statistics, samples.features, reference.statistics, reference.rows, parts=parts
+        network, samples.statistics, samples.features, reference.statistics, plan.task.real.rows, parts=parts
     )
     spatial_parts = chunk_statistics((plan.chunk(name) for name in plan.samples), "spatial_")
     found |= spatial_scores(network, samples.spatial, reference.spatial, parts=spatial_parts)

@@ -8,12 +8,14 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tarflow.evaluation.batches import NOTE, Batches
 from tarflow.evaluation.images.data_set import ImageSet
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.networks.features import Features
 from tarflow.evaluation.references.compute import reference_statistics
+from tarflow.evaluation.references.images_inside import reference_rows
 from tarflow.evaluation.references.reference import Provenance, Reference, cache_path, full_provenance, load_reference
 from tarflow.evaluation.worker.recipe import EvaluationSettings
 from tarflow.records import DamagedFileError
@@ -64,6 +66,11 @@ class RealImages:
         return self._with_note(
             reference_statistics(path, images, self.features, self.config.evaluation.lease_s, self.log)
         )
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Features [m, d] of single reference images, possibly none; only the worker that measures a result needs them."""
+        return reference_rows(self.reference, self.features, self.log)
 
     def _load(self, path: Path, provenance: Provenance) -> Reference:
         return load_reference(path, provenance, dim=self.features.dim, spatial_dim=self.features.spatial_dim)

@@ -22,6 +22,7 @@ from tarflow.evaluation.metrics.frechet_distance import FeatureStatistics
 from tarflow.evaluation.metrics.names import is_distance, is_kernel, is_spatial
 from tarflow.evaluation.networks.features import Features
 from tarflow.evaluation.references.compute import KEEP, spread_evenly
+from tarflow.evaluation.references.images_inside import reference_rows
 from tarflow.evaluation.references.reference import load_reference
 from tarflow.evaluation.samples.weights_source import resolve_device
 from tarflow.image_size import Size, parse_size, plain
@@ -66,7 +67,7 @@ def score_folder(request: ScoreRequest, log: Log = print) -> dict[str, Any]:
     if (request.reference is None) == (request.against is None):
         raise EvaluationError("give what to compare with: either --reference FILE or --against FOLDER")
     network = Features(request.features, resolve_device(request.device), request.features_file)
-    baseline = _stored(request, network) if request.reference is not None else _other_folder(request, network, log)
+    baseline = _stored(request, network, log) if request.reference is not None else _other_folder(request, network, log)
     folder = _images(request, request.folder, baseline.channels, baseline.size)
     found = measure(folder, network, log)
     scores = feature_scores(
@@ -98,7 +99,7 @@ def score_folder(request: ScoreRequest, log: Log = print) -> dict[str, Any]:
     return plain
 
 
-def _stored(request: ScoreRequest, network: Features) -> _Baseline:
+def _stored(request: ScoreRequest, network: Features, log: Log) -> _Baseline:
     """The statistics of `request.reference`. Raises EvaluationError if they are of another network or size."""
     expected: dict[str, str | int] = {
         "features": network.name,
@@ -114,7 +115,8 @@ def _stored(request: ScoreRequest, network: Features) -> _Baseline:
     channels = int(found.provenance.get("channels", request.channels or 3))
     about = {"file": request.reference.name, **found.describe()}
     notes = found.notes + found.without_spatial(network)
-    return _Baseline(found.statistics, found.rows, found.spatial, found.hashes, size, channels, about, notes)
+    rows = reference_rows(found, network, log)
+    return _Baseline(found.statistics, rows, found.spatial, found.hashes, size, channels, about, notes)
 
 
 def _other_folder(request: ScoreRequest, network: Features, log: Log) -> _Baseline:

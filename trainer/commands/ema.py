@@ -9,6 +9,7 @@ EXAMPLE = """example:
   tarflow ema runs/demo --relative-std 0.075
   tarflow ema runs/imagenet64 --relative-std 0.12 --images 12_800_000 --out wide.safetensors
   tarflow sample wide.safetensors --out samples
+  tarflow ema runs/imagenet64 --relative-std 0.12 --out wide/
 
 Uses the averages in the checkpoints and snapshots of the run; ema.snapshot_every_images sets how many there are.
 """
@@ -25,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_choice(parser, "the newest that holds averages")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="weights file, .safetensors or .pth (default: in the run directory)"
+        "--out",
+        metavar="FILE",
+        help="FILE.safetensors, FILE.pth or FOLDER/ with a model card (default: a file in the run)",
     )
 
 
@@ -33,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from tarflow.trainer.ema.posthoc import reconstruct
     from tarflow.trainer.run_dir import require_run
 
-    path = reconstruct(require_run(args.run), args.relative_std, args.step, args.out, print, args.images)
+    out, folder = args.out and Path(args.out), bool(args.out) and args.out.endswith("/")
+    path = reconstruct(require_run(args.run), args.relative_std, args.step, out, print, args.images, folder)
     print(f"wrote {path}")
     return 0

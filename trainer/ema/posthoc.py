@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tarflow.models.weights import save_weights_file
+from tarflow.models.weights import save_weights_file, save_weights_folder
 from tarflow.trainer.checkpoint.find import choose
 from tarflow.trainer.checkpoint.marker import Checkpoint, config_of
 from tarflow.trainer.checkpoint.provenance import names_of_checkpoint, provenance_of
@@ -67,16 +67,22 @@ def reconstruct(
     out: Path | None,
     log: Callable[[str], None],
     images: int | None = None,
+    folder: bool = False,
 ) -> Path:
     """Reconstruct the average of a width at `step` or `images` (both None: the newest), and write it as a weights file.
 
-    Returns its path. Raises TrainerError: width out of range, file cannot be written, no such checkpoint or several of that
-    step, no power averages stored, or too few of them for a fit within WORST_FIT.
+    `folder`: `out` becomes a folder with model.safetensors, config.json and a model card. Returns its path. TrainerError for a
+    width out of range, a file that cannot be written, no such checkpoint or several, no power averages stored, and too
+    few of them for a fit within WORST_FIT.
     """
     if not 0 < relative_std < 0.28:
         raise TrainerError(f"--relative-std {relative_std:g}: a width lies between 0 and 0.28 of the run so far")
-    if out is not None and (out.suffix not in (".safetensors", ".pth") or not out.parent.is_dir()):
-        raise TrainerError(f"--out {out}: give a .safetensors or .pth file in a directory that exists")
+    if out is not None and ((not folder and out.suffix not in (".safetensors", ".pth")) or not out.parent.is_dir()):
+        raise TrainerError(
+            f"--out {out}: give a .safetensors or .pth file, or with / at its end a new folder, in a directory that exists"
+        )
+    if folder and out is not None and out.exists():
+        raise TrainerError(f"--out {out} already exists: choose another name")
     moments = sources(run_dir, log)
     final = choose(moments, step, images, f"run {run_dir}", "averages")
     wanted = Profile(final.images_seen, relative_std)
@@ -98,7 +104,8 @@ def reconstruct(
     sampling, _ = chosen_sampling(run_dir)
     classes = names_of_checkpoint(final, config)
     provenance = provenance_of(final, config, name, sampling, ema_relative_std=relative_std, classes=classes)
-    save_weights_file(path, config.model, _combine(pairs, coefficients), provenance)
+    save = save_weights_folder if folder else save_weights_file
+    save(path, config.model, _combine(pairs, coefficients), provenance)
     return path
 
 

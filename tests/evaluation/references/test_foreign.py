@@ -358,6 +358,42 @@ def test_a_folder_is_scored_against_it_and_the_file_stays(tmp_path, monkeypatch,
     assert path.read_bytes() == before
 
 
+def test_the_images_in_a_file_of_adm_serve_for_what_compares_single_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "Features", Network)
+    monkeypatch.setattr("tarflow.evaluation.references.images_inside.KEEP", 12)
+    draw = torch.Generator().manual_seed(0)
+    scored, inside = torch.randint(0, 256, (2, 14, 3, 12, 12), dtype=torch.uint8, generator=draw)
+    for name, pictures in (("scored", scored), ("inside", inside[:12])):
+        (tmp_path / name).mkdir()
+        for number, picture in enumerate(pictures):
+            save_png(tmp_path / name / f"{number:02d}.png", picture)
+    path, found = tmp_path / "ref.npz", moments(features())
+    spatial = {f"{name}_s": array for name, array in moments(features(30, 9, SPATIAL)).items()}
+    array = inside.permute(0, 2, 3, 1).numpy()
+    lines: list[str] = []
+
+    def score(**against):
+        request = ScoreRequest(
+            tmp_path / "scored", against.get("reference"), against.get("against"), None, None, "fid_inception", None,
+            "strict", None, "cpu",
+        )  # fmt: skip
+        return score_folder(request, lines.append)
+
+    np.savez(path, **spatial, **found, arr_0=np.ascontiguousarray(array))
+    ours, theirs = score(reference=path), score(against=tmp_path / "inside")
+    pairs = [
+        name for name in theirs if name in ("precision", "recall", "density", "coverage") or name.startswith("kid")
+    ]
+    assert len(pairs) >= 5
+    assert {name: ours[name] for name in pairs} == {name: theirs[name] for name in pairs}
+    assert ours["kept_features"] == [14, 12]
+    assert ours["fid"] != pytest.approx(theirs["fid"]), "the distance is to the file's mean and covariance"
+    assert any("12 of the 14 images in" in line for line in lines)
+    np.savez(path, **spatial, **found, arr_0=np.asfortranarray(array))
+    assert score(reference=path)["kept_features"] == [14, 0]
+    assert any("are not used: its array 'arr_0' is stored column by column" in line for line in lines)
+
+
 def test_an_unknown_npz_is_not_taken_for_one(tmp_path):
     np.savez(tmp_path / "ref.npz", mu=np.zeros(3), sigma=np.eye(3), more=np.zeros(1))
     with pytest.raises(DamagedFileError, match="no array 'count'"):

@@ -69,6 +69,20 @@ def test_it_is_the_distance_of_the_spatial_features_of_all_samples(evaluated, di
     assert read_result(other)["sfid"] == pytest.approx(result["sfid"], rel=1e-9)  # type: ignore[index]
 
 
+def test_images_inside_a_reference_of_adm_give_an_evaluation_precision_and_recall(make_run, monkeypatch, tmp_path):
+    monkeypatch.setattr("tarflow.evaluation.worker.real_images.Features", Spatial)
+    run_dir, _ = make_run(steps=(20,))
+    draw, found = np.random.default_rng(0), dict[str, np.ndarray]()
+    for name, width in (("", Spatial.dim), ("_s", Spatial.spatial_dim)):
+        rows = draw.normal(size=(50, width))
+        found |= {f"mu{name}": rows.mean(axis=0), f"sigma{name}": np.cov(rows, rowvar=False)}
+    np.savez(tmp_path / "adm.npz", **found, arr_0=draw.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8))
+    (result,) = evaluate(run_dir, False, WorkerOptions(reference=tmp_path / "adm.npz"), log).done
+    assert result["kept_features"][1] == 20
+    assert {result["precision"] is None, result["recall"] is None} == {False}
+    assert result["reference"]["images_inside"] == 20
+
+
 def test_a_result_with_another_distance_than_a_number_is_refused(evaluated):
     _, _, folder = evaluated()
     value = read_object(folder / "result.json")

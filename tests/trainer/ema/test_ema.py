@@ -146,6 +146,20 @@ def test_a_stored_width_comes_out_as_stored_also_at_an_earlier_step(run: Path, t
         assert max(float((made[n] - stored[n]).abs().max()) for n in stored) < 1e-6
 
 
+def test_a_width_made_after_training_becomes_a_folder_too(run: Path, tmp_path: Path) -> None:
+    words = ["ema", str(run), "--relative-std", "0.08", "--out"]
+    assert tarflow.cli.main([*words, f"{tmp_path}/wide/"]) == 0
+    assert tarflow.cli.main([*words, f"{tmp_path}/wide.safetensors"]) == 0
+    assert sorted(path.name for path in (tmp_path / "wide").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    assert (tmp_path / "wide/model.safetensors").read_bytes() == (tmp_path / "wide.safetensors").read_bytes()
+    assert tarflow.load(tmp_path / "wide").provenance.ema_relative_std == 0.08
+    assert tarflow.cli.main([*words, f"{tmp_path}/wide/"]) == 2, "it is there already"
+
+
 def test_what_cannot_be_made_is_an_error_and_leaves_no_file(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "none.safetensors"
     for std, step, message in (
@@ -156,7 +170,9 @@ def test_what_cannot_be_made_is_an_error_and_leaves_no_file(run: Path, tmp_path:
         with pytest.raises(TrainerError, match=message):
             reconstruct(run, std, step, out, lambda _: None)
     for wrong in (tmp_path / "weights.bin", tmp_path / "nowhere" / "weights.pth"):
-        with pytest.raises(TrainerError, match=r"give a \.safetensors or \.pth file in a directory that exists"):
+        with pytest.raises(
+            TrainerError, match=r"give a \.safetensors or \.pth file, or with / at its end a new folder, in"
+        ):
             reconstruct(run, 0.1, None, wrong, lambda _: None)
         assert not wrong.exists()
     assert not out.exists()
