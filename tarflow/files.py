@@ -61,6 +61,15 @@ def read_bytes(path: Path | str) -> bytes:
         return file.read()
 
 
+def read_up_to(path: Path | str, most: int) -> bytes:
+    """At most `most` bytes of a regular file, and one more where it holds more. Raises OSError as `open_regular` does.
+
+    Room is made for as many bytes as a read may give: for those that are there, not for the most that would be taken.
+    """
+    with open_to_read(path) as file:
+        return file.read(min(os.fstat(file.fileno()).st_size, most) + 1)[: most + 1]
+
+
 def create(path: Path, mode: int = 0o666) -> int:
     """A descriptor of a new, empty file, open for writing.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.files import open_to_read
+from tarflow.files import read_up_to
 
 _FAULTS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 LARGEST = 64 << 20  # bytes
@@ -20,8 +20,7 @@ def flaw_of_file(path: Path, shape: tuple[int, int, int] | None) -> str | None:
     try:
         if not path.is_file():
             raise EvaluationError(f"{path} cannot be read: it is not a regular file")
-        with open_to_read(path) as file:
-            content = file.read(LARGEST + 1)
+        content = read_up_to(path, LARGEST)
         return flaw(content, shape) if len(content) <= LARGEST else f"larger than {LARGEST} bytes"
     except OSError as error:
         raise EvaluationError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from tarflow.files import open_to_read
+from tarflow.files import read_up_to
 from tarflow.records import DamagedFileError
 from tarflow.trainer.checkpoint.unpickle import DTYPES, FlawError, Made, pairs, unpickled
 
@@ -51,8 +51,7 @@ def read_metadata(folder: Path, sizes: dict[str, int]) -> dict[str, StoredTensor
     """
     path = folder / NAME
     try:
-        with open_to_read(path) as file:
-            data = file.read(LIMIT + 1)
+        data = read_up_to(path, LIMIT)
         if len(data) > LIMIT:
             raise FlawError(f"it has more than {LIMIT} bytes")
         with _uncollected():

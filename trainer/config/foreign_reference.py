@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tarflow.data_pipeline.array_pickles import FLOATS, NotArraysError, unpickled
-from tarflow.files import open_to_read
+from tarflow.files import open_to_read, read_up_to
 from tarflow.image_size import plain, size_of
 from tarflow.npz import Declared, declared, read_npz
 
@@ -144,8 +144,7 @@ def moments(mean: NDArray[Any], covariance: NDArray[Any], names: tuple[str, str]
 
 
 def _bytes_of(path: Path) -> bytes:
-    with open_to_read(path) as file:
-        data = file.read(MOST_BYTES + 1)
+    data = read_up_to(path, MOST_BYTES)
     if len(data) > MOST_BYTES:
         raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
     return data

@@ -20,7 +20,7 @@ from yaml.composer import Composer
 from yaml.constructor import BaseConstructor
 from yaml.resolver import BaseResolver
 
-from tarflow.files import open_to_read
+from tarflow.files import read_up_to
 from tarflow.trainer.errors import TrainerError
 
 MOST_BYTES = 1 << 20
@@ -143,8 +143,7 @@ def in_words(value: Any) -> str:
 
 def yaml_text(path: Path) -> str:
     """The text of a file of at most MOST_BYTES. Raises TrainerError, OSError."""
-    with open_to_read(path) as file:
-        data = file.read(MOST_BYTES + 1)
+    data = read_up_to(path, MOST_BYTES)
     if len(data) > MOST_BYTES:
         raise TrainerError(f"{path} is not readable YAML: {_TOO_LONG}")
     try:

@@ -16,7 +16,7 @@ from tarflow.data_pipeline.array_pickles import NUMBERS, PickledArray, unpickled
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.layout.names import shown
 from tarflow.errors import why
-from tarflow.files import open_to_read
+from tarflow.files import read_up_to
 from tarflow.npz import declared, read_npz
 from tarflow.records import DamagedFileError
 
@@ -64,8 +64,7 @@ def pixels_of(row: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 def _of_pickle(path: Path) -> dict[str, Any]:
     try:
-        with open_to_read(path) as file:
-            data = file.read(MOST_BYTES + 1)
+        data = read_up_to(path, MOST_BYTES)
         if len(data) > MOST_BYTES:
             raise DataError(f"{shown(path)} has more than {MOST_BYTES:,} bytes, which no official file has")
         found = unpickled(data, NUMBERS)
