@@ -4,15 +4,14 @@ Also noise of many levels, one drawn per image, and what tells a flow the level 
 """
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tarflow.models.provenance import NoiseDistribution, Weighting
+
 SLOWEST = 10_000.0  # ratio of the highest to the lowest frequency of the embedding, as published
-Distribution = Literal["uniform", "squared_uniform", "log_normal"]
-Weighting = Literal["none", "level", "level_squared"]
 
 
 def to_model_range(pixels: Tensor) -> Tensor:
@@ -47,7 +46,7 @@ def add_noise(pixels: Tensor, noise: Tensor, kind: str, noise_std: float | Tenso
 
 
 def noise_levels(
-    uniform: Tensor, bounds: tuple[float, float], distribution: Distribution, log_normal: tuple[float, float]
+    uniform: Tensor, bounds: tuple[float, float], distribution: NoiseDistribution, log_normal: tuple[float, float]
 ) -> Tensor:
     """Noise levels t [N] in [t0, t1] = `bounds`, from numbers [N] in [0, 1) by the inverse of t's distribution function.
 

@@ -7,6 +7,10 @@ from pydantic import AfterValidator, Field, model_validator
 
 from tarflow.settings import Section
 
+# Of noise of many levels; here, where no torch is loaded, for the settings.
+NoiseDistribution = Literal["uniform", "squared_uniform", "log_normal"]
+Weighting = Literal["none", "level", "level_squared"]
+
 MOST = (1 << 63) - 1
 _DEEPEST = 8  # levels of nesting in `sampling` and `code`
 

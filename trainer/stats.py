@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from tarflow.models.flow import flow_loss
-from tarflow.models.noise import Weighting, loss_weight
+from tarflow.models.noise import loss_weight
+from tarflow.models.provenance import Weighting
 
 
 def training_loss(z: Tensor, logdet: Tensor, noise: Tensor | None, weighting: Weighting) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import pytest
 
 from tests.helpers.data import prepared, spots
 from tests.helpers.runs import write_config
-from tests.helpers.warm import warm
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +37,7 @@ Start = Callable[..., dict[str, Any]]
 def start() -> Iterator[Start]:
     """Start real ranks and wait for their end: see `benchmarks.fault_ranks.serve`. They print into RUN-output.txt."""
     server = subprocess.Popen(
-        warm("benchmarks.fault_ranks"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "benchmarks.fault_ranks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert server.stdin is not None

@@ -13,8 +13,8 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from tarflow.data_pipeline.loading.settings import DataSettings
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.float32 import Precision
-from tarflow.models.noise import Distribution, Weighting
 from tarflow.models.presets import preset
+from tarflow.models.provenance import NoiseDistribution, Weighting
 from tarflow.models.sampling.settings import SamplingSettings
 from tarflow.settings import MOST_IMAGES, MOST_SECONDS, MOST_SEED, Count, Section
 from tarflow.trainer.config.ema import EMAConfig
@@ -70,7 +70,7 @@ class TrainConfig(Section):
         description="[t0, t1], for a model with noise_conditioning: each image gets gaussian noise of its own standard "
         "deviation between the two. Takes the place of noise_std; null = the same noise for all images",
     )
-    noise_distribution: Distribution = Field(
+    noise_distribution: NoiseDistribution = Field(
         "uniform",
         description="distribution of noise levels t over noise_range: uniform; squared_uniform = t^2 is uniform; log_normal = "
         "log t is normal (noise_log_normal), cut off at the ends",

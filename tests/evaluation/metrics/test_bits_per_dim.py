@@ -95,7 +95,7 @@ def test_an_empty_or_repeating_set_is_an_error(model):
 def test_a_uniform_density_has_eight_bits_under_every_draw_and_bound(model, monkeypatch):
     """Whatever the noise, the density of a uniform distribution on [-1, 1] is 1/2 per value."""
     monkeypatch.setattr(
-        "tarflow.evaluation.metrics.bits_per_dim.bits_per_dim", lambda model, x, y: torch.full((len(x),), 8.0)
+        "tarflow.evaluation.metrics.bits_per_dim.bits_per_dim", lambda model, x, y, noise: torch.full((len(x),), 8.0)
     )
     result = measure_bits_per_dim(model, batches(data(6), 4), NoiseSettings("uniform", 0, draws=3))
     assert (result["bits_per_dim"], result["importance_weighted"], result["stderr"]) == (8.0, 8.0, 0.0)

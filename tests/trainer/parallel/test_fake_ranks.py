@@ -113,11 +113,17 @@ def test_every_setting_of_training_is_read_when_a_run_is_planned_and_made(
         ["train.max_images=64", "optim.warmup_images=16", "activation_checkpoint.mode=selective", "checkpoint.asynchronous=false",
          "train.skip_images=[[16, 32]]"],
     )  # fmt: skip
+    many_levels = load_config(
+        tiny_config,
+        ["train.max_images=32", "model.noise_conditioning=true", "train.noise_std=0", "train.noise_range=[0.05, 0.5]",
+         "train.noise_distribution=log_normal"],
+    )  # fmt: skip
     for section, kind in SECTIONS.items():
         monkeypatch.setattr(kind, "__getattribute__", noting(section), raising=False)
     config.model_dump(mode="json")
     assert not wanted & read  # writing a configuration down does not count
     assert train(config, tmp_path / "run") == FINISHED
+    assert train(many_levels, tmp_path / "levels") == FINISHED
     wandb_tracker(config.log.model_copy(update={"wandb": "offline"}), tmp_path / "run", "training")
     describe(config, 2)
     mesh_shape(config.parallel, 1)

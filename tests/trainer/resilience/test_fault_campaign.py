@@ -3,10 +3,10 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 from tests.helpers.effort import draws
-from tests.helpers.warm import warm
 
 ROOT = Path(__file__).resolve().parents[3]
 KILLS = draws(20)
@@ -16,7 +16,7 @@ def test_fault_campaign_ends_with_the_same_bits(tmp_path: Path) -> None:
     """20 deaths in CI, 5 elsewhere; the whole 200 are run by hand."""
     report = tmp_path / "report.json"
     done = subprocess.run(
-        warm("benchmarks.fault_campaign", "--kills", str(KILLS), "--check", "--json", str(report)),
+        [sys.executable, "-m", "benchmarks.fault_campaign", "--kills", str(KILLS), "--check", "--json", str(report)],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
