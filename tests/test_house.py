@@ -21,8 +21,9 @@ LAYERS = {
         likelihood weights init
         flow formats
         transformer cost presets
-        config provenance
-        noise randomness float32 errors
+        config noise
+        provenance
+        randomness float32 errors
     """,
     "data_pipeline": """
         commands
