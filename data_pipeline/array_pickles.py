@@ -44,8 +44,8 @@ def unpickled(data: bytes, allowed: Allowed) -> Any:
         IndexError,
         OverflowError,
         MemoryError,
-    ) as error:
-        raise NotArraysError(f"it is no pickle of arrays ({type(error).__name__})") from None
+    ):
+        raise NotArraysError("it is no pickle of arrays, or a damaged one") from None
 
 
 class _Type:

@@ -62,12 +62,17 @@ def read_bytes(path: Path | str) -> bytes:
 
 
 def read_up_to(path: Path | str, most: int) -> bytes:
-    """At most `most` bytes of a regular file, and one more where it holds more. Raises OSError as `open_regular` does.
+    """At most `most` bytes of a regular file, and one more where it holds more.
 
-    Room is made for as many bytes as a read may give: for those that are there, not for the most that would be taken.
+    Raises OSError as `open_regular` does, and for a file that does not fit into memory. Room is made for as many bytes as a
+    read may give: for those that are there, not for the most that would be taken.
     """
     with open_to_read(path) as file:
-        return file.read(min(os.fstat(file.fileno()).st_size, most) + 1)[: most + 1]
+        size = os.fstat(file.fileno()).st_size
+        try:
+            return file.read(min(size, most) + 1)
+        except MemoryError:
+            raise OSError(errno.ENOMEM, f"no memory for its {size:,} bytes", os.fspath(path)) from None
 
 
 def create(path: Path, mode: int = 0o666) -> int:
