@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tarflow.files import (
     open_regular,
     publish_dir,
     put_once,
+    read_up_to,
     replace_dir,
     write_json,
     write_text,
@@ -176,3 +178,16 @@ def test_only_a_regular_file_is_opened_and_nothing_is_waited_for(tmp_path: Path)
     (tmp_path / "dangling").symlink_to("nowhere")
     with pytest.raises(FileNotFoundError):
         open_regular(tmp_path / "dangling")
+
+
+def test_a_bounded_read_makes_room_for_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1000))
+    tracemalloc.start()
+    try:
+        assert len(read_up_to(path, 1 << 30)) == 1000
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert len(read_up_to(path, 999)) == 1000, "one more than is allowed"
+    assert len(read_up_to(path, 10)) == 11

@@ -111,6 +111,22 @@ def test_a_requeue_that_fails_leaves_the_save_and_says_how_to_go_on(
     assert (run / "checkpoints" / "step-00000010" / "COMMITTED").exists()
 
 
+def test_a_job_that_a_person_ends_with_scancel_saves_and_is_not_requeued(fake, fake_slurm, submitted) -> None:
+    run = submitted()
+    ending = "JobState=COMPLETING Restarts=0 PreemptTime=None RunTime=00:00:11 TimeLimit=01:00:00"
+    fake_slurm.command("scontrol", f'[ "$1 $2" != "show job" ] || echo "JobId=$3 {ending}"')
+    fake_slurm.command("sacct", "echo 'CANCELLED by 1000'")
+    job = fake_slurm.start(STUB="wait")
+    until("the training", lambda: fake.stub_calls(run))
+    (pid,) = heeding_tasks(fake_slurm)
+    os.kill(pid, signal.SIGTERM)
+    assert job.wait(60) == 0
+    assert fake_slurm.requeues() == []
+    ended = fake.chain(run)["ended"]
+    assert (ended["code"], ended["cancelled"]) == (0, True)
+    assert (run / "checkpoints" / "step-00000010" / "COMMITTED").exists()
+
+
 @pytest.mark.case("C07")
 def test_a_signal_to_one_task_alone_ends_in_one_save_of_all_ranks_and_one_requeue(
     fake, fake_slurm, verb, config_file, plain, tmp_path
