@@ -94,14 +94,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if argv is None:  # this process is the verb's own
                 leave_current_folder()
-            return _main(sys.argv[1:] if argv is None else argv, outputs)
-        except BaseException:  # some libraries turn a KeyboardInterrupt into an error of their own
+            return _main(sys.argv[1:] if argv is None else argv, outputs, asked)
+        except BaseException:
             if not asked:
                 raise
             return OF_A_SIGNAL + asked[0]
 
 
-def _main(argv: Sequence[str], outputs: Sequence[Output]) -> int:
+def _main(argv: Sequence[str], outputs: Sequence[Output], asked: Sequence[int]) -> int:
     args: argparse.Namespace | None = None
     try:
         args = parse(argv)
@@ -117,19 +117,26 @@ def _main(argv: Sequence[str], outputs: Sequence[Output]) -> int:
         return code
     except ReaderGoneError:
         return OF_A_SIGNAL + signal.SIGPIPE
-    except MemoryError:
-        if os.environ.get("TARFLOW_TRACEBACK"):
+    except Exception as error:
+        if asked:  # some libraries turn a KeyboardInterrupt into an error of their own, which we then find words for
             raise
+        return _told(error, args)
+
+
+def _told(error: Exception, args: argparse.Namespace | None) -> int:
+    """Say what a user can cause in one line; its exit code. Raises what is a fault of the program, and all for developers."""
+    if os.environ.get("TARFLOW_TRACEBACK"):
+        raise error
+    if isinstance(error, MemoryError):
         print(f"{_prog(args)}: error: not enough memory on this machine for what was asked", file=sys.stderr)
         return FAILED
-    except (UserError, OSError) as error:
-        if os.environ.get("TARFLOW_TRACEBACK"):
-            raise
+    if isinstance(error, UserError | OSError):
         text, lasting = str(error), True
         if isinstance(error, OSError):
             text, lasting = f"{_option_of(error, args)}{in_words(error)}", error.errno in LASTING
         print(terminal.message(f"{_prog(args)}: error: {text}"), file=sys.stderr)
         return USAGE if lasting else FAILED
+    raise error
 
 
 def _prog(args: argparse.Namespace | None) -> str:

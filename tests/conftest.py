@@ -6,6 +6,7 @@ Tests compute in one thread each: several processes share the cores, where threa
 """
 
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Generator
@@ -15,6 +16,9 @@ from typing import Any
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before anything loads torch, and for every process that a test starts
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background job ignores it, and so would all it starts
 
 SLOW_S = 1.0  # a test that takes longer, from nothing, is slow
 LIST = Path(__file__).with_name("slow.txt")

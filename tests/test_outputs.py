@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
+from tarflow.cli import main
+from tarflow.cluster.commands import status
+from tarflow.errors import UserError
 from tarflow.terminal import Output, ReaderGoneError
 from tests.helpers.data import prepared
 from tests.helpers.programs import ENV, program
@@ -159,3 +163,21 @@ def test_a_signal_that_comes_within_a_callback_of_the_interpreter_is_not_lost() 
     """What rises in a weak reference's callback is only printed, and the program goes on."""
     done = subprocess.run(program("signal_in_callback"), env=ENV, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("ended True\n", "")
+
+
+@pytest.mark.case("F19")
+def test_an_error_that_a_library_makes_of_ctrl_c_is_the_end_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that a verb finds words for."""
+
+    def read(args: Namespace) -> int:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise UserError("its tensors cannot be read") from None
+        return 0
+
+    monkeypatch.setattr(status, "run", read)
+    assert main(["status", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == ""
