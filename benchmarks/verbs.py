@@ -42,7 +42,7 @@ def run_verb(words: Iterable[object], log: Path, limit_s: float | None = None) -
     and 75 (stopped on request).
     """
     command = [sys.executable, "-m", "tarflow", *map(str, words)]
-    before, begun = _children_s(), time.monotonic()
+    before, begun = children_s(), time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
         start = out.tell()
@@ -55,7 +55,7 @@ def run_verb(words: Iterable[object], log: Path, limit_s: float | None = None) -
         except BaseException:
             _stop(process)
             raise
-    ran = Ran(code, _children_s() - before, time.monotonic() - begun)
+    ran = Ran(code, children_s() - before, time.monotonic() - begun)
     if code not in (FINISHED, STOPPED):
         with log.open("rb") as file:
             file.seek(start)
@@ -73,7 +73,7 @@ def _stop(process: "subprocess.Popen[bytes]") -> int:
     return process.wait()
 
 
-def _children_s() -> float:
+def children_s() -> float:
     """CPU seconds of all processes that this one has waited for."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime

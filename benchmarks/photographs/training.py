@@ -6,6 +6,7 @@ run's length, on which its learning rate depends, follows from that. What it too
 
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.verbs import FINISHED, Ran, VerbFailedError, nested, overrides, run_verb
+from benchmarks.verbs import FINISHED, STOPPED, Ran, VerbFailedError, children_s, nested, overrides, run_verb
 from tarflow.files import append_line, write_json, write_text
 
 STEPS = (2, 14)  # steps of the two runs that measure the cost
@@ -66,14 +67,19 @@ def write_config(path: Path, settings: Mapping[str, Any]) -> Path:
 def train_in_slices(config: Path, run: Path, slice_s: float, say: bool = True) -> Taken:
     """Train to the end by `tarflow train`, stopped every `slice_s` seconds; goes on from what an earlier call left.
 
-    Each slice is a line of RUN.slices.jsonl, written when it ends: what a killed slice took is not in it.
+    Each slice is a line of RUN.slices.jsonl, written when it ends, also when this process is told to stop.
     """
     ledger = run.with_name(f"{run.name}.slices.jsonl")
     fruitless = 0
     while not (taken := taken_by(ledger)).finished:
         before = _checkpoints(run)
-        ran = run_verb(["train", config, "--run-dir", run], run.with_name(f"{run.name}.log"), slice_s)
-        append_line(ledger, json.dumps(asdict(ran)))
+        used, begun = children_s(), time.monotonic()
+        try:
+            ran = run_verb(["train", config, "--run-dir", run], run.with_name(f"{run.name}.log"), slice_s)
+        except BaseException:  # a slice that was cut short counts, too
+            _note(ledger, Ran(STOPPED, children_s() - used, time.monotonic() - begun))
+            raise
+        _note(ledger, ran)
         if say:
             print(
                 f"{run.name}: slice {taken.slices + 1}, {ran.cpu_s:.0f} CPU s, {ran.wall_s:.0f} s, {newest(run)}",
@@ -85,6 +91,10 @@ def train_in_slices(config: Path, run: Path, slice_s: float, say: bool = True) -
                 f"{run}: {fruitless} slices of {slice_s:g} s left no checkpoint: use a longer --slice-minutes"
             )
     return taken
+
+
+def _note(ledger: Path, ran: Ran) -> None:
+    append_line(ledger, json.dumps(asdict(ran)))
 
 
 def taken_by(ledger: Path) -> Taken:

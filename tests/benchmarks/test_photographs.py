@@ -170,6 +170,21 @@ def test_slices_too_short_for_a_checkpoint_are_given_up(
     assert len(limits) == 3
 
 
+def test_a_slice_that_is_cut_short_counts_among_what_a_run_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: object) -> Ran:
+        sum(range(10**6))
+        raise SystemExit(143)
+
+    monkeypatch.setattr(training, "run_verb", run)
+    with pytest.raises(SystemExit):
+        train_in_slices(tmp_path / "c.yaml", tmp_path / "run", 60.0, say=False)
+    taken = taken_by(tmp_path / "run.slices.jsonl")
+    assert (taken.slices, taken.finished) == (1, False)
+    assert taken.wall_s > 0
+
+
 def test_a_run_stopped_in_its_third_step_goes_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = a_config(
         tmp_path / "c.yaml", prepared(tmp_path, *spots()), train={"global_batch_size": 8, "max_images": 4 * 8}
