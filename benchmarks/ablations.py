@@ -70,8 +70,8 @@ class Set:
 
 SETS = (
     Set("digits", {"model.image_size": 28, "model.patch_size": 7, "model.in_channels": 1, "model.num_classes": 10},
-        64, (61_440, 6_400)),
-    Set("emoji", {"model.image_size": 64, "model.patch_size": 8, "model.num_classes": 9}, 32, (38_400, 960)),
+        64, (30_720, 6_400)),
+    Set("emoji", {"model.image_size": 64, "model.patch_size": 8, "model.num_classes": 9}, 32, (12_800, 960)),
 )  # fmt: skip
 FETCHED = {"digits": "mnist5k", "emoji": "emoji64"}
 EMOJI = ("emoji-datasource-google@16.0.0", "emoji-datasource-twitter@16.0.0")
