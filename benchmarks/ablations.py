@@ -191,11 +191,16 @@ def against(values: Sequence[tuple[float, float]], base: Sequence[tuple[float, f
 def rows_of(
     name: str, at: str, figures: Mapping[str, Sequence[Figure]], base: Sequence[Figure]
 ) -> list[tuple[Any, ...]]:
-    """A row of the table for each option."""
+    """A row of the table for each option; the default is not held against itself."""
+
+    def both(figures: Sequence[Figure], option: str, measure: str) -> tuple[float | None, ...]:
+        found, default = ([getattr(figure, measure) for figure in those] for those in (figures, base))
+        apart = (None, None) if option == DEFAULT else against(found, default)
+        return *mean_and_error(found), *apart
+
     return [
         (name, at, option, found[0].images, fmean(f.cpu_s for f in found), len(found),
-         *mean_and_error([f.bits for f in found]), *against([f.bits for f in found], [f.bits for f in base]),
-         *mean_and_error([f.distance for f in found]), *against([f.distance for f in found], [f.distance for f in base]))
+         *both(found, option, "bits"), *both(found, option, "distance"))
         for option, found in figures.items()
     ]  # fmt: skip
 

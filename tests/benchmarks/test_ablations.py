@@ -43,6 +43,7 @@ def test_a_row_has_a_cell_for_each_title() -> None:
     rows = rows_of("digits", "images", {DEFAULT: [figure], "other": [figure]}, [figure])
     assert [row[2] for row in rows] == [DEFAULT, "other"]
     assert {len(row) for row in rows} == {len(HEADER)}
+    assert rows[0][6:10] == (3.0, 0.1, None, None)
     assert rows[1][6:10] == pytest.approx((3.0, 0.1, 0.0, 0.1 * 2**0.5))
 
 
