@@ -27,7 +27,7 @@ ASK = str(Path(__file__).with_name("programs") / "ask.py")
 
 
 def warm(module: str, *words: object) -> list[str]:
-    """In the place of `[python, -m, module, *words]`, or of `[python, -c, text]`."""
+    """In the place of `[python, -m, module, *words]`, or of `[python, -c, text, *words]`."""
     return [sys.executable, "-S", ASK, server(), module, *map(str, words)]
 
 
@@ -105,7 +105,7 @@ def _exactly(client: socket.socket, size: int) -> bytes:
 
 
 def _command(order: dict[str, Any], streams: list[int]) -> None:
-    """Be `python -m MODULE WORD...`, or `python -c TEXT`, from here on."""
+    """Be `python -m MODULE WORD...`, or `python -c TEXT WORD...`, from here on."""
     code = 70
     try:
         for number, stream in enumerate(streams):
@@ -120,8 +120,9 @@ def _command(order: dict[str, Any], streams: list[int]) -> None:
         os.chdir(order["at"])
         module, *words = order["words"]
         if module == "-c":
-            sys.argv, main = ["-c"], types.ModuleType("__main__")
+            sys.argv, main = ["-c", *words[1:]], types.ModuleType("__main__")
             sys.modules["__main__"] = main
+            sys.path.insert(0, "")
             exec(compile(words[0], "<string>", "exec"), vars(main))  # noqa: S102 - that is what -c is for
         else:
             sys.argv = [module, *words]
