@@ -2,10 +2,10 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 from benchmarks.gpu.__main__ import ONE, SEVERAL
+from tests.helpers.warm import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = {
@@ -22,17 +22,7 @@ LEFT_OUT = {
 
 
 def test_every_check_runs_on_the_cpu_and_meets_its_bars(tmp_path: Path) -> None:
-    program = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "benchmarks.gpu",
-        "--tiny",
-        "--check",
-        "--json",
-        str(tmp_path / "rows"),
-    ]
+    program = warm("benchmarks.gpu", "--tiny", "--check", "--json", tmp_path / "rows")
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]

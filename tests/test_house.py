@@ -1,6 +1,7 @@
 """The house stands as designed: imports go one way, the front door is quick, files stay short."""
 
 import ast
+import functools
 import os
 import re
 import subprocess
@@ -116,7 +117,8 @@ def sources() -> dict[str, Path]:
 SOURCES = sources()
 
 
-def imports(path: Path) -> set[str]:
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """Dotted names that a file imports, at any depth, and for types only as well."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -125,7 +127,7 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.relative_to(ROOT)}: relative import"
             names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
+    return frozenset(names)
 
 
 def imported_modules(name: str) -> set[str]:

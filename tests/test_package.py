@@ -114,9 +114,27 @@ class Installed:
         """The console script."""
         return run(self.bin / "tarflow", *arguments, cwd=self.work, env=self.environment)
 
+    def begin_warm(self) -> subprocess.Popen[bytes]:
+        """Load torch and the installed package once, for the forks that `warm` asks for."""
+        self.socket = self.work.parent / "warm"
+        warm = subprocess.Popen(
+            [self.bin / "python", "-P", ROOT / "tests/helpers/warm.py", self.socket], cwd=self.work, env=self.environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert warm.stdout is not None
+        assert warm.stdout.readline() == b"ready\n"
+        return warm
+
+    def warm_command(self, *words: str | Path) -> list[str | Path]:
+        """`python -m MODULE ...` or `python -c TEXT ...` in a fork: for what is not about the start itself."""
+        return [self.bin / "python", "-S", PROGRAMS / "ask.py", self.socket, *words]
+
+    def warm(self, *words: str | Path) -> str:
+        return run(*self.warm_command(*words), cwd=self.work, env=self.environment)
+
 
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
     """The installed wheel, with a small data set and a configuration in the user's folder."""
     user = Installed(wheel, tmp_path_factory.mktemp("user"))
     labels = np.arange(60) % 3
@@ -125,8 +143,10 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installe
         image[2 * label : 2 * label + 2] += 180
     np.savez(user.work / "images.npz", images=images, labels=labels)
     (user.work / "tiny.yaml").write_text(yaml.safe_dump(EIGHT_PIXELS))
+    warm = user.begin_warm()
     user.tarflow("data", "prepare", "images.npz", "set", "--size", "8", "--val-fraction", "0.2")
-    return user
+    yield user
+    warm.communicate()  # the end of its input is its end
 
 
 @pytest.fixture(scope="module")
@@ -187,11 +207,11 @@ def test_from_the_data_to_the_report_by_the_console_script(trained: Installed) -
     assert "sweep-guidance" in trained.tarflow("--help")
     work = trained.work
     assert losses(work / "run")[-1][0] == 20
-    trained.tarflow("evaluate", "run", "--once")
+    trained.warm("tarflow", "evaluate", "run", "--once")
     (result,) = (work / "run" / "evals").glob("images-000000000320*/result.json")
     assert json.loads(result.read_text())["problem"] in (None, "")
     assert (result.parent / "grid.png").stat().st_size > 0
-    trained.tarflow("sample", "run", "--out", "samples", "--num", "4")
+    trained.warm("tarflow", "sample", "run", "--out", "samples", "--num", "4")
     assert len(list((work / "samples" / "images").glob("*.png"))) == 4
     trained.tarflow("report", "run")
     assert "<html" in (work / "run" / "report.html").read_text()
@@ -200,19 +220,16 @@ def test_from_the_data_to_the_report_by_the_console_script(trained: Installed) -
 def test_python_m_tarflow_and_torchrun_find_the_installed_package(trained: Installed) -> None:
     assert trained.python("-m", "tarflow", "--version") == trained.tarflow("--version")
     assert "run" in trained.python("-m", "tarflow", "status", ".")
-    trained.python(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+    trained.warm(
+        "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         "-m", "tarflow", "train", "tiny.yaml", "--run-dir", "by-torchrun",
     )  # fmt: skip
     assert losses(trained.work / "by-torchrun") == losses(trained.work / "run")
 
 
 @pytest.fixture(scope="module")
-def newcomer(installed: Installed) -> Iterator[Installed]:
-    """The demo's digits and a short run of the demo, pictures at home, and a `tarflow` that makes commands small.
-
-    Its commands are forks of one process of the installed interpreter.
-    """
+def newcomer(installed: Installed) -> Installed:
+    """The demo's digits and a short run of the demo, pictures at home, and a `tarflow` that makes commands small."""
     work = installed.work
     shutil.copytree(ROOT / "configs", work / "configs")
     home, programs = work.parent / "home", work.parent / "programs"
@@ -224,28 +241,20 @@ def newcomer(installed: Installed) -> Iterator[Installed]:
     programs.mkdir()
     (programs / "tarflow").write_text(f'#!/bin/sh\nexec "{installed.bin / "python"}" "{SHORT}" tarflow "$@"\n')
     (programs / "tarflow").chmod(0o755)
-    socket = work.parent / "warm"
-    warm = subprocess.Popen(
-        [installed.bin / "python", "-P", ROOT / "tests/helpers/warm.py", socket], cwd=work, env=installed.environment,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert warm.stdout is not None
-    assert warm.stdout.readline() == b"ready\n"
     installed.environment |= {
         "HOME": str(home),
         "PATH": f"{programs}:{os.environ['PATH']}",
-        "WARM": str(socket),
+        "WARM": str(installed.socket),
     }
     installed.bash("tarflow data fetch mnist5k data/mnist5k && tarflow train configs/demo.yaml --run-dir runs/demo")
-    yield installed
-    warm.communicate()  # the end of its input is its end
+    return installed
 
 
 def test_the_blocks_of_the_page_on_python_run_from_the_wheel(newcomer: Installed) -> None:
     page = ROOT / "docs/python.md"
     for block in blocks(page, "bash"):
         newcomer.bash(block)
-    printed = "".join(newcomer.python("-c", block) for block in blocks(page, "python"))
+    printed = "".join(newcomer.warm("-c", block) for block in blocks(page, "python"))
     assert "torch.Size([8, 3, 32, 32])" in printed
     assert "torch.Size([2, 1, 28, 28])" in printed
     assert (newcomer.work / "pictures.png").exists()
@@ -257,7 +266,8 @@ def test_the_notebook_runs_from_the_wheel(installed: Installed) -> None:
     notebook = json.loads((ROOT / "docs/tour.ipynb").read_text())
     assert not any(cell.get("outputs") for cell in notebook["cells"])
     assert max(len(cell["source"]) for cell in notebook["cells"]) <= 24
-    printed = installed.python(str(PROGRAMS / "run_notebook.py"), str(ROOT / "docs/tour.ipynb"))
+    program = (PROGRAMS / "run_notebook.py").read_text()
+    printed = installed.warm("-c", program, ROOT / "docs/tour.ipynb")
     assert (installed.work / "likelihoods.png").stat().st_size > 1000
     (line,) = (line for line in printed.splitlines() if line.startswith("{'held out'"))
     held_out, lines = (float(number) for number in re.findall(r": (-?\d+\.\d+)", line))
@@ -266,7 +276,7 @@ def test_the_notebook_runs_from_the_wheel(installed: Installed) -> None:
 
 def test_a_plain_loop_over_the_module_reproduces_the_golden_curve(installed: Installed) -> None:
     curve = ROOT / "tests/golden/training_curve.npz"
-    found = json.loads(installed.python(str(PROGRAMS / "plain_training.py"), str(curve)))
+    found = json.loads(installed.warm("-c", (PROGRAMS / "plain_training.py").read_text(), curve))
     assert found["steps"] == 20
     assert found["error"] <= 1e-4
 
@@ -279,13 +289,12 @@ def test_a_data_set_of_the_users_resumes_exactly_after_a_kill(installed: Install
     }
     own["checkpoint"] = {"every_images": 80, "asynchronous": False}
     (installed.work / "own.yaml").write_text(yaml.safe_dump(own))
-    installed.tarflow("train", "own.yaml", "--run", "own-whole", "data.num_workers=0")
-    killed = subprocess.run(
-        [installed.bin / "tarflow", "train", "own.yaml", "--run", "own-killed"], cwd=installed.work,
-        env=installed.environment | {"TARFLOW_FAULT": "step@12=kill"}, capture_output=True, timeout=300,
-    )  # fmt: skip
+    installed.warm("tarflow", "train", "own.yaml", "--run", "own-whole", "data.num_workers=0")
+    again = installed.warm_command("tarflow", "train", "own.yaml", "--run", "own-killed")
+    fault = installed.environment | {"TARFLOW_FAULT": "step@12=kill"}
+    killed = subprocess.run(again, cwd=installed.work, env=fault, capture_output=True, timeout=300)
     assert killed.returncode == -9
-    assert "resuming at 160 images" in installed.tarflow("train", "own.yaml", "--run", "own-killed")
+    assert "resuming at 160 images" in run(*again, cwd=installed.work, env=installed.environment)
     whole, resumed = losses(installed.work / "own-whole"), losses(installed.work / "own-killed")
     assert dict(resumed) == dict(whole)
     assert len(whole) == 20

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.helpers.programs import ENV, program
+from tests.helpers.warm import warm
 
 CONFIG = {
     "data": {"train": "set/train", "validation": "set/val"},
@@ -45,8 +45,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     np.savez(folder / "images.npz", images=images, labels=labels)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
     commands = [line.split() for line in COMMANDS.strip().splitlines()]
-    ran = subprocess.run(program("poor_commands", json.dumps(commands)), cwd=folder, env=ENV,
-                         capture_output=True, text=True, timeout=300)  # fmt: skip
+    line = warm("tests.helpers.programs.poor_commands", json.dumps(commands))
+    ran = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=300)
     return folder, ran.stdout, ran.stderr
 
 

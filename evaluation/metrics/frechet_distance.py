@@ -29,6 +29,7 @@ class FeatureStatistics:
         zero = torch.zeros(dim, dtype=torch.float64)
         self._parts: Parts = (0, zero, torch.outer(zero, zero))
         self._pending: list[Tensor] = []
+        self._spectrum: Spectrum | None = None  # of the rows so far, once somebody has asked for it
 
     def add(self, features: Tensor | NDArray[np.float64]) -> None:
         """Add rows [n, d] of any float dtype. A row that is not finite is an error: it would make every sum NaN."""
@@ -39,6 +40,7 @@ class FeatureStatistics:
             bad = int((~torch.isfinite(rows).all(dim=1)).sum())
             raise EvaluationError(f"{bad} of {len(rows)} feature rows are not finite; leave such images out first")
         self._pending.append(rows)
+        self._spectrum = None
         if sum(map(len, self._pending)) >= BLOCK:
             rows = torch.cat(self._pending)
             end = len(rows) // BLOCK * BLOCK
@@ -55,6 +57,17 @@ class FeatureStatistics:
             raise EvaluationError(f"cannot merge statistics of {self.dim} and {other.dim} features")
         self._parts = _join(self.parts(), other.parts())
         self._pending = []
+        self._spectrum = None
+
+    def spectrum(self) -> "Spectrum":
+        """Eigenvalues [r] and eigenvectors [d, r] of the covariance, without those that are zero.
+
+        Kept: a distance and its error bar ask for the same, and a sweep measures every candidate against one reference.
+        """
+        if self._spectrum is None:
+            count, _, scatter = self.parts()
+            self._spectrum = _spectrum(scatter / (count - 1))
+        return self._spectrum
 
     @property
     def count(self) -> int:
@@ -78,6 +91,7 @@ class FeatureStatistics:
 
 
 Parts = tuple[int, Tensor, Tensor]
+Spectrum = tuple[Tensor, Tensor]
 
 
 def _fold(parts: Parts, rows: Tensor) -> Parts:
@@ -140,7 +154,10 @@ def frechet_distance(
         covariances.append(scatter / (count - 1))
     mean_term = float((means[0] - means[1]).square().sum())
     traces = sum(float(c.trace()) for c in covariances)
-    covariance_term = max(traces - 2 * _trace_of_root(*covariances), 0.0)
+    trace = _trace_of_root_if_regular(*covariances)
+    if trace is None:
+        trace = float(torch.linalg.svdvals(_root(first.spectrum()).T @ _root(second.spectrum())).sum())
+    covariance_term = max(traces - 2 * trace, 0.0)
     by_chance = sum(float(c.trace()) / count for c, count in zip(covariances, (first.count, second.count)))
     return FrechetResult(mean_term + covariance_term, mean_term, covariance_term, warnings, by_chance)
 
@@ -159,11 +176,11 @@ def _too_few(count: int, dim: int, name: str) -> list[str]:
     return []
 
 
-def _trace_of_root(first: Tensor, second: Tensor) -> float:
-    """Tr (C1 C2)^(1/2) of symmetric, positive semidefinite [d, d].
+def _trace_of_root_if_regular(first: Tensor, second: Tensor) -> float | None:
+    """Tr (C1 C2)^(1/2) of symmetric, positive semidefinite [d, d], unless that would lose digits.
 
     With C1 = L L^T the eigenvalues of C1 C2 are those of the symmetric L^T C2 L. Their error is one rounding of the
-    largest, and that of their roots is this divided by twice the root: too much where some are near zero. There we take
+    largest, and that of their roots is this divided by twice the root: too much where some are near zero. There one takes
     the sum of the singular values of C1^(1/2) C2^(1/2), the same number, whose error is a few roundings of the largest,
     at three times the time.
     """
@@ -175,16 +192,16 @@ def _trace_of_root(first: Tensor, second: Tensor) -> float:
             error = len(values) ** 0.5 * _EPS * float((values[-1] / (2 * roots)).sum())
             if error <= _NEGLIGIBLE * float(roots.sum()):
                 return float(roots.sum())
-    return float(torch.linalg.svdvals(_root(first).T @ _root(second)).sum())
+    return None
 
 
-def _root(covariance: Tensor) -> Tensor:
-    """R [d, r] with R R^T = C, from the eigenvalues of a symmetric matrix; r is its numerical rank."""
-    values, vectors = _spectrum(covariance)
+def _root(spectrum: Spectrum) -> Tensor:
+    """R [d, r] with R R^T = C; r is the numerical rank of C."""
+    values, vectors = spectrum
     return vectors * values.sqrt()
 
 
-def _spectrum(covariance: Tensor) -> tuple[Tensor, Tensor]:
+def _spectrum(covariance: Tensor) -> Spectrum:
     """Eigenvalues [r] and eigenvectors [d, r] of a symmetric matrix, without those that are zero.
 
     Eigenvalues below d roundings of the largest are indistinguishable from zero; their roots would be noise of 1e-8.
@@ -204,12 +221,11 @@ class FrechetInfluence:
     """
 
     def __init__(self, first: FeatureStatistics, second: FeatureStatistics) -> None:
-        count, self._mean, scatter = first.parts()
+        self.count, self._mean, _ = first.parts()
         _, other_mean, other_scatter = second.parts()
-        self.count = count
         self._slope = 2 * (self._mean - other_mean)
-        values, vectors = _spectrum(scatter / (count - 1))
-        root = vectors * values.sqrt()
+        values, vectors = first.spectrum()
+        root = _root(first.spectrum())
         inner, axes = _spectrum(root.T @ (other_scatter / (second.count - 1)) @ root)
         # T = K K^T
         self._map = (vectors / values.sqrt()) @ (axes * inner.sqrt().sqrt())

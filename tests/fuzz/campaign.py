@@ -14,7 +14,7 @@ from tests.fuzz import home
 from tests.fuzz.kinds import KINDS
 from tests.fuzz.mutations import Damage, damage
 from tests.fuzz.oracle import FAULTS, Clean, Outcome, Question, judge
-from tests.fuzz.server import MEMORY, Ran, Workplace, load
+from tests.fuzz.server import HEAVY, MEMORY, Ran, Workplace, load
 from tests.fuzz.verbs import VERBS
 
 
@@ -66,6 +66,8 @@ class Fuzzer:
     def clean(self, verb: str) -> Clean:
         """Twice, so that what differs by itself is not taken for the damage's doing."""
         if verb not in self._clean:
+            if not VERBS[verb].light:
+                load(HEAVY)
             first = self._run(verb, memory=None)
             load(first.modules)
             again = self._run(verb)

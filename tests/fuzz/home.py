@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fuzz.decisions import DESCRIPTION, DIGEST, START
-from tests.fuzz.server import Action, forked, load
+from tests.fuzz.server import HEAVY, Action, forked, load
 from tests.helpers.features import NoSpatial
 
 MODEL = {"image_size": 8, "patch_size": 4, "in_channels": 1, "channels": 16, "num_blocks": 2, "layers_per_block": 1,
@@ -77,6 +77,7 @@ def set_up(seed: str = "") -> None:
 def make(folder: Path, seed: int, limit_s: float = 120) -> None:
     """Make a home. Another seed: other data, other weights, another run."""
     (folder / ".private").mkdir(parents=True)
+    load(HEAVY)
 
     def do(action: Action) -> None:
         ran = forked(action, folder, limit_s, lambda: set_up(f"{seed} {action}"), None)

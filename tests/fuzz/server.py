@@ -23,6 +23,8 @@ from pathlib import Path
 
 MEMORY = 3 << 30  # bytes that a case may take beyond what is loaded
 FILE_SIZE = 5 << 30  # of anything that a case writes
+# What every command loads that is not light: here, once, rather than in its fork and then here.
+HEAVY = ("tarflow.trainer.train", "tarflow.evaluation.worker.evaluate")
 LOOKED_AT = 64 << 20  # of a file that is compared
 BROKEN = 70  # exit code of a child that ended with an exception
 
@@ -171,7 +173,7 @@ class Workplace:
                 path = self.folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(self.home / name, path, follow_symlinks=False)
-                self.look[name] = _stat(path)
+                self.look[name] = _as_seen(os.lstat(path))
         for folder, _, _ in os.walk(self.folder, topdown=False):
             if not os.listdir(folder) and not (self.home / os.path.relpath(folder, self.folder)).exists():
                 os.rmdir(folder)
@@ -184,18 +186,19 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _stat(path: Path) -> tuple[int, ...]:
-    info = os.lstat(path)
+def _as_seen(info: os.stat_result) -> tuple[int, ...]:
     return stat.S_IFMT(info.st_mode), info.st_ino, info.st_size, info.st_mtime_ns
 
 
 def look(folder: Path) -> Look:
     """Every file below a folder, without opening any."""
     found: Look = {}
-    for parent, folders, files in os.walk(folder):
-        at = os.path.relpath(parent, folder)
-        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        for name in files + links:
-            path = os.path.join(at, name) if at != "." else name
-            found[path] = _stat(Path(parent, name))
+    inside = [""]
+    while inside:
+        at = inside.pop()
+        for entry in os.scandir(folder / at):
+            if entry.is_dir(follow_symlinks=False):
+                inside.append(f"{at}{entry.name}/")
+            else:
+                found[at + entry.name] = _as_seen(entry.stat(follow_symlinks=False))
     return found

@@ -289,21 +289,28 @@ def outcomes(home: Path, only: str = "") -> Iterator[Outcome]:
             before = files(home)
             with context():
                 row = call(command, verb, fault)
-            row.left = sorted(half_written(before, home))
-            clear(before, home)
+            new = files(home) - before
+            row.left = sorted(half_written(new, home))
+            clear(new)
             if fault == "full" and places.mounted:
                 places.unfill()
                 places.fill()
             yield row
 
 
-def files(home: Path) -> set[Path]:
-    return {path for path in home.rglob("*") if "filler" not in path.name}
+def files(home: Path) -> set[str]:
+    """Everything below a folder; as text, for there are thousands to look at for each row."""
+    return {
+        os.path.join(parent, name)
+        for parent, folders, names in os.walk(home)
+        for name in folders + names
+        if "filler" not in name
+    }
 
 
-def half_written(before: set[Path], home: Path) -> Iterator[str]:
+def half_written(new: set[str], home: Path) -> Iterator[str]:
     """What a refused command has left: nothing that looks like a result, and nothing on its way to one."""
-    for path in files(home) - before:
+    for path in map(Path, new):
         if path.name.endswith((".tmp", ".partial", ".gone")) or path.suffix in (
             ".png",
             ".npz",
@@ -314,8 +321,8 @@ def half_written(before: set[Path], home: Path) -> Iterator[str]:
             yield str(path.relative_to(home))
 
 
-def clear(before: set[Path], home: Path) -> None:
-    for path in sorted(files(home) - before, reverse=True):
+def clear(new: set[str]) -> None:
+    for path in sorted(map(Path, new), reverse=True):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -345,8 +352,9 @@ def interrupted(home: Path, only: str = "") -> Iterator[Outcome]:
             timer.cancel()
             seconds = seconds or time.monotonic() - began
             # What was on its way out (`.gone`) is no harm: the next start sweeps it.
-            row.left = [name for name in half_written(before, home) if name.endswith((".tmp", ".partial"))]
-            clear(before, home)
+            new = files(home) - before
+            row.left = [name for name in half_written(new, home) if name.endswith((".tmp", ".partial"))]
+            clear(new)
             if moment is not None:
                 yield row
 

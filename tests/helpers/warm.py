@@ -1,7 +1,7 @@
 """`python -m MODULE` in forks of a process that has loaded torch: a command starts in milliseconds instead of seconds.
 
-Tests that are not about the start itself take `warm(MODULE, ...)` for `[python, -m, MODULE, ...]`. For an interpreter of its
-own `python -P tests/helpers/warm.py SOCKET` serves `tests/helpers/programs/ask.py` until its standard input ends.
+Tests that are not about the start itself take `warm(MODULE, ...)` for `[python, -m, MODULE, ...]`, and `warm("-c", TEXT)` for
+`[python, -c, TEXT]`. For an interpreter of its own `python -P tests/helpers/warm.py SOCKET` serves `tests/helpers/programs/ask.py` until its standard input ends.
 """
 
 import atexit
@@ -18,6 +18,7 @@ import socket
 import sys
 import tempfile
 import traceback
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ ASK = str(Path(__file__).with_name("programs") / "ask.py")
 
 
 def warm(module: str, *words: object) -> list[str]:
-    """In the place of `[python, -m, module, *words]`."""
+    """In the place of `[python, -m, module, *words]`, or of `[python, -c, text, *words]`."""
     return [sys.executable, "-S", ASK, server(), module, *map(str, words)]
 
 
@@ -104,7 +105,7 @@ def _exactly(client: socket.socket, size: int) -> bytes:
 
 
 def _command(order: dict[str, Any], streams: list[int]) -> None:
-    """Be `python -m MODULE WORD...` from here on."""
+    """Be `python -m MODULE WORD...`, or `python -c TEXT WORD...`, from here on."""
     code = 70
     try:
         for number, stream in enumerate(streams):
@@ -118,10 +119,16 @@ def _command(order: dict[str, Any], streams: list[int]) -> None:
         os.environ.update(order["environment"])
         os.chdir(order["at"])
         module, *words = order["words"]
-        sys.argv = [module, *words]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*found in sys.modules")
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if module == "-c":
+            sys.argv, main = ["-c", *words[1:]], types.ModuleType("__main__")
+            sys.modules["__main__"] = main
+            sys.path.insert(0, "")
+            exec(compile(words[0], "<string>", "exec"), vars(main))  # noqa: S102 - that is what -c is for
+        else:
+            sys.argv = [module, *words]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*found in sys.modules")
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

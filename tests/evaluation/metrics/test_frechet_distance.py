@@ -163,8 +163,15 @@ def test_looking_at_a_stream_does_not_change_it():
     for part in rows.split(100):
         looked.add(part)
         looked.parts()
+        looked.spectrum()
         plain.add(part)
     assert torch.equal(looked.parts()[2], plain.parts()[2])
+    assert all(map(torch.equal, looked.spectrum(), statistics_of(rows).spectrum()))
+    more = statistics_of(rows[:50] + 1)
+    for stream in (looked, plain):
+        stream.merge(more)
+    for _ in range(2):  # it is kept
+        assert all(map(torch.equal, looked.spectrum(), plain.spectrum()))
 
 
 def test_merged_parts_equal_the_whole_also_with_an_empty_part():

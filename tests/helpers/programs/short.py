@@ -1,12 +1,12 @@
 """`short.py PROGRAM WORD...`: run a command of the pages, made small by settings and options that anyone could add.
 
 tarflow train, submit      a tiny model for 16 images; two ranks where a preset asks for more; more classes than the data may be meant
-tarflow sample, sweep-guidance, reference   a few images
+tarflow sample, sweep-guidance, reference   a few images, and the first two of a list of values
 tarflow evaluate   of a weights file, which knows no run: a few images
 tarflow status     once, without --watch
 tarflow            all of them in forks of a process that has loaded torch (`tests.helpers.warm`),
                    if there is one
-torchrun           two processes
+torchrun           two processes, which start from nothing
 pip                what it would install, without dependencies
 make               which commands it would run (make -n, in the project's root)
 python -m benchmarks.NAME    the same module is found and knows its options (--help)
@@ -43,23 +43,28 @@ def of_tarflow(words: list[str], ranks: int) -> list[str]:
         return [*words, *(word for word in SMALL if word.startswith("evaluation."))]
     if verb == "status":
         return [word for word in words if word != "--watch"]
+    if verb == "sweep-guidance":
+        words = [",".join(word.split(",")[:2]) for word in words]
     return words + FEW.get(verb, [])
+
+
+def of_module(*words: str) -> list[str]:
+    """`python -m MODULE ...`, in a fork where there is something to fork."""
+    if "WARM" not in os.environ:
+        return [sys.executable, "-m", *words]
+    return [sys.executable, "-S", str(Path(__file__).with_name("ask.py")), os.environ["WARM"], *words]
 
 
 def command(program: str, words: list[str]) -> list[str]:
     """What runs in the place of `program words...`."""
     python = [sys.executable]
     if program == "tarflow":
-        small = of_tarflow(words, ranks=1)
-        if "WARM" not in os.environ:
-            return [*python, "-m", "tarflow", *small]
-        ask = str(Path(__file__).with_name("ask.py"))
-        return [*python, "-S", ask, os.environ["WARM"], "tarflow", *small]
+        return of_module("tarflow", *of_tarflow(words, ranks=1))
     if program == "torchrun":
         assert words[:1] == ["--nproc-per-node"], words
         assert words[2:4] == ["-m", "tarflow"], words
-        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tarflow"]
-        return [*python, *torchrun, *of_tarflow(words[4:], ranks=2)]
+        two = ("--nproc-per-node", "2", "-m", "tarflow")
+        return of_module("torch.distributed.run", *two, *of_tarflow(words[4:], ranks=2))
     if program == "pip":
         assert words[0] == "install", words
         offline = ["--dry-run", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
@@ -67,7 +72,7 @@ def command(program: str, words: list[str]) -> list[str]:
     if program == "make":
         return ["/usr/bin/make", "-n", "-C", str(ROOT), *words]
     if program == "python" and words[0] == "-m" and words[1].startswith("benchmarks."):
-        return [*python, "-m", words[1], "--help"]
+        return of_module(words[1], "--help")
     assert program == "python", program
     return [*python, *words]
 
