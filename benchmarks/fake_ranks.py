@@ -103,6 +103,7 @@ PLANS = {
     "HSDP 128 x 8, none, deep-shallow": Plan(HSDP, "none", shape=DEEP),
     "HSDP 128 x 8, full, deep-shallow": Plan(HSDP, shape=DEEP),
     "HSDP 128 x 8, full, 4 micro-batches": Plan(HSDP, accumulation=4),
+    "HSDP 128 x 8, full, deep-shallow, 4 micro-batches": Plan(HSDP, accumulation=4, shape=DEEP),
     "HSDP 128 x 8, none, weights kept": Plan(HSDP | {"reshard_after_forward": "never"}, "none"),
     "HSDP 128 x 8, full, by layer, 2 ahead": Plan(HSDP | {"layers_per_unit": 1, "prefetch_units": 2}),
     "fsdp2 1 x 1,024, first rank": Plan(FSDP),
@@ -127,7 +128,7 @@ QUICK = (
     "HSDP 128 x 8, full",
     "HSDP 128 x 8, none",
     "HSDP 128 x 8, none, deep-shallow",
-    "HSDP 128 x 8, full, 4 micro-batches",
+    "HSDP 128 x 8, full, deep-shallow, 4 micro-batches",
     "ZeRO-3, none, 1 micro-batches",
 )
 
