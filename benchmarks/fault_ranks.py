@@ -1,10 +1,12 @@
 """Ranks that are told how to die: forks of a process that has loaded torch, watched until they are gone.
 
-As a program it does so on request: each line of its input is one start, in json (see `serve`), each line of its output how
-that start ended. A start costs milliseconds that way, not the seconds of loading torch.
+As a program it does so on request: each line of its input is a start, in json (see `begin`), which it answers with a number,
+or {"end": NUMBER}, which it answers with how that start ended (see `ended`). A start costs milliseconds that way, not the
+seconds of loading torch, and ranks that hang until a limit may do so while others train.
 """
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pyarrow.compute
+import pyarrow.parquet  # noqa: F401 - and to this
 import torch
 import torch._dynamo
 import torch.distributed.checkpoint
@@ -134,13 +138,12 @@ class Life:
         return float("inf") if stayed else time.monotonic() - began
 
 
-def serve(order: dict[str, Any]) -> dict[str, Any]:
+def begin(order: dict[str, Any]) -> Life:
     """Start the ranks once.
 
     `config`: file; `overrides`; `run`; `ranks`; `fault`; `send`: [steps of rank 0, signal, ranks], ...
     `wait_for_file`: in the run directory, before the first of these. `full`: names in it, whose files take nothing more.
-
-    Answers with each rank's exit code and whether all left by themselves within `grace_s` of the first that did.
+    `wait_for_steps`: of rank 0, or the end of a rank, before this answers.
     """
     config = load_config(Path(order["config"]), order.get("overrides", []), own=True)
     with full_disk(Path(order["run"]), order.get("full", [])):
@@ -150,6 +153,13 @@ def serve(order: dict[str, Any]) -> dict[str, Any]:
     for steps, name, ranks in order.get("send", []):
         life.wait_for(steps)
         life.send(signal.Signals[name], ranks)
+    if "wait_for_steps" in order:
+        life.wait_for(order["wait_for_steps"])
+    return life
+
+
+def ended(life: Life) -> dict[str, Any]:
+    """Each rank's exit code and whether all left by themselves within a minute of the first that did."""
     seconds = life.end(grace_s=60, patience_s=60)
     codes = [life.codes[rank] for rank in sorted(life.codes)]
     return {"codes": codes, "by_themselves": seconds != float("inf"), "leftovers": helpers(life.port, patience_s=10)}
@@ -187,8 +197,15 @@ def helpers(port: int, patience_s: float) -> list[int]:
 
 def main() -> int:
     torch.set_num_threads(1)
+    gc.freeze()  # no rank looks through all that is loaded for garbage, nor copies the pages for it
+    lives: list[Life] = []
     for line in sys.stdin:
-        print(json.dumps(serve(json.loads(line))), flush=True)
+        order = json.loads(line)
+        if "end" in order:
+            print(json.dumps(ended(lives[order["end"]])), flush=True)
+        else:
+            lives.append(begin(order))
+            print(len(lives) - 1, flush=True)
     return 0
 
 

@@ -35,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softplus": {"scale": "softplus"},
 }
 OPTIONS["all"] = {setting: value for option in OPTIONS.values() for setting, value in option.items()}
+STEPS = 20  # of the golden curve
 CLIP = 0.4  # about half of the curve's gradient norms, so that every step is clipped
 
 VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -55,7 +56,7 @@ QUICK = ("one process", "ddp x2", "fsdp2 x2", "ZeRO-2 x2", "ZeRO-3 x2")
 
 
 def train_curve(
-    parallel: dict[str, Any], accumulation: int, grad_clip: float, option: str = "", steps: int = 20
+    parallel: dict[str, Any], accumulation: int, grad_clip: float, option: str = "", steps: int = STEPS
 ) -> dict[str, Any]:
     """Compute the part of this process of the golden training curve: losses, norms and final weights (whole) of the run.
 
@@ -119,7 +120,7 @@ def launch(size: int, jobs: list[dict[str, Any]], out: Path) -> list[dict[str, A
 
 
 def run_variants(
-    names: Sequence[str], folder: Path, launch: Launch = launch
+    names: Sequence[str], folder: Path, launch: Launch = launch, steps: int = STEPS
 ) -> dict[tuple[str, int, float], dict[str, Any]]:
     """(variant, accumulation, clipping) -> its curve. One launch per world size and engine."""
     launches: dict[tuple[int, bool], list[tuple[str, int, float]]] = {}
@@ -128,7 +129,7 @@ def run_variants(
         launches.setdefault((size, parallel.get("backend") == "deepspeed"), []).append((name, accumulation, clip))
     results: dict[tuple[str, int, float], dict[str, Any]] = {}
     for (size, _), keys in launches.items():
-        jobs = [{"parallel": VARIANTS[n][1], "accumulation": a, "grad_clip": c} for n, a, c in keys]
+        jobs = [{"parallel": VARIANTS[n][1], "accumulation": a, "grad_clip": c, "steps": steps} for n, a, c in keys]
         results.update(zip(keys, launch(size, jobs, folder / "answers.pt")))
     return results
 
@@ -146,7 +147,7 @@ def compare(got: dict[str, Any], expected: dict[str, Any]) -> tuple[float, float
 
 
 def option_rows(
-    folder: Path, launch: Launch = launch, steps: int = 20
+    folder: Path, launch: Launch = launch, steps: int = STEPS
 ) -> list[tuple[str, int, str, float, float, float]]:
     """Rows as those of `matrix` for each option of the architecture: two ranks against one process, in one launch."""
     plain = {"accumulation": 1, "grad_clip": 0.0, "steps": steps}
@@ -161,14 +162,17 @@ def option_rows(
 
 
 def matrix(
-    names: Sequence[str], folder: Path, launch: Launch = launch
+    names: Sequence[str], folder: Path, launch: Launch = launch, steps: int = STEPS
 ) -> list[tuple[str, int, str, float, float, float]]:
-    """Rows (variant, accumulation, clipping, worst relative differences of losses, norms, weights)."""
-    results = run_variants(names, folder, launch)
+    """Rows (variant, accumulation, clipping, worst relative differences of losses, norms, weights).
+
+    The golden file is compared with all its steps, the variants with each other over so many of them.
+    """
+    results = run_variants(names, folder, launch, steps)
     golden, _ = load("training_curve")
     final = {k.removeprefix("final_param/"): v for k, v in golden.items() if k.startswith("final_param/")}
     final.pop("var")
-    plain = results["one process", 1, 0.0]
+    (plain,) = launch(1, [{"parallel": {}, "accumulation": 1, "grad_clip": 0.0}], folder / "golden.pt")
     # The golden file holds no norms, and was made without clipping.
     truth = {"losses": golden["loss"].tolist(), "norms": plain["norms"], "weights": final}
     rows = [("golden file", 1, "off", *compare(plain, truth))]

@@ -1,12 +1,17 @@
 """What the tests on a live Slurm do and look at, beside the product's own verbs."""
 
 import json
+import shutil
 import subprocess
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tarflow.cluster.submission import snapshot
 from tests.helpers.waiting import PATIENCE_S, until
 
 
@@ -126,3 +131,43 @@ def assert_same_run(run_dir: Path, reference: Path) -> None:
 def step_losses(run_dir: Path) -> dict[int, float]:
     """Training loss by step; what a restart repeats counts once."""
     return {row["step"]: row["train/loss"] for row in metrics(run_dir) if "train/loss" in row}
+
+
+def rank_pids(run: Path) -> dict[int, int]:
+    """Processes that train a run, by rank."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            env = dict(v.split(b"=", 1) for v in (process / "environ").read_bytes().split(b"\0") if b"=" in v)
+        except OSError:
+            continue
+        if b"train" in words and str(run).encode() in words and b"RANK" in env:
+            found[int(env[b"RANK"])] = int(process.name)
+    return found
+
+
+def as_if_torch_saw_what_nvidia_smi_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the jobs submitted from here on train on the CPU although they asked for GPUs, which are names here."""
+    take = snapshot.take
+
+    def changed(slurm_dir: Path) -> Path:
+        code = take(slurm_dir)
+        with open(code / "tarflow" / "devices.py", "a") as file:
+            file.write("\n\ndef asked_for_gpus(env=None):\n    return ''\n")
+        return code
+
+    monkeypatch.setattr(snapshot, "take", changed)
+
+
+def with_broken_images(data: Path, to: Path) -> Path:
+    """A copy of a data set in whose shards every image is zeros."""
+    shutil.copytree(data, to)
+    for shard in to.rglob("*.tar"):
+        content = bytearray(shard.read_bytes())
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                if member.name.endswith(".png"):
+                    content[member.offset_data : member.offset_data + member.size] = bytes(member.size)
+        shard.write_bytes(content)
+    return to

@@ -12,31 +12,16 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tarflow.cluster.errors import ClusterError
-from tarflow.cluster.submission import snapshot
+from tarflow.trainer.checkpoint.find import committed, find
 from tests.helpers.waiting import until
 
 pytestmark = pytest.mark.slurm
 
 FOUR_RANKS = ["parallel.backend=fsdp2", "train.max_images=1600"]  # as local_four has them
-
-
-def rank_pids(run: Path) -> dict[int, int]:
-    """Processes that train a run, by rank."""
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            env = dict(v.split(b"=", 1) for v in (process / "environ").read_bytes().split(b"\0") if b"=" in v)
-        except OSError:
-            continue
-        if b"train" in words and str(run).encode() in words and b"RANK" in env:
-            found[int(env[b"RANK"])] = int(process.name)
-    return found
 
 
 def test_two_nodes_with_two_tasks_each_equal_four_local_processes(
@@ -174,19 +159,8 @@ def test_evaluation_beside_training_scores_each_checkpoint_once_and_ends_with_it
 def test_a_run_that_cannot_progress_stops_with_its_own_exit_code(
     slurm_cluster, verb, config_file, profile, tmp_path, tiny_data
 ) -> None:
-    import shutil
-    import tarfile
-
     profile.write_text(profile.read_text().replace("max_no_progress: 3", "max_no_progress: 1"))
-    broken = tmp_path / "broken"
-    shutil.copytree(tiny_data, broken)
-    for shard in broken.rglob("*.tar"):
-        data = bytearray(shard.read_bytes())
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                if member.name.endswith(".png"):
-                    data[member.offset_data : member.offset_data + member.size] = bytes(member.size)
-        shard.write_bytes(data)
+    broken = slurm_cluster.with_broken_images(tiny_data, tmp_path / "broken")
     assert verb("data", "index", broken) == 0  # else the submission sees that the shards are others
     run = tmp_path / "stuck"
     assert verb("submit", config_file, f"data.train={broken}", "--run", run, "--profile", profile) == 0
@@ -230,8 +204,6 @@ def test_a_sweep_is_one_array_whose_elements_are_requeued_alone(
 
 
 def test_cancel_saves_first(slurm_cluster, verb, config_file, profile, tmp_path, capsys) -> None:
-    from tarflow.trainer.checkpoint.find import find
-
     run = tmp_path / "cancelled"
     assert verb("submit", config_file, "checkpoint.every_images=0", "--run", run, "--profile", profile) == 0
     slurm_cluster.at_step(run, 10)
@@ -283,24 +255,11 @@ def test_one_living_job_per_run(slurm_cluster, verb, config_file, profile, tmp_p
     assert "stopped" in capsys.readouterr().out
 
 
-def as_if_torch_saw_what_nvidia_smi_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the jobs submitted from here on train on the CPU although they asked for GPUs, which are names here."""
-    take = snapshot.take
-
-    def changed(slurm_dir: Path) -> Path:
-        code = take(slurm_dir)
-        with open(code / "tarflow" / "devices.py", "a") as file:
-            file.write("\n\ndef asked_for_gpus(env=None):\n    return ''\n")
-        return code
-
-    monkeypatch.setattr(snapshot, "take", changed)
-
-
 def test_a_bad_node_is_named_and_excluded_when_the_job_starts_again(
     slurm_cluster, verb, config_file, profile, tmp_path, monkeypatch
 ) -> None:
     """The driver of the node that the job comes to first lists no GPU."""
-    as_if_torch_saw_what_nvidia_smi_lists(monkeypatch)
+    slurm_cluster.as_if_torch_saw_what_nvidia_smi_lists(monkeypatch)
     tools, bad = tmp_path / "tools", tmp_path / "bad"
     tools.mkdir()
     (tools / "nvidia-smi").write_text(
@@ -360,7 +319,7 @@ def test_one_task_per_node_and_a_killed_rank_is_restarted_in_place(
     words = ["--nodes", 2, "--tasks-per-node", 2, "--one-task-per-node", "--profile", profile]
     assert verb("submit", config_file, *FOUR_RANKS, "--run", run, *words) == 0
     slurm_cluster.at_step(run, 10)
-    pids = rank_pids(run)
+    pids = slurm_cluster.rank_pids(run)
     assert sorted(pids) == [0, 1, 2, 3]
     os.kill(pids[3], signal.SIGKILL)
     chain = slurm_cluster.ended(run)
@@ -369,7 +328,7 @@ def test_one_task_per_node_and_a_killed_rank_is_restarted_in_place(
     assert "rank 3 on node" in said
     assert "killed by SIGKILL" in said
     assert "restart 1 of 1 in place" in slurm_cluster.log(run, rank=0)
-    assert len(set(rank_pids(run))) == 0
+    assert len(set(slurm_cluster.rank_pids(run))) == 0
     slurm_cluster.assert_same_run(run, local_four)
 
 
@@ -379,7 +338,7 @@ def test_a_killed_rank_of_a_task_per_process_has_the_job_requeued(
     run = tmp_path / "killed"
     two_tasks(config_file, run, profile)
     slurm_cluster.at_step(run, 60)
-    os.kill(rank_pids(run)[1], signal.SIGKILL)
+    os.kill(slurm_cluster.rank_pids(run)[1], signal.SIGKILL)
     chain = slurm_cluster.ended(run)
     assert [s["restart"] for s in chain["starts"]] == [0, 1]
     assert chain["starts"][1]["step"] >= 50
@@ -394,8 +353,6 @@ def test_a_finished_run_is_evaluated_after_the_fact_and_the_table_shows_it(
     assert verb("submit-eval", run, "--profile", profile, "evaluation.reference_images=32") == 0
     chain = slurm_cluster.ended(run, "evaluate")
     assert chain["ended"]["code"] == 0
-    from tarflow.trainer.checkpoint.find import committed
-
     steps = [json.loads(line)["step"] for line in (run / "evals.jsonl").read_text().splitlines()]
     assert sorted(steps) == sorted({c.step for c in committed(run)})
     capsys.readouterr()

@@ -1,13 +1,17 @@
 """What a rank needs, imported once: the fork server of `launch_ranks` loads this, and every rank is a fork of it.
 
-Nothing here may start a thread, for a fork takes none along: torch is loaded, and no tensor touched.
+Nothing here may start a thread, for a fork takes none along: torch is loaded, and no tensor touched. (pyarrow has one that
+returns memory, whose allocator minds forks.)
 """
 
 import contextlib
+import gc
 import os
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # read when torch is loaded
 
+import pyarrow.compute
+import pyarrow.parquet  # noqa: F401 - and to this
 import pytest  # noqa: F401 - the main module of who asks for ranks, which multiprocessing loads in each of them
 import torch
 import torch._dynamo
@@ -21,3 +25,5 @@ from tarflow.trainer.parallel.zero import import_deepspeed
 
 with contextlib.suppress(TrainerError):  # it is optional
     import_deepspeed(torch.device("cpu"))
+
+gc.freeze()  # no rank looks through all of that for garbage, nor copies the pages for it

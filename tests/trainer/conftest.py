@@ -20,38 +20,51 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepared(tmp_path_factory.mktemp("tiny"), *spots(), shard_size=40)
 
 
-@pytest.fixture
-def tiny_config(tiny_data: Path, tmp_path: Path) -> Path:
-    """A configuration file for the tiny set: 30 steps of 16 images."""
+def tiny_yaml(path: Path, data: Path) -> Path:
+    """Write a configuration for the tiny set: 30 steps of 16 images."""
     return write_config(
-        tmp_path / "tiny.yaml", tiny_data,
+        path, data,
         train={"global_batch_size": 16, "max_images": 480, "noise_std": 0.1, "param_dtype": "bfloat16"},
         optim={"lr": 1e-3, "warmup_images": 32}, checkpoint={"every_images": 80}, log={"every_steps": 5},
     )  # fmt: skip
 
 
-Start = Callable[..., dict[str, Any]]
+@pytest.fixture
+def tiny_config(tiny_data: Path, tmp_path: Path) -> Path:
+    return tiny_yaml(tmp_path / "tiny.yaml", tiny_data)
+
+
+class Start:
+    """Start real ranks and wait for their end: see `benchmarks.fault_ranks`. They print into RUN-output.txt."""
+
+    def __init__(self, server: "subprocess.Popen[str]") -> None:
+        self.server = server
+
+    def __call__(self, config: Path, run: Path, *overrides: str, **order: Any) -> dict[str, Any]:
+        return self.soon(config, run, *overrides, **order)()
+
+    def soon(self, config: Path, run: Path, *overrides: str, **order: Any) -> Callable[[], dict[str, Any]]:
+        """Start them, and let them be until somebody calls what this returns, which waits for their end."""
+        number = self.ask(order | {"config": str(config), "run": str(run), "overrides": overrides})
+        return lambda: dict(self.ask({"end": number}))
+
+    def ask(self, order: dict[str, Any]) -> Any:
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.stdin.write(json.dumps(order) + "\n")
+        self.server.stdin.flush()
+        answer = self.server.stdout.readline()
+        assert answer, "the server of ranks is gone"
+        return json.loads(answer)
 
 
 @pytest.fixture(scope="session")
 def start() -> Iterator[Start]:
-    """Start real ranks and wait for their end: see `benchmarks.fault_ranks.serve`. They print into RUN-output.txt."""
     server = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.fault_ranks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2],
     )  # fmt: skip
+    yield Start(server)
     assert server.stdin is not None
-    assert server.stdout is not None
-    sent, heard = server.stdin, server.stdout
-
-    def ask(config: Path, run: Path, *overrides: str, **order: Any) -> dict[str, Any]:
-        whole = order | {"config": str(config), "run": str(run), "overrides": overrides}
-        sent.write(json.dumps(whole) + "\n")
-        sent.flush()
-        answer = heard.readline()
-        assert answer, "the server of ranks is gone"
-        return dict(json.loads(answer))
-
-    yield ask
-    sent.close()
+    server.stdin.close()
     server.wait(10)

@@ -21,10 +21,14 @@ ROOT = Path(__file__).parents[3]
 PROGRAM = "tests.helpers.programs.check_devices"
 
 
-@pytest.fixture
-def store() -> TCPStore:
+def new_store() -> TCPStore:
     """What the launcher of rank 0 keeps open."""
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+
+
+@pytest.fixture
+def store() -> TCPStore:
+    return new_store()
 
 
 def start(
@@ -155,33 +159,33 @@ def test_two_ranks_of_a_node_with_one_gpu_between_them_are_named(store, tmp_path
     )
 
 
-@pytest.mark.parametrize(
-    ("hang", "said"),
-    [
-        ("NCCL", "; rank 1 did not reach it, on node n1"),
-        ("", "; all 2 ranks have reached it: check the network between the nodes, GLOO_SOCKET_IFNAME=(unset), "
-             "NCCL_SOCKET_IFNAME==ib0"),
-    ],
-    ids=["a rank that hangs", "a network that does not"],
-)  # fmt: skip
-def test_whoever_waits_inside_nccl_is_ended_at_the_limit_with_the_stage_and_the_cause(
-    hang, said, store, tmp_path
-) -> None:
-    """No error comes from there in time: a timer of the check's own."""
+def test_whoever_waits_inside_nccl_is_ended_at_the_limit_with_the_stage_and_the_cause(tmp_path) -> None:
+    """No error comes from there in time: a timer of the check's own. A rank that hangs, and beside it a network that does not."""
+    causes = {
+        "NCCL": "; rank 1 did not reach it, on node n1",
+        "": "; all 2 ranks have reached it: check the network between the nodes, GLOO_SOCKET_IFNAME=(unset), "
+            "NCCL_SOCKET_IFNAME==ib0",
+    }  # fmt: skip
     network = {"NCCL_SOCKET_IFNAME": "=ib0"}
-    ranks = [
-        start(store, tmp_path, 0, 2, 4.0, "cuda GPU-0", **network),
-        start(store, tmp_path, 1, 2, 4.0, "cuda GPU-1", FAKE_HANG=hang, **network),
-    ]
+    stores, jobs = [], []
+    for number, hang in enumerate(causes):
+        stores.append(new_store())
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        jobs.append([
+            start(stores[-1], folder, 0, 2, 4.0, "cuda GPU-0", **network),
+            start(stores[-1], folder, 1, 2, 4.0, "cuda GPU-1", FAKE_HANG=hang, **network),
+        ])  # fmt: skip
     try:
-        ((code, _, last),) = ended(ranks[:1])
+        firsts = ended([job[0] for job in jobs])
     finally:
-        for process in ranks:
+        for process in [process for job in jobs for process in job]:
             process.kill()
             process.wait()
-    assert code == 1
-    assert last.startswith("no end in the stage 'NCCL' after ")
-    assert last.endswith(said)
+    for (code, _, last), said in zip(firsts, causes.values(), strict=True):
+        assert code == 1
+        assert last.startswith("no end in the stage 'NCCL' after ")
+        assert last.endswith(said)
 
 
 def test_an_interface_that_is_not_there_fails_over_the_backend_that_takes_it(store, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> int:
 def spikes_on_one_rank(backends: list[dict[str, Any]]) -> None:
     """A rank: images of rank 1 alone make the norm of two gradients jump."""
     # The full number takes a while; in one process it is held to elsewhere.
-    warmup = tarflow.trainer.optimizer.WARMUP = 8
+    warmup = tarflow.trainer.optimizer.WARMUP = 4
     data, model = golden_start()
     x, y = data["x"][0].clone(), data["y"][0].clone()
     with two_ranks() as (world, mine):
@@ -93,15 +93,15 @@ def optimizer_state_in_host_memory(backends: list[dict[str, Any]]) -> None:
                 assert all(t.device.type == "cpu" for s in backend.optimizer.state.values() for t in s.values())
                 assert backend._zero.cpu_offload if parallel["zero_stage"] < 3 else backend._zero.offload_optimizer
             losses = []
-            for step in range(4):
-                bad = step == 2 and world.rank == 1
+            for step in range(3):
+                bad = step == 1 and world.rank == 1
                 images = torch.full_like(data["x"][0][mine], float("nan")) if bad else data["x"][step][mine]
                 before = weights(backend)
                 losses.append(backend.forward_backward(images, data["y"][step][mine], 1.0, True)[0])
                 backend.optimizer_step(1e-3)
-                assert bool(moved(before, weights(backend))) == (step != 2), (parallel, step)
+                assert bool(moved(before, weights(backend))) == (step != 1), (parallel, step)
             assert backend.skipped().tolist() == [1, 0]
-            finite = torch.stack([loss for k, loss in enumerate(losses) if k != 2])
+            finite = torch.stack([loss for k, loss in enumerate(losses) if k != 1])
             reference = finite if reference is None else reference
             assert torch.allclose(finite, reference, rtol=1e-5), (parallel, finite, reference)
 
