@@ -4,6 +4,7 @@ Nothing here may start a thread, for a fork takes none along: torch is loaded, a
 """
 
 import contextlib
+import gc
 import os
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # read when torch is loaded
@@ -21,3 +22,6 @@ from tarflow.trainer.parallel.zero import import_deepspeed
 
 with contextlib.suppress(TrainerError):  # it is optional
     import_deepspeed(torch.device("cpu"))
+
+gc.collect()
+gc.freeze()  # of the forks none scans, and so copies, what is loaded: every full collection took a second
