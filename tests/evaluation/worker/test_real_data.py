@@ -49,11 +49,11 @@ def test_a_checkpoint_of_a_tiny_model_is_scored_on_real_digits(digit_set, tmp_pa
 
 @pytest.fixture(scope="module")
 def halves():
-    """Two disjoint halves of 40 digits each, uint8 [40, 1, 28, 28], classes alike."""
+    """Two disjoint halves of 20 digits each, uint8 [20, 1, 28, 28], classes alike."""
     import torch
 
-    images, _ = digits(every=62)
-    pixels = torch.from_numpy(images[:80, None])
+    images, _ = digits(every=124)
+    pixels = torch.from_numpy(images[:40, None])
     return pixels[::2], pixels[1::2]
 
 
@@ -82,9 +82,9 @@ def test_the_distance_grows_with_damage_to_real_images(halves, network):
         "noise 8": features(noisy(8)),
         "noise 32": features(noisy(32)),
     }
-    statistics = {name: FeatureStatistics(features.dim) for name in rows}
+    statistics = {name: FeatureStatistics(features.dim // 4) for name in rows}
     for name, part in rows.items():
-        statistics[name].add(part)
+        statistics[name].add(part[:, ::4])  # the roots of whole matrices take the most of the time
     names = [name for name in rows if name != "first"]
     frechet = {name: frechet_distance(statistics["first"], statistics[name]).distance for name in names}
     kernel = {name: kernel_distance(rows["first"], rows[name]).distance for name in names}
