@@ -102,7 +102,7 @@ def test_three_workers_one_killed_one_late_write_the_bytes_of_one(shared_run, tm
     victim = start(shared_run, after(0, for_ever))
     until("a claim", lambda: claims_of(shared_run, victim))
     come = fork.Event()
-    other = start(shared_run, after(3, come.wait))  # the late one finds something to do
+    other = start(shared_run, after(3, lambda: come.wait(60)))  # the late one finds something to do
     until("chunks", lambda: len(chunks_done(shared_run)) >= 2)
     kill(victim)
     late = start(shared_run, lambda _: come.set())
