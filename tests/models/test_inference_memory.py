@@ -44,7 +44,7 @@ def test_a_likelihood_takes_the_bytes_that_the_cost_model_says(shape: str) -> No
     assert counted == pytest.approx(likelihood_bytes(config), rel=0.03)
 
 
-SAMPLED = TarFlowConfig(image_size=24, patch_size=4, channels=128, num_blocks=2, layers_per_block=3, num_classes=3)
+SAMPLED = TarFlowConfig(image_size=24, patch_size=4, channels=128, num_blocks=2, layers_per_block=4, num_classes=3)
 
 
 @pytest.mark.parametrize("certified", [0, 1])
