@@ -30,7 +30,9 @@ demo: $(READY)
 	$(BIN)/tarflow evaluate $(RUN) --once
 	$(BIN)/tarflow report $(RUN)
 
-# In JOBS processes at a time, one more than two cores: a third of the time is waiting. Each takes up to 3 GB.
+# In JOBS processes at a time, one more than two cores: a third of the time is waiting. Each takes up to 3 GB. Hundreds of
+# processes start: they share byte code, also where a shell says not to write any.
+test test-fast slow-list: export PYTHONDONTWRITEBYTECODE =
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers.warm import warm
-
 HERE = Path(__file__).parent
 
 # In a job every node is this machine, and Slurm knows it, unless a test's own script says otherwise.
@@ -108,17 +106,8 @@ class FakeSlurm:
 
 def use_stub(run_dir: Path) -> None:
     """Put the stub in the place of `python -m tarflow` in a run's snapshots of the code."""
-    _replace_main(run_dir, (HERE / "stub_tarflow.py").read_text())
-
-
-def use_warm(run_dir: Path) -> None:
-    """Have `python -m tarflow` be a fork of a process that has loaded torch, from where the snapshots were taken."""
-    _replace_main(run_dir, f"import os, sys\nwords = {warm('tarflow')!r}\nos.execv(words[0], words + sys.argv[1:])\n")
-
-
-def _replace_main(run_dir: Path, text: str) -> None:
     for snapshot in [*(run_dir / "slurm").glob("code-*"), *(run_dir.parent / "slurm").glob("code-*")]:
-        (snapshot / "tarflow" / "__main__.py").write_text(text)
+        (snapshot / "tarflow" / "__main__.py").write_text((HERE / "stub_tarflow.py").read_text())
 
 
 def stub_calls(run_dir: Path, rank: int = 0) -> list[dict]:

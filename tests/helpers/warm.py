@@ -7,6 +7,7 @@ Tests that are not about the start itself take `warm(MODULE, ...)` for `[python,
 import atexit
 import contextlib
 import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -66,6 +67,7 @@ def serve(server: socket.socket, until: int) -> None:
     import tarflow.evaluation.worker.evaluate
     import tarflow.trainer.train  # noqa: F401
 
+    gc.freeze()  # no fork scans what is loaded
     with server:
         while server.fileno() in select.select([server.fileno(), until], [], [])[0]:
             client, _ = server.accept()

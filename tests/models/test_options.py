@@ -95,7 +95,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, int, str, 
         launch_ranks(parity.worker, size, jobs, str(out))
         return list(torch.load(out, weights_only=True))
 
-    return parity.option_rows(tmp_path_factory.mktemp("parity"), launch, steps=4)
+    return parity.option_rows(tmp_path_factory.mktemp("parity"), launch, steps=2)
 
 
 @each_option

@@ -135,7 +135,6 @@ def test_a_signal_to_one_task_alone_ends_in_one_save_of_all_ranks_and_one_requeu
     run = tmp_path / "run"
     settings = ["train.max_images=1000000", "checkpoint.every_images=0", "data.num_workers=1"]
     assert verb("submit", config_file, *settings, "--run", run, "--nodes", 2, "--profile", plain) == 0
-    fake.use_warm(run)
     job = fake_slurm.start(tasks=2)
     metrics = run / "metrics.jsonl"
     until("some steps", lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2)

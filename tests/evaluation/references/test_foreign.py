@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics
 from torch_fidelity.utils_torch import torch_atomic_save
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.metrics.all_scores import feature_scores, spatial_scores
@@ -54,11 +53,19 @@ class Rows(torch.nn.Module):
         return x.flatten(1)
 
 
-class State(FrechetInceptionDistance):
+def sums_of_torchmetrics(rows: np.ndarray) -> dict[str, torch.Tensor]:
     """As the published code of TarFlow keeps its sums, so that they are part of the state."""
+    from torchmetrics.image.fid import (
+        FrechetInceptionDistance,  # takes seconds, so whoever only collects tests goes without
+    )
 
-    def add_state(self, name: str, default: torch.Tensor, *_: object, **__: object) -> None:
-        self.register_buffer(name, default)
+    class State(FrechetInceptionDistance):
+        def add_state(self, name: str, default: torch.Tensor, *_: object, **__: object) -> None:
+            self.register_buffer(name, default)
+
+    metric = State(feature=Rows(), input_img_size=(DIM, 1, 1))
+    metric.update(torch.from_numpy(rows)[..., None, None], real=True)
+    return metric.state_dict()
 
 
 def features(num: int = 2000, seed: int = 0, dim: int = DIM) -> np.ndarray:
@@ -84,9 +91,7 @@ def write(form: str, path, rows: np.ndarray, protocol: int = 4) -> None:
     elif form == "torch-fidelity":
         torch_atomic_save(fid_features_to_statistics(torch.from_numpy(rows).double()), str(path))
     elif form == "torchmetrics":
-        metric = State(feature=Rows(), input_img_size=(DIM, 1, 1))
-        metric.update(torch.from_numpy(rows)[..., None, None], real=True)
-        torch.save(metric.state_dict(), path)
+        torch.save(sums_of_torchmetrics(rows), path)
     elif form == "pytorch-fid":
         np.savez_compressed(path, **found)
     elif form == "float32":

@@ -20,8 +20,9 @@ from tarflow.evaluation.references.compute import reference_statistics
 from tarflow.evaluation.references.reference import cache_path, full_provenance, load_reference, save_reference
 from tarflow.records import DamagedFileError
 from tests.helpers.features import NoSpatial
-from tests.helpers.programs import ENV, program
+from tests.helpers.programs import ENV
 from tests.helpers.waiting import until
+from tests.helpers.warm import warm
 
 
 class FakeFeatures(NoSpatial):
@@ -107,7 +108,7 @@ def test_chunks_in_any_hands_make_the_same_bits(tmp_path, monkeypatch):
 @pytest.mark.case("S08")
 def test_processes_of_any_number_and_a_killed_one_make_the_same_file(tmp_path, digit_like):
     def start(out, threads=1):
-        command = program("make_reference_slowly", digit_like / "train", out, threads)
+        command = warm("tests.helpers.programs.make_reference_slowly", digit_like / "train", out, threads)
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV)
 
     alone, shared = tmp_path / "a" / "ref.npz", tmp_path / "b" / "ref.npz"

@@ -18,6 +18,7 @@ from tarflow.evaluation.start.processes import Devices, run_workers
 from tarflow.interpreter import child_environment
 from tests.helpers.programs import program
 from tests.helpers.waiting import until
+from tests.helpers.warm import warm
 
 
 @pytest.fixture
@@ -121,7 +122,8 @@ def test_one_that_dies_is_told_and_the_others_go_on(stub: Path, ends: dict[str, 
 def test_no_worker_outlives_the_one_that_started_it(stub: Path, number: signal.Signals) -> None:
     for device in ("0", "1"):
         (stub / f"end-{device}").write_text("wait")
-    parent = subprocess.Popen([*program("start_workers"), stub, *program("evaluation_worker")], env=child_environment())
+    words = warm("tests.helpers.programs.start_workers", stub, *program("evaluation_worker"))
+    parent = subprocess.Popen(words, env=child_environment())
     try:
         until("both workers", lambda: len(list(stub.glob("seen-?"))) == 2)
         pids = [json.loads(p.read_text())["pid"] for p in stub.glob("seen-?")]
@@ -134,7 +136,9 @@ def test_no_worker_outlives_the_one_that_started_it(stub: Path, number: signal.S
         parent.wait()
 
 
-def test_two_real_workers_write_the_result_that_one_writes(make_run, capfd) -> None:
+def test_two_real_workers_write_the_result_that_one_writes(make_run, monkeypatch, capfd) -> None:
+    """With nothing replaced but the cold start of their interpreters."""
+    monkeypatch.setattr(processes, "module_command", lambda module, *words, unbuffered: warm(module, *words))
     run_dir, _ = make_run(steps=(20,), evaluation={"num_samples": 24, "chunk_samples": 4})
     alone = shutil.copytree(run_dir, run_dir.with_name("alone"))
     assert tarflow.cli.main(["evaluate", str(alone), "--threads", "1"]) == 0

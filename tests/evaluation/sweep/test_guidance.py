@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 from typing import Any
 
 import pytest
@@ -22,12 +23,31 @@ pytestmark = pytest.mark.usefixtures("fake_features")
 
 @pytest.fixture
 def run_dir(make_run):
-    return make_run(steps=(20,), evaluation={"num_samples": 64})[0]
+    return make_run(steps=(20,), sampling={"batch_size": 64}, evaluation={"num_samples": 64})[0]
 
 
 def request(run_dir, **changes):
     plain: dict[str, Any] = {"guidance": (0, 1, 2, 4), "denoise": (0.0, 1.0), "start": 8, "final": 64}
     return SweepRequest(run_dir, **(plain | changes))
+
+
+@pytest.fixture(scope="module")
+def swept_once(tmp_path_factory):
+    """A folder for the run of `swept`, which is made once."""
+    return tmp_path_factory.mktemp("swept") / "run"
+
+
+@pytest.fixture
+def swept(run_dir, swept_once):
+    """A run with the sweep of `request`, and its record."""
+    if swept_once.exists():
+        shutil.rmtree(run_dir)
+        shutil.copytree(swept_once, run_dir)
+    else:
+        sweep_guidance(request(run_dir), lambda _: None)
+        shutil.copytree(run_dir, swept_once)
+    (path,) = run_dir.glob("sweeps/*/sweep.json")
+    return run_dir, read_object(path)
 
 
 def test_the_better_half_goes_on_to_more_samples_and_the_best_is_chosen(run_dir):
@@ -47,7 +67,8 @@ def test_the_better_half_goes_on_to_more_samples_and_the_best_is_chosen(run_dir)
     assert sorted(p.name for p in (run_dir / "sweeps").iterdir()) == [record["name"]], "the chunks are cleared away"
 
 
-def test_the_distance_of_the_last_round_is_that_of_an_evaluation(run_dir):
+def test_the_distance_of_the_last_round_is_that_of_an_evaluation(swept):
+    run_dir, _ = swept
     record = sweep_guidance(request(run_dir, choose="best"), lambda _: None)
     (result,) = evaluate(run_dir, False, WorkerOptions(), lambda _: None).done
     assert result["fd_efficientnet_lite0"] == pytest.approx(record["distance"], rel=1e-5)
@@ -102,10 +123,10 @@ def test_within_the_noise_nothing_is_chosen_unless_asked(run_dir, capsys):
 
 
 @pytest.mark.case("N11")
-def test_standard_errors_stand_in_record_plot_and_report(run_dir):
+def test_standard_errors_stand_in_record_plot_and_report(swept):
     from tarflow.evaluation.report.build import write_report
 
-    record = sweep_guidance(request(run_dir), lambda _: None)
+    run_dir, record = swept
     points = [point for part in record["rounds"] for point in part["points"]]
     assert all(point["distance_stderr"] > 0 for point in points)
     plot = (run_dir / "sweeps" / record["name"] / "guidance.svg").read_text()
@@ -161,8 +182,8 @@ def test_a_form_or_a_block_that_there_is_not_is_named(run_dir, capsys, option, s
 
 
 @pytest.mark.case("N11")
-def test_a_record_of_an_earlier_version_is_read(run_dir):
-    record = sweep_guidance(request(run_dir), lambda _: None)
+def test_a_record_of_an_earlier_version_is_read(swept):
+    run_dir, record = swept
     path = run_dir / "sweeps" / record["name"] / "sweep.json"
     old = {k: v for k, v in record.items() if k not in ("best", "unclear", "distance_stderr")}
     path.write_text(json.dumps(old | {"chosen": record["best"]}))
@@ -199,12 +220,11 @@ def work(run_dir):
     os._exit(0)
 
 
-def test_two_processes_share_a_sweep_and_agree_with_one(run_dir, tmp_path):
-    import shutil
-
+def test_two_processes_share_a_sweep_and_agree_with_one(swept, tmp_path):
+    run_dir, _ = swept
     alone = tmp_path / "alone"
     shutil.copytree(run_dir, alone)
-    sweep_guidance(request(alone), lambda _: None)
+    shutil.rmtree(run_dir / "sweeps")
     processes = [multiprocessing.get_context("fork").Process(target=work, args=(run_dir,)) for _ in range(2)]
     for process in processes:
         process.start()

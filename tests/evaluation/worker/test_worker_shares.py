@@ -21,22 +21,37 @@ from tests.helpers.waiting import until
 
 pytestmark = pytest.mark.usefixtures("fake_features")
 fork = multiprocessing.get_context("fork")
-CHUNKS = 10
+CHUNKS, CHUNK = 10, 50
+SAMPLES = CHUNKS * CHUNK
 
 
-def work(run_dir, options, first_delay_s=0.0, delay_s=0.0):
-    """A worker; its first chunk takes longer so that others surely have time to come, or to be killed."""
+def work(run_dir, before_chunk):
     torch.set_num_threads(1)
-    delays = [first_delay_s]
-    options.hooks = Hooks(before_chunk=lambda _: time.sleep(delays.pop() if delays else delay_s))
-    evaluate(run_dir, False, options, lambda _: None)
+    evaluate(run_dir, False, WorkerOptions(hooks=Hooks(before_chunk=before_chunk)), lambda _: None)
     os._exit(0)
 
 
-def start(run_dir, **how):
-    process = fork.Process(target=work, args=(run_dir, how.pop("options", WorkerOptions())), kwargs=how)
+def start(run_dir, before_chunk=lambda _: None):
+    """A worker."""
+    process = fork.Process(target=work, args=(run_dir, before_chunk))
     process.start()
     return process
+
+
+def after(chunks, hold):
+    """To be called before each chunk: so many are computed, and before every other one it calls `hold`."""
+    begun: list[str] = []
+
+    def before_chunk(name):
+        if len(begun) >= chunks:
+            hold()
+        begun.append(name)
+
+    return before_chunk
+
+
+def for_ever():
+    time.sleep(600)
 
 
 def claims_of(run_dir, process):
@@ -69,76 +84,77 @@ def files(run_dir, name="images-000000000320"):
 
 
 @pytest.fixture
-def run_of_2000(make_run):
+def shared_run(make_run):
     run_dir, _ = make_run(
         steps=(20,),
-        sampling={"batch_size": 50, "guidance": 0, "denoise": 0},
-        evaluation={"num_samples": 2000, "chunk_samples": 200, "neighbour_samples": 300, "lease_s": 600},
+        sampling={"batch_size": CHUNK // 2, "guidance": 0, "denoise": 0},
+        evaluation={"num_samples": SAMPLES, "chunk_samples": CHUNK, "neighbour_samples": 75, "lease_s": 600},
     )
     return run_dir
 
 
 @pytest.mark.case("S01", "S08")
-def test_three_workers_one_killed_one_late_write_the_bytes_of_one(run_of_2000, tmp_path):
-    """Chunks of 200: 2,000 samples and 12 held-out images. The killed one holds a chunk, and its lease is ten minutes."""
+def test_three_workers_one_killed_one_late_write_the_bytes_of_one(shared_run, tmp_path):
+    """Ten chunks of samples and 12 held-out images. The killed one holds a chunk, and its lease is ten minutes."""
     alone = tmp_path / "alone"
-    shutil.copytree(run_of_2000, alone)
+    shutil.copytree(shared_run, alone)
     one = start(alone)
-    victim = start(run_of_2000, first_delay_s=600)
-    until("a claim", lambda: claims_of(run_of_2000, victim))
-    other = start(run_of_2000, delay_s=0.3)  # the late one finds something to do
-    until("chunks", lambda: len(chunks_done(run_of_2000)) >= 2)
+    victim = start(shared_run, after(0, for_ever))
+    until("a claim", lambda: claims_of(shared_run, victim))
+    come = fork.Event()
+    other = start(shared_run, after(3, lambda: come.wait(60)))  # the late one finds something to do
+    until("chunks", lambda: len(chunks_done(shared_run)) >= 2)
     kill(victim)
-    late = start(run_of_2000)
+    late = start(shared_run, lambda _: come.set())
     for process in (one, other, late):
         process.join(60)
         assert process.exitcode == 0
-    assert files(run_of_2000) == files(alone)
+    assert files(shared_run) == files(alone)
     assert set(files(alone)) == {"result.json", "certificates.npz", "grid.png", "neighbours.png", "trajectory.png"}
     result = json.loads(files(alone)["result.json"])
-    assert result["samples"]["asked"] == result["num_samples"] == 2000
-    done_by = json.loads((run_of_2000 / "evals/images-000000000320/work.json").read_text())["workers"]
+    assert result["samples"]["asked"] == result["num_samples"] == SAMPLES
+    done_by = json.loads((shared_run / "evals/images-000000000320/work.json").read_text())["workers"]
     assert sorted(chunk for chunks in done_by.values() for chunk in chunks) == [
         "likelihood-00000", *(f"samples-{k:05d}" for k in range(CHUNKS)),
     ]  # fmt: skip
     assert len(done_by) == 2
     assert not any(name.endswith(f":{victim.pid}") for name in done_by)
-    for run_dir in (run_of_2000, alone):
+    for run_dir in (shared_run, alone):
         assert len((run_dir / "evals.jsonl").read_text().splitlines()) == 1
         assert not (run_dir / "evals/work").exists()
 
 
 @pytest.mark.case("S02")
-def test_all_killed_and_one_started_again_draws_only_what_is_missing(run_of_2000, tmp_path):
+def test_all_killed_and_one_started_again_draws_only_what_is_missing(shared_run, tmp_path):
     alone = tmp_path / "alone"
-    shutil.copytree(run_of_2000, alone)
-    workers = [start(run_of_2000, delay_s=0.3) for _ in range(2)]
-    until("chunks", lambda: len(chunks_done(run_of_2000)) >= 4)
+    shutil.copytree(shared_run, alone)
+    workers = [start(shared_run, after(2, for_ever)) for _ in range(2)]
+    until("chunks", lambda: len(chunks_done(shared_run)) >= 4)
     for process in workers:
         kill(process)
-    before = {p.name: p.read_bytes() for p in chunks_done(run_of_2000)}
+    before = {p.name: p.read_bytes() for p in chunks_done(shared_run)}
     assert 4 <= len(before) < CHUNKS
     drawn: list[str] = []
     counting = WorkerOptions(hooks=Hooks(after_chunk=drawn.append))
-    for run_dir, options in ((run_of_2000, counting), (alone, WorkerOptions())):
+    for run_dir, options in ((shared_run, counting), (alone, WorkerOptions())):
         assert len(evaluate(run_dir, False, options, lambda _: None).done) == 1
-    starts = [200 * int(name[-5:]) for name in [*drawn, *before] if name.startswith("samples")]
-    assert sorted(starts) == list(range(0, 2000, 200))
-    assert files(run_of_2000) == files(alone)
+    starts = [CHUNK * int(name[-5:]) for name in [*drawn, *before] if name.startswith("samples")]
+    assert sorted(starts) == list(range(0, SAMPLES, CHUNK))
+    assert files(shared_run) == files(alone)
 
 
-def test_the_statistics_are_those_of_all_features_at_once(run_of_2000):
+def test_the_statistics_are_those_of_all_features_at_once(shared_run):
     """Merged chunks against two passes over everything; the features are kept for measures that need them."""
     seen: dict[str, Any] = {}
 
     def keep(merged):
         seen.update(features=merged.samples.features, parts=merged.samples.statistics.parts())
 
-    evaluate(run_of_2000, False, WorkerOptions(hooks=Hooks(before_measure=keep)), lambda _: None)
+    evaluate(shared_run, False, WorkerOptions(hooks=Hooks(before_measure=keep)), lambda _: None)
     rows = seen["features"].double()
-    assert rows.shape == (2000, 8)
+    assert rows.shape == (SAMPLES, 8)
     count, mean, scatter = seen["parts"]
-    assert count == 2000
+    assert count == SAMPLES
     torch.testing.assert_close(mean, rows.mean(0), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(scatter, (rows - rows.mean(0)).T @ (rows - rows.mean(0)), rtol=1e-10, atol=1e-6)
 
@@ -219,14 +235,14 @@ def test_a_refused_weights_file_writes_nothing_and_leaves_a_run_as_it_is(make_ru
     assert not (tmp_path / "out").exists()
 
 
-def test_a_chunks_file_says_who_did_it(run_of_2000):
+def test_a_chunks_file_says_who_did_it(shared_run):
     """Stopped before the result: the chunks stay, with their owner and nothing that is not an array."""
-    stop_before_the_result(run_of_2000)
-    path = chunks_done(run_of_2000)[-1]
+    stop_before_the_result(shared_run)
+    path = chunks_done(shared_run)[-1]
     assert zipfile.is_zipfile(path)
     with np.load(path) as stored:
         said = json.loads(str(stored["said"]))
-        assert stored["count"].tolist() == [200]
+        assert stored["count"].tolist() == [CHUNK]
         assert stored["scatter"].dtype == np.float64
     assert said["about"]["by"].endswith(f":{os.getpid()}")
     assert {"sampling", "features", "statistics"} <= set(said["about"]["seconds"])
@@ -234,26 +250,26 @@ def test_a_chunks_file_says_who_did_it(run_of_2000):
 
 
 @pytest.mark.case("V08")
-def test_work_by_two_versions_names_both_and_the_result_is_the_same(run_of_2000, tmp_path):
+def test_work_by_two_versions_names_both_and_the_result_is_the_same(shared_run, tmp_path):
     """The code that trained is a fact of the result; who evaluated with which code stands beside it."""
     old, new = {"version": "0.2.0", "commit": "ab" * 20, "dirty": False}, {"version": "0.3.0"}
     trained = {"version": "0.1.0", "commit": "cd" * 20, "dirty": True}
-    tell(run_of_2000 / "checkpoints/images-000000000320", code=trained, classes=["0", "1", "2"])
+    tell(shared_run / "checkpoints/images-000000000320", code=trained, classes=["0", "1", "2"])
     alone = tmp_path / "alone"
-    shutil.copytree(run_of_2000, alone)
+    shutil.copytree(shared_run, alone)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tarflow.evaluation.worker.task.code_version", lambda: old)
-        stop_before_the_result(run_of_2000)
+        stop_before_the_result(shared_run)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tarflow.evaluation.worker.task.code_version", lambda: new)
-        for run_dir in (run_of_2000, alone):
+        for run_dir in (shared_run, alone):
             evaluate(run_dir, False, WorkerOptions(), lambda _: None)
-    assert files(run_of_2000) == files(alone)
+    assert files(shared_run) == files(alone)
     result = json.loads(files(alone)["result.json"])
     assert result["provenance"]["code"] == trained
     assert (result["provenance"]["noise_std"], result["provenance"]["weights"]) == (0.1, "ema-0.100")
     assert result["grid_rows"] == ["0", "1", "2"]
-    codes = [json.loads((r / "evals/images-000000000320/work.json").read_text())["code"] for r in (run_of_2000, alone)]
+    codes = [json.loads((r / "evals/images-000000000320/work.json").read_text())["code"] for r in (shared_run, alone)]
     assert codes == [[new, old], [new]]
 
 
@@ -279,46 +295,46 @@ def test_chunks_that_nobody_needs_any_more_are_cleared_away(make_run):
     assert wanted.exists(), "another worker with other settings may be at it"
 
 
-def test_chunks_count_as_progress_of_a_requeued_job(run_of_2000):
+def test_chunks_count_as_progress_of_a_requeued_job(shared_run):
     """A result that takes longer than one allocation must not look like a job that gets nowhere."""
     from types import SimpleNamespace
 
     from tarflow.cluster.job.description import Job
     from tarflow.cluster.job.requeue import progress
 
-    job = cast(Job, SimpleNamespace(kind="evaluate", run_dir=str(run_of_2000)))
+    job = cast(Job, SimpleNamespace(kind="evaluate", run_dir=str(shared_run)))
     seen = [progress(job)]
     hooks = Hooks(after_chunk=lambda _: seen.append(progress(job)))
-    evaluate(run_of_2000, False, WorkerOptions(hooks=hooks), lambda _: None)
+    evaluate(shared_run, False, WorkerOptions(hooks=hooks), lambda _: None)
     seen.append(progress(job))
     assert seen == [0, *range(CHUNKS + 1), 1_000_000]
 
 
 @pytest.mark.parametrize("size", [0, -1])
 @pytest.mark.case("V06")
-def test_a_damaged_chunk_is_computed_again_and_said(run_of_2000, tmp_path, size):
+def test_a_damaged_chunk_is_computed_again_and_said(shared_run, tmp_path, size):
     lines: list[str] = []
     alone = tmp_path / "alone"
-    shutil.copytree(run_of_2000, alone)
+    shutil.copytree(shared_run, alone)
     evaluate(alone, False, WorkerOptions(), lambda _: None)
-    stop_before_the_result(run_of_2000)
-    for chunk in (chunks_done(run_of_2000)[0], chunks_done(run_of_2000)[-1]):
+    stop_before_the_result(shared_run)
+    for chunk in (chunks_done(shared_run)[0], chunks_done(shared_run)[-1]):
         os.truncate(chunk, size if size >= 0 else chunk.stat().st_size + size)
-    evaluate(run_of_2000, False, WorkerOptions(), lines.append)
+    evaluate(shared_run, False, WorkerOptions(), lines.append)
     assert sum("is damaged and computed again" in line for line in lines) == 2
-    assert files(run_of_2000) == files(alone)
+    assert files(shared_run) == files(alone)
 
 
 @pytest.mark.case("V06")
-def test_a_damaged_plan_says_what_to_remove(run_of_2000):
+def test_a_damaged_plan_says_what_to_remove(shared_run):
     from tarflow.evaluation.shared_work import SharedWork
 
-    SharedWork(run_of_2000 / "work", {"batch_size": 3}, 60)
-    (run_of_2000 / "work/plan.json").write_text("{")
+    SharedWork(shared_run / "work", {"batch_size": 3}, 60)
+    (shared_run / "work/plan.json").write_text("{")
     with pytest.raises(
         DamagedFileError, match=r"plan\.json \(.*\) is damaged .*; remove .*/work to begin this work again"
     ):
-        SharedWork(run_of_2000 / "work", {"batch_size": 3}, 60)
+        SharedWork(shared_run / "work", {"batch_size": 3}, 60)
 
 
 @pytest.mark.parametrize("text", ["", "[]", None])

@@ -1,8 +1,9 @@
-"""DATA IMAGES_SEEN [workers]: read batches slowly for ever, and print `start`, then the position and the ids of each.
+"""DATA IMAGES_SEEN [workers]: read batches slowly for ever, and print the process's id, then the position and the ids of each.
 
 `workers`: print their process ids after the first batch, and end.
 """
 
+import os
 import sys
 import time
 
@@ -15,7 +16,7 @@ def main(data: str, seen: int, show_workers: bool) -> None:
     loader = Loader(DataSettings.of(data, num_workers=2), ImageShape(8), BatchShard(4), images_seen=seen)
     for batch in loader:
         if batch.images_seen == seen:
-            print("start", flush=True)
+            print(os.getpid(), flush=True)
         print(batch.images_seen, *batch.ids.tolist(), flush=True)
         if show_workers:
             print(*loader.worker_pids())
