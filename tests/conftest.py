@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before anything loads torch, and for every process that a test starts
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell's background job ignores it, and so would all it starts
+# A background job of a shell ignores it, and so would all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SLOW_S = 1.0  # a test that takes longer, from nothing, is slow
 LIST = Path(__file__).with_name("slow.txt")

