@@ -20,7 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before anything loads torch, and for ever
 # A background job of a shell ignores it, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SLOW_S = 0.3  # a test that takes longer, from nothing, is slow
+SLOW_S = 1.0  # a test that takes longer, from nothing, is slow
 LIST = Path(__file__).with_name("slow.txt")
 # Seconds that the list does not know, since it is measured without a Slurm and with fewer random draws.
 LONG_IN_CI = {"tests/cluster/test_live_slurm.py": 600, "tests/fuzz/test_fuzz.py": 300}
