@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,12 @@ def run(config: Path, folder: Path, *overrides: str) -> tuple[Notes, dict[str, b
     return notes, {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
 
 
+def holds(outer: dict[str, Any], inner: dict[str, Any]) -> bool:
+    """Whether an event happens within another one: torch hooks a step once more after tests that have replaced it."""
+    end = inner["ts"] + inner["dur"]
+    return outer is not inner and outer["ts"] <= inner["ts"] and end <= outer["ts"] + outer["dur"]
+
+
 def test_hooks_traces_and_scheduled_collection_change_no_weight(tiny_config: Path, tmp_path: Path) -> None:
     plain, expected = run(tiny_config, tmp_path / "plain")
     assert plain.batches == [16 * step for step in range(STEPS)]
@@ -86,7 +93,8 @@ def test_hooks_traces_and_scheduled_collection_change_no_weight(tiny_config: Pat
     (trace,) = (tmp_path / "traced/traces").iterdir()
     assert trace.name == "steps-3-4-rank-0000.json"
     events = json.loads(trace.read_text())["traceEvents"]
-    assert sum(event["name"] == "Optimizer.step#GuardedAdamW.step" for event in events) == 2
+    steps = [event for event in events if event["name"] == "Optimizer.step#GuardedAdamW.step"]
+    assert sum(not any(holds(other, step) for other in steps) for step in steps) == 2
     assert any(event["name"] == "aten::addmm" for event in events)
     assert f"trace of steps 3 to 4: {trace}" in (tmp_path / "traced/log.txt").read_text()
 
@@ -105,7 +113,8 @@ def test_every_rank_traces_and_collects_at_the_same_steps(tiny_config: Path, tmp
     assert names == ["steps-2-3-rank-0000.json", "steps-2-3-rank-0001.json"]
     for name in names:
         events = json.loads((tmp_path / "run/traces" / name).read_text())["traceEvents"]
-        assert sum(event["name"] == "Optimizer.step#GuardedAdamW.step" for event in events) == 2
+        steps = [event for event in events if event["name"] == "Optimizer.step#GuardedAdamW.step"]
+    assert sum(not any(holds(other, step) for other in steps) for step in steps) == 2
     assert "rank-0001.json" in (tmp_path / "run/logs/rank-0001.log").read_text()
 
 
