@@ -1,5 +1,6 @@
 """Counts the bytes of tensors while they are computed: with fake tensors of any size, on a machine of any size."""
 
+import multiprocessing
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -44,12 +45,26 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(make: Callable[[], Callable[[], Any]]) -> int:
-    """Peak of the bytes that `make()()` allocates, on fake tensors; what `make` itself makes does not count."""
-    with FakeTensorMode():
-        run = make()
-        with LiveBytes() as live:
-            run()
-    return live.peak
+    """Peak of the bytes that `make()()` allocates, on fake tensors; what `make` itself makes does not count.
+
+    In a fork: a backward pass on fake tensors starts threads of autograd, after which no fork of a process can take one.
+    """
+    forks = multiprocessing.get_context("fork")
+    answers, sends = forks.Pipe(duplex=False)
+
+    def measure() -> None:
+        with FakeTensorMode():
+            run = make()
+            with LiveBytes() as live:
+                run()
+        sends.send(live.peak)
+
+    process = forks.Process(target=measure)
+    process.start()
+    sends.close()
+    peak = int(answers.recv())
+    process.join()
+    return peak
 
 
 def per_image(config: TarFlowConfig, compute: Callable[..., Any]) -> float:
