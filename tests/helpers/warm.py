@@ -1,7 +1,8 @@
 """`python -m MODULE` in forks of a process that has loaded torch: a command starts in milliseconds instead of seconds.
 
 Tests that are not about the start itself take `warm(MODULE, ...)` for `[python, -m, MODULE, ...]`, and `warm("-c", TEXT)` for
-`[python, -c, TEXT]`. For an interpreter of its own `python -P tests/helpers/warm.py SOCKET` serves `tests/helpers/programs/ask.py` until its standard input ends.
+`[python, -c, TEXT]`. For an interpreter of its own `python -P tests/helpers/warm.py SOCKET` serves
+`tests/helpers/programs/ask.py` until its standard input ends.
 """
 
 import atexit

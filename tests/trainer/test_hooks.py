@@ -63,10 +63,15 @@ def run(config: Path, folder: Path, *overrides: str) -> tuple[Notes, dict[str, b
     return notes, {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
 
 
-def holds(outer: dict[str, Any], inner: dict[str, Any]) -> bool:
-    """Whether an event happens within another one: torch hooks a step once more after tests that have replaced it."""
-    end = inner["ts"] + inner["dur"]
-    return outer is not inner and outer["ts"] <= inner["ts"] and end <= outer["ts"] + outer["dur"]
+def optimizer_steps(events: list[dict[str, Any]]) -> int:
+    """Steps in a trace. Torch hooks a step once more after tests that have replaced it: what is within another is the same."""
+    steps = [event for event in events if event["name"] == "Optimizer.step#GuardedAdamW.step"]
+
+    def holds(outer: dict[str, Any], inner: dict[str, Any]) -> bool:
+        end = inner["ts"] + inner["dur"]
+        return outer is not inner and outer["ts"] <= inner["ts"] and end <= outer["ts"] + outer["dur"]
+
+    return sum(not any(holds(other, step) for other in steps) for step in steps)
 
 
 def test_hooks_traces_and_scheduled_collection_change_no_weight(tiny_config: Path, tmp_path: Path) -> None:
@@ -93,8 +98,7 @@ def test_hooks_traces_and_scheduled_collection_change_no_weight(tiny_config: Pat
     (trace,) = (tmp_path / "traced/traces").iterdir()
     assert trace.name == "steps-3-4-rank-0000.json"
     events = json.loads(trace.read_text())["traceEvents"]
-    steps = [event for event in events if event["name"] == "Optimizer.step#GuardedAdamW.step"]
-    assert sum(not any(holds(other, step) for other in steps) for step in steps) == 2
+    assert optimizer_steps(events) == 2
     assert any(event["name"] == "aten::addmm" for event in events)
     assert f"trace of steps 3 to 4: {trace}" in (tmp_path / "traced/log.txt").read_text()
 
@@ -113,8 +117,7 @@ def test_every_rank_traces_and_collects_at_the_same_steps(tiny_config: Path, tmp
     assert names == ["steps-2-3-rank-0000.json", "steps-2-3-rank-0001.json"]
     for name in names:
         events = json.loads((tmp_path / "run/traces" / name).read_text())["traceEvents"]
-        steps = [event for event in events if event["name"] == "Optimizer.step#GuardedAdamW.step"]
-    assert sum(not any(holds(other, step) for other in steps) for step in steps) == 2
+        assert optimizer_steps(events) == 2
     assert "rank-0001.json" in (tmp_path / "run/logs/rank-0001.log").read_text()
 
 
