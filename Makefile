@@ -36,7 +36,7 @@ test test-fast slow-list: export PYTHONDONTWRITEBYTECODE =
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-# The edit loop: without the tests of over a second, which tests/slow.txt lists.
+# The edit loop: without the tests of over 0.3 seconds, which tests/slow.txt lists.
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" -q
 

@@ -9,8 +9,9 @@ import gc
 import os
 import signal
 import time
-from collections import Counter
-from collections.abc import Generator
+from collections import defaultdict
+from collections.abc import Generator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before anything loads torch, and for ever
 # A background job of a shell ignores it, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SLOW_S = 1.0  # a test that takes longer, from nothing, is slow
+SLOW_S = 0.3  # a test that takes longer, from nothing, is slow
 LIST = Path(__file__).with_name("slow.txt")
 # Seconds that the list does not know, since it is measured without a Slurm and with fewer random draws.
 LONG_IN_CI = {"tests/cluster/test_live_slurm.py": 600, "tests/fuzz/test_fuzz.py": 300}
@@ -39,12 +40,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the slow ones. Processes that share a run take the longest files first, so that none ends long after the rest."""
-    slow, of_file = read_list(), Counter[str](LONG_IN_CI)
+    slow, of_file = read_list(), defaultdict[str, float](float, LONG_IN_CI)
     for item in items:
         seconds = slow.get(name_of(item.nodeid))
         if seconds is not None:
             item.add_marker(pytest.mark.slow)
-            of_file[file_of(item.nodeid)] += round(seconds)
+            of_file[file_of(item.nodeid)] += seconds
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: -of_file[file_of(item.nodeid)])
 
@@ -66,6 +67,15 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.enable()
         gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_threads_of_autograd() -> Iterator[None]:
+    """A backward pass that is compiled, or on fake tensors, starts them; no later fork of this process could take a gradient."""
+    yield
+    for thread in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # it has ended since
+            assert not thread.read_text().startswith("pt_autograd"), "compute it in tests.helpers.ranks.launch_ranks"
 
 
 class Costs:

@@ -1,10 +1,10 @@
 """Compiling the layers under every way of activation checkpointing: it really happens, once, and changes nothing.
 
 Most of it runs the compiler's front half (`aot_eager`): graphs, recomputation and their guards, without the minutes that
-generating code takes. One test generates code.
+generating code takes. One test generates code. A compiler's backward pass starts threads of autograd, after which no fork of a
+process can take a gradient: all of it is computed in processes of its own.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,19 +37,10 @@ GRAPHS = {"none": 1, "full": 1, "selective": 1, "every 2nd": 2, "offload": 2}
 GRID = [(mode, 128) for mode in MODES] + [("selective", 256)]
 
 
-@pytest.fixture
-def front_half(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile with `aot_eager` whoever asks for the default."""
+def compile_front_half() -> None:
+    """Compile with `aot_eager` whoever asks for the default in this process."""
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **k: compile_(f, **{"backend": "aot_eager"} | k))
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+    torch.compile = lambda f, **k: compile_(f, **{"backend": "aot_eager"} | k)  # type: ignore[assignment]
 
 
 def build(mode: str, width: int, compiled: bool) -> TarFlow:
@@ -88,11 +79,9 @@ def compare(mode: str, width: int, batches: tuple[int, ...]) -> None:
     assert list(plain.state_dict()) == list(compiled.state_dict()) == list(TarFlow(plain.config).state_dict())
 
 
-@pytest.mark.parametrize(("mode", "width"), GRID)
-@pytest.mark.case("T11")
-def test_checkpointing_and_compile_agree_with_plain_and_share_one_graph(
-    front_half: None, mode: str, width: int
-) -> None:
+def agree_in_the_front_half(mode: str, width: int) -> None:
+    """A rank: compiled and plain, then batches of other sizes."""
+    compile_front_half()
     compare(mode, width, (4, 4, 4))
     assert counters["stats"]["unique_graphs"] == GRAPHS[mode]
     assert not counters["graph_break"]
@@ -103,33 +92,48 @@ def test_checkpointing_and_compile_agree_with_plain_and_share_one_graph(
         assert counters["stats"]["unique_graphs"] <= 2 * GRAPHS[mode]
 
 
+@pytest.mark.parametrize(("mode", "width"), GRID)
 @pytest.mark.case("T11")
-def test_generated_code_agrees_with_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", True)  # instead of a compilation to find out
+def test_checkpointing_and_compile_agree_with_plain_and_share_one_graph(mode: str, width: int) -> None:
+    launch_ranks(agree_in_the_front_half, 1, mode, width)
+
+
+def agree_generated() -> None:
+    torch._inductor.config.cpp.vec_isa_ok = True  # instead of a compilation to find out
     compare("full", 128, (4,))
     assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.case("T11")
-def test_compiled_layers_still_keep_their_inputs_alone(front_half: None) -> None:
-    def kept(mode: str) -> int:
+def test_generated_code_agrees_with_plain() -> None:
+    launch_ranks(agree_generated, 1)
+
+
+def kept_by_mode() -> dict[str, int]:
+    """A rank: bytes that a compiled forward pass keeps."""
+    compile_front_half()
+    found = {}
+    for mode in ("none", "full", "selective"):
         torch._dynamo.reset()
         model = build(mode, 128, True)
         losses(model, (4,))
         counter = KeptBytes(model)
         with counter:
             losses(model, (4,))
-        return counter.total
+        found[mode] = counter.total
+    return found
 
-    none = kept("none")
-    assert kept("full") < none / 3
-    assert none / 3 < kept("selective") < none
+
+@pytest.mark.case("T11")
+def test_compiled_layers_still_keep_their_inputs_alone() -> None:
+    (kept,) = launch_ranks(kept_by_mode, 1).values
+    assert kept["full"] < kept["none"] / 3
+    assert kept["none"] / 3 < kept["selective"] < kept["none"]
 
 
 def train_variants(variants: list[tuple[dict[str, Any], dict[str, Any], bool]]) -> list[list[float]]:
     """A rank: variant by variant from what the one before saved, compiled or not; the losses of its two steps."""
-    compile_ = torch.compile
-    torch.compile = lambda f, **k: compile_(f, **{"backend": "aot_eager"} | k)  # type: ignore[assignment]
+    compile_front_half()
     world = world_from_env()
     data, model = load("training_curve")
     start = model.state_dict()
