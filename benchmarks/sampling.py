@@ -30,7 +30,7 @@ from tarflow.models.sampling import native
 from tarflow.models.sampling.engine import EagerBlock
 from tarflow.models.sampling.guidance import Guidance
 from tarflow.models.sampling.inverse import Sampled, invert
-from tarflow.models.sampling.measure import measure_plan
+from tarflow.models.sampling.measure import WIDTHS, measure_plan
 from tarflow.models.sampling.plan import BlockPlan, SamplingPlan
 from tarflow.models.sampling.settings import SamplingSettings
 
@@ -132,14 +132,25 @@ def product_rate() -> float:
     return 5 * 2 * 1024**3 / (time.process_time() - begun)
 
 
-def speed(case: Case, model: TarFlow, batch: int, rounds: int, rate: float, wider: bool) -> tuple[list[Any], list[Bar]]:
+def torch_alone(case: Case, batch: int) -> bool:
+    """Whether the paths are compared in torch, too, as where there is no compiler: not where that takes many minutes."""
+    return case.config.channels < 768 and batch * case.config.num_tokens <= 3200
+
+
+def speed(
+    case: Case, model: TarFlow, batch: int, rounds: int, rate: float, plans_in_torch: set[str]
+) -> tuple[list[Any], list[Bar]]:
     config, y = model.config, torch.arange(batch) % CLASSES
     noise = torch.randn(batch, config.num_tokens, config.token_dim, generator=torch.Generator().manual_seed(1))
     measured = measure_plan(model, noise, y, SETTINGS)
     plans = {"eager": plan_of(config, "eager"), "compiled": plan_of(config, "native")}
-    if wider:
+    if config.channels < 768:
         plans |= {"window 16": plan_of(config, "native", "window", 16), "whole": plan_of(config, "native", "whole")}
     plans["auto"] = measured
+    if torch_alone(case, batch):
+        plans |= {f"eager, window {width}": plan_of(config, "eager", "window", width) for width in WIDTHS}
+        plans["eager, whole"] = plan_of(config, "eager", "whole")
+        plans["eager, auto"] = measure_plan(model, noise, y, SETTINGS, compiled=False)
     ways: dict[str, Callable[[], Any]] = {"published": lambda: published_sampler.sample(model, noise, y, 2.0)}
     for name, plan in plans.items():
         ways[name] = lambda plan=plan: invert(model, noise, y, SETTINGS, plan)  # type: ignore[misc]
@@ -157,7 +168,9 @@ def speed(case: Case, model: TarFlow, batch: int, rounds: int, rate: float, wide
         f"{times['eager'][1]:.3g}; the published way takes {times['published'][1] / alone:.2f} x as long as they do",
         flush=True,
     )
-    print(f"plan of auto, {case.name}, batch {batch}: {measured}", flush=True)
+    for name in ("auto", "eager, auto"):
+        if name in plans:
+            print(f"plan of {name}, {case.name}, batch {batch}: {plans[name]}", flush=True)
     where = f"{case.name}, batch {batch}"
     bars = [
         Bar(
@@ -168,8 +181,12 @@ def speed(case: Case, model: TarFlow, batch: int, rounds: int, rate: float, wide
     ]
     if batch in (1, 16):
         bars.append(Bar(f"eager over published, {where}", times["published"][1] / times["eager"][1], at_least=2.8))
-    best = min(cpu for name, (_, cpu) in times.items() if name not in ("published", "auto"))
+    in_torch = {name: cpu for name, (_, cpu) in times.items() if name.startswith("eager")}
+    best = min(cpu for name, (_, cpu) in times.items() if name not in ("published", "auto", "eager, auto"))
     bars.append(Bar(f"auto over the best, {where}", times["auto"][1] / best, at_most=1.1))
+    if auto := in_torch.pop("eager, auto", None):
+        plans_in_torch.add(" ".join(block.path for block in plans["eager, auto"].blocks))
+        bars.append(Bar(f"auto over the best in torch alone, {where}", auto / min(in_torch.values()), at_most=1.1))
     bars += [
         Bar(f"error of {name}, {where}", error, at_most=1e-4) for name, error in errors.items() if name != "published"
     ]
@@ -309,6 +326,8 @@ def memory(case: Case, model: TarFlow, batch: int) -> Bar:
 def main() -> int:
     args = parse_args(
         "Compare ways of sampling.", [("--threads", {"type": int, "default": 1, "help": "CPU threads (default 1)"}),
+         ("--cases", {"type": int, "nargs": "+", "choices": range(1, len(CASES) + 1), "default": [*range(1, len(CASES) + 1)],
+                      "help": "of the models: " + "; ".join(f"{number} = {c.name}" for number, c in enumerate(CASES, 1))}),
          ("--plot", {"type": Path, "metavar": "FILE", "help": "draw passes and certificates there, as SVG"})],
     )  # fmt: skip
     torch.set_num_threads(args.threads)
@@ -316,13 +335,14 @@ def main() -> int:
     bars: list[Bar] = []
     rate = product_rate()
     print(f"a 1,024^3 float32 product: {rate / 1e9:.0f} GFLOP/s a CPU second, {args.threads} threads", flush=True)
-    for case in CASES[:1] if args.quick else CASES:
+    plans_in_torch: set[str] = set()
+    for case in CASES[:1] if args.quick else [CASES[number - 1] for number in args.cases]:
         model = trained(case.config, 40 if args.quick else case.steps)
         if problem := native.why_not(model.blocks[0]):  # type: ignore[arg-type]
             print(f"no compiled engine: {problem}")
             return 1
         for batch in case.batches:
-            found = speed(case, model, batch, 2 if args.quick else 3, rate, wider=case.config.channels < 768)
+            found = speed(case, model, batch, 2 if args.quick else 3, rate, plans_in_torch)
             rows += found[0]
             bars += found[1]
             bars.append(memory(case, model, batch))
@@ -330,6 +350,8 @@ def main() -> int:
             bars += iterations(case, model, 32 if args.quick else 500, args.plot if case is CASES[0] else None)
         if case is CASES[0]:
             bars += distances(case, model, 200 if args.quick else 2000)
+    if not args.quick and len(args.cases) > 1:
+        bars.append(Bar("different plans in torch alone", len(plans_in_torch), at_least=2))
     header = ("model", "batch", "way", "s", "CPU s", "x published", "x eager", "share of the product rate", "error")
     return finish(args, rows, header, bars, ("torch",))
 

@@ -31,9 +31,17 @@ JOINT_BYTES = 1 << 30  # of weights, which a joint iteration holds a second time
 
 @torch.inference_mode()
 def measure_plan(
-    model: TarFlow, noise: Tensor, labels: Tensor | None, settings: SamplingSettings, weights: str = ""
+    model: TarFlow,
+    noise: Tensor,
+    labels: Tensor | None,
+    settings: SamplingSettings,
+    weights: str = "",
+    compiled: bool = True,
 ) -> SamplingPlan:
-    """Plan the sampling of batches like this one: noise [N, T, D], labels [N]."""
+    """Plan the sampling of batches like this one: noise [N, T, D], labels [N].
+
+    `compiled=False` plans for torch alone, as where there is no compiler.
+    """
     check_labels(model, labels, noise.shape[0])
     config = model.config
     x = noise.float() * model.var.float().sqrt()
@@ -41,7 +49,8 @@ def measure_plan(
     for number in reversed(range(config.num_blocks)):
         block: FlowBlock = model.blocks[number]  # type: ignore[assignment]
         guidance = Guidance.of_block(settings, number, config.num_blocks, config.num_tokens)
-        trial = _Trial(block, block.order(x), labels, guidance, settings.tolerance)
+        engines = ["native", "eager"] if compiled and not native.why_not(block) else ["eager"]
+        trial = _Trial(block, block.order(x), labels, guidance, settings.tolerance, engines)
         blocks.append(trial.run())
         x = block.order(trial.x)
     blocks = _perhaps_at_once(model, start, labels, settings, blocks)
@@ -106,18 +115,24 @@ class _Trial:
     """The candidates of one block."""
 
     def __init__(
-        self, block: FlowBlock, z: Tensor, labels: Tensor | None, guidance: Guidance, tolerance: float
+        self,
+        block: FlowBlock,
+        z: Tensor,
+        labels: Tensor | None,
+        guidance: Guidance,
+        tolerance: float,
+        engines: list[str],
     ) -> None:
         self.block, self.z, self.labels, self.guidance, self.tolerance = block, z, labels, guidance, tolerance
+        self.engines = engines
         self.x = z
         self.seconds: dict[str, float] = {}
         self.passes: dict[str, int] = {}
         self.best: tuple[float, str, Path] | None = None
 
     def run(self) -> BlockPlan:
-        engines = ["eager"] if native.why_not(self.block) else ["native", "eager"]
         tokens = self.z.shape[1]
-        single = min(engines, key=lambda engine: self._calls(engine, 1, STEPS))
+        single = min(self.engines, key=lambda engine: self._calls(engine, 1, STEPS))
         self._whole_run(single, SEQUENTIAL)
         assert self.best is not None
         for path, count, least in [
@@ -126,7 +141,7 @@ class _Trial:
         ]:
             if tokens < 3:
                 continue
-            engine = min(engines, key=lambda engine: self._calls(engine, count, 1))
+            engine = min(self.engines, key=lambda engine: self._calls(engine, count, 1))
             if self._calls(engine, count, 1) * least < self.best[0]:
                 self._whole_run(engine, path)
         _, engine, path = self.best

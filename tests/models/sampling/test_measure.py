@@ -78,6 +78,13 @@ def test_where_calls_cost_most_it_iterates_and_where_tokens_do_it_does_not(monke
         assert chosen(plan) == expected, costs
 
 
+def test_for_torch_alone_the_compiled_engine_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch, {"eager": (1e-6, 1.0), "native": (1e-6, 0.3)})
+    plan = measure_plan(perturbed(config()), noise(4), Y, AUTO, compiled=False)
+    assert chosen(plan) == {("eager", "sequential")}
+    assert all(name.startswith("eager ") for block in plan.blocks for name in block.seconds)
+
+
 def test_a_neighbour_who_held_one_of_them_up_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, {"eager": (1.0, 0.5)})
     quiet = measure_plan(perturbed(config()), noise(4), Y, AUTO)
