@@ -1,5 +1,6 @@
-"""Stop signals: the handler sets a flag, and the loop saves at the next step boundary."""
+"""Stop signals: the handler sets a flag, and the loop saves at the next step boundary. And being suspended."""
 
+import faulthandler
 import os
 import signal
 import socket
@@ -21,7 +22,8 @@ class StopRequest:
     """Catches the stop signals while entered. A second SIGINT exits at once, as an impatient user expects.
 
     Python handlers run between bytecodes of the main thread, so never while it waits for other ranks inside a library. A
-    thread therefore counts the SIGINTs, which reach it through a wakeup socket.
+    thread therefore counts the SIGINTs, which reach it through a wakeup socket. It also suspends the process at a SIGTSTP, that
+    is, at Ctrl-Z, and before Slurm suspends a job.
     """
 
     def __init__(self) -> None:
@@ -32,6 +34,8 @@ class StopRequest:
         self._told.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
         self._previous = catch(self._handle)
+        if signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
+            self._previous[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a launcher blocks them until here
         self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._listener.start()
@@ -51,6 +55,17 @@ class StopRequest:
     def _listen(self) -> None:
         interrupts = 0
         while numbers := self._heard.recv(64):
+            if signal.SIGTSTP in numbers:
+                suspend()
             interrupts += numbers.count(signal.SIGINT)
             if interrupts > 1:
                 os._exit(128 + signal.SIGINT)
+
+
+def suspend() -> None:
+    """Stop this process until it is told to go on (SIGCONT).
+
+    The watchdog's C-level timer would run on and end the process when it wakes; at its next look the watchdog sets it anew.
+    """
+    faulthandler.cancel_dump_traceback_later()
+    os.kill(os.getpid(), signal.SIGSTOP)

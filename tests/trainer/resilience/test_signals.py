@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 from tarflow.trainer.checkpoint.find import committed, find
+from tarflow.trainer.config.parallel import ParallelConfig
 from tarflow.trainer.resilience.exit_codes import FINISHED, REQUEUE
+from tarflow.trainer.resilience.limits import limits_of
+from tarflow.trainer.resilience.signals import StopRequest
+from tarflow.trainer.resilience.watchdog import Watchdog
+from tests.helpers.ranks import launch_ranks
 from tests.helpers.waiting import PATIENCE_S, until
 from tests.helpers.warm import warm
 
@@ -52,9 +57,9 @@ def test_stopped_run_goes_on_to_the_same_end(start, tiny_config, tmp_path) -> No
     assert committed(run)[-1].images_seen == 480
 
 
-def launch(python: list[str], config: Path, run: Path, **env: str) -> "subprocess.Popen[str]":
+def launch(python: list[str], config: Path, run: Path, *settings: str, **env: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [*python, "train", str(config), "--run", str(run), "train.max_images=16_000"],
+        [*python, "train", str(config), "--run", str(run), *(settings or ["train.max_images=16_000"])],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
     )  # fmt: skip
 
@@ -89,3 +94,43 @@ def test_second_interrupt_leaves_at_once_even_while_waiting_inside_a_library(tin
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 128 + signal.SIGINT
+
+
+AWAY = """
+until grep -q "^State:.T" /proc/{pid}/status; do sleep 0.05; done
+sleep {seconds}
+kill -CONT {pid}
+"""
+
+
+def train_around_a_suspension(run: Path) -> int:
+    """A rank that is busy in Python, where a timer of C code is quicker than any thread of its own, when it goes on."""
+    settings = ParallelConfig(step_timeout_s=1)
+    limits = limits_of(settings)
+    with StopRequest() as stop, Watchdog(run, 0, 1, settings) as dog:
+        steps = busy(dog, 4 * limits.look_s)  # until the timer is that of a step
+        away = subprocess.Popen(["sh", "-c", AWAY.format(pid=os.getpid(), seconds=limits.step.clock_s + 1)])
+        os.kill(os.getpid(), signal.SIGTSTP)
+        while away.poll() is None:
+            steps = busy(dog, limits.look_s)
+        steps = busy(dog, 4 * limits.look_s)
+        assert stop.received is None
+    return steps
+
+
+def busy(dog: Watchdog, seconds: float) -> int:
+    """Steps of nothing but Python; how many."""
+    dog.phase("step")
+    steps, end = 0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        sum(range(1000))
+        steps += 1
+        dog.step_done(steps)
+    return steps
+
+
+def test_a_suspended_training_goes_on_however_long_it_was_away(tmp_path: Path) -> None:
+    """Ctrl-Z and `fg`, or a job that Slurm suspends: no hang, although the time is longer than a step may take."""
+    ended = launch_ranks(train_around_a_suspension, 1, tmp_path)
+    assert ended.values[0] > 0
+    assert "HUNG" not in ended.output
