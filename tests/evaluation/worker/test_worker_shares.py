@@ -16,6 +16,7 @@ import torch
 from tarflow.evaluation.worker.compute_chunk import Hooks
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
 from tarflow.records import DamagedFileError
+from tests.evaluation.conftest import model_config
 from tests.helpers.checkpoints import tell
 from tests.helpers.waiting import until
 
@@ -141,6 +142,30 @@ def test_all_killed_and_one_started_again_draws_only_what_is_missing(shared_run,
     starts = [CHUNK * int(name[-5:]) for name in [*drawn, *before] if name.startswith("samples")]
     assert sorted(starts) == list(range(0, SAMPLES, CHUNK))
     assert files(shared_run) == files(alone)
+
+
+def test_a_model_that_is_told_the_noise_is_shared_like_any_other(make_run, tmp_path):
+    """Denoising in random steps, too: they are keyed by sample, not by worker."""
+    run_dir, _ = make_run(
+        steps=(20,),
+        model=model_config(noise_conditioning=True).model_dump(),
+        train={"global_batch_size": 16, "max_images": 320, "noise_std": 0.0, "noise_range": [0.05, 0.3]},
+        sampling={"guidance": 0.5, "batch_size": 5, "denoise_steps": 3, "denoise_stochastic": True},
+        evaluation={"num_samples": 40, "chunk_samples": 10, "neighbour_samples": 16, "lease_s": 600},
+    )
+    alone = tmp_path / "alone"
+    shutil.copytree(run_dir, alone)
+    one, first = start(alone), start(run_dir, after(2, for_ever))
+    until("two chunks", lambda: len(chunks_done(run_dir)) == 2)
+    kill(first)
+    second = start(run_dir)
+    for process in (one, second):
+        process.join(60)
+        assert process.exitcode == 0
+    assert files(run_dir) == files(alone)
+    assert "denoising.png" in files(alone)
+    workers = json.loads((run_dir / "evals/images-000000000320/work.json").read_text())["workers"]
+    assert len(workers) == 2
 
 
 def test_the_statistics_are_those_of_all_features_at_once(shared_run):
