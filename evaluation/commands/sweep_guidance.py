@@ -35,7 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="B,B+B,...",
         help="guided blocks: all, or numbers joined by +, also from the end: --guide-blocks=all,-1,0+1 (default: the run's)",
     )
-    parser.add_argument("--start", type=int, default=500, metavar="N", help="samples of the first round (default 500)")
+    parser.add_argument(
+        "--start",
+        type=int,
+        default=0,
+        metavar="N",
+        help="samples of the first round (default: 500, or half of --final)",
+    )
     parser.add_argument(
         "--final", type=int, default=0, metavar="N", help="samples of the last round (default: the run's)"
     )
@@ -86,10 +92,19 @@ def run(args: argparse.Namespace) -> int:
     return OK
 
 
+def _parts(option: str, text: str | None) -> list[str]:
+    """What stands between commas; of an option that was not given, nothing."""
+    parts = [part.strip() for part in text.split(",")] if text is not None else []
+    if "" in parts:
+        raise EvaluationError(f"{option} {text!r} lacks a value before, between or after its commas")
+    return parts
+
+
 def _numbers(option: str, text: str | None) -> list[float]:
     """Text such as `0,0.5,1` -> numbers, each once."""
+    parts = _parts(option, text)
     try:
-        return list(dict.fromkeys(float(part) for part in (text or "").split(",") if part.strip()))
+        return list(dict.fromkeys(float(part) for part in parts))
     except ValueError:
         raise EvaluationError(f"{option} {text!r} must be numbers separated by commas, e.g. 0,0.5,1") from None
 
@@ -97,14 +112,14 @@ def _numbers(option: str, text: str | None) -> list[float]:
 def _counts(option: str, text: str | None) -> list[int]:
     """Text such as `10,30` -> whole numbers, each once."""
     numbers = _numbers(option, text)
-    if bad := [number for number in numbers if number != round(number)]:
+    if bad := [number for number in numbers if not number.is_integer()]:
         raise EvaluationError(f"{option} {bad[0]:g} must be a whole number")
     return [round(number) for number in numbers]
 
 
 def _words(option: str, text: str | None, known: Sequence[str]) -> list[str]:
     """Text such as `linear,closed` -> known words, each once."""
-    words = list(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
+    words = list(dict.fromkeys(_parts(option, text)))
     if unknown := [word for word in words if word not in known]:
         raise EvaluationError(f"{option} {unknown[0]!r} must be among {', '.join(known)}")
     return words
@@ -112,7 +127,7 @@ def _words(option: str, text: str | None, known: Sequence[str]) -> list[str]:
 
 def _blocks(option: str, text: str | None) -> list[tuple[int, ...]]:
     """Text such as `all,-1,0+1` -> sets of blocks, each once; an empty one is all."""
-    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    parts = _parts(option, text)
     try:
         sets = [() if part == "all" else tuple(int(block) for block in part.split("+")) for part in parts]
     except ValueError:

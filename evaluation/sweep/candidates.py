@@ -14,6 +14,7 @@ from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.trainer.config.schema import Config
 
 MAX_CANDIDATES = 1000
+FIRST_ROUND = 500
 
 
 @dataclass
@@ -28,7 +29,7 @@ class SweepRequest:
     denoise_steps: Sequence[int] = ()
     guidance_form: Sequence[str] = ()
     guide_blocks: Sequence[tuple[int, ...]] = ()  # an empty tuple: all blocks
-    start: int = 500  # samples of the first round
+    start: int = 0  # samples of the first round; 0 = FIRST_ROUND, or half of the last round's if that is less
     final: int = 0  # samples of the last round; 0 = evaluation.num_samples
     step: int | None = None
     images: int | None = None

@@ -10,6 +10,7 @@ ahead of the next one, and not at an end of the range tried (see `choice.py`).
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tarflow.evaluation.metrics.names import distance_key
 from tarflow.evaluation.run_config import choose
 from tarflow.evaluation.samples.weights_source import WeightsSource, from_checkpoint, resolve_device
 from tarflow.evaluation.sweep.candidate_score import AlreadyRecorded, CandidateScores
-from tarflow.evaluation.sweep.candidates import SweepRequest, sweep_candidates
+from tarflow.evaluation.sweep.candidates import FIRST_ROUND, SweepRequest, sweep_candidates
 from tarflow.evaluation.sweep.choice import Point, why_unclear, with_error
 from tarflow.evaluation.sweep.halving import Round, samples_per_round, successive_halving
 from tarflow.evaluation.sweep.plot import plot_rounds
@@ -45,6 +46,7 @@ def sweep_guidance(request: SweepRequest, log: Log = print) -> dict[str, Any]:
     (recipe, *_) = load_recipes(request.run, request.overrides, log)
     config, settings = recipe.config, recipe.settings
     final = request.final or settings.num_samples
+    request = replace(request, start=request.start or max(2, min(FIRST_ROUND, final // 2)))
     if not 2 <= request.start <= final:
         raise EvaluationError(f"--start {request.start} must lie between 2 and the final number of samples, {final}")
     candidates = sweep_candidates(request, settings.sampling, config, log)

@@ -172,10 +172,15 @@ def test_forms_and_guided_blocks_are_axes_of_their_own(run_dir, tmp_path, capsys
             "--guide-blocks 'first' must be all or numbers of blocks joined by +, e.g. all,-1,0+1",
         ),
         ("--guidance-form=square", "--guidance-form 'square' must be among linear, closed"),
+        ("--guidance=1,,2", "--guidance '1,,2' lacks a value before, between or after its commas"),
+        ("--guidance-form=linear,", "--guidance-form 'linear,' lacks a value before, between or after its commas"),
+        ("--denoise-steps=nan", "--denoise-steps nan must be a whole number"),
+        ("--denoise-steps=2,inf", "--denoise-steps inf must be a whole number"),
+        ("--denoise-steps=", "--denoise-steps '' lacks a value"),
     ],
 )
 @pytest.mark.case("S10")
-def test_a_form_or_a_block_that_there_is_not_is_named(run_dir, capsys, option, said):
+def test_a_value_that_there_is_not_is_named(run_dir, capsys, option, said):
     assert tarflow.cli.main(["sweep-guidance", str(run_dir), option, "--start", "4", "--final", "8"]) == 2
     assert said in capsys.readouterr().err
     assert not (run_dir / "sweeps").exists()
@@ -275,6 +280,12 @@ def test_settings_that_mean_nothing_are_refused_or_said(make_run):
 
 
 @pytest.mark.case("S03")
+def test_the_first_round_fits_the_last_where_nobody_says_how_many(run_dir):
+    """The demo's runs score 300 samples, fewer than a first round of larger ones."""
+    record = sweep_guidance(request(run_dir, guidance=(0, 1), start=0, final=16), lambda _: None)
+    assert [part["num_samples"] for part in record["rounds"]] == [8, 16]
+
+
 def test_a_setting_that_loses_samples_is_never_chosen(run_dir, monkeypatch):
     from tarflow.evaluation.samples.draw import Sampler
 
