@@ -57,9 +57,9 @@ def test_stopped_run_goes_on_to_the_same_end(start, tiny_config, tmp_path) -> No
     assert committed(run)[-1].images_seen == 480
 
 
-def launch(python: list[str], config: Path, run: Path, *settings: str, **env: str) -> "subprocess.Popen[str]":
+def launch(python: list[str], config: Path, run: Path, **env: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [*python, "train", str(config), "--run", str(run), *(settings or ["train.max_images=16_000"])],
+        [*python, "train", str(config), "--run", str(run), "train.max_images=16_000"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
     )  # fmt: skip
 
@@ -105,7 +105,7 @@ kill -CONT {pid}
 
 def train_around_a_suspension(run: Path) -> int:
     """A rank that is busy in Python, where a timer of C code is quicker than any thread of its own, when it goes on."""
-    settings = ParallelConfig(step_timeout_s=1)
+    settings = ParallelConfig(step_timeout_s=2)
     limits = limits_of(settings)
     with StopRequest() as stop, Watchdog(run, 0, 1, settings) as dog:
         steps = busy(dog, 4 * limits.look_s)  # until the timer is that of a step
