@@ -72,7 +72,7 @@ def train_in_slices(config: Path, run: Path, slice_s: float, say: bool = True) -
     ledger = run.with_name(f"{run.name}.slices.jsonl")
     fruitless = 0
     while not (taken := taken_by(ledger)).finished:
-        before = _checkpoints(run)
+        before = newest(run)
         used, begun = children_s(), time.monotonic()
         try:
             ran = run_verb(["train", config, "--run-dir", run], run.with_name(f"{run.name}.log"), slice_s)
@@ -85,7 +85,7 @@ def train_in_slices(config: Path, run: Path, slice_s: float, say: bool = True) -
                 f"{run.name}: slice {taken.slices + 1}, {ran.cpu_s:.0f} CPU s, {ran.wall_s:.0f} s, {newest(run)}",
                 flush=True,
             )
-        fruitless = 0 if ran.code == FINISHED or _checkpoints(run) > before else fruitless + 1
+        fruitless = 0 if ran.code == FINISHED or newest(run) != before else fruitless + 1
         if fruitless == _FRUITLESS:
             raise VerbFailedError(
                 f"{run}: {fruitless} slices of {slice_s:g} s left no checkpoint: use a longer --slice-minutes"
@@ -110,8 +110,4 @@ def taken_by(ledger: Path) -> Taken:
 
 def newest(run: Path) -> str:
     """The name of the newest checkpoint."""
-    return max(_checkpoints(run), default="no checkpoint")
-
-
-def _checkpoints(run: Path) -> set[str]:
-    return {path.name for path in (run / "checkpoints").glob("images-*")}
+    return max((path.name for path in (run / "checkpoints").glob("images-*")), default="no checkpoint")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,7 +143,8 @@ def ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list
 
         def run(words: list[object], log: Path, limit_s: float | None = None) -> Ran:
             limits.append(limit_s)
-            if saves:
+            if saves:  # and the one before goes, by the rule of retention
+                shutil.rmtree(tmp_path / "run/checkpoints", ignore_errors=True)
                 (tmp_path / f"run/checkpoints/images-{len(limits):012d}").mkdir(parents=True)
             return Ran(codes[len(limits) - 1], cpu_s=10.0, wall_s=20.0)
 
@@ -155,10 +157,10 @@ def ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list
 def test_slices_follow_each_other_until_the_run_is_done_and_no_further(
     tmp_path: Path, ended: Callable[..., list[float | None]]
 ) -> None:
-    limits = ended([75, 75, 0])
-    assert train_in_slices(tmp_path / "c.yaml", tmp_path / "run", 60.0, say=False) == Taken(3, 30.0, 60.0, True)
-    assert train_in_slices(tmp_path / "c.yaml", tmp_path / "run", 60.0, say=False).slices == 3
-    assert limits == [60.0] * 3
+    limits = ended([75, 75, 75, 75, 75, 0])
+    assert train_in_slices(tmp_path / "c.yaml", tmp_path / "run", 60.0, say=False) == Taken(6, 60.0, 120.0, True)
+    assert train_in_slices(tmp_path / "c.yaml", tmp_path / "run", 60.0, say=False).slices == 6
+    assert limits == [60.0] * 6
 
 
 def test_slices_too_short_for_a_checkpoint_are_given_up(
