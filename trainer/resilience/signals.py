@@ -22,8 +22,8 @@ class StopRequest:
     """Catches the stop signals while entered. A second SIGINT exits at once, as an impatient user expects.
 
     Python handlers run between bytecodes of the main thread, so never while it waits for other ranks inside a library. A
-    thread therefore counts the SIGINTs, which reach it through a wakeup socket. It also suspends the process at a SIGTSTP, that
-    is, at Ctrl-Z, and before Slurm suspends a job.
+    thread therefore counts the SIGINTs, which reach it through a wakeup socket. It also suspends the process at a SIGTSTP
+    (Ctrl-Z).
     """
 
     def __init__(self) -> None:

@@ -5,7 +5,9 @@ generating code takes. One test generates code. A compiler's backward pass start
 process can take a gradient: all of it is computed in processes of its own.
 """
 
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -39,8 +41,7 @@ GRID = [(mode, 128) for mode in MODES] + [("selective", 256)]
 
 def compile_front_half() -> None:
     """Compile with `aot_eager` whoever asks for the default in this process."""
-    compile_ = torch.compile
-    torch.compile = lambda f, **k: compile_(f, **{"backend": "aot_eager"} | k)  # type: ignore[assignment]
+    patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")).start()
 
 
 def build(mode: str, width: int, compiled: bool) -> TarFlow:

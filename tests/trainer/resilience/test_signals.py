@@ -130,7 +130,7 @@ def busy(dog: Watchdog, seconds: float) -> int:
 
 
 def test_a_suspended_training_goes_on_however_long_it_was_away(tmp_path: Path) -> None:
-    """Ctrl-Z and `fg`, or a job that Slurm suspends: no hang, although the time is longer than a step may take."""
+    """Ctrl-Z and `fg`: no hang, although the time is longer than a step may take."""
     ended = launch_ranks(train_around_a_suspension, 1, tmp_path)
     assert ended.values[0] > 0
     assert "HUNG" not in ended.output
