@@ -30,6 +30,7 @@ from tarflow.data_pipeline.layout.walk import walk
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.images.data_set import crop_text
 from tarflow.image_size import Size, plain, shown, sides, size_of
+from tarflow.trainer.run_dir import is_run
 
 _NAMED = 20  # files named in a result
 _JPEG = b"\xff\xd8\xff"
@@ -58,6 +59,11 @@ class ImageFolder:
     def __post_init__(self) -> None:
         if not self.root.is_dir():
             raise EvaluationError(f"{self.root} is not a folder of images")
+        if is_run(self.root):
+            raise EvaluationError(
+                f"{self.root} is the directory of a run, whose pictures are grids, not a folder of images: name a folder of "
+                "single images, such as those that `tarflow sample` or `tarflow evaluate --save png` writes"
+            )
         found = walk(self.root)
         for again, first in found.again:
             raise EvaluationError(

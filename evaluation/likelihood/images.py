@@ -152,9 +152,9 @@ def open_images(data: Path, source: WeightsSource, num: int, label: str | None, 
     elif not data.is_dir():
         raise EvaluationError(f"DATA {data}: there is no such data set or folder of images")
     else:
+        images = folder = OfFolder(data, model, num, one)
         if model.num_classes and label is None:
             log(f"{data} is a folder of images: they are taken without a label (--labels NAME gives one)")
-        images = folder = OfFolder(data, model, num, one)
         looks = _looks(folder.files)
     for note in _conversions(looks, model):
         log(f"note: {data}: {note}")

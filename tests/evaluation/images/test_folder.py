@@ -109,6 +109,14 @@ def test_a_broken_image_is_an_error_unless_it_may_be_left_out(mixed):
         list(ImageFolder(mixed, 3, 16).batches())
 
 
+def test_the_directory_of_a_run_is_no_folder_of_images(mixed):
+    """Its pictures are grids and curves: a second RUN where DATA belongs was scored as 27 images."""
+    (mixed / "run.json").write_text('{"run_id": "%s"}' % ("0" * 32))
+    with pytest.raises(EvaluationError, match=r"is the directory of a run, whose pictures are grids.*--save png"):
+        ImageFolder(mixed, 3, 16)
+    ImageFolder(mixed / "sub", 3, 16)
+
+
 @pytest.mark.case("S05")
 def test_mixed_sizes_need_a_size_and_an_empty_folder_is_an_error(mixed, tmp_path):
     (mixed / "rgba.PNG").unlink()
