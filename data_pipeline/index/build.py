@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +32,7 @@ class BuildReport:
     problems: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
     seen: LabelsSeen = field(default_factory=LabelsSeen)
+    older: list[str] = field(default_factory=list)  # what the index before said, and this one does not
 
     def add(self, path: Path, samples: Samples) -> None:
         """Count a shard."""
@@ -47,8 +49,7 @@ class BuildReport:
         """The report as plain lines."""
         out = [f"{self.shards} shards, {self.samples} samples"]
         out += [f"empty shard: {name}" for name in self.empty_shards[:_LISTED]]
-        out += self.seen.lines()
-        out += self.causes()
+        out += self.seen.lines() + self.older + self.causes()
         return out + [f"left out: {message}" for message in self.examples]
 
     def causes(self) -> list[str]:
@@ -82,7 +83,7 @@ def build_index(
     defaults to the names in `root/classes.json`, or beside the shards, where that file exists. `label_field`, `image_field`,
     `measure`: see `samples.Rules`. `origin`: lines about where the data came from and what was inferred, kept in the index.
     `image_size` (width, height): recorded when the caller knows that all images have it; so is `crop`, the rule
-    that gave it to them. `processes`: how many scan at once
+    that gave it to them; without these, what an older index says of the same shards. `processes`: how many scan at once
     (None: as many as there are cores, one for small sets). `progress(done, total)` is called after each shard. Raises
     DataError: in strict mode for the first damaged or odd sample, always for an empty data set.
     """
@@ -104,8 +105,16 @@ def build_index(
             causes = f" ({', '.join(report.causes())})" if report.causes() else ""
             first = f"the first is {shown(shards[0])}"
             raise DataError(f"no sample found in any of the {len(jobs)} shards of {root}, {first}{causes}")
-        writer.finish(form, rules, (origin or []) + report.seen.lines())
+        report.older = writer.take_over(older) if (older := _older(root)) else []
+        writer.finish(form, rules, (origin or []) + report.seen.lines() + report.older)
     return Index(root), report
+
+
+def _older(root: Path) -> Index | None:
+    """The index that is replaced; None where there is none that can be read."""
+    with suppress(DataError):
+        return Index(root) if (root / "index").is_dir() else None
+    return None
 
 
 def _check(root: Path, shards: Sequence[Path], on_error: str) -> None:

@@ -12,10 +12,11 @@ from typing import Any, Self
 import numpy as np
 
 from tarflow.data_pipeline.index.content import ShardContent, content_of
-from tarflow.data_pipeline.index.index import FORMAT_VERSION, PART_KEY, SHARDS_PER_PART
+from tarflow.data_pipeline.index.index import FORMAT_VERSION, PART_KEY, SHARDS_PER_PART, Index
 from tarflow.data_pipeline.index.samples import Rules, Samples
 from tarflow.data_pipeline.index.shard_list import META_KEY, NO_LABEL, SHARD_FIELDS, sealed
 from tarflow.files import replace_dir
+from tarflow.image_size import shown
 
 _DIGEST = 32  # hex digits of a SHA-256 that are kept
 
@@ -71,6 +72,24 @@ class IndexWriter:
         }  # fmt: skip
         for column, value in row.items():
             self._shards[column].append(value)
+
+    def take_over(self, older: Index) -> list[str]:
+        """Record the size and the crop rule that an index to be replaced records: shards themselves say nothing of them.
+
+        Only where all shards are among its own; else nothing is recorded, and the line says so. No line without a loss.
+        """
+        if self.image_size or self.crop or not (older.image_size or older.crop):
+            return []
+        theirs = {content.checksum for k in range(len(older.shard_paths)) if (content := older.shard_content(k))}
+        if theirs.issuperset(self._shards["checksum"]):
+            self.image_size, self.crop = older.image_size, older.crop
+            return []
+        size = f"all images are {shown(older.image_size[::-1])}" if older.image_size else ""
+        rule = f"cropped by the rule {older.crop}" if older.crop else ""
+        return [
+            f"the index before said of other shards: {', '.join(filter(None, (size, rule)))}; this one does not, so that "
+            "data.crop has to say the rule where it matters"
+        ]
 
     def finish(self, form: str, rules: Rules, origin: list[str]) -> None:
         """Write the list of shards and put the index in place.

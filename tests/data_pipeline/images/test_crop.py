@@ -242,6 +242,29 @@ def test_preparing_crops_for_good_and_the_set_says_by_which_rule(
             use()
 
 
+def test_an_index_made_anew_keeps_size_and_rule_of_the_same_shards_and_says_when_it_cannot(
+    photographs: Path, tmp_path: Path, lab: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = prepare(photographs, tmp_path / "set", "--size", "8,12", "--crop", "adm")
+    before = Index(out)
+    (out / before.shard_paths[0]).touch()
+    assert tarflow.cli.main(["data", "index", str(out)]) == 0
+    assert "the index before" not in capsys.readouterr().out
+    again = Index(out)
+    assert (again.crop, again.image_size, again.fingerprint) == ("adm", (12, 8), before.fingerprint)
+
+    # A shard of unknown origin beside them: nothing holds for all any more.
+    buffer = io.BytesIO()
+    Image.fromarray(scene(50, 90)).save(buffer, "PNG")
+    lab.write_tar(out / "more.tar", [("0.png", buffer.getvalue())])
+    assert tarflow.cli.main(["data", "index", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "all images are 8 x 12 (height x width), cropped by the rule adm; this one does not" in said
+    mixed = Index(out)
+    assert (mixed.crop, mixed.image_size) == (None, None)
+    assert any("cropped by the rule adm" in line for line in mixed.meta["origin"])
+
+
 def test_originals_that_are_only_indexed_are_cropped_as_they_are_read(tmp_path: Path, lab: Any) -> None:
     from tarflow.data_pipeline.index.build import build_index
 
