@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from tarflow.evaluation.report.history import Point, thin
 from tarflow.terminal import plain
@@ -89,6 +89,8 @@ def svg(plot: Plot, key: str) -> str:
         axes.set_ylabel(plain(plot.y_label))
         if plot.x_label == IMAGES_SEEN:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20M, not 2e7
+        if all(float(x).is_integer() for curve in plot.curves for x, _ in curve.points):
+            axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))  # no block 1.5
         axes.grid(alpha=0.15, color=_PAGE_COLOUR)
         if plot.from_zero:
             axes.set_ylim(bottom=0)

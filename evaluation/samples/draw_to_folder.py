@@ -14,7 +14,7 @@ from tarflow.evaluation.samples.variations.best_of import BestSampler
 from tarflow.evaluation.samples.variations.choose import check_variation, choose_sampler
 from tarflow.evaluation.samples.variations.path import PathSampler
 from tarflow.evaluation.samples.variations.temperatures import TemperatureSampler
-from tarflow.image_size import plain
+from tarflow.image_size import shown as shown_size
 
 GRID_IMAGES = 100
 LONGEST_ROW = 16
@@ -36,7 +36,7 @@ def sample_images(request: SampleRequest, log: Log = print) -> bool:
     missing, damaged = folder.missing(chosen=best is not None), folder.damaged
 
     # Any number of calls fill one folder: each draws only what is missing or damaged.
-    log(f"{num} images of {plain(model.image_size)} pixels from {source.origin}, weights {source.weights}")
+    log(f"{num} images of {shown_size(model.image_size)} pixels from {source.origin}, weights {source.weights}")
     if len(missing) < num:
         log(f"{num - len(missing)} are there already")
     if damaged:

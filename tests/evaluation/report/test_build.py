@@ -433,3 +433,13 @@ def test_a_plot_takes_the_colours_of_the_page_and_keeps_its_style_to_itself():
     assert "#010203" not in picture
     assert "<style" not in picture
     assert all(name.startswith("k-") for name in re.findall(r'\bid="([^"]*)"', picture))
+
+
+def test_what_is_counted_has_no_ticks_between_whole_numbers():
+    points = [(0, -0.62), (1, -0.56), (2, -0.69), (3, -0.65)]
+    blocks = svg(Plot("By block", [Curve("block", points, marked=True)], x_label="block"), "k")
+    numbers = set(re.findall(r">([0-9.]+)</text>", blocks))
+    assert {"0", "1", "2", "3"} <= numbers
+    assert "0.5" not in numbers
+    widths = svg(Plot("By guidance", [Curve("w", [(0, 1), (0.5, 2), (1, 1.5)])], x_label="w"), "k")
+    assert "0.2" in set(re.findall(r">([0-9.]+)</text>", widths))
