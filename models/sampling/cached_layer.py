@@ -105,11 +105,3 @@ def _cached_attention(q: Tensor, k: Tensor, v: Tensor, cache_2BHTK: Tensor, firs
     seen = torch.arange(end, device=q.device) <= position_BN[:, None, :, None]
     keys, values = cache_2BHTK[:, :, :, :end]
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
-
-
-def empty_cache(layers: int, batch: int, heads: int, tokens: int, head_channels: int, like: Tensor) -> Tensor:
-    """A key-value cache for one block: [layers, 2, B, H, T, K] in the dtype and on the device of `like`.
-
-    Zeros: what is masked is still multiplied by its weight of 0, which a NaN in fresh memory would survive.
-    """
-    return torch.zeros(layers, 2, batch, heads, tokens, head_channels, dtype=like.dtype, device=like.device)

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tarflow.models.flow import FlowBlock
-from tarflow.models.sampling.cached_layer import CachedLayer, empty_cache
+from tarflow.models.sampling.cached_layer import CachedLayer
 from tarflow.models.sampling.guidance import Guidance
+from tarflow.models.sampling.room import Room
 
 # Without cuDNN's kernel, which plans anew for each length: here every token has its own, and planning took six sevenths of
 # the time on an H100.
@@ -42,17 +43,18 @@ class BlockEngine(Protocol):
 class EagerBlock:
     """The block in torch, on any device and in any dtype."""
 
-    def __init__(self, block: FlowBlock, labels: Tensor | None, n: int, guidance: Guidance) -> None:
-        """`labels`: [N] or None, as in `sample`."""
+    def __init__(
+        self, block: FlowBlock, labels: Tensor | None, n: int, guidance: Guidance, room: Room | None = None
+    ) -> None:
+        """`labels`: [N] or None, as in `sample`. `room`: where the cache goes, if it is not to have memory of its own."""
         self.block, self.guidance = block, guidance
         config, self.n = block.config, n
         self.embedding, self.inverse_temp = conditions(block, labels, n, guidance)
         weight = block.proj_in.weight
         self.positions, self.rotary = block.position_embedding().expand(config.num_tokens, -1), block.rotary()
-        self.cache = empty_cache(
-            len(block.attn_blocks), 2 * n if guidance.active else n, config.num_heads, config.num_tokens,
-            config.head_channels, weight,
-        )  # fmt: skip
+        rows, layers = 2 * n if guidance.active else n, len(block.attn_blocks)
+        shape = layers, 2, rows, config.num_heads, config.num_tokens, config.head_channels
+        self.cache, self.fresh = (room or Room()).take("cache", shape, weight), True
         self.last = block.proj_out.bias, block.proj_out.weight.t()
         self._bind()
 
@@ -63,11 +65,15 @@ class EagerBlock:
     @sdpa_kernel(KERNELS, set_priority=True)
     def tokens(self, x: Tensor, first: int | Tensor, count: int) -> tuple[Tensor, Tensor]:
         """See `BlockEngine.tokens`."""
+        if self.fresh:  # what is masked is still multiplied by its weight of 0, which a NaN from before would survive
+            self.cache.zero_()
+        self.fresh = False
         return self._tokens(x, first, count)
 
     @sdpa_kernel(KERNELS, set_priority=True)
     def invert(self, x: Tensor) -> None:
         """See `BlockEngine.invert`."""
+        self.fresh = False  # a token reads those before it and itself
         for i in range(x.shape[1] - 1):
             a, b = self._tokens(x, i, 1)
             x.select(1, i + 1).mul_(torch.exp(a.select(1, 0))).add_(b.select(1, 0))

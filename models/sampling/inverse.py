@@ -20,6 +20,7 @@ from tarflow.models.sampling.joint import joint
 from tarflow.models.sampling.native import NativeBlock
 from tarflow.models.sampling.paths import Inverted, certify, follow
 from tarflow.models.sampling.plan import BlockPlan, SamplingPlan
+from tarflow.models.sampling.room import Room
 from tarflow.models.sampling.settings import SamplingSettings
 
 
@@ -43,14 +44,16 @@ def together(parts: Sequence[Sampled]) -> Sampled:
     return Sampled(images, certificate, passes, redone, trajectory)
 
 
-def make_engine(name: str, block: FlowBlock, labels: Tensor | None, n: int, guidance: Guidance) -> BlockEngine:
+def make_engine(
+    name: str, block: FlowBlock, labels: Tensor | None, n: int, guidance: Guidance, room: Room | None = None
+) -> BlockEngine:
     """The engine of a plan; the compiled one gives way to torch where it cannot serve (`native.why_not`)."""
     if name == "native":
         try:
-            return NativeBlock(block, labels, n, guidance)
+            return NativeBlock(block, labels, n, guidance, room)
         except ValueError:  # a plan of another machine: the same samples within the tolerance, and certified
             pass
-    return EagerBlock(block, labels, n, guidance)
+    return EagerBlock(block, labels, n, guidance, room)
 
 
 @torch.inference_mode()
@@ -83,11 +86,11 @@ def invert(
     if with_trajectory:
         done.trajectory.append(model.unpatchify(x))
     at_once = plan.is_joint and config.num_tokens > 1
-    jointly = _jointly(model, x, labels, settings, wanted) if at_once else None
+    jointly, room = _jointly(model, x, labels, settings, wanted) if at_once else None, Room()
     for number in reversed(range(config.num_blocks)):
         step = _step(model, number, x, labels, settings, judge)
         if jointly is None:
-            found, redone = step.run(plan.blocks[number], wanted)
+            found, redone = step.run(plan.blocks[number], wanted, room)
         else:
             found, redone = jointly[0][number], jointly[1]
             step.again(found, redone)
@@ -112,11 +115,11 @@ class _Step:
     guidance: Guidance
     tolerance: float
 
-    def run(self, how: BlockPlan, wanted: Tensor) -> tuple[Inverted, Tensor]:
+    def run(self, how: BlockPlan, wanted: Tensor, room: Room) -> tuple[Inverted, Tensor]:
         """The inverted block, and which samples [N] bool were computed again."""
-        engine = make_engine(how.engine, self.block, self.labels, len(self.z), self.guidance)
+        engine = make_engine(how.engine, self.block, self.labels, len(self.z), self.guidance, room)
         found = follow(how.how, engine, self.z, self.tolerance)
-        del engine  # and its cache
+        del engine  # and its cache, which on a CPU waits in its room for the next block
         good = found.converged & torch.isfinite(found.x).flatten(1).all(1).cpu()
         if how.path != "sequential":
             wanted = torch.ones_like(wanted) if how.path == "window" else wanted | torch.isnan(found.certificate)

@@ -6,7 +6,7 @@ It keeps one packed copy of the weights of small models; of larger ones that of 
 import ctypes
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +20,7 @@ from tarflow.models.flow import FlowBlock
 from tarflow.models.sampling.engine import conditions
 from tarflow.models.sampling.guidance import Guidance
 from tarflow.models.sampling.native_build import NotBuiltError, library
+from tarflow.models.sampling.room import Room
 
 ROWS_OF_A_THREAD = 8  # of the batch, both halves: below, threads share out the weights instead
 ROWS = 64  # rows of a step over several tokens: enough to use each load of weights, few enough for the cache
@@ -78,16 +79,20 @@ class NativeBlock:
     instead, and the threads meet after every product.
     """
 
-    def __init__(self, block: FlowBlock, labels: Tensor | None, n: int, guidance: Guidance) -> None:
+    def __init__(
+        self, block: FlowBlock, labels: Tensor | None, n: int, guidance: Guidance, room: Room | None = None
+    ) -> None:
+        """See `EagerBlock`."""
         if problem := why_not(block):
             raise ValueError(problem)
         threads, halves = torch.get_num_threads(), 2 if guidance.active else 1
         groups = max(1, min(threads, halves * n // ROWS_OF_A_THREAD))
         packed = _packed(block, int(library().tarflow_panel()))
         self.config, self.parts = block.config, list[_Part]()
-        for rows in torch.arange(n).chunk(groups):
+        for number, rows in enumerate(torch.arange(n).chunk(groups)):
             mine = None if labels is None else labels[rows]
             self.parts.append(_Part(block, packed, mine, len(rows), guidance, threads // groups))
+            self.parts[-1].make_cache(room or Room(), number)
 
     @property
     def n(self) -> int:
@@ -144,10 +149,14 @@ class _Part:
         self.rotary = block.rotary()
         weights = torch.zeros(config.num_tokens) if guidance.weights is None else guidance.weights.float()
         self.weights = weights.contiguous()
-        heads, rows, k = config.num_heads, self.halves * n, config.head_channels
+
+    def make_cache(self, room: Room, number: int) -> None:
+        """Memory for the keys and values; of tokens that are not there yet the library uses nothing."""
+        config, like = self.config, self.positions
+        shape = len(self.packed["layers"]), self.halves * self.n, config.num_heads
         tiles = math.ceil(config.num_tokens / self.panel)
-        self.keys = torch.zeros(len(packed["layers"]), rows, heads, tiles, k, self.panel)
-        self.values = torch.zeros(len(packed["layers"]), rows, heads, config.num_tokens, k)
+        self.keys = room.take(f"keys {number}", (*shape, tiles, config.head_channels, self.panel), like)
+        self.values = room.take(f"values {number}", (*shape, config.num_tokens, config.head_channels), like)
 
     def tokens(self, x: Tensor, first: Tensor, a: Tensor, b: Tensor) -> None:
         """(a, b) of the tokens after `first` [n], as many as the tensors have room for."""
@@ -217,39 +226,49 @@ def _point(structure: ctypes.Structure, tensors: dict[str, Tensor]) -> None:
         setattr(structure, name, tensor.data_ptr())
 
 
+_Modules = dict[str, Any]  # with a weight, and a bias or None
 _Packed = dict[str, Any]  # "layers": [{field: tensor}], "ends": {field: tensor}
 _kept: "weakref.WeakKeyDictionary[FlowBlock, tuple[Any, _Packed]]" = weakref.WeakKeyDictionary()
 
 
 def _packed(block: FlowBlock, panel: int) -> _Packed:
     """A block's weights in the layout of the engine, packed anew where one of them has changed."""
-    state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in block.parameters()]
+    parts = [_parts_of(layer) for layer in block.attn_blocks]
+    ends: _Modules = {"in": block.proj_in, "last": block.proj_out}
+    # Not by `block.parameters()`, which takes as long as a token.
+    tensors = [tensor for modules in (*parts, ends) for m in modules.values() for tensor in (m.weight, m.bias)]
+    state = [None if p is None else (p.data_ptr(), 0 if p.is_inference() else p._version) for p in tensors]
     known = _kept.get(block)
     if known is not None and known[0] == state:
         return known[1]
-    layers = []
-    for layer in block.attn_blocks:
-        attention: Any = layer.attention
-        mlp: Any = layer.mlp
-        found = {"norm1": attention.norm.weight.detach(), "norm1_b": attention.norm.bias.detach()}
-        found |= {"norm2": mlp.norm.weight.detach(), "norm2_b": mlp.norm.bias.detach()}
-        if attention.q_norm is not None:
-            found |= {"q_norm": attention.q_norm.weight.detach(), "k_norm": attention.k_norm.weight.detach()}
-        linear = [("qkv", attention.qkv), ("proj", attention.proj), ("up", mlp.main[0]), ("down", mlp.main[2])]
-        layers.append(found | _panels(linear, panel))
-    packed = {"layers": layers, "ends": _panels([("in", block.proj_in), ("last", block.proj_out)], panel)}
+    packed = {"layers": [_packed_modules(modules, panel) for modules in parts], "ends": _packed_modules(ends, panel)}
     size = 4 * parameters(block.config)
     if size <= KEEP_BYTES:
         _kept[block] = (state, packed)
     return packed
 
 
-def _panels(parts: Iterable[tuple[str, nn.Linear]], panel: int) -> dict[str, Tensor]:
-    """[out, in] -> [out / panel, in, panel], the last panel filled up with zeros; and biases."""
-    found = {}
-    for name, linear in parts:
-        more = -linear.out_features % panel
-        weight = F.pad(linear.weight.detach(), (0, 0, 0, more))
-        found[name] = weight.view(-1, panel, linear.in_features).transpose(1, 2).contiguous()
-        found[f"{name}_b"] = F.pad(linear.bias.detach(), (0, more)).contiguous()
+def _parts_of(layer: Any) -> _Modules:
+    """The modules of a layer whose weights are packed, by their names in native.c."""
+    attention, mlp = layer.attention, layer.mlp
+    found = {
+        "norm1": attention.norm, "qkv": attention.qkv, "proj": attention.proj, "norm2": mlp.norm, "up": mlp.main[0],
+        "down": mlp.main[2],
+    }  # fmt: skip
+    return found if attention.q_norm is None else found | {"q_norm": attention.q_norm, "k_norm": attention.k_norm}
+
+
+def _packed_modules(modules: _Modules, panel: int) -> dict[str, Tensor]:
+    """[out, in] -> [out / panel, in, panel], the last panel filled up with zeros; biases alike, and norms as they are."""
+    found: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        tensors = {name: module.weight, f"{name}_b": module.bias}
+        for field, tensor in tensors.items():
+            if tensor is None:
+                continue
+            found[field] = tensor.detach()
+            if isinstance(module, nn.Linear):
+                more = -module.out_features % panel
+                wide = F.pad(found[field], (0, 0) * (tensor.ndim - 1) + (0, more))
+                found[field] = wide.view(-1, panel, *tensor.shape[1:]).transpose(1, -1).contiguous()
     return found
