@@ -107,7 +107,9 @@ def test_token_by_token_with_a_cache_is_the_same(dtype: torch.dtype, tokens: int
     exact = TransformerLayer(channels=32, head_channels=16, expansion=4)
     layer = copy.deepcopy(exact).to(dtype)
     x = torch.randn(2, tokens, 32).to(dtype)
-    cache = torch.full((2, 2, 2, tokens, 16), torch.nan, dtype=dtype)  # keys and values, [2, B, H, T, K]: read once written
+    cache = torch.full(
+        (2, 2, 2, tokens, 16), torch.nan, dtype=dtype
+    )  # keys and values, [2, B, H, T, K]: read once written
     with torch.no_grad():
         cached = CachedLayer(layer, cache, None)
         steps = torch.stack([cached.step(x[:, t].clone(), t, 1) for t in range(tokens)], dim=1)
