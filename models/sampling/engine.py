@@ -54,7 +54,7 @@ class EagerBlock:
         self.positions, self.rotary = block.position_embedding().expand(config.num_tokens, -1), block.rotary()
         rows, layers = 2 * n if guidance.active else n, len(block.attn_blocks)
         shape = layers, 2, rows, config.num_heads, config.num_tokens, config.head_channels
-        self.cache, self.fresh = (room or Room()).take("cache", shape, weight), True
+        self.cache, self.fresh = (room or Room()).take(shape, weight), True
         self.last = block.proj_out.bias, block.proj_out.weight.t()
         self._bind()
 

@@ -86,11 +86,12 @@ def invert(
     if with_trajectory:
         done.trajectory.append(model.unpatchify(x))
     at_once = plan.is_joint and config.num_tokens > 1
-    jointly, room = _jointly(model, x, labels, settings, wanted) if at_once else None, Room()
+    room = Room()
+    jointly = _jointly(model, x, labels, settings, wanted, room) if at_once else None
     for number in reversed(range(config.num_blocks)):
-        step = _step(model, number, x, labels, settings, judge)
+        step = _step(model, number, x, labels, settings, room, judge)
         if jointly is None:
-            found, redone = step.run(plan.blocks[number], wanted, room)
+            found, redone = step.run(plan.blocks[number], wanted)
         else:
             found, redone = jointly[0][number], jointly[1]
             step.again(found, redone)
@@ -114,12 +115,13 @@ class _Step:
     labels: Tensor | None
     guidance: Guidance
     tolerance: float
+    room: Room  # of one engine at a time
 
-    def run(self, how: BlockPlan, wanted: Tensor, room: Room) -> tuple[Inverted, Tensor]:
+    def run(self, how: BlockPlan, wanted: Tensor) -> tuple[Inverted, Tensor]:
         """The inverted block, and which samples [N] bool were computed again."""
-        engine = make_engine(how.engine, self.block, self.labels, len(self.z), self.guidance, room)
+        engine = make_engine(how.engine, self.block, self.labels, len(self.z), self.guidance, self.room)
         found = follow(how.how, engine, self.z, self.tolerance)
-        del engine  # and its cache, which on a CPU waits in its room for the next block
+        del engine  # and its cache: the room is the next one's
         good = found.converged & torch.isfinite(found.x).flatten(1).all(1).cpu()
         if how.path != "sequential":
             wanted = torch.ones_like(wanted) if how.path == "window" else wanted | torch.isnan(found.certificate)
@@ -139,7 +141,7 @@ class _Step:
         if not rows.any():
             return
         at = rows.nonzero()[:, 0].to(self.z.device)
-        engine = EagerBlock(self.judge, self._labels(at), len(at), self.guidance)
+        engine = EagerBlock(self.judge, self._labels(at), len(at), self.guidance, self.room)
         with products():  # true float32, whatever samples
             mine = certify(engine, found.x[at], self.z[at])
         found.certificate[rows] = torch.fmax(found.certificate[rows], mine).where(~mine.isnan(), mine)
@@ -150,7 +152,7 @@ class _Step:
             return
         at = rows.nonzero()[:, 0].to(self.z.device)
         x = self.z[at].clone()
-        EagerBlock(self.block, self._labels(at), len(at), self.guidance).invert(x)
+        EagerBlock(self.block, self._labels(at), len(at), self.guidance, self.room).invert(x)
         found.x[at] = x
         found.passes[rows] += x.shape[1] - 1
         found.certificate[rows] = torch.nan
@@ -166,21 +168,22 @@ def _step(
     x: Tensor,
     labels: Tensor | None,
     settings: SamplingSettings,
+    room: Room,
     judge: TarFlow | None = None,
 ) -> _Step:
     """The step that inverts block `number`, given what the one before it has made, x [N, T, D] in the image's order."""
     block: FlowBlock = model.blocks[number]  # type: ignore[assignment]
     judged: FlowBlock = block if judge is None else judge.blocks[number]  # type: ignore[assignment]
     guidance = Guidance.of_block(settings, number, model.config.num_blocks, model.config.num_tokens)
-    return _Step(block, judged, block.order(x), labels, guidance, settings.tolerance)
+    return _Step(block, judged, block.order(x), labels, guidance, settings.tolerance, room)
 
 
 def _jointly(
-    model: TarFlow, x: Tensor, labels: Tensor | None, settings: SamplingSettings, wanted: Tensor
+    model: TarFlow, x: Tensor, labels: Tensor | None, settings: SamplingSettings, wanted: Tensor, room: Room
 ) -> tuple[dict[int, Inverted], Tensor]:
     """All blocks inverted at once, by number, and the samples bool [N] that have to be computed again in each."""
     numbers = range(model.config.num_blocks)[::-1]
-    steps = [_step(model, number, x, labels, settings) for number in numbers]
+    steps = [_step(model, number, x, labels, settings, room) for number in numbers]
     found = joint([s.block for s in steps], steps[0].z, labels, [s.guidance for s in steps], settings.tolerance)
     redone = ~found[0].converged
     for step, one, after in zip(steps, found, [*steps[1:], None]):

@@ -89,10 +89,13 @@ class NativeBlock:
         groups = max(1, min(threads, halves * n // ROWS_OF_A_THREAD))
         packed = _packed(block, int(library().tarflow_panel()))
         self.config, self.parts = block.config, list[_Part]()
-        for number, rows in enumerate(torch.arange(n).chunk(groups)):
+        for rows in torch.arange(n).chunk(groups):
             mine = None if labels is None else labels[rows]
             self.parts.append(_Part(block, packed, mine, len(rows), guidance, threads // groups))
-            self.parts[-1].make_cache(room or Room(), number)
+        sizes = [part.cache_size for part in self.parts]
+        cache = (room or Room()).take((sum(sizes),), self.parts[0].positions)
+        for part, mine in zip(self.parts, cache.split(sizes)):
+            part.use(mine)
 
     @property
     def n(self) -> int:
@@ -150,13 +153,21 @@ class _Part:
         weights = torch.zeros(config.num_tokens) if guidance.weights is None else guidance.weights.float()
         self.weights = weights.contiguous()
 
-    def make_cache(self, room: Room, number: int) -> None:
-        """Memory for the keys and values; of tokens that are not there yet the library uses nothing."""
-        config, like = self.config, self.positions
+    @property
+    def cache_size(self) -> int:
+        """Numbers in the keys and values."""
+        return sum(math.prod(shape) for shape in self._shapes())
+
+    def use(self, cache: Tensor) -> None:
+        """Take memory for the keys and values; of tokens that are not there yet the library uses nothing."""
+        keys, values = self._shapes()
+        first, second = cache.split([math.prod(keys), math.prod(values)])
+        self.keys, self.values = first.view(keys), second.view(values)
+
+    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        config, k = self.config, self.config.head_channels
         shape = len(self.packed["layers"]), self.halves * self.n, config.num_heads
-        tiles = math.ceil(config.num_tokens / self.panel)
-        self.keys = room.take(f"keys {number}", (*shape, tiles, config.head_channels, self.panel), like)
-        self.values = room.take(f"values {number}", (*shape, config.num_tokens, config.head_channels), like)
+        return (*shape, math.ceil(config.num_tokens / self.panel), k, self.panel), (*shape, config.num_tokens, k)
 
     def tokens(self, x: Tensor, first: Tensor, a: Tensor, b: Tensor) -> None:
         """(a, b) of the tokens after `first` [n], as many as the tensors have room for."""
