@@ -18,7 +18,7 @@ from tarflow.models.sampling.engine import BlockEngine, EagerBlock
 from tarflow.models.sampling.guidance import Guidance
 from tarflow.models.sampling.joint import joint
 from tarflow.models.sampling.native import NativeBlock
-from tarflow.models.sampling.paths import Inverted, certify, follow
+from tarflow.models.sampling.paths import Inverted, certify, finite, follow
 from tarflow.models.sampling.plan import BlockPlan, SamplingPlan
 from tarflow.models.sampling.room import Room
 from tarflow.models.sampling.settings import SamplingSettings
@@ -122,7 +122,7 @@ class _Step:
         engine = make_engine(how.engine, self.block, self.labels, len(self.z), self.guidance, self.room)
         found = follow(how.how, engine, self.z, self.tolerance)
         del engine  # and its cache: the room is the next one's
-        good = found.converged & torch.isfinite(found.x).flatten(1).all(1).cpu()
+        good = found.converged & finite(found.x).cpu()
         if how.path != "sequential":
             wanted = torch.ones_like(wanted) if how.path == "window" else wanted | torch.isnan(found.certificate)
         self.certify(found, wanted & good)
