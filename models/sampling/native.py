@@ -4,10 +4,13 @@ It keeps one packed copy of the weights of small models; of larger ones that of 
 """
 
 import ctypes
+import functools
 import math
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,11 +75,36 @@ def why_not(block: FlowBlock) -> str | None:
     return None
 
 
+CACHES = "/sys/devices/system/cpu/cpu0/cache"  # of Linux; sysconf knows the sum of a whole machine at best
+
+
+@functools.cache
+def largest_cache() -> int:
+    """Bytes of the processor's last level of cache; 0 where the system does not say."""
+    sizes = [0]
+    for path in Path(CACHES).glob("index*/size"):
+        with suppress(OSError, ValueError):  # such as "32768K"
+            sizes.append(int(path.read_text(encoding="ascii").strip().removesuffix("K")) << 10)
+    return max(sizes)
+
+
+def samples_together(n: int, halves: int, workers: int, weights: int, cache: int) -> int:
+    """Of a worker's n samples, how many go through all tokens before the next ones begin.
+
+    As many as fit, with `weights` bytes for the block and `cache` bytes for a sample, into the processor's cache, of which each
+    worker has a share: reading keys and values from memory costs more than reading the weights again from the cache. All
+    of them where that does not cut, or would leave too few rows to use a load of weights.
+    """
+    least = ROWS_OF_A_THREAD // halves
+    fitting = (largest_cache() - weights) // (workers * cache)
+    return n if n <= fitting or fitting < least else fitting - fitting % least
+
+
 class NativeBlock:
     """`BlockEngine` in C. Raises ValueError where `why_not` has a reason.
 
-    Large batches are cut into a part for each thread: samples do not wait for each other. Small ones share out the weights
-    instead, and the threads meet after every product.
+    Large batches are cut into parts for the threads: samples do not wait for each other. Small ones share out the weights
+    instead, and the threads meet after every product. See `samples_together`, too.
     """
 
     def __init__(
@@ -86,16 +114,22 @@ class NativeBlock:
         if problem := why_not(block):
             raise ValueError(problem)
         threads, halves = torch.get_num_threads(), 2 if guidance.active else 1
-        groups = max(1, min(threads, halves * n // ROWS_OF_A_THREAD))
+        self.workers = max(1, min(threads, halves * n // ROWS_OF_A_THREAD))
         packed = _packed(block, int(library().tarflow_panel()))
+        weights = sum(tensor.nbytes for group in (*packed["layers"], packed["ends"]) for tensor in group.values())
+        each = sum(math.prod(shape) for shape in _cache_shapes(block, halves))  # numbers in a sample's keys and values
+        size = samples_together(math.ceil(n / self.workers), halves, self.workers, weights, 4 * each)
         self.config, self.parts = block.config, list[_Part]()
-        for rows in torch.arange(n).chunk(groups):
+        for rows in torch.arange(n).split(size):
             mine = None if labels is None else labels[rows]
-            self.parts.append(_Part(block, packed, mine, len(rows), guidance, threads // groups))
-        sizes = [part.cache_size for part in self.parts]
+            self.parts.append(_Part(block, packed, mine, len(rows), guidance, threads // self.workers))
+        sizes = [each * part.n for part in self.parts]
         cache = (room or Room()).take((sum(sizes),), self.parts[0].positions)
         for part, mine in zip(self.parts, cache.split(sizes)):
-            part.use(mine)
+            shapes = _cache_shapes(block, halves * part.n)
+            part.keys, part.values = (
+                some.view(shape) for some, shape in zip(mine.split([math.prod(shape) for shape in shapes]), shapes)
+            )
 
     @property
     def n(self) -> int:
@@ -126,18 +160,29 @@ class NativeBlock:
         self.parts = [part for part in self.parts if part.n]
 
     def _each(self, call: Callable[..., None], *tensors: Tensor) -> None:
-        """Call each part with its rows, all at the same time: the library runs without the interpreter's lock."""
+        """Call each part with its rows, as many at a time as work: the library runs without the interpreter's lock."""
         cuts = [tensor.split([part.n for part in self.parts]) for tensor in tensors]
-        if len(self.parts) == 1:
-            call(self.parts[0], *tensors)
+        if self.workers == 1:
+            for given in zip(self.parts, *cuts):
+                call(*given)
             return
-        with ThreadPoolExecutor(len(self.parts)) as pool:
+        with ThreadPoolExecutor(self.workers) as pool:
             for done in [pool.submit(call, *given) for given in zip(self.parts, *cuts)]:
                 done.result()
 
 
+def _cache_shapes(block: FlowBlock, rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of keys, in tiles of tokens, and of values; of tokens that are not there yet the library uses nothing."""
+    config, panel, k = block.config, int(library().tarflow_panel()), block.config.head_channels
+    shape = len(block.attn_blocks), rows, config.num_heads
+    return (*shape, math.ceil(config.num_tokens / panel), k, panel), (*shape, config.num_tokens, k)
+
+
 class _Part:
     """Some samples of a batch, with a cache of their own."""
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(
         self, block: FlowBlock, packed: "_Packed", labels: Tensor | None, n: int, guidance: Guidance, threads: int
@@ -152,22 +197,6 @@ class _Part:
         self.rotary = block.rotary()
         weights = torch.zeros(config.num_tokens) if guidance.weights is None else guidance.weights.float()
         self.weights = weights.contiguous()
-
-    @property
-    def cache_size(self) -> int:
-        """Numbers in the keys and values."""
-        return sum(math.prod(shape) for shape in self._shapes())
-
-    def use(self, cache: Tensor) -> None:
-        """Take memory for the keys and values; of tokens that are not there yet the library uses nothing."""
-        keys, values = self._shapes()
-        first, second = cache.split([math.prod(keys), math.prod(values)])
-        self.keys, self.values = first.view(keys), second.view(values)
-
-    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        config, k = self.config, self.config.head_channels
-        shape = len(self.packed["layers"]), self.halves * self.n, config.num_heads
-        return (*shape, math.ceil(config.num_tokens / self.panel), k, self.panel), (*shape, config.num_tokens, k)
 
     def tokens(self, x: Tensor, first: Tensor, a: Tensor, b: Tensor) -> None:
         """(a, b) of the tokens after `first` [n], as many as the tensors have room for."""

@@ -91,6 +91,38 @@ def test_any_number_of_threads_gives_the_same(n: int) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@torch.no_grad()
+def test_samples_go_in_groups_where_keys_and_values_of_all_do_not_fit_the_cache(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, z = perturbed(config()), noise(19)
+    block: Any = model.blocks[0]
+    pair(model, SETTINGS[1], 1)
+    torch.set_num_threads(threads)
+    guidance = Guidance.of_block(SETTINGS[1], 0, 3, 16)
+
+    def found(room: int) -> tuple[list[int], list[torch.Tensor]]:
+        monkeypatch.setattr(native, "largest_cache", lambda: room)
+        engine, x = NativeBlock(block, torch.arange(19) % 4, 19, guidance), z.clone()
+        sizes = [part.n for part in engine.parts]
+        engine.invert(x)
+        stay = torch.tensor([0, 3, 4, 11, 18])
+        engine.keep(stay)
+        return sizes, [x, *engine.tokens(z[stay], 3, 9)]
+
+    together, (exact, *after) = found(1 << 40)
+    assert together == ([19] if threads == 1 else [10, 9])
+    part = NativeBlock(block, None, 4, guidance).parts[0]
+    weights, sample = sum(t.nbytes for t in part.weights_in_use()), (part.keys.nbytes + part.values.nbytes) // 4
+    parts, (x, *others) = found(weights + 5 * threads * sample + 8)
+    assert parts == [4, 4, 4, 4, 3]
+    for ours, theirs in zip([x, *others], [exact, *after]):
+        assert torch.equal(ours, theirs)
+    for too_small in (0, weights + 3 * threads * sample):  # fewer rows than use a load of weights
+        assert found(too_small)[0] == together
+
+
 @torch.no_grad()
 def test_samples_at_different_tokens_and_fewer_samples() -> None:
     z, settings = noise(4), SETTINGS[2]
