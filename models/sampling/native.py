@@ -27,6 +27,7 @@ from tarflow.models.sampling.room import Room
 
 ROWS_OF_A_THREAD = 8  # of the batch, both halves: below, threads share out the weights instead
 ROWS = 64  # rows of a step over several tokens: enough to use each load of weights, few enough for the cache
+SHARE = 1 / 8  # of the processor's cache, for the keys and values of samples that go through the tokens together
 KEEP_BYTES = 64 << 20  # of packed weights, kept from batch to batch
 
 FORMS = {"linear": 0, "closed": 1, "sigma": 2}  # of guidance, as in native.c
@@ -91,13 +92,15 @@ def largest_cache() -> int:
 def samples_together(n: int, halves: int, workers: int, weights: int, cache: int) -> int:
     """Of a worker's n samples, how many go through all tokens before the next ones begin.
 
-    As many as fit, with `weights` bytes for the block and `cache` bytes for a sample, into the processor's cache, of which each
-    worker has a share: reading keys and values from memory costs more than reading the weights again from the cache. All
-    of them where that does not cut, or would leave too few rows to use a load of weights.
+    Reading keys and values from memory costs more than reading the weights again from the processor's cache. So a group takes
+    a small share of that cache (of `cache` bytes a sample), but has enough rows to use a load of weights. All samples are one
+    group where not even such a one fits together with the block's `weights` (bytes).
     """
-    least = ROWS_OF_A_THREAD // halves
-    fitting = (largest_cache() - weights) // (workers * cache)
-    return n if n <= fitting or fitting < least else fitting - fitting % least
+    least, room = ROWS_OF_A_THREAD // halves, largest_cache()
+    if weights + workers * least * cache > room:
+        return n
+    fitting = int(SHARE * room) // (workers * cache)
+    return min(n, max(least, fitting - fitting % least))
 
 
 class NativeBlock:

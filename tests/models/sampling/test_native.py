@@ -115,12 +115,15 @@ def test_samples_go_in_groups_where_keys_and_values_of_all_do_not_fit_the_cache(
     assert together == ([19] if threads == 1 else [10, 9])
     part = NativeBlock(block, None, 4, guidance).parts[0]
     weights, sample = sum(t.nbytes for t in part.weights_in_use()), (part.keys.nbytes + part.values.nbytes) // 4
-    parts, (x, *others) = found(weights + 5 * threads * sample + 8)
-    assert parts == [4, 4, 4, 4, 3]
-    for ours, theirs in zip([x, *others], [exact, *after]):
-        assert torch.equal(ours, theirs)
-    for too_small in (0, weights + 3 * threads * sample):  # fewer rows than use a load of weights
-        assert found(too_small)[0] == together
+    fits = weights + 4 * threads * sample
+    for room, size in ((fits, 4), (8 * 7 * threads * sample + 8, 4), (8 * 8 * threads * sample + 8, 8)):
+        assert room >= fits
+        sizes, (x, *others) = found(room)
+        assert sizes == [*[size] * (19 // size), 3]
+        for ours, theirs in zip([x, *others], [exact, *after]):
+            assert torch.equal(ours, theirs)
+    assert found(fits - 1)[0] == together
+    assert found(0)[0] == together
 
 
 @torch.no_grad()
