@@ -15,6 +15,7 @@ LEFT_OUT = {
     "no_host_sync": ["set_sync_debug_mode"],
     "repeatable": ["code generation"],
     "decoding": ["bytes of the allocator"],
+    "graphs": ["recording of graphs", "bytes of the allocator"],
     "rate": [
         "share of the peak rate", "bytes of the allocator", "memory against the plan", "times of kernels", "code generation",
     ],

@@ -29,12 +29,13 @@ from benchmarks.gpu.correct import (
     zero,
 )
 from benchmarks.gpu.ranks import gathering, resharding
-from benchmarks.gpu.speed import decoding, denoise_memory, rate
+from benchmarks.gpu.speed import decoding, denoise_memory, graphs, rate
 
 Check = Callable[[Bench], Figures]
 SEVERAL: tuple[Check, ...] = (gathering, resharding)  # first: they fork this process, which must not have used a GPU
 ONE: tuple[Check, ...] = (
-    environment, denoise_memory, no_host_sync, save_is_a_snapshot, guarded_adamw, numbers, repeatable, zero, decoding, rate,
+    environment, denoise_memory, no_host_sync, save_is_a_snapshot, guarded_adamw, numbers, repeatable, zero, decoding,
+    graphs, rate,
 )  # fmt: skip
 
 

@@ -1,17 +1,24 @@
-"""Time and memory: of denoising, of sampling token by token, and of training steps against the plan and the peak rate."""
+"""Time and memory: of denoising, of sampling, and of training steps against the plan and the peak rate."""
 
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import published_sampler
 from benchmarks.common import Bar
 from benchmarks.gpu.bench import Bench, Figures, Steps
 from tarflow.models.cost import flops_per_image, peak_rate
 from tarflow.models.denoise import denoise
-from tarflow.models.flow import FlowBlock
+from tarflow.models.flow import FlowBlock, TarFlow
 from tarflow.models.likelihood import log_likelihood
+from tarflow.models.presets import preset
 from tarflow.models.sampling.guidance import Guidance
+from tarflow.models.sampling.inverse import invert
+from tarflow.models.sampling.measure import measure_plan
+from tarflow.models.sampling.plan import BlockPlan, SamplingPlan
 from tarflow.models.sampling.sequential import invert_block
 from tarflow.models.sampling.settings import SamplingSettings
 from tarflow.trainer.parallel.memory import rank_memory
@@ -57,6 +64,45 @@ def decoding(bench: Bench) -> Figures:
         hours = seconds * 50_000 / count / 3600
         figures[str(count)] = {"s a batch": seconds, "hours for 50,000": hours, "peak GB": bench.peak_gb()}
     return figures
+
+
+def graphs(bench: Bench) -> Figures:
+    """Seconds to sample a batch with guidance, from the time of one block: the published way, eager, replayed, and `auto`."""
+    figures: Figures = {}
+    recorded = bench.on_gpu("recording of graphs")
+    shapes = (bench.model,) if bench.tiny else (preset("imagenet64-4-1024-8-8"), bench.model)  # 256 and 1,024 tokens
+    for shape in shapes:
+        model = bench.weights(shape.model_copy(update={"num_blocks": 1}))
+        for count in (bench.batch,) if bench.tiny else (1, 16, 64):
+            bench.fresh()
+            z = torch.randn(count, shape.num_tokens, shape.token_dim, device=bench.device)
+            auto, ways = _ways(model, z)
+            seconds, images = {}, {}
+            for name, way in ways.items():
+                bench.wait()
+                began = time.perf_counter()
+                images[name] = way()
+                bench.wait()
+                seconds[name] = (time.perf_counter() - began) * shape.num_blocks
+            where = f"{shape.num_tokens} tokens, batch {count}"
+            apart = max(float((found - images["eager"]).abs().max()) for found in images.values())
+            bench.bars.append(Bar(f"images apart, {where}", apart, at_most=1e-4))
+            if recorded:
+                gain = seconds["published"] / min(seconds["graphed"], seconds["auto"])
+                bench.bars.append(Bar(f"over the published way, {where}", gain, at_least=10 if count <= 16 else 5))
+            figures[where] = {"s a batch": seconds, "plan": str(auto), "peak GB": bench.peak_gb(), **auto.machine}
+    return figures
+
+
+def _ways(model: TarFlow, z: Tensor) -> tuple[SamplingPlan, dict[str, Callable[[], Tensor]]]:
+    """The plan of `auto`, and what draws the images of noise z by each way."""
+    y, settings = torch.zeros(len(z), dtype=torch.long, device=z.device), SamplingSettings(guidance=2.0, method="auto")
+    plans = {name: SamplingPlan(blocks=[BlockPlan(engine=name)]) for name in ("eager", "graphed")}
+    plans["auto"] = measure_plan(model, z, y, settings)
+    ways: dict[str, Callable[[], Tensor]] = {"published": lambda: published_sampler.sample(model, z, y, 2.0)}
+    for name, plan in plans.items():
+        ways[name] = lambda plan=plan: invert(model, z, y, settings, plan).images  # type: ignore[misc]
+    return plans["auto"], ways
 
 
 def rate(bench: Bench) -> Figures:

@@ -43,10 +43,11 @@ class CachedLayer:
         if inverse_temp_B111 is not None:
             self.scale *= inverse_temp_B111[:, 0]
 
-    def step(self, h_MC: Tensor, first: int | Tensor, count: int) -> Tensor:
+    def step(self, h_MC: Tensor, first: int | Tensor, count: int, seen: int | None = None) -> Tensor:
         """The layer for `count` tokens of each row, [B * count, C] -> the same tensor; theirs go into the cache.
 
-        `first`: the position of the first of them, for all rows or int64 [B]. The cache holds all tokens before.
+        `first`: the position of the first of them, for all rows or int64 [B]. The cache holds all tokens before. `seen`: how
+        many of its places are read where `first` is a tensor, if that is not to be looked up (a GPU would be waited for).
         """
         qkv = torch.addmm(self.qkv[0], torch.layer_norm(h_MC, *self.norms[0]), self.qkv[1])
         if self.rotary is not None or self.qk_norms[0] is not None:
@@ -54,7 +55,7 @@ class CachedLayer:
         if count == 1 and self.plain and isinstance(first, int):
             seen_MC = self._attend_one(qkv, first)
         else:
-            seen_MC = self._attend(qkv.view(self.rows, count, 3 * self.heads, -1), first)
+            seen_MC = self._attend(qkv.view(self.rows, count, 3 * self.heads, -1), first, seen)
         h_MC.addmm_(seen_MC, self.proj[1]).add_(self.proj[0])
         del qkv, seen_MC  # a pass over many tokens is at its widest below
         mid = torch.addmm(self.up[0], torch.layer_norm(h_MC, *self.norms[1]), self.up[1])
@@ -80,15 +81,17 @@ class CachedLayer:
         seen = torch.bmm(query, self.keys_transposed.narrow(2, 0, position + 1)).softmax(-1)
         return torch.bmm(seen, self.values.narrow(1, 0, position + 1)).view(self.rows, -1)
 
-    def _attend(self, qkv_BNHK: Tensor, first: int | Tensor) -> Tensor:
+    def _attend(self, qkv_BNHK: Tensor, first: int | Tensor, seen: int | None) -> Tensor:
         """What N tokens of each row see of the cache and of those up to themselves; [B, N, 3 H, K] -> [B * N, C]."""
         q, k, v = qkv_BNHK.transpose(1, 2).chunk(3, dim=1)
         if self.inverse_temp is not None:
             q = q * self.inverse_temp
-        return _cached_attention(q, k, v, self.cache, first).transpose(1, 2).flatten(2).flatten(0, 1)
+        return _cached_attention(q, k, v, self.cache, first, seen).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def _cached_attention(q: Tensor, k: Tensor, v: Tensor, cache_2BHTK: Tensor, first: int | Tensor) -> Tensor:
+def _cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, cache_2BHTK: Tensor, first: int | Tensor, end: int | None
+) -> Tensor:
     """Write k and v [B, H, N, K] into the cache at `first`; what q sees of it and of the tokens up to itself."""
     N = q.shape[2]
     if isinstance(first, int):
@@ -103,7 +106,7 @@ def _cached_attention(q: Tensor, k: Tensor, v: Tensor, cache_2BHTK: Tensor, firs
     row_B1 = torch.arange(len(first), device=q.device)[:, None]
     cache_2BHTK[0].transpose(1, 2)[row_B1, position_BN] = k.transpose(1, 2)
     cache_2BHTK[1].transpose(1, 2)[row_B1, position_BN] = v.transpose(1, 2)
-    end = int(first.max()) + N
+    end = int(first.max()) + N if end is None else end
     seen = torch.arange(end, device=q.device) <= position_BN[:, None, :, None]
     keys, values = cache_2BHTK[:, :, :, :end]
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)

@@ -78,7 +78,8 @@ class EagerBlock:
             a, b = self._tokens(x, i, 1)
             x.select(1, i + 1).mul_(torch.exp(a.select(1, 0))).add_(b.select(1, 0))
 
-    def _tokens(self, x: Tensor, first: int | Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def _tokens(self, x: Tensor, first: int | Tensor, count: int, seen: int | None = None) -> tuple[Tensor, Tensor]:
+        """`seen`: how many places of the cache are read, if not as many as have been written."""
         block = self.block
         if isinstance(first, int):
             some, positions = x[:, first : first + count], self.positions[first : first + count]
@@ -95,7 +96,7 @@ class EagerBlock:
             h = torch.cat([h, h])
         h = h.reshape(halves * self.n * count, -1)
         for layer in self.layers:
-            h = layer.step(h, at, count)
+            h = layer.step(h, at, count, seen)
         a, b = block.split(torch.addmm(self.last[0], h, self.last[1]).view(halves * self.n, count, -1))
         return self.guidance.apply(a, b, first)
 

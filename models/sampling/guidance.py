@@ -87,8 +87,19 @@ class Guidance:
             if n == 1:
                 return self._numbers[first]
             return self.weights[first : first + n].to(like)[:, None]
-        index = first.cpu()[:, None] + torch.arange(n)
-        return self.weights[index].to(like)[:, :, None]
+        index = first[:, None] + torch.arange(n, device=first.device)
+        return self._table(like)[index][:, :, None]
+
+    def _table(self, like: Tensor) -> Tensor:
+        """The weights beside `like`, copied there once."""
+        assert self.weights is not None
+        if (found := self._tables.get((like.device, like.dtype))) is None:
+            found = self._tables[like.device, like.dtype] = self.weights.to(like)
+        return found
+
+    @cached_property
+    def _tables(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+        return {}
 
 
 def linear_in_scale(a_c: Tensor, a_u: Tensor, weight: Tensor | float) -> Tensor:

@@ -15,6 +15,7 @@ from tarflow.models.errors import ModelError
 from tarflow.models.float32 import products
 from tarflow.models.flow import FlowBlock, TarFlow
 from tarflow.models.sampling.engine import BlockEngine, EagerBlock
+from tarflow.models.sampling.graphed import GraphedBlock
 from tarflow.models.sampling.guidance import Guidance
 from tarflow.models.sampling.joint import joint
 from tarflow.models.sampling.native import NativeBlock
@@ -47,13 +48,14 @@ def together(parts: Sequence[Sampled]) -> Sampled:
 def make_engine(
     name: str, block: FlowBlock, labels: Tensor | None, n: int, guidance: Guidance, room: Room | None = None
 ) -> BlockEngine:
-    """The engine of a plan; the compiled one gives way to torch where it cannot serve (`native.why_not`)."""
+    """The engine of a plan; torch's own takes the place of one that cannot serve here (`native.why_not`)."""
     if name == "native":
         try:
             return NativeBlock(block, labels, n, guidance, room)
         except ValueError:  # a plan of another machine: the same samples within the tolerance, and certified
             pass
-    return EagerBlock(block, labels, n, guidance, room)
+    kind = GraphedBlock if name == "graphed" and block.proj_in.weight.device.type == "cuda" else EagerBlock
+    return kind(block, labels, n, guidance, room)
 
 
 @torch.inference_mode()

@@ -25,6 +25,7 @@ STEPS = 8  # single tokens, for choosing between engines
 TURNS = (2, 20)  # how often what is compared is timed: at least, and where it takes little time at most
 TURNS_S = 0.1  # that is timed in all, where that takes no more turns
 LEAST_PASSES = 4  # of a whole sequence: none converged in fewer on trained weights
+CERTIFIED = 4  # samples, of a path that is not an iteration
 JOINT_BATCH = 16  # samples; larger batches keep a device busy block by block
 JOINT_BYTES = 1 << 30  # of weights, which a joint iteration holds a second time
 
@@ -45,21 +46,21 @@ def measure_plan(
     check_labels(model, labels, noise.shape[0])
     config = model.config
     x = noise.float() * model.var.float().sqrt()
-    start, blocks = x, list[BlockPlan]()
+    start, blocks, problem = x, list[BlockPlan](), ""
     for number in reversed(range(config.num_blocks)):
         block: FlowBlock = model.blocks[number]  # type: ignore[assignment]
         guidance = Guidance.of_block(settings, number, config.num_blocks, config.num_tokens)
         engines = ["native", "eager"] if compiled and not native.why_not(block) else ["eager"]
         trial = _Trial(block, block.order(x), labels, guidance, settings.tolerance, engines)
         blocks.append(trial.run())
-        x = block.order(trial.x)
+        x, problem = block.order(trial.x), problem or trial.problem
     blocks = _perhaps_at_once(model, start, labels, settings, blocks)
     machine = {
         "device": torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else x.device.type,
         "threads": torch.get_num_threads(),
         "batch": noise.shape[0],
         "torch": torch.__version__,
-    }
+    } | ({"no graphs": problem} if problem else {})
     return SamplingPlan(blocks=blocks[::-1], conditions=conditions_of(config, settings, weights), machine=machine)
 
 
@@ -124,7 +125,7 @@ class _Trial:
         engines: list[str],
     ) -> None:
         self.block, self.z, self.labels, self.guidance, self.tolerance = block, z, labels, guidance, tolerance
-        self.engines = engines
+        self.engines, self.problem = engines, ""
         self.x = z
         self.seconds: dict[str, float] = {}
         self.passes: dict[str, int] = {}
@@ -135,6 +136,8 @@ class _Trial:
         single = min(self.engines, key=lambda engine: self._calls(engine, 1, STEPS))
         self._whole_run(single, SEQUENTIAL)
         assert self.best is not None
+        if self.z.device.type == "cuda" and tokens > 2:
+            self._try_graphs()
         for path, count, least in [
             *((Path("window", width), width, (tokens - 1) / width) for width in WIDTHS if width < tokens - 1),
             (WHOLE, tokens - 1, LEAST_PASSES),
@@ -149,6 +152,14 @@ class _Trial:
             engine=engine, path=path.kind, width=path.width, passes=self.passes,
             seconds={name: float(f"{value:.3g}") for name, value in self.seconds.items()},
         )  # fmt: skip
+
+    def _try_graphs(self) -> None:
+        try:
+            self._whole_run("graphed", SEQUENTIAL)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # of a driver or kernel that does not let itself be recorded: the plan says so
+            self.problem = str(error).splitlines()[0][:200]
 
     def _calls(self, engine: str, count: int, number: int) -> float:
         """Seconds of `number` calls over `count` tokens each; the best of several turns."""
@@ -173,7 +184,7 @@ class _Trial:
         if self.best is None:
             self.x, self.best = found.x, (seconds, engine, path)
             return
-        if seconds >= self.best[0] or not bool((found.converged & (certificate <= self.tolerance)).all()):
+        if seconds >= self.best[0] or not bool(found.converged.all() & (certificate <= self.tolerance).all()):
             return
         before, held, held_path = self.best
         for _ in range(_turns(seconds)):
@@ -183,7 +194,10 @@ class _Trial:
         self.best = (seconds, engine, path) if seconds < before else (before, held, held_path)
 
     def _invert(self, engine: str, path: Path) -> tuple[float, Inverted, Tensor]:
-        """Seconds, the samples and their certificates, whose cost counts where they do not come with the path."""
+        """Seconds, the samples and their certificates, whose cost counts where every sample's is to be computed.
+
+        Of graphs a few samples are certified, as later of their batches.
+        """
         n, made = len(self.z), list[Inverted]()
 
         def run() -> None:
@@ -198,4 +212,9 @@ class _Trial:
             found: list[Tensor] = []
             seconds += _timed(self.z.device, lambda: found.append(certify(judge, made[0].x, self.z)))
             certificate = found[0]
+        elif engine == "graphed":
+            few = min(n, CERTIFIED)
+            labels = None if self.labels is None else self.labels[:few]
+            judge = make_engine("eager", self.block, labels, few, self.guidance)
+            certificate = certify(judge, made[0].x[:few], self.z[:few])
         return seconds, made[0], certificate

@@ -11,14 +11,14 @@ from tarflow.models.sampling.settings import SamplingSettings
 from tarflow.records import Record
 
 FIRST_WINDOW = 32  # of method=fixed_point in the block that is sampled first, where whole sequences converge slowly
-ENGINES = ("eager", "native")
+ENGINES = ("eager", "native", "graphed")
 KINDS = ("sequential", "window", "whole", "joint")
 
 Seconds = Annotated[float, Field(ge=0, le=1e9)]
 
 
 class BlockPlan(Record):
-    """One block: `engine` is "eager" (torch) or "native" (compiled, on the CPU); `width` is that of a window."""
+    """One block: `engine` is "eager" (torch), "native" (compiled, on the CPU) or "graphed" (CUDA); `width` is a window's."""
 
     engine: str = "eager"
     path: str = "sequential"

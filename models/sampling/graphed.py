@@ -1,0 +1,61 @@
+"""The block engine for CUDA: a step of one token is recorded as a graph and replayed, a single launch for each token.
+
+Token by token a GPU waits for its host, which issues a dozen kernels a layer (docs/gpu.md). A graph repeats the same kernels on
+the same addresses, so what moves from token to token lies on the device: the position, which every step counts up itself.
+Attention reads the cache up to the end of a stretch of tokens, behind a mask, and each stretch has a graph of its own: one over
+the whole sequence would read twice as much as there is to see.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention import sdpa_kernel
+
+from tarflow.models.sampling.engine import KERNELS, EagerBlock
+
+STRETCH = 64  # tokens that share a graph
+
+
+class GraphedBlock(EagerBlock):
+    """`EagerBlock`, which inverts by replaying. On another device it takes the same steps one by one, which tests go by."""
+
+    @sdpa_kernel(KERNELS, set_priority=True)
+    def invert(self, x: Tensor) -> None:
+        """See `BlockEngine.invert`. Raises RuntimeError, as torch does, where a step cannot be recorded."""
+        self.cache.zero_()  # what is masked is still multiplied by its weight of 0
+        self.fresh = False
+        tokens = x.shape[1]
+        position = torch.zeros(self.n, dtype=torch.int64, device=x.device)
+        for start in range(0, tokens - 1, STRETCH):
+            seen = min(start + STRETCH, tokens)
+            step = recorded(lambda seen=seen: self._step(x, position, seen), x.device)  # type: ignore[misc]
+            for _ in range(start + 1, min(seen, tokens - 1)):
+                step()
+
+    def _step(self, x: Tensor, position: Tensor, seen: int) -> None:
+        """Token `position` [N] of each sample gives the next one, in place, among `seen` places of the cache; counts up."""
+        a, b = self._tokens(x, position, 1, seen)
+        at = (position + 1)[:, None, None].expand(-1, 1, x.shape[2])
+        x.scatter_(1, at, x.gather(1, at) * torch.exp(a) + b)
+        position += 1
+
+
+def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Take a step once, and return what repeats it: on a GPU a graph of its kernels, elsewhere the step."""
+    if device.type != "cuda":
+        step()
+        return step
+    here, beside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    beside.wait_stream(here)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(beside):
+        step()  # libraries that begin at their first call do so before anything is recorded
+        # Other threads, such as one that pins memory, may go on. Not by `torch.cuda.graph`, which first gives memory back.
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            step()
+        finally:
+            graph.capture_end()
+    here.wait_stream(beside)
+    return graph.replay
