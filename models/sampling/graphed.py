@@ -6,6 +6,7 @@ Attention reads the cache up to the end of a stretch of tokens, behind a mask, a
 the whole sequence would read twice as much as there is to see.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -27,11 +28,14 @@ class GraphedBlock(EagerBlock):
         self.fresh = False
         tokens = x.shape[1]
         position = torch.zeros(self.n, dtype=torch.int64, device=x.device)
+        steps = list[Callable[[], None]]()
         for start in range(0, tokens - 1, STRETCH):
             seen = min(start + STRETCH, tokens)
-            step = recorded(lambda seen=seen: self._step(x, position, seen), x.device)  # type: ignore[misc]
+            steps.append(recorded(lambda seen=seen: self._step(x, position, seen), x.device))  # type: ignore[misc]
             for _ in range(start + 1, min(seen, tokens - 1)):
-                step()
+                steps[-1]()
+        if x.device.type == "cuda":
+            torch.cuda.current_stream(x.device).synchronize()  # before the graphs go, and with them their memory
 
     def _step(self, x: Tensor, position: Tensor, seen: int) -> None:
         """Token `position` [N] of each sample gives the next one, in place, among `seen` places of the cache; counts up."""
@@ -46,7 +50,7 @@ def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], Non
     if device.type != "cuda":
         step()
         return step
-    here, beside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    here, beside = torch.cuda.current_stream(device), _stream(device)
     beside.wait_stream(here)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(beside):
@@ -59,3 +63,9 @@ def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], Non
             graph.capture_end()
     here.wait_stream(beside)
     return graph.replay
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: libraries keep memory for every stream that they have seen."""
+    return torch.cuda.Stream(device)
