@@ -8,6 +8,7 @@ the whole sequence would read twice as much as there is to see.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +29,13 @@ class GraphedBlock(EagerBlock):
         self.fresh = False
         tokens = x.shape[1]
         position = torch.zeros(self.n, dtype=torch.int64, device=x.device)
-        steps = list[Callable[[], None]]()
+        steps, pool = list[Callable[[], None]](), torch.cuda.graph_pool_handle() if x.is_cuda else None
         for start in range(0, tokens - 1, STRETCH):
             seen = min(start + STRETCH, tokens)
-            steps.append(recorded(lambda seen=seen: self._step(x, position, seen), x.device))  # type: ignore[misc]
+            steps.append(recorded(lambda seen=seen: self._step(x, position, seen), x.device, pool))  # type: ignore[misc]
             for _ in range(start + 1, min(seen, tokens - 1)):
                 steps[-1]()
-        if x.device.type == "cuda":
+        if x.is_cuda:
             torch.cuda.current_stream(x.device).synchronize()  # before the graphs go, and with them their memory
 
     def _step(self, x: Tensor, position: Tensor, seen: int) -> None:
@@ -45,8 +46,11 @@ class GraphedBlock(EagerBlock):
         position += 1
 
 
-def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Take a step once, and return what repeats it: on a GPU a graph of its kernels, elsewhere the step."""
+def recorded(step: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
+    """Take a step once, and return what repeats it: on a GPU a graph of its kernels, elsewhere the step.
+
+    `pool`: memory that graphs share which are replayed one after the other.
+    """
     if device.type != "cuda":
         step()
         return step
@@ -56,7 +60,7 @@ def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], Non
     with torch.cuda.stream(beside):
         step()  # libraries that begin at their first call do so before anything is recorded
         # Other threads, such as one that pins memory, may go on. Not by `torch.cuda.graph`, which first gives memory back.
-        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_begin(pool, capture_error_mode="thread_local")
         try:
             step()
         finally:

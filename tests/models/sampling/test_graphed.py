@@ -85,7 +85,7 @@ def test_a_step_asks_the_device_for_nothing_and_is_the_same_at_every_token(
     engine = GraphedBlock(block, Y, 4, Guidance.of_block(settings, 1, 3, 16))
     steps: list[list[str]] = []
 
-    def recorded(step: Any, _: torch.device) -> Any:
+    def recorded(step: Any, *_: Any) -> Any:
         step()  # what is looked up once
 
         def again() -> None:
