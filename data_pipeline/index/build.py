@@ -105,13 +105,15 @@ def build_index(
             causes = f" ({', '.join(report.causes())})" if report.causes() else ""
             first = f"the first is {shown(shards[0])}"
             raise DataError(f"no sample found in any of the {len(jobs)} shards of {root}, {first}{causes}")
-        report.older = writer.take_over(older) if (older := _older(root)) else []
+        # With --out elsewhere there may be an index beside the shards, as there may be names.
+        older = _older(root) or _older(_folder_of(shards))
+        report.older = writer.take_over(older) if older else []
         writer.finish(form, rules, (origin or []) + report.seen.lines() + report.older)
     return Index(root), report
 
 
 def _older(root: Path) -> Index | None:
-    """The index that is replaced; None where there is none that can be read."""
+    """The index of a folder; None where there is none that can be read."""
     with suppress(DataError):
         return Index(root) if (root / "index").is_dir() else None
     return None

@@ -74,20 +74,22 @@ class IndexWriter:
             self._shards[column].append(value)
 
     def take_over(self, older: Index) -> list[str]:
-        """Record the size and the crop rule that an index to be replaced records: shards themselves say nothing of them.
+        """Record the size and the crop rule that an older index records: shards themselves say nothing of them.
 
-        Only where all shards are among its own; else nothing is recorded, and the line says so. No line without a loss.
+        Only where all shards with samples are among its own; else nothing is recorded, and the line says so. No line without
+        a loss.
         """
         if self.image_size or self.crop or not (older.image_size or older.crop):
             return []
         theirs = {content.checksum for k in range(len(older.shard_paths)) if (content := older.shard_content(k))}
-        if theirs.issuperset(self._shards["checksum"]):
+        mine = {checksum for checksum, rows in zip(self._shards["checksum"], self._shards["samples"]) if rows}
+        if mine <= theirs:
             self.image_size, self.crop = older.image_size, older.crop
             return []
         size = f"all images are {shown(older.image_size[::-1])}" if older.image_size else ""
         rule = f"cropped by the rule {older.crop}" if older.crop else ""
         return [
-            f"the index before said of other shards: {', '.join(filter(None, (size, rule)))}; this one does not, so that "
+            f"the index before said: {', '.join(filter(None, (size, rule)))}; of these shards that is not known, so "
             "data.crop has to say the rule where it matters"
         ]
 

@@ -59,7 +59,8 @@ class CachedLayer:
         h_MC.addmm_(seen_MC, self.proj[1]).add_(self.proj[0])
         del qkv, seen_MC  # a pass over many tokens is at its widest below
         mid = torch.addmm(self.up[0], torch.layer_norm(h_MC, *self.norms[1]), self.up[1])
-        # Transposed, so that torch does not go through oneDNN: that takes five times as long for a few rows.
+        # Transposed, which two rows or more are not contiguous by, so that torch does not go through oneDNN: that takes
+        # several times as long for a few rows.
         mid = F.gelu(mid.t()).t() if count == 1 else F.gelu(mid)
         return h_MC.addmm_(mid, self.down[1]).add_(self.down[0])
 

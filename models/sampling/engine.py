@@ -65,8 +65,9 @@ class EagerBlock:
     @sdpa_kernel(KERNELS, set_priority=True)
     def tokens(self, x: Tensor, first: int | Tensor, count: int) -> tuple[Tensor, Tensor]:
         """See `BlockEngine.tokens`."""
-        if self.fresh:  # what is masked is still multiplied by its weight of 0, which a NaN from before would survive
-            self.cache.zero_()
+        writes_all = isinstance(first, int) and count >= self.cache.shape[4] - 1
+        if self.fresh and not writes_all:
+            self.cache.zero_()  # what is masked is still multiplied by its weight of 0, which a NaN from before would survive
         self.fresh = False
         return self._tokens(x, first, count)
 
@@ -104,7 +105,8 @@ class EagerBlock:
         """See `BlockEngine.keep`."""
         both = torch.cat([rows, rows + self.n]) if self.guidance.active else rows
         self.n = len(rows)
-        self.cache = self.cache[:, :, both]
+        self.cache[:, :, : len(both)] = self.cache[:, :, both]  # within the memory that is there
+        self.cache = self.cache[:, :, : len(both)]
         if self.embedding is not None:
             self.embedding = self.embedding[both]
         if self.inverse_temp is not None:

@@ -8,7 +8,7 @@ the whole sequence would read twice as much as there is to see.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -29,14 +29,21 @@ class GraphedBlock(EagerBlock):
         self.fresh = False
         tokens = x.shape[1]
         position = torch.zeros(self.n, dtype=torch.int64, device=x.device)
-        steps, pool = list[Callable[[], None]](), torch.cuda.graph_pool_handle() if x.is_cuda else None
-        for start in range(0, tokens - 1, STRETCH):
-            seen = min(start + STRETCH, tokens)
-            steps.append(recorded(lambda seen=seen: self._step(x, position, seen), x.device, pool))  # type: ignore[misc]
-            for _ in range(start + 1, min(seen, tokens - 1)):
-                steps[-1]()
-        if x.is_cuda:
-            torch.cuda.current_stream(x.device).synchronize()  # before the graphs go, and with them their memory
+        steps = list[Callable[[], None]]()
+        try:
+            for start in range(0, tokens - 1, STRETCH):
+                seen = min(start + STRETCH, tokens)
+                self._step(
+                    x, position, seen
+                )  # libraries that begin at their first call do so before anything is recorded
+                more = min(seen, tokens - 1) - start - 1
+                if more:
+                    steps.append(recorded(lambda seen=seen: self._step(x, position, seen), x.device))  # type: ignore[misc]
+                for _ in range(more):
+                    steps[-1]()
+        finally:
+            if x.is_cuda:
+                torch.cuda.synchronize(x.device)  # before the graphs go, and what they compute with
 
     def _step(self, x: Tensor, position: Tensor, seen: int) -> None:
         """Token `position` [N] of each sample gives the next one, in place, among `seen` places of the cache; counts up."""
@@ -46,30 +53,31 @@ class GraphedBlock(EagerBlock):
         position += 1
 
 
-def recorded(step: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
-    """Take a step once, and return what repeats it: on a GPU a graph of its kernels, elsewhere the step.
-
-    `pool`: memory that graphs share which are replayed one after the other.
-    """
+def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """What repeats a step that has been taken before: on a GPU a graph of its kernels, elsewhere the step itself."""
     if device.type != "cuda":
-        step()
         return step
-    here, beside = torch.cuda.current_stream(device), _stream(device)
+    beside, pool = _kept(device)
+    here, graph = torch.cuda.current_stream(device), torch.cuda.CUDAGraph()
     beside.wait_stream(here)
-    graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(beside):
-        step()  # libraries that begin at their first call do so before anything is recorded
         # Other threads, such as one that pins memory, may go on. Not by `torch.cuda.graph`, which first gives memory back.
-        graph.capture_begin(pool, capture_error_mode="thread_local")
+        graph.capture_begin(pool.id, capture_error_mode="thread_local")  # type: ignore[arg-type]
         try:
             step()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # that the recording is void, which would hide why
+                graph.capture_end()
+            raise
+        graph.capture_end()
     here.wait_stream(beside)
     return graph.replay
 
 
 @functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all recordings: libraries keep memory for every stream that they have seen."""
-    return torch.cuda.Stream(device)
+def _kept(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.MemPool]:
+    """One stream and one pool of memory for all recordings, which can share them: graphs are replayed one after the other.
+
+    Libraries keep memory for every stream that they have seen, and the allocator that of a pool which nobody uses any more.
+    """
+    return torch.cuda.Stream(device), torch.cuda.MemPool()

@@ -48,7 +48,7 @@ def together(parts: Sequence[Sampled]) -> Sampled:
 def make_engine(
     name: str, block: FlowBlock, labels: Tensor | None, n: int, guidance: Guidance, room: Room | None = None
 ) -> BlockEngine:
-    """The engine of a plan; torch's own takes the place of one that cannot serve here (`native.why_not`)."""
+    """The engine of a plan; torch's own takes the place of a compiled one where that cannot serve, and of graphs off CUDA."""
     if name == "native":
         try:
             return NativeBlock(block, labels, n, guidance, room)

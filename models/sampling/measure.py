@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tarflow.models.float32 import products
 from tarflow.models.flow import FlowBlock, TarFlow
 from tarflow.models.sampling import native
 from tarflow.models.sampling.guidance import Guidance
@@ -156,10 +157,9 @@ class _Trial:
     def _try_graphs(self) -> None:
         try:
             self._whole_run("graphed", SEQUENTIAL)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # of a driver or kernel that does not let itself be recorded: the plan says so
+        except RuntimeError as error:  # of what does not let itself be recorded, or of memory: the plan says so
             self.problem = str(error).splitlines()[0][:200]
+            torch.cuda.empty_cache()
 
     def _calls(self, engine: str, count: int, number: int) -> float:
         """Seconds of `number` calls over `count` tokens each; the best of several turns."""
@@ -210,11 +210,13 @@ class _Trial:
         if path.kind == "window":
             judge = make_engine("eager", self.block, self.labels, n, self.guidance)
             found: list[Tensor] = []
-            seconds += _timed(self.z.device, lambda: found.append(certify(judge, made[0].x, self.z)))
+            with products():  # true float32, as when samples are certified
+                seconds += _timed(self.z.device, lambda: found.append(certify(judge, made[0].x, self.z)))
             certificate = found[0]
         elif engine == "graphed":
             few = min(n, CERTIFIED)
             labels = None if self.labels is None else self.labels[:few]
             judge = make_engine("eager", self.block, labels, few, self.guidance)
-            certificate = certify(judge, made[0].x[:few], self.z[:few])
+            with products():  # true float32, as when samples are certified
+                certificate = certify(judge, made[0].x[:few], self.z[:few])
         return seconds, made[0], certificate

@@ -99,8 +99,8 @@ def samples_together(n: int, halves: int, workers: int, weights: int, cache: int
     least, room = ROWS_OF_A_THREAD // halves, largest_cache()
     if weights + workers * least * cache > room:
         return n
-    fitting = int(SHARE * room) // (workers * cache)
-    return min(n, max(least, fitting - fitting % least))
+    fitting = max(least, int(SHARE * room) // (workers * cache))
+    return math.ceil(n / math.ceil(n / fitting))  # alike, so that none is left with a few rows
 
 
 class NativeBlock:
@@ -218,7 +218,10 @@ class _Part:
         """Go on with these samples alone."""
         both = torch.cat([rows, rows + self.n]) if self.halves == 2 else rows
         self.n = len(rows)
-        self.keys, self.values = self.keys[:, both].contiguous(), self.values[:, both].contiguous()
+        for name in ("keys", "values"):  # within the memory that is there
+            cache = getattr(self, name)
+            cache[:, : len(both)] = cache[:, both]
+            setattr(self, name, cache[:, : len(both)])
         if self.embedding is not None:
             self.embedding = self.embedding[both].contiguous()
 

@@ -253,13 +253,21 @@ def test_an_index_made_anew_keeps_size_and_rule_of_the_same_shards_and_says_when
     again = Index(out)
     assert (again.crop, again.image_size, again.fingerprint) == ("adm", (12, 8), before.fingerprint)
 
+    # Also beside another folder's shards, and with a new shard that holds nothing.
+    lab.write_tar(out / "empty.tar", [])
+    assert tarflow.cli.main(["data", "index", str(out), "--out", str(tmp_path / "elsewhere")]) == 0
+    assert "the index before" not in capsys.readouterr().out
+    elsewhere = Index(tmp_path / "elsewhere")
+    assert (elsewhere.crop, elsewhere.image_size) == ("adm", (12, 8))
+    (out / "empty.tar").unlink()
+
     # A shard of unknown origin beside them: nothing holds for all any more.
     buffer = io.BytesIO()
     Image.fromarray(scene(50, 90)).save(buffer, "PNG")
     lab.write_tar(out / "more.tar", [("0.png", buffer.getvalue())])
     assert tarflow.cli.main(["data", "index", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "all images are 8 x 12 (height x width), cropped by the rule adm; this one does not" in said
+    assert "all images are 8 x 12 (height x width), cropped by the rule adm; of these shards that is not known" in said
     mixed = Index(out)
     assert (mixed.crop, mixed.image_size) == (None, None)
     assert any("cropped by the rule adm" in line for line in mixed.meta["origin"])
