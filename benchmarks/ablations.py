@@ -153,10 +153,11 @@ class Bench:
     def figure(self, option: str, images: int, seed: int, at: str) -> Figure:
         """Train and evaluate one run."""
         run, cpu_s = self.train(option, images, seed, at)
-        if not (results := read_results(run)):
-            run_verb(["evaluate", run, "--once", "--reference", self.reference], run.with_name(f"{run.name}.log"))
-            results = read_results(run)
-        ((_, result),) = results
+        if (result := result_at(run, images)) is None:
+            words = ["evaluate", run, "--once", "--newest", "--reference", self.reference]
+            run_verb(words, run.with_name(f"{run.name}.log"))
+            result = result_at(run, images)
+        assert result is not None
         distance = next(float(result[key]) for key in result if is_distance(key))
         return Figure(
             images,
@@ -164,6 +165,11 @@ class Bench:
             (result["bits_per_dim"], result["bits_per_dim_stderr"]),
             (distance, result["distance_stderr"]),
         )
+
+
+def result_at(run: Path, images: int) -> dict[str, Any] | None:
+    """The result of a run's end. A training that was interrupted has others, of where it stood."""
+    return next((result for _, result in read_results(run) if result["images_seen"] == images), None)
 
 
 def equal_compute(images: int, cpu_s: float, default_cpu_s: float, start_s: float, batch: int) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import ablations
 from benchmarks.ablations import (
     DEFAULT,
     HEADER,
@@ -45,6 +46,32 @@ def test_a_row_has_a_cell_for_each_title() -> None:
     assert {len(row) for row in rows} == {len(HEADER)}
     assert rows[0][6:10] == (3.0, 0.1, None, None)
     assert rows[1][6:10] == pytest.approx((3.0, 0.1, 0.0, 0.1 * 2**0.5))
+
+
+def test_the_result_of_a_run_is_that_of_its_end_whatever_else_was_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose training was interrupted ended in "too many values to unpack", or was scored by where it stood then."""
+    there: list[int] = [320]
+    monkeypatch.setattr(ablations, "read_results", lambda _: [(tmp_path, result(images)) for images in there])
+    asked: list[list[Any]] = []
+
+    def evaluate(words: list[Any], _: Path) -> None:
+        asked.append(words)
+        there.append(640)
+
+    def result(images: int) -> dict[str, Any]:
+        measured = {"bits_per_dim": images / 100, "bits_per_dim_stderr": 0.1, "distance_stderr": 2.0}
+        return {"images_seen": images, "fd_efficientnet_lite0": 50.0, **measured}
+
+    monkeypatch.setattr(ablations, "run_verb", evaluate)
+    monkeypatch.setattr(Bench, "train", lambda *_: (tmp_path, 12.0))
+    monkeypatch.setattr(Bench, "reference", tmp_path / "reference.npz")
+    bench = Bench(SETS[0], tmp_path, tmp_path, quick=True)
+    for _ in range(2):
+        assert bench.figure(DEFAULT, 640, 0, "images") == Figure(640, 12.0, (6.4, 0.1), (50.0, 2.0))
+    assert len(asked) == 1, "and what is there is not measured again"
+    assert "--newest" in asked[0]
 
 
 @pytest.mark.parametrize("option", OPTIONS)
