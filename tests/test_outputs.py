@@ -101,7 +101,9 @@ def test_nohup_stays_in_force(ignored: bool, received: str) -> None:
 
 @pytest.mark.case("F19")
 def test_ranks_are_told_that_the_terminal_of_their_supervisor_is_closed() -> None:
-    process = subprocess.Popen(program("heed_hangup", "supervisor"), env=ENV, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        program("heed_hangup", "supervisor"), env=ENV, stdout=subprocess.PIPE, text=True, preexec_fn=heed_hangup
+    )
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(2)] == ["up\n", "up\n"]
     process.send_signal(signal.SIGHUP)
