@@ -91,13 +91,8 @@ def graphs(bench: Bench) -> Figures:
             if recorded:
                 gain = seconds["published"] / min(seconds["graphed"], seconds["auto"])
                 bench.bars.append(Bar(f"over the published way, {where}", gain, at_least=10 if count <= 16 else 5))
-            figures[where] = {
-                "s a batch": seconds,
-                "images apart": apart,
-                "plan": str(auto),
-                "peak GB": bench.peak_gb(),
-                **auto.machine,
-            }
+            measured = {"s a batch": seconds, "images apart": apart, "peak GB": bench.peak_gb()}
+            figures[where] = measured | {"plan": str(auto), **auto.machine}
     return figures
 
 

@@ -33,9 +33,8 @@ class GraphedBlock(EagerBlock):
         try:
             for start in range(0, tokens - 1, STRETCH):
                 seen = min(start + STRETCH, tokens)
-                self._step(
-                    x, position, seen
-                )  # libraries that begin at their first call do so before anything is recorded
+                # Once as it is: libraries that begin at their first call do so before anything is recorded.
+                self._step(x, position, seen)
                 more = min(seen, tokens - 1) - start - 1
                 if more:
                     steps.append(recorded(lambda seen=seen: self._step(x, position, seen), x.device))  # type: ignore[misc]
