@@ -1,8 +1,8 @@
 """The inverse of the whole flow by a plan: every block by its path, each sample with its certificate.
 
 What a plan's path does not settle is computed again, sample by sample, one token after the other in torch: a sample that did
-not converge, is not finite, or whose certificate is above the tolerance. It is counted, and nothing is clamped. That path is
-the reference: there, a sample is what it is.
+not converge or was not begun, is not finite, or whose certificate is above the tolerance. It is counted, and nothing is
+clamped. That path is the reference: there, a sample is what it is.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from tarflow.models.sampling.graphed import GraphedBlock
 from tarflow.models.sampling.guidance import Guidance
 from tarflow.models.sampling.joint import joint
 from tarflow.models.sampling.native import NativeBlock
-from tarflow.models.sampling.paths import Inverted, certify, finite, follow
+from tarflow.models.sampling.paths import Inverted, certify, finite, follow, nothing_done
 from tarflow.models.sampling.plan import BlockPlan, SamplingPlan
 from tarflow.models.sampling.room import Room
 from tarflow.models.sampling.settings import SamplingSettings
@@ -122,7 +122,12 @@ class _Step:
     def run(self, how: BlockPlan, wanted: Tensor) -> tuple[Inverted, Tensor]:
         """The inverted block, and which samples [N] bool were computed again."""
         engine = make_engine(how.engine, self.block, self.labels, len(self.z), self.guidance, self.room)
-        found = follow(how.how, engine, self.z, self.tolerance)
+        try:
+            found = follow(how.how, engine, self.z, self.tolerance)
+        except RuntimeError as error:
+            if how.engine != "graphed" or isinstance(error, torch.OutOfMemoryError):
+                raise
+            found = nothing_done(self.z)  # the plan of a machine that can record a step, which this one cannot
         del engine  # and its cache: the room is the next one's
         good = found.converged & finite(found.x).cpu()
         if how.path != "sequential":

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tarflow.models.sampling import graphed
+from tarflow.models.sampling import graphed, inverse
 from tarflow.models.sampling.engine import EagerBlock
 from tarflow.models.sampling.graphed import GraphedBlock
 from tarflow.models.sampling.guidance import Guidance
@@ -111,6 +111,25 @@ def test_where_there_is_no_gpu_torch_takes_its_place() -> None:
     assert type(make_engine("graphed", model.blocks[0], Y, 4, Guidance.of_block(settings, 0, 3, 16))) is EagerBlock  # type: ignore[arg-type]
     exact = invert(model, noise(4), Y, settings, SamplingPlan(blocks=[BlockPlan()] * 3))
     assert torch.equal(invert(model, noise(4), Y, settings, plan).images, exact.images)
+
+
+class Unrecordable(EagerBlock):
+    def invert(self, x: torch.Tensor) -> None:
+        super().invert(x)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_a_plan_whose_steps_cannot_be_recorded_here_is_drawn_in_torch_and_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, settings = perturbed(config()), SamplingSettings(guidance=1.5)
+    exact = invert(model, noise(4), Y, settings, SamplingPlan(blocks=[BlockPlan()] * 3))
+    monkeypatch.setattr(inverse, "make_engine", lambda _, *given: Unrecordable(*given))
+    found = invert(model, noise(4), Y, settings, SamplingPlan(blocks=[BlockPlan(engine="graphed")] * 3))
+    assert found.redone.all()
+    assert torch.equal(found.images, exact.images)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        invert(model, noise(4), Y, settings, SamplingPlan(blocks=[BlockPlan(engine="native")] * 3))
 
 
 @pytest.mark.gpu
