@@ -10,7 +10,7 @@ from tarflow.models.sampling import inverse
 from tarflow.models.sampling.engine import EagerBlock
 from tarflow.models.sampling.guidance import Guidance
 from tarflow.models.sampling.inverse import invert
-from tarflow.models.sampling.paths import JOINT, WHOLE, Path, certify, follow, residual
+from tarflow.models.sampling.paths import JOINT, WHOLE, Path, certify, finite, follow, residual
 from tarflow.models.sampling.plan import BlockPlan, SamplingPlan, plan_without_measuring
 from tarflow.models.sampling.sequential import sample
 from tarflow.models.sampling.settings import SamplingSettings
@@ -215,6 +215,14 @@ def test_methods_without_measuring_are_plans() -> None:
         "block 2 eager window 32, block 1 eager whole, block 0 eager whole"
     )
     assert (sample(model, noise(5), Y, fixed) - sample(model, noise(5), Y, GUIDED)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_one_number_anywhere_makes_a_sample_not_finite(bad: float) -> None:
+    x = torch.randn(5, 4, 3) * 1e30
+    x[1, 0, 0] = x[2, 2, 1] = x[3, 3, 2] = bad
+    x[3, 1, 0] = torch.inf  # beside another kind
+    assert finite(x).tolist() == [True, False, False, False, True]
 
 
 def test_certificates_are_computed_for_those_that_are_asked_for() -> None:
