@@ -158,9 +158,15 @@ def _orderly_end() -> Iterator[list[int]]:
         raise SystemExit(OF_A_SIGNAL + number)
 
     def lost(unraisable: Any) -> None:
-        """Send the signal again: its exception was raised, and lost, in a callback of the interpreter (a weak reference's)."""
-        if not asked or not isinstance(unraisable.exc_value, KeyboardInterrupt | SystemExit):
+        """Send the signal again: its exception was raised, and lost, in a callback of the interpreter (a weak reference's).
+
+        Other exceptions that are lost after a signal are of what it cut short, such as an archive that closes itself when its
+        file is closed already; nobody wants to read of them.
+        """
+        if not asked:
             hook(unraisable)
+            return
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt | SystemExit):
             return
         main = threading.main_thread().ident or 0
         threading.Timer(0.01, signal.pthread_kill, (main, asked[-1])).start()

@@ -168,6 +168,18 @@ def test_a_signal_that_comes_within_a_callback_of_the_interpreter_is_not_lost() 
 
 
 @pytest.mark.case("F19")
+def test_what_was_cut_short_says_nothing_of_its_end_and_what_fails_by_itself_does() -> None:
+    """An archive that was being written closes itself after its file: a Ctrl-C at that moment ended in a traceback."""
+    asked, loud = (
+        subprocess.run(program("signal_in_archive", *words), env=ENV, capture_output=True, text=True, timeout=60)
+        for words in ((), ("loud",))
+    )
+    assert (asked.stdout, asked.stderr) == ("ended True\n", "")
+    assert loud.stdout == "ended False\n"
+    assert "seek of closed file" in loud.stderr
+
+
+@pytest.mark.case("F19")
 def test_an_error_that_a_library_makes_of_ctrl_c_is_the_end_that_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
