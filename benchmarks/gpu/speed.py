@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -101,10 +102,12 @@ def _ways(model: TarFlow, z: Tensor) -> tuple[SamplingPlan, dict[str, Callable[[
     y, settings = torch.zeros(len(z), dtype=torch.long, device=z.device), SamplingSettings(guidance=2.0, method="auto")
     plans = {name: SamplingPlan(blocks=[BlockPlan(engine=name)]) for name in ("eager", "graphed")}
     plans["auto"] = measure_plan(model, z, y, settings)
-    ways: dict[str, Callable[[], Tensor]] = {"published": lambda: published_sampler.sample(model, z, y, 2.0)}
-    for name, plan in plans.items():
-        ways[name] = lambda plan=plan: invert(model, z, y, settings, plan).images  # type: ignore[misc]
-    return plans["auto"], ways
+
+    def planned(plan: SamplingPlan) -> Tensor:
+        return invert(model, z, y, settings, plan).images
+
+    ways: dict[str, Callable[[], Tensor]] = {"published": partial(published_sampler.sample, model, z, y, 2.0)}
+    return plans["auto"], ways | {name: partial(planned, plan) for name, plan in plans.items()}
 
 
 def rate(bench: Bench) -> Figures:

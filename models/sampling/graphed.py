@@ -37,7 +37,7 @@ class GraphedBlock(EagerBlock):
                 self._step(x, position, seen)
                 more = min(seen, tokens - 1) - start - 1
                 if more:
-                    steps.append(recorded(lambda seen=seen: self._step(x, position, seen), x.device))  # type: ignore[misc]
+                    steps.append(recorded(functools.partial(self._step, x, position, seen), x.device))
                 for _ in range(more):
                     steps[-1]()
         finally:
@@ -61,6 +61,7 @@ def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], Non
     beside.wait_stream(here)
     with torch.cuda.stream(beside):
         # Other threads, such as one that pins memory, may go on. Not by `torch.cuda.graph`, which first gives memory back.
+        # The ID is what torch 2.11 takes, and later ones know under another type.
         graph.capture_begin(pool.id, capture_error_mode="thread_local")  # type: ignore[arg-type]
         try:
             step()

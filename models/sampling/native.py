@@ -122,17 +122,12 @@ class NativeBlock:
         weights = sum(tensor.nbytes for group in (*packed["layers"], packed["ends"]) for tensor in group.values())
         each = sum(math.prod(shape) for shape in _cache_shapes(block, halves))  # numbers in a sample's keys and values
         size = samples_together(math.ceil(n / self.workers), halves, self.workers, weights, 4 * each)
+        groups = torch.arange(n).split(size)
+        cache = (room or Room()).take((each * n,), block.proj_in.weight)
         self.config, self.parts = block.config, list[_Part]()
-        for rows in torch.arange(n).split(size):
-            mine = None if labels is None else labels[rows]
-            self.parts.append(_Part(block, packed, mine, len(rows), guidance, threads // self.workers))
-        sizes = [each * part.n for part in self.parts]
-        cache = (room or Room()).take((sum(sizes),), self.parts[0].positions)
-        for part, mine in zip(self.parts, cache.split(sizes)):
-            shapes = _cache_shapes(block, halves * part.n)
-            part.keys, part.values = (
-                some.view(shape) for some, shape in zip(mine.split([math.prod(shape) for shape in shapes]), shapes)
-            )
+        for rows, mine in zip(groups, cache.split([each * len(rows) for rows in groups])):
+            given = None if labels is None else labels[rows]
+            self.parts.append(_Part(block, packed, given, len(rows), guidance, threads // self.workers, mine))
 
     @property
     def n(self) -> int:
@@ -182,13 +177,17 @@ def _cache_shapes(block: FlowBlock, rows: int) -> tuple[tuple[int, ...], tuple[i
 
 
 class _Part:
-    """Some samples of a batch, with a cache of their own."""
-
-    keys: Tensor
-    values: Tensor
+    """Some samples of a batch, with their share of the cache."""
 
     def __init__(
-        self, block: FlowBlock, packed: "_Packed", labels: Tensor | None, n: int, guidance: Guidance, threads: int
+        self,
+        block: FlowBlock,
+        packed: "_Packed",
+        labels: Tensor | None,
+        n: int,
+        guidance: Guidance,
+        threads: int,
+        cache: Tensor,
     ) -> None:
         config = block.config
         self.n, self.guidance, self.halves, self.threads = n, guidance, 2 if guidance.active else 1, threads
@@ -200,6 +199,9 @@ class _Part:
         self.rotary = block.rotary()
         weights = torch.zeros(config.num_tokens) if guidance.weights is None else guidance.weights.float()
         self.weights = weights.contiguous()
+        shapes = _cache_shapes(block, self.halves * n)
+        parts = cache.split([math.prod(shape) for shape in shapes])
+        self.keys, self.values = (part.view(shape) for part, shape in zip(parts, shapes))
 
     def tokens(self, x: Tensor, first: Tensor, a: Tensor, b: Tensor) -> None:
         """(a, b) of the tokens after `first` [n], as many as the tensors have room for."""

@@ -18,7 +18,8 @@ from tests.helpers.flows import config, noise, perturbed
 Y = torch.tensor([0, 1, 3, -1])
 MODELS: list[dict[str, Any]] = [
     {}, {"positions": "rotary"}, {"qk_norm": True}, {"scale": "softplus"}, {"num_classes": 0}, {"soft_clip": 1.0},
-    {"nvp": False}, {"layers_per_block": [1, 3, 2]}, {"image_size": [8, 16]}, {"image_size": 4}, {"image_size": 2},
+    {"nvp": False}, {"layers_per_block": [1, 3, 2]}, {"noise_conditioning": True}, {"image_size": [8, 16]},
+    {"image_size": 4}, {"image_size": 2},
 ]  # fmt: skip
 SETTINGS = [
     SamplingSettings(),
@@ -26,6 +27,12 @@ SETTINGS = [
     SamplingSettings(guidance=2.0, annealed=False, attn_temp=0.5, guidance_form="closed"),
     SamplingSettings(guidance=2.0, attn_temp=0.5, guidance_form="sigma", guide="b"),
 ]
+
+
+def told(settings: SamplingSettings, changes: dict[str, Any]) -> SamplingSettings:
+    """With a noise level, for a model that is told one."""
+    level = {"noise_level": 0.2, "denoise_steps": 2} if changes.get("noise_conditioning") else {}
+    return settings.model_copy(update=level)
 
 
 @pytest.fixture(params=[5, 8, 64])
@@ -38,7 +45,7 @@ def _stretch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s.guidance:g}-{s.guidance_form}")
 @torch.no_grad()
 def test_its_steps_invert_as_torch_token_by_token(changes: dict[str, Any], settings: SamplingSettings) -> None:
-    model = perturbed(config(**changes))
+    model, settings = perturbed(config(**changes)), told(settings, changes)
     block: Any = model.blocks[1]
     z = torch.randn(4, model.config.num_tokens, model.config.token_dim, generator=torch.Generator().manual_seed(1))
     given = (
@@ -78,13 +85,13 @@ class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("changes", MODELS[:8], ids=str)
+@pytest.mark.parametrize("changes", MODELS[:9], ids=str)
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s.guidance:g}-{s.guidance_form}")
 @torch.no_grad()
 def test_a_step_asks_the_device_for_nothing_and_is_the_same_at_every_token(
     changes: dict[str, Any], settings: SamplingSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = perturbed(config(**changes))
+    model, settings = perturbed(config(**changes)), told(settings, changes)
     block: Any = model.blocks[1]
     labels = Y if model.config.num_classes else None
     engine = GraphedBlock(block, labels, 4, Guidance.of_block(settings, 1, 3, 16))
@@ -108,7 +115,8 @@ def test_where_there_is_no_gpu_torch_takes_its_place() -> None:
     model = perturbed(config())
     plan = SamplingPlan(blocks=[BlockPlan(engine="graphed")] * 3)
     settings = SamplingSettings(guidance=1.5)
-    assert type(make_engine("graphed", model.blocks[0], Y, 4, Guidance.of_block(settings, 0, 3, 16))) is EagerBlock  # type: ignore[arg-type]
+    block: Any = model.blocks[0]
+    assert type(make_engine("graphed", block, Y, 4, Guidance.of_block(settings, 0, 3, 16))) is EagerBlock
     exact = invert(model, noise(4), Y, settings, SamplingPlan(blocks=[BlockPlan()] * 3))
     assert torch.equal(invert(model, noise(4), Y, settings, plan).images, exact.images)
 
