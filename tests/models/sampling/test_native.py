@@ -184,6 +184,18 @@ def test_changed_weights_are_packed_anew() -> None:
     assert (second.images - sample(model, noise(4), Y, SETTINGS[1])).abs().max() <= 2e-5
 
 
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}], ids=str)
+@torch.no_grad()
+def test_each_weight_that_changes_alone_is_seen(changes: dict[str, Any]) -> None:
+    model, z = perturbed(config(**changes)), noise(4)
+    for name, parameter in model.blocks[1].named_parameters():
+        pair(model, SETTINGS[1])[1].tokens(z, 0, 15)  # packed as it is
+        parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        eager, compiled = pair(model, SETTINGS[1])
+        for ours, theirs in zip(compiled.tokens(z, 0, 15), eager.tokens(z, 0, 15)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, msg=name)
+
+
 @pytest.fixture
 def anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Building from nothing, into a folder of the test."""
