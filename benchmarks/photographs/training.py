@@ -37,7 +37,7 @@ def cost_of_image(config: Path, scratch: Path, batch: int, known: Path, steps: t
         return float(json.loads(known.read_text())["cpu_s_per_image"])
     used = []
     for number in steps:
-        run = scratch / f"cost-{number}"
+        run = scratch / f"{config.stem}-{number}"  # of its own: another shell may be measuring another recipe
         shutil.rmtree(run, ignore_errors=True)
         short = {"train.max_images": number * batch, "checkpoint.every_images": 0, "optim.warmup_images": batch}
         used.append(run_verb(["train", config, "--run-dir", run, *overrides(short)], scratch / "cost.log").cpu_s)

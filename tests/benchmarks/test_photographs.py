@@ -16,7 +16,7 @@ from benchmarks.photographs.sheet import MOST_BYTES, sheet
 from benchmarks.photographs.sources import Photograph, webp_files
 from benchmarks.photographs.tables import HEADER, Result, markdown, result_rows
 from benchmarks.photographs.tiles import COUNTS, count_rows, cut, held_out, photograph_of, tile_name, write_tiles
-from benchmarks.photographs.training import Taken, images_for, taken_by, train_in_slices, write_config
+from benchmarks.photographs.training import Taken, cost_of_image, images_for, taken_by, train_in_slices, write_config
 from benchmarks.verbs import Ran, VerbFailedError, nested, overrides
 from tests.helpers.data import prepared, spots
 from tests.helpers.runs import write_config as a_config
@@ -117,6 +117,29 @@ def test_a_budget_buys_whole_batches_and_settings_are_written_as_a_tree(tmp_path
     assert write_config(path, settings) == path
     with pytest.raises(SystemExit, match="other settings"):
         write_config(path, settings | {"model.channels": 16})
+
+
+def test_two_shells_that_measure_what_an_image_costs_keep_out_of_each_others_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+
+    def measure(name: str) -> float:
+        return cost_of_image(tmp_path / f"{name}.yaml", tmp_path / "scratch", 32, tmp_path / f"{name}.json", (2, 6))
+
+    def run(words: list[object], log: Path, limit_s: float | None = None) -> Ran:
+        folder = Path(str(words[words.index("--run-dir") + 1]))
+        folder.mkdir(parents=True)
+        begun.append(folder.name)
+        if len(begun) == 1:  # the other shell begins and ends in the midst of this one's first run
+            assert measure("iterative-64") == 1 / 32
+        assert folder.is_dir()
+        return Ran(0, cpu_s=10.0 + (4.0 if folder.name.endswith("-6") else 0.0), wall_s=20.0)
+
+    monkeypatch.setattr(training, "run_verb", run)
+    assert measure("plain-64") == 1 / 32
+    assert len(begun) == 4
+    assert list((tmp_path / "scratch").iterdir()) == []
 
 
 def test_a_sheet_of_samples_holds_every_grid_and_stays_small(tmp_path: Path) -> None:
