@@ -51,6 +51,7 @@ WHOLE = preset("imagenet256-8-1280-8-8")
 CUT = WHOLE.model_copy(update={"layers_per_block": 2})
 # More tokens than those for which the CPU writes attention out.
 DEEP = WHOLE.model_copy(update={"num_blocks": 4, "layers_per_block": (1, 1, 1, 5)})
+TOLD = DEEP.model_copy(update={"noise_conditioning": True})
 SMALL = TarFlowConfig(image_size=80, patch_size=4, channels=256, num_blocks=4, layers_per_block=4, num_classes=10)
 LARGE = 2**12  # bytes
 Counted = dict[str, float]
@@ -83,7 +84,7 @@ class Plan:
             self.shape,
             train={
                 "global_batch_size": images, "micro_batch_size": 1, "max_images": 10 * images, "param_dtype": "bfloat16",
-                "grad_clip": 1.0,
+                "grad_clip": 1.0, **({"noise_range": [0.01, 0.3], "noise_std": 0.0} if self.shape.noise_conditioning else {}),
             },
             parallel={"world_size": self.ranks, **self.parallel},
             activation_checkpoint={"mode": self.mode},
@@ -100,6 +101,7 @@ PLANS = {
     "HSDP 128 x 8, none": Plan(HSDP, "none"),
     "HSDP 128 x 8, none, deep-shallow": Plan(HSDP, "none", shape=DEEP),
     "HSDP 128 x 8, full, deep-shallow": Plan(HSDP, shape=DEEP),
+    "HSDP 128 x 8, full, deep-shallow, told the noise": Plan(HSDP, shape=TOLD),
     "HSDP 128 x 8, full, 4 micro-batches": Plan(HSDP, accumulation=4),
     "HSDP 128 x 8, full, deep-shallow, 4 micro-batches": Plan(HSDP, accumulation=4, shape=DEEP),
     "HSDP 128 x 8, none, weights kept": Plan(HSDP | {"reshard_after_forward": "never"}, "none"),
@@ -117,6 +119,10 @@ PLANS = {
             (1, "full", 1), (1, "none", 4), (2, "full", 1), (2, "none", 4), (3, "full", 1), (3, "none", 1), (3, "none", 4),
         )
     },
+    "ZeRO-3, none, told the noise": Plan(
+        {"backend": "deepspeed", "zero_stage": 3}, "none", ranks=16,
+        shape=SMALL.model_copy(update={"noise_conditioning": True}),
+    ),
     **{
         f"ZeRO-{stage} x 1,024": Plan({"backend": "deepspeed", "zero_stage": stage}, "none", shape=SMALL)
         for stage in (1, 2, 3)
@@ -127,6 +133,7 @@ QUICK = (
     "HSDP 128 x 8, none",
     "HSDP 128 x 8, none, deep-shallow",
     "HSDP 128 x 8, full, deep-shallow, 4 micro-batches",
+    "HSDP 128 x 8, full, deep-shallow, told the noise",
     "ZeRO-3, none, 1 micro-batches",
 )
 
@@ -265,6 +272,7 @@ def _step(backend: Any, ema: EMA, plan: Plan, alive: Alive) -> Counted:
     """Count one training step."""
     held, kept, gradients = alive.settle(), [], 0.0
     images, labels = torch.zeros(1, *plan.shape.image_shape), torch.zeros(1, dtype=torch.long)
+    levels = torch.full((1,), 0.1) if plan.shape.noise_conditioning else None
     module = sys.modules[type(backend).__module__]
 
     def noting(*given: Any) -> Tensor:
@@ -273,7 +281,7 @@ def _step(backend: Any, ema: EMA, plan: Plan, alive: Alive) -> Counted:
 
     with mock.patch.object(module, "training_loss", noting):
         for number in range(1, plan.accumulation + 1):
-            backend.forward_backward(images, labels, 1 / plan.accumulation, number == plan.accumulation)
+            backend.forward_backward(images, labels, 1 / plan.accumulation, number == plan.accumulation, levels)
             if number == 1:
                 gradients = alive.bytes()
     if plan.accumulation == 1 and not plan.zero:  # besides them, a buffer of the last unit is left

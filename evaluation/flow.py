@@ -15,6 +15,7 @@ from tarflow.evaluation.likelihood.per_image import ImageLikelihoods, likelihood
 from tarflow.evaluation.log import Log, no_log
 from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
 from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler, check_guidance, check_noise, levels_of
+from tarflow.evaluation.samples.file_sampling import level_of
 from tarflow.evaluation.samples.labels import given_names
 from tarflow.evaluation.samples.request import SourceRequest, batches_of, open_request
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
@@ -75,6 +76,8 @@ def load(
     if batch_size is not None and batch_size < 1:
         raise EvaluationError(f"batch_size={batch_size}: at least one image has to be taken at a time")
     found, sampling, size = open_request(request, log)
+    if found.told and "noise_std" in settings:
+        found.likelihood_noise = found.level(settings["noise_std"])
     if classes is not None:
         known = found.provenance.classes
         given = Path(classes) if isinstance(classes, str) else classes
@@ -140,7 +143,7 @@ class Flow:
             EvaluationError: settings or labels without meaning for this model, or an image that is not finite.
 
         """
-        changed = self.sampling.with_changes(**settings)
+        changed = self._changed(settings)
         if given := self._labels(labels):
             changed = changed.with_changes(labels=given)
         check_guidance(changed, self.config.num_classes, self.provenance.label_dropout)
@@ -171,7 +174,7 @@ class Flow:
 
         """
         ends = [self._end(end, name) for end, name in ((a, "a"), (b, "b"))]
-        changed = settings_of_path(self.sampling.with_changes(**settings), ends, settings)
+        changed = settings_of_path(self._changed(settings), ends, settings)
         changed = changed.with_changes(labels=self._labels(label) if self.config.num_classes else ())
         check_guidance(changed, self.config.num_classes, self.provenance.label_dropout)
         sampler = PathSampler(self.model, changed, path_between(self.model, ends, changed, steps), self._memory)
@@ -196,7 +199,8 @@ class Flow:
 
         uint8 images get the noise that the flow was trained on, keyed by (seed, draw, number of the image, counted from
         `first`), and the mean over `draws` of it is returned. Floats are taken as they are: they already contain theirs.
-        `noise_level`: of a flow that is told it, the level of that noise; None: the one at which its evaluations measure.
+        `noise_level`: of a flow that is told it, the level of that noise; None: that of `load`, or else the one at which its
+        evaluations measure.
         """
         return self._mean_over_draws(log_likelihood, images, labels, draws, seed, first, noise_level)
 
@@ -331,6 +335,15 @@ class Flow:
         x, y = images_in_model_range(images, self.config.image_shape), self._labels_of(labels, len(images))
         clean = [torch.empty(0, *self.config.image_shape)]
         return torch.cat([*clean, *self._computed(DENOISING, compute, x, y, denoising_bytes(self.config))])
+
+    def _changed(self, settings: dict[str, Any]) -> ResolvedSampling:
+        """The sampling settings with these changes, where `noise_std` is the level of a flow that is told it."""
+        if "noise_std" in settings and not self.source.told:
+            raise EvaluationError(
+                f"noise_std={settings['noise_std']} is the noise that these weights were trained on, which does not change; "
+                "where they do not record it, give it to tarflow.load"
+            )
+        return self.sampling.with_changes(**level_of(settings))
 
     def _labels(self, labels: Labels) -> tuple[int, ...]:
         return label_numbers(labels, self.config.num_classes, self.classes)

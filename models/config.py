@@ -132,6 +132,11 @@ class TarFlowConfig(Section):
             raise ValueError(
                 "model.scale=softplus needs model.nvp=true: the shift-only flow (model.nvp=false) has no scale"
             )
+        if self.noise_conditioning and not self.nvp:
+            raise ValueError(
+                "model.noise_conditioning=true needs model.nvp=true: the shift-only flow (model.nvp=false) has one volume for "
+                "all noise levels, and their densities do not"
+            )
         if self.positions == "rotary" and self.head_channels % 4:
             raise ValueError(
                 f"model.positions=rotary rotates pairs of channels by rows and as many by columns: model.head_channels="

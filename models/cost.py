@@ -5,6 +5,7 @@ Symbols: T tokens of D numbers, C channels.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from tarflow.models.config import TarFlowConfig
@@ -90,12 +91,24 @@ def flops_per_image(config: TarFlowConfig, training: bool = True) -> float:
 
     Causal attention counts the half of the T x T logits that is used. Recomputation does not count.
     """
+    return (3.0 if training else 1.0) * sum(_block_flops(config, layers) for layers in config.layers)
+
+
+def sampling_flops(config: TarFlowConfig, guided: bool, guide_blocks: Sequence[int] = ()) -> float:
+    """FLOPs of the matrix products for one sample, before denoising: a block that is guided (all, or those) takes two rows."""
+    chosen = {number % config.num_blocks for number in guide_blocks or range(config.num_blocks)} if guided else set()
+    return sum(
+        _block_flops(config, layers) * (2 if block in chosen else 1) for block, layers in enumerate(config.layers)
+    )
+
+
+def _block_flops(config: TarFlowConfig, layers: int) -> float:
+    """FLOPs of the forward pass of a block of so many layers."""
     c, d, t, e = config.channels, config.token_dim, config.num_tokens, config.expansion
     layer = 2 * (4 + 2 * e) * c * c + 2 * t * c  # the linear maps; QK^T and its product with V, halved
     ends = 2 * d * c + 2 * c * d * (2 if config.nvp else 1)
-    forward = (sum(config.layers) * layer + config.num_blocks * ends) * t
-    forward += config.num_blocks * 16 * c * c * config.noise_conditioning  # of the noise embedding, once for all tokens
-    return (3.0 if training else 1.0) * forward
+    noise = 16 * c * c * config.noise_conditioning  # of the noise embedding, once for all tokens
+    return float((layers * layer + ends) * t + noise)
 
 
 def activation_bytes(
@@ -187,6 +200,15 @@ def denoising_bytes(config: TarFlowConfig) -> float:
     kept = sum(config.layers) * c + config.num_blocks * (2 + _scale_steps(config)) * d
     at_work = (6 + 3 * config.expansion) * c
     return config.num_tokens * (4.0 * (kept + at_work) + _compared(config, 4))
+
+
+def noise_embedding_bytes(config: TarFlowConfig, copied: bool) -> float:
+    """Bytes that the embeddings of noise levels keep for the backward pass, whatever the number of images.
+
+    `copied`: weights come in bfloat16. These layers multiply in float32 (`tarflow.models.noise.WideLinear`), and autograd keeps
+    the copy of the second one's weight: the first one's input, the level, has no gradient.
+    """
+    return 4.0 * config.num_blocks * 4 * config.channels**2 if copied and config.noise_conditioning else 0.0
 
 
 def sampling_bytes(

@@ -48,6 +48,9 @@ class Provenance(Section):
     noise_range: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = Field(
         None, description="lowest and highest standard deviation of the noise, of a model that is told it"
     )
+    likelihood_noise: float | None = Field(
+        None, gt=0, description="the standard deviation of these at which the run measures likelihoods"
+    )
     label_dropout: float | None = Field(None, ge=0, le=1, description="probability of training without the label")
     classes: tuple[Word, ...] | None = Field(None, description="class names, by label")
     sampling: Facts | None = Field(None, description="the run's sampling settings")
@@ -63,6 +66,8 @@ class Provenance(Section):
             )
         if self.noise_range is not None and self.noise_range[0] > self.noise_range[1]:
             raise ValueError(f"noise_range={list(self.noise_range)} must begin with the lower level")
+        if self.likelihood_noise is not None and self.noise_range is None:
+            raise ValueError(f"likelihood_noise={self.likelihood_noise:g} does not go without noise_range")
         return self
 
     def describe(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROTARY_BASE = (
-    100.0  # from neighbouring patches to a sixteenth of a turn over 40, the slowest pair; as in arXiv 2403.13298
+    100.0  # as in arXiv 2403.13298: in heads of 64 channels, pairs turn by 1 to 1/75 radian from patch to patch
 )
 SHORT = 256  # up to this many tokens, torch's fused bfloat16 kernel on the CPU is slower than explicit products
 

@@ -60,7 +60,7 @@ def encode_images(request: EncodeRequest, log: Log = print) -> Latents:
     source, sampling, batch_size = open_request(request, log)
     seed = sampling.settings.seed if request.seed is None else request.seed
     given = request.settings.get("noise_std")
-    level = source.level(given)
+    level = source.level(given) if source.told else None
     if given is not None and level is None and not request.noisy:
         raise EvaluationError(
             f"--noise-std {given:g} is about noise, and without --noisy none is added: give both or neither"

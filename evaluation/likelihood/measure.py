@@ -67,7 +67,8 @@ def measure_likelihoods(request: LikelihoodRequest, log: Log = print) -> dict[st
     label, request.labels = request.labels, None
     source, sampling, batch_size = open_request(request, log)
     seed = sampling.settings.seed if request.seed is None else request.seed
-    noise = source.training_noise(sampling.noise_std, seed, request.draws, request.settings.get("noise_std"))
+    level = request.settings.get("noise_std") if source.told else None
+    noise = source.training_noise(sampling.noise_std, seed, request.draws, level)
     images = open_images(request.data, source, request.num, label, log)
     identity = {
         "format": FORMAT, **source.describe(), "noise": noise.describe(), "images": images.provenance(), "form": request.form,

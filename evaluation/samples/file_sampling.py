@@ -97,6 +97,7 @@ def describe_file(path: Path, file: WeightsFile) -> str:
         "head_channels": f"attention heads of {c.head_channels} channels",
         "soft_clip": "no soft clip",
         "scale": "scales by exp",
+        "input_scale": "images not scaled",
     }
     assumed = ", ".join(words[key] for key in file.inferred["assumed"])
     stated = ", ".join(f"{key}={value}" for key, value in file.stated.items())

@@ -64,8 +64,10 @@ class ResolvedSampling:
 
     def describe(self) -> dict[str, Any]:
         """Plain values for result files; `labels` is written out."""
-        steps = {"denoise_steps"} if self.settings.steps else set()
-        unsaid = {"batch_size"} | (self.settings.unsaid - steps)
+        steps = {"denoise_steps"}
+        unsaid = {"batch_size"} | (
+            self.settings.unsaid - steps if self.settings.steps else self.settings.unsaid | steps
+        )
         described = {key: value for key, value in self.settings.described().items() if key not in unsaid}
         described |= {"denoise": self.denoise_multiplier, "noise_std": self.noise_std}
         if (

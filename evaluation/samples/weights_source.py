@@ -5,6 +5,7 @@ would report metrics of other weights.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ class WeightsSource:
     checkpoint: str | None = None  # name of the checkpoint, if it is one
     provenance: Provenance = field(default_factory=Provenance)
     likelihood_noise: float | None = (
-        None  # at which a run measures likelihoods, of a model that is told the noise level
+        None  # given when it was opened: the level of its likelihoods; None: as its run has it
     )
     checked: bool = True  # False: a file without a checksum
     inferred: dict[str, Any] = field(
@@ -62,24 +63,37 @@ class WeightsSource:
         """
         return self.provenance.describe() | ({} if self.checked else {"checked": False}) | self.inferred
 
+    @property
+    def told(self) -> bool:
+        """Whether the model is told the noise level of its images."""
+        return self.model.config.noise_conditioning
+
     def level(self, asked: float | None = None) -> float | None:
         """The noise level of images that the model is told, if it is told one: as asked for, or the one of its likelihoods.
 
-        Raises EvaluationError for a level that the model was not trained at, and for one that nobody knows.
+        Raises EvaluationError for a level that the model was not trained at, for one that nobody knows, and for one that is
+        asked for of a model that is told none.
         """
-        if not self.model.config.noise_conditioning:
+        if not self.told:
+            if asked is not None:
+                raise EvaluationError(
+                    f"the noise level {asked:g} (noise_level) is for models with noise_conditioning, which are told it; "
+                    f"{self.origin} was trained on one noise"
+                )
             return None
         bounds = self.provenance.noise_range
-        level = asked or self.likelihood_noise or (bounds[0] if bounds else None)
+        known = (asked, self.likelihood_noise, self.provenance.likelihood_noise, *(bounds or ()))
+        level = next((t for t in known if t is not None), None)
         if level is None:
             raise EvaluationError(
                 f"{self.origin} does not record the noise levels it was trained on, one of which its model has to be told: "
                 "give it (noise_std, --noise-std)"
             )
-        if bounds is not None and not bounds[0] <= level <= bounds[1]:
+        low, high = bounds or (0.0, math.inf)
+        if not (low <= level <= high and level > 0):
             raise EvaluationError(
-                f"the noise level {level:g} (noise_std, --noise-std) lies outside of those that {self.origin} was trained on, "
-                f"{bounds[0]:g} to {bounds[1]:g}"
+                f"the noise level {level:g} (noise_level, --noise-std) lies outside of those that {self.origin} was trained on"
+                + (f", {low:g} to {high:g}" if bounds else ": all are above 0")
             )
         return level
 
@@ -114,8 +128,7 @@ def from_checkpoint(config: Config, checkpoint: Checkpoint, which: str, device: 
     model = load_model(config.model, tensors).requires_grad_(False).to(device)
     known = provenance_of(checkpoint, config, which)
     place, step, images_seen = str(checkpoint.path), checkpoint.step, checkpoint.images_seen
-    level = config.likelihood_noise if config.model.noise_conditioning else None
-    return WeightsSource(model, which, _digest(tensors), place, step, images_seen, checkpoint.name, known, level)
+    return WeightsSource(model, which, _digest(tensors), place, step, images_seen, checkpoint.name, known)
 
 
 def from_file(path: Path, file: WeightsFile, device: torch.device) -> WeightsSource:

@@ -9,7 +9,7 @@ from tarflow.evaluation import results
 from tarflow.evaluation.images.data_set import ImageSet
 from tarflow.evaluation.worker.recipe import Recipe
 from tarflow.models.config import TarFlowConfig
-from tarflow.models.cost import denoising_flops, flops_per_image
+from tarflow.models.cost import denoising_flops, flops_per_image, sampling_flops
 
 _BESIDE = ("features", "statistics", "saving")  # phases whose time goes with the number of samples
 _ONCE = ("distance", "neighbours", "pictures")  # phases whose time does not
@@ -24,6 +24,7 @@ class Work:
     denoised: int  # steps of denoising
     held_out: int  # images
     draws: int  # of noise for each of them
+    guide_blocks: tuple[int, ...] = ()  # that are guided; empty: all
 
     @classmethod
     def of_recipe(cls, recipe: Recipe) -> "Work":
@@ -34,20 +35,22 @@ class Work:
             images = ImageSet(held_out, recipe.config.model, settings.validation_images).num_images
         sampling = settings.sampling
         steps = sampling.settings.steps or int(sampling.denoise_multiplier > 0)
-        return cls(settings.num_samples, sampling.settings.guided, steps, images, settings.likelihood.draws)
+        own, draws = sampling.settings, settings.likelihood.draws
+        return cls(settings.num_samples, own.guided, steps, images, draws, own.guide_blocks)
 
     @classmethod
     def of_result(cls, result: dict[str, Any]) -> "Work":
         """The work that a result took."""
         sampling, held_out = result["settings"]["sampling"], result.get("likelihood") or {}
         return cls(
-            result["samples"]["asked"], sampling["guidance"] > 0, sampling.get("denoise_steps") or int(sampling["denoise"] > 0),
-            int(held_out.get("images") or 0), int(held_out.get("draws") or 1),
+            result["samples"]["asked"], sampling["guidance"] > 0,
+            (sampling.get("denoise_steps") or 1) if sampling["denoise"] > 0 else 0,
+            int(held_out.get("images") or 0), int(held_out.get("draws") or 1), tuple(sampling.get("guide_blocks") or ()),
         )  # fmt: skip
 
     def drawing_flops(self, model: TarFlowConfig) -> tuple[float, float]:
-        """FLOPs of (sampling, denoising). Guidance computes a second, unconditional row for each image."""
-        sampling = self.samples * flops_per_image(model, training=False) * (2 if self.guided else 1)
+        """FLOPs of (sampling, denoising). Guidance computes a second, unconditional row for each image, block by block."""
+        sampling = self.samples * sampling_flops(model, self.guided, self.guide_blocks)
         return sampling, self.samples * denoising_flops(model) * self.denoised
 
     def likelihood_flops(self, model: TarFlowConfig) -> float:
@@ -137,13 +140,17 @@ def _describe(recipe: Recipe, work: Work, names: Sequence[str]) -> list[str]:
     model, settings = recipe.config.model, recipe.settings
     which = "the last checkpoint" if recipe.final else "each checkpoint"
     what = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "nothing"
-    rows = work.samples * (2 if work.guided else 1)
+    blocks = len({number % model.num_blocks for number in work.guide_blocks}) or model.num_blocks
+    rows, guided = work.samples, ""
+    if work.guided and blocks == model.num_blocks:
+        rows, guided = 2 * rows, ", guided: two rows each"
+    elif work.guided:
+        guided = f", guided, with two rows each, in {blocks} of {model.num_blocks} blocks"
     sampling, denoising = work.drawing_flops(model)
     passes = work.held_out * work.draws
     lines = [
         f"{which} with weights {settings.weights}, settings {settings.hash}: {what} to evaluate",
-        f"  sampling    {work.samples:,} images{', guided: two rows each' if work.guided else ''}; "
-        f"{rows * model.num_tokens:,} tokens; {sampling:.3g} FLOP",
+        f"  sampling    {work.samples:,} images{guided}; {rows * model.num_tokens:,} tokens; {sampling:.3g} FLOP",
     ]
     if work.denoised:
         lines.append(

@@ -167,6 +167,7 @@ def file_recipe(path: Path, file: WeightsFile, overrides: list[str]) -> Recipe:
         "ema": {"relative_stds": []},
         "log": {"tensorboard": False},
         "sampling": stored_sampling(path, file.provenance.sampling).model_dump(mode="json"),
+        "evaluation": {"likelihood_noise": file.provenance.likelihood_noise},
     }
     config = build_config(tree, str(path), overrides)
     for name, value in known.items():

@@ -21,6 +21,7 @@ WITHOUT_SHAPE: Mapping[str, Any] = {
     "head_channels": 64,
     "soft_clip": 0.0,
     "scale": "exp",
+    "input_scale": 1.0,
 }  # as in every published model
 _LAYER = re.compile(r"blocks\.([0-9]{1,9})\.attn_blocks\.([0-9]{1,9})\..*")
 
@@ -51,10 +52,12 @@ def config_by_shapes(
 ) -> TarFlowConfig:
     """Infer the configuration from tensors in the published layout.
 
-    Three settings affect no shape (`WITHOUT_SHAPE`): the channels of attention heads, unless queries and keys have a norm, the
-    soft clip, and the form of the scale. They are as `stated`, or else those of `like`, or else as published. So are the sides
-    of a rectangle, of which shapes tell the product alone: the images are squares, as published, unless `stated` or `like` say
-    otherwise. Without an embedding of positions these are rotary. Raises ModelError for tensors of another layout.
+    Four settings affect no shape (`WITHOUT_SHAPE`): the channels of attention heads, unless queries and keys have a norm, the
+    soft clip, the form of the scale, and the factor on the images. They are as `stated`, or else those of `like`, or else as
+    published. So are the sides of a rectangle, of which shapes tell the product alone: the images are squares, as published,
+    unless `stated` or `like` say otherwise. Without an embedding of positions these are rotary.
+
+    Raises ModelError for tensors of another layout.
     """
     free = {name: getattr(like, name) for name in WITHOUT_SHAPE} if like else dict(WITHOUT_SHAPE)
     free |= {name: value for name, value in (stated or {}).items() if name in WITHOUT_SHAPE}
@@ -85,6 +88,7 @@ def config_by_shapes(
             nvp=weights["blocks.0.proj_out.weight"].shape[0] == 2 * token_dim,
             positions=positions,
             qk_norm=q_norm is not None,
+            noise_conditioning=any(name.startswith("blocks.0.noise_embed.") for name in weights),
             **free,
         )
     except KeyError as error:

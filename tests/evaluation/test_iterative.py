@@ -1,6 +1,7 @@
 """A flow that is told the noise level, through everything that evaluates: samples, results, sweeps, likelihoods, Python."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +23,12 @@ from tarflow.evaluation.sweep.candidates import SweepRequest, sweep_candidates
 from tarflow.evaluation.sweep.guidance import sweep_guidance
 from tarflow.evaluation.sweep_file import load_sweep
 from tarflow.evaluation.worker.follow import WorkerOptions, evaluate
+from tarflow.evaluation.worker.recipe import file_recipe
 from tarflow.models.denoise import denoise_in_steps, flow_score, schedule
 from tarflow.models.noise import to_model_range
 from tarflow.models.provenance import Provenance
 from tarflow.models.sampling.sequential import sample
-from tarflow.models.weights import save_weights_file
+from tarflow.models.weights import read_weights, save_weights_file
 from tarflow.trainer.checkpoint.find import find
 from tests.evaluation.conftest import model_config
 
@@ -155,8 +157,63 @@ def test_a_weights_file_is_sampled_by_the_levels_that_it_records(iterative, tmp_
     assert (settings["noise_level"], settings["denoise_to"], settings["denoise_steps"]) == (0.3, 0.05, 2)
     with pytest.raises(EvaluationError, match="do not record the noise levels"):
         tarflow.load(tmp_path / "unknown.safetensors")
-    told = tarflow.load(tmp_path / "unknown.safetensors", noise_std=0.2, denoise_steps=2)
-    assert told.sample(1).shape == (1, 1, 8, 8)
+    for name in ("unknown", "known"):
+        told = tarflow.load(tmp_path / f"{name}.safetensors", noise_std=0.2, denoise_steps=2)
+        image = told.sample(1)
+        assert image.shape == (1, 1, 8, 8)
+        assert torch.equal(told.bits_per_dim(image), told.bits_per_dim(image, noise_level=0.2))
+        assert not torch.equal(told.bits_per_dim(image), told.bits_per_dim(image, noise_level=0.1))
+        assert torch.equal(told.encode(image), told.encode(image, noise_level=0.2))
+        with pytest.raises(EvaluationError, match=r"noise level -0\.2 .*lies outside"):
+            told.bits_per_dim(image, noise_level=-0.2)
+        with pytest.raises(EvaluationError, match=r"noise level 0 .*lies outside"):
+            told.encode(image, noise_level=0.0)
+
+
+def test_exported_weights_are_measured_at_the_level_of_their_run(make_run, tmp_path):
+    run_dir, config = make_run(steps=(20,), **SECTIONS, evaluation={"likelihood_noise": 0.2})
+    source = from_checkpoint(config, find(run_dir), "raw", torch.device("cpu"))
+    save_weights_file(tmp_path / "w.safetensors", config.model, source.model.state_dict(), source.provenance)
+    image = torch.full((1, 1, 8, 8), 100, dtype=torch.uint8)
+    run, exported = tarflow.load(run_dir, "raw"), tarflow.load(tmp_path / "w.safetensors")
+    expected = run.bits_per_dim(image, noise_level=0.2)
+    assert torch.equal(run.bits_per_dim(image), expected)
+    assert torch.equal(exported.bits_per_dim(image), expected)
+    overrides = [f"data.train={config.data.train}"]
+    file = read_weights(tmp_path / "w.safetensors")
+    assert file_recipe(tmp_path / "w.safetensors", file, overrides).settings.likelihood.std == 0.2
+    changed = file_recipe(tmp_path / "w.safetensors", file, [*overrides, "evaluation.likelihood_noise=0.1"])
+    assert changed.settings.likelihood.std == 0.1
+
+
+def test_a_path_between_images_is_that_of_the_level_asked_for_and_takes_no_steps(iterative):
+    run_dir, _, _ = iterative
+    flow = tarflow.load(run_dir)
+    image = torch.full((1, 8, 8), 100, dtype=torch.uint8)
+    ends = (image, image.flip(2) + torch.arange(8, dtype=torch.uint8) * 9)
+    lowest = flow.interpolate(*ends, steps=3, label=1)
+    told = flow.interpolate(*ends, steps=3, label=1, noise_level=0.2)
+    assert torch.equal(lowest, flow.interpolate(*ends, steps=3, label=1, noise_level=0.05))
+    assert not torch.equal(lowest[1], told[1])
+    assert (told[[0, 2]].int() - torch.stack(ends).int()).abs().max() <= 1
+    assert torch.equal(told, flow.interpolate(*ends, steps=3, label=1, noise_std=0.2))
+    steps: list[tuple[str, Any]] = [
+        ("denoise_steps", 2), ("denoise_stochastic", True), ("denoise_to", 0.1), ("denoise_schedule", "geometric"),
+    ]  # fmt: skip
+    for name, value in steps:
+        with pytest.raises(EvaluationError, match=f"{name}=.*path from or to the image a"):
+            flow.interpolate(*ends, steps=3, label=1, **{name: value})
+
+
+def test_noise_std_means_the_level_of_a_told_flow_and_nothing_once_another_is_loaded(iterative, make_run):
+    flow = tarflow.load(iterative[0])
+    assert torch.equal(flow.sample(2, noise_std=0.2), flow.sample(2, noise_level=0.2))
+    assert not torch.equal(flow.sample(2, noise_std=0.2), flow.sample(2))
+    with pytest.raises(EvaluationError, match=r"noise_level=0\.5 lies outside train\.noise_range"):
+        flow.sample(2, noise_std=0.5)
+    plain = tarflow.load(make_run(steps=(20,))[0])
+    with pytest.raises(EvaluationError, match=r"noise_std=0\.2 .*tarflow\.load"):
+        plain.sample(2, noise_std=0.2)
 
 
 def test_a_sweep_varies_the_level_and_the_steps(iterative):
@@ -199,6 +256,16 @@ def test_a_model_that_is_told_nothing_has_no_levels(make_run, settings):
     run_dir, _ = make_run(steps=(20,))
     with pytest.raises(EvaluationError, match=r"needs model\.noise_conditioning=true"):
         tarflow.load(run_dir, **settings)
+
+
+def test_nor_is_it_measured_at_one(make_run):
+    flow = tarflow.load(make_run(steps=(20,))[0])
+    image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    for measure in (flow.bits_per_dim, flow.log_prob, flow.likelihoods, flow.encode):
+        with pytest.raises(
+            EvaluationError, match=r"noise level 0\.2 \(noise_level\) is for models with noise_conditioning"
+        ):
+            measure(image, noise_level=0.2)
 
 
 def test_the_last_level_lies_below_the_first(iterative):

@@ -25,6 +25,7 @@ SMALL: dict[str, Any] = {"image_size": 16, "patch_size": 4, "channels": 64, "num
         ({"soft_clip": 1e300}, "soft_clip"),
         ({"soft_clip": 1e-300}, "soft_clip=1e-300 must be 0"),
         ({"soft_clip": "nan"}, "soft_clip"),
+        ({"noise_conditioning": True, "nvp": False}, "model.noise_conditioning=true needs model.nvp=true"),
         ({"scale": "softplus", "nvp": False}, "model.scale=softplus needs model.nvp=true"),
         ({"positions": "rotary", "head_channels": 2}, "model.head_channels=2 must be a multiple of 4"),
         # Each number alone is allowed.

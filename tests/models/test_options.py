@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,10 +21,12 @@ from benchmarks import activation_checkpointing as modes
 from benchmarks import parity
 from benchmarks.golden import training_config
 from benchmarks.parity import OPTIONS
+from tarflow.image_size import sides as sides_of
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.cost import activation_bytes, denoising_bytes, flops_per_image, parameters, sampling_bytes
 from tarflow.models.denoise import denoise
 from tarflow.models.flow import TarFlow
+from tarflow.models.formats.published import WITHOUT_SHAPE
 from tarflow.models.sampling import native
 from tarflow.models.sampling.inverse import Sampled, invert
 from tarflow.models.sampling.plan import BlockPlan, SamplingPlan
@@ -187,17 +190,39 @@ def test_the_cost_model_says_what_sampling_and_denoising_take(option: str) -> No
     assert counted == pytest.approx(denoising_bytes(model.config), rel=0.05)
 
 
-@each_option
+# A change of every setting of the architecture: none of them may be lost.
+SETTINGS: dict[str, dict[str, Any]] = OPTIONS | {
+    "rectangle": {"image_size": (8, 12)}, "patches": {"patch_size": 4}, "grey": {"in_channels": 1}, "wide": {"channels": 96},
+    "blocks": {"num_blocks": 4}, "layers": {"layers_per_block": 1}, "heads": {"head_channels": 16}, "mlp": {"expansion": 2},
+    "classes": {"num_classes": 7}, "shift only": {"nvp": False}, "soft clip": {"soft_clip": 3.0},
+    "noise conditioning": {"noise_conditioning": True}, "input scale": {"input_scale": 1.5},
+    "most": OPTIONS["all"] | {"soft_clip": 3.0, "noise_conditioning": True, "input_scale": 1.5, "image_size": (8, 12)},
+}  # fmt: skip
+
+
+def test_every_setting_of_the_architecture_is_changed() -> None:
+    assert {name for changes in SETTINGS.values() for name in changes} == set(TarFlowConfig.model_fields)
+    usual = config().model_dump()
+    assert all(
+        usual[name] != value for changes in SETTINGS.values() for name, value in changes.items() if name != "num_blocks"
+    )
+
+
+@pytest.mark.parametrize("option", SETTINGS)
 def test_files_say_what_it_is(option: str, tmp_path: Path) -> None:
-    """In metadata, beside a folder's weights, and by the shapes of published ones as far as these tell."""
-    model = perturbed(of(option))
+    """In metadata, beside a folder's weights (also once these have lost theirs), and by shapes as far as these tell."""
+    model = perturbed(config(**SETTINGS[option]))
     shape, weights = model.config, dict(model.state_dict())
     save_weights_file(tmp_path / "w.safetensors", shape, weights)
-    save_weights_folder(tmp_path / "hub", shape, weights)
+    for hub in ("hub", "stripped"):
+        save_weights_folder(tmp_path / hub, shape, weights)
+    save_file(weights, tmp_path / "stripped/model.safetensors")
     torch.save(weights, tmp_path / "published.pth")
-    stated = ",".join(f"{name}={getattr(shape, name)}" for name in ("head_channels", "soft_clip", "scale"))
-    for path, model_text in (("w.safetensors", None), ("hub", None), ("published.pth", stated)):
+    sides = ",".join(map(str, sides_of(shape.image_size)))
+    stated = f"image_size={sides}," + ",".join(f"{name}={getattr(shape, name)}" for name in WITHOUT_SHAPE)
+    for path, model_text in (("w.safetensors", None), ("hub", None), ("stripped", None), ("published.pth", stated)):
         assert read_weights(tmp_path / path, model=model_text).config == shape, path
+    assert read_weights(tmp_path / "published.pth", like=shape).config == shape
 
 
 @pytest.fixture

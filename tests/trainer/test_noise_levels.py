@@ -1,5 +1,6 @@
 """Training on many noise levels: contradictions, levels keyed by the sample, parity of backends, resume to the bit."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from tarflow.errors import UserError
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.flow import TarFlow
 from tarflow.models.init import init_weights
+from tarflow.models.likelihood import bits_from_nats
 from tarflow.models.noise import add_noise
+from tarflow.models.provenance import Weighting
 from tarflow.trainer.batch import plan_batch
 from tarflow.trainer.checkpoint.find import find
 from tarflow.trainer.checkpoint.tensors import load_weights
@@ -98,21 +101,30 @@ def test_a_level_belongs_to_the_sample_whatever_the_number_of_ranks(iterative: P
     assert not torch.equal(first, levels(1, 8))
 
 
-def some_steps(world: World, parallel: dict[str, Any], mine: slice) -> dict[str, Tensor]:
-    """The weights after four steps on eight images of one batch each."""
-    shape = TarFlowConfig(**MODEL | {"noise_conditioning": True})
-    model = TarFlow(shape)
+def moved_model(generator: torch.Generator) -> TarFlow:
+    model = TarFlow(TarFlowConfig(**MODEL | {"noise_conditioning": True}))
     init_weights(model, 0)
-    generator = torch.Generator().manual_seed(1)
     for name, p in model.named_parameters():
         if "proj_out" in name:
             p.data.normal_(0, 0.02, generator=generator)
-    config = training_config(shape, train={"noise_std": 0.0, **LEVELS}, parallel=parallel)
+    return model
+
+
+def backend_of(model: TarFlow, world: World, parallel: dict[str, Any], **train: Any) -> Any:
+    """A backend that has these weights."""
+    config = training_config(model.config, train={"noise_std": 0.0, **LEVELS, **train}, parallel=parallel)
     backend: Any = make_backend(config, CPU, world, plan_batch(8, world.size, 0))
     state = backend.state()
     for name, value in model.state_dict().items():
         place(state["buffer/var" if name == "var" else f"model/{name}"], value)
     backend.load(state)
+    return backend
+
+
+def some_steps(world: World, parallel: dict[str, Any], mine: slice) -> dict[str, Tensor]:
+    """The weights after four steps on eight images of one batch each."""
+    generator = torch.Generator().manual_seed(1)
+    backend = backend_of(moved_model(generator), world, parallel)
     x = torch.randn(8, 1, 8, 8, generator=generator)
     t = torch.linspace(0.01, 0.3, 8)
     for _ in range(4):
@@ -142,6 +154,33 @@ def backends_beside_one_process() -> None:
 @pytest.mark.case("T12")
 def test_sharded_ranks_take_the_steps_of_one_process() -> None:
     launch_ranks(backends_beside_one_process, 2)
+
+
+@pytest.mark.parametrize(("weighting", "power"), [("none", 0), ("level", 1), ("level_squared", 2)])
+def test_the_loss_of_an_image_is_weighted_by_its_level(weighting: Weighting, power: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = moved_model(generator)
+    x, y, t = torch.randn(8, 1, 8, 8, generator=generator), torch.arange(8) % 3, torch.linspace(0.02, 0.3, 8)
+    z, logdet = model(x, y, noise=t)
+    each = 0.5 * z.square().mean((1, 2)) - logdet
+    backend = backend_of(model, World(), {"backend": "ddp"}, loss_weight=weighting)
+    found = backend.forward_backward(x, y, 1.0, True, t)
+    expected = torch.stack([(t**power * each).mean(), z.square().mean(), logdet.mean()])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    (t**power * each).mean().backward()
+    gradients = dict(backend.model.named_parameters())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(gradients[name].grad, p.grad, rtol=1e-4, atol=1e-8)
+
+
+def test_what_is_logged_as_bits_is_not_weighted(iterative: Path, tmp_path: Path) -> None:
+    assert train_run(load_config(iterative, ["log.every_steps=1"]), tmp_path / "run") == FINISHED
+    rows = [row for line in (tmp_path / "run/metrics.jsonl").open() if "train/loss" in (row := json.loads(line))]
+    assert len(rows) == 6
+    for row in rows:
+        nats = 0.5 * row["train/mse_z"] - row["train/logdet"]
+        assert row["train/bits_per_dim"] == pytest.approx(bits_from_nats(nats), rel=1e-6)
+        assert row["train/loss"] < 0.31 * nats, "no level is above 0.3"
 
 
 def test_it_learns_and_resumes_to_the_bit(iterative: Path, tmp_path: Path) -> None:

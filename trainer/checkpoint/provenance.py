@@ -29,6 +29,7 @@ def provenance_of(
         "noise": config.train.noise,
         "noise_std": config.train.noise_std if config.train.noise == "gaussian" else 0.0,
         "noise_range": config.train.noise_range,
+        "likelihood_noise": config.likelihood_noise if config.train.noise_range else None,
         "label_dropout": config.train.label_dropout if config.model.num_classes else None,
         "classes": None if classes is None else tuple(classes),
         "sampling": config.sampling.model_dump(mode="json", exclude={"batch_size"}) | dict(chosen or {}),

@@ -12,6 +12,7 @@ from tarflow.models.cost import (
     largest_piece,
     largest_unit_piece,
     layer_at_work_bytes,
+    noise_embedding_bytes,
     parameters,
     parameters_per_layer,
 )
@@ -198,6 +199,7 @@ def _rank_memory(config: Config, ranks: int, reshard: bool) -> RankMemory:
         checkpointing.offload,
         **engine.autocast,
     )
+    activations += noise_embedding_bytes(model, copied=not engine.zero and engine.element < 4)
     recomputed = "full" if checkpointing.every_nth_layer else checkpointing.mode
     gathered, kept = _gathered(engine, reshard)
     # Gradients that are not there when the backward pass begins grow unit by unit, while what was kept for it goes.

@@ -56,9 +56,8 @@ def initial_weights(
     file, lines = _read(source, config.model)
     changed = _check_fits(source, file.config, config.model, partial)
     if file.by_shapes:
-        lines.append(
-            f"{source} does not say the size of its attention heads: taken as model.head_channels={config.model.head_channels}"
-        )
+        taken = ", ".join(f"model.{name}={value}" for name, value in file.inferred["assumed"].items())
+        lines.append(f"{source} does not say what the shapes of tensors do not show: taken as {taken}")
         if not isinstance(file.config.image_size, int):
             lines.append(
                 f"{source} does not say how its patches lie: taken as those of {shown(file.config.image_size)} pixels"

@@ -26,18 +26,21 @@ from tarflow.data_pipeline.images.transform import fit
 from tarflow.evaluation.batches import Batches
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.samples.draw import STREAM, Sampler
+from tarflow.evaluation.samples.file_sampling import level_of
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.float32 import TRUE_FLOAT32, products
 from tarflow.models.flow import TarFlow
 from tarflow.models.noise import to_model_range
 from tarflow.models.randomness import keyed_normal
+from tarflow.models.sampling.settings import ITERATIVE
 from tarflow.settings import MOST_SEED
 
 MOST_STEPS = 10_000
 _SEED = re.compile(r"-?\d{1,19}")
 # What holds between images: a flow's inverse knows no guidance, images no training noise, and nothing is drawn.
-OF_IMAGES = {"guidance": 0.0, "denoise": 0.0, "temperature": 1.0}
+OF_IMAGES: dict[str, Any] = {"guidance": 0.0, "denoise": 0.0, "temperature": 1.0}
+DENOISING = tuple(name for name in ITERATIVE if name != "noise_level")  # steps that such a path does not take
 
 
 @dataclass(frozen=True)
@@ -82,15 +85,19 @@ def settings_of_path(sampling: ResolvedSampling, ends: Sequence[End], given: dic
     images = [end.name for end in ends if end.image is not None]
     if not images:
         return sampling
-    for key, neutral in OF_IMAGES.items():
-        if given.get(key, neutral) != neutral:
+    for key in [*OF_IMAGES, *DENOISING]:
+        value, neutral = given.get(key), OF_IMAGES.get(key)
+        if value is not None and value != neutral:
+            option, given_value = f"--{key.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else value
             raise EvaluationError(
-                f"{key}={given[key]:g} (--{key}) changes samples, and a path from or to the image {images[0]} "
-                f"(--interpolate) has to end there: leave --{key} out"
+                f"{key}={given_value} ({option}) changes samples, and a path from or to the image {images[0]} (--interpolate) "
+                f"has to end there: leave {option} out"
             )
-    # Images have next to no noise: a flow that is told the level is told its lowest one.
-    clean = {"noise_level": sampling.settings.denoise_to} if sampling.settings.noise_level is not None else {}
-    return sampling.with_changes(**OF_IMAGES, **clean)
+    changes = dict(OF_IMAGES)
+    # Images have next to no noise: a flow that is told the level is told its lowest one, unless another was asked for.
+    if sampling.settings.noise_level is not None and level_of(given).get("noise_level") is None:
+        changes["noise_level"] = sampling.settings.denoise_to
+    return sampling.with_changes(**changes)
 
 
 def label_of_path(sampling: ResolvedSampling, model: TarFlowConfig) -> ResolvedSampling:

@@ -12,9 +12,10 @@ from torch.utils.flop_counter import flop_registry
 import tarflow.cli
 from tarflow.evaluation.start.estimate import Work
 from tarflow.models.config import TarFlowConfig
-from tarflow.models.cost import denoising_flops, flops_per_image
+from tarflow.models.cost import denoising_flops, flops_per_image, sampling_flops
 from tarflow.models.denoise import denoise
 from tarflow.models.flow import TarFlow
+from tarflow.models.presets import preset
 from tarflow.trainer.config.evaluation import EvaluationConfig
 from tarflow.trainer.config.files import load_config
 
@@ -67,6 +68,28 @@ def test_images_tokens_and_flops_are_those_of_the_settings_and_nothing_is_made(m
     assert lines[-1].startswith("time        not known: no result of this run recorded its times; give --rate")
 
 
+def test_blocks_that_are_not_guided_and_denoising_that_is_off_cost_nothing(make_run, capsys) -> None:
+    run_dir, config = make_run()
+    blocks, forward = config.model.num_blocks, flops_per_image(config.model, training=False)
+    settings = ["sampling.guide_blocks=[-1]", "sampling.denoise=0"]
+    lines = said(capsys, run_dir, *settings, "--newest")
+    share = f"guided, with two rows each, in 1 of {blocks} blocks"
+    assert lines[1] == f"sampling    24 images, {share}; {24 * 4} tokens; {24 * (1 + 1 / blocks) * forward:.3g} FLOP"
+    assert not any(line.startswith("denoising") for line in lines)
+    assert tarflow.cli.main(["evaluate", str(run_dir), "--newest", "--once", *settings]) == 0
+    (result,) = (json.loads(path.read_text()) for path in run_dir.rglob("result.json"))
+    work = Work.of_result(result)
+    assert work.drawing_flops(config.model) == (pytest.approx(24 * (1 + 1 / blocks) * forward), 0)
+
+
+def test_a_block_counts_by_its_own_depth() -> None:
+    model = preset("imagenet64-iterative")
+    deep = sampling_flops(model, True, [-1]) - sampling_flops(model, False)
+    assert deep / sampling_flops(model, False) == pytest.approx(24 / 36, rel=1e-3)  # less the ends of blocks
+    assert sampling_flops(model, True, [3]) == sampling_flops(model, False) + deep
+    assert sampling_flops(model, True) == 2 * flops_per_image(model, training=False)
+
+
 FINE = [p for p in (ROOT / "configs").glob("*.yaml") if load_config(p).model.height >= 128]
 
 
@@ -81,7 +104,7 @@ def test_high_resolutions_are_evaluated_cheaply_during_a_run_and_in_full_at_its_
         images = evaluation.validation_images or 50_000  # the held-out part of ImageNet has as many
         steps = config.resolved_sampling.steps or int(config.denoise_multiplier > 0)
         work = Work(evaluation.num_samples, config.sampling.guided, steps, images,
-                    evaluation.likelihood_draws)  # fmt: skip
+                    evaluation.likelihood_draws, config.sampling.guide_blocks)  # fmt: skip
         return sum(work.drawing_flops(model)) + work.likelihood_flops(model)
 
     assert flops(often) <= flops(at_end) / 5

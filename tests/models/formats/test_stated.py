@@ -53,12 +53,12 @@ def test_what_no_shape_tells_is_stated_and_the_rest_inferred(published: Path) ->
     file = read_weights(published, model=STATED)
     assert file.config == CONFIG
     assert file.inferred == {
-        "model": "inferred from the shapes of the tensors", "assumed": {"scale": "exp"},
+        "model": "inferred from the shapes of the tensors", "assumed": {"scale": "exp", "input_scale": 1.0},
         "stated": {"head_channels": 16, "soft_clip": 4},
     }  # fmt: skip
     half = read_weights(published, model="head_channels=32, num_blocks=2")
     assert half.config == CONFIG.model_copy(update={"head_channels": 32, "soft_clip": 0.0})
-    assert half.inferred["assumed"] == {"soft_clip": 0.0, "scale": "exp"}
+    assert half.inferred["assumed"] == {"soft_clip": 0.0, "scale": "exp", "input_scale": 1.0}
 
 
 @pytest.mark.parametrize(
