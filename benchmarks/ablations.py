@@ -241,7 +241,9 @@ def main() -> int:
     stop_on_sigterm()
     root = args.out / ("quick" if args.quick else "full")
     chosen = args.options or (QUICK_OPTIONS if args.quick else [option for option in OPTIONS if option != DEFAULT])
-    seeds = args.seeds or (1 if args.quick else 3)
+    seeds = (1 if args.quick else 3) if args.seeds is None else args.seeds
+    if seeds < 1:
+        sys.exit(f"--seeds {seeds}: at least one run of each is needed")
     rows: list[tuple[Any, ...]] = []
     for data in SETS:
         if data.name in args.sets:

@@ -15,13 +15,13 @@ from tarflow.evaluation.likelihood.per_image import ImageLikelihoods, likelihood
 from tarflow.evaluation.log import Log, no_log
 from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
 from tarflow.evaluation.samples.draw import NO_LABEL, SampleCount, Sampler, check_guidance, check_noise, levels_of
-from tarflow.evaluation.samples.file_sampling import level_of
+from tarflow.evaluation.samples.file_sampling import changed_sampling
 from tarflow.evaluation.samples.labels import given_names
 from tarflow.evaluation.samples.request import SourceRequest, batches_of, open_request
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.evaluation.samples.variations.best_of import choose_best_of
 from tarflow.evaluation.samples.variations.path import End, PathSampler, path_between, settings_of_path
-from tarflow.evaluation.samples.weights_source import WeightsSource
+from tarflow.evaluation.samples.weights_source import WeightsSource, levels_for
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.cost import denoising_bytes, likelihood_bytes
 from tarflow.models.denoise import denoise, denoise_in_steps, flow_score
@@ -143,10 +143,12 @@ class Flow:
             EvaluationError: settings or labels without meaning for this model, or an image that is not finite.
 
         """
-        changed = self._changed(settings)
+        if num < 0:
+            raise EvaluationError(f"sample({num}): the number of images cannot be below 0")
+        changed = changed_sampling(self.sampling, settings, self.source.told)
         if given := self._labels(labels):
             changed = changed.with_changes(labels=given)
-        check_guidance(changed, self.config.num_classes, self.provenance.label_dropout)
+        check_guidance(changed, self.config, self.provenance.label_dropout)
         check_noise(changed, self.config, self.provenance.noise_range)
         sampler = choose_best_of(self.model, changed, best_of, self._memory, "best_of={}", "temperature=0")
         return self._drawn(sampler, range(first, first + num))
@@ -174,9 +176,9 @@ class Flow:
 
         """
         ends = [self._end(end, name) for end, name in ((a, "a"), (b, "b"))]
-        changed = settings_of_path(self._changed(settings), ends, settings)
+        changed = settings_of_path(changed_sampling(self.sampling, settings, self.source.told), ends, settings)
         changed = changed.with_changes(labels=self._labels(label) if self.config.num_classes else ())
-        check_guidance(changed, self.config.num_classes, self.provenance.label_dropout)
+        check_guidance(changed, self.config, self.provenance.label_dropout)
         sampler = PathSampler(self.model, changed, path_between(self.model, ends, changed, steps), self._memory)
         return self._drawn(sampler, range(steps))
 
@@ -289,7 +291,7 @@ class Flow:
         size, level = likelihood_bytes(self.config), self.source.level(noise_level)
 
         def compute(part: Tensor, label: Tensor | None) -> Tensor:
-            return self.model(part, label, noise=_levels(level, part))[0].cpu()
+            return self.model(part, label, noise=levels_for(level, part))[0].cpu()
 
         return torch.cat([*latents, *self._computed(LIKELIHOOD, compute, x, y, size)])
 
@@ -336,15 +338,6 @@ class Flow:
         clean = [torch.empty(0, *self.config.image_shape)]
         return torch.cat([*clean, *self._computed(DENOISING, compute, x, y, denoising_bytes(self.config))])
 
-    def _changed(self, settings: dict[str, Any]) -> ResolvedSampling:
-        """The sampling settings with these changes, where `noise_std` is the level of a flow that is told it."""
-        if "noise_std" in settings and not self.source.told:
-            raise EvaluationError(
-                f"noise_std={settings['noise_std']} is the noise that these weights were trained on, which does not change; "
-                "where they do not record it, give it to tarflow.load"
-            )
-        return self.sampling.with_changes(**level_of(settings))
-
     def _labels(self, labels: Labels) -> tuple[int, ...]:
         return label_numbers(labels, self.config.num_classes, self.classes)
 
@@ -373,7 +366,7 @@ class Flow:
 
                 @torch.inference_mode()
                 def compute(images: Tensor, label: Tensor | None) -> Tensor:
-                    return of(self.model, images, label, noise=_levels(level, images)).double().cpu()
+                    return of(self.model, images, label, noise=levels_for(level, images)).double().cpu()
 
                 labelled, size = None if y is None else y[part], likelihood_bytes(self.config)
                 total[part] += torch.cat(self._computed(LIKELIHOOD, compute, x, labelled, size))
@@ -405,8 +398,3 @@ class Flow:
             with products(TRUE_FLOAT32):
                 found += self._memory.run(stage, min(self.batch_size, len(x) - start), one, bytes_per_image)
         return found
-
-
-def _levels(level: float | None, images: Tensor) -> Tensor | None:
-    """What a model is told of the noise in each of these images."""
-    return None if level is None else torch.full((len(images),), level, device=images.device)

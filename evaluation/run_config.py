@@ -10,11 +10,16 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from tarflow.errors import noted
+from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log, no_log
+from tarflow.trainer.checkpoint.marker import Checkpoint, config_of
 from tarflow.trainer.config.chosen_sampling import CHOSEN, chosen_sampling, save_choice
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.config.schema import Config
+from tarflow.trainer.errors import TrainerError
 from tarflow.trainer.run_dir import require_run
 
 
@@ -40,7 +45,45 @@ def run_config(
         listed = ", ".join(f"{key}={value}" for key, value in used.items())
         log(f"sampling with {listed}: chosen by {where} (remove {Path(run_dir) / CHOSEN} to undo)")
     ours = [f"sampling.{key}={json.dumps(value)}" for key, value in used.items()]
-    return load_config(Path(run_dir) / "config.yaml", [*ours, *overrides])
+    try:
+        return load_config(Path(run_dir) / "config.yaml", [*ours, *overrides])
+    except TrainerError as error:
+        if not used:
+            raise
+        load_config(Path(run_dir) / "config.yaml", overrides)  # where that fails as well, the choice is not to blame
+        raise EvaluationError(
+            f"{Path(run_dir) / CHOSEN} ({where} chose {listed}) does not go with {Path(run_dir) / 'config.yaml'}: {error}\n"
+            f"Remove {CHOSEN}, or choose again: tarflow sweep-guidance"
+        ) from None
+
+
+TRAINED = ("noise", "noise_std", "noise_range", "label_dropout")  # settings that weights are bound to
+
+
+def as_trained(config: Config, checkpoint: Checkpoint, log: Log = no_log) -> Config:
+    """The configuration with the noise and the label dropout that a checkpoint was trained with, where a resume changed them.
+
+    Raises EvaluationError where the run's settings do not go with those.
+    """
+    then = config_of(checkpoint).train
+    changed = {name: (getattr(then, name), getattr(config.train, name)) for name in TRAINED}
+    changed = {name: sides for name, sides in changed.items() if sides[0] != sides[1]}
+    if not changed:
+        return config
+    listed = ", ".join(f"train.{name}={_plain(old)} (now {_plain(new)})" for name, (old, new) in changed.items())
+    tree = config.model_dump()
+    tree["train"] |= {name: old for name, (old, _) in changed.items()}
+    try:
+        found = Config.model_validate(tree)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise EvaluationError(f"{checkpoint.path} was trained with {listed}, and {reason}") from None
+    log(f"{checkpoint.name} was trained with {listed}: it is sampled and measured by that")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def shown_config(run_dir: Path, flaws: list[str], log: Log = no_log) -> tuple[Config | None, bool]:

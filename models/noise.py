@@ -60,9 +60,12 @@ def noise_levels(
         t = (low**2 + u * (high**2 - low**2)).sqrt()
     else:
         mean, std = log_normal
-        below, above = (torch.special.ndtr(torch.tensor((math.log(t) - mean) / std).double()) for t in bounds)
-        t = torch.exp(mean + std * torch.special.ndtri(below + u * (above - below)))
-    return t.clamp(low, high).float()  # far from the mean, a normal's quantiles are not exact
+        first, last = ((math.log(t) - mean) / std for t in bounds)
+        # Both ends above the mean: of their mirror images, since 1 - (a small number) has no digits of it.
+        side = -1.0 if first > 0 else 1.0
+        below, above = (0.5 * math.erfc(-side * end / math.sqrt(2)) for end in (first, last))
+        t = torch.exp(mean + std * side * torch.special.ndtri(below + u * (above - below)))
+    return t.clamp(low, high).float()  # rounding may step over an end
 
 
 def loss_weight(levels: Tensor, weighting: Weighting) -> Tensor:

@@ -53,7 +53,7 @@ def bits_of(run: Path, tiles: Path, out: Path, num: int, draws: int) -> dict[str
     """Bits per dimension of held-out tiles by their names, `num` of them (0: all), measured once. Labels are not given."""
     import pyarrow.parquet as pq
 
-    if not out.is_dir():
+    if not (out / "likelihood.parquet").is_file():  # the folder alone may be a measurement that was interrupted
         words = ["likelihood", run, tiles, "--out", out, "--num", num, "--draws", draws, "--labels", "none"]
         run_verb(words, run.with_name(f"{run.name}.log"))
     table = pq.read_table(out / "likelihood.parquet")

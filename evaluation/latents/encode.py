@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ UNGUIDED = {"guidance": 0.0, "denoise": 0.0}  # a flow and its inverse know neit
 class EncodeRequest(SourceRequest):
     """Which images to encode, and where to."""
 
+    measures: ClassVar[bool] = True
     data: Path
     out: Path
     num: int = 0  # images, 0 = all

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -54,6 +54,7 @@ SHOWN = 12  # most and least likely images on the page, each
 class LikelihoodRequest(SourceRequest):
     """Which images to measure, and where to write."""
 
+    measures: ClassVar[bool] = True
     data: Path
     out: Path
     form: str = "parquet"  # of the table: or csv

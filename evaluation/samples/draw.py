@@ -318,9 +318,13 @@ def check_noise(sampling: ResolvedSampling, model: TarFlowConfig, bounds: tuple[
         )
 
 
-def check_guidance(sampling: ResolvedSampling, num_classes: int, label_dropout: float | None) -> None:
-    """Raise EvaluationError for guidance that would be meaningless. `label_dropout` is None if unknown."""
-    labelled = num_classes > 0 and set(sampling.labels) != {NO_LABEL}
-    problem = sampling.settings.guidance_problem(labelled, label_dropout)
+def check_guidance(sampling: ResolvedSampling, model: TarFlowConfig, label_dropout: float | None) -> None:
+    """Raise EvaluationError for guidance that this model cannot have, or that means nothing.
+
+    `label_dropout` is None if unknown.
+    """
+    labelled = model.num_classes > 0 and set(sampling.labels) != {NO_LABEL}
+    settings = sampling.settings
+    problem = settings.blocks_problem(model.num_blocks) or settings.guidance_problem(labelled, label_dropout)
     if problem is not None:
         raise EvaluationError(problem)

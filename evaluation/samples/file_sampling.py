@@ -16,15 +16,15 @@ from tarflow.models.weights import WeightsFile
 from tarflow.terminal import plain
 
 
-def sampling_of_file(path: Path, file: WeightsFile, given: Mapping[str, Any], log: Log) -> ResolvedSampling:
-    """The file's sampling settings, overridden by those given.
+def sampling_of_file(
+    path: Path, file: WeightsFile, given: Mapping[str, Any], log: Log, measured: bool = False
+) -> ResolvedSampling:
+    """The file's sampling settings, overridden by those given. `measured`: nothing is drawn, so that no level is needed.
 
     Raises EvaluationError for a given setting that contradicts the file, and where the training noise is unknown but needed.
     """
     known = file.provenance
     told = file.config.noise_conditioning
-    if told:
-        given = level_of(given)
     noise_std = 0.0 if told else _noise_std(path, known.noise_std, given)
     if given.get("denoise") and not noise_std and not told:
         raise EvaluationError(f"--denoise needs a model trained with gaussian noise; {path} was trained without")
@@ -40,8 +40,9 @@ def sampling_of_file(path: Path, file: WeightsFile, given: Mapping[str, Any], lo
     if settings.denoise is None:
         settings = settings.model_copy(update={"denoise": 1.0 if noise_std else 0.0})
     resolved = ResolvedSampling(settings).with_changes(**{**given, "noise_std": noise_std})
-    check_noise(resolved, file.config, known.noise_range)
-    check_guidance(resolved, file.config.num_classes, known.label_dropout)
+    if not measured:
+        check_noise(resolved, file.config, known.noise_range)
+    check_guidance(resolved, file.config, known.label_dropout)
     if resolved.settings.guidance and file.config.num_classes and known.label_dropout is None:
         log(
             f"note: {path} does not say whether it was trained with label dropout (train.label_dropout); if not, "
@@ -51,11 +52,36 @@ def sampling_of_file(path: Path, file: WeightsFile, given: Mapping[str, Any], lo
 
 
 def level_of(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Given settings, where a standard deviation of the noise means the level at which a model is sampled that is told it."""
+    """Given settings, where a standard deviation of the noise means the level at which a model is sampled that is told it.
+
+    Raises EvaluationError where both are given, and for a level that is none.
+    """
     settings = dict(given)
-    if "noise_std" in settings:
-        settings.setdefault("noise_level", settings.pop("noise_std"))
+    if "noise_std" not in settings:
+        return settings
+    level = settings.pop("noise_std")
+    if settings.setdefault("noise_level", level) != level:
+        raise EvaluationError(
+            f"noise_std={level} and noise_level={settings['noise_level']} are two names of one level: give one of the two"
+        )
+    if level == 0:
+        raise EvaluationError(
+            "the noise level 0 (noise_std, --noise-std): the levels of a model that is told them are above 0"
+        )
     return settings
+
+
+def changed_sampling(sampling: ResolvedSampling, settings: Mapping[str, Any], told: bool) -> ResolvedSampling:
+    """Sampling settings with changes, where `noise_std` is the level of a model that is told it.
+
+    Raises EvaluationError for the noise of one that is not, which was decided when it was loaded.
+    """
+    if "noise_std" in settings and not told:
+        raise EvaluationError(
+            f"noise_std={settings['noise_std']} is the noise that these weights were trained on, which does not change; "
+            "where they do not record it, give it to tarflow.load"
+        )
+    return sampling.with_changes(**level_of(settings))
 
 
 def _noise_std(path: Path, known: float | None, given: Mapping[str, Any]) -> float:

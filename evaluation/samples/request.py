@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from tarflow.evaluation.batches import NOTE, Batches
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log
-from tarflow.evaluation.run_config import run_config
+from tarflow.evaluation.run_config import as_trained, run_config
 from tarflow.evaluation.samples.draw import check_guidance, check_noise
 from tarflow.evaluation.samples.file_sampling import describe_file, level_of, sampling_of_file
 from tarflow.evaluation.samples.labels import given_names, parse_labels
@@ -20,6 +20,7 @@ from tarflow.models.weights import is_weights_file, read_weights
 from tarflow.trainer.checkpoint.find import find
 from tarflow.trainer.checkpoint.pins import pinned
 from tarflow.trainer.checkpoint.provenance import names_of_checkpoint
+from tarflow.trainer.run_dir import load_run_config
 
 
 @dataclass(kw_only=True)
@@ -36,6 +37,16 @@ class SourceRequest:
     labels: str | None = None  # as typed on the command line
     model: str | None = None  # architecture of a weights file that does not hold it: a preset, or key=value,...
     classes: Path | None = None  # file of class names, if neither run nor weights file holds them
+    # Whether images are measured and none drawn: then noise_std is their noise, and no setting of sampling.
+    measures: ClassVar[bool] = False
+
+    def given(self, told: bool) -> dict[str, Any]:
+        """`settings` as sampling settings of a model that is told the noise level, or is not."""
+        if not told:
+            return self.settings
+        return {
+            key: value for key, value in level_of(self.settings).items() if not (self.measures and key == "noise_level")
+        }
 
 
 @dataclass(kw_only=True)
@@ -61,22 +72,23 @@ def open_request(request: SourceRequest, log: Log) -> tuple[WeightsSource, Resol
             f"--model {request.model} is for weights files that do not hold their configuration; {request.source} is a run, "
             "whose config.yaml says it"
         )
-    config = run_config(request.source, log=log, given=request.settings)
+    given = request.given(load_run_config(request.source).model.noise_conditioning)
+    checkpoint = find(request.source, request.step, request.images)
+    config = as_trained(run_config(request.source, log=log, given=given), checkpoint, log)
     # A run knows its noise; given another one, denoising would take out what is not there.
-    if "noise_std" in request.settings and not config.model.noise_conditioning:
+    if "noise_std" in given:
         raise EvaluationError(
             f"--noise-std is for weights files, and for models with noise_conditioning; {request.source} was trained with "
             f"{config.train.noise_std}"
         )
-    checkpoint = find(request.source, request.step, request.images)
-    given = level_of(request.settings) if config.model.noise_conditioning else request.settings
     if request.labels is not None or request.classes is not None:
         given = given | _labels(request, names_of_checkpoint(checkpoint, config), config.model.num_classes)
     sampling = ResolvedSampling.of_run(config).with_changes(**given)
     if sampling.denoise_multiplier and config.train.noise == "uniform":
         raise EvaluationError("--denoise needs a model trained with gaussian noise; this run has train.noise=uniform")
-    check_guidance(sampling, config.model.num_classes, config.train.label_dropout)
-    check_noise(sampling, config.model, config.train.noise_range)
+    check_guidance(sampling, config.model, config.train.label_dropout)
+    if not request.measures:
+        check_noise(sampling, config.model, config.train.noise_range)
     with pinned(checkpoint, f"sample-{id(request)}"):
         source = from_checkpoint(config, checkpoint, request.weights or config.evaluated_weights, device)
     return source, sampling, request.batch_size or config.sampling.batch_size
@@ -98,10 +110,10 @@ def _open_file(request: SourceRequest, device: torch.device, log: Log) -> tuple[
             raise EvaluationError(f"{option} selects among a run's checkpoints; {request.source} is a weights file")
     file = read_weights(request.source, model=request.model)
     log(describe_file(request.source, file))
-    given = request.settings
+    given = request.given(file.config.noise_conditioning)
     if request.labels is not None or request.classes is not None:
         given = given | _labels(request, file.provenance.classes, file.config.num_classes)
-    sampling = sampling_of_file(request.source, file, given, log)
+    sampling = sampling_of_file(request.source, file, given, log, measured=request.measures)
     source = from_file(request.source, file, device)
     return source, sampling, request.batch_size or sampling.settings.batch_size
 

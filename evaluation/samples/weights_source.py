@@ -118,6 +118,11 @@ class WeightsSource:
         )
 
 
+def levels_for(level: float | None, images: Tensor) -> Tensor | None:
+    """What a model is told of the noise in each of these images [N, ...]: levels [N], or nothing."""
+    return None if level is None else torch.full((len(images),), level, device=images.device)
+
+
 def from_checkpoint(config: Config, checkpoint: Checkpoint, which: str, device: torch.device) -> WeightsSource:
     """One set of weights of a checkpoint ("raw", "ema-0.050", ...), for the model of the run's configuration.
 

@@ -77,16 +77,18 @@ def sweep_candidates(request: SweepRequest, own: ResolvedSampling, config: Confi
             form,
             frozenset(block % config.model.num_blocks for block in guided or range(config.model.num_blocks)),
             level,
-            count,
+            count if m else None,
         )
         if key not in found:
             changed = own.with_changes(guidance=w, denoise=m, attn_temp=t, guidance_form=form, guide_blocks=guided)
-            found[key] = changed.with_changes(noise_level=level, denoise_steps=count)
+            found[key] = changed.with_changes(
+                noise_level=level, denoise_steps=count if m else own.settings.denoise_steps
+            )
     if not found:
         raise EvaluationError("nothing is left to sweep: without labels give --attn-temp values other than 1")
     for candidate in found.values():
         check_noise(candidate, config.model, config.train.noise_range)
-        check_guidance(candidate, config.model.num_classes, config.train.label_dropout)
+        check_guidance(candidate, config.model, config.train.label_dropout)
     return list(found.values())
 
 

@@ -43,7 +43,8 @@ def sweep_guidance(request: SweepRequest, log: Log = print) -> dict[str, Any]:
     The best candidate becomes the run's default if it is clear, or if `choose` asks for it. Raises for settings without
     a meaning, and where every candidate loses too many samples.
     """
-    (recipe, *_) = load_recipes(request.run, request.overrides, log)
+    checkpoint = find(request.run, request.step, request.images)
+    recipe = load_recipes(request.run, request.overrides, log)[0].of(checkpoint, log)
     config, settings = recipe.config, recipe.settings
     final = request.final or settings.num_samples
     request = replace(request, start=request.start or max(2, min(FIRST_ROUND, final // 2)))
@@ -53,7 +54,6 @@ def sweep_guidance(request: SweepRequest, log: Log = print) -> dict[str, Any]:
     device = resolve_device(request.device if request.device != "auto" else config.train.device)
     path = config.evaluation.reference
     real = RealImages(results.evals_dir(request.run), config, settings, device, path, log)
-    checkpoint = find(request.run, request.step, request.images)
     # Pinned against retention: a sweep takes longer than the interval between checkpoints.
     with pinned(checkpoint, f"sweep-{os.uname().nodename}-{os.getpid()}"):
         with named_cause(f"loading {checkpoint.name}", device):

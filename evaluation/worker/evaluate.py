@@ -6,12 +6,14 @@ recorded beside it, in `work.json`.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tarflow.errors import UserError
 from tarflow.evaluation import results
 from tarflow.evaluation.batches import named_cause
+from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log
 from tarflow.evaluation.samples.draw import check_guidance
 from tarflow.evaluation.samples.store import SampleStore
@@ -30,7 +32,7 @@ from tarflow.evaluation.worker.task import EvaluationTask
 from tarflow.files import fill
 from tarflow.records import write_object
 from tarflow.terminal import plain
-from tarflow.trainer.checkpoint.marker import Checkpoint
+from tarflow.trainer.checkpoint.marker import MARKER, Checkpoint
 from tarflow.trainer.checkpoint.pins import pinned
 
 
@@ -45,15 +47,35 @@ class Evaluator:
     save: str = ""  # "shards", "png" or "npz": keep the samples too
     hooks: Hooks = field(default_factory=Hooks)
 
+    problem: str = ""  # why checkpoints that were trained so cannot be evaluated by the run's settings
+    _of: dict[tuple[str, int], "Evaluator"] = field(default_factory=dict, init=False, repr=False)
+
     def __post_init__(self) -> None:
         self.config, self.settings = self.recipe.config, self.recipe.settings
-        check_guidance(self.settings.sampling, self.config.model.num_classes, self.config.train.label_dropout)
+        check_guidance(self.settings.sampling, self.config.model, self.config.train.label_dropout)
+
+    def of(self, checkpoint: Checkpoint) -> "Evaluator":
+        """The evaluator of a checkpoint, which knows the noise that this one was trained with; mostly itself."""
+        try:
+            key = (checkpoint.name, (checkpoint.path / MARKER).stat().st_mtime_ns)
+        except FileNotFoundError:  # removed by retention; whoever evaluates it finds out
+            return self
+        if key not in self._of:
+            try:
+                recipe, problem = self.recipe.of(checkpoint, self.log), ""
+            except UserError as error:
+                recipe, problem = self.recipe, str(error)
+            same = recipe is self.recipe and problem == self.problem
+            self._of[key] = self if same else replace(self, recipe=recipe, problem=problem)
+        return self._of[key]
 
     def evaluate(self, checkpoint: Checkpoint) -> dict[str, Any] | None:
         """Evaluate a checkpoint, pinned against retention meanwhile; see `evaluate_weights`.
 
         Raises for a set of weights that does not exist or does not fit.
         """
+        if self.problem:
+            raise EvaluationError(self.problem)
         with pinned(checkpoint, f"evaluate-{os.uname().nodename}-{os.getpid()}"):
             with named_cause(f"loading {checkpoint.name}", self.real.device):
                 source = from_checkpoint(self.config, checkpoint, self.settings.weights, self.real.device)

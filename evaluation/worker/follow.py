@@ -204,6 +204,7 @@ class _Worker:
 
     def is_done(self, checkpoint: Checkpoint, evaluator: Evaluator) -> bool:
         """Whether nothing is left to do with a checkpoint; of its weights only their name is looked at."""
+        evaluator = evaluator.of(checkpoint)
         settings = evaluator.settings
         if not self.concerns(checkpoint, evaluator) or (checkpoint.name, settings.hash) in self._failed:
             return True
@@ -223,7 +224,7 @@ class _Worker:
         return [
             (checkpoint, evaluator)
             for checkpoint in (reversed(usable) if self.newest_first else usable)
-            for evaluator in self.evaluators
+            for evaluator in (one.of(checkpoint) for one in self.evaluators)
             if self.concerns(checkpoint, evaluator)
             and (checkpoint.name, evaluator.settings.hash) not in self._failed
             and not self.has_result(checkpoint, evaluator)
@@ -236,6 +237,7 @@ class _Worker:
 
     def has_result(self, checkpoint: Checkpoint, evaluator: Evaluator) -> bool:
         """Whether this checkpoint has a result under these settings, with its samples if they are to be kept."""
+        evaluator = evaluator.of(checkpoint)
         settings = evaluator.settings
         name = results.result_name(self.run_dir, checkpoint.name, settings.hash, evaluator.recipe.own)
         result = results.usable_result(results.evals_dir(self.run_dir) / name)
@@ -265,6 +267,7 @@ class _Worker:
 
     def evaluate(self, checkpoint: Checkpoint, evaluator: Evaluator) -> None:
         """Evaluate one checkpoint unless it has a result; a failure is recorded, not raised."""
+        evaluator = evaluator.of(checkpoint)
         if self.has_result(checkpoint, evaluator):
             self.log(f"{checkpoint.name} has a result under these settings already")
             return

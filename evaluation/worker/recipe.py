@@ -8,13 +8,14 @@ from typing import Any
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.loading.choose_reader import open_data
 from tarflow.evaluation.errors import EvaluationError
-from tarflow.evaluation.log import Log
+from tarflow.evaluation.log import Log, no_log
 from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
 from tarflow.evaluation.result_file import settings_digest
-from tarflow.evaluation.run_config import run_config
+from tarflow.evaluation.run_config import as_trained, run_config
 from tarflow.evaluation.samples.file_sampling import stored_sampling
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.models.weights import WeightsFile
+from tarflow.trainer.checkpoint.marker import Checkpoint
 from tarflow.trainer.config.files import build_config
 from tarflow.trainer.config.schema import Config
 
@@ -92,6 +93,15 @@ class Recipe:
     own: bool  # the run's own settings, not overridden and no variant
     final: bool = False  # of the run's last checkpoint alone, see `evaluation.final_num_samples`
 
+    def of(self, checkpoint: Checkpoint, log: Log = no_log) -> "Recipe":
+        """The recipe with the noise that a checkpoint was trained with. Raises EvaluationError where they contradict."""
+        config = as_trained(self.config, checkpoint, log)
+        if config is self.config:
+            return self
+        return replace(
+            self, config=config, settings=replace(EvaluationSettings.of_run(config), weights=self.settings.weights)
+        )
+
 
 def load_recipes(run_dir: Path, overrides: list[str], log: Log = print) -> list[Recipe]:
     """The run's own settings under `section.key=value` overrides, those of its end, then each of `evaluation.variants`.
@@ -159,6 +169,11 @@ def file_recipe(path: Path, file: WeightsFile, overrides: list[str]) -> Recipe:
     if "data.train" not in given:
         raise EvaluationError(f"{path} does not record what it was trained on: give data.train=FOLDER")
     known = file.provenance.model_dump(include={key.partition(".")[2] for key in TRAINING}, exclude_none=True)
+    if file.config.noise_conditioning and "noise_range" not in known and "train.noise_range" not in given:
+        raise EvaluationError(
+            f"{path} does not record the noise levels that it was trained on, one of which its model has to be told: give "
+            "train.noise_range=[t0,t1]"
+        )
     # Required settings that an evaluation never reads (batch, images) get the smallest value that validates.
     tree = {
         "data": {"train": ""},

@@ -35,12 +35,8 @@ class Guidance:
 
         Raises ModelError for a setting `guide_blocks` that names a block the model does not have.
         """
-        for number in settings.guide_blocks:
-            if not -blocks <= number < blocks:
-                raise ModelError(
-                    f"sampling.guide_blocks={list(settings.guide_blocks)} names block {number}, and the model has {blocks} "
-                    f"(0..{blocks - 1}, or -1 for the last, which is sampled first)"
-                )
+        if problem := settings.blocks_problem(blocks):
+            raise ModelError(problem)
         chosen = {number % blocks for number in settings.guide_blocks} or {block}
         if not settings.guided or block not in chosen:
             return cls(settings, None)

@@ -144,6 +144,8 @@ class SamplingSettings(Section):
         """Steps of iterative denoising; 0 where there is none."""
         if self.noise_level is None or self.denoise == 0:
             return 0
+        if self.denoise_to is not None and self.noise_level <= self.denoise_to:
+            return 1  # there is no level between
         return self.denoise_steps or max(round(self.noise_level / LEVEL_OF_A_STEP), 1)
 
     def at_noise(self, bounds: tuple[float, float] | None) -> "SamplingSettings":
@@ -183,11 +185,27 @@ class SamplingSettings(Section):
                     f"sampling.{name}={level:g} lies outside train.noise_range=[{low:g}, {high:g}]: the model was not trained "
                     "at that noise level"
                 )
-        if self.noise_level is not None and self.denoise_to is not None and self.denoise_to > self.noise_level:
+        between = self.denoise_steps != 1 and self.denoise != 0  # one step goes to 0 at once
+        if (
+            between
+            and self.noise_level is not None
+            and self.denoise_to is not None
+            and self.denoise_to > self.noise_level
+        ):
             return (
                 f"sampling.denoise_to={self.denoise_to:g} is above sampling.noise_level={self.noise_level:g}: denoising "
                 "goes from the latter down to the former"
             )
+        return None
+
+    def blocks_problem(self, blocks: int) -> str | None:
+        """Why these blocks of a flow of `blocks` blocks cannot be guided, or None."""
+        for number in self.guide_blocks:
+            if not -blocks <= number < blocks:
+                return (
+                    f"sampling.guide_blocks={list(self.guide_blocks)} names block {number}, and the model has {blocks} "
+                    f"(0..{blocks - 1}, or -1 for the last, which is sampled first)"
+                )
         return None
 
     def guidance_problem(self, labelled: bool, label_dropout: float | None) -> str | None:

@@ -4,7 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -84,6 +86,21 @@ def test_levels_have_the_distribution_that_is_asked_for() -> None:
     assert [loss_weight(T.double()[1:2], kind).item() for kind in ("none", "level", "level_squared")] == pytest.approx(
         [1, 0.3, 0.09], rel=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    "log_normal", [(0.5, 0.2), (3.0, 0.5), (-8.0, 0.4), (4.0, 0.2), (-9.0, 0.2), (2.0, 1.0), (-3.0, 5.0)]
+)
+def test_levels_far_from_the_middle_of_a_log_normal_hug_the_end_beside_it(log_normal: tuple[float, float]) -> None:
+    """The quantiles of a truncated normal by SciPy, which counts in logarithms."""
+    u, bounds = torch.linspace(0, 0.999, 50), (0.01, 0.3)
+    found = noise_levels(u, bounds, "log_normal", log_normal)
+    mean, std = log_normal
+    ends = [(math.log(end) - mean) / std for end in bounds]
+    expected = np.exp(scipy.stats.truncnorm.ppf(u.double().numpy(), *ends, loc=mean, scale=std))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert (found.diff() >= 0).all()
+    assert found.min() < found.max()
 
 
 def test_logdet_is_the_jacobians_with_the_input_scale() -> None:

@@ -55,6 +55,13 @@ def iterative(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         ("sampling.noise_level=0.4", ("sampling.noise_level=0.4", "train.noise_range=[0.01, 0.3]")),
         ("sampling.denoise_to=0.005", ("sampling.denoise_to=0.005", "train.noise_range=[0.01, 0.3]")),
         ("sampling.denoise=0.9", ("sampling.denoise=0.9", "model.noise_conditioning=false")),
+        (
+            "train.noise_distribution=log_normal & train.noise_log_normal=[5,0.1]",
+            ("noise_range=[0.01, 0.3]", "[5, 0.1]"),
+        ),
+        ("train.noise_log_normal=[-3,2]", ("train.noise_log_normal=[-3.0, 2.0]", "noise_distribution=uniform")),
+        ("sampling.guide_blocks=[2]", ("sampling.guide_blocks=[2]", "the model has 2")),
+        ("evaluation.variants=[{guide_blocks: [-3]}]", ("{'guide_blocks':", "the model has 2")),
         ("evaluation.likelihood_noise=0.5", ("evaluation.likelihood_noise=0.5", "train.noise_range=[0.01, 0.3]")),
     ],
 )
@@ -62,7 +69,7 @@ def test_what_contradicts_is_an_error_that_names_both_sides(
     iterative: Path, change: str, sides: tuple[str, str]
 ) -> None:
     with pytest.raises(UserError) as error:
-        load_config(iterative, [change])
+        load_config(iterative, change.split(" & "))
     assert all(side in str(error.value) for side in sides), error.value
 
 

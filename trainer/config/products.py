@@ -7,6 +7,7 @@ from typing import Any
 
 from tarflow.image_size import sides
 
+FARTHEST = 30  # standard deviations from the middle of a normal distribution; beyond, its probabilities underflow
 _IMAGE = ("model.image_size",)  # counts for both of its sides
 
 # Settings (of a list, all entries), the largest product, what it counts. A 0 (`all` or `none`) makes the product 0.
@@ -40,3 +41,16 @@ def oversized(config: Any) -> Iterator[str]:
 def _value(config: Any, key: str) -> Any:
     section, _, name = key.partition(".")
     return getattr(getattr(config, section), name) or 0  # null: as another setting
+
+
+def log_normal_problem(bounds: tuple[float, float], log_normal: tuple[float, float]) -> str | None:
+    """Why no noise level of this distribution falls between `bounds`, or None: its probabilities underflow far outside."""
+    mean, std = log_normal
+    low, high = map(math.log, bounds)
+    if max(low - mean, mean - high) <= FARTHEST * std:
+        return None
+    return (
+        f"train.noise_range=[{bounds[0]:g}, {bounds[1]:g}] lies more than {FARTHEST} standard deviations from the middle of "
+        f"train.noise_log_normal=[{mean:g}, {std:g}], exp({mean:g}) = {math.exp(mean):.3g}: no level of that distribution "
+        "falls into it"
+    )

@@ -20,7 +20,7 @@ from tarflow.settings import MOST_IMAGES, MOST_SECONDS, MOST_SEED, Count, Sectio
 from tarflow.trainer.config.ema import EMAConfig
 from tarflow.trainer.config.evaluation import EvaluationConfig
 from tarflow.trainer.config.parallel import ActivationCheckpointConfig, CompileConfig, ParallelConfig
-from tarflow.trainer.config.products import oversized
+from tarflow.trainer.config.products import log_normal_problem, oversized
 
 MOST_BATCH = 1 << 24
 MOST_TRACED = 100  # steps: a trace holds every operation, about a megabyte for each step
@@ -168,6 +168,14 @@ class TrainConfig(Section):
             raise ValueError(f"{shown} must be [t0, t1] with t0 below t1")
         if self.noise == "uniform":
             raise ValueError(f"{shown} needs train.noise=gaussian, got train.noise=uniform, which has no levels")
+        if self.noise_distribution == "log_normal":
+            if problem := log_normal_problem(self.noise_range, self.noise_log_normal):
+                raise ValueError(problem)
+        elif self.noise_log_normal != type(self).model_fields["noise_log_normal"].default:
+            raise ValueError(
+                f"train.noise_log_normal={list(self.noise_log_normal)} needs train.noise_distribution=log_normal, got "
+                f"train.noise_distribution={self.noise_distribution}"
+            )
         if self.noise_std:
             raise ValueError(
                 f"{shown} and train.noise_std={self.noise_std:g} are two settings of the same noise: leave one of them out "
@@ -315,7 +323,7 @@ class Config(Section):
             raise ValueError(
                 "sampling.denoise needs train.noise=gaussian: without gaussian noise there is nothing to remove"
             )
-        if problem := self._noise_problem():
+        if problem := self._noise_problem() or self.sampling.blocks_problem(self.model.num_blocks):
             raise ValueError(problem)
         if problems := list(oversized(self)):
             raise ValueError("; ".join(problems))

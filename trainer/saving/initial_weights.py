@@ -5,6 +5,7 @@ start from what the old model did without a label, which is their mean: classes 
 in a model without classes it is added to a bias that acts at the same place.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -127,7 +128,9 @@ def _read(source: Path, like: TarFlowConfig) -> tuple[WeightsFile, list[str]]:
 
 def _check_fits(source: Path, theirs: TarFlowConfig, ours: TarFlowConfig, partial: bool) -> set[str]:
     """Names of the model settings that differ but can be adapted; raises TrainerError if others do."""
-    there, here = theirs.model_dump(), ours.model_dump()
+    there, here = (
+        {name: json.dumps(value) for name, value in one.model_dump(mode="json").items()} for one in (theirs, ours)
+    )
     differ = {name for name in here if there[name] != here[name]}
     if partial and differ <= ADAPTABLE.keys():
         return differ
@@ -138,7 +141,10 @@ def _check_fits(source: Path, theirs: TarFlowConfig, ours: TarFlowConfig, partia
     if others:
         advice = f"Set {', '.join(f'model.{name}' for name in here if name in others)} as there"
     else:
-        changes = ", ".join(ADAPTABLE[name] for name in here if name in differ)
+        adapted = ADAPTABLE | (
+            {"image_size": "the prior's variance is resampled"} if ours.positions == "rotary" else {}
+        )
+        changes = ", ".join(adapted[name] for name in here if name in differ)
         advice = f"Set these as there, or add --init-partial: all is kept, but {changes}"
     raise TrainerError(f"--init-from {source} holds another model:{lines}\n{advice}")
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from tarflow.code_version import code_version, describe_code
 from tarflow.data_pipeline.loading.choose_reader import DataFacts
@@ -18,6 +18,7 @@ from tarflow.records import Record, load_record, save_record
 from tarflow.trainer.checkpoint.find import check_identity, committed, newest_intact
 from tarflow.trainer.checkpoint.marker import Checkpoint, Damage, config_of, damage
 from tarflow.trainer.checkpoint.retention import restore_replaced, set_aside, sweep
+from tarflow.trainer.config.chosen_sampling import CHOSEN, chosen_sampling
 from tarflow.trainer.config.files import config_diff
 from tarflow.trainer.config.schema import Config
 from tarflow.trainer.ema import snapshots
@@ -106,6 +107,7 @@ def check_resume(
     records it resumes, with a note that the contents cannot be compared. None: the index is of such a version.
     """
     _check_config(checkpoint, config, log)
+    _check_choice(checkpoint.path.parents[1], config)
     code = checkpoint.info.get("code")
     if code and code != code_version():
         log(f"changed: code: {describe_code(code)} -> {describe_code(code_version())}")
@@ -126,6 +128,21 @@ def _check_config(checkpoint: Checkpoint, config: Config, log: Callable[[str], N
             " (the order of samples changes: some of this epoch are seen twice or not at all)" if key in ORDER else ""
         )
         log(f"changed: {key}: {old} -> {new}{note}")
+
+
+def _check_choice(run_dir: Path, config: Config) -> None:
+    """Raise TrainerError where the sampling settings that a sweep chose for the run do not go with its configuration now."""
+    chosen, where = chosen_sampling(run_dir)
+    tree = config.model_dump()
+    tree["sampling"] |= chosen
+    try:
+        Config.model_validate(tree)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise TrainerError(
+            f"{run_dir / CHOSEN}, which {where} chose for this run, does not go with its configuration any more: {reason}. "
+            "Remove it, and choose again once there are samples to choose by (tarflow sweep-guidance)"
+        ) from None
 
 
 def _check_data(

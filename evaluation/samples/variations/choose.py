@@ -51,7 +51,7 @@ def choose_sampler(
     if request.interpolate is not None:
         ends = [parse_end(text, model.config) for text in request.interpolate]
         sampling = label_of_path(settings_of_path(sampling, ends, request.settings), model.config)
-        check_guidance(sampling, model.config.num_classes, source.provenance.label_dropout)
+        check_guidance(sampling, model.config, source.provenance.label_dropout)
         path = path_between(model, ends, sampling, request.num)
         log(f"a spherical path of {request.num} images from {ends[0].name} to {ends[1].name}{_neutral(ends)}")
         about = {"path": "spherical", "from": _about(ends[0]), "to": _about(ends[1]), "images": request.num}

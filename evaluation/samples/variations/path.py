@@ -40,7 +40,10 @@ MOST_STEPS = 10_000
 _SEED = re.compile(r"-?\d{1,19}")
 # What holds between images: a flow's inverse knows no guidance, images no training noise, and nothing is drawn.
 OF_IMAGES: dict[str, Any] = {"guidance": 0.0, "denoise": 0.0, "temperature": 1.0}
-DENOISING = tuple(name for name in ITERATIVE if name != "noise_level")  # steps that such a path does not take
+# What only changes guidance and denoising, which such a path does not have.
+WITHOUT_EFFECT = (
+    "attn_temp", "annealed", "guide", "guidance_form", "guide_blocks", *(name for name in ITERATIVE if name != "noise_level"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def settings_of_path(sampling: ResolvedSampling, ends: Sequence[End], given: dic
     images = [end.name for end in ends if end.image is not None]
     if not images:
         return sampling
-    for key in [*OF_IMAGES, *DENOISING]:
+    for key in [*OF_IMAGES, *WITHOUT_EFFECT]:
         value, neutral = given.get(key), OF_IMAGES.get(key)
         if value is not None and value != neutral:
             option, given_value = f"--{key.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else value

@@ -11,6 +11,7 @@ from tarflow.models.flow import FlowBlock
 from tarflow.models.noise import to_pixels
 from tarflow.models.sampling.sequential import sample
 from tarflow.models.sampling.settings import SamplingSettings
+from tests.evaluation.conftest import model_config
 
 
 def sampling(**changes):
@@ -177,18 +178,18 @@ def test_values_out_of_range_are_clamped_and_their_share_is_said(model):
 def test_guiding_a_model_that_never_trained_without_labels_is_refused():
     guided = sampling(guidance=2.0)
     with pytest.raises(EvaluationError, match=r"train.label_dropout=0.*never trained"):
-        check_guidance(guided, num_classes=10, label_dropout=0.0)
-    check_guidance(guided, num_classes=10, label_dropout=0.1)
-    check_guidance(sampling(), num_classes=10, label_dropout=0.0)
+        check_guidance(guided, model_config(num_classes=10), label_dropout=0.0)
+    check_guidance(guided, model_config(num_classes=10), label_dropout=0.1)
+    check_guidance(sampling(), model_config(num_classes=10), label_dropout=0.0)
 
 
 @pytest.mark.case("S10")
 def test_guidance_without_any_effect_is_refused():
     with pytest.raises(EvaluationError, match=r"no effect.*sampling.attn_temp"):
-        check_guidance(sampling(guidance=2.0), num_classes=0, label_dropout=None)
+        check_guidance(sampling(guidance=2.0), model_config(num_classes=0), label_dropout=None)
     with pytest.raises(EvaluationError, match="no effect"):
-        check_guidance(sampling(guidance=2.0, labels=(-1,)), num_classes=10, label_dropout=0.1)
-    check_guidance(sampling(guidance=0.2, attn_temp=0.3), num_classes=0, label_dropout=None)
+        check_guidance(sampling(guidance=2.0, labels=(-1,)), model_config(num_classes=10), label_dropout=0.1)
+    check_guidance(sampling(guidance=0.2, attn_temp=0.3), model_config(num_classes=0), label_dropout=None)
 
 
 @pytest.mark.case("S10")

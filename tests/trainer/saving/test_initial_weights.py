@@ -77,7 +77,7 @@ def latents(model: TarFlow, y: list[int] | None, x: torch.Tensor) -> torch.Tenso
         ({"num_blocks": 3, "num_classes": 5},
          ["model.num_blocks: 3 there, 2 here\n  model.num_classes: 5 there, 3 here\nSet model.num_blocks as there"]),
         ({"soft_clip": 4.0}, ["model.soft_clip: 4.0 there, 0.0 here", "but the log-scale is bounded as here"]),
-        ({"nvp": False}, ["model.nvp: False there, True here", "Set model.nvp as there"]),
+        ({"nvp": False}, ["model.nvp: false there, true here", "Set model.nvp as there"]),
     ],
 )  # fmt: skip
 @pytest.mark.case("N04")
