@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from tarflow.errors import noted
 from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log, no_log
+from tarflow.settings import first_reason
 from tarflow.trainer.checkpoint.marker import Checkpoint, config_of
 from tarflow.trainer.config.chosen_sampling import CHOSEN, chosen_sampling, save_choice
 from tarflow.trainer.config.files import load_config
@@ -76,8 +77,7 @@ def as_trained(config: Config, checkpoint: Checkpoint, log: Log = no_log) -> Con
     try:
         found = Config.model_validate(tree)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise EvaluationError(f"{checkpoint.path} was trained with {listed}, and {reason}") from None
+        raise EvaluationError(f"{checkpoint.path} was trained with {listed}, and {first_reason(error)}") from None
     log(f"{checkpoint.name} was trained with {listed}: it is sampled and measured by that")
     return found
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag, ValidationError
 
 
 def _whole_number(value: Any) -> Any:
@@ -28,6 +28,13 @@ def _whole_number(value: Any) -> Any:
 
 
 Count = Annotated[int, BeforeValidator(_whole_number)]
+
+
+def first_reason(error: ValidationError) -> str:
+    """What the first fault of a validation says, without pydantic's words around an error of ours."""
+    first = error.errors()[0]
+    return str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+
 
 ValueT = TypeVar("ValueT")
 ONE, LIST = "one", "list"

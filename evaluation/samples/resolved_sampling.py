@@ -10,6 +10,7 @@ from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.images.data_set import ImageSet
 from tarflow.models.float32 import TRUE_FLOAT32, Precision
 from tarflow.models.sampling.settings import SamplingSettings
+from tarflow.settings import first_reason
 from tarflow.trainer.config.schema import Config
 
 
@@ -51,8 +52,10 @@ class ResolvedSampling:
         except ValidationError as error:
             first = error.errors()[0]
             if not first["loc"]:  # several settings contradict each other
-                raise EvaluationError(first["msg"].removeprefix("Value error, ")) from None
-            raise EvaluationError(f"sampling.{first['loc'][0]} cannot be {first['input']!r}: {first['msg']}") from None
+                raise EvaluationError(first_reason(error)) from None
+            raise EvaluationError(
+                f"sampling.{first['loc'][0]} cannot be {first['input']!r}: {first_reason(error)}"
+            ) from None
         if settings.noise_level is not None:
             own["noise_std"] = settings.noise_level
         return replace(self, settings=settings, **own)

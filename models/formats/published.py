@@ -16,6 +16,7 @@ from torch import Tensor
 from tarflow.image_size import FORM, Size, is_size, shown, sides
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.errors import ModelError
+from tarflow.settings import first_reason
 
 WITHOUT_SHAPE: Mapping[str, Any] = {
     "head_channels": 64,
@@ -68,7 +69,8 @@ def config_by_shapes(
     try:
         channels, token_dim = weights["blocks.0.proj_in.weight"].shape
         positions = "learned" if "blocks.0.pos_embed" in weights else "rotary"
-        num_tokens, _ = weights["blocks.0.pos_embed" if positions == "learned" or "var" not in weights else "var"].shape
+        table = weights["blocks.0.pos_embed"] if positions == "learned" else weights.get("var")
+        num_tokens = None if table is None else table.shape[0]
         # D = in_channels * patch_size^2 is 3 p^2 or p^2, never both: their ratio 3 is not a square.
         in_channels = 3 if token_dim % 3 == 0 and math.isqrt(token_dim // 3) ** 2 == token_dim // 3 else 1
         patch_size = math.isqrt(token_dim // in_channels)
@@ -94,15 +96,23 @@ def config_by_shapes(
     except KeyError as error:
         raise ModelError(f"{where} is not laid out as published TarFlow weights are: {error} is missing") from None
     except (ValueError, IndexError, ZeroDivisionError, ValidationError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        reason = first_reason(error) if isinstance(error, ValidationError) else str(error)
         raise ModelError(f"{where} does not determine a model by the shapes of its tensors: {reason}") from None
 
 
-def _image_size(num_tokens: int, patch: int, stated: Mapping[str, Any], like: TarFlowConfig | None) -> Size:
-    """The size of images of so many patches. Raises ValueError where these make no square and nothing says what they make."""
+def _image_size(num_tokens: int | None, patch: int, stated: Mapping[str, Any], like: TarFlowConfig | None) -> Size:
+    """The size of images of so many patches (None: no tensor shows it).
+
+    Raises ValueError where nothing says it, or these make no square and nothing says what they make.
+    """
     for size in (stated.get("image_size"), like and like.image_size):
-        if is_size(size) and math.prod(side / patch for side in sides(size)) == num_tokens:
+        if is_size(size) and num_tokens in (None, math.prod(side / patch for side in sides(size))):
             return size
+    if num_tokens is None:
+        raise ValueError(
+            "no tensor shows how many patches an image has (rotary positions have no table, and the prior's variance is left "
+            f"out): say --model image_size=SIZE ({FORM}), or for --init-from set model.image_size as there"
+        )
     rows = math.isqrt(num_tokens)
     if rows**2 == num_tokens:
         return rows * patch

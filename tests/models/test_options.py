@@ -25,6 +25,7 @@ from tarflow.image_size import sides as sides_of
 from tarflow.models.config import TarFlowConfig
 from tarflow.models.cost import activation_bytes, denoising_bytes, flops_per_image, parameters, sampling_bytes
 from tarflow.models.denoise import denoise
+from tarflow.models.errors import ModelError
 from tarflow.models.flow import TarFlow
 from tarflow.models.formats.published import WITHOUT_SHAPE
 from tarflow.models.sampling import native
@@ -223,6 +224,18 @@ def test_files_say_what_it_is(option: str, tmp_path: Path) -> None:
     for path, model_text in (("w.safetensors", None), ("hub", None), ("stripped", None), ("published.pth", stated)):
         assert read_weights(tmp_path / path, model=model_text).config == shape, path
     assert read_weights(tmp_path / "published.pth", like=shape).config == shape
+
+
+def test_a_file_without_positions_and_variance_needs_the_size_to_be_said(tmp_path: Path) -> None:
+    shape = config(positions="rotary", image_size=(8, 12))
+    weights = {name: tensor for name, tensor in perturbed(shape).state_dict().items() if name != "var"}
+    torch.save(weights, tmp_path / "w.pth")
+    with pytest.raises(ModelError, match=r"how many patches an image has .*--model image_size=SIZE"):
+        read_weights(tmp_path / "w.pth", model="head_channels=32")
+    with pytest.raises(ModelError, match=r"does not determine a model .*: model\.image_size=9 is not divisible by"):
+        read_weights(tmp_path / "w.pth", model="head_channels=32,image_size=9")
+    assert read_weights(tmp_path / "w.pth", model="head_channels=32,image_size=8,12").config == shape
+    assert read_weights(tmp_path / "w.pth", like=shape).config == shape
 
 
 @pytest.fixture

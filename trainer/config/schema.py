@@ -16,7 +16,7 @@ from tarflow.models.float32 import Precision
 from tarflow.models.presets import preset
 from tarflow.models.provenance import NoiseDistribution, Weighting
 from tarflow.models.sampling.settings import SamplingSettings
-from tarflow.settings import MOST_IMAGES, MOST_SECONDS, MOST_SEED, Count, Section
+from tarflow.settings import MOST_IMAGES, MOST_SECONDS, MOST_SEED, Count, Section, first_reason
 from tarflow.trainer.config.ema import EMAConfig
 from tarflow.trainer.config.evaluation import EvaluationConfig
 from tarflow.trainer.config.parallel import ActivationCheckpointConfig, CompileConfig, ParallelConfig
@@ -332,11 +332,9 @@ class Config(Section):
                 self.with_variant(variant)
             except ValidationError as error:
                 known = "weights, " + ", ".join(SamplingSettings.model_fields)
-                first = error.errors()[0]
-                where = ".".join(map(str, first["loc"]))
-                raise ValueError(
-                    f"evaluation.variants: {variant}: {where} {first['msg']}; a variant takes {known}"
-                ) from None
+                where = ".".join(map(str, error.errors()[0]["loc"]))
+                reason = f"{where} {first_reason(error)}".lstrip()
+                raise ValueError(f"evaluation.variants: {variant}: {reason}; a variant takes {known}") from None
         return self
 
     def _noise_problem(self) -> str | None:

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 from tarflow.code_version import code_version, describe_code
 from tarflow.data_pipeline.loading.choose_reader import DataFacts
 from tarflow.records import Record, load_record, save_record
+from tarflow.settings import first_reason
 from tarflow.trainer.checkpoint.find import check_identity, committed, newest_intact
 from tarflow.trainer.checkpoint.marker import Checkpoint, Damage, config_of, damage
 from tarflow.trainer.checkpoint.retention import restore_replaced, set_aside, sweep
@@ -138,10 +139,9 @@ def _check_choice(run_dir: Path, config: Config) -> None:
     try:
         Config.model_validate(tree)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise TrainerError(
-            f"{run_dir / CHOSEN}, which {where} chose for this run, does not go with its configuration any more: {reason}. "
-            "Remove it, and choose again once there are samples to choose by (tarflow sweep-guidance)"
+            f"{run_dir / CHOSEN}, which {where} chose for this run, does not go with its configuration any more: "
+            f"{first_reason(error)}. Remove it, and choose again once there are samples to choose by (tarflow sweep-guidance)"
         ) from None
 
 
