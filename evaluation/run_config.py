@@ -72,10 +72,8 @@ def as_trained(config: Config, checkpoint: Checkpoint, log: Log = no_log) -> Con
     if not changed:
         return config
     listed = ", ".join(f"train.{name}={_plain(old)} (now {_plain(new)})" for name, (old, new) in changed.items())
-    tree = config.model_dump()
-    tree["train"] |= {name: old for name, (old, _) in changed.items()}
     try:
-        found = Config.model_validate(tree)
+        found = config.changed(train={name: old for name, (old, _) in changed.items()})
     except ValidationError as error:
         raise EvaluationError(f"{checkpoint.path} was trained with {listed}, and {first_reason(error)}") from None
     log(f"{checkpoint.name} was trained with {listed}: it is sampled and measured by that")

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model
 from tarflow.data_pipeline.errors import DataError
 from tarflow.data_pipeline.images.bounds import MAX_PIXELS
 from tarflow.data_pipeline.storage.access import Access, address
-from tarflow.settings import MOST_SECONDS, Count, Section, at_home
+from tarflow.settings import MOST_SECONDS, Count, Section, at_home, first_reason
 
 
 def _place(value: Any) -> Any:
@@ -151,10 +151,10 @@ class DataSettings(Section):
             made.allow_code()
             return made
         except ValidationError as error:
-            first = error.errors()[0]
-            why = first["msg"][0].lower() + first["msg"][1:]
+            first, why = error.errors()[0], first_reason(error)
+            why = why[0].lower() + why[1:]
             if not first["loc"]:  # settings that contradict each other
-                raise DataError(why.removeprefix("value error, ")) from None
+                raise DataError(why) from None
             raise DataError(f"data.{first['loc'][0]} cannot be {first['input']!r}: {why}") from None
 
     def allow_code(self, *settings: str) -> None:

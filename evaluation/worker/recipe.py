@@ -145,9 +145,7 @@ def _at_the_end(config: Config, overridden: list[str]) -> Config | None:
              if f"evaluation.{name}" not in overridden or f"evaluation.final_{name}" in overridden}  # fmt: skip
     if not given:
         return None
-    tree = config.model_dump()
-    tree["evaluation"] |= given | {"variants": ()}
-    return Config.model_validate(tree)
+    return config.changed(evaluation=given | {"variants": ()})
 
 
 # What a weights file may record of its training; an override where it does not.

@@ -376,10 +376,15 @@ class Config(Section):
 
     def with_variant(self, variant: dict[str, Any]) -> "Config":
         """The configuration with one entry of `evaluation.variants` replacing the run's own settings."""
+        return self.changed(
+            sampling={key: value for key, value in variant.items() if key != "weights"},
+            evaluation={"variants": (), "weights": variant.get("weights", self.evaluation.weights)},
+        )
+
+    def changed(self, **sections: dict[str, Any]) -> "Config":
+        """A copy with other values of settings, by section; raises pydantic's ValidationError where they do not go together."""
         tree = self.model_dump() | {"data": self.data}  # itself: it knows whose code may be imported
-        tree["sampling"] |= {key: value for key, value in variant.items() if key != "weights"}
-        tree["evaluation"] |= {"variants": (), "weights": variant.get("weights", self.evaluation.weights)}
-        return Config.model_validate(tree)
+        return Config.model_validate(tree | {name: tree[name] | values for name, values in sections.items()})
 
     @property
     def evaluated_weights(self) -> str:

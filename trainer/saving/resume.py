@@ -134,10 +134,8 @@ def _check_config(checkpoint: Checkpoint, config: Config, log: Callable[[str], N
 def _check_choice(run_dir: Path, config: Config) -> None:
     """Raise TrainerError where the sampling settings that a sweep chose for the run do not go with its configuration now."""
     chosen, where = chosen_sampling(run_dir)
-    tree = config.model_dump()
-    tree["sampling"] |= chosen
     try:
-        Config.model_validate(tree)
+        config.changed(sampling=chosen)
     except ValidationError as error:
         raise TrainerError(
             f"{run_dir / CHOSEN}, which {where} chose for this run, does not go with its configuration any more: "

@@ -12,6 +12,7 @@ from tarflow.evaluation.worker.class_maps import check_class_maps
 from tarflow.evaluation.worker.recipe import load_recipes
 from tarflow.trainer.config.files import load_config
 from tarflow.trainer.run_dir import create_run, save_config
+from tests.evaluation.conftest import write_checkpoint
 from tests.helpers.own_data import Spots
 from tests.helpers.runs import write_config
 
@@ -26,7 +27,7 @@ def run(tmp_path: Path) -> Path:
     own = {"dataset": f"{code}:Spots", "transform": f"{code}:gone", "validation": "held-24"}
     file = write_config(
         tmp_path / "own.yaml", Path("train"), data=own, train={"global_batch_size": 12, "max_images": 24},
-        evaluation={"variants": [{"denoise": 0.0}]},
+        evaluation={"variants": [{"denoise": 0.0}], "num_samples": 8, "final_num_samples": 16},
     )  # fmt: skip
     create_run(tmp_path / "run")
     save_config(tmp_path / "run", load_config(file))
@@ -45,9 +46,17 @@ def test_the_code_that_a_run_names_is_imported_only_if_it_is_named_again(run: Pa
 
 
 def test_named_again_it_is_the_runs_own_evaluation_and_so_are_its_variants(run: Path) -> None:
-    own, *variants = load_recipes(run, [f"data.dataset={run.parent}/strange.py:Spots"])
+    own, final, variant = load_recipes(run, [f"data.dataset={run.parent}/strange.py:Spots"])
     assert own.own
-    assert len(variants) == 1
+    assert (final.final, variant.final) == (True, False)
+    earlier = own.config.changed(train={"noise_std": 0.2})
+    checkpoint = write_checkpoint(run, earlier, 1, 12)
+    for recipe in (own, final, variant):
+        then = recipe.of(checkpoint)
+        assert then.config.train.noise_std == 0.2
+        for one in (recipe, then):
+            assert one.settings.train_fingerprint == own.settings.train_fingerprint
+            assert one.config.data.code("dataset") == f"{run.parent}/strange.py:Spots"
     assert own.settings.train_fingerprint.startswith("custom-96-")
     assert own.settings.validation_fingerprint is not None
     assert own.settings.validation_fingerprint.startswith("custom-24-")
