@@ -15,15 +15,25 @@ from tarflow.models.noise import to_model_range
 
 Labels = str | int | None | Sequence[str | int | None] | Tensor | NDArray[np.integer[Any]]
 Images = Tensor | NDArray[Any]
+GREY = 2.0  # the least that makes floats which are all positive grey levels
 
 
 def checked_images(images: Images, shape: tuple[int, int, int]) -> Tensor:
-    """Images [N, C, H, W], uint8 or floats. Raises EvaluationError where they do not have this (C, H, W), or another dtype."""
+    """Images [N, C, H, W], uint8 or floats.
+
+    Raises EvaluationError where they do not have this (C, H, W), or another dtype, and for grey levels as floats.
+    """
     tensor = torch.as_tensor(images)
     if tensor.ndim != 4 or tuple(tensor.shape[1:]) != shape:
         raise EvaluationError(f"images must have the shape [N, {', '.join(map(str, shape))}], not {list(tensor.shape)}")
     if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
         raise EvaluationError(f"images must be uint8 (0..255) or floats in [-1, 1], not {tensor.dtype}")
+    # Noise and latents may lead far out of [-1, 1], but not to one side alone.
+    if tensor.is_floating_point() and tensor.numel() and tensor.min() >= 0 and tensor.max() > GREY:
+        raise EvaluationError(
+            f"images as floats span [-1, 1], and these reach from {tensor.min():g} to {tensor.max():g}, as grey levels do: "
+            "give these as uint8, or scale them (x / 127.5 - 1)"
+        )
     return tensor
 
 
