@@ -96,3 +96,13 @@ def test_arms_have_as_many_layers_and_their_bits_are_of_the_same_noise(size: int
         assert sum(other.model.layers) == sum(plain.model.layers)
         assert flops_per_image(other.model) == pytest.approx(flops_per_image(plain.model), rel=0.02)
     assert plain.model.num_tokens == 256
+
+
+@pytest.mark.parametrize("seeds", ["0", "-1"])
+def test_no_seed_is_an_error_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeds: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["ablations", "--quick", "--seeds", seeds, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=f"--seeds {seeds}: at least one run"):
+        ablations.main()
+    assert not (tmp_path / "out").exists()

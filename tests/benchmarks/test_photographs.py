@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from benchmarks.photographs import training
-from benchmarks.photographs.scores import Score, clustered, difference
+from benchmarks.photographs import scores, training
+from benchmarks.photographs.scores import Score, bits_of, clustered, difference
 from benchmarks.photographs.sheet import MOST_BYTES, sheet
 from benchmarks.photographs.sources import Photograph, webp_files
 from benchmarks.photographs.tables import HEADER, Result, markdown, result_rows
@@ -96,6 +98,22 @@ def test_the_error_bar_takes_photographs_as_independent_and_not_their_tiles() ->
 def a_result(arm: str, distance: float | None, stderr: float) -> Result:
     bits = {tile_name(name, "4-0-0"): 3.0 for name in "ab"}
     return Result(arm, 64, 3200, Taken(3, 90.0, 50.0, True), [Score(3200, 320, distance, stderr, 11.5, "x")], bits)
+
+
+def test_a_likelihood_that_was_interrupted_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, calls = tmp_path / "bits", []
+
+    def likelihood(words: list[object], log: Path) -> None:
+        assert words[0] == "likelihood"
+        calls.append(words)
+        table = pa.table({"name": ["land/a-1", "sky/b-1"], "bits_per_dim": [5.0, 6.0]})
+        pq.write_table(table, out / "likelihood.parquet")
+
+    monkeypatch.setattr(scores, "run_verb", likelihood)
+    (out / "work").mkdir(parents=True)  # what it leaves where it stood
+    for _ in range(2):
+        assert bits_of(tmp_path / "run", tmp_path / "tiles", out, 2, 1) == {"land/a-1": 5.0, "sky/b-1": 6.0}
+    assert len(calls) == 1, "and what is there is not measured again"
 
 
 def test_the_table_shows_what_was_measured_and_a_dash_for_what_was_not() -> None:

@@ -138,6 +138,11 @@ def test_no_setting_of_sampling_stands_in_the_way_of_a_measurement(make_run, dig
     with pytest.raises(EvaluationError, match=r"denoise_to=0\.1 is above sampling\.noise_level=0\.06"):
         flow.sample(1, noise_std=0.06)
     assert flow.sample(1, noise_std=0.06, denoise_steps=1).shape == (1, 1, 8, 8), "one step goes to 0 at once"
+    lowest = flow.sampling.with_changes(noise_level=0.1, denoise_steps=7)
+    assert lowest.describe()["denoise_steps"] == 1, "between t1 and t0 there is no level"
+    assert torch.equal(
+        flow.sample(2, noise_level=0.1, denoise_steps=7), flow.sample(2, noise_level=0.1, denoise_steps=1)
+    )
     with pytest.raises(EvaluationError, match=r"noise_std=0\.06 and noise_level=0\.2 are two names"):
         flow.sample(1, noise_std=0.06, noise_level=0.2)
     with pytest.raises(EvaluationError, match=r"the noise level 0 .*above 0"):
