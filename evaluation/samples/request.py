@@ -37,16 +37,12 @@ class SourceRequest:
     labels: str | None = None  # as typed on the command line
     model: str | None = None  # architecture of a weights file that does not hold it: a preset, or key=value,...
     classes: Path | None = None  # file of class names, if neither run nor weights file holds them
-    # Whether images are measured and none drawn: then noise_std is their noise, and no setting of sampling.
+    # Whether images are measured and none drawn: then the settings of sampling need not go together.
     measures: ClassVar[bool] = False
 
     def given(self, told: bool) -> dict[str, Any]:
         """`settings` as sampling settings of a model that is told the noise level, or is not."""
-        if not told:
-            return self.settings
-        return {
-            key: value for key, value in level_of(self.settings).items() if not (self.measures and key == "noise_level")
-        }
+        return level_of(self.settings) if told else self.settings
 
 
 @dataclass(kw_only=True)
