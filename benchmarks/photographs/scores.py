@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.photographs.tiles import photograph_of
-from benchmarks.verbs import run_verb
+from benchmarks.verbs import VerbFailedError, run_verb
 from tarflow.evaluation.metrics.names import is_distance
 from tarflow.evaluation.results import read_results
 
@@ -33,8 +33,19 @@ class Score:
 
 
 def evaluate(run: Path, reference: Path) -> list[Score]:
-    """Evaluate every checkpoint that has no result yet; all results, by images seen and number of samples."""
-    run_verb(["evaluate", run, "--once", "--reference", reference], run.with_name(f"{run.name}.log"))
+    """Evaluate every checkpoint that has no result yet; all results, by images seen and number of samples.
+
+    A result without a distance (too many of its samples are not finite) is one, too: what it says is printed.
+    """
+    try:
+        run_verb(["evaluate", run, "--once", "--reference", reference], run.with_name(f"{run.name}.log"))
+    except VerbFailedError:
+        problems = [
+            f"{folder.name}: {result['problem']}" for folder, result in read_results(run) if result.get("problem")
+        ]
+        if not problems:
+            raise
+        print("\n".join(problems), flush=True)
     scores = [score_of(folder, result) for folder, result in read_results(run)]
     return sorted(scores, key=lambda score: (score.images, score.samples))
 

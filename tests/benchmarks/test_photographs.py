@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -98,6 +99,26 @@ def test_the_error_bar_takes_photographs_as_independent_and_not_their_tiles() ->
 def a_result(arm: str, distance: float | None, stderr: float) -> Result:
     bits = {tile_name(name, "4-0-0"): 3.0 for name in "ab"}
     return Result(arm, 64, 3200, Taken(3, 90.0, 50.0, True), [Score(3200, 320, distance, stderr, 11.5, "x")], bits)
+
+
+def test_a_run_whose_samples_are_not_finite_has_results_without_a_distance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> None:
+        raise VerbFailedError("exit code 1")
+
+    measured = {"num_samples": 40, "neighbours": None}
+    good = {"images_seen": 10, "fd_efficientnet_lite0": 90.0, "distance_stderr": 2.0, "problem": None}
+    bad = {"images_seen": 20, "problem": "3 of 40 samples are not finite"}
+    results: list[tuple[Path, dict[str, Any]]] = [(tmp_path / "a", good | measured), (tmp_path / "b", bad | measured)]
+    monkeypatch.setattr(scores, "run_verb", fails)
+    monkeypatch.setattr(scores, "read_results", lambda _: results)
+    found = scores.evaluate(tmp_path / "run", tmp_path / "reference.npz")
+    assert [(score.images, score.distance) for score in found] == [(10, 90.0), (20, None)]
+    assert capsys.readouterr().out == "b: 3 of 40 samples are not finite\n"
+    del results[1]
+    with pytest.raises(VerbFailedError):  # for another reason
+        scores.evaluate(tmp_path / "run", tmp_path / "reference.npz")
 
 
 def test_a_likelihood_that_was_interrupted_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,12 +44,12 @@ def test_what_was_inferred_stands_beside_the_samples(make_run, tmp_path, capsys)
     capsys.readouterr()
     assert main([*words, "--model", f"head_channels={config.model.head_channels}"]) == 0
     assert (
-        "3 classes; assumed as published: no soft clip, scales by exp; as stated: head_channels=8"
+        "3 classes; assumed as published: no soft clip, scales by exp, images not scaled; as stated: head_channels=8"
         in capsys.readouterr().out
     )
     said = json.loads((tmp_path / "s/settings.json").read_text())["provenance"]
     assert said == {
-        "model": "inferred from the shapes of the tensors", "assumed": {"soft_clip": 0.0, "scale": "exp"},
+        "model": "inferred from the shapes of the tensors", "assumed": {"soft_clip": 0.0, "scale": "exp", "input_scale": 1.0},
         "stated": {"head_channels": 8},
     }  # fmt: skip
 
