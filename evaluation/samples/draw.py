@@ -302,7 +302,8 @@ class SampleCount:
         return (
             f"{len(self.nonfinite)} of {self.asked} samples are not finite ({self.nonfinite_share:.1%}, at most "
             f"{max_share:.1%} may be): samples {self.nonfinite[:10]}. Try sampling.param_dtype=float32, a lower "
-            "sampling.guidance, weights of another average, or train with model.soft_clip=4 or model.scale=softplus"
+            "sampling.guidance, weights of another average, a higher sampling.denoise_to (of a model with noise_conditioning), "
+            "or train with model.soft_clip=4 or model.scale=softplus"
         )
 
 
