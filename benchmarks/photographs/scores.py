@@ -16,6 +16,7 @@ from benchmarks.photographs.tiles import photograph_of
 from benchmarks.verbs import VerbFailedError, run_verb
 from tarflow.evaluation.metrics.names import is_distance
 from tarflow.evaluation.results import read_results
+from tarflow.evaluation.worker.follow import WorkerOptions, waiting
 
 Floats = NDArray[np.float64]
 
@@ -40,11 +41,9 @@ def evaluate(run: Path, reference: Path) -> list[Score]:
     try:
         run_verb(["evaluate", run, "--once", "--reference", reference], run.with_name(f"{run.name}.log"))
     except VerbFailedError:
-        problems = [
-            f"{folder.name}: {result['problem']}" for folder, result in read_results(run) if result.get("problem")
-        ]
-        if not problems:
+        if any(names for _, names in waiting(run, WorkerOptions())):  # it failed for another reason
             raise
+        problems = [f"{folder.name}: {result['problem']}" for folder, result in read_results(run) if result["problem"]]
         print("\n".join(problems), flush=True)
     scores = [score_of(folder, result) for folder, result in read_results(run)]
     return sorted(scores, key=lambda score: (score.images, score.samples))

@@ -11,7 +11,7 @@ from tarflow.evaluation.errors import EvaluationError
 from tarflow.evaluation.log import Log, no_log
 from tarflow.evaluation.metrics.bits_per_dim import NoiseSettings
 from tarflow.evaluation.result_file import settings_digest
-from tarflow.evaluation.run_config import as_trained, run_config
+from tarflow.evaluation.run_config import TRAINED, as_trained, run_config
 from tarflow.evaluation.samples.file_sampling import stored_sampling
 from tarflow.evaluation.samples.resolved_sampling import ResolvedSampling
 from tarflow.models.weights import WeightsFile
@@ -149,7 +149,7 @@ def _at_the_end(config: Config, overridden: list[str]) -> Config | None:
 
 
 # What a weights file may record of its training; an override where it does not.
-TRAINING = ("train.noise", "train.noise_std", "train.noise_range", "train.label_dropout")
+TRAINING = tuple(f"train.{name}" for name in TRAINED)
 
 
 def file_recipe(path: Path, file: WeightsFile, overrides: list[str]) -> Recipe:
